@@ -1,0 +1,517 @@
+"""MotionStream: one image, painted tracks, and a video that follows them, chunk by chunk, for as long as you like.
+
+A Wan video transformer (DiT) gets one new input, where tracks go, and one new habit, to look only at a few chunks:
+
+    latent chunks   [ sink 0 ] 1 2 3 4 5 [ window 6 ][ chunk 7 ]   of the past, the first and the last are kept
+    cache slots     [   0    ]           [    1     ][    2    ]   positions are counted here, so they never grow
+
+The paper: MotionStream, arXiv 2511.01266 (sections and equations cited below are its own).
+Shapes, in every file of this project:
+
+    B batch   T video frames   F latent frames, T = 1 + 4 (F - 1)   C channels   h w latent size   H W pixels
+    L tokens of one call (F * h/2 * w/2)   S tokens with those in the cache   D width   N heads or tracks   K = D / N
+    latents (B, C, F, h, w)   sigma (B,) or (B, F) in [0, 1]   velocity = noise - x0, which is what the DiT returns
+"""
+
+import itertools
+import json
+import math
+import re
+import zlib
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Flow matching: all of diffusion that is needed. x_t = (1 - sigma) x0 + sigma noise; d x_t / d sigma = noise - x0.
+
+def per_frame(sigma):
+    """(B,) or (B, F) to (B, 1, 1 or F, 1, 1), which broadcasts over latents."""
+    return sigma.reshape(len(sigma), 1, -1, 1, 1)
+
+
+def add_noise(x0, noise, sigma):
+    """Clean latents to noised ones, x_t."""
+    sigma = per_frame(sigma).to(x0.dtype)
+    return (1 - sigma) * x0 + sigma * noise
+
+
+def to_x0(x_t, velocity, sigma):
+    """What the velocity says the clean latents are."""
+    return x_t - per_frame(sigma).to(x_t.dtype) * velocity
+
+
+def schedule(steps, shift):
+    """`steps` noise levels from 1 down, 0 left out: uniform ones, warped by sigma' = k sigma / (1 + (k - 1) sigma)
+    so that more of them are noisy (paper, appendix D; k = shift)."""
+    return tuple(shift * s / (1 + (shift - 1) * s) for s in (1 - i / steps for i in range(steps)))
+
+
+def with_first(x_t, sigma, first):
+    """The image as latent frame 0: clean, at sigma 0 (the way of Wan 2.2). first (B, C, 1, h, w), None: unchanged."""
+    sigma = sigma.reshape(len(x_t), -1).repeat(1, x_t.shape[2] if sigma.ndim == 1 else 1)
+    if first is not None:
+        x_t = torch.cat([first, x_t[:, :, 1:]], 2)
+        sigma[:, 0] = 0
+    return x_t, sigma
+
+
+def joint_guidance(v_full, v_notext, v_nomotion, w_text, w_motion):
+    """Text and motion guidance in one (eq. 2): three velocities to one. Both weights 0: v_full, no guidance."""
+    if w_text == w_motion == 0:
+        return v_full
+    share = w_text / (w_text + w_motion)
+    base = share * v_notext + (1 - share) * v_nomotion
+    return base + w_text * (v_full - v_notext) + w_motion * (v_full - v_nomotion)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configuration. The defaults are Wan 2.1 T2V 1.3B; everything that depends on the model's size is here.
+
+@dataclass
+class Config:
+    # the transformer, named as in Wan's config.json
+    dim: int = 1536
+    ffn_dim: int = 8960
+    num_heads: int = 12
+    num_layers: int = 30
+    in_dim: int = 16            # channels into the patch embedding: noisy latents, then tracks, then image
+    out_dim: int = 16           # channels of the latents
+    track_dim: int = 0          # channels of the track head's output, 0 = no slot for tracks
+    text_dim: int = 4096
+    text_len: int = 512         # text is padded to this many rows, and all of them are attended
+    clip_dim: int = 0           # channels of CLIP image features, 0 = no image branch
+    freq_dim: int = 256
+    patch_size: tuple = (1, 2, 2)
+    eps: float = 1e-6
+    # sampling
+    causal: bool = False        # True: a student that streams; False: a bidirectional teacher
+    shift: float = 5.0
+    sigmas: tuple = schedule(3, 5.0)    # the student's noise levels; the paper does not give its three
+    steps: int = 50             # the teacher's Euler steps
+    chunk: int = 3              # latent frames generated together
+    sink: int = 1               # chunks at the start that stay in the cache for ever
+    window: int | None = 1      # latest chunks kept besides, None = all
+    # what it was trained on
+    stride: int = 8             # pixels per latent pixel, of the VAE
+    size: tuple = (480, 832)    # height, width of the video in pixels
+    fps: int = 16
+    tracks: str = "random"      # how a track gets its ID, see track_ids
+
+
+PRESETS = {
+    "wan2.1-1.3b": Config(),
+    "motionstream-1.3b": Config(in_dim=48, track_dim=16, clip_dim=1280, shift=6.0, sigmas=schedule(3, 6.0)),
+    "wan2.1-14b": Config(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
+    "wan2.2-5b": Config(dim=3072, ffn_dim=14336, num_heads=24, in_dim=48, out_dim=48, stride=16, size=(704, 1280), fps=24),
+    "tiny": Config(dim=256, ffn_dim=768, num_heads=4, num_layers=5, in_dim=48, track_dim=32, text_dim=64, text_len=8,
+                   steps=15, size=(128, 128)),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Time and position.
+
+def sinusoid(t, dim):
+    """Numbers (…) to vectors (…, dim): cosines, then sines, of t at dim / 2 frequencies from 1 down to 1 / 10000."""
+    frequency = 10000 ** (-torch.arange(dim // 2, dtype=torch.float64, device=t.device) / (dim // 2))
+    angle = t.double()[..., None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], -1).float()
+
+
+def rope_table(frames, height, width, head_dim, device):
+    """Rotations for a grid of tokens: complex (frames * height * width, head_dim / 2), frame slowest.
+    Of the d = head_dim / 2 pairs, d // 3 turn with the row, as many with the column, the rest with the frame."""
+    spatial = 2 * (head_dim // 6)
+    angles = []
+    for size, dim in (frames, head_dim - 2 * spatial), (height, spatial), (width, spatial):
+        frequency = 10000 ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
+        angles.append(torch.outer(torch.arange(size, dtype=torch.float64, device=device), frequency))
+    f, r, c = angles
+    grid = (frames, height, width, -1)
+    angle = torch.cat([f[:, None, None].expand(grid), r[:, None].expand(grid), c.expand(grid)], -1).flatten(0, 2)
+    return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
+
+
+def apply_rope(x, table):
+    """Rotate neighbouring pairs of channels of (B, L, N, K) by the table (L, K / 2), in float32."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * table[:, None]).flatten(-2).type_as(x)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention with a memory (section 3.2).
+
+class KVCache:
+    """What one layer remembers of a stream: the first `sink` chunks for ever, then the latest `window` chunks
+    (None: all). Keys are kept as they are before RoPE: a chunk's position is its slot, which changes as others leave."""
+
+    def __init__(self, sink, window):
+        self.sink, self.window = sink, window
+        self.chunks = []                        # of (k, v), each (B, L, N, K), oldest first
+
+    def __len__(self):
+        """Tokens held."""
+        return sum(k.shape[1] for k, _ in self.chunks)
+
+    def read(self, k, v):
+        """[cache | new]: what the new chunk attends to, (B, S, N, K) each. Changes nothing."""
+        keys, values = zip(*self.chunks, (k, v))
+        return torch.cat(keys, 1), torch.cat(values, 1)
+
+    def write(self, k, v):
+        """Append a clean chunk, without its graph; the oldest chunk behind the sink falls out of a full cache."""
+        self.chunks.append((k.detach(), v.detach()))
+        if self.window is not None and len(self.chunks) > self.sink + self.window:
+            del self.chunks[self.sink]
+
+
+class RMSNorm(nn.Module):
+    """Over the full width, all heads at once, as in Wan; statistics in float32."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        y = x.float()
+        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+
+
+def attend(q, k, v):
+    """Softmax attention of (B, L, N, K) over (B, S, N, K), heads joined: (B, L, N K)."""
+    y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return y.transpose(1, 2).flatten(2)
+
+
+class SelfAttention(nn.Module):
+    """Attention of the new tokens over [cache | new]. Chunks are causal by the order in which they are written, so
+    there is no mask. cache=None is the bidirectional attention of teacher and critic."""
+
+    def __init__(self, dim, num_heads, eps):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+
+    def forward(self, x, rope, cache=None, write=False):
+        heads = (self.num_heads, -1)
+        q = self.norm_q(self.q(x)).unflatten(2, heads)         # (B, L, N, K)
+        k = self.norm_k(self.k(x)).unflatten(2, heads)
+        v = self.v(x).unflatten(2, heads)
+        keys, values = cache.read(k, v) if cache is not None else (k, v)
+        if write:
+            cache.write(k, v)
+        q, keys = apply_rope(q, rope[-q.shape[1]:]), apply_rope(keys, rope)      # the new tokens are the last ones
+        return self.o(attend(q, keys.type_as(values), values))
+
+
+class CrossAttention(nn.Module):
+    """Attention of the video's tokens to the text and, in weights with an image branch, to the image: two attentions,
+    added before the common output projection. No RoPE."""
+
+    def __init__(self, dim, num_heads, eps, image):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+        if image:
+            self.k_img, self.v_img, self.norm_k_img = nn.Linear(dim, dim), nn.Linear(dim, dim), RMSNorm(dim, eps)
+
+    def forward(self, x, text, image=None):
+        heads = (self.num_heads, -1)
+        q = self.norm_q(self.q(x)).unflatten(2, heads)
+        y = attend(q, self.norm_k(self.k(text)).unflatten(2, heads), self.v(text).unflatten(2, heads))
+        if image is not None:
+            k = self.norm_k_img(self.k_img(image)).unflatten(2, heads)
+            y = y + attend(q, k, self.v_img(image).unflatten(2, heads))
+        return self.o(y)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The transformer's block and its last layer. The residual stream, norms and gates stay in float32.
+
+class Block(nn.Module):
+    """Self-attention and feed-forward, both modulated by sigma frame by frame, with cross-attention between them."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(c.dim, c.eps, elementwise_affine=False)
+        self.self_attn = SelfAttention(c.dim, c.num_heads, c.eps)
+        self.norm3 = nn.LayerNorm(c.dim, c.eps)
+        self.cross_attn = CrossAttention(c.dim, c.num_heads, c.eps, c.clip_dim > 0)
+        self.norm2 = nn.LayerNorm(c.dim, c.eps, elementwise_affine=False)
+        self.ffn = nn.Sequential(nn.Linear(c.dim, c.ffn_dim), nn.GELU("tanh"), nn.Linear(c.ffn_dim, c.dim))
+        self.modulation = nn.Parameter(torch.randn(1, 6, c.dim) / c.dim ** 0.5)
+
+    def forward(self, x, time, rope, text, image=None, cache=None, write=False):
+        """x (B, F, h w, D) float32; time (B, 1 or F, 6, D); text (B, text_len, D); image (B, 257, D)."""
+        dtype = self.ffn[0].weight.dtype
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + time).unsqueeze(2).unbind(3)  # (B, F, 1, D)
+        y = (self.norm1(x) * (1 + scale1) + shift1).to(dtype).flatten(1, 2)
+        x = x + gate1 * self.self_attn(y, rope, cache, write).view_as(x)
+        x = x + self.cross_attn(self.norm3(x).to(dtype).flatten(1, 2), text, image).view_as(x)
+        y = (self.norm2(x) * (1 + scale2) + shift2).to(dtype)
+        return x + gate2 * self.ffn(y)
+
+
+class Head(nn.Module):
+    """Tokens (B, F, h w, D) to patches (B, F, h w, out) of the velocity."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.norm = nn.LayerNorm(c.dim, c.eps, elementwise_affine=False)
+        self.head = nn.Linear(c.dim, math.prod(c.patch_size) * c.out_dim)
+        self.modulation = nn.Parameter(torch.randn(1, 2, c.dim) / c.dim ** 0.5)
+
+    def forward(self, x, time):
+        shift, scale = (self.modulation + time.unsqueeze(2)).unsqueeze(2).unbind(3)     # (B, 1 or F, 1, D) each
+        return self.head(self.norm(x) * (1 + scale) + shift)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tracks (section 3.1).
+
+class TrackHead(nn.Module):
+    """Painted tracks to channels on the latent grid: the new input of MotionStream.
+
+    Every track has an ID, an ID is a sinusoidal vector. It is written at cell (floor(x / stride), floor(y / stride))
+    of every frame in which the track is visible (eq. 1); 4 frames are packed into the channels; a 1x1x1 convolution
+    does the rest. Of several tracks in one cell the lowest ID is written: a rule that knows no order, and no blend
+    that is nobody's vector. A track outside the picture is hidden. Hidden and "not specified" are both zeros."""
+
+    def __init__(self, id_dim=64, out_channels=16, stride=8):
+        super().__init__()
+        self.id_dim, self.stride = id_dim, stride
+        self.conv = nn.Conv3d(4 * id_dim, out_channels, 1, bias=False)      # a bias would fill the empty cells
+
+    def forward(self, tracks, visible, ids, height, width):
+        """tracks (B, T, N, 2) x, y in pixels; visible (B, T, N); ids (B, N); the size of the picture in pixels, to
+        (B, out_channels, F, h, w). T % 4 == 1 starts a clip, T % 4 == 0 continues one: chunks joined equal the whole."""
+        B, T, N, _ = tracks.shape
+        assert T % 4 < 2, f"{T} frames: a clip starts with 1 + 4 k, and goes on with 4 k"
+        h, w = height // self.stride, width // self.stride
+        inside = visible & (tracks >= 0).all(-1) & (tracks[..., 0] < width) & (tracks[..., 1] < height)
+        x, y = (tracks / self.stride).nan_to_num(0).long().unbind(-1)
+        cell = torch.where(inside, y * w + x, h * w)                        # hidden ones go to a cell of their own
+        rank = ids.argsort(1).argsort(1)[:, None].expand(-1, T, -1)
+        owner = rank.new_full((B, T, h * w + 1), N).scatter_reduce(2, cell, rank, "amin")[..., :-1]
+        vectors = F.pad(sinusoid(ids.sort(1).values, self.id_dim), (0, 0, 0, 1))             # rank N: zeros
+        volume = vectors.gather(1, owner.reshape(B, -1, 1).expand(-1, -1, self.id_dim)).view(B, T, h, w, -1)
+        volume = F.pad(volume, (0, 0) * 3 + (-T % 4, 0))                    # three empty frames before frame 0
+        volume = volume.unflatten(1, (-1, 4)).permute(0, 2, 5, 1, 3, 4).flatten(1, 2)        # (B, 4 id_dim, F, h, w)
+        return self.conv(volume.to(self.conv.weight.dtype))
+
+
+def track_ids(tracks, visible, config, generator=None):
+    """IDs (B, N) for tracks (B, T, N, 2), as config.tracks says: "random", the paper's, distinct numbers; or "start",
+    the cell of a 32 x 32 grid in which the track is first seen, so that near tracks have similar vectors."""
+    B, T, N, _ = tracks.shape
+    if config.tracks == "random":
+        ids = [torch.randperm(100_000, generator=generator)[:N] for _ in range(B)]
+        return torch.stack(ids).to(tracks.device)
+    first = visible.int().argmax(1)[:, None, :, None].expand(-1, 1, -1, 2)
+    start = tracks.gather(1, first)[:, 0] / torch.tensor(config.size[::-1], device=tracks.device)        # (B, N, 2)
+    column, row = (start.nan_to_num(0) * 32).long().clamp(0, 31).unbind(-1)
+    return row * 32 + column
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model.
+
+class MotionStream(nn.Module):
+    """Wan's DiT with a track head. Parameters are named as in the public Wan checkpoints; new ones are track_head.*."""
+
+    FLOAT32 = ("time_embedding", "time_projection", "modulation", "norm3", "head.")  # whatever dtype the rest has
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        self.patch_embedding = nn.Conv3d(c.in_dim, c.dim, c.patch_size, c.patch_size)
+        self.text_embedding = nn.Sequential(nn.Linear(c.text_dim, c.dim), nn.GELU("tanh"), nn.Linear(c.dim, c.dim))
+        self.time_embedding = nn.Sequential(nn.Linear(c.freq_dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 6 * c.dim))
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
+        self.head = Head(c)
+        if c.clip_dim:
+            layers = [nn.LayerNorm(c.clip_dim), nn.Linear(c.clip_dim, c.clip_dim), nn.GELU(),
+                      nn.Linear(c.clip_dim, c.dim), nn.LayerNorm(c.dim)]
+            self.img_emb = nn.ModuleDict({"proj": nn.Sequential(*layers)})
+        if c.track_dim:
+            self.track_head = TrackHead(out_channels=c.track_dim, stride=c.stride)
+        self.init_weights()
+
+    def init_weights(self):
+        """As Wan's: the fresh model returns zeros."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for layer in (self.text_embedding[0], self.text_embedding[2], self.time_embedding[0], self.time_embedding[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
+        nn.init.zeros_(self.head.head.weight)
+
+    def new_caches(self):
+        """One KVCache per layer, empty."""
+        return [KVCache(self.config.sink, self.config.window) for _ in self.blocks]
+
+    def forward(self, x, sigma, text, *, tracks=None, image=None, clip=None, caches=None, write=False):
+        """Velocity (B, out_dim, F, h, w) float32 of the noised latents x at sigma (B,) or (B, F).
+
+        text (B, L, text_dim), None = null text; tracks (B, track_dim, F, h, w) from track_head, None = all hidden;
+        image: the image's channels, None = zeros; clip (B, 257, clip_dim). caches=None: bidirectional; else attends
+        to what the caches hold, then to itself; only write=True changes them."""
+        c = self.config
+        x = torch.cat([x, *self.extra_channels(x, tracks, image)], 1).to(self.patch_embedding.weight.dtype)
+        x = self.patch_embedding(x)                                        # (B, D, F, h / 2, w / 2)
+        frames, h, w = x.shape[2:]
+        x = x.flatten(3).permute(0, 2, 3, 1).float()                       # (B, F, h w / 4, D)
+        held = len(caches[0]) // (h * w) if caches is not None else 0      # frames in the cache
+        rope = rope_table(held + frames, h, w, c.dim // c.num_heads, x.device)
+
+        with torch.autocast(x.device.type, enabled=False):                 # time is precise to the last bit that counts
+            time = self.time_embedding(sinusoid(1000 * sigma.reshape(len(x), -1), c.freq_dim))       # (B, 1 or F, D)
+            modulation = self.time_projection(time).unflatten(-1, (6, -1))                           # (B, 1 or F, 6, D)
+        text = self.embed_text(text, len(x))
+        if clip is not None:
+            clip = self.img_emb["proj"](clip.to(text.dtype))
+        for block, cache in zip(self.blocks, caches or [None] * c.num_layers):
+            x = block(x, modulation, rope, text, clip, cache, write)
+        with torch.autocast(x.device.type, enabled=False):
+            x = self.head(x, time)                                         # (B, F, h w / 4, 4 out_dim)
+        p, q = c.patch_size[1:]
+        x = x.view(len(x), frames, h, w, p, q, c.out_dim)
+        return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)  # (B, out_dim, F, h p, w q)
+
+    def extra_channels(self, x, tracks, image):
+        """What the patch embedding sees beside the noisy latents: tracks, then image; zeros for what is not given."""
+        c = self.config
+        for value, channels in (tracks, c.track_dim), (image, c.in_dim - c.out_dim - c.track_dim):
+            shape = (x.shape[0], channels, *x.shape[2:])
+            assert value is None or value.shape == shape, f"condition {tuple(value.shape)}, expected {shape}"
+            yield x.new_zeros(shape) if value is None else value.to(x.dtype)
+
+    def embed_text(self, text, batch):
+        """(B, L, text_dim) or None to (B, text_len, D): padded with zero rows before the embedding, as in Wan."""
+        c, weight = self.config, self.text_embedding[0].weight
+        if text is None:
+            text = weight.new_zeros(batch, 0, c.text_dim)
+        assert text.shape[1] <= c.text_len, f"text of {text.shape[1]} rows, at most {c.text_len}"
+        return self.text_embedding(F.pad(text.to(weight.dtype), (0, 0, 0, c.text_len - text.shape[1])))
+
+    @classmethod
+    def from_pretrained(cls, path, *, dtype=None, device="cpu", **overrides):
+        """Weights from a file or a folder; see load_pretrained below."""
+        return load_pretrained(cls, path, dtype, device, overrides)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sampling: the teacher's, a whole clip at once, and the student's, chunk by chunk.
+
+def guided_velocity(model, x_t, sigma, conditions, w_text, w_motion):
+    """Velocity under joint guidance: with everything, without text, without tracks, in one batch of three."""
+    if w_text == w_motion == 0:
+        return model(x_t, sigma, **conditions)
+    B, text, tracks = len(x_t), conditions.get("text"), conditions.get("tracks")
+    batch = {k: v.repeat(3, *[1] * (v.ndim - 1)) for k, v in conditions.items() if v is not None}
+    if text is not None:
+        batch["text"][B:2 * B] = 0
+    if tracks is not None:
+        batch["tracks"][2 * B:] = 0
+    batch.setdefault("text", None)
+    velocity = model(x_t.repeat(3, 1, 1, 1, 1), sigma.repeat(3, *[1] * (sigma.ndim - 1)), **batch)
+    return joint_guidance(*velocity.chunk(3), w_text, w_motion)
+
+
+def euler(model, noise, conditions, first=None, sigmas=None, w_text=3.0, w_motion=1.5):
+    """The bidirectional teacher: noise (B, C, F, h, w) to clean latents by Euler steps under joint guidance. Yields
+    (x_t, sigma) at each level and (x0, 0.0) at last: the ODE trajectory that causal initialisation learns from."""
+    sigmas = sigmas or schedule(model.config.steps, model.config.shift)
+    x = noise
+    for sigma, following in zip(sigmas, (*sigmas[1:], 0.0)):
+        x, level = with_first(x, x.new_full((len(x),), sigma, dtype=torch.float64), first)
+        yield x, sigma
+        x = x + (following - sigma) * guided_velocity(model, x, level, conditions, w_text, w_motion)
+    yield with_first(x, level, first)[0], 0.0
+
+
+def by_chunk(conditions, chunk):
+    """A clip's conditions, chunk by chunk: what has a frame axis is cut, the rest is repeated."""
+    for start in itertools.count(0, chunk):
+        yield {name: value[:, :, start:start + chunk] if value is not None and value.ndim == 5 else value
+               for name, value in conditions.items()}
+
+
+def rollout(model, noise, conditions, first=None, sigmas=None, exit_step=None, grad=False, generator=None):
+    """The student: clean latents (B, C, chunk, h, w), chunk by chunk, each made from the cache of those before.
+
+    noise: (B, C, F, h, w), or an iterator of chunks, which may be endless. conditions: the model's keyword arguments
+    (text, tracks, image, clip) for the clip, or an iterator of such dicts, asked for the next just before that chunk is
+    made, so that control can change while it streams. first: the image's latent (B, C, 1, h, w), see with_first.
+    Training stops each chunk at step `exit_step` and keeps the graph of that step only (grad=True); sampling runs
+    all of `sigmas` (default config.sigmas). Fresh noise between the steps is drawn from `generator`."""
+    sigmas = sigmas or model.config.sigmas
+    last = len(sigmas) - 1 if exit_step is None else exit_step
+    caches = model.new_caches()
+    noise = noise.split(model.config.chunk, 2) if torch.is_tensor(noise) else noise
+    conditions = by_chunk(conditions, model.config.chunk) if isinstance(conditions, dict) else conditions
+    for x, condition in zip(noise, conditions):
+        for i, sigma in enumerate(sigmas[:last + 1]):
+            with torch.set_grad_enabled(grad and i == last):
+                x, level = with_first(x, x.new_full((len(x),), sigma, dtype=torch.float64), first)
+                x0 = to_x0(x, model(x, level, caches=caches, **condition), level)
+            if i < last:
+                fresh = torch.randn(x.shape, generator=generator, device=generator.device if generator else x.device)
+                x = add_noise(x0, fresh.to(x), x.new_full((len(x),), sigmas[i + 1], dtype=torch.float64))
+        with torch.no_grad():                                             # the clean pass is the only one that writes
+            model(x0.detach(), torch.zeros_like(level), caches=caches, write=True, **condition)
+        yield x0
+        first = None                                                      # the image is in the cache now
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Text and weights. Nothing below is part of the method.
+
+def embed_words(text, config):
+    """A prompt for the tiny model, (1, L, text_dim): each word is random numbers seeded by its own letters, the same in
+    every process. At most text_len words; their order is not seen. None: the null text."""
+    if text is None:
+        return None
+    words = re.findall(r"\w+", text.lower())[:config.text_len]
+    rows = [torch.randn(config.text_dim, generator=torch.Generator().manual_seed(zlib.crc32(w.encode()))) for w in words]
+    return torch.stack(rows)[None] if rows else torch.zeros(1, 0, config.text_dim)
+
+
+def load_pretrained(cls, path, dtype, device, overrides):
+    """A .safetensors file of this project, config in its metadata, to a model in eval mode. dtype=None keeps the
+    file's; what FLOAT32 names stays float32. Raises ValueError, one line naming the file, if it does not fit."""
+    from vae import read_tensors
+    tensors, metadata = read_tensors(path)
+    if "config" not in metadata or metadata.get("format") != "motionstream":
+        raise ValueError(f"{path}: no config of this project in the file's metadata, is it a DiT written by it?")
+    saved = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(metadata["config"]).items()}
+    unknown = saved.keys() - {f.name for f in fields(Config)}
+    if unknown:
+        raise ValueError(f"{path}: its config has unknown fields {', '.join(sorted(unknown))}; written by a newer version?")
+    with torch.device("meta"):
+        model = cls(replace(Config(**saved), **overrides))
+    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        raise ValueError(f"{path}: {len(wrong)} tensors are missing, extra or of another shape: {', '.join(wrong[:5])}")
+    model.load_state_dict({name: t.to(device, dtype) for name, t in tensors.items()}, assign=True)
+    for name, p in model.named_parameters():
+        if any(part in name for part in cls.FLOAT32):
+            p.data = p.data.float()
+    return model.eval().requires_grad_(False)
+
+
+def metadata(config):
+    """What a weights file says of itself."""
+    return {"format": "motionstream", "config": json.dumps(asdict(config))}

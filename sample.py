@@ -1,0 +1,638 @@
+"""One image and some tracks in, a video out, written while it is generated.
+
+    python sample.py --image assets/discs.png --tracks assets/discs.npz --overlay
+
+Tracks are an .npz file with `tracks` (T, N, 2), x to the right and y down, in pixels of the image as it is seen (after
+its EXIF rotation), and if wanted
+    visibility (T, N)   0 or 1, or probabilities; hidden and "not specified" are the same
+    width, height       of the picture that the pixels belong to, if it is not the image itself
+    ids (N,)            which vector each track has (see track_ids); fps: only compared with the model's
+or an .npy file with the tracks alone, where NaN is hidden.
+
+What a user can put right ends in one line on stderr and exit code 2, before the model loads where it can be known.
+Shapes are those of motionstream.py.
+"""
+
+import argparse
+import colorsys
+import itertools
+import math
+import os
+import signal
+import sys
+import time
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads would take the cores from the video encoder
+
+import imageio.v2 as imageio
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+from tqdm import tqdm
+
+from motionstream import MotionStream, embed_words, euler, rollout, schedule, track_ids
+from vae import TinyVAE
+
+ASSETS = Path(__file__).resolve().parent / "assets"
+LIMIT = 2 ** 30     # bytes of one array, and of an npz file unpacked
+MOST_TRACKS = 20_000
+MOST_FRAMES = 1_000_000
+SHORTEST_SIDE = 256  # pixels of the written video; smaller ones are enlarged
+TRAIL = 12          # frames that a track's trail lasts in --overlay
+SHEET_FRAMES = 5    # of the video, beside the input, in --sheet
+
+
+class UserError(Exception):
+    """What the user can put right: one line that says what was found and what to do."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The sampling itself. Copy this part to stream video in your own program.
+
+class Motion(NamedTuple):
+    """What shall move where, in pixels of the generated video, frame by frame; T is the length of the video."""
+    tracks: torch.Tensor    # (B, T, N, 2) float32
+    visible: torch.Tensor   # (B, T, N) bool
+    ids: torch.Tensor       # (B, N) int64
+
+
+def conditions(model, motion, text):
+    """The model's keyword arguments chunk by chunk, made when asked for: the first chunk has 4 chunk - 3 frames, the
+    others 4 chunk. Nothing is specified where the last chunk reaches beyond the video."""
+    frames, chunk = motion.tracks.shape[1], 4 * model.config.chunk
+    for start in range(-3, frames, chunk):
+        span = slice(max(start, 0), start + chunk)
+        tracks, visible = motion.tracks[:, span], motion.visible[:, span]
+        beyond = max(start + chunk - frames, 0)
+        tracks, visible = F.pad(tracks, (0, 0, 0, 0, 0, beyond)), F.pad(visible, (0, 0, 0, beyond))
+        yield {"text": text, "tracks": model.track_head(tracks, visible, motion.ids, *model.config.size)}
+
+
+@torch.inference_mode()
+def stream(model, first, motion, text=None, seed=0, sigmas=None):
+    """The student: clean latents (B, C, chunk, h, w), one chunk after the other, at constant memory.
+    first (B, C, 1, h, w): the image's latent. sigmas=None: the model's own noise levels."""
+    generator = torch.Generator().manual_seed(seed)     # on the CPU: the same noise whatever the device
+    shape = (*first.shape[:2], model.config.chunk, *first.shape[3:])
+    noise = (torch.randn(shape, generator=generator).to(first) for _ in itertools.count())
+    yield from rollout(model, noise, conditions(model, motion, text), first, sigmas, generator=generator)
+
+
+@torch.inference_mode()
+def sample_teacher(model, first, motion, text=None, seed=0, sigmas=None, **guidance):
+    """The teacher: the whole clip at once, then handed out in chunks as `stream` does.
+    guidance: w_text and w_motion, default those of `euler`."""
+    pieces = [condition["tracks"] for condition in conditions(model, motion, text)]
+    frames = model.config.chunk * len(pieces)
+    shape = (*first.shape[:2], frames, *first.shape[3:])
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(first)
+    steps = euler(model, noise, {"text": text, "tracks": torch.cat(pieces, 2)}, first, sigmas, **guidance)
+    for x0, _ in steps:
+        pass                                            # the last of the trajectory is clean
+    yield from x0.split(model.config.chunk, 2)
+
+
+@torch.inference_mode()
+def decode_frames(vae, latents):
+    """Latents of one video, an iterable of (1, C, f, h, w), to its frames, uint8 (H, W, 3), one by one."""
+    state = None
+    for chunk in latents:
+        video, state = vae.decode(chunk, state)         # (1, 3, f, H, W) in [-1, 1]
+        frames = ((video[0] + 1) * 127.5).round().byte()
+        yield from frames.permute(1, 2, 3, 0).cpu().numpy()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading the image.
+
+def load_image(path):
+    """A picture file to an RGB image of 8 bits: turned as its EXIF says, transparent parts over white."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        image = Image.open(path)
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):                  # 16 bits, which convert() would clip instead of scale
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except Exception:                                   # Pillow's decoders raise a dozen kinds for damaged files
+        raise UserError(f"{path}: damaged, or not an image that Pillow can read") from None
+
+
+def crop(width, height, size):
+    """Which part of a picture of width x height is scaled to `size` (height, width): (scale, left, top), left and top
+    in pixels of the picture. The part covers `size` and is centred."""
+    scale = max(size[0] / height, size[1] / width)
+    return scale, max((width - size[1] / scale) / 2, 0), max((height - size[0] / scale) / 2, 0)
+
+
+def fit_image(image, size):
+    """An RGB image to (1, 3, H, W) in [-1, 1], (H, W) = size."""
+    _, left, top = crop(*image.size, size)
+    box = (left, top, image.width - left, image.height - top)
+    pixels = np.array(image.resize(size[::-1], Image.Resampling.LANCZOS, box))
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading tracks. Names decide; shapes and numbers only refuse; nothing is transposed, scaled or swapped on a guess.
+
+def load_tracks(path, size):
+    """A tracks file for an image of `size` (width, height), to (arrays, fps): tracks (T, N, 2) float32 in pixels of
+    that image, 0 where hidden, visible (T, N) bool, ids (N,) int64 or None; fps or None if the file does not say."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        arrays = read_arrays(path)
+        tracks, visibility = arrays["tracks"], arrays.get("visibility")
+        check_layout(tracks, visibility)
+        tracks = tracks.astype(np.float32)
+        visible = read_visibility(tracks, visibility)
+        tracks = np.where(visible[..., None], tracks, 0)
+        own_size = np.array([scalar(arrays, "width") or size[0], scalar(arrays, "height") or size[1]])
+        check_units(tracks, visible, own_size)
+        tracks = tracks * (np.array(size) / own_size).astype(np.float32)
+        return tracks, visible, read_ids(arrays.get("ids"), tracks.shape[1]), scalar(arrays, "fps")
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from None
+
+
+def read_arrays(path):
+    """The arrays of an .npz or .npy file by name, told apart by content. Everything that can be wrong with the bytes
+    becomes a UserError."""
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(4)
+            file.seek(0)
+            if magic == b"\x93NUM":
+                return {"tracks": read_npy(file, path.stat().st_size, "tracks")}
+            if magic != b"PK\x03\x04":
+                raise UserError("neither .npz nor .npy; write it with numpy.savez(path, tracks=tracks)")
+            with zipfile.ZipFile(file) as archive:
+                return read_npz(archive)
+    except UserError:
+        raise
+    except OSError as e:
+        raise UserError(f"cannot be read ({e.strerror or 'damaged'})") from None
+    except Exception:           # damaged headers and zip files raise eight kinds, and numpy's texts advise unpickling
+        raise UserError("damaged; write it again with numpy.savez(path, tracks=tracks)") from None
+
+
+def read_npz(archive):
+    """Those arrays of an open npz file that we know, by name."""
+    known = ("tracks", "visibility", "width", "height", "fps", "ids")
+    entries = {name: entry for entry in archive.infolist() for name in known if entry.filename == f"{name}.npy"}
+    if "tracks" not in entries:
+        names = ", ".join(entry.filename.removesuffix(".npy")[:40] for entry in archive.infolist()[:8])
+        raise UserError(f"has no array named tracks, only: {names}")
+    size = sum(entry.file_size for entry in entries.values())
+    if size > LIMIT:
+        raise UserError(f"unpacks to {size / 2 ** 30:.1f} GiB, at most {LIMIT / 2 ** 30:.0f}")
+    arrays = {}
+    for name, entry in entries.items():
+        with archive.open(entry) as file:
+            arrays[name] = read_npy(file, entry.file_size, name)
+    return arrays
+
+
+def read_npy(file, size, name):
+    """One array from an npy stream of `size` bytes. What it declares is compared with what is there before anything is
+    allocated, and only plain numbers are read, so nothing is ever unpickled."""
+    version = np.lib.format.read_magic(file)
+    headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    shape, fortran, dtype = headers[version](file)
+    if dtype.kind not in "biuf" or dtype.itemsize > 8:
+        raise UserError(f"{name} holds {dtype.name} values, not plain numbers; save it as float32")
+    declared, rest = math.prod(shape) * dtype.itemsize, size - file.tell()
+    if declared > min(rest, LIMIT):
+        raise UserError(f"{name} declares shape {shape}, {declared} bytes, but the file holds {rest} (the limit is "
+                        f"{LIMIT}): damaged or truncated")
+    return np.frombuffer(file.read(declared), dtype).reshape(shape, order="F" if fortran else "C")
+
+
+def scalar(arrays, name):
+    """A positive number from the file, None if it is not there."""
+    if name not in arrays:
+        return None
+    if arrays[name].size != 1 or not 0 < arrays[name].item() < math.inf:
+        raise UserError(f"{name} must be one positive number, it is {np.array2string(arrays[name], threshold=4)}")
+    return float(arrays[name].item())
+
+
+def check_layout(tracks, visibility):
+    """Refuse what is not (T, N, 2). Without visibility, whose shape would settle it, look for a swap of T and N."""
+    shape = tracks.shape
+    if tracks.dtype.kind == "b":
+        raise UserError("tracks are bool values; they must be pixel positions, float32")
+    if tracks.ndim != 3 or shape[2] != 2:
+        raise UserError(f"tracks have shape {shape}, expected (T, N, 2): frames, tracks, x and y")
+    if 0 in shape:
+        raise UserError(f"tracks have shape {shape}: no {'frames' if shape[0] == 0 else 'tracks'}; leave --tracks out "
+                        "for a video without control")
+    if visibility is not None and visibility.shape != shape[:2]:
+        raise UserError(f"visibility has shape {visibility.shape}, expected {shape[:2]}, as tracks are {shape}")
+    swapped = shape[0] < 5 <= shape[1]
+    if visibility is None and not swapped and min(shape[:2]) >= 3:
+        # one point moves smoothly in time, neighbours in a list may be far apart; the other way round if swapped
+        in_time, in_list = (np.nanmedian(abs(np.diff(tracks.astype(np.float32), axis=axis))) for axis in (0, 1))
+        swapped = in_time > max(1, 10 * in_list)
+    if visibility is None and swapped:
+        raise UserError(f"tracks have shape {shape} and look like (N, T, 2): save tracks.transpose(1, 0, 2), or, if "
+                        "they are right, add visibility (T, N) to an .npz file")
+    if shape[1] > MOST_TRACKS or shape[0] > MOST_FRAMES:
+        raise UserError(f"tracks have shape {shape}, at most {MOST_FRAMES} frames and {MOST_TRACKS} tracks; thin them out")
+
+
+def read_visibility(tracks, visibility):
+    """visible (T, N) bool of tracks (T, N, 2): as the file says, else wherever the position is not NaN."""
+    if visibility is None:
+        visible = ~np.isnan(tracks).any(-1)
+    else:
+        if not ((visibility >= 0) & (visibility <= 1)).all():
+            raise UserError("visibility must be 0 or 1, or probabilities in between; are these logits? Save visibility > 0")
+        visible = visibility > 0.5
+        if not np.isin(visibility, (0, 1)).all():
+            print("note: visibility is read as probabilities, visible is > 0.5")
+    wrong = np.argwhere(visible & ~(abs(tracks) < 1e6).all(-1))
+    if len(wrong):
+        raise UserError(f"{len(wrong)} visible points are NaN, infinite or beyond a million pixels, the first is frame "
+                        f"{wrong[0][0]} of track {wrong[0][1]}; set their visibility to 0")
+    return visible
+
+
+def check_units(tracks, visible, size):
+    """Refuse positions that cannot be pixels of a picture of `size` (width, height)."""
+    points, start = tracks[visible], tracks[0][visible[0]]      # (n, 2)
+    if len(points) and abs(points).max() <= 1:
+        raise UserError("all positions lie in [-1, 1], but pixels are expected: multiply by the image's width and height")
+    outside = ((start < 0) | (start > size)).any(1)
+    if outside.mean() > 0.5 if len(start) else False:
+        inside_swapped = ((start >= 0) & (start <= size[::-1])).all(1)
+        hint = ("is the order y, x? Save tracks[..., ::-1]" if inside_swapped.mean() > 0.5 else
+                "are they for a picture of another size? Add its width and height to an .npz file")
+        raise UserError(f"{outside.sum()} of {len(start)} points of frame 0 lie outside the image of {size[0]:.0f}x"
+                        f"{size[1]:.0f} pixels: {hint}")
+
+
+def read_ids(ids, count):
+    """ids (N,) int64, None if the file has none."""
+    if ids is None:
+        return None
+    if ids.dtype.kind not in "iu" or ids.shape != (count,) or ids.min() < 0:
+        raise UserError(f"ids are {ids.dtype} of shape {ids.shape}, expected one whole number >= 0 for each of {count} tracks")
+    return ids.astype(np.int64)
+
+
+def fit_tracks(arrays, image_size, frames, config, seed):
+    """Tracks on the image (width, height) to Motion in the model's video of `frames` frames: moved and scaled as the
+    image is, hidden where cropped away, not specified beyond their end."""
+    tracks, visible, ids = arrays
+    scale, left, top = crop(*image_size, config.size)
+    tracks = torch.from_numpy((tracks[:frames] - np.float32((left, top))) * np.float32(scale))[None]
+    visible = torch.from_numpy(visible[:frames])[None]
+    inside = ((tracks >= 0) & (tracks < torch.tensor(config.size[::-1]))).all(-1)
+    if (visible & ~inside).any():
+        share = (visible & ~inside).sum() / visible.sum()
+        print(f"note: {share:.1%} of the tracks' points lie outside the video's {config.size[1]}x{config.size[0]} pixels and are hidden")
+    visible = visible & inside
+    if ids is None:
+        ids = track_ids(tracks, visible, config, torch.Generator().manual_seed(seed))
+    else:
+        ids = torch.from_numpy(ids)[None]
+    beyond = frames - tracks.shape[1]
+    if beyond:
+        print(f"note: the tracks end after {tracks.shape[1]} frames, the last {beyond} are not specified")
+    return Motion(F.pad(tracks, (0, 0, 0, 0, 0, beyond)), F.pad(visible, (0, 0, 0, beyond)), ids)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing the video, and pictures of it.
+
+class Video:
+    """`with Video(path, fps) as video`: frames go to a temporary file beside `path`, which takes its place when the
+    block ends and all frames can be read back. If the block ends in an exception, nothing is left behind."""
+
+    def __init__(self, path, fps):
+        self.path, self.count = path, 0
+        self.part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+        options = {"duration": 1000 / fps, "loop": 0} if path.suffix == ".gif" else {
+            "fps": fps, "codec": "libx264", "quality": 7, "macro_block_size": 2,
+            "output_params": ["-preset", "veryfast", "-movflags", "+faststart"]}
+        try:
+            self.writer = imageio.get_writer(self.part, **options)
+        except OSError as e:
+            raise UserError(f"{path}: cannot be written ({e.strerror or 'no such folder?'})") from None
+        except (ImportError, ValueError):
+            raise UserError(f"{path}: imageio cannot write {path.suffix} files here: pip install 'imageio[ffmpeg]', or "
+                            "use --out out.gif") from None
+
+    def append(self, frame):
+        """One frame, uint8 (H, W, 3)."""
+        try:
+            self.writer.append_data(frame)
+        except OSError:                                 # ffmpeg has gone; its reason was not kept
+            raise UserError(f"{self.path}: writing stopped after {self.count} frames; is the disk full?") from None
+        self.count += 1
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        try:
+            self.writer.close()
+            if kind is None:
+                self.check()
+                os.replace(self.part, self.path)
+        except OSError as e:
+            raise UserError(f"{self.path}: cannot be written ({e.strerror or e})") from None
+        finally:
+            self.part.unlink(missing_ok=True)
+
+    def check(self):
+        """Count the frames back: a failed encoding is silent. A GIF merges equal frames, so there any number will do."""
+        try:
+            if self.path.suffix == ".gif":
+                with Image.open(self.part) as gif:
+                    readable = self.count if gif.n_frames else 0
+            else:
+                import imageio_ffmpeg                   # comes with imageio[ffmpeg], which GIFs do without
+                readable, _ = imageio_ffmpeg.count_frames_and_secs(self.part)
+        except (OSError, RuntimeError):
+            readable = 0
+        if readable != self.count:
+            raise UserError(f"{self.path}: {readable} of {self.count} frames could be read back; is the disk full, or the "
+                            "folder not writable?")
+
+
+def check_output(path, suffixes, inputs):
+    """Refuse a path for output that cannot be right."""
+    if path.suffix not in suffixes:
+        raise UserError(f"{path}: the name must end in {' or '.join(suffixes)}")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path}: the folder {path.parent} is not writable")
+    if path.resolve() in [other.resolve() for other in inputs]:
+        raise UserError(f"{path}: would replace an input file")
+
+
+def try_writing(path, fps):
+    """Write a one-frame video beside `path` and remove it, to know before the work whether it can be written."""
+    probe = path.with_name(f".{path.stem}.{os.getpid()}.probe{path.suffix}")
+    try:
+        with Video(probe, fps) as video:
+            video.append(np.zeros((SHORTEST_SIDE, SHORTEST_SIDE, 3), np.uint8))
+    except UserError as e:
+        raise UserError(str(e).replace(str(probe), str(path))) from None
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def enlarge(frame, factor):
+    """(H, W, 3) to (factor H, factor W, 3), nearest neighbour."""
+    return frame.repeat(factor, 0).repeat(factor, 1)
+
+
+def draw_tracks(frame, tracks, visible, factor):
+    """The frame (H, W, 3) with tracks (t, N, 2), given in pixels before it was enlarged by `factor`: trails that widen
+    towards the last of the t frames, and a dot there; edged in black, to be seen on any colour."""
+    picture = Image.fromarray(frame)
+    pen, unit = ImageDraw.Draw(picture), min(picture.size) / 128
+    steps, count = visible.shape
+    colours = [tuple(round(255 * c) for c in colorsys.hsv_to_rgb(n / count, 0.9, 1)) for n in range(count)]
+    points = tracks * factor
+    segments = np.argwhere(visible[:-1] & visible[1:])
+    for edge in (2, 0):
+        for t, n in segments:
+            width = round(unit * (0.5 + (t + 1) / steps)) + edge
+            pen.line([*points[t, n], *points[t + 1, n]], "black" if edge else colours[n], width)
+    r = 2 * unit
+    for n in np.flatnonzero(visible[-1]):
+        x, y = points[-1, n]
+        pen.ellipse([x - r, y - r, x + r, y + r], colours[n], "black")
+    return np.array(picture)
+
+
+def save_sheet(path, tiles):
+    """Frames of one size (H, W, 3) side by side in one PNG."""
+    height, width, _ = tiles[0].shape
+    gap = width // 32
+    sheet = Image.new("RGB", (len(tiles) * (width + gap) - gap, height), "white")
+    for i, tile in enumerate(tiles):
+        sheet.paste(Image.fromarray(tile), (i * (width + gap), 0))
+    part = path.with_name(f".{path.stem}.{os.getpid()}.png")
+    try:
+        sheet.save(part)
+        os.replace(part, path)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e.strerror})") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The program.
+
+class Parser(argparse.ArgumentParser):
+    """Its errors are one line, like all others."""
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def number(kind, least, most):
+    """A flag's type: an int or float from `least` to `most`."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number from {least} to {most}")
+        return value
+    return parse
+
+
+def window(text):
+    """--window: None for "full"."""
+    return None if text == "full" else number(int, 0, 10 ** 6)(text)
+
+
+def parse_flags(argv):
+    """The command line. Flags with argparse.SUPPRESS are only there if given; the model's own value holds otherwise."""
+    parser = Parser(description="One image and some tracks in, a video out.", allow_abbrev=False)
+    add = parser.add_argument_group("in and out").add_argument
+    add("--image", type=Path, required=True, metavar="FILE", help="first frame, any picture file")
+    add("--tracks", type=Path, metavar="FILE", help=".npz or .npy, see the top of sample.py; default: nothing is specified")
+    add("--prompt", metavar="TEXT", help="what the image and the tracks do not say; default: no text")
+    add("--out", type=Path, default=Path("out.mp4"), metavar="FILE", help=".mp4 or .gif (default: %(default)s)")
+    add("--frames", type=number(int, 1, MOST_FRAMES), metavar="N", help="length; default: as many as the tracks, else 81")
+    add("--fps", type=number(float, 0.1, 1000), metavar="F", help="frames per second of the file; default: the model's")
+    add("--overlay", action="store_true", help="draw the tracks on the video")
+    add("--sheet", type=Path, metavar="FILE", help="also write a .png with the input, its tracks, and some frames")
+    add = parser.add_argument_group("model").add_argument
+    add("--weights", type=Path, metavar="FILE", help="default: the tiny model in assets/")
+    add("--vae", type=Path, default=ASSETS / "tiny_vae.safetensors", metavar="FILE", help="default: the one in assets/")
+    add("--device", default="auto", help="cpu, cuda, …; default: cuda if there is one")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the model; default: float32 on the CPU, else bfloat16")
+    add = parser.add_argument_group("sampling").add_argument
+    add("--sampler", default="stream", choices=("stream", "teacher"), help="default: %(default)s")
+    add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, metavar="N", help="of all noise (default: %(default)s)")
+    add("--steps", type=number(int, 1, 1000), metavar="N", help="noise levels per chunk; default: the model's")
+    add = parser.add_argument_group("only --sampler stream; defaults are the model's").add_argument
+    given = {"default": argparse.SUPPRESS, "metavar": "N"}
+    add("--chunk", type=number(int, 1, 1000), help="latent frames generated together", **given)
+    add("--sink", type=number(int, 0, 10 ** 6), help="chunks from the start that are remembered for ever", **given)
+    add("--window", type=window, help="latest chunks that are remembered, or full for all", **given)
+    add = parser.add_argument_group("only --sampler teacher; v = guidance as in eq. 2, both 0: none").add_argument
+    given = {"default": argparse.SUPPRESS, "metavar": "W", "type": number(float, 0, 100)}
+    add("--w-text", help="weight of the text", **given)
+    add("--w-motion", help="weight of the tracks", **given)
+    args = parser.parse_args(argv)
+    for name in ("w_text", "w_motion") if args.sampler == "stream" else ("chunk", "sink", "window"):
+        if name in args:
+            other = "teacher" if args.sampler == "stream" else "stream"
+            raise UserError(f"--{name.replace('_', '-')} belongs to --sampler {other}")
+    return args
+
+
+def load_models(args):
+    """The DiT and the VAE that the flags name, on their device."""
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.zeros(1, device=device).device
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {args.device}: not available here") from None
+    auto = "float32" if device.type == "cpu" else "bfloat16"
+    dtype = getattr(torch, auto if args.dtype == "auto" else args.dtype)
+    weights = args.weights or ASSETS / ("tiny.safetensors" if args.sampler == "stream" else "tiny_teacher.safetensors")
+    overrides = {name: getattr(args, name) for name in ("chunk", "sink", "window") if name in args}
+    try:
+        model = MotionStream.from_pretrained(weights, dtype=dtype, device=device, **overrides)
+        vae = TinyVAE.from_pretrained(args.vae).to(device)
+    except ValueError as e:
+        raise UserError(str(e).splitlines()[0]) from None
+    c = model.config
+    if c.causal != (args.sampler == "stream"):
+        raise UserError(f"{weights}: holds a {'student' if c.causal else 'teacher'}, use --sampler "
+                        f"{'stream' if c.causal else 'teacher'}")
+    if (vae.config.latent_channels, vae.stride) != (c.out_dim, c.stride):
+        raise UserError(f"{args.vae}: latents have {vae.config.latent_channels} channels and stride {vae.stride}, "
+                        f"those of {weights} have {c.out_dim} and {c.stride}; is this its VAE?")
+    memory = f"c{c.chunk}s{c.sink}w{'full' if c.window is None else c.window}" if c.causal else "whole clip"
+    print(f"{weights.name}: {c.size[1]}x{c.size[0]} pixels, {args.sampler}, {memory}, "
+          f"{args.steps or (len(c.sigmas) if c.causal else c.steps)} steps, seed {args.seed}, {device}, {dtype}")
+    return model, vae
+
+
+def hold_signals():
+    """From here on the first Ctrl-C or SIGTERM is only noted, in the list that is returned, so that the video can be
+    finished as far as it is; the second one ends the program."""
+    noted = []
+
+    def handle(number, _):
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+    return noted
+
+
+def generate(args, image, motion, model, vae):
+    """Frames of the video, uint8 (H, W, 3), one by one, as the flags say; exactly as many as `motion` has."""
+    device = next(model.parameters()).device
+    motion = Motion(*(tensor.to(device) for tensor in motion))
+    text = embed_words(args.prompt, model.config)
+    text = text.to(device) if text is not None else None
+    sigmas = schedule(args.steps, model.config.shift) if args.steps else None
+    first = vae.encode(image[:, :, None].to(device))
+    if args.sampler == "stream":
+        latents = stream(model, first, motion, text, args.seed, sigmas)
+    else:
+        guidance = {name: getattr(args, name) for name in ("w_text", "w_motion") if name in args}
+        latents = sample_teacher(model, first, motion, text, args.seed, sigmas, **guidance)
+    return itertools.islice(decode_frames(vae, latents), motion.tracks.shape[1])
+
+
+def write_video(args, frames, image, motion, fps):
+    """Write the frames to --out while they come, and then --sheet. Returns the signals that ended it early."""
+    tracks, visible = motion.tracks[0].numpy(), motion.visible[0].numpy()
+    factor = math.ceil(SHORTEST_SIDE / min(image.shape[2:]))
+    total, noted, started = len(tracks), hold_signals(), time.perf_counter()
+    shown = {round(i * (total - 1) / SHEET_FRAMES) for i in range(1, SHEET_FRAMES + 1)}
+    still = ((image[0].permute(1, 2, 0).numpy() + 1) * 127.5).round().astype(np.uint8)
+    tiles = [draw_tracks(enlarge(still, factor), tracks, visible, factor)]
+    with Video(args.out, fps) as video:
+        for i, frame in enumerate(tqdm(frames, total=total, unit=" frames", disable=None)):
+            frame = enlarge(frame, factor)
+            if args.overlay:
+                recent = slice(max(i + 1 - TRAIL, 0), i + 1)
+                frame = draw_tracks(frame, tracks[recent], visible[recent], factor)
+            video.append(frame)
+            if i == 0:
+                first_after = time.perf_counter() - started
+            if i in shown:
+                tiles.append(frame)
+            if noted:
+                break
+    seconds = time.perf_counter() - started
+    if args.sheet:
+        save_sheet(args.sheet, tiles)
+    print(f"{video.count} of {total} frames in {seconds:.2f} s, {video.count / seconds:.1f} frames/s, the first after "
+          f"{first_after:.2f} s")
+    return noted
+
+
+def run(argv):
+    """The program. Returns the exit code."""
+    args = parse_flags(argv)
+    image = load_image(args.image)
+    if args.tracks:
+        *arrays, tracks_fps = load_tracks(args.tracks, image.size)
+    else:
+        print("note: no --tracks, nothing is specified")
+        arrays, tracks_fps = (np.zeros((81, 0, 2), np.float32), np.zeros((81, 0), bool), None), None
+    inputs = [path for path in (args.image, args.tracks, args.weights, args.vae) if path]
+    check_output(args.out, (".mp4", ".gif"), inputs)
+    try_writing(args.out, args.fps or 16)
+    if args.sheet:
+        check_output(args.sheet, (".png",), inputs)
+    model, vae = load_models(args)
+    config = model.config
+    if tracks_fps and tracks_fps != config.fps:
+        print(f"note: the tracks are at {tracks_fps:g} frames per second, the model at {config.fps}; they are not resampled")
+    motion = fit_tracks(arrays, image.size, args.frames or len(arrays[0]), config, args.seed)
+    pixels = fit_image(image, config.size)
+    noted = write_video(args, generate(args, pixels, motion, model, vae), pixels, motion, args.fps or config.fps)
+    if args.sheet:
+        print(args.sheet)
+    print(args.out)
+    return 128 + noted[0] if noted else 0
+
+
+def main(argv=None):
+    """`run`, with its errors as one line and an exit code: 2 what the user can put right, 130 interrupted."""
+    try:
+        return run(argv)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,968 @@
+"""Train a tiny MotionStream from nothing, on video that this file draws itself: every stage of the paper, in order.
+
+    vae      a tiny video autoencoder
+    teacher  bidirectional rectified flow, given the first frame, text and tracks
+    causal   the student: regression on the teacher's ODE trajectories, chunk by chunk through the KV cache
+    distill  Self-Forcing DMD: the student rolls out as it will at inference, teacher and critic score the result
+    eval     the numbers and pictures of the README
+
+    python train_distill.py                  all of it, resumed where it stopped
+    python train_distill.py --stage teacher  one stage
+    python train_distill.py --smoke          all of it in a minute, to see that it runs
+
+Shapes are those of motionstream.py. Everything is written under --out (runs/tiny): weights, checkpoints, stats.jsonl,
+a loss curve and a preview sheet for each stage.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import signal
+import time
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads slow each other down when cores are shared
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from motionstream import (PRESETS, KVCache, MotionStream, add_noise, embed_words, euler, guided_velocity, metadata,
+                          per_frame, rollout, schedule, to_x0, track_ids, with_first)
+from vae import TINY, TinyVAE
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A world to film. Positions are in units of the picture's width, times in frames; the camera looks at [0, 1] x [0, 1].
+
+OBJECTS, POINTS, GRID = 3, 8, 8          # object slots, tracks on each, background tracks per side
+TEXTURE = 40                             # pixels per side of an object's texture
+LIGHT = {"steady": (1, 1, 1), "fading": (0.35, 0.35, 0.4), "warming": (1.1, 0.8, 0.5)}  # RGB gains they tend to
+MOTION = ("steady", "spinning", "pulsing")
+NEUTRAL = "steady light, steady shapes"
+
+
+def smooth_path(batch, frames, step, knot, rng):
+    """(batch, frames, 2): a Catmull-Rom curve through a random walk of `step` (batch, 1, 1) a knot, one every `knot`
+    frames, reflected into [0, 1]; starts anywhere."""
+    count = (frames - 1) // knot + 4
+    walk = torch.randn(batch, count, 2, generator=rng) * step
+    walk = (torch.rand(batch, 1, 2, generator=rng) + walk.cumsum(1)) % 2
+    knots = 1 - (1 - walk).abs()
+    t = torch.arange(frames) / knot
+    i, u = t.long(), (t % 1)[:, None]
+    a, b, c, d = (knots[:, i + k] for k in range(4))
+    return b + 0.5 * u * (c - a + u * (2 * a - 5 * b + 4 * c - d + u * (3 * (b - c) + d - a)))
+
+
+def hue(h, saturation, value):
+    """Tensors of hue, saturation, value in [0, 1] to RGB, one more axis."""
+    k = (torch.tensor([5.0, 3.0, 1.0]) + 6 * h[..., None]) % 6
+    return value[..., None] * (1 - saturation[..., None] * torch.minimum(k, 4 - k).clamp(0, 1))
+
+
+def outline(kind, sides, angle):
+    """Radius of an object's outline at `angle`: 0 a disc, 1 a regular polygon, 2 a star."""
+    sector = 2 * math.pi / sides
+    polygon = torch.cos(sector / 2) / torch.cos(angle % sector - sector / 2)
+    star = 1 - 0.55 * (1 - (2 * (angle % sector) / sector - 1).abs())
+    return torch.where(kind == 0, torch.ones_like(angle), torch.where(kind == 1, polygon, star))
+
+
+def textures(batch, flat, rng):
+    """Objects' looks: RGBA (batch, OBJECTS, 4, TEXTURE, TEXTURE), colours (batch, OBJECTS, 3), outlines (kind, sides)."""
+    def draw(*shape):
+        return torch.rand(batch, OBJECTS, *shape, generator=rng)
+
+    kind, sides = (draw(1, 1) * 3).long(), 3 + (draw(1, 1) * 4).long()
+    if flat:                                                           # discs and squares, the "foreign" scenes
+        kind, sides = (draw(1, 1) * 2).long(), torch.full((batch, OBJECTS, 1, 1), 4)
+    sides = torch.where(kind == 2, sides.clamp(min=4), sides)
+    h = (torch.rand(batch, 1, generator=rng) + (torch.arange(OBJECTS) + 0.5 * draw() - 0.25) / OBJECTS) % 1
+    colour = hue(h, 0.7 + 0.3 * draw(), 0.7 + 0.3 * draw())            # distinct hues within a scene
+
+    v, u = torch.meshgrid(*[torch.linspace(-1.2, 1.2, TEXTURE)] * 2, indexing="ij")
+    radius, angle = (u ** 2 + v ** 2).sqrt(), torch.atan2(v, u)
+    edge = outline(kind, sides, angle.expand(batch, OBJECTS, -1, -1)) - radius
+    turn, period = 2 * math.pi * draw(1, 1), 4 + 5 * draw(1, 1)
+    wave = torch.sin(period * (u * torch.cos(turn) + v * torch.sin(turn)))
+    cross = wave * torch.sin(period * (v * torch.cos(turn) - u * torch.sin(turn)))
+    pattern, strength = draw(1, 1), 0.45 * draw(1, 1)
+    shade = torch.where(pattern < 0.35, wave, torch.where(pattern < 0.6, cross, 1 - 2 * radius))
+    shade = torch.where(pattern > 0.8, torch.zeros_like(shade), shade) * strength * (not flat)
+    shade = shade - 0.6 * torch.sigmoid((0.12 - edge) * 30) * (draw(1, 1) < 0.4) * (not flat)   # a dark rim on some
+    rgb = (colour[..., None, None] * (1 + shade[:, :, None])).clamp(0, 1)
+    return torch.cat([rgb, torch.sigmoid(edge[:, :, None] * 30)], 2), colour, (kind, sides)
+
+
+def new_scenes(batch, frames, rng, objects=None, camera=None, light=None, motion=None, flat=False):
+    """Draw `batch` scenes: everything that `film` and `scene_tracks` need, for `frames` frames. None = at random.
+
+    objects: how many of the three are there. camera: bool, does it move. light, motion: words of the caption.
+    flat: plain discs and squares of 16-26 % of the width on smooth grey, unlike most of what training sees.
+    """
+    def pick(value, count, steady):
+        if value is not None:
+            return torch.full((batch,), value)
+        return (torch.rand(batch, generator=rng) > steady) * torch.randint(1, count, (batch,), generator=rng)
+
+    light = pick(light, len(LIGHT), 0.6)
+    motion = pick(motion, len(MOTION), 0.6)
+    present = torch.randint(1, OBJECTS + 1, (batch, 1), generator=rng)
+    if objects is not None:
+        present = torch.full_like(present, objects)
+    texture, colour, shape = textures(batch, flat, rng)
+    size = torch.rand(batch, OBJECTS, generator=rng)
+    speed = 0.5 * torch.rand(batch * OBJECTS, 1, 1, generator=rng) ** 1.5 * (torch.rand(batch * OBJECTS, 1, 1, generator=rng) > 0.12)
+    position = 0.12 + 0.76 * smooth_path(batch * OBJECTS, frames, speed, 14, rng).view(batch, OBJECTS, frames, 2)
+
+    moves = (torch.rand(batch, 1, 1, generator=rng) < 0.3 if camera is None else torch.tensor(camera)).float()
+    path = smooth_path(batch * 2, frames, torch.tensor(0.35), 30, rng).view(batch, 2, frames, 2)
+    pan = moves * 0.5 * (path[:, 0] - 0.5)
+    zoom = torch.exp(moves * 0.5 * (path[:, 1, :, :1] - 0.5))
+
+    t = torch.arange(frames)
+    ramp = 1 - torch.exp(-t / 16)                                      # approaches its end: the state tells what is next
+    gains = 1 + ramp[:, None] * (torch.tensor([*LIGHT.values()])[light][:, None] - 1)
+    spin = (motion == 1)[:, None] * t * (2 * math.pi / 60)
+    pulse = 1 + 0.22 * (motion == 2)[:, None] * torch.sin(t * (2 * math.pi / 24))
+    return {
+        "texture": texture, "colour": colour, "shape": shape, "position": position, "pan": pan, "zoom": zoom,
+        "present": torch.arange(OBJECTS) < present, "radius": 0.08 + 0.05 * size if flat else 0.06 + 0.115 * size,
+        "gains": gains, "spin": spin, "pulse": pulse, "backdrop": backdrops(batch, flat, rng),
+        "caption": [f"{[*LIGHT][a]} light, {MOTION[b]} shapes" for a, b in zip(light, motion)],
+        "points": local_points(batch, rng),
+    }
+
+
+def backdrops(batch, flat, rng):
+    """(batch, 3, 256, 256) in [0, 1]: smooth, rather grey, half of them textured; they cover [-0.5, 1.5] squared."""
+    colours = 0.25 + 0.5 * torch.rand(batch, 1, 1, 1, generator=rng) + 0.12 * torch.randn(batch, 1, 8, 8, generator=rng)
+    tint = 0.06 * torch.randn(batch, 3, 8, 8, generator=rng) * (not flat)
+    smooth = F.interpolate(colours + tint, size=(256, 256), mode="bicubic", align_corners=True)
+    v, u = torch.meshgrid(*[torch.linspace(-0.5, 1.5, 256)] * 2, indexing="ij")
+    turn, period = 6.3 * torch.rand(batch, 1, 1, 1, generator=rng), 20 + 30 * torch.rand(batch, 1, 1, 1, generator=rng)
+    wave = torch.sin(period * (u * torch.cos(turn) + v * torch.sin(turn)))
+    wave = wave * torch.where(torch.rand(batch, 1, 1, 1, generator=rng) < 0.5, 1.0, torch.sin(period * (v - u)))
+    amount = 0.07 * torch.rand(batch, 1, 1, 1, generator=rng) * (torch.rand(batch, 1, 1, 1, generator=rng) < 0.5)
+    return (smooth + amount * wave * (not flat)).clamp(0, 1)
+
+
+def local_points(batch, rng):
+    """Where tracks sit: (batch, OBJECTS, POINTS, 2) in units of an object's radius; the first is its centre."""
+    angle, radius = 2 * math.pi * torch.rand(2, batch, OBJECTS, POINTS, generator=rng)
+    points = 0.1 * radius[..., None] * torch.stack([torch.cos(angle), torch.sin(angle)], -1)
+    points[:, :, 0] = 0
+    return points
+
+
+def turn(points, angle):
+    """Rotate (…, 2) by `angle` (…)."""
+    c, s = torch.cos(angle), torch.sin(angle)
+    x, y = points.unbind(-1)
+    return torch.stack([c * x - s * y, s * x + c * y], -1)
+
+
+def film(scene, size, start=0, stop=None):
+    """Frames start to stop of the scenes: video (B, 3, T, size, size) in [-1, 1]."""
+    return torch.stack([film_one(scene, b, size, slice(start, stop)) for b in range(len(scene["pan"]))])
+
+
+def film_one(scene, b, size, span):
+    """Frames `span` of scene `b`: video (3, T, size, size). One clip at a time stays in the processor's cache."""
+    pan, zoom, gains = (scene[key][b, span] for key in ("pan", "zoom", "gains"))
+    T = len(pan)
+
+    def sample(texture, angle, scale, shift, **padding):
+        """The texture (C, h, w) as the camera sees it: turned by `angle`, enlarged by `scale`, moved by `shift`."""
+        inverse = turn(torch.eye(2).expand(T, 2, 2), -angle[:, None]).transpose(1, 2) / scale[:, None, None]
+        affine = torch.cat([inverse / (2 * zoom[..., None]), inverse @ (pan - shift)[..., None]], 2)
+        grid = F.affine_grid(affine, [T, 1, size, size], align_corners=False)
+        return F.grid_sample(texture.expand(T, -1, -1, -1), grid, align_corners=False, **padding)
+
+    frames = sample(scene["backdrop"][b], torch.zeros(T), torch.ones(T), torch.zeros(2), padding_mode="border")
+    for k in range(int(scene["present"][b].sum())):
+        scale = 1.2 * scene["radius"][b, k] * scene["pulse"][b, span]                 # a texture is 1.2 radii wide
+        rgba = sample(scene["texture"][b, k], scene["spin"][b, span], scale, scene["position"][b, k, span] - 0.5)
+        frames = frames + rgba[:, 3:] * (rgba[:, :3] - frames)
+    return (frames * gains[..., None, None]).clamp(0, 1).transpose(0, 1) * 2 - 1
+
+
+def scene_tracks(scene, size, rng):
+    """The true tracks of the scenes and when they can be seen: (B, T, N, 2) pixels, (B, T, N) bool.
+    N = OBJECTS * POINTS on objects, in their order, then GRID * GRID on the ground, a grid at some frame."""
+    position, pan, zoom = scene["position"], scene["pan"], scene["zoom"]
+    B, _, T, _ = position.shape
+    scale = scene["radius"][:, :, None] * scene["pulse"][:, None]                            # (B, K, T)
+    offset = turn(scene["points"][:, :, None], scene["spin"][:, None, :, None].expand(-1, OBJECTS, -1, POINTS))
+    on_objects = (position[:, :, :, None] + scale[..., None, None] * offset).transpose(1, 2).flatten(2, 3)
+    axis = (torch.arange(GRID) + 0.5) / GRID - 0.5
+    grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).view(1, -1, 2)
+    when = torch.randint(0, T, (B,), generator=rng) * (torch.rand(B, generator=rng) < 0.3)
+    rows = torch.arange(B)
+    on_ground = grid / zoom[rows, when][:, None] + pan[rows, when][:, None] + 0.5            # (B, GRID², 2)
+    world = torch.cat([on_objects, on_ground[:, None].expand(-1, T, -1, -1)], 2)
+
+    owner = torch.cat([torch.arange(OBJECTS).repeat_interleave(POINTS), torch.full((GRID * GRID,), -1)])
+    visible = torch.cat([scene["present"].repeat_interleave(POINTS, 1), torch.ones(B, GRID * GRID).bool()], 1)
+    visible = visible[:, None].repeat(1, T, 1)
+    kind, sides = scene["shape"]
+    for k in range(OBJECTS):                                                                 # later ones are in front
+        local = turn((world - position[:, k, :, None]) / scale[:, k, :, None, None], -scene["spin"][..., None])
+        edge = outline(kind[:, k], sides[:, k], torch.atan2(local[..., 1], local[..., 0]))
+        covers = (local.norm(dim=-1) < edge) & scene["present"][:, k, None, None]
+        visible &= ~(covers & (owner < k))
+    tracks = ((world - pan[:, :, None] - 0.5) * zoom[:, :, None] + 0.5) * size
+    return tracks, visible & ((tracks >= 0) & (tracks < size)).all(-1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What every stage shares: optimizer, running average, the loop with its log and checkpoints, files and pictures.
+
+SIZE, CLIP = 128, 45                     # pixels per side; frames of a clip: 12 latents, 4 chunks of 3
+
+
+def seed_of(*what):
+    """A seed for torch from anything printable, the same in every process."""
+    return zlib.crc32(" ".join(map(str, what)).encode())
+
+
+class Optimizer:
+    """Muon on the hidden matrices (convolution kernels viewed as matrices), AdamW on everything else."""
+
+    def __init__(self, model, muon, adam, betas=(0.9, 0.99), steps=0):
+        inner = ("blocks", "encoder", "decoder")
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        hidden = [p for name, p in model.named_parameters()
+                  if p.requires_grad and name.split(".")[0] in inner and name.endswith("weight") and p.ndim > 1]
+        chosen = set(map(id, hidden))
+        self.views = [(nn.Parameter(p.data.flatten(1)), p) for p in hidden]     # they share memory with the model
+        rest = [p for p in self.parameters if id(p) not in chosen]
+        self.optimizers = [torch.optim.Muon([view for view, _ in self.views], lr=muon, weight_decay=0.01),
+                           torch.optim.AdamW(rest, lr=adam, betas=betas, weight_decay=0.01)]
+        self.rates, self.steps, self.count = (muon, adam), steps, 0
+
+    def step(self, loss, clip=1.0):
+        """Backward, clip, update; the learning rate warms up over 20 steps and falls to 0 over the last 40 % of
+        `steps` (0: it stays). Returns the gradient norm. Stops before anything moves if it is not finite."""
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, clip)
+        assert norm.isfinite(), f"gradient norm {norm.item()}, loss {loss.item()} at step {self.count}"
+        self.count += 1
+        scale = min(1.0, self.count / 20, (1 + self.steps - self.count) / (0.4 * self.steps) if self.steps else 1.0)
+        for view, p in self.views:
+            view.grad = p.grad.flatten(1)
+        for optimizer, rate in zip(self.optimizers, self.rates):
+            optimizer.param_groups[0]["lr"] = rate * scale
+            optimizer.step()
+        for p in self.parameters:
+            p.grad = None
+        return norm.item()
+
+    def state_dict(self):
+        """Plain tensors and numbers."""
+        return {"count": self.count, "optimizers": [o.state_dict() for o in self.optimizers]}
+
+    def load_state_dict(self, state):
+        """Continue where `state` was taken."""
+        self.count = state["count"]
+        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+
+
+@torch.no_grad()
+def update_average(average, model, decay):
+    """average = decay * average + (1 - decay) * model, parameter by parameter."""
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+
+
+def write(path, save, *args):
+    """Call save(*args, temporary path), then rename: a file is whole or not there."""
+    temporary = Path(path).with_name(f".{Path(path).name}.part")
+    save(*args, temporary)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def train(run, stage, steps, parts, step):
+    """Call step(i) for i < steps: a dict of numbers to log. `parts` {name: object with state_dict} is what a resumed
+    run needs besides; random numbers are drawn anew from (seed, stage, i) each step, so that resuming changes nothing.
+    Ctrl-C and SIGTERM finish the step, save, and exit with 130 or 143."""
+    checkpoint, stop, begin = run.out / f"{stage}.checkpoint.pt", [], 0
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, map_location=run.device, weights_only=True)
+        begin = saved.pop("step")
+        for name, state in saved.items():
+            parts[name].load_state_dict(state)
+        print(f"{stage}: resumed at step {begin}")
+
+    def save(count):
+        write(checkpoint, torch.save, {"step": count} | {name: part.state_dict() for name, part in parts.items()})
+
+    handlers = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    saved_at = time.time()
+    with open(run.out / "stats.jsonl", "a") as log, tqdm(range(begin, steps), stage, initial=begin, total=steps) as bar:
+        for i in bar:
+            torch.manual_seed(seed_of(run.seed, stage, i))
+            started = time.time()
+            numbers = step(i)
+            numbers = {k: round(float(v), 5) for k, v in numbers.items()}
+            bar.set_postfix(numbers)
+            log.write(json.dumps({"stage": stage, "step": i, **numbers, "seconds": round(time.time() - started, 3)}) + "\n")
+            if stop or time.time() - saved_at > 300:
+                save(i + 1)
+                log.flush()
+                saved_at = time.time()
+            if stop:
+                raise SystemExit(128 + stop[0])
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    save(steps)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stage 1: the tiny VAE.
+
+def train_vae(run):
+    """Reconstruction of pixels and their differences, on 64x64 crops, of three the one where most happens. The latent
+    is made unit variance per channel by a BatchNorm without weights, which is folded into the encoder's last
+    convolution when training ends, with its statistics over whole clips; noise on the latent keeps it smooth."""
+    vae, norm = TinyVAE(TINY).to(run.device), nn.BatchNorm3d(TINY.latent_channels, affine=False, momentum=0.05).to(run.device)
+    videos = run.videos(run.vae_clips)                                           # (n, 3, CLIP, SIZE, SIZE) uint8
+    optimizer = Optimizer(vae, muon=5e-3, adam=2e-3, steps=run.steps["vae"])
+
+    def crop():
+        n, t, y, x = (int(torch.randint(limit, ())) for limit in (len(videos), CLIP - 16, SIZE - 63, SIZE - 63))
+        return videos[n, :, t:t + 17, y:y + 64, x:x + 64]
+
+    def step(i):
+        crops = [max((crop() for _ in range(3)), key=lambda c: c[:, ::8].float().var()) for _ in range(8)]
+        video = torch.stack(crops).to(run.device).float() / 127.5 - 1
+        with run.autocast():
+            latents = norm(vae.encode(video))
+            output, _ = vae.decode_frames(latents + 0.05 * torch.randn_like(latents))
+        error = output.float() - video
+        loss = error.abs().mean() + 4 * error.square().mean() + sum(error.diff(dim=d).abs().mean() for d in (3, 4))
+        grad = optimizer.step(loss)
+        return {"loss": loss, "psnr": -10 * math.log10(error.square().mean().item() / 4), "grad": grad}
+
+    train(run, "vae", run.steps["vae"], {"vae": vae, "norm": norm, "optimizer": optimizer}, step)
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(v[None].to(run.device).float() / 127.5 - 1) for v in videos[:64]])
+        std, mean = torch.std_mean(latents, (0, 2, 3, 4))
+        last = vae.encoder[-1]
+        last.weight /= std.view(-1, 1, 1, 1)
+        last.bias.copy_((last.bias - mean) / std)
+    run.save_vae(vae)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Clips, filmed and encoded once, and the batches drawn from them.
+
+def new_pool(run, clips, name):
+    """Film and encode clips: {"latents" (n, C, F, h, w) float16, "tracks", "visible", "text"}; kept in a file."""
+    path = run.out / f"{name}.safetensors"
+    if path.exists():
+        return load_file(path)
+    vae, parts = run.vae(), []
+    for i in tqdm(range(0, clips, 8), f"film {name}"):
+        rng = torch.Generator().manual_seed(seed_of(run.seed, name, i))
+        scenes = new_scenes(8, CLIP, rng)
+        with torch.no_grad(), run.autocast():
+            latents = vae.encode(film(scenes, SIZE).to(run.device))
+        tracks, visible = scene_tracks(scenes, SIZE, rng)
+        text = torch.cat([embed_words(caption, run.config) for caption in scenes["caption"]])
+        parts.append({"latents": latents.half().cpu(), "tracks": tracks, "visible": visible, "text": text})
+    pool = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    write(path, save_file, pool)
+    return pool
+
+
+def painted(visible):
+    """What of the true tracks (B, T, N) a user might have painted: from nothing and a single drag to the dense grid,
+    some starting and ending in the middle, and a fifth of the clips with a pause in all of them (section 3.1)."""
+    B, T, N = visible.shape
+    order = torch.rand(B, OBJECTS, POINTS)
+    order[:, :, 0] -= 0.5 * torch.rand(B, OBJECTS)                                 # rather the centre than the rim
+    count = torch.tensor([0, 1, 1, 1, 2, 4, 8])[torch.randint(0, 7, (B, OBJECTS, 1))]
+    objects = order.argsort(2).argsort(2) < count
+    count = torch.tensor([0, 0, 1, 4, 9, 32, 64])[torch.randint(0, 7, (B, 1))]
+    ground = torch.rand(B, N - OBJECTS * POINTS).argsort(1).argsort(1) < count
+    keep = torch.cat([objects.flatten(1), ground], 1) & (torch.rand(B, 1) > 0.1)
+    t = torch.arange(T)[:, None]
+    ends = torch.randint(0, T, (2, B, 1, N)).sort(0).values
+    part = torch.rand(B, 1, N) < 0.15
+    begin, length = torch.randint(1, T, (B, 1, 1)), torch.randint(4, 17, (B, 1, 1))
+    pause = (t >= begin) & (t < begin + length) & (torch.rand(B, 1, 1) < 0.2)
+    return visible & keep[:, None] & ((t >= ends[0]) & (t <= ends[1]) | ~part) & ~pause
+
+
+def draw_batch(run, pool, batch, frames=None):
+    """Random clips of the pool, their first `frames` latents, as a user might have painted them, a tenth without text:
+    latents (B, C, F, h, w), conditions {text, and what the track head needs}."""
+    rows = torch.randint(0, len(pool["latents"]), (batch,))
+    latents = pool["latents"][rows, :, :frames].float()
+    length = 4 * latents.shape[2] - 3
+    visible = painted(pool["visible"][rows])[:, :length]
+    tracks = pool["tracks"][rows, :length]
+    text = pool["text"][rows] * (torch.rand(batch, 1, 1) > 0.1)
+    points = {"tracks": tracks, "visible": visible, "ids": track_ids(tracks, visible, run.config)}
+    return latents.to(run.device), text.to(run.device), {k: v.to(run.device) for k, v in points.items()}
+
+
+def on_grid(model, points):
+    """The track head's features of {"tracks", "visible", "ids"}."""
+    return model.track_head(**points, height=SIZE, width=SIZE)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stage 2: the teacher.
+
+def draw_sigma(batch, shift, share_at_one):
+    """Noise levels (B,): logit-normal, shifted; a share of them at exactly 1, where only the conditions help."""
+    u = torch.randn(batch).sigmoid()
+    sigma = shift * u / (1 + (shift - 1) * u)
+    return torch.where(torch.rand(batch) < share_at_one, torch.ones(batch), sigma)
+
+
+def flow_loss(model, x0, sigma, conditions):
+    """Rectified flow: mean squared error of the velocity at sigma (B,), the first frame given (appendix D)."""
+    noise = torch.randn_like(x0)
+    x_t, level = with_first(add_noise(x0, noise, sigma), sigma, x0[:, :, :1])
+    velocity = model(x_t, level, **conditions)
+    return (velocity - (noise - x0))[:, :, 1:].square().mean()
+
+
+@torch.no_grad()
+def error_at_one(run, model, pool):
+    """Mean squared error of x0 predicted from pure noise, on clips never trained on: with all tracks, and with none.
+    The gap tells early whether tracks are used; the flow loss does not."""
+    rows, errors = slice(0, 24), {}
+    x0 = pool["latents"][rows].float().to(run.device)
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(run.device)
+    x_t, level = with_first(noise, torch.ones(len(x0), device=run.device), x0[:, :, :1])
+    for name, seen in ("x0_tracks", pool["visible"][rows]), ("x0_none", torch.zeros_like(pool["visible"][rows])):
+        ids = track_ids(pool["tracks"][rows], seen, run.config, torch.Generator().manual_seed(0))
+        points = {"tracks": pool["tracks"][rows], "visible": seen, "ids": ids}
+        with run.autocast():
+            features = on_grid(model, {k: v.to(run.device) for k, v in points.items()})
+            velocity = model(x_t, level, pool["text"][rows].to(run.device), tracks=features)
+        errors[name] = (to_x0(x_t, velocity, level) - x0)[:, :, 1:].square().mean()
+    return errors
+
+
+def train_teacher(run):
+    """Bidirectional rectified flow on half and on whole clips, 40 % of it at sigma 1."""
+    pool, fresh = new_pool(run, run.clips, "pool"), new_pool(run, 24, "fresh")
+    model = MotionStream(run.config).to(run.device)
+    average = copy.deepcopy(model).requires_grad_(False)
+    optimizer = Optimizer(model, muon=4e-3, adam=3e-3, steps=run.steps["teacher"])
+
+    def step(i):
+        x0, text, points = draw_batch(run, pool, *((8, 6) if i % 2 else (4, None)))
+        sigma = draw_sigma(len(x0), run.config.shift, 0.4).to(run.device)
+        with run.autocast():
+            loss = flow_loss(model, x0, sigma, {"text": text, "tracks": on_grid(model, points)})
+        grad = optimizer.step(loss)
+        update_average(average, model, min(0.99, i / (i + 10)))
+        return {"loss": loss, "grad": grad} | (error_at_one(run, average, fresh) if i % 100 == 99 else {})
+
+    train(run, "teacher", run.steps["teacher"], {"model": model, "average": average, "optimizer": optimizer}, step)
+    run.save_model("teacher", average)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stage 3: causal initialisation. The teacher becomes a student that sees only what the cache holds (section 3.2).
+
+CONTEXTS = ((1, 1),) * 3 + ((0, 1), (1, 0), (2, 1), (1, 2), (1, None))      # sinks and windows drawn in training
+GUIDANCE = {"w_text": 3.0, "w_motion": 1.5}                                 # the paper's (section 3.1)
+
+
+def new_trajectories(run):
+    """ODE trajectories of the guided teacher: the states at the student's noise levels and the end, (n, 1 + levels, C,
+    F, h, w) float16, with what the teacher was given; kept in a file."""
+    path = run.out / "trajectories.safetensors"
+    if path.exists():
+        return load_file(path)
+    teacher, pool, parts = run.model("teacher"), new_pool(run, run.clips, "pool"), []
+    wanted = set(run.config.sigmas)
+    for i in tqdm(range(0, run.trajectories, 8), "trajectories"):
+        torch.manual_seed(seed_of(run.seed, "trajectories", i))
+        x0, text, points = draw_batch(run, pool, 8)
+        with torch.no_grad(), run.autocast():
+            conditions = {"text": text, "tracks": on_grid(teacher, points)}
+            states = [x for x, sigma in euler(teacher, torch.randn_like(x0), conditions, x0[:, :, :1], **GUIDANCE)
+                      if sigma in wanted or sigma == 0]
+        assert len(states) == len(wanted) + 1, f"{len(states) - 1} of {wanted} lie on the teacher's schedule"
+        parts.append({"states": torch.stack(states, 1).half(), "text": text, **points})
+    trajectories = {key: torch.cat([part[key] for part in parts]).cpu() for key in parts[0]}
+    write(path, save_file, trajectories)
+    return trajectories
+
+
+def causal_loss(model, states, sigmas, x0, conditions, context):
+    """Regression through the caches: each chunk predicts its clean end from its own state at a drawn noise level, and
+    from the clean chunks that a cache of `context` (sink, window) still holds. states: one (B, C, F, h, w) a level."""
+    caches = [KVCache(*context) for _ in model.blocks]
+    chunk, loss = model.config.chunk, 0.0
+    for start in range(0, x0.shape[2], chunk):
+        now = slice(start, start + chunk)
+        part = {"text": conditions["text"], "tracks": conditions["tracks"][:, :, now]}
+        target, level = x0[:, :, now], int(torch.randint(0, len(sigmas), ()))
+        sigma = torch.full((len(x0),), sigmas[level], device=x0.device)
+        x_t, sigma = with_first(states[level][:, :, now], sigma, target[:, :, :1] if start == 0 else None)
+        loss = loss + (to_x0(x_t, model(x_t, sigma, caches=caches, **part), sigma) - target).square().sum()
+        with torch.no_grad():
+            model(target, torch.zeros_like(sigma), caches=caches, write=True, **part)
+    return loss / x0.numel()
+
+
+def train_causal(run):
+    """Student from teacher: on ODE trajectories, or (--causal-init forcing) on true clips with noise added."""
+    source = new_trajectories(run) if run.causal_init == "ode" else new_pool(run, run.clips, "pool")
+    student = run.model("teacher", causal=True).requires_grad_(True)
+    student.track_head.requires_grad_(False)                                # frozen after the teacher (appendix D)
+    average = copy.deepcopy(student).requires_grad_(False)
+    optimizer = Optimizer(student, muon=2e-3, adam=1e-3, steps=run.steps["causal"])
+    sigmas = run.config.sigmas
+
+    def step(i):
+        if run.causal_init == "ode":
+            rows = torch.randint(0, len(source["text"]), (4,))
+            batch = {key: value[rows].to(run.device) for key, value in source.items()}
+            *states, x0 = batch["states"].float().unbind(1)
+            text, points = batch["text"], {key: batch[key] for key in ("tracks", "visible", "ids")}
+        else:
+            x0, text, points = draw_batch(run, source, 4)
+            noise = torch.randn_like(x0)
+            states = [add_noise(x0, noise, torch.full((len(x0),), sigma, device=run.device)) for sigma in sigmas]
+        context = CONTEXTS[int(torch.randint(0, len(CONTEXTS), ()))]
+        with run.autocast():
+            conditions = {"text": text, "tracks": on_grid(student, points)}
+            loss = causal_loss(student, states, sigmas, x0, conditions, context)
+        grad = optimizer.step(loss)
+        update_average(average, student, min(0.98, i / (i + 10)))
+        return {"loss": loss, "grad": grad}
+
+    train(run, "causal", run.steps["causal"], {"student": student, "average": average, "optimizer": optimizer}, step)
+    run.save_model("causal", average)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stage 4: Self-Forcing with distribution matching (eq. 3, 4). Generator: the student. Teacher: the real score, guided.
+# Critic: the fake score, which learns what the generator makes now.
+
+def dmd_loss(x0, teacher, critic, conditions, first, w_text, w_motion, shift=5.0):
+    """The generator's loss on its own latents x0 (B, C, F, h, w): its gradient is (critic - teacher), both as x0
+    predicted from x0 noised to one random sigma a clip, over the mean distance of x0 to the teacher (DMD eq. 7, 8).
+    Where the image gives frame 0, both agree with it and the gradient is zero."""
+    with torch.no_grad():
+        u = torch.rand(len(x0), device=x0.device)
+        sigma = (shift * u / (1 + (shift - 1) * u)).clamp(0.02, 0.98)
+        x_t, level = with_first(add_noise(x0, torch.randn_like(x0), sigma), sigma, first)
+        real = to_x0(x_t, guided_velocity(teacher, x_t, level, conditions, w_text, w_motion), level)
+        fake = to_x0(x_t, critic(x_t, level, **conditions), level)
+        direction = (fake - real) / (x0 - real).abs().mean((1, 2, 3, 4), keepdim=True)
+    return 0.5 * F.mse_loss(x0, x0.detach() - direction)
+
+
+def critic_loss(x0, critic, conditions, shift=5.0):
+    """The critic's loss: rectified flow on the generator's own latents, without guidance."""
+    sigma = draw_sigma(len(x0), shift, 0.0).to(x0.device)
+    return flow_loss(critic, x0.detach(), sigma, conditions)
+
+
+def train_student(run):
+    """A generator update every `run.critic_steps` critic updates, each on a new rollout that ends at a random step."""
+    pool = new_pool(run, run.clips, "pool")
+    teacher = run.model("teacher")
+    generator, critic = run.model("causal").requires_grad_(True), run.model("teacher").requires_grad_(True)
+    generator.track_head.requires_grad_(False)
+    critic.track_head.requires_grad_(False)
+    average = copy.deepcopy(generator).requires_grad_(False)
+    betas = (0.0, 0.99)
+    optimizer_g = Optimizer(generator, muon=1e-3, adam=1e-4, betas=betas, steps=run.steps["distill"] // run.critic_steps)
+    optimizer_c = Optimizer(critic, muon=2e-3, adam=2e-4, betas=betas)
+
+    def generate(grad):
+        x0, text, points = draw_batch(run, pool, 4)
+        exit_step = int(torch.randint(0, len(run.config.sigmas), ()))
+        with run.autocast():
+            conditions = {"text": text, "tracks": on_grid(generator, points)}
+            chunks = rollout(generator, torch.randn_like(x0), conditions, x0[:, :, :1], exit_step=exit_step, grad=grad)
+            return torch.cat(list(chunks), 2), conditions
+
+    def step(i):
+        numbers = {}
+        if i % run.critic_steps == 0:
+            x0, conditions = generate(grad=True)
+            with run.autocast():
+                loss = dmd_loss(x0, teacher, critic, conditions, x0[:, :, :1].detach(), **GUIDANCE)
+            numbers = {"loss_g": loss, "grad_g": optimizer_g.step(loss), "std": x0.std()}
+            update_average(average, generator, min(0.98, i / (i + 50)))
+        x0, conditions = generate(grad=False)
+        with run.autocast():
+            loss = critic_loss(x0, critic, conditions)
+        return numbers | {"loss_c": loss, "grad_c": optimizer_c.step(loss)}
+
+    parts = {"generator": generator, "critic": critic, "average": average, "optimizer_g": optimizer_g,
+             "optimizer_c": optimizer_c}
+    train(run, "distill", run.steps["distill"], parts, step)
+    run.save_model("student", average)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures.
+
+def to_image(frame):
+    """(3, H, W) in [-1, 1] to a PIL image."""
+    return Image.fromarray(((frame.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def paint(image, tracks, visible, scale):
+    """Draw the paths (T, N, 2), where visible (T, N), on an image that is `scale` times as large as the video."""
+    draw = ImageDraw.Draw(image)
+    for n in visible.any(0).nonzero().flatten().tolist():
+        colour = tuple(int(255 * c) for c in hue(torch.tensor(n * 0.38 % 1), torch.tensor(0.9), torch.tensor(1.0)))
+        points = [tuple(p) for p in (tracks[visible[:, n], n] * scale).tolist()]
+        draw.line(points, fill=colour, width=2)
+        x, y = points[-1]
+        draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
+    return image
+
+
+def sheet(path, rows, count=6, scale=2):
+    """One picture of several videos: rows of (label, video (3, T, H, W), tracks and visible or None)."""
+    side = SIZE * scale
+    page = Image.new("RGB", (count * side, len(rows) * (side + 14)), "white")
+    for r, (label, video, marks) in enumerate(rows):
+        ImageDraw.Draw(page).text((4, r * (side + 14)), label, fill="black")
+        for i in range(count):
+            t = round(i * (video.shape[1] - 1) / (count - 1))
+            image = to_image(video[:, t]).resize((side, side), Image.NEAREST)
+            if marks is not None:
+                image = paint(image, marks[0][:t + 1], marks[1][:t + 1], scale)
+            page.paste(image, (i * side, r * (side + 14) + 14))
+    write(path, lambda temporary: page.save(temporary, "png"))
+
+
+def plot(path, curves, title, width=640, height=320):
+    """Lines {name: [(x, y)]} as a PNG, with the ranges written on it."""
+    page = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(page)
+    points = [p for curve in curves.values() for p in curve]
+    (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points))
+    draw.rectangle((50, 30, width - 10, height - 30), outline="grey")
+    for text, at in (title, (50, 8)), (f"{y1:.3g}", (4, 30)), (f"{y0:.3g}", (4, height - 42)), \
+                    (f"{x0:.0f}", (50, height - 24)), (f"{x1:.0f}", (width - 50, height - 24)):
+        draw.text(at, text, fill="black")
+    for i, (name, curve) in enumerate(curves.items()):
+        colour = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")[i % 6]
+        draw.line([(50 + (width - 60) * (x - x0) / (x1 - x0 or 1), height - 30 - (height - 60) * (y - y0) / (y1 - y0 or 1))
+                   for x, y in curve], fill=colour, width=2)
+        draw.text((width - 150, 34 + 14 * i), name, fill=colour)
+    write(path, lambda temporary: page.save(temporary, "png"))
+
+
+def plot_stage(run, stage):
+    """Curves of a stage from stats.jsonl, each number averaged over 2 % of the stage."""
+    rows = [row for row in map(json.loads, open(run.out / "stats.jsonl")) if row["stage"] == stage]
+    curves, span = {}, max(1, len(rows) // 50)
+    for name in {key for row in rows for key in row} - {"stage", "step", "seconds", "grad", "grad_g", "grad_c", "psnr"}:
+        values = [(row["step"], row[name]) for row in rows if name in row]
+        size = max(1, span * len(values) // len(rows))
+        groups = [values[i:i + size] for i in range(0, len(values), size)]
+        curves[name] = [(group[0][0], sum(v for _, v in group) / len(group)) for group in groups]
+    plot(run.out / f"{stage}.png", dict(sorted(curves.items())), f"{stage}: {len(rows)} steps")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Playing and measuring. Scenes come from seeds that no training stage uses.
+
+def play(run, name, scene, points, text, context=None):
+    """The video (B, 3, T, SIZE, SIZE), in pieces, that "teacher", "causal" or "student" makes of the scene's first
+    frame, {"tracks", "visible"} and text (1, L, text_dim); "vae" shows the truth through the VAE, "still" frame 0."""
+    vae, T = run.vae(), scene["pan"].shape[1]
+    if name == "still":
+        yield film(scene, SIZE, 0, 1).expand(-1, -1, T, -1, -1)
+        return
+    if name == "vae":
+        yield vae.decode(vae.encode(film(scene, SIZE)))[0]
+        return
+    sink, window = context or (run.config.sink, run.config.window)
+    model = run.model(name, sink=sink, window=window)
+    rng = torch.Generator().manual_seed(run.seed)
+    first = vae.encode(film(scene, SIZE, 0, 1).to(run.device))
+    B, C, _, h, w = first.shape
+    points = {key: value.to(run.device) for key, value in points.items()}
+    ids = track_ids(points["tracks"], points["visible"], run.config, rng)
+    text = None if text is None else text.expand(B, -1, -1).to(run.device)
+
+    def features(start, stop):
+        return on_grid(model, {"tracks": points["tracks"][:, start:stop], "visible": points["visible"][:, start:stop],
+                               "ids": ids})
+
+    state, F_, chunk = None, (T + 3) // 4, model.config.chunk
+    if name == "teacher":
+        noise = torch.randn(B, C, F_, h, w, generator=rng).to(run.device)
+        *_, (latents, _) = euler(model, noise, {"text": text, "tracks": features(0, T)}, first, **GUIDANCE)
+        yield vae.decode(latents)[0].cpu()
+        return
+    ends = [min(F_, f + chunk) for f in range(0, F_, chunk)]
+    noise = (torch.randn(B, C, end - max(0, end - 1) // chunk * chunk, h, w, generator=rng).to(run.device) for end in ends)
+    conditions = ({"text": text, "tracks": features(max(0, 4 * ((end - 1) // chunk * chunk) - 3), 4 * end - 3)} for end in ends)
+    for latents in rollout(model, noise, conditions, first, generator=rng):
+        video, state = vae.decode(latents, state)
+        yield video.cpu()
+
+
+def masses(video, colours):
+    """How much of each colour (B, K, 3) is in a video, and where: mass (B, T, K) and centroid (B, T, K, 2) in pixels.
+    A pixel counts for the colour nearest to it in hue, by how colourful it is; greyish ones do not count."""
+    rgb = video.transpose(1, 2) / 2 + 0.5                                                   # (B, T, 3, H, W)
+    chroma = rgb - rgb.mean(2, keepdim=True)
+    hues = F.normalize(colours - colours.mean(2, keepdim=True), dim=2)
+    match = torch.einsum("btchw,bkc->btkhw", F.normalize(chroma, dim=2), hues)
+    nearest = (match == match.amax(2, keepdim=True)) & (match > 0.8)
+    weight = nearest * (chroma.norm(dim=2, keepdim=True) - 0.15).clamp(min=0)               # (B, T, K, H, W)
+    mass, axis = weight.sum((3, 4)), torch.arange(video.shape[-1]) + 0.5
+    where = torch.stack([(weight.sum(3) * axis).sum(-1), (weight.sum(4) * axis).sum(-1)], -1)
+    return mass, where / mass.clamp(min=1e-6)[..., None]
+
+
+def follow(video, truth, scene):
+    """End-point errors in percent of the width, one per object and frame in which at least half of it can be seen, and
+    the share of those where it is lost: less than a quarter of its mass is there. A lost object counts 30 %."""
+    mass, where = masses(video, scene["colour"])
+    true_mass, true_where = masses(truth, scene["colour"])
+    seen = scene["present"][:, None] & (true_mass > 0.5 * true_mass.amax(1, keepdim=True)) & (true_mass > 1)
+    lost = mass < 0.25 * true_mass
+    error = torch.where(lost, 30.0, (where - true_where).norm(dim=-1) * 100 / SIZE)
+    return error[seen], lost[seen].float()
+
+
+def psnr(a, b):
+    """Decibels between videos in [-1, 1]."""
+    return -10 * math.log10((a - b).square().mean().item() / 4 + 1e-10)
+
+
+def chosen(visible, how):
+    """Of all true tracks: "dense" all, "drag" the centre of each object, "none"."""
+    keep = torch.zeros(visible.shape[-1], dtype=torch.bool)
+    if how == "dense":
+        keep[:] = True
+    if how == "drag":
+        keep[:OBJECTS * POINTS:POINTS] = True
+    return visible & keep
+
+
+def other_motion(scene):
+    """The same first frame, every object going the opposite way."""
+    start = scene["position"][:, :, :1]
+    return scene | {"position": (2 * start - scene["position"]).clamp(0.05, 0.95)}
+
+
+def eval_following(run, names, clips=16):
+    """The table of end-point errors: one row a scene kind, tracks and model."""
+    neutral, table = embed_words(NEUTRAL, run.config), []
+    kinds = {"1 object": dict(objects=1), "3 objects": dict(objects=3), "1 object, other way": dict(objects=1),
+             "foreign, 81 frames": dict(objects=1, flat=True)}
+    for kind, options in kinds.items():
+        rng = torch.Generator().manual_seed(seed_of("eval", options["objects"], "foreign" in kind))
+        frames = 81 if "foreign" in kind else CLIP
+        scene = new_scenes(clips, frames, rng, camera=False, light=0, motion=0, **options)
+        scene = other_motion(scene) if "other" in kind else scene
+        truth, (tracks, visible) = film(scene, SIZE), scene_tracks(scene, SIZE, rng)
+        rows = [("vae", "-"), ("still", "-")] + [(n, how) for n in names for how in ("dense", "drag", "none")]
+        for name, how in tqdm(rows, kind):
+            if name == "teacher" and frames != CLIP:
+                continue
+            points = {"tracks": tracks, "visible": chosen(visible, how)}
+            with torch.no_grad():
+                video = torch.cat(list(play(run, name, scene, points, neutral)), 2)
+            error, lost = follow(video, truth, scene)
+            table.append({"scene": kind, "tracks": how, "model": name, "median": error.median().item(),
+                          "mean": error.mean().item(), "lost": 100 * lost.mean().item(), "psnr": psnr(video, truth)})
+            print(f"{kind:22} {name:8} {how:6} median {table[-1]['median']:5.2f} %  mean {table[-1]['mean']:5.2f} %  "
+                  f"lost {table[-1]['lost']:4.1f} %  {table[-1]['psnr']:.1f} dB")
+    return table
+
+
+def eval_text(run, name="student", clips=12):
+    """What the caption adds: PSNR of the last third of a clip with the right, a wrong and no prompt, drag tracks."""
+    table = []
+    for light, motion in ((1, 0), (2, 0), (0, 1), (0, 2)):
+        rng = torch.Generator().manual_seed(seed_of("text", light, motion))
+        scene = new_scenes(clips, CLIP, rng, objects=2, camera=False, light=light, motion=motion)
+        truth, (tracks, visible) = film(scene, SIZE), scene_tracks(scene, SIZE, rng)
+        points = {"tracks": tracks, "visible": chosen(visible, "drag")}
+        row = {"caption": scene["caption"][0], "model": name}
+        for label, prompt in ("right", scene["caption"][0]), ("wrong", NEUTRAL), ("none", None):
+            with torch.no_grad():
+                video = torch.cat(list(play(run, name, scene, points, embed_words(prompt, run.config))), 2)
+            row[label] = psnr(video[:, :, 30:], truth[:, :, 30:])
+        table.append(row)
+        print(row)
+    return table
+
+
+def eval_stream(run, frames, camera, context, name="student"):
+    """One endless stream, in tenths: error, lost, colour (mass over the truth's) and sharpness (gradient over the
+    truth's), one object dragged by its centre. Nothing is kept, so memory does not grow with `frames`."""
+    rng = torch.Generator().manual_seed(seed_of("stream", camera))
+    frames = (frames - 9) // 12 * 12 + 9
+    scene = new_scenes(4, frames, rng, objects=1, camera=camera, light=0, motion=0)
+    tracks, visible = scene_tracks(scene, SIZE, rng)
+    visible = chosen(visible, "dense" if camera else "drag")
+    rows, start = [], 0
+    pieces = play(run, name, scene, {"tracks": tracks, "visible": visible}, embed_words(NEUTRAL, run.config), context)
+    with torch.no_grad():
+        for video in tqdm(pieces, f"stream, camera {camera}, sink and window {context}", total=frames // 12):
+            stop = start + video.shape[2]
+            span = {key: scene[key][:, start:stop] for key in ("pan", "zoom", "gains", "spin", "pulse")}
+            truth = film(scene | span | {"position": scene["position"][:, :, start:stop]}, SIZE)
+            error, lost = follow(video, truth, scene)
+            mass = [masses(v, scene["colour"])[0][..., 0].sum() for v in (video, truth)]
+            edge = [sum(v.diff(dim=d).abs().mean() for d in (3, 4)) for v in (video, truth)]
+            rows.append((start, error.mean() if len(error) else torch.tensor(0.0), lost.mean() if len(lost) else torch.tensor(0.0), mass[0] / mass[1].clamp(min=1), edge[0] / edge[1]))
+            start = stop
+    tenth = (len(rows) + 9) // 10
+    return [{"from": group[0][0], "error": sum(r[1] for r in group).item() / len(group),
+             "lost": 100 * sum(r[2] for r in group).item() / len(group),
+             "colour": sum(r[3] for r in group).item() / len(group), "sharp": sum(r[4] for r in group).item() / len(group)}
+            for group in (rows[i:i + tenth] for i in range(0, len(rows), tenth))]
+
+
+def evaluate(run):
+    """All tables to eval.json, and the figure of the sink."""
+    names = [n for n in ("teacher", "causal", "student") if (run.out / f"{n}.safetensors").exists()]
+    following = eval_following(run, names, run.eval_clips)
+    text = eval_text(run, names[-1], run.eval_clips)
+    streams = {f"camera {'moves' if camera else 'still'}, sink {sink}": eval_stream(run, run.eval_frames, camera, (sink, 1), names[-1])
+               for camera in (False, True) for sink in (1, 0)}
+    write(run.out / "eval.json", lambda path: path.write_text(json.dumps(
+        {"following": following, "text": text, "streams": streams}, indent=1)))
+    plot(run.out / "stream.png", {name: [(row["from"], row["error"]) for row in rows] for name, rows in streams.items()},
+         "end-point error, % of the width, over frames")
+
+
+def preview(run, stage):
+    """What the models there are so far make of two scenes: input with its tracks, truth, and each model."""
+    rng = torch.Generator().manual_seed(seed_of("preview"))
+    scene = new_scenes(2, CLIP, rng, objects=2)
+    truth, (tracks, visible) = film(scene, SIZE), scene_tracks(scene, SIZE, rng)
+    points = {"tracks": tracks, "visible": chosen(visible, "drag")}
+    rows = [[("input: " + scene["caption"][b], truth[b, :, :1].expand(-1, CLIP, -1, -1), (tracks[b], points["visible"][b])),
+             ("truth", truth[b], None)] for b in range(2)]
+    for name in ("vae", "teacher", "causal", "student"):
+        if not (run.out / f"{name}.safetensors").exists():
+            continue
+        for b in range(2):
+            text = embed_words(scene["caption"][b], run.config)
+            one = pick(scene, b)
+            with torch.no_grad():
+                pieces = play(run, name, one, {key: value[b:b + 1] for key, value in points.items()}, text)
+                rows[b].append((name, torch.cat(list(pieces), 2)[0], None))
+    sheet(run.out / f"{stage}_preview.png", rows[0] + rows[1])
+
+
+def pick(scene, b):
+    """Scene `b` alone."""
+    return {key: tuple(v[b:b + 1] for v in value) if isinstance(value, tuple) else value[b:b + 1]
+            for key, value in scene.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command.
+
+STAGES = {"vae": train_vae, "teacher": train_teacher, "causal": train_causal, "distill": train_student}
+WEIGHTS = {"vae": "vae", "teacher": "teacher", "causal": "causal", "distill": "student"}
+
+
+class Run:
+    """The settings of one training, its folder, and the weights in it."""
+
+    def __init__(self, args):
+        self.out, self.device, self.seed, self.causal_init = Path(args.out), args.device, args.seed, args.causal_init
+        self.config = replace(PRESETS["tiny"], tracks=args.tracks)
+        self.steps = {"vae": 1200, "teacher": 4000, "causal": 400, "distill": 1000}
+        self.vae_clips, self.clips, self.trajectories, self.eval_clips, self.eval_frames = 256, 3072, 384, 16, 10_000
+        self.critic_steps = 5
+        if args.smoke:
+            self.steps = {"vae": 4, "teacher": 4, "causal": 3, "distill": 6}
+            self.vae_clips, self.clips, self.trajectories, self.eval_clips, self.eval_frames = 8, 16, 8, 2, 60
+        if args.steps:
+            self.steps[args.stage] = args.steps
+        self.out.mkdir(parents=True, exist_ok=True)
+
+    def autocast(self):
+        """bfloat16 where it helps, on the CPU too."""
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16)
+
+    def videos(self, count):
+        """Clips to train the VAE on: (count, 3, CLIP, SIZE, SIZE) uint8."""
+        rng = torch.Generator().manual_seed(seed_of(self.seed, "vae"))
+        pieces = [((film(new_scenes(8, CLIP, rng), SIZE) + 1) * 127.5).round().byte()
+                  for _ in tqdm(range(0, count, 8), "film for the vae")]
+        return torch.cat(pieces)
+
+    def vae(self):
+        """The trained VAE."""
+        return TinyVAE.from_pretrained(self.out / "vae.safetensors").to(self.device)
+
+    def model(self, name, **overrides):
+        """A trained model in float32, frozen."""
+        return MotionStream.from_pretrained(self.out / f"{name}.safetensors", dtype=torch.float32, device=self.device,
+                                            **overrides)
+
+    def save_vae(self, vae):
+        """Weights as float16, config inside."""
+        self.save("vae", vae, vae.metadata())
+
+    def save_model(self, name, model):
+        """Weights as float16, config inside."""
+        self.save(name, model, metadata(model.config))
+
+    def save(self, name, module, about):
+        """A safetensors file, whole or not there."""
+        tensors = {key: value.half().contiguous() for key, value in module.state_dict().items()}
+        write(self.out / f"{name}.safetensors", lambda path: save_file(tensors, path, about))
+
+
+def main(argv=None):
+    """Parse the flags, run the stages that are not done yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=["all", *STAGES, "eval"], default="all", help="default: all, in order")
+    parser.add_argument("--smoke", action="store_true", help="a few steps of everything, in about a minute")
+    parser.add_argument("--out", default=None, help="folder to write to (runs/tiny; runs/smoke with --smoke)")
+    parser.add_argument("--steps", type=int, help="steps of the one stage that is named")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (0)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tracks", choices=["random", "start"], default="random", help="how tracks get their IDs")
+    parser.add_argument("--causal-init", choices=["ode", "forcing"], default="ode",
+                        help="regress ODE trajectories (the paper), or true clips with noise added")
+    args = parser.parse_args(argv)
+    if args.steps is not None and (args.steps < 1 or args.stage not in STAGES):
+        parser.error("--steps takes a number from 1 up and needs --stage with one training stage")
+    args.out = args.out or ("runs/smoke" if args.smoke else "runs/tiny")
+    run = Run(args)
+    print(f"{run.out}: {run.config}")
+    for stage, train_stage in STAGES.items():
+        done = (run.out / f"{WEIGHTS[stage]}.safetensors").exists()
+        if args.stage == stage or args.stage == "all" and not done:
+            train_stage(run)
+            plot_stage(run, stage)
+            preview(run, stage)
+    if args.stage in ("all", "eval"):
+        evaluate(run)
+
+
+if __name__ == "__main__":
+    main()
