@@ -100,6 +100,7 @@ class Config:
     size: tuple = (480, 832)    # height, width of the video in pixels
     fps: int = 16
     tracks: str = "random"      # how a track gets its ID, see track_ids
+    prompt: str | None = None   # what to say when the user says nothing, None = the null text
 
 
 PRESETS = {
@@ -107,8 +108,8 @@ PRESETS = {
     "motionstream-1.3b": Config(in_dim=48, track_dim=16, clip_dim=1280, shift=6.0, sigmas=schedule(3, 6.0)),
     "wan2.1-14b": Config(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
     "wan2.2-5b": Config(dim=3072, ffn_dim=14336, num_heads=24, in_dim=48, out_dim=48, stride=16, size=(704, 1280), fps=24),
-    "tiny": Config(dim=256, ffn_dim=768, num_heads=4, num_layers=5, in_dim=48, track_dim=32, text_dim=64, text_len=8,
-                   steps=15, size=(128, 128)),
+    "tiny": Config(dim=192, ffn_dim=576, num_heads=3, num_layers=5, in_dim=48, track_dim=32, text_dim=64, text_len=8,
+                   steps=15, size=(128, 128), tracks="start", prompt="steady light, steady shapes"),
 }
 
 
@@ -279,7 +280,8 @@ class Head(nn.Module):
 class TrackHead(nn.Module):
     """Painted tracks to channels on the latent grid: the new input of MotionStream.
 
-    Every track has an ID, an ID is a sinusoidal vector. It is written at cell (floor(x / stride), floor(y / stride))
+    Every track has an ID, an ID is a sinusoidal vector: half of it for the ID's upper 16 bits, half for the lower 16, so
+    that both random numbers and points of a picture can be IDs, see track_ids. It is written at cell (floor(x / stride), floor(y / stride))
     of every frame in which the track is visible (eq. 1); 4 frames are packed into the channels; a 1x1x1 convolution
     does the rest. Of several tracks in one cell the lowest ID is written: a rule that knows no order, and no blend
     that is nobody's vector. A track outside the picture is hidden. Hidden and "not specified" are both zeros."""
@@ -300,7 +302,8 @@ class TrackHead(nn.Module):
         cell = torch.where(inside, y * w + x, h * w)                        # hidden ones go to a cell of their own
         rank = ids.argsort(1).argsort(1)[:, None].expand(-1, T, -1)
         owner = rank.new_full((B, T, h * w + 1), N).scatter_reduce(2, cell, rank, "amin")[..., :-1]
-        vectors = F.pad(sinusoid(ids.sort(1).values, self.id_dim), (0, 0, 0, 1))             # rank N: zeros
+        halves = torch.stack([ids >> 16, ids & 0xFFFF], -1).gather(1, ids.argsort(1)[..., None].expand(-1, -1, 2))
+        vectors = F.pad(sinusoid(halves, self.id_dim // 2).flatten(2), (0, 0, 0, 1))         # rank N: zeros
         volume = vectors.gather(1, owner.reshape(B, -1, 1).expand(-1, -1, self.id_dim)).view(B, T, h, w, -1)
         volume = F.pad(volume, (0, 0) * 3 + (-T % 4, 0))                    # three empty frames before frame 0
         volume = volume.unflatten(1, (-1, 4)).permute(0, 2, 5, 1, 3, 4).flatten(1, 2)        # (B, 4 id_dim, F, h, w)
@@ -308,16 +311,14 @@ class TrackHead(nn.Module):
 
 
 def track_ids(tracks, visible, config, generator=None):
-    """IDs (B, N) for tracks (B, T, N, 2), as config.tracks says: "random", the paper's, distinct numbers; or "start",
-    the cell of a 32 x 32 grid in which the track is first seen, so that near tracks have similar vectors."""
+    """IDs (B, N) in [0, 2**32) for tracks (B, T, N, 2), as config.tracks says: "random", the paper's; or "start", the
+    pixel (y << 16) + x where the track is first seen, so that tracks that start near have similar vectors."""
     B, T, N, _ = tracks.shape
     if config.tracks == "random":
-        ids = [torch.randperm(100_000, generator=generator)[:N] for _ in range(B)]
-        return torch.stack(ids).to(tracks.device)
+        return torch.randint(0, 2 ** 32, (B, N), generator=generator).to(tracks.device)
     first = visible.int().argmax(1)[:, None, :, None].expand(-1, 1, -1, 2)
-    start = tracks.gather(1, first)[:, 0] / torch.tensor(config.size[::-1], device=tracks.device)        # (B, N, 2)
-    column, row = (start.nan_to_num(0) * 32).long().clamp(0, 31).unbind(-1)
-    return row * 32 + column
+    x, y = tracks.gather(1, first)[:, 0].nan_to_num(0).clamp(0, 2 ** 16 - 1).long().unbind(-1)
+    return (y << 16) + x
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -352,7 +353,7 @@ class MotionStream(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         for layer in (self.text_embedding[0], self.text_embedding[2], self.time_embedding[0], self.time_embedding[2]):
-            nn.init.normal_(layer.weight, std=0.02)
+            layer.weight.data = 0.02 * torch.randn_like(layer.weight)       # normal_ on the meta device takes seconds
         nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
         nn.init.zeros_(self.head.head.weight)
 
@@ -468,9 +469,9 @@ def rollout(model, noise, conditions, first=None, sigmas=None, exit_step=None, g
             if i < last:
                 fresh = torch.randn(x.shape, generator=generator, device=generator.device if generator else x.device)
                 x = add_noise(x0, fresh.to(x), x.new_full((len(x),), sigmas[i + 1], dtype=torch.float64))
+        yield x0                                                          # shown before it is remembered
         with torch.no_grad():                                             # the clean pass is the only one that writes
             model(x0.detach(), torch.zeros_like(level), caches=caches, write=True, **condition)
-        yield x0
         first = None                                                      # the image is in the cache now
 
 

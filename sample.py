@@ -1,13 +1,13 @@
 """One image and some tracks in, a video out, written while it is generated.
 
-    python sample.py --image assets/discs.png --tracks assets/discs.npz --overlay
+    python sample.py --image x.png --tracks t.npz
 
 Tracks are an .npz file with `tracks` (T, N, 2), x to the right and y down, in pixels of the image as it is seen (after
 its EXIF rotation), and if wanted
     visibility (T, N)   0 or 1, or probabilities; hidden and "not specified" are the same
     width, height       of the picture that the pixels belong to, if it is not the image itself
     ids (N,)            which vector each track has (see track_ids); fps: only compared with the model's
-or an .npy file with the tracks alone, where NaN is hidden.
+or an .npy file with the tracks alone. Without visibility, NaN is hidden.
 
 What a user can put right ends in one line on stderr and exit code 2, before the model loads where it can be known.
 Shapes are those of motionstream.py.
@@ -15,12 +15,14 @@ Shapes are those of motionstream.py.
 
 import argparse
 import colorsys
+import contextlib
 import itertools
 import math
 import os
 import signal
 import sys
 import time
+import warnings
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -38,12 +40,12 @@ from motionstream import MotionStream, embed_words, euler, rollout, schedule, tr
 from vae import TinyVAE
 
 ASSETS = Path(__file__).resolve().parent / "assets"
-LIMIT = 2 ** 30     # bytes of one array, and of an npz file unpacked
-MOST_TRACKS = 20_000
-MOST_FRAMES = 1_000_000
-SHORTEST_SIDE = 256  # pixels of the written video; smaller ones are enlarged
-TRAIL = 12          # frames that a track's trail lasts in --overlay
-SHEET_FRAMES = 5    # of the video, beside the input, in --sheet
+LIMIT = 2 ** 30             # bytes of a tracks file, unpacked
+MOST_FRAMES, MOST_TRACKS = 1_000_000, 20_000
+FRAMES = 81                 # length of a video without tracks
+SHORTEST_SIDE = 256         # pixels of the written video; smaller ones are enlarged
+TRAIL = 12                  # frames that a track's trail lasts in --overlay
+SHEET_FRAMES = 5            # of the video, beside the input, in --sheet
 
 
 class UserError(Exception):
@@ -54,21 +56,20 @@ class UserError(Exception):
 # The sampling itself. Copy this part to stream video in your own program.
 
 class Motion(NamedTuple):
-    """What shall move where, in pixels of the generated video, frame by frame; T is the length of the video."""
+    """What shall move where, frame by frame, in pixels of the generated video."""
     tracks: torch.Tensor    # (B, T, N, 2) float32
     visible: torch.Tensor   # (B, T, N) bool
     ids: torch.Tensor       # (B, N) int64
 
 
 def conditions(model, motion, text):
-    """The model's keyword arguments chunk by chunk, made when asked for: the first chunk has 4 chunk - 3 frames, the
-    others 4 chunk. Nothing is specified where the last chunk reaches beyond the video."""
-    frames, chunk = motion.tracks.shape[1], 4 * model.config.chunk
-    for start in range(-3, frames, chunk):
-        span = slice(max(start, 0), start + chunk)
-        tracks, visible = motion.tracks[:, span], motion.visible[:, span]
-        beyond = max(start + chunk - frames, 0)
-        tracks, visible = F.pad(tracks, (0, 0, 0, 0, 0, beyond)), F.pad(visible, (0, 0, 0, beyond))
+    """The model's keyword arguments chunk by chunk, each made when asked for: the first chunk has 4 chunk - 3 frames,
+    the others 4 chunk. Nothing is specified where the last one reaches beyond the motion's end."""
+    frames, length = motion.tracks.shape[1], 4 * model.config.chunk
+    for start in range(-3, frames, length):
+        span, beyond = slice(max(start, 0), start + length), max(start + length - frames, 0)
+        tracks = F.pad(motion.tracks[:, span], (0, 0, 0, 0, 0, beyond))
+        visible = F.pad(motion.visible[:, span], (0, 0, 0, beyond))
         yield {"text": text, "tracks": model.track_head(tracks, visible, motion.ids, *model.config.size)}
 
 
@@ -83,17 +84,22 @@ def stream(model, first, motion, text=None, seed=0, sigmas=None):
 
 
 @torch.inference_mode()
-def sample_teacher(model, first, motion, text=None, seed=0, sigmas=None, **guidance):
-    """The teacher: the whole clip at once, then handed out in chunks as `stream` does.
+def sample_teacher(model, first, motion, frames, text=None, seed=0, sigmas=None, **guidance):
+    """The teacher: whole chunks that cover `frames`, made all at once, then handed out one by one as `stream` does.
     guidance: w_text and w_motion, default those of `euler`."""
-    pieces = [condition["tracks"] for condition in conditions(model, motion, text)]
-    frames = model.config.chunk * len(pieces)
-    shape = (*first.shape[:2], frames, *first.shape[3:])
+    chunk = model.config.chunk
+    pieces = itertools.islice(conditions(model, motion, text), math.ceil((frames + 3) / (4 * chunk)))
+    tracks = torch.cat([piece["tracks"] for piece in pieces], 2)
+    shape = (*first.shape[:2], *tracks.shape[2:])
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(first)
-    steps = euler(model, noise, {"text": text, "tracks": torch.cat(pieces, 2)}, first, sigmas, **guidance)
-    for x0, _ in steps:
+    for x0, _ in euler(model, noise, {"text": text, "tracks": tracks}, first, sigmas, **guidance):
         pass                                            # the last of the trajectory is clean
-    yield from x0.split(model.config.chunk, 2)
+    yield from x0.split(chunk, 2)
+
+
+def to_frames(video):
+    """Video (1, 3, T, H, W) in [-1, 1] to uint8 (T, H, W, 3)."""
+    return ((video[0] + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
 
 
 @torch.inference_mode()
@@ -101,9 +107,8 @@ def decode_frames(vae, latents):
     """Latents of one video, an iterable of (1, C, f, h, w), to its frames, uint8 (H, W, 3), one by one."""
     state = None
     for chunk in latents:
-        video, state = vae.decode(chunk, state)         # (1, 3, f, H, W) in [-1, 1]
-        frames = ((video[0] + 1) * 127.5).round().byte()
-        yield from frames.permute(1, 2, 3, 0).cpu().numpy()
+        video, state = vae.decode(chunk, state)
+        yield from to_frames(video)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -111,20 +116,23 @@ def decode_frames(vae, latents):
 
 def load_image(path):
     """A picture file to an RGB image of 8 bits: turned as its EXIF says, transparent parts over white."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
     try:
         image = Image.open(path)
         image.load()
         image = ImageOps.exif_transpose(image)
+        if image.mode == "F":
+            raise ValueError("floats without a known white")
         if image.mode.startswith("I"):                  # 16 bits, which convert() would clip instead of scale
             image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-    except Exception:                                   # Pillow's decoders raise a dozen kinds for damaged files
-        raise UserError(f"{path}: damaged, or not an image that Pillow can read") from None
+    except Exception as e:                              # Pillow's decoders raise a dozen kinds for damaged files
+        reason = getattr(e, "strerror", None) or "damaged, or not a picture; save it again as .png"
+        raise UserError(f"{path}: {reason}") from None
 
 
 def crop(width, height, size):
@@ -145,10 +153,11 @@ def fit_image(image, size):
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading tracks. Names decide; shapes and numbers only refuse; nothing is transposed, scaled or swapped on a guess.
 
+@np.errstate(all="ignore")          # numbers too large for float32 get a message of their own
 def load_tracks(path, size):
     """A tracks file for an image of `size` (width, height), to (arrays, fps): tracks (T, N, 2) float32 in pixels of
     that image, 0 where hidden, visible (T, N) bool, ids (N,) int64 or None; fps or None if the file does not say."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
     try:
         arrays = read_arrays(path)
@@ -213,8 +222,8 @@ def read_npy(file, size, name):
         raise UserError(f"{name} holds {dtype.name} values, not plain numbers; save it as float32")
     declared, rest = math.prod(shape) * dtype.itemsize, size - file.tell()
     if declared > min(rest, LIMIT):
-        raise UserError(f"{name} declares shape {shape}, {declared} bytes, but the file holds {rest} (the limit is "
-                        f"{LIMIT}): damaged or truncated")
+        raise UserError(f"{name} declares shape {shape}, {declared} bytes, but {rest} are there: truncated? "
+                        "Write it again")
     return np.frombuffer(file.read(declared), dtype).reshape(shape, order="F" if fortran else "C")
 
 
@@ -242,13 +251,14 @@ def check_layout(tracks, visibility):
     swapped = shape[0] < 5 <= shape[1]
     if visibility is None and not swapped and min(shape[:2]) >= 3:
         # one point moves smoothly in time, neighbours in a list may be far apart; the other way round if swapped
-        in_time, in_list = (np.nanmedian(abs(np.diff(tracks.astype(np.float32), axis=axis))) for axis in (0, 1))
+        known = np.nan_to_num(tracks.astype(np.float32), posinf=0, neginf=0)
+        in_time, in_list = (np.median(abs(np.diff(known, axis=axis))) for axis in (0, 1))
         swapped = in_time > max(1, 10 * in_list)
     if visibility is None and swapped:
         raise UserError(f"tracks have shape {shape} and look like (N, T, 2): save tracks.transpose(1, 0, 2), or, if "
                         "they are right, add visibility (T, N) to an .npz file")
     if shape[1] > MOST_TRACKS or shape[0] > MOST_FRAMES:
-        raise UserError(f"tracks have shape {shape}, at most {MOST_FRAMES} frames and {MOST_TRACKS} tracks; thin them out")
+        raise UserError(f"tracks have shape {shape}: thin them out to {MOST_FRAMES} frames and {MOST_TRACKS} tracks")
 
 
 def read_visibility(tracks, visibility):
@@ -257,7 +267,7 @@ def read_visibility(tracks, visibility):
         visible = ~np.isnan(tracks).any(-1)
     else:
         if not ((visibility >= 0) & (visibility <= 1)).all():
-            raise UserError("visibility must be 0 or 1, or probabilities in between; are these logits? Save visibility > 0")
+            raise UserError("visibility must lie in 0..1; are these logits? Save visibility > 0")
         visible = visibility > 0.5
         if not np.isin(visibility, (0, 1)).all():
             print("note: visibility is read as probabilities, visible is > 0.5")
@@ -272,9 +282,9 @@ def check_units(tracks, visible, size):
     """Refuse positions that cannot be pixels of a picture of `size` (width, height)."""
     points, start = tracks[visible], tracks[0][visible[0]]      # (n, 2)
     if len(points) and abs(points).max() <= 1:
-        raise UserError("all positions lie in [-1, 1], but pixels are expected: multiply by the image's width and height")
+        raise UserError("all positions lie in [-1, 1] and must be pixels: multiply by the image's width and height")
     outside = ((start < 0) | (start > size)).any(1)
-    if outside.mean() > 0.5 if len(start) else False:
+    if 2 * outside.sum() > len(start):
         inside_swapped = ((start >= 0) & (start <= size[::-1])).all(1)
         hint = ("is the order y, x? Save tracks[..., ::-1]" if inside_swapped.mean() > 0.5 else
                 "are they for a picture of another size? Add its width and height to an .npz file")
@@ -287,34 +297,53 @@ def read_ids(ids, count):
     if ids is None:
         return None
     if ids.dtype.kind not in "iu" or ids.shape != (count,) or ids.min() < 0:
-        raise UserError(f"ids are {ids.dtype} of shape {ids.shape}, expected one whole number >= 0 for each of {count} tracks")
+        raise UserError(f"ids are {ids.dtype} {ids.shape}, expected a whole number >= 0 for each of {count} tracks")
     return ids.astype(np.int64)
 
 
 def fit_tracks(arrays, image_size, frames, config, seed):
-    """Tracks on the image (width, height) to Motion in the model's video of `frames` frames: moved and scaled as the
-    image is, hidden where cropped away, not specified beyond their end."""
+    """Tracks on the image (width, height) to Motion in the model's video, for `frames` frames or more: moved and
+    scaled as the image is, hidden where cropped away, not specified after their end."""
     tracks, visible, ids = arrays
+    beyond = max(frames - len(tracks), 0)
+    if beyond:
+        print(f"note: the tracks end after {len(tracks)} frames, the last {beyond} are not specified")
     scale, left, top = crop(*image_size, config.size)
-    tracks = torch.from_numpy((tracks[:frames] - np.float32((left, top))) * np.float32(scale))[None]
-    visible = torch.from_numpy(visible[:frames])[None]
+    tracks = torch.from_numpy((tracks - np.float32((left, top))) * np.float32(scale))[None]
+    visible = torch.from_numpy(visible)[None]
     inside = ((tracks >= 0) & (tracks < torch.tensor(config.size[::-1]))).all(-1)
-    if (visible & ~inside).any():
-        share = (visible & ~inside).sum() / visible.sum()
-        print(f"note: {share:.1%} of the tracks' points lie outside the video's {config.size[1]}x{config.size[0]} pixels and are hidden")
+    lost = (visible & ~inside).sum()
+    if lost:
+        print(f"note: {lost} of {visible.sum()} visible track points lie outside the video and are hidden")
     visible = visible & inside
     if ids is None:
         ids = track_ids(tracks, visible, config, torch.Generator().manual_seed(seed))
     else:
         ids = torch.from_numpy(ids)[None]
-    beyond = frames - tracks.shape[1]
-    if beyond:
-        print(f"note: the tracks end after {tracks.shape[1]} frames, the last {beyond} are not specified")
     return Motion(F.pad(tracks, (0, 0, 0, 0, 0, beyond)), F.pad(visible, (0, 0, 0, beyond)), ids)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Writing the video, and pictures of it.
+
+@contextlib.contextmanager
+def hold_signals():
+    """The first Ctrl-C or SIGTERM is only noted, in the list that this yields, so that a file can be finished as far as
+    it is. The second one ends the program."""
+    noted = []
+
+    def handle(signum, _):
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(signum)
+
+    before = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
 
 class Video:
     """`with Video(path, fps) as video`: frames go to a temporary file beside `path`, which takes its place when the
@@ -322,9 +351,9 @@ class Video:
 
     def __init__(self, path, fps):
         self.path, self.count = path, 0
-        self.part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+        self.part = path.absolute().with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
         options = {"duration": 1000 / fps, "loop": 0} if path.suffix == ".gif" else {
-            "fps": fps, "codec": "libx264", "quality": 7, "macro_block_size": 2,
+            "fps": fps, "codec": "libx264", "quality": 7, "macro_block_size": 2, "ffmpeg_log_level": "quiet",
             "output_params": ["-preset", "veryfast", "-movflags", "+faststart"]}
         try:
             self.writer = imageio.get_writer(self.part, **options)
@@ -338,64 +367,74 @@ class Video:
         """One frame, uint8 (H, W, 3)."""
         try:
             self.writer.append_data(frame)
-        except OSError:                                 # ffmpeg has gone; its reason was not kept
+        except OSError:                                 # ffmpeg has gone, and its reason with it
             raise UserError(f"{self.path}: writing stopped after {self.count} frames; is the disk full?") from None
         self.count += 1
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
+    def finish(self):
+        """Close the file and count its frames: a failed encoding is silent. A GIF merges equal frames, so there it has
+        to be enough that it opens."""
         try:
             self.writer.close()
-            if kind is None:
-                self.check()
-                os.replace(self.part, self.path)
-        except OSError as e:
-            raise UserError(f"{self.path}: cannot be written ({e.strerror or e})") from None
-        finally:
-            self.part.unlink(missing_ok=True)
-
-    def check(self):
-        """Count the frames back: a failed encoding is silent. A GIF merges equal frames, so there any number will do."""
-        try:
             if self.path.suffix == ".gif":
                 with Image.open(self.part) as gif:
-                    readable = self.count if gif.n_frames else 0
+                    gif.load()
+                readable = self.count
             else:
                 import imageio_ffmpeg                   # comes with imageio[ffmpeg], which GIFs do without
                 readable, _ = imageio_ffmpeg.count_frames_and_secs(self.part)
         except (OSError, RuntimeError):
             readable = 0
         if readable != self.count:
-            raise UserError(f"{self.path}: {readable} of {self.count} frames could be read back; is the disk full, or the "
-                            "folder not writable?")
+            raise UserError(f"{self.path}: {readable} of {self.count} frames could be read back; is the disk full or "
+                            "the folder not writable?")
+
+    def discard(self):
+        """Close and remove the temporary file."""
+        with contextlib.suppress(OSError):
+            self.writer.close()
+        with contextlib.suppress(OSError):
+            self.part.unlink()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        try:
+            if kind is None:
+                self.finish()
+                os.replace(self.part, self.path)
+        except OSError as e:
+            raise UserError(f"{self.path}: cannot be written ({e.strerror})") from None
+        finally:
+            self.discard()
 
 
-def check_output(path, suffixes, inputs):
+def check_output(path, suffixes, image):
     """Refuse a path for output that cannot be right."""
     if path.suffix not in suffixes:
         raise UserError(f"{path}: the name must end in {' or '.join(suffixes)}")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise UserError(f"{path}: there is no folder {path.parent}")
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder")
     if not os.access(path.parent, os.W_OK):
         raise UserError(f"{path}: the folder {path.parent} is not writable")
-    if path.resolve() in [other.resolve() for other in inputs]:
-        raise UserError(f"{path}: would replace an input file")
+    if os.path.isdir(path):
+        raise UserError(f"{path}: is a folder")
+    if os.path.realpath(path) == os.path.realpath(image):
+        raise UserError(f"{path}: would replace the input image; choose another name")
 
 
-def try_writing(path, fps):
-    """Write a one-frame video beside `path` and remove it, to know before the work whether it can be written."""
-    probe = path.with_name(f".{path.stem}.{os.getpid()}.probe{path.suffix}")
-    try:
-        with Video(probe, fps) as video:
+def try_writing(path):
+    """Write a video of one frame beside `path` and remove it, to know before the work whether it can be done."""
+    video = Video(path, fps=16)
+    with hold_signals() as noted:                       # a stop while ffmpeg starts would leave its file behind
+        try:
             video.append(np.zeros((SHORTEST_SIDE, SHORTEST_SIDE, 3), np.uint8))
-    except UserError as e:
-        raise UserError(str(e).replace(str(probe), str(path))) from None
-    finally:
-        probe.unlink(missing_ok=True)
+            video.finish()
+        finally:
+            video.discard()
+    if noted:
+        raise KeyboardInterrupt
 
 
 def enlarge(frame, factor):
@@ -430,14 +469,15 @@ def save_sheet(path, tiles):
     sheet = Image.new("RGB", (len(tiles) * (width + gap) - gap, height), "white")
     for i, tile in enumerate(tiles):
         sheet.paste(Image.fromarray(tile), (i * (width + gap), 0))
-    part = path.with_name(f".{path.stem}.{os.getpid()}.png")
+    part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         sheet.save(part)
         os.replace(part, path)
     except OSError as e:
         raise UserError(f"{path}: cannot be written ({e.strerror})") from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -458,7 +498,8 @@ def number(kind, least, most):
         except ValueError:
             value = math.nan
         if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number from {least} to {most}")
+            name = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {least} to {most}")
         return value
     return parse
 
@@ -473,10 +514,10 @@ def parse_flags(argv):
     parser = Parser(description="One image and some tracks in, a video out.", allow_abbrev=False)
     add = parser.add_argument_group("in and out").add_argument
     add("--image", type=Path, required=True, metavar="FILE", help="first frame, any picture file")
-    add("--tracks", type=Path, metavar="FILE", help=".npz or .npy, see the top of sample.py; default: nothing is specified")
-    add("--prompt", metavar="TEXT", help="what the image and the tracks do not say; default: no text")
+    add("--tracks", type=Path, metavar="FILE", help=".npz or .npy, see the top of sample.py; default: none")
+    add("--prompt", metavar="TEXT", help="what the image and the tracks do not say; default: the model's own")
     add("--out", type=Path, default=Path("out.mp4"), metavar="FILE", help=".mp4 or .gif (default: %(default)s)")
-    add("--frames", type=number(int, 1, MOST_FRAMES), metavar="N", help="length; default: as many as the tracks, else 81")
+    add("--frames", type=number(int, 1, MOST_FRAMES), metavar="N", help=f"default: those of the tracks, or {FRAMES}")
     add("--fps", type=number(float, 0.1, 1000), metavar="F", help="frames per second of the file; default: the model's")
     add("--overlay", action="store_true", help="draw the tracks on the video")
     add("--sheet", type=Path, metavar="FILE", help="also write a .png with the input, its tracks, and some frames")
@@ -532,30 +573,16 @@ def load_models(args):
                         f"those of {weights} have {c.out_dim} and {c.stride}; is this its VAE?")
     memory = f"c{c.chunk}s{c.sink}w{'full' if c.window is None else c.window}" if c.causal else "whole clip"
     print(f"{weights.name}: {c.size[1]}x{c.size[0]} pixels, {args.sampler}, {memory}, "
-          f"{args.steps or (len(c.sigmas) if c.causal else c.steps)} steps, seed {args.seed}, {device}, {dtype}")
+          f"{args.steps or (len(c.sigmas) if c.causal else c.steps)} steps, seed {args.seed}, {device}, "
+          f"{str(dtype).removeprefix('torch.')}")
     return model, vae
 
 
-def hold_signals():
-    """From here on the first Ctrl-C or SIGTERM is only noted, in the list that is returned, so that the video can be
-    finished as far as it is; the second one ends the program."""
-    noted = []
-
-    def handle(number, _):
-        if noted:
-            raise KeyboardInterrupt
-        noted.append(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handle)
-    return noted
-
-
-def generate(args, image, motion, model, vae):
-    """Frames of the video, uint8 (H, W, 3), one by one, as the flags say; exactly as many as `motion` has."""
+def generate(args, frames, image, motion, model, vae):
+    """`frames` frames of the video, uint8 (H, W, 3), one by one, as the flags say."""
     device = next(model.parameters()).device
     motion = Motion(*(tensor.to(device) for tensor in motion))
-    text = embed_words(args.prompt, model.config)
+    text = embed_words(model.config.prompt if args.prompt is None else args.prompt, model.config)
     text = text.to(device) if text is not None else None
     sigmas = schedule(args.steps, model.config.shift) if args.steps else None
     first = vae.encode(image[:, :, None].to(device))
@@ -563,34 +590,33 @@ def generate(args, image, motion, model, vae):
         latents = stream(model, first, motion, text, args.seed, sigmas)
     else:
         guidance = {name: getattr(args, name) for name in ("w_text", "w_motion") if name in args}
-        latents = sample_teacher(model, first, motion, text, args.seed, sigmas, **guidance)
-    return itertools.islice(decode_frames(vae, latents), motion.tracks.shape[1])
+        latents = sample_teacher(model, first, motion, frames, text, args.seed, sigmas, **guidance)
+    yield from itertools.islice(decode_frames(vae, latents), frames)
 
 
-def write_video(args, frames, image, motion, fps):
-    """Write the frames to --out while they come, and then --sheet. Returns the signals that ended it early."""
-    tracks, visible = motion.tracks[0].numpy(), motion.visible[0].numpy()
+def write_video(args, frames, total, image, motion, fps):
+    """Write `total` frames to --out while they come, and then --sheet. Returns the signals that ended it early."""
+    tracks, visible = motion.tracks[0, :total].numpy(), motion.visible[0, :total].numpy()
     factor = math.ceil(SHORTEST_SIDE / min(image.shape[2:]))
-    total, noted, started = len(tracks), hold_signals(), time.perf_counter()
     shown = {round(i * (total - 1) / SHEET_FRAMES) for i in range(1, SHEET_FRAMES + 1)}
-    still = ((image[0].permute(1, 2, 0).numpy() + 1) * 127.5).round().astype(np.uint8)
-    tiles = [draw_tracks(enlarge(still, factor), tracks, visible, factor)]
-    with Video(args.out, fps) as video:
+    tiles, started = [], time.perf_counter()
+    frames = itertools.chain([next(frames)], frames)    # the first one now: from there on Ctrl-C keeps what there is
+    first_after = time.perf_counter() - started
+    with hold_signals() as noted, Video(args.out, fps) as video:
         for i, frame in enumerate(tqdm(frames, total=total, unit=" frames", disable=None)):
             frame = enlarge(frame, factor)
             if args.overlay:
                 recent = slice(max(i + 1 - TRAIL, 0), i + 1)
                 frame = draw_tracks(frame, tracks[recent], visible[recent], factor)
             video.append(frame)
-            if i == 0:
-                first_after = time.perf_counter() - started
             if i in shown:
                 tiles.append(frame)
             if noted:
                 break
     seconds = time.perf_counter() - started
     if args.sheet:
-        save_sheet(args.sheet, tiles)
+        still = enlarge(to_frames(image[:, :, None])[0], factor)
+        save_sheet(args.sheet, [draw_tracks(still, tracks, visible, factor), *tiles])
     print(f"{video.count} of {total} frames in {seconds:.2f} s, {video.count / seconds:.1f} frames/s, the first after "
           f"{first_after:.2f} s")
     return noted
@@ -604,19 +630,19 @@ def run(argv):
         *arrays, tracks_fps = load_tracks(args.tracks, image.size)
     else:
         print("note: no --tracks, nothing is specified")
-        arrays, tracks_fps = (np.zeros((81, 0, 2), np.float32), np.zeros((81, 0), bool), None), None
-    inputs = [path for path in (args.image, args.tracks, args.weights, args.vae) if path]
-    check_output(args.out, (".mp4", ".gif"), inputs)
-    try_writing(args.out, args.fps or 16)
+        frames, tracks_fps = args.frames or FRAMES, None
+        arrays = np.zeros((frames, 0, 2), np.float32), np.zeros((frames, 0), bool), None
     if args.sheet:
-        check_output(args.sheet, (".png",), inputs)
+        check_output(args.sheet, (".png",), args.image)
+    check_output(args.out, (".mp4", ".gif"), args.image)
+    try_writing(args.out)
     model, vae = load_models(args)
-    config = model.config
+    config, frames = model.config, args.frames or len(arrays[0])
     if tracks_fps and tracks_fps != config.fps:
-        print(f"note: the tracks are at {tracks_fps:g} frames per second, the model at {config.fps}; they are not resampled")
-    motion = fit_tracks(arrays, image.size, args.frames or len(arrays[0]), config, args.seed)
-    pixels = fit_image(image, config.size)
-    noted = write_video(args, generate(args, pixels, motion, model, vae), pixels, motion, args.fps or config.fps)
+        print(f"note: the tracks are at {tracks_fps:g} frames/s, the model at {config.fps}; they are not resampled")
+    motion, pixels = fit_tracks(arrays, image.size, frames, config, args.seed), fit_image(image, config.size)
+    pictures = generate(args, frames, pixels, motion, model, vae)
+    noted = write_video(args, pictures, frames, pixels, motion, args.fps or config.fps)
     if args.sheet:
         print(args.sheet)
     print(args.out)
@@ -625,6 +651,7 @@ def run(argv):
 
 def main(argv=None):
     """`run`, with its errors as one line and an exit code: 2 what the user can put right, 130 interrupted."""
+    warnings.filterwarnings("ignore", module="PIL")     # about damaged pictures; what is left unreadable gets our line
     try:
         return run(argv)
     except UserError as e:

@@ -176,7 +176,7 @@ class TinyVAE(nn.Module):
     def from_pretrained(cls, path):
         """A .safetensors or .pth file in TAEHV's layout. The config is the file's own, else read off its tensors."""
         tensors, metadata = read_tensors(path)
-        if "config" in metadata:
+        if metadata.get("format") == "tiny-vae":
             config = TinyVAEConfig(**json.loads(metadata["config"]))
         else:
             config = config_from_tensors(tensors, path)

@@ -1,0 +1,1215 @@
+"""The second reading: what the code promises, one sentence a test.
+
+    python test_motionstream.py                    all of them
+    python test_motionstream.py rollout cache      those with one of these words in their name
+    python test_motionstream.py --slow             the slow ones too
+
+Small models with random parameters everywhere: a fresh model returns zeros, which agrees with everything.
+Where a formula is tested, it is written here a second time, plainly, in float64, from Wan's description.
+"""
+
+import ast
+import contextlib
+import functools
+import io
+import itertools
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import unittest
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads slow each other down when cores are shared
+
+import imageio.v2 as imageio
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+
+import sample
+import train_distill as td
+from motionstream import (PRESETS, KVCache, MotionStream, SelfAttention, TrackHead, add_noise, apply_rope, embed_words,
+                          euler, guided_velocity, joint_guidance, metadata, rollout, rope_table, schedule, sinusoid, to_x0,
+                          track_ids, with_first)
+from vae import TinyVAE, TinyVAEConfig
+
+HERE = Path(__file__).resolve().parent
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Small models and helpers. Head dimension 20: RoPE splits it 8 / 6 / 6, unequal as in Wan's 44 / 42 / 42.
+
+SMALL = replace(PRESETS["tiny"], dim=40, ffn_dim=80, num_heads=2, num_layers=2, in_dim=12, out_dim=4, track_dim=8,
+                text_dim=12, text_len=5, size=(32, 48), causal=True)
+SMALL_VAE = TinyVAEConfig(latent_channels=4, patch=4, pad="front", stem=8, encoder=((12, 1, 4, 2),),
+                          decoder=((12, 2, 4, 2), (8, 1, 1, 1)), tail=8)
+TAEW21, TAEW22 = TinyVAEConfig(), TinyVAEConfig(latent_channels=48, patch=2)
+
+
+def slow(test):
+    """Only run with --slow. SkipTest is what pytest understands too."""
+    @functools.wraps(test)
+    def maybe():
+        if "--slow" not in sys.argv:
+            raise unittest.SkipTest("slow, run with --slow")
+        test()
+    return maybe
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def rand(*shape, seed=0):
+    return torch.randn(shape, generator=seeded(seed))
+
+
+def randomised(module, seed=0):
+    """Every parameter at random, in eval mode."""
+    rng = seeded(seed)
+    for name, p in module.named_parameters():
+        matrix = p.ndim > 1 and "modulation" not in name
+        p.data = torch.randn(p.shape, generator=rng) * (p[0].numel() ** -0.5 if matrix else 0.3)
+        p.data += "norm" in name and name.endswith("weight")
+    return module.eval().requires_grad_(False)
+
+
+def new_model(seed=0, **overrides):
+    return randomised(MotionStream(replace(SMALL, **overrides)), seed)
+
+
+def new_vae(config=SMALL_VAE):
+    return randomised(TinyVAE(config))
+
+
+def clip_of(frames, c=SMALL, seed=1):
+    """Noise, conditions and first latent of two clips."""
+    h, w = (side // c.stride for side in c.size)
+    conditions = {"text": rand(2, 3, c.text_dim, seed=seed), "tracks": rand(2, c.track_dim, frames, h, w, seed=seed + 1)}
+    return rand(2, c.out_dim, frames, h, w, seed=seed + 2), conditions, rand(2, c.out_dim, 1, h, w, seed=seed + 3)
+
+
+def assert_near(a, b, tolerance):
+    assert a.shape == b.shape, f"{tuple(a.shape)} is not {tuple(b.shape)}"
+    error = ((a - b).abs().max() / b.abs().max()).item()
+    assert error <= tolerance, f"relative error {error:.1e}, at most {tolerance:.0e}"
+
+
+def assert_error(kind, text, call, *args, **kwargs):
+    """call(…) raises `kind` and one line that holds `text`."""
+    try:
+        call(*args, **kwargs)
+    except kind as e:
+        assert text in str(e) and "\n" not in str(e).strip(), f"no line with {text!r}: {e}"
+    else:
+        raise AssertionError(f"nothing was raised; expected {kind.__name__} with {text!r}")
+
+
+@contextlib.contextmanager
+def folder():
+    with tempfile.TemporaryDirectory() as path:
+        yield Path(path)
+
+
+@contextlib.contextmanager
+def quiet():
+    """Catch what is printed, and put the signal handlers back."""
+    handlers = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+            yield out, err
+    finally:
+        for number, handler in handlers:
+            signal.signal(number, handler)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Flow matching, guidance, sampling of the teacher.
+
+def test_noising_and_its_inverse_agree_and_sigma_1_is_noise():
+    x0, noise = rand(2, 4, 3, 2, 2), rand(2, 4, 3, 2, 2, seed=1)
+    for sigma in torch.tensor([0.25, 0.75]), torch.rand(2, 3, dtype=torch.float64):
+        assert_near(to_x0(add_noise(x0, noise, sigma), noise - x0, sigma), x0, 1e-6)
+    assert_near(add_noise(x0, noise, torch.tensor([0.25, 0.25])), 0.75 * x0 + 0.25 * noise, 1e-6)
+    ends = add_noise(x0, noise, torch.tensor([[0.0, 1.0, 0.0]] * 2))
+    assert ends[:, :, 1].equal(noise[:, :, 1]) and ends[:, :, ::2].equal(x0[:, :, ::2])
+
+
+def test_the_few_step_schedule_is_shifted():
+    assert np.allclose(schedule(3, 5), (1, 10 / 11, 5 / 7), atol=1e-12) and SMALL.sigmas == schedule(3, 5)
+    assert np.allclose(schedule(4, 1), (1, 0.75, 0.5, 0.25), atol=1e-12)
+
+
+def test_the_image_is_latent_frame_0_at_sigma_0():
+    x_t, first, sigma = rand(2, 4, 3, 2, 2), rand(2, 4, 1, 2, 2, seed=1), torch.tensor([0.5, 1.0])
+    x, level = with_first(x_t, sigma, first)
+    assert x[:, :, :1].equal(first) and x[:, :, 1:].equal(x_t[:, :, 1:])
+    assert level.tolist() == [[0, 0.5, 0.5], [0, 1, 1]] and sigma.tolist() == [0.5, 1.0]
+    x, level = with_first(x_t, sigma, None)
+    assert x.equal(x_t) and level.tolist() == [[0.5] * 3, [1] * 3]
+
+
+def test_joint_guidance_equals_the_expanded_algebra():
+    full, notext, nomotion = (rand(2, 4, 3, 2, 2, seed=i).double() for i in range(3))
+    for t, m in (3.0, 1.5), (0.5, 4.0), (1.0, 0.0), (0.0, 1.5):
+        expected = (t + m) * full - (t + m - 1) / (t + m) * (t * notext + m * nomotion)
+        assert_near(joint_guidance(full, notext, nomotion, t, m), expected, 1e-12)
+    assert_near(joint_guidance(full, notext, nomotion, 2.0, 0.0), notext + 2 * (full - notext), 1e-12)     # text alone
+    assert_near(joint_guidance(full, notext, nomotion, 0.0, 2.0), nomotion + 2 * (full - nomotion), 1e-12)
+    assert joint_guidance(full, notext, nomotion, 0, 0) is full
+
+
+def test_guided_velocity_is_three_evaluations_without_text_and_without_tracks():
+    model, (x, given, _) = new_model(), clip_of(3)
+    sigma = torch.tensor([0.9, 0.4])
+    v = [model(x, sigma, **given), model(x, sigma, None, tracks=given["tracks"]), model(x, sigma, given["text"])]
+    assert (v[0] - v[1]).abs().max() > 0.01 and (v[0] - v[2]).abs().max() > 0.01
+    assert_near(guided_velocity(model, x, sigma, given, 3.0, 1.5), joint_guidance(*v, 3.0, 1.5), 1e-5)
+    assert guided_velocity(model, x, sigma, given, 0, 0).equal(v[0])
+
+
+def test_euler_lands_on_the_point_that_an_exact_velocity_points_to():
+    noise, _, first = clip_of(3)
+    goal = torch.cat([first, rand(2, 4, 2, 4, 6, seed=9)], 2)
+
+    def exact(x_t, sigma, text=None):                           # of data that are all `goal`
+        return (x_t - goal) / sigma[:, None, :, None, None].clamp(min=1e-9)
+
+    exact.config = replace(SMALL, steps=7)
+    for given in first, None:
+        path = list(euler(exact, noise, {}, given, w_text=0, w_motion=0))
+        assert [sigma for _, sigma in path] == [*schedule(7, 5.0), 0]
+        assert_near(path[-1][0], goal, 1e-5)
+        for x, sigma in path:
+            assert_near(x[:, :, 1:], ((1 - sigma) * goal + sigma * noise)[:, :, 1:], 1e-5)
+            assert given is None or x[:, :, :1].equal(first)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Wan's numerics.
+
+def wan(w, c, x, t, text, clip=None, mask=None):
+    """Wan's forward pass, written from its description, in float64. w: state dict; x (B, in_dim, F, H, W); t (B, F) from
+    0 to 1000; text (B, L, text_dim); mask (L, L): True where a query may look."""
+    w = {name: p.double() for name, p in w.items()}
+
+    def linear(name, x):
+        return x @ w[name + ".weight"].T + w[name + ".bias"]
+
+    def layer_norm(x, eps=1e-6, name=None):
+        x = x - x.mean(-1, keepdim=True)
+        x = x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+        return x if name is None else x * w[name + ".weight"] + w[name + ".bias"]
+
+    def rms_norm(name, x):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[name + ".weight"]
+
+    def gelu(x):
+        return 0.5 * x * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x ** 3)))
+
+    def rotate(x):                                              # (B, N, L, K)
+        even, odd = x[..., 0::2], x[..., 1::2]
+        return torch.stack([even * angle.cos() - odd * angle.sin(), even * angle.sin() + odd * angle.cos()], -1).flatten(3)
+
+    def attention(q, k, v, rope=False, mask=None):              # (B, L, D) each
+        q, k, v = (y.unflatten(2, (c.num_heads, -1)).transpose(1, 2) for y in (q, k, v))
+        q, k = (rotate(q), rotate(k)) if rope else (q, k)
+        score = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
+        score = score if mask is None else score.masked_fill(~mask, -math.inf)
+        return (score.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    B, C, frames, H, W = x.shape
+    h, v = H // 2, W // 2
+    x = x.double().reshape(B, C, frames, h, 2, v, 2).permute(0, 2, 3, 5, 1, 4, 6).reshape(B, frames * h * v, C * 4)
+    x = x @ w["patch_embedding.weight"].flatten(1).T + w["patch_embedding.bias"]
+    d = c.dim // c.num_heads
+    dims = d - 4 * (d // 6), 2 * (d // 6), 2 * (d // 6)
+    place = torch.cartesian_prod(*(torch.arange(n).double() for n in (frames, h, v)))
+    angle = torch.cat([place[:, i:i + 1] / 10000 ** (torch.arange(0, n, 2).double() / n) for i, n in enumerate(dims)], 1)
+
+    half = c.freq_dim // 2
+    phase = t.double()[..., None] / 10000 ** (torch.arange(half).double() / half)
+    e = linear("time_embedding.2", F.silu(linear("time_embedding.0", torch.cat([phase.cos(), phase.sin()], -1))))
+    e = e.repeat_interleave(h * v, 1)                           # one row a token
+    e0 = linear("time_projection.1", F.silu(e)).unflatten(2, (6, -1))
+    text = torch.cat([text.double(), torch.zeros(B, c.text_len - text.shape[1], c.text_dim).double()], 1)
+    text = linear("text_embedding.2", gelu(linear("text_embedding.0", text)))
+    if clip is not None:
+        y = linear("img_emb.proj.1", layer_norm(clip.double(), 1e-5, "img_emb.proj.0"))
+        y = linear("img_emb.proj.3", y * 0.5 * (1 + torch.erf(y / 2 ** 0.5)))
+        clip = layer_norm(y, 1e-5, "img_emb.proj.4")
+
+    for i in range(c.num_layers):
+        b = f"blocks.{i}."
+        shift1, scale1, gate1, shift2, scale2, gate2 = (w[b + "modulation"][:, None] + e0).unbind(2)
+        s, a = b + "self_attn.", b + "cross_attn."
+        y = layer_norm(x) * (1 + scale1) + shift1
+        y = attention(rms_norm(s + "norm_q", linear(s + "q", y)), rms_norm(s + "norm_k", linear(s + "k", y)),
+                      linear(s + "v", y), True, mask)
+        x = x + gate1 * linear(s + "o", y)
+        q = rms_norm(a + "norm_q", linear(a + "q", layer_norm(x, name=b + "norm3")))
+        y = attention(q, rms_norm(a + "norm_k", linear(a + "k", text)), linear(a + "v", text))
+        if clip is not None:
+            y = y + attention(q, rms_norm(a + "norm_k_img", linear(a + "k_img", clip)), linear(a + "v_img", clip))
+        x = x + linear(a + "o", y)
+        y = layer_norm(x) * (1 + scale2) + shift2
+        x = x + gate2 * linear(b + "ffn.2", gelu(linear(b + "ffn.0", y)))
+
+    shift, scale = (w["head.modulation"][:, None] + e[:, :, None]).unbind(2)
+    x = linear("head.head", layer_norm(x) * (1 + scale) + shift)
+    return torch.einsum("bfhvpqc->bcfhpvq", x.view(B, frames, h, v, 2, 2, -1)).reshape(B, -1, frames, H, W)
+
+
+def test_the_transformer_equals_wans_formulas():
+    text_to_video, whisper = (new_model(in_dim=4, track_dim=0) for _ in range(2))
+    for name, p in whisper.named_parameters():              # activations so small that every eps under a root matters
+        if re.search(r"patch_emb|attn\.[qko]\.|ffn\.2|text_embedding\.2", name):
+            p.data *= 1e-3
+    with_image = new_model(clip_dim=24, in_dim=16)          # 4 noisy, 8 tracks, 4 image
+    for model in text_to_video, whisper, with_image:
+        c, (x, given, _) = model.config, clip_of(3, model.config)
+        image, clip = (rand(*x.shape, seed=7), rand(2, 257, 24, seed=8)) if c.clip_dim else (None, None)
+        tracks = given["tracks"] if c.track_dim else None
+        inputs = torch.cat([y for y in (x, tracks, image) if y is not None], 1)
+        for sigma in torch.tensor([0.83333, 0.01]), torch.tensor([[0.0, 0.7, 0.3], [1.0, 0.5, 0.002]]).double():
+            t = (1000 * sigma).reshape(2, -1).expand(-1, 3)
+            v = model(x, sigma, given["text"], tracks=tracks, image=image, clip=clip)
+            assert v.dtype == torch.float32
+            assert_near(v.double(), wan(model.state_dict(), c, inputs, t, given["text"], clip), 3e-6)
+        zeros = torch.cat([x, x.new_zeros(2, c.in_dim - 4, *x.shape[2:])], 1)              # what is not given
+        expected = wan(model.state_dict(), c, zeros, t, rand(2, 0, 12), clip)
+        assert_near(model(x, sigma, None, clip=clip).double(), expected, 3e-6)
+
+
+def test_time_is_cosines_then_sines_of_a_float64_angle():
+    t = 987.654321
+    angles = [t * 10000 ** (-i / 128) for i in range(128)]
+    expected = torch.tensor([math.cos(a) for a in angles] + [math.sin(a) for a in angles])
+    assert_near(sinusoid(torch.tensor([t], dtype=torch.float64), 256)[0], expected, 2e-7)
+
+
+def test_rope_turns_interleaved_pairs_split_22_21_21():
+    table = rope_table(3, 4, 5, 128, "cpu")
+    assert table.shape == (60, 64)
+    f, r, c = 2, 3, 1
+    angle = [f * 10000 ** (-2 * j / 44) for j in range(22)]
+    angle += [p * 10000 ** (-2 * j / 42) for p in (r, c) for j in range(21)]
+    turned = apply_rope(torch.tensor([1.0, 0.0]).repeat(64).view(1, 1, 1, 128), table[(f * 4 + r) * 5 + c][None])
+    expected = torch.tensor([part(a) for a in angle for part in (math.cos, math.sin)])      # pair i is channels 2i, 2i + 1
+    assert_near(turned.flatten(), expected, 1e-6)
+
+
+def test_state_dicts_have_the_names_and_sizes_of_wans_checkpoints():
+    def shapes(c):
+        with torch.device("meta"):
+            return {name: tuple(p.shape) for name, p in MotionStream(c).state_dict().items()}
+
+    def both(names, kinds="weight bias"):
+        return {f"{name}.{kind}" for name in names.split() for kind in kinds.split()}
+
+    attention = both("q k v o") | both("norm_q norm_k", "weight")
+    block = {f"{a}_attn.{name}" for a in ("self", "cross") for name in attention}
+    block |= both("norm3 ffn.0 ffn.2") | {"modulation"}
+    layers = "patch_embedding text_embedding.0 text_embedding.2 time_embedding.0 time_embedding.2 time_projection.1 head.head"
+    base = shapes(PRESETS["wan2.1-1.3b"])
+    assert base.keys() == {f"blocks.{i}.{name}" for i in range(30) for name in block} | both(layers) | {"head.modulation"}
+    assert base["patch_embedding.weight"] == (1536, 16, 1, 2, 2) and base["head.modulation"] == (1, 2, 1536)
+    assert base["time_projection.1.weight"] == (9216, 1536) and base["blocks.7.modulation"] == (1, 6, 1536)
+
+    image_to_video = replace(PRESETS["wan2.1-14b"], in_dim=36, clip_dim=1280)
+    for c, tensors, parameters in ((PRESETS["wan2.1-1.3b"], 825, 1_418_996_800), (PRESETS["wan2.1-14b"], 1095, 14_288_491_584),
+                                   (PRESETS["wan2.2-5b"], 825, 4_999_787_712), (image_to_video, 1303, 16_394_878_784)):
+        found = shapes(c)
+        assert (len(found), sum(map(math.prod, found.values()))) == (tensors, parameters)
+
+    ours = shapes(PRESETS["motionstream-1.3b"])
+    assert ours.pop("track_head.conv.weight") == (16, 256, 1, 1, 1)
+    assert ours["patch_embedding.weight"] == (1536, 48, 1, 2, 2) and len(ours) == 983
+    image = both("k_img v_img") | {"norm_k_img.weight"}
+    image = {f"blocks.{i}.cross_attn.{name}" for i in range(30) for name in image} | both("img_emb.proj.0 img_emb.proj.1 "
+                                                                                           "img_emb.proj.3 img_emb.proj.4")
+    assert ours.keys() == base.keys() | image
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The cache.
+
+def test_cached_attention_equals_one_masked_pass_in_float64():
+    attention = randomised(SelfAttention(40, 2, 1e-6)).double()
+    chunk, chunks = 6, 5                                        # tokens of one frame, and frames
+    x, rope = rand(2, chunks * chunk, 40).double(), rope_table(chunks, 2, 3, 20, "cpu")
+    heads = [norm(linear(x)).unflatten(2, (2, -1)) for norm, linear in
+             ((attention.norm_q, attention.q), (attention.norm_k, attention.k), (nn.Identity(), attention.v))]
+    q, k, v = apply_rope(heads[0], rope), apply_rope(heads[1], rope), heads[2]
+    number = torch.arange(chunks * chunk) // chunk
+    score = torch.einsum("blnk,bsnk->bnls", q, k) / 20 ** 0.5
+    score = score.masked_fill(number[:, None] < number, -math.inf)
+    masked = attention.o(torch.einsum("bnls,bsnk->blnk", score.softmax(-1), v).flatten(2))
+    cache = KVCache(1, None)
+    cached = [attention(part, rope[:(i + 1) * chunk], cache, write=True) for i, part in enumerate(x.split(chunk, 1))]
+    assert_near(torch.cat(cached, 1), masked, 1e-10)
+
+
+def test_a_streaming_model_equals_one_block_causal_pass():
+    model, (x, given, _) = new_model(window=None), clip_of(8)
+    sigma = torch.tensor([[0.0] * 6 + [0.6, 0.9]] * 2)         # two clean chunks, and a noisy, shorter one
+    caches, parts = model.new_caches(), []
+    for now in slice(0, 3), slice(3, 6), slice(6, 8):
+        part = {"text": given["text"], "tracks": given["tracks"][:, :, now], "caches": caches}
+        parts.append(model(x[:, :, now], sigma[:, now], **part, write=now.stop < 8))
+    number = (torch.arange(8) // 3).repeat_interleave(6)
+    inputs, mask = torch.cat([x, given["tracks"]], 1), number[:, None] >= number
+    expected = wan(model.state_dict(), model.config, inputs, 1000 * sigma, given["text"], mask=mask)
+    assert_near(torch.cat(parts, 2).double(), expected, 3e-6)
+    assert [len(cache) for cache in caches] == [6 * 6] * 2
+
+
+def test_after_eviction_the_cache_holds_exactly_sink_and_last_window():
+    def part(number, length):
+        return rand(1, length, 2, 4, seed=number)
+
+    for name in "c1s0w1 c1s1w0 c3s0w1 c3s1w1 c1s2w3 c7s3w3 c3s0w3 c3s1wall c1s0w0".split():
+        chunk, sink, window = re.fullmatch(r"c(\d)s(\d)w(\d|all)", name).groups()
+        tokens, sink, window = 2 * int(chunk), int(sink), None if window == "all" else int(window)
+        cache = KVCache(sink, window)
+        for i in range(12):
+            cache.write(part(i, tokens), -part(i, tokens))
+            kept = [j for j in range(i + 1) if window is None or j < sink or j > i - window]
+            keys, values = cache.read(part(99, 3), -part(99, 3))
+            assert keys.equal(torch.cat([*(part(j, tokens) for j in kept), part(99, 3)], 1)), (name, i)
+            assert values.equal(-keys), (name, i)
+            assert len(cache) == len(kept) * tokens             # constant from chunk sink + window on
+
+
+def test_keys_are_rotated_by_cache_slot_so_a_long_stream_equals_a_short_one():
+    model, (x, given, _) = new_model(num_layers=1), clip_of(63)
+
+    def last_of(*chunks):
+        caches = model.new_caches()
+        for i in chunks:
+            now = slice(3 * i, 3 * i + 3)
+            part = {"text": given["text"], "tracks": given["tracks"][:, :, now], "caches": caches}
+            velocity = model(x[:, :, now], torch.zeros(2), **part, write=True)
+        return velocity
+
+    assert last_of(*range(21)).equal(last_of(0, 19, 20))        # the slots of sink, window and chunk
+    assert not last_of(0, 19, 20).equal(last_of(0, 18, 20)) and not last_of(0, 19, 20).equal(last_of(1, 19, 20))
+
+
+def test_denoising_steps_only_read_and_a_written_chunk_has_no_graph():
+    model, (x, given, _) = new_model().requires_grad_(True), clip_of(3)
+    caches = model.new_caches()
+    model(x, torch.zeros(2), caches=caches, write=True, **given)
+    held = [(tensor, tensor.clone()) for cache in caches for chunk in cache.chunks for tensor in chunk]
+    model(x, torch.ones(2), caches=caches, **given).sum().backward()
+    now = [tensor for cache in caches for chunk in cache.chunks for tensor in chunk]
+    assert len(now) == len(held) == 4 and not any(tensor.requires_grad for tensor in now)
+    assert all(a is b and a.equal(copy) for a, (b, copy) in zip(now, held))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tracks.
+
+def new_tracks(frames, count, batch=2):
+    """Tracks on 48 x 32 pixels, some of which leave the picture, with pauses, and IDs."""
+    tracks = torch.tensor([48, 32]) * (0.5 + 0.4 * rand(batch, frames, count, 2))
+    ids = torch.stack([torch.randperm(1000, generator=seeded(b))[:count] for b in range(batch)])
+    return tracks, rand(batch, frames, count, seed=1) > -0.8, ids
+
+
+def identity_head():
+    """A track head whose output is the packed volume itself."""
+    head = TrackHead(6, 24, 8).requires_grad_(False)
+    head.conv.weight.copy_(torch.eye(24)[..., None, None, None])
+    return head
+
+
+def test_track_head_writes_the_sinusoid_of_the_id_where_eq_1_says():
+    tracks, visible, ids = new_tracks(13, 9)
+    tracks[0, 2, 0], tracks[0, 3, 0], visible[:, 2:4, 0] = torch.tensor([15.9, 7.99]), torch.tensor([16.0, 8.0]), True
+    volume = torch.zeros(2, 16, 6, 4, 6)                        # (B, T + 3, d, h, w): three empty frames, then frame 0
+    for b, t, n in itertools.product(range(2), range(13), ids.argsort(descending=True)[0].tolist()):
+        x, y = tracks[b, t, n].tolist()
+        if visible[b, t, n] and 0 <= x < 48 and 0 <= y < 32:
+            cell = volume[b, t + 3, :, math.floor(y / 8), math.floor(x / 8)]
+            if not cell.any() or ids[b, n] < min(i for i in ids[b] if cell.equal(sinusoid(i, 6))):      # the lowest ID
+                cell.copy_(sinusoid(ids[b, n], 6))
+    expected = volume.unflatten(1, (4, 4)).permute(0, 2, 3, 1, 4, 5).flatten(1, 2)              # 4 frames to the channels
+    assert (volume.norm(dim=2) > 0).sum() > 50, "too few cells for a test"
+    assert identity_head()(tracks, visible, ids, 32, 48).equal(expected)
+
+
+def test_frame_0_sits_in_the_last_of_the_four_packed_slots():
+    for frame, latent, slot in (0, 0, 3), (1, 1, 0), (4, 1, 3), (5, 2, 0), (8, 2, 3):
+        visible = (torch.arange(9) == frame)[None, :, None]
+        out = identity_head()(torch.full((1, 9, 1, 2), 20.0), visible, torch.tensor([[5]]), 32, 48)
+        expected = torch.zeros(4, 6, 3, 4, 6)                   # (slot, d, F, h, w)
+        expected[slot, :, latent, 2, 2] = sinusoid(torch.tensor(5), 6)
+        assert out[0].equal(expected.flatten(0, 1))
+
+
+def test_hidden_and_outside_tracks_leave_zeros():
+    head = randomised(TrackHead(8, 5, 8))
+    outside = [(-0.01, 4), (4, -3), (48, 4), (4, 32), (1e9, 4), (4, -1e9), (math.nan, 4), (math.inf, 4), (4, -math.inf)]
+    tracks = torch.tensor(outside).expand(1, 5, -1, 2)
+    assert head(tracks, torch.ones(1, 5, 9).bool(), torch.arange(9)[None], 32, 48).equal(torch.zeros(1, 5, 2, 4, 6))
+    tracks, visible, ids = new_tracks(5, 9)
+    assert head(tracks, visible & False, ids, 32, 48).count_nonzero() == 0
+    assert head(tracks.where(visible[..., None], math.nan), visible, ids, 32, 48).equal(head(tracks, visible, ids, 32, 48))
+    assert head(tracks[:, :, :0], visible[:, :, :0], ids[:, :0], 32, 48).equal(torch.zeros(2, 5, 2, 4, 6))      # no tracks
+    inside = torch.tensor([47.99, 31.99]).expand(1, 5, 1, 2)
+    assert head(inside, torch.ones(1, 5, 1).bool(), torch.tensor([[0]]), 32, 48)[..., 3, 5].count_nonzero() > 0
+
+
+def test_the_order_of_tracks_does_not_matter():
+    head, (tracks, visible, ids) = randomised(TrackHead(8, 5, 8)), new_tracks(9, 60)           # 60 tracks in 24 cells
+    order = torch.randperm(60, generator=seeded(0))
+    assert head(tracks, visible, ids, 32, 48).equal(head(tracks[:, :, order], visible[:, :, order], ids[:, order], 32, 48))
+
+
+def test_track_head_chunk_by_chunk_equals_the_whole():
+    head, (tracks, visible, ids) = randomised(TrackHead(8, 5, 8)), new_tracks(33, 7)
+    whole = head(tracks, visible, ids, 32, 48)
+    parts = [head(tracks[:, a:b], visible[:, a:b], ids, 32, 48) for a, b in ((0, 9), (9, 21), (21, 25), (25, 33))]
+    assert whole.shape == (2, 5, 9, 4, 6) and torch.cat(parts, 2).equal(whole)
+    assert_error(AssertionError, "3 frames", head, tracks[:, :3], visible[:, :3], ids, 32, 48)
+
+
+def test_track_ids_are_distinct_or_the_start_cell():
+    tracks, visible, _ = new_tracks(9, 200)
+    ids = track_ids(tracks, visible, replace(SMALL, tracks="random"), seeded())
+    assert all(len(set(row.tolist())) == 200 for row in ids) and not ids[0].equal(ids[1])
+    tracks = torch.tensor([[0.0, 0.0], [24.0, 16.0], [40.0, 30.0]])[None, :, None]             # of 48 x 32
+    visible = torch.tensor([False, True, True])[None, :, None]
+    assert track_ids(tracks, visible, replace(SMALL, tracks="start")).tolist() == [[16 * 32 + 16]]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The rollout.
+
+def test_rollout_equals_the_algorithm_by_hand():
+    model, (noise, given, first) = new_model(), clip_of(8)
+    rng, caches, chunks = seeded(5), model.new_caches(), []
+    for start in 0, 3, 6:                                       # the last chunk is shorter
+        x, sigmas = noise[:, :, start:start + 3], [*model.config.sigmas, 0.0]
+        now = {"text": given["text"], "tracks": given["tracks"][:, :, start:start + 3]}
+        for sigma, following in zip(sigmas, sigmas[1:]):
+            level = torch.full((2, x.shape[2]), sigma, dtype=torch.float64)
+            if start == 0:
+                x, level[:, 0] = torch.cat([first, x[:, :, 1:]], 2), 0
+            x0 = x - level.float()[:, None, :, None, None] * model(x, level, caches=caches, **now)
+            if following:
+                x = (1 - following) * x0 + following * torch.randn(x.shape, generator=rng)
+        model(x0, torch.zeros(2), caches=caches, write=True, **now)
+        chunks.append(x0)
+    rolled = list(rollout(model, noise, given, first, generator=seeded(5)))
+    assert [x.shape[2] for x in rolled] == [3, 3, 2] and rolled[0][:, :, :1].equal(first)
+    assert_near(torch.cat(rolled, 2), torch.cat(chunks, 2), 1e-5)
+    assert not rolled[1][:, :, :1].equal(first) and all(len(cache) == 5 * 6 for cache in caches)
+
+
+def test_a_stream_fed_chunk_by_chunk_equals_the_whole_clip_and_asks_late():
+    model, (noise, given, first), events = new_model(), clip_of(9), []
+
+    def conditions():
+        for i in range(3):
+            events.append(f"ask {i}")
+            yield {"text": given["text"], "tracks": given["tracks"][:, :, 3 * i:3 * i + 3]}
+
+    endless = itertools.chain(noise.split(3, 2), itertools.repeat(noise[:, :, :3]))
+    parts = []
+    for i, x in enumerate(rollout(model, endless, conditions(), first, generator=seeded(5))):
+        events.append(f"got {i}")
+        parts.append(x)
+    assert events == ["ask 0", "got 0", "ask 1", "got 1", "ask 2", "got 2"]
+    whole = list(rollout(model, noise, given, first, generator=seeded(5)))
+    assert len(parts) == len(whole) == 3 and all(a.equal(b) for a, b in zip(parts, whole))
+
+
+def test_future_tracks_do_not_change_past_frames():
+    model, (noise, given, first) = new_model(), clip_of(12)
+    changed = dict(given, tracks=given["tracks"].clone())
+    changed["tracks"][:, :, 6:] += 1                            # from chunk 2 on
+    one, two = (list(rollout(model, noise, c, first, generator=seeded(0))) for c in (given, changed))
+    assert [a.equal(b) for a, b in zip(one, two)] == [True, True, False, False]
+
+
+def test_training_stops_at_the_exit_step_and_only_that_has_a_graph():
+    model, (noise, given, first), calls = new_model().requires_grad_(True), clip_of(6), []
+    model.register_forward_hook(lambda _, args, options, out: calls.append(
+        (args[1].max().item(), out.requires_grad, options.get("write", False))), with_kwargs=True)
+    for exit_step, grad in itertools.product((0, 1, 2, None), (True, False)):
+        calls.clear()
+        chunks = list(rollout(model, noise, given, first, exit_step=exit_step, grad=grad))
+        last = 2 if exit_step is None else exit_step
+        denoising = [(sigma, grad and i == last, False) for i, sigma in enumerate(SMALL.sigmas[:last + 1])]
+        assert calls == [*denoising, (0.0, False, True)] * 2
+        assert all(x.requires_grad == grad for x in chunks)
+
+
+def test_no_gradient_flows_from_a_chunk_into_the_chunks_before_it():
+    model, (noise, given, first) = new_model().requires_grad_(True), clip_of(6)
+    a, b = (part.clone().requires_grad_(True) for part in noise.split(3, 2))
+    one, two = rollout(model, iter([a, b]), given, first, exit_step=0, grad=True)
+    two.square().sum().backward()
+    assert a.grad is None and b.grad.abs().sum() > 0 and model.blocks[0].self_attn.k.weight.grad.abs().sum() > 0
+    one.square().sum().backward()
+    assert a.grad.abs().sum() > 0
+
+
+def test_rollout_leaves_the_callers_grad_mode_alone():
+    model, (noise, given, first) = new_model().requires_grad_(True), clip_of(9)
+    for mode, grad in itertools.product((True, False), (True, False)):
+        with torch.set_grad_enabled(mode):
+            for _ in rollout(model, noise, given, first, grad=grad):
+                assert torch.is_grad_enabled() == mode
+            assert torch.is_grad_enabled() == mode
+
+
+def test_training_and_sampling_roll_out_the_same_bits():
+    model, (noise, given, first) = new_model().requires_grad_(True), clip_of(9)
+    train = rollout(model, noise, given, first, exit_step=2, grad=True, generator=seeded(3))
+    with torch.inference_mode():
+        play = list(rollout(model, noise, given, first, generator=seeded(3)))
+    assert all(a.detach().equal(b) for a, b in zip(train, play, strict=True))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Weights files.
+
+def saved(path, model, change=None, dtype=None, **meta):
+    """Write the model's weights; `change` edits the dict of tensors, `meta` the metadata."""
+    tensors = {name: t.to(dtype or t.dtype).contiguous() for name, t in model.state_dict().items()}
+    if change:
+        change(tensors)
+    own = model.metadata() if isinstance(model, TinyVAE) else metadata(model.config)
+    save_file(tensors, path, {**own, **meta})
+    return path
+
+
+def test_from_pretrained_returns_what_was_saved():
+    model, (x, given, _), half = new_model(), clip_of(3), torch.float16
+    with folder() as here:
+        for on_disk, dtype, kept in ((torch.float32, None, torch.float32), (half, None, half), (half, torch.float32, torch.float32),
+                                     (torch.float32, torch.bfloat16, torch.bfloat16)):
+            saved(here / "a.safetensors", model, dtype=on_disk)
+            loaded = MotionStream.from_pretrained(here / "a.safetensors", dtype=dtype)
+            assert loaded.config == model.config and not loaded.training
+            for name, p in loaded.named_parameters():
+                island = re.search(r"time_|head\.|modulation|norm3", name)
+                assert p.dtype == (torch.float32 if island else kept), (name, p.dtype)
+            v = loaded(x, torch.ones(2), **given)
+            assert v.dtype == torch.float32
+            assert_near(v, model(x, torch.ones(2), **given), 0 if on_disk == kept == torch.float32 else 0.05)
+        cache = MotionStream.from_pretrained(here / "a.safetensors", sink=0, window=None).new_caches()[0]
+        assert cache.sink == 0 and cache.window is None
+
+
+def test_weights_that_do_not_fit_are_refused_in_one_line_that_names_the_file():
+    model, vae, both = new_model(), new_vae(), (MotionStream, TinyVAE)
+    with folder() as here:
+        def refused(path, *classes):
+            for cls in classes:
+                assert_error(ValueError, path.name, cls.from_pretrained, path)
+
+        whole, own = saved(here / "whole.safetensors", model), saved(here / "vae.safetensors", vae)
+        for name, data in ("cut", whole.read_bytes()[:-100]), ("header", whole.read_bytes()[:50]), ("empty", b""), ("noise", b"\xff" * 999):
+            (here / f"{name}.safetensors").write_bytes(data)
+            refused(here / f"{name}.safetensors", *both)
+        for cls, net, name in (MotionStream, model, "blocks.1.ffn.0.weight"), (TinyVAE, vae, "decoder.1.weight"):
+            refused(saved(here / "missing.safetensors", net, lambda t: t.pop(name)), cls)
+            refused(saved(here / "extra.safetensors", net, lambda t: t.update(extra=torch.zeros(3))), cls)
+            refused(saved(here / "shape.safetensors", net, lambda t: t.update({name: torch.zeros(3)})), cls)
+            refused(saved(here / "json.safetensors", net, config="{"), cls)
+            refused(saved(here / "list.safetensors", net, config="[1]"), cls)
+            refused(saved(here / "newer.safetensors", net, config=json.dumps({"unheard": 1})), cls)
+        refused(here / "nowhere.safetensors", *both), refused(own, MotionStream), refused(whole, TinyVAE)
+        for name, content in ("list.pth", [1, 2]), ("code.pth", {"encoder": Path("code")}), ("dict.pth", {"encoder": 1}):
+            torch.save(content, here / name)                   # the second one would have to be unpickled
+            refused(here / name, TinyVAE)
+
+
+def test_words_are_the_same_in_every_process():
+    ours = embed_words("Fading light, spinning shapes", PRESETS["tiny"])
+    code = ("from motionstream import *; t = embed_words('fading LIGHT spinning shapes', PRESETS['tiny']);"
+            "print(repr(t.double().flatten().tolist()))")
+    theirs = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True).stdout
+    assert ours.shape == (1, 4, 64) and ours.double().flatten().tolist() == ast.literal_eval(theirs)
+    assert embed_words(None, PRESETS["tiny"]) is None and embed_words("", PRESETS["tiny"]).shape == (1, 0, 64)
+    assert embed_words("a b c d e f g h i j", PRESETS["tiny"]).shape == (1, 8, 64)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The tiny VAE.
+
+def test_the_vae_has_the_layout_of_taew2_1():
+    with torch.device("meta"):
+        vae = TinyVAE(TAEW21)
+    convs = {"encoder.0": (64, 3), "encoder.17": (16, 64), "decoder.1": (256, 16), "decoder.22": (3, 64)}
+    for part, i, n in [("encoder", i, 64) for i in (4, 5, 6, 9, 10, 11, 14, 15, 16)] + [
+            ("decoder", i + k, n) for i, n in ((3, 256), (9, 128), (15, 64)) for k in range(3)]:
+        convs |= {f"{part}.{i}.conv.0": (n, 2 * n), f"{part}.{i}.conv.2": (n, n), f"{part}.{i}.conv.4": (n, n)}
+    expected = {f"{name}.weight": (*s, 3, 3) for name, s in convs.items()} | {f"{name}.bias": s[:1] for name, s in convs.items()}
+    expected |= {f"encoder.{i}.weight": (64, 64, 3, 3) for i in (3, 8, 13)}
+    expected |= {f"decoder.{i}.weight": (*s, 3, 3) for i, s in ((8, (128, 256)), (14, (64, 128)), (20, (64, 64)))}
+    expected |= {f"encoder.{i}.conv.weight": (64, n, 1, 1) for i, n in ((2, 128), (7, 128), (12, 64))}
+    expected |= {f"decoder.{i}.conv.weight": (*s, 1, 1) for i, s in ((7, (256, 256)), (13, (256, 128)), (19, (128, 64)))}
+    assert {name: tuple(p.shape) for name, p in vae.state_dict().items()} == expected
+    counts = [sum(p.numel() for p in part.parameters()) for part in (vae.encoder, vae.decoder)]
+    assert counts == [1_470_928, 9_844_611] and vae.stride == 8
+
+
+def test_the_vae_reads_its_config_off_public_files_and_its_own():
+    with folder() as here, torch.no_grad():
+        for config in TAEW21, TAEW22:
+            vae = new_vae(config)
+            save_file(vae.state_dict(), here / "public.safetensors")
+            torch.save(vae.state_dict(), here / "public.pth")
+            z = rand(1, config.latent_channels, 2, 2, 2)
+            for name in "public.safetensors", "public.pth":
+                loaded = TinyVAE.from_pretrained(here / name)
+                assert loaded.config == config and loaded.decode(z)[0].equal(vae.decode(z)[0])
+        loaded = TinyVAE.from_pretrained(saved(here / "own.safetensors", new_vae(), dtype=torch.float16))
+        assert loaded.metadata() == new_vae().metadata() and next(loaded.parameters()).dtype == torch.float32
+
+
+def test_chunked_decode_equals_whole_decode_and_never_touches_the_state():
+    vae, z = new_vae(), 2 * rand(2, 4, 9, 3, 4)
+    whole, state, parts, states = vae.decode(z)[0], None, [], []
+    assert whole.abs().max() == 1 and vae.decode_frames(z)[0].abs().max() > 1              # it is clamped, and had to be
+    for part in z.split([3, 1, 3, 2], 2):
+        video, state = vae.decode(part, state)
+        parts.append(video)
+        states.append((state, [t.clone() for t in state]))
+    assert [x.shape for x in parts] == [(2, 3, frames, 24, 32) for frames in (9, 4, 12, 8)]
+    assert torch.cat(parts, 2).equal(whole)
+    assert all(a.equal(b) for state, copy in states for a, b in zip(state, copy, strict=True))
+    assert vae.decode(z[:, :, 3:4], states[0][0])[0].equal(parts[1])                       # the old state still works
+    assert not vae.decode(z[:, :, 3:4])[0].equal(parts[1][:, :, 3:])                       # and matters
+
+
+def test_encoding_in_pieces_equals_the_whole_and_an_image_is_the_first_latent():
+    for config in SMALL_VAE, replace(SMALL_VAE, pad="end"):
+        vae, video = new_vae(config), rand(2, 3, 29, 16, 24).clamp(-1, 1)
+        whole = vae.encode(video, piece=100)
+        assert whole.shape == (2, 4, 8, 2, 3)
+        for piece in 1, 3, 4:
+            assert_near(vae.encode(video, piece), whole, 1e-6)
+    vae = new_vae()
+    assert_near(vae.encode(video[:, :, :1]), vae.encode(video)[:, :, :1], 1e-6)
+    assert_error(AssertionError, "28", vae.encode, video[:, :, :28])
+    assert_error(AssertionError, "20", vae.encode, video[..., :20])
+
+
+def test_no_latent_sees_the_future_with_front_padding():
+    for pad, sees in ("front", 0), ("end", 3):
+        vae, video = new_vae(replace(SMALL_VAE, pad=pad)), rand(1, 3, 21, 16, 16).clamp(-1, 1)
+        before = vae.encode(video)
+        for frame in range(1, 21):
+            later = video.clone()
+            later[:, :, frame] += 0.5
+            changed = (vae.encode(later) - before).abs().amax((0, 1, 3, 4)) > 1e-6         # by latent
+            first = next(i for i in range(6) if 4 * i + sees >= frame)
+            assert not changed[:first].any() and changed[first], (pad, frame)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training: the world, the tools, the losses.
+
+def centroid(weight):
+    """(T, H, W) to (T, 2), x and y in pixels; the middle of the first pixel is 0.5."""
+    axis = torch.arange(weight.shape[-1]) + 0.5
+    return torch.stack([(weight * axis).sum((1, 2)), (weight * axis[:, None]).sum((1, 2))], -1) / weight.sum((1, 2))[:, None]
+
+
+def test_tracks_on_objects_lie_on_the_pixels():
+    axis = torch.linspace(-1.2, 1.2, td.TEXTURE)
+    for camera, motion in itertools.product((False, True), (0, 1, 2)):
+        scene = td.new_scenes(3, 45, seeded(motion), objects=1, camera=camera, light=0, motion=motion)
+        scene["backdrop"][:] = 0.5
+        for point in 0, 1:                                     # the centre, and one that turns and breathes with it
+            where = scene["points"][:, 0, point]               # paint nothing but a spot there
+            spot = torch.exp(-((axis - where[:, :1, None]) ** 2 + (axis[:, None] - where[:, 1:, None]) ** 2) / 0.02)
+            scene["texture"][:, 0] = torch.stack([spot * 0 + 1, spot * 0, spot * 0, spot], 1)
+            video, (tracks, visible) = td.film(scene, 128), td.scene_tracks(scene, 128, seeded())
+            checked = 0
+            for b in range(3):
+                xy = tracks[b, :, point]
+                whole = visible[b, :, point] & ((xy > 10) & (xy < 118)).all(-1)           # the spot is in the picture
+                error = (centroid(video[b, 0].clamp(min=0)) - xy)[whole].norm(dim=-1)
+                assert len(error) == 0 or error.max() < 0.7, (camera, motion, point, error.max())
+                checked += len(error)
+            assert checked > 30
+
+
+def test_tracks_on_the_ground_lie_on_the_pixels():
+    scene = td.new_scenes(3, 45, seeded(), objects=0, camera=True, light=0)
+    axis = torch.linspace(0, 1, 256)                            # the colour of a place says where it is
+    scene["backdrop"] = torch.stack([axis.expand(256, 256), axis[:, None].expand(256, 256), torch.zeros(256, 256)])[None].repeat(3, 1, 1, 1)
+    video, (tracks, visible) = td.film(scene, 128), td.scene_tracks(scene, 128, seeded(1))
+    tracks, visible = tracks[:, :, -td.GRID ** 2:], visible[:, :, -td.GRID ** 2:]
+    assert visible.float().mean() > 0.5 and not visible.all() and tracks.std(1).max() > 5  # the camera moves them
+    for b in range(3):
+        seen = F.grid_sample(video[b].transpose(0, 1), tracks[b, :, None] / 64 - 1, align_corners=False, padding_mode="border")
+        place = (seen[:, :2, 0] + 1) / 2 * 256                  # (T, 2, N) in pixels of the picture, 2 widths are 256
+        for n in range(td.GRID ** 2):
+            mine = place[visible[b, :, n] & ((tracks[b, :, n] > 1) & (tracks[b, :, n] < 127)).all(-1), :, n]
+            assert len(mine) < 2 or (mine - mine.mean(0)).norm(dim=-1).max() < 0.7
+
+
+def test_a_track_is_visible_exactly_where_its_object_is_seen():
+    scene = td.new_scenes(6, 45, seeded(3), objects=3, camera=False, light=0, motion=0, flat=True)
+    scene["backdrop"][:] = 0
+    video, (tracks, visible) = td.film(scene, 128), td.scene_tracks(scene, 128, seeded())
+    inside = ((tracks >= 0) & (tracks < 128)).all(-1)
+    assert not visible[~inside].any()
+    right, hidden = [], 0
+    for b, k in itertools.product(range(6), range(3)):
+        n = k * td.POINTS                                       # the centre of object k
+        here = tracks[b, :, n].long().clamp(0, 127)
+        pixel = video[b, :, torch.arange(45), here[:, 1], here[:, 0]].T / 2 + 0.5           # (T, 3)
+        own = (pixel - scene["colour"][b, k]).abs().amax(1) < 0.1
+        right += (own == visible[b, :, n])[inside[b, :, n]].tolist()
+        hidden += (inside & ~visible)[b, :, n].sum().item()
+    assert hidden > 20 and np.mean(right) > 0.97, (hidden, np.mean(right))
+    absent = td.scene_tracks(td.new_scenes(2, 9, seeded(), objects=1), 128, seeded())[1]
+    assert not absent[:, :, td.POINTS:td.OBJECTS * td.POINTS].any()
+
+
+def test_paths_are_smooth_and_stay_near_the_picture():
+    path = td.smooth_path(200, 90, torch.tensor(0.5), 14, seeded())
+    assert path.shape == (200, 90, 2) and path.std() > 0.2
+    assert path.min() >= -0.126 and path.max() <= 1.126        # a Catmull-Rom curve overshoots its knots by an eighth
+    assert path.diff(dim=1).abs().max() < 0.2 and path.diff(dim=1).diff(dim=1).abs().max() < 0.05
+
+
+def test_painted_tracks_are_among_the_visible_ones():
+    torch.manual_seed(0)
+    visible = rand(64, 45, 88) > -1
+    kept = td.painted(visible)
+    share = kept.float().mean((1, 2)) / visible.float().mean((1, 2))
+    assert not (kept & ~visible).any() and share.min() == 0 and share.max() > 0.6 and 0.1 < share.mean() < 0.6
+
+
+def test_the_optimizer_moves_every_parameter_of_the_model_itself():
+    for model, loss in ((new_model(), lambda m: m(clip_of(2)[0], torch.ones(2), **on_tracks(m)).square().mean()),
+                        (new_vae(), lambda m: m.decode_frames(m.encode(rand(1, 3, 9, 8, 8)))[0].square().mean())):
+        before = {name: p.clone() for name, p in model.requires_grad_(True).named_parameters()}
+        optimizer = td.Optimizer(model, muon=1e-3, adam=1e-3)
+        assert all(view.data_ptr() == p.data_ptr() and view.ndim == 2 for view, p in optimizer.views)
+        optimizer.step(loss(model))
+        still = [name for name, p in model.named_parameters() if p.equal(before[name]) or p.grad is not None]
+        assert not still, still
+
+
+def on_tracks(model):
+    """Conditions whose tracks come from the model's own head."""
+    tracks, visible, ids = new_tracks(5, 9)
+    return {"text": rand(2, 3, model.config.text_dim), "tracks": model.track_head(tracks, visible, ids, 32, 48)}
+
+
+def test_writing_leaves_the_old_file_when_it_fails():
+    def fail(path):
+        Path(path).write_text("half")
+        raise OSError("disk full")
+
+    with folder() as here:
+        td.write(here / "a.txt", lambda path: Path(path).write_text("old"))
+        assert_error(OSError, "disk full", td.write, here / "a.txt", fail)
+        assert (here / "a.txt").read_text() == "old"
+
+
+def gaussian(mean, std):
+    """The exact velocity of flow matching for data ~ N(mean, std²)."""
+    def velocity(x_t, sigma, text=None):
+        sigma = sigma.reshape(len(x_t), 1, -1, 1, 1).to(x_t)
+        x0 = mean + (1 - sigma) * std ** 2 / ((1 - sigma) ** 2 * std ** 2 + sigma ** 2) * (x_t - (1 - sigma) * mean)
+        return torch.where(sigma > 0, (x_t - x0) / sigma.clamp(min=1e-9), 0)
+    return velocity
+
+
+def test_dmd_gradient_is_critic_minus_teacher_normalised():
+    torch.manual_seed(0)
+    x0, first = (2 + rand(4, 3, 5, 2, 2)).requires_grad_(True), rand(4, 3, 1, 2, 2, seed=1)
+    data, made = rand(4, 3, 5, 2, 2, seed=2), rand(4, 3, 5, 2, 2, seed=3)
+    td.dmd_loss(x0, gaussian(data, 0), gaussian(made, 0), {}, None, 0, 0).backward()       # point masses: real is data
+    distance = (x0 - data).abs().mean((1, 2, 3, 4), keepdim=True)
+    assert_near(x0.grad, ((made - data) / distance).detach() / x0.numel(), 1e-4)
+    x0.grad = None
+    td.dmd_loss(x0, gaussian(data, 0), gaussian(made, 0), {}, first, 0, 0).backward()
+    assert x0.grad[:, :, 0].abs().max() < 1e-7 and x0.grad[:, :, 1:].abs().min() > 0       # the image gives frame 0
+
+    mean = torch.tensor(2.0, requires_grad=True)                # a generator N(mean, 1), data N(-1, 1), an exact critic
+    for _ in range(150):
+        x0 = mean + torch.randn(8, 1, 1, 4, 4)
+        td.dmd_loss(x0, gaussian(-1, 1), gaussian(mean.detach(), 1), {}, None, 0, 0).backward()
+        mean.data -= 0.1 * mean.grad
+        mean.grad = None
+    assert abs(mean + 1) < 0.1, mean
+
+
+def test_dmd_loss_moves_the_generator_only_and_critic_loss_the_critic_only():
+    generator, teacher, critic = nets = [new_model(seed).requires_grad_(True) for seed in range(3)]
+    (noise, given, first), calls = clip_of(6), []
+    for net in teacher, critic:
+        net.register_forward_hook(lambda net, args, out: calls.append((net, len(out))))
+
+    def moved(loss):
+        calls.clear()
+        for net in nets:
+            net.zero_grad()
+        chunks = rollout(generator, noise, given, first, exit_step=1, grad=True)
+        loss(torch.cat(list(chunks), 2)).backward()
+        return [net for net in nets if any(p.grad is not None and p.grad.any() for p in net.parameters())]
+
+    assert moved(lambda x0: td.dmd_loss(x0, teacher, critic, given, first, 3.0, 1.5)) == [generator]
+    assert calls == [(teacher, 6), (critic, 2)]                 # three evaluations guide the teacher, none the critic
+    assert moved(lambda x0: td.critic_loss(x0, critic, given)) == [critic] and calls == [(critic, 2)]
+
+
+def test_flow_loss_is_zero_for_the_exact_velocity_and_leaves_the_image_out():
+    x0 = rand(3, 4, 5, 2, 2)
+
+    def exact(x_t, sigma):
+        assert x_t[:, :, 0].equal(x0[:, :, 0]) and (sigma[:, 0] == 0).all()
+        v = (x_t - x0) / sigma[:, None, :, None, None].clamp(min=1e-9)
+        return torch.cat([v[:, :, :1] + 99, v[:, :, 1:]], 2)
+
+    assert td.flow_loss(exact, x0, torch.tensor([0.3, 0.8, 1.0]), {}) < 1e-9
+    assert td.flow_loss(lambda x, sigma: x * 0, x0, torch.ones(3), {}) > 1
+
+
+def test_causal_loss_sees_the_clean_past_that_the_cache_holds():
+    model, (x0, given, _) = new_model(), clip_of(12)
+    states, losses = [add_noise(x0, rand(*x0.shape, seed=4), torch.full((2,), sigma)) for sigma in SMALL.sigmas], []
+    for context in (1, None), (1, 1), (1, 0), (0, 1), (0, 0):
+        torch.manual_seed(0)
+        losses.append(td.causal_loss(model, states, SMALL.sigmas, x0, given, context).item())
+    assert len(set(losses)) == 5, losses
+    expected = 0                                                # with no memory, a chunk is a clip of its own
+    torch.manual_seed(0)
+    for i in range(0, 12, 3):
+        sigma = SMALL.sigmas[int(torch.randint(0, 3, ()))]
+        x, level = with_first(add_noise(x0, rand(*x0.shape, seed=4), torch.full((2,), sigma))[:, :, i:i + 3],
+                              torch.full((2,), sigma), None if i else x0[:, :, :1])
+        v = model(x, level, given["text"], tracks=given["tracks"][:, :, i:i + 3])
+        expected += (to_x0(x, v, level) - x0[:, :, i:i + 3]).square().sum().item() / x0.numel()
+    assert abs(losses[-1] / expected - 1) < 1e-5
+
+
+def test_an_interrupted_training_continues_with_the_same_bits():
+    def toy(here, stop_at=None):
+        """Six steps; the model's parameters and what was logged."""
+        model = new_model().requires_grad_(True)
+        optimizer = td.Optimizer(model, muon=1e-2, adam=1e-2, steps=6)
+
+        def step(i):
+            if i == stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            loss = td.flow_loss(model, torch.randn(2, 4, 2, 4, 6), torch.rand(2), on_tracks(model))
+            return {"loss": loss, "grad": optimizer.step(loss)}
+
+        run = SimpleNamespace(out=here, seed=1, device="cpu")
+        with quiet():
+            td.train(run, "toy", 6, {"model": model, "optimizer": optimizer}, step)
+        return model.state_dict(), [json.loads(line)["loss"] for line in open(here / "stats.jsonl")]
+
+    with folder() as one, folder() as two:
+        whole, log = toy(one)
+        assert_error(SystemExit, "143", toy, two, stop_at=2)
+        assert len((two / "stats.jsonl").read_text().splitlines()) == 3                    # it finished the step
+        resumed, resumed_log = toy(two)
+        assert all(p.equal(resumed[name]) for name, p in whole.items()) and log == resumed_log and len(log) == 6
+
+
+@slow
+def test_the_whole_training_runs_in_a_minute():
+    with folder() as here:
+        subprocess.run([sys.executable, "train_distill.py", "--smoke", "--out", here], cwd=HERE, check=True)
+        assert any(here.glob("*student*.safetensors")) and (here / "stats.jsonl").stat().st_size > 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pieces that people copy run on their own, with torch alone.
+
+def lifted(file, *names, **given):
+    """The named definitions of a file, executed where nothing but torch and three standard modules is known."""
+    space = {"torch": torch, "nn": nn, "F": F, "math": math, "itertools": itertools, "dataclass": dataclass, "__name__": "lifted", **given}
+    nodes = ast.parse((HERE / file).read_text()).body
+    found = {getattr(node, "name", None) or node.targets[0].id: node for node in nodes
+             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) or isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)}
+    for name in names:
+        exec(compile(ast.Module([found[name]], []), file, "exec"), space)
+    return SimpleNamespace(**space)
+
+
+FLOW = "per_frame", "add_noise", "to_x0", "with_first"
+
+
+def test_pieces_of_the_model_run_from_their_own_source():
+    own = lifted("motionstream.py", "KVCache", "RMSNorm", "apply_rope", "attend", "SelfAttention")
+    theirs, ours = SelfAttention(40, 2, 1e-6), own.SelfAttention(40, 2, 1e-6)
+    ours.load_state_dict(randomised(theirs).state_dict())
+    caches, rope = (KVCache(1, 1), own.KVCache(1, 1)), rope_table(3, 2, 3, 20, "cpu")
+    for i in range(5):
+        x = rand(2, 6, 40, seed=i)
+        a, b = (m(x, rope[:6 * min(i + 1, 3)], cache, write=True) for m, cache in zip((theirs, ours), caches))
+        assert a.equal(b)
+
+    head = lifted("motionstream.py", "sinusoid", "TrackHead").TrackHead(8, 5, 8)
+    assert randomised(head)(*new_tracks(9, 7), 32, 48).equal(randomised(TrackHead(8, 5, 8))(*new_tracks(9, 7), 32, 48))
+
+    model, (noise, given, first) = new_model(), clip_of(8)
+    own = lifted("motionstream.py", *FLOW, "by_chunk", "rollout")
+    both = [list(f(model, noise, given, first, generator=seeded())) for f in (rollout, own.rollout)]
+    assert all(a.equal(b) for a, b in zip(*both, strict=True))
+
+
+def test_dmd_loss_and_the_vae_run_from_their_own_source():
+    model, (x0, given, first) = new_model(), clip_of(3)
+    needs = vars(lifted("motionstream.py", *FLOW, "joint_guidance", "guided_velocity"))
+    own = lifted("train_distill.py", "dmd_loss", **needs)
+    values = []
+    for loss in td.dmd_loss, own.dmd_loss:
+        torch.manual_seed(0)
+        values.append(loss(x0, model, new_model(1), given, first, 3.0, 1.5))
+    assert values[0].equal(values[1]) and values[0] > 0
+
+    own = lifted("vae.py", "FRAMES", "TinyVAEConfig", "conv", "Clamp", "MemBlock", "TPool", "TGrow", "build_encoder", "build_decoder",
+                 "run", "TINY", "TinyVAE")
+    vae = randomised(own.TinyVAE(own.TinyVAEConfig(**vars(SMALL_VAE))))
+    z = vae.encode(rand(1, 3, 9, 16, 16))
+    assert z.equal(new_vae().encode(rand(1, 3, 9, 16, 16))) and vae.decode(z)[0].equal(new_vae().decode(z)[0])
+    assert own.TinyVAE(own.TINY).stride == 8
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# sample.py: what a user types.
+
+def sampled(*argv):
+    """Exit code, stdout and stderr of sample.py, run in this process."""
+    with quiet() as (out, err):
+        code = sample.main([str(word) for word in argv])
+    return code, out.getvalue(), err.getvalue()
+
+
+@functools.cache
+def workplace():
+    """A folder with small random models, an image and tracks, kept until the process ends."""
+    here = tempfile.TemporaryDirectory()
+    path = Path(here.name)
+    saved(path / "student.safetensors", new_model(), dtype=torch.float16)
+    saved(path / "teacher.safetensors", new_model(causal=False, steps=2), dtype=torch.float16)
+    saved(path / "vae.safetensors", new_vae(), dtype=torch.float16)
+    Image.fromarray((rand(40, 48, 3).numpy() * 60 + 128).clip(0, 255).astype(np.uint8)).save(path / "image.png")
+    t = np.linspace(0, 1, 14)[:, None]
+    np.save(path / "tracks.npy", np.stack([8 + 30 * t + [0, 3, 6], 20 + 10 * t + [0, 2, 4]], -1).astype(np.float32))
+    return here, path
+
+
+def command(*more):
+    """The flags of a good call, then more."""
+    _, here = workplace()
+    return ("--image", here / "image.png", "--tracks", here / "tracks.npy", "--weights", here / "student.safetensors", "--vae",
+            here / "vae.safetensors", "--out", here / "out.mp4", *more)
+
+
+def test_sample_writes_a_video_of_the_tracks_length():
+    _, here = workplace()
+    for flags, frames in ((), 14), (("--frames", 1), 1), (("--frames", 20, "--overlay", "--sheet", here / "sheet.png", "--sink", 0,
+            "--window", "full", "--chunk", 2, "--steps", 1, "--prompt", "fading light"), 20), (
+            ("--sampler", "teacher", "--weights", here / "teacher.safetensors", "--w-text", 2), 14):
+        code, out, err = sampled(*command(*flags))
+        assert code == 0 and out.splitlines()[-1] == str(here / "out.mp4"), (flags, out, err)
+        video = imageio.mimread(here / "out.mp4", memtest=False)
+        assert len(video) == frames and min(video[0].shape[:2]) >= 256, (len(video), video[0].shape)
+        (here / "out.mp4").unlink()
+    assert Image.open(here / "sheet.png").width > 1000
+    assert not list(here.glob(".*")), "temporary files are left"
+
+
+def test_sampled_frames_depend_on_seed_tracks_and_memory_and_on_nothing_else():
+    _, here = workplace()
+    vae, motion = TinyVAE.from_pretrained(here / "vae.safetensors"), sample.Motion(*new_tracks(41, 3, batch=1))
+    moved = motion._replace(tracks=motion.tracks + (torch.arange(41) > 8)[:, None, None] * 8.0)
+
+    def frames(motion=motion, seed=0, **memory):
+        model = MotionStream.from_pretrained(here / "student.safetensors", dtype=torch.float32, **memory)
+        latents = sample.stream(model, rand(1, 4, 1, 4, 6), motion, seed=seed)
+        return np.stack(list(itertools.islice(sample.decode_frames(vae, latents), 41)))
+
+    base = frames()
+    assert base.shape == (41, 32, 48, 3) and (frames() == base).all()
+    assert (frames(moved)[:9] == base[:9]).all() and (frames(moved)[9:21] != base[9:21]).any()
+    assert (frames(seed=1) != base).any() and (frames(sink=0) != base).any() and (frames(window=None) != base).any()
+
+
+def test_the_stream_hands_the_track_head_the_whole_motion():
+    model, motion = new_model(), sample.Motion(*new_tracks(28, 5))
+    parts = [part["tracks"] for part in itertools.islice(sample.conditions(model, motion, None), 3)]
+    rest = 33 - 28                                              # 3 chunks of 3 latents are 33 frames
+    tracks, visible = F.pad(motion.tracks, (0, 0, 0, 0, 0, rest)), F.pad(motion.visible, (0, 0, 0, rest))
+    assert torch.cat(parts, 2).equal(model.track_head(tracks, visible, motion.ids, 32, 48))
+
+
+def test_the_image_and_its_tracks_are_cropped_alike():
+    c, axes = replace(SMALL, size=(64, 96)), (torch.arange(96) + 0.5, (torch.arange(64) + 0.5)[:, None])
+    for width, height in (200, 100), (100, 200), (30, 31), (96, 64):
+        spot, corner = (width * 0.58, height * 0.42), (1, 1)
+        y, x = np.mgrid[:height, :width] + 0.5
+        pixels = 255 * np.exp(-((x - spot[0]) ** 2 + (y - spot[1]) ** 2) / (width / 20) ** 2)
+        weight = sample.fit_image(Image.fromarray(pixels.astype(np.uint8)).convert("RGB"), c.size)[0, :1] + 1
+        with quiet():
+            tracks = np.tile(np.float32([spot, corner]), (5, 1, 1))
+            motion = sample.fit_tracks((tracks, np.ones((5, 2), bool), None), (width, height), 5, c, 0)
+        found = torch.stack([(weight * axis).sum() / weight.sum() for axis in axes])
+        assert (found - motion.tracks[0, 0, 0]).norm() < 0.7, (width, height, found, motion.tracks[0, 0, 0])
+        assert motion.visible[0, 0].tolist() == [True, (width, height) == (96, 64)]       # else the corner is cut off
+
+
+def test_images_of_every_mode_come_out_right():
+    rgb, turned = np.zeros((20, 30, 3), np.uint8), Image.Exif()
+    rgb[:, :15], rgb[:, 15:], turned[0x0112] = (200, 40, 80), (0, 250, 10), 6              # 6: turn it clockwise
+    grey, clear = np.full((20, 30), 51, np.uint8), np.dstack([rgb, rgb[..., 0] * 0])
+    with folder() as here:
+        for name, image, exif, expected in (
+                ("rgb", Image.fromarray(rgb), None, rgb), ("palette", Image.fromarray(rgb).quantize(4), None, rgb),
+                ("grey", Image.fromarray(grey), None, rgb * 0 + 51), ("alpha", Image.fromarray(clear), None, rgb * 0 + 255),
+                ("16 bits", Image.fromarray(grey.astype(np.uint16) * 257), None, rgb * 0 + 51),
+                ("EXIF", Image.fromarray(rgb), turned, np.rot90(rgb, -1))):
+            image.save(here / f"{name}.png", exif=exif)
+            read = sample.load_image(here / f"{name}.png")
+            assert read.mode == "RGB" and np.array_equal(np.asarray(read), expected), name
+
+
+def bad_inputs(here):
+    """Name -> flags that must be refused. Files are written here."""
+    good = np.load(here / "tracks.npy")
+
+    def npy(name, array, **options):
+        np.save(here / name, array, **options)
+        return "--tracks", here / name
+
+    def npz(name, **arrays):
+        np.savez(here / name, **arrays)
+        return "--tracks", here / name
+
+    def raw(flag, name, data):
+        (here / name).write_bytes(data)
+        return flag, here / name
+
+    def change(array, value, index=(3, 1, 0)):
+        array = array.copy()
+        array[index] = value
+        return array
+
+    def declares(shape):
+        file = io.BytesIO()
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        return file.getvalue() + bytes(64)
+
+    seen = np.ones(good.shape[:2], bool)
+    student, vae, png = ((here / name).read_bytes() for name in ("student.safetensors", "vae.safetensors", "image.png"))
+    npz("whole.npz", tracks=good, visibility=seen)
+    less = saved(here / "less.safetensors", new_model(), lambda t: t.pop("head.head.bias"))
+    return {
+        "no image": ("--image", here / "none.png"), "a text as image": raw("--image", "text.png", b"hello"),
+        "half an image": raw("--image", "half.png", png[:len(png) // 2]), "an empty image": raw("--image", "empty.png", b""),
+        "a folder as image": ("--image", here), "no tracks file": ("--tracks", here / "none.npy"),
+        "2-d tracks": npy("2d.npy", good[:, 0]), "3-d points": npy("3d.npy", np.zeros((14, 3, 3), np.float32)),
+        "complex tracks": npy("complex.npy", good.astype(complex)), "text tracks": npy("text.npy", good.astype(str)),
+        "bool tracks": npy("bool.npy", good > 1), "object tracks": npy("object.npy", good.astype(object), allow_pickle=True),
+        "objects in npz": npz("object.npz", tracks=good.astype(object)), "no tracks": npy("zero.npy", good[:, :0]),
+        "no frames": npy("short.npy", good[:0]), "tracks in 0..1": npy("unit.npy", good / 100),
+        "all outside": npy("outside.npy", good + 500), "swapped axes": npy("swapped.npy", good.transpose(1, 0, 2)),
+        "visible NaN": npz("nan.npz", tracks=change(good, np.nan), visibility=seen),
+        "visible inf": npz("inf.npz", tracks=change(good, np.inf), visibility=seen), "inf in npy": npy("inf.npy", change(good, -np.inf)),
+        "wrong visibility": npz("shape.npz", tracks=good, visibility=seen.T), "logits": npz("logits.npz", tracks=good, visibility=seen * 3.0),
+        "wrong ids": npz("ids.npz", tracks=good, ids=np.arange(7)), "no width": npz("width.npz", tracks=good, width=0, height=10),
+        "other arrays": npz("other.npz", points=good), "half an npz": raw("--tracks", "half.npz", (here / "whole.npz").read_bytes()[:300]),
+        "half an npy": raw("--tracks", "half.npy", (here / "tracks.npy").read_bytes()[:-20]), "noise as tracks": raw("--tracks", "noise.npy", b"\x00" * 99),
+        "terabytes": raw("--tracks", "huge.npy", declares((10 ** 6, 10 ** 6, 2))), "negative shape": raw("--tracks", "neg.npy", declares((-1, 3, 2))),
+        "no weights": ("--weights", here / "none.safetensors"), "half the weights": raw("--weights", "half.safetensors", student[:-64]),
+        "the vae as weights": ("--weights", here / "vae.safetensors"), "weights with a hole": ("--weights", less),
+        "the teacher as student": ("--weights", here / "teacher.safetensors"), "the weights as vae": ("--vae", here / "student.safetensors"),
+        "half the vae": raw("--vae", "cut.safetensors", vae[:-64]), "0 frames": ("--frames", 0), "half a frame": ("--frames", 1.5),
+        "a negative seed": ("--seed", -1), "0 steps": ("--steps", 0), "0 in a chunk": ("--chunk", 0), "negative window": ("--window", -1),
+        "infinite fps": ("--fps", "inf"), "an unknown flag": ("--colour", "red"), "an unknown dtype": ("--dtype", "float8"),
+        "an unknown device": ("--device", "abacus"), "an unknown sampler": ("--sampler", "magic"), "guidance for a student": ("--w-text", 1),
+        "no folder": ("--out", here / "no" / "out.mp4"), "another suffix": ("--out", here / "out.avi"), "a folder as output": ("--out", here),
+        "over the input": ("--out", here / "image.png"), "a sheet without suffix": ("--sheet", here / "sheet"),
+    }
+
+
+def test_bad_input_ends_in_one_line_and_exit_code_2():
+    _, here = workplace()
+    wrong, before = {}, None
+    for name, flags in bad_inputs(here).items():
+        before = before or sorted(here.iterdir())
+        code, out, err = sampled(*command(*flags))
+        left = sorted(set(here.iterdir()) - set(before))
+        if code != 2 or not re.fullmatch(r"error: [^\n]+\n", err) or left:
+            wrong[name] = (code, err[-200:], left)
+    assert not wrong, "\n".join(f"{name}: {what}" for name, what in wrong.items())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The README.
+
+def test_readme_table_points_at_the_code():
+    rows = re.findall(r"\[`([\w.]+)`\]\(([\w/]+\.py)#L(\d+)\)", (HERE / "README.md").read_text())
+    assert rows, "no link of the form [`name`](file.py#L123) in README.md"
+    for name, file, line in rows:
+        lines = (HERE / file).read_text().splitlines()
+        last = name.split(".")[-1]
+        there = lines[int(line) - 1] if int(line) <= len(lines) else ""
+        at = [i + 1 for i, text in enumerate(lines) if re.match(rf"\s*(def|class) {last}\b|{last}\b.* = ", text)]
+        assert int(line) in at, f"{file} line {line} does not define {name} but reads {there.strip()!r}; it is in line {at}"
+
+
+def test_readme_line_counts_are_true():
+    rows = re.findall(r"^\|\s*`?\[?`?([\w/]+\.py)`?(?:\]\([^)]*\))?`?\s*\|\s*([\d,]+)\s*\|", (HERE / "README.md").read_text(), re.M)
+    assert rows, "no row of the form | file.py | 123 | … in README.md"
+    for file, count in rows:
+        lines = len((HERE / file).read_text().splitlines())
+        assert int(count.replace(",", "")) == lines, f"{file} has {lines} lines, the README says {count}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+def main(words):
+    """Run the tests with one of the words in their name; all if there are none."""
+    count, started = Counter(), time.time()
+    for name, test in [item for item in globals().items() if item[0].startswith("test_")]:
+        if words and not any(word in name for word in words):
+            continue
+        begin, reason = time.time(), ""
+        try:
+            test()
+            result = "passed"
+        except unittest.SkipTest as e:
+            result, reason = "SKIPPED", f": {e}"
+        except Exception:
+            result = "FAILED"
+            traceback.print_exc()
+        count[result.lower()] += 1
+        print(f"{time.time() - begin:6.2f} s  {result:7}  {name}{reason}", flush=True)
+    print(f"{time.time() - started:.0f} s in all")
+    print(f"{count['passed']} passed, {count['failed']} failed" + (f", {count['skipped']} skipped" if count["skipped"] else ""))
+    return 1 if count["failed"] or not count["passed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main([word for word in sys.argv[1:] if not word.startswith("-")]))
