@@ -19,7 +19,6 @@ import math
 import re
 import zlib
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -107,7 +106,8 @@ PRESETS = {
     "wan2.1-1.3b": Config(),
     "motionstream-1.3b": Config(in_dim=48, track_dim=16, clip_dim=1280, shift=6.0, sigmas=schedule(3, 6.0)),
     "wan2.1-14b": Config(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
-    "wan2.2-5b": Config(dim=3072, ffn_dim=14336, num_heads=24, in_dim=48, out_dim=48, stride=16, size=(704, 1280), fps=24),
+    "wan2.2-5b": Config(dim=3072, ffn_dim=14336, num_heads=24, in_dim=48, out_dim=48, stride=16,
+                        size=(704, 1280), fps=24),
     "tiny": Config(dim=192, ffn_dim=576, num_heads=3, num_layers=5, in_dim=48, track_dim=32, text_dim=64, text_len=8,
                    steps=15, size=(128, 128), tracks="start", prompt="steady light, steady shapes"),
 }
@@ -117,7 +117,7 @@ PRESETS = {
 # Time and position.
 
 def sinusoid(t, dim):
-    """Numbers (…) to vectors (…, dim): cosines, then sines, of t at dim / 2 frequencies from 1 down to 1 / 10000."""
+    """Numbers (…) to vectors (…, dim): cosines, then sines, of t at dim / 2 frequencies, 1 to 1 / 10000."""
     frequency = 10000 ** (-torch.arange(dim // 2, dtype=torch.float64, device=t.device) / (dim // 2))
     angle = t.double()[..., None] * frequency
     return torch.cat([angle.cos(), angle.sin()], -1).float()
@@ -148,7 +148,7 @@ def apply_rope(x, table):
 
 class KVCache:
     """What one layer remembers of a stream: the first `sink` chunks for ever, then the latest `window` chunks
-    (None: all). Keys are kept as they are before RoPE: a chunk's position is its slot, which changes as others leave."""
+    (None: all). Keys are kept before RoPE: a chunk's position is its slot, which changes as others leave."""
 
     def __init__(self, sink, window):
         self.sink, self.window = sink, window
@@ -247,7 +247,7 @@ class Block(nn.Module):
         self.cross_attn = CrossAttention(c.dim, c.num_heads, c.eps, c.clip_dim > 0)
         self.norm2 = nn.LayerNorm(c.dim, c.eps, elementwise_affine=False)
         self.ffn = nn.Sequential(nn.Linear(c.dim, c.ffn_dim), nn.GELU("tanh"), nn.Linear(c.ffn_dim, c.dim))
-        self.modulation = nn.Parameter(torch.randn(1, 6, c.dim) / c.dim ** 0.5)
+        self.modulation = nn.Parameter(torch.empty(1, 6, c.dim))
 
     def forward(self, x, time, rope, text, image=None, cache=None, write=False):
         """x (B, F, h w, D) float32; time (B, 1 or F, 6, D); text (B, text_len, D); image (B, 257, D)."""
@@ -267,7 +267,7 @@ class Head(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(c.dim, c.eps, elementwise_affine=False)
         self.head = nn.Linear(c.dim, math.prod(c.patch_size) * c.out_dim)
-        self.modulation = nn.Parameter(torch.randn(1, 2, c.dim) / c.dim ** 0.5)
+        self.modulation = nn.Parameter(torch.empty(1, 2, c.dim))
 
     def forward(self, x, time):
         shift, scale = (self.modulation + time.unsqueeze(2)).unsqueeze(2).unbind(3)     # (B, 1 or F, 1, D) each
@@ -280,11 +280,12 @@ class Head(nn.Module):
 class TrackHead(nn.Module):
     """Painted tracks to channels on the latent grid: the new input of MotionStream.
 
-    Every track has an ID, an ID is a sinusoidal vector: half of it for the ID's upper 16 bits, half for the lower 16, so
-    that both random numbers and points of a picture can be IDs, see track_ids. It is written at cell (floor(x / stride), floor(y / stride))
-    of every frame in which the track is visible (eq. 1); 4 frames are packed into the channels; a 1x1x1 convolution
-    does the rest. Of several tracks in one cell the lowest ID is written: a rule that knows no order, and no blend
-    that is nobody's vector. A track outside the picture is hidden. Hidden and "not specified" are both zeros."""
+    Every track has an ID, an ID is a sinusoidal vector: half of it for the ID's upper 16 bits, half for the lower 16,
+    so that random numbers and points of a picture can both be IDs, see track_ids. The vector is written at cell
+    (floor(x / stride), floor(y / stride)) of every frame in which the track is visible (eq. 1); 4 frames are packed
+    into the channels; a 1x1x1 convolution does the rest. Of several tracks in one cell the lowest ID is written: a
+    rule that knows no order, and no blend that is nobody's vector. A track outside the picture is hidden. Hidden and
+    "not specified" are both zeros."""
 
     def __init__(self, id_dim=64, out_channels=16, stride=8):
         super().__init__()
@@ -292,8 +293,8 @@ class TrackHead(nn.Module):
         self.conv = nn.Conv3d(4 * id_dim, out_channels, 1, bias=False)      # a bias would fill the empty cells
 
     def forward(self, tracks, visible, ids, height, width):
-        """tracks (B, T, N, 2) x, y in pixels; visible (B, T, N); ids (B, N); the size of the picture in pixels, to
-        (B, out_channels, F, h, w). T % 4 == 1 starts a clip, T % 4 == 0 continues one: chunks joined equal the whole."""
+        """tracks (B, T, N, 2) x, y in pixels; visible (B, T, N); ids (B, N); the picture's size in pixels: to
+        (B, out_channels, F, h, w). T % 4 == 1 starts a clip, 0 continues one: chunks joined equal the whole."""
         B, T, N, _ = tracks.shape
         assert T % 4 < 2, f"{T} frames: a clip starts with 1 + 4 k, and goes on with 4 k"
         h, w = height // self.stride, width // self.stride
@@ -344,7 +345,8 @@ class MotionStream(nn.Module):
             self.img_emb = nn.ModuleDict({"proj": nn.Sequential(*layers)})
         if c.track_dim:
             self.track_head = TrackHead(out_channels=c.track_dim, stride=c.stride)
-        self.init_weights()
+        if not self.head.head.weight.is_meta:
+            self.init_weights()
 
     def init_weights(self):
         """As Wan's: the fresh model returns zeros."""
@@ -353,9 +355,11 @@ class MotionStream(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         for layer in (self.text_embedding[0], self.text_embedding[2], self.time_embedding[0], self.time_embedding[2]):
-            layer.weight.data = 0.02 * torch.randn_like(layer.weight)       # normal_ on the meta device takes seconds
+            nn.init.normal_(layer.weight, std=0.02)
         nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
         nn.init.zeros_(self.head.head.weight)
+        for module in (*self.blocks, self.head):
+            nn.init.normal_(module.modulation, std=self.config.dim ** -0.5)
 
     def new_caches(self):
         """One KVCache per layer, empty."""
@@ -484,7 +488,8 @@ def embed_words(text, config):
     if text is None:
         return None
     words = re.findall(r"\w+", text.lower())[:config.text_len]
-    rows = [torch.randn(config.text_dim, generator=torch.Generator().manual_seed(zlib.crc32(w.encode()))) for w in words]
+    seeds = [torch.Generator().manual_seed(zlib.crc32(word.encode())) for word in words]
+    rows = [torch.randn(config.text_dim, generator=seed) for seed in seeds]
     return torch.stack(rows)[None] if rows else torch.zeros(1, 0, config.text_dim)
 
 
@@ -498,7 +503,7 @@ def load_pretrained(cls, path, dtype, device, overrides):
     saved = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(metadata["config"]).items()}
     unknown = saved.keys() - {f.name for f in fields(Config)}
     if unknown:
-        raise ValueError(f"{path}: its config has unknown fields {', '.join(sorted(unknown))}; written by a newer version?")
+        raise ValueError(f"{path}: its config has unknown fields {', '.join(sorted(unknown))}; from a newer version?")
     with torch.device("meta"):
         model = cls(replace(Config(**saved), **overrides))
     expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}

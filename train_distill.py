@@ -16,10 +16,12 @@ a loss curve and a preview sheet for each stage.
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import os
 import signal
+import sys
 import time
 import zlib
 from dataclasses import replace
@@ -35,7 +37,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from motionstream import (PRESETS, KVCache, MotionStream, add_noise, embed_words, euler, guided_velocity, metadata,
-                          per_frame, rollout, schedule, to_x0, track_ids, with_first)
+                          rollout, to_x0, track_ids, with_first)
 from vae import TINY, TinyVAE
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -76,7 +78,7 @@ def outline(kind, sides, angle):
 
 
 def textures(batch, flat, rng):
-    """Objects' looks: RGBA (batch, OBJECTS, 4, TEXTURE, TEXTURE), colours (batch, OBJECTS, 3), outlines (kind, sides)."""
+    """Objects' looks: RGBA (batch, OBJECTS, 4, TEXTURE, TEXTURE), RGB (batch, OBJECTS, 3), outline (kind, sides)."""
     def draw(*shape):
         return torch.rand(batch, OBJECTS, *shape, generator=rng)
 
@@ -119,7 +121,7 @@ def new_scenes(batch, frames, rng, objects=None, camera=None, light=None, motion
         present = torch.full_like(present, objects)
     texture, colour, shape = textures(batch, flat, rng)
     size = torch.rand(batch, OBJECTS, generator=rng)
-    speed = 0.5 * torch.rand(batch * OBJECTS, 1, 1, generator=rng) ** 1.5 * (torch.rand(batch * OBJECTS, 1, 1, generator=rng) > 0.12)
+    speed = 0.5 * (torch.rand(batch * OBJECTS, 1, 1, generator=rng) * 1.12 - 0.12).clamp(min=0) ** 1.5   # some rest
     position = 0.12 + 0.76 * smooth_path(batch * OBJECTS, frames, speed, 14, rng).view(batch, OBJECTS, frames, 2)
 
     moves = (torch.rand(batch, 1, 1, generator=rng) < 0.3 if camera is None else torch.tensor(camera)).float()
@@ -128,7 +130,7 @@ def new_scenes(batch, frames, rng, objects=None, camera=None, light=None, motion
     zoom = torch.exp(moves * 0.5 * (path[:, 1, :, :1] - 0.5))
 
     t = torch.arange(frames)
-    ramp = 1 - torch.exp(-t / 16)                                      # approaches its end: the state tells what is next
+    ramp = 1 - torch.exp(-t / 16)                                      # a state that tells what comes next
     gains = 1 + ramp[:, None] * (torch.tensor([*LIGHT.values()])[light][:, None] - 1)
     spin = (motion == 1)[:, None] * t * (2 * math.pi / 60)
     pulse = 1 + 0.22 * (motion == 2)[:, None] * torch.sin(t * (2 * math.pi / 24))
@@ -315,7 +317,8 @@ def train(run, stage, steps, parts, step):
             numbers = step(i)
             numbers = {k: round(torch.as_tensor(v).item(), 5) for k, v in numbers.items()}
             bar.set_postfix(numbers)
-            log.write(json.dumps({"stage": stage, "step": i, **numbers, "seconds": round(time.time() - started, 3)}) + "\n")
+            numbers = {"stage": stage, "step": i, **numbers, "seconds": round(time.time() - started, 3)}
+            log.write(json.dumps(numbers) + "\n")
             if stop or time.time() - saved_at > 300:
                 save(i + 1)
                 log.flush()
@@ -334,7 +337,8 @@ def train_vae(run):
     """Reconstruction of pixels and their differences, on 64x64 crops, of three the one where most happens. The latent
     is made unit variance per channel by a BatchNorm without weights, which is folded into the encoder's last
     convolution when training ends; noise on the latent keeps it smooth."""
-    vae, norm = TinyVAE(TINY).to(run.device), nn.BatchNorm3d(TINY.latent_channels, affine=False, momentum=0.05).to(run.device)
+    vae = TinyVAE(TINY).to(run.device)
+    norm = nn.BatchNorm3d(TINY.latent_channels, affine=False, momentum=0.05).to(run.device)
     videos = run.videos(run.vae_clips)                                           # (n, 3, CLIP, SIZE, SIZE) uint8
     optimizer = Optimizer(vae, muon=5e-3, adam=2e-3, steps=run.steps["vae"])
 
@@ -358,7 +362,7 @@ def train_vae(run):
         last, std = vae.encoder[-1], (norm.running_var + norm.eps).sqrt()
         last.weight /= std.view(-1, 1, 1, 1)
         last.bias.copy_((last.bias - norm.running_mean) / std)
-    run.save_vae(vae)
+    run.save("vae", vae, vae.metadata())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -477,7 +481,7 @@ def train_teacher(run):
         return {"loss": loss, "grad": grad} | (error_at_one(run, average, fresh) if i % 200 == 199 else {})
 
     train(run, "teacher", run.steps["teacher"], {"model": model, "average": average, "optimizer": optimizer}, step)
-    run.save_model("teacher", average)
+    run.save("teacher", average, metadata(average.config))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -554,7 +558,7 @@ def train_causal(run):
         return {"loss": loss, "grad": grad}
 
     train(run, "causal", run.steps["causal"], {"student": student, "average": average, "optimizer": optimizer}, step)
-    run.save_model("causal", average)
+    run.save("causal", average, metadata(average.config))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -589,8 +593,8 @@ def train_student(run):
     generator.track_head.requires_grad_(False)
     critic.track_head.requires_grad_(False)
     average = copy.deepcopy(generator).requires_grad_(False)
-    betas = (0.0, 0.99)
-    optimizer_g = Optimizer(generator, muon=1e-3, adam=1e-4, betas=betas, steps=run.steps["distill"] // run.critic_steps)
+    betas, updates = (0.0, 0.99), run.steps["distill"] // run.critic_steps
+    optimizer_g = Optimizer(generator, muon=1e-3, adam=1e-4, betas=betas, steps=updates)
     optimizer_c = Optimizer(critic, muon=2e-3, adam=2e-4, betas=betas)
 
     def generate(grad):
@@ -617,7 +621,7 @@ def train_student(run):
     parts = {"generator": generator, "critic": critic, "average": average, "optimizer_g": optimizer_g,
              "optimizer_c": optimizer_c}
     train(run, "distill", run.steps["distill"], parts, step)
-    run.save_model("student", average)
+    run.save("student", average, metadata(average.config))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -665,10 +669,10 @@ def plot(path, curves, title, width=640, height=320):
     for text, at in (title, (50, 8)), (f"{y1:.3g}", (4, 30)), (f"{y0:.3g}", (4, height - 42)), \
                     (f"{x0:.0f}", (50, height - 24)), (f"{x1:.0f}", (width - 50, height - 24)):
         draw.text(at, text, fill="black")
+    right, up = (width - 60) / (x1 - x0 or 1), (height - 60) / (y1 - y0 or 1)
     for i, (name, curve) in enumerate(curves.items()):
         colour = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")[i % 6]
-        draw.line([(50 + (width - 60) * (x - x0) / (x1 - x0 or 1), height - 30 - (height - 60) * (y - y0) / (y1 - y0 or 1))
-                   for x, y in curve], fill=colour, width=2)
+        draw.line([(50 + right * (x - x0), height - 30 - up * (y - y0)) for x, y in curve], fill=colour, width=2)
         draw.text((width - 150, 34 + 14 * i), name, fill=colour)
     write(path, lambda temporary: page.save(temporary, "png"))
 
@@ -699,28 +703,28 @@ def play(run, name, scene, points, text, context=None):
         yield vae.decode(vae.encode(film(scene, SIZE)))[0]
         return
     sink, window = context or (run.config.sink, run.config.window)
-    model = run.model(name, sink=sink, window=window)
-    rng = torch.Generator().manual_seed(run.seed)
+    model, rng = run.model(name, sink=sink, window=window), torch.Generator().manual_seed(run.seed)
     first = vae.encode(film(scene, SIZE, 0, 1).to(run.device))
-    B, C, _, h, w = first.shape
     points = {key: value.to(run.device) for key, value in points.items()}
-    ids = track_ids(points["tracks"], points["visible"], run.config, rng)
-    text = None if text is None else text.expand(B, -1, -1).to(run.device)
+    ids = track_ids(points["tracks"], points["visible"], run.config)
+    text = None if text is None else text.expand(len(first), -1, -1).to(run.device)
+    frames, chunk, state = (T + 3) // 4, model.config.chunk, None
 
-    def features(start, stop):
-        return on_grid(model, {"tracks": points["tracks"][:, start:stop], "visible": points["visible"][:, start:stop],
-                               "ids": ids})
+    def parts(length):
+        """Noise and conditions, `length` latent frames at a time."""
+        for start in range(0, frames, length):
+            stop = min(start + length, frames)
+            seen = {key: value[:, max(0, 4 * start - 3):4 * stop - 3] for key, value in points.items()}
+            noise = torch.randn(*first.shape[:2], stop - start, *first.shape[3:], generator=rng).to(run.device)
+            yield noise, {"text": text, "tracks": on_grid(model, seen | {"ids": ids})}
 
-    state, F_, chunk = None, (T + 3) // 4, model.config.chunk
     if name == "teacher":
-        noise = torch.randn(B, C, F_, h, w, generator=rng).to(run.device)
-        *_, (latents, _) = euler(model, noise, {"text": text, "tracks": features(0, T)}, first, **GUIDANCE)
+        noise, conditions = next(parts(frames))
+        *_, (latents, _) = euler(model, noise, conditions, first, **GUIDANCE)
         yield vae.decode(latents)[0].cpu()
         return
-    ends = [min(F_, f + chunk) for f in range(0, F_, chunk)]
-    noise = (torch.randn(B, C, end - max(0, end - 1) // chunk * chunk, h, w, generator=rng).to(run.device) for end in ends)
-    conditions = ({"text": text, "tracks": features(max(0, 4 * ((end - 1) // chunk * chunk) - 3), 4 * end - 3)} for end in ends)
-    for latents in rollout(model, noise, conditions, first, generator=rng):
+    a, b = itertools.tee(parts(chunk))
+    for latents in rollout(model, (noise for noise, _ in a), (condition for _, condition in b), first, generator=rng):
         video, state = vae.decode(latents, state)
         yield video.cpu()
 
@@ -820,7 +824,7 @@ def eval_stream(run, frames, camera, context, name="student"):
     truth's), one object dragged by its centre. Nothing is kept, so memory does not grow with `frames`."""
     rng = torch.Generator().manual_seed(seed_of("stream", camera))
     frames = (frames - 9) // 12 * 12 + 9
-    scene = new_scenes(4, frames, rng, objects=1, camera=camera, light=0, motion=0)
+    scene = new_scenes(2, frames, rng, objects=1, camera=camera, light=0, motion=0)
     tracks, visible = scene_tracks(scene, SIZE, rng)
     visible = chosen(visible, "dense" if camera else "drag")
     rows, start = [], 0
@@ -833,26 +837,26 @@ def eval_stream(run, frames, camera, context, name="student"):
             error, lost = follow(video, truth, scene)
             mass = [masses(v, scene["colour"])[0][..., 0].sum() for v in (video, truth)]
             edge = [sum(v.diff(dim=d).abs().mean() for d in (3, 4)) for v in (video, truth)]
-            rows.append((start, error.mean() if len(error) else torch.tensor(0.0), lost.mean() if len(lost) else torch.tensor(0.0), mass[0] / mass[1].clamp(min=1), edge[0] / edge[1]))
+            rows.append(torch.stack([torch.tensor(float(start)), error.mean(), 100 * lost.mean(), mass[0] / mass[1],
+                                     edge[0] / edge[1]]))
             start = stop
-    tenth = (len(rows) + 9) // 10
-    return [{"from": group[0][0], "error": sum(r[1] for r in group).item() / len(group),
-             "lost": 100 * sum(r[2] for r in group).item() / len(group),
-             "colour": sum(r[3] for r in group).item() / len(group), "sharp": sum(r[4] for r in group).item() / len(group)}
-            for group in (rows[i:i + tenth] for i in range(0, len(rows), tenth))]
+    tenths = torch.stack(rows).split((len(rows) + 9) // 10)
+    names = ("from", "error", "lost", "colour", "sharp")
+    return [dict(zip(names, [part[0, 0].item(), *part[:, 1:].nanmean(0).tolist()])) for part in tenths]
 
 
 def evaluate(run):
     """All tables to eval.json, and the figure of the sink."""
-    names = [n for n in ("teacher", "causal", "student") if (run.out / f"{n}.safetensors").exists()]
+    names = [n for n in ("teacher", "causal", "student") if run.path(n).exists()]
     following = eval_following(run, names, run.eval_clips)
     text = eval_text(run, names[-1], run.eval_clips)
-    streams = {f"camera {'moves' if camera else 'still'}, sink {sink}": eval_stream(run, run.eval_frames, camera, (sink, 1), names[-1])
-               for camera in (False, True) for sink in (1, 0)}
+    streams = {f"camera {'moves' if camera else 'rests'}, sink {sink}":
+               eval_stream(run, frames, camera, (sink, 1), names[-1])
+               for camera in (False, True) for sink, frames in ((1, run.eval_frames), (0, run.eval_frames // 5))}
     write(run.out / "eval.json", lambda path: path.write_text(json.dumps(
         {"following": following, "text": text, "streams": streams}, indent=1)))
-    plot(run.out / "stream.png", {name: [(row["from"], row["error"]) for row in rows] for name, rows in streams.items()},
-         "end-point error, % of the width, over frames")
+    curves = {name: [(row["from"], row["error"]) for row in rows] for name, rows in streams.items()}
+    plot(run.out / "stream.png", curves, "end-point error, % of the width, over frames")
 
 
 def preview(run, stage):
@@ -861,18 +865,16 @@ def preview(run, stage):
     scene = new_scenes(2, CLIP, rng, objects=2)
     truth, (tracks, visible) = film(scene, SIZE), scene_tracks(scene, SIZE, rng)
     points = {"tracks": tracks, "visible": chosen(visible, "drag")}
-    rows = [[("input: " + scene["caption"][b], truth[b, :, :1].expand(-1, CLIP, -1, -1), (tracks[b], points["visible"][b])),
-             ("truth", truth[b], None)] for b in range(2)]
-    for name in ("vae", "teacher", "causal", "student"):
-        if not (run.out / f"{name}.safetensors").exists():
-            continue
-        for b in range(2):
-            text = embed_words(scene["caption"][b], run.config)
-            one = pick(scene, b)
+    rows = []
+    for b in range(2):
+        one, seen = pick(scene, b), {key: value[b:b + 1] for key, value in points.items()}
+        still = truth[b, :, :1].expand(-1, CLIP, -1, -1)
+        rows += [("input: " + scene["caption"][b], still, (tracks[b], points["visible"][b])), ("truth", truth[b], None)]
+        for name in (name for name in SHIPPED if run.path(name).exists()):
             with torch.no_grad():
-                pieces = play(run, name, one, {key: value[b:b + 1] for key, value in points.items()}, text)
-                rows[b].append((name, torch.cat(list(pieces), 2)[0], None))
-    sheet(run.out / f"{stage}_preview.png", rows[0] + rows[1])
+                pieces = play(run, name, one, seen, embed_words(scene["caption"][b], run.config))
+                rows.append((name, torch.cat(list(pieces), 2)[0], None))
+    sheet(run.out / f"{stage}_preview.png", rows)
 
 
 def pick(scene, b):
@@ -885,7 +887,24 @@ def pick(scene, b):
 # The command.
 
 STAGES = {"vae": train_vae, "teacher": train_teacher, "causal": train_causal, "distill": train_student}
-WEIGHTS = {"vae": "vae", "teacher": "teacher", "causal": "causal", "distill": "student"}
+WEIGHTS = {"vae": "vae", "teacher": "teacher", "causal": "causal", "distill": "student"}    # what a stage leaves behind
+NEEDS = {"vae": (), "teacher": ("vae",), "causal": ("vae", "teacher"), "distill": ("vae", "teacher", "causal"),
+         "eval": ("vae", "teacher", "student")}
+ASSETS = Path(__file__).resolve().parent / "assets"
+SHIPPED = {"vae": "tiny_vae", "teacher": "tiny_teacher", "causal": "tiny_causal", "student": "tiny"}
+
+
+def fail(message):
+    """What the user can put right: one line, exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    """Its errors are one line, like all others."""
+
+    def error(self, message):
+        fail(message)
 
 
 class Run:
@@ -894,15 +913,26 @@ class Run:
     def __init__(self, args):
         self.out, self.device, self.seed, self.causal_init = Path(args.out), args.device, args.seed, args.causal_init
         self.config = replace(PRESETS["tiny"], tracks=args.tracks)
-        self.steps = {"vae": 1200, "teacher": 3200, "causal": 400, "distill": 1000}
-        self.vae_clips, self.clips, self.trajectories, self.eval_clips, self.eval_frames = 256, 3072, 384, 16, 10_000
+        self.steps = {"vae": 1000, "teacher": 2800, "causal": 400, "distill": 1000}
+        self.vae_clips, self.clips, self.trajectories, self.eval_clips, self.eval_frames = 256, 2560, 256, 16, 10_000
         self.critic_steps = 5
         if args.smoke:
             self.steps = {"vae": 4, "teacher": 4, "causal": 3, "distill": 6}
             self.vae_clips, self.clips, self.trajectories, self.eval_clips, self.eval_frames = 8, 16, 8, 2, 60
         if args.steps:
             self.steps[args.stage] = args.steps
-        self.out.mkdir(parents=True, exist_ok=True)
+        self.shipped = args.stage == "eval" and not (self.out / "vae.safetensors").exists()
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            torch.zeros(1, device=self.device)
+        except OSError as e:
+            fail(f"{self.out}: cannot be written ({e.strerror}); choose another --out")
+        except (RuntimeError, AssertionError):
+            fail(f"--device {self.device}: not available here")
+
+    def path(self, name):
+        """The weights called `name`: this run's or, where eval finds no run, the shipped ones."""
+        return ASSETS / f"{SHIPPED[name]}.safetensors" if self.shipped else self.out / f"{name}.safetensors"
 
     def autocast(self):
         """bfloat16 where it helps, on the CPU too."""
@@ -917,30 +947,30 @@ class Run:
 
     def vae(self):
         """The trained VAE."""
-        return TinyVAE.from_pretrained(self.out / "vae.safetensors").to(self.device)
+        return TinyVAE.from_pretrained(self.path("vae")).to(self.device)
 
     def model(self, name, **overrides):
         """A trained model in float32, frozen."""
-        return MotionStream.from_pretrained(self.out / f"{name}.safetensors", dtype=torch.float32, device=self.device,
-                                            **overrides)
-
-    def save_vae(self, vae):
-        """Weights as float16, config inside."""
-        self.save("vae", vae, vae.metadata())
-
-    def save_model(self, name, model):
-        """Weights as float16, config inside."""
-        self.save(name, model, metadata(model.config))
+        return MotionStream.from_pretrained(self.path(name), dtype=torch.float32, device=self.device, **overrides)
 
     def save(self, name, module, about):
-        """A safetensors file, whole or not there."""
+        """A safetensors file of float16 weights with their config inside, whole or not there."""
         tensors = {key: value.half().contiguous() for key, value in module.state_dict().items()}
         write(self.out / f"{name}.safetensors", lambda path: save_file(tensors, path, about))
 
 
+def check_needs(run, stage):
+    """Refuse a stage whose forerunners are missing or damaged, before it starts."""
+    for name in NEEDS[stage]:
+        try:
+            run.vae() if name == "vae" else run.model(name)
+        except ValueError as e:
+            fail(f"{e}; --stage {next(s for s, w in WEIGHTS.items() if w == name)} makes it")
+
+
 def main(argv=None):
     """Parse the flags, run the stages that are not done yet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=["all", *STAGES, "eval"], default="all", help="default: all, in order")
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything, in about a minute")
     parser.add_argument("--out", default=None, help="folder to write to (runs/tiny; runs/smoke with --smoke)")
@@ -955,14 +985,15 @@ def main(argv=None):
         parser.error("--steps takes a number from 1 up and needs --stage with one training stage")
     args.out = args.out or ("runs/smoke" if args.smoke else "runs/tiny")
     run = Run(args)
-    print(f"{run.out}: {run.config}")
+    print(f"{'the shipped weights' if run.shipped else run.out}: {run.config}")
     for stage, train_stage in STAGES.items():
-        done = (run.out / f"{WEIGHTS[stage]}.safetensors").exists()
-        if args.stage == stage or args.stage == "all" and not done:
+        if args.stage == stage or args.stage == "all" and not run.path(WEIGHTS[stage]).exists():
+            check_needs(run, stage)
             train_stage(run)
             plot_stage(run, stage)
             preview(run, stage)
     if args.stage in ("all", "eval"):
+        check_needs(run, "eval")
         evaluate(run)
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
 
 FRAMES = 4  # video frames per latent frame, in every VAE of the Wan family
 
@@ -28,7 +27,8 @@ class TinyVAEConfig:
     """A stage is (width, blocks, time, space): its channels, its MemBlocks, and its strides. The defaults are taew2_1.
 
     pad: where frames are repeated so that T = 4F - 3 frames fill F latents. "end" repeats the last frame, as the
-         public files do: a latent then sees up to three frames of its future. "front" repeats frame 0: it does not.
+         public files do: a latent then sees up to three frames of its future. "front" repeats frame 0, for ever: no
+         latent sees the future, and of a scene that stands still all latents are equal.
     """
     latent_channels: int = 16
     patch: int = 1        # pixels per side that are folded into channels before the first convolution
@@ -115,13 +115,14 @@ def build_decoder(c):
     return nn.Sequential(*layers, nn.ReLU(), conv(c.tail, 3 * c.patch ** 2))
 
 
-def run(layers, x, state):
-    """Frames (B, T, C, H, W) through the layers. `state` holds the last input frame of every MemBlock, None at the
-    start of a clip; returns the output and the new state, and leaves the old one as it was."""
+def run(layers, x, state, still):
+    """Frames (B, T, C, H, W) through the layers. `state` holds the last input frame of every MemBlock; None starts a
+    clip, before which the first frame stood still (still=True), or all was zero (False). Returns the output and the new
+    state, and leaves the old one as it was."""
     memory = []
     for layer in layers:
         if isinstance(layer, MemBlock):
-            past = torch.zeros_like(x[:, 0]) if state is None else state[len(memory)]
+            past = state[len(memory)] if state is not None else x[:, 0] if still else torch.zeros_like(x[:, 0])
             memory.append(x[:, -1])
             x = layer(x, past)
         elif isinstance(layer, (TPool, TGrow)):
@@ -156,13 +157,13 @@ class TinyVAE(nn.Module):
         x = torch.cat([repeat, x] if front else [x, repeat], 1)
         latents, state = [], None
         for frames in x.split(FRAMES * piece, 1):
-            z, state = run(self.encoder, F.pixel_unshuffle(frames, self.config.patch), state)
+            z, state = run(self.encoder, F.pixel_unshuffle(frames, self.config.patch), state, front)
             latents.append(z)
         return torch.cat(latents, 1).transpose(1, 2)
 
     def decode_frames(self, latents, state=None):
         """As `decode`, without the limit to [-1, 1]: what a reconstruction loss is computed on."""
-        x, memory = run(self.decoder, latents.transpose(1, 2), state)
+        x, memory = run(self.decoder, latents.transpose(1, 2), state, self.config.pad == "front")
         video = F.pixel_shuffle(x, self.config.patch).transpose(1, 2) * 2 - 1
         return video[:, :, FRAMES - 1 if state is None else 0:], memory         # a clip starts with a single frame
 
@@ -196,7 +197,8 @@ class TinyVAE(nn.Module):
 
 
 def read_tensors(path):
-    """A weights file to ({name: tensor}, {key: text}). Raises ValueError naming the file; never runs a pickle's code."""
+    """A weights file to ({name: tensor}, {key: text}); never runs a pickle's code. ValueError names the file."""
+    from safetensors import safe_open
     path = Path(path)
     try:
         if path.suffix in (".pt", ".pth"):
