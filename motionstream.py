@@ -18,7 +18,7 @@ import json
 import math
 import re
 import zlib
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -298,6 +298,7 @@ class TrackHead(nn.Module):
         B, T, N, _ = tracks.shape
         assert T % 4 < 2, f"{T} frames: a clip starts with 1 + 4 k, and goes on with 4 k"
         h, w = height // self.stride, width // self.stride
+        assert height % self.stride == width % self.stride == 0, f"{width}x{height} does not divide by {self.stride}"
         inside = visible & (tracks >= 0).all(-1) & (tracks[..., 0] < width) & (tracks[..., 1] < height)
         x, y = (tracks / self.stride).nan_to_num(0).long().unbind(-1)
         cell = torch.where(inside, y * w + x, h * w)                        # hidden ones go to a cell of their own
@@ -322,13 +323,28 @@ def track_ids(tracks, visible, config, generator=None):
     return (y << 16) + x
 
 
+def track_features(model, tracks, visible, ids):
+    """model.track_head for one chunk or clip. If IDs are start points, every cell of frame 0 holds the ID of its own
+    pixel: a map in which later frames can look up what a track has moved there."""
+    c, (B, T, _, _) = model.config, tracks.shape
+    if c.tracks == "start" and T % 4 == 1:
+        y, x = (grid.flatten() for grid in torch.meshgrid(*(torch.arange(0, side, c.stride) for side in c.size),
+                                                          indexing="ij"))
+        cells = torch.stack([x, y], -1).to(tracks).expand(B, T, -1, -1)
+        at_zero = (torch.arange(T, device=tracks.device) == 0)[:, None].expand(B, T, len(x))
+        tracks, visible = torch.cat([tracks, cells], 2), torch.cat([visible, at_zero], 2)
+        ids = torch.cat([ids, ((y << 16) + x).to(ids).expand(B, -1)], 1)
+    return model.track_head(tracks, visible, ids, *c.size)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The model.
 
 class MotionStream(nn.Module):
     """Wan's DiT with a track head. Parameters are named as in the public Wan checkpoints; new ones are track_head.*."""
 
-    FLOAT32 = ("time_embedding", "time_projection", "modulation", "norm3", "head.")  # whatever dtype the rest has
+    FLOAT32 = ("time_embedding", "time_projection", "modulation", "norm3", "head.")  # whatever the rest is; "head." is
+    # the track head's too, whose input is made in float32
 
     def __init__(self, config):
         super().__init__()
@@ -458,6 +474,7 @@ def rollout(model, noise, conditions, first=None, sigmas=None, exit_step=None, g
     noise: (B, C, F, h, w), or an iterator of chunks, which may be endless. conditions: the model's keyword arguments
     (text, tracks, image, clip) for the clip, or an iterator of such dicts, asked for the next just before that chunk is
     made, so that control can change while it streams. first: the image's latent (B, C, 1, h, w), see with_first.
+    A chunk is yielded before the clean pass remembers it: do not modify it.
     Training stops each chunk at step `exit_step` and keeps the graph of that step only (grad=True); sampling runs
     all of `sigmas` (default config.sigmas). Fresh noise between the steps is drawn from `generator`."""
     sigmas = sigmas or model.config.sigmas
@@ -496,16 +513,13 @@ def embed_words(text, config):
 def load_pretrained(cls, path, dtype, device, overrides):
     """A .safetensors file of this project, config in its metadata, to a model in eval mode. dtype=None keeps the
     file's; what FLOAT32 names stays float32. Raises ValueError, one line naming the file, if it does not fit."""
-    from vae import read_tensors
+    from vae import read_config, read_tensors
     tensors, metadata = read_tensors(path)
     if "config" not in metadata or metadata.get("format") != "motionstream":
         raise ValueError(f"{path}: no config of this project in the file's metadata, is it a DiT written by it?")
-    saved = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(metadata["config"]).items()}
-    unknown = saved.keys() - {f.name for f in fields(Config)}
-    if unknown:
-        raise ValueError(f"{path}: its config has unknown fields {', '.join(sorted(unknown))}; from a newer version?")
+    config = read_config(Config, metadata, path)
     with torch.device("meta"):
-        model = cls(replace(Config(**saved), **overrides))
+        model = cls(replace(config, **overrides))
     expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))

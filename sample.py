@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-from motionstream import MotionStream, embed_words, euler, rollout, schedule, track_ids
+from motionstream import MotionStream, embed_words, euler, rollout, schedule, track_features, track_ids
 from vae import TinyVAE
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -70,7 +70,7 @@ def conditions(model, motion, text):
         span, beyond = slice(max(start, 0), start + length), max(start + length - frames, 0)
         tracks = F.pad(motion.tracks[:, span], (0, 0, 0, 0, 0, beyond))
         visible = F.pad(motion.visible[:, span], (0, 0, 0, beyond))
-        yield {"text": text, "tracks": model.track_head(tracks, visible, motion.ids, *model.config.size)}
+        yield {"text": text, "tracks": track_features(model, tracks, visible, motion.ids)}
 
 
 @torch.inference_mode()

@@ -43,7 +43,7 @@ import sample
 import train_distill as td
 from motionstream import (PRESETS, KVCache, MotionStream, SelfAttention, TrackHead, add_noise, apply_rope,
                           embed_words, euler, guided_velocity, joint_guidance, metadata, rollout, rope_table, schedule,
-                          sinusoid, to_x0, track_ids, with_first)
+                          sinusoid, to_x0, track_features, track_ids, with_first)
 from vae import TinyVAE, TinyVAEConfig
 
 HERE = Path(__file__).resolve().parent
@@ -278,7 +278,7 @@ def wan(w, c, x, t, text, clip=None, mask=None):
 def test_the_transformer_equals_wans_formulas():
     text_to_video, whisper = (new_model(in_dim=4, track_dim=0) for _ in range(2))
     for name, p in whisper.named_parameters():              # activations so small that every eps under a root matters
-        if re.search(r"patch_emb|attn\.[qko]\.|ffn\.2|text_embedding\.2", name):
+        if re.search(r"patch_emb|attn\.[qko]\.|ffn\.2", name):
             p.data *= 1e-3
     with_image = new_model(clip_dim=24, in_dim=16)          # 4 noisy, 8 tracks, 4 image
     for model in text_to_video, whisper, with_image:
@@ -472,7 +472,8 @@ def test_track_head_chunk_by_chunk_equals_the_whole():
     head, (tracks, visible, ids) = randomised(TrackHead(8, 5, 8)), new_tracks(33, 7)
     whole = head(tracks, visible, ids, 32, 48)
     parts = [head(tracks[:, a:b], visible[:, a:b], ids, 32, 48) for a, b in ((0, 9), (9, 21), (21, 25), (25, 33))]
-    assert whole.shape == (2, 5, 9, 4, 6) and torch.cat(parts, 2).equal(whole)
+    assert whole.shape == (2, 5, 9, 4, 6)
+    assert_near(torch.cat(parts, 2), whole, 1e-6)               # to the bit only on one thread
     assert_error(AssertionError, "3 frames", head, tracks[:, :3], visible[:, :3], ids, 32, 48)
 
 
@@ -483,6 +484,19 @@ def test_track_ids_are_distinct_or_the_pixel_where_a_track_starts():
     tracks = torch.tensor([[math.nan, 0.0], [24.7, 16.0], [40.0, 30.0]])[None, :, None]
     visible = torch.tensor([False, True, True])[None, :, None]
     assert track_ids(tracks, visible, replace(SMALL, tracks="start")).tolist() == [[16 * 2 ** 16 + 24]]
+
+
+def test_frame_0_is_a_map_of_start_pixels_if_those_are_the_ids():
+    tracks, visible, ids = new_tracks(13, 5)
+    model = SimpleNamespace(config=replace(SMALL, tracks="start"), track_head=identity_head())
+    out = track_features(model, tracks, visible & False, ids)[0].unflatten(0, (4, 8))          # (slot, d, F, h, w)
+    for row, column in itertools.product(range(4), range(6)):
+        assert_near(out[3, :, 0, row, column], vector((8 * row << 16) + 8 * column), 1e-6)
+    assert out.count_nonzero() == out[3, :, 0].count_nonzero()
+    parts = [track_features(model, tracks[:, a:b], visible[:, a:b], ids) for a, b in ((0, 5), (5, 13))]
+    assert_near(torch.cat(parts, 2), track_features(model, tracks, visible, ids), 1e-6)
+    model.config = replace(SMALL, tracks="random")
+    assert track_features(model, tracks, visible, ids).equal(model.track_head(tracks, visible, ids, 32, 48))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -672,6 +686,8 @@ def test_the_vae_reads_its_config_off_public_files_and_its_own():
             for name in "public.safetensors", "public.pth":
                 loaded = TinyVAE.from_pretrained(here / name)
                 assert loaded.config == config and loaded.decode(z)[0].equal(vae.decode(z)[0])
+            nothing = [torch.zeros_like(t) for t in vae.decode(z)[1]]                      # before a public clip
+            assert vae.decode(z, nothing)[0][:, :, 3:].equal(vae.decode(z)[0])
         loaded = TinyVAE.from_pretrained(saved(here / "own.safetensors", new_vae(), dtype=torch.float16))
         assert loaded.metadata() == new_vae().metadata() and next(loaded.parameters()).dtype == torch.float32
 
@@ -792,7 +808,7 @@ def test_painted_tracks_are_among_the_visible_ones():
     visible = rand(64, 45, 88) > -1
     kept = td.painted(visible)
     share = kept.float().mean((1, 2)) / visible.float().mean((1, 2))
-    assert not (kept & ~visible).any() and share.min() == 0 and share.max() > 0.6 and 0.1 < share.mean() < 0.6
+    assert not (kept & ~visible).any() and share.min() < 0.05 and share.max() > 0.6 and 0.1 < share.mean() < 0.6
 
 
 def test_the_optimizer_moves_every_parameter_of_the_model_itself():
@@ -1054,7 +1070,7 @@ def test_the_stream_hands_the_track_head_the_whole_motion():
     parts = [part["tracks"] for part in itertools.islice(sample.conditions(model, motion, None), 3)]
     rest = 33 - 28                                              # 3 chunks of 3 latents are 33 frames
     tracks, visible = F.pad(motion.tracks, (0, 0, 0, 0, 0, rest)), F.pad(motion.visible, (0, 0, 0, rest))
-    assert torch.cat(parts, 2).equal(model.track_head(tracks, visible, motion.ids, 32, 48))
+    assert_near(torch.cat(parts, 2), track_features(model, tracks, visible, motion.ids), 1e-6)
 
 
 def test_the_image_and_its_tracks_are_cropped_alike():
@@ -1159,8 +1175,9 @@ def bad_inputs(here):
         "a folder as output": ("--out", here),
         "over the input": ("--out", here / "image.png"),
     }
-    flags = ("--frames 0", "--frames 1.5", "--seed -1", "--steps 0", "--chunk 0", "--window -1", "--fps inf", "--w-text 1",
-             "--dtype float8", "--device abacus", "--sampler magic", "--out out.avi", "--sheet sheet", "--colour red")
+    flags = ("--frames 0", "--frames 1.5", "--seed -1", "--steps 0", "--chunk 0", "--window -1", "--fps inf",
+             "--w-text 1", "--dtype float8", "--device abacus", "--sampler magic", "--out out.avi", "--sheet sheet",
+             "--colour red")
     return cases | {flag: flag.split() for flag in flags}
 
 
@@ -1184,7 +1201,7 @@ def test_readme_table_points_at_the_code():
     for name, file, line in rows:
         lines = (HERE / file).read_text().splitlines()
         last = name.split(".")[-1]
-        there = lines[int(line) - 1] if int(line) <= len(lines) else ""
+        there = lines[int(line) - 1] if 0 < int(line) <= len(lines) else ""
         at = [i + 1 for i, text in enumerate(lines) if re.match(rf"\s*(def|class) {last}\b|{last}\b.* = ", text)]
         assert int(line) in at, f"{file} line {line} is {there.strip()!r}; {name} is defined in line {at}"
 

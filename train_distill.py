@@ -37,7 +37,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from motionstream import (PRESETS, KVCache, MotionStream, add_noise, embed_words, euler, guided_velocity, metadata,
-                          rollout, to_x0, track_ids, with_first)
+                          rollout, to_x0, track_features, track_ids, with_first)
 from vae import TINY, TinyVAE
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -287,10 +287,13 @@ def update_average(average, model, decay):
 def write(path, save, *args):
     """Call save(*args, temporary path), then rename: a file is whole or not there."""
     temporary = Path(path).with_name(f".{Path(path).name}.part")
-    save(*args, temporary)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        save(*args, temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def train(run, stage, steps, parts, step):
@@ -397,7 +400,7 @@ def painted(visible):
     objects = order.argsort(2).argsort(2) < count
     count = torch.tensor([0, 0, 1, 4, 9, 32, 64])[torch.randint(0, 7, (B, 1))]
     ground = torch.rand(B, N - OBJECTS * POINTS).argsort(1).argsort(1) < count
-    keep = torch.cat([objects.flatten(1), ground], 1) & (torch.rand(B, 1) > 0.1)
+    keep = torch.cat([objects.flatten(1), ground], 1)
     t = torch.arange(T)[:, None]
     ends = torch.randint(0, T, (2, B, 1, N)).sort(0).values
     part = torch.rand(B, 1, N) < 0.15
@@ -417,11 +420,6 @@ def draw_batch(run, pool, batch, frames=None):
     text = pool["text"][rows] * (torch.rand(batch, 1, 1) > 0.1)
     points = {"tracks": tracks, "visible": visible, "ids": track_ids(tracks, visible, run.config)}
     return latents.to(run.device), text.to(run.device), {k: v.to(run.device) for k, v in points.items()}
-
-
-def on_grid(model, points):
-    """The track head's features of {"tracks", "visible", "ids"}."""
-    return model.track_head(**points, height=SIZE, width=SIZE)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -450,18 +448,16 @@ def flow_loss(model, x0, sigma, conditions, emphasis=0.0):
 def error_at_one(run, model, pool):
     """Mean squared error of x0 predicted from pure noise, on clips never trained on: with all tracks, and with none.
     The gap tells early whether tracks are used; the flow loss does not."""
-    rows, errors = slice(0, 24), {}
-    x0 = pool["latents"][rows].float().to(run.device)
+    batch = {key: value[:24].to(run.device) for key, value in pool.items()}
+    x0, points = batch["latents"].float(), {key: batch[key] for key in ("tracks", "visible")}
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(run.device)
     x_t, level = with_first(noise, torch.ones(len(x0), device=run.device), x0[:, :, :1])
-    for name, seen in ("x0_tracks", pool["visible"][rows]), ("x0_none", torch.zeros_like(pool["visible"][rows])):
-        ids = track_ids(pool["tracks"][rows], seen, run.config, torch.Generator().manual_seed(0))
-        points = {"tracks": pool["tracks"][rows], "visible": seen, "ids": ids}
-        with run.autocast():
-            features = on_grid(model, {k: v.to(run.device) for k, v in points.items()})
-            velocity = model(x_t, level, pool["text"][rows].to(run.device), tracks=features)
-        errors[name] = (to_x0(x_t, velocity, level) - x0)[:, :, 1:].square().mean()
-    return errors
+    ids = track_ids(**points, config=run.config, generator=torch.Generator().manual_seed(0))
+    with run.autocast():
+        features = track_features(model, **points, ids=ids)
+        velocities = {name: model(x_t, level, batch["text"], tracks=tracks)
+                      for name, tracks in (("x0_tracks", features), ("x0_none", None))}
+    return {name: (to_x0(x_t, v, level) - x0)[:, :, 1:].square().mean() for name, v in velocities.items()}
 
 
 def train_teacher(run):
@@ -469,13 +465,14 @@ def train_teacher(run):
     pool, fresh = new_pool(run, run.clips, "pool"), new_pool(run, 24, "fresh")
     model = MotionStream(run.config).to(run.device)
     average = copy.deepcopy(model).requires_grad_(False)
-    optimizer = Optimizer(model, muon=4e-3, adam=3e-3, steps=run.steps["teacher"])
+    optimizer = Optimizer(model, muon=0.015, adam=3e-3, steps=run.steps["teacher"])
 
     def step(i):
         x0, text, points = draw_batch(run, pool, *((4, None) if i % 4 == 0 else (8, 6)))
         sigma = draw_sigma(len(x0), run.config.shift, 0.4).to(run.device)
+        given = (torch.rand(len(x0), 1, 1, 1, 1) > 0.1).to(run.device)       # the rest is without any motion input
         with run.autocast():
-            loss = flow_loss(model, x0, sigma, {"text": text, "tracks": on_grid(model, points)}, emphasis=4.0)
+            loss = flow_loss(model, x0, sigma, {"text": text, "tracks": given * track_features(model, **points)}, 4.0)
         grad = optimizer.step(loss)
         update_average(average, model, min(0.99, i / (i + 10)))
         return {"loss": loss, "grad": grad} | (error_at_one(run, average, fresh) if i % 200 == 199 else {})
@@ -503,7 +500,7 @@ def new_trajectories(run):
         torch.manual_seed(seed_of(run.seed, "trajectories", i))
         x0, text, points = draw_batch(run, pool, 8)
         with torch.no_grad(), run.autocast():
-            conditions = {"text": text, "tracks": on_grid(teacher, points)}
+            conditions = {"text": text, "tracks": track_features(teacher, **points)}
             states = [x for x, sigma in euler(teacher, torch.randn_like(x0), conditions, x0[:, :, :1], **GUIDANCE)
                       if sigma in wanted or sigma == 0]
         assert len(states) == len(wanted) + 1, f"{len(states) - 1} of {wanted} lie on the teacher's schedule"
@@ -551,7 +548,7 @@ def train_causal(run):
             states = [add_noise(x0, noise, torch.full((len(x0),), sigma, device=run.device)) for sigma in sigmas]
         context = CONTEXTS[int(torch.randint(0, len(CONTEXTS), ()))]
         with run.autocast():
-            conditions = {"text": text, "tracks": on_grid(student, points)}
+            conditions = {"text": text, "tracks": track_features(student, **points)}
             loss = causal_loss(student, states, sigmas, x0, conditions, context)
         grad = optimizer.step(loss)
         update_average(average, student, min(0.98, i / (i + 10)))
@@ -601,7 +598,7 @@ def train_student(run):
         x0, text, points = draw_batch(run, pool, 4)
         exit_step = int(torch.randint(0, len(run.config.sigmas), ()))
         with run.autocast():
-            conditions = {"text": text, "tracks": on_grid(generator, points)}
+            conditions = {"text": text, "tracks": track_features(generator, **points)}
             chunks = rollout(generator, torch.randn_like(x0), conditions, x0[:, :, :1], exit_step=exit_step, grad=grad)
             return torch.cat(list(chunks), 2), conditions
 
@@ -679,7 +676,8 @@ def plot(path, curves, title, width=640, height=320):
 
 def plot_stage(run, stage):
     """Curves of a stage from stats.jsonl, each number averaged over 2 % of the stage."""
-    rows = [row for row in map(json.loads, open(run.out / "stats.jsonl")) if row["stage"] == stage]
+    logged = (row for row in map(json.loads, open(run.out / "stats.jsonl")) if row["stage"] == stage)
+    rows = [*{row["step"]: row for row in logged}.values()]                # a step after a crash is logged again
     curves, span = {}, max(1, len(rows) // 50)
     for name in {key for row in rows for key in row} - {"stage", "step", "seconds", "grad", "grad_g", "grad_c", "psnr"}:
         values = [(row["step"], row[name]) for row in rows if name in row]
@@ -716,7 +714,7 @@ def play(run, name, scene, points, text, context=None):
             stop = min(start + length, frames)
             seen = {key: value[:, max(0, 4 * start - 3):4 * stop - 3] for key, value in points.items()}
             noise = torch.randn(*first.shape[:2], stop - start, *first.shape[3:], generator=rng).to(run.device)
-            yield noise, {"text": text, "tracks": on_grid(model, seen | {"ids": ids})}
+            yield noise, {"text": text, "tracks": track_features(model, **seen, ids=ids)}
 
     if name == "teacher":
         noise, conditions = next(parts(frames))
@@ -913,12 +911,12 @@ class Run:
     def __init__(self, args):
         self.out, self.device, self.seed, self.causal_init = Path(args.out), args.device, args.seed, args.causal_init
         self.config = replace(PRESETS["tiny"], tracks=args.tracks)
-        self.steps = {"vae": 1000, "teacher": 2800, "causal": 400, "distill": 1000}
-        self.vae_clips, self.clips, self.trajectories, self.eval_clips, self.eval_frames = 256, 2560, 256, 16, 10_000
+        self.steps = {"vae": 1000, "teacher": 2000, "causal": 300, "distill": 400}
+        self.vae_clips, self.clips, self.trajectories, self.eval_clips, self.eval_frames = 256, 2560, 192, 16, 10_000
         self.critic_steps = 5
         if args.smoke:
             self.steps = {"vae": 4, "teacher": 4, "causal": 3, "distill": 6}
-            self.vae_clips, self.clips, self.trajectories, self.eval_clips, self.eval_frames = 8, 16, 8, 2, 60
+            self.vae_clips, self.clips, self.trajectories, self.eval_clips, self.eval_frames = 8, 16, 8, 1, 33
         if args.steps:
             self.steps[args.stage] = args.steps
         self.shipped = args.stage == "eval" and not (self.out / "vae.safetensors").exists()

@@ -12,6 +12,7 @@ Latents are normalised as the DiT sees them: no mean, no scale, about unit varia
 
 import json
 import pickle
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -178,7 +179,7 @@ class TinyVAE(nn.Module):
         """A .safetensors or .pth file in TAEHV's layout. The config is the file's own, else read off its tensors."""
         tensors, metadata = read_tensors(path)
         if metadata.get("format") == "tiny-vae":
-            config = TinyVAEConfig(**json.loads(metadata["config"]))
+            config = read_config(TinyVAEConfig, metadata, path)
         else:
             config = config_from_tensors(tensors, path)
         vae = cls(config)
@@ -202,7 +203,10 @@ def read_tensors(path):
     path = Path(path)
     try:
         if path.suffix in (".pt", ".pth"):
-            return torch.load(path, map_location="cpu", weights_only=True), {}
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+                raise EOFError("no tensors by name")
+            return tensors, {}
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except OSError as e:
@@ -213,13 +217,22 @@ def read_tensors(path):
         raise ValueError(f"{path}: damaged or not safetensors ({e})") from None
 
 
+def read_config(cls, metadata, path):
+    """The dataclass that a file's metadata holds as JSON. Raises ValueError naming the file."""
+    try:
+        saved = json.loads(metadata["config"])
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()})
+    except (KeyError, ValueError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path}: the config in it cannot be read ({e}); written by another version?") from None
+
+
 def config_from_tensors(tensors, path):
     """Config of a public TAEHV file, whose spatial strides are always 2. Raises ValueError if it is another model."""
     def stages(part):
         """[(index, kind, tensor)] of one half, one entry a layer."""
         found = {}
         for name, t in tensors.items():
-            if name.startswith(part + ".") and name.endswith("weight"):
+            if re.match(part + r"\.\d+\..*weight$", name):
                 index, rest = name.split(".")[1], name.split(".")[2:]
                 kind = {1: "conv", 2: "time"}.get(len(rest), "block")
                 found.setdefault(int(index), (kind, t.shape))
