@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 from motionstream import (PRESETS, KVCache, MotionStream, add_noise, embed_words, euler, guided_velocity, metadata,
                           rollout, to_x0, track_features, track_ids, with_first)
+from sample import ASSETS, Parser, UserError, number
 from vae import TINY, TinyVAE
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -311,7 +312,7 @@ def train(run, stage, steps, parts, step):
     def save(count):
         write(checkpoint, torch.save, {"step": count} | {name: part.state_dict() for name, part in parts.items()})
 
-    handlers = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {s: signal.signal(s, lambda signum, frame: stop.append(signum)) for s in (signal.SIGINT, signal.SIGTERM)}
     saved_at = time.time()
     with open(run.out / "stats.jsonl", "a") as log, tqdm(range(begin, steps), stage, initial=begin, total=steps) as bar:
         for i in bar:
@@ -328,8 +329,8 @@ def train(run, stage, steps, parts, step):
                 saved_at = time.time()
             if stop:
                 raise SystemExit(128 + stop[0])
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
     save(steps)
 
 
@@ -704,7 +705,7 @@ def play(run, name, scene, points, text, context=None):
     model, rng = run.model(name, sink=sink, window=window), torch.Generator().manual_seed(run.seed)
     first = vae.encode(film(scene, SIZE, 0, 1).to(run.device))
     points = {key: value.to(run.device) for key, value in points.items()}
-    ids = track_ids(points["tracks"], points["visible"], run.config)
+    ids = track_ids(points["tracks"], points["visible"], model.config)
     text = None if text is None else text.expand(len(first), -1, -1).to(run.device)
     frames, chunk, state = (T + 3) // 4, model.config.chunk, None
 
@@ -759,12 +760,8 @@ def psnr(a, b):
 
 def chosen(visible, how):
     """Of all true tracks: "dense" all, "drag" the centre of each object, "none"."""
-    keep = torch.zeros(visible.shape[-1], dtype=torch.bool)
-    if how == "dense":
-        keep[:] = True
-    if how == "drag":
-        keep[:OBJECTS * POINTS:POINTS] = True
-    return visible & keep
+    n = torch.arange(visible.shape[-1])
+    return visible & {"dense": n >= 0, "drag": (n < OBJECTS * POINTS) & (n % POINTS == 0), "none": n < 0}[how]
 
 
 def other_motion(scene):
@@ -888,21 +885,7 @@ STAGES = {"vae": train_vae, "teacher": train_teacher, "causal": train_causal, "d
 WEIGHTS = {"vae": "vae", "teacher": "teacher", "causal": "causal", "distill": "student"}    # what a stage leaves behind
 NEEDS = {"vae": (), "teacher": ("vae",), "causal": ("vae", "teacher"), "distill": ("vae", "teacher", "causal"),
          "eval": ("vae", "teacher", "student")}
-ASSETS = Path(__file__).resolve().parent / "assets"
 SHIPPED = {"vae": "tiny_vae", "teacher": "tiny_teacher", "causal": "tiny_causal", "student": "tiny"}
-
-
-def fail(message):
-    """What the user can put right: one line, exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-class Parser(argparse.ArgumentParser):
-    """Its errors are one line, like all others."""
-
-    def error(self, message):
-        fail(message)
 
 
 class Run:
@@ -919,14 +902,15 @@ class Run:
             self.vae_clips, self.clips, self.trajectories, self.eval_clips, self.eval_frames = 8, 16, 8, 1, 33
         if args.steps:
             self.steps[args.stage] = args.steps
+        self.eval_clips, self.eval_frames = args.clips or self.eval_clips, args.frames or self.eval_frames
         self.shipped = args.stage == "eval" and not (self.out / "vae.safetensors").exists()
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             torch.zeros(1, device=self.device)
         except OSError as e:
-            fail(f"{self.out}: cannot be written ({e.strerror}); choose another --out")
+            raise UserError(f"{self.out}: cannot be written ({e.strerror}); choose another --out") from None
         except (RuntimeError, AssertionError):
-            fail(f"--device {self.device}: not available here")
+            raise UserError(f"--device {self.device}: not available here") from None
 
     def path(self, name):
         """The weights called `name`: this run's or, where eval finds no run, the shipped ones."""
@@ -963,37 +947,50 @@ def check_needs(run, stage):
         try:
             run.vae() if name == "vae" else run.model(name)
         except ValueError as e:
-            fail(f"{e}; --stage {next(s for s, w in WEIGHTS.items() if w == name)} makes it")
+            raise UserError(f"{e}; --stage {next(s for s, w in WEIGHTS.items() if w == name)} makes it") from None
 
 
-def main(argv=None):
-    """Parse the flags, run the stages that are not done yet."""
+def parse_flags(argv):
+    """The command line."""
+    count = number(int, 1, 10 ** 9)
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=["all", *STAGES, "eval"], default="all", help="default: all, in order")
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything, in about a minute")
     parser.add_argument("--out", default=None, help="folder to write to (runs/tiny; runs/smoke with --smoke)")
-    parser.add_argument("--steps", type=int, help="steps of the one stage that is named")
+    parser.add_argument("--steps", type=count, help="steps of the one stage that is named")
+    parser.add_argument("--clips", type=count, help="of each kind that eval measures (16)")
+    parser.add_argument("--frames", type=count, help="length of the streams that eval measures (10000)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (0)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tracks", choices=["random", "start"], default="start", help="how tracks get their IDs")
     parser.add_argument("--causal-init", choices=["ode", "forcing"], default="ode",
                         help="regress ODE trajectories (the paper), or true clips with noise added")
     args = parser.parse_args(argv)
-    if args.steps is not None and (args.steps < 1 or args.stage not in STAGES):
-        parser.error("--steps takes a number from 1 up and needs --stage with one training stage")
+    if args.steps and args.stage not in STAGES:
+        parser.error("--steps needs --stage with one training stage")
     args.out = args.out or ("runs/smoke" if args.smoke else "runs/tiny")
-    run = Run(args)
-    print(f"{'the shipped weights' if run.shipped else run.out}: {run.config}")
-    for stage, train_stage in STAGES.items():
-        if args.stage == stage or args.stage == "all" and not run.path(WEIGHTS[stage]).exists():
-            check_needs(run, stage)
-            train_stage(run)
-            plot_stage(run, stage)
-            preview(run, stage)
-    if args.stage in ("all", "eval"):
-        check_needs(run, "eval")
-        evaluate(run)
+    return args
+
+
+def main(argv=None):
+    """Run the stages that are not done yet. What the user can put right is one line and exit code 2."""
+    try:
+        args = parse_flags(argv)
+        run = Run(args)
+        print(f"{'the shipped weights' if run.shipped else run.out}: {run.config}")
+        for stage, train_stage in STAGES.items():
+            if args.stage == stage or args.stage == "all" and not run.path(WEIGHTS[stage]).exists():
+                check_needs(run, stage)
+                train_stage(run)
+                plot_stage(run, stage)
+                preview(run, stage)
+        if args.stage in ("all", "eval"):
+            check_needs(run, "eval")
+            evaluate(run)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
