@@ -397,7 +397,7 @@ def painted(visible):
     B, T, N = visible.shape
     order = torch.rand(B, OBJECTS, POINTS)
     order[:, :, 0] -= 0.5 * torch.rand(B, OBJECTS)                                 # rather the centre than the rim
-    count = torch.tensor([0, 1, 1, 1, 2, 4, 8])[torch.randint(0, 7, (B, OBJECTS, 1))]
+    count = torch.tensor([0, 1, 2, 4, 8, 8, 8, 8])[torch.randint(0, 8, (B, OBJECTS, 1))]
     objects = order.argsort(2).argsort(2) < count
     count = torch.tensor([0, 0, 1, 4, 9, 32, 64])[torch.randint(0, 7, (B, 1))]
     ground = torch.rand(B, N - OBJECTS * POINTS).argsort(1).argsort(1) < count
@@ -462,7 +462,7 @@ def error_at_one(run, model, pool):
 
 
 def train_teacher(run):
-    """Bidirectional rectified flow on half and on whole clips, 40 % of it at sigma 1."""
+    """Bidirectional rectified flow on half and on whole clips, 60 % of it at sigma 1."""
     pool, fresh = new_pool(run, run.clips, "pool"), new_pool(run, 24, "fresh")
     model = MotionStream(run.config).to(run.device)
     average = copy.deepcopy(model).requires_grad_(False)
@@ -470,7 +470,7 @@ def train_teacher(run):
 
     def step(i):
         x0, text, points = draw_batch(run, pool, *((4, None) if i % 4 == 0 else (8, 6)))
-        sigma = draw_sigma(len(x0), run.config.shift, 0.4).to(run.device)
+        sigma = draw_sigma(len(x0), run.config.shift, 0.6).to(run.device)
         given = (torch.rand(len(x0), 1, 1, 1, 1) > 0.1).to(run.device)       # the rest is without any motion input
         with run.autocast():
             loss = flow_loss(model, x0, sigma, {"text": text, "tracks": given * track_features(model, **points)}, 4.0)
@@ -781,7 +781,7 @@ def eval_following(run, names, clips=16):
         scene = new_scenes(clips, frames, rng, camera=False, light=0, motion=0, **options)
         scene = other_motion(scene) if "other" in kind else scene
         truth, (tracks, visible) = film(scene, SIZE), scene_tracks(scene, SIZE, rng)
-        rows = [("vae", "-"), ("still", "-")] + [(n, how) for n in names for how in ("dense", "drag", "none")]
+        rows = [("vae", "none"), ("still", "none")] + [(n, how) for n in names for how in ("dense", "drag", "none")]
         for name, how in tqdm(rows, kind):
             if name == "teacher" and frames != CLIP:
                 continue
@@ -894,7 +894,7 @@ class Run:
     def __init__(self, args):
         self.out, self.device, self.seed, self.causal_init = Path(args.out), args.device, args.seed, args.causal_init
         self.config = replace(PRESETS["tiny"], tracks=args.tracks)
-        self.steps = {"vae": 1000, "teacher": 2000, "causal": 300, "distill": 400}
+        self.steps = {"vae": 1000, "teacher": 5000, "causal": 400, "distill": 1000}
         self.vae_clips, self.clips, self.trajectories, self.eval_clips, self.eval_frames = 256, 2560, 192, 16, 10_000
         self.critic_steps = 5
         if args.smoke:
