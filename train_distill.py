@@ -410,13 +410,13 @@ def painted(visible):
     return visible & keep[:, None] & ((t >= ends[0]) & (t <= ends[1]) | ~part) & ~pause
 
 
-def draw_batch(run, pool, batch, frames=None):
-    """Random clips of the pool, their first `frames` latents, as a user might have painted them, a tenth without text:
-    latents (B, C, F, h, w), conditions {text, and what the track head needs}."""
+def draw_batch(run, pool, batch, frames=None, dense=False):
+    """Random clips of the pool, their first `frames` latents, with all their tracks (dense) or as a user might have
+    painted them, a tenth without text: latents (B, C, F, h, w), text, and what the track head needs."""
     rows = torch.randint(0, len(pool["latents"]), (batch,))
     latents = pool["latents"][rows, :, :frames].float()
     length = 4 * latents.shape[2] - 3
-    visible = painted(pool["visible"][rows])[:, :length]
+    visible = (pool["visible"][rows] if dense else painted(pool["visible"][rows]))[:, :length]
     tracks = pool["tracks"][rows, :length]
     text = pool["text"][rows] * (torch.rand(batch, 1, 1) > 0.1)
     points = {"tracks": tracks, "visible": visible, "ids": track_ids(tracks, visible, run.config)}
@@ -462,14 +462,16 @@ def error_at_one(run, model, pool):
 
 
 def train_teacher(run):
-    """Bidirectional rectified flow on half and on whole clips, 60 % of it at sigma 1."""
+    """Bidirectional rectified flow on half and on whole clips, 60 % of it at sigma 1. The first third sees all tracks,
+    as in the paper's first stage: with dense tracks a model learns sooner what they are for."""
     pool, fresh = new_pool(run, run.clips, "pool"), new_pool(run, 24, "fresh")
     model = MotionStream(run.config).to(run.device)
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = Optimizer(model, muon=0.015, adam=3e-3, steps=run.steps["teacher"])
 
     def step(i):
-        x0, text, points = draw_batch(run, pool, *((4, None) if i % 4 == 0 else (8, 6)))
+        dense = i < run.steps["teacher"] // 3
+        x0, text, points = draw_batch(run, pool, *((4, None) if i % 4 == 0 else (8, 6)), dense)
         sigma = draw_sigma(len(x0), run.config.shift, 0.6).to(run.device)
         given = (torch.rand(len(x0), 1, 1, 1, 1) > 0.1).to(run.device)       # the rest is without any motion input
         with run.autocast():
