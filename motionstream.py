@@ -72,6 +72,7 @@ def joint_guidance(v_full, v_notext, v_nomotion, w_text, w_motion):
 
 @dataclass
 class Config:
+    """A model and how it is sampled; travels in the metadata of its weights file."""
     # the transformer, named as in Wan's config.json
     dim: int = 1536
     ffn_dim: int = 8960
