@@ -514,18 +514,14 @@ def embed_words(text, config):
 def load_pretrained(cls, path, dtype, device, overrides):
     """A .safetensors file of this project, config in its metadata, to a model in eval mode. dtype=None keeps the
     file's; what FLOAT32 names stays float32. Raises ValueError, one line naming the file, if it does not fit."""
-    from vae import read_config, read_tensors
+    from vae import check_fit, read_config, read_tensors
     tensors, metadata = read_tensors(path)
     if "config" not in metadata or metadata.get("format") != "motionstream":
         raise ValueError(f"{path}: no config of this project in the file's metadata, is it a DiT written by it?")
     config = read_config(Config, metadata, path)
     with torch.device("meta"):
         model = cls(replace(config, **overrides))
-    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    found = {name: tuple(t.shape) for name, t in tensors.items()}
-    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    if wrong:
-        raise ValueError(f"{path}: {len(wrong)} tensors are missing, extra or of another shape: {', '.join(wrong[:5])}")
+    check_fit(model, tensors, path)
     model.load_state_dict({name: t.to(device, dtype) for name, t in tensors.items()}, assign=True)
     for name, p in model.named_parameters():
         if any(part in name for part in cls.FLOAT32):

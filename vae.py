@@ -183,12 +183,7 @@ class TinyVAE(nn.Module):
         else:
             config = config_from_tensors(tensors, path)
         vae = cls(config)
-        expected = {name: tuple(p.shape) for name, p in vae.state_dict().items()}
-        found = {name: tuple(t.shape) for name, t in tensors.items()}
-        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        if wrong:
-            raise ValueError(f"{path}: not a tiny VAE: {len(wrong)} tensors are missing, extra or of another shape, "
-                             f"first {', '.join(wrong[:5])}")
+        check_fit(vae, tensors, path)
         vae.load_state_dict({name: t.float() for name, t in tensors.items()})
         return vae.eval().requires_grad_(False)
 
@@ -215,6 +210,16 @@ def read_tensors(path):
         raise ValueError(f"{path}: not a weights file that can be loaded safely ({str(e).splitlines()[0]})") from None
     except Exception as e:  # safetensors' own error class has no stable import path
         raise ValueError(f"{path}: damaged or not safetensors ({e})") from None
+
+
+def check_fit(model, tensors, path):
+    """Raise ValueError, naming the file and five tensors, unless names and shapes are exactly the model's."""
+    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        raise ValueError(f"{path}: {len(wrong)} tensors are missing, extra or of another shape for a "
+                         f"{type(model).__name__}: {', '.join(wrong[:5])}")
 
 
 def read_config(cls, metadata, path):
