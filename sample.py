@@ -437,6 +437,18 @@ def try_writing(path):
         raise KeyboardInterrupt
 
 
+def write(path, save, *args):
+    """Call save(*args, temporary path), then rename: a file is whole or not there."""
+    temporary = Path(path).with_name(f".{Path(path).name}.part")
+    try:
+        save(*args, temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def enlarge(frame, factor):
     """(H, W, 3) to (factor H, factor W, 3), nearest neighbour."""
     return frame.repeat(factor, 0).repeat(factor, 1)
@@ -469,15 +481,10 @@ def save_sheet(path, tiles):
     sheet = Image.new("RGB", (len(tiles) * (width + gap) - gap, height), "white")
     for i, tile in enumerate(tiles):
         sheet.paste(Image.fromarray(tile), (i * (width + gap), 0))
-    part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        sheet.save(part)
-        os.replace(part, path)
+        write(path, lambda part: sheet.save(part, "png"))
     except OSError as e:
         raise UserError(f"{path}: cannot be written ({e.strerror})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ import zlib
 from dataclasses import replace
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads slow each other down when cores are shared
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads wait awake for microseconds, not for ever: fast alone, fair if not
 
 import torch
 import torch.nn as nn
@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from motionstream import (PRESETS, KVCache, MotionStream, add_noise, embed_words, euler, guided_velocity, metadata,
                           rollout, to_x0, track_features, track_ids, with_first)
-from sample import ASSETS, Parser, UserError, number
+from sample import ASSETS, Parser, UserError, draw_tracks, enlarge, number, to_frames, write
 from vae import TINY, TinyVAE
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -46,6 +46,7 @@ from vae import TINY, TinyVAE
 
 OBJECTS, POINTS, GRID = 3, 8, 8          # object slots, tracks on each, background tracks per side
 TEXTURE = 40                             # pixels per side of an object's texture
+TRIES = 4                                # draws of the objects' paths, of which one is taken, see apart
 LIGHT = {"steady": (1, 1, 1), "fading": (0.35, 0.35, 0.4), "warming": (1.1, 0.8, 0.5)}  # RGB gains they tend to
 MOTION = ("steady", "spinning", "pulsing")
 NEUTRAL = PRESETS["tiny"].prompt
@@ -104,10 +105,19 @@ def textures(batch, flat, rng):
     return torch.cat([rgb, torch.sigmoid(edge[:, :, None] * 30)], 2), colour, (kind, sides)
 
 
-def new_scenes(batch, frames, rng, objects=None, camera=None, light=None, motion=None, flat=False):
+def apart(position):
+    """Of several draws of all objects' positions (draws, B, K, T, 2), the one whose objects start farthest from each
+    other: what another covers in the image cannot be known later. (B, K, T, 2)"""
+    start = position[:, :, :, 0]
+    gap = torch.cdist(start, start) + 9 * torch.eye(start.shape[2])
+    return position[gap.amin((2, 3)).argmax(0), torch.arange(position.shape[1])]
+
+
+def new_scenes(batch, frames, rng, objects=None, camera=None, light=None, motion=None, moving=False, flat=False):
     """Draw `batch` scenes: everything that `film` and `scene_tracks` need, for `frames` frames. None = at random.
 
     objects: how many of the three are there. camera: bool, does it move. light, motion: words of the caption.
+    moving: no object rests.
     flat: plain discs and squares of 16-26 % of the width on smooth grey, unlike most of what training sees.
     """
     def pick(value, count, steady):
@@ -122,8 +132,10 @@ def new_scenes(batch, frames, rng, objects=None, camera=None, light=None, motion
         present = torch.full_like(present, objects)
     texture, colour, shape = textures(batch, flat, rng)
     size = torch.rand(batch, OBJECTS, generator=rng)
-    speed = 0.5 * (torch.rand(batch * OBJECTS, 1, 1, generator=rng) * 1.12 - 0.12).clamp(min=0) ** 1.5   # some rest
-    position = 0.12 + 0.76 * smooth_path(batch * OBJECTS, frames, speed, 14, rng).view(batch, OBJECTS, frames, 2)
+    speed = torch.rand(TRIES * batch * OBJECTS, 1, 1, generator=rng)
+    speed = 0.2 + 0.8 * speed if moving else 1.12 * speed - 0.12                         # some rest
+    paths = smooth_path(len(speed), frames, 0.5 * speed.clamp(min=0) ** 1.5, 14, rng)
+    position = apart(0.12 + 0.76 * paths.view(TRIES, batch, OBJECTS, frames, 2))
 
     moves = (torch.rand(batch, 1, 1, generator=rng) < 0.3 if camera is None else torch.tensor(camera)).float()
     path = smooth_path(batch * 2, frames, torch.tensor(0.35), 30, rng).view(batch, 2, frames, 2)
@@ -137,7 +149,7 @@ def new_scenes(batch, frames, rng, objects=None, camera=None, light=None, motion
     pulse = 1 + 0.22 * (motion == 2)[:, None] * torch.sin(t * (2 * math.pi / 24))
     return {
         "texture": texture, "colour": colour, "shape": shape, "position": position, "pan": pan, "zoom": zoom,
-        "present": torch.arange(OBJECTS) < present, "radius": 0.08 + 0.05 * size if flat else 0.06 + 0.115 * size,
+        "present": torch.arange(OBJECTS) < present, "radius": 0.08 + 0.05 * size if flat else 0.07 + 0.105 * size,
         "gains": gains, "spin": spin, "pulse": pulse, "backdrop": backdrops(batch, flat, rng),
         "caption": [f"{[*LIGHT][a]} light, {MOTION[b]} shapes" for a, b in zip(light, motion)],
         "points": local_points(batch, rng),
@@ -283,18 +295,6 @@ class Optimizer:
 def update_average(average, model, decay):
     """average = decay * average + (1 - decay) * model, parameter by parameter."""
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
-
-
-def write(path, save, *args):
-    """Call save(*args, temporary path), then rename: a file is whole or not there."""
-    temporary = Path(path).with_name(f".{Path(path).name}.part")
-    try:
-        save(*args, temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def train(run, stage, steps, parts, step):
@@ -462,7 +462,7 @@ def error_at_one(run, model, pool):
 
 
 def train_teacher(run):
-    """Bidirectional rectified flow on half and on whole clips, 60 % of it at sigma 1. The first third sees all tracks,
+    """Bidirectional rectified flow on half and on whole clips, half of it at sigma 1. The first quarter sees all tracks,
     as in the paper's first stage: with dense tracks a model learns sooner what they are for."""
     pool, fresh = new_pool(run, run.clips, "pool"), new_pool(run, 24, "fresh")
     model = MotionStream(run.config).to(run.device)
@@ -470,9 +470,9 @@ def train_teacher(run):
     optimizer = Optimizer(model, muon=0.015, adam=3e-3, steps=run.steps["teacher"])
 
     def step(i):
-        dense = i < run.steps["teacher"] // 3
+        dense = i < run.steps["teacher"] // 4
         x0, text, points = draw_batch(run, pool, *((4, None) if i % 4 == 0 else (8, 6)), dense)
-        sigma = draw_sigma(len(x0), run.config.shift, 0.6).to(run.device)
+        sigma = draw_sigma(len(x0), run.config.shift, 0.5).to(run.device)
         given = (torch.rand(len(x0), 1, 1, 1, 1) > 0.1).to(run.device)       # the rest is without any motion input
         with run.autocast():
             loss = flow_loss(model, x0, sigma, {"text": text, "tracks": given * track_features(model, **points)}, 4.0)
@@ -627,35 +627,19 @@ def train_student(run):
 # ----------------------------------------------------------------------------------------------------------------------
 # Pictures.
 
-def to_image(frame):
-    """(3, H, W) in [-1, 1] to a PIL image."""
-    return Image.fromarray(((frame.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
-
-
-def paint(image, tracks, visible, scale):
-    """Draw the paths (T, N, 2), where visible (T, N), on an image that is `scale` times as large as the video."""
-    draw = ImageDraw.Draw(image)
-    for n in visible.any(0).nonzero().flatten().tolist():
-        colour = tuple(int(255 * c) for c in hue(torch.tensor(n * 0.38 % 1), torch.tensor(0.9), torch.tensor(1.0)))
-        points = [tuple(p) for p in (tracks[visible[:, n], n] * scale).tolist()]
-        draw.line(points, fill=colour, width=2)
-        x, y = points[-1]
-        draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
-    return image
-
-
 def sheet(path, rows, count=6, scale=2):
     """One picture of several videos: rows of (label, video (3, T, H, W), tracks and visible or None)."""
     side = SIZE * scale
     page = Image.new("RGB", (count * side, len(rows) * (side + 14)), "white")
     for r, (label, video, marks) in enumerate(rows):
         ImageDraw.Draw(page).text((4, r * (side + 14)), label, fill="black")
+        frames = to_frames(video[None])
         for i in range(count):
-            t = round(i * (video.shape[1] - 1) / (count - 1))
-            image = to_image(video[:, t]).resize((side, side), Image.NEAREST)
+            t = round(i * (len(frames) - 1) / (count - 1))
+            frame = enlarge(frames[t], scale)
             if marks is not None:
-                image = paint(image, marks[0][:t + 1], marks[1][:t + 1], scale)
-            page.paste(image, (i * side, r * (side + 14) + 14))
+                frame = draw_tracks(frame, *(mark[:t + 1].numpy() for mark in marks), scale)
+            page.paste(Image.fromarray(frame), (i * side, r * (side + 14) + 14))
     write(path, lambda temporary: page.save(temporary, "png"))
 
 
@@ -780,7 +764,7 @@ def eval_following(run, names, clips=16):
     for kind, options in kinds.items():
         rng = torch.Generator().manual_seed(seed_of("eval", options["objects"], "foreign" in kind))
         frames = 81 if "foreign" in kind else CLIP
-        scene = new_scenes(clips, frames, rng, camera=False, light=0, motion=0, **options)
+        scene = new_scenes(clips, frames, rng, camera=False, light=0, motion=0, moving=True, **options)
         scene = other_motion(scene) if "other" in kind else scene
         truth, (tracks, visible) = film(scene, SIZE), scene_tracks(scene, SIZE, rng)
         rows = [("vae", "none"), ("still", "none")] + [(n, how) for n in names for how in ("dense", "drag", "none")]
@@ -788,8 +772,7 @@ def eval_following(run, names, clips=16):
             if name == "teacher" and frames != CLIP:
                 continue
             points = {"tracks": tracks, "visible": chosen(visible, how)}
-            with torch.no_grad():
-                video = torch.cat(list(play(run, name, scene, points, neutral)), 2)
+            video = torch.cat(list(play(run, name, scene, points, neutral)), 2)
             error, lost = follow(video, truth, scene)
             table.append({"scene": kind, "tracks": how, "model": name, "median": error.median().item(),
                           "mean": error.mean().item(), "lost": 100 * lost.mean().item(), "psnr": psnr(video, truth)})
@@ -803,13 +786,12 @@ def eval_text(run, name="student", clips=12):
     table = []
     for light, motion in ((1, 0), (2, 0), (0, 1), (0, 2)):
         rng = torch.Generator().manual_seed(seed_of("text", light, motion))
-        scene = new_scenes(clips, CLIP, rng, objects=2, camera=False, light=light, motion=motion)
+        scene = new_scenes(clips, CLIP, rng, objects=2, camera=False, light=light, motion=motion, moving=True)
         truth, (tracks, visible) = film(scene, SIZE), scene_tracks(scene, SIZE, rng)
         points = {"tracks": tracks, "visible": chosen(visible, "drag")}
         row = {"caption": scene["caption"][0], "model": name}
         for label, prompt in ("right", scene["caption"][0]), ("wrong", NEUTRAL), ("none", None):
-            with torch.no_grad():
-                video = torch.cat(list(play(run, name, scene, points, embed_words(prompt, run.config))), 2)
+            video = torch.cat(list(play(run, name, scene, points, embed_words(prompt, run.config))), 2)
             row[label] = psnr(video[:, :, 30:], truth[:, :, 30:])
         table.append(row)
         print(row)
@@ -818,30 +800,31 @@ def eval_text(run, name="student", clips=12):
 
 def eval_stream(run, frames, camera, context, name="student"):
     """One endless stream, in tenths: error, lost, colour (mass over the truth's) and sharpness (gradient over the
-    truth's), one object dragged by its centre. Nothing is kept, so memory does not grow with `frames`."""
+    truth's), seconds a chunk and memory at its highest so far; one object, dragged by its centre."""
+    import resource                                                    # not on Windows, where all but this runs
     rng = torch.Generator().manual_seed(seed_of("stream", camera))
     frames = (frames - 9) // 12 * 12 + 9
-    scene = new_scenes(2, frames, rng, objects=1, camera=camera, light=0, motion=0)
+    scene = new_scenes(2, frames, rng, objects=1, camera=camera, light=0, motion=0, moving=True)
     tracks, visible = scene_tracks(scene, SIZE, rng)
     visible = chosen(visible, "dense" if camera else "drag")
-    rows, start = [], 0
-    pieces = play(run, name, scene, {"tracks": tracks, "visible": visible}, embed_words(NEUTRAL, run.config), context)
-    with torch.no_grad():
-        for video in tqdm(pieces, f"stream, camera {camera}, sink and window {context}", total=frames // 12):
-            stop = start + video.shape[2]
-            span = {key: scene[key][:, start:stop] for key in ("pan", "zoom", "gains", "spin", "pulse")}
-            truth = film(scene | span | {"position": scene["position"][:, :, start:stop]}, SIZE)
-            error, lost = follow(video, truth, scene)
-            mass = [masses(v, scene["colour"])[0][..., 0].sum() for v in (video, truth)]
-            edge = [sum(v.diff(dim=d).abs().mean() for d in (3, 4)) for v in (video, truth)]
-            rows.append(torch.stack([torch.tensor(float(start)), error.mean(), 100 * lost.mean(), mass[0] / mass[1],
-                                     edge[0] / edge[1]]))
-            start = stop
-    tenths = torch.stack(rows).split((len(rows) + 9) // 10)
-    names = ("from", "error", "lost", "colour", "sharp")
+    points, text = {"tracks": tracks, "visible": visible}, embed_words(NEUTRAL, run.config)
+    rows, start, clock = [], 0, time.perf_counter()
+    for video in tqdm(play(run, name, scene, points, text, context), f"camera {camera}, {context}", frames // 12):
+        seconds, stop = time.perf_counter() - clock, start + video.shape[2]
+        span = {key: scene[key][:, start:stop] for key in ("pan", "zoom", "gains", "spin", "pulse")}
+        truth = film(scene | span | {"position": scene["position"][:, :, start:stop]}, SIZE)
+        error, lost = follow(video, truth, scene)
+        mass = [masses(v, scene["colour"])[0][..., 0].sum() for v in (video, truth)]
+        edge = [sum(v.diff(dim=d).abs().mean() for d in (3, 4)) for v in (video, truth)]
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20              # on Linux in KiB
+        rows.append([start, error.mean(), 100 * lost.mean(), mass[0] / mass[1], edge[0] / edge[1], seconds, memory])
+        start, clock = stop, time.perf_counter()
+    tenths = torch.tensor(rows).split((len(rows) + 9) // 10)
+    names = ("from", "error", "lost", "colour", "sharp", "seconds", "gigabytes")
     return [dict(zip(names, [part[0, 0].item(), *part[:, 1:].nanmean(0).tolist()])) for part in tenths]
 
 
+@torch.no_grad()
 def evaluate(run):
     """All tables to eval.json, and the figure of the sink."""
     names = [n for n in ("teacher", "causal", "student") if run.path(n).exists()]
@@ -856,6 +839,7 @@ def evaluate(run):
     plot(run.out / "stream.png", curves, "end-point error, % of the width, over frames")
 
 
+@torch.no_grad()
 def preview(run, stage):
     """What the models there are so far make of two scenes: input with its tracks, truth, and each model."""
     rng = torch.Generator().manual_seed(seed_of("preview"))
@@ -868,9 +852,8 @@ def preview(run, stage):
         still = truth[b, :, :1].expand(-1, CLIP, -1, -1)
         rows += [("input: " + scene["caption"][b], still, (tracks[b], points["visible"][b])), ("truth", truth[b], None)]
         for name in (name for name in SHIPPED if run.path(name).exists()):
-            with torch.no_grad():
-                pieces = play(run, name, one, seen, embed_words(scene["caption"][b], run.config))
-                rows.append((name, torch.cat(list(pieces), 2)[0], None))
+            pieces = play(run, name, one, seen, embed_words(scene["caption"][b], run.config))
+            rows.append((name, torch.cat(list(pieces), 2)[0], None))
     sheet(run.out / f"{stage}_preview.png", rows)
 
 
@@ -896,8 +879,8 @@ class Run:
     def __init__(self, args):
         self.out, self.device, self.seed, self.causal_init = Path(args.out), args.device, args.seed, args.causal_init
         self.config = replace(PRESETS["tiny"], tracks=args.tracks)
-        self.steps = {"vae": 1000, "teacher": 5000, "causal": 400, "distill": 1000}
-        self.vae_clips, self.clips, self.trajectories, self.eval_clips, self.eval_frames = 256, 2560, 192, 16, 10_000
+        self.steps = {"vae": 2000, "teacher": 7000, "causal": 400, "distill": 1000}
+        self.vae_clips, self.clips, self.trajectories, self.eval_clips, self.eval_frames = 256, 5120, 320, 16, 10_000
         self.critic_steps = 5
         if args.smoke:
             self.steps = {"vae": 4, "teacher": 4, "causal": 3, "distill": 6}
