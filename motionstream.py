@@ -9,7 +9,7 @@ The paper: MotionStream, arXiv 2511.01266 (sections and equations cited below ar
 Shapes, in every file of this project:
 
     B batch   T video frames   F latent frames, T = 1 + 4 (F - 1)   C channels   h w latent size   H W pixels
-    L tokens of one call (F * h/2 * w/2)   S tokens with those in the cache   D width   N heads or tracks   K = D / N
+    L tokens of one call (F * h/2 * w/2)   S tokens with those in the cache   D width   N heads (or tracks)   K = D / N
     latents (B, C, F, h, w)   sigma (B,) or (B, F) in [0, 1]   velocity = noise - x0, which is what the DiT returns
 """
 
@@ -43,10 +43,14 @@ def to_x0(x_t, velocity, sigma):
     return x_t - per_frame(sigma).to(x_t.dtype) * velocity
 
 
+def warp(sigma, shift):
+    """Noise levels moved towards 1: k sigma / (1 + (k - 1) sigma), k = shift (appendix D)."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
 def schedule(steps, shift):
-    """`steps` noise levels from 1 down, 0 left out: uniform ones, warped by sigma' = k sigma / (1 + (k - 1) sigma)
-    so that more of them are noisy (paper, appendix D; k = shift)."""
-    return tuple(shift * s / (1 + (shift - 1) * s) for s in (1 - i / steps for i in range(steps)))
+    """`steps` noise levels from 1 down, uniform ones, warped; 0 is left out."""
+    return tuple(warp(1 - i / steps, shift) for i in range(steps))
 
 
 def with_first(x_t, sigma, first):
@@ -56,6 +60,11 @@ def with_first(x_t, sigma, first):
         x_t = torch.cat([first, x_t[:, :, 1:]], 2)
         sigma[:, 0] = 0
     return x_t, sigma
+
+
+def image_channels(first, frames):
+    """The image as input channels of a clip of `frames` latents (the way of Wan 2.1): at frame 0, zeros after it."""
+    return F.pad(first, (0, 0, 0, 0, 0, frames - 1))
 
 
 def joint_guidance(v_full, v_notext, v_nomotion, w_text, w_motion):
@@ -92,6 +101,7 @@ class Config:
     shift: float = 5.0
     sigmas: tuple = schedule(3, 5.0)    # the student's noise levels; the paper does not give its three
     steps: int = 50             # the teacher's Euler steps
+    guidance: tuple = (3.0, 1.5)    # its w_text and w_motion (section 3.1), also as the real score of distillation
     chunk: int = 3              # latent frames generated together
     sink: int = 1               # chunks at the start that stay in the cache for ever
     window: int | None = 1      # latest chunks kept besides, None = all
@@ -102,6 +112,11 @@ class Config:
     tracks: str = "random"      # how a track gets its ID, see track_ids
     prompt: str | None = None   # what to say when the user says nothing, None = the null text
 
+    @property
+    def image_dim(self):
+        """Input channels for the image, see image_channels. 0: it is the clean latent frame 0, see with_first."""
+        return self.in_dim - self.out_dim - self.track_dim
+
 
 PRESETS = {
     "wan2.1-1.3b": Config(),
@@ -110,7 +125,8 @@ PRESETS = {
     "wan2.2-5b": Config(dim=3072, ffn_dim=14336, num_heads=24, in_dim=48, out_dim=48, stride=16,
                         size=(704, 1280), fps=24),
     "tiny": Config(dim=192, ffn_dim=576, num_heads=3, num_layers=5, in_dim=48, track_dim=32, text_dim=64, text_len=8,
-                   steps=15, size=(128, 128), tracks="start", prompt="steady light, steady shapes"),
+                   steps=15, guidance=(1.0, 1.0), size=(128, 128), tracks="start",
+                   prompt="steady light, steady shapes"),
 }
 
 
@@ -344,8 +360,8 @@ def track_features(model, tracks, visible, ids):
 class MotionStream(nn.Module):
     """Wan's DiT with a track head. Parameters are named as in the public Wan checkpoints; new ones are track_head.*."""
 
-    FLOAT32 = ("time_embedding", "time_projection", "modulation", "norm3", "head.")  # whatever the rest is; "head." is
-    # the track head's too, whose input is made in float32
+    # float32 whatever the rest is
+    FLOAT32 = ("time_embedding", "time_projection", "modulation", "norm3", "head.", "track_head.")
 
     def __init__(self, config):
         super().__init__()
@@ -413,7 +429,7 @@ class MotionStream(nn.Module):
     def extra_channels(self, x, tracks, image):
         """What the patch embedding sees beside the noisy latents: tracks, then image; zeros for what is not given."""
         c = self.config
-        for value, channels in (tracks, c.track_dim), (image, c.in_dim - c.out_dim - c.track_dim):
+        for value, channels in (tracks, c.track_dim), (image, c.image_dim):
             shape = (x.shape[0], channels, *x.shape[2:])
             assert value is None or value.shape == shape, f"condition {tuple(value.shape)}, expected {shape}"
             yield x.new_zeros(shape) if value is None else value.to(x.dtype)
@@ -435,9 +451,9 @@ class MotionStream(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # Sampling: the teacher's, a whole clip at once, and the student's, chunk by chunk.
 
-def guided_velocity(model, x_t, sigma, conditions, w_text, w_motion):
-    """Velocity under joint guidance: with everything, without text, without tracks, in one batch of three."""
-    if w_text == w_motion == 0:
+def guided_velocity(model, x_t, sigma, conditions, guidance):
+    """Velocity under guidance (w_text, w_motion): with all, without text, without tracks, in one batch of three."""
+    if not any(guidance):
         return model(x_t, sigma, **conditions)
     B, text, tracks = len(x_t), conditions.get("text"), conditions.get("tracks")
     batch = {k: v.repeat(3, *[1] * (v.ndim - 1)) for k, v in conditions.items() if v is not None}
@@ -447,18 +463,20 @@ def guided_velocity(model, x_t, sigma, conditions, w_text, w_motion):
         batch["tracks"][2 * B:] = 0
     batch.setdefault("text", None)
     velocity = model(x_t.repeat(3, 1, 1, 1, 1), sigma.repeat(3, *[1] * (sigma.ndim - 1)), **batch)
-    return joint_guidance(*velocity.chunk(3), w_text, w_motion)
+    return joint_guidance(*velocity.chunk(3), *guidance)
 
 
-def euler(model, noise, conditions, first=None, sigmas=None, w_text=3.0, w_motion=1.5):
+def euler(model, noise, conditions, first=None, sigmas=None, guidance=None):
     """The bidirectional teacher: noise (B, C, F, h, w) to clean latents by Euler steps under joint guidance. Yields
-    (x_t, sigma) at each level and (x0, 0.0) at last: the ODE trajectory that causal initialisation learns from."""
+    (x_t, sigma) at each level and (x0, 0.0) at last: the ODE trajectory that causal initialisation learns from.
+    sigmas and guidance (w_text, w_motion): None = those of model.config."""
     sigmas = sigmas or schedule(model.config.steps, model.config.shift)
+    guidance = guidance or model.config.guidance
     x = noise
     for sigma, following in zip(sigmas, (*sigmas[1:], 0.0)):
         x, level = with_first(x, x.new_full((len(x),), sigma, dtype=torch.float64), first)
         yield x, sigma
-        x = x + (following - sigma) * guided_velocity(model, x, level, conditions, w_text, w_motion)
+        x = x + (following - sigma) * guided_velocity(model, x, level, conditions, guidance)
     yield with_first(x, level, first)[0], 0.0
 
 

@@ -36,13 +36,14 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-from motionstream import MotionStream, embed_words, euler, rollout, schedule, track_features, track_ids
+from motionstream import (MotionStream, embed_words, euler, image_channels, rollout, schedule, track_features,
+                          track_ids)
 from vae import TinyVAE
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 LIMIT = 2 ** 30             # bytes of a tracks file, unpacked
 MOST_FRAMES, MOST_TRACKS = 1_000_000, 20_000
-FRAMES = 81                 # length of a video without tracks
+DEFAULT_FRAMES = 81         # length of a video without tracks
 SHORTEST_SIDE = 256         # pixels of the written video; smaller ones are enlarged
 TRAIL = 12                  # frames that a track's trail lasts in --overlay
 SHEET_FRAMES = 5            # of the video, beside the input, in --sheet
@@ -62,15 +63,17 @@ class Motion(NamedTuple):
     ids: torch.Tensor       # (B, N) int64
 
 
-def conditions(model, motion, text):
+def conditions(model, first, motion, text):
     """The model's keyword arguments chunk by chunk, each made when asked for: the first chunk has 4 chunk - 3 frames,
     the others 4 chunk. Nothing is specified where the last one reaches beyond the motion's end."""
-    frames, length = motion.tracks.shape[1], 4 * model.config.chunk
-    for start in range(-3, frames, length):
-        span, beyond = slice(max(start, 0), start + length), max(start + length - frames, 0)
+    c, frames = model.config, motion.tracks.shape[1]
+    for start in range(-3, frames, 4 * c.chunk):
+        stop = start + 4 * c.chunk
+        span, beyond = slice(max(start, 0), stop), max(stop - frames, 0)
         tracks = F.pad(motion.tracks[:, span], (0, 0, 0, 0, 0, beyond))
         visible = F.pad(motion.visible[:, span], (0, 0, 0, beyond))
-        yield {"text": text, "tracks": track_features(model, tracks, visible, motion.ids)}
+        image = image_channels(first, c.chunk) if c.image_dim and start < 0 else None
+        yield {"text": text, "tracks": track_features(model, tracks, visible, motion.ids), "image": image}
 
 
 @torch.inference_mode()
@@ -80,21 +83,23 @@ def stream(model, first, motion, text=None, seed=0, sigmas=None):
     generator = torch.Generator().manual_seed(seed)     # on the CPU: the same noise whatever the device
     shape = (*first.shape[:2], model.config.chunk, *first.shape[3:])
     noise = (torch.randn(shape, generator=generator).to(first) for _ in itertools.count())
-    yield from rollout(model, noise, conditions(model, motion, text), first, sigmas, generator=generator)
+    given = conditions(model, first, motion, text)
+    yield from rollout(model, noise, given, None if model.config.image_dim else first, sigmas, generator=generator)
 
 
 @torch.inference_mode()
-def sample_teacher(model, first, motion, frames, text=None, seed=0, sigmas=None, **guidance):
+def sample_teacher(model, first, motion, frames, text=None, seed=0, sigmas=None, guidance=None):
     """The teacher: whole chunks that cover `frames`, made all at once, then handed out one by one as `stream` does.
-    guidance: w_text and w_motion, default those of `euler`."""
-    chunk = model.config.chunk
-    pieces = itertools.islice(conditions(model, motion, text), math.ceil((frames + 3) / (4 * chunk)))
+    guidance: (w_text, w_motion), default the model's own."""
+    c = model.config
+    pieces = list(itertools.islice(conditions(model, first, motion, text), math.ceil((frames + 3) / (4 * c.chunk))))
     tracks = torch.cat([piece["tracks"] for piece in pieces], 2)
-    shape = (*first.shape[:2], *tracks.shape[2:])
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(first)
-    for x0, _ in euler(model, noise, {"text": text, "tracks": tracks}, first, sigmas, **guidance):
+    image = image_channels(first, tracks.shape[2]) if c.image_dim else None
+    noise = torch.randn((*first.shape[:2], *tracks.shape[2:]), generator=torch.Generator().manual_seed(seed)).to(first)
+    given = {"text": text, "tracks": tracks, "image": image}
+    for x0, _ in euler(model, noise, given, None if c.image_dim else first, sigmas, guidance):
         pass                                            # the last of the trajectory is clean
-    yield from x0.split(chunk, 2)
+    yield from x0.split(c.chunk, 2)
 
 
 def to_frames(video):
@@ -296,8 +301,9 @@ def read_ids(ids, count):
     """ids (N,) int64, None if the file has none."""
     if ids is None:
         return None
-    if ids.dtype.kind not in "iu" or ids.shape != (count,) or ids.min() < 0:
-        raise UserError(f"ids are {ids.dtype} {ids.shape}, expected a whole number >= 0 for each of {count} tracks")
+    if ids.dtype.kind not in "iu" or ids.shape != (count,) or ids.min() < 0 or ids.max() >= 2 ** 32:
+        raise UserError(f"ids are {ids.dtype} {ids.shape}, expected a whole number in 0..{2 ** 32 - 1} for each of "
+                        f"{count} tracks")
     return ids.astype(np.int64)
 
 
@@ -316,7 +322,9 @@ def fit_tracks(arrays, image_size, frames, config, seed):
     if lost:
         print(f"note: {lost} of {visible.sum()} visible track points lie outside the video and are hidden")
     visible = visible & inside
-    if ids is None:
+    if ids is not None and config.tracks == "start":
+        print("note: with these weights a track's ID is the pixel where it starts; the file's ids are not used")
+    if ids is None or config.tracks == "start":
         ids = track_ids(tracks, visible, config, torch.Generator().manual_seed(seed))
     else:
         ids = torch.from_numpy(ids)[None]
@@ -524,7 +532,8 @@ def parse_flags(argv):
     add("--tracks", type=Path, metavar="FILE", help=".npz or .npy, see the top of sample.py; default: none")
     add("--prompt", metavar="TEXT", help="what the image and the tracks do not say; default: the model's own")
     add("--out", type=Path, default=Path("out.mp4"), metavar="FILE", help=".mp4 or .gif (default: %(default)s)")
-    add("--frames", type=number(int, 1, MOST_FRAMES), metavar="N", help=f"default: those of the tracks, or {FRAMES}")
+    add("--frames", type=number(int, 1, MOST_FRAMES), metavar="N",
+        help=f"default: those of the tracks, or {DEFAULT_FRAMES}")
     add("--fps", type=number(float, 0.1, 1000), metavar="F", help="frames per second of the file; default: the model's")
     add("--overlay", action="store_true", help="draw the tracks on the video")
     add("--sheet", type=Path, metavar="FILE", help="also write a .png with the input, its tracks, and some frames")
@@ -545,8 +554,8 @@ def parse_flags(argv):
     add("--window", type=window, help="latest chunks that are remembered, or full for all", **given)
     add = parser.add_argument_group("only --sampler teacher; v = guidance as in eq. 2, both 0: none").add_argument
     given = {"default": argparse.SUPPRESS, "metavar": "W", "type": number(float, 0, 100)}
-    add("--w-text", help="weight of the text", **given)
-    add("--w-motion", help="weight of the tracks", **given)
+    add("--w-text", help="weight of the text; default: the model's", **given)
+    add("--w-motion", help="weight of the tracks; default: the model's", **given)
     args = parser.parse_args(argv)
     for name in ("w_text", "w_motion") if args.sampler == "stream" else ("chunk", "sink", "window"):
         if name in args:
@@ -596,8 +605,9 @@ def generate(args, frames, image, motion, model, vae):
     if args.sampler == "stream":
         latents = stream(model, first, motion, text, args.seed, sigmas)
     else:
-        guidance = {name: getattr(args, name) for name in ("w_text", "w_motion") if name in args}
-        latents = sample_teacher(model, first, motion, frames, text, args.seed, sigmas, **guidance)
+        own = dict(zip(("w_text", "w_motion"), model.config.guidance))
+        guidance = [getattr(args, name, own[name]) for name in own]
+        latents = sample_teacher(model, first, motion, frames, text, args.seed, sigmas, guidance)
     yield from itertools.islice(decode_frames(vae, latents), frames)
 
 
@@ -637,7 +647,7 @@ def run(argv):
         *arrays, tracks_fps = load_tracks(args.tracks, image.size)
     else:
         print("note: no --tracks, nothing is specified")
-        frames, tracks_fps = args.frames or FRAMES, None
+        frames, tracks_fps = args.frames or DEFAULT_FRAMES, None
         arrays = np.zeros((frames, 0, 2), np.float32), np.zeros((frames, 0), bool), None
     if args.sheet:
         check_output(args.sheet, (".png",), args.image)

@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads slow each other down when cores are shared
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait awake slow each other down on shared cores
 
 import imageio.v2 as imageio
 import numpy as np
@@ -177,8 +177,8 @@ def test_guided_velocity_is_three_evaluations_without_text_and_without_tracks():
     sigma = torch.tensor([0.9, 0.4])
     v = [model(x, sigma, **given), model(x, sigma, None, tracks=given["tracks"]), model(x, sigma, given["text"])]
     assert (v[0] - v[1]).abs().max() > 0.01 and (v[0] - v[2]).abs().max() > 0.01
-    assert_near(guided_velocity(model, x, sigma, given, 3.0, 1.5), joint_guidance(*v, 3.0, 1.5), 1e-5)
-    assert guided_velocity(model, x, sigma, given, 0, 0).equal(v[0])
+    assert_near(guided_velocity(model, x, sigma, given, (3.0, 1.5)), joint_guidance(*v, 3.0, 1.5), 1e-5)
+    assert guided_velocity(model, x, sigma, given, (0, 0)).equal(v[0])
 
 
 def test_euler_lands_on_the_point_that_an_exact_velocity_points_to():
@@ -190,7 +190,7 @@ def test_euler_lands_on_the_point_that_an_exact_velocity_points_to():
 
     exact.config = replace(SMALL, steps=7)
     for given in first, None:
-        path = list(euler(exact, noise, {}, given, w_text=0, w_motion=0))
+        path = list(euler(exact, noise, {}, given, guidance=(0, 0)))
         assert [sigma for _, sigma in path] == [*schedule(7, 5.0), 0]
         assert_near(path[-1][0], goal, 1e-5)
         for x, sigma in path:
@@ -744,7 +744,7 @@ def centroid(weight):
 def test_tracks_on_objects_lie_on_the_pixels():
     axis = torch.linspace(-1.2, 1.2, td.TEXTURE)
     for camera, motion in itertools.product((False, True), (0, 1, 2)):
-        scene = td.new_scenes(3, 45, seeded(motion), objects=1, camera=camera, light=0, motion=motion)
+        scene = td.new_scenes(3, 45, seeded(motion), objects=1, camera=camera, attributes=(0, motion))
         scene["backdrop"][:] = 0.5
         for point in 0, 1:                                     # the centre, and one that turns and breathes with it
             where = scene["points"][:, 0, point]               # paint nothing but a spot there
@@ -762,7 +762,7 @@ def test_tracks_on_objects_lie_on_the_pixels():
 
 
 def test_tracks_on_the_ground_lie_on_the_pixels():
-    scene = td.new_scenes(3, 45, seeded(), objects=0, camera=True, light=0)
+    scene = td.new_scenes(3, 45, seeded(), objects=0, camera=True, attributes=(0, None))
     axis = torch.linspace(0, 1, 256)                            # the colour of a place says where it is
     x, y = torch.meshgrid(axis, axis, indexing="xy")
     scene["backdrop"] = torch.stack([x, y, x * 0]).expand(3, -1, -1, -1)
@@ -778,13 +778,13 @@ def test_tracks_on_the_ground_lie_on_the_pixels():
 
 
 def test_a_track_is_visible_exactly_where_its_object_is_seen():
-    scene = td.new_scenes(6, 45, seeded(3), objects=3, camera=False, light=0, motion=0, flat=True)
+    scene = td.new_scenes(12, 45, seeded(3), objects=3, camera=False, attributes=(0, 0), flat=True)
     scene["backdrop"][:] = 0
     video, (tracks, visible) = td.film(scene, 128), td.scene_tracks(scene, 128, seeded())
     inside = ((tracks >= 0) & (tracks < 128)).all(-1)
     assert not visible[~inside].any()
     right, hidden = [], 0
-    for b, k in itertools.product(range(6), range(3)):
+    for b, k in itertools.product(range(12), range(3)):
         n = k * td.POINTS                                       # the centre of object k
         here = tracks[b, :, n].long().clamp(0, 127)
         pixel = video[b, :, torch.arange(45), here[:, 1], here[:, 0]].T / 2 + 0.5           # (T, 3)
@@ -852,17 +852,17 @@ def test_dmd_gradient_is_critic_minus_teacher_normalised():
     torch.manual_seed(0)
     x0, first = (2 + rand(4, 3, 5, 2, 2)).requires_grad_(True), rand(4, 3, 1, 2, 2, seed=1)
     data, made = rand(4, 3, 5, 2, 2, seed=2), rand(4, 3, 5, 2, 2, seed=3)
-    td.dmd_loss(x0, gaussian(data, 0), gaussian(made, 0), {}, None, 0, 0).backward()       # point masses: real is data
+    td.dmd_loss(x0, gaussian(data, 0), gaussian(made, 0), {}, None, (0, 0)).backward()   # point masses: real is data
     distance = (x0 - data).abs().mean((1, 2, 3, 4), keepdim=True)
     assert_near(x0.grad, ((made - data) / distance).detach() / x0.numel(), 1e-4)
     x0.grad = None
-    td.dmd_loss(x0, gaussian(data, 0), gaussian(made, 0), {}, first, 0, 0).backward()
+    td.dmd_loss(x0, gaussian(data, 0), gaussian(made, 0), {}, first, (0, 0)).backward()
     assert x0.grad[:, :, 0].abs().max() < 1e-7 and x0.grad[:, :, 1:].abs().min() > 0       # the image gives frame 0
 
     mean = torch.tensor(2.0, requires_grad=True)                # a generator N(mean, 1), data N(-1, 1), an exact critic
     for _ in range(150):
         x0 = mean + torch.randn(8, 1, 1, 4, 4)
-        td.dmd_loss(x0, gaussian(-1, 1), gaussian(mean.detach(), 1), {}, None, 0, 0).backward()
+        td.dmd_loss(x0, gaussian(-1, 1), gaussian(mean.detach(), 1), {}, None, (0, 0)).backward()
         mean.data -= 0.1 * mean.grad
         mean.grad = None
     assert abs(mean + 1) < 0.1, mean
@@ -882,7 +882,7 @@ def test_dmd_loss_moves_the_generator_only_and_critic_loss_the_critic_only():
         loss(torch.cat(list(chunks), 2)).backward()
         return [net for net in nets if any(p.grad is not None and p.grad.any() for p in net.parameters())]
 
-    assert moved(lambda x0: td.dmd_loss(x0, teacher, critic, given, first, 3.0, 1.5)) == [generator]
+    assert moved(lambda x0: td.dmd_loss(x0, teacher, critic, given, first, (3.0, 1.5))) == [generator]
     assert calls == [(teacher, 6), (critic, 2)]                 # three evaluations guide the teacher, none the critic
     assert moved(lambda x0: td.critic_loss(x0, critic, given)) == [critic] and calls == [(critic, 2)]
 
@@ -918,8 +918,8 @@ def test_causal_loss_sees_the_clean_past_that_the_cache_holds():
     assert abs(losses[-1] * x0.numel() / total - 1) < 1e-5
 
 
-def test_an_interrupted_training_continues_with_the_same_bits():
-    def toy(here, stop_at=None):
+def test_an_interrupted_training_continues_with_the_same_bits_and_no_other_settings():
+    def toy(here, stop_at=None, settings="toy"):
         """Six steps; the model's parameters and what was logged."""
         model = new_model().requires_grad_(True)
         optimizer = td.Optimizer(model, muon=1e-2, adam=1e-2, steps=6)
@@ -930,7 +930,7 @@ def test_an_interrupted_training_continues_with_the_same_bits():
             loss = td.flow_loss(model, torch.randn(2, 4, 2, 4, 6), torch.rand(2), on_tracks(model))
             return {"loss": loss, "grad": optimizer.step(loss)}
 
-        run = SimpleNamespace(out=here, seed=1, device="cpu")
+        run = SimpleNamespace(out=here, seed=1, settings=settings)
         with quiet():
             td.train(run, "toy", 6, {"model": model, "optimizer": optimizer}, step)
         return model.state_dict(), [json.loads(line)["loss"] for line in open(here / "stats.jsonl")]
@@ -939,8 +939,11 @@ def test_an_interrupted_training_continues_with_the_same_bits():
         whole, log = toy(one)
         assert_error(SystemExit, "143", toy, two, stop_at=2)
         assert len((two / "stats.jsonl").read_text().splitlines()) == 3                    # it finished the step
+        assert_error(td.UserError, "other settings", toy, two, settings="else")
         resumed, resumed_log = toy(two)
         assert all(p.equal(resumed[name]) for name, p in whole.items()) and log == resumed_log and len(log) == 6
+        (two / "toy.checkpoint.pt").write_bytes(b"half")
+        assert_error(td.UserError, "damaged", toy, two)
 
 
 @slow
@@ -963,7 +966,7 @@ def lifted(file, *names, **given):
     return SimpleNamespace(**space)
 
 
-FLOW = "per_frame", "add_noise", "to_x0", "with_first"
+FLOW = "per_frame", "add_noise", "to_x0", "warp", "with_first"
 
 
 def test_pieces_of_the_model_run_from_their_own_source():
@@ -992,7 +995,7 @@ def test_dmd_loss_and_the_vae_run_from_their_own_source():
     values = []
     for loss in td.dmd_loss, own.dmd_loss:
         torch.manual_seed(0)
-        values.append(loss(x0, model, new_model(1), given, first, 3.0, 1.5))
+        values.append(loss(x0, model, new_model(1), given, first, (3.0, 1.5)))
     assert values[0].equal(values[1]) and values[0] > 0
 
     own = lifted("vae.py", "FRAMES", "TinyVAEConfig", "TINY", "conv", "Clamp", "MemBlock", "TPool", "TGrow",
@@ -1066,11 +1069,28 @@ def test_sampled_frames_depend_on_seed_tracks_and_memory_and_on_nothing_else():
 
 
 def test_the_stream_hands_the_track_head_the_whole_motion():
-    model, motion = new_model(), sample.Motion(*new_tracks(28, 5))
-    parts = [part["tracks"] for part in itertools.islice(sample.conditions(model, motion, None), 3)]
+    model, motion, first = new_model(), sample.Motion(*new_tracks(28, 5)), clip_of(3)[2]
+    parts = [part["tracks"] for part in itertools.islice(sample.conditions(model, first, motion, None), 3)]
     rest = 33 - 28                                              # 3 chunks of 3 latents are 33 frames
     tracks, visible = F.pad(motion.tracks, (0, 0, 0, 0, 0, rest)), F.pad(motion.visible, (0, 0, 0, rest))
     assert_near(torch.cat(parts, 2), track_features(model, tracks, visible, motion.ids), 1e-6)
+
+
+def test_the_image_enters_as_clean_latent_frame_0_or_as_channels():
+    first, motion = clip_of(3)[2][:1], sample.Motion(*new_tracks(21, 3, batch=1))
+    for in_dim, as_channels in (12, False), (16, True):         # 4 noisy, 8 tracks, 4 image
+        for sampler in "stream", "teacher":
+            model, seen = new_model(in_dim=in_dim, guidance=(0, 0)), []
+            model.register_forward_hook(lambda _, args, given, out: seen.append((*args, given.get("image"))),
+                                        with_kwargs=True)
+            chunks = (sample.stream(model, first, motion) if sampler == "stream" else
+                      sample.sample_teacher(model, first, motion, 21))
+            assert [part.shape[2] for part in itertools.islice(chunks, 2)] == [3, 3]
+            x, sigma, image = seen[0]
+            assert x[:, :, :1].equal(first) != as_channels and sigma[0, 0] == (1 if as_channels else 0)
+            assert (image is not None) == as_channels
+            assert image is None or image[:, :, :1].equal(first) and image[:, :, 1:].count_nonzero() == 0
+            assert seen[-1][-1] is None or sampler == "teacher"  # later chunks have it in their sink
 
 
 def test_the_image_and_its_tracks_are_cropped_alike():

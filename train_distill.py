@@ -16,18 +16,17 @@ a loss curve and a preview sheet for each stage.
 
 import argparse
 import copy
-import itertools
 import json
 import math
 import os
-import signal
+import pickle
 import sys
 import time
 import zlib
 from dataclasses import replace
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads wait awake for microseconds, not for ever: fast alone, fair if not
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads wait awake for microseconds, not for ever
 
 import torch
 import torch.nn as nn
@@ -37,8 +36,9 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from motionstream import (PRESETS, KVCache, MotionStream, add_noise, embed_words, euler, guided_velocity, metadata,
-                          rollout, to_x0, track_features, track_ids, with_first)
-from sample import ASSETS, Parser, UserError, draw_tracks, enlarge, number, to_frames, write
+                          rollout, to_x0, track_features, track_ids, warp, with_first)
+from sample import (ASSETS, Motion, Parser, UserError, draw_tracks, enlarge, hold_signals, number, sample_teacher,
+                    stream, to_frames, write)
 from vae import TINY, TinyVAE
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -46,7 +46,7 @@ from vae import TINY, TinyVAE
 
 OBJECTS, POINTS, GRID = 3, 8, 8          # object slots, tracks on each, background tracks per side
 TEXTURE = 40                             # pixels per side of an object's texture
-TRIES = 4                                # draws of the objects' paths, of which one is taken, see apart
+TRIES = 4                                # draws of the objects' paths, of which one is taken, see spread_out
 LIGHT = {"steady": (1, 1, 1), "fading": (0.35, 0.35, 0.4), "warming": (1.1, 0.8, 0.5)}  # RGB gains they tend to
 MOTION = ("steady", "spinning", "pulsing")
 NEUTRAL = PRESETS["tiny"].prompt
@@ -105,7 +105,7 @@ def textures(batch, flat, rng):
     return torch.cat([rgb, torch.sigmoid(edge[:, :, None] * 30)], 2), colour, (kind, sides)
 
 
-def apart(position):
+def spread_out(position):
     """Of several draws of all objects' positions (draws, B, K, T, 2), the one whose objects start farthest from each
     other: what another covers in the image cannot be known later. (B, K, T, 2)"""
     start = position[:, :, :, 0]
@@ -113,10 +113,15 @@ def apart(position):
     return position[gap.amin((2, 3)).argmax(0), torch.arange(position.shape[1])]
 
 
-def new_scenes(batch, frames, rng, objects=None, camera=None, light=None, motion=None, moving=False, flat=False):
+def caption(light, motion):
+    """What neither the first frame nor a few tracks tell, in words."""
+    return f"{[*LIGHT][light]} light, {MOTION[motion]} shapes"
+
+
+def new_scenes(batch, frames, rng, objects=None, camera=None, attributes=(None, None), moving=False, flat=False):
     """Draw `batch` scenes: everything that `film` and `scene_tracks` need, for `frames` frames. None = at random.
 
-    objects: how many of the three are there. camera: bool, does it move. light, motion: words of the caption.
+    objects: how many of the three are there. camera: bool, does it move. attributes: places in LIGHT and in MOTION.
     moving: no object rests.
     flat: plain discs and squares of 16-26 % of the width on smooth grey, unlike most of what training sees.
     """
@@ -125,8 +130,8 @@ def new_scenes(batch, frames, rng, objects=None, camera=None, light=None, motion
             return torch.full((batch,), value)
         return (torch.rand(batch, generator=rng) > steady) * torch.randint(1, count, (batch,), generator=rng)
 
-    light = pick(light, len(LIGHT), 0.6)
-    motion = pick(motion, len(MOTION), 0.6)
+    light = pick(attributes[0], len(LIGHT), 0.6)
+    motion = pick(attributes[1], len(MOTION), 0.6)
     present = torch.randint(1, OBJECTS + 1, (batch, 1), generator=rng)
     if objects is not None:
         present = torch.full_like(present, objects)
@@ -135,7 +140,7 @@ def new_scenes(batch, frames, rng, objects=None, camera=None, light=None, motion
     speed = torch.rand(TRIES * batch * OBJECTS, 1, 1, generator=rng)
     speed = 0.2 + 0.8 * speed if moving else 1.12 * speed - 0.12                         # some rest
     paths = smooth_path(len(speed), frames, 0.5 * speed.clamp(min=0) ** 1.5, 14, rng)
-    position = apart(0.12 + 0.76 * paths.view(TRIES, batch, OBJECTS, frames, 2))
+    position = spread_out(0.12 + 0.76 * paths.view(TRIES, batch, OBJECTS, frames, 2))
 
     moves = (torch.rand(batch, 1, 1, generator=rng) < 0.3 if camera is None else torch.tensor(camera)).float()
     path = smooth_path(batch * 2, frames, torch.tensor(0.35), 30, rng).view(batch, 2, frames, 2)
@@ -151,7 +156,7 @@ def new_scenes(batch, frames, rng, objects=None, camera=None, light=None, motion
         "texture": texture, "colour": colour, "shape": shape, "position": position, "pan": pan, "zoom": zoom,
         "present": torch.arange(OBJECTS) < present, "radius": 0.08 + 0.05 * size if flat else 0.07 + 0.105 * size,
         "gains": gains, "spin": spin, "pulse": pulse, "backdrop": backdrops(batch, flat, rng),
-        "caption": [f"{[*LIGHT][a]} light, {MOTION[b]} shapes" for a, b in zip(light, motion)],
+        "caption": [caption(a, b) for a, b in zip(light, motion)],
         "points": local_points(batch, rng),
     }
 
@@ -297,40 +302,48 @@ def update_average(average, model, decay):
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
+def load_checkpoint(path, settings, parts):
+    """Put the state in a checkpoint, if there is one, into `parts`; the step to go on with. Refuses other settings."""
+    if not path.exists():
+        return 0
+    try:
+        saved = torch.load(path, weights_only=True)
+        was, step = saved.pop("settings"), saved.pop("step")
+    except (OSError, RuntimeError, KeyError, pickle.UnpicklingError) as e:
+        raise UserError(f"{path}: damaged ({type(e).__name__}); remove it to begin this stage again") from None
+    if was != settings:
+        raise UserError(f"{path}: is of other settings ({was}; now {settings}); choose another --out or remove it")
+    for name, state in saved.items():
+        parts[name].load_state_dict(state)
+    print(f"{path.name}: resumed at step {step}")
+    return step
+
+
 def train(run, stage, steps, parts, step):
     """Call step(i) for i < steps: a dict of numbers to log. `parts` {name: object with state_dict} is what a resumed
     run needs besides; random numbers are drawn anew from (seed, stage, i) each step, so that resuming changes nothing.
     Ctrl-C and SIGTERM finish the step, save, and exit with 130 or 143."""
-    checkpoint, stop, begin = run.out / f"{stage}.checkpoint.pt", [], 0
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, map_location=run.device, weights_only=True)
-        begin = saved.pop("step")
-        for name, state in saved.items():
-            parts[name].load_state_dict(state)
-        print(f"{stage}: resumed at step {begin}")
+    checkpoint, settings = run.out / f"{stage}.checkpoint.pt", f"{steps} steps, {run.settings}"
+    begin, saved_at = load_checkpoint(checkpoint, settings, parts), time.time()
 
     def save(count):
-        write(checkpoint, torch.save, {"step": count} | {name: part.state_dict() for name, part in parts.items()})
+        states = {name: part.state_dict() for name, part in parts.items()}
+        write(checkpoint, torch.save, {"step": count, "settings": settings, **states})
 
-    handlers = {s: signal.signal(s, lambda signum, frame: stop.append(signum)) for s in (signal.SIGINT, signal.SIGTERM)}
-    saved_at = time.time()
-    with open(run.out / "stats.jsonl", "a") as log, tqdm(range(begin, steps), stage, initial=begin, total=steps) as bar:
+    with hold_signals() as stop, open(run.out / "stats.jsonl", "a", buffering=1) as log:
+        bar = tqdm(range(begin, steps), stage, initial=begin, total=steps)
         for i in bar:
             torch.manual_seed(seed_of(run.seed, stage, i))
             started = time.time()
-            numbers = step(i)
-            numbers = {k: round(torch.as_tensor(v).item(), 5) for k, v in numbers.items()}
+            numbers = {k: round(torch.as_tensor(v).item(), 5) for k, v in step(i).items()}
             bar.set_postfix(numbers)
             numbers = {"stage": stage, "step": i, **numbers, "seconds": round(time.time() - started, 3)}
             log.write(json.dumps(numbers) + "\n")
             if stop or time.time() - saved_at > 300:
                 save(i + 1)
-                log.flush()
                 saved_at = time.time()
             if stop:
                 raise SystemExit(128 + stop[0])
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
     save(steps)
 
 
@@ -374,7 +387,7 @@ def train_vae(run):
 
 def new_pool(run, clips, name):
     """Film and encode clips: {"latents" (n, C, F, h, w) float16, "tracks", "visible", "text"}; kept in a file."""
-    path = run.out / f"{name}.safetensors"
+    path = run.cache(name, "vae", clips)
     if path.exists():
         return load_file(path)
     vae, parts = run.vae(), []
@@ -428,8 +441,7 @@ def draw_batch(run, pool, batch, frames=None, dense=False):
 
 def draw_sigma(batch, shift, share_at_one):
     """Noise levels (B,): logit-normal, shifted; a share of them at exactly 1, where only the conditions help."""
-    u = torch.randn(batch).sigmoid()
-    sigma = shift * u / (1 + (shift - 1) * u)
+    sigma = warp(torch.randn(batch).sigmoid(), shift)
     return torch.where(torch.rand(batch) < share_at_one, torch.ones(batch), sigma)
 
 
@@ -462,8 +474,8 @@ def error_at_one(run, model, pool):
 
 
 def train_teacher(run):
-    """Bidirectional rectified flow on half and on whole clips, half of it at sigma 1. The first quarter sees all tracks,
-    as in the paper's first stage: with dense tracks a model learns sooner what they are for."""
+    """Bidirectional rectified flow on half and on whole clips, half of it at sigma 1. The first quarter sees all
+    tracks, as in the paper's first stage: with dense tracks a model learns sooner what they are for."""
     pool, fresh = new_pool(run, run.clips, "pool"), new_pool(run, 24, "fresh")
     model = MotionStream(run.config).to(run.device)
     average = copy.deepcopy(model).requires_grad_(False)
@@ -473,9 +485,9 @@ def train_teacher(run):
         dense = i < run.steps["teacher"] // 4
         x0, text, points = draw_batch(run, pool, *((4, None) if i % 4 == 0 else (8, 6)), dense)
         sigma = draw_sigma(len(x0), run.config.shift, 0.5).to(run.device)
-        given = (torch.rand(len(x0), 1, 1, 1, 1) > 0.1).to(run.device)       # the rest is without any motion input
+        keep = (torch.rand(len(x0), 1, 1, 1, 1) > 0.1).to(run.device)        # the rest is without any motion input
         with run.autocast():
-            loss = flow_loss(model, x0, sigma, {"text": text, "tracks": given * track_features(model, **points)}, 4.0)
+            loss = flow_loss(model, x0, sigma, {"text": text, "tracks": keep * track_features(model, **points)}, 4.0)
         grad = optimizer.step(loss)
         update_average(average, model, min(0.99, i / (i + 10)))
         return {"loss": loss, "grad": grad} | (error_at_one(run, average, fresh) if i % 200 == 199 else {})
@@ -487,14 +499,13 @@ def train_teacher(run):
 # ----------------------------------------------------------------------------------------------------------------------
 # Stage 3: causal initialisation. The teacher becomes a student that sees only what the cache holds (section 3.2).
 
-CONTEXTS = ((1, 1),) * 3 + ((0, 1), (1, 0), (2, 1), (1, 2), (1, None))      # sinks and windows drawn in training
-GUIDANCE = {"w_text": 3.0, "w_motion": 1.5}                                 # the paper's (section 3.1)
+CONTEXTS = ((1, 1),) * 3 + ((0, 1), (1, 0), (2, 1), (1, 2), (1, None))      # (sink, window) in chunks, drawn per step
 
 
 def new_trajectories(run):
     """ODE trajectories of the guided teacher: the states at the student's noise levels and the end, (n, 1 + levels, C,
     F, h, w) float16, with what the teacher was given; kept in a file."""
-    path = run.out / "trajectories.safetensors"
+    path = run.cache("trajectories", "teacher", run.trajectories)
     if path.exists():
         return load_file(path)
     teacher, pool, parts = run.model("teacher"), new_pool(run, run.clips, "pool"), []
@@ -504,7 +515,7 @@ def new_trajectories(run):
         x0, text, points = draw_batch(run, pool, 8)
         with torch.no_grad(), run.autocast():
             conditions = {"text": text, "tracks": track_features(teacher, **points)}
-            states = [x for x, sigma in euler(teacher, torch.randn_like(x0), conditions, x0[:, :, :1], **GUIDANCE)
+            states = [x for x, sigma in euler(teacher, torch.randn_like(x0), conditions, x0[:, :, :1])
                       if sigma in wanted or sigma == 0]
         assert len(states) == len(wanted) + 1, f"{len(states) - 1} of {wanted} lie on the teacher's schedule"
         parts.append({"states": torch.stack(states, 1).half(), "text": text, **points})
@@ -565,15 +576,14 @@ def train_causal(run):
 # Stage 4: Self-Forcing with distribution matching (eq. 3, 4). Generator: the student. Teacher: the real score, guided.
 # Critic: the fake score, which learns what the generator makes now.
 
-def dmd_loss(x0, teacher, critic, conditions, first, w_text, w_motion, shift=5.0):
+def dmd_loss(x0, teacher, critic, conditions, first, guidance, shift=5.0):
     """The generator's loss on its own latents x0 (B, C, F, h, w): its gradient is (critic - teacher), both as x0
     predicted from x0 noised to one random sigma a clip, over the mean distance of x0 to the teacher (DMD eq. 7, 8).
     Where the image gives frame 0, both agree with it and the gradient is zero."""
     with torch.no_grad():
-        u = torch.rand(len(x0), device=x0.device)
-        sigma = (shift * u / (1 + (shift - 1) * u)).clamp(0.02, 0.98)
+        sigma = warp(torch.rand(len(x0), device=x0.device), shift).clamp(0.02, 0.98)
         x_t, level = with_first(add_noise(x0, torch.randn_like(x0), sigma), sigma, first)
-        real = to_x0(x_t, guided_velocity(teacher, x_t, level, conditions, w_text, w_motion), level)
+        real = to_x0(x_t, guided_velocity(teacher, x_t, level, conditions, guidance), level)
         fake = to_x0(x_t, critic(x_t, level, **conditions), level)
         direction = (fake - real) / (x0 - real).abs().mean((1, 2, 3, 4), keepdim=True)
     return 0.5 * F.mse_loss(x0, x0.detach() - direction)
@@ -610,7 +620,7 @@ def train_student(run):
         if i % run.critic_steps == 0:
             x0, conditions = generate(grad=True)
             with run.autocast():
-                loss = dmd_loss(x0, teacher, critic, conditions, x0[:, :, :1].detach(), **GUIDANCE)
+                loss = dmd_loss(x0, teacher, critic, conditions, x0[:, :, :1].detach(), teacher.config.guidance)
             numbers = {"loss_g": loss, "grad_g": optimizer_g.step(loss), "std": x0.std()}
             update_average(average, generator, min(0.98, i / (i + 50)))
         x0, conditions = generate(grad=False)
@@ -685,31 +695,19 @@ def play(run, name, scene, points, text, context=None):
         yield film(scene, SIZE, 0, 1).expand(-1, -1, T, -1, -1)
         return
     if name == "vae":
-        yield vae.decode(vae.encode(film(scene, SIZE)))[0]
+        yield vae.decode(vae.encode(film(scene, SIZE).to(run.device)))[0].cpu()
         return
     sink, window = context or (run.config.sink, run.config.window)
-    model, rng = run.model(name, sink=sink, window=window), torch.Generator().manual_seed(run.seed)
+    model, state = run.model(name, sink=sink, window=window), None
     first = vae.encode(film(scene, SIZE, 0, 1).to(run.device))
-    points = {key: value.to(run.device) for key, value in points.items()}
-    ids = track_ids(points["tracks"], points["visible"], model.config)
+    tracks, visible = (points[key].to(run.device) for key in ("tracks", "visible"))
+    motion = Motion(tracks, visible, track_ids(tracks, visible, model.config))
     text = None if text is None else text.expand(len(first), -1, -1).to(run.device)
-    frames, chunk, state = (T + 3) // 4, model.config.chunk, None
-
-    def parts(length):
-        """Noise and conditions, `length` latent frames at a time."""
-        for start in range(0, frames, length):
-            stop = min(start + length, frames)
-            seen = {key: value[:, max(0, 4 * start - 3):4 * stop - 3] for key, value in points.items()}
-            noise = torch.randn(*first.shape[:2], stop - start, *first.shape[3:], generator=rng).to(run.device)
-            yield noise, {"text": text, "tracks": track_features(model, **seen, ids=ids)}
-
     if name == "teacher":
-        noise, conditions = next(parts(frames))
-        *_, (latents, _) = euler(model, noise, conditions, first, **GUIDANCE)
-        yield vae.decode(latents)[0].cpu()
-        return
-    a, b = itertools.tee(parts(chunk))
-    for latents in rollout(model, (noise for noise, _ in a), (condition for _, condition in b), first, generator=rng):
+        chunks = sample_teacher(model, first, motion, T, text, run.seed)
+    else:
+        chunks = stream(model, first, motion, text, run.seed)
+    for latents in chunks:
         video, state = vae.decode(latents, state)
         yield video.cpu()
 
@@ -728,14 +726,15 @@ def masses(video, colours):
     return mass, where / mass.clamp(min=1e-6)[..., None]
 
 
-def follow(video, truth, scene):
+def endpoint_errors(video, truth, scene):
     """End-point errors in percent of the width, one per object and frame in which at least half of it can be seen, and
-    the share of those where it is lost: less than a quarter of its mass is there. A lost object counts 30 %."""
+    the share of those where it is lost: less than a quarter of its mass is there. No error is over 30 %, a lost
+    object's is 30."""
     mass, where = masses(video, scene["colour"])
     true_mass, true_where = masses(truth, scene["colour"])
     seen = scene["present"][:, None] & (true_mass > 0.5 * true_mass.amax(1, keepdim=True)) & (true_mass > 1)
     lost = mass < 0.25 * true_mass
-    error = torch.where(lost, 30.0, (where - true_where).norm(dim=-1) * 100 / SIZE)
+    error = torch.where(lost, 30.0, ((where - true_where).norm(dim=-1) * 100 / SIZE).clamp(max=30))
     return error[seen], lost[seen].float()
 
 
@@ -744,7 +743,7 @@ def psnr(a, b):
     return -10 * math.log10((a - b).square().mean().item() / 4 + 1e-10)
 
 
-def chosen(visible, how):
+def select_tracks(visible, how):
     """Of all true tracks: "dense" all, "drag" the centre of each object, "none"."""
     n = torch.arange(visible.shape[-1])
     return visible & {"dense": n >= 0, "drag": (n < OBJECTS * POINTS) & (n % POINTS == 0), "none": n < 0}[how]
@@ -764,16 +763,16 @@ def eval_following(run, names, clips=16):
     for kind, options in kinds.items():
         rng = torch.Generator().manual_seed(seed_of("eval", options["objects"], "foreign" in kind))
         frames = 81 if "foreign" in kind else CLIP
-        scene = new_scenes(clips, frames, rng, camera=False, light=0, motion=0, moving=True, **options)
+        scene = new_scenes(clips, frames, rng, camera=False, attributes=(0, 0), moving=True, **options)
         scene = other_motion(scene) if "other" in kind else scene
         truth, (tracks, visible) = film(scene, SIZE), scene_tracks(scene, SIZE, rng)
         rows = [("vae", "none"), ("still", "none")] + [(n, how) for n in names for how in ("dense", "drag", "none")]
         for name, how in tqdm(rows, kind):
             if name == "teacher" and frames != CLIP:
                 continue
-            points = {"tracks": tracks, "visible": chosen(visible, how)}
+            points = {"tracks": tracks, "visible": select_tracks(visible, how)}
             video = torch.cat(list(play(run, name, scene, points, neutral)), 2)
-            error, lost = follow(video, truth, scene)
+            error, lost = endpoint_errors(video, truth, scene)
             table.append({"scene": kind, "tracks": how, "model": name, "median": error.median().item(),
                           "mean": error.mean().item(), "lost": 100 * lost.mean().item(), "psnr": psnr(video, truth)})
             print(f"{kind:22} {name:8} {how:6} median {table[-1]['median']:5.2f} %  mean {table[-1]['mean']:5.2f} %  "
@@ -781,16 +780,19 @@ def eval_following(run, names, clips=16):
     return table
 
 
-def eval_text(run, name="student", clips=12):
-    """What the caption adds: PSNR of the last third of a clip with the right, a wrong and no prompt, drag tracks."""
+def eval_text(run, name, clips):
+    """What the caption adds: PSNR of the last third of a clip whose objects are dragged, with the right caption, the
+    other one of its kind, the neutral one and the null text."""
     table = []
     for light, motion in ((1, 0), (2, 0), (0, 1), (0, 2)):
         rng = torch.Generator().manual_seed(seed_of("text", light, motion))
-        scene = new_scenes(clips, CLIP, rng, objects=2, camera=False, light=light, motion=motion, moving=True)
+        scene = new_scenes(clips, CLIP, rng, objects=2, camera=False, attributes=(light, motion), moving=True)
         truth, (tracks, visible) = film(scene, SIZE), scene_tracks(scene, SIZE, rng)
-        points = {"tracks": tracks, "visible": chosen(visible, "drag")}
-        row = {"caption": scene["caption"][0], "model": name}
-        for label, prompt in ("right", scene["caption"][0]), ("wrong", NEUTRAL), ("none", None):
+        points = {"tracks": tracks, "visible": select_tracks(visible, "drag")}
+        prompts = {"right": caption(light, motion), "wrong": caption(-light % 3, -motion % 3),
+                   "neutral": NEUTRAL, "none": None}
+        row = {"caption": caption(light, motion), "model": name}
+        for label, prompt in prompts.items():
             video = torch.cat(list(play(run, name, scene, points, embed_words(prompt, run.config))), 2)
             row[label] = psnr(video[:, :, 30:], truth[:, :, 30:])
         table.append(row)
@@ -800,23 +802,22 @@ def eval_text(run, name="student", clips=12):
 
 def eval_stream(run, frames, camera, context, name="student"):
     """One endless stream, in tenths: error, lost, colour (mass over the truth's) and sharpness (gradient over the
-    truth's), seconds a chunk and memory at its highest so far; one object, dragged by its centre."""
-    import resource                                                    # not on Windows, where all but this runs
+    truth's), seconds a chunk and gigabytes in use (on Linux); two clips, one object in each, dragged by its centre."""
     rng = torch.Generator().manual_seed(seed_of("stream", camera))
-    frames = (frames - 9) // 12 * 12 + 9
-    scene = new_scenes(2, frames, rng, objects=1, camera=camera, light=0, motion=0, moving=True)
+    frames = max(0, frames - 9) // 12 * 12 + 9
+    scene = new_scenes(2, frames, rng, objects=1, camera=camera, attributes=(0, 0), moving=True)
     tracks, visible = scene_tracks(scene, SIZE, rng)
-    visible = chosen(visible, "dense" if camera else "drag")
+    visible = select_tracks(visible, "dense" if camera else "drag")
     points, text = {"tracks": tracks, "visible": visible}, embed_words(NEUTRAL, run.config)
     rows, start, clock = [], 0, time.perf_counter()
     for video in tqdm(play(run, name, scene, points, text, context), f"camera {camera}, {context}", frames // 12):
-        seconds, stop = time.perf_counter() - clock, start + video.shape[2]
+        seconds, stop = time.perf_counter() - clock if start else math.nan, start + video.shape[2]
         span = {key: scene[key][:, start:stop] for key in ("pan", "zoom", "gains", "spin", "pulse")}
         truth = film(scene | span | {"position": scene["position"][:, :, start:stop]}, SIZE)
-        error, lost = follow(video, truth, scene)
+        error, lost = endpoint_errors(video, truth, scene)
         mass = [masses(v, scene["colour"])[0][..., 0].sum() for v in (video, truth)]
         edge = [sum(v.diff(dim=d).abs().mean() for d in (3, 4)) for v in (video, truth)]
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20              # on Linux in KiB
+        memory = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2 ** 30
         rows.append([start, error.mean(), 100 * lost.mean(), mass[0] / mass[1], edge[0] / edge[1], seconds, memory])
         start, clock = stop, time.perf_counter()
     tenths = torch.tensor(rows).split((len(rows) + 9) // 10)
@@ -845,22 +846,15 @@ def preview(run, stage):
     rng = torch.Generator().manual_seed(seed_of("preview"))
     scene = new_scenes(2, CLIP, rng, objects=2)
     truth, (tracks, visible) = film(scene, SIZE), scene_tracks(scene, SIZE, rng)
-    points = {"tracks": tracks, "visible": chosen(visible, "drag")}
+    visible, text = select_tracks(visible, "drag"), torch.cat([embed_words(c, run.config) for c in scene["caption"]])
+    videos = {name: torch.cat(list(play(run, name, scene, {"tracks": tracks, "visible": visible}, text)), 2)
+              for name in SHIPPED if run.path(name).exists()}
     rows = []
     for b in range(2):
-        one, seen = pick(scene, b), {key: value[b:b + 1] for key, value in points.items()}
         still = truth[b, :, :1].expand(-1, CLIP, -1, -1)
-        rows += [("input: " + scene["caption"][b], still, (tracks[b], points["visible"][b])), ("truth", truth[b], None)]
-        for name in (name for name in SHIPPED if run.path(name).exists()):
-            pieces = play(run, name, one, seen, embed_words(scene["caption"][b], run.config))
-            rows.append((name, torch.cat(list(pieces), 2)[0], None))
+        rows += [("input: " + scene["caption"][b], still, (tracks[b], visible[b])), ("truth", truth[b], None)]
+        rows += [(name, video[b], None) for name, video in videos.items()]
     sheet(run.out / f"{stage}_preview.png", rows)
-
-
-def pick(scene, b):
-    """Scene `b` alone."""
-    return {key: tuple(v[b:b + 1] for v in value) if isinstance(value, tuple) else value[b:b + 1]
-            for key, value in scene.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -888,6 +882,7 @@ class Run:
         if args.steps:
             self.steps[args.stage] = args.steps
         self.eval_clips, self.eval_frames = args.clips or self.eval_clips, args.frames or self.eval_frames
+        self.settings = f"seed {args.seed}, tracks {args.tracks}, {args.causal_init}, {self.clips} clips"
         self.shipped = args.stage == "eval" and not (self.out / "vae.safetensors").exists()
         try:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -901,9 +896,15 @@ class Run:
         """The weights called `name`: this run's or, where eval finds no run, the shipped ones."""
         return ASSETS / f"{SHIPPED[name]}.safetensors" if self.shipped else self.out / f"{name}.safetensors"
 
+    def cache(self, name, source, count):
+        """The file of what the weights `source` made once, named by them, the seed and the count."""
+        made_by = zlib.crc32(self.path(source).read_bytes())
+        return self.out / f"{name}.{seed_of(made_by, self.seed, count):08x}.safetensors"
+
     def autocast(self):
-        """bfloat16 where it helps, on the CPU too."""
-        return torch.autocast(torch.device(self.device).type, torch.bfloat16)
+        """bfloat16 where it helps, on the CPU too. Without a cache of the casted weights: torch before 2.11 would hand
+        those of a step without a graph to the step that has one."""
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, cache_enabled=False)
 
     def videos(self, count):
         """Clips to train the VAE on: (count, 3, CLIP, SIZE, SIZE) uint8."""
@@ -975,6 +976,8 @@ def main(argv=None):
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:                           # while filming, say; what takes long has its checkpoints
+        return 130
 
 
 if __name__ == "__main__":
