@@ -125,7 +125,7 @@ PRESETS = {
     "wan2.2-5b": Config(dim=3072, ffn_dim=14336, num_heads=24, in_dim=48, out_dim=48, stride=16,
                         size=(704, 1280), fps=24),
     "tiny": Config(dim=192, ffn_dim=576, num_heads=3, num_layers=5, in_dim=48, track_dim=32, text_dim=64, text_len=8,
-                   steps=15, guidance=(1.0, 1.0), size=(128, 128), tracks="start",
+                   steps=15, guidance=(1.0, 1.5), size=(128, 128), tracks="start",
                    prompt="steady light, steady shapes"),
 }
 

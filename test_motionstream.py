@@ -796,6 +796,27 @@ def test_a_track_is_visible_exactly_where_its_object_is_seen():
     assert not absent[:, :, td.POINTS:td.OBJECTS * td.POINTS].any()
 
 
+def test_a_shifted_video_has_the_error_of_its_shift_and_an_empty_one_has_lost_all():
+    scene = td.new_scenes(4, 9, seeded(2), objects=2, camera=False, attributes=(0, 0), flat=True)
+    scene["backdrop"][:], scene["position"] = 0.5, 0.3 + 0.4 * scene["position"]           # far from the borders
+    truth = td.film(scene, 128)
+    error, lost = td.endpoint_errors(truth, truth, scene)
+    assert len(error) > 40 and error.max() == 0 and lost.max() == 0
+    error, lost = td.endpoint_errors(truth.roll((3, 4), (3, 4)), truth, scene)
+    assert (error - 100 * 5 / 128).abs().max() < 0.1 and lost.max() == 0
+    error, lost = td.endpoint_errors(truth * 0, truth, scene)
+    assert (error == 30).all() and (lost == 1).all()
+
+
+def test_objects_start_apart():
+    gaps = []
+    for tries in 1, td.TRIES:
+        position = rand(tries, 500, 3, 2, 2, seed=tries)
+        start = td.spread_out(position)[:, :, 0]
+        gaps.append((torch.cdist(start, start) + 9 * torch.eye(3)).amin((1, 2)).mean())
+    assert td.spread_out(position).shape == (500, 3, 2, 2) and gaps[1] > 1.5 * gaps[0]
+
+
 def test_paths_are_smooth_and_stay_near_the_picture():
     path = td.smooth_path(200, 90, torch.tensor(0.5), 14, seeded())
     assert path.shape == (200, 90, 2) and path.std() > 0.2
