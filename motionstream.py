@@ -43,14 +43,14 @@ def to_x0(x_t, velocity, sigma):
     return x_t - per_frame(sigma).to(x_t.dtype) * velocity
 
 
-def warp(sigma, shift):
+def shift_sigma(sigma, shift):
     """Noise levels moved towards 1: k sigma / (1 + (k - 1) sigma), k = shift (appendix D)."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def schedule(steps, shift):
     """`steps` noise levels from 1 down, uniform ones, warped; 0 is left out."""
-    return tuple(warp(1 - i / steps, shift) for i in range(steps))
+    return tuple(shift_sigma(1 - i / steps, shift) for i in range(steps))
 
 
 def with_first(x_t, sigma, first):
@@ -63,7 +63,8 @@ def with_first(x_t, sigma, first):
 
 
 def image_channels(first, frames):
-    """The image as input channels of a clip of `frames` latents (the way of Wan 2.1): at frame 0, zeros after it."""
+    """The image's latent as input channels of a clip of `frames` latents: at frame 0, zeros after it (figure 2, as in
+    Wan 2.1 Fun-Control)."""
     return F.pad(first, (0, 0, 0, 0, 0, frames - 1))
 
 
@@ -360,8 +361,8 @@ def track_features(model, tracks, visible, ids):
 class MotionStream(nn.Module):
     """Wan's DiT with a track head. Parameters are named as in the public Wan checkpoints; new ones are track_head.*."""
 
-    # float32 whatever the rest is
-    FLOAT32 = ("time_embedding", "time_projection", "modulation", "norm3", "head.", "track_head.")
+    # float32 whatever the rest is; "head." is the track head's too, whose input is made in float32
+    FLOAT32 = ("time_embedding", "time_projection", "modulation", "norm3", "head.")
 
     def __init__(self, config):
         super().__init__()

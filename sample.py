@@ -324,7 +324,8 @@ def fit_tracks(arrays, image_size, frames, config, seed):
     visible = visible & inside
     if ids is not None and config.tracks == "start":
         print("note: with these weights a track's ID is the pixel where it starts; the file's ids are not used")
-    if ids is None or config.tracks == "start":
+        ids = None
+    if ids is None:
         ids = track_ids(tracks, visible, config, torch.Generator().manual_seed(seed))
     else:
         ids = torch.from_numpy(ids)[None]
@@ -447,7 +448,7 @@ def try_writing(path):
 
 def write(path, save, *args):
     """Call save(*args, temporary path), then rename: a file is whole or not there."""
-    temporary = Path(path).with_name(f".{Path(path).name}.part")
+    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part")
     try:
         save(*args, temporary)
         with open(temporary, "rb") as file:
@@ -605,8 +606,7 @@ def generate(args, frames, image, motion, model, vae):
     if args.sampler == "stream":
         latents = stream(model, first, motion, text, args.seed, sigmas)
     else:
-        own = dict(zip(("w_text", "w_motion"), model.config.guidance))
-        guidance = [getattr(args, name, own[name]) for name in own]
+        guidance = [getattr(args, name, own) for name, own in zip(("w_text", "w_motion"), model.config.guidance)]
         latents = sample_teacher(model, first, motion, frames, text, args.seed, sigmas, guidance)
     yield from itertools.islice(decode_frames(vae, latents), frames)
 

@@ -951,7 +951,7 @@ def test_an_interrupted_training_continues_with_the_same_bits_and_no_other_setti
             loss = td.flow_loss(model, torch.randn(2, 4, 2, 4, 6), torch.rand(2), on_tracks(model))
             return {"loss": loss, "grad": optimizer.step(loss)}
 
-        run = SimpleNamespace(out=here, seed=1, settings=settings)
+        run = SimpleNamespace(out=here, seed=1, settings=lambda stage: settings)
         with quiet():
             td.train(run, "toy", 6, {"model": model, "optimizer": optimizer}, step)
         return model.state_dict(), [json.loads(line)["loss"] for line in open(here / "stats.jsonl")]
@@ -987,7 +987,7 @@ def lifted(file, *names, **given):
     return SimpleNamespace(**space)
 
 
-FLOW = "per_frame", "add_noise", "to_x0", "warp", "with_first"
+FLOW = "per_frame", "add_noise", "to_x0", "shift_sigma", "with_first"
 
 
 def test_pieces_of_the_model_run_from_their_own_source():
@@ -1203,6 +1203,7 @@ def bad_inputs(here):
         "visibility turned": npz("turned.npz", tracks=good, visibility=seen.T),
         "logits": npz("logits.npz", tracks=good, visibility=seen * 3.0),
         "seven ids": npz("ids.npz", tracks=good, ids=np.arange(7)),
+        "an id of 33 bits": npz("large.npz", tracks=good, ids=np.array([0, 1, 2 ** 32])),
         "no width": npz("width.npz", tracks=good, width=0, height=10),
         "other arrays": npz("other.npz", points=good),
         "no weights": ("--weights", here / "none.safetensors"),

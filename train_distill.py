@@ -26,7 +26,7 @@ import zlib
 from dataclasses import replace
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads wait awake for microseconds, not for ever
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads wait awake, but briefly
 
 import torch
 import torch.nn as nn
@@ -36,7 +36,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from motionstream import (PRESETS, KVCache, MotionStream, add_noise, embed_words, euler, guided_velocity, metadata,
-                          rollout, to_x0, track_features, track_ids, warp, with_first)
+                          rollout, to_x0, track_features, track_ids, shift_sigma, with_first)
 from sample import (ASSETS, Motion, Parser, UserError, draw_tracks, enlarge, hold_signals, number, sample_teacher,
                     stream, to_frames, write)
 from vae import TINY, TinyVAE
@@ -121,7 +121,7 @@ def caption(light, motion):
 def new_scenes(batch, frames, rng, objects=None, camera=None, attributes=(None, None), moving=False, flat=False):
     """Draw `batch` scenes: everything that `film` and `scene_tracks` need, for `frames` frames. None = at random.
 
-    objects: how many of the three are there. camera: bool, does it move. attributes: places in LIGHT and in MOTION.
+    objects: how many of the three are there. camera: bool, does it move. attributes: indices into LIGHT and MOTION.
     moving: no object rests.
     flat: plain discs and squares of 16-26 % of the width on smooth grey, unlike most of what training sees.
     """
@@ -307,9 +307,9 @@ def load_checkpoint(path, settings, parts):
     if not path.exists():
         return 0
     try:
-        saved = torch.load(path, weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
         was, step = saved.pop("settings"), saved.pop("step")
-    except (OSError, RuntimeError, KeyError, pickle.UnpicklingError) as e:
+    except (OSError, EOFError, RuntimeError, KeyError, pickle.UnpicklingError) as e:
         raise UserError(f"{path}: damaged ({type(e).__name__}); remove it to begin this stage again") from None
     if was != settings:
         raise UserError(f"{path}: is of other settings ({was}; now {settings}); choose another --out or remove it")
@@ -323,7 +323,7 @@ def train(run, stage, steps, parts, step):
     """Call step(i) for i < steps: a dict of numbers to log. `parts` {name: object with state_dict} is what a resumed
     run needs besides; random numbers are drawn anew from (seed, stage, i) each step, so that resuming changes nothing.
     Ctrl-C and SIGTERM finish the step, save, and exit with 130 or 143."""
-    checkpoint, settings = run.out / f"{stage}.checkpoint.pt", f"{steps} steps, {run.settings}"
+    checkpoint, settings = run.out / f"{stage}.checkpoint.pt", f"{steps} steps, {run.settings(stage)}"
     begin, saved_at = load_checkpoint(checkpoint, settings, parts), time.time()
 
     def save(count):
@@ -344,7 +344,7 @@ def train(run, stage, steps, parts, step):
                 saved_at = time.time()
             if stop:
                 raise SystemExit(128 + stop[0])
-    save(steps)
+        save(steps)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -441,7 +441,7 @@ def draw_batch(run, pool, batch, frames=None, dense=False):
 
 def draw_sigma(batch, shift, share_at_one):
     """Noise levels (B,): logit-normal, shifted; a share of them at exactly 1, where only the conditions help."""
-    sigma = warp(torch.randn(batch).sigmoid(), shift)
+    sigma = shift_sigma(torch.randn(batch).sigmoid(), shift)
     return torch.where(torch.rand(batch) < share_at_one, torch.ones(batch), sigma)
 
 
@@ -581,7 +581,7 @@ def dmd_loss(x0, teacher, critic, conditions, first, guidance, shift=5.0):
     predicted from x0 noised to one random sigma a clip, over the mean distance of x0 to the teacher (DMD eq. 7, 8).
     Where the image gives frame 0, both agree with it and the gradient is zero."""
     with torch.no_grad():
-        sigma = warp(torch.rand(len(x0), device=x0.device), shift).clamp(0.02, 0.98)
+        sigma = shift_sigma(torch.rand(len(x0), device=x0.device), shift).clamp(0.02, 0.98)
         x_t, level = with_first(add_noise(x0, torch.randn_like(x0), sigma), sigma, first)
         real = to_x0(x_t, guided_velocity(teacher, x_t, level, conditions, guidance), level)
         fake = to_x0(x_t, critic(x_t, level, **conditions), level)
@@ -689,7 +689,7 @@ def plot_stage(run, stage):
 
 def play(run, name, scene, points, text, context=None):
     """The video (B, 3, T, SIZE, SIZE), in pieces, that "teacher", "causal" or "student" makes of the scene's first
-    frame, {"tracks", "visible"} and text (1, L, text_dim); "vae" shows the truth through the VAE, "still" frame 0."""
+    frame, {"tracks", "visible"} and text (1 or B, L, text_dim); "vae" is the truth through the VAE, "still" frame 0."""
     vae, T = run.vae(), scene["pan"].shape[1]
     if name == "still":
         yield film(scene, SIZE, 0, 1).expand(-1, -1, T, -1, -1)
@@ -789,7 +789,7 @@ def eval_text(run, name, clips):
         scene = new_scenes(clips, CLIP, rng, objects=2, camera=False, attributes=(light, motion), moving=True)
         truth, (tracks, visible) = film(scene, SIZE), scene_tracks(scene, SIZE, rng)
         points = {"tracks": tracks, "visible": select_tracks(visible, "drag")}
-        prompts = {"right": caption(light, motion), "wrong": caption(-light % 3, -motion % 3),
+        prompts = {"right": caption(light, motion), "wrong": caption(-light % 3, -motion % 3),      # 1 for 2, 2 for 1
                    "neutral": NEUTRAL, "none": None}
         row = {"caption": caption(light, motion), "model": name}
         for label, prompt in prompts.items():
@@ -809,7 +809,7 @@ def eval_stream(run, frames, camera, context, name="student"):
     tracks, visible = scene_tracks(scene, SIZE, rng)
     visible = select_tracks(visible, "dense" if camera else "drag")
     points, text = {"tracks": tracks, "visible": visible}, embed_words(NEUTRAL, run.config)
-    rows, start, clock = [], 0, time.perf_counter()
+    rows, start, clock, statm = [], 0, time.perf_counter(), Path("/proc/self/statm")
     for video in tqdm(play(run, name, scene, points, text, context), f"camera {camera}, {context}", frames // 12):
         seconds, stop = time.perf_counter() - clock if start else math.nan, start + video.shape[2]
         span = {key: scene[key][:, start:stop] for key in ("pan", "zoom", "gains", "spin", "pulse")}
@@ -817,7 +817,8 @@ def eval_stream(run, frames, camera, context, name="student"):
         error, lost = endpoint_errors(video, truth, scene)
         mass = [masses(v, scene["colour"])[0][..., 0].sum() for v in (video, truth)]
         edge = [sum(v.diff(dim=d).abs().mean() for d in (3, 4)) for v in (video, truth)]
-        memory = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2 ** 30
+        pages = int(statm.read_text().split()[1]) if statm.exists() else math.nan
+        memory = pages * 2 ** 12 / 2 ** 30                              # of 4 KiB
         rows.append([start, error.mean(), 100 * lost.mean(), mass[0] / mass[1], edge[0] / edge[1], seconds, memory])
         start, clock = stop, time.perf_counter()
     tenths = torch.tensor(rows).split((len(rows) + 9) // 10)
@@ -852,7 +853,9 @@ def preview(run, stage):
     rows = []
     for b in range(2):
         still = truth[b, :, :1].expand(-1, CLIP, -1, -1)
-        rows += [("input: " + scene["caption"][b], still, (tracks[b], visible[b])), ("truth", truth[b], None)]
+        seen = visible[b].any(0)
+        marks = tracks[b][:, seen], visible[b][:, seen]
+        rows += [("input: " + scene["caption"][b], still, marks), ("truth", truth[b], None)]
         rows += [(name, video[b], None) for name, video in videos.items()]
     sheet(run.out / f"{stage}_preview.png", rows)
 
@@ -882,7 +885,6 @@ class Run:
         if args.steps:
             self.steps[args.stage] = args.steps
         self.eval_clips, self.eval_frames = args.clips or self.eval_clips, args.frames or self.eval_frames
-        self.settings = f"seed {args.seed}, tracks {args.tracks}, {args.causal_init}, {self.clips} clips"
         self.shipped = args.stage == "eval" and not (self.out / "vae.safetensors").exists()
         try:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -896,10 +898,18 @@ class Run:
         """The weights called `name`: this run's or, where eval finds no run, the shipped ones."""
         return ASSETS / f"{SHIPPED[name]}.safetensors" if self.shipped else self.out / f"{name}.safetensors"
 
+    def checksum(self, name):
+        """Of the weights called `name`."""
+        return zlib.crc32(self.path(name).read_bytes())
+
     def cache(self, name, source, count):
         """The file of what the weights `source` made once, named by them, the seed and the count."""
-        made_by = zlib.crc32(self.path(source).read_bytes())
-        return self.out / f"{name}.{seed_of(made_by, self.seed, count):08x}.safetensors"
+        return self.out / f"{name}.{seed_of(self.checksum(source), self.seed, count):08x}.safetensors"
+
+    def settings(self, stage):
+        """What a checkpoint of the stage depends on: another of these would make it a mixture."""
+        own = f", {self.causal_init}" if stage == "causal" else ""
+        return f"seed {self.seed}, {self.config.tracks} IDs{own}, from weights {[*map(self.checksum, NEEDS[stage])]}"
 
     def autocast(self):
         """bfloat16 where it helps, on the CPU too. Without a cache of the casted weights: torch before 2.11 would hand
@@ -976,7 +986,7 @@ def main(argv=None):
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:                           # while filming, say; what takes long has its checkpoints
+    except KeyboardInterrupt:                           # outside a training step: while filming, say
         return 130
 
 
