@@ -804,6 +804,8 @@ def test_a_shifted_video_has_the_error_of_its_shift_and_an_empty_one_has_lost_al
     assert len(error) > 40 and error.max() == 0 and lost.max() == 0
     error, lost = td.endpoint_errors(truth.roll((3, 4), (3, 4)), truth, scene)
     assert (error - 100 * 5 / 128).abs().max() < 0.1 and lost.max() == 0
+    far = td.endpoint_errors(truth.roll(64, 4), truth, scene)[0]
+    assert far.max() == 30                                      # half the width away: no error counts more than 30 %
     error, lost = td.endpoint_errors(truth * 0, truth, scene)
     assert (error == 30).all() and (lost == 1).all()
 
@@ -967,6 +969,21 @@ def test_an_interrupted_training_continues_with_the_same_bits_and_no_other_setti
         assert_error(td.UserError, "damaged", toy, two)
 
 
+def test_what_is_kept_is_named_by_what_made_it():
+    with folder() as here:
+        def kept(weights=b"one", count=8, **flags):
+            flags = [word for flag, value in {"out": here, **flags}.items() for word in (f"--{flag}", str(value))]
+            run = td.Run(td.parse_flags(flags))
+            run.path("vae").write_bytes(weights)
+            return run.cache("pool", "vae", count), run.settings("teacher")
+
+        first = kept()
+        assert first == kept() and first[0].parent == here
+        for other in kept(weights=b"two"), kept(seed=1):
+            assert other[0] != first[0] and other[1] != first[1]
+        assert kept(count=9)[0] != first[0] and kept(tracks="random")[1] != first[1]
+
+
 @slow
 def test_the_whole_training_runs_in_a_minute():
     with folder() as here:
@@ -1063,11 +1080,13 @@ def test_sample_writes_a_video_of_the_tracks_length():
     rich = (f"--frames 20 --overlay --sheet {here / 'sheet.png'} --sink 0 --window full --chunk 2 --steps 1 "
             "--prompt fading")
     teacher = f"--sampler teacher --weights {here / 'teacher.safetensors'} --w-text 2"
-    for flags, frames in ("", 14), ("--frames 1", 1), (rich, 20), (teacher, 14):
+    np.savez(here / "ids.npz", tracks=np.load(here / "tracks.npy"), ids=np.arange(3))
+    for flags, frames in ("", 14), ("--frames 1", 1), (rich, 20), (teacher, 14), (f"--tracks {here / 'ids.npz'}", 14):
         code, out, err = sampled(*command(*flags.split()))
         assert code == 0 and out.splitlines()[-1] == str(here / "out.mp4"), (flags, out, err)
         video = imageio.mimread(here / "out.mp4", memtest=False)
         assert len(video) == frames and min(video[0].shape[:2]) >= 256, (len(video), video[0].shape)
+        assert ("ids are not used" in out) == ("ids" in flags)  # as SMALL takes them from the start points
         (here / "out.mp4").unlink()
     assert Image.open(here / "sheet.png").width > 1000
     assert not list(here.glob(".*")), "temporary files are left"

