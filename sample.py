@@ -27,7 +27,7 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads would take the cores from the video encoder
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads wait awake, but briefly: the video encoder needs the cores
 
 import imageio.v2 as imageio
 import numpy as np

@@ -803,14 +803,14 @@ def eval_text(run, name, clips):
 
 def eval_stream(run, frames, camera, context, name="student"):
     """One endless stream, in tenths: error, lost, colour (mass over the truth's) and sharpness (gradient over the
-    truth's), seconds a chunk and gigabytes in use (on Linux); two clips, one object in each, dragged by its centre."""
+    truth's), seconds a chunk; two clips, one object in each, dragged by its centre."""
     rng = torch.Generator().manual_seed(seed_of("stream", camera))
     frames = max(0, frames - 9) // 12 * 12 + 9
     scene = new_scenes(2, frames, rng, objects=1, camera=camera, attributes=(0, 0), moving=True)
     tracks, visible = scene_tracks(scene, SIZE, rng)
     visible = select_tracks(visible, "dense" if camera else "drag")
     points, text = {"tracks": tracks, "visible": visible}, embed_words(NEUTRAL, run.config)
-    rows, start, clock, statm = [], 0, time.perf_counter(), Path("/proc/self/statm")
+    rows, start, clock = [], 0, time.perf_counter()
     for video in tqdm(play(run, name, scene, points, text, context), f"camera {camera}, {context}", frames // 12):
         seconds, stop = time.perf_counter() - clock if start else math.nan, start + video.shape[2]
         span = {key: scene[key][:, start:stop] for key in ("pan", "zoom", "gains", "spin", "pulse")}
@@ -818,12 +818,10 @@ def eval_stream(run, frames, camera, context, name="student"):
         error, lost = endpoint_errors(video, truth, scene)
         mass = [masses(v, scene["colour"])[0][..., 0].sum() for v in (video, truth)]
         edge = [sum(v.diff(dim=d).abs().mean() for d in (3, 4)) for v in (video, truth)]
-        pages = int(statm.read_text().split()[1]) if statm.exists() else math.nan
-        memory = pages * 2 ** 12 / 2 ** 30                              # of 4 KiB
-        rows.append([start, error.mean(), 100 * lost.mean(), mass[0] / mass[1], edge[0] / edge[1], seconds, memory])
+        rows.append([start, error.mean(), 100 * lost.mean(), mass[0] / mass[1], edge[0] / edge[1], seconds])
         start, clock = stop, time.perf_counter()
     tenths = torch.tensor(rows).split((len(rows) + 9) // 10)
-    names = ("from", "error", "lost", "colour", "sharp", "seconds", "gigabytes")
+    names = ("from", "error", "lost", "colour", "sharp", "seconds")
     return [dict(zip(names, [part[0, 0].item(), *part[:, 1:].nanmean(0).tolist()])) for part in tenths]
 
 
