@@ -361,9 +361,6 @@ def track_features(model, tracks, visible, ids):
 class MotionStream(nn.Module):
     """Wan's DiT with a track head. Parameters are named as in the public Wan checkpoints; new ones are track_head.*."""
 
-    # float32 whatever the rest is; "head." is the track head's too, whose input is made in float32
-    FLOAT32 = ("time_embedding", "time_projection", "modulation", "norm3", "head.")
-
     def __init__(self, config):
         super().__init__()
         c = self.config = config
@@ -380,20 +377,7 @@ class MotionStream(nn.Module):
         if c.track_dim:
             self.track_head = TrackHead(out_channels=c.track_dim, stride=c.stride)
         if not self.head.head.weight.is_meta:
-            self.init_weights()
-
-    def init_weights(self):
-        """As Wan's: the fresh model returns zeros."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        for layer in (self.text_embedding[0], self.text_embedding[2], self.time_embedding[0], self.time_embedding[2]):
-            nn.init.normal_(layer.weight, std=0.02)
-        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
-        nn.init.zeros_(self.head.head.weight)
-        for module in (*self.blocks, self.head):
-            nn.init.normal_(module.modulation, std=self.config.dim ** -0.5)
+            init_weights(self)
 
     def new_caches(self):
         """One KVCache per layer, empty."""
@@ -530,6 +514,24 @@ def embed_words(text, config):
     return torch.stack(rows)[None] if rows else torch.zeros(1, 0, config.text_dim)
 
 
+def init_weights(model):
+    """As Wan's: the fresh model returns zeros."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    for layer in (model.text_embedding[0], model.text_embedding[2], model.time_embedding[0], model.time_embedding[2]):
+        nn.init.normal_(layer.weight, std=0.02)
+    nn.init.xavier_uniform_(model.patch_embedding.weight.flatten(1))
+    nn.init.zeros_(model.head.head.weight)
+    for module in (*model.blocks, model.head):
+        nn.init.normal_(module.modulation, std=model.config.dim ** -0.5)
+
+
+# Parameters that are float32 whatever the rest is; "head." is the track head's too, whose input is made in float32.
+FLOAT32 = ("time_embedding", "time_projection", "modulation", "norm3", "head.")
+
+
 def load_pretrained(cls, path, dtype, device, overrides):
     """A .safetensors file of this project, config in its metadata, to a model in eval mode. dtype=None keeps the
     file's; what FLOAT32 names stays float32. Raises ValueError, one line naming the file, if it does not fit."""
@@ -543,7 +545,7 @@ def load_pretrained(cls, path, dtype, device, overrides):
     check_fit(model, tensors, path)
     model.load_state_dict({name: t.to(device, dtype) for name, t in tensors.items()}, assign=True)
     for name, p in model.named_parameters():
-        if any(part in name for part in cls.FLOAT32):
+        if any(part in name for part in FLOAT32):
             p.data = p.data.float()
     return model.eval().requires_grad_(False)
 
