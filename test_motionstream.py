@@ -180,6 +180,20 @@ def test_guided_velocity_is_three_evaluations_without_text_and_without_tracks():
     assert_near(guided_velocity(model, x, sigma, given, (3.0, 1.5)), joint_guidance(*v, 3.0, 1.5), 1e-5)
     assert guided_velocity(model, x, sigma, given, (0, 0)).equal(v[0])
 
+    model, given = new_model(in_dim=16), given | {"image": rand(*x.shape, seed=7)}
+    left_out = {}, {"text": None}, {"tracks": None}             # the image never is
+    v = [model(x, sigma, **given | without) for without in left_out]
+    assert_near(guided_velocity(model, x, sigma, given, (3.0, 1.5)), joint_guidance(*v, 3.0, 1.5), 1e-5)
+
+
+def test_euler_is_guided_as_the_config_says():
+    model, (noise, given, first) = new_model(guidance=(2.0, 1.0), steps=2), clip_of(3)
+
+    def end(**guidance):
+        return list(euler(model, noise, given, first, **guidance))[-1][0]
+
+    assert end().equal(end(guidance=(2.0, 1.0))) and not end().equal(end(guidance=(0, 0)))
+
 
 def test_euler_lands_on_the_point_that_an_exact_velocity_points_to():
     noise, _, first = clip_of(3)
@@ -942,10 +956,10 @@ def test_causal_loss_sees_the_clean_past_that_the_cache_holds():
 
 
 def test_an_interrupted_training_continues_with_the_same_bits_and_no_other_settings():
-    def toy(here, stop_at=None, settings="toy"):
-        """Six steps; the model's parameters and what was logged."""
+    def toy(here, stop_at=None, settings="toy", steps=6):
+        """Some steps; the model's parameters and what was logged."""
         model = new_model().requires_grad_(True)
-        optimizer = td.Optimizer(model, muon=1e-2, adam=1e-2, steps=6)
+        optimizer = td.Optimizer(model, muon=1e-2, adam=1e-2, steps=steps)
 
         def step(i):
             if i == stop_at:
@@ -955,7 +969,7 @@ def test_an_interrupted_training_continues_with_the_same_bits_and_no_other_setti
 
         run = SimpleNamespace(out=here, seed=1, settings=lambda stage: settings)
         with quiet():
-            td.train(run, "toy", 6, {"model": model, "optimizer": optimizer}, step)
+            td.train(run, "toy", steps, {"model": model, "optimizer": optimizer}, step)
         return model.state_dict(), [json.loads(line)["loss"] for line in open(here / "stats.jsonl")]
 
     with folder() as one, folder() as two:
@@ -963,6 +977,7 @@ def test_an_interrupted_training_continues_with_the_same_bits_and_no_other_setti
         assert_error(SystemExit, "143", toy, two, stop_at=2)
         assert len((two / "stats.jsonl").read_text().splitlines()) == 3                    # it finished the step
         assert_error(td.UserError, "other settings", toy, two, settings="else")
+        assert_error(td.UserError, "other settings", toy, two, steps=7)
         resumed, resumed_log = toy(two)
         assert all(p.equal(resumed[name]) for name, p in whole.items()) and log == resumed_log and len(log) == 6
         (two / "toy.checkpoint.pt").write_bytes(b"half")
@@ -1146,6 +1161,25 @@ def test_the_image_and_its_tracks_are_cropped_alike():
         found = torch.stack([(weight * axis).sum() / weight.sum() for axis in axes])
         assert (found - motion.tracks[0, 0, 0]).norm() < 0.7, (width, height, found, motion.tracks[0, 0, 0])
         assert motion.visible[0, 0].tolist() == [True, (width, height) == (96, 64)]       # else the corner is cut off
+
+
+def test_ids_of_a_file_are_used_unless_start_points_are_the_ids():
+    arrays = np.tile(np.float32([[9, 8], [24, 16]]), (5, 1, 1)), np.ones((5, 2), bool)
+    for tracks, expected in ("random", [7, 3]), ("start", [(8 << 16) + 9, (16 << 16) + 24]):
+        with quiet() as (out, _):
+            motion = sample.fit_tracks((*arrays, np.array([7, 3])), (48, 32), 5, replace(SMALL, tracks=tracks), 0)
+        assert motion.ids.tolist() == [expected] and ("not used" in out.getvalue()) == (tracks == "start")
+
+
+def test_guidance_flags_reach_the_teacher():
+    _, here = workplace()
+    videos = []
+    for flags in "", "--w-text 1 --w-motion 1.5", "--w-text 9", "--w-motion 9":            # the first two are the same
+        teacher = "--sampler", "teacher", "--weights", here / "teacher.safetensors"
+        assert sampled(*command(*teacher, *flags.split()))[0] == 0
+        videos.append(np.stack(imageio.mimread(here / "out.mp4", memtest=False)))
+        (here / "out.mp4").unlink()
+    assert [np.array_equal(videos[0], video) for video in videos] == [True, True, False, False]
 
 
 def test_images_of_every_mode_come_out_right():
