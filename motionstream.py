@@ -49,7 +49,7 @@ def shift_sigma(sigma, shift):
 
 
 def schedule(steps, shift):
-    """`steps` noise levels from 1 down, uniform ones, warped; 0 is left out."""
+    """`steps` noise levels from 1 down: uniform ones, shifted; 0 is left out."""
     return tuple(shift_sigma(1 - i / steps, shift) for i in range(steps))
 
 

@@ -911,7 +911,7 @@ class Run:
         return f"seed {self.seed}, {self.config.tracks} IDs{own}, from weights {[*map(self.checksum, NEEDS[stage])]}"
 
     def autocast(self):
-        """bfloat16 where it helps, on the CPU too. Without a cache of the casted weights: torch before 2.11 would hand
+        """bfloat16 where it helps, on the CPU too. Without a cache of cast weights: torch before 2.11 would hand
         those of a step without a graph to the step that has one."""
         return torch.autocast(torch.device(self.device).type, torch.bfloat16, cache_enabled=False)
 
