@@ -157,7 +157,7 @@ def new_scenes(batch, frames, rng, objects=None, camera=None, attributes=(None, 
         "present": torch.arange(OBJECTS) < present, "radius": 0.08 + 0.05 * size if flat else 0.07 + 0.105 * size,
         "gains": gains, "spin": spin, "pulse": pulse, "backdrop": backdrops(batch, flat, rng),
         "caption": [caption(a, b) for a, b in zip(light, motion)],
-        "points": local_points(batch, rng),
+        "points": local_points(shape, rng),
     }
 
 
@@ -174,10 +174,15 @@ def backdrops(batch, flat, rng):
     return (smooth + amount * wave * (not flat)).clamp(0, 1)
 
 
-def local_points(batch, rng):
-    """Where tracks sit: (batch, OBJECTS, POINTS, 2) in units of an object's radius; the first is its centre."""
-    angle, radius = 2 * math.pi * torch.rand(2, batch, OBJECTS, POINTS, generator=rng)
-    points = 0.1 * radius[..., None] * torch.stack([torch.cos(angle), torch.sin(angle)], -1)
+def local_points(shape, rng):
+    """Where tracks sit on objects of a shape (kind, sides), each (B, K, 1, 1): (B, K, POINTS, 2) in units of the
+    object's radius; the first is its centre, the others are spread over nearly all of it. A latent cell shows one track,
+    so points that sit close together tell no more of where the object is than one of them."""
+    kind, sides = (part[..., 0] for part in shape)
+    draw = torch.rand(2, len(kind), OBJECTS, POINTS, generator=rng)
+    angle = 2 * math.pi * draw[0]
+    radius = 0.9 * outline(kind, sides, angle) * draw[1].sqrt()
+    points = radius[..., None] * torch.stack([torch.cos(angle), torch.sin(angle)], -1)
     points[:, :, 0] = 0
     return points
 
@@ -875,7 +880,7 @@ class Run:
     def __init__(self, args):
         self.out, self.device, self.seed, self.causal_init = Path(args.out), args.device, args.seed, args.causal_init
         self.config = replace(PRESETS["tiny"], tracks=args.tracks)
-        self.steps = {"vae": 2000, "teacher": 7000, "causal": 400, "distill": 1000}
+        self.steps = {"vae": 2000, "teacher": 10000, "causal": 400, "distill": 1000}
         self.vae_clips, self.clips, self.trajectories, self.eval_clips, self.eval_frames = 256, 5120, 320, 16, 10_000
         self.critic_steps = 5
         if args.smoke:
