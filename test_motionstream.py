@@ -810,6 +810,16 @@ def test_a_track_is_visible_exactly_where_its_object_is_seen():
     assert not absent[:, :, td.POINTS:td.OBJECTS * td.POINTS].any()
 
 
+def test_tracks_lie_on_their_object_and_all_over_it():
+    scene = td.new_scenes(64, 1, seeded(4))
+    points, (kind, sides) = scene["points"], scene["shape"]
+    edge = td.outline(kind[..., 0], sides[..., 0], torch.atan2(points[..., 1], points[..., 0]))
+    radius = points.norm(dim=-1) / edge                                                     # (B, K, POINTS)
+    assert (radius[:, :, 0] == 0).all() and (radius[:, :, 1:] < 0.91).all()
+    assert 0.55 < radius[:, :, 1:].mean() < 0.65 and radius.amax() > 0.85                   # 0.6: even over a disc
+    assert {0, 1, 2} == set(kind.flatten().tolist())
+
+
 def test_a_shifted_video_has_the_error_of_its_shift_and_an_empty_one_has_lost_all():
     scene = td.new_scenes(4, 9, seeded(2), objects=2, camera=False, attributes=(0, 0), flat=True)
     scene["backdrop"][:], scene["position"] = 0.5, 0.3 + 0.4 * scene["position"]           # far from the borders
@@ -937,14 +947,19 @@ def test_flow_loss_is_zero_for_the_exact_velocity_and_leaves_the_image_out():
     assert td.flow_loss(lambda x, sigma, tracks: x * 0, x0, torch.ones(3), given) > 1
 
 
-def test_causal_loss_sees_the_clean_past_that_the_cache_holds():
+def test_causal_loss_sees_the_past_that_the_cache_holds():
     model, (x0, given, _), losses = new_model(), clip_of(12), []
     noise = rand(*x0.shape, seed=4)
     states = [add_noise(x0, noise, torch.full((2,), sigma)) for sigma in SMALL.sigmas]
     for context in (1, None), (1, 1), (1, 0), (0, 1), (0, 0):
         torch.manual_seed(0)
-        losses.append(td.causal_loss(model, states, SMALL.sigmas, x0, given, context).item())
+        losses.append(td.causal_loss(model, states, x0, x0, given, context).item())
     assert len(set(losses)) == 5, losses
+    torch.manual_seed(0)
+    other = torch.cat([x0[:, :, :9], rand(2, *x0.shape[1:2], 3, *x0.shape[3:], seed=5)], 2)     # no one reads the last
+    assert td.causal_loss(model, states, x0, other, given, (1, None)).item() == losses[0]
+    torch.manual_seed(0)
+    assert td.causal_loss(model, states, x0, other.flip(2), given, (1, None)).item() != losses[0]
     torch.manual_seed(0)
     total = 0                                                   # with no memory, each chunk is a clip of its own
     for now in slice(0, 3), slice(3, 6), slice(6, 9), slice(9, 12):
@@ -953,6 +968,20 @@ def test_causal_loss_sees_the_clean_past_that_the_cache_holds():
         v = model(x, level, given["text"], tracks=given["tracks"][:, :, now])
         total += (to_x0(x, v, level) - target).square().sum().item()
     assert abs(losses[-1] * x0.numel() / total - 1) < 1e-5
+
+
+def test_a_worn_memory_shows_frame_0_in_a_rectangle_of_half_of_the_clips():
+    x0 = rand(400, 2, 6, 8, 8)
+    torch.manual_seed(0)
+    memory = td.worn(x0, 3)
+    changed = (memory != x0).any(1)                                                     # (B, F, h, w)
+    assert not changed[:, :3].any() and changed[:, 3:].any((2, 3)).float().mean() > 0.3
+    assert memory.movedim(1, -1)[changed].equal(x0[:, :, :1].expand_as(x0).movedim(1, -1)[changed])
+    for mask in changed[:, 3][changed[:, 3].any((1, 2))]:
+        rows, columns = (torch.nonzero(mask.any(d)).flatten() for d in (1, 0))
+        assert mask.sum() == len(rows) * len(columns) == (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1)
+    share = changed.any((1, 2, 3)).float().mean()
+    assert 0.3 < share < 0.55, share                                                    # some rectangles are empty
 
 
 def test_an_interrupted_training_continues_with_the_same_bits_and_no_other_settings():

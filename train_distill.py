@@ -175,9 +175,8 @@ def backdrops(batch, flat, rng):
 
 
 def local_points(shape, rng):
-    """Where tracks sit on objects of a shape (kind, sides), each (B, K, 1, 1): (B, K, POINTS, 2) in units of the
-    object's radius; the first is its centre, the others are spread over nearly all of it. A latent cell shows one track,
-    so points that sit close together tell no more of where the object is than one of them."""
+    """Where tracks sit on objects of a shape (kind, sides): (B, K, POINTS, 2) in units of the radius. First the centre,
+    the others all over the object: a latent cell shows one track, so close ones tell no more than one."""
     kind, sides = (part[..., 0] for part in shape)
     draw = torch.rand(2, len(kind), OBJECTS, POINTS, generator=rng)
     angle = 2 * math.pi * draw[0]
@@ -529,11 +528,23 @@ def new_trajectories(run):
     return trajectories
 
 
-def causal_loss(model, states, sigmas, x0, conditions, context):
+def worn(x0, chunk):
+    """Clean latents as a memory gone wrong: in half of the clips, a rectangle of all chunks but the first shows frame 0
+    again, so that what left it is back and what came is gone. A student that never saw this passes it on for ever."""
+    B, _, frames, h, w = x0.shape
+    low, high = torch.rand(2, 2, B, 1, 1).sort(0).values
+    y, x = torch.arange(h)[:, None] / h, torch.arange(w) / w
+    inside = (low[0] <= y) & (y < high[0]) & (low[1] <= x) & (x < high[1]) & (torch.rand(B, 1, 1) < 0.5)
+    late = torch.arange(frames)[:, None, None] >= chunk
+    return torch.where((inside[:, None, None] & late).to(x0.device), x0[:, :, :1], x0)
+
+
+def causal_loss(model, states, x0, memory, conditions, context):
     """Regression through the caches: each chunk predicts its clean end from its own state at a drawn noise level, and
-    from the clean chunks that a cache of `context` (sink, window) still holds. states: one (B, C, F, h, w) a level."""
+    from what a cache of `context` (sink, window) holds of the clean chunks of `memory`, which is x0 or worn.
+    states: one (B, C, F, h, w) a level."""
     caches = [KVCache(*context) for _ in model.blocks]
-    chunk, loss = model.config.chunk, 0.0
+    chunk, sigmas, loss = model.config.chunk, model.config.sigmas, 0.0
     for start in range(0, x0.shape[2], chunk):
         now = slice(start, start + chunk)
         part = {"text": conditions["text"], "tracks": conditions["tracks"][:, :, now]}
@@ -542,33 +553,27 @@ def causal_loss(model, states, sigmas, x0, conditions, context):
         x_t, sigma = with_first(states[level][:, :, now], sigma, target[:, :, :1] if start == 0 else None)
         loss = loss + (to_x0(x_t, model(x_t, sigma, caches=caches, **part), sigma) - target).square().sum()
         with torch.no_grad():
-            model(target, torch.zeros_like(sigma), caches=caches, write=True, **part)
+            model(memory[:, :, now], torch.zeros_like(sigma), caches=caches, write=True, **part)
     return loss / x0.numel()
 
 
 def train_causal(run):
-    """Student from teacher: on ODE trajectories, or (--causal-init forcing) on true clips with noise added."""
-    source = new_trajectories(run) if run.causal_init == "ode" else new_pool(run, run.clips, "pool")
+    """Student from teacher, on the teacher's ODE trajectories."""
+    trajectories = new_trajectories(run)
     student = run.model("teacher", causal=True).requires_grad_(True)
     student.track_head.requires_grad_(False)                                # frozen after the teacher (appendix D)
     average = copy.deepcopy(student).requires_grad_(False)
     optimizer = Optimizer(student, muon=2e-3, adam=1e-3, steps=run.steps["causal"])
-    sigmas = run.config.sigmas
 
     def step(i):
-        if run.causal_init == "ode":
-            rows = torch.randint(0, len(source["text"]), (4,))
-            batch = {key: value[rows].to(run.device) for key, value in source.items()}
-            *states, x0 = batch["states"].float().unbind(1)
-            text, points = batch["text"], {key: batch[key] for key in ("tracks", "visible", "ids")}
-        else:
-            x0, text, points = draw_batch(run, source, 4)
-            noise = torch.randn_like(x0)
-            states = [add_noise(x0, noise, torch.full((len(x0),), sigma, device=run.device)) for sigma in sigmas]
+        rows = torch.randint(0, len(trajectories["text"]), (4,))
+        batch = {key: value[rows].to(run.device) for key, value in trajectories.items()}
+        *states, x0 = batch["states"].float().unbind(1)
+        points = {key: batch[key] for key in ("tracks", "visible", "ids")}
         context = CONTEXTS[int(torch.randint(0, len(CONTEXTS), ()))]
         with run.autocast():
-            conditions = {"text": text, "tracks": track_features(student, **points)}
-            loss = causal_loss(student, states, sigmas, x0, conditions, context)
+            conditions = {"text": batch["text"], "tracks": track_features(student, **points)}
+            loss = causal_loss(student, states, x0, worn(x0, run.config.chunk), conditions, context)
         grad = optimizer.step(loss)
         update_average(average, student, min(0.98, i / (i + 10)))
         return {"loss": loss, "grad": grad}
@@ -781,8 +786,7 @@ def eval_following(run, names, clips=16):
             error, lost = endpoint_errors(video, truth, scene)
             table.append({"scene": kind, "tracks": how, "model": name, "median": error.median().item(),
                           "mean": error.mean().item(), "lost": 100 * lost.mean().item(), "psnr": psnr(video, truth)})
-            print(f"{kind:22} {name:8} {how:6} median {table[-1]['median']:5.2f} %  mean {table[-1]['mean']:5.2f} %  "
-                  f"lost {table[-1]['lost']:4.1f} %  {table[-1]['psnr']:.1f} dB")
+            print(table[-1])
     return table
 
 
@@ -817,13 +821,14 @@ def eval_stream(run, frames, camera, context, name="student"):
     points, text = {"tracks": tracks, "visible": visible}, embed_words(NEUTRAL, run.config)
     rows, start, clock = [], 0, time.perf_counter()
     for video in tqdm(play(run, name, scene, points, text, context), f"camera {camera}, {context}", frames // 12):
-        seconds, stop = time.perf_counter() - clock if start else math.nan, start + video.shape[2]
+        seconds, stop = time.perf_counter() - clock, start + video.shape[2]
         span = {key: scene[key][:, start:stop] for key in ("pan", "zoom", "gains", "spin", "pulse")}
         truth = film(scene | span | {"position": scene["position"][:, :, start:stop]}, SIZE)
         error, lost = endpoint_errors(video, truth, scene)
         mass = [masses(v, scene["colour"])[0][..., 0].sum() for v in (video, truth)]
         edge = [sum(v.diff(dim=d).abs().mean() for d in (3, 4)) for v in (video, truth)]
-        rows.append([start, error.mean(), 100 * lost.mean(), mass[0] / mass[1], edge[0] / edge[1], seconds])
+        row = start, error.mean(), 100 * lost.mean(), mass[0] / mass[1], edge[0] / edge[1], seconds
+        rows.append([*map(float, row)])                 # small tensors kept between large ones would scatter the heap
         start, clock = stop, time.perf_counter()
     tenths = torch.tensor(rows).split((len(rows) + 9) // 10)
     names = ("from", "error", "lost", "colour", "sharp", "seconds")
@@ -834,13 +839,12 @@ def eval_stream(run, frames, camera, context, name="student"):
 def evaluate(run):
     """All tables to eval.json, and the figure of the sink."""
     names = [n for n in ("teacher", "causal", "student") if run.path(n).exists()]
-    following = eval_following(run, names, run.eval_clips)
-    text = eval_text(run, names[-1], run.eval_clips)
     streams = {f"camera {'moves' if camera else 'rests'}, sink {sink}":
-               eval_stream(run, frames, camera, (sink, 1), names[-1])
-               for camera in (False, True) for sink, frames in ((1, run.eval_frames), (0, run.eval_frames // 5))}
-    write(run.out / "eval.json", lambda path: path.write_text(json.dumps(
-        {"following": following, "text": text, "streams": streams}, indent=1)))
+               eval_stream(run, run.eval_frames, camera, (sink, 1), names[-1])
+               for camera in (False, True) for sink in (1, 0)}
+    tables = {"following": eval_following(run, names, run.eval_clips),
+              "text": eval_text(run, names[-1], run.eval_clips), "streams": streams}
+    write(run.out / "eval.json", lambda path: path.write_text(json.dumps(tables, indent=1)))
     curves = {name: [(row["from"], row["error"]) for row in rows] for name, rows in streams.items()}
     plot(run.out / "stream.png", curves, "end-point error, % of the width, over frames")
 
@@ -878,7 +882,7 @@ class Run:
     """The settings of one training, its folder, and the weights in it."""
 
     def __init__(self, args):
-        self.out, self.device, self.seed, self.causal_init = Path(args.out), args.device, args.seed, args.causal_init
+        self.out, self.device, self.seed = Path(args.out), args.device, args.seed
         self.config = replace(PRESETS["tiny"], tracks=args.tracks)
         self.steps = {"vae": 2000, "teacher": 10000, "causal": 400, "distill": 1000}
         self.vae_clips, self.clips, self.trajectories, self.eval_clips, self.eval_frames = 256, 5120, 320, 16, 10_000
@@ -892,6 +896,7 @@ class Run:
         self.shipped = args.stage == "eval" and not (self.out / "vae.safetensors").exists()
         try:
             self.out.mkdir(parents=True, exist_ok=True)
+            open(self.out / "stats.jsonl", "a").close()
             torch.zeros(1, device=self.device)
         except OSError as e:
             raise UserError(f"{self.out}: cannot be written ({e.strerror}); choose another --out") from None
@@ -912,8 +917,7 @@ class Run:
 
     def settings(self, stage):
         """What a checkpoint of the stage depends on: another of these would make it a mixture."""
-        own = f", {self.causal_init}" if stage == "causal" else ""
-        return f"seed {self.seed}, {self.config.tracks} IDs{own}, from weights {[*map(self.checksum, NEEDS[stage])]}"
+        return f"seed {self.seed}, {self.config.tracks} IDs, from weights {[*map(self.checksum, NEEDS[stage])]}"
 
     def autocast(self):
         """bfloat16 where it helps, on the CPU too. Without a cache of cast weights: torch before 2.11 would hand
@@ -963,8 +967,6 @@ def parse_flags(argv):
     parser.add_argument("--seed", type=int, default=0, help="of everything random (0)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tracks", choices=["random", "start"], default="start", help="how tracks get their IDs")
-    parser.add_argument("--causal-init", choices=["ode", "forcing"], default="ode",
-                        help="regress ODE trajectories (the paper), or true clips with noise added")
     args = parser.parse_args(argv)
     if args.steps and args.stage not in STAGES:
         parser.error("--steps needs --stage with one training stage")
