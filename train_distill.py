@@ -884,8 +884,8 @@ class Run:
     def __init__(self, args):
         self.out, self.device, self.seed = Path(args.out), args.device, args.seed
         self.config = replace(PRESETS["tiny"], tracks=args.tracks)
-        self.steps = {"vae": 2000, "teacher": 10000, "causal": 400, "distill": 1000}
-        self.vae_clips, self.clips, self.trajectories, self.eval_clips, self.eval_frames = 256, 5120, 320, 16, 10_000
+        self.steps = {"vae": 2000, "teacher": 10000, "causal": 800, "distill": 1200}
+        self.vae_clips, self.clips, self.trajectories, self.eval_clips, self.eval_frames = 256, 5120, 480, 16, 10_000
         self.critic_steps = 5
         if args.smoke:
             self.steps = {"vae": 4, "teacher": 4, "causal": 3, "distill": 6}
