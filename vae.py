@@ -11,8 +11,10 @@ Latents are normalised as the DiT sees them: no mean, no scale, about unit varia
 """
 
 import json
+import os
 import pickle
 import re
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +23,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 FRAMES = 4  # video frames per latent frame, in every VAE of the Wan family
+
+# Where a checkpoint of Self-Forcing or CausVid keeps its DiT, the best first: averaged weights before the last ones.
+LAYOUTS = "generator_ema", "generator", "model"
 
 
 @dataclass
@@ -193,15 +198,19 @@ class TinyVAE(nn.Module):
 
 
 def read_tensors(path):
-    """A weights file to ({name: tensor}, {key: text}); never runs a pickle's code. ValueError names the file."""
+    """A weights file to ({name: tensor}, {key: text}); never runs a pickle's code. ValueError names the file. Tensors
+    are mapped, not read: they take memory when they are used. The text of a .pt file that keeps its weights under one
+    of LAYOUTS is {"layout": that one}."""
     from safetensors import safe_open
     path = Path(path)
     try:
         if path.suffix in (".pt", ".pth"):
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            layout = [key for key in LAYOUTS if isinstance(tensors, dict) and isinstance(tensors.get(key), dict)]
+            tensors = tensors[layout[0]] if layout else tensors
             if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
                 raise EOFError("no tensors by name")
-            return tensors, {}
+            return tensors, {"layout": layout[0]} if layout else {}
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except OSError as e:
@@ -212,6 +221,18 @@ def read_tensors(path):
         raise ValueError(f"{path}: damaged or not safetensors ({e})") from None
 
 
+def write(path, save, *args):
+    """Call save(*args, temporary path), then rename: a file is whole or not there."""
+    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part")
+    try:
+        save(*args, temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def check_fit(model, tensors, path):
     """Raise ValueError, naming the file and five tensors, unless names and shapes are exactly the model's."""
     expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
@@ -219,7 +240,7 @@ def check_fit(model, tensors, path):
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
         raise ValueError(f"{path}: {len(wrong)} tensors are missing, extra or of another shape for a "
-                         f"{type(model).__name__}: {', '.join(wrong[:5])}")
+                         f"{type(model).__name__}: {', '.join(wrong[:5])}; is the file whole, and the right one?")
 
 
 def read_config(cls, metadata, path):
