@@ -569,8 +569,9 @@ def load_pretrained(cls, path, dtype, device, overrides):
     from vae import check_fit
     tensors, metadata, file = read_weights(Path(path))
     config = add_track_slot(tensors, find_config(tensors, metadata, file), metadata, file, overrides)
-    if config.num_heads < 1 or config.dim % (2 * config.num_heads):
-        raise ValueError(f"{file}: width {config.dim} is not {config.num_heads} heads of even size, give num_heads=…")
+    heads = config.num_heads
+    if not isinstance(heads, int) or heads < 1 or config.dim % (2 * heads):
+        raise ValueError(f"{file}: width {config.dim} is not {heads} heads of even size, give num_heads=…")
     with torch.device("meta"):
         model = cls(config)
     check_fit(model, tensors, path)
@@ -667,10 +668,10 @@ def find_config(tensors, metadata, file):
 def widths(tensors, file):
     """The fields of Config that shapes tell."""
     try:
-        dim, in_dim, *patch = tensors["patch_embedding.weight"].shape
+        dim, in_dim, frames, height, width = tensors["patch_embedding.weight"].shape
         clip = tensors.get("img_emb.proj.1.weight")
-        return {"dim": dim, "in_dim": in_dim, "patch_size": tuple(patch),
-                "out_dim": len(tensors["head.head.weight"]) // math.prod(patch),
+        return {"dim": dim, "in_dim": in_dim, "patch_size": (frames, height, width),
+                "out_dim": len(tensors["head.head.weight"]) // (frames * height * width),
                 "ffn_dim": len(tensors["blocks.0.ffn.0.weight"]),
                 "num_layers": 1 + max(int(name.split(".")[1]) for name in tensors if re.match(r"blocks\.\d", name)),
                 "text_dim": tensors["text_embedding.0.weight"].shape[1],
