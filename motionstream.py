@@ -534,8 +534,7 @@ def init_weights(model):
 # Parameters that are float32 whatever the rest is; "head." is the track head's too, whose input is made in float32.
 FLOAT32 = ("time_embedding", "time_projection", "modulation", "norm3", "head.")
 
-
-# What training code wraps around names, anywhere in them; and what checkpoints put in front.
+# What training code wraps around names, anywhere in them; and what checkpoints and Diffusers put in front.
 WRAPPERS = r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\."
 PREFIXES = rf"^(model\.|diffusion_model\.|module\.|condition_embedder\.|{WRAPPERS})+|{WRAPPERS}"
 
@@ -667,18 +666,17 @@ def find_config(tensors, metadata, file):
 
 def widths(tensors, file):
     """The fields of Config that shapes tell."""
-    try:
-        dim, in_dim, frames, height, width = tensors["patch_embedding.weight"].shape
-        clip = tensors.get("img_emb.proj.1.weight")
-        return {"dim": dim, "in_dim": in_dim, "patch_size": (frames, height, width),
-                "out_dim": len(tensors["head.head.weight"]) // (frames * height * width),
-                "ffn_dim": len(tensors["blocks.0.ffn.0.weight"]),
-                "num_layers": 1 + max(int(name.split(".")[1]) for name in tensors if re.match(r"blocks\.\d", name)),
-                "text_dim": tensors["text_embedding.0.weight"].shape[1],
-                "freq_dim": tensors["time_embedding.0.weight"].shape[1],
-                "clip_dim": 0 if clip is None else clip.shape[1]}
-    except (KeyError, IndexError, ValueError, TypeError) as e:
-        raise ValueError(f"{file}: not a Wan DiT, or not all of it ({e} does not fit)") from None
+    ranks = {"patch_embedding.weight": 5, "head.head.weight": 2, "blocks.0.ffn.0.weight": 2,
+             "text_embedding.0.weight": 2, "time_embedding.0.weight": 2}
+    for name, rank in ranks.items():
+        if name not in tensors or tensors[name].ndim != rank:
+            raise ValueError(f"{file}: not a Wan DiT, or not a whole one: no {name} with {rank} axes in it")
+    patch, head, ffn, text, time = (tensors[name].shape for name in ranks)
+    clip = tensors.get("img_emb.proj.1.weight")
+    layers = [int(block[1]) for block in (re.match(r"blocks\.(\d+)\.", name) for name in tensors) if block]
+    return {"dim": patch[0], "in_dim": patch[1], "out_dim": head[0] // patch[2:].numel(), "patch_size": tuple(patch[2:]),
+            "ffn_dim": ffn[0], "num_layers": 1 + max(layers), "text_dim": text[1], "freq_dim": time[1],
+            "clip_dim": clip.shape[-1] if clip is not None else 0}
 
 
 def track_channels(tensors, told, file):
@@ -709,19 +707,19 @@ def add_track_slot(tensors, config, metadata, file, overrides):
     """The config with `overrides`, and the tensors that the file lacks for it. Weights made without tracks do at first
     what they did: to an added slot (track_dim=…), zero columns of the patch embedding and a random track head; to a
     Fun-Control slot, whose columns are trained, a head of zeros. With zeros in both, neither would get a gradient."""
-    track_dim, name = overrides.get("track_dim", config.track_dim), "track_head.conv.weight"
-    if track_dim == config.track_dim:
-        config = replace(config, **overrides)
-        if track_dim and name not in tensors and metadata.get("format") != "motionstream":
-            tensors[name] = torch.zeros_like(TrackHead(out_channels=track_dim).conv.weight)
-        return config
-    if config.track_dim:
-        raise ValueError(f"{file}: its track slot has {config.track_dim} channels, track_dim={track_dim} does not fit")
-    weight = tensors["patch_embedding.weight"]
-    columns = weight.new_zeros(len(weight), track_dim, *weight.shape[2:])
-    tensors["patch_embedding.weight"] = torch.cat([weight[:, :config.out_dim], columns, weight[:, config.out_dim:]], 1)
-    tensors[name] = TrackHead(out_channels=track_dim).conv.weight.detach()
-    return replace(config, **{"in_dim": config.in_dim + track_dim, **overrides})
+    name, weight = "track_head.conv.weight", tensors["patch_embedding.weight"]
+    track_dim, slot = overrides.get("track_dim", config.track_dim), config.track_dim
+    if slot not in (0, track_dim):
+        raise ValueError(f"{file}: its track slot has {slot} channels, track_dim={track_dim} does not fit")
+    if slot and name not in tensors and metadata.get("format") != "motionstream":
+        tensors[name] = torch.zeros_like(TrackHead(out_channels=slot).conv.weight)
+    if track_dim and not slot:
+        tensors[name] = TrackHead(out_channels=track_dim).conv.weight.detach()
+        columns = weight.new_zeros(len(weight), track_dim, *weight.shape[2:])
+        before, after = weight[:, :config.out_dim], weight[:, config.out_dim:]
+        tensors["patch_embedding.weight"] = torch.cat([before, columns, after], 1)
+        config = replace(config, in_dim=config.in_dim + track_dim)
+    return replace(config, **overrides)
 
 
 def image_and_mask(latents):
