@@ -674,9 +674,9 @@ def widths(tensors, file):
     patch, head, ffn, text, time = (tensors[name].shape for name in ranks)
     clip = tensors.get("img_emb.proj.1.weight")
     layers = [int(block[1]) for block in (re.match(r"blocks\.(\d+)\.", name) for name in tensors) if block]
-    return {"dim": patch[0], "in_dim": patch[1], "out_dim": head[0] // patch[2:].numel(), "patch_size": tuple(patch[2:]),
-            "ffn_dim": ffn[0], "num_layers": 1 + max(layers), "text_dim": text[1], "freq_dim": time[1],
-            "clip_dim": clip.shape[-1] if clip is not None else 0}
+    return {"dim": patch[0], "in_dim": patch[1], "patch_size": tuple(patch[2:]), "ffn_dim": ffn[0],
+            "out_dim": head[0] // patch[2:].numel(), "num_layers": 1 + max(layers), "text_dim": text[1],
+            "freq_dim": time[1], "clip_dim": clip.shape[-1] if clip is not None else 0}
 
 
 def track_channels(tensors, told, file):
