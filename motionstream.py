@@ -503,6 +503,7 @@ def rollout(model, noise, conditions, first=None, sigmas=None, exit_step=None, g
 # ----------------------------------------------------------------------------------------------------------------------
 # Text and weights. Nothing below is part of the method, nor is what only this part needs.
 
+import os
 from pathlib import Path
 
 
@@ -552,7 +553,7 @@ DIFFUSERS = {
 }
 PARTS = r"(?<![^.])(" + "|".join(map(re.escape, DIFFUSERS)) + r")(?![^.])"
 
-# The words of Diffusers' config.json, and Wan's.
+# The same of the words in config.json.
 CONFIG_JSON = {"num_attention_heads": "num_heads", "in_channels": "in_dim", "out_channels": "out_dim",
                "image_dim": "clip_dim"}
 
@@ -560,17 +561,15 @@ CONFIG_JSON = {"num_attention_heads": "num_heads", "in_channels": "in_dim", "out
 def load_pretrained(cls, path, dtype, device, overrides):
     """A Wan DiT in any public form to a model in eval mode, without gradients.
 
-    path: a .safetensors file, a .pt of Self-Forcing or CausVid, a folder with one of them, with shards or with a
-    transformer folder, or an index of shards; names are Wan's or Diffusers'. The config is that of the file's metadata
-    if this project wrote it, else what tensors and config.json tell; `overrides` replace fields of it.
-    dtype=None keeps the file's; what FLOAT32 names is float32. A new track slot or track head, see add_track_slot.
-    Raises ValueError, one line that names the file, if anything is missing, unknown or contradictory."""
+    path: a .safetensors file, a .pt of Self-Forcing or CausVid, an index of shards, or a folder with one of these, in
+    Wan's layout or Diffusers'. The config is in the metadata of files of this project, else tensors and config.json
+    tell; `overrides` replace its fields, track_dim=… adds a slot for tracks. dtype=None keeps the file's, but what
+    FLOAT32 names is float32. ValueError, one line naming the file, if anything is missing, unknown or contradictory."""
     from vae import check_fit
     tensors, metadata, file = read_weights(Path(path))
     config = add_track_slot(tensors, find_config(tensors, metadata, file), metadata, file, overrides)
-    heads = config.num_heads
-    if not isinstance(heads, int) or heads < 1 or config.dim % (2 * heads):
-        raise ValueError(f"{file}: width {config.dim} is not {heads} heads of even size, give num_heads=…")
+    if config.num_heads not in range(1, config.dim) or config.dim % (2 * config.num_heads):
+        raise ValueError(f"{file}: {config.num_heads} heads do not fit {config.dim} channels, give num_heads=…")
     with torch.device("meta"):
         model = cls(config)
     check_fit(model, tensors, path)
@@ -595,8 +594,7 @@ def read_weights(path):
             if name.endswith("norm_added_q.weight"):             # in Diffusers' image-to-video files: zeros, never used
                 continue
             if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-                kind = str(tensor.dtype).removeprefix("torch.")
-                raise ValueError(f"{file}: {name} is {kind}, take the bfloat16, float16 or float32 file of this model")
+                raise ValueError(f"{file}: {name} is {tensor.dtype}, take this model's file in bfloat16 or float16")
             if name in tensors:
                 raise ValueError(f"{file}: holds {name} twice, under two names")
             tensors[name] = tensor
@@ -609,10 +607,8 @@ def weight_files(path):
         return weight_files(only_weights(path))
     shard = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})(\.\w+)", path.name)
     if path.suffix == ".json":
-        try:
-            files = sorted({path.with_name(name) for name in json.loads(path.read_text())["weight_map"].values()})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-            raise ValueError(f"{path}: not an index of shards ({e})") from None
+        shards = read_json(path).get("weight_map")
+        files = sorted({path.with_name(str(name)) for name in shards.values()}) if isinstance(shards, dict) else []
     elif shard:                                                  # any shard stands for all of them
         start, count, end = shard.groups()
         files = [path.with_name(f"{start}-{i:05}-of-{count}{end}") for i in range(1, int(count) + 1)]
@@ -625,8 +621,7 @@ def weight_files(path):
 
 
 def only_weights(folder):
-    """The weights file in a folder as Wan, Diffusers and VideoX-Fun lay it out, or the index of its shards, or a first
-    shard. Raises ValueError if it holds none or several."""
+    """The weights file in a folder, or its index of shards or first shard. ValueError if there is none or several."""
     for pair in ("high_noise_model", "low_noise_model"), ("transformer", "transformer_2"):
         if all((folder / name).is_dir() for name in pair):
             raise ValueError(f"{folder}: holds the two experts of Wan 2.2 A14B, name one: "
@@ -642,6 +637,15 @@ def only_weights(folder):
     raise ValueError(f"{folder}: holds no weights file (.safetensors, .pt)")
 
 
+def read_json(path):
+    """The object in a JSON file, lists as tuples, without what is null. Raises ValueError naming the file."""
+    try:
+        saved = json.loads(path.read_text()).items()
+    except (OSError, ValueError, AttributeError) as e:
+        raise ValueError(f"{path}: cannot be read as a JSON object ({e})") from None
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in saved if value is not None}
+
+
 def find_config(tensors, metadata, file):
     """The config in the metadata; else from tensors, at 128 channels a head, and what config.json adds. Raises
     ValueError if either contradicts the tensors."""
@@ -652,7 +656,8 @@ def find_config(tensors, metadata, file):
         source, said = "its metadata", asdict(config)
     else:
         source = file.with_name("config.json")
-        said = read_config_json(source)
+        said = read_json(source) if source.is_file() else {}
+        said = {CONFIG_JSON[name]: said[name] for name in CONFIG_JSON if name in said} | said   # Wan's words win
         like = PRESETS["wan2.2-5b"] if told["out_dim"] == 48 else Config()      # for the VAE's stride, size and fps
         config = replace(like, **told, track_dim=track_channels(tensors, told, file), num_heads=told["dim"] // 128)
         config = replace(config, **{name: said[name] for name in ("num_heads", "text_len", "eps") if name in said})
@@ -692,21 +697,10 @@ def track_channels(tensors, told, file):
     return slots[told["in_dim"] - out]
 
 
-def read_config_json(path):
-    """{field of Config: value} of a config.json in Wan's words or, where those are missing, Diffusers'; {} without."""
-    try:
-        saved = json.loads(path.read_text()) if path.is_file() else {}
-        saved = {CONFIG_JSON[name]: saved[name] for name in CONFIG_JSON if name in saved} | saved
-    except (OSError, ValueError, TypeError) as e:
-        raise ValueError(f"{path}: cannot be read ({e})") from None
-    return {name: tuple(value) if isinstance(value, list) else value
-            for name, value in saved.items() if value is not None}
-
-
 def add_track_slot(tensors, config, metadata, file, overrides):
-    """The config with `overrides`, and the tensors that the file lacks for it. Weights made without tracks do at first
-    what they did: to an added slot (track_dim=…), zero columns of the patch embedding and a random track head; to a
-    Fun-Control slot, whose columns are trained, a head of zeros. With zeros in both, neither would get a gradient."""
+    """The config with `overrides`, and new tensors for tracks, which change nothing at first: an added slot has zero
+    columns in the patch embedding and a random head; Fun-Control's has trained columns and gets a head of zeros. Zeros
+    in both would let neither learn."""
     name, weight = "track_head.conv.weight", tensors["patch_embedding.weight"]
     track_dim, slot = overrides.get("track_dim", config.track_dim), config.track_dim
     if slot not in (0, track_dim):
@@ -726,16 +720,26 @@ def image_and_mask(latents):
     """The image channels of weights that have a mask there (image_dim = 4 + C: Wan's image-to-video and Fun-InP), of
     the latents (B, C, F, h, w) of a clip that is the image in video frame 0 and grey, 0, in all others:
     (B, 4 + C, F, h, w), the mask first, 1 at latent frame 0 and 0 after it."""
-    B, _, frames, h, w = latents.shape
-    mask = latents.new_ones(B, 4, 1, h, w)
-    return torch.cat([image_channels(mask, frames), latents], 1)
+    first = latents.new_ones(len(latents), 4, 1, *latents.shape[3:])
+    return torch.cat([image_channels(first, latents.shape[2]), latents], 1)
+
+
+def write(path, save, *args):
+    """Call save(*args, temporary path), then rename: a file is whole or not there."""
+    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part")
+    try:
+        save(*args, temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save_pretrained(model, path, dtype=None, **extra):
     """Write one .safetensors file with Wan's names, whole or not at all, that from_pretrained and other tools for Wan
     read. Its metadata hold the config, and the texts in `extra`. dtype=None keeps the model's."""
     from safetensors.torch import save_file
-    from vae import write
     tensors = {name: t.to("cpu", dtype).contiguous() for name, t in model.state_dict().items()}
     write(path, lambda temporary: save_file(tensors, temporary, extra | metadata(model.config)))
 

@@ -856,9 +856,9 @@ def test_files_folders_and_shards_are_found_and_what_is_missing_is_named():
             (at / lost).unlink()
             for path in paths:
                 assert_error(ValueError, f"1 of 3 shards are missing: {lost}", MotionStream.from_pretrained, path)
-        for content in "{", "[]", '{"weight_map": 1}', '{"weight_map": {}}':
+        for content in "{", "[]", "{}", '{"weight_map": 1}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}':
             index.write_text(content)
-            assert_error(ValueError, "index", MotionStream.from_pretrained, index)
+            assert_error(ValueError, index.name, MotionStream.from_pretrained, index)
 
     with folder() as here:
         assert_error(ValueError, "no weights file", MotionStream.from_pretrained, here)
@@ -918,7 +918,7 @@ def test_dtypes_of_public_files_are_kept_and_islands_never_rounded():
                     assert model.state_dict()[name].equal(tensors[name].float()), name
         for dtype in torch.float8_e4m3fn, torch.float8_e5m2, torch.int8:
             save_file(public() | {"blocks.0.ffn.0.weight": torch.zeros(320, 256).to(dtype)}, here / "small.safetensors")
-            assert_error(ValueError, f"small.safetensors: blocks.0.ffn.0.weight is {str(dtype)[6:]}",
+            assert_error(ValueError, f"small.safetensors: blocks.0.ffn.0.weight is {dtype}",
                          MotionStream.from_pretrained, here / "small.safetensors")
 
 

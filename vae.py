@@ -11,7 +11,6 @@ Latents are normalised as the DiT sees them: no mean, no scale, about unit varia
 """
 
 import json
-import os
 import pickle
 import re
 import zipfile
@@ -23,9 +22,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 FRAMES = 4  # video frames per latent frame, in every VAE of the Wan family
-
-# Where a checkpoint of Self-Forcing or CausVid keeps its DiT, the best first: averaged weights before the last ones.
-LAYOUTS = "generator_ema", "generator", "model"
 
 
 @dataclass
@@ -198,19 +194,18 @@ class TinyVAE(nn.Module):
 
 
 def read_tensors(path):
-    """A weights file to ({name: tensor}, {key: text}); never runs a pickle's code. ValueError names the file. Tensors
-    are mapped, not read: they take memory when they are used. The text of a .pt file that keeps its weights under one
-    of LAYOUTS is {"layout": that one}."""
+    """A weights file to ({name: tensor}, {key: text}); never runs a pickle's code. ValueError names the file.
+    Tensors are mapped, not read. Of a Self-Forcing checkpoint: the generator, best its average, and {"layout": key}."""
     from safetensors import safe_open
     path = Path(path)
     try:
         if path.suffix in (".pt", ".pth"):
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-            layout = [key for key in LAYOUTS if isinstance(tensors, dict) and isinstance(tensors.get(key), dict)]
-            tensors = tensors[layout[0]] if layout else tensors
+            layouts = [key for key in ("generator_ema", "generator", "model") if key in tensors]
+            tensors = tensors[layouts[0]] if layouts else tensors
             if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
                 raise EOFError("no tensors by name")
-            return tensors, {"layout": layout[0]} if layout else {}
+            return tensors, {"layout": key for key in layouts[:1]}
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except OSError as e:
@@ -219,18 +214,6 @@ def read_tensors(path):
         raise ValueError(f"{path}: not a weights file that can be loaded safely ({str(e).splitlines()[0]})") from None
     except Exception as e:  # safetensors' own error class has no stable import path
         raise ValueError(f"{path}: damaged or not safetensors ({e})") from None
-
-
-def write(path, save, *args):
-    """Call save(*args, temporary path), then rename: a file is whole or not there."""
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part")
-    try:
-        save(*args, temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check_fit(model, tensors, path):
