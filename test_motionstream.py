@@ -762,28 +762,28 @@ def with_diffusers():
 
 def test_public_weights_give_what_diffusers_gives():
     WanTransformer3DModel, convert = with_diffusers()
+    small, large = torch.tensor([3.0, 17.5]), torch.tensor([833.33, 999.0])     # its angles are float32
+    per_frame = torch.tensor([[0.0, 12.5, 3.0], [0.0, 0.0, 19.0]])              # as TI2V has them
     for family, (c, _) in FAMILIES.items():
-        names = in_diffusers_layout(public(family))
-        theirs = convert(dict(public(family)))
+        names, theirs = in_diffusers_layout(public(family)), convert(dict(public(family)))
         assert theirs.keys() == names.keys() and all(t is theirs[name] for name, t in names.items())
         reference = WanTransformer3DModel(**diffusers_config(c)).eval().requires_grad_(False)
         reference.load_state_dict(theirs)
-        x, text = rand(2, c.out_dim, 3, 4, 6), rand(2, 5, c.text_dim, seed=1)
-        image = rand(2, c.image_dim, 3, 4, 6, seed=2) if c.image_dim else None
-        tracks = rand(2, c.track_dim, 3, 4, 6, seed=3) if c.track_dim else None
-        clip = rand(2, 257, c.clip_dim, seed=4) if c.clip_dim else None
-        inputs = torch.cat([y for y in (x, tracks, image) if y is not None], 1), F.pad(text, (0, 0, 0, 512 - 5)), clip
+        models = []
         for layout in "Wan", "Diffusers":
             with folder() as here:
-                model = MotionStream.from_pretrained(write_layout(here, family, layout))
-            for t, tolerance in ((3.0, 17.5), 1e-6), ((833.33, 999.0), 2e-5):
-                t = torch.tensor(t)
+                models.append(MotionStream.from_pretrained(write_layout(here, family, layout)))
+        x, text = rand(2, c.out_dim, 3, 4, 6), rand(2, 5, c.text_dim, seed=1)
+        tracks = rand(2, c.track_dim, 3, 4, 6, seed=2) if c.track_dim else None
+        image = rand(2, c.image_dim, 3, 4, 6, seed=3) if c.image_dim else None
+        clip = rand(2, 257, c.clip_dim, seed=4) if c.clip_dim else None
+        inputs = torch.cat([y for y in (x, tracks, image) if y is not None], 1)
+        for t, tolerance in (small, 1e-6), (large, 2e-5), (per_frame, 1e-6):
+            each = t if t.ndim == 1 else t.repeat_interleave(6, 1)              # or one a token
+            expected = reference(inputs, each, F.pad(text, (0, 0, 0, 512 - 5)), clip, return_dict=False)[0]
+            for model in models:
                 v = model(x, t.double() / 1000, text, tracks=tracks, image=image, clip=clip)
-                assert_near(v, reference(inputs[0], t, *inputs[1:], return_dict=False)[0], tolerance)
-            sigma = torch.tensor([[0.0, 0.0125, 0.003], [0.0, 0.0, 0.019]]).double()        # one t a frame, as TI2V has
-            t = (1000 * sigma).float().repeat_interleave(6, 1)
-            v = model(x, sigma, text, tracks=tracks, image=image, clip=clip)
-            assert_near(v, reference(inputs[0], t, *inputs[1:], return_dict=False)[0], 1e-6)
+                assert_near(v, expected, tolerance)
 
 
 def test_a_written_file_is_one_that_diffusers_reads():
