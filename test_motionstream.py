@@ -24,6 +24,7 @@ import tempfile
 import time
 import traceback
 import unittest
+import unittest.mock
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -1022,8 +1023,13 @@ def test_written_weights_come_back_with_their_config():
         save_pretrained(MotionStream.from_pretrained(path), path)       # over the file that its tensors are mapped from
         assert MotionStream.from_pretrained(path).config == model.config and os.listdir(here) == ["a.safetensors"]
         before = path.read_bytes()
-        model.config.prompt = object()                                  # no JSON
-        assert_error(TypeError, "JSON", save_pretrained, model, path)
+
+        def fail(tensors, path, about):
+            Path(path).write_text("half")
+            raise OSError("disk full")
+
+        with unittest.mock.patch("safetensors.torch.save_file", fail):
+            assert_error(OSError, "disk full", save_pretrained, model, path)
         assert path.read_bytes() == before and os.listdir(here) == ["a.safetensors"]
 
 
