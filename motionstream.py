@@ -436,32 +436,32 @@ class MotionStream(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # Sampling: the teacher's, a whole clip at once, and the student's, chunk by chunk.
 
-def guided_velocity(model, x_t, sigma, conditions, guidance):
-    """Velocity under guidance (w_text, w_motion): with all, without text, without tracks, in one batch of three."""
+def guided_velocity(model, x_t, sigma, conditions, guidance, null_text=None):
+    """Velocity under guidance (w_text, w_motion): with all, without text, without tracks, in one batch of three; of two
+    if w_motion is 0. Without text means null_text, of the text's shape, None: zeros."""
     if not any(guidance):
         return model(x_t, sigma, **conditions)
-    B, text, tracks = len(x_t), conditions.get("text"), conditions.get("tracks")
-    batch = {k: v.repeat(3, *[1] * (v.ndim - 1)) for k, v in conditions.items() if v is not None}
-    if text is not None:
-        batch["text"][B:2 * B] = 0
-    if tracks is not None:
+    B, n = len(x_t), 3 if guidance[1] else 2
+    batch = {k: torch.cat([v] * n) for k, v in conditions.items() if v is not None}
+    if "text" in batch:
+        batch["text"][B:2 * B] = 0 if null_text is None else null_text
+    if "tracks" in batch:
         batch["tracks"][2 * B:] = 0
-    batch.setdefault("text", None)
-    velocity = model(x_t.repeat(3, 1, 1, 1, 1), sigma.repeat(3, *[1] * (sigma.ndim - 1)), **batch)
-    return joint_guidance(*velocity.chunk(3), *guidance)
+    v = model(torch.cat([x_t] * n), torch.cat([sigma] * n), batch.pop("text", None), **batch).chunk(n)
+    return joint_guidance(v[0], v[1], v[-1], *guidance)
 
 
-def euler(model, noise, conditions, first=None, sigmas=None, guidance=None):
+def euler(model, noise, conditions, first=None, sigmas=None, guidance=None, null_text=None):
     """The bidirectional teacher: noise (B, C, F, h, w) to clean latents by Euler steps under joint guidance. Yields
     (x_t, sigma) at each level and (x0, 0.0) at last: the ODE trajectory that causal initialisation learns from.
-    sigmas and guidance (w_text, w_motion): None = those of model.config."""
+    sigmas and guidance (w_text, w_motion): None = those of model.config. null_text: see guided_velocity."""
     sigmas = sigmas or schedule(model.config.steps, model.config.shift)
     guidance = guidance or model.config.guidance
     x = noise
     for sigma, following in zip(sigmas, (*sigmas[1:], 0.0)):
         x, level = with_first(x, x.new_full((len(x),), sigma, dtype=torch.float64), first)
         yield x, sigma
-        x = x + (following - sigma) * guided_velocity(model, x, level, conditions, guidance)
+        x = x + (following - sigma) * guided_velocity(model, x, level, conditions, guidance, null_text)
     yield with_first(x, level, first)[0], 0.0
 
 
