@@ -24,6 +24,7 @@ import sys
 import time
 import warnings
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,9 +37,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-from motionstream import (MotionStream, embed_words, euler, image_channels, rollout, schedule, track_features,
-                          track_ids)
-from vae import TinyVAE
+from encoders import NEGATIVE_PROMPT, UMT5_DIM, encode_image, encode_texts, load_text
+from motionstream import (Config, MotionStream, embed_words, euler, find_config, image_and_mask, image_channels,
+                          read_weights, rollout, schedule, track_features, track_ids, write)
+from vae import VAE_FILES, load_vae
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 LIMIT = 2 ** 30             # bytes of a tracks file, unpacked
@@ -47,6 +49,7 @@ DEFAULT_FRAMES = 81         # length of a video without tracks
 SHORTEST_SIDE = 256         # pixels of the written video; smaller ones are enlarged
 TRAIL = 12                  # frames that a track's trail lasts in --overlay
 SHEET_FRAMES = 5            # of the video, beside the input, in --sheet
+HISTORY = 21                # latent frames of the longest video in which weights that remember all of it were trained
 
 
 class UserError(Exception):
@@ -61,45 +64,73 @@ class Motion(NamedTuple):
     tracks: torch.Tensor    # (B, T, N, 2) float32
     visible: torch.Tensor   # (B, T, N) bool
     ids: torch.Tensor       # (B, N) int64
+    control: torch.Tensor | None = None     # (B, track_dim, F, h, w): goes where the track head's output would
 
 
-def conditions(model, first, motion, text):
+def has_mask(config):
+    """Whether the image channels are a mask and a clip: Wan's image-to-video weights and Fun-InP."""
+    return config.image_dim not in (0, config.out_dim)
+
+
+def image_inputs(config, first, frames):
+    """How weights take the image: (channels of a clip of `frames` latents, clean latent frame 0), None what they do
+    not take. first (B, C, 1, h, w): the image's latent; with a mask (B, C, frames, h, w), see encode_image."""
+    channels = None
+    if has_mask(config):
+        channels = image_and_mask(first[:, :, :frames])
+    elif config.image_dim:
+        channels = image_channels(first, frames)
+    clean = first[:, :, :1] if channels is None or config.out_dim == 48 else None       # Wan 2.2 5B may take both
+    return channels, clean
+
+
+def conditions(model, first, motion, text, clip=None):
     """The model's keyword arguments chunk by chunk, each made when asked for: the first chunk has 4 chunk - 3 frames,
     the others 4 chunk. Nothing is specified where the last one reaches beyond the motion's end."""
     c, frames = model.config, motion.tracks.shape[1]
     for start in range(-3, frames, 4 * c.chunk):
-        stop = start + 4 * c.chunk
-        span, beyond = slice(max(start, 0), stop), max(stop - frames, 0)
-        tracks = F.pad(motion.tracks[:, span], (0, 0, 0, 0, 0, beyond))
-        visible = F.pad(motion.visible[:, span], (0, 0, 0, beyond))
-        image = image_channels(first, c.chunk) if c.image_dim and start < 0 else None
-        yield {"text": text, "tracks": track_features(model, tracks, visible, motion.ids), "image": image}
+        stop, features = start + 4 * c.chunk, None
+        if motion.control is not None:
+            features = motion.control[:, :, (start + 3) // 4:(stop + 3) // 4]
+        elif c.track_dim:
+            span, beyond = slice(max(start, 0), stop), max(stop - frames, 0)
+            tracks = F.pad(motion.tracks[:, span], (0, 0, 0, 0, 0, beyond))
+            visible = F.pad(motion.visible[:, span], (0, 0, 0, beyond))
+            features = track_features(model, tracks, visible, motion.ids)
+        image = image_inputs(c, first, c.chunk)[0] if start < 0 else None
+        yield {"text": text, "tracks": features, "image": image, "clip": clip}
 
 
 @torch.inference_mode()
-def stream(model, first, motion, text=None, seed=0, sigmas=None):
+def stream(model, first, motion, text=None, seed=0, sigmas=None, clip=None):
     """The student: clean latents (B, C, chunk, h, w), one chunk after the other, at constant memory.
     first (B, C, 1, h, w): the image's latent. sigmas=None: the model's own noise levels."""
     generator = torch.Generator().manual_seed(seed)     # on the CPU: the same noise whatever the device
     shape = (*first.shape[:2], model.config.chunk, *first.shape[3:])
     noise = (torch.randn(shape, generator=generator).to(first) for _ in itertools.count())
-    given = conditions(model, first, motion, text)
-    yield from rollout(model, noise, given, None if model.config.image_dim else first, sigmas, generator=generator)
+    given, (_, clean) = conditions(model, first, motion, text, clip), image_inputs(model.config, first, 1)
+    yield from rollout(model, noise, given, clean, sigmas, generator=generator)
 
 
 @torch.inference_mode()
-def sample_teacher(model, first, motion, frames, text=None, seed=0, sigmas=None, guidance=None):
+def sample_teacher(model, first, motion, frames, text=None, seed=0, sigmas=None, guidance=None, null_text=None,
+                   clip=None):
     """The teacher: whole chunks that cover `frames`, made all at once, then handed out one by one as `stream` does.
-    guidance: (w_text, w_motion), default the model's own."""
-    c = model.config
-    pieces = list(itertools.islice(conditions(model, first, motion, text), math.ceil((frames + 3) / (4 * c.chunk))))
-    tracks = torch.cat([piece["tracks"] for piece in pieces], 2)
-    image = image_channels(first, tracks.shape[2]) if c.image_dim else None
-    noise = torch.randn((*first.shape[:2], *tracks.shape[2:]), generator=torch.Generator().manual_seed(seed)).to(first)
-    given = {"text": text, "tracks": tracks, "image": image}
-    for x0, _ in euler(model, noise, given, None if c.image_dim else first, sigmas, guidance):
+    guidance: (w_text, w_motion), default the model's own. null_text: what "without text" means, see guided_velocity."""
+    c, count = model.config, latent_frames(frames, model.config)
+    pieces = itertools.islice(conditions(model, first, motion, text), count // c.chunk)
+    tracks = [piece["tracks"] for piece in pieces]
+    image, clean = image_inputs(c, first, count)
+    noise = torch.randn((*first.shape[:2], count, *first.shape[3:]), generator=torch.Generator().manual_seed(seed))
+    given = {"text": text, "tracks": torch.cat(tracks, 2) if c.track_dim else None, "image": image, "clip": clip}
+    for x0, _ in euler(model, noise.to(first), given, clean, sigmas, guidance, null_text):
         pass                                            # the last of the trajectory is clean
     yield from x0.split(c.chunk, 2)
+
+
+def latent_frames(frames, config):
+    """How many latent frames the whole chunks have that cover `frames`."""
+    return math.ceil((frames + 3) / (4 * config.chunk)) * config.chunk
 
 
 def to_frames(video):
@@ -159,9 +190,10 @@ def fit_image(image, size):
 # Reading tracks. Names decide; shapes and numbers only refuse; nothing is transposed, scaled or swapped on a guess.
 
 @np.errstate(all="ignore")          # numbers too large for float32 get a message of their own
-def load_tracks(path, size):
+def load_tracks(path, size, hidden=False):
     """A tracks file for an image of `size` (width, height), to (arrays, fps): tracks (T, N, 2) float32 in pixels of
-    that image, 0 where hidden, visible (T, N) bool, ids (N,) int64 or None; fps or None if the file does not say."""
+    that image, 0 where hidden, visible (T, N) bool, ids (N,) int64 or None; fps or None if the file does not say.
+    hidden=True: all is visible that has a position."""
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
     try:
@@ -169,7 +201,7 @@ def load_tracks(path, size):
         tracks, visibility = arrays["tracks"], arrays.get("visibility")
         check_layout(tracks, visibility)
         tracks = tracks.astype(np.float32)
-        visible = read_visibility(tracks, visibility)
+        visible = read_visibility(tracks, None if hidden else visibility)
         tracks = np.where(visible[..., None], tracks, 0)
         own_size = np.array([scalar(arrays, "width") or size[0], scalar(arrays, "height") or size[1]])
         check_units(tracks, visible, own_size)
@@ -446,16 +478,9 @@ def try_writing(path):
         raise KeyboardInterrupt
 
 
-def write(path, save, *args):
-    """Call save(*args, temporary path), then rename: a file is whole or not there."""
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part")
-    try:
-        save(*args, temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def enlargement(size):
+    """How many times as large a video of `size` (height, width) is written."""
+    return math.ceil(SHORTEST_SIDE / min(size))
 
 
 def enlarge(frame, factor):
@@ -483,6 +508,19 @@ def draw_tracks(frame, tracks, visible, factor):
     return np.array(picture)
 
 
+@torch.inference_mode()
+def draw_control(vae, motion, config, frames):
+    """Latents (1, C, F, h, w) of the tracks as a video, for a slot that expects one: drawn on black, as --overlay draws
+    them. That is a choice; how Fun-Control likes its tracks drawn is not known. F: whole chunks that cover `frames`."""
+    frames, (height, width) = 4 * latent_frames(frames, config) - 3, config.size
+    missing = max(frames - motion.tracks.shape[1], 0)
+    tracks, visible = F.pad(motion.tracks, (0, 0, 0, 0, 0, missing))[0], F.pad(motion.visible, (0, 0, 0, missing))[0]
+    black, recent = np.zeros((height, width, 3), np.uint8), [slice(max(i + 1 - TRAIL, 0), i + 1) for i in range(frames)]
+    drawn = np.stack([draw_tracks(black, tracks[span].numpy(), visible[span].numpy(), 1) for span in recent])
+    video = torch.from_numpy(drawn).permute(3, 0, 1, 2)[None].to(next(vae.parameters()).device)
+    return vae.encode(video / 127.5 - 1)
+
+
 def save_sheet(path, tiles):
     """Frames of one size (H, W, 3) side by side in one PNG."""
     height, width, _ = tiles[0].shape
@@ -494,6 +532,63 @@ def save_sheet(path, tiles):
         write(path, lambda part: sheet.save(part, "png"))
     except OSError as e:
         raise UserError(f"{path}: cannot be written ({e.strerror})") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The papers' measures.
+
+def psnr(a, b):
+    """Of two pictures (1, 3, H, W) in [0, 1], in dB."""
+    return -10 * (a - b).square().mean().log10().item()
+
+
+def ssim(a, b):
+    """Structural similarity of two pictures (1, 3, H, W) in [0, 1]: windows of 11x11 pixels, weighted by a Gaussian of
+    standard deviation 1.5, that lie inside; the mean over them and over R, G and B."""
+    line = torch.exp(-(torch.arange(11.0, dtype=torch.float64) - 5).square() / (2 * 1.5 ** 2))
+    window = (line[:, None] * line / line.sum() ** 2).expand(15, 1, 11, 11)
+    a, b = a.double(), b.double()
+    blurred = F.conv2d(torch.cat([a, b, a * a, b * b, a * b], 1), window, groups=15)
+    mean_a, mean_b, aa, bb, ab = blurred.chunk(5, 1)
+    product, squares = mean_a * mean_b, mean_a.square() + mean_b.square()
+    c1, c2 = 0.01 ** 2, 0.03 ** 2
+    return ((2 * product + c1) * (2 * (ab - product) + c2) / ((squares + c1) * (aa + bb - squares + c2))).mean().item()
+
+
+def read_video(path, size):
+    """Frames of a video file, each (1, 3, H, W) in [-1, 1], cropped to `size` as the image is."""
+    try:
+        for frame in imageio.get_reader(path):
+            yield fit_image(Image.fromarray(frame[..., :3]), size)
+    except Exception as e:                              # of a dozen kinds
+        raise UserError(f"{path}: not a video that can be read ({str(e).splitlines()[0][:80]})") from None
+
+
+def compared(frames, reference, scores):
+    """The frames, passed on; for each that the reference has too, its (PSNR, SSIM) is appended to `scores`."""
+    for frame in frames:
+        true = next(reference, None)
+        if true is not None:
+            pair = torch.from_numpy(frame).permute(2, 0, 1)[None] / 255, true / 2 + 0.5
+            scores.append((psnr(*pair), ssim(*pair)))
+        yield frame
+
+
+def load_found(path, config, count):
+    """The `count` tracks that a tracker found in a written video, in pixels of the model's video: (tracks (T, N, 2),
+    known (T, N)), which is True wherever there is a position, hidden or not."""
+    factor = enlargement(config.size)
+    tracks, known, *_ = load_tracks(path, [factor * side for side in config.size[::-1]], hidden=True)
+    if tracks.shape[1] != count:
+        raise UserError(f"{path}: holds {tracks.shape[1]} tracks, --tracks {count}; both must be the same, in order")
+    return torch.from_numpy(tracks / factor), torch.from_numpy(known)
+
+
+def endpoint_error(found, known, motion):
+    """Distances in pixels, (n,), of the tracks found from those asked for, at all points visible in the latter."""
+    frames = min(len(found), motion.tracks.shape[1])
+    distance = (found[:frames] - motion.tracks[0, :frames]).norm(dim=-1)
+    return distance[motion.visible[0, :frames] & known[:frames]]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -538,14 +633,23 @@ def parse_flags(argv):
     add("--fps", type=number(float, 0.1, 1000), metavar="F", help="frames per second of the file; default: the model's")
     add("--overlay", action="store_true", help="draw the tracks on the video")
     add("--sheet", type=Path, metavar="FILE", help="also write a .png with the input, its tracks, and some frames")
+    add("--reference", type=Path, metavar="FILE", help="a video of the same scene: print PSNR and SSIM of the result")
+    add("--reference-tracks", type=Path, metavar="FILE", help="--tracks found again in the video of an earlier run, in "
+        "its pixels: print the end-point error")
     add = parser.add_argument_group("model").add_argument
-    add("--weights", type=Path, metavar="FILE", help="default: the tiny model in assets/")
-    add("--vae", type=Path, default=ASSETS / "tiny_vae.safetensors", metavar="FILE", help="default: the one in assets/")
+    add("--weights", type=Path, metavar="PATH", help="default: the tiny model in assets/")
+    add("--vae", type=Path, metavar="PATH", help="default: the one beside the weights, or in assets/")
+    add("--prompt-embeds", type=Path, metavar="FILE", help="instead of --prompt: its rows (L, 4096) in a .safetensors")
+    add("--negative-embeds", type=Path, metavar="FILE", help="the same of what guidance leads away from")
+    add("--text-encoder", type=Path, metavar="DIR", help="with text_encoder/ and tokenizer/ of Wan; needs transformers")
+    add("--image-encoder", type=Path, metavar="DIR", help="with image_encoder/ of Wan; needs transformers")
     add("--device", default="auto", help="cpu, cuda, …; default: cuda if there is one")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
         help="of the model; default: float32 on the CPU, else bfloat16")
     add = parser.add_argument_group("sampling").add_argument
-    add("--sampler", default="stream", choices=("stream", "teacher"), help="default: %(default)s")
+    add("--sampler", choices=("stream", "teacher"), help="default: what the weights are")
+    add("--control", choices=("sinusoid", "rgb"), help="tracks by the trained head, or drawn as a video, in a style of "
+        "our own; default: rgb for weights without a head")
     add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, metavar="N", help="of all noise (default: %(default)s)")
     add("--steps", type=number(int, 1, 1000), metavar="N", help="noise levels per chunk; default: the model's")
     add = parser.add_argument_group("only --sampler stream; defaults are the model's").add_argument
@@ -558,63 +662,188 @@ def parse_flags(argv):
     add("--w-text", help="weight of the text; default: the model's", **given)
     add("--w-motion", help="weight of the tracks; default: the model's", **given)
     args = parser.parse_args(argv)
-    for name in ("w_text", "w_motion") if args.sampler == "stream" else ("chunk", "sink", "window"):
-        if name in args:
-            other = "teacher" if args.sampler == "stream" else "stream"
-            raise UserError(f"--{name.replace('_', '-')} belongs to --sampler {other}")
+    if args.prompt is not None and args.prompt_embeds:
+        raise UserError("--prompt and --prompt-embeds: give one of them")
     return args
 
 
-def load_models(args):
-    """The DiT and the VAE that the flags name, on their device."""
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+class Weights(NamedTuple):
+    """What a weights file tells before it is loaded."""
+    path: Path
+    config: Config
+    own: bool       # written by this project, so that its config says how it is sampled
+    head: bool      # holds a track head that does something
+
+
+def inspect(path):
+    """Weights, from the names and shapes in a file or folder."""
     try:
-        device = torch.zeros(1, device=device).device
+        tensors, metadata, file = read_weights(path)
+        config = find_config(tensors, metadata, file)
+    except ValueError as e:
+        raise UserError(str(e).splitlines()[0]) from None
+    head = tensors.get("track_head.conv.weight")
+    return Weights(path, config, metadata.get("format") == "motionstream", head is not None and bool(head.any()))
+
+
+# How public weights are sampled, whose files do not say it. Teachers: shift and text guidance, by width and by whether
+# the image enters as channels, as their publishers advise for 480 lines; (5, 5) for the others.
+TEACHERS = {(1536, False): (8.0, 6.0), (1536, True): (3.0, 6.0), (5120, True): (3.0, 5.0)}
+SELF_FORCING = {"causal": True, "shift": 5.0, "sigmas": schedule(4, 5.0), "chunk": 3, "sink": 0, "window": None}
+
+
+def settle(args, weights, frames):
+    """The config to sample with: the weights' own or their family's, changed by the flags. Fills in --sampler and
+    --control; refuses flags that these weights have no use for, and conditions that they lack."""
+    c, name = weights.config, weights.path
+    args.sampler = args.sampler or ("stream" if c.causal else "teacher")
+    streams = args.sampler == "stream"
+    if weights.own and c.causal != streams:
+        raise UserError(f"{name}: holds a {'student' if c.causal else 'teacher'}, use --sampler "
+                        f"{'stream' if c.causal else 'teacher'}")
+    if not weights.own:
+        shift, w_text = TEACHERS.get((c.dim, c.image_dim > 0), (5.0, 5.0))
+        c = replace(c, **SELF_FORCING if streams else {"causal": False, "shift": shift, "guidance": (w_text, 0.0)})
+        print(f"note: {name} does not say how it is sampled; --sampler {args.sampler}, " + (
+            "4 steps, all of the past remembered, as Self-Forcing" if streams else
+            f"{c.steps} steps, shift {shift:g}, text guidance {w_text:g}, as its publishers advise"))
+    for flag in ("w_text", "w_motion") if streams else ("chunk", "sink", "window"):
+        if flag in args:
+            raise UserError(f"--{flag.replace('_', '-')} belongs to --sampler {'teacher' if streams else 'stream'}")
+    memory = {flag: getattr(args, flag) for flag in ("chunk", "sink", "window") if flag in args}
+    guidance = tuple(getattr(args, flag, own) for flag, own in zip(("w_text", "w_motion"), c.guidance))
+    if args.steps:
+        c = replace(c, steps=args.steps, sigmas=schedule(args.steps, c.shift))
+    c = replace(c, guidance=guidance, **memory)
+    check_history(name, c, frames, "window" in args)
+    check_control(args, weights)
+    check_encoders(args, weights)
+    return c
+
+
+def check_history(name, c, frames, told):
+    """Refuse streams that the weights cannot make."""
+    needed = latent_frames(frames, c)
+    if c.causal and c.window is None and needed > HISTORY and not told:
+        raise UserError(f"{name}: remembers all of a video and was trained on {HISTORY} latent frames, {frames} frames "
+                        f"are {needed}: add --sink 1 --window 5, or --frames {4 * HISTORY - 3}")
+    if c.causal and has_mask(c):
+        raise UserError(f"{name}: takes the image as a whole clip with a mask, which cannot be streamed; use --sampler "
+                        "teacher")
+
+
+def check_control(args, weights):
+    """Settle how tracks enter."""
+    name, c = weights.path, weights.config
+    if not c.track_dim and (args.tracks or args.control or "w_motion" in args):
+        raise UserError(f"{name}: has no input for tracks; take weights that have, as Wan2.1-Fun-Control, or leave "
+                        "--tracks, --control and --w-motion out")
+    args.control = args.control or ("sinusoid" if weights.head or c.track_dim != c.out_dim else "rgb")
+    if args.control == "rgb" and c.track_dim != c.out_dim and args.tracks:
+        raise UserError(f"{name}: its input for tracks has {c.track_dim} channels, a drawn video {c.out_dim}; use "
+                        "--control sinusoid")
+    if args.control == "sinusoid" and c.track_dim and not weights.head and args.tracks:
+        raise UserError(f"{name}: has no trained track head; --control rgb draws the tracks instead")
+    if args.control == "rgb" and args.tracks:
+        print("note: the tracks are drawn as a control video, in a style that is ours; what it does is not measured")
+    if not (weights.own or c.image_dim or c.out_dim == 48):
+        print(f"note: {name} has no input for an image: it is given as a clean first latent frame at sigma 0, for which "
+              "these weights were not trained")
+
+
+def check_encoders(args, weights):
+    """Refuse text and image encoders that are missing or of no use."""
+    name, c = weights.path, weights.config
+    for flag in ("prompt_embeds", "negative_embeds", "text_encoder"):
+        if getattr(args, flag) and c.text_dim != UMT5_DIM:
+            raise UserError(f"--{flag.replace('_', '-')}: {name} reads words, give it --prompt alone")
+    if c.text_dim == UMT5_DIM and args.prompt is not None and not args.text_encoder:
+        raise UserError(f"{name}: for --prompt it needs --text-encoder DIR (Wan's UMT5-XXL), or give --prompt-embeds FILE "
+                        "instead")
+    if c.clip_dim and not args.image_encoder:
+        raise UserError(f"{name}: sees the image through CLIP too, give --image-encoder DIR, a folder of a -Diffusers "
+                        "repository of Wan2.1-I2V that holds image_encoder/")
+    if args.image_encoder and not c.clip_dim:
+        raise UserError(f"--image-encoder: {name} has no image branch, leave it out")
+
+
+def read_text(args, config, device):
+    """(text, null_text), each (1, L, text_dim) or None: what the flags say, and what guidance leads away from."""
+    if config.text_dim != UMT5_DIM:
+        return embed_words(config.prompt if args.prompt is None else args.prompt, config), None
+    files = {"text": args.prompt_embeds, "null": args.negative_embeds}
+    texts = {name: load_text(path, config.text_len) for name, path in files.items() if path}
+    if args.text_encoder:
+        prompts = {"text": args.prompt or config.prompt or "", "null": NEGATIVE_PROMPT}
+        absent = [name for name in prompts if name not in texts and (name == "text" or not config.causal)]
+        prompts = [prompts[name] for name in absent]
+        texts |= zip(absent, encode_texts(prompts, args.text_encoder, config.text_len, device))
+    if "text" not in texts:
+        print("note: no text at all, which Wan has not seen in training; give --prompt-embeds or --text-encoder")
+    elif "null" not in texts and not config.causal and config.guidance[0]:
+        print("note: guidance leads away from rows of zeros; give --negative-embeds, Wan's negative prompt")
+    return texts.get("text"), texts.get("null")
+
+
+def open_device(name):
+    """A torch.device that works."""
+    name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError):
-        raise UserError(f"--device {args.device}: not available here") from None
+        raise UserError(f"--device {name}: not available here") from None
+
+
+def open_vae(args, weights):
+    """The VAE that the flags name, or that lies in the folder of the weights, or the tiny model's."""
+    c, folder = weights.config, weights.path if weights.path.is_dir() else weights.path.parent
+    beside = [folder / name for name in VAE_FILES[:3] if (folder / name).is_file()]
+    path = args.vae or [*beside, ASSETS / "tiny_vae.safetensors"][0]
+    vae = load_vae(path)
+    if (vae.config.latent_channels, vae.stride) != (c.out_dim, c.stride):
+        raise UserError(f"{path}: latents have {vae.config.latent_channels} channels and stride {vae.stride}, "
+                        f"those of {weights.path} have {c.out_dim} and {c.stride}; is this its VAE?")
+    return vae
+
+
+def load_models(args, weights, config, pixels):
+    """The DiT, the VAE and what the DiT reads beside latents and tracks: (text, null_text, clip)."""
+    device = open_device(args.device)
     auto = "float32" if device.type == "cpu" else "bfloat16"
     dtype = getattr(torch, auto if args.dtype == "auto" else args.dtype)
-    weights = args.weights or ASSETS / ("tiny.safetensors" if args.sampler == "stream" else "tiny_teacher.safetensors")
-    overrides = {name: getattr(args, name) for name in ("chunk", "sink", "window") if name in args}
     try:
-        model = MotionStream.from_pretrained(weights, dtype=dtype, device=device, **overrides)
-        vae = TinyVAE.from_pretrained(args.vae).to(device)
+        vae = open_vae(args, weights).to(device)
+        text, null_text = read_text(args, config, device)
+        clip = encode_image(pixels, args.image_encoder, config.clip_dim, device) if config.clip_dim else None
+        model = MotionStream.from_pretrained(weights.path, dtype=dtype, device=device, **vars(config))
     except ValueError as e:
         raise UserError(str(e).splitlines()[0]) from None
     c = model.config
-    if c.causal != (args.sampler == "stream"):
-        raise UserError(f"{weights}: holds a {'student' if c.causal else 'teacher'}, use --sampler "
-                        f"{'stream' if c.causal else 'teacher'}")
-    if (vae.config.latent_channels, vae.stride) != (c.out_dim, c.stride):
-        raise UserError(f"{args.vae}: latents have {vae.config.latent_channels} channels and stride {vae.stride}, "
-                        f"those of {weights} have {c.out_dim} and {c.stride}; is this its VAE?")
     memory = f"c{c.chunk}s{c.sink}w{'full' if c.window is None else c.window}" if c.causal else "whole clip"
-    print(f"{weights.name}: {c.size[1]}x{c.size[0]} pixels, {args.sampler}, {memory}, "
-          f"{args.steps or (len(c.sigmas) if c.causal else c.steps)} steps, seed {args.seed}, {device}, "
+    print(f"{weights.path.name}: {c.size[1]}x{c.size[0]} pixels, {args.sampler}, {memory}, "
+          f"{len(c.sigmas) if c.causal else c.steps} steps, seed {args.seed}, {device}, "
           f"{str(dtype).removeprefix('torch.')}")
-    return model, vae
+    return model, vae, [t.to(device) if t is not None else None for t in (text, null_text, clip)]
 
 
-def generate(args, frames, image, motion, model, vae):
+def generate(args, frames, image, motion, model, vae, encoded):
     """`frames` frames of the video, uint8 (H, W, 3), one by one, as the flags say."""
-    device = next(model.parameters()).device
-    motion = Motion(*(tensor.to(device) for tensor in motion))
-    text = embed_words(model.config.prompt if args.prompt is None else args.prompt, model.config)
-    text = text.to(device) if text is not None else None
-    sigmas = schedule(args.steps, model.config.shift) if args.steps else None
-    first = vae.encode(image[:, :, None].to(device))
+    c, device, (text, null_text, clip) = model.config, next(model.parameters()).device, encoded
+    control = draw_control(vae, motion, c, frames) if args.control == "rgb" and args.tracks else None
+    motion = Motion(*(tensor.to(device) for tensor in motion[:3]), control)
+    grey = 4 * latent_frames(frames, c) - 4 if has_mask(c) else 0
+    first = vae.encode(F.pad(image[:, :, None], (0, 0, 0, 0, 0, grey)).to(device))
     if args.sampler == "stream":
-        latents = stream(model, first, motion, text, args.seed, sigmas)
+        latents = stream(model, first, motion, text, args.seed, clip=clip)
     else:
-        guidance = [getattr(args, name, own) for name, own in zip(("w_text", "w_motion"), model.config.guidance)]
-        latents = sample_teacher(model, first, motion, frames, text, args.seed, sigmas, guidance)
+        latents = sample_teacher(model, first, motion, frames, text, args.seed, null_text=null_text, clip=clip)
     yield from itertools.islice(decode_frames(vae, latents), frames)
 
 
 def write_video(args, frames, total, image, motion, fps):
     """Write `total` frames to --out while they come, and then --sheet. Returns the signals that ended it early."""
     tracks, visible = motion.tracks[0, :total].numpy(), motion.visible[0, :total].numpy()
-    factor = math.ceil(SHORTEST_SIDE / min(image.shape[2:]))
+    factor = enlargement(image.shape[2:])
     shown = {round(i * (total - 1) / SHEET_FRAMES) for i in range(1, SHEET_FRAMES + 1)}
     tiles, started = [], time.perf_counter()
     frames = itertools.chain([next(frames)], frames)    # the first one now: from there on Ctrl-C keeps what there is
@@ -653,13 +882,27 @@ def run(argv):
         check_output(args.sheet, (".png",), args.image)
     check_output(args.out, (".mp4", ".gif"), args.image)
     try_writing(args.out)
-    model, vae = load_models(args)
-    config, frames = model.config, args.frames or len(arrays[0])
+    tiny = ASSETS / ("tiny_teacher.safetensors" if args.sampler == "teacher" else "tiny.safetensors")
+    weights, frames = inspect(args.weights or tiny), args.frames or len(arrays[0])
+    config = settle(args, weights, frames)
+    found = load_found(args.reference_tracks, config, arrays[0].shape[1]) if args.reference_tracks else None
+    if args.reference:
+        next(read_video(args.reference, config.size))
+    pixels = fit_image(image, config.size)
+    model, vae, encoded = load_models(args, weights, config, pixels)
     if tracks_fps and tracks_fps != config.fps:
         print(f"note: the tracks are at {tracks_fps:g} frames/s, the model at {config.fps}; they are not resampled")
-    motion, pixels = fit_tracks(arrays, image.size, frames, config, args.seed), fit_image(image, config.size)
-    pictures = generate(args, frames, pixels, motion, model, vae)
+    motion, scores = fit_tracks(arrays, image.size, frames, config, args.seed), []
+    pictures = generate(args, frames, pixels, motion, model, vae, encoded)
+    if args.reference:
+        pictures = compared(pictures, read_video(args.reference, config.size), scores)
     noted = write_video(args, pictures, frames, pixels, motion, args.fps or config.fps)
+    if scores:
+        values = "PSNR {:.2f} dB, SSIM {:.4f}".format(*np.mean(scores, 0))
+        print(f"against {args.reference.name}: {values}, means of {len(scores)} frames")
+    if found:
+        error = endpoint_error(*found, motion)
+        print(f"end-point error of {args.reference_tracks.name}: {error.mean():.2f} pixels, of {len(error)} points")
     if args.sheet:
         print(args.sheet)
     print(args.out)
