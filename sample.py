@@ -38,6 +38,7 @@ from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 from encoders import NEGATIVE_PROMPT, UMT5_DIM, encode_image, encode_texts, load_text
+from measures import endpoint_errors, psnr, ssim
 from motionstream import (Config, MotionStream, embed_words, euler, find_config, image_and_mask, image_channels,
                           read_weights, rollout, schedule, track_features, track_ids, write)
 from vae import VAE_FILES, load_vae
@@ -75,11 +76,10 @@ def has_mask(config):
 def image_inputs(config, first, frames):
     """How weights take the image: (channels of a clip of `frames` latents, clean latent frame 0), None what they do
     not take. first (B, C, 1, h, w): the image's latent; with a mask (B, C, frames, h, w), see encode_image."""
-    channels = None
     if has_mask(config):
         channels = image_and_mask(first[:, :, :frames])
-    elif config.image_dim:
-        channels = image_channels(first, frames)
+    else:
+        channels = image_channels(first, frames) if config.image_dim else None
     clean = first[:, :, :1] if channels is None or config.out_dim == 48 else None       # Wan 2.2 5B may take both
     return channels, clean
 
@@ -118,8 +118,7 @@ def sample_teacher(model, first, motion, frames, text=None, seed=0, sigmas=None,
     """The teacher: whole chunks that cover `frames`, made all at once, then handed out one by one as `stream` does.
     guidance: (w_text, w_motion), default the model's own. null_text: what "without text" means, see guided_velocity."""
     c, count = model.config, latent_frames(frames, model.config)
-    pieces = itertools.islice(conditions(model, first, motion, text), count // c.chunk)
-    tracks = [piece["tracks"] for piece in pieces]
+    tracks = [piece["tracks"] for piece in itertools.islice(conditions(model, first, motion, text), count // c.chunk)]
     image, clean = image_inputs(c, first, count)
     noise = torch.randn((*first.shape[:2], count, *first.shape[3:]), generator=torch.Generator().manual_seed(seed))
     given = {"text": text, "tracks": torch.cat(tracks, 2) if c.track_dim else None, "image": image, "clip": clip}
@@ -191,9 +190,9 @@ def fit_image(image, size):
 
 @np.errstate(all="ignore")          # numbers too large for float32 get a message of their own
 def load_tracks(path, size, hidden=False):
-    """A tracks file for an image of `size` (width, height), to (arrays, fps): tracks (T, N, 2) float32 in pixels of
-    that image, 0 where hidden, visible (T, N) bool, ids (N,) int64 or None; fps or None if the file does not say.
-    hidden=True: all is visible that has a position."""
+    """A tracks file for an image of `size` (width, height), to: tracks (T, N, 2) float32 in pixels of that image, 0
+    where hidden, visible (T, N) bool (hidden=True: wherever there is a position), ids (N,) int64, fps; the last two
+    None if the file does not say."""
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
     try:
@@ -510,15 +509,15 @@ def draw_tracks(frame, tracks, visible, factor):
 
 @torch.inference_mode()
 def draw_control(vae, motion, config, frames):
-    """Latents (1, C, F, h, w) of the tracks as a video, for a slot that expects one: drawn on black, as --overlay draws
-    them. That is a choice; how Fun-Control likes its tracks drawn is not known. F: whole chunks that cover `frames`."""
-    frames, (height, width) = 4 * latent_frames(frames, config) - 3, config.size
-    missing = max(frames - motion.tracks.shape[1], 0)
-    tracks, visible = F.pad(motion.tracks, (0, 0, 0, 0, 0, missing))[0], F.pad(motion.visible, (0, 0, 0, missing))[0]
-    black, recent = np.zeros((height, width, 3), np.uint8), [slice(max(i + 1 - TRAIL, 0), i + 1) for i in range(frames)]
-    drawn = np.stack([draw_tracks(black, tracks[span].numpy(), visible[span].numpy(), 1) for span in recent])
-    video = torch.from_numpy(drawn).permute(3, 0, 1, 2)[None].to(next(vae.parameters()).device)
-    return vae.encode(video / 127.5 - 1)
+    """Latents (1, C, F, h, w) of the tracks as a video, for a slot that expects one: drawn on black as --overlay draws
+    them, a choice that was not tried on Fun-Control's weights. F: whole chunks that cover `frames`."""
+    video = np.zeros((4 * latent_frames(frames, config) - 3, *config.size, 3), np.uint8)
+    tracks, visible = (tensor[0].numpy() for tensor in motion[:2])
+    for i in range(min(len(video), len(tracks))):
+        recent = slice(max(i + 1 - TRAIL, 0), i + 1)
+        video[i] = draw_tracks(video[i], tracks[recent], visible[recent], 1)
+    pixels = torch.from_numpy(video).permute(3, 0, 1, 2)[None].to(next(vae.parameters()).device)
+    return vae.encode(pixels / 127.5 - 1)
 
 
 def save_sheet(path, tiles):
@@ -535,31 +534,14 @@ def save_sheet(path, tiles):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The papers' measures.
-
-def psnr(a, b):
-    """Of two pictures (1, 3, H, W) in [0, 1], in dB."""
-    return -10 * (a - b).square().mean().log10().item()
-
-
-def ssim(a, b):
-    """Structural similarity of two pictures (1, 3, H, W) in [0, 1]: windows of 11x11 pixels, weighted by a Gaussian of
-    standard deviation 1.5, that lie inside; the mean over them and over R, G and B."""
-    line = torch.exp(-(torch.arange(11.0, dtype=torch.float64) - 5).square() / (2 * 1.5 ** 2))
-    window = (line[:, None] * line / line.sum() ** 2).expand(15, 1, 11, 11)
-    a, b = a.double(), b.double()
-    blurred = F.conv2d(torch.cat([a, b, a * a, b * b, a * b], 1), window, groups=15)
-    mean_a, mean_b, aa, bb, ab = blurred.chunk(5, 1)
-    product, squares = mean_a * mean_b, mean_a.square() + mean_b.square()
-    c1, c2 = 0.01 ** 2, 0.03 ** 2
-    return ((2 * product + c1) * (2 * (ab - product) + c2) / ((squares + c1) * (aa + bb - squares + c2))).mean().item()
-
+# What the result is measured against.
 
 def read_video(path, size):
     """Frames of a video file, each (1, 3, H, W) in [-1, 1], cropped to `size` as the image is."""
     try:
-        for frame in imageio.get_reader(path):
-            yield fit_image(Image.fromarray(frame[..., :3]), size)
+        with imageio.get_reader(path) as reader:
+            for frame in reader:
+                yield fit_image(Image.fromarray(frame).convert("RGB"), size)
     except Exception as e:                              # of a dozen kinds
         raise UserError(f"{path}: not a video that can be read ({str(e).splitlines()[0][:80]})") from None
 
@@ -575,20 +557,13 @@ def compared(frames, reference, scores):
 
 
 def load_found(path, config, count):
-    """The `count` tracks that a tracker found in a written video, in pixels of the model's video: (tracks (T, N, 2),
-    known (T, N)), which is True wherever there is a position, hidden or not."""
+    """The `count` tracks that a tracker found in a written video, in pixels of the model's video: (tracks
+    (1, T, N, 2), known (1, T, N)), which is True wherever there is a position, hidden or not."""
     factor = enlargement(config.size)
     tracks, known, *_ = load_tracks(path, [factor * side for side in config.size[::-1]], hidden=True)
     if tracks.shape[1] != count:
         raise UserError(f"{path}: holds {tracks.shape[1]} tracks, --tracks {count}; both must be the same, in order")
-    return torch.from_numpy(tracks / factor), torch.from_numpy(known)
-
-
-def endpoint_error(found, known, motion):
-    """Distances in pixels, (n,), of the tracks found from those asked for, at all points visible in the latter."""
-    frames = min(len(found), motion.tracks.shape[1])
-    distance = (found[:frames] - motion.tracks[0, :frames]).norm(dim=-1)
-    return distance[motion.visible[0, :frames] & known[:frames]]
+    return torch.from_numpy(tracks)[None] / factor, torch.from_numpy(known)[None]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -620,6 +595,19 @@ def window(text):
     return None if text == "full" else number(int, 0, 10 ** 6)(text)
 
 
+def add_models(add):
+    """The flags that name weights and what runs them."""
+    add("--weights", type=Path, metavar="PATH", help="a Wan DiT, file or folder; default: the tiny model in assets/")
+    add("--vae", type=Path, metavar="PATH", help="default: the one beside the weights, or in assets/")
+    add("--prompt-embeds", type=Path, metavar="FILE", help="instead of --prompt: its rows (L, 4096) in a .safetensors")
+    add("--negative-embeds", type=Path, metavar="FILE", help="the same of what guidance leads away from")
+    add("--text-encoder", type=Path, metavar="DIR", help="holds Wan's text_encoder/, tokenizer/; needs transformers")
+    add("--image-encoder", type=Path, metavar="DIR", help="holds Wan's image_encoder/; needs transformers")
+    add("--device", default="auto", help="cpu, cuda, …; default: cuda if there is one")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the model; default: float32 on the CPU, else bfloat16")
+
+
 def parse_flags(argv):
     """The command line. Flags with argparse.SUPPRESS are only there if given; the model's own value holds otherwise."""
     parser = Parser(description="One image and some tracks in, a video out.", allow_abbrev=False)
@@ -634,22 +622,11 @@ def parse_flags(argv):
     add("--overlay", action="store_true", help="draw the tracks on the video")
     add("--sheet", type=Path, metavar="FILE", help="also write a .png with the input, its tracks, and some frames")
     add("--reference", type=Path, metavar="FILE", help="a video of the same scene: print PSNR and SSIM of the result")
-    add("--reference-tracks", type=Path, metavar="FILE", help="--tracks found again in the video of an earlier run, in "
-        "its pixels: print the end-point error")
-    add = parser.add_argument_group("model").add_argument
-    add("--weights", type=Path, metavar="PATH", help="default: the tiny model in assets/")
-    add("--vae", type=Path, metavar="PATH", help="default: the one beside the weights, or in assets/")
-    add("--prompt-embeds", type=Path, metavar="FILE", help="instead of --prompt: its rows (L, 4096) in a .safetensors")
-    add("--negative-embeds", type=Path, metavar="FILE", help="the same of what guidance leads away from")
-    add("--text-encoder", type=Path, metavar="DIR", help="with text_encoder/ and tokenizer/ of Wan; needs transformers")
-    add("--image-encoder", type=Path, metavar="DIR", help="with image_encoder/ of Wan; needs transformers")
-    add("--device", default="auto", help="cpu, cuda, …; default: cuda if there is one")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
-        help="of the model; default: float32 on the CPU, else bfloat16")
+    add("--reference-tracks", type=Path, metavar="FILE", help="tracks found in an earlier result: print their error")
+    add_models(parser.add_argument_group("model").add_argument)
     add = parser.add_argument_group("sampling").add_argument
     add("--sampler", choices=("stream", "teacher"), help="default: what the weights are")
-    add("--control", choices=("sinusoid", "rgb"), help="tracks by the trained head, or drawn as a video, in a style of "
-        "our own; default: rgb for weights without a head")
+    add("--control", choices=("sinusoid", "rgb"), help="tracks by the trained head (default if it is there) or drawn")
     add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, metavar="N", help="of all noise (default: %(default)s)")
     add("--steps", type=number(int, 1, 1000), metavar="N", help="noise levels per chunk; default: the model's")
     add = parser.add_argument_group("only --sampler stream; defaults are the model's").add_argument
@@ -671,8 +648,8 @@ class Weights(NamedTuple):
     """What a weights file tells before it is loaded."""
     path: Path
     config: Config
-    own: bool       # written by this project, so that its config says how it is sampled
-    head: bool      # holds a track head that does something
+    own: bool       # written by this project: its config says how it is sampled
+    head: bool      # holds a track head that is not all zeros
 
 
 def inspect(path):
@@ -687,7 +664,7 @@ def inspect(path):
 
 
 # How public weights are sampled, whose files do not say it. Teachers: shift and text guidance, by width and by whether
-# the image enters as channels, as their publishers advise for 480 lines; (5, 5) for the others.
+# the image enters as channels, as their publishers advise for 480 lines; (5, 5) for all others.
 TEACHERS = {(1536, False): (8.0, 6.0), (1536, True): (3.0, 6.0), (5120, True): (3.0, 5.0)}
 SELF_FORCING = {"causal": True, "shift": 5.0, "sigmas": schedule(4, 5.0), "chunk": 3, "sink": 0, "window": None}
 
@@ -696,73 +673,72 @@ def settle(args, weights, frames):
     """The config to sample with: the weights' own or their family's, changed by the flags. Fills in --sampler and
     --control; refuses flags that these weights have no use for, and conditions that they lack."""
     c, name = weights.config, weights.path
-    args.sampler = args.sampler or ("stream" if c.causal else "teacher")
+    kind, sampler = ("student", "stream") if c.causal else ("teacher", "teacher")
+    args.sampler = args.sampler or sampler
+    if weights.own and args.sampler != sampler:
+        raise UserError(f"{name}: holds a {kind}, use --sampler {sampler}")
     streams = args.sampler == "stream"
-    if weights.own and c.causal != streams:
-        raise UserError(f"{name}: holds a {'student' if c.causal else 'teacher'}, use --sampler "
-                        f"{'stream' if c.causal else 'teacher'}")
     if not weights.own:
         shift, w_text = TEACHERS.get((c.dim, c.image_dim > 0), (5.0, 5.0))
         c = replace(c, **SELF_FORCING if streams else {"causal": False, "shift": shift, "guidance": (w_text, 0.0)})
-        print(f"note: {name} does not say how it is sampled; --sampler {args.sampler}, " + (
-            "4 steps, all of the past remembered, as Self-Forcing" if streams else
-            f"{c.steps} steps, shift {shift:g}, text guidance {w_text:g}, as its publishers advise"))
+        how = f"shift {shift:g}, text guidance {w_text:g}"
+        print(f"note: {name} does not say how it is sampled: {'as Self-Forcing' if streams else how}")
     for flag in ("w_text", "w_motion") if streams else ("chunk", "sink", "window"):
         if flag in args:
             raise UserError(f"--{flag.replace('_', '-')} belongs to --sampler {'teacher' if streams else 'stream'}")
-    memory = {flag: getattr(args, flag) for flag in ("chunk", "sink", "window") if flag in args}
-    guidance = tuple(getattr(args, flag, own) for flag, own in zip(("w_text", "w_motion"), c.guidance))
     if args.steps:
         c = replace(c, steps=args.steps, sigmas=schedule(args.steps, c.shift))
-    c = replace(c, guidance=guidance, **memory)
-    check_history(name, c, frames, "window" in args)
+    w_text, w_motion = c.guidance
+    if c.text_dim == UMT5_DIM and not (args.text_encoder or args.prompt_embeds):
+        w_text = 0.0                                    # there is no text that it could weigh
+    c = replace(c, guidance=(getattr(args, "w_text", w_text), getattr(args, "w_motion", w_motion)))
+    c = replace(c, **{flag: getattr(args, flag) for flag in ("chunk", "sink", "window") if flag in args})
+    check_stream(args, name, c, frames)
     check_control(args, weights)
-    check_encoders(args, weights)
+    check_encoders(args, name, c)
     return c
 
 
-def check_history(name, c, frames, told):
+def check_stream(args, name, c, frames):
     """Refuse streams that the weights cannot make."""
     needed = latent_frames(frames, c)
-    if c.causal and c.window is None and needed > HISTORY and not told:
+    if c.causal and c.window is None and needed > HISTORY and "window" not in args:
         raise UserError(f"{name}: remembers all of a video and was trained on {HISTORY} latent frames, {frames} frames "
                         f"are {needed}: add --sink 1 --window 5, or --frames {4 * HISTORY - 3}")
     if c.causal and has_mask(c):
-        raise UserError(f"{name}: takes the image as a whole clip with a mask, which cannot be streamed; use --sampler "
-                        "teacher")
+        raise UserError(f"{name}: takes the image as a clip with a mask, which cannot stream; use --sampler teacher")
 
 
 def check_control(args, weights):
-    """Settle how tracks enter."""
+    """Settle how the tracks and the image enter."""
     name, c = weights.path, weights.config
     if not c.track_dim and (args.tracks or args.control or "w_motion" in args):
         raise UserError(f"{name}: has no input for tracks; take weights that have, as Wan2.1-Fun-Control, or leave "
                         "--tracks, --control and --w-motion out")
     args.control = args.control or ("sinusoid" if weights.head or c.track_dim != c.out_dim else "rgb")
-    if args.control == "rgb" and c.track_dim != c.out_dim and args.tracks:
-        raise UserError(f"{name}: its input for tracks has {c.track_dim} channels, a drawn video {c.out_dim}; use "
-                        "--control sinusoid")
-    if args.control == "sinusoid" and c.track_dim and not weights.head and args.tracks:
+    if args.tracks and args.control == "rgb" and c.track_dim != c.out_dim:
+        raise UserError(f"{name}: takes no drawn tracks, its input for them has {c.track_dim} channels; drop --control")
+    if args.tracks and args.control == "sinusoid" and not weights.head:
         raise UserError(f"{name}: has no trained track head; --control rgb draws the tracks instead")
-    if args.control == "rgb" and args.tracks:
-        print("note: the tracks are drawn as a control video, in a style that is ours; what it does is not measured")
+    if args.tracks and args.control == "rgb":
+        print("note: the tracks are drawn as a control video, in a style that is ours and that no weights have proven")
     if not (weights.own or c.image_dim or c.out_dim == 48):
-        print(f"note: {name} has no input for an image: it is given as a clean first latent frame at sigma 0, for which "
-              "these weights were not trained")
+        print(f"note: {name} never learned to take an image; it enters as a clean first latent, at sigma 0")
 
 
-def check_encoders(args, weights):
+def check_encoders(args, name, c):
     """Refuse text and image encoders that are missing or of no use."""
-    name, c = weights.path, weights.config
+    umt5 = c.text_dim == UMT5_DIM
     for flag in ("prompt_embeds", "negative_embeds", "text_encoder"):
-        if getattr(args, flag) and c.text_dim != UMT5_DIM:
+        if getattr(args, flag) and not umt5:
             raise UserError(f"--{flag.replace('_', '-')}: {name} reads words, give it --prompt alone")
-    if c.text_dim == UMT5_DIM and args.prompt is not None and not args.text_encoder:
-        raise UserError(f"{name}: for --prompt it needs --text-encoder DIR (Wan's UMT5-XXL), or give --prompt-embeds FILE "
-                        "instead")
+    if umt5 and args.prompt is not None and not args.text_encoder:
+        raise UserError(f"{name}: --prompt needs --text-encoder DIR, with Wan's UMT5-XXL, or give --prompt-embeds")
+    if "w_text" in args and umt5 and not (args.text_encoder or args.prompt_embeds):
+        raise UserError("--w-text: there is no text; give --text-encoder DIR or --prompt-embeds FILE")
     if c.clip_dim and not args.image_encoder:
-        raise UserError(f"{name}: sees the image through CLIP too, give --image-encoder DIR, a folder of a -Diffusers "
-                        "repository of Wan2.1-I2V that holds image_encoder/")
+        raise UserError(f"{name}: sees the image through CLIP too; give --image-encoder DIR, a folder with the "
+                        "image_encoder/ of Wan2.1-I2V in the -Diffusers layout")
     if args.image_encoder and not c.clip_dim:
         raise UserError(f"--image-encoder: {name} has no image branch, leave it out")
 
@@ -774,12 +750,13 @@ def read_text(args, config, device):
     files = {"text": args.prompt_embeds, "null": args.negative_embeds}
     texts = {name: load_text(path, config.text_len) for name, path in files.items() if path}
     if args.text_encoder:
-        prompts = {"text": args.prompt or config.prompt or "", "null": NEGATIVE_PROMPT}
+        prompt = config.prompt if args.prompt is None else args.prompt
+        prompts = {"text": prompt or "", "null": NEGATIVE_PROMPT}
         absent = [name for name in prompts if name not in texts and (name == "text" or not config.causal)]
         prompts = [prompts[name] for name in absent]
         texts |= zip(absent, encode_texts(prompts, args.text_encoder, config.text_len, device))
     if "text" not in texts:
-        print("note: no text at all, which Wan has not seen in training; give --prompt-embeds or --text-encoder")
+        print("note: no text at all, which Wan did not see in training; give --prompt-embeds or --text-encoder")
     elif "null" not in texts and not config.causal and config.guidance[0]:
         print("note: guidance leads away from rows of zeros; give --negative-embeds, Wan's negative prompt")
     return texts.get("text"), texts.get("null")
@@ -887,7 +864,7 @@ def run(argv):
     config = settle(args, weights, frames)
     found = load_found(args.reference_tracks, config, arrays[0].shape[1]) if args.reference_tracks else None
     if args.reference:
-        next(read_video(args.reference, config.size))
+        next(read_video(args.reference, config.size))   # before the work, whether it can be read
     pixels = fit_image(image, config.size)
     model, vae, encoded = load_models(args, weights, config, pixels)
     if tracks_fps and tracks_fps != config.fps:
@@ -901,7 +878,7 @@ def run(argv):
         values = "PSNR {:.2f} dB, SSIM {:.4f}".format(*np.mean(scores, 0))
         print(f"against {args.reference.name}: {values}, means of {len(scores)} frames")
     if found:
-        error = endpoint_error(*found, motion)
+        error = endpoint_errors(*found, motion.tracks, motion.visible)
         print(f"end-point error of {args.reference_tracks.name}: {error.mean():.2f} pixels, of {len(error)} points")
     if args.sheet:
         print(args.sheet)
