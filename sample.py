@@ -701,10 +701,9 @@ def settle(args, weights, frames):
 
 def check_stream(args, name, c, frames):
     """Refuse streams that the weights cannot make."""
-    needed = latent_frames(frames, c)
-    if c.causal and c.window is None and needed > HISTORY and "window" not in args:
-        raise UserError(f"{name}: remembers all of a video and was trained on {HISTORY} latent frames, {frames} frames "
-                        f"are {needed}: add --sink 1 --window 5, or --frames {4 * HISTORY - 3}")
+    if c.causal and c.window is None and latent_frames(frames, c) > HISTORY and "window" not in args:
+        raise UserError(f"{name}: remembers all of a video and was trained on {4 * HISTORY - 3} frames, not on "
+                        f"{frames}: add --sink 1 --window 5, or --frames {4 * HISTORY - 3}")
     if c.causal and has_mask(c):
         raise UserError(f"{name}: takes the image as a clip with a mask, which cannot stream; use --sampler teacher")
 
@@ -751,10 +750,9 @@ def read_text(args, config, device):
     texts = {name: load_text(path, config.text_len) for name, path in files.items() if path}
     if args.text_encoder:
         prompt = config.prompt if args.prompt is None else args.prompt
-        prompts = {"text": prompt or "", "null": NEGATIVE_PROMPT}
-        absent = [name for name in prompts if name not in texts and (name == "text" or not config.causal)]
-        prompts = [prompts[name] for name in absent]
-        texts |= zip(absent, encode_texts(prompts, args.text_encoder, config.text_len, device))
+        wanted = {"text": prompt or ""} if config.causal else {"text": prompt or "", "null": NEGATIVE_PROMPT}
+        absent = {name: words for name, words in wanted.items() if name not in texts}
+        texts |= zip(absent, encode_texts([*absent.values()], args.text_encoder, config.text_len, device))
     if "text" not in texts:
         print("note: no text at all, which Wan did not see in training; give --prompt-embeds or --text-encoder")
     elif "null" not in texts and not config.causal and config.guidance[0]:
