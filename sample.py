@@ -515,7 +515,7 @@ def draw_control(vae, motion, config, frames):
     tracks, visible = (tensor[0].numpy() for tensor in motion[:2])
     for i in range(min(len(video), len(tracks))):
         recent = slice(max(i + 1 - TRAIL, 0), i + 1)
-        video[i] = draw_tracks(video[i], tracks[recent], visible[recent], 1)
+        video[i] = draw_tracks(video[i], tracks[recent], visible[recent] & visible[i], 1)
     pixels = torch.from_numpy(video).permute(3, 0, 1, 2)[None].to(next(vae.parameters()).device)
     return vae.encode(pixels / 127.5 - 1)
 

@@ -25,6 +25,7 @@ import time
 import traceback
 import unittest
 import unittest.mock
+import weakref
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,6 +42,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import encoders
+import measures
 import sample
 import train_distill as td
 from motionstream import (PRESETS, KVCache, MotionStream, SelfAttention, TrackHead, add_noise, apply_rope,
@@ -1674,7 +1677,7 @@ def bad_inputs(here):
         "half the weights": raw("--weights", "half.safetensors", student[:-64]),
         "weights with a hole": ("--weights", saved(here / "less.safetensors", new_model(), lambda t: t.popitem())),
         "the vae as weights": ("--weights", here / "vae.safetensors"),
-        "the teacher as student": ("--weights", here / "teacher.safetensors"),
+        "the teacher as student": ("--weights", here / "teacher.safetensors", "--sampler", "stream"),
         "the weights as vae": ("--vae", here / "student.safetensors"),
         "half the vae": raw("--vae", "cut.safetensors", vae[:-64]),
         "no folder": ("--out", here / "no" / "out.mp4"),
@@ -1696,6 +1699,398 @@ def test_bad_input_ends_in_one_line_and_exit_code_2():
         if code != 2 or not re.fullmatch(r"error: [^\n]+\n", err) or sorted(here.iterdir()) != before:
             wrong.append(f"{name}: code {code}, {err!r}, files {sorted(set(here.iterdir()) - set(before))}")
     assert len(cases) > 50 and not wrong, "\n".join(wrong)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# sample.py with public weights: how they are sampled, and what they are told.
+
+STUB = replace(PRESETS["wan2.1-1.3b"], dim=128, ffn_dim=64, num_heads=1, num_layers=1)     # reads text of 4096 channels
+STUB_VAE = TinyVAEConfig(latent_channels=16, patch=2, pad="front", stem=4, encoder=((4, 1, 2, 2), (4, 1, 2, 2)),
+                         decoder=((4, 1, 2, 2), (4, 1, 2, 2)), tail=4)
+
+
+@functools.cache
+def wan_workplace():
+    """A folder as users of Wan have it: weights that do not say how they are sampled, their VAE, encoded texts."""
+    here = tempfile.TemporaryDirectory()
+    path = Path(here.name)
+
+    def weights(name, **fields):
+        model = randomised(MotionStream(replace(STUB, **fields)))
+        tensors = {name: t for name, t in model.state_dict().items() if not name.startswith("track_head")}
+        save_file(tensors, path / f"{name}.safetensors")
+        return {f"model.{name}": t for name, t in tensors.items()}
+
+    torch.save({"generator_ema": weights("t2v")}, path / "self_forcing.pt")
+    weights("i2v", in_dim=36)
+    weights("fun", in_dim=48, track_dim=16)
+    weights("clip", in_dim=48, track_dim=16, clip_dim=32)
+    saved(path / "headed.safetensors", randomised(MotionStream(replace(STUB, in_dim=48, track_dim=16, size=(32, 48)))))
+    saved(path / "headless.safetensors", new_model(causal=False), lambda t: t["track_head.conv.weight"].zero_())
+    saved(path / "vae.safetensors", new_vae(STUB_VAE))
+    save_file({"prompt": rand(7, 4096)}, path / "prompt.safetensors")
+    save_file({"prompt": rand(9, 4096, seed=1).bfloat16()}, path / "negative.safetensors")
+    return here, path
+
+
+def settled(weights, *more, frames=81):
+    """What sample.py makes of the flags and the weights: (args, config, what it printed)."""
+    args = sample.parse_flags(["--image", "x.png", *map(str, more)])
+    with quiet() as (out, _):
+        config = sample.settle(args, sample.inspect(wan_workplace()[1] / weights), frames)
+    return args, config, out.getvalue()
+
+
+@contextlib.contextmanager
+def small_pictures():
+    """Public weights make pictures of 48x32 pixels in here; encoders keep what they return in a folder of its own."""
+    inspect = sample.inspect
+
+    def smaller(path):
+        weights = inspect(path)
+        return weights if weights.own else weights._replace(config=replace(weights.config, size=(32, 48)))
+
+    with folder() as cache, unittest.mock.patch.dict(os.environ, {"XDG_CACHE_HOME": str(cache)}), \
+            unittest.mock.patch.object(sample, "inspect", smaller):
+        yield cache
+
+
+def wan_sampled(weights, *more):
+    """Exit code, stdout and stderr of sample.py with public weights, and what the DiT was called with each time."""
+    _, here = wan_workplace()
+    calls, forward = [], MotionStream.forward
+
+    def record(model, x, sigma, text, **given):
+        calls.append(SimpleNamespace(x=x, sigma=sigma, text=text, **given))
+        return forward(model, x, sigma, text, **given)
+
+    flags = {"image": workplace()[1] / "image.png", "weights": here / weights, "vae": here / "vae.safetensors",
+             "out": here / "out.gif"}
+    (here / "out.gif").unlink(missing_ok=True)
+    with small_pictures(), unittest.mock.patch.object(MotionStream, "forward", record):
+        result = sampled(*(word for flag, value in flags.items() for word in (f"--{flag}", value)), *more)
+    return *result, calls
+
+
+def test_the_sampler_is_the_flag_else_what_the_file_says():
+    args, c, out = settled("self_forcing.pt")
+    assert args.sampler == "stream" and "Self-Forcing" in out and c.causal
+    assert (c.chunk, c.sink, c.window) == (3, 0, None) and len(c.sigmas) == 4
+    assert_near(torch.tensor(c.sigmas), torch.tensor([1, 0.9375, 2.5 / 3, 0.625]), 1e-6)
+    for weights, shift, w_text in ("t2v", 8, 6), ("fun", 3, 6):                     # 1536 wide, the real ones
+        args, c, out = settled(f"{weights}.safetensors")
+        assert args.sampler == "teacher" and not c.causal and c.steps == 50
+        assert (c.shift, c.guidance) == (5, (0, 0)), "no text: there is nothing to guide with"
+        assert "shift 5" in out
+        real = sample.inspect(wan_workplace()[1] / f"{weights}.safetensors")
+        real = real._replace(config=replace(real.config, dim=1536))
+        with quiet():
+            args = sample.parse_flags(["--image", "x", "--prompt-embeds", "x"])
+            c = sample.settle(args, real, 81)
+        assert (c.shift, c.guidance) == (shift, (w_text, 0))
+    args, c, _ = settled("t2v.safetensors", "--sampler", "stream", "--steps", 2, "--sink", 1, "--window", 1)
+    assert (c.causal, c.sink, c.window, c.sigmas) == (True, 1, 1, schedule(2, 5.0))
+    assert not settled("self_forcing.pt", "--sampler", "teacher")[1].causal
+    args, c, out = settled("headed.safetensors", "--steps", 3, "--prompt-embeds", "x", "--w-motion", 4)
+    assert args.sampler == "teacher" and out == "" and (c.steps, c.guidance) == (3, (3, 4))
+    assert_error(sample.UserError, "use --sampler teacher", settled, "headed.safetensors", "--sampler", "stream")
+
+
+def test_a_stream_that_remembers_all_ends_where_its_training_did():
+    settled("self_forcing.pt", frames=81)
+    for flags in ("--window", "full"), ("--window", "1"):
+        settled("self_forcing.pt", *flags, frames=500)
+    assert_error(sample.UserError, "add --sink 1 --window 5, or --frames 81", settled, "self_forcing.pt", frames=82)
+    assert_error(sample.UserError, "--sampler teacher", settled, "i2v.safetensors", "--sampler", "stream")
+
+
+def test_each_family_takes_the_image_in_its_own_way():
+    first, clip = rand(1, 16, 1, 2, 3), rand(1, 16, 4, 2, 3)
+    wide, wide_clip = rand(1, 48, 1, 2, 3), rand(1, 48, 4, 2, 3)
+    with_image, with_mask = F.pad(first, (0, 0, 0, 0, 0, 3)), image_and_mask(clip)
+    for fields, given, channels, clean in (
+            ({"in_dim": 16}, first, None, first), ({"in_dim": 32, "track_dim": 16}, first, None, first),
+            ({"in_dim": 48, "track_dim": 16}, first, with_image, None), ({"in_dim": 36}, clip, with_mask, None),
+            ({"in_dim": 48, "out_dim": 48}, wide, None, wide),
+            ({"in_dim": 148, "out_dim": 48, "track_dim": 48}, wide_clip, image_and_mask(wide_clip),
+             wide_clip[:, :, :1])):
+        found = sample.image_inputs(replace(STUB, **fields), given, 4)
+        for value, expected in zip(found, (channels, clean)):
+            assert (value is None) == (expected is None) and (value is None or value.equal(expected)), fields
+    assert "never learned" in settled("t2v.safetensors")[2] and "never learned" not in settled("i2v.safetensors")[2]
+
+
+def test_weights_with_a_mask_see_the_image_and_then_grey():
+    seen = []
+    encode = TinyVAE.encode
+    with unittest.mock.patch.object(TinyVAE, "encode", lambda vae, video: seen.append(video) or encode(vae, video)):
+        code, _, err, calls = wan_sampled("i2v.safetensors", "--frames", 10, "--steps", 1)
+    assert code == 0, err
+    video, = seen
+    assert video.shape[2] == 21 and video[:, :, 0].std() > 0 and video[:, :, 1:].count_nonzero() == 0
+    image = calls[0].image
+    assert image.shape[1:3] == (20, 6) and image[:, :4, 0].eq(1).all() and image[:, :4, 1:].eq(0).all()
+
+
+def test_tracks_are_drawn_where_they_are_and_not_where_they_are_hidden():
+    vae = SimpleNamespace(encode=lambda video: video, parameters=lambda: iter([torch.zeros(1)]))
+    at = torch.tensor([[30.0, 20.0], [70.0, 60.0]]).expand(1, 14, 2, 2)
+    visible = torch.ones(1, 14, 2, dtype=torch.bool)
+    visible[:, 5:, 1] = False
+    c = replace(STUB, size=(96, 128), chunk=3)
+    video = sample.draw_control(vae, sample.Motion(at, visible, None), c, 14)
+    assert video.shape == (1, 3, 21, 96, 128) and video.min() == -1 and video.max() == 1
+    lit = (video[0] > -1).any(0)                                                     # (T, H, W)
+    assert lit[:14, 20, 30].all() and lit[:5, 60, 70].all() and not lit[5, 60, 70]
+    assert not lit[14:].any() and lit[:14].float().mean() < 0.02
+    first, second = (video[0, :, 0, y, x] for x, y in ((30, 20), (70, 60)))
+    assert not first.equal(second), "tracks differ in colour"
+    model, control = new_model(causal=False), rand(1, 8, 6, 4, 6)
+    parts = [part["tracks"] for part in sample.conditions(
+        model, rand(1, 4, 1, 4, 6), sample.Motion(at, visible, torch.zeros(1, 2).long(), control), None)]
+    assert torch.cat(parts, 2).equal(control) and [part.shape[2] for part in parts] == [3, 3]
+
+
+def test_tracks_go_to_a_trained_head_or_are_drawn():
+    tracks = "--tracks", "t.npy"
+    for weights, control in ("fun", "rgb"), ("headed", "sinusoid"):
+        args, _, out = settled(f"{weights}.safetensors", *tracks)
+        assert args.control == control and ("drawn as a control video" in out) == (control == "rgb")
+    for weights, cure, flags in (("fun", "--control rgb", (*tracks, "--control", "sinusoid")),
+                                 ("t2v", "leave --tracks", tracks), ("t2v", "leave --tracks", ("--w-motion", 1)),
+                                 ("headless", "drop --control", (*tracks, "--control", "rgb")),
+                                 ("headless", "no trained track head", tracks)):
+        assert_error(sample.UserError, cure, settled, f"{weights}.safetensors", *flags)
+
+
+def test_guidance_leads_away_from_the_null_text():
+    model = new_model(causal=False)
+    noise, given, _ = clip_of(3)
+    sigma, null, count = torch.full((2,), 0.7), rand(1, 3, 12, seed=9), []
+    model.register_forward_hook(lambda _, args, out: count.append(len(args[0])))
+    full, notext, nomotion = (model(noise, sigma, text, tracks=tracks) for text, tracks in (
+        (given["text"], given["tracks"]), (null.expand(2, -1, -1), given["tracks"]), (given["text"], None)))
+    for w_text, w_motion, batch in (3.0, 1.5, 6), (5.0, 0.0, 4):
+        count.clear()
+        v = guided_velocity(model, noise, sigma, given, (w_text, w_motion), null)
+        assert_near(v, joint_guidance(full, notext, nomotion, w_text, w_motion), 1e-5)
+        assert count == [batch], "without a weight, the motion's evaluation is left out"
+    (x, level), *_ = euler(model, noise, given, None, (1.0,), (5.0, 0.0), null)
+    assert x.equal(noise) and level == 1
+    *_, (x0, _) = euler(model, noise, given, None, (1.0,), (5.0, 0.0), null)
+    assert_near(x0, noise - guided_velocity(model, noise, torch.ones(2), given, (5.0, 0.0), null), 1e-5)
+
+
+def test_encoded_texts_reach_the_teacher_padded_with_zeros():
+    _, here = wan_workplace()
+    texts = "--prompt-embeds", here / "prompt.safetensors", "--negative-embeds", here / "negative.safetensors"
+    code, out, err, calls = wan_sampled("t2v.safetensors", *texts, "--frames", 1, "--steps", 2)
+    assert code == 0 and "guidance leads away" not in out, (out, err)
+    assert len(calls) == 2 and len(calls[0].x) == 2, "two evaluations in one batch: this model has no tracks"
+    expected = F.pad(rand(7, 4096), (0, 0, 0, 505)), F.pad(rand(9, 4096, seed=1).bfloat16().float(), (0, 0, 0, 503))
+    assert calls[0].text.equal(torch.stack(expected))
+    code, out, _, calls = wan_sampled("t2v.safetensors", *texts[:2], "--frames", 1, "--steps", 1)
+    assert code == 0 and "give --negative-embeds" in out and calls[0].text[1].count_nonzero() == 0
+    code, out, _, calls = wan_sampled("t2v.safetensors", "--frames", 1, "--steps", 1)
+    assert code == 0 and "no text at all" in out and calls[0].text is None and len(calls[0].x) == 1
+    code, _, _, calls = wan_sampled("self_forcing.pt", *texts[:2], "--frames", 13)
+    assert code == 0 and [round(call.sigma[0, -1].item(), 3) for call in calls][:5] == [1, 0.938, 0.833, 0.625, 0]
+    assert calls[0].text.equal(expected[0][None]) and calls[0].x[:, :, :1].equal(calls[4].x[:, :, :1])
+
+
+def test_encoded_texts_of_the_wrong_shape_are_refused():
+    with folder() as here:
+        for name, tensors in (("rows", {"a": rand(513, 4096)}), ("width", {"a": rand(5, 4095)}),
+                              ("axes", {"a": rand(1, 5, 4096)}), ("two", {"a": rand(5, 4096), "b": rand(5, 4096)}),
+                              ("none", {"a": rand(0, 4096)}), ("nan", {"a": rand(5, 4096) / 0}),
+                              ("ids", {"a": torch.ones(5, 4096, dtype=torch.int64)})):
+            save_file(tensors, here / name)
+            assert_error(ValueError, str(here / name), encoders.load_text, here / name, 512)
+        save_file({"a": rand(512, 4096)}, here / "full")
+        with quiet() as (out, _):
+            assert encoders.load_text(here / "full", 512).equal(rand(512, 4096)[None])
+        assert "fills all 512 rows" in out.getvalue()
+
+
+def with_transformers():
+    try:
+        import tokenizers
+        import transformers
+    except ImportError:
+        raise unittest.SkipTest("NOT COMPARED with transformers, which is not installed: pip install transformers") from None
+    return transformers, tokenizers
+
+
+def save_encoders(here, width=64):
+    """The encoders of a -Diffusers repository in small, with random parameters; returns (UMT5, CLIP)."""
+    transformers, tokenizers = with_transformers()
+    transformers.utils.logging.disable_progress_bar()
+    words = {word: i for i, word in enumerate("<pad> </s> <unk> a small red cat & dog runs".split())}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>",
+                                         unk_token="<unk>").save_pretrained(here / "tokenizer")
+    umt5 = randomised(transformers.UMT5EncoderModel(transformers.UMT5Config(
+        vocab_size=100, d_model=width, d_kv=16, d_ff=160, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu",
+        dropout_rate=0.0)))
+    clip = randomised(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=224,
+        patch_size=14)))
+    umt5.save_pretrained(here / "text_encoder")
+    clip.save_pretrained(here / "image_encoder")
+    return umt5, clip
+
+
+@torch.no_grad()
+def test_prompts_are_encoded_as_wan_does_it():
+    prompts, loaded, load = ["a  small red\ncat &amp;amp; dog", "", "red " * 20], [], encoders.load_encoder
+
+    def remember(*args):
+        encoder = load(*args)
+        loaded.append(weakref.ref(encoder))
+        return encoder
+
+    with small_pictures() as cache, folder() as here:
+        umt5, _ = save_encoders(here)
+        ids = [[3, 4, 5, 6, 7, 8, 1], [1], [5] * 15 + [1]]                           # the end of the sentence is kept
+        with unittest.mock.patch.object(encoders, "load_encoder", remember), quiet() as (out, _):
+            texts = encoders.encode_texts(prompts, here, 16, torch.device("cpu"))
+        assert len(loaded) == 1 and loaded[0]() is None, "the encoder is still there"
+        assert "fills all 16 rows" in out.getvalue()                                 # the third was cut
+        for text, row in zip(texts, ids):
+            padded = torch.tensor([row + [0] * (16 - len(row))])
+            hidden = umt5(padded, (torch.arange(16) < len(row)).long()[None]).last_hidden_state
+            assert text.shape == (1, 16, 64) and text[0, len(row):].count_nonzero() == 0
+            assert_near(text[0, :len(row)], hidden[0, :len(row)], 1e-5)
+        kept = sorted(cache.rglob("*"))
+        assert len([file for file in kept if file.suffix == ".safetensors"]) == 3 and len(kept) == 4
+        with unittest.mock.patch.object(encoders, "run_umt5", None):                 # not called again
+            again = encoders.encode_texts(prompts, here, 16, torch.device("cpu"))
+            assert all(a.equal(b) for a, b in zip(texts, again))
+        for change in lambda t: t["shared.weight"].zero_(), lambda t: t.pop("shared.weight"), \
+                lambda t: t.pop("encoder.block.1.layer.0.SelfAttention.q.weight"):
+            tensors = load_file(here / "text_encoder/model.safetensors")
+            change(tensors)
+            save_file(tensors, here / "text_encoder/model.safetensors", {"format": "pt"})
+            with quiet():
+                assert_error(ValueError, str(here), encoders.encode_texts, ["red"], here, 16, torch.device("cpu"))
+            umt5.save_pretrained(here / "text_encoder")
+        for part in "tokenizer", "text_encoder":
+            for file in (here / part).iterdir():
+                file.unlink()
+            with quiet():
+                assert_error(ValueError, f"{part}/", encoders.encode_texts, ["red"], here, 16, torch.device("cpu"))
+
+
+def test_prompts_are_cleaned():
+    assert encoders.clean_text(" a\n\tsmall &amp;lt;cat&amp;gt;  ") == "a small <cat>"
+    assert len(encoders.NEGATIVE_PROMPT.split("，")) == 28 and encoders.NEGATIVE_PROMPT.endswith("倒着走")
+
+
+@torch.no_grad()
+def test_the_image_is_encoded_as_wan_does_it():
+    with small_pictures() as cache, folder() as here:
+        _, clip = save_encoders(here)
+        image = rand(1, 3, 32, 48).clamp(-1, 1)
+        features = encoders.encode_image(image, here, 32, torch.device("cpu"))
+        resized = F.interpolate(image, (224, 224), mode="bicubic", align_corners=False) / 2 + 0.5
+        mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
+        std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
+        layers = clip(pixel_values=(resized - mean) / std, output_hidden_states=True).hidden_states
+        assert features.shape == (1, 257, 32) and len(list(cache.rglob("*.safetensors"))) == 1
+        assert_near(features, layers[-2], 1e-5)
+        assert_error(ValueError, "CLIP ViT-H/14", encoders.encode_image, image, here, 1280, torch.device("cpu"))
+
+
+def test_a_prompt_and_an_image_reach_weights_with_both_encoders():
+    _, here = wan_workplace()
+    with folder() as at:
+        save_encoders(at, width=4096)
+        flags = "--prompt", "a red cat", "--text-encoder", at, "--image-encoder", at, "--frames", 3, "--steps", 1
+        tracks = "--tracks", workplace()[1] / "tracks.npy"
+        code, out, err, calls = wan_sampled("clip.safetensors", *flags, *tracks)
+        assert code == 0 and "drawn as a control video" in out, (out, err)
+        call, = calls
+        with small_pictures():
+            words = encoders.encode_texts(["a red cat", encoders.NEGATIVE_PROMPT], at, 512, torch.device("cpu"))
+        assert_near(call.text, torch.cat(words), 1e-5)
+        assert call.clip.shape == (2, 257, 32) and call.clip.count_nonzero() and call.tracks.count_nonzero()
+        assert call.image.shape == call.tracks.shape == (2, 16, 3, 4, 6)
+
+
+def test_what_public_weights_lack_is_said_before_they_load():
+    _, here = wan_workplace()
+    (here / "text.txt").write_text("hello")
+    np.save(here / "five.npy", np.tile(np.float32([[9, 8]]), (9, 5, 1)))
+    tracks = "--tracks", workplace()[1] / "tracks.npy"
+    embeds = "--prompt-embeds", here / "prompt.safetensors"
+    cases = {("t2v", "--prompt", "a cat"): "--text-encoder", ("t2v", "--prompt", "a", *embeds): "give one of them",
+             ("clip",): "--image-encoder", ("t2v", "--image-encoder", here): "no image branch",
+             ("t2v", "--w-text", 2): "there is no text", ("t2v", *tracks): "leave --tracks",
+             ("t2v", "--prompt-embeds", here / "t2v.safetensors"): "expected one, (L, 4096)",
+             ("t2v", "--vae", workplace()[1] / "vae.safetensors"): "is this its VAE",
+             ("t2v", "--frames", 90, "--sampler", "stream"): "--window", ("headless", *embeds): "reads words",
+             ("t2v", "--reference", here / "text.txt"): "text.txt", ("t2v", "--reference", here / "no.mp4"): "no.mp4",
+             ("fun", *tracks, "--reference-tracks", here / "five.npy"): "five.npy: holds 5 tracks"}
+    refuse = unittest.mock.Mock(side_effect=AssertionError("the model was loaded"))
+    with unittest.mock.patch.object(MotionStream, "from_pretrained", refuse):
+        for (weights, *flags), cure in cases.items():
+            code, _, err, _ = wan_sampled(f"{weights}.safetensors", *flags)
+            assert code == 2 and re.fullmatch(r"error: [^\n]+\n", err) and cure in err, (weights, flags, err)
+        with unittest.mock.patch.dict(sys.modules, {"transformers": None}):
+            code, _, err, _ = wan_sampled("t2v.safetensors", "--prompt", "a", "--text-encoder", here)
+        assert code == 2 and "pip install transformers" in err and str(here) in err, err
+    assert not list(here.glob("*out*")), "something was written"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measures.
+
+def test_psnr_and_ssim_equal_their_formulas():
+    a, b = rand(1, 3, 14, 13).sigmoid(), rand(1, 3, 14, 13, seed=1).sigmoid()
+    assert abs(measures.psnr(a, b) - 10 * math.log10(1 / np.mean((a - b).numpy().astype(float) ** 2))) < 1e-4
+    weight = np.array([math.exp(-((y - 5) ** 2 + (x - 5) ** 2) / 4.5) for y in range(11) for x in range(11)])
+    weight, values = weight / weight.sum(), []
+    for c, y, x in itertools.product(range(3), range(4), range(3)):
+        u, v = (t[0, c, y:y + 11, x:x + 11].double().flatten().numpy() for t in (a, b))
+        mu, mv = weight @ u, weight @ v
+        su, sv, cov = weight @ (u - mu) ** 2, weight @ (v - mv) ** 2, weight @ ((u - mu) * (v - mv))
+        values.append((2 * mu * mv + 1e-4) * (2 * cov + 9e-4) / ((mu ** 2 + mv ** 2 + 1e-4) * (su + sv + 9e-4)))
+    assert abs(measures.ssim(a, b) - np.mean(values)) < 1e-9 and abs(measures.ssim(a, a) - 1) < 1e-12
+
+
+def test_endpoint_errors_are_of_the_points_that_were_asked_for():
+    tracks, visible, _ = new_tracks(9, 4, batch=1)
+    known = torch.ones(1, 7, 4, dtype=torch.bool)
+    known[:, 3, 2] = False
+    errors = measures.endpoint_errors(tracks[:, :7] + torch.tensor([3.0, 4.0]), known, tracks, visible)
+    assert len(errors) == (visible[:, :7] & known).sum() and (errors - 5).abs().max() < 1e-4
+
+
+def test_a_result_is_measured_against_a_reference():
+    _, here = workplace()
+    tracks = np.load(here / "tracks.npy")
+    flags = command("--frames", "5", "--out", here / "first.gif")
+    captured, compare = [], sample.compared
+    with unittest.mock.patch.object(sample, "write_video", side_effect=lambda args, frames, *rest: captured.extend(
+            frames)):
+        assert sampled(*flags)[0] == 0
+    with imageio.get_writer(here / "reference.gif", duration=60) as writer:
+        for frame in captured[:4]:
+            writer.append_data(np.dstack([frame] * 1))
+    found, seen = tracks[:5] * 8 + [24, 32], np.zeros((5, 3), bool)           # written 8 times as large; all "hidden"
+    crop = sample.crop(48, 40, (32, 48))
+    assert crop == (1, 0, 4)                                                  # the image is 48x40: 4 rows are cut off
+    found[..., 1] -= 4 * 8
+    np.savez(here / "found.npz", tracks=found.astype(np.float32), visibility=seen)
+    code, out, err = sampled(*flags, "--reference", here / "reference.gif", "--reference-tracks", here / "found.npz")
+    assert code == 0, err
+    psnr, ssim, count = re.search(r"PSNR ([\d.]+|inf) dB, SSIM ([\d.]+), means of (\d) frames", out).groups()
+    assert float(psnr) > 25 and float(ssim) > 0.9 and count == "4", out
+    assert re.search(r"end-point error of found.npz: 5.00 pixels, of 15 points", out), out
+    for name in "first.gif", "reference.gif", "found.npz":
+        (here / name).unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
