@@ -81,6 +81,8 @@ def load_rows(path, most, channels):
 def kept(keys, folder, kind, encode):
     """encode(keys), one tensor a key, or what it returned before. A file is named by the hash of a key and of what the
     encoder's files are called, how large and how old they are."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
     about = [(str(file), file.stat().st_size, file.stat().st_mtime_ns)
              for file in sorted(folder.resolve().rglob("*")) if file.is_file()]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "motionstream"

@@ -75,7 +75,7 @@ def has_mask(config):
 
 def image_inputs(config, first, frames):
     """How weights take the image: (channels of a clip of `frames` latents, clean latent frame 0), None what they do
-    not take. first (B, C, 1, h, w): the image's latent; with a mask (B, C, frames, h, w), see encode_image."""
+    not take. first (B, C, 1, h, w): its latent; with a mask (B, C, frames, h, w), those of a clip grey after it."""
     if has_mask(config):
         channels = image_and_mask(first[:, :, :frames])
     else:

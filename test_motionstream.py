@@ -1917,7 +1917,7 @@ def with_transformers():
         import tokenizers
         import transformers
     except ImportError:
-        raise unittest.SkipTest("NOT COMPARED with transformers, which is not installed: pip install transformers") from None
+        raise unittest.SkipTest("NOT COMPARED with transformers, which is missing: pip install transformers") from None
     return transformers, tokenizers
 
 
@@ -1965,7 +1965,7 @@ def test_prompts_are_encoded_as_wan_does_it():
             assert_near(text[0, :len(row)], hidden[0, :len(row)], 1e-5)
         kept = sorted(cache.rglob("*"))
         assert len([file for file in kept if file.suffix == ".safetensors"]) == 3 and len(kept) == 4
-        with unittest.mock.patch.object(encoders, "run_umt5", None):                 # not called again
+        with unittest.mock.patch.object(encoders, "run_umt5", None), quiet():        # not called again
             again = encoders.encode_texts(prompts, here, 16, torch.device("cpu"))
             assert all(a.equal(b) for a, b in zip(texts, again))
         for change in lambda t: t["shared.weight"].zero_(), lambda t: t.pop("shared.weight"), \
@@ -1984,7 +1984,9 @@ def test_prompts_are_encoded_as_wan_does_it():
 
 
 def test_prompts_are_cleaned():
-    assert encoders.clean_text(" a\n\tsmall &amp;lt;cat&amp;gt;  ") == "a small <cat>"
+    for found in {}, {"ftfy": None}:                                                 # with ftfy and without
+        with unittest.mock.patch.dict(sys.modules, found):
+            assert encoders.clean_text(" a\n\tsmall &amp;lt;cat&amp;gt;  ") == "a small <cat>"
     assert len(encoders.NEGATIVE_PROMPT.split("，")) == 28 and encoders.NEGATIVE_PROMPT.endswith("倒着走")
 
 
@@ -2029,6 +2031,8 @@ def test_what_public_weights_lack_is_said_before_they_load():
              ("clip",): "--image-encoder", ("t2v", "--image-encoder", here): "no image branch",
              ("t2v", "--w-text", 2): "there is no text", ("t2v", *tracks): "leave --tracks",
              ("t2v", "--prompt-embeds", here / "t2v.safetensors"): "expected one, (L, 4096)",
+             ("t2v", "--prompt-embeds", here / "none.safetensors"): "none.safetensors",
+             ("t2v", "--text-encoder", here / "none"): "none: no such folder",
              ("t2v", "--vae", workplace()[1] / "vae.safetensors"): "is this its VAE",
              ("t2v", "--frames", 90, "--sampler", "stream"): "--window", ("headless", *embeds): "reads words",
              ("t2v", "--reference", here / "text.txt"): "text.txt", ("t2v", "--reference", here / "no.mp4"): "no.mp4",
