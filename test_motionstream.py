@@ -803,6 +803,7 @@ def test_families_are_told_from_their_tensors():
             save_file(public(family), here / "a.safetensors")
             model = MotionStream.from_pretrained(here / "a.safetensors", chunk=2)
             assert model.config == replace(c, chunk=2) and same_tensors(model, public(family)), family
+            assert not model.training and not any(p.requires_grad for p in model.parameters())
             assert model.config.image_dim == {"nothing": 0, "latent": c.out_dim, "mask": 4 + c.out_dim}[image], family
             for layout in "Wan", "Diffusers":
                 (here / layout).mkdir()
@@ -846,7 +847,8 @@ def test_files_folders_and_shards_are_found_and_what_is_missing_is_named():
         (here / "repository/transformer").mkdir(parents=True)
         for tensors, at in (public(), here), (in_diffusers_layout(public()), here / "repository/transformer"):
             index = shards(at, tensors)
-            (at / "Wan2.1_VAE.pth").write_bytes(b"of another model")
+            for name in "Wan2.1_VAE.pth", "Wan2.1_VAE.safetensors":
+                (at / name).write_bytes(b"of another model")
             paths = [at, str(at), index, at / "diffusion_pytorch_model-00002-of-00003.safetensors"]
             for path in paths + [here / "repository"] * (at != here):
                 assert same_tensors(MotionStream.from_pretrained(path), public()), path
@@ -857,6 +859,13 @@ def test_files_folders_and_shards_are_found_and_what_is_missing_is_named():
             (at / lost).unlink()
             for path in paths:
                 assert_error(ValueError, f"1 of 3 shards are missing: {lost}", MotionStream.from_pretrained, path)
+    with folder() as here:                                      # shards that only the index knows
+        names = sorted(public())
+        for i in range(2):
+            save_file({name: public()[name] for name in names[i::2]}, here / f"part{i}.safetensors")
+        index = here / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": {name: f"part{i % 2}.safetensors" for i, name in enumerate(names)}}))
+        assert same_tensors(MotionStream.from_pretrained(here), public())
         for content in "{", "[]", "{}", '{"weight_map": 1}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}':
             index.write_text(content)
             assert_error(ValueError, index.name, MotionStream.from_pretrained, index)
