@@ -818,6 +818,15 @@ def test_families_are_told_from_their_tensors():
         assert find_config(tensors, {}, Path("nowhere/a.safetensors")) == c
 
 
+def test_a_track_head_tells_how_wide_its_slot_is():
+    c = replace(WAN, in_dim=40, track_dim=8)                    # of this project, but without its metadata
+    model = randomised(MotionStream(c))
+    with folder() as here:
+        save_file(model.state_dict(), here / "a.safetensors")
+        back = MotionStream.from_pretrained(here / "a.safetensors")
+    assert back.config == c and all(t.equal(model.state_dict()[name]) for name, t in back.state_dict().items())
+
+
 def test_what_training_and_packing_put_around_names_is_taken_off():
     with folder() as here:
         for prefix in ("model.", "model.diffusion_model.", "module.", "_orig_mod.", "_fsdp_wrapped_module.",
