@@ -911,9 +911,15 @@ def test_checkpoints_of_self_forcing_and_causvid_are_students():
         torch.save(public(), here / "flat.pth")
         model = MotionStream.from_pretrained(here / "flat.pth")
         assert same_tensors(model, public()) and not model.config.causal
-        for content in [1], {"generator": [1]}, {"model": {"a": 1}}, {"lora": named}, {"generator": {"a": Path()}}:
+
+        class Code:
+            def __reduce__(self):
+                return Path.touch, (here / "it ran",)
+
+        for content in [1], {"generator": [1]}, {"model": {"a": 1}}, {"lora": named}, {"generator": Code()}:
             torch.save(content, here / "odd.pt")
             assert_error(ValueError, "odd.pt", MotionStream.from_pretrained, here / "odd.pt")
+        assert not (here / "it ran").exists()
 
 
 def test_dtypes_of_public_files_are_kept_and_islands_never_rounded():
