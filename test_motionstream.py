@@ -965,7 +965,8 @@ def test_public_weights_that_do_not_fit_are_refused_in_one_line():
     refused("26 tensors", {"blocks.0": None} | {"blocks.0.ffn.0.weight": torch.zeros(320, 256)})
     refused("2 tensors are missing, extra or of another shape for a MotionStream: ref_conv.bias, ref_conv.weight",
             {"ref_conv.weight": torch.zeros(4), "ref_conv.bias": torch.zeros(4)})
-    refused("7 tensors", {f"vace_blocks.{i}": torch.zeros(4) for i in range(7)})
+    for text in "7 tensors", "vace_blocks.3, vace_blocks.4; is":                        # the count, and five names
+        refused(text, {f"vace_blocks.{i}": torch.zeros(4) for i in range(7)})
     refused("a.safetensors: holds blocks.0.norm3.bias twice", {"model.blocks.0.norm3.bias": torch.zeros(256)})
     for name in "patch_embedding", "head.head", "blocks", "text_embedding", "time_embedding":
         refused("not a Wan DiT", {name: None})
