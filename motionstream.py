@@ -551,7 +551,7 @@ DIFFUSERS = {
     "add_k_proj": "k_img", "add_v_proj": "v_img", "norm_added_k": "norm_k_img",
     "norm2": "norm3", "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2",
 }
-PARTS = r"(?<![^.])(" + "|".join(map(re.escape, DIFFUSERS)) + r")(?![^.])"
+PARTS = "(" + "|".join(map(re.escape, DIFFUSERS)) + r")(?![^.])"
 
 # The same of the words in config.json.
 CONFIG_JSON = {"num_attention_heads": "num_heads", "in_channels": "in_dim", "out_channels": "out_dim",

@@ -806,6 +806,7 @@ def test_families_are_told_from_their_tensors():
             save_file(public(family), here / "a.safetensors")
             model = MotionStream.from_pretrained(here / "a.safetensors", chunk=2)
             assert model.config == replace(c, chunk=2) and same_tensors(model, public(family)), family
+            assert not model.training and not any(p.requires_grad for p in model.parameters())
             assert model.config.image_dim == {"nothing": 0, "latent": c.out_dim, "mask": 4 + c.out_dim}[image], family
             for layout in "Wan", "Diffusers":
                 (here / layout).mkdir()
@@ -818,6 +819,15 @@ def test_families_are_told_from_their_tensors():
             tensors = MotionStream(c).state_dict()
         tensors.pop("track_head.conv.weight", None)
         assert find_config(tensors, {}, Path("nowhere/a.safetensors")) == c
+
+
+def test_a_track_head_tells_how_wide_its_slot_is():
+    c = replace(WAN, in_dim=40, track_dim=8)                    # of this project, but without its metadata
+    model = randomised(MotionStream(c))
+    with folder() as here:
+        save_file(model.state_dict(), here / "a.safetensors")
+        back = MotionStream.from_pretrained(here / "a.safetensors")
+    assert back.config == c and all(t.equal(model.state_dict()[name]) for name, t in back.state_dict().items())
 
 
 def test_what_training_and_packing_put_around_names_is_taken_off():
@@ -849,7 +859,8 @@ def test_files_folders_and_shards_are_found_and_what_is_missing_is_named():
         (here / "repository/transformer").mkdir(parents=True)
         for tensors, at in (public(), here), (in_diffusers_layout(public()), here / "repository/transformer"):
             index = shards(at, tensors)
-            (at / "Wan2.1_VAE.pth").write_bytes(b"of another model")
+            for name in "Wan2.1_VAE.pth", "Wan2.1_VAE.safetensors":
+                (at / name).write_bytes(b"of another model")
             paths = [at, str(at), index, at / "diffusion_pytorch_model-00002-of-00003.safetensors"]
             for path in paths + [here / "repository"] * (at != here):
                 assert same_tensors(MotionStream.from_pretrained(path), public()), path
@@ -860,6 +871,13 @@ def test_files_folders_and_shards_are_found_and_what_is_missing_is_named():
             (at / lost).unlink()
             for path in paths:
                 assert_error(ValueError, f"1 of 3 shards are missing: {lost}", MotionStream.from_pretrained, path)
+    with folder() as here:                                      # shards that only the index knows
+        names = sorted(public())
+        for i in range(2):
+            save_file({name: public()[name] for name in names[i::2]}, here / f"part{i}.safetensors")
+        index = here / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": {name: f"part{i % 2}.safetensors" for i, name in enumerate(names)}}))
+        assert same_tensors(MotionStream.from_pretrained(here), public())
         for content in "{", "[]", "{}", '{"weight_map": 1}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}':
             index.write_text(content)
             assert_error(ValueError, index.name, MotionStream.from_pretrained, index)
@@ -896,9 +914,15 @@ def test_checkpoints_of_self_forcing_and_causvid_are_students():
         torch.save(public(), here / "flat.pth")
         model = MotionStream.from_pretrained(here / "flat.pth")
         assert same_tensors(model, public()) and not model.config.causal
-        for content in [1], {"generator": [1]}, {"model": {"a": 1}}, {"lora": named}, {"generator": {"a": Path()}}:
+
+        class Code:
+            def __reduce__(self):
+                return Path.touch, (here / "it ran",)
+
+        for content in [1], {"generator": [1]}, {"model": {"a": 1}}, {"lora": named}, {"generator": Code()}:
             torch.save(content, here / "odd.pt")
             assert_error(ValueError, "odd.pt", MotionStream.from_pretrained, here / "odd.pt")
+        assert not (here / "it ran").exists()
 
 
 def test_dtypes_of_public_files_are_kept_and_islands_never_rounded():
@@ -944,7 +968,8 @@ def test_public_weights_that_do_not_fit_are_refused_in_one_line():
     refused("26 tensors", {"blocks.0": None} | {"blocks.0.ffn.0.weight": torch.zeros(320, 256)})
     refused("2 tensors are missing, extra or of another shape for a MotionStream: ref_conv.bias, ref_conv.weight",
             {"ref_conv.weight": torch.zeros(4), "ref_conv.bias": torch.zeros(4)})
-    refused("7 tensors", {f"vace_blocks.{i}": torch.zeros(4) for i in range(7)})
+    for text in "7 tensors", "vace_blocks.3, vace_blocks.4; is":                        # the count, and five names
+        refused(text, {f"vace_blocks.{i}": torch.zeros(4) for i in range(7)})
     refused("a.safetensors: holds blocks.0.norm3.bias twice", {"model.blocks.0.norm3.bias": torch.zeros(256)})
     for name in "patch_embedding", "head.head", "blocks", "text_embedding", "time_embedding":
         refused("not a Wan DiT", {name: None})
