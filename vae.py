@@ -304,7 +304,7 @@ class Attention(nn.Module):
     def forward(self, x):
         B, C, T, H, W = x.shape
         qkv = self.to_qkv(self.norm(x.transpose(1, 2).flatten(0, 1)))                   # (B T, 3 C, H, W)
-        q, k, v = qkv.flatten(2).transpose(1, 2)[:, None].chunk(3, -1)                  # (B T, 1, H W, C)
+        q, k, v = qkv.flatten(2).transpose(1, 2)[:, None].contiguous().chunk(3, -1)     # (B T, 1, H W, C)
         y = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)
         return x + self.proj(y.unflatten(2, (H, W))).unflatten(0, (B, T)).transpose(1, 2)
 
