@@ -227,12 +227,8 @@ class CausalConv(nn.Conv3d):
         super().__init__(inputs, outputs, kernel, (stride, 1, 1), (0, kernel[1] // 2, kernel[2] // 2))
         self.past = kernel[0] - stride
 
-    def nothing(self, x):
-        return x.new_zeros(*x.shape[:2], self.past, *x.shape[3:])
-
     def forward(self, x, state, memory):
-        past = state[len(memory)] if state is not None else self.nothing(x)
-        x = torch.cat([past, x], 2)
+        x = F.pad(x, (0, 0, 0, 0, self.past, 0)) if state is None else torch.cat([state[len(memory)], x], 2)
         memory.append(x[:, :, -self.past:].clone())     # a view would keep all of x
         return super().forward(x)
 
@@ -245,7 +241,7 @@ class TimeConv(CausalConv):
 
     def forward(self, x, state, memory):
         if state is None:       # the next piece sees frame 0 where T is halved, zeros where it is doubled
-            memory.append(x if self.past == 1 else self.nothing(x))
+            memory.append(x if self.past == 1 else torch.zeros_like(x).expand(-1, -1, 2, -1, -1))
             return x
         y = super().forward(x, state, memory).unflatten(1, (-1, x.shape[1]))    # (B, 1 or 2, C, T, H, W)
         return y.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
@@ -331,14 +327,12 @@ class Stage(Causal):
 
 def resample(width, outputs, time, up):
     """Double T if time is 2, and then H and W; or halve H and W, and then T."""
+    time_conv = {"time_conv": TimeConv(width, 1 if up else 2)} if time == 2 else {}
     if up:
-        layers = OrderedDict(time_conv=TimeConv(width, 1)) if time == 2 else OrderedDict()
-        layers["resample"] = PerFrame(nn.Upsample(scale_factor=2), nn.Conv2d(width, outputs, 3, padding=1))
-    else:
-        layers = OrderedDict(resample=PerFrame(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, outputs, 3, 2)))
-        if time == 2:
-            layers["time_conv"] = TimeConv(outputs, 2)
-    return Causal(layers)
+        conv = PerFrame(nn.Upsample(scale_factor=2), nn.Conv2d(width, outputs, 3, padding=1))
+        return Causal(OrderedDict(**time_conv, resample=conv))
+    conv = PerFrame(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, outputs, 3, 2))
+    return Causal(OrderedDict(resample=conv, **time_conv))
 
 
 def build_wan(c, up):
@@ -373,16 +367,14 @@ class WanVAE(nn.Module):
         self.patch = 2 if config.residual else 1
         self.stride = 8 * self.patch
 
-    def statistics(self, like):
-        """Mean and standard deviation of the latents, (C, 1, 1, 1)."""
-        return (like.new_tensor(values).view(-1, 1, 1, 1) for values in STATISTICS[self.config.latent_channels])
-
     def encode(self, video):
-        """As TinyVAE's. Four frames are computed at a time. The latents are means of the distribution, none is drawn."""
+        """As TinyVAE's: video (B, 3, T, H, W) to latents (B, C, F, h, w), the means of the distribution, none is drawn.
+        Four frames are computed at a time, which bounds memory."""
         T, H, W = video.shape[2:]
         assert T % FRAMES == 1, f"a clip has 1 + {FRAMES} k frames, this one has {T}"
         assert H % self.stride == W % self.stride == 0, f"{W}x{H} pixels do not divide by {self.stride}"
-        (mean, std), latents, state = self.statistics(video), [], None
+        mean, std = video.new_tensor(STATISTICS[self.config.latent_channels]).view(2, -1, 1, 1, 1)
+        latents, state = [], None
         for frames in video.split([1] + T // FRAMES * [FRAMES], 2):
             x = F.pixel_unshuffle(frames.transpose(1, 2).mT, self.patch).mT.transpose(1, 2)     # columns before rows
             memory = []
@@ -392,8 +384,12 @@ class WanVAE(nn.Module):
         return torch.cat(latents, 2)
 
     def decode(self, latents, state=None):
-        """As TinyVAE's. One latent frame is computed at a time, so the pieces do not change a bit."""
-        (mean, std), video = self.statistics(latents), []
+        """As TinyVAE's: latents (B, C, F, h, w) to video (B, 3, T, H, W) in [-1, 1], and the state that continues it.
+        One latent frame is computed at a time, so pieces give the bits of the whole."""
+        C = self.config.latent_channels
+        assert latents.shape[1] == C, f"latents of this VAE have {C} channels, these have {latents.shape[1]}"
+        mean, std = latents.new_tensor(STATISTICS[C]).view(2, -1, 1, 1, 1)
+        video = []
         for z in latents.split(1, 2):
             memory = []
             x = self.decoder(self.conv2(z * std + mean), state, memory)
@@ -407,9 +403,6 @@ class WanVAE(nn.Module):
         return load_vae(path, cls)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Files.
-
 VAE_FILES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth", "vae/diffusion_pytorch_model.safetensors",
              "diffusion_pytorch_model.safetensors")     # in a folder; beside a .pth, the last is Wan's DiT
 
@@ -422,11 +415,8 @@ def load_vae(path, kind=None):
     if path.is_dir():
         path = next((path / name for name in VAE_FILES if (path / name).is_file()), path / VAE_FILES[0])
     tensors, metadata = read_tensors(path)
-    tensors = wan_names(tensors)
-    if metadata.get("format") == "tiny-vae":
-        config = read_config(TinyVAEConfig, metadata, path)
-    else:
-        config = config_from_tensors(tensors, path)
+    tensors, own = wan_names(tensors), metadata.get("format") == "tiny-vae"
+    config = read_config(TinyVAEConfig, metadata, path) if own else config_from_tensors(tensors, path)
     with torch.device("meta"):
         vae = WanVAE(config) if isinstance(config, WanVAEConfig) else TinyVAE(config)
     if kind not in (None, type(vae)):
@@ -465,7 +455,7 @@ def config_from_tensors(tensors, path):
     """Config of a public file, by the shapes of its tensors. Raises ValueError if it is no VAE of Wan or TAEHV."""
     shapes = {name.removesuffix(".weight"): t.shape for name, t in tensors.items()}
     try:
-        if "conv2" in shapes:
+        if shapes.get("conv2", [0])[0] in STATISTICS:
             return WanVAEConfig(shapes["conv2"][0], shapes["encoder.conv1"][0], shapes["decoder.head.2"][1],
                                 residual="encoder.downsamples.0.downsamples.0.residual.2" in shapes)
         down = [(shapes[f"encoder.{i + 1}"][0], *shapes[f"encoder.{i}.conv"][:2]) for i in (2, 7, 12)]
@@ -475,7 +465,8 @@ def config_from_tensors(tensors, path):
             tuple((width, 3, inputs // outputs, 2) for width, outputs, inputs in down),
             tuple((inputs, 3, outputs // inputs, 2) for outputs, inputs in up), shapes["decoder.22"][1])
     except (KeyError, IndexError, ZeroDivisionError, ValueError) as e:
-        raise ValueError(f"{path}: neither TAEHV's layout nor a VAE of Wan 2.1 or 2.2 ({type(e).__name__}: {e})") from None
+        raise ValueError(f"{path}: not the layout of TAEHV, nor of Wan's VAEs with 16 or 48 channels "
+                         f"({type(e).__name__}: {e}); is it the VAE's file?") from None
 
 
 def read_tensors(path):
