@@ -2,11 +2,9 @@
 
 `TinyVAE` has the layout and the parameter names of TAEHV (github.com/madebyollin/taehv, MIT), so its public files for
 Wan (`taew2_1`, `taew2_2`) load into the same class as the tiny model's own weights; widths, patch and padding are free.
-All its convolutions are 2-D over single frames. Time enters in three places: `MemBlock` sees the previous frame,
-`TPool` packs frames into channels and `TGrow` unpacks them.
-
-`WanVAE` is the autoencoder that Wan's models were trained with, of Wan 2.1 (8x8 pixels, 16 channels) and of Wan 2.2 5B
-(16x16 pixels, 48 channels). Its convolutions are 3-D and causal. `load_vae` opens a file of either kind.
+Its convolutions are 2-D. Time enters in three places: `MemBlock` sees the previous frame, `TPool` packs frames into
+channels and `TGrow` unpacks them. `WanVAE` is the VAE of Wan 2.1 (8x8 pixels, 16 channels) and of Wan 2.2 5B (16x16
+pixels, 48 channels); its convolutions are 3-D and causal. `load_vae` opens either kind.
 
     B batch   T video frames   F latent frames, T = 1 + 4 (F - 1)   C channels   h w latent size   H W pixels
 
@@ -189,10 +187,10 @@ class TinyVAE(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The VAE of Wan. Tensors are (B, C, T, H, W); layers have the names of Wan's own files. A clip is computed in pieces:
-# frame 0, which is a latent of its own, then four frames or one latent at a time. `state` has a tensor for each
-# convolution over time, the input frames that its next piece still sees; None starts a clip. A layer reads its own
-# entry, state[len(memory)], and appends the next one to `memory`, which becomes the new state.
+# The VAE of Wan. Tensors are (B, C, T, H, W), names are those of Wan's files. A clip is computed in pieces: frame 0, a
+# latent of its own, then four frames or one latent at a time. `state` holds, for each convolution over time, the input
+# frames that its next piece still sees; None starts a clip. A layer reads its entry, state[len(memory)], and appends
+# the next one to `memory`, which becomes the new state.
 
 @dataclass
 class WanVAEConfig:
@@ -306,7 +304,7 @@ class Attention(nn.Module):
 
 
 class Stage(Causal):
-    """A stage of Wan 2.2: its layers, plus its input, averaged and folded going down, repeated and unfolded going up."""
+    """A stage of Wan 2.2: its layers, plus its input, averaged and folded or (up) repeated and unfolded."""
 
     def __init__(self, name, layers, *size):
         super().__init__(OrderedDict({name: Causal(*layers)}))
@@ -339,7 +337,7 @@ def build_wan(c, up):
     """The encoder, from pixels to mean and log variance of the latents, or (up) the decoder."""
     base, blocks, name = (c.decoder, 3, "upsamples") if up else (c.encoder, 2, "downsamples")
     stages = ((4, 2, 2), (4, 2, 2), (2, 1, 2), (1, 1, 1)) if up else ((1, 1, 2), (2, 2, 2), (4, 2, 2), (4, 1, 1))
-    pixels, width, layers = 12 if c.residual else 3, base * stages[0][0], []
+    width, wide, pixels, layers = base * stages[0][0], 4 * base, 12 if c.residual else 3, []
     conv1 = CausalConv(c.latent_channels if up else pixels, width)
     for multiple, time, space in stages:
         inputs, out = width, base * multiple
@@ -348,7 +346,6 @@ def build_wan(c, up):
         if space == 2:
             stage.append(resample(out, width, time, up))
         layers += [Stage(name, stage, out, time, space)] if c.residual else stage
-    wide = 4 * base
     middle = Causal(ResBlock(wide, wide), Attention(wide), ResBlock(wide, wide))
     head = Causal(RMSNorm(width), nn.SiLU(), CausalConv(width, pixels if up else 2 * c.latent_channels))
     order = {"middle": middle, name: Causal(*layers)} if up else {name: Causal(*layers), "middle": middle}
@@ -360,23 +357,19 @@ class WanVAE(nn.Module):
 
     def __init__(self, config=WanVAEConfig()):
         super().__init__()
-        C = config.latent_channels
-        self.config = config
+        self.config, C = config, config.latent_channels
         self.encoder, self.decoder = build_wan(config, up=False), build_wan(config, up=True)
         self.conv1, self.conv2 = nn.Conv3d(2 * C, 2 * C, 1), nn.Conv3d(C, C, 1)
-        self.patch = 2 if config.residual else 1
-        self.stride = 8 * self.patch
+        self.stride = 16 if config.residual else 8
 
     def encode(self, video):
-        """As TinyVAE's: video (B, 3, T, H, W) to latents (B, C, F, h, w), the means of the distribution, none is drawn.
-        Four frames are computed at a time, which bounds memory."""
-        T, H, W = video.shape[2:]
+        """As TinyVAE's, (B, 3, T, H, W) to (B, C, F, h, w): the means, nothing is drawn. Four frames at a time."""
+        (T, H, W), latents, state = video.shape[2:], [], None
         assert T % FRAMES == 1, f"a clip has 1 + {FRAMES} k frames, this one has {T}"
         assert H % self.stride == W % self.stride == 0, f"{W}x{H} pixels do not divide by {self.stride}"
         mean, std = video.new_tensor(STATISTICS[self.config.latent_channels]).view(2, -1, 1, 1, 1)
-        latents, state = [], None
         for frames in video.split([1] + T // FRAMES * [FRAMES], 2):
-            x = F.pixel_unshuffle(frames.transpose(1, 2).mT, self.patch).mT.transpose(1, 2)     # columns before rows
+            x = F.pixel_unshuffle(frames.transpose(1, 2).mT, self.stride // 8).mT.transpose(1, 2)  # columns before rows
             memory = []
             z = self.conv1(self.encoder(x, state, memory)).chunk(2, 1)[0]
             latents.append((z - mean) / std)
@@ -386,14 +379,13 @@ class WanVAE(nn.Module):
     def decode(self, latents, state=None):
         """As TinyVAE's: latents (B, C, F, h, w) to video (B, 3, T, H, W) in [-1, 1], and the state that continues it.
         One latent frame is computed at a time, so pieces give the bits of the whole."""
-        C = self.config.latent_channels
+        C, video = self.config.latent_channels, []
         assert latents.shape[1] == C, f"latents of this VAE have {C} channels, these have {latents.shape[1]}"
         mean, std = latents.new_tensor(STATISTICS[C]).view(2, -1, 1, 1, 1)
-        video = []
         for z in latents.split(1, 2):
             memory = []
             x = self.decoder(self.conv2(z * std + mean), state, memory)
-            video.append(F.pixel_shuffle(x.transpose(1, 2).mT, self.patch).mT.transpose(1, 2))
+            video.append(F.pixel_shuffle(x.transpose(1, 2).mT, self.stride // 8).mT.transpose(1, 2))
             state = memory
         return torch.cat(video, 2).clamp(-1, 1), state
 
@@ -427,12 +419,12 @@ def load_vae(path, kind=None):
 
 
 # From diffusers' names to Wan's, in this order.
-DIFFUSERS = {".norm1.": ".residual.0.", ".conv1.": ".residual.2.", ".norm2.": ".residual.3.", ".conv2.": ".residual.6.",
-             ".conv_shortcut.": ".shortcut.", "post_quant_conv.": "conv2.", "quant_conv.": "conv1.",
-             ".conv_in.": ".conv1.", ".norm_out.": ".head.0.", ".conv_out.": ".head.2.",
+DIFFUSERS = {".norm1.": ".residual.0.", ".conv1.": ".residual.2.", ".norm2.": ".residual.3.",
+             ".conv2.": ".residual.6.", ".conv_shortcut.": ".shortcut.", "post_quant_conv.": "conv2.",
+             "quant_conv.": "conv1.", ".conv_in.": ".conv1.", ".norm_out.": ".head.0.", ".conv_out.": ".head.2.",
              "mid_block.resnets.0.": "middle.0.", "mid_block.attentions.0.": "middle.1.",
-             "mid_block.resnets.1.": "middle.2.", "_blocks.": "samples.",
-             ".upsamplers.0.": ".resnets.3.", ".upsampler.": ".resnets.3.", ".downsampler.": ".resnets.2."}
+             "mid_block.resnets.1.": "middle.2.", "_blocks.": "samples.", ".upsamplers.0.": ".resnets.3.",
+             ".upsampler.": ".resnets.3.", ".downsampler.": ".resnets.2."}
 
 
 def wan_names(tensors):
