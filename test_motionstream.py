@@ -24,7 +24,7 @@ import tempfile
 import time
 import traceback
 import unittest
-from collections import Counter
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -815,7 +815,7 @@ def test_the_wan_vae_gives_the_bits_of_diffusers_from_either_layout():
             (here / version / "vae").mkdir(parents=True)
             (here / f"{version}-Wan").mkdir()
             torch.save(saved, here / f"{version}-Wan" / f"Wan{version}_VAE.pth")
-            dit = here / f"{version}-Wan" / "diffusion_pytorch_model.safetensors"              # beside a .pth: not the VAE
+            dit = here / f"{version}-Wan" / "diffusion_pytorch_model.safetensors"          # beside a .pth: not the VAE
             save_file({"patch_embedding.weight": rand(3)}, dit)
             save_file(saved, here / "original.safetensors")
             save_file(theirs.state_dict(), here / version / "vae" / "diffusion_pytorch_model.safetensors")
@@ -888,6 +888,15 @@ def test_wan_encoding_is_causal_and_holds_few_frames_however_long_the_clip():
         assert vae.encode(video[:, :, :13]).equal(latents[:, :, :4])
         assert_error(AssertionError, "28", vae.encode, video[:, :, :28])
         assert_error(AssertionError, str(3 * vae.stride - 1), vae.encode, video[..., 1:])
+
+
+def test_the_wan_vae_runs_from_its_own_source():
+    own = lifted("vae.py", "FRAMES", "WanVAEConfig", "STATISTICS", "CausalConv", "TimeConv", "Causal", "PerFrame",
+                 "RMSNorm", "ResBlock", "Attention", "Stage", "resample", "build_wan", "WanVAE",
+                 OrderedDict=OrderedDict)
+    vae = randomised(own.WanVAE(own.WanVAEConfig(48, 8, 12, True)))
+    z = vae.encode(wan_video(vae, 5))
+    assert z.equal(randomised(WanVAE(WAN22)).encode(wan_video(vae, 5))) and vae.decode(z)[0].shape[2] == 5
 
 
 def test_every_file_opens_as_the_vae_it_holds_or_is_refused_in_one_line():
