@@ -2,11 +2,9 @@
 
 `TinyVAE` has the layout and the parameter names of TAEHV (github.com/madebyollin/taehv, MIT), so its public files for
 Wan (`taew2_1`, `taew2_2`) load into the same class as the tiny model's own weights; widths, patch and padding are free.
-All its convolutions are 2-D over single frames. Time enters in three places: `MemBlock` sees the previous frame,
-`TPool` packs frames into channels and `TGrow` unpacks them.
-
-`WanVAE` is the autoencoder that Wan's models were trained with, of Wan 2.1 (8x8 pixels, 16 channels) and of Wan 2.2 5B
-(16x16 pixels, 48 channels). Its convolutions are 3-D and causal. `load_vae` opens a file of either kind.
+Its convolutions are 2-D. Time enters in three places: `MemBlock` sees the previous frame, `TPool` packs frames into
+channels and `TGrow` unpacks them. `WanVAE` is the VAE of Wan 2.1 (8x8 pixels, 16 channels) and of Wan 2.2 5B (16x16
+pixels, 48 channels); its convolutions are 3-D and causal. `load_vae` opens either kind.
 
     B batch   T video frames   F latent frames, T = 1 + 4 (F - 1)   C channels   h w latent size   H W pixels
 
@@ -190,10 +188,10 @@ class TinyVAE(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The VAE of Wan. Tensors are (B, C, T, H, W); layers have the names of Wan's own files. A clip is computed in pieces:
-# frame 0, which is a latent of its own, then four frames or one latent at a time. `state` has a tensor for each
-# convolution over time, the input frames that its next piece still sees; None starts a clip. A layer reads its own
-# entry, state[len(memory)], and appends the next one to `memory`, which becomes the new state.
+# The VAE of Wan. Tensors are (B, C, T, H, W), names are those of Wan's files. A clip is computed in pieces: frame 0, a
+# latent of its own, then four frames or one latent at a time. `state` holds, for each convolution over time, the input
+# frames that its next piece still sees; None starts a clip. A layer reads its entry, state[len(memory)], and appends
+# the next one to `memory`, which becomes the new state.
 
 @dataclass
 class WanVAEConfig:
@@ -228,12 +226,8 @@ class CausalConv(nn.Conv3d):
         super().__init__(inputs, outputs, kernel, (stride, 1, 1), (0, kernel[1] // 2, kernel[2] // 2))
         self.past = kernel[0] - stride
 
-    def nothing(self, x):
-        return x.new_zeros(*x.shape[:2], self.past, *x.shape[3:])
-
     def forward(self, x, state, memory):
-        past = state[len(memory)] if state is not None else self.nothing(x)
-        x = torch.cat([past, x], 2)
+        x = F.pad(x, (0, 0, 0, 0, self.past, 0)) if state is None else torch.cat([state[len(memory)], x], 2)
         memory.append(x[:, :, -self.past:].clone())     # a view would keep all of x
         return super().forward(x)
 
@@ -246,7 +240,7 @@ class TimeConv(CausalConv):
 
     def forward(self, x, state, memory):
         if state is None:       # the next piece sees frame 0 where T is halved, zeros where it is doubled
-            memory.append(x if self.past == 1 else self.nothing(x))
+            memory.append(x if self.past == 1 else torch.zeros_like(x).expand(-1, -1, 2, -1, -1))
             return x
         y = super().forward(x, state, memory).unflatten(1, (-1, x.shape[1]))    # (B, 1 or 2, C, T, H, W)
         return y.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
@@ -305,13 +299,13 @@ class Attention(nn.Module):
     def forward(self, x):
         B, C, T, H, W = x.shape
         qkv = self.to_qkv(self.norm(x.transpose(1, 2).flatten(0, 1)))                   # (B T, 3 C, H, W)
-        q, k, v = qkv.flatten(2).transpose(1, 2)[:, None].chunk(3, -1)                  # (B T, 1, H W, C)
+        q, k, v = qkv.flatten(2).transpose(1, 2)[:, None].contiguous().chunk(3, -1)     # (B T, 1, H W, C)
         y = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)
         return x + self.proj(y.unflatten(2, (H, W))).unflatten(0, (B, T)).transpose(1, 2)
 
 
 class Stage(Causal):
-    """A stage of Wan 2.2: its layers, plus its input, averaged and folded going down, repeated and unfolded going up."""
+    """A stage of Wan 2.2: its layers, plus its input, averaged and folded or (up) repeated and unfolded."""
 
     def __init__(self, name, layers, *size):
         super().__init__(OrderedDict({name: Causal(*layers)}))
@@ -332,21 +326,19 @@ class Stage(Causal):
 
 def resample(width, outputs, time, up):
     """Double T if time is 2, and then H and W; or halve H and W, and then T."""
+    time_conv = {"time_conv": TimeConv(width, 1 if up else 2)} if time == 2 else {}
     if up:
-        layers = OrderedDict(time_conv=TimeConv(width, 1)) if time == 2 else OrderedDict()
-        layers["resample"] = PerFrame(nn.Upsample(scale_factor=2), nn.Conv2d(width, outputs, 3, padding=1))
-    else:
-        layers = OrderedDict(resample=PerFrame(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, outputs, 3, 2)))
-        if time == 2:
-            layers["time_conv"] = TimeConv(outputs, 2)
-    return Causal(layers)
+        conv = PerFrame(nn.Upsample(scale_factor=2), nn.Conv2d(width, outputs, 3, padding=1))
+        return Causal(OrderedDict(**time_conv, resample=conv))
+    conv = PerFrame(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, outputs, 3, 2))
+    return Causal(OrderedDict(resample=conv, **time_conv))
 
 
 def build_wan(c, up):
     """The encoder, from pixels to mean and log variance of the latents, or (up) the decoder."""
     base, blocks, name = (c.decoder, 3, "upsamples") if up else (c.encoder, 2, "downsamples")
     stages = ((4, 2, 2), (4, 2, 2), (2, 1, 2), (1, 1, 1)) if up else ((1, 1, 2), (2, 2, 2), (4, 2, 2), (4, 1, 1))
-    pixels, width, layers = 12 if c.residual else 3, base * stages[0][0], []
+    width, wide, pixels, layers = base * stages[0][0], 4 * base, 12 if c.residual else 3, []
     conv1 = CausalConv(c.latent_channels if up else pixels, width)
     for multiple, time, space in stages:
         inputs, out = width, base * multiple
@@ -355,7 +347,6 @@ def build_wan(c, up):
         if space == 2:
             stage.append(resample(out, width, time, up))
         layers += [Stage(name, stage, out, time, space)] if c.residual else stage
-    wide = 4 * base
     middle = Causal(ResBlock(wide, wide), Attention(wide), ResBlock(wide, wide))
     head = Causal(RMSNorm(width), nn.SiLU(), CausalConv(width, pixels if up else 2 * c.latent_channels))
     order = {"middle": middle, name: Causal(*layers)} if up else {name: Causal(*layers), "middle": middle}
@@ -367,25 +358,19 @@ class WanVAE(nn.Module):
 
     def __init__(self, config=WanVAEConfig()):
         super().__init__()
-        C = config.latent_channels
-        self.config = config
+        self.config, C = config, config.latent_channels
         self.encoder, self.decoder = build_wan(config, up=False), build_wan(config, up=True)
         self.conv1, self.conv2 = nn.Conv3d(2 * C, 2 * C, 1), nn.Conv3d(C, C, 1)
-        self.patch = 2 if config.residual else 1
-        self.stride = 8 * self.patch
-
-    def statistics(self, like):
-        """Mean and standard deviation of the latents, (C, 1, 1, 1)."""
-        return (like.new_tensor(values).view(-1, 1, 1, 1) for values in STATISTICS[self.config.latent_channels])
+        self.stride = 16 if config.residual else 8
 
     def encode(self, video):
-        """As TinyVAE's. Four frames are computed at a time. The latents are means of the distribution, none is drawn."""
-        T, H, W = video.shape[2:]
+        """As TinyVAE's, (B, 3, T, H, W) to (B, C, F, h, w): the means, nothing is drawn. Four frames at a time."""
+        (T, H, W), latents, state = video.shape[2:], [], None
         assert T % FRAMES == 1, f"a clip has 1 + {FRAMES} k frames, this one has {T}"
         assert H % self.stride == W % self.stride == 0, f"{W}x{H} pixels do not divide by {self.stride}"
-        (mean, std), latents, state = self.statistics(video), [], None
+        mean, std = video.new_tensor(STATISTICS[self.config.latent_channels]).view(2, -1, 1, 1, 1)
         for frames in video.split([1] + T // FRAMES * [FRAMES], 2):
-            x = F.pixel_unshuffle(frames.transpose(1, 2).mT, self.patch).mT.transpose(1, 2)     # columns before rows
+            x = F.pixel_unshuffle(frames.transpose(1, 2).mT, self.stride // 8).mT.transpose(1, 2)  # columns before rows
             memory = []
             z = self.conv1(self.encoder(x, state, memory)).chunk(2, 1)[0]
             latents.append((z - mean) / std)
@@ -393,12 +378,15 @@ class WanVAE(nn.Module):
         return torch.cat(latents, 2)
 
     def decode(self, latents, state=None):
-        """As TinyVAE's. One latent frame is computed at a time, so the pieces do not change a bit."""
-        (mean, std), video = self.statistics(latents), []
+        """As TinyVAE's: latents (B, C, F, h, w) to video (B, 3, T, H, W) in [-1, 1], and the state that continues it.
+        One latent frame is computed at a time, so pieces give the bits of the whole."""
+        C, video = self.config.latent_channels, []
+        assert latents.shape[1] == C, f"latents of this VAE have {C} channels, these have {latents.shape[1]}"
+        mean, std = latents.new_tensor(STATISTICS[C]).view(2, -1, 1, 1, 1)
         for z in latents.split(1, 2):
             memory = []
             x = self.decoder(self.conv2(z * std + mean), state, memory)
-            video.append(F.pixel_shuffle(x.transpose(1, 2).mT, self.patch).mT.transpose(1, 2))
+            video.append(F.pixel_shuffle(x.transpose(1, 2).mT, self.stride // 8).mT.transpose(1, 2))
             state = memory
         return torch.cat(video, 2).clamp(-1, 1), state
 
@@ -407,9 +395,6 @@ class WanVAE(nn.Module):
         """As `load_vae`, which must find a VAE of Wan."""
         return load_vae(path, cls)
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Files.
 
 VAE_FILES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth", "vae/diffusion_pytorch_model.safetensors",
              "diffusion_pytorch_model.safetensors")     # in a folder; beside a .pth, the last is Wan's DiT
@@ -423,11 +408,8 @@ def load_vae(path, kind=None):
     if path.is_dir():
         path = next((path / name for name in VAE_FILES if (path / name).is_file()), path / VAE_FILES[0])
     tensors, metadata = read_tensors(path)
-    tensors = wan_names(tensors)
-    if metadata.get("format") == "tiny-vae":
-        config = read_config(TinyVAEConfig, metadata, path)
-    else:
-        config = config_from_tensors(tensors, path)
+    tensors, own = wan_names(tensors), metadata.get("format") == "tiny-vae"
+    config = read_config(TinyVAEConfig, metadata, path) if own else config_from_tensors(tensors, path)
     with torch.device("meta"):
         vae = WanVAE(config) if isinstance(config, WanVAEConfig) else TinyVAE(config)
     if kind not in (None, type(vae)):
@@ -438,12 +420,12 @@ def load_vae(path, kind=None):
 
 
 # From diffusers' names to Wan's, in this order.
-DIFFUSERS = {".norm1.": ".residual.0.", ".conv1.": ".residual.2.", ".norm2.": ".residual.3.", ".conv2.": ".residual.6.",
-             ".conv_shortcut.": ".shortcut.", "post_quant_conv.": "conv2.", "quant_conv.": "conv1.",
-             ".conv_in.": ".conv1.", ".norm_out.": ".head.0.", ".conv_out.": ".head.2.",
+DIFFUSERS = {".norm1.": ".residual.0.", ".conv1.": ".residual.2.", ".norm2.": ".residual.3.",
+             ".conv2.": ".residual.6.", ".conv_shortcut.": ".shortcut.", "post_quant_conv.": "conv2.",
+             "quant_conv.": "conv1.", ".conv_in.": ".conv1.", ".norm_out.": ".head.0.", ".conv_out.": ".head.2.",
              "mid_block.resnets.0.": "middle.0.", "mid_block.attentions.0.": "middle.1.",
-             "mid_block.resnets.1.": "middle.2.", "_blocks.": "samples.",
-             ".upsamplers.0.": ".resnets.3.", ".upsampler.": ".resnets.3.", ".downsampler.": ".resnets.2."}
+             "mid_block.resnets.1.": "middle.2.", "_blocks.": "samples.", ".upsamplers.0.": ".resnets.3.",
+             ".upsampler.": ".resnets.3.", ".downsampler.": ".resnets.2."}
 
 
 def wan_names(tensors):
@@ -466,7 +448,7 @@ def config_from_tensors(tensors, path):
     """Config of a public file, by the shapes of its tensors. Raises ValueError if it is no VAE of Wan or TAEHV."""
     shapes = {name.removesuffix(".weight"): t.shape for name, t in tensors.items()}
     try:
-        if "conv2" in shapes:
+        if shapes.get("conv2", [0])[0] in STATISTICS:
             return WanVAEConfig(shapes["conv2"][0], shapes["encoder.conv1"][0], shapes["decoder.head.2"][1],
                                 residual="encoder.downsamples.0.downsamples.0.residual.2" in shapes)
         down = [(shapes[f"encoder.{i + 1}"][0], *shapes[f"encoder.{i}.conv"][:2]) for i in (2, 7, 12)]
@@ -476,7 +458,8 @@ def config_from_tensors(tensors, path):
             tuple((width, 3, inputs // outputs, 2) for width, outputs, inputs in down),
             tuple((inputs, 3, outputs // inputs, 2) for outputs, inputs in up), shapes["decoder.22"][1])
     except (KeyError, IndexError, ZeroDivisionError, ValueError) as e:
-        raise ValueError(f"{path}: neither TAEHV's layout nor a VAE of Wan 2.1 or 2.2 ({type(e).__name__}: {e})") from None
+        raise ValueError(f"{path}: not the layout of TAEHV, nor of Wan's VAEs with 16 or 48 channels "
+                         f"({type(e).__name__}: {e}); is it the VAE's file?") from None
 
 
 def read_tensors(path):
