@@ -770,10 +770,12 @@ def open_device(name):
 
 
 def open_vae(args, weights):
-    """The VAE that the flags name, or that lies in the folder of the weights, or the tiny model's."""
+    """The VAE that the flags name, else the tiny model's or, for Wan's weights, the one in their folder."""
     c, folder = weights.config, weights.path if weights.path.is_dir() else weights.path.parent
-    beside = [folder / name for name in VAE_FILES[:3] if (folder / name).is_file()]
-    path = args.vae or [*beside, ASSETS / "tiny_vae.safetensors"][0]
+    own, wan = [ASSETS / "tiny_vae.safetensors"], [folder / name for name in VAE_FILES[:3]]     # of one shape
+    path = args.vae or next(filter(Path.is_file, wan if c.text_dim == UMT5_DIM else own), None)
+    if path is None:
+        raise UserError(f"{weights.path}: give --vae PATH; there is no {' or '.join(VAE_FILES[:3])} beside it")
     vae = load_vae(path)
     if (vae.config.latent_channels, vae.stride) != (c.out_dim, c.stride):
         raise UserError(f"{path}: latents have {vae.config.latent_channels} channels and stride {vae.stride}, "
@@ -784,20 +786,18 @@ def open_vae(args, weights):
 def load_models(args, weights, config, pixels):
     """The DiT, the VAE and what the DiT reads beside latents and tracks: (text, null_text, clip)."""
     device = open_device(args.device)
-    auto = "float32" if device.type == "cpu" else "bfloat16"
-    dtype = getattr(torch, auto if args.dtype == "auto" else args.dtype)
+    dtype = args.dtype if args.dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
     try:
         vae = open_vae(args, weights).to(device)
         text, null_text = read_text(args, config, device)
         clip = encode_image(pixels, args.image_encoder, config.clip_dim, device) if config.clip_dim else None
-        model = MotionStream.from_pretrained(weights.path, dtype=dtype, device=device, **vars(config))
+        model = MotionStream.from_pretrained(weights.path, dtype=getattr(torch, dtype), device=device, **vars(config))
     except ValueError as e:
         raise UserError(str(e).splitlines()[0]) from None
     c = model.config
     memory = f"c{c.chunk}s{c.sink}w{'full' if c.window is None else c.window}" if c.causal else "whole clip"
     print(f"{weights.path.name}: {c.size[1]}x{c.size[0]} pixels, {args.sampler}, {memory}, "
-          f"{len(c.sigmas) if c.causal else c.steps} steps, seed {args.seed}, {device}, "
-          f"{str(dtype).removeprefix('torch.')}")
+          f"{len(c.sigmas) if c.causal else c.steps} steps, seed {args.seed}, {device}, {dtype}")
     return model, vae, [t.to(device) if t is not None else None for t in (text, null_text, clip)]
 
 
