@@ -96,6 +96,7 @@ def kept(keys, folder, kind, encode):
         try:
             cache.mkdir(parents=True, exist_ok=True)
             write(files[key], lambda part: save_file({"rows": tensor.contiguous()}, part))
+            print(f"note: what the encoder returned is kept in {files[key]}")
         except OSError as e:
             print(f"note: {cache}: cannot be written ({e.strerror}), the next run encodes again")
     return [(rows | made)[key] for key in keys]

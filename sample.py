@@ -598,7 +598,7 @@ def window(text):
 def add_models(add):
     """The flags that name weights and what runs them."""
     add("--weights", type=Path, metavar="PATH", help="a Wan DiT, file or folder; default: the tiny model in assets/")
-    add("--vae", type=Path, metavar="PATH", help="default: the one beside the weights, or in assets/")
+    add("--vae", type=Path, metavar="PATH", help="default: the tiny model's, or the one in the folder of --weights")
     add("--prompt-embeds", type=Path, metavar="FILE", help="instead of --prompt: its rows (L, 4096) in a .safetensors")
     add("--negative-embeds", type=Path, metavar="FILE", help="the same of what guidance leads away from")
     add("--text-encoder", type=Path, metavar="DIR", help="holds Wan's text_encoder/, tokenizer/; needs transformers")
@@ -626,7 +626,7 @@ def parse_flags(argv):
     add_models(parser.add_argument_group("model").add_argument)
     add = parser.add_argument_group("sampling").add_argument
     add("--sampler", choices=("stream", "teacher"), help="default: what the weights are")
-    add("--control", choices=("sinusoid", "rgb"), help="tracks by the trained head (default if it is there) or drawn")
+    add("--control", choices=("sinusoid", "rgb"), help="tracks by the trained head, or drawn if there is none")
     add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, metavar="N", help="of all noise (default: %(default)s)")
     add("--steps", type=number(int, 1, 1000), metavar="N", help="noise levels per chunk; default: the model's")
     add = parser.add_argument_group("only --sampler stream; defaults are the model's").add_argument

@@ -2222,7 +2222,9 @@ def test_the_image_is_encoded_as_wan_does_it():
     with small_pictures() as cache, folder() as here:
         _, clip = save_encoders(here)
         image = rand(1, 3, 32, 48).clamp(-1, 1)
-        features = encoders.encode_image(image, here, 32, torch.device("cpu"))
+        with quiet() as (out, _):
+            features = encoders.encode_image(image, here, 32, torch.device("cpu"))
+        assert f"kept in {cache}" in out.getvalue()
         resized = F.interpolate(image, (224, 224), mode="bicubic", align_corners=False) / 2 + 0.5
         mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
         std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
@@ -2241,7 +2243,7 @@ def test_a_prompt_and_an_image_reach_weights_with_both_encoders():
         code, out, err, calls = wan_sampled("clip.safetensors", *flags, *tracks)
         assert code == 0 and "drawn as a control video" in out, (out, err)
         call, = calls
-        with small_pictures():
+        with small_pictures(), quiet():
             words = encoders.encode_texts(["a red cat", encoders.NEGATIVE_PROMPT], at, 512, torch.device("cpu"))
         assert_near(call.text, torch.cat(words), 1e-5)
         assert call.clip.shape == (2, 257, 32) and call.clip.count_nonzero() and call.tracks.count_nonzero()
