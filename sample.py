@@ -681,8 +681,6 @@ def settle(args, weights, frames):
     if not weights.own:
         shift, w_text = TEACHERS.get((c.dim, c.image_dim > 0), (5.0, 5.0))
         c = replace(c, **SELF_FORCING if streams else {"causal": False, "shift": shift, "guidance": (w_text, 0.0)})
-        how = f"shift {shift:g}, text guidance {w_text:g}"
-        print(f"note: {name} does not say how it is sampled: {'as Self-Forcing' if streams else how}")
     for flag in ("w_text", "w_motion") if streams else ("chunk", "sink", "window"):
         if flag in args:
             raise UserError(f"--{flag.replace('_', '-')} belongs to --sampler {'teacher' if streams else 'stream'}")
@@ -693,6 +691,9 @@ def settle(args, weights, frames):
         w_text = 0.0                                    # there is no text that it could weigh
     c = replace(c, guidance=(getattr(args, "w_text", w_text), getattr(args, "w_motion", w_motion)))
     c = replace(c, **{flag: getattr(args, flag) for flag in ("chunk", "sink", "window") if flag in args})
+    if not weights.own:
+        how = "as Self-Forcing" if streams else f"shift {c.shift:g}, text guidance {c.guidance[0]:g}"
+        print(f"note: {name} does not say how it is sampled: {args.sampler}, {how}")
     check_stream(args, name, c, frames)
     check_control(args, weights)
     check_encoders(args, name, c)
@@ -736,8 +737,7 @@ def check_encoders(args, name, c):
     if "w_text" in args and umt5 and not (args.text_encoder or args.prompt_embeds):
         raise UserError("--w-text: there is no text; give --text-encoder DIR or --prompt-embeds FILE")
     if c.clip_dim and not args.image_encoder:
-        raise UserError(f"{name}: sees the image through CLIP too; give --image-encoder DIR, a folder with the "
-                        "image_encoder/ of Wan2.1-I2V in the -Diffusers layout")
+        raise UserError(f"{name}: reads the image by CLIP too; give --image-encoder DIR, Wan2.1-I2V's image_encoder/")
     if args.image_encoder and not c.clip_dim:
         raise UserError(f"--image-encoder: {name} has no image branch, leave it out")
 
