@@ -24,6 +24,7 @@ import tempfile
 import time
 import traceback
 import unittest
+import unittest.mock
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,13 +38,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import sample
 import train_distill as td
 from motionstream import (PRESETS, KVCache, MotionStream, SelfAttention, TrackHead, add_noise, apply_rope,
-                          embed_words, euler, guided_velocity, joint_guidance, metadata, rollout, rope_table, schedule,
-                          sinusoid, to_x0, track_features, track_ids, with_first)
+                          embed_words, euler, find_config, guided_velocity, image_and_mask, joint_guidance, metadata,
+                          rollout, rope_table, save_pretrained, schedule, sinusoid, to_x0, track_features, track_ids,
+                          with_first)
 from vae import TinyVAE, TinyVAEConfig
 
 HERE = Path(__file__).resolve().parent
@@ -666,6 +669,410 @@ def test_words_are_the_same_in_every_process():
     assert ours.shape == (1, 4, 12) and ours.tolist() == ast.literal_eval(theirs)
     assert embed_words(None, SMALL) is None and embed_words("", SMALL).shape == (1, 0, 12)
     assert embed_words("a b c d e f g h i j", SMALL).shape == (1, 5, 12)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Public weights. Small models, but with Wan's heads of 128 channels, whose RoPE splits 44 / 42 / 42.
+
+WAN = replace(PRESETS["wan2.1-1.3b"], dim=256, ffn_dim=320, num_heads=2, num_layers=2, text_dim=24)
+FAMILIES = {                                    # and what they want of the image: nothing, its latent, a mask before it
+    "Wan 2.1 T2V": (WAN, "nothing"),
+    "Wan 2.1 I2V, Fun-InP": (replace(WAN, in_dim=36, clip_dim=40), "mask"),
+    "Wan 2.1 Fun-Control": (replace(WAN, in_dim=48, track_dim=16, clip_dim=40), "latent"),
+    "Wan 2.2 I2V A14B, one expert": (replace(WAN, in_dim=36), "mask"),
+    "Wan 2.2 Fun-Control A14B, one expert": (replace(WAN, in_dim=52, track_dim=16), "mask"),
+    "Wan 2.2 TI2V 5B": (replace(WAN, in_dim=48, out_dim=48, stride=16, size=(704, 1280), fps=24), "nothing"),
+    "Wan 2.2 Fun-Control 5B": (replace(WAN, in_dim=148, out_dim=48, track_dim=48, stride=16, size=(704, 1280), fps=24),
+                               "mask"),
+}
+
+
+@functools.cache
+def public(family="Wan 2.1 T2V"):
+    """{name: tensor} of a random model in Wan's layout, of sizes at which float32 agrees to the last digits."""
+    tensors, rng = {}, seeded()
+    for name, t in MotionStream(FAMILIES[family][0]).state_dict().items():
+        if name.startswith("track_head"):
+            continue
+        fan_in = t.shape[-1] if "modulation" in name else t[0].numel()
+        tensors[name] = torch.randn(t.shape, generator=rng) * (fan_in ** -0.5 if t.ndim > 1 else 0.02)
+        if t.ndim == 1 and name.endswith("weight"):             # of a norm
+            tensors[name] = 1 + 5 * tensors[name]
+    return tensors
+
+
+def in_diffusers_layout(tensors):
+    """The same tensors under the names of Diffusers' WanTransformer3DModel."""
+    attention = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k",
+                 "k_img": "add_k_proj", "v_img": "add_v_proj", "norm_k_img": "norm_added_k"}
+    names = {"patch_embedding": "patch_embedding", "head.head": "proj_out", "head.modulation": "scale_shift_table",
+             "time_projection.1": "condition_embedder.time_proj"}
+    for part in "text", "time":
+        for i, n in (0, 1), (2, 2):
+            names[f"{part}_embedding.{i}"] = f"condition_embedder.{part}_embedder.linear_{n}"
+    for i, name in (0, "norm1"), (1, "ff.net.0.proj"), (3, "ff.net.2"), (4, "norm2"):
+        names[f"img_emb.proj.{i}"] = f"condition_embedder.image_embedder.{name}"
+    for i in range(WAN.num_layers):
+        block = {"modulation": "scale_shift_table", "norm3": "norm2", "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2"}
+        for ours, theirs in ("self_attn", "attn1"), ("cross_attn", "attn2"):
+            block |= {f"{ours}.{name}": f"{theirs}.{other}" for name, other in attention.items()}
+        names |= {f"blocks.{i}.{name}": f"blocks.{i}.{other}" for name, other in block.items()}
+    ends = "", ".weight", ".bias"
+    names = {name + end: other + end for name, other in names.items() for end in ends}
+    return {names[name]: t for name, t in tensors.items()}
+
+
+def diffusers_config(c):
+    return {"patch_size": [1, 2, 2], "num_attention_heads": c.num_heads, "attention_head_dim": c.dim // c.num_heads,
+            "in_channels": c.in_dim, "out_channels": c.out_dim, "text_dim": c.text_dim, "freq_dim": c.freq_dim,
+            "ffn_dim": c.ffn_dim, "num_layers": c.num_layers, "cross_attn_norm": True, "eps": c.eps,
+            "qk_norm": "rms_norm_across_heads", "image_dim": c.clip_dim or None,
+            "added_kv_proj_dim": c.dim if c.clip_dim else None}
+
+
+def write_layout(here, family, layout):
+    """Weights as the public repositories have them; returns the folder to load."""
+    c, tensors = FAMILIES[family][0], public(family)
+    if layout == "Wan":
+        save_file(tensors, here / "diffusion_pytorch_model.safetensors")
+        stored = "dim", "eps", "ffn_dim", "freq_dim", "in_dim", "num_heads", "num_layers", "out_dim", "text_len"
+        (here / "config.json").write_text(json.dumps({name: getattr(c, name) for name in stored}))
+        return here
+    (here / "transformer").mkdir()
+    unused = {f"blocks.{i}.attn2.norm_added_q.weight": torch.zeros(c.dim) for i in range(2)} if c.clip_dim else {}
+    save_file(in_diffusers_layout(tensors) | unused, here / "transformer/diffusion_pytorch_model.safetensors")
+    (here / "transformer/config.json").write_text(json.dumps(diffusers_config(c)))
+    return here
+
+
+def same_tensors(model, tensors):
+    """Are the model's parameters, but for the track head's, these?"""
+    ours = {name: t for name, t in model.state_dict().items() if not name.startswith("track_head")}
+    return ours.keys() == tensors.keys() and all(t.equal(tensors[name].to(t.dtype)) for name, t in ours.items())
+
+
+def with_diffusers():
+    """(WanTransformer3DModel, Diffusers' converter of names)."""
+    try:
+        from diffusers import WanTransformer3DModel
+        from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+    except ImportError:
+        raise unittest.SkipTest("NOT COMPARED with Diffusers, which is not installed: pip install diffusers") from None
+    return WanTransformer3DModel, convert_wan_transformer_to_diffusers
+
+
+def test_public_weights_give_what_diffusers_gives():
+    WanTransformer3DModel, convert = with_diffusers()
+    small, large = torch.tensor([3.0, 17.5]), torch.tensor([833.33, 999.0])     # its angles are float32
+    per_frame = torch.tensor([[0.0, 12.5, 3.0], [0.0, 0.0, 19.0]])              # as TI2V has them
+    for family, (c, _) in FAMILIES.items():
+        names, theirs = in_diffusers_layout(public(family)), convert(dict(public(family)))
+        assert theirs.keys() == names.keys() and all(t is theirs[name] for name, t in names.items())
+        reference = WanTransformer3DModel(**diffusers_config(c)).eval().requires_grad_(False)
+        reference.load_state_dict(theirs)
+        models = []
+        for layout in "Wan", "Diffusers":
+            with folder() as here:
+                models.append(MotionStream.from_pretrained(write_layout(here, family, layout)))
+        x, text = rand(2, c.out_dim, 3, 4, 6), rand(2, 5, c.text_dim, seed=1)
+        tracks = rand(2, c.track_dim, 3, 4, 6, seed=2) if c.track_dim else None
+        image = rand(2, c.image_dim, 3, 4, 6, seed=3) if c.image_dim else None
+        clip = rand(2, 257, c.clip_dim, seed=4) if c.clip_dim else None
+        inputs = torch.cat([y for y in (x, tracks, image) if y is not None], 1)
+        for t, tolerance in (small, 1e-6), (large, 2e-5), (per_frame, 1e-6):
+            each = t if t.ndim == 1 else t.repeat_interleave(6, 1)              # or one a token
+            expected = reference(inputs, each, F.pad(text, (0, 0, 0, 512 - 5)), clip, return_dict=False)[0]
+            for model in models:
+                v = model(x, t.double() / 1000, text, tracks=tracks, image=image, clip=clip)
+                assert_near(v, expected, tolerance)
+
+
+def test_a_written_file_is_one_that_diffusers_reads():
+    WanTransformer3DModel, convert = with_diffusers()
+    with folder() as here:
+        family = "Wan 2.1 I2V, Fun-InP"
+        save_pretrained(MotionStream.from_pretrained(write_layout(here, family, "Wan")), here / "a.safetensors")
+        reference = WanTransformer3DModel(**diffusers_config(FAMILIES[family][0]))
+        reference.load_state_dict(convert(load_file(here / "a.safetensors")))
+        assert all(t.equal(reference.state_dict()[name]) for name, t in in_diffusers_layout(public(family)).items())
+
+
+def test_families_are_told_from_their_tensors():
+    for family, (c, image) in FAMILIES.items():
+        with folder() as here:
+            save_file(public(family), here / "a.safetensors")
+            model = MotionStream.from_pretrained(here / "a.safetensors", chunk=2)
+            assert model.config == replace(c, chunk=2) and same_tensors(model, public(family)), family
+            assert not model.training and not any(p.requires_grad for p in model.parameters())
+            assert model.config.image_dim == {"nothing": 0, "latent": c.out_dim, "mask": 4 + c.out_dim}[image], family
+            for layout in "Wan", "Diffusers":
+                (here / layout).mkdir()
+                model = MotionStream.from_pretrained(write_layout(here / layout, family, layout))
+                assert model.config == c and same_tensors(model, public(family)), (family, layout)
+    big = replace(PRESETS["wan2.1-14b"], in_dim=36, clip_dim=1280)
+    for c in (PRESETS["wan2.1-1.3b"], PRESETS["wan2.1-14b"], PRESETS["wan2.2-5b"], big,
+              replace(big, in_dim=48, track_dim=16)):
+        with torch.device("meta"):
+            tensors = MotionStream(c).state_dict()
+        tensors.pop("track_head.conv.weight", None)
+        assert find_config(tensors, {}, Path("nowhere/a.safetensors")) == c
+
+
+def test_a_track_head_tells_how_wide_its_slot_is():
+    c = replace(WAN, in_dim=40, track_dim=8)                    # of this project, but without its metadata
+    model = randomised(MotionStream(c))
+    with folder() as here:
+        save_file(model.state_dict(), here / "a.safetensors")
+        back = MotionStream.from_pretrained(here / "a.safetensors")
+    assert back.config == c and all(t.equal(model.state_dict()[name]) for name, t in back.state_dict().items())
+
+
+def test_what_training_and_packing_put_around_names_is_taken_off():
+    with folder() as here:
+        for prefix in ("model.", "model.diffusion_model.", "module.", "_orig_mod.", "_fsdp_wrapped_module.",
+                       "_checkpoint_wrapped_module.", "module.model._orig_mod."):
+            save_file({prefix + name: t for name, t in public().items()}, here / "a.safetensors")
+            assert same_tensors(MotionStream.from_pretrained(here / "a.safetensors"), public()), prefix
+        inside = {re.sub(r"(blocks\.\d\.)", r"_fsdp_wrapped_module.\1_checkpoint_wrapped_module._orig_mod.", name): t
+                  for name, t in public().items()}
+        save_file(inside, here / "a.safetensors")
+        assert same_tensors(MotionStream.from_pretrained(here / "a.safetensors"), public())
+
+
+def shards(here, tensors, count=3):
+    """Write tensors in shards with an index, as Hugging Face does."""
+    names, place = sorted(tensors), {}
+    for i in range(count):
+        file = f"diffusion_pytorch_model-{i + 1:05}-of-{count:05}.safetensors"
+        save_file({name: tensors[name] for name in names[i::count]}, here / file)
+        place |= {name: file for name in names[i::count]}
+    index = here / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": place}))
+    return index
+
+
+def test_files_folders_and_shards_are_found_and_what_is_missing_is_named():
+    with folder() as here:
+        (here / "repository/transformer").mkdir(parents=True)
+        for tensors, at in (public(), here), (in_diffusers_layout(public()), here / "repository/transformer"):
+            index = shards(at, tensors)
+            for name in "Wan2.1_VAE.pth", "Wan2.1_VAE.safetensors":
+                (at / name).write_bytes(b"of another model")
+            paths = [at, str(at), index, at / "diffusion_pytorch_model-00002-of-00003.safetensors"]
+            for path in paths + [here / "repository"] * (at != here):
+                assert same_tensors(MotionStream.from_pretrained(path), public()), path
+            index.rename(at / "kept")
+            assert same_tensors(MotionStream.from_pretrained(at), public())             # shards without an index
+            (at / "kept").rename(index)
+            lost = "diffusion_pytorch_model-00003-of-00003.safetensors"
+            (at / lost).unlink()
+            for path in paths:
+                assert_error(ValueError, f"1 of 3 shards are missing: {lost}", MotionStream.from_pretrained, path)
+    with folder() as here:                                      # shards that only the index knows
+        names = sorted(public())
+        for i in range(2):
+            save_file({name: public()[name] for name in names[i::2]}, here / f"part{i}.safetensors")
+        index = here / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": {name: f"part{i % 2}.safetensors" for i, name in enumerate(names)}}))
+        assert same_tensors(MotionStream.from_pretrained(here), public())
+        for content in "{", "[]", "{}", '{"weight_map": 1}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}':
+            index.write_text(content)
+            assert_error(ValueError, index.name, MotionStream.from_pretrained, index)
+
+    with folder() as here:
+        assert_error(ValueError, "no weights file", MotionStream.from_pretrained, here)
+        for name in "a.safetensors", "b.safetensors":
+            save_file(public(), here / name)
+        assert_error(ValueError, "a.safetensors, b.safetensors", MotionStream.from_pretrained, here)
+        for pair in ("high_noise_model", "low_noise_model"), ("transformer", "transformer_2"):
+            both = here / f"with {pair[0]}"
+            for name in pair:
+                (both / name).mkdir(parents=True)
+                save_file(public(), both / name / "diffusion_pytorch_model.safetensors")
+            assert_error(ValueError, f"{both / pair[1]} (low noise)", MotionStream.from_pretrained, both)
+            assert same_tensors(MotionStream.from_pretrained(both / pair[1]), public())
+
+
+def test_checkpoints_of_self_forcing_and_causvid_are_students():
+    other = {name: t + 1 for name, t in public().items()}
+    named = {"model." + name: t for name, t in public().items()}
+    wrapped = {"model._fsdp_wrapped_module." + name: t for name, t in public().items()}
+    with folder() as here:
+        for content in ({"generator": other, "critic": other, "generator_ema": wrapped}, {"generator_ema": named},
+                        {"generator": named}, {"model": named}, {"generator": named, "step": 600}):
+            for zipped in True, False:                          # False: the older kind of file, which cannot be mapped
+                torch.save(content, here / "a.pt", _use_new_zipfile_serialization=zipped)
+                model = MotionStream.from_pretrained(here / "a.pt")
+                assert same_tensors(model, public())
+                c = model.config
+                assert c.causal and (c.chunk, c.window, c.sink, c.size) == (3, None, 0, (480, 832))
+                assert np.allclose(c.sigmas, (1, 0.9375, 0.833333, 0.625), atol=1e-6)
+        assert MotionStream.from_pretrained(here / "a.pt", sink=1, window=2).config.window == 2
+        torch.save(public(), here / "flat.pth")
+        model = MotionStream.from_pretrained(here / "flat.pth")
+        assert same_tensors(model, public()) and not model.config.causal
+
+        class Code:
+            def __reduce__(self):
+                return Path.touch, (here / "it ran",)
+
+        for content in [1], {"generator": [1]}, {"model": {"a": 1}}, {"lora": named}, {"generator": Code()}:
+            torch.save(content, here / "odd.pt")
+            assert_error(ValueError, "odd.pt", MotionStream.from_pretrained, here / "odd.pt")
+        assert not (here / "it ran").exists()
+
+
+def test_dtypes_of_public_files_are_kept_and_islands_never_rounded():
+    def dtypes(model):
+        islands = r"time_|head\.|modulation|norm3"
+        return {p.dtype for name, p in model.named_parameters() if not re.search(islands, name)}
+
+    bf16, half, single = torch.bfloat16, torch.float16, torch.float32
+    mixed = {name: t.to(bf16) if t.ndim == 2 else t for name, t in public().items()}      # as repackaged files are
+    with folder() as here:
+        for tensors, kept in ((public(), single), ({n: t.half() for n, t in public().items()}, half),
+                              ({n: t.to(bf16) for n, t in public().items()}, bf16), (mixed, bf16)):
+            save_file(tensors, here / "a.safetensors")
+            model = MotionStream.from_pretrained(here / "a.safetensors")
+            assert dtypes(model) == {kept} and model.head.head.weight.dtype == single
+            assert model(rand(1, 16, 3, 2, 4), torch.ones(1), rand(1, 2, 24)).isfinite().all()
+            for dtype in bf16, half, single:
+                model = MotionStream.from_pretrained(here / "a.safetensors", dtype=dtype)
+                assert dtypes(model) == {dtype}
+                for name in "time_embedding.0.weight", "head.head.weight", "blocks.1.modulation", "blocks.0.norm3.bias":
+                    assert model.state_dict()[name].equal(tensors[name].float()), name
+        for dtype in torch.float8_e4m3fn, torch.float8_e5m2, torch.int8:
+            save_file(public() | {"blocks.0.ffn.0.weight": torch.zeros(320, 256).to(dtype)}, here / "small.safetensors")
+            assert_error(ValueError, f"small.safetensors: blocks.0.ffn.0.weight is {dtype}",
+                         MotionStream.from_pretrained, here / "small.safetensors")
+
+
+def test_public_weights_that_do_not_fit_are_refused_in_one_line():
+    def refused(text, change=None, settings=None, **overrides):
+        tensors = dict(public())
+        for name, t in (change or {}).items():
+            tensors |= {name: t} if t is not None else {}
+            tensors = tensors if t is not None else {n: t for n, t in tensors.items() if not n.startswith(name)}
+        with folder() as here:
+            if settings is not None:
+                (here / "config.json").write_text(settings if isinstance(settings, str) else json.dumps(settings))
+            save_file(tensors, here / "a.safetensors")
+            assert_error(ValueError, text, MotionStream.from_pretrained, here / "a.safetensors", **overrides)
+            assert_error(ValueError, str(here), MotionStream.from_pretrained, here / "a.safetensors", **overrides)
+
+    refused("1 tensors are missing, extra or of another shape for a MotionStream: blocks.1.ffn.2.bias",
+            {"blocks.1.ffn.2.bias": None})
+    refused("26 tensors", {"blocks.0": None} | {"blocks.0.ffn.0.weight": torch.zeros(320, 256)})
+    refused("2 tensors are missing, extra or of another shape for a MotionStream: ref_conv.bias, ref_conv.weight",
+            {"ref_conv.weight": torch.zeros(4), "ref_conv.bias": torch.zeros(4)})
+    for text in "7 tensors", "vace_blocks.3, vace_blocks.4; is":                        # the count, and five names
+        refused(text, {f"vace_blocks.{i}": torch.zeros(4) for i in range(7)})
+    refused("a.safetensors: holds blocks.0.norm3.bias twice", {"model.blocks.0.norm3.bias": torch.zeros(256)})
+    for name in "patch_embedding", "head.head", "blocks", "text_embedding", "time_embedding":
+        refused("not a Wan DiT", {name: None})
+    refused("not a Wan DiT", {"patch_embedding.weight": torch.zeros(256, 64)})
+    refused("32 input channels for 16", {"patch_embedding.weight": torch.zeros(256, 32, 1, 2, 2)})
+    refused("48 by its tensors, but 36", {"patch_embedding.weight": torch.zeros(256, 48, 1, 2, 2)}, {"in_dim": 36})
+    for settings in {"num_layers": 30}, {"dim": 1536}, {"in_channels": 36}, {"ffn_dim": 8960}, {"image_dim": 1280}:
+        refused("by its tensors, but", settings=settings)
+    for settings in "{", "[1]", '"text"':
+        refused("config.json: cannot be read", settings=settings)
+    for heads in 3, 0, "2":
+        refused("give num_heads", settings={"num_heads": heads})
+    refused("give num_heads", num_heads=0)
+    refused("a.safetensors", num_layers=3)
+    with folder() as here:
+        own = json.loads(metadata(SMALL)["config"])
+        saved(here / "a.safetensors", new_model(), config=json.dumps(own | {"num_layers": 3}))
+        assert_error(ValueError, "num_layers is 2 by its tensors, but 3 in its metadata", MotionStream.from_pretrained,
+                     here / "a.safetensors")
+        for c in SMALL, FAMILIES["Wan 2.1 Fun-Control"][0]:
+            save_pretrained(randomised(MotionStream(c)), here / "a.safetensors")
+            assert_error(ValueError, f"its track slot has {c.track_dim} channels", MotionStream.from_pretrained,
+                         here / "a.safetensors", track_dim=c.track_dim + 1)
+        saved(here / "a.safetensors", new_model(), lambda tensors: tensors.pop("track_head.conv.weight"))
+        assert_error(ValueError, "track_head.conv.weight", MotionStream.from_pretrained, here / "a.safetensors")
+
+
+def test_config_json_tells_what_tensors_do_not():
+    with folder() as here:
+        save_file(public(), here / "a.safetensors")
+        odd = {"num_heads": 4, "eps": 1e-5, "text_len": 7, "in_channels": 99, "in_dim": 16, "out_channels": None}
+        (here / "config.json").write_text(json.dumps(odd))
+        assert MotionStream.from_pretrained(here).config == replace(WAN, num_heads=4, eps=1e-5, text_len=7)
+        assert MotionStream.from_pretrained(here, num_heads=1).config.num_heads == 1
+        save_pretrained(new_model(), here / "a.safetensors")            # the metadata of a file of this project win
+        assert MotionStream.from_pretrained(here).config == SMALL
+
+
+def test_a_new_track_slot_changes_nothing_and_can_learn():
+    for family, (c, _) in FAMILIES.items():
+        with folder() as here:
+            save_file(public(family), here / "a.safetensors")
+            model = MotionStream.from_pretrained(here / "a.safetensors", track_dim=c.track_dim or 16)
+            base = MotionStream(c).eval()
+            base.load_state_dict(public(family), strict=False)
+        new = model.config
+        assert (new.track_dim, new.image_dim) == (c.track_dim or 16, c.image_dim)
+        assert new.in_dim == c.in_dim + (0 if c.track_dim else 16)
+        picture = rand(1, c.image_dim, 3, 2, 4) if c.image_dim else None
+        clip = rand(1, 257, c.clip_dim) if c.clip_dim else None
+        x, sigma, text = rand(1, c.out_dim, 3, 2, 4, seed=1), torch.tensor([0.5]), rand(1, 2, 24)
+        tracks, visible, ids = new_tracks(9, 4, batch=1)
+        scale = torch.tensor([4 * c.stride / SMALL.size[1], 2 * c.stride / SMALL.size[0]])
+        features = model.requires_grad_(True).track_head(tracks * scale, visible, ids, 2 * c.stride, 4 * c.stride)
+        v = model(x, sigma, text, tracks=features, image=picture, clip=clip)
+        expected = base(x, sigma, text, image=picture, clip=clip)
+        assert_near(v, expected, 1e-6)
+        v.square().sum().backward()
+        head, columns = model.track_head.conv.weight, model.patch_embedding.weight
+        slot = slice(c.out_dim, c.out_dim + new.track_dim)
+        assert head.count_nonzero().item() == (0 if c.track_dim else head.numel()), family
+        assert columns[:, slot].count_nonzero().item() == (columns[:, slot].numel() if c.track_dim else 0), family
+        learns = head.grad if c.track_dim else columns.grad[:, slot]
+        assert learns.abs().max() > 1e-6, family
+
+
+def test_written_weights_come_back_with_their_config():
+    model = new_model(chunk=2, window=None, tracks="random")
+    with folder() as here:
+        path = here / "a.safetensors"
+        for dtype in None, torch.float16:
+            save_pretrained(model, path, dtype=dtype, step="600")
+            back = MotionStream.from_pretrained(path)
+            assert back.config == model.config
+            for name, t in model.state_dict().items():
+                assert back.state_dict()[name].equal(t if dtype is None else t.half().to(back.state_dict()[name].dtype))
+            with safe_open(path, "pt") as file:
+                assert file.metadata()["step"] == "600" and set(file.keys()) == set(model.state_dict())
+        save_pretrained(MotionStream.from_pretrained(path), path)       # over the file that its tensors are mapped from
+        assert MotionStream.from_pretrained(path).config == model.config and os.listdir(here) == ["a.safetensors"]
+        before = path.read_bytes()
+
+        def fail(tensors, path, about):
+            Path(path).write_text("half")
+            raise OSError("disk full")
+
+        with unittest.mock.patch("safetensors.torch.save_file", fail):
+            assert_error(OSError, "disk full", save_pretrained, model, path)
+        assert path.read_bytes() == before and os.listdir(here) == ["a.safetensors"]
+
+
+def test_shipped_weights_are_read_as_they_are():
+    for name in "tiny", "tiny_teacher":
+        path = HERE / f"assets/{name}.safetensors"
+        model, tensors = MotionStream.from_pretrained(path), load_file(path)
+        assert model.state_dict().keys() == tensors.keys()
+        assert all(t.equal(tensors[name].to(t.dtype)) for name, t in model.state_dict().items())
+        assert model.config.causal == (name == "tiny") and model.config.track_dim == 32
+
+
+def test_weights_with_a_mask_get_it_before_the_image():
+    latents = rand(2, 16, 4, 2, 3)
+    image = image_and_mask(latents)
+    assert image.shape == (2, 20, 4, 2, 3) and image[:, 4:].equal(latents)
+    assert (image[:, :4, 0] == 1).all() and (image[:, :4, 1:] == 0).all()
+    assert FAMILIES["Wan 2.1 I2V, Fun-InP"][0].image_dim == image.shape[1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ Latents are normalised as the DiT sees them: no mean, no scale, about unit varia
 import json
 import pickle
 import re
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -193,15 +194,18 @@ class TinyVAE(nn.Module):
 
 
 def read_tensors(path):
-    """A weights file to ({name: tensor}, {key: text}); never runs a pickle's code. ValueError names the file."""
+    """A weights file to ({name: tensor}, {key: text}); never runs a pickle's code. ValueError names the file.
+    Tensors are mapped, not read. Of a Self-Forcing checkpoint: the generator, best its average, and {"layout": key}."""
     from safetensors import safe_open
     path = Path(path)
     try:
         if path.suffix in (".pt", ".pth"):
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            layouts = [key for key in ("generator_ema", "generator", "model") if key in tensors]
+            tensors = tensors[layouts[0]] if layouts else tensors
             if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
                 raise EOFError("no tensors by name")
-            return tensors, {}
+            return tensors, {"layout": key for key in layouts[:1]}
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except OSError as e:
@@ -219,7 +223,7 @@ def check_fit(model, tensors, path):
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
         raise ValueError(f"{path}: {len(wrong)} tensors are missing, extra or of another shape for a "
-                         f"{type(model).__name__}: {', '.join(wrong[:5])}")
+                         f"{type(model).__name__}: {', '.join(wrong[:5])}; is the file whole, and the right one?")
 
 
 def read_config(cls, metadata, path):
