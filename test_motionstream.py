@@ -25,7 +25,7 @@ import time
 import traceback
 import unittest
 import unittest.mock
-from collections import Counter
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,7 +47,7 @@ from motionstream import (PRESETS, KVCache, MotionStream, SelfAttention, TrackHe
                           embed_words, euler, find_config, guided_velocity, image_and_mask, joint_guidance, metadata,
                           rollout, rope_table, save_pretrained, schedule, sinusoid, to_x0, track_features, track_ids,
                           with_first)
-from vae import TinyVAE, TinyVAEConfig
+from vae import STATISTICS, CausalConv, TinyVAE, TinyVAEConfig, WanVAE, WanVAEConfig, load_vae
 
 HERE = Path(__file__).resolve().parent
 
@@ -1078,10 +1078,10 @@ def test_weights_with_a_mask_get_it_before_the_image():
 # ----------------------------------------------------------------------------------------------------------------------
 # The tiny VAE.
 
-def test_the_vae_has_the_layout_of_taew2_1():
-    with torch.device("meta"):
-        vae = TinyVAE(TAEW21)
-    convs = {"encoder.0": (64, 3), "encoder.17": (16, 64), "decoder.1": (256, 16), "decoder.22": (3, 64)}
+def taehv_shapes(channels, pixels):
+    """Names and shapes of TAEHV's files for Wan: taew2_1 is (16, 3), taew2_2 is (48, 12)."""
+    convs = {"encoder.0": (64, pixels), "encoder.17": (channels, 64), "decoder.1": (256, channels),
+             "decoder.22": (pixels, 64)}
     for part, i, n in [("encoder", i, 64) for i in (4, 5, 6, 9, 10, 11, 14, 15, 16)] + [
             ("decoder", i + k, n) for i, n in ((3, 256), (9, 128), (15, 64)) for k in range(3)]:
         convs |= {f"{part}.{i}.conv.0": (n, 2 * n), f"{part}.{i}.conv.2": (n, n), f"{part}.{i}.conv.4": (n, n)}
@@ -1091,10 +1091,25 @@ def test_the_vae_has_the_layout_of_taew2_1():
     expected |= {f"decoder.{i}.weight": (*s, 3, 3) for i, s in ((8, (128, 256)), (14, (64, 128)), (20, (64, 64)))}
     expected |= {f"encoder.{i}.conv.weight": (64, n, 1, 1) for i, n in ((2, 128), (7, 128), (12, 64))}
     grow = (7, (256, 256)), (13, (256, 128)), (19, (128, 64))
-    expected |= {f"decoder.{i}.conv.weight": (*s, 1, 1) for i, s in grow}
+    return expected | {f"decoder.{i}.conv.weight": (*s, 1, 1) for i, s in grow}
+
+
+def test_the_tiny_vae_has_the_layouts_of_taew2_1_and_taew2_2():
+    with torch.device("meta"):
+        vae = TinyVAE(TAEW21)
+    expected = taehv_shapes(16, 3)
     assert {name: tuple(p.shape) for name, p in vae.state_dict().items()} == expected
     counts = [sum(p.numel() for p in part.parameters()) for part in (vae.encoder, vae.decoder)]
     assert counts == [1_470_928, 9_844_611] and vae.stride == 8
+    with folder() as here:
+        for config, stride, shapes in (TAEW21, 8, expected), (TAEW22, 16, taehv_shapes(48, 12)):
+            tensors = {name: rand(*shape).half() for name, shape in shapes.items()}
+            save_file(tensors, here / "taew.safetensors")
+            torch.save(tensors, here / "taew.pth")
+            for path in here / "taew.safetensors", here / "taew.pth":
+                loaded = TinyVAE.from_pretrained(path)
+                assert loaded.config == config and loaded.stride == stride
+                assert all(p.equal(tensors[name].float()) for name, p in loaded.state_dict().items())
 
 
 def test_the_vae_reads_its_config_off_public_files_and_its_own():
@@ -1151,6 +1166,181 @@ def test_no_latent_sees_the_future_with_front_padding():
             changed = (vae.encode(later) - before).abs().amax((0, 1, 3, 4)) > 1e-6         # by latent
             first = next(i for i in range(6) if 4 * i + sees >= frame)
             assert not changed[:first].any() and changed[first], (pad, frame)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The VAE of Wan, small, with the arguments that give diffusers' class the same sizes.
+
+WAN21, WAN22 = WanVAEConfig(16, 8, 8), WanVAEConfig(48, 8, 12, residual=True)
+IN_DIFFUSERS = {"2.1": {"base_dim": 8, "z_dim": 16},
+                "2.2": {"base_dim": 8, "z_dim": 48, "decoder_base_dim": 12, "is_residual": True, "in_channels": 12,
+                        "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16}}
+
+
+def with_diffusers(test):
+    @functools.wraps(test)
+    def maybe():
+        try:
+            import diffusers  # noqa: F401
+        except ImportError:
+            raise unittest.SkipTest("DIFFUSERS IS NOT INSTALLED, nothing was compared: pip install diffusers") from None
+        test()
+    return maybe
+
+
+def renamed_for_diffusers(tensors):
+    """Wan's names to diffusers', by its own converter, which does not know the stages of 2.2."""
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+    inner = {"residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm2", "residual.6": "conv2",
+             "shortcut": "conv_shortcut"}
+    if "encoder.downsamples.2.downsamples.0.residual.0.gamma" not in tensors:
+        return convert_wan_vae_to_diffusers(dict(tensors))
+    pattern = r"(\w+)\.(\w+)samples\.(\d)\.\2samples\.(\d)\.(.+)"
+    staged = {name: t for name, t in tensors.items() if "samples." in name}
+    result = convert_wan_vae_to_diffusers({name: t for name, t in tensors.items() if name not in staged})
+    for name, t in staged.items():
+        half, way, stage, block, layer = re.fullmatch(pattern, name).groups()
+        last = int(block) == {"down": 2, "up": 3}[way]
+        for ours, theirs in inner.items():
+            layer = layer.replace(ours, theirs)
+        result[f"{half}.{way}_blocks.{stage}." + (f"{way}sampler." if last else f"resnets.{block}.") + layer] = t
+    return result
+
+
+def wan_video(vae, frames, seed=0):
+    return rand(1, 3, frames, 2 * vae.stride, 3 * vae.stride, seed=seed).clamp(-1, 1)
+
+
+@with_diffusers
+def test_the_wan_vae_gives_the_bits_of_diffusers_from_either_layout():
+    from diffusers import AutoencoderKLWan
+    with folder() as here, torch.no_grad():
+        for seed, (version, config) in enumerate((("2.1", WAN21), ("2.2", WAN22))):
+            saved = randomised(WanVAE(config), seed).state_dict()
+            theirs = AutoencoderKLWan(**IN_DIFFUSERS[version]).eval()
+            theirs.load_state_dict(renamed_for_diffusers(saved))
+            (here / version / "vae").mkdir(parents=True)
+            (here / f"{version}-Wan").mkdir()
+            torch.save(saved, here / f"{version}-Wan" / f"Wan{version}_VAE.pth")
+            dit = here / f"{version}-Wan" / "diffusion_pytorch_model.safetensors"          # beside a .pth: not the VAE
+            save_file({"patch_embedding.weight": rand(3)}, dit)
+            save_file(saved, here / "original.safetensors")
+            save_file(theirs.state_dict(), here / version / "vae" / "diffusion_pytorch_model.safetensors")
+            for path in f"{version}-Wan", "original.safetensors", version, f"{version}/vae":
+                vae = WanVAE.from_pretrained(here / path)
+                assert vae.config == config and type(load_vae(here / path)) is WanVAE, path
+                assert vae.state_dict().keys() == saved.keys()
+                assert all(p.equal(saved[name]) for name, p in vae.state_dict().items()), path
+            mean, std = torch.tensor(STATISTICS[config.latent_channels]).view(2, 1, -1, 1, 1, 1)
+            video = wan_video(vae, 9)
+            z, z_theirs = vae.encode(video), (theirs.encode(video).latent_dist.mode() - mean) / std
+            x, x_theirs = vae.decode(z)[0], theirs.decode(z * std + mean).sample
+            assert z.shape == (1, config.latent_channels, 3, 2, 3) and x.shape == video.shape
+            assert 0.1 < x.std() and (x.abs() == 1).float().mean() < 0.5
+            assert z.equal(z_theirs) and x.equal(x_theirs), ((z - z_theirs).abs().max(), (x - x_theirs).abs().max())
+
+
+@with_diffusers
+def test_latents_are_normalised_as_diffusers_pipelines_do():
+    import inspect
+    from diffusers import AutoencoderKLWan
+    defaults = inspect.signature(AutoencoderKLWan.__init__).parameters
+    assert STATISTICS[16] == tuple(tuple(defaults[name].default) for name in ("latents_mean", "latents_std"))
+
+
+def test_the_wan_vae_has_the_sizes_of_wans_files():
+    for config, stride, tensors, parameters in ((WanVAEConfig(), 8, 194, 126_892_531),
+                                                (WanVAEConfig(48, 160, 256, True), 16, 196, 704_688_668)):
+        with torch.device("meta"):
+            vae = WanVAE(config)
+        assert len(vae.state_dict()) == tensors and sum(p.numel() for p in vae.parameters()) == parameters
+        assert vae.stride == stride
+        for values in STATISTICS[config.latent_channels]:
+            assert len(values) == vae.config.latent_channels
+        assert min(STATISTICS[config.latent_channels][1]) > 0
+
+
+def test_wan_videos_decoded_in_pieces_are_the_whole_and_the_state_stays():
+    for config in WAN21, WAN22:
+        vae, z = randomised(WanVAE(config)), 2 * rand(2, config.latent_channels, 6, 1, 2)
+        whole, state, parts, states = vae.decode(z)[0], None, [], []
+        assert whole.abs().max() == 1
+        for part in z.split([1, 3, 2], 2):
+            video, state = vae.decode(part, state)
+            parts.append(video)
+            states.append((state, [t.clone() for t in state]))
+        assert [x.shape[2] for x in parts] == [1, 12, 8] and torch.cat(parts, 2).equal(whole)
+        assert all(a.equal(b) for state, copy in states for a, b in zip(state, copy, strict=True))
+        assert vae.decode(z[:, :, 1:4], states[0][0])[0].equal(parts[1])                   # the old state still works
+        assert not vae.decode(z[:, :, 4:], states[0][0])[0].equal(parts[2])                # and matters
+        assert vae.decode(z[:, :, :3])[0].equal(whole[:, :, :9])
+        assert_error(AssertionError, "7", vae.decode, z[:, :7])
+
+
+def test_wan_encoding_is_causal_and_holds_few_frames_however_long_the_clip():
+    for config in WAN21, WAN22:
+        vae, peaks = randomised(WanVAE(config)), []
+        for module in vae.modules():
+            if isinstance(module, CausalConv):
+                module.register_forward_hook(lambda _, given, result: peaks.append((given[0].numel(), given[2])))
+        video, most = wan_video(vae, 29), []
+        for frames in 9, 29:
+            peaks.clear()
+            latents = vae.encode(video[:, :, :frames])
+            most.append(max(size for size, _ in peaks))
+            for t in peaks[-1][1]:                                      # the last piece's state: no view of more
+                assert t.untyped_storage().nbytes() == 4 * t.numel(), t.shape
+        assert most[0] == most[1] and latents.shape == (1, config.latent_channels, 8, 2, 3)
+        assert vae.encode(video[:, :, :1]).equal(latents[:, :, :1])
+        assert vae.encode(video[:, :, :13]).equal(latents[:, :, :4])
+        assert_error(AssertionError, "28", vae.encode, video[:, :, :28])
+        assert_error(AssertionError, str(3 * vae.stride - 1), vae.encode, video[..., 1:])
+
+
+def test_the_wan_vae_runs_from_its_own_source():
+    own = lifted("vae.py", "FRAMES", "WanVAEConfig", "STATISTICS", "CausalConv", "TimeConv", "Causal", "PerFrame",
+                 "RMSNorm", "ResBlock", "Attention", "Stage", "resample", "build_wan", "WanVAE",
+                 OrderedDict=OrderedDict)
+    vae = randomised(own.WanVAE(own.WanVAEConfig(48, 8, 12, True)))
+    z = vae.encode(wan_video(vae, 5))
+    assert z.equal(randomised(WanVAE(WAN22)).encode(wan_video(vae, 5))) and vae.decode(z)[0].shape[2] == 5
+
+
+def test_every_file_opens_as_the_vae_it_holds_or_is_refused_in_one_line():
+    with folder() as here, torch.no_grad():
+        narrow, tiny = randomised(WanVAE(WanVAEConfig(16, 4, 6))), new_vae()
+        for dtype in torch.float16, torch.bfloat16, torch.float32:
+            tensors = {name: t.to(dtype) for name, t in narrow.state_dict().items()}
+            save_file(tensors, here / "narrow.safetensors")
+            torch.save(tensors, here / "narrow.pth")
+            for path in here / "narrow.safetensors", here / "narrow.pth":
+                vae = load_vae(path)
+                assert type(vae) is WanVAE and vae.config == narrow.config and not vae.training
+                assert all(p.equal(tensors[name].float()) for name, p in vae.state_dict().items())
+                assert not any(p.requires_grad for p in vae.parameters())
+        own = saved(here / "tiny.safetensors", tiny)
+        save_file(new_vae(TAEW22).state_dict(), here / "taew2_2.safetensors")
+        assert load_vae(own).metadata() == tiny.metadata()
+        assert load_vae(here / "taew2_2.safetensors").config == TAEW22
+        assert_error(ValueError, "narrow.pth: a WanVAE, not a TinyVAE; load_vae", TinyVAE.from_pretrained, path)
+        assert_error(ValueError, "tiny.safetensors: a TinyVAE, not a WanVAE; load_vae", WanVAE.from_pretrained, own)
+
+        def refused(name, change):
+            tensors = narrow.state_dict()
+            change(tensors)
+            torch.save(dict(tensors), here / name)
+            assert_error(ValueError, name, load_vae, here / name)
+
+        refused("missing.pth", lambda t: t.pop("decoder.middle.1.proj.bias"))
+        refused("extra.pth", lambda t: t.update(extra=torch.zeros(3)))
+        refused("shape.pth", lambda t: t.update({"encoder.conv1.bias": torch.zeros(3)}))
+        refused("first.pth", lambda t: t.pop("encoder.conv1.weight"))
+        refused("scalar.pth", lambda t: t.update({"conv2.weight": torch.zeros(())}))
+        refused("empty.pth", lambda t: t.clear())
+        refused("channels.pth", lambda t: t.update({"conv2.weight": torch.zeros(7, 7, 1, 1, 1)}))
+        assert_error(ValueError, here.name, load_vae, here)
+        assert_error(ValueError, "nowhere.pth", load_vae, here / "nowhere.pth")
+        assert_error(ValueError, "dit.safetensors", load_vae, saved(here / "dit.safetensors", new_model()))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
