@@ -37,8 +37,8 @@ from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 from motionstream import (MotionStream, embed_words, euler, image_channels, rollout, schedule, track_features,
-                          track_ids)
-from vae import TinyVAE
+                          track_ids, write)
+from vae import load_vae
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 LIMIT = 2 ** 30             # bytes of a tracks file, unpacked
@@ -446,18 +446,6 @@ def try_writing(path):
         raise KeyboardInterrupt
 
 
-def write(path, save, *args):
-    """Call save(*args, temporary path), then rename: a file is whole or not there."""
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part")
-    try:
-        save(*args, temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def enlarge(frame, factor):
     """(H, W, 3) to (factor H, factor W, 3), nearest neighbour."""
     return frame.repeat(factor, 0).repeat(factor, 1)
@@ -578,7 +566,7 @@ def load_models(args):
     overrides = {name: getattr(args, name) for name in ("chunk", "sink", "window") if name in args}
     try:
         model = MotionStream.from_pretrained(weights, dtype=dtype, device=device, **overrides)
-        vae = TinyVAE.from_pretrained(args.vae).to(device)
+        vae = load_vae(args.vae).to(device)
     except ValueError as e:
         raise UserError(str(e).splitlines()[0]) from None
     c = model.config

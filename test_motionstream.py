@@ -751,18 +751,22 @@ def same_tensors(model, tensors):
     return ours.keys() == tensors.keys() and all(t.equal(tensors[name].to(t.dtype)) for name, t in ours.items())
 
 
-def with_diffusers():
-    """(WanTransformer3DModel, Diffusers' converter of names)."""
-    try:
-        from diffusers import WanTransformer3DModel
-        from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
-    except ImportError:
-        raise unittest.SkipTest("NOT COMPARED with Diffusers, which is not installed: pip install diffusers") from None
-    return WanTransformer3DModel, convert_wan_transformer_to_diffusers
+def with_diffusers(test):
+    """A test that says loudly that it skips where there is nothing to compare with."""
+    @functools.wraps(test)
+    def maybe():
+        try:
+            import diffusers  # noqa: F401
+        except ImportError:
+            raise unittest.SkipTest("DIFFUSERS IS NOT INSTALLED, nothing was compared: pip install diffusers") from None
+        test()
+    return maybe
 
 
+@with_diffusers
 def test_public_weights_give_what_diffusers_gives():
-    WanTransformer3DModel, convert = with_diffusers()
+    from diffusers import WanTransformer3DModel
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers as convert
     small, large = torch.tensor([3.0, 17.5]), torch.tensor([833.33, 999.0])     # its angles are float32
     per_frame = torch.tensor([[0.0, 12.5, 3.0], [0.0, 0.0, 19.0]])              # as TI2V has them
     for family, (c, _) in FAMILIES.items():
@@ -787,8 +791,10 @@ def test_public_weights_give_what_diffusers_gives():
                 assert_near(v, expected, tolerance)
 
 
+@with_diffusers
 def test_a_written_file_is_one_that_diffusers_reads():
-    WanTransformer3DModel, convert = with_diffusers()
+    from diffusers import WanTransformer3DModel
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers as convert
     with folder() as here:
         family = "Wan 2.1 I2V, Fun-InP"
         save_pretrained(MotionStream.from_pretrained(write_layout(here, family, "Wan")), here / "a.safetensors")
@@ -1175,17 +1181,6 @@ WAN21, WAN22 = WanVAEConfig(16, 8, 8), WanVAEConfig(48, 8, 12, residual=True)
 IN_DIFFUSERS = {"2.1": {"base_dim": 8, "z_dim": 16},
                 "2.2": {"base_dim": 8, "z_dim": 48, "decoder_base_dim": 12, "is_residual": True, "in_channels": 12,
                         "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16}}
-
-
-def with_diffusers(test):
-    @functools.wraps(test)
-    def maybe():
-        try:
-            import diffusers  # noqa: F401
-        except ImportError:
-            raise unittest.SkipTest("DIFFUSERS IS NOT INSTALLED, nothing was compared: pip install diffusers") from None
-        test()
-    return maybe
 
 
 def renamed_for_diffusers(tensors):
