@@ -754,18 +754,22 @@ def same_tensors(model, tensors):
     return ours.keys() == tensors.keys() and all(t.equal(tensors[name].to(t.dtype)) for name, t in ours.items())
 
 
-def with_diffusers():
-    """(WanTransformer3DModel, Diffusers' converter of names)."""
-    try:
-        from diffusers import WanTransformer3DModel
-        from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
-    except ImportError:
-        raise unittest.SkipTest("NOT COMPARED with Diffusers, which is not installed: pip install diffusers") from None
-    return WanTransformer3DModel, convert_wan_transformer_to_diffusers
+def with_diffusers(test):
+    """A test that says loudly that it skips where there is nothing to compare with."""
+    @functools.wraps(test)
+    def maybe():
+        try:
+            import diffusers  # noqa: F401
+        except ImportError:
+            raise unittest.SkipTest("DIFFUSERS IS NOT INSTALLED, nothing was compared: pip install diffusers") from None
+        test()
+    return maybe
 
 
+@with_diffusers
 def test_public_weights_give_what_diffusers_gives():
-    WanTransformer3DModel, convert = with_diffusers()
+    from diffusers import WanTransformer3DModel
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers as convert
     small, large = torch.tensor([3.0, 17.5]), torch.tensor([833.33, 999.0])     # its angles are float32
     per_frame = torch.tensor([[0.0, 12.5, 3.0], [0.0, 0.0, 19.0]])              # as TI2V has them
     for family, (c, _) in FAMILIES.items():
@@ -790,8 +794,10 @@ def test_public_weights_give_what_diffusers_gives():
                 assert_near(v, expected, tolerance)
 
 
+@with_diffusers
 def test_a_written_file_is_one_that_diffusers_reads():
-    WanTransformer3DModel, convert = with_diffusers()
+    from diffusers import WanTransformer3DModel
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers as convert
     with folder() as here:
         family = "Wan 2.1 I2V, Fun-InP"
         save_pretrained(MotionStream.from_pretrained(write_layout(here, family, "Wan")), here / "a.safetensors")
@@ -1180,17 +1186,6 @@ IN_DIFFUSERS = {"2.1": {"base_dim": 8, "z_dim": 16},
                         "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16}}
 
 
-def only_with_diffusers(test):
-    @functools.wraps(test)
-    def maybe():
-        try:
-            import diffusers  # noqa: F401
-        except ImportError:
-            raise unittest.SkipTest("DIFFUSERS IS NOT INSTALLED, nothing was compared: pip install diffusers") from None
-        test()
-    return maybe
-
-
 def renamed_for_diffusers(tensors):
     """Wan's names to diffusers', by its own converter, which does not know the stages of 2.2."""
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
@@ -1214,7 +1209,7 @@ def wan_video(vae, frames, seed=0):
     return rand(1, 3, frames, 2 * vae.stride, 3 * vae.stride, seed=seed).clamp(-1, 1)
 
 
-@only_with_diffusers
+@with_diffusers
 def test_the_wan_vae_gives_the_bits_of_diffusers_from_either_layout():
     from diffusers import AutoencoderKLWan
     with folder() as here, torch.no_grad():
@@ -1243,7 +1238,7 @@ def test_the_wan_vae_gives_the_bits_of_diffusers_from_either_layout():
             assert z.equal(z_theirs) and x.equal(x_theirs), ((z - z_theirs).abs().max(), (x - x_theirs).abs().max())
 
 
-@only_with_diffusers
+@with_diffusers
 def test_latents_are_normalised_as_diffusers_pipelines_do():
     import inspect
     from diffusers import AutoencoderKLWan

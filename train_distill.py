@@ -36,9 +36,9 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from motionstream import (PRESETS, KVCache, MotionStream, add_noise, embed_words, euler, guided_velocity, metadata,
-                          rollout, to_x0, track_features, track_ids, shift_sigma, with_first)
+                          rollout, to_x0, track_features, track_ids, shift_sigma, with_first, write)
 from sample import (ASSETS, Motion, Parser, UserError, draw_tracks, enlarge, hold_signals, number, sample_teacher,
-                    stream, to_frames, write)
+                    stream, to_frames)
 from vae import TINY, TinyVAE
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -884,8 +884,8 @@ class Run:
     def __init__(self, args):
         self.out, self.device, self.seed = Path(args.out), args.device, args.seed
         self.config = replace(PRESETS["tiny"], tracks=args.tracks)
-        self.steps = {"vae": 2000, "teacher": 10000, "causal": 400, "distill": 1000}
-        self.vae_clips, self.clips, self.trajectories, self.eval_clips, self.eval_frames = 256, 5120, 320, 16, 10_000
+        self.steps = {"vae": 2000, "teacher": 10000, "causal": 800, "distill": 1200}
+        self.vae_clips, self.clips, self.trajectories, self.eval_clips, self.eval_frames = 256, 5120, 480, 16, 10_000
         self.critic_steps = 5
         if args.smoke:
             self.steps = {"vae": 4, "teacher": 4, "causal": 3, "distill": 6}

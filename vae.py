@@ -4,11 +4,10 @@
 Wan (`taew2_1`, `taew2_2`) load into the same class as the tiny model's own weights; widths, patch and padding are free.
 Its convolutions are 2-D. Time enters in three places: `MemBlock` sees the previous frame, `TPool` packs frames into
 channels and `TGrow` unpacks them. `WanVAE` is the VAE of Wan 2.1 (8x8 pixels, 16 channels) and of Wan 2.2 5B (16x16
-pixels, 48 channels); its convolutions are 3-D and causal. `load_vae` opens either kind.
+pixels, 48 channels); its convolutions are 3-D and causal. `load_vae` opens either kind. Latents are normalised as the
+DiT sees them: no mean, no scale, about unit variance.
 
     B batch   T video frames   F latent frames, T = 1 + 4 (F - 1)   C channels   h w latent size   H W pixels
-
-Latents are normalised as the DiT sees them: no mean, no scale, about unit variance.
 """
 
 import json
@@ -371,10 +370,9 @@ class WanVAE(nn.Module):
         mean, std = video.new_tensor(STATISTICS[self.config.latent_channels]).view(2, -1, 1, 1, 1)
         for frames in video.split([1] + T // FRAMES * [FRAMES], 2):
             x = F.pixel_unshuffle(frames.transpose(1, 2).mT, self.stride // 8).mT.transpose(1, 2)  # columns before rows
-            memory = []
-            z = self.conv1(self.encoder(x, state, memory)).chunk(2, 1)[0]
+            past, state = state, []
+            z = self.conv1(self.encoder(x, past, state)).chunk(2, 1)[0]
             latents.append((z - mean) / std)
-            state = memory
         return torch.cat(latents, 2)
 
     def decode(self, latents, state=None):
@@ -384,10 +382,9 @@ class WanVAE(nn.Module):
         assert latents.shape[1] == C, f"latents of this VAE have {C} channels, these have {latents.shape[1]}"
         mean, std = latents.new_tensor(STATISTICS[C]).view(2, -1, 1, 1, 1)
         for z in latents.split(1, 2):
-            memory = []
-            x = self.decoder(self.conv2(z * std + mean), state, memory)
+            past, state = state, []
+            x = self.decoder(self.conv2(z * std + mean), past, state)
             video.append(F.pixel_shuffle(x.transpose(1, 2).mT, self.stride // 8).mT.transpose(1, 2))
-            state = memory
         return torch.cat(video, 2).clamp(-1, 1), state
 
     @classmethod
@@ -466,9 +463,8 @@ def read_tensors(path):
     """A weights file to ({name: tensor}, {key: text}); never runs a pickle's code. ValueError names the file.
     Tensors are mapped, not read. Of a Self-Forcing checkpoint: the generator, best its average, and {"layout": key}."""
     from safetensors import safe_open
-    path = Path(path)
     try:
-        if path.suffix in (".pt", ".pth"):
+        if Path(path).suffix in (".pt", ".pth"):
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
             layouts = [key for key in ("generator_ema", "generator", "model") if key in tensors]
             tensors = tensors[layouts[0]] if layouts else tensors
