@@ -37,11 +37,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-from encoders import NEGATIVE_PROMPT, UMT5_DIM, encode_image, encode_texts, load_text
-from measures import endpoint_errors, psnr, ssim
 from motionstream import (Config, MotionStream, embed_words, euler, find_config, image_and_mask, image_channels,
                           read_weights, rollout, schedule, track_features, track_ids, write)
-from vae import VAE_FILES, load_vae
+from vae import VAE_FILES, load_vae, read_tensors
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 LIMIT = 2 ** 30             # bytes of a tracks file, unpacked
@@ -50,7 +48,8 @@ DEFAULT_FRAMES = 81         # length of a video without tracks
 SHORTEST_SIDE = 256         # pixels of the written video; smaller ones are enlarged
 TRAIL = 12                  # frames that a track's trail lasts in --overlay
 SHEET_FRAMES = 5            # of the video, beside the input, in --sheet
-HISTORY = 21                # latent frames of the longest video in which weights that remember all of it were trained
+UMT5_DIM, CLIP_ROWS = 4096, 257     # of an encoded text, and of an encoded image
+HISTORY = 81                # frames of the videos in which weights that remember all of one were trained
 
 
 class UserError(Exception):
@@ -189,10 +188,9 @@ def fit_image(image, size):
 # Reading tracks. Names decide; shapes and numbers only refuse; nothing is transposed, scaled or swapped on a guess.
 
 @np.errstate(all="ignore")          # numbers too large for float32 get a message of their own
-def load_tracks(path, size, hidden=False):
+def load_tracks(path, size):
     """A tracks file for an image of `size` (width, height), to: tracks (T, N, 2) float32 in pixels of that image, 0
-    where hidden, visible (T, N) bool (hidden=True: wherever there is a position), ids (N,) int64, fps; the last two
-    None if the file does not say."""
+    where hidden, visible (T, N) bool, ids (N,) int64, fps; the last two None if the file does not say."""
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
     try:
@@ -200,7 +198,7 @@ def load_tracks(path, size, hidden=False):
         tracks, visibility = arrays["tracks"], arrays.get("visibility")
         check_layout(tracks, visibility)
         tracks = tracks.astype(np.float32)
-        visible = read_visibility(tracks, None if hidden else visibility)
+        visible = read_visibility(tracks, visibility)
         tracks = np.where(visible[..., None], tracks, 0)
         own_size = np.array([scalar(arrays, "width") or size[0], scalar(arrays, "height") or size[1]])
         check_units(tracks, visible, own_size)
@@ -477,11 +475,6 @@ def try_writing(path):
         raise KeyboardInterrupt
 
 
-def enlargement(size):
-    """How many times as large a video of `size` (height, width) is written."""
-    return math.ceil(SHORTEST_SIDE / min(size))
-
-
 def enlarge(frame, factor):
     """(H, W, 3) to (factor H, factor W, 3), nearest neighbour."""
     return frame.repeat(factor, 0).repeat(factor, 1)
@@ -534,39 +527,6 @@ def save_sheet(path, tiles):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What the result is measured against.
-
-def read_video(path, size):
-    """Frames of a video file, each (1, 3, H, W) in [-1, 1], cropped to `size` as the image is."""
-    try:
-        with imageio.get_reader(path) as reader:
-            for frame in reader:
-                yield fit_image(Image.fromarray(frame).convert("RGB"), size)
-    except Exception as e:                              # of a dozen kinds
-        raise UserError(f"{path}: not a video that can be read ({str(e).splitlines()[0][:80]})") from None
-
-
-def compared(frames, reference, scores):
-    """The frames, passed on; for each that the reference has too, its (PSNR, SSIM) is appended to `scores`."""
-    for frame in frames:
-        true = next(reference, None)
-        if true is not None:
-            pair = torch.from_numpy(frame).permute(2, 0, 1)[None] / 255, true / 2 + 0.5
-            scores.append((psnr(*pair), ssim(*pair)))
-        yield frame
-
-
-def load_found(path, config, count):
-    """The `count` tracks that a tracker found in a written video, in pixels of the model's video: (tracks
-    (1, T, N, 2), known (1, T, N)), which is True wherever there is a position, hidden or not."""
-    factor = enlargement(config.size)
-    tracks, known, *_ = load_tracks(path, [factor * side for side in config.size[::-1]], hidden=True)
-    if tracks.shape[1] != count:
-        raise UserError(f"{path}: holds {tracks.shape[1]} tracks, --tracks {count}; both must be the same, in order")
-    return torch.from_numpy(tracks)[None] / factor, torch.from_numpy(known)[None]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # The program.
 
 class Parser(argparse.ArgumentParser):
@@ -595,19 +555,6 @@ def window(text):
     return None if text == "full" else number(int, 0, 10 ** 6)(text)
 
 
-def add_models(add):
-    """The flags that name weights and what runs them."""
-    add("--weights", type=Path, metavar="PATH", help="a Wan DiT, file or folder; default: the tiny model in assets/")
-    add("--vae", type=Path, metavar="PATH", help="default: the tiny model's, or the one in the folder of --weights")
-    add("--prompt-embeds", type=Path, metavar="FILE", help="instead of --prompt: its rows (L, 4096) in a .safetensors")
-    add("--negative-embeds", type=Path, metavar="FILE", help="the same of what guidance leads away from")
-    add("--text-encoder", type=Path, metavar="DIR", help="holds Wan's text_encoder/, tokenizer/; needs transformers")
-    add("--image-encoder", type=Path, metavar="DIR", help="holds Wan's image_encoder/; needs transformers")
-    add("--device", default="auto", help="cpu, cuda, …; default: cuda if there is one")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
-        help="of the model; default: float32 on the CPU, else bfloat16")
-
-
 def parse_flags(argv):
     """The command line. Flags with argparse.SUPPRESS are only there if given; the model's own value holds otherwise."""
     parser = Parser(description="One image and some tracks in, a video out.", allow_abbrev=False)
@@ -621,9 +568,14 @@ def parse_flags(argv):
     add("--fps", type=number(float, 0.1, 1000), metavar="F", help="frames per second of the file; default: the model's")
     add("--overlay", action="store_true", help="draw the tracks on the video")
     add("--sheet", type=Path, metavar="FILE", help="also write a .png with the input, its tracks, and some frames")
-    add("--reference", type=Path, metavar="FILE", help="a video of the same scene: print PSNR and SSIM of the result")
-    add("--reference-tracks", type=Path, metavar="FILE", help="tracks found in an earlier result: print their error")
-    add_models(parser.add_argument_group("model").add_argument)
+    add = parser.add_argument_group("model").add_argument
+    add("--weights", type=Path, metavar="PATH", help="a Wan DiT, file or folder; default: the tiny model in assets/")
+    add("--vae", type=Path, metavar="PATH", help="default: the tiny model's, or the one in the folder of --weights")
+    add("--prompt-embeds", type=Path, metavar="FILE", help="for Wan's, instead of --prompt: its rows, see the README")
+    add("--clip-embeds", type=Path, metavar="FILE", help="for weights with an image branch: the image's rows")
+    add("--device", default="auto", help="cpu, cuda, …; default: cuda if there is one")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the model; default: float32 on the CPU, else bfloat16")
     add = parser.add_argument_group("sampling").add_argument
     add("--sampler", choices=("stream", "teacher"), help="default: what the weights are")
     add("--control", choices=("sinusoid", "rgb"), help="tracks by the trained head, or drawn if there is none")
@@ -638,10 +590,8 @@ def parse_flags(argv):
     given = {"default": argparse.SUPPRESS, "metavar": "W", "type": number(float, 0, 100)}
     add("--w-text", help="weight of the text; default: the model's", **given)
     add("--w-motion", help="weight of the tracks; default: the model's", **given)
-    args = parser.parse_args(argv)
-    if args.prompt is not None and args.prompt_embeds:
-        raise UserError("--prompt and --prompt-embeds: give one of them")
-    return args
+    add("--negative-embeds", help="rows of what it leads away from", **given | {"metavar": "FILE", "type": Path})
+    return parser.parse_args(argv)
 
 
 class Weights(NamedTuple):
@@ -681,40 +631,31 @@ def settle(args, weights, frames):
     if not weights.own:
         shift, w_text = TEACHERS.get((c.dim, c.image_dim > 0), (5.0, 5.0))
         c = replace(c, **SELF_FORCING if streams else {"causal": False, "shift": shift, "guidance": (w_text, 0.0)})
-    for flag in ("w_text", "w_motion") if streams else ("chunk", "sink", "window"):
+    for flag in ("w_text", "w_motion", "negative_embeds") if streams else ("chunk", "sink", "window"):
         if flag in args:
             raise UserError(f"--{flag.replace('_', '-')} belongs to --sampler {'teacher' if streams else 'stream'}")
     if args.steps:
         c = replace(c, steps=args.steps, sigmas=schedule(args.steps, c.shift))
-    w_text, w_motion = c.guidance
-    if c.text_dim == UMT5_DIM and not (args.text_encoder or args.prompt_embeds):
-        w_text = 0.0                                    # there is no text that it could weigh
-    c = replace(c, guidance=(getattr(args, "w_text", w_text), getattr(args, "w_motion", w_motion)))
+    w_text = c.guidance[0] if args.prompt_embeds or c.text_dim != UMT5_DIM else 0.0     # no text, no weight
+    c = replace(c, guidance=(getattr(args, "w_text", w_text), getattr(args, "w_motion", c.guidance[1])))
     c = replace(c, **{flag: getattr(args, flag) for flag in ("chunk", "sink", "window") if flag in args})
     if not weights.own:
         how = "as Self-Forcing" if streams else f"shift {c.shift:g}, text guidance {c.guidance[0]:g}"
         print(f"note: {name} does not say how it is sampled: {args.sampler}, {how}")
-    check_stream(args, name, c, frames)
-    check_control(args, weights)
-    check_encoders(args, name, c)
-    return c
-
-
-def check_stream(args, name, c, frames):
-    """Refuse streams that the weights cannot make."""
-    if c.causal and c.window is None and latent_frames(frames, c) > HISTORY and "window" not in args:
-        raise UserError(f"{name}: remembers all of a video and was trained on {4 * HISTORY - 3} frames, not on "
-                        f"{frames}: add --sink 1 --window 5, or --frames {4 * HISTORY - 3}")
-    if c.causal and has_mask(c):
+    if streams and c.window is None and frames > HISTORY and "window" not in args:
+        raise UserError(f"{name}: trained to remember {HISTORY} frames, all of them; add --sink 1 --window 5 for more")
+    if streams and has_mask(c):
         raise UserError(f"{name}: takes the image as a clip with a mask, which cannot stream; use --sampler teacher")
+    check_control(args, weights)
+    check_encoded(args, name, c)
+    return c
 
 
 def check_control(args, weights):
     """Settle how the tracks and the image enter."""
     name, c = weights.path, weights.config
     if not c.track_dim and (args.tracks or args.control or "w_motion" in args):
-        raise UserError(f"{name}: has no input for tracks; take weights that have, as Wan2.1-Fun-Control, or leave "
-                        "--tracks, --control and --w-motion out")
+        raise UserError(f"{name}: has no input for tracks; take Fun-Control, or drop --tracks, --control, --w-motion")
     args.control = args.control or ("sinusoid" if weights.head or c.track_dim != c.out_dim else "rgb")
     if args.tracks and args.control == "rgb" and c.track_dim != c.out_dim:
         raise UserError(f"{name}: takes no drawn tracks, its input for them has {c.track_dim} channels; drop --control")
@@ -726,47 +667,45 @@ def check_control(args, weights):
         print(f"note: {name} never learned to take an image; it enters as a clean first latent, at sigma 0")
 
 
-def check_encoders(args, name, c):
-    """Refuse text and image encoders that are missing or of no use."""
-    umt5 = c.text_dim == UMT5_DIM
-    for flag in ("prompt_embeds", "negative_embeds", "text_encoder"):
-        if getattr(args, flag) and not umt5:
-            raise UserError(f"--{flag.replace('_', '-')}: {name} reads words, give it --prompt alone")
-    if umt5 and args.prompt is not None and not args.text_encoder:
-        raise UserError(f"{name}: --prompt needs --text-encoder DIR, with Wan's UMT5-XXL, or give --prompt-embeds")
-    if "w_text" in args and umt5 and not (args.text_encoder or args.prompt_embeds):
-        raise UserError("--w-text: there is no text; give --text-encoder DIR or --prompt-embeds FILE")
-    if c.clip_dim and not args.image_encoder:
-        raise UserError(f"{name}: reads the image by CLIP too; give --image-encoder DIR, Wan2.1-I2V's image_encoder/")
-    if args.image_encoder and not c.clip_dim:
-        raise UserError(f"--image-encoder: {name} has no image branch, leave it out")
+def check_encoded(args, name, c):
+    """Refuse encoded texts and images that are missing or of no use."""
+    umt5, negative = c.text_dim == UMT5_DIM, "negative_embeds" in args
+    if not umt5 and (args.prompt_embeds or negative):
+        raise UserError(f"{name}: reads words, give it --prompt and no --{'negative' if negative else 'prompt'}-embeds")
+    if umt5 and args.prompt is not None:
+        raise UserError(f"{name}: reads no words; encode them as the README says and give it --prompt-embeds FILE")
+    if umt5 and not args.prompt_embeds and (negative or "w_text" in args):
+        raise UserError(f"--{'negative-embeds' if negative else 'w-text'}: there is no text, give --prompt-embeds FILE")
+    if c.clip_dim and not args.clip_embeds:
+        raise UserError(f"{name}: reads the image by CLIP too; encode it as the README says, give --clip-embeds FILE")
+    if args.clip_embeds and not c.clip_dim:
+        raise UserError(f"--clip-embeds: {name} has no image branch, leave it out")
 
 
-def read_text(args, config, device):
-    """(text, null_text), each (1, L, text_dim) or None: what the flags say, and what guidance leads away from."""
-    if config.text_dim != UMT5_DIM:
-        return embed_words(config.prompt if args.prompt is None else args.prompt, config), None
-    files = {"text": args.prompt_embeds, "null": args.negative_embeds}
-    texts = {name: load_text(path, config.text_len) for name, path in files.items() if path}
-    if args.text_encoder:
-        prompt = config.prompt if args.prompt is None else args.prompt
-        wanted = {"text": prompt or ""} if config.causal else {"text": prompt or "", "null": NEGATIVE_PROMPT}
-        absent = {name: words for name, words in wanted.items() if name not in texts}
-        texts |= zip(absent, encode_texts([*absent.values()], args.text_encoder, config.text_len, device))
-    if "text" not in texts:
-        print("note: no text at all, which Wan did not see in training; give --prompt-embeds or --text-encoder")
-    elif "null" not in texts and not config.causal and config.guidance[0]:
+def load_rows(path, least, most, channels):
+    """The one tensor of a file, (L, channels), followed by zeros, which the DiT sees: (1, most, channels) float32."""
+    tensors = [*read_tensors(path)[0].values()]
+    if [t.shape[1:] for t in tensors] != [(channels,)] or not least <= len(tensors[0]) <= most:
+        raise ValueError(f"{path}: holds {[tuple(t.shape) for t in tensors[:3]]}, expected one tensor (L, {channels}), "
+                         f"{least} <= L <= {most}")
+    rows = tensors[0].float()
+    if not tensors[0].is_floating_point() or not rows.isfinite().all():
+        raise ValueError(f"{path}: holds NaN, infinity or whole numbers; encode it again")
+    return F.pad(rows, (0, 0, 0, most - len(rows)))[None]
+
+
+def read_encoded(args, c):
+    """(text, null_text, clip), each (1, L, channels) or None. null_text is what guidance leads away from."""
+    paths = args.prompt_embeds, getattr(args, "negative_embeds", None)
+    text, null_text = (load_rows(path, 1, c.text_len, UMT5_DIM) if path else None for path in paths)
+    clip = load_rows(args.clip_embeds, CLIP_ROWS, CLIP_ROWS, c.clip_dim) if c.clip_dim else None
+    if c.text_dim != UMT5_DIM:
+        text = embed_words(c.prompt if args.prompt is None else args.prompt, c)
+    elif text is None:
+        print("note: no text at all, which Wan did not see in training; give --prompt-embeds")
+    elif null_text is None and not c.causal and c.guidance[0]:
         print("note: guidance leads away from rows of zeros; give --negative-embeds, Wan's negative prompt")
-    return texts.get("text"), texts.get("null")
-
-
-def open_device(name):
-    """A torch.device that works."""
-    name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {name}: not available here") from None
+    return text, null_text, clip
 
 
 def open_vae(args, weights):
@@ -783,14 +722,17 @@ def open_vae(args, weights):
     return vae
 
 
-def load_models(args, weights, config, pixels):
+def load_models(args, weights, config):
     """The DiT, the VAE and what the DiT reads beside latents and tracks: (text, null_text, clip)."""
-    device = open_device(args.device)
+    name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {name}: not available here") from None
     dtype = args.dtype if args.dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
     try:
         vae = open_vae(args, weights).to(device)
-        text, null_text = read_text(args, config, device)
-        clip = encode_image(pixels, args.image_encoder, config.clip_dim, device) if config.clip_dim else None
+        encoded = read_encoded(args, config)
         model = MotionStream.from_pretrained(weights.path, dtype=getattr(torch, dtype), device=device, **vars(config))
     except ValueError as e:
         raise UserError(str(e).splitlines()[0]) from None
@@ -798,7 +740,7 @@ def load_models(args, weights, config, pixels):
     memory = f"c{c.chunk}s{c.sink}w{'full' if c.window is None else c.window}" if c.causal else "whole clip"
     print(f"{weights.path.name}: {c.size[1]}x{c.size[0]} pixels, {args.sampler}, {memory}, "
           f"{len(c.sigmas) if c.causal else c.steps} steps, seed {args.seed}, {device}, {dtype}")
-    return model, vae, [t.to(device) if t is not None else None for t in (text, null_text, clip)]
+    return model, vae, [t.to(device) if t is not None else None for t in encoded]
 
 
 def generate(args, frames, image, motion, model, vae, encoded):
@@ -818,7 +760,7 @@ def generate(args, frames, image, motion, model, vae, encoded):
 def write_video(args, frames, total, image, motion, fps):
     """Write `total` frames to --out while they come, and then --sheet. Returns the signals that ended it early."""
     tracks, visible = motion.tracks[0, :total].numpy(), motion.visible[0, :total].numpy()
-    factor = enlargement(image.shape[2:])
+    factor = math.ceil(SHORTEST_SIDE / min(image.shape[2:]))
     shown = {round(i * (total - 1) / SHEET_FRAMES) for i in range(1, SHEET_FRAMES + 1)}
     tiles, started = [], time.perf_counter()
     frames = itertools.chain([next(frames)], frames)    # the first one now: from there on Ctrl-C keeps what there is
@@ -860,24 +802,12 @@ def run(argv):
     tiny = ASSETS / ("tiny_teacher.safetensors" if args.sampler == "teacher" else "tiny.safetensors")
     weights, frames = inspect(args.weights or tiny), args.frames or len(arrays[0])
     config = settle(args, weights, frames)
-    found = load_found(args.reference_tracks, config, arrays[0].shape[1]) if args.reference_tracks else None
-    if args.reference:
-        next(read_video(args.reference, config.size))   # before the work, whether it can be read
-    pixels = fit_image(image, config.size)
-    model, vae, encoded = load_models(args, weights, config, pixels)
+    model, vae, encoded = load_models(args, weights, config)
     if tracks_fps and tracks_fps != config.fps:
         print(f"note: the tracks are at {tracks_fps:g} frames/s, the model at {config.fps}; they are not resampled")
-    motion, scores = fit_tracks(arrays, image.size, frames, config, args.seed), []
+    motion, pixels = fit_tracks(arrays, image.size, frames, config, args.seed), fit_image(image, config.size)
     pictures = generate(args, frames, pixels, motion, model, vae, encoded)
-    if args.reference:
-        pictures = compared(pictures, read_video(args.reference, config.size), scores)
     noted = write_video(args, pictures, frames, pixels, motion, args.fps or config.fps)
-    if scores:
-        values = "PSNR {:.2f} dB, SSIM {:.4f}".format(*np.mean(scores, 0))
-        print(f"against {args.reference.name}: {values}, means of {len(scores)} frames")
-    if found:
-        error = endpoint_errors(*found, motion.tracks, motion.visible)
-        print(f"end-point error of {args.reference_tracks.name}: {error.mean():.2f} pixels, of {len(error)} points")
     if args.sheet:
         print(args.sheet)
     print(args.out)
