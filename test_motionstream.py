@@ -25,7 +25,6 @@ import time
 import traceback
 import unittest
 import unittest.mock
-import weakref
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,8 +41,6 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import encoders
-import measures
 import sample
 import train_distill as td
 from motionstream import (PRESETS, KVCache, MotionStream, SelfAttention, TrackHead, add_noise, apply_rope,
@@ -1921,7 +1918,7 @@ STUB_VAE = TinyVAEConfig(latent_channels=16, patch=2, pad="front", stem=4, encod
 
 @functools.cache
 def wan_workplace():
-    """A folder as users of Wan have it: weights that do not say how they are sampled, their VAE, encoded texts."""
+    """A folder as users of Wan have it: weights that do not say how they are sampled, their VAE, what encoders made."""
     here = tempfile.TemporaryDirectory()
     path = Path(here.name)
 
@@ -1940,6 +1937,7 @@ def wan_workplace():
     saved(path / "vae.safetensors", new_vae(STUB_VAE))
     save_file({"prompt": rand(7, 4096)}, path / "prompt.safetensors")
     save_file({"prompt": rand(9, 4096, seed=1).bfloat16()}, path / "negative.safetensors")
+    save_file({"image": rand(257, 32)}, path / "image.safetensors")
     return here, path
 
 
@@ -1951,24 +1949,15 @@ def settled(weights, *more, frames=81):
     return args, config, out.getvalue()
 
 
-@contextlib.contextmanager
-def small_pictures():
-    """Public weights make pictures of 48x32 pixels in here; encoders keep what they return in a folder of its own."""
-    inspect = sample.inspect
+def wan_sampled(weights, *more):
+    """Exit code, stdout and stderr of sample.py with public weights, and what the DiT was called with each time.
+    Their pictures have 48x32 pixels in here."""
+    _, here = wan_workplace()
+    calls, forward, inspect = [], MotionStream.forward, sample.inspect
 
     def smaller(path):
         weights = inspect(path)
         return weights if weights.own else weights._replace(config=replace(weights.config, size=(32, 48)))
-
-    with folder() as cache, unittest.mock.patch.dict(os.environ, {"XDG_CACHE_HOME": str(cache)}), \
-            unittest.mock.patch.object(sample, "inspect", smaller):
-        yield cache
-
-
-def wan_sampled(weights, *more):
-    """Exit code, stdout and stderr of sample.py with public weights, and what the DiT was called with each time."""
-    _, here = wan_workplace()
-    calls, forward = [], MotionStream.forward
 
     def record(model, x, sigma, text, **given):
         calls.append(SimpleNamespace(x=x, sigma=sigma, text=text, **given))
@@ -1977,7 +1966,8 @@ def wan_sampled(weights, *more):
     flags = {"image": workplace()[1] / "image.png", "weights": here / weights, "vae": here / "vae.safetensors",
              "out": here / "out.gif"}
     (here / "out.gif").unlink(missing_ok=True)
-    with small_pictures(), unittest.mock.patch.object(MotionStream, "forward", record):
+    with unittest.mock.patch.object(sample, "inspect", smaller), \
+            unittest.mock.patch.object(MotionStream, "forward", record):
         result = sampled(*(word for flag, value in flags.items() for word in (f"--{flag}", value)), *more)
     return *result, calls
 
@@ -2010,7 +2000,7 @@ def test_a_stream_that_remembers_all_ends_where_its_training_did():
     settled("self_forcing.pt", frames=81)
     for flags in ("--window", "full"), ("--window", "1"):
         settled("self_forcing.pt", *flags, frames=500)
-    assert_error(sample.UserError, "add --sink 1 --window 5, or --frames 81", settled, "self_forcing.pt", frames=82)
+    assert_error(sample.UserError, "81 frames, all of them; add --sink 1", settled, "self_forcing.pt", frames=82)
     assert_error(sample.UserError, "--sampler teacher", settled, "i2v.safetensors", "--sampler", "stream")
 
 
@@ -2079,7 +2069,7 @@ def test_tracks_go_to_a_trained_head_or_are_drawn():
         args, _, out = settled(f"{weights}.safetensors", *tracks)
         assert args.control == control and ("drawn as a control video" in out) == (control == "rgb")
     for weights, cure, flags in (("fun", "--control rgb", (*tracks, "--control", "sinusoid")),
-                                 ("t2v", "leave --tracks", tracks), ("t2v", "leave --tracks", ("--w-motion", 1)),
+                                 ("t2v", "drop --tracks", tracks), ("t2v", "drop --tracks", ("--w-motion", 1)),
                                  ("headless", "drop --control", (*tracks, "--control", "rgb")),
                                  ("headless", "no trained track head", tracks)):
         assert_error(sample.UserError, cure, settled, f"{weights}.safetensors", *flags)
@@ -2120,201 +2110,51 @@ def test_encoded_texts_reach_the_teacher_padded_with_zeros():
     assert calls[0].text.equal(expected[0][None]) and calls[0].x[:, :, :1].equal(calls[4].x[:, :, :1])
 
 
-def test_encoded_texts_of_the_wrong_shape_are_refused():
+def test_encoded_texts_and_images_of_the_wrong_shape_are_refused():
     with folder() as here:
         for name, tensors in (("rows", {"a": rand(513, 4096)}), ("width", {"a": rand(5, 4095)}),
                               ("axes", {"a": rand(1, 5, 4096)}), ("two", {"a": rand(5, 4096), "b": rand(5, 4096)}),
-                              ("none", {"a": rand(0, 4096)}), ("nan", {"a": rand(5, 4096) / 0}),
-                              ("ids", {"a": torch.ones(5, 4096, dtype=torch.int64)})):
+                              ("none", {"a": rand(0, 4096)}), ("nan", {"a": rand(5, 4096) / 0}), ("empty", {}),
+                              ("line", {"a": rand(4096)}), ("ids", {"a": torch.ones(5, 4096, dtype=torch.int64)})):
             save_file(tensors, here / name)
-            assert_error(ValueError, str(here / name), encoders.load_text, here / name, 512)
+            assert_error(ValueError, str(here / name), sample.load_rows, here / name, 1, 512, 4096)
         save_file({"a": rand(512, 4096)}, here / "full")
-        with quiet() as (out, _):
-            assert encoders.load_text(here / "full", 512).equal(rand(512, 4096)[None])
-        assert "fills all 512 rows" in out.getvalue()
+        assert sample.load_rows(here / "full", 1, 512, 4096).equal(rand(512, 4096)[None])
+        assert_error(ValueError, "257 <= L <= 257", sample.load_rows, here / "full", 257, 257, 4096)
 
 
-def with_transformers():
-    try:
-        import tokenizers
-        import transformers
-    except ImportError:
-        raise unittest.SkipTest("NOT COMPARED with transformers, which is missing: pip install transformers") from None
-    return transformers, tokenizers
-
-
-def save_encoders(here, width=64):
-    """The encoders of a -Diffusers repository in small, with random parameters; returns (UMT5, CLIP)."""
-    transformers, tokenizers = with_transformers()
-    transformers.utils.logging.disable_progress_bar()
-    words = {word: i for i, word in enumerate("<pad> </s> <unk> a small red cat & dog runs".split())}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<unk>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>",
-                                         unk_token="<unk>").save_pretrained(here / "tokenizer")
-    umt5 = randomised(transformers.UMT5EncoderModel(transformers.UMT5Config(
-        vocab_size=100, d_model=width, d_kv=16, d_ff=160, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu",
-        dropout_rate=0.0)))
-    clip = randomised(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=224,
-        patch_size=14)))
-    umt5.save_pretrained(here / "text_encoder")
-    clip.save_pretrained(here / "image_encoder")
-    return umt5, clip
-
-
-@torch.no_grad()
-def test_prompts_are_encoded_as_wan_does_it():
-    prompts, loaded, load = ["a  small red\ncat &amp;amp; dog", "", "red " * 20], [], encoders.load_encoder
-
-    def remember(*args):
-        encoder = load(*args)
-        loaded.append(weakref.ref(encoder))
-        return encoder
-
-    with small_pictures() as cache, folder() as here:
-        umt5, _ = save_encoders(here)
-        ids = [[3, 4, 5, 6, 7, 8, 1], [1], [5] * 15 + [1]]                           # the end of the sentence is kept
-        with unittest.mock.patch.object(encoders, "load_encoder", remember), quiet() as (out, _):
-            texts = encoders.encode_texts(prompts, here, 16, torch.device("cpu"))
-        assert len(loaded) == 1 and loaded[0]() is None, "the encoder is still there"
-        assert "fills all 16 rows" in out.getvalue()                                 # the third was cut
-        for text, row in zip(texts, ids):
-            padded = torch.tensor([row + [0] * (16 - len(row))])
-            hidden = umt5(padded, (torch.arange(16) < len(row)).long()[None]).last_hidden_state
-            assert text.shape == (1, 16, 64) and text[0, len(row):].count_nonzero() == 0
-            assert_near(text[0, :len(row)], hidden[0, :len(row)], 1e-5)
-        kept = sorted(cache.rglob("*"))
-        assert len([file for file in kept if file.suffix == ".safetensors"]) == 3 and len(kept) == 4
-        with unittest.mock.patch.object(encoders, "run_umt5", None), quiet():        # not called again
-            again = encoders.encode_texts(prompts, here, 16, torch.device("cpu"))
-            assert all(a.equal(b) for a, b in zip(texts, again))
-        for change in lambda t: t["shared.weight"].zero_(), lambda t: t.pop("shared.weight"), \
-                lambda t: t.pop("encoder.block.1.layer.0.SelfAttention.q.weight"):
-            tensors = load_file(here / "text_encoder/model.safetensors")
-            change(tensors)
-            save_file(tensors, here / "text_encoder/model.safetensors", {"format": "pt"})
-            with quiet():
-                assert_error(ValueError, str(here), encoders.encode_texts, ["red"], here, 16, torch.device("cpu"))
-            umt5.save_pretrained(here / "text_encoder")
-        for part in "tokenizer", "text_encoder":
-            for file in (here / part).iterdir():
-                file.unlink()
-            with quiet():
-                assert_error(ValueError, f"{part}/", encoders.encode_texts, ["red"], here, 16, torch.device("cpu"))
-
-
-def test_prompts_are_cleaned():
-    for found in {}, {"ftfy": None}:                                                 # with ftfy and without
-        with unittest.mock.patch.dict(sys.modules, found):
-            assert encoders.clean_text(" a\n\tsmall &amp;lt;cat&amp;gt;  ") == "a small <cat>"
-    assert len(encoders.NEGATIVE_PROMPT.split("，")) == 28 and encoders.NEGATIVE_PROMPT.endswith("倒着走")
-
-
-@torch.no_grad()
-def test_the_image_is_encoded_as_wan_does_it():
-    with small_pictures() as cache, folder() as here:
-        _, clip = save_encoders(here)
-        image = rand(1, 3, 32, 48).clamp(-1, 1)
-        with quiet() as (out, _):
-            features = encoders.encode_image(image, here, 32, torch.device("cpu"))
-        assert f"kept in {cache}" in out.getvalue()
-        resized = F.interpolate(image, (224, 224), mode="bicubic", align_corners=False) / 2 + 0.5
-        mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
-        std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
-        layers = clip(pixel_values=(resized - mean) / std, output_hidden_states=True).hidden_states
-        assert features.shape == (1, 257, 32) and len(list(cache.rglob("*.safetensors"))) == 1
-        assert_near(features, layers[-2], 1e-5)
-        assert_error(ValueError, "CLIP ViT-H/14", encoders.encode_image, image, here, 1280, torch.device("cpu"))
-
-
-def test_a_prompt_and_an_image_reach_weights_with_both_encoders():
+def test_the_encoded_image_reaches_the_image_branch():
     _, here = wan_workplace()
-    with folder() as at:
-        save_encoders(at, width=4096)
-        flags = "--prompt", "a red cat", "--text-encoder", at, "--image-encoder", at, "--frames", 3, "--steps", 1
-        tracks = "--tracks", workplace()[1] / "tracks.npy"
-        code, out, err, calls = wan_sampled("clip.safetensors", *flags, *tracks)
-        assert code == 0 and "drawn as a control video" in out, (out, err)
-        call, = calls
-        with small_pictures(), quiet():
-            words = encoders.encode_texts(["a red cat", encoders.NEGATIVE_PROMPT], at, 512, torch.device("cpu"))
-        assert_near(call.text, torch.cat(words), 1e-5)
-        assert call.clip.shape == (2, 257, 32) and call.clip.count_nonzero() and call.tracks.count_nonzero()
-        assert call.image.shape == call.tracks.shape == (2, 16, 3, 4, 6)
+    flags = "--clip-embeds", here / "image.safetensors", "--tracks", workplace()[1] / "tracks.npy"
+    texts = "--prompt-embeds", here / "prompt.safetensors", "--negative-embeds", here / "negative.safetensors"
+    code, out, err, (call,) = wan_sampled("clip.safetensors", *flags, *texts, "--frames", 3, "--steps", 1)
+    assert code == 0 and "drawn as a control video" in out, (out, err)
+    assert call.clip.equal(rand(257, 32).expand(2, -1, -1)) and call.tracks.count_nonzero()
+    assert call.image.shape == call.tracks.shape == (2, 16, 3, 4, 6)
+    code, _, err, _ = wan_sampled("clip.safetensors", "--clip-embeds", here / "prompt.safetensors")
+    assert code == 2 and "expected one tensor (L, 32), 257 <= L <= 257" in err, err
 
 
 def test_what_public_weights_lack_is_said_before_they_load():
     _, here = wan_workplace()
-    (here / "text.txt").write_text("hello")
-    np.save(here / "five.npy", np.tile(np.float32([[9, 8]]), (9, 5, 1)))
     tracks = "--tracks", workplace()[1] / "tracks.npy"
-    embeds = "--prompt-embeds", here / "prompt.safetensors"
-    cases = {("t2v", "--prompt", "a cat"): "--text-encoder", ("t2v", "--prompt", "a", *embeds): "give one of them",
-             ("clip",): "--image-encoder", ("t2v", "--image-encoder", here): "no image branch",
-             ("t2v", "--w-text", 2): "there is no text", ("t2v", *tracks): "leave --tracks",
-             ("t2v", "--prompt-embeds", here / "t2v.safetensors"): "expected one, (L, 4096)",
+    embeds, image = ("--prompt-embeds", here / "prompt.safetensors"), ("--clip-embeds", here / "image.safetensors")
+    negative = "--negative-embeds", here / "negative.safetensors"
+    cases = {("t2v", "--prompt", "a cat"): "--prompt-embeds", ("clip",): "--clip-embeds",
+             ("t2v", *image): "no image branch", ("t2v", "--w-text", 2): "--w-text: there is no text",
+             ("t2v", *negative): "--negative-embeds: there is no text", ("t2v", *tracks): "drop --tracks",
+             ("self_forcing", *embeds, *negative): "--negative-embeds belongs to --sampler teacher",
+             ("t2v", "--prompt-embeds", here / "t2v.safetensors"): "expected one tensor (L, 4096), 1 <= L <= 512",
              ("t2v", "--prompt-embeds", here / "none.safetensors"): "none.safetensors",
-             ("t2v", "--text-encoder", here / "none"): "none: no such folder",
              ("t2v", "--vae", workplace()[1] / "vae.safetensors"): "is this its VAE",
-             ("t2v", "--frames", 90, "--sampler", "stream"): "--window", ("headless", *embeds): "reads words",
-             ("t2v", "--reference", here / "text.txt"): "text.txt", ("t2v", "--reference", here / "no.mp4"): "no.mp4",
-             ("fun", *tracks, "--reference-tracks", here / "five.npy"): "five.npy: holds 5 tracks"}
+             ("t2v", "--frames", 90, "--sampler", "stream"): "--window",
+             ("headless", *embeds): "reads words", ("headless", *negative): "reads words"}
     refuse = unittest.mock.Mock(side_effect=AssertionError("the model was loaded"))
     with unittest.mock.patch.object(MotionStream, "from_pretrained", refuse):
         for (weights, *flags), cure in cases.items():
-            code, _, err, _ = wan_sampled(f"{weights}.safetensors", *flags)
+            code, _, err, _ = wan_sampled(f"{weights}.{'pt' if weights == 'self_forcing' else 'safetensors'}", *flags)
             assert code == 2 and re.fullmatch(r"error: [^\n]+\n", err) and cure in err, (weights, flags, err)
-        with unittest.mock.patch.dict(sys.modules, {"transformers": None}):
-            code, _, err, _ = wan_sampled("t2v.safetensors", "--prompt", "a", "--text-encoder", here)
-        assert code == 2 and "pip install transformers" in err and str(here) in err, err
     assert not list(here.glob("*out*")), "something was written"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Measures.
-
-def test_psnr_and_ssim_equal_their_formulas():
-    a, b = rand(1, 3, 14, 13).sigmoid(), rand(1, 3, 14, 13, seed=1).sigmoid()
-    assert abs(measures.psnr(a, b) - 10 * math.log10(1 / np.mean((a - b).numpy().astype(float) ** 2))) < 1e-4
-    weight = np.array([math.exp(-((y - 5) ** 2 + (x - 5) ** 2) / 4.5) for y in range(11) for x in range(11)])
-    weight, values = weight / weight.sum(), []
-    for c, y, x in itertools.product(range(3), range(4), range(3)):
-        u, v = (t[0, c, y:y + 11, x:x + 11].double().flatten().numpy() for t in (a, b))
-        mu, mv = weight @ u, weight @ v
-        su, sv, cov = weight @ (u - mu) ** 2, weight @ (v - mv) ** 2, weight @ ((u - mu) * (v - mv))
-        values.append((2 * mu * mv + 1e-4) * (2 * cov + 9e-4) / ((mu ** 2 + mv ** 2 + 1e-4) * (su + sv + 9e-4)))
-    assert abs(measures.ssim(a, b) - np.mean(values)) < 1e-9 and abs(measures.ssim(a, a) - 1) < 1e-12
-
-
-def test_endpoint_errors_are_of_the_points_that_were_asked_for():
-    tracks, visible, _ = new_tracks(9, 4, batch=1)
-    known = torch.ones(1, 7, 4, dtype=torch.bool)
-    known[:, 3, 2] = False
-    errors = measures.endpoint_errors(tracks[:, :7] + torch.tensor([3.0, 4.0]), known, tracks, visible)
-    assert len(errors) == (visible[:, :7] & known).sum() and (errors - 5).abs().max() < 1e-4
-
-
-def test_a_result_is_measured_against_a_reference():
-    _, here = workplace()
-    flags, result = command("--frames", "5", "--out", here / "measured.gif"), []
-    catch = lambda args, frames, *rest: result.extend(frames)
-    with unittest.mock.patch.object(sample, "write_video", catch):
-        assert sampled(*flags)[0] == 0
-    with imageio.get_writer(here / "reference.gif", duration=60) as writer:
-        for frame in result[:4]:                            # four frames to compare with, in the 256 colours of a GIF
-            writer.append_data(frame)
-    found = np.load(here / "tracks.npy")[:5] - (0, 4)       # the image has 48x40 pixels, the video shows 48x32 of them
-    found = 8 * (found + (3, 4))                            # and is written 8 times as large; the error is (3, 4)
-    np.savez(here / "found.npz", tracks=found.astype(np.float32), visibility=np.zeros((5, 3)))      # a tracker's guess
-    code, out, err = sampled(*flags, "--reference", here / "reference.gif", "--reference-tracks", here / "found.npz")
-    assert code == 0, err
-    psnr, ssim, count = re.search(r"PSNR ([\d.]+) dB, SSIM ([\d.]+), means of (\d) frames", out).groups()
-    assert float(psnr) > 25 and float(ssim) > 0.9 and count == "4", out
-    assert "end-point error of found.npz: 5.00 pixels, of 15 points" in out, out
-    for name in "measured.gif", "reference.gif", "found.npz":
-        (here / name).unlink()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
