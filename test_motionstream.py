@@ -2131,6 +2131,8 @@ def test_the_encoded_image_reaches_the_image_branch():
     assert code == 0 and "drawn as a control video" in out, (out, err)
     assert call.clip.equal(rand(257, 32).expand(2, -1, -1)) and call.tracks.count_nonzero()
     assert call.image.shape == call.tracks.shape == (2, 16, 3, 4, 6)
+    code, _, err, calls = wan_sampled("clip.safetensors", *flags[:2], "--sampler", "stream", "--frames", 3)
+    assert code == 0 and calls[0].clip.equal(rand(257, 32)[None]), err
     code, _, err, _ = wan_sampled("clip.safetensors", "--clip-embeds", here / "prompt.safetensors")
     assert code == 2 and "expected one tensor (L, 32), 257 <= L <= 257" in err, err
 
