@@ -436,32 +436,32 @@ class MotionStream(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # Sampling: the teacher's, a whole clip at once, and the student's, chunk by chunk.
 
-def guided_velocity(model, x_t, sigma, conditions, guidance):
-    """Velocity under guidance (w_text, w_motion): with all, without text, without tracks, in one batch of three."""
+def guided_velocity(model, x_t, sigma, conditions, guidance, null_text=None):
+    """Velocity under guidance (w_text, w_motion): with all, without text, without tracks, in one batch of three; of two
+    if w_motion is 0. Without text means null_text, of the text's shape, None: zeros."""
     if not any(guidance):
         return model(x_t, sigma, **conditions)
-    B, text, tracks = len(x_t), conditions.get("text"), conditions.get("tracks")
-    batch = {k: v.repeat(3, *[1] * (v.ndim - 1)) for k, v in conditions.items() if v is not None}
-    if text is not None:
-        batch["text"][B:2 * B] = 0
-    if tracks is not None:
+    B, n = len(x_t), 3 if guidance[1] else 2
+    batch = {k: torch.cat([v] * n) for k, v in conditions.items() if v is not None}
+    if "text" in batch:
+        batch["text"][B:2 * B] = 0 if null_text is None else null_text
+    if "tracks" in batch:
         batch["tracks"][2 * B:] = 0
-    batch.setdefault("text", None)
-    velocity = model(x_t.repeat(3, 1, 1, 1, 1), sigma.repeat(3, *[1] * (sigma.ndim - 1)), **batch)
-    return joint_guidance(*velocity.chunk(3), *guidance)
+    v = model(torch.cat([x_t] * n), torch.cat([sigma] * n), batch.pop("text", None), **batch).chunk(n)
+    return joint_guidance(v[0], v[1], v[-1], *guidance)
 
 
-def euler(model, noise, conditions, first=None, sigmas=None, guidance=None):
+def euler(model, noise, conditions, first=None, sigmas=None, guidance=None, null_text=None):
     """The bidirectional teacher: noise (B, C, F, h, w) to clean latents by Euler steps under joint guidance. Yields
     (x_t, sigma) at each level and (x0, 0.0) at last: the ODE trajectory that causal initialisation learns from.
-    sigmas and guidance (w_text, w_motion): None = those of model.config."""
+    sigmas and guidance (w_text, w_motion): None = those of model.config. null_text: see guided_velocity."""
     sigmas = sigmas or schedule(model.config.steps, model.config.shift)
     guidance = guidance or model.config.guidance
     x = noise
     for sigma, following in zip(sigmas, (*sigmas[1:], 0.0)):
         x, level = with_first(x, x.new_full((len(x),), sigma, dtype=torch.float64), first)
         yield x, sigma
-        x = x + (following - sigma) * guided_velocity(model, x, level, conditions, guidance)
+        x = x + (following - sigma) * guided_velocity(model, x, level, conditions, guidance, null_text)
     yield with_first(x, level, first)[0], 0.0
 
 
@@ -501,7 +501,11 @@ def rollout(model, noise, conditions, first=None, sigmas=None, exit_step=None, g
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Text and weights. Nothing below is part of the method.
+# Text and weights. Nothing below is part of the method, nor is what only this part needs.
+
+import os
+from pathlib import Path
+
 
 def embed_words(text, config):
     """A prompt for the tiny model, (1, L, text_dim): each word is random numbers seeded by its own letters, the same in
@@ -531,23 +535,213 @@ def init_weights(model):
 # Parameters that are float32 whatever the rest is; "head." is the track head's too, whose input is made in float32.
 FLOAT32 = ("time_embedding", "time_projection", "modulation", "norm3", "head.")
 
+# What training code wraps around names, anywhere in them; and what checkpoints and Diffusers put in front.
+WRAPPERS = r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\."
+PREFIXES = rf"^(model\.|diffusion_model\.|module\.|condition_embedder\.|{WRAPPERS})+|{WRAPPERS}"
+
+# The parts of names that Diffusers spells in its own way, and Wan's spelling. norm2 is no slip: Diffusers numbers the
+# norms of a block in the order of use, Wan does not.
+DIFFUSERS = {
+    "text_embedder.linear_1": "text_embedding.0", "text_embedder.linear_2": "text_embedding.2",
+    "time_embedder.linear_1": "time_embedding.0", "time_embedder.linear_2": "time_embedding.2",
+    "time_proj": "time_projection.1", "scale_shift_table": "modulation", "proj_out": "head.head",
+    "image_embedder.norm1": "img_emb.proj.0", "image_embedder.ff.net.0.proj": "img_emb.proj.1",
+    "image_embedder.ff.net.2": "img_emb.proj.3", "image_embedder.norm2": "img_emb.proj.4",
+    "attn1": "self_attn", "attn2": "cross_attn", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o",
+    "add_k_proj": "k_img", "add_v_proj": "v_img", "norm_added_k": "norm_k_img",
+    "norm2": "norm3", "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2",
+}
+PARTS = "(" + "|".join(map(re.escape, DIFFUSERS)) + r")(?![^.])"
+
+# The same of the words in config.json.
+CONFIG_JSON = {"num_attention_heads": "num_heads", "in_channels": "in_dim", "out_channels": "out_dim",
+               "image_dim": "clip_dim"}
+
 
 def load_pretrained(cls, path, dtype, device, overrides):
-    """A .safetensors file of this project, config in its metadata, to a model in eval mode. dtype=None keeps the
-    file's; what FLOAT32 names stays float32. Raises ValueError, one line naming the file, if it does not fit."""
-    from vae import check_fit, read_config, read_tensors
-    tensors, metadata = read_tensors(path)
-    if "config" not in metadata or metadata.get("format") != "motionstream":
-        raise ValueError(f"{path}: no config of this project in the file's metadata, is it a DiT written by it?")
-    config = read_config(Config, metadata, path)
+    """A Wan DiT in any public form to a model in eval mode, without gradients.
+
+    path: a .safetensors file, a .pt of Self-Forcing or CausVid, an index of shards, or a folder with one of these, in
+    Wan's layout or Diffusers'. The config is in the metadata of files of this project, else tensors and config.json
+    tell; `overrides` replace its fields, track_dim=… adds a slot for tracks. dtype=None keeps the file's, but what
+    FLOAT32 names is float32. ValueError, one line naming the file, if anything is missing, unknown or contradictory."""
+    from vae import check_fit
+    tensors, metadata, file = read_weights(Path(path))
+    config = add_track_slot(tensors, find_config(tensors, metadata, file), metadata, file, overrides)
+    if config.num_heads not in range(1, config.dim) or config.dim % (2 * config.num_heads):
+        raise ValueError(f"{file}: {config.num_heads} heads do not fit {config.dim} channels, give num_heads=…")
     with torch.device("meta"):
-        model = cls(replace(config, **overrides))
+        model = cls(config)
     check_fit(model, tensors, path)
-    model.load_state_dict({name: t.to(device, dtype) for name, t in tensors.items()}, assign=True)
-    for name, p in model.named_parameters():
-        if any(part in name for part in FLOAT32):
-            p.data = p.data.float()
+    dtype = dtype or tensors["blocks.0.ffn.0.weight"].dtype      # of mixed files: that of the matrices
+    for name in tensors:                                         # one by one: never two copies of all
+        island = any(part in name for part in FLOAT32)
+        tensors[name] = tensors[name].to(device, torch.float32 if island else dtype)
+    model.load_state_dict(tensors, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def read_weights(path):
+    """A file, folder or index to ({Wan's name: tensor}, metadata, the first file). Tensors are mapped, see vae.py."""
+    from vae import read_tensors
+    tensors, metadata, files = {}, {}, weight_files(path)
+    for file in files:
+        found, about = read_tensors(file)
+        metadata.update(about)
+        for name, tensor in found.items():
+            name = re.sub(PARTS, lambda part: DIFFUSERS[part[0]], re.sub(PREFIXES, "", name))
+            name = "head.modulation" if name == "modulation" else name
+            if name.endswith("norm_added_q.weight"):             # in Diffusers' image-to-video files: zeros, never used
+                continue
+            if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                raise ValueError(f"{file}: {name} is {tensor.dtype}, take this model's file in bfloat16 or float16")
+            if name in tensors:
+                raise ValueError(f"{file}: holds {name} twice, under two names")
+            tensors[name] = tensor
+    return tensors, metadata, files[0]
+
+
+def weight_files(path):
+    """A file, folder or index to the files that hold the weights. Raises ValueError if one of several is missing."""
+    if path.is_dir():
+        return weight_files(only_weights(path))
+    shard = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})(\.\w+)", path.name)
+    if path.suffix == ".json":
+        shards = read_json(path).get("weight_map")
+        files = sorted({path.with_name(str(name)) for name in shards.values()}) if isinstance(shards, dict) else []
+    elif shard:                                                  # any shard stands for all of them
+        start, count, end = shard.groups()
+        files = [path.with_name(f"{start}-{i:05}-of-{count}{end}") for i in range(1, int(count) + 1)]
+    else:
+        return [path]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing or not files:
+        raise ValueError(f"{path}: {len(missing)} of {len(files)} shards are missing: {', '.join(missing[:5])}")
+    return files
+
+
+def only_weights(folder):
+    """The weights file in a folder, or its index of shards or first shard. ValueError if there is none or several."""
+    for pair in ("high_noise_model", "low_noise_model"), ("transformer", "transformer_2"):
+        if all((folder / name).is_dir() for name in pair):
+            raise ValueError(f"{folder}: holds the two experts of Wan 2.2 A14B, name one: "
+                             f"{folder / pair[0]} (high noise) or {folder / pair[1]} (low noise)")
+    if (folder / "transformer").is_dir():
+        return only_weights(folder / "transformer")
+    for pattern in "*.index*.json", "diffusion_pytorch_model*.safetensors", "*.safetensors", "*.pt", "*.pth":
+        names = sorted({re.sub(r"-\d{5}-of-", "-00001-of-", file.name) for file in folder.glob(pattern)})
+        if len(names) == 1:
+            return folder / names[0]
+        if names:
+            raise ValueError(f"{folder}: holds several weights files, name one: {', '.join(names[:5])}")
+    raise ValueError(f"{folder}: holds no weights file (.safetensors, .pt)")
+
+
+def read_json(path):
+    """The object in a JSON file, lists as tuples, without what is null. Raises ValueError naming the file."""
+    try:
+        saved = json.loads(path.read_text()).items()
+    except (OSError, ValueError, AttributeError) as e:
+        raise ValueError(f"{path}: cannot be read as a JSON object ({e})") from None
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in saved if value is not None}
+
+
+def find_config(tensors, metadata, file):
+    """The config in the metadata; else from tensors, at 128 channels a head, and what config.json adds. Raises
+    ValueError if either contradicts the tensors."""
+    from vae import read_config
+    told = widths(tensors, file)
+    if metadata.get("format") == "motionstream":
+        config = read_config(Config, metadata, file)
+        source, said = "its metadata", asdict(config)
+    else:
+        source = file.with_name("config.json")
+        said = read_json(source) if source.is_file() else {}
+        said = {CONFIG_JSON[name]: said[name] for name in CONFIG_JSON if name in said} | said   # Wan's words win
+        like = PRESETS["wan2.2-5b"] if told["out_dim"] == 48 else Config()      # for the VAE's stride, size and fps
+        config = replace(like, **told, track_dim=track_channels(tensors, told, file), num_heads=told["dim"] // 128)
+        config = replace(config, **{name: said[name] for name in ("num_heads", "text_len", "eps") if name in said})
+        if "layout" in metadata:            # Self-Forcing: all of 21 latents is remembered, so there is no sink
+            config = replace(config, causal=True, sigmas=schedule(4, 5.0), chunk=3, sink=0, window=None)
+    for name, value in told.items():
+        if said.get(name, value) != value:
+            raise ValueError(f"{file}: {name} is {value} by its tensors, but {said[name]} in {source}")
+    return config
+
+
+def widths(tensors, file):
+    """The fields of Config that shapes tell."""
+    ranks = {"patch_embedding.weight": 5, "head.head.weight": 2, "blocks.0.ffn.0.weight": 2,
+             "text_embedding.0.weight": 2, "time_embedding.0.weight": 2}
+    for name, rank in ranks.items():
+        if name not in tensors or tensors[name].ndim != rank:
+            raise ValueError(f"{file}: not a Wan DiT, or not a whole one: no {name} with {rank} axes in it")
+    patch, head, ffn, text, time = (tensors[name].shape for name in ranks)
+    clip = tensors.get("img_emb.proj.1.weight")
+    layers = [int(block[1]) for block in (re.match(r"blocks\.(\d+)\.", name) for name in tensors) if block]
+    return {"dim": patch[0], "in_dim": patch[1], "patch_size": tuple(patch[2:]), "ffn_dim": ffn[0],
+            "out_dim": head[0] // patch[2:].numel(), "num_layers": 1 + max(layers), "text_dim": text[1],
+            "freq_dim": time[1], "clip_dim": clip.shape[-1] if clip is not None else 0}
+
+
+def track_channels(tensors, told, file):
+    """Channels of the track slot. Beside the noisy latents there may be: nothing; mask and image (image-to-video,
+    Fun-InP); control and image (Fun-Control), where the control slot becomes that of the tracks; or control, mask and
+    image. The last, 148 channels for the 5B model, is inferred from how its pipeline joins them, not seen in a file."""
+    if "track_head.conv.weight" in tensors:
+        return len(tensors["track_head.conv.weight"])
+    out, mask = told["out_dim"], 4
+    slots = {0: 0, mask + out: 0, out + out: out, out + mask + out: out}
+    if told["in_dim"] - out not in slots:
+        raise ValueError(f"{file}: no Wan DiT known here has {told['in_dim']} input channels for {out} output channels")
+    return slots[told["in_dim"] - out]
+
+
+def add_track_slot(tensors, config, metadata, file, overrides):
+    """The config with `overrides`, and new tensors for tracks, which change nothing at first: an added slot has zero
+    columns in the patch embedding and a random head; Fun-Control's has trained columns and gets a head of zeros. Zeros
+    in both would let neither learn."""
+    name, weight = "track_head.conv.weight", tensors["patch_embedding.weight"]
+    track_dim, slot = overrides.get("track_dim", config.track_dim), config.track_dim
+    if slot not in (0, track_dim):
+        raise ValueError(f"{file}: its track slot has {slot} channels, track_dim={track_dim} does not fit")
+    if slot and name not in tensors and metadata.get("format") != "motionstream":
+        tensors[name] = torch.zeros_like(TrackHead(out_channels=slot).conv.weight)
+    if track_dim and not slot:
+        tensors[name] = TrackHead(out_channels=track_dim).conv.weight.detach()
+        columns = weight.new_zeros(len(weight), track_dim, *weight.shape[2:])
+        before, after = weight[:, :config.out_dim], weight[:, config.out_dim:]
+        tensors["patch_embedding.weight"] = torch.cat([before, columns, after], 1)
+        config = replace(config, in_dim=config.in_dim + track_dim)
+    return replace(config, **overrides)
+
+
+def image_and_mask(latents):
+    """The image channels of weights that have a mask there (image_dim = 4 + C: Wan's image-to-video and Fun-InP), of
+    the latents (B, C, F, h, w) of a clip that is the image in video frame 0 and grey, 0, in all others:
+    (B, 4 + C, F, h, w), the mask first, 1 at latent frame 0 and 0 after it."""
+    first = latents.new_ones(len(latents), 4, 1, *latents.shape[3:])
+    return torch.cat([image_channels(first, latents.shape[2]), latents], 1)
+
+
+def write(path, save, *args):
+    """Call save(*args, temporary path), then rename: a file is whole or not there."""
+    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part")
+    try:
+        save(*args, temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_pretrained(model, path, dtype=None, **extra):
+    """Write one .safetensors file with Wan's names, whole or not at all, that from_pretrained and other tools for Wan
+    read. Its metadata hold the config, and the texts in `extra`. dtype=None keeps the model's."""
+    from safetensors.torch import save_file
+    tensors = {name: t.to("cpu", dtype).contiguous() for name, t in model.state_dict().items()}
+    write(path, lambda temporary: save_file(tensors, temporary, extra | metadata(model.config)))
 
 
 def metadata(config):

@@ -24,6 +24,7 @@ import sys
 import time
 import warnings
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,9 +37,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-from motionstream import (MotionStream, embed_words, euler, image_channels, rollout, schedule, track_features,
-                          track_ids)
-from vae import TinyVAE
+from motionstream import (Config, MotionStream, embed_words, euler, find_config, image_and_mask, image_channels,
+                          read_weights, rollout, schedule, track_features, track_ids, write)
+from vae import VAE_FILES, load_vae, read_tensors
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 LIMIT = 2 ** 30             # bytes of a tracks file, unpacked
@@ -47,6 +48,8 @@ DEFAULT_FRAMES = 81         # length of a video without tracks
 SHORTEST_SIDE = 256         # pixels of the written video; smaller ones are enlarged
 TRAIL = 12                  # frames that a track's trail lasts in --overlay
 SHEET_FRAMES = 5            # of the video, beside the input, in --sheet
+UMT5_DIM, CLIP_ROWS = 4096, 257     # of an encoded text, and of an encoded image
+HISTORY = 81                # frames of the videos in which weights that remember all of one were trained
 
 
 class UserError(Exception):
@@ -61,45 +64,71 @@ class Motion(NamedTuple):
     tracks: torch.Tensor    # (B, T, N, 2) float32
     visible: torch.Tensor   # (B, T, N) bool
     ids: torch.Tensor       # (B, N) int64
+    control: torch.Tensor | None = None     # (B, track_dim, F, h, w): goes where the track head's output would
 
 
-def conditions(model, first, motion, text):
+def has_mask(config):
+    """Whether the image channels are a mask and a clip: Wan's image-to-video weights and Fun-InP."""
+    return config.image_dim not in (0, config.out_dim)
+
+
+def image_inputs(config, first, frames):
+    """How weights take the image: (channels of a clip of `frames` latents, clean latent frame 0), None what they do
+    not take. first (B, C, 1, h, w): its latent; with a mask (B, C, frames, h, w), those of a clip grey after it."""
+    if has_mask(config):
+        channels = image_and_mask(first[:, :, :frames])
+    else:
+        channels = image_channels(first, frames) if config.image_dim else None
+    clean = first[:, :, :1] if channels is None or config.out_dim == 48 else None       # Wan 2.2 5B may take both
+    return channels, clean
+
+
+def conditions(model, first, motion, text, clip=None):
     """The model's keyword arguments chunk by chunk, each made when asked for: the first chunk has 4 chunk - 3 frames,
     the others 4 chunk. Nothing is specified where the last one reaches beyond the motion's end."""
     c, frames = model.config, motion.tracks.shape[1]
     for start in range(-3, frames, 4 * c.chunk):
-        stop = start + 4 * c.chunk
-        span, beyond = slice(max(start, 0), stop), max(stop - frames, 0)
-        tracks = F.pad(motion.tracks[:, span], (0, 0, 0, 0, 0, beyond))
-        visible = F.pad(motion.visible[:, span], (0, 0, 0, beyond))
-        image = image_channels(first, c.chunk) if c.image_dim and start < 0 else None
-        yield {"text": text, "tracks": track_features(model, tracks, visible, motion.ids), "image": image}
+        stop, features = start + 4 * c.chunk, None
+        if motion.control is not None:
+            features = motion.control[:, :, (start + 3) // 4:(stop + 3) // 4]
+        elif c.track_dim:
+            span, beyond = slice(max(start, 0), stop), max(stop - frames, 0)
+            tracks = F.pad(motion.tracks[:, span], (0, 0, 0, 0, 0, beyond))
+            visible = F.pad(motion.visible[:, span], (0, 0, 0, beyond))
+            features = track_features(model, tracks, visible, motion.ids)
+        image = image_inputs(c, first, c.chunk)[0] if start < 0 else None
+        yield {"text": text, "tracks": features, "image": image, "clip": clip}
 
 
 @torch.inference_mode()
-def stream(model, first, motion, text=None, seed=0, sigmas=None):
+def stream(model, first, motion, text=None, seed=0, sigmas=None, clip=None):
     """The student: clean latents (B, C, chunk, h, w), one chunk after the other, at constant memory.
     first (B, C, 1, h, w): the image's latent. sigmas=None: the model's own noise levels."""
     generator = torch.Generator().manual_seed(seed)     # on the CPU: the same noise whatever the device
     shape = (*first.shape[:2], model.config.chunk, *first.shape[3:])
     noise = (torch.randn(shape, generator=generator).to(first) for _ in itertools.count())
-    given = conditions(model, first, motion, text)
-    yield from rollout(model, noise, given, None if model.config.image_dim else first, sigmas, generator=generator)
+    given, (_, clean) = conditions(model, first, motion, text, clip), image_inputs(model.config, first, 1)
+    yield from rollout(model, noise, given, clean, sigmas, generator=generator)
 
 
 @torch.inference_mode()
-def sample_teacher(model, first, motion, frames, text=None, seed=0, sigmas=None, guidance=None):
+def sample_teacher(model, first, motion, frames, text=None, seed=0, sigmas=None, guidance=None, null_text=None,
+                   clip=None):
     """The teacher: whole chunks that cover `frames`, made all at once, then handed out one by one as `stream` does.
-    guidance: (w_text, w_motion), default the model's own."""
-    c = model.config
-    pieces = list(itertools.islice(conditions(model, first, motion, text), math.ceil((frames + 3) / (4 * c.chunk))))
-    tracks = torch.cat([piece["tracks"] for piece in pieces], 2)
-    image = image_channels(first, tracks.shape[2]) if c.image_dim else None
-    noise = torch.randn((*first.shape[:2], *tracks.shape[2:]), generator=torch.Generator().manual_seed(seed)).to(first)
-    given = {"text": text, "tracks": tracks, "image": image}
-    for x0, _ in euler(model, noise, given, None if c.image_dim else first, sigmas, guidance):
+    guidance: (w_text, w_motion), default the model's own. null_text: what "without text" means, see guided_velocity."""
+    c, count = model.config, latent_frames(frames, model.config)
+    tracks = [piece["tracks"] for piece in itertools.islice(conditions(model, first, motion, text), count // c.chunk)]
+    image, clean = image_inputs(c, first, count)
+    noise = torch.randn((*first.shape[:2], count, *first.shape[3:]), generator=torch.Generator().manual_seed(seed))
+    given = {"text": text, "tracks": torch.cat(tracks, 2) if c.track_dim else None, "image": image, "clip": clip}
+    for x0, _ in euler(model, noise.to(first), given, clean, sigmas, guidance, null_text):
         pass                                            # the last of the trajectory is clean
     yield from x0.split(c.chunk, 2)
+
+
+def latent_frames(frames, config):
+    """How many latent frames the whole chunks have that cover `frames`."""
+    return math.ceil((frames + 3) / (4 * config.chunk)) * config.chunk
 
 
 def to_frames(video):
@@ -160,8 +189,8 @@ def fit_image(image, size):
 
 @np.errstate(all="ignore")          # numbers too large for float32 get a message of their own
 def load_tracks(path, size):
-    """A tracks file for an image of `size` (width, height), to (arrays, fps): tracks (T, N, 2) float32 in pixels of
-    that image, 0 where hidden, visible (T, N) bool, ids (N,) int64 or None; fps or None if the file does not say."""
+    """A tracks file for an image of `size` (width, height), to: tracks (T, N, 2) float32 in pixels of that image, 0
+    where hidden, visible (T, N) bool, ids (N,) int64, fps; the last two None if the file does not say."""
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
     try:
@@ -446,18 +475,6 @@ def try_writing(path):
         raise KeyboardInterrupt
 
 
-def write(path, save, *args):
-    """Call save(*args, temporary path), then rename: a file is whole or not there."""
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part")
-    try:
-        save(*args, temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def enlarge(frame, factor):
     """(H, W, 3) to (factor H, factor W, 3), nearest neighbour."""
     return frame.repeat(factor, 0).repeat(factor, 1)
@@ -481,6 +498,19 @@ def draw_tracks(frame, tracks, visible, factor):
         x, y = points[-1, n]
         pen.ellipse([x - r, y - r, x + r, y + r], colours[n], "black")
     return np.array(picture)
+
+
+@torch.inference_mode()
+def draw_control(vae, motion, config, frames):
+    """Latents (1, C, F, h, w) of the tracks as a video, for a slot that expects one: drawn on black as --overlay draws
+    them, a choice that was not tried on Fun-Control's weights. F: whole chunks that cover `frames`."""
+    video = np.zeros((4 * latent_frames(frames, config) - 3, *config.size, 3), np.uint8)
+    tracks, visible = (tensor[0].numpy() for tensor in motion[:2])
+    for i in range(min(len(video), len(tracks))):
+        recent = slice(max(i + 1 - TRAIL, 0), i + 1)
+        video[i] = draw_tracks(video[i], tracks[recent], visible[recent] & visible[i], 1)
+    pixels = torch.from_numpy(video).permute(3, 0, 1, 2)[None].to(next(vae.parameters()).device)
+    return vae.encode(pixels / 127.5 - 1)
 
 
 def save_sheet(path, tiles):
@@ -539,13 +569,16 @@ def parse_flags(argv):
     add("--overlay", action="store_true", help="draw the tracks on the video")
     add("--sheet", type=Path, metavar="FILE", help="also write a .png with the input, its tracks, and some frames")
     add = parser.add_argument_group("model").add_argument
-    add("--weights", type=Path, metavar="FILE", help="default: the tiny model in assets/")
-    add("--vae", type=Path, default=ASSETS / "tiny_vae.safetensors", metavar="FILE", help="default: the one in assets/")
+    add("--weights", type=Path, metavar="PATH", help="a Wan DiT, file or folder; default: the tiny model in assets/")
+    add("--vae", type=Path, metavar="PATH", help="default: the tiny model's, or the one in the folder of --weights")
+    add("--prompt-embeds", type=Path, metavar="FILE", help="for Wan's, instead of --prompt: its rows, see the README")
+    add("--clip-embeds", type=Path, metavar="FILE", help="for weights with an image branch: the image's rows")
     add("--device", default="auto", help="cpu, cuda, …; default: cuda if there is one")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
         help="of the model; default: float32 on the CPU, else bfloat16")
     add = parser.add_argument_group("sampling").add_argument
-    add("--sampler", default="stream", choices=("stream", "teacher"), help="default: %(default)s")
+    add("--sampler", choices=("stream", "teacher"), help="default: what the weights are")
+    add("--control", choices=("sinusoid", "rgb"), help="tracks by the trained head, or drawn if there is none")
     add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, metavar="N", help="of all noise (default: %(default)s)")
     add("--steps", type=number(int, 1, 1000), metavar="N", help="noise levels per chunk; default: the model's")
     add = parser.add_argument_group("only --sampler stream; defaults are the model's").add_argument
@@ -557,57 +590,170 @@ def parse_flags(argv):
     given = {"default": argparse.SUPPRESS, "metavar": "W", "type": number(float, 0, 100)}
     add("--w-text", help="weight of the text; default: the model's", **given)
     add("--w-motion", help="weight of the tracks; default: the model's", **given)
-    args = parser.parse_args(argv)
-    for name in ("w_text", "w_motion") if args.sampler == "stream" else ("chunk", "sink", "window"):
-        if name in args:
-            other = "teacher" if args.sampler == "stream" else "stream"
-            raise UserError(f"--{name.replace('_', '-')} belongs to --sampler {other}")
-    return args
+    add("--negative-embeds", help="rows of what it leads away from", **given | {"metavar": "FILE", "type": Path})
+    return parser.parse_args(argv)
 
 
-def load_models(args):
-    """The DiT and the VAE that the flags name, on their device."""
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+class Weights(NamedTuple):
+    """What a weights file tells before it is loaded."""
+    path: Path
+    config: Config
+    own: bool       # written by this project: its config says how it is sampled
+    head: bool      # holds a track head that is not all zeros
+
+
+def inspect(path):
+    """Weights, from the names and shapes in a file or folder."""
     try:
-        device = torch.zeros(1, device=device).device
+        tensors, metadata, file = read_weights(path)
+        config = find_config(tensors, metadata, file)
+    except ValueError as e:
+        raise UserError(str(e).splitlines()[0]) from None
+    head = tensors.get("track_head.conv.weight")
+    return Weights(path, config, metadata.get("format") == "motionstream", head is not None and bool(head.any()))
+
+
+# How public weights are sampled, whose files do not say it. Teachers: shift and text guidance, by width and by whether
+# the image enters as channels, as their publishers advise for 480 lines; (5, 5) for all others.
+TEACHERS = {(1536, False): (8.0, 6.0), (1536, True): (3.0, 6.0), (5120, True): (3.0, 5.0)}
+SELF_FORCING = {"causal": True, "shift": 5.0, "sigmas": schedule(4, 5.0), "chunk": 3, "sink": 0, "window": None}
+
+
+def settle(args, weights, frames):
+    """The config to sample with: the weights' own or their family's, changed by the flags. Fills in --sampler and
+    --control; refuses flags that these weights have no use for, and conditions that they lack."""
+    c, name = weights.config, weights.path
+    kind, sampler = ("student", "stream") if c.causal else ("teacher", "teacher")
+    args.sampler = args.sampler or sampler
+    if weights.own and args.sampler != sampler:
+        raise UserError(f"{name}: holds a {kind}, use --sampler {sampler}")
+    streams = args.sampler == "stream"
+    if not weights.own:
+        shift, w_text = TEACHERS.get((c.dim, c.image_dim > 0), (5.0, 5.0))
+        c = replace(c, **SELF_FORCING if streams else {"causal": False, "shift": shift, "guidance": (w_text, 0.0)})
+    for flag in ("w_text", "w_motion", "negative_embeds") if streams else ("chunk", "sink", "window"):
+        if flag in args:
+            raise UserError(f"--{flag.replace('_', '-')} belongs to --sampler {'teacher' if streams else 'stream'}")
+    if args.steps:
+        c = replace(c, steps=args.steps, sigmas=schedule(args.steps, c.shift))
+    w_text = c.guidance[0] if args.prompt_embeds or c.text_dim != UMT5_DIM else 0.0     # no text, no weight
+    c = replace(c, guidance=(getattr(args, "w_text", w_text), getattr(args, "w_motion", c.guidance[1])))
+    c = replace(c, **{flag: getattr(args, flag) for flag in ("chunk", "sink", "window") if flag in args})
+    if not weights.own:
+        how = "as Self-Forcing" if streams else f"shift {c.shift:g}, text guidance {c.guidance[0]:g}"
+        print(f"note: {name} does not say how it is sampled: {args.sampler}, {how}")
+    if streams and c.window is None and frames > HISTORY and "window" not in args:
+        raise UserError(f"{name}: trained to remember {HISTORY} frames, all of them; add --sink 1 --window 5 for more")
+    if streams and has_mask(c):
+        raise UserError(f"{name}: takes the image as a clip with a mask, which cannot stream; use --sampler teacher")
+    check_control(args, weights)
+    check_encoded(args, name, c)
+    return c
+
+
+def check_control(args, weights):
+    """Settle how the tracks and the image enter."""
+    name, c = weights.path, weights.config
+    if not c.track_dim and (args.tracks or args.control or "w_motion" in args):
+        raise UserError(f"{name}: has no input for tracks; take Fun-Control, or drop --tracks, --control, --w-motion")
+    args.control = args.control or ("sinusoid" if weights.head or c.track_dim != c.out_dim else "rgb")
+    if args.tracks and args.control == "rgb" and c.track_dim != c.out_dim:
+        raise UserError(f"{name}: takes no drawn tracks, its input for them has {c.track_dim} channels; drop --control")
+    if args.tracks and args.control == "sinusoid" and not weights.head:
+        raise UserError(f"{name}: has no trained track head; --control rgb draws the tracks instead")
+    if args.tracks and args.control == "rgb":
+        print("note: the tracks are drawn as a control video, in a style that is ours and that no weights have proven")
+    if not (weights.own or c.image_dim or c.out_dim == 48):
+        print(f"note: {name} never learned to take an image; it enters as a clean first latent, at sigma 0")
+
+
+def check_encoded(args, name, c):
+    """Refuse encoded texts and images that are missing or of no use."""
+    umt5, negative = c.text_dim == UMT5_DIM, "negative_embeds" in args
+    if not umt5 and (args.prompt_embeds or negative):
+        raise UserError(f"{name}: reads words, give it --prompt and no --{'negative' if negative else 'prompt'}-embeds")
+    if umt5 and args.prompt is not None:
+        raise UserError(f"{name}: reads no words; encode them as the README says and give it --prompt-embeds FILE")
+    if umt5 and not args.prompt_embeds and (negative or "w_text" in args):
+        raise UserError(f"--{'negative-embeds' if negative else 'w-text'}: there is no text, give --prompt-embeds FILE")
+    if c.clip_dim and not args.clip_embeds:
+        raise UserError(f"{name}: reads the image by CLIP too; encode it as the README says, give --clip-embeds FILE")
+    if args.clip_embeds and not c.clip_dim:
+        raise UserError(f"--clip-embeds: {name} has no image branch, leave it out")
+
+
+def load_rows(path, least, most, channels):
+    """The one tensor of a file, (L, channels), followed by zeros, which the DiT sees: (1, most, channels) float32."""
+    tensors = [*read_tensors(path)[0].values()]
+    if [t.shape[1:] for t in tensors] != [(channels,)] or not least <= len(tensors[0]) <= most:
+        raise ValueError(f"{path}: holds {[tuple(t.shape) for t in tensors[:3]]}, expected one tensor (L, {channels}), "
+                         f"{least} <= L <= {most}")
+    rows = tensors[0].float()
+    if not tensors[0].is_floating_point() or not rows.isfinite().all():
+        raise ValueError(f"{path}: holds NaN, infinity or whole numbers; encode it again")
+    return F.pad(rows, (0, 0, 0, most - len(rows)))[None]
+
+
+def read_encoded(args, c):
+    """(text, null_text, clip), each (1, L, channels) or None. null_text is what guidance leads away from."""
+    paths = args.prompt_embeds, getattr(args, "negative_embeds", None)
+    text, null_text = (load_rows(path, 1, c.text_len, UMT5_DIM) if path else None for path in paths)
+    clip = load_rows(args.clip_embeds, CLIP_ROWS, CLIP_ROWS, c.clip_dim) if c.clip_dim else None
+    if c.text_dim != UMT5_DIM:
+        text = embed_words(c.prompt if args.prompt is None else args.prompt, c)
+    elif text is None:
+        print("note: no text at all, which Wan did not see in training; give --prompt-embeds")
+    elif null_text is None and not c.causal and c.guidance[0]:
+        print("note: guidance leads away from rows of zeros; give --negative-embeds, Wan's negative prompt")
+    return text, null_text, clip
+
+
+def open_vae(args, weights):
+    """The VAE that the flags name, else the tiny model's or, for Wan's weights, the one in their folder."""
+    c, folder = weights.config, weights.path if weights.path.is_dir() else weights.path.parent
+    own, wan = [ASSETS / "tiny_vae.safetensors"], [folder / name for name in VAE_FILES[:3]]     # of one shape
+    path = args.vae or next(filter(Path.is_file, wan if c.text_dim == UMT5_DIM else own), None)
+    if path is None:
+        raise UserError(f"{weights.path}: give --vae PATH; there is no {' or '.join(VAE_FILES[:3])} beside it")
+    vae = load_vae(path)
+    if (vae.config.latent_channels, vae.stride) != (c.out_dim, c.stride):
+        raise UserError(f"{path}: latents have {vae.config.latent_channels} channels and stride {vae.stride}, "
+                        f"those of {weights.path} have {c.out_dim} and {c.stride}; is this its VAE?")
+    return vae
+
+
+def load_models(args, weights, config):
+    """The DiT, the VAE and what the DiT reads beside latents and tracks: (text, null_text, clip)."""
+    name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError):
-        raise UserError(f"--device {args.device}: not available here") from None
-    auto = "float32" if device.type == "cpu" else "bfloat16"
-    dtype = getattr(torch, auto if args.dtype == "auto" else args.dtype)
-    weights = args.weights or ASSETS / ("tiny.safetensors" if args.sampler == "stream" else "tiny_teacher.safetensors")
-    overrides = {name: getattr(args, name) for name in ("chunk", "sink", "window") if name in args}
+        raise UserError(f"--device {name}: not available here") from None
+    dtype = args.dtype if args.dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
     try:
-        model = MotionStream.from_pretrained(weights, dtype=dtype, device=device, **overrides)
-        vae = TinyVAE.from_pretrained(args.vae).to(device)
+        vae = open_vae(args, weights).to(device)
+        encoded = read_encoded(args, config)
+        model = MotionStream.from_pretrained(weights.path, dtype=getattr(torch, dtype), device=device, **vars(config))
     except ValueError as e:
         raise UserError(str(e).splitlines()[0]) from None
     c = model.config
-    if c.causal != (args.sampler == "stream"):
-        raise UserError(f"{weights}: holds a {'student' if c.causal else 'teacher'}, use --sampler "
-                        f"{'stream' if c.causal else 'teacher'}")
-    if (vae.config.latent_channels, vae.stride) != (c.out_dim, c.stride):
-        raise UserError(f"{args.vae}: latents have {vae.config.latent_channels} channels and stride {vae.stride}, "
-                        f"those of {weights} have {c.out_dim} and {c.stride}; is this its VAE?")
     memory = f"c{c.chunk}s{c.sink}w{'full' if c.window is None else c.window}" if c.causal else "whole clip"
-    print(f"{weights.name}: {c.size[1]}x{c.size[0]} pixels, {args.sampler}, {memory}, "
-          f"{args.steps or (len(c.sigmas) if c.causal else c.steps)} steps, seed {args.seed}, {device}, "
-          f"{str(dtype).removeprefix('torch.')}")
-    return model, vae
+    print(f"{weights.path.name}: {c.size[1]}x{c.size[0]} pixels, {args.sampler}, {memory}, "
+          f"{len(c.sigmas) if c.causal else c.steps} steps, seed {args.seed}, {device}, {dtype}")
+    return model, vae, [t.to(device) if t is not None else None for t in encoded]
 
 
-def generate(args, frames, image, motion, model, vae):
+def generate(args, frames, image, motion, model, vae, encoded):
     """`frames` frames of the video, uint8 (H, W, 3), one by one, as the flags say."""
-    device = next(model.parameters()).device
-    motion = Motion(*(tensor.to(device) for tensor in motion))
-    text = embed_words(model.config.prompt if args.prompt is None else args.prompt, model.config)
-    text = text.to(device) if text is not None else None
-    sigmas = schedule(args.steps, model.config.shift) if args.steps else None
-    first = vae.encode(image[:, :, None].to(device))
+    c, device, (text, null_text, clip) = model.config, next(model.parameters()).device, encoded
+    control = draw_control(vae, motion, c, frames) if args.control == "rgb" and args.tracks else None
+    motion = Motion(*(tensor.to(device) for tensor in motion[:3]), control)
+    grey = 4 * latent_frames(frames, c) - 4 if has_mask(c) else 0
+    first = vae.encode(F.pad(image[:, :, None], (0, 0, 0, 0, 0, grey)).to(device))
     if args.sampler == "stream":
-        latents = stream(model, first, motion, text, args.seed, sigmas)
+        latents = stream(model, first, motion, text, args.seed, clip=clip)
     else:
-        guidance = [getattr(args, name, own) for name, own in zip(("w_text", "w_motion"), model.config.guidance)]
-        latents = sample_teacher(model, first, motion, frames, text, args.seed, sigmas, guidance)
+        latents = sample_teacher(model, first, motion, frames, text, args.seed, null_text=null_text, clip=clip)
     yield from itertools.islice(decode_frames(vae, latents), frames)
 
 
@@ -653,12 +799,14 @@ def run(argv):
         check_output(args.sheet, (".png",), args.image)
     check_output(args.out, (".mp4", ".gif"), args.image)
     try_writing(args.out)
-    model, vae = load_models(args)
-    config, frames = model.config, args.frames or len(arrays[0])
+    tiny = ASSETS / ("tiny_teacher.safetensors" if args.sampler == "teacher" else "tiny.safetensors")
+    weights, frames = inspect(args.weights or tiny), args.frames or len(arrays[0])
+    config = settle(args, weights, frames)
+    model, vae, encoded = load_models(args, weights, config)
     if tracks_fps and tracks_fps != config.fps:
         print(f"note: the tracks are at {tracks_fps:g} frames/s, the model at {config.fps}; they are not resampled")
     motion, pixels = fit_tracks(arrays, image.size, frames, config, args.seed), fit_image(image, config.size)
-    pictures = generate(args, frames, pixels, motion, model, vae)
+    pictures = generate(args, frames, pixels, motion, model, vae, encoded)
     noted = write_video(args, pictures, frames, pixels, motion, args.fps or config.fps)
     if args.sheet:
         print(args.sheet)

@@ -24,7 +24,8 @@ import tempfile
 import time
 import traceback
 import unittest
-from collections import Counter
+import unittest.mock
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,14 +38,16 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import sample
 import train_distill as td
 from motionstream import (PRESETS, KVCache, MotionStream, SelfAttention, TrackHead, add_noise, apply_rope,
-                          embed_words, euler, guided_velocity, joint_guidance, metadata, rollout, rope_table, schedule,
-                          sinusoid, to_x0, track_features, track_ids, with_first)
-from vae import TinyVAE, TinyVAEConfig
+                          embed_words, euler, find_config, guided_velocity, image_and_mask, joint_guidance, metadata,
+                          rollout, rope_table, save_pretrained, schedule, sinusoid, to_x0, track_features, track_ids,
+                          with_first)
+from vae import STATISTICS, CausalConv, TinyVAE, TinyVAEConfig, WanVAE, WanVAEConfig, load_vae
 
 HERE = Path(__file__).resolve().parent
 
@@ -669,12 +672,422 @@ def test_words_are_the_same_in_every_process():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Public weights. Small models, but with Wan's heads of 128 channels, whose RoPE splits 44 / 42 / 42.
+
+WAN = replace(PRESETS["wan2.1-1.3b"], dim=256, ffn_dim=320, num_heads=2, num_layers=2, text_dim=24)
+FAMILIES = {                                    # and what they want of the image: nothing, its latent, a mask before it
+    "Wan 2.1 T2V": (WAN, "nothing"),
+    "Wan 2.1 I2V, Fun-InP": (replace(WAN, in_dim=36, clip_dim=40), "mask"),
+    "Wan 2.1 Fun-Control": (replace(WAN, in_dim=48, track_dim=16, clip_dim=40), "latent"),
+    "Wan 2.2 I2V A14B, one expert": (replace(WAN, in_dim=36), "mask"),
+    "Wan 2.2 Fun-Control A14B, one expert": (replace(WAN, in_dim=52, track_dim=16), "mask"),
+    "Wan 2.2 TI2V 5B": (replace(WAN, in_dim=48, out_dim=48, stride=16, size=(704, 1280), fps=24), "nothing"),
+    "Wan 2.2 Fun-Control 5B": (replace(WAN, in_dim=148, out_dim=48, track_dim=48, stride=16, size=(704, 1280), fps=24),
+                               "mask"),
+}
+
+
+@functools.cache
+def public(family="Wan 2.1 T2V"):
+    """{name: tensor} of a random model in Wan's layout, of sizes at which float32 agrees to the last digits."""
+    tensors, rng = {}, seeded()
+    for name, t in MotionStream(FAMILIES[family][0]).state_dict().items():
+        if name.startswith("track_head"):
+            continue
+        fan_in = t.shape[-1] if "modulation" in name else t[0].numel()
+        tensors[name] = torch.randn(t.shape, generator=rng) * (fan_in ** -0.5 if t.ndim > 1 else 0.02)
+        if t.ndim == 1 and name.endswith("weight"):             # of a norm
+            tensors[name] = 1 + 5 * tensors[name]
+    return tensors
+
+
+def in_diffusers_layout(tensors):
+    """The same tensors under the names of Diffusers' WanTransformer3DModel."""
+    attention = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k",
+                 "k_img": "add_k_proj", "v_img": "add_v_proj", "norm_k_img": "norm_added_k"}
+    names = {"patch_embedding": "patch_embedding", "head.head": "proj_out", "head.modulation": "scale_shift_table",
+             "time_projection.1": "condition_embedder.time_proj"}
+    for part in "text", "time":
+        for i, n in (0, 1), (2, 2):
+            names[f"{part}_embedding.{i}"] = f"condition_embedder.{part}_embedder.linear_{n}"
+    for i, name in (0, "norm1"), (1, "ff.net.0.proj"), (3, "ff.net.2"), (4, "norm2"):
+        names[f"img_emb.proj.{i}"] = f"condition_embedder.image_embedder.{name}"
+    for i in range(WAN.num_layers):
+        block = {"modulation": "scale_shift_table", "norm3": "norm2", "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2"}
+        for ours, theirs in ("self_attn", "attn1"), ("cross_attn", "attn2"):
+            block |= {f"{ours}.{name}": f"{theirs}.{other}" for name, other in attention.items()}
+        names |= {f"blocks.{i}.{name}": f"blocks.{i}.{other}" for name, other in block.items()}
+    ends = "", ".weight", ".bias"
+    names = {name + end: other + end for name, other in names.items() for end in ends}
+    return {names[name]: t for name, t in tensors.items()}
+
+
+def diffusers_config(c):
+    return {"patch_size": [1, 2, 2], "num_attention_heads": c.num_heads, "attention_head_dim": c.dim // c.num_heads,
+            "in_channels": c.in_dim, "out_channels": c.out_dim, "text_dim": c.text_dim, "freq_dim": c.freq_dim,
+            "ffn_dim": c.ffn_dim, "num_layers": c.num_layers, "cross_attn_norm": True, "eps": c.eps,
+            "qk_norm": "rms_norm_across_heads", "image_dim": c.clip_dim or None,
+            "added_kv_proj_dim": c.dim if c.clip_dim else None}
+
+
+def write_layout(here, family, layout):
+    """Weights as the public repositories have them; returns the folder to load."""
+    c, tensors = FAMILIES[family][0], public(family)
+    if layout == "Wan":
+        save_file(tensors, here / "diffusion_pytorch_model.safetensors")
+        stored = "dim", "eps", "ffn_dim", "freq_dim", "in_dim", "num_heads", "num_layers", "out_dim", "text_len"
+        (here / "config.json").write_text(json.dumps({name: getattr(c, name) for name in stored}))
+        return here
+    (here / "transformer").mkdir()
+    unused = {f"blocks.{i}.attn2.norm_added_q.weight": torch.zeros(c.dim) for i in range(2)} if c.clip_dim else {}
+    save_file(in_diffusers_layout(tensors) | unused, here / "transformer/diffusion_pytorch_model.safetensors")
+    (here / "transformer/config.json").write_text(json.dumps(diffusers_config(c)))
+    return here
+
+
+def same_tensors(model, tensors):
+    """Are the model's parameters, but for the track head's, these?"""
+    ours = {name: t for name, t in model.state_dict().items() if not name.startswith("track_head")}
+    return ours.keys() == tensors.keys() and all(t.equal(tensors[name].to(t.dtype)) for name, t in ours.items())
+
+
+def with_diffusers(test):
+    """A test that says loudly that it skips where there is nothing to compare with."""
+    @functools.wraps(test)
+    def maybe():
+        try:
+            import diffusers  # noqa: F401
+        except ImportError:
+            raise unittest.SkipTest("DIFFUSERS IS NOT INSTALLED, nothing was compared: pip install diffusers") from None
+        test()
+    return maybe
+
+
+@with_diffusers
+def test_public_weights_give_what_diffusers_gives():
+    from diffusers import WanTransformer3DModel
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers as convert
+    small, large = torch.tensor([3.0, 17.5]), torch.tensor([833.33, 999.0])     # its angles are float32
+    per_frame = torch.tensor([[0.0, 12.5, 3.0], [0.0, 0.0, 19.0]])              # as TI2V has them
+    for family, (c, _) in FAMILIES.items():
+        names, theirs = in_diffusers_layout(public(family)), convert(dict(public(family)))
+        assert theirs.keys() == names.keys() and all(t is theirs[name] for name, t in names.items())
+        reference = WanTransformer3DModel(**diffusers_config(c)).eval().requires_grad_(False)
+        reference.load_state_dict(theirs)
+        models = []
+        for layout in "Wan", "Diffusers":
+            with folder() as here:
+                models.append(MotionStream.from_pretrained(write_layout(here, family, layout)))
+        x, text = rand(2, c.out_dim, 3, 4, 6), rand(2, 5, c.text_dim, seed=1)
+        tracks = rand(2, c.track_dim, 3, 4, 6, seed=2) if c.track_dim else None
+        image = rand(2, c.image_dim, 3, 4, 6, seed=3) if c.image_dim else None
+        clip = rand(2, 257, c.clip_dim, seed=4) if c.clip_dim else None
+        inputs = torch.cat([y for y in (x, tracks, image) if y is not None], 1)
+        for t, tolerance in (small, 1e-6), (large, 2e-5), (per_frame, 1e-6):
+            each = t if t.ndim == 1 else t.repeat_interleave(6, 1)              # or one a token
+            expected = reference(inputs, each, F.pad(text, (0, 0, 0, 512 - 5)), clip, return_dict=False)[0]
+            for model in models:
+                v = model(x, t.double() / 1000, text, tracks=tracks, image=image, clip=clip)
+                assert_near(v, expected, tolerance)
+
+
+@with_diffusers
+def test_a_written_file_is_one_that_diffusers_reads():
+    from diffusers import WanTransformer3DModel
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers as convert
+    with folder() as here:
+        family = "Wan 2.1 I2V, Fun-InP"
+        save_pretrained(MotionStream.from_pretrained(write_layout(here, family, "Wan")), here / "a.safetensors")
+        reference = WanTransformer3DModel(**diffusers_config(FAMILIES[family][0]))
+        reference.load_state_dict(convert(load_file(here / "a.safetensors")))
+        assert all(t.equal(reference.state_dict()[name]) for name, t in in_diffusers_layout(public(family)).items())
+
+
+def test_families_are_told_from_their_tensors():
+    for family, (c, image) in FAMILIES.items():
+        with folder() as here:
+            save_file(public(family), here / "a.safetensors")
+            model = MotionStream.from_pretrained(here / "a.safetensors", chunk=2)
+            assert model.config == replace(c, chunk=2) and same_tensors(model, public(family)), family
+            assert not model.training and not any(p.requires_grad for p in model.parameters())
+            assert model.config.image_dim == {"nothing": 0, "latent": c.out_dim, "mask": 4 + c.out_dim}[image], family
+            for layout in "Wan", "Diffusers":
+                (here / layout).mkdir()
+                model = MotionStream.from_pretrained(write_layout(here / layout, family, layout))
+                assert model.config == c and same_tensors(model, public(family)), (family, layout)
+    big = replace(PRESETS["wan2.1-14b"], in_dim=36, clip_dim=1280)
+    for c in (PRESETS["wan2.1-1.3b"], PRESETS["wan2.1-14b"], PRESETS["wan2.2-5b"], big,
+              replace(big, in_dim=48, track_dim=16)):
+        with torch.device("meta"):
+            tensors = MotionStream(c).state_dict()
+        tensors.pop("track_head.conv.weight", None)
+        assert find_config(tensors, {}, Path("nowhere/a.safetensors")) == c
+
+
+def test_a_track_head_tells_how_wide_its_slot_is():
+    c = replace(WAN, in_dim=40, track_dim=8)                    # of this project, but without its metadata
+    model = randomised(MotionStream(c))
+    with folder() as here:
+        save_file(model.state_dict(), here / "a.safetensors")
+        back = MotionStream.from_pretrained(here / "a.safetensors")
+    assert back.config == c and all(t.equal(model.state_dict()[name]) for name, t in back.state_dict().items())
+
+
+def test_what_training_and_packing_put_around_names_is_taken_off():
+    with folder() as here:
+        for prefix in ("model.", "model.diffusion_model.", "module.", "_orig_mod.", "_fsdp_wrapped_module.",
+                       "_checkpoint_wrapped_module.", "module.model._orig_mod."):
+            save_file({prefix + name: t for name, t in public().items()}, here / "a.safetensors")
+            assert same_tensors(MotionStream.from_pretrained(here / "a.safetensors"), public()), prefix
+        inside = {re.sub(r"(blocks\.\d\.)", r"_fsdp_wrapped_module.\1_checkpoint_wrapped_module._orig_mod.", name): t
+                  for name, t in public().items()}
+        save_file(inside, here / "a.safetensors")
+        assert same_tensors(MotionStream.from_pretrained(here / "a.safetensors"), public())
+
+
+def shards(here, tensors, count=3):
+    """Write tensors in shards with an index, as Hugging Face does."""
+    names, place = sorted(tensors), {}
+    for i in range(count):
+        file = f"diffusion_pytorch_model-{i + 1:05}-of-{count:05}.safetensors"
+        save_file({name: tensors[name] for name in names[i::count]}, here / file)
+        place |= {name: file for name in names[i::count]}
+    index = here / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": place}))
+    return index
+
+
+def test_files_folders_and_shards_are_found_and_what_is_missing_is_named():
+    with folder() as here:
+        (here / "repository/transformer").mkdir(parents=True)
+        for tensors, at in (public(), here), (in_diffusers_layout(public()), here / "repository/transformer"):
+            index = shards(at, tensors)
+            for name in "Wan2.1_VAE.pth", "Wan2.1_VAE.safetensors":
+                (at / name).write_bytes(b"of another model")
+            paths = [at, str(at), index, at / "diffusion_pytorch_model-00002-of-00003.safetensors"]
+            for path in paths + [here / "repository"] * (at != here):
+                assert same_tensors(MotionStream.from_pretrained(path), public()), path
+            index.rename(at / "kept")
+            assert same_tensors(MotionStream.from_pretrained(at), public())             # shards without an index
+            (at / "kept").rename(index)
+            lost = "diffusion_pytorch_model-00003-of-00003.safetensors"
+            (at / lost).unlink()
+            for path in paths:
+                assert_error(ValueError, f"1 of 3 shards are missing: {lost}", MotionStream.from_pretrained, path)
+    with folder() as here:                                      # shards that only the index knows
+        names = sorted(public())
+        for i in range(2):
+            save_file({name: public()[name] for name in names[i::2]}, here / f"part{i}.safetensors")
+        index = here / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": {name: f"part{i % 2}.safetensors" for i, name in enumerate(names)}}))
+        assert same_tensors(MotionStream.from_pretrained(here), public())
+        for content in "{", "[]", "{}", '{"weight_map": 1}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}':
+            index.write_text(content)
+            assert_error(ValueError, index.name, MotionStream.from_pretrained, index)
+
+    with folder() as here:
+        assert_error(ValueError, "no weights file", MotionStream.from_pretrained, here)
+        for name in "a.safetensors", "b.safetensors":
+            save_file(public(), here / name)
+        assert_error(ValueError, "a.safetensors, b.safetensors", MotionStream.from_pretrained, here)
+        for pair in ("high_noise_model", "low_noise_model"), ("transformer", "transformer_2"):
+            both = here / f"with {pair[0]}"
+            for name in pair:
+                (both / name).mkdir(parents=True)
+                save_file(public(), both / name / "diffusion_pytorch_model.safetensors")
+            assert_error(ValueError, f"{both / pair[1]} (low noise)", MotionStream.from_pretrained, both)
+            assert same_tensors(MotionStream.from_pretrained(both / pair[1]), public())
+
+
+def test_checkpoints_of_self_forcing_and_causvid_are_students():
+    other = {name: t + 1 for name, t in public().items()}
+    named = {"model." + name: t for name, t in public().items()}
+    wrapped = {"model._fsdp_wrapped_module." + name: t for name, t in public().items()}
+    with folder() as here:
+        for content in ({"generator": other, "critic": other, "generator_ema": wrapped}, {"generator_ema": named},
+                        {"generator": named}, {"model": named}, {"generator": named, "step": 600}):
+            for zipped in True, False:                          # False: the older kind of file, which cannot be mapped
+                torch.save(content, here / "a.pt", _use_new_zipfile_serialization=zipped)
+                model = MotionStream.from_pretrained(here / "a.pt")
+                assert same_tensors(model, public())
+                c = model.config
+                assert c.causal and (c.chunk, c.window, c.sink, c.size) == (3, None, 0, (480, 832))
+                assert np.allclose(c.sigmas, (1, 0.9375, 0.833333, 0.625), atol=1e-6)
+        assert MotionStream.from_pretrained(here / "a.pt", sink=1, window=2).config.window == 2
+        torch.save(public(), here / "flat.pth")
+        model = MotionStream.from_pretrained(here / "flat.pth")
+        assert same_tensors(model, public()) and not model.config.causal
+
+        class Code:
+            def __reduce__(self):
+                return Path.touch, (here / "it ran",)
+
+        for content in [1], {"generator": [1]}, {"model": {"a": 1}}, {"lora": named}, {"generator": Code()}:
+            torch.save(content, here / "odd.pt")
+            assert_error(ValueError, "odd.pt", MotionStream.from_pretrained, here / "odd.pt")
+        assert not (here / "it ran").exists()
+
+
+def test_dtypes_of_public_files_are_kept_and_islands_never_rounded():
+    def dtypes(model):
+        islands = r"time_|head\.|modulation|norm3"
+        return {p.dtype for name, p in model.named_parameters() if not re.search(islands, name)}
+
+    bf16, half, single = torch.bfloat16, torch.float16, torch.float32
+    mixed = {name: t.to(bf16) if t.ndim == 2 else t for name, t in public().items()}      # as repackaged files are
+    with folder() as here:
+        for tensors, kept in ((public(), single), ({n: t.half() for n, t in public().items()}, half),
+                              ({n: t.to(bf16) for n, t in public().items()}, bf16), (mixed, bf16)):
+            save_file(tensors, here / "a.safetensors")
+            model = MotionStream.from_pretrained(here / "a.safetensors")
+            assert dtypes(model) == {kept} and model.head.head.weight.dtype == single
+            assert model(rand(1, 16, 3, 2, 4), torch.ones(1), rand(1, 2, 24)).isfinite().all()
+            for dtype in bf16, half, single:
+                model = MotionStream.from_pretrained(here / "a.safetensors", dtype=dtype)
+                assert dtypes(model) == {dtype}
+                for name in "time_embedding.0.weight", "head.head.weight", "blocks.1.modulation", "blocks.0.norm3.bias":
+                    assert model.state_dict()[name].equal(tensors[name].float()), name
+        for dtype in torch.float8_e4m3fn, torch.float8_e5m2, torch.int8:
+            save_file(public() | {"blocks.0.ffn.0.weight": torch.zeros(320, 256).to(dtype)}, here / "small.safetensors")
+            assert_error(ValueError, f"small.safetensors: blocks.0.ffn.0.weight is {dtype}",
+                         MotionStream.from_pretrained, here / "small.safetensors")
+
+
+def test_public_weights_that_do_not_fit_are_refused_in_one_line():
+    def refused(text, change=None, settings=None, **overrides):
+        tensors = dict(public())
+        for name, t in (change or {}).items():
+            tensors |= {name: t} if t is not None else {}
+            tensors = tensors if t is not None else {n: t for n, t in tensors.items() if not n.startswith(name)}
+        with folder() as here:
+            if settings is not None:
+                (here / "config.json").write_text(settings if isinstance(settings, str) else json.dumps(settings))
+            save_file(tensors, here / "a.safetensors")
+            assert_error(ValueError, text, MotionStream.from_pretrained, here / "a.safetensors", **overrides)
+            assert_error(ValueError, str(here), MotionStream.from_pretrained, here / "a.safetensors", **overrides)
+
+    refused("1 tensors are missing, extra or of another shape for a MotionStream: blocks.1.ffn.2.bias",
+            {"blocks.1.ffn.2.bias": None})
+    refused("26 tensors", {"blocks.0": None} | {"blocks.0.ffn.0.weight": torch.zeros(320, 256)})
+    refused("2 tensors are missing, extra or of another shape for a MotionStream: ref_conv.bias, ref_conv.weight",
+            {"ref_conv.weight": torch.zeros(4), "ref_conv.bias": torch.zeros(4)})
+    for text in "7 tensors", "vace_blocks.3, vace_blocks.4; is":                        # the count, and five names
+        refused(text, {f"vace_blocks.{i}": torch.zeros(4) for i in range(7)})
+    refused("a.safetensors: holds blocks.0.norm3.bias twice", {"model.blocks.0.norm3.bias": torch.zeros(256)})
+    for name in "patch_embedding", "head.head", "blocks", "text_embedding", "time_embedding":
+        refused("not a Wan DiT", {name: None})
+    refused("not a Wan DiT", {"patch_embedding.weight": torch.zeros(256, 64)})
+    refused("32 input channels for 16", {"patch_embedding.weight": torch.zeros(256, 32, 1, 2, 2)})
+    refused("48 by its tensors, but 36", {"patch_embedding.weight": torch.zeros(256, 48, 1, 2, 2)}, {"in_dim": 36})
+    for settings in {"num_layers": 30}, {"dim": 1536}, {"in_channels": 36}, {"ffn_dim": 8960}, {"image_dim": 1280}:
+        refused("by its tensors, but", settings=settings)
+    for settings in "{", "[1]", '"text"':
+        refused("config.json: cannot be read", settings=settings)
+    for heads in 3, 0, "2":
+        refused("give num_heads", settings={"num_heads": heads})
+    refused("give num_heads", num_heads=0)
+    refused("a.safetensors", num_layers=3)
+    with folder() as here:
+        own = json.loads(metadata(SMALL)["config"])
+        saved(here / "a.safetensors", new_model(), config=json.dumps(own | {"num_layers": 3}))
+        assert_error(ValueError, "num_layers is 2 by its tensors, but 3 in its metadata", MotionStream.from_pretrained,
+                     here / "a.safetensors")
+        for c in SMALL, FAMILIES["Wan 2.1 Fun-Control"][0]:
+            save_pretrained(randomised(MotionStream(c)), here / "a.safetensors")
+            assert_error(ValueError, f"its track slot has {c.track_dim} channels", MotionStream.from_pretrained,
+                         here / "a.safetensors", track_dim=c.track_dim + 1)
+        saved(here / "a.safetensors", new_model(), lambda tensors: tensors.pop("track_head.conv.weight"))
+        assert_error(ValueError, "track_head.conv.weight", MotionStream.from_pretrained, here / "a.safetensors")
+
+
+def test_config_json_tells_what_tensors_do_not():
+    with folder() as here:
+        save_file(public(), here / "a.safetensors")
+        odd = {"num_heads": 4, "eps": 1e-5, "text_len": 7, "in_channels": 99, "in_dim": 16, "out_channels": None}
+        (here / "config.json").write_text(json.dumps(odd))
+        assert MotionStream.from_pretrained(here).config == replace(WAN, num_heads=4, eps=1e-5, text_len=7)
+        assert MotionStream.from_pretrained(here, num_heads=1).config.num_heads == 1
+        save_pretrained(new_model(), here / "a.safetensors")            # the metadata of a file of this project win
+        assert MotionStream.from_pretrained(here).config == SMALL
+
+
+def test_a_new_track_slot_changes_nothing_and_can_learn():
+    for family, (c, _) in FAMILIES.items():
+        with folder() as here:
+            save_file(public(family), here / "a.safetensors")
+            model = MotionStream.from_pretrained(here / "a.safetensors", track_dim=c.track_dim or 16)
+            base = MotionStream(c).eval()
+            base.load_state_dict(public(family), strict=False)
+        new = model.config
+        assert (new.track_dim, new.image_dim) == (c.track_dim or 16, c.image_dim)
+        assert new.in_dim == c.in_dim + (0 if c.track_dim else 16)
+        picture = rand(1, c.image_dim, 3, 2, 4) if c.image_dim else None
+        clip = rand(1, 257, c.clip_dim) if c.clip_dim else None
+        x, sigma, text = rand(1, c.out_dim, 3, 2, 4, seed=1), torch.tensor([0.5]), rand(1, 2, 24)
+        tracks, visible, ids = new_tracks(9, 4, batch=1)
+        scale = torch.tensor([4 * c.stride / SMALL.size[1], 2 * c.stride / SMALL.size[0]])
+        features = model.requires_grad_(True).track_head(tracks * scale, visible, ids, 2 * c.stride, 4 * c.stride)
+        v = model(x, sigma, text, tracks=features, image=picture, clip=clip)
+        expected = base(x, sigma, text, image=picture, clip=clip)
+        assert_near(v, expected, 1e-6)
+        v.square().sum().backward()
+        head, columns = model.track_head.conv.weight, model.patch_embedding.weight
+        slot = slice(c.out_dim, c.out_dim + new.track_dim)
+        assert head.count_nonzero().item() == (0 if c.track_dim else head.numel()), family
+        assert columns[:, slot].count_nonzero().item() == (columns[:, slot].numel() if c.track_dim else 0), family
+        learns = head.grad if c.track_dim else columns.grad[:, slot]
+        assert learns.abs().max() > 1e-6, family
+
+
+def test_written_weights_come_back_with_their_config():
+    model = new_model(chunk=2, window=None, tracks="random")
+    with folder() as here:
+        path = here / "a.safetensors"
+        for dtype in None, torch.float16:
+            save_pretrained(model, path, dtype=dtype, step="600")
+            back = MotionStream.from_pretrained(path)
+            assert back.config == model.config
+            for name, t in model.state_dict().items():
+                assert back.state_dict()[name].equal(t if dtype is None else t.half().to(back.state_dict()[name].dtype))
+            with safe_open(path, "pt") as file:
+                assert file.metadata()["step"] == "600" and set(file.keys()) == set(model.state_dict())
+        save_pretrained(MotionStream.from_pretrained(path), path)       # over the file that its tensors are mapped from
+        assert MotionStream.from_pretrained(path).config == model.config and os.listdir(here) == ["a.safetensors"]
+        before = path.read_bytes()
+
+        def fail(tensors, path, about):
+            Path(path).write_text("half")
+            raise OSError("disk full")
+
+        with unittest.mock.patch("safetensors.torch.save_file", fail):
+            assert_error(OSError, "disk full", save_pretrained, model, path)
+        assert path.read_bytes() == before and os.listdir(here) == ["a.safetensors"]
+
+
+def test_shipped_weights_are_read_as_they_are():
+    for name in "tiny", "tiny_teacher":
+        path = HERE / f"assets/{name}.safetensors"
+        model, tensors = MotionStream.from_pretrained(path), load_file(path)
+        assert model.state_dict().keys() == tensors.keys()
+        assert all(t.equal(tensors[name].to(t.dtype)) for name, t in model.state_dict().items())
+        assert model.config.causal == (name == "tiny") and model.config.track_dim == 32
+
+
+def test_weights_with_a_mask_get_it_before_the_image():
+    latents = rand(2, 16, 4, 2, 3)
+    image = image_and_mask(latents)
+    assert image.shape == (2, 20, 4, 2, 3) and image[:, 4:].equal(latents)
+    assert (image[:, :4, 0] == 1).all() and (image[:, :4, 1:] == 0).all()
+    assert FAMILIES["Wan 2.1 I2V, Fun-InP"][0].image_dim == image.shape[1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The tiny VAE.
 
-def test_the_vae_has_the_layout_of_taew2_1():
-    with torch.device("meta"):
-        vae = TinyVAE(TAEW21)
-    convs = {"encoder.0": (64, 3), "encoder.17": (16, 64), "decoder.1": (256, 16), "decoder.22": (3, 64)}
+def taehv_shapes(channels, pixels):
+    """Names and shapes of TAEHV's files for Wan: taew2_1 is (16, 3), taew2_2 is (48, 12)."""
+    convs = {"encoder.0": (64, pixels), "encoder.17": (channels, 64), "decoder.1": (256, channels),
+             "decoder.22": (pixels, 64)}
     for part, i, n in [("encoder", i, 64) for i in (4, 5, 6, 9, 10, 11, 14, 15, 16)] + [
             ("decoder", i + k, n) for i, n in ((3, 256), (9, 128), (15, 64)) for k in range(3)]:
         convs |= {f"{part}.{i}.conv.0": (n, 2 * n), f"{part}.{i}.conv.2": (n, n), f"{part}.{i}.conv.4": (n, n)}
@@ -684,10 +1097,25 @@ def test_the_vae_has_the_layout_of_taew2_1():
     expected |= {f"decoder.{i}.weight": (*s, 3, 3) for i, s in ((8, (128, 256)), (14, (64, 128)), (20, (64, 64)))}
     expected |= {f"encoder.{i}.conv.weight": (64, n, 1, 1) for i, n in ((2, 128), (7, 128), (12, 64))}
     grow = (7, (256, 256)), (13, (256, 128)), (19, (128, 64))
-    expected |= {f"decoder.{i}.conv.weight": (*s, 1, 1) for i, s in grow}
+    return expected | {f"decoder.{i}.conv.weight": (*s, 1, 1) for i, s in grow}
+
+
+def test_the_tiny_vae_has_the_layouts_of_taew2_1_and_taew2_2():
+    with torch.device("meta"):
+        vae = TinyVAE(TAEW21)
+    expected = taehv_shapes(16, 3)
     assert {name: tuple(p.shape) for name, p in vae.state_dict().items()} == expected
     counts = [sum(p.numel() for p in part.parameters()) for part in (vae.encoder, vae.decoder)]
     assert counts == [1_470_928, 9_844_611] and vae.stride == 8
+    with folder() as here:
+        for config, stride, shapes in (TAEW21, 8, expected), (TAEW22, 16, taehv_shapes(48, 12)):
+            tensors = {name: rand(*shape).half() for name, shape in shapes.items()}
+            save_file(tensors, here / "taew.safetensors")
+            torch.save(tensors, here / "taew.pth")
+            for path in here / "taew.safetensors", here / "taew.pth":
+                loaded = TinyVAE.from_pretrained(path)
+                assert loaded.config == config and loaded.stride == stride
+                assert all(p.equal(tensors[name].float()) for name, p in loaded.state_dict().items())
 
 
 def test_the_vae_reads_its_config_off_public_files_and_its_own():
@@ -744,6 +1172,170 @@ def test_no_latent_sees_the_future_with_front_padding():
             changed = (vae.encode(later) - before).abs().amax((0, 1, 3, 4)) > 1e-6         # by latent
             first = next(i for i in range(6) if 4 * i + sees >= frame)
             assert not changed[:first].any() and changed[first], (pad, frame)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The VAE of Wan, small, with the arguments that give diffusers' class the same sizes.
+
+WAN21, WAN22 = WanVAEConfig(16, 8, 8), WanVAEConfig(48, 8, 12, residual=True)
+IN_DIFFUSERS = {"2.1": {"base_dim": 8, "z_dim": 16},
+                "2.2": {"base_dim": 8, "z_dim": 48, "decoder_base_dim": 12, "is_residual": True, "in_channels": 12,
+                        "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16}}
+
+
+def renamed_for_diffusers(tensors):
+    """Wan's names to diffusers', by its own converter, which does not know the stages of 2.2."""
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+    inner = {"residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm2", "residual.6": "conv2",
+             "shortcut": "conv_shortcut"}
+    if "encoder.downsamples.2.downsamples.0.residual.0.gamma" not in tensors:
+        return convert_wan_vae_to_diffusers(dict(tensors))
+    pattern = r"(\w+)\.(\w+)samples\.(\d)\.\2samples\.(\d)\.(.+)"
+    staged = {name: t for name, t in tensors.items() if "samples." in name}
+    result = convert_wan_vae_to_diffusers({name: t for name, t in tensors.items() if name not in staged})
+    for name, t in staged.items():
+        half, way, stage, block, layer = re.fullmatch(pattern, name).groups()
+        last = int(block) == {"down": 2, "up": 3}[way]
+        for ours, theirs in inner.items():
+            layer = layer.replace(ours, theirs)
+        result[f"{half}.{way}_blocks.{stage}." + (f"{way}sampler." if last else f"resnets.{block}.") + layer] = t
+    return result
+
+
+def wan_video(vae, frames, seed=0):
+    return rand(1, 3, frames, 2 * vae.stride, 3 * vae.stride, seed=seed).clamp(-1, 1)
+
+
+@with_diffusers
+def test_the_wan_vae_gives_the_bits_of_diffusers_from_either_layout():
+    from diffusers import AutoencoderKLWan
+    with folder() as here, torch.no_grad():
+        for seed, (version, config) in enumerate((("2.1", WAN21), ("2.2", WAN22))):
+            saved = randomised(WanVAE(config), seed).state_dict()
+            theirs = AutoencoderKLWan(**IN_DIFFUSERS[version]).eval()
+            theirs.load_state_dict(renamed_for_diffusers(saved))
+            (here / version / "vae").mkdir(parents=True)
+            (here / f"{version}-Wan").mkdir()
+            torch.save(saved, here / f"{version}-Wan" / f"Wan{version}_VAE.pth")
+            dit = here / f"{version}-Wan" / "diffusion_pytorch_model.safetensors"          # beside a .pth: not the VAE
+            save_file({"patch_embedding.weight": rand(3)}, dit)
+            save_file(saved, here / "original.safetensors")
+            save_file(theirs.state_dict(), here / version / "vae" / "diffusion_pytorch_model.safetensors")
+            for path in f"{version}-Wan", "original.safetensors", version, f"{version}/vae":
+                vae = WanVAE.from_pretrained(here / path)
+                assert vae.config == config and type(load_vae(here / path)) is WanVAE, path
+                assert vae.state_dict().keys() == saved.keys()
+                assert all(p.equal(saved[name]) for name, p in vae.state_dict().items()), path
+            mean, std = torch.tensor(STATISTICS[config.latent_channels]).view(2, 1, -1, 1, 1, 1)
+            video = wan_video(vae, 9)
+            z, z_theirs = vae.encode(video), (theirs.encode(video).latent_dist.mode() - mean) / std
+            x, x_theirs = vae.decode(z)[0], theirs.decode(z * std + mean).sample
+            assert z.shape == (1, config.latent_channels, 3, 2, 3) and x.shape == video.shape
+            assert 0.1 < x.std() and (x.abs() == 1).float().mean() < 0.5
+            assert z.equal(z_theirs) and x.equal(x_theirs), ((z - z_theirs).abs().max(), (x - x_theirs).abs().max())
+
+
+@with_diffusers
+def test_latents_are_normalised_as_diffusers_pipelines_do():
+    import inspect
+    from diffusers import AutoencoderKLWan
+    defaults = inspect.signature(AutoencoderKLWan.__init__).parameters
+    assert STATISTICS[16] == tuple(tuple(defaults[name].default) for name in ("latents_mean", "latents_std"))
+
+
+def test_the_wan_vae_has_the_sizes_of_wans_files():
+    for config, stride, tensors, parameters in ((WanVAEConfig(), 8, 194, 126_892_531),
+                                                (WanVAEConfig(48, 160, 256, True), 16, 196, 704_688_668)):
+        with torch.device("meta"):
+            vae = WanVAE(config)
+        assert len(vae.state_dict()) == tensors and sum(p.numel() for p in vae.parameters()) == parameters
+        assert vae.stride == stride
+        for values in STATISTICS[config.latent_channels]:
+            assert len(values) == vae.config.latent_channels
+        assert min(STATISTICS[config.latent_channels][1]) > 0
+
+
+def test_wan_videos_decoded_in_pieces_are_the_whole_and_the_state_stays():
+    for config in WAN21, WAN22:
+        vae, z = randomised(WanVAE(config)), 2 * rand(2, config.latent_channels, 6, 1, 2)
+        whole, state, parts, states = vae.decode(z)[0], None, [], []
+        assert whole.abs().max() == 1
+        for part in z.split([1, 3, 2], 2):
+            video, state = vae.decode(part, state)
+            parts.append(video)
+            states.append((state, [t.clone() for t in state]))
+        assert [x.shape[2] for x in parts] == [1, 12, 8] and torch.cat(parts, 2).equal(whole)
+        assert all(a.equal(b) for state, copy in states for a, b in zip(state, copy, strict=True))
+        assert vae.decode(z[:, :, 1:4], states[0][0])[0].equal(parts[1])                   # the old state still works
+        assert not vae.decode(z[:, :, 4:], states[0][0])[0].equal(parts[2])                # and matters
+        assert vae.decode(z[:, :, :3])[0].equal(whole[:, :, :9])
+        assert_error(AssertionError, "7", vae.decode, z[:, :7])
+
+
+def test_wan_encoding_is_causal_and_holds_few_frames_however_long_the_clip():
+    for config in WAN21, WAN22:
+        vae, peaks = randomised(WanVAE(config)), []
+        for module in vae.modules():
+            if isinstance(module, CausalConv):
+                module.register_forward_hook(lambda _, given, result: peaks.append((given[0].numel(), given[2])))
+        video, most = wan_video(vae, 29), []
+        for frames in 9, 29:
+            peaks.clear()
+            latents = vae.encode(video[:, :, :frames])
+            most.append(max(size for size, _ in peaks))
+            for t in peaks[-1][1]:                                      # the last piece's state: no view of more
+                assert t.untyped_storage().nbytes() == 4 * t.numel(), t.shape
+        assert most[0] == most[1] and latents.shape == (1, config.latent_channels, 8, 2, 3)
+        assert vae.encode(video[:, :, :1]).equal(latents[:, :, :1])
+        assert vae.encode(video[:, :, :13]).equal(latents[:, :, :4])
+        assert_error(AssertionError, "28", vae.encode, video[:, :, :28])
+        assert_error(AssertionError, str(3 * vae.stride - 1), vae.encode, video[..., 1:])
+
+
+def test_the_wan_vae_runs_from_its_own_source():
+    own = lifted("vae.py", "FRAMES", "WanVAEConfig", "STATISTICS", "CausalConv", "TimeConv", "Causal", "PerFrame",
+                 "RMSNorm", "ResBlock", "Attention", "Stage", "resample", "build_wan", "WanVAE",
+                 OrderedDict=OrderedDict)
+    vae = randomised(own.WanVAE(own.WanVAEConfig(48, 8, 12, True)))
+    z = vae.encode(wan_video(vae, 5))
+    assert z.equal(randomised(WanVAE(WAN22)).encode(wan_video(vae, 5))) and vae.decode(z)[0].shape[2] == 5
+
+
+def test_every_file_opens_as_the_vae_it_holds_or_is_refused_in_one_line():
+    with folder() as here, torch.no_grad():
+        narrow, tiny = randomised(WanVAE(WanVAEConfig(16, 4, 6))), new_vae()
+        for dtype in torch.float16, torch.bfloat16, torch.float32:
+            tensors = {name: t.to(dtype) for name, t in narrow.state_dict().items()}
+            save_file(tensors, here / "narrow.safetensors")
+            torch.save(tensors, here / "narrow.pth")
+            for path in here / "narrow.safetensors", here / "narrow.pth":
+                vae = load_vae(path)
+                assert type(vae) is WanVAE and vae.config == narrow.config and not vae.training
+                assert all(p.equal(tensors[name].float()) for name, p in vae.state_dict().items())
+                assert not any(p.requires_grad for p in vae.parameters())
+        own = saved(here / "tiny.safetensors", tiny)
+        save_file(new_vae(TAEW22).state_dict(), here / "taew2_2.safetensors")
+        assert load_vae(own).metadata() == tiny.metadata()
+        assert load_vae(here / "taew2_2.safetensors").config == TAEW22
+        assert_error(ValueError, "narrow.pth: a WanVAE, not a TinyVAE; load_vae", TinyVAE.from_pretrained, path)
+        assert_error(ValueError, "tiny.safetensors: a TinyVAE, not a WanVAE; load_vae", WanVAE.from_pretrained, own)
+
+        def refused(name, change):
+            tensors = narrow.state_dict()
+            change(tensors)
+            torch.save(dict(tensors), here / name)
+            assert_error(ValueError, name, load_vae, here / name)
+
+        refused("missing.pth", lambda t: t.pop("decoder.middle.1.proj.bias"))
+        refused("extra.pth", lambda t: t.update(extra=torch.zeros(3)))
+        refused("shape.pth", lambda t: t.update({"encoder.conv1.bias": torch.zeros(3)}))
+        refused("first.pth", lambda t: t.pop("encoder.conv1.weight"))
+        refused("scalar.pth", lambda t: t.update({"conv2.weight": torch.zeros(())}))
+        refused("empty.pth", lambda t: t.clear())
+        refused("channels.pth", lambda t: t.update({"conv2.weight": torch.zeros(7, 7, 1, 1, 1)}))
+        assert_error(ValueError, here.name, load_vae, here)
+        assert_error(ValueError, "nowhere.pth", load_vae, here / "nowhere.pth")
+        assert_error(ValueError, "dit.safetensors", load_vae, saved(here / "dit.safetensors", new_model()))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1292,7 +1884,7 @@ def bad_inputs(here):
         "half the weights": raw("--weights", "half.safetensors", student[:-64]),
         "weights with a hole": ("--weights", saved(here / "less.safetensors", new_model(), lambda t: t.popitem())),
         "the vae as weights": ("--weights", here / "vae.safetensors"),
-        "the teacher as student": ("--weights", here / "teacher.safetensors"),
+        "the teacher as student": ("--weights", here / "teacher.safetensors", "--sampler", "stream"),
         "the weights as vae": ("--vae", here / "student.safetensors"),
         "half the vae": raw("--vae", "cut.safetensors", vae[:-64]),
         "no folder": ("--out", here / "no" / "out.mp4"),
@@ -1314,6 +1906,257 @@ def test_bad_input_ends_in_one_line_and_exit_code_2():
         if code != 2 or not re.fullmatch(r"error: [^\n]+\n", err) or sorted(here.iterdir()) != before:
             wrong.append(f"{name}: code {code}, {err!r}, files {sorted(set(here.iterdir()) - set(before))}")
     assert len(cases) > 50 and not wrong, "\n".join(wrong)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# sample.py with public weights: how they are sampled, and what they are told.
+
+STUB = replace(PRESETS["wan2.1-1.3b"], dim=128, ffn_dim=64, num_heads=1, num_layers=1)     # reads text of 4096 channels
+STUB_VAE = TinyVAEConfig(latent_channels=16, patch=2, pad="front", stem=4, encoder=((4, 1, 2, 2), (4, 1, 2, 2)),
+                         decoder=((4, 1, 2, 2), (4, 1, 2, 2)), tail=4)
+
+
+@functools.cache
+def wan_workplace():
+    """A folder as users of Wan have it: weights that do not say how they are sampled, their VAE, what encoders made."""
+    here = tempfile.TemporaryDirectory()
+    path = Path(here.name)
+
+    def weights(name, **fields):
+        model = randomised(MotionStream(replace(STUB, **fields)))
+        tensors = {name: t for name, t in model.state_dict().items() if not name.startswith("track_head")}
+        save_file(tensors, path / f"{name}.safetensors")
+        return {f"model.{name}": t for name, t in tensors.items()}
+
+    torch.save({"generator_ema": weights("t2v")}, path / "self_forcing.pt")
+    weights("i2v", in_dim=36)
+    weights("fun", in_dim=48, track_dim=16)
+    weights("clip", in_dim=48, track_dim=16, clip_dim=32)
+    saved(path / "headed.safetensors", randomised(MotionStream(replace(STUB, in_dim=48, track_dim=16, size=(32, 48)))))
+    saved(path / "headless.safetensors", new_model(causal=False), lambda t: t["track_head.conv.weight"].zero_())
+    saved(path / "vae.safetensors", new_vae(STUB_VAE))
+    save_file({"prompt": rand(7, 4096)}, path / "prompt.safetensors")
+    save_file({"prompt": rand(9, 4096, seed=1).bfloat16()}, path / "negative.safetensors")
+    save_file({"image": rand(257, 32)}, path / "image.safetensors")
+    return here, path
+
+
+def settled(weights, *more, frames=81):
+    """What sample.py makes of the flags and the weights: (args, config, what it printed)."""
+    args = sample.parse_flags(["--image", "x.png", *map(str, more)])
+    with quiet() as (out, _):
+        config = sample.settle(args, sample.inspect(wan_workplace()[1] / weights), frames)
+    return args, config, out.getvalue()
+
+
+def wan_sampled(weights, *more):
+    """Exit code, stdout and stderr of sample.py with public weights, and what the DiT was called with each time.
+    Their pictures have 48x32 pixels in here."""
+    _, here = wan_workplace()
+    calls, forward, inspect = [], MotionStream.forward, sample.inspect
+
+    def smaller(path):
+        weights = inspect(path)
+        return weights if weights.own else weights._replace(config=replace(weights.config, size=(32, 48)))
+
+    def record(model, x, sigma, text, **given):
+        calls.append(SimpleNamespace(x=x, sigma=sigma, text=text, **given))
+        return forward(model, x, sigma, text, **given)
+
+    flags = {"image": workplace()[1] / "image.png", "weights": here / weights, "vae": here / "vae.safetensors",
+             "out": here / "out.gif"}
+    (here / "out.gif").unlink(missing_ok=True)
+    with unittest.mock.patch.object(sample, "inspect", smaller), \
+            unittest.mock.patch.object(MotionStream, "forward", record):
+        result = sampled(*(word for flag, value in flags.items() for word in (f"--{flag}", value)), *more)
+    return *result, calls
+
+
+def test_the_sampler_is_the_flag_else_what_the_file_says():
+    args, c, out = settled("self_forcing.pt")
+    assert args.sampler == "stream" and "Self-Forcing" in out and c.causal
+    assert (c.chunk, c.sink, c.window) == (3, 0, None) and len(c.sigmas) == 4
+    assert_near(torch.tensor(c.sigmas), torch.tensor([1, 0.9375, 2.5 / 3, 0.625]), 1e-6)
+    for weights, shift, w_text in ("t2v", 8, 6), ("fun", 3, 6):                     # 1536 wide, the real ones
+        args, c, out = settled(f"{weights}.safetensors")
+        assert args.sampler == "teacher" and not c.causal and c.steps == 50
+        assert (c.shift, c.guidance) == (5, (0, 0)), "no text: there is nothing to guide with"
+        assert "teacher, shift 5, text guidance 0" in out
+        real = sample.inspect(wan_workplace()[1] / f"{weights}.safetensors")
+        real = real._replace(config=replace(real.config, dim=1536))
+        with quiet():
+            args = sample.parse_flags(["--image", "x", "--prompt-embeds", "x"])
+            c = sample.settle(args, real, 81)
+        assert (c.shift, c.guidance) == (shift, (w_text, 0))
+    args, c, _ = settled("t2v.safetensors", "--sampler", "stream", "--steps", 2, "--sink", 1, "--window", 1)
+    assert (c.causal, c.sink, c.window, c.sigmas) == (True, 1, 1, schedule(2, 5.0))
+    assert not settled("self_forcing.pt", "--sampler", "teacher")[1].causal
+    args, c, out = settled("headed.safetensors", "--steps", 3, "--prompt-embeds", "x", "--w-motion", 4)
+    assert args.sampler == "teacher" and out == "" and (c.steps, c.guidance) == (3, (3, 4))
+    assert_error(sample.UserError, "use --sampler teacher", settled, "headed.safetensors", "--sampler", "stream")
+
+
+def test_a_stream_that_remembers_all_ends_where_its_training_did():
+    settled("self_forcing.pt", frames=81)
+    for flags in ("--window", "full"), ("--window", "1"):
+        settled("self_forcing.pt", *flags, frames=500)
+    assert_error(sample.UserError, "81 frames, all of them; add --sink 1", settled, "self_forcing.pt", frames=82)
+    assert_error(sample.UserError, "--sampler teacher", settled, "i2v.safetensors", "--sampler", "stream")
+
+
+def test_each_family_takes_the_image_in_its_own_way():
+    first, clip = rand(1, 16, 1, 2, 3), rand(1, 16, 4, 2, 3)
+    wide, wide_clip = rand(1, 48, 1, 2, 3), rand(1, 48, 4, 2, 3)
+    with_image, with_mask = F.pad(first, (0, 0, 0, 0, 0, 3)), image_and_mask(clip)
+    for fields, given, channels, clean in (
+            ({"in_dim": 16}, first, None, first), ({"in_dim": 32, "track_dim": 16}, first, None, first),
+            ({"in_dim": 48, "track_dim": 16}, first, with_image, None), ({"in_dim": 36}, clip, with_mask, None),
+            ({"in_dim": 48, "out_dim": 48}, wide, None, wide),
+            ({"in_dim": 148, "out_dim": 48, "track_dim": 48}, wide_clip, image_and_mask(wide_clip),
+             wide_clip[:, :, :1])):
+        found = sample.image_inputs(replace(STUB, **fields), given, 4)
+        for value, expected in zip(found, (channels, clean)):
+            assert (value is None) == (expected is None) and (value is None or value.equal(expected)), fields
+    assert "never learned" in settled("t2v.safetensors")[2] and "never learned" not in settled("i2v.safetensors")[2]
+
+
+def test_weights_with_a_mask_see_the_image_and_then_grey():
+    seen = []
+    encode = TinyVAE.encode
+    with unittest.mock.patch.object(TinyVAE, "encode", lambda vae, video: seen.append(video) or encode(vae, video)):
+        code, _, err, calls = wan_sampled("i2v.safetensors", "--frames", 10, "--steps", 1)
+    assert code == 0, err
+    video, = seen
+    assert video.shape[2] == 21 and video[:, :, 0].std() > 0 and video[:, :, 1:].count_nonzero() == 0
+    image = calls[0].image
+    assert image.shape[1:3] == (20, 6) and image[:, :4, 0].eq(1).all() and image[:, :4, 1:].eq(0).all()
+
+
+def test_the_vae_beside_the_weights_is_theirs():
+    _, here = wan_workplace()
+    beside, alone = SimpleNamespace(vae=None), sample.inspect(here / "t2v.safetensors")
+    with folder() as repository:
+        save_file(load_file(here / "t2v.safetensors"), repository / "diffusion_pytorch_model.safetensors")
+        torch.save(randomised(WanVAE(WanVAEConfig(16, 8, 8))).state_dict(), repository / "Wan2.1_VAE.pth")
+        assert isinstance(sample.open_vae(beside, sample.inspect(repository)), WanVAE)
+    assert_error(sample.UserError, "give --vae PATH", sample.open_vae, beside, sample.inspect(here / "fun.safetensors"))
+    named = SimpleNamespace(vae=here / "vae.safetensors")
+    assert isinstance(sample.open_vae(named, alone), TinyVAE)
+
+
+def test_tracks_are_drawn_where_they_are_and_not_where_they_are_hidden():
+    vae = SimpleNamespace(encode=lambda video: video, parameters=lambda: iter([torch.zeros(1)]))
+    at = torch.tensor([[30.0, 20.0], [70.0, 60.0]]).expand(1, 14, 2, 2)
+    visible = torch.ones(1, 14, 2, dtype=torch.bool)
+    visible[:, 5:, 1] = False
+    c = replace(STUB, size=(96, 128), chunk=3)
+    video = sample.draw_control(vae, sample.Motion(at, visible, None), c, 14)
+    assert video.shape == (1, 3, 21, 96, 128) and video.min() == -1 and video.max() == 1
+    lit = (video[0] > -1).any(0)                                                     # (T, H, W)
+    assert lit[:14, 20, 30].all() and lit[:5, 60, 70].all() and not lit[5, 60, 70]
+    assert not lit[14:].any() and lit[:14].float().mean() < 0.02
+    first, second = (video[0, :, 0, y, x] for x, y in ((30, 20), (70, 60)))
+    assert not first.equal(second), "tracks differ in colour"
+    model, control = new_model(causal=False), rand(1, 8, 6, 4, 6)
+    parts = [part["tracks"] for part in sample.conditions(
+        model, rand(1, 4, 1, 4, 6), sample.Motion(at, visible, torch.zeros(1, 2).long(), control), None)]
+    assert torch.cat(parts, 2).equal(control) and [part.shape[2] for part in parts] == [3, 3]
+
+
+def test_tracks_go_to_a_trained_head_or_are_drawn():
+    tracks = "--tracks", "t.npy"
+    for weights, control in ("fun", "rgb"), ("headed", "sinusoid"):
+        args, _, out = settled(f"{weights}.safetensors", *tracks)
+        assert args.control == control and ("drawn as a control video" in out) == (control == "rgb")
+    for weights, cure, flags in (("fun", "--control rgb", (*tracks, "--control", "sinusoid")),
+                                 ("t2v", "drop --tracks", tracks), ("t2v", "drop --tracks", ("--w-motion", 1)),
+                                 ("headless", "drop --control", (*tracks, "--control", "rgb")),
+                                 ("headless", "no trained track head", tracks)):
+        assert_error(sample.UserError, cure, settled, f"{weights}.safetensors", *flags)
+
+
+def test_guidance_leads_away_from_the_null_text():
+    model = new_model(causal=False)
+    noise, given, _ = clip_of(3)
+    sigma, null, count = torch.full((2,), 0.7), rand(1, 3, 12, seed=9), []
+    model.register_forward_hook(lambda _, args, out: count.append(len(args[0])))
+    full, notext, nomotion = (model(noise, sigma, text, tracks=tracks) for text, tracks in (
+        (given["text"], given["tracks"]), (null.expand(2, -1, -1), given["tracks"]), (given["text"], None)))
+    for w_text, w_motion, batch in (3.0, 1.5, 6), (5.0, 0.0, 4):
+        count.clear()
+        v = guided_velocity(model, noise, sigma, given, (w_text, w_motion), null)
+        assert_near(v, joint_guidance(full, notext, nomotion, w_text, w_motion), 1e-5)
+        assert count == [batch], "without a weight, the motion's evaluation is left out"
+    (x, level), *_ = euler(model, noise, given, None, (1.0,), (5.0, 0.0), null)
+    assert x.equal(noise) and level == 1
+    *_, (x0, _) = euler(model, noise, given, None, (1.0,), (5.0, 0.0), null)
+    assert_near(x0, noise - guided_velocity(model, noise, torch.ones(2), given, (5.0, 0.0), null), 1e-5)
+
+
+def test_encoded_texts_reach_the_teacher_padded_with_zeros():
+    _, here = wan_workplace()
+    texts = "--prompt-embeds", here / "prompt.safetensors", "--negative-embeds", here / "negative.safetensors"
+    code, out, err, calls = wan_sampled("t2v.safetensors", *texts, "--frames", 1, "--steps", 2)
+    assert code == 0 and "guidance leads away" not in out, (out, err)
+    assert len(calls) == 2 and len(calls[0].x) == 2, "two evaluations in one batch: this model has no tracks"
+    expected = F.pad(rand(7, 4096), (0, 0, 0, 505)), F.pad(rand(9, 4096, seed=1).bfloat16().float(), (0, 0, 0, 503))
+    assert calls[0].text.equal(torch.stack(expected))
+    code, out, _, calls = wan_sampled("t2v.safetensors", *texts[:2], "--frames", 1, "--steps", 1)
+    assert code == 0 and "give --negative-embeds" in out and calls[0].text[1].count_nonzero() == 0
+    code, out, _, calls = wan_sampled("t2v.safetensors", "--frames", 1, "--steps", 1)
+    assert code == 0 and "no text at all" in out and calls[0].text is None and len(calls[0].x) == 1
+    code, _, _, calls = wan_sampled("self_forcing.pt", *texts[:2], "--frames", 13)
+    assert code == 0 and [round(call.sigma[0, -1].item(), 3) for call in calls][:5] == [1, 0.938, 0.833, 0.625, 0]
+    assert calls[0].text.equal(expected[0][None]) and calls[0].x[:, :, :1].equal(calls[4].x[:, :, :1])
+
+
+def test_encoded_texts_and_images_of_the_wrong_shape_are_refused():
+    with folder() as here:
+        for name, tensors in (("rows", {"a": rand(513, 4096)}), ("width", {"a": rand(5, 4095)}),
+                              ("axes", {"a": rand(1, 5, 4096)}), ("two", {"a": rand(5, 4096), "b": rand(5, 4096)}),
+                              ("none", {"a": rand(0, 4096)}), ("nan", {"a": rand(5, 4096) / 0}), ("empty", {}),
+                              ("line", {"a": rand(4096)}), ("ids", {"a": torch.ones(5, 4096, dtype=torch.int64)})):
+            save_file(tensors, here / name)
+            assert_error(ValueError, str(here / name), sample.load_rows, here / name, 1, 512, 4096)
+        save_file({"a": rand(512, 4096)}, here / "full")
+        assert sample.load_rows(here / "full", 1, 512, 4096).equal(rand(512, 4096)[None])
+        assert_error(ValueError, "257 <= L <= 257", sample.load_rows, here / "full", 257, 257, 4096)
+
+
+def test_the_encoded_image_reaches_the_image_branch():
+    _, here = wan_workplace()
+    flags = "--clip-embeds", here / "image.safetensors", "--tracks", workplace()[1] / "tracks.npy"
+    texts = "--prompt-embeds", here / "prompt.safetensors", "--negative-embeds", here / "negative.safetensors"
+    code, out, err, (call,) = wan_sampled("clip.safetensors", *flags, *texts, "--frames", 3, "--steps", 1)
+    assert code == 0 and "drawn as a control video" in out, (out, err)
+    assert call.clip.equal(rand(257, 32).expand(2, -1, -1)) and call.tracks.count_nonzero()
+    assert call.image.shape == call.tracks.shape == (2, 16, 3, 4, 6)
+    code, _, err, calls = wan_sampled("clip.safetensors", *flags[:2], "--sampler", "stream", "--frames", 3)
+    assert code == 0 and calls[0].clip.equal(rand(257, 32)[None]), err
+    code, _, err, _ = wan_sampled("clip.safetensors", "--clip-embeds", here / "prompt.safetensors")
+    assert code == 2 and "expected one tensor (L, 32), 257 <= L <= 257" in err, err
+
+
+def test_what_public_weights_lack_is_said_before_they_load():
+    _, here = wan_workplace()
+    tracks = "--tracks", workplace()[1] / "tracks.npy"
+    embeds, image = ("--prompt-embeds", here / "prompt.safetensors"), ("--clip-embeds", here / "image.safetensors")
+    negative = "--negative-embeds", here / "negative.safetensors"
+    cases = {("t2v", "--prompt", "a cat"): "--prompt-embeds", ("clip",): "--clip-embeds",
+             ("t2v", *image): "no image branch", ("t2v", "--w-text", 2): "--w-text: there is no text",
+             ("t2v", *negative): "--negative-embeds: there is no text", ("t2v", *tracks): "drop --tracks",
+             ("self_forcing", *embeds, *negative): "--negative-embeds belongs to --sampler teacher",
+             ("t2v", "--prompt-embeds", here / "t2v.safetensors"): "expected one tensor (L, 4096), 1 <= L <= 512",
+             ("t2v", "--prompt-embeds", here / "none.safetensors"): "none.safetensors",
+             ("t2v", "--vae", workplace()[1] / "vae.safetensors"): "is this its VAE",
+             ("t2v", "--frames", 90, "--sampler", "stream"): "--window",
+             ("headless", *embeds): "reads words", ("headless", *negative): "reads words"}
+    refuse = unittest.mock.Mock(side_effect=AssertionError("the model was loaded"))
+    with unittest.mock.patch.object(MotionStream, "from_pretrained", refuse):
+        for (weights, *flags), cure in cases.items():
+            code, _, err, _ = wan_sampled(f"{weights}.{'pt' if weights == 'self_forcing' else 'safetensors'}", *flags)
+            assert code == 2 and re.fullmatch(r"error: [^\n]+\n", err) and cure in err, (weights, flags, err)
+    assert not list(here.glob("*out*")), "something was written"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

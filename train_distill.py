@@ -36,9 +36,9 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from motionstream import (PRESETS, KVCache, MotionStream, add_noise, embed_words, euler, guided_velocity, metadata,
-                          rollout, to_x0, track_features, track_ids, shift_sigma, with_first)
+                          rollout, to_x0, track_features, track_ids, shift_sigma, with_first, write)
 from sample import (ASSETS, Motion, Parser, UserError, draw_tracks, enlarge, hold_signals, number, sample_teacher,
-                    stream, to_frames, write)
+                    stream, to_frames)
 from vae import TINY, TinyVAE
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,18 +1,20 @@
-"""The tiny video autoencoder: pixels to latents and back, streamed, with the state in the caller's hands.
+"""Video autoencoders: pixels to latents and back, streamed, with the state in the caller's hands.
 
-Layout and parameter names are those of TAEHV (github.com/madebyollin/taehv, MIT), so its public files for Wan
-(`taew2_1`, `taew2_2`) load into the same class as the tiny model's own weights; widths, patch and padding are free.
-All convolutions are 2-D over single frames. Time enters in three places: `MemBlock` sees the previous frame,
-`TPool` packs frames into channels and `TGrow` unpacks them.
+`TinyVAE` has the layout and the parameter names of TAEHV (github.com/madebyollin/taehv, MIT), so its public files for
+Wan (`taew2_1`, `taew2_2`) load into the same class as the tiny model's own weights; widths, patch and padding are free.
+Its convolutions are 2-D. Time enters in three places: `MemBlock` sees the previous frame, `TPool` packs frames into
+channels and `TGrow` unpacks them. `WanVAE` is the VAE of Wan 2.1 (8x8 pixels, 16 channels) and of Wan 2.2 5B (16x16
+pixels, 48 channels); its convolutions are 3-D and causal. `load_vae` opens either kind. Latents are normalised as the
+DiT sees them: no mean, no scale, about unit variance.
 
     B batch   T video frames   F latent frames, T = 1 + 4 (F - 1)   C channels   h w latent size   H W pixels
-
-Latents are normalised as the DiT sees them: no mean, no scale, about unit variance.
 """
 
 import json
 import pickle
 import re
+import zipfile
+from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -176,32 +178,299 @@ class TinyVAE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path):
-        """A .safetensors or .pth file in TAEHV's layout. The config is the file's own, else read off its tensors."""
-        tensors, metadata = read_tensors(path)
-        if metadata.get("format") == "tiny-vae":
-            config = read_config(TinyVAEConfig, metadata, path)
-        else:
-            config = config_from_tensors(tensors, path)
-        vae = cls(config)
-        check_fit(vae, tensors, path)
-        vae.load_state_dict({name: t.float() for name, t in tensors.items()})
-        return vae.eval().requires_grad_(False)
+        """As `load_vae`, which must find a tiny VAE."""
+        return load_vae(path, cls)
 
     def metadata(self):
         """What a safetensors file says of itself: {"format": …, "config": JSON}."""
         return {"format": "tiny-vae", "config": json.dumps(asdict(self.config))}
 
 
-def read_tensors(path):
-    """A weights file to ({name: tensor}, {key: text}); never runs a pickle's code. ValueError names the file."""
-    from safetensors import safe_open
+# ----------------------------------------------------------------------------------------------------------------------
+# The VAE of Wan. Tensors are (B, C, T, H, W), names are those of Wan's files. A clip is computed in pieces: frame 0, a
+# latent of its own, then four frames or one latent at a time. `state` holds, for each convolution over time, the input
+# frames that its next piece still sees; None starts a clip. A layer reads its entry, state[len(memory)], and appends
+# the next one to `memory`, which becomes the new state.
+
+@dataclass
+class WanVAEConfig:
+    """Width of the encoder's first and of the decoder's last stage; the defaults are Wan 2.1."""
+    latent_channels: int = 16
+    encoder: int = 96
+    decoder: int = 96
+    residual: bool = False      # Wan 2.2: 2x2 pixels are folded into channels, and each stage has a shortcut
+
+
+# Mean and standard deviation of each latent channel, by the number of channels.
+STATISTICS = {
+    16: ((-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+          0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
+         (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+          3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)),
+    48: ((-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
+          0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+          -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723,
+          -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667),
+         (0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
+          0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+          0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
+          0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744)),
+}
+
+
+class CausalConv(nn.Conv3d):
+    """A convolution that sees past frames and no future ones. Before a clip all is zero."""
+
+    def __init__(self, inputs, outputs, kernel=(3, 3, 3), stride=1):
+        super().__init__(inputs, outputs, kernel, (stride, 1, 1), (0, kernel[1] // 2, kernel[2] // 2))
+        self.past = kernel[0] - stride
+
+    def forward(self, x, state, memory):
+        x = F.pad(x, (0, 0, 0, 0, self.past, 0)) if state is None else torch.cat([state[len(memory)], x], 2)
+        memory.append(x[:, :, -self.past:].clone())     # a view would keep all of x
+        return super().forward(x)
+
+
+class TimeConv(CausalConv):
+    """Halve T (stride 2) or double it (stride 1), but frame 0 of a clip stays as it is."""
+
+    def __init__(self, width, stride):
+        super().__init__(width, 2 * width // stride, (3, 1, 1), stride)
+
+    def forward(self, x, state, memory):
+        if state is None:       # the next piece sees frame 0 where T is halved, zeros where it is doubled
+            memory.append(x if self.past == 1 else torch.zeros_like(x).expand(-1, -1, 2, -1, -1))
+            return x
+        y = super().forward(x, state, memory).unflatten(1, (-1, x.shape[1]))    # (B, 1 or 2, C, T, H, W)
+        return y.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
+
+
+class Causal(nn.Sequential):
+    """Layers one after the other; those that see the past are handed `state` and `memory`."""
+
+    def forward(self, x, state, memory):
+        for layer in self:
+            causal = isinstance(layer, (CausalConv, Causal, ResBlock))
+            x = layer(x, state, memory) if causal else layer(x)
+        return x
+
+
+class PerFrame(nn.Sequential):
+    """2-D layers over each frame."""
+
+    def forward(self, x):
+        return super().forward(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (len(x), -1)).transpose(1, 2)
+
+
+class RMSNorm(nn.Module):
+    """Over the channels. `dims` is how many dimensions follow them."""
+
+    def __init__(self, width, dims=3):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width, *[1] * dims))
+
+    def forward(self, x):
+        return F.normalize(x, dim=1) * x.shape[1] ** 0.5 * self.gamma
+
+
+class ResBlock(nn.Module):
+    """Two causal convolutions beside a shortcut."""
+
+    def __init__(self, inputs, width):
+        super().__init__()
+        self.residual = Causal(RMSNorm(inputs), nn.SiLU(), CausalConv(inputs, width),
+                               RMSNorm(width), nn.SiLU(), nn.Identity(), CausalConv(width, width))
+        self.shortcut = nn.Conv3d(inputs, width, 1) if inputs != width else nn.Identity()
+
+    def forward(self, x, state, memory):
+        return self.residual(x, state, memory) + self.shortcut(x)
+
+
+class Attention(nn.Module):
+    """Residual self-attention of one head within each frame."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm = RMSNorm(width, 2)
+        self.to_qkv = nn.Conv2d(width, 3 * width, 1)
+        self.proj = nn.Conv2d(width, width, 1)
+
+    def forward(self, x):
+        B, C, T, H, W = x.shape
+        qkv = self.to_qkv(self.norm(x.transpose(1, 2).flatten(0, 1)))                   # (B T, 3 C, H, W)
+        q, k, v = qkv.flatten(2).transpose(1, 2)[:, None].contiguous().chunk(3, -1)     # (B T, 1, H W, C)
+        y = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)
+        return x + self.proj(y.unflatten(2, (H, W))).unflatten(0, (B, T)).transpose(1, 2)
+
+
+class Stage(Causal):
+    """A stage of Wan 2.2: its layers, plus its input, averaged and folded or (up) repeated and unfolded."""
+
+    def __init__(self, name, layers, *size):
+        super().__init__(OrderedDict({name: Causal(*layers)}))
+        self.up, self.size = name == "upsamples", size
+
+    def forward(self, x, state, memory):
+        y, (width, time, space) = super().forward(x, state, memory), self.size
+        missing = time - 1 if state is None else 0                              # frame 0 of a clip is a single frame
+        if not self.up:
+            x = F.avg_pool3d(F.pad(x, (0, 0, 0, 0, missing, 0)), (1, space, space))
+            return y + x.unflatten(2, (-1, time)).transpose(2, 3).flatten(1, 2)                 # B C (T t) -> B (C t) T
+        if space == 1:                                                          # the last one has no shortcut
+            return y
+        x = x.repeat_interleave(width * time * space ** 2 // x.shape[1], 1)     # B (C t p q) T H W
+        x = x.unflatten(1, (width, time, space, space)).permute(0, 1, 5, 2, 6, 3, 7, 4)
+        return y + x.flatten(6, 7).flatten(4, 5).flatten(2, 3)[:, :, missing:]  # B C (T t) (H p) (W q)
+
+
+def resample(width, outputs, time, up):
+    """Double T if time is 2, and then H and W; or halve H and W, and then T."""
+    time_conv = {"time_conv": TimeConv(width, 1 if up else 2)} if time == 2 else {}
+    if up:
+        conv = PerFrame(nn.Upsample(scale_factor=2), nn.Conv2d(width, outputs, 3, padding=1))
+        return Causal(OrderedDict(**time_conv, resample=conv))
+    conv = PerFrame(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, outputs, 3, 2))
+    return Causal(OrderedDict(resample=conv, **time_conv))
+
+
+def build_wan(c, up):
+    """The encoder, from pixels to mean and log variance of the latents, or (up) the decoder."""
+    base, blocks, name = (c.decoder, 3, "upsamples") if up else (c.encoder, 2, "downsamples")
+    stages = ((4, 2, 2), (4, 2, 2), (2, 1, 2), (1, 1, 1)) if up else ((1, 1, 2), (2, 2, 2), (4, 2, 2), (4, 1, 1))
+    width, wide, pixels, layers = base * stages[0][0], 4 * base, 12 if c.residual else 3, []
+    conv1 = CausalConv(c.latent_channels if up else pixels, width)
+    for multiple, time, space in stages:
+        inputs, out = width, base * multiple
+        stage = [ResBlock(inputs if i == 0 else out, out) for i in range(blocks)]
+        width = out // 2 if up and space == 2 and not c.residual else out
+        if space == 2:
+            stage.append(resample(out, width, time, up))
+        layers += [Stage(name, stage, out, time, space)] if c.residual else stage
+    middle = Causal(ResBlock(wide, wide), Attention(wide), ResBlock(wide, wide))
+    head = Causal(RMSNorm(width), nn.SiLU(), CausalConv(width, pixels if up else 2 * c.latent_channels))
+    order = {"middle": middle, name: Causal(*layers)} if up else {name: Causal(*layers), "middle": middle}
+    return Causal(OrderedDict(conv1=conv1, **order, head=head))
+
+
+class WanVAE(nn.Module):
+    """Encoder and decoder; 8x8 pixels by 4 frames to one latent in Wan 2.1, 16x16 by 4 in Wan 2.2 5B."""
+
+    def __init__(self, config=WanVAEConfig()):
+        super().__init__()
+        self.config, C = config, config.latent_channels
+        self.encoder, self.decoder = build_wan(config, up=False), build_wan(config, up=True)
+        self.conv1, self.conv2 = nn.Conv3d(2 * C, 2 * C, 1), nn.Conv3d(C, C, 1)
+        self.stride = 16 if config.residual else 8
+
+    def encode(self, video):
+        """As TinyVAE's, (B, 3, T, H, W) to (B, C, F, h, w): the means, nothing is drawn. Four frames at a time."""
+        (T, H, W), latents, state = video.shape[2:], [], None
+        assert T % FRAMES == 1, f"a clip has 1 + {FRAMES} k frames, this one has {T}"
+        assert H % self.stride == W % self.stride == 0, f"{W}x{H} pixels do not divide by {self.stride}"
+        mean, std = video.new_tensor(STATISTICS[self.config.latent_channels]).view(2, -1, 1, 1, 1)
+        for frames in video.split([1] + T // FRAMES * [FRAMES], 2):
+            x = F.pixel_unshuffle(frames.transpose(1, 2).mT, self.stride // 8).mT.transpose(1, 2)  # columns before rows
+            past, state = state, []
+            z = self.conv1(self.encoder(x, past, state)).chunk(2, 1)[0]
+            latents.append((z - mean) / std)
+        return torch.cat(latents, 2)
+
+    def decode(self, latents, state=None):
+        """As TinyVAE's: latents (B, C, F, h, w) to video (B, 3, T, H, W) in [-1, 1], and the state that continues it.
+        One latent frame is computed at a time, so pieces give the bits of the whole."""
+        C, video = self.config.latent_channels, []
+        assert latents.shape[1] == C, f"latents of this VAE have {C} channels, these have {latents.shape[1]}"
+        mean, std = latents.new_tensor(STATISTICS[C]).view(2, -1, 1, 1, 1)
+        for z in latents.split(1, 2):
+            past, state = state, []
+            x = self.decoder(self.conv2(z * std + mean), past, state)
+            video.append(F.pixel_shuffle(x.transpose(1, 2).mT, self.stride // 8).mT.transpose(1, 2))
+        return torch.cat(video, 2).clamp(-1, 1), state
+
+    @classmethod
+    def from_pretrained(cls, path):
+        """As `load_vae`, which must find a VAE of Wan."""
+        return load_vae(path, cls)
+
+
+VAE_FILES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth", "vae/diffusion_pytorch_model.safetensors",
+             "diffusion_pytorch_model.safetensors")     # in a folder; beside a .pth, the last is Wan's DiT
+
+
+def load_vae(path, kind=None):
+    """The VAE in a .safetensors or .pth file, or a folder as Wan and diffusers publish it: `TinyVAE` or `WanVAE`, in
+    float32 and eval mode. Its own metadata, else the tensors, tell which and how wide. Raises ValueError, one line
+    naming the file, if it does not fit or is not of the class `kind`."""
     path = Path(path)
+    if path.is_dir():
+        path = next((path / name for name in VAE_FILES if (path / name).is_file()), path / VAE_FILES[0])
+    tensors, metadata = read_tensors(path)
+    tensors, own = wan_names(tensors), metadata.get("format") == "tiny-vae"
+    config = read_config(TinyVAEConfig, metadata, path) if own else config_from_tensors(tensors, path)
+    with torch.device("meta"):
+        vae = WanVAE(config) if isinstance(config, WanVAEConfig) else TinyVAE(config)
+    if kind not in (None, type(vae)):
+        raise ValueError(f"{path}: a {type(vae).__name__}, not a {kind.__name__}; load_vae opens both")
+    check_fit(vae, tensors, path)
+    vae.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)
+    return vae.eval().requires_grad_(False)
+
+
+# From diffusers' names to Wan's, in this order.
+DIFFUSERS = {".norm1.": ".residual.0.", ".conv1.": ".residual.2.", ".norm2.": ".residual.3.",
+             ".conv2.": ".residual.6.", ".conv_shortcut.": ".shortcut.", "post_quant_conv.": "conv2.",
+             "quant_conv.": "conv1.", ".conv_in.": ".conv1.", ".norm_out.": ".head.0.", ".conv_out.": ".head.2.",
+             "mid_block.resnets.0.": "middle.0.", "mid_block.attentions.0.": "middle.1.",
+             "mid_block.resnets.1.": "middle.2.", "_blocks.": "samples.", ".upsamplers.0.": ".resnets.3.",
+             ".upsampler.": ".resnets.3.", ".downsampler.": ".resnets.2."}
+
+
+def wan_names(tensors):
+    """The tensors by their names in Wan's files, where diffusers has others."""
+    if "quant_conv.weight" not in tensors:
+        return tensors
+    nested, renamed = "encoder.down_blocks.0.resnets.0.conv1.weight" in tensors, {}     # Wan 2.2: lists within a list
+    for name, t in tensors.items():
+        for theirs, ours in DIFFUSERS.items():
+            name = name.replace(theirs, ours)
+        if nested:
+            name = re.sub(r"(up|down)(samples\.\d)\.resnets", r"\1\2.\1samples", name)
+        else:
+            name = re.sub(r"(\d)\.resnets\.(\d)", lambda m: str(4 * int(m[1]) + int(m[2])), name)
+        renamed[name] = t
+    return renamed
+
+
+def config_from_tensors(tensors, path):
+    """Config of a public file, by the shapes of its tensors. Raises ValueError if it is no VAE of Wan or TAEHV."""
+    shapes = {name.removesuffix(".weight"): t.shape for name, t in tensors.items()}
     try:
-        if path.suffix in (".pt", ".pth"):
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        if shapes.get("conv2", [0])[0] in STATISTICS:
+            return WanVAEConfig(shapes["conv2"][0], shapes["encoder.conv1"][0], shapes["decoder.head.2"][1],
+                                residual="encoder.downsamples.0.downsamples.0.residual.2" in shapes)
+        down = [(shapes[f"encoder.{i + 1}"][0], *shapes[f"encoder.{i}.conv"][:2]) for i in (2, 7, 12)]
+        up = [shapes[f"decoder.{i}.conv"][:2] for i in (7, 13, 19)]
+        return TinyVAEConfig(
+            shapes["encoder.17"][0], round((shapes["decoder.22"][0] / 3) ** 0.5), "end", shapes["encoder.0"][0],
+            tuple((width, 3, inputs // outputs, 2) for width, outputs, inputs in down),
+            tuple((inputs, 3, outputs // inputs, 2) for outputs, inputs in up), shapes["decoder.22"][1])
+    except (KeyError, IndexError, ZeroDivisionError, ValueError) as e:
+        raise ValueError(f"{path}: not the layout of TAEHV, nor of Wan's VAEs with 16 or 48 channels "
+                         f"({type(e).__name__}: {e}); is it the VAE's file?") from None
+
+
+def read_tensors(path):
+    """A weights file to ({name: tensor}, {key: text}); never runs a pickle's code. ValueError names the file.
+    Tensors are mapped, not read. Of a Self-Forcing checkpoint: the generator, best its average, and {"layout": key}."""
+    from safetensors import safe_open
+    try:
+        if Path(path).suffix in (".pt", ".pth"):
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            layouts = [key for key in ("generator_ema", "generator", "model") if key in tensors]
+            tensors = tensors[layouts[0]] if layouts else tensors
             if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
                 raise EOFError("no tensors by name")
-            return tensors, {}
+            return tensors, {"layout": key for key in layouts[:1]}
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except OSError as e:
@@ -219,7 +488,7 @@ def check_fit(model, tensors, path):
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
         raise ValueError(f"{path}: {len(wrong)} tensors are missing, extra or of another shape for a "
-                         f"{type(model).__name__}: {', '.join(wrong[:5])}")
+                         f"{type(model).__name__}: {', '.join(wrong[:5])}; is the file whole, and the right one?")
 
 
 def read_config(cls, metadata, path):
@@ -229,33 +498,3 @@ def read_config(cls, metadata, path):
         return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()})
     except (KeyError, ValueError, TypeError, AttributeError) as e:
         raise ValueError(f"{path}: the config in it cannot be read ({e}); written by another version?") from None
-
-
-def config_from_tensors(tensors, path):
-    """Config of a public TAEHV file, whose spatial strides are always 2. Raises ValueError if it is another model."""
-    def stages(part):
-        """[(index, kind, tensor)] of one half, one entry a layer."""
-        found = {}
-        for name, t in tensors.items():
-            if re.match(part + r"\.\d+\..*weight$", name):
-                index, rest = name.split(".")[1], name.split(".")[2:]
-                kind = {1: "conv", 2: "time"}.get(len(rest), "block")
-                found.setdefault(int(index), (kind, t.shape))
-        return [found[index] for index in sorted(found)]
-
-    encoder, decoder = stages("encoder"), stages("decoder")
-    if len(encoder) < 3 or len(decoder) < 3 or {len(s) for _, s in encoder + decoder} != {4}:
-        raise ValueError(f"{path}: not a tiny VAE in TAEHV's layout")
-    down, up = [], []
-    for (kind, shape), (_, after) in zip(encoder, encoder[1:]):
-        if kind == "time":
-            down.append([after[0], 0, shape[1] // shape[0], 2])
-        elif kind == "block":
-            down[-1][1] += 1
-    blocks = 0
-    for kind, shape in decoder:
-        if kind == "time":
-            up.append([shape[1], blocks, shape[0] // shape[1], 2])
-        blocks = blocks + 1 if kind == "block" else 0
-    return TinyVAEConfig(encoder[-1][1][0], round((encoder[0][1][1] / 3) ** 0.5), "end", encoder[0][1][0],
-                         tuple(map(tuple, down)), tuple(map(tuple, up)), decoder[-1][1][1])
