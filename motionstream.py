@@ -501,7 +501,7 @@ def rollout(model, noise, conditions, first=None, sigmas=None, exit_step=None, g
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Text and weights. Nothing below is part of the method, nor is what only this part needs.
+# Text and weights. Nothing below is part of the method; the two imports are needed only here.
 
 import os
 from pathlib import Path
@@ -608,7 +608,7 @@ def weight_files(path):
     shard = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})(\.\w+)", path.name)
     if path.suffix == ".json":
         shards = read_json(path).get("weight_map")
-        files = sorted({path.with_name(str(name)) for name in shards.values()}) if isinstance(shards, dict) else []
+        files = sorted({path.parent / str(name) for name in shards.values()}) if isinstance(shards, dict) else []
     elif shard:                                                  # any shard stands for all of them
         start, count, end = shard.groups()
         files = [path.with_name(f"{start}-{i:05}-of-{count}{end}") for i in range(1, int(count) + 1)]
@@ -661,7 +661,7 @@ def find_config(tensors, metadata, file):
         like = PRESETS["wan2.2-5b"] if told["out_dim"] == 48 else Config()      # for the VAE's stride, size and fps
         config = replace(like, **told, track_dim=track_channels(tensors, told, file), num_heads=told["dim"] // 128)
         config = replace(config, **{name: said[name] for name in ("num_heads", "text_len", "eps") if name in said})
-        if "layout" in metadata:            # Self-Forcing: all of 21 latents is remembered, so there is no sink
+        if metadata.get("layout", "model") != "model":      # a generator's: it remembers all of 21 latents, no sink
             config = replace(config, causal=True, sigmas=schedule(4, 5.0), chunk=3, sink=0, window=None)
     for name, value in told.items():
         if said.get(name, value) != value:
@@ -737,8 +737,8 @@ def write(path, save, *args):
 
 
 def save_pretrained(model, path, dtype=None, **extra):
-    """Write one .safetensors file with Wan's names, whole or not at all, that from_pretrained and other tools for Wan
-    read. Its metadata hold the config, and the texts in `extra`. dtype=None keeps the model's."""
+    """Write one .safetensors file with Wan's names, whole or not at all: from_pretrained reads it and, without a track
+    head, other tools for Wan. The metadata hold the config and the texts in `extra`. dtype=None keeps the model's."""
     from safetensors.torch import save_file
     tensors = {name: t.to("cpu", dtype).contiguous() for name, t in model.state_dict().items()}
     write(path, lambda temporary: save_file(tensors, temporary, extra | metadata(model.config)))

@@ -49,7 +49,7 @@ SHORTEST_SIDE = 256         # pixels of the written video; smaller ones are enla
 TRAIL = 12                  # frames that a track's trail lasts in --overlay
 SHEET_FRAMES = 5            # of the video, beside the input, in --sheet
 UMT5_DIM, CLIP_ROWS = 4096, 257     # of an encoded text, and of an encoded image
-HISTORY = 81                # frames of the videos in which weights that remember all of one were trained
+HISTORY = 81                # frames that weights without a window, which forget nothing, saw in training
 
 
 class UserError(Exception):
@@ -101,27 +101,26 @@ def conditions(model, first, motion, text, clip=None):
 
 
 @torch.inference_mode()
-def stream(model, first, motion, text=None, seed=0, sigmas=None, clip=None):
+def stream(model, first, motion, text=None, seed=0, clip=None):
     """The student: clean latents (B, C, chunk, h, w), one chunk after the other, at constant memory.
-    first (B, C, 1, h, w): the image's latent. sigmas=None: the model's own noise levels."""
+    first (B, C, 1, h, w): the image's latent. The noise levels are the model's own."""
     generator = torch.Generator().manual_seed(seed)     # on the CPU: the same noise whatever the device
     shape = (*first.shape[:2], model.config.chunk, *first.shape[3:])
     noise = (torch.randn(shape, generator=generator).to(first) for _ in itertools.count())
     given, (_, clean) = conditions(model, first, motion, text, clip), image_inputs(model.config, first, 1)
-    yield from rollout(model, noise, given, clean, sigmas, generator=generator)
+    yield from rollout(model, noise, given, clean, generator=generator)
 
 
 @torch.inference_mode()
-def sample_teacher(model, first, motion, frames, text=None, seed=0, sigmas=None, guidance=None, null_text=None,
-                   clip=None):
+def sample_teacher(model, first, motion, frames, text=None, seed=0, null_text=None, clip=None):
     """The teacher: whole chunks that cover `frames`, made all at once, then handed out one by one as `stream` does.
-    guidance: (w_text, w_motion), default the model's own. null_text: what "without text" means, see guided_velocity."""
+    null_text: what "without text" means, see guided_velocity. Noise levels and guidance are the model's own."""
     c, count = model.config, latent_frames(frames, model.config)
     tracks = [piece["tracks"] for piece in itertools.islice(conditions(model, first, motion, text), count // c.chunk)]
     image, clean = image_inputs(c, first, count)
     noise = torch.randn((*first.shape[:2], count, *first.shape[3:]), generator=torch.Generator().manual_seed(seed))
     given = {"text": text, "tracks": torch.cat(tracks, 2) if c.track_dim else None, "image": image, "clip": clip}
-    for x0, _ in euler(model, noise.to(first), given, clean, sigmas, guidance, null_text):
+    for x0, _ in euler(model, noise.to(first), given, clean, null_text=null_text):
         pass                                            # the last of the trajectory is clean
     yield from x0.split(c.chunk, 2)
 
@@ -711,10 +710,10 @@ def read_encoded(args, c):
 def open_vae(args, weights):
     """The VAE that the flags name, else the tiny model's or, for Wan's weights, the one in their folder."""
     c, folder = weights.config, weights.path if weights.path.is_dir() else weights.path.parent
-    own, wan = [ASSETS / "tiny_vae.safetensors"], [folder / name for name in VAE_FILES[:3]]     # of one shape
+    own, wan = [ASSETS / "tiny_vae.safetensors"], [folder / name for name in VAE_FILES[:3]]     # tiny fits Wan's shapes
     path = args.vae or next(filter(Path.is_file, wan if c.text_dim == UMT5_DIM else own), None)
     if path is None:
-        raise UserError(f"{weights.path}: give --vae PATH; there is no {' or '.join(VAE_FILES[:3])} beside it")
+        raise UserError(f"{weights.path}: give --vae PATH; there is no {' or '.join(VAE_FILES[:3])} in its folder")
     vae = load_vae(path)
     if (vae.config.latent_channels, vae.stride) != (c.out_dim, c.stride):
         raise UserError(f"{path}: latents have {vae.config.latent_channels} channels and stride {vae.stride}, "

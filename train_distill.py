@@ -530,7 +530,7 @@ def new_trajectories(run):
 
 def worn(x0, chunk):
     """Clean latents as a memory gone wrong: in half of the clips, a rectangle of all chunks but the first shows frame 0
-    again, so that what left it is back and what came is gone. A student that never saw this passes it on for ever."""
+    again, so that what left it is back and what came is gone. It is meant to teach the student not to pass that on."""
     B, _, frames, h, w = x0.shape
     low, high = torch.rand(2, 2, B, 1, 1).sort(0).values
     y, x = torch.arange(h)[:, None] / h, torch.arange(w) / w
