@@ -476,9 +476,9 @@ def read_tensors(path):
     except OSError as e:
         raise ValueError(f"{path}: cannot be read ({e.strerror or e})") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
-        raise ValueError(f"{path}: not a weights file that can be loaded safely ({str(e).splitlines()[0]})") from None
+        raise ValueError(f"{path}: not a weights file that can be loaded safely ({type(e).__name__})") from None
     except Exception as e:  # safetensors' own error class has no stable import path
-        raise ValueError(f"{path}: damaged or not safetensors ({e})") from None
+        raise ValueError(f"{path}: damaged, or not a weights file ({type(e).__name__}: {e})") from None
 
 
 def check_fit(model, tensors, path):
