@@ -556,6 +556,8 @@ PARTS = "(" + "|".join(map(re.escape, DIFFUSERS)) + r")(?![^.])"
 # The same of the words in config.json.
 CONFIG_JSON = {"num_attention_heads": "num_heads", "in_channels": "in_dim", "out_channels": "out_dim",
                "image_dim": "clip_dim"}
+# How the students of Self-Forcing are sampled: they remember all of 21 latents, so there is no sink.
+SELF_FORCING = {"causal": True, "shift": 5.0, "sigmas": schedule(4, 5.0), "chunk": 3, "sink": 0, "window": None}
 
 
 def load_pretrained(cls, path, dtype, device, overrides):
@@ -661,8 +663,8 @@ def find_config(tensors, metadata, file):
         like = PRESETS["wan2.2-5b"] if told["out_dim"] == 48 else Config()      # for the VAE's stride, size and fps
         config = replace(like, **told, track_dim=track_channels(tensors, told, file), num_heads=told["dim"] // 128)
         config = replace(config, **{name: said[name] for name in ("num_heads", "text_len", "eps") if name in said})
-        if metadata.get("layout", "model") != "model":      # a generator's: it remembers all of 21 latents, no sink
-            config = replace(config, causal=True, sigmas=schedule(4, 5.0), chunk=3, sink=0, window=None)
+        if metadata.get("layout", "model") != "model":      # a generator's
+            config = replace(config, **SELF_FORCING)
     for name, value in told.items():
         if said.get(name, value) != value:
             raise ValueError(f"{file}: {name} is {value} by its tensors, but {said[name]} in {source}")
@@ -709,9 +711,8 @@ def add_track_slot(tensors, config, metadata, file, overrides):
         tensors[name] = torch.zeros_like(TrackHead(out_channels=slot).conv.weight)
     if track_dim and not slot:
         tensors[name] = TrackHead(out_channels=track_dim).conv.weight.detach()
-        columns = weight.new_zeros(len(weight), track_dim, *weight.shape[2:])
-        before, after = weight[:, :config.out_dim], weight[:, config.out_dim:]
-        tensors["patch_embedding.weight"] = torch.cat([before, columns, after], 1)
+        new = weight.new_zeros(len(weight), track_dim, *weight.shape[2:])
+        tensors["patch_embedding.weight"] = torch.cat([weight[:, :config.out_dim], new, weight[:, config.out_dim:]], 1)
         config = replace(config, in_dim=config.in_dim + track_dim)
     return replace(config, **overrides)
 

@@ -37,8 +37,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-from motionstream import (Config, MotionStream, embed_words, euler, find_config, image_and_mask, image_channels,
-                          read_weights, rollout, schedule, track_features, track_ids, write)
+from motionstream import (SELF_FORCING, Config, MotionStream, embed_words, euler, find_config, image_and_mask,
+                          image_channels, read_weights, rollout, schedule, track_features, track_ids, write)
 from vae import VAE_FILES, load_vae, read_tensors
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -615,7 +615,6 @@ def inspect(path):
 # How public weights are sampled, whose files do not say it. Teachers: shift and text guidance, by width and by whether
 # the image enters as channels, as their publishers advise for 480 lines; (5, 5) for all others.
 TEACHERS = {(1536, False): (8.0, 6.0), (1536, True): (3.0, 6.0), (5120, True): (3.0, 5.0)}
-SELF_FORCING = {"causal": True, "shift": 5.0, "sigmas": schedule(4, 5.0), "chunk": 3, "sink": 0, "window": None}
 
 
 def settle(args, weights, frames):

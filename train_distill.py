@@ -35,8 +35,8 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from motionstream import (PRESETS, KVCache, MotionStream, add_noise, embed_words, euler, guided_velocity, metadata,
-                          rollout, to_x0, track_features, track_ids, shift_sigma, with_first, write)
+from motionstream import (PRESETS, KVCache, MotionStream, add_noise, embed_words, euler, guided_velocity, rollout,
+                          save_pretrained, shift_sigma, to_x0, track_features, track_ids, with_first, write)
 from sample import (ASSETS, Motion, Parser, UserError, draw_tracks, enlarge, hold_signals, number, sample_teacher,
                     stream, to_frames)
 from vae import TINY, TinyVAE
@@ -383,7 +383,8 @@ def train_vae(run):
         last, std = vae.encoder[-1], (norm.running_var + norm.eps).sqrt()
         last.weight /= std.view(-1, 1, 1, 1)
         last.bias.copy_((last.bias - norm.running_mean) / std)
-    run.save("vae", vae, vae.metadata())
+    tensors = {name: t.half().contiguous() for name, t in vae.state_dict().items()}
+    write(run.path("vae"), lambda path: save_file(tensors, path, vae.metadata()))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -497,7 +498,7 @@ def train_teacher(run):
         return {"loss": loss, "grad": grad} | (error_at_one(run, average, fresh) if i % 200 == 199 else {})
 
     train(run, "teacher", run.steps["teacher"], {"model": model, "average": average, "optimizer": optimizer}, step)
-    run.save("teacher", average, metadata(average.config))
+    save_pretrained(average, run.path("teacher"), torch.float16)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -579,7 +580,7 @@ def train_causal(run):
         return {"loss": loss, "grad": grad}
 
     train(run, "causal", run.steps["causal"], {"student": student, "average": average, "optimizer": optimizer}, step)
-    run.save("causal", average, metadata(average.config))
+    save_pretrained(average, run.path("causal"), torch.float16)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -641,7 +642,7 @@ def train_student(run):
     parts = {"generator": generator, "critic": critic, "average": average, "optimizer_g": optimizer_g,
              "optimizer_c": optimizer_c}
     train(run, "distill", run.steps["distill"], parts, step)
-    run.save("student", average, metadata(average.config))
+    save_pretrained(average, run.path("student"), torch.float16)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -938,11 +939,6 @@ class Run:
     def model(self, name, **overrides):
         """A trained model in float32, frozen."""
         return MotionStream.from_pretrained(self.path(name), dtype=torch.float32, device=self.device, **overrides)
-
-    def save(self, name, module, about):
-        """A safetensors file of float16 weights with their config inside, whole or not there."""
-        tensors = {key: value.half().contiguous() for key, value in module.state_dict().items()}
-        write(self.out / f"{name}.safetensors", lambda path: save_file(tensors, path, about))
 
 
 def check_needs(run, stage):
