@@ -62,12 +62,6 @@ def with_first(x_t, sigma, first):
     return x_t, sigma
 
 
-def image_channels(first, frames):
-    """The image's latent as input channels of a clip of `frames` latents: at frame 0, zeros after it (figure 2, as in
-    Wan 2.1 Fun-Control)."""
-    return F.pad(first, (0, 0, 0, 0, 0, frames - 1))
-
-
 def joint_guidance(v_full, v_notext, v_nomotion, w_text, w_motion):
     """Text and motion guidance in one (eq. 2): three velocities to one. Both weights 0: v_full, no guidance."""
     if w_text == w_motion == 0:
@@ -106,6 +100,7 @@ class Config:
     chunk: int = 3              # latent frames generated together
     sink: int = 1               # chunks at the start that stay in the cache for ever
     window: int | None = 1      # latest chunks kept besides, None = all
+    sink_decay: float = 1.0     # below 1: the sink takes up what leaves the window, see KVCache
     # what it was trained on
     stride: int = 8             # pixels per latent pixel, of the VAE
     size: tuple = (480, 832)    # height, width of the video in pixels
@@ -166,10 +161,11 @@ def apply_rope(x, table):
 
 class KVCache:
     """What one layer remembers of a stream: the first `sink` chunks for ever, then the latest `window` chunks
-    (None: all). Keys are kept before RoPE: a chunk's position is its slot, which changes as others leave."""
+    (None: all). Keys are kept before RoPE: a chunk's position is its slot, which changes as others leave.
+    decay < 1: EMA-Sink (Reward Forcing, eq. 4, 5), what leaves the window is averaged into the sink's last chunk."""
 
-    def __init__(self, sink, window):
-        self.sink, self.window = sink, window
+    def __init__(self, sink, window, decay=1.0):
+        self.sink, self.window, self.decay = sink, window, decay
         self.chunks = []                        # of (k, v), each (B, L, N, K), oldest first
 
     def __len__(self):
@@ -185,7 +181,10 @@ class KVCache:
         """Append a clean chunk, without its graph; the oldest chunk behind the sink falls out of a full cache."""
         self.chunks.append((k.detach(), v.detach()))
         if self.window is not None and len(self.chunks) > self.sink + self.window:
-            del self.chunks[self.sink]
+            gone = self.chunks.pop(self.sink)
+            if self.sink and self.decay < 1:
+                kept = self.chunks[self.sink - 1]
+                self.chunks[self.sink - 1] = tuple(a.lerp(b, 1 - self.decay) for a, b in zip(kept, gone))
 
 
 class RMSNorm(nn.Module):
@@ -381,7 +380,8 @@ class MotionStream(nn.Module):
 
     def new_caches(self):
         """One KVCache per layer, empty."""
-        return [KVCache(self.config.sink, self.config.window) for _ in self.blocks]
+        c = self.config
+        return [KVCache(c.sink, c.window, c.sink_decay) for _ in self.blocks]
 
     def forward(self, x, sigma, text, *, tracks=None, image=None, clip=None, caches=None, write=False):
         """Velocity (B, out_dim, F, h, w) float32 of the noised latents x at sigma (B,) or (B, F).
@@ -700,9 +700,8 @@ def track_channels(tensors, told, file):
 
 
 def add_track_slot(tensors, config, metadata, file, overrides):
-    """The config with `overrides`, and new tensors for tracks, which change nothing at first: an added slot has zero
-    columns in the patch embedding and a random head; Fun-Control's has trained columns and gets a head of zeros. Zeros
-    in both would let neither learn."""
+    """The config with `overrides`, and tensors for tracks that change nothing yet: an added slot has zero columns and a
+    random head; Fun-Control's has trained columns and gets a head of zeros. Zeros in both would let neither learn."""
     name, weight = "track_head.conv.weight", tensors["patch_embedding.weight"]
     track_dim, slot = overrides.get("track_dim", config.track_dim), config.track_dim
     if slot not in (0, track_dim):
@@ -715,6 +714,11 @@ def add_track_slot(tensors, config, metadata, file, overrides):
         tensors["patch_embedding.weight"] = torch.cat([weight[:, :config.out_dim], new, weight[:, config.out_dim:]], 1)
         config = replace(config, in_dim=config.in_dim + track_dim)
     return replace(config, **overrides)
+
+
+def image_channels(first, frames):
+    """The image latent as channels of a clip of `frames` latents: at frame 0, zeros after it (figure 2)."""
+    return F.pad(first, (0, 0, 0, 0, 0, frames - 1))
 
 
 def image_and_mask(latents):
@@ -742,9 +746,5 @@ def save_pretrained(model, path, dtype=None, **extra):
     head, other tools for Wan. The metadata hold the config and the texts in `extra`. dtype=None keeps the model's."""
     from safetensors.torch import save_file
     tensors = {name: t.to("cpu", dtype).contiguous() for name, t in model.state_dict().items()}
-    write(path, lambda temporary: save_file(tensors, temporary, extra | metadata(model.config)))
-
-
-def metadata(config):
-    """What a weights file says of itself."""
-    return {"format": "motionstream", "config": json.dumps(asdict(config))}
+    own = {"format": "motionstream", "config": json.dumps(asdict(model.config))}
+    write(path, lambda temporary: save_file(tensors, temporary, extra | own))

@@ -26,7 +26,7 @@ import traceback
 import unittest
 import unittest.mock
 from collections import Counter, OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,7 +44,7 @@ from safetensors.torch import load_file, save_file
 import sample
 import train_distill as td
 from motionstream import (PRESETS, KVCache, MotionStream, SelfAttention, TrackHead, add_noise, apply_rope,
-                          embed_words, euler, find_config, guided_velocity, image_and_mask, joint_guidance, metadata,
+                          embed_words, euler, find_config, guided_velocity, image_and_mask, joint_guidance,
                           rollout, rope_table, save_pretrained, schedule, sinusoid, to_x0, track_features, track_ids,
                           with_first)
 from vae import STATISTICS, CausalConv, TinyVAE, TinyVAEConfig, WanVAE, WanVAEConfig, load_vae
@@ -392,6 +392,22 @@ def test_after_eviction_the_cache_holds_exactly_sink_and_last_window():
             assert len(cache) == len(kept) * tokens             # constant from chunk sink + window on
 
 
+def test_an_ema_sink_takes_up_what_leaves_the_window():
+    chunks = [(rand(1, 4, 2, 4, seed=i), rand(1, 4, 2, 4, seed=50 + i)) for i in range(6)]
+    for sink, window, decay in (1, 1, 0.9), (2, 1, 0.5), (1, 2, 0.0), (0, 1, 0.5), (1, 1, 1.0):
+        cache = KVCache(sink, window, decay)
+        for chunk in chunks:
+            cache.write(*chunk)
+        for kind in 0, 1:                                           # keys, values
+            kept = [chunk[kind] for chunk in chunks[:sink]]
+            for chunk in chunks[sink:-window] if sink else []:
+                kept[-1] = decay * kept[-1] + (1 - decay) * chunk[kind]
+            expected = torch.cat([*kept, *(chunk[kind] for chunk in chunks[-window:])], 1)
+            assert_near(cache.read(chunks[0][0][:, :0], chunks[0][1][:, :0])[kind], expected, 1e-6)
+    model = new_model(sink_decay=0.5)
+    assert all(cache.decay == 0.5 for cache in model.new_caches()) and model.config.sink_decay == 0.5
+
+
 def test_keys_are_rotated_by_cache_slot_so_a_long_stream_equals_a_short_one():
     model, (x, given, _) = new_model(num_layers=1), clip_of(63)
 
@@ -614,7 +630,8 @@ def saved(path, model, change=None, dtype=None, **meta):
     tensors = {name: t.to(dtype or t.dtype).contiguous() for name, t in model.state_dict().items()}
     if change:
         change(tensors)
-    own = model.metadata() if isinstance(model, TinyVAE) else metadata(model.config)
+    own = (model.metadata() if isinstance(model, TinyVAE) else
+           {"format": "motionstream", "config": json.dumps(asdict(model.config))})
     save_file(tensors, path, {**own, **meta})
     return path
 
@@ -989,7 +1006,7 @@ def test_public_weights_that_do_not_fit_are_refused_in_one_line():
     refused("give num_heads", num_heads=0)
     refused("a.safetensors", num_layers=3)
     with folder() as here:
-        own = json.loads(metadata(SMALL)["config"])
+        own = asdict(SMALL)
         saved(here / "a.safetensors", new_model(), config=json.dumps(own | {"num_layers": 3}))
         assert_error(ValueError, "num_layers is 2 by its tensors, but 3 in its metadata", MotionStream.from_pretrained,
                      here / "a.safetensors")
