@@ -16,6 +16,9 @@ Shapes are those of motionstream.py.
 import argparse
 import colorsys
 import contextlib
+import gc
+import hashlib
+import html
 import itertools
 import math
 import os
@@ -35,6 +38,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 from motionstream import (SELF_FORCING, Config, MotionStream, embed_words, euler, find_config, image_and_mask,
@@ -43,12 +47,11 @@ from vae import VAE_FILES, load_vae, read_tensors
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 LIMIT = 2 ** 30             # bytes of a tracks file, unpacked
+KNOWN = ("tracks", "visibility", "width", "height", "fps", "ids")       # arrays in it
 MOST_FRAMES, MOST_TRACKS = 1_000_000, 20_000
 DEFAULT_FRAMES = 81         # length of a video without tracks
 SHORTEST_SIDE = 256         # pixels of the written video; smaller ones are enlarged
 TRAIL = 12                  # frames that a track's trail lasts in --overlay
-SHEET_FRAMES = 5            # of the video, beside the input, in --sheet
-UMT5_DIM, CLIP_ROWS = 4096, 257     # of an encoded text, and of an encoded image
 HISTORY = 81                # frames that weights without a window, which forget nothing, saw in training
 
 
@@ -187,17 +190,16 @@ def fit_image(image, size):
 # Reading tracks. Names decide; shapes and numbers only refuse; nothing is transposed, scaled or swapped on a guess.
 
 @np.errstate(all="ignore")          # numbers too large for float32 get a message of their own
-def load_tracks(path, size):
+def load_tracks(path, size, hidden=False):
     """A tracks file for an image of `size` (width, height), to: tracks (T, N, 2) float32 in pixels of that image, 0
-    where hidden, visible (T, N) bool, ids (N,) int64, fps; the last two None if the file does not say."""
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file")
+    where hidden, visible (T, N) bool (hidden=True: wherever there is a position), ids (N,) int64, fps; the last two
+    None if the file does not say."""
     try:
         arrays = read_arrays(path)
         tracks, visibility = arrays["tracks"], arrays.get("visibility")
         check_layout(tracks, visibility)
         tracks = tracks.astype(np.float32)
-        visible = read_visibility(tracks, visibility)
+        visible = read_visibility(tracks, None if hidden else visibility)
         tracks = np.where(visible[..., None], tracks, 0)
         own_size = np.array([scalar(arrays, "width") or size[0], scalar(arrays, "height") or size[1]])
         check_units(tracks, visible, own_size)
@@ -208,56 +210,24 @@ def load_tracks(path, size):
 
 
 def read_arrays(path):
-    """The arrays of an .npz or .npy file by name, told apart by content. Everything that can be wrong with the bytes
-    becomes a UserError."""
+    """The arrays of an .npz or .npy file by name, told apart by content; nothing is ever unpickled."""
     try:
-        with open(path, "rb") as file:
-            magic = file.read(4)
-            file.seek(0)
-            if magic == b"\x93NUM":
-                return {"tracks": read_npy(file, path.stat().st_size, "tracks")}
-            if magic != b"PK\x03\x04":
-                raise UserError("neither .npz nor .npy; write it with numpy.savez(path, tracks=tracks)")
-            with zipfile.ZipFile(file) as archive:
-                return read_npz(archive)
+        entries = zipfile.ZipFile(path).infolist() if zipfile.is_zipfile(path) else []
+        size = sum(entry.file_size for entry in entries) or path.stat().st_size
+        if size > LIMIT:
+            raise UserError(f"unpacks to {size / 2 ** 30:.1f} GiB, at most {LIMIT / 2 ** 30:.0f}")
+        loaded = np.load(path, allow_pickle=False)
+        arrays = {"tracks": loaded} if isinstance(loaded, np.ndarray) else {k: loaded[k] for k in loaded if k in KNOWN}
+        assert all(array.dtype.kind in "biuf" for array in arrays.values())
     except UserError:
         raise
-    except OSError as e:
-        raise UserError(f"cannot be read ({e.strerror or 'damaged'})") from None
+    except FileNotFoundError:
+        raise UserError("no such file") from None
     except Exception:           # damaged headers and zip files raise eight kinds, and numpy's texts advise unpickling
-        raise UserError("damaged; write it again with numpy.savez(path, tracks=tracks)") from None
-
-
-def read_npz(archive):
-    """Those arrays of an open npz file that we know, by name."""
-    known = ("tracks", "visibility", "width", "height", "fps", "ids")
-    entries = {name: entry for entry in archive.infolist() for name in known if entry.filename == f"{name}.npy"}
-    if "tracks" not in entries:
-        names = ", ".join(entry.filename.removesuffix(".npy")[:40] for entry in archive.infolist()[:8])
-        raise UserError(f"has no array named tracks, only: {names}")
-    size = sum(entry.file_size for entry in entries.values())
-    if size > LIMIT:
-        raise UserError(f"unpacks to {size / 2 ** 30:.1f} GiB, at most {LIMIT / 2 ** 30:.0f}")
-    arrays = {}
-    for name, entry in entries.items():
-        with archive.open(entry) as file:
-            arrays[name] = read_npy(file, entry.file_size, name)
+        raise UserError("damaged, or not numbers; write it with numpy.savez(path, tracks=tracks), float32") from None
+    if "tracks" not in arrays:
+        raise UserError(f"has no array named tracks, only: {', '.join(loaded)}"[:200])
     return arrays
-
-
-def read_npy(file, size, name):
-    """One array from an npy stream of `size` bytes. What it declares is compared with what is there before anything is
-    allocated, and only plain numbers are read, so nothing is ever unpickled."""
-    version = np.lib.format.read_magic(file)
-    headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    shape, fortran, dtype = headers[version](file)
-    if dtype.kind not in "biuf" or dtype.itemsize > 8:
-        raise UserError(f"{name} holds {dtype.name} values, not plain numbers; save it as float32")
-    declared, rest = math.prod(shape) * dtype.itemsize, size - file.tell()
-    if declared > min(rest, LIMIT):
-        raise UserError(f"{name} declares shape {shape}, {declared} bytes, but {rest} are there: truncated? "
-                        "Write it again")
-    return np.frombuffer(file.read(declared), dtype).reshape(shape, order="F" if fortran else "C")
 
 
 def scalar(arrays, name):
@@ -272,17 +242,14 @@ def scalar(arrays, name):
 def check_layout(tracks, visibility):
     """Refuse what is not (T, N, 2). Without visibility, whose shape would settle it, look for a swap of T and N."""
     shape = tracks.shape
-    if tracks.dtype.kind == "b":
-        raise UserError("tracks are bool values; they must be pixel positions, float32")
-    if tracks.ndim != 3 or shape[2] != 2:
-        raise UserError(f"tracks have shape {shape}, expected (T, N, 2): frames, tracks, x and y")
-    if 0 in shape:
-        raise UserError(f"tracks have shape {shape}: no {'frames' if shape[0] == 0 else 'tracks'}; leave --tracks out "
-                        "for a video without control")
+    if tracks.dtype.kind not in "iuf" or tracks.ndim != 3 or shape[2] != 2 or 0 in shape:
+        raise UserError(f"tracks are {tracks.dtype} {shape}, expected numbers (T, N, 2): frames, tracks, x and y")
+    if shape[1] > MOST_TRACKS or shape[0] > MOST_FRAMES:
+        raise UserError(f"tracks have shape {shape}: thin them out to {MOST_FRAMES} frames and {MOST_TRACKS} tracks")
     if visibility is not None and visibility.shape != shape[:2]:
         raise UserError(f"visibility has shape {visibility.shape}, expected {shape[:2]}, as tracks are {shape}")
     swapped = shape[0] < 5 <= shape[1]
-    if visibility is None and not swapped and min(shape[:2]) >= 3:
+    if not swapped and min(shape[:2]) >= 3:
         # one point moves smoothly in time, neighbours in a list may be far apart; the other way round if swapped
         known = np.nan_to_num(tracks.astype(np.float32), posinf=0, neginf=0)
         in_time, in_list = (np.median(abs(np.diff(known, axis=axis))) for axis in (0, 1))
@@ -290,20 +257,17 @@ def check_layout(tracks, visibility):
     if visibility is None and swapped:
         raise UserError(f"tracks have shape {shape} and look like (N, T, 2): save tracks.transpose(1, 0, 2), or, if "
                         "they are right, add visibility (T, N) to an .npz file")
-    if shape[1] > MOST_TRACKS or shape[0] > MOST_FRAMES:
-        raise UserError(f"tracks have shape {shape}: thin them out to {MOST_FRAMES} frames and {MOST_TRACKS} tracks")
 
 
 def read_visibility(tracks, visibility):
     """visible (T, N) bool of tracks (T, N, 2): as the file says, else wherever the position is not NaN."""
     if visibility is None:
-        visible = ~np.isnan(tracks).any(-1)
-    else:
-        if not ((visibility >= 0) & (visibility <= 1)).all():
-            raise UserError("visibility must lie in 0..1; are these logits? Save visibility > 0")
-        visible = visibility > 0.5
-        if not np.isin(visibility, (0, 1)).all():
-            print("note: visibility is read as probabilities, visible is > 0.5")
+        visibility = ~np.isnan(tracks).any(-1)
+    if visibility.dtype.kind not in "biuf" or not ((visibility >= 0) & (visibility <= 1)).all():
+        raise UserError("visibility must lie in 0..1; are these logits? Save visibility > 0")
+    if not np.isin(visibility, (0, 1)).all():
+        print("note: visibility is read as probabilities, visible is > 0.5")
+    visible = visibility > 0.5
     wrong = np.argwhere(visible & ~(abs(tracks) < 1e6).all(-1))
     if len(wrong):
         raise UserError(f"{len(wrong)} visible points are NaN, infinite or beyond a million pixels, the first is frame "
@@ -408,70 +372,42 @@ class Video:
             raise UserError(f"{self.path}: writing stopped after {self.count} frames; is the disk full?") from None
         self.count += 1
 
-    def finish(self):
-        """Close the file and count its frames: a failed encoding is silent. A GIF merges equal frames, so there it has
-        to be enough that it opens."""
-        try:
-            self.writer.close()
-            if self.path.suffix == ".gif":
-                with Image.open(self.part) as gif:
-                    gif.load()
-                readable = self.count
-            else:
-                import imageio_ffmpeg                   # comes with imageio[ffmpeg], which GIFs do without
-                readable, _ = imageio_ffmpeg.count_frames_and_secs(self.part)
-        except (OSError, RuntimeError):
-            readable = 0
-        if readable != self.count:
-            raise UserError(f"{self.path}: {readable} of {self.count} frames could be read back; is the disk full or "
-                            "the folder not writable?")
-
-    def discard(self):
-        """Close and remove the temporary file."""
-        with contextlib.suppress(OSError):
-            self.writer.close()
-        with contextlib.suppress(OSError):
-            self.part.unlink()
+    def readable(self):
+        """Frames that can be read back: a failed encoding is silent. A GIF merges equal frames, so there it has to be
+        enough that it opens."""
+        if self.path.suffix == ".gif":
+            Image.open(self.part).load()
+            return self.count
+        import imageio_ffmpeg                           # comes with imageio[ffmpeg], which GIFs do without
+        return imageio_ffmpeg.count_frames_and_secs(self.part)[0]
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, trace):
         try:
-            if kind is None:
-                self.finish()
+            self.writer.close()
+            if kind is None and self.readable() == self.count:
                 os.replace(self.part, self.path)
-        except OSError as e:
-            raise UserError(f"{self.path}: cannot be written ({e.strerror})") from None
+            elif kind is None:
+                raise OSError(0, "not all frames can be read back")
+        except (OSError, RuntimeError) as e:
+            if kind is None:
+                raise UserError(f"{self.path}: cannot be written ({getattr(e, 'strerror', None) or 'damaged'}); is the "
+                                "disk full, or the folder not writable?") from None
         finally:
-            self.discard()
+            self.part.unlink(missing_ok=True)
 
 
-def check_output(path, suffixes, image):
+def check_output(path, image):
     """Refuse a path for output that cannot be right."""
-    if path.suffix not in suffixes:
-        raise UserError(f"{path}: the name must end in {' or '.join(suffixes)}")
-    if not os.path.isdir(path.parent):
-        raise UserError(f"{path}: there is no folder {path.parent}")
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"{path}: the folder {path.parent} is not writable")
-    if os.path.isdir(path):
-        raise UserError(f"{path}: is a folder")
-    if os.path.realpath(path) == os.path.realpath(image):
-        raise UserError(f"{path}: would replace the input image; choose another name")
-
-
-def try_writing(path):
-    """Write a video of one frame beside `path` and remove it, to know before the work whether it can be done."""
-    video = Video(path, fps=16)
-    with hold_signals() as noted:                       # a stop while ffmpeg starts would leave its file behind
-        try:
-            video.append(np.zeros((SHORTEST_SIDE, SHORTEST_SIDE, 3), np.uint8))
-            video.finish()
-        finally:
-            video.discard()
-    if noted:
-        raise KeyboardInterrupt
+    for wrong, what in ((path.suffix not in (".mp4", ".gif"), "the name must end in .mp4 or .gif"),
+                        (not os.path.isdir(path.parent), f"there is no folder {path.parent}"),
+                        (not os.access(path.parent, os.W_OK), f"the folder {path.parent} is not writable"),
+                        (os.path.isdir(path), "is a folder"),
+                        (os.path.realpath(path) == os.path.realpath(image), "would replace the input image")):
+        if wrong:
+            raise UserError(f"{path}: {what}; choose another name")
 
 
 def enlarge(frame, factor):
@@ -512,17 +448,118 @@ def draw_control(vae, motion, config, frames):
     return vae.encode(pixels / 127.5 - 1)
 
 
-def save_sheet(path, tiles):
-    """Frames of one size (H, W, 3) side by side in one PNG."""
-    height, width, _ = tiles[0].shape
-    gap = width // 32
-    sheet = Image.new("RGB", (len(tiles) * (width + gap) - gap, height), "white")
-    for i, tile in enumerate(tiles):
-        sheet.paste(Image.fromarray(tile), (i * (width + gap), 0))
+# ----------------------------------------------------------------------------------------------------------------------
+# What Wan's DiT reads beside latents: a prompt, encoded by UMT5-XXL, and the image, encoded by CLIP. Both run in the
+# package `transformers`, which is needed only when something must be encoded, from the folders of a -Diffusers
+# repository (text_encoder/ and tokenizer/, image_encoder/). What they return is kept on disk.
+
+UMT5_DIM, CLIP_ROWS = 4096, 257     # of an encoded text, and of an encoded image
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "motionstream"
+# What Wan's guidance leads away from.
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
+    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
+
+
+def kept(keys, folder, encode):
+    """Files that each hold what encode(keys) returned for a key, rows (L, C), now or in an earlier run. A file is named
+    by the key and by what the encoder's files are called, how large and how old they are."""
+    about = [(str(file), file.stat().st_size, file.stat().st_mtime_ns)
+             for file in sorted(folder.resolve().rglob("*")) if file.is_file()]
+    files = {key: CACHE / f"{hashlib.sha256(repr((about, key)).encode()).hexdigest()[:32]}.safetensors" for key in keys}
+    absent = [key for key in keys if not files[key].is_file()]
     try:
-        write(path, lambda part: sheet.save(part, "png"))
+        CACHE.mkdir(parents=True, exist_ok=True)
+        for key, rows in zip(absent, encode(absent) if absent else []):
+            write(files[key], lambda part: save_file({"rows": rows.contiguous()}, part))
     except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e.strerror})") from None
+        raise UserError(f"{CACHE}: cannot be written ({e.strerror}); name another folder in XDG_CACHE_HOME") from None
+    gc.collect()                                        # the encoder is gone before the DiT is loaded
+    return [*files.values()]
+
+
+def from_folder(name, folder, part, **options):
+    """What transformers calls `name`, from folder/part or else from the folder itself. The network is not asked."""
+    source = folder / part if (folder / part).is_dir() else folder
+    try:
+        import transformers
+        transformers.logging.set_verbosity_error()
+        return getattr(transformers, name).from_pretrained(source, local_files_only=True, **options)
+    except ImportError:
+        raise UserError(f"{folder}: needs one more package, pip install transformers") from None
+    except Exception as e:                              # of a dozen kinds
+        raise UserError(f"{source}: no {name} can be loaded ({str(e).strip().splitlines()[0][:120]}); give the folder "
+                        f"of a -Diffusers repository, which holds {part}/") from None
+
+
+def load_encoder(name, folder, part, device):
+    """An encoder in the dtype of its files, all of whose tensors are there."""
+    encoder, about = from_folder(name, folder, part, torch_dtype="auto", output_loading_info=True)
+    if about["missing_keys"]:
+        raise UserError(f"{folder}: {len(about['missing_keys'])} tensors of {name} are not in its files, such as "
+                        f"{min(about['missing_keys'])}; download it again")
+    return encoder.to(device).eval()
+
+
+@torch.inference_mode()
+def encode_texts(prompts, folder, length, device):
+    """Prompts to rows (L, 4096), one a token, the end of the sentence included. Cleaned as Wan does: mended by ftfy if
+    that is installed, HTML entities resolved, white space collapsed. Padding, being masked, would change nothing."""
+    with contextlib.suppress(ImportError):
+        import ftfy
+        prompts = [ftfy.fix_text(prompt) for prompt in prompts]
+    prompts = [" ".join(html.unescape(html.unescape(prompt)).split()) for prompt in prompts]
+    encoder = load_encoder("UMT5EncoderModel", folder, "text_encoder", device)
+    table = encoder.encoder.embed_tokens.weight         # some versions of transformers leave it empty
+    if not table.any() or not table.equal(encoder.shared.weight):
+        raise UserError(f"{folder}: its table of tokens is empty once loaded, pip install -U transformers")
+    tokenizer = from_folder("AutoTokenizer", folder, "tokenizer")
+    tokens = [tokenizer(prompt, truncation=True, max_length=length, return_tensors="pt") for prompt in prompts]
+    return [encoder(t.input_ids.to(device), t.attention_mask.to(device)).last_hidden_state[0].cpu() for t in tokens]
+
+
+@torch.inference_mode()
+def encode_image(image, folder, device):
+    """An image (1, 3, H, W) in [-1, 1] to CLIP's features (257, C): its last layer but one, of the image squeezed to
+    224x224 as in Wan."""
+    encoder = load_encoder("CLIPVisionModel", folder, "image_encoder", device)
+    statistics = torch.tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]])
+    mean, std = statistics.view(2, 3, 1, 1)
+    x = (F.interpolate(image / 2 + 0.5, (224, 224), mode="bicubic") - mean) / std
+    return encoder(x.to(device, encoder.dtype), output_hidden_states=True).hidden_states[-2][0].cpu()
+
+
+def load_rows(path, least, most, channels):
+    """The one tensor of a file, (L, channels), followed by zeros, which the DiT sees: (1, most, channels) float32."""
+    tensors = [*read_tensors(path)[0].values()]
+    if [t.shape[1:] for t in tensors] != [(channels,)] or not least <= len(tensors[0]) <= most:
+        raise ValueError(f"{path}: holds {[tuple(t.shape) for t in tensors[:3]]}, expected one tensor (L, {channels}), "
+                         f"{least} <= L <= {most}")
+    rows = tensors[0].float()
+    if not tensors[0].is_floating_point() or not rows.isfinite().all():
+        raise ValueError(f"{path}: holds NaN, infinity or whole numbers; encode it again")
+    return F.pad(rows, (0, 0, 0, most - len(rows)))[None]
+
+
+def read_encoded(args, c, image, device):
+    """(text, null_text, clip), each (1, L, channels) or None. null_text is what guidance leads away from."""
+    if c.text_dim != UMT5_DIM:
+        return embed_words(c.prompt if args.prompt is None else args.prompt, c), None, None
+    text, null, clip = args.prompt_embeds, args.negative_embeds, args.clip_embeds
+    if args.prompt is not None:
+        prompts = [args.prompt] if c.causal or null else [args.prompt, NEGATIVE_PROMPT]
+        files = kept(prompts, args.text_encoder,
+                     lambda absent: encode_texts(absent, args.text_encoder, c.text_len, device))
+        text, null = files[0], null if len(files) == 1 else files[1]
+    if c.clip_dim and not clip:
+        key = hashlib.sha256(image.numpy().tobytes()).hexdigest()
+        clip, = kept([key], args.image_encoder, lambda _: [encode_image(image, args.image_encoder, device)])
+    if text is None:
+        print("note: no text at all, which Wan did not see in training; give --prompt or --prompt-embeds")
+    elif null is None and not c.causal and c.guidance[0]:
+        print("note: guidance leads away from rows of zeros; give --negative-embeds, Wan's negative prompt")
+    text, null = (load_rows(path, 1, c.text_len, UMT5_DIM) if path else None for path in (text, null))
+    return text, null, load_rows(clip, CLIP_ROWS, CLIP_ROWS, c.clip_dim) if clip else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -538,14 +575,11 @@ class Parser(argparse.ArgumentParser):
 def number(kind, least, most):
     """A flag's type: an int or float from `least` to `most`."""
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
+        value = kind(text)
         if not least <= value <= most:
-            name = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {least} to {most}")
+            raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
         return value
+    parse.__name__ = "whole number" if kind is int else "number"
     return parse
 
 
@@ -557,39 +591,39 @@ def window(text):
 def parse_flags(argv):
     """The command line. Flags with argparse.SUPPRESS are only there if given; the model's own value holds otherwise."""
     parser = Parser(description="One image and some tracks in, a video out.", allow_abbrev=False)
+    file, given = {"type": Path, "metavar": "FILE"}, {"default": argparse.SUPPRESS, "metavar": "N"}
     add = parser.add_argument_group("in and out").add_argument
-    add("--image", type=Path, required=True, metavar="FILE", help="first frame, any picture file")
-    add("--tracks", type=Path, metavar="FILE", help=".npz or .npy, see the top of sample.py; default: none")
+    add("--image", required=True, help="first frame, any picture file", **file)
+    add("--tracks", help=".npz or .npy, see the top of sample.py; default: none", **file)
     add("--prompt", metavar="TEXT", help="what the image and the tracks do not say; default: the model's own")
-    add("--out", type=Path, default=Path("out.mp4"), metavar="FILE", help=".mp4 or .gif (default: %(default)s)")
-    add("--frames", type=number(int, 1, MOST_FRAMES), metavar="N",
-        help=f"default: those of the tracks, or {DEFAULT_FRAMES}")
+    add("--out", default=Path("out.mp4"), help=".mp4 or .gif (default: %(default)s)", **file)
+    add("--frames", type=number(int, 1, MOST_FRAMES), metavar="N", help="default: those of the tracks, or 81")
     add("--fps", type=number(float, 0.1, 1000), metavar="F", help="frames per second of the file; default: the model's")
     add("--overlay", action="store_true", help="draw the tracks on the video")
-    add("--sheet", type=Path, metavar="FILE", help="also write a .png with the input, its tracks, and some frames")
     add = parser.add_argument_group("model").add_argument
-    add("--weights", type=Path, metavar="PATH", help="a Wan DiT, file or folder; default: the tiny model in assets/")
-    add("--vae", type=Path, metavar="PATH", help="default: the tiny model's, or the one in the folder of --weights")
-    add("--prompt-embeds", type=Path, metavar="FILE", help="for Wan's, instead of --prompt: its rows, see the README")
-    add("--clip-embeds", type=Path, metavar="FILE", help="for weights with an image branch: the image's rows")
+    add("--weights", help="a Wan DiT, file or folder; default: the tiny model in assets/", **file)
+    add("--vae", help="default: the tiny model's, or the one in the folder of --weights", **file)
+    add("--text-encoder", help="folder with Wan's text_encoder/ and tokenizer/; needs transformers", **file)
+    add("--image-encoder", help="folder with Wan's image_encoder/, for weights that read CLIP", **file)
     add("--device", default="auto", help="cpu, cuda, …; default: cuda if there is one")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
         help="of the model; default: float32 on the CPU, else bfloat16")
+    add = parser.add_argument_group("encoded before, each the one tensor of a .safetensors file").add_argument
+    add("--prompt-embeds", help="the prompt's rows (L, 4096)", **file)
+    add("--negative-embeds", help="rows of what guidance leads away from", **file)
+    add("--clip-embeds", help="the image's rows (257, 1280)", **file)
     add = parser.add_argument_group("sampling").add_argument
     add("--sampler", choices=("stream", "teacher"), help="default: what the weights are")
     add("--control", choices=("sinusoid", "rgb"), help="tracks by the trained head, or drawn if there is none")
     add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, metavar="N", help="of all noise (default: %(default)s)")
     add("--steps", type=number(int, 1, 1000), metavar="N", help="noise levels per chunk; default: the model's")
     add = parser.add_argument_group("only --sampler stream; defaults are the model's").add_argument
-    given = {"default": argparse.SUPPRESS, "metavar": "N"}
     add("--chunk", type=number(int, 1, 1000), help="latent frames generated together", **given)
     add("--sink", type=number(int, 0, 10 ** 6), help="chunks from the start that are remembered for ever", **given)
     add("--window", type=window, help="latest chunks that are remembered, or full for all", **given)
-    add = parser.add_argument_group("only --sampler teacher; v = guidance as in eq. 2, both 0: none").add_argument
-    given = {"default": argparse.SUPPRESS, "metavar": "W", "type": number(float, 0, 100)}
-    add("--w-text", help="weight of the text; default: the model's", **given)
-    add("--w-motion", help="weight of the tracks; default: the model's", **given)
-    add("--negative-embeds", help="rows of what it leads away from", **given | {"metavar": "FILE", "type": Path})
+    add = parser.add_argument_group("only --sampler teacher; guidance as in eq. 2, both 0: none").add_argument
+    add("--w-text", type=number(float, 0, 100), help="weight of the text; default: the model's", **given)
+    add("--w-motion", type=number(float, 0, 100), help="weight of the tracks; default: the model's", **given)
     return parser.parse_args(argv)
 
 
@@ -601,14 +635,20 @@ class Weights(NamedTuple):
     head: bool      # holds a track head that is not all zeros
 
 
-def inspect(path):
-    """Weights, from the names and shapes in a file or folder."""
+@contextlib.contextmanager
+def user_errors():
+    """What is wrong with a file of weights, as what the user can put right."""
     try:
-        tensors, metadata, file = read_weights(path)
-        config = find_config(tensors, metadata, file)
+        yield
     except ValueError as e:
         raise UserError(str(e).splitlines()[0]) from None
-    head = tensors.get("track_head.conv.weight")
+
+
+@user_errors()
+def inspect(path):
+    """Weights, from the names and shapes in a file or folder."""
+    tensors, metadata, file = read_weights(path)
+    config, head = find_config(tensors, metadata, file), tensors.get("track_head.conv.weight")
     return Weights(path, config, metadata.get("format") == "motionstream", head is not None and bool(head.any()))
 
 
@@ -620,90 +660,63 @@ TEACHERS = {(1536, False): (8.0, 6.0), (1536, True): (3.0, 6.0), (5120, True): (
 def settle(args, weights, frames):
     """The config to sample with: the weights' own or their family's, changed by the flags. Fills in --sampler and
     --control; refuses flags that these weights have no use for, and conditions that they lack."""
-    c, name = weights.config, weights.path
-    kind, sampler = ("student", "stream") if c.causal else ("teacher", "teacher")
+    c, own = weights.config, weights.own
+    sampler = "stream" if c.causal else "teacher"
     args.sampler = args.sampler or sampler
-    if weights.own and args.sampler != sampler:
-        raise UserError(f"{name}: holds a {kind}, use --sampler {sampler}")
-    streams = args.sampler == "stream"
-    if not weights.own:
+    args.control = args.control or ("sinusoid" if weights.head or c.track_dim != c.out_dim else "rgb")
+    streams, text = args.sampler == "stream", args.prompt_embeds or args.prompt is not None or c.text_dim != UMT5_DIM
+    if not own:
         shift, w_text = TEACHERS.get((c.dim, c.image_dim > 0), (5.0, 5.0))
         c = replace(c, **SELF_FORCING if streams else {"causal": False, "shift": shift, "guidance": (w_text, 0.0)})
-    for flag in ("w_text", "w_motion", "negative_embeds") if streams else ("chunk", "sink", "window"):
-        if flag in args:
-            raise UserError(f"--{flag.replace('_', '-')} belongs to --sampler {'teacher' if streams else 'stream'}")
     if args.steps:
         c = replace(c, steps=args.steps, sigmas=schedule(args.steps, c.shift))
-    w_text = c.guidance[0] if args.prompt_embeds or c.text_dim != UMT5_DIM else 0.0     # no text, no weight
-    c = replace(c, guidance=(getattr(args, "w_text", w_text), getattr(args, "w_motion", c.guidance[1])))
+    w_text = getattr(args, "w_text", c.guidance[0] if text else 0.0)
+    c = replace(c, guidance=(w_text, getattr(args, "w_motion", c.guidance[1])))
     c = replace(c, **{flag: getattr(args, flag) for flag in ("chunk", "sink", "window") if flag in args})
-    if not weights.own:
+    refuse(args, weights, c, frames, [
+        (own and args.sampler != sampler, f"holds a {'student' if c.causal else 'teacher'}, use --sampler {sampler}"),
+        *((flag in args, f"--{flag.replace('_', '-')} belongs to --sampler {'teacher' if streams else 'stream'}")
+          for flag in (("w_text", "w_motion") if streams else ("chunk", "sink", "window"))),
+    ])
+    if not own:
         how = "as Self-Forcing" if streams else f"shift {c.shift:g}, text guidance {c.guidance[0]:g}"
-        print(f"note: {name} does not say how it is sampled: {args.sampler}, {how}")
-    if streams and c.window is None and frames > HISTORY and "window" not in args:
-        raise UserError(f"{name}: trained to remember {HISTORY} frames, all of them; add --sink 1 --window 5 for more")
-    if streams and has_mask(c):
-        raise UserError(f"{name}: takes the image as a clip with a mask, which cannot stream; use --sampler teacher")
-    check_control(args, weights)
-    check_encoded(args, name, c)
+        print(f"note: {weights.path} does not say how it is sampled: {args.sampler}, {how}")
+    if not (own or c.image_dim or c.out_dim == 48):
+        print(f"note: {weights.path} never learned to take an image; it enters as a clean first latent, at sigma 0")
+    if args.tracks and args.control == "rgb":
+        print("note: the tracks are drawn as a control video, in a style that is ours and that no weights have proven")
     return c
 
 
-def check_control(args, weights):
-    """Settle how the tracks and the image enter."""
-    name, c = weights.path, weights.config
-    if not c.track_dim and (args.tracks or args.control or "w_motion" in args):
-        raise UserError(f"{name}: has no input for tracks; take Fun-Control, or drop --tracks, --control, --w-motion")
-    args.control = args.control or ("sinusoid" if weights.head or c.track_dim != c.out_dim else "rgb")
-    if args.tracks and args.control == "rgb" and c.track_dim != c.out_dim:
-        raise UserError(f"{name}: takes no drawn tracks, its input for them has {c.track_dim} channels; drop --control")
-    if args.tracks and args.control == "sinusoid" and not weights.head:
-        raise UserError(f"{name}: has no trained track head; --control rgb draws the tracks instead")
-    if args.tracks and args.control == "rgb":
-        print("note: the tracks are drawn as a control video, in a style that is ours and that no weights have proven")
-    if not (weights.own or c.image_dim or c.out_dim == 48):
-        print(f"note: {name} never learned to take an image; it enters as a clean first latent, at sigma 0")
-
-
-def check_encoded(args, name, c):
-    """Refuse encoded texts and images that are missing or of no use."""
-    umt5, negative = c.text_dim == UMT5_DIM, "negative_embeds" in args
-    if not umt5 and (args.prompt_embeds or negative):
-        raise UserError(f"{name}: reads words, give it --prompt and no --{'negative' if negative else 'prompt'}-embeds")
-    if umt5 and args.prompt is not None:
-        raise UserError(f"{name}: reads no words; encode them as the README says and give it --prompt-embeds FILE")
-    if umt5 and not args.prompt_embeds and (negative or "w_text" in args):
-        raise UserError(f"--{'negative-embeds' if negative else 'w-text'}: there is no text, give --prompt-embeds FILE")
-    if c.clip_dim and not args.clip_embeds:
-        raise UserError(f"{name}: reads the image by CLIP too; encode it as the README says, give --clip-embeds FILE")
-    if args.clip_embeds and not c.clip_dim:
-        raise UserError(f"--clip-embeds: {name} has no image branch, leave it out")
-
-
-def load_rows(path, least, most, channels):
-    """The one tensor of a file, (L, channels), followed by zeros, which the DiT sees: (1, most, channels) float32."""
-    tensors = [*read_tensors(path)[0].values()]
-    if [t.shape[1:] for t in tensors] != [(channels,)] or not least <= len(tensors[0]) <= most:
-        raise ValueError(f"{path}: holds {[tuple(t.shape) for t in tensors[:3]]}, expected one tensor (L, {channels}), "
-                         f"{least} <= L <= {most}")
-    rows = tensors[0].float()
-    if not tensors[0].is_floating_point() or not rows.isfinite().all():
-        raise ValueError(f"{path}: holds NaN, infinity or whole numbers; encode it again")
-    return F.pad(rows, (0, 0, 0, most - len(rows)))[None]
-
-
-def read_encoded(args, c):
-    """(text, null_text, clip), each (1, L, channels) or None. null_text is what guidance leads away from."""
-    paths = args.prompt_embeds, getattr(args, "negative_embeds", None)
-    text, null_text = (load_rows(path, 1, c.text_len, UMT5_DIM) if path else None for path in paths)
-    clip = load_rows(args.clip_embeds, CLIP_ROWS, CLIP_ROWS, c.clip_dim) if c.clip_dim else None
-    if c.text_dim != UMT5_DIM:
-        text = embed_words(c.prompt if args.prompt is None else args.prompt, c)
-    elif text is None:
-        print("note: no text at all, which Wan did not see in training; give --prompt-embeds")
-    elif null_text is None and not c.causal and c.guidance[0]:
-        print("note: guidance leads away from rows of zeros; give --negative-embeds, Wan's negative prompt")
-    return text, null_text, clip
+def refuse(args, weights, c, frames, wrong):
+    """Raise UserError for the first of `wrong` and of what follows, (condition, what to do), that is true."""
+    streams, drawn, umt5 = args.sampler == "stream", args.control == "rgb", c.text_dim == UMT5_DIM
+    negative, no_text = args.negative_embeds, not args.prompt_embeds and args.prompt is None
+    for condition, cure in [
+        *wrong,
+        (streams and c.window is None and frames > HISTORY and "window" not in args,
+         f"trained to remember {HISTORY} frames, all of them; add --sink 1 --window 5 for more"),
+        (streams and has_mask(c), "takes the image as a clip with a mask, which cannot stream; use --sampler teacher"),
+        (streams and negative, "--negative-embeds belongs to --sampler teacher"),
+        (not c.track_dim and (args.tracks or "w_motion" in args),
+         "has no input for tracks; take Fun-Control, or drop --tracks, --w-motion"),
+        (args.tracks and drawn and c.track_dim != c.out_dim,
+         f"takes no drawn tracks, its input for them has {c.track_dim} channels; drop --control"),
+        (args.tracks and not drawn and not weights.head, "has no trained track head; --control rgb draws the tracks"),
+        (not umt5 and (args.prompt_embeds or negative or args.text_encoder), "reads words, give it --prompt alone"),
+        (umt5 and not no_text and args.prompt_embeds and args.prompt is not None, "give --prompt or --prompt-embeds"),
+        (umt5 and args.prompt is not None and not args.text_encoder,
+         "--prompt needs --text-encoder DIR, or encode it elsewhere and give --prompt-embeds FILE"),
+        (umt5 and no_text and (negative or "w_text" in args), "there is no text; give --prompt or --prompt-embeds"),
+        (c.clip_dim and not (args.clip_embeds or args.image_encoder),
+         "reads the image by CLIP too; give --image-encoder DIR or --clip-embeds FILE"),
+        (not c.clip_dim and (args.clip_embeds or args.image_encoder),
+         "has no image branch, drop --clip-embeds and --image-encoder"),
+        *((folder and not folder.is_dir(), f"there is no folder {folder}")
+          for folder in (args.text_encoder, args.image_encoder)),
+    ]:
+        if condition:
+            raise UserError(f"{weights.path}: {cure}")
 
 
 def open_vae(args, weights):
@@ -720,7 +733,8 @@ def open_vae(args, weights):
     return vae
 
 
-def load_models(args, weights, config):
+@user_errors()
+def load_models(args, weights, config, image):
     """The DiT, the VAE and what the DiT reads beside latents and tracks: (text, null_text, clip)."""
     name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -728,12 +742,8 @@ def load_models(args, weights, config):
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {name}: not available here") from None
     dtype = args.dtype if args.dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
-    try:
-        vae = open_vae(args, weights).to(device)
-        encoded = read_encoded(args, config)
-        model = MotionStream.from_pretrained(weights.path, dtype=getattr(torch, dtype), device=device, **vars(config))
-    except ValueError as e:
-        raise UserError(str(e).splitlines()[0]) from None
+    vae, encoded = open_vae(args, weights).to(device), read_encoded(args, config, image, device)
+    model = MotionStream.from_pretrained(weights.path, dtype=getattr(torch, dtype), device=device, **vars(config))
     c = model.config
     memory = f"c{c.chunk}s{c.sink}w{'full' if c.window is None else c.window}" if c.causal else "whole clip"
     print(f"{weights.path.name}: {c.size[1]}x{c.size[0]} pixels, {args.sampler}, {memory}, "
@@ -755,59 +765,53 @@ def generate(args, frames, image, motion, model, vae, encoded):
     yield from itertools.islice(decode_frames(vae, latents), frames)
 
 
-def write_video(args, frames, total, image, motion, fps):
-    """Write `total` frames to --out while they come, and then --sheet. Returns the signals that ended it early."""
-    tracks, visible = motion.tracks[0, :total].numpy(), motion.visible[0, :total].numpy()
-    factor = math.ceil(SHORTEST_SIDE / min(image.shape[2:]))
-    shown = {round(i * (total - 1) / SHEET_FRAMES) for i in range(1, SHEET_FRAMES + 1)}
-    tiles, started = [], time.perf_counter()
+def write_video(video, frames, total, motion, factor):
+    """Write `total` frames, enlarged by `factor`, to a Video while they come; with the tracks of `motion`, unless it is
+    None, drawn on them. Returns the signals that ended it early."""
+    started = time.perf_counter()
     frames = itertools.chain([next(frames)], frames)    # the first one now: from there on Ctrl-C keeps what there is
     first_after = time.perf_counter() - started
-    with hold_signals() as noted, Video(args.out, fps) as video:
+    with hold_signals() as noted:
         for i, frame in enumerate(tqdm(frames, total=total, unit=" frames", disable=None)):
             frame = enlarge(frame, factor)
-            if args.overlay:
+            if motion is not None:
                 recent = slice(max(i + 1 - TRAIL, 0), i + 1)
-                frame = draw_tracks(frame, tracks[recent], visible[recent], factor)
+                frame = draw_tracks(frame, motion.tracks[0, recent].numpy(), motion.visible[0, recent].numpy(), factor)
             video.append(frame)
-            if i in shown:
-                tiles.append(frame)
             if noted:
                 break
     seconds = time.perf_counter() - started
-    if args.sheet:
-        still = enlarge(to_frames(image[:, :, None])[0], factor)
-        save_sheet(args.sheet, [draw_tracks(still, tracks, visible, factor), *tiles])
     print(f"{video.count} of {total} frames in {seconds:.2f} s, {video.count / seconds:.1f} frames/s, the first after "
           f"{first_after:.2f} s")
     return noted
 
 
+def read_inputs(args):
+    """(image, tracks (T, N, 2), visible, ids, their frame rate or None, frames to make)."""
+    image = load_image(args.image)
+    if args.tracks:
+        arrays = load_tracks(args.tracks, image.size)
+        return image, *arrays, args.frames or len(arrays[0])
+    print("note: no --tracks, nothing is specified")
+    frames = args.frames or DEFAULT_FRAMES
+    return image, np.zeros((frames, 0, 2), np.float32), np.zeros((frames, 0), bool), None, None, frames
+
+
 def run(argv):
     """The program. Returns the exit code."""
     args = parse_flags(argv)
-    image = load_image(args.image)
-    if args.tracks:
-        *arrays, tracks_fps = load_tracks(args.tracks, image.size)
-    else:
-        print("note: no --tracks, nothing is specified")
-        frames, tracks_fps = args.frames or DEFAULT_FRAMES, None
-        arrays = np.zeros((frames, 0, 2), np.float32), np.zeros((frames, 0), bool), None
-    if args.sheet:
-        check_output(args.sheet, (".png",), args.image)
-    check_output(args.out, (".mp4", ".gif"), args.image)
-    try_writing(args.out)
+    image, *arrays, tracks_fps, frames = read_inputs(args)
+    check_output(args.out, args.image)
     tiny = ASSETS / ("tiny_teacher.safetensors" if args.sampler == "teacher" else "tiny.safetensors")
-    weights, frames = inspect(args.weights or tiny), args.frames or len(arrays[0])
+    weights = inspect(args.weights or tiny)
     config = settle(args, weights, frames)
-    model, vae, encoded = load_models(args, weights, config)
+    factor, pixels = math.ceil(SHORTEST_SIDE / min(config.size)), fit_image(image, config.size)
+    motion = fit_tracks(arrays, image.size, frames, config, args.seed)
     if tracks_fps and tracks_fps != config.fps:
         print(f"note: the tracks are at {tracks_fps:g} frames/s, the model at {config.fps}; they are not resampled")
-    motion, pixels = fit_tracks(arrays, image.size, frames, config, args.seed), fit_image(image, config.size)
-    pictures = generate(args, frames, pixels, motion, model, vae, encoded)
-    noted = write_video(args, pictures, frames, pixels, motion, args.fps or config.fps)
-    if args.sheet:
-        print(args.sheet)
+    with Video(args.out, args.fps or config.fps) as video:
+        pictures = generate(args, frames, pixels, motion, *load_models(args, weights, config, pixels))
+        noted = write_video(video, pictures, frames, motion if args.overlay else None, factor)
     print(args.out)
     return 128 + noted[0] if noted else 0
 

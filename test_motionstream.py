@@ -1731,8 +1731,7 @@ def command(*more):
 
 def test_sample_writes_a_video_of_the_tracks_length():
     _, here = workplace()
-    rich = (f"--frames 20 --overlay --sheet {here / 'sheet.png'} --sink 0 --window full --chunk 2 --steps 1 "
-            "--prompt fading")
+    rich = "--frames 20 --overlay --sink 0 --window full --chunk 2 --steps 1 --prompt fading"
     teacher = f"--sampler teacher --weights {here / 'teacher.safetensors'} --w-text 2"
     np.savez(here / "ids.npz", tracks=np.load(here / "tracks.npy"), ids=np.arange(3))
     for flags, frames in ("", 14), ("--frames 1", 1), (rich, 20), (teacher, 14), (f"--tracks {here / 'ids.npz'}", 14):
@@ -1742,7 +1741,6 @@ def test_sample_writes_a_video_of_the_tracks_length():
         assert len(video) == frames and min(video[0].shape[:2]) >= 256, (len(video), video[0].shape)
         assert ("ids are not used" in out) == ("ids" in flags)  # as SMALL takes them from the start points
         (here / "out.mp4").unlink()
-    assert Image.open(here / "sheet.png").width > 1000
     assert not list(here.glob(".*")), "temporary files are left"
 
 
@@ -1910,8 +1908,7 @@ def bad_inputs(here):
         "over the input": ("--out", here / "image.png"),
     }
     flags = ("--frames 0", "--frames 1.5", "--seed -1", "--steps 0", "--chunk 0", "--window -1", "--fps inf",
-             "--w-text 1", "--dtype float8", "--device abacus", "--sampler magic", "--out out.avi", "--sheet sheet",
-             "--colour red")
+             "--w-text 1", "--dtype float8", "--device abacus", "--sampler magic", "--out out.avi", "--colour red")
     return cases | {flag: flag.split() for flag in flags}
 
 
@@ -1967,15 +1964,24 @@ def settled(weights, *more, frames=81):
     return args, config, out.getvalue()
 
 
-def wan_sampled(weights, *more):
-    """Exit code, stdout and stderr of sample.py with public weights, and what the DiT was called with each time.
-    Their pictures have 48x32 pixels in here."""
-    _, here = wan_workplace()
-    calls, forward, inspect = [], MotionStream.forward, sample.inspect
+@contextlib.contextmanager
+def small_pictures():
+    """Public weights make pictures of 48x32 pixels in here; encoders keep what they return in a folder of its own."""
+    inspect = sample.inspect
 
     def smaller(path):
         weights = inspect(path)
         return weights if weights.own else weights._replace(config=replace(weights.config, size=(32, 48)))
+
+    with folder() as cache, unittest.mock.patch.object(sample, "CACHE", cache / "kept"), \
+            unittest.mock.patch.object(sample, "inspect", smaller):
+        yield cache / "kept"
+
+
+def wan_sampled(weights, *more):
+    """Exit code, stdout and stderr of sample.py with public weights, and what the DiT was called with each time."""
+    _, here = wan_workplace()
+    calls, forward = [], MotionStream.forward
 
     def record(model, x, sigma, text, **given):
         calls.append(SimpleNamespace(x=x, sigma=sigma, text=text, **given))
@@ -1984,8 +1990,7 @@ def wan_sampled(weights, *more):
     flags = {"image": workplace()[1] / "image.png", "weights": here / weights, "vae": here / "vae.safetensors",
              "out": here / "out.gif"}
     (here / "out.gif").unlink(missing_ok=True)
-    with unittest.mock.patch.object(sample, "inspect", smaller), \
-            unittest.mock.patch.object(MotionStream, "forward", record):
+    with small_pictures(), unittest.mock.patch.object(MotionStream, "forward", record):
         result = sampled(*(word for flag, value in flags.items() for word in (f"--{flag}", value)), *more)
     return *result, calls
 
@@ -2155,14 +2160,124 @@ def test_the_encoded_image_reaches_the_image_branch():
     assert code == 2 and "expected one tensor (L, 32), 257 <= L <= 257" in err, err
 
 
+def save_encoders(here, width=64):
+    """The encoders of a -Diffusers repository in small, with random parameters; returns (UMT5, CLIP)."""
+    try:
+        import tokenizers
+        import transformers
+    except ImportError:
+        raise unittest.SkipTest("TRANSFORMERS IS NOT INSTALLED, nothing was encoded") from None
+    transformers.utils.logging.disable_progress_bar()
+    words = {word: i for i, word in enumerate("<pad> </s> <unk> a small red cat & dog runs".split())}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>",
+                                         unk_token="<unk>").save_pretrained(here / "tokenizer")
+    umt5 = randomised(transformers.UMT5EncoderModel(transformers.UMT5Config(
+        vocab_size=100, d_model=width, d_kv=16, d_ff=160, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu",
+        dropout_rate=0.0)))
+    clip = randomised(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=224,
+        patch_size=14)))
+    umt5.save_pretrained(here / "text_encoder")
+    clip.save_pretrained(here / "image_encoder")
+    return umt5, clip
+
+
+@torch.no_grad()
+def test_prompts_are_encoded_as_wan_does_it():
+    prompts = [" a  small red\ncat &amp;amp; dog ", "", "red " * 20]
+    ids = [[3, 4, 5, 6, 7, 8, 1], [1], [5] * 15 + [1]]                               # the end of the sentence is kept
+    with folder() as here:
+        umt5, _ = save_encoders(here)
+        for mended in {}, {"ftfy": None}:                                            # with ftfy, if there, and without
+            with unittest.mock.patch.dict(sys.modules, mended):
+                texts = sample.encode_texts(prompts, here, 16, torch.device("cpu"))
+            for text, row in zip(texts, ids):
+                padded = torch.tensor([row + [0] * (16 - len(row))])
+                hidden = umt5(padded, (torch.arange(16) < len(row)).long()[None]).last_hidden_state
+                assert text.shape == (len(row), 64)
+                assert_near(text, hidden[0, :len(row)], 1e-5)
+        for change in lambda t: t["shared.weight"].zero_(), lambda t: t.pop("shared.weight"), \
+                lambda t: t.pop("encoder.block.1.layer.0.SelfAttention.q.weight"):
+            tensors = load_file(here / "text_encoder/model.safetensors")
+            change(tensors)
+            save_file(tensors, here / "text_encoder/model.safetensors", {"format": "pt"})
+            with quiet():
+                assert_error(sample.UserError, str(here), sample.encode_texts, ["red"], here, 16, torch.device("cpu"))
+            umt5.save_pretrained(here / "text_encoder")
+        for part in "tokenizer", "text_encoder":
+            for file in (here / part).iterdir():
+                file.unlink()
+            with quiet():
+                assert_error(sample.UserError, f"{part}/", sample.encode_texts, ["red"], here, 16, torch.device("cpu"))
+    assert len(sample.NEGATIVE_PROMPT.split("，")) == 28 and sample.NEGATIVE_PROMPT.endswith("倒着走")
+
+
+@torch.no_grad()
+def test_the_image_is_encoded_as_wan_does_it():
+    with folder() as here:
+        _, clip = save_encoders(here)
+        image = rand(1, 3, 32, 48).clamp(-1, 1)
+        resized = F.interpolate(image, (224, 224), mode="bicubic", align_corners=False) / 2 + 0.5
+        mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
+        std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
+        layers = clip(pixel_values=(resized - mean) / std, output_hidden_states=True).hidden_states
+        assert_near(sample.encode_image(image, here, torch.device("cpu")), layers[-2][0], 1e-5)
+
+
+def test_what_an_encoder_returned_is_kept_by_its_words_and_its_files():
+    calls = []
+
+    def encode(keys):
+        calls.append(keys)
+        return [torch.full((2, 3), float(len(key))) for key in keys]
+
+    with folder() as here, unittest.mock.patch.object(sample, "CACHE", here / "kept"):
+        (here / "encoder").mkdir()
+        (here / "encoder/model.safetensors").write_bytes(b"1")
+        for keys, absent in ((["a", "bb"], ["a", "bb"]), (["bb", "ccc"], ["ccc"]), (["a"], None)):
+            files = sample.kept(keys, here / "encoder", encode)
+            assert [load_file(file)["rows"][0, 0].item() for file in files] == [len(key) for key in keys]
+            assert (calls.pop() if calls else None) == absent
+        (here / "encoder/model.safetensors").write_bytes(b"22")
+        sample.kept(["a"], here / "encoder", encode)
+        assert calls == [["a"]], "another encoder gives other rows"
+        with unittest.mock.patch.object(sample, "CACHE", here / "encoder/model.safetensors"):
+            assert_error(sample.UserError, "XDG_CACHE_HOME", sample.kept, ["a"], here / "encoder", encode)
+
+
+def test_a_prompt_and_an_image_reach_weights_with_both_encoders():
+    _, here = wan_workplace()
+    with folder() as at:
+        umt5, _ = save_encoders(at, width=4096)
+        flags = "--prompt", "a red cat", "--text-encoder", at, "--image-encoder", at, "--frames", 3, "--steps", 1
+        code, out, err, calls = wan_sampled("clip.safetensors", *flags, "--tracks", workplace()[1] / "tracks.npy")
+        assert code == 0 and "drawn as a control video" in out, (out, err)
+        call, = calls
+        words = sample.encode_texts(["a red cat", sample.NEGATIVE_PROMPT], at, 512, torch.device("cpu"))
+        for row, word in zip(call.text, words):
+            assert row.shape == (512, 4096) and row[len(word):].count_nonzero() == 0
+            assert_near(row[:len(word)], word, 1e-5)
+        assert call.clip.shape == (2, 257, 32) and call.clip.count_nonzero() and call.tracks.count_nonzero()
+        code, _, err, calls = wan_sampled("clip.safetensors", *flags, "--sampler", "stream")
+        assert code == 0 and len(calls[0].text) == 1, "a student is not guided"
+        assert_near(calls[0].text[0, :len(words[0])], words[0], 1e-5)
+
+
 def test_what_public_weights_lack_is_said_before_they_load():
     _, here = wan_workplace()
     tracks = "--tracks", workplace()[1] / "tracks.npy"
     embeds, image = ("--prompt-embeds", here / "prompt.safetensors"), ("--clip-embeds", here / "image.safetensors")
     negative = "--negative-embeds", here / "negative.safetensors"
-    cases = {("t2v", "--prompt", "a cat"): "--prompt-embeds", ("clip",): "--clip-embeds",
-             ("t2v", *image): "no image branch", ("t2v", "--w-text", 2): "--w-text: there is no text",
-             ("t2v", *negative): "--negative-embeds: there is no text", ("t2v", *tracks): "drop --tracks",
+    encoder = "--text-encoder", here
+    cases = {("t2v", "--prompt", "a cat"): "--text-encoder", ("clip",): "--clip-embeds",
+             ("t2v", "--prompt", "a", *encoder, *embeds): "give --prompt or --prompt-embeds",
+             ("t2v", "--prompt", "a", "--text-encoder", here / "none"): "there is no folder",
+             ("t2v", *image): "no image branch", ("t2v", "--image-encoder", here): "no image branch",
+             ("t2v", "--w-text", 2): "there is no text", ("headless", *encoder): "reads words",
+             ("t2v", *negative): "there is no text", ("t2v", *tracks): "drop --tracks",
              ("self_forcing", *embeds, *negative): "--negative-embeds belongs to --sampler teacher",
              ("t2v", "--prompt-embeds", here / "t2v.safetensors"): "expected one tensor (L, 4096), 1 <= L <= 512",
              ("t2v", "--prompt-embeds", here / "none.safetensors"): "none.safetensors",
@@ -2174,6 +2289,9 @@ def test_what_public_weights_lack_is_said_before_they_load():
         for (weights, *flags), cure in cases.items():
             code, _, err, _ = wan_sampled(f"{weights}.{'pt' if weights == 'self_forcing' else 'safetensors'}", *flags)
             assert code == 2 and re.fullmatch(r"error: [^\n]+\n", err) and cure in err, (weights, flags, err)
+        with unittest.mock.patch.dict(sys.modules, {"transformers": None}):
+            code, _, err, _ = wan_sampled("t2v.safetensors", "--prompt", "a", *encoder)
+        assert code == 2 and "pip install transformers" in err and str(here) in err, err
     assert not list(here.glob("*out*")), "something was written"
 
 
