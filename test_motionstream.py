@@ -1861,7 +1861,7 @@ def bad_inputs(here):
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
         return file.getvalue() + bytes(64)
 
-    seen = np.ones(good.shape[:2], bool)
+    seen, far = np.ones(good.shape[:2], bool), np.tile(np.float32([[[0, 0]], [[-30, -30]]]), (3, 1, 1))
     student, vae, png = ((here / name).read_bytes() for name in ("student.safetensors", "vae.safetensors", "image.png"))
     whole = npz("whole.npz", tracks=good, visibility=seen)[1].read_bytes()
     cases = {
@@ -1880,6 +1880,8 @@ def bad_inputs(here):
         "no tracks in it": npy("zero.npy", good[:, :0]),
         "no frames in it": npy("short.npy", good[:0]),
         "swapped axes": npy("swapped.npy", good.transpose(1, 0, 2)),
+        "swapped axes, seen by its jumps": npy("jumps.npy", good[:, :1].transpose(1, 0, 2) + far),
+        "letters for a width": npz("letters.npz", tracks=good, width="ten", height=10),
         "complex tracks": npy("complex.npy", good.astype(complex)),
         "bool tracks": npy("bool.npy", good > 1),
         "text in tracks": npy("letters.npy", good.astype(str)),
@@ -1921,6 +1923,46 @@ def test_bad_input_ends_in_one_line_and_exit_code_2():
         if code != 2 or not re.fullmatch(r"error: [^\n]+\n", err) or sorted(here.iterdir()) != before:
             wrong.append(f"{name}: code {code}, {err!r}, files {sorted(set(here.iterdir()) - set(before))}")
     assert len(cases) > 50 and not wrong, "\n".join(wrong)
+
+
+class Payload:
+    """Unpickled, it would make a file."""
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_tracks_file_is_never_unpickled_and_never_unpacked_beyond_the_limit():
+    with folder() as here:
+        np.save(here / "code.npy", np.array([Payload(here / "made")], object))
+        np.savez(here / "code.npz", tracks=np.array([Payload(here / "made")], object))
+        for name in "code.npy", "code.npz":
+            assert_error(sample.UserError, "not numbers", sample.load_tracks, here / name, (48, 32))
+        assert not (here / "made").exists()
+        np.savez_compressed(here / "large.npz", tracks=np.zeros((999, 9, 2)))
+        assert (here / "large.npz").stat().st_size < 9999
+        with unittest.mock.patch.object(sample, "LIMIT", 9999):
+            assert_error(sample.UserError, "unpacks to", sample.load_tracks, here / "large.npz", (48, 32))
+
+
+def test_a_video_is_there_whole_or_not_at_all():
+    frame = np.zeros((256, 256, 3), np.uint8)
+
+    def fail(readable, broken):
+        patch = unittest.mock.patch.object(sample.Video, "readable", readable)
+        with patch, sample.Video(here / "out.mp4", 16) as video:
+            for _ in range(3):
+                video.append(frame)
+            assert not broken
+
+    with folder() as here:
+        assert_error(sample.UserError, "out.mp4: cannot be written", fail, lambda video: 2, False)
+        assert_error(AssertionError, "", fail, lambda video: 3, True)
+        assert not list(here.iterdir())
+        fail(lambda video: 3, False)
+        assert [file.name for file in here.iterdir()] == ["out.mp4"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2261,8 +2303,9 @@ def test_a_prompt_and_an_image_reach_weights_with_both_encoders():
             assert row.shape == (512, 4096) and row[len(word):].count_nonzero() == 0
             assert_near(row[:len(word)], word, 1e-5)
         assert call.clip.shape == (2, 257, 32) and call.clip.count_nonzero() and call.tracks.count_nonzero()
-        code, _, err, calls = wan_sampled("clip.safetensors", *flags, "--sampler", "stream")
-        assert code == 0 and len(calls[0].text) == 1, "a student is not guided"
+        with unittest.mock.patch.object(sample, "encode_texts", wraps=sample.encode_texts) as encode:
+            code, _, err, calls = wan_sampled("clip.safetensors", *flags, "--sampler", "stream")
+        assert code == 0 and len(calls[0].text) == 1 and encode.call_args[0][0] == ["a red cat"], "it is not guided"
         assert_near(calls[0].text[0, :len(words[0])], words[0], 1e-5)
 
 
