@@ -203,8 +203,11 @@ def load_tracks(path, size, hidden=False):
         tracks = np.where(visible[..., None], tracks, 0)
         own_size = np.array([scalar(arrays, "width") or size[0], scalar(arrays, "height") or size[1]])
         check_units(tracks, visible, own_size)
-        tracks = tracks * (np.array(size) / own_size).astype(np.float32)
-        return tracks, visible, read_ids(arrays.get("ids"), tracks.shape[1]), scalar(arrays, "fps")
+        tracks, ids = tracks * (np.array(size) / own_size).astype(np.float32), arrays.get("ids")
+        if ids is not None and (ids.dtype.kind not in "iu" or ids.shape != tracks.shape[1:2] or ids.min() < 0
+                                or ids.max() >= 2 ** 32):
+            raise UserError(f"ids are {ids.dtype} {ids.shape}, expected a whole number below 2**32 for each track")
+        return tracks, visible, ids, scalar(arrays, "fps")
     except UserError as e:
         raise UserError(f"{path}: {e}") from None
 
@@ -289,16 +292,6 @@ def check_units(tracks, visible, size):
                         f"{size[1]:.0f} pixels: {hint}")
 
 
-def read_ids(ids, count):
-    """ids (N,) int64, None if the file has none."""
-    if ids is None:
-        return None
-    if ids.dtype.kind not in "iu" or ids.shape != (count,) or ids.min() < 0 or ids.max() >= 2 ** 32:
-        raise UserError(f"ids are {ids.dtype} {ids.shape}, expected a whole number in 0..{2 ** 32 - 1} for each of "
-                        f"{count} tracks")
-    return ids.astype(np.int64)
-
-
 def fit_tracks(arrays, image_size, frames, config, seed):
     """Tracks on the image (width, height) to Motion in the model's video, for `frames` frames or more: moved and
     scaled as the image is, hidden where cropped away, not specified after their end."""
@@ -320,7 +313,7 @@ def fit_tracks(arrays, image_size, frames, config, seed):
     if ids is None:
         ids = track_ids(tracks, visible, config, torch.Generator().manual_seed(seed))
     else:
-        ids = torch.from_numpy(ids)[None]
+        ids = torch.from_numpy(ids.astype(np.int64))[None]
     return Motion(F.pad(tracks, (0, 0, 0, 0, 0, beyond)), F.pad(visible, (0, 0, 0, beyond)), ids)
 
 
@@ -583,11 +576,6 @@ def number(kind, least, most):
     return parse
 
 
-def window(text):
-    """--window: None for "full"."""
-    return None if text == "full" else number(int, 0, 10 ** 6)(text)
-
-
 def parse_flags(argv):
     """The command line. Flags with argparse.SUPPRESS are only there if given; the model's own value holds otherwise."""
     parser = Parser(description="One image and some tracks in, a video out.", allow_abbrev=False)
@@ -620,7 +608,7 @@ def parse_flags(argv):
     add = parser.add_argument_group("only --sampler stream; defaults are the model's").add_argument
     add("--chunk", type=number(int, 1, 1000), help="latent frames generated together", **given)
     add("--sink", type=number(int, 0, 10 ** 6), help="chunks from the start that are remembered for ever", **given)
-    add("--window", type=window, help="latest chunks that are remembered, or full for all", **given)
+    add("--window", type=number(int, 0, 10 ** 6), help="latest chunks that are remembered besides", **given)
     add = parser.add_argument_group("only --sampler teacher; guidance as in eq. 2, both 0: none").add_argument
     add("--w-text", type=number(float, 0, 100), help="weight of the text; default: the model's", **given)
     add("--w-motion", type=number(float, 0, 100), help="weight of the tracks; default: the model's", **given)
@@ -786,21 +774,16 @@ def write_video(video, frames, total, motion, factor):
     return noted
 
 
-def read_inputs(args):
-    """(image, tracks (T, N, 2), visible, ids, their frame rate or None, frames to make)."""
-    image = load_image(args.image)
-    if args.tracks:
-        arrays = load_tracks(args.tracks, image.size)
-        return image, *arrays, args.frames or len(arrays[0])
-    print("note: no --tracks, nothing is specified")
-    frames = args.frames or DEFAULT_FRAMES
-    return image, np.zeros((frames, 0, 2), np.float32), np.zeros((frames, 0), bool), None, None, frames
-
-
 def run(argv):
     """The program. Returns the exit code."""
     args = parse_flags(argv)
-    image, *arrays, tracks_fps, frames = read_inputs(args)
+    image, frames = load_image(args.image), args.frames or DEFAULT_FRAMES
+    *arrays, tracks_fps = np.zeros((frames, 0, 2), np.float32), np.zeros((frames, 0), bool), None, None
+    if args.tracks:
+        *arrays, tracks_fps = load_tracks(args.tracks, image.size)
+    else:
+        print("note: no --tracks, nothing is specified")
+    frames = args.frames or len(arrays[0])
     check_output(args.out, args.image)
     tiny = ASSETS / ("tiny_teacher.safetensors" if args.sampler == "teacher" else "tiny.safetensors")
     weights = inspect(args.weights or tiny)

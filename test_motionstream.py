@@ -1731,7 +1731,7 @@ def command(*more):
 
 def test_sample_writes_a_video_of_the_tracks_length():
     _, here = workplace()
-    rich = "--frames 20 --overlay --sink 0 --window full --chunk 2 --steps 1 --prompt fading"
+    rich = "--frames 20 --overlay --sink 0 --window 99 --chunk 2 --steps 1 --prompt fading"
     teacher = f"--sampler teacher --weights {here / 'teacher.safetensors'} --w-text 2"
     np.savez(here / "ids.npz", tracks=np.load(here / "tracks.npy"), ids=np.arange(3))
     for flags, frames in ("", 14), ("--frames 1", 1), (rich, 20), (teacher, 14), (f"--tracks {here / 'ids.npz'}", 14):
@@ -2063,7 +2063,7 @@ def test_the_sampler_is_the_flag_else_what_the_file_says():
 
 def test_a_stream_that_remembers_all_ends_where_its_training_did():
     settled("self_forcing.pt", frames=81)
-    for flags in ("--window", "full"), ("--window", "1"):
+    for flags in ("--window", "99"), ("--window", "1"):
         settled("self_forcing.pt", *flags, frames=500)
     assert_error(sample.UserError, "81 frames, all of them; add --sink 1", settled, "self_forcing.pt", frames=82)
     assert_error(sample.UserError, "--sampler teacher", settled, "i2v.safetensors", "--sampler", "stream")
