@@ -190,16 +190,15 @@ def fit_image(image, size):
 # Reading tracks. Names decide; shapes and numbers only refuse; nothing is transposed, scaled or swapped on a guess.
 
 @np.errstate(all="ignore")          # numbers too large for float32 get a message of their own
-def load_tracks(path, size, hidden=False):
+def load_tracks(path, size):
     """A tracks file for an image of `size` (width, height), to: tracks (T, N, 2) float32 in pixels of that image, 0
-    where hidden, visible (T, N) bool (hidden=True: wherever there is a position), ids (N,) int64, fps; the last two
-    None if the file does not say."""
+    where hidden, visible (T, N) bool, ids (N,) int64, fps; the last two None if the file does not say."""
     try:
         arrays = read_arrays(path)
         tracks, visibility = arrays["tracks"], arrays.get("visibility")
         check_layout(tracks, visibility)
         tracks = tracks.astype(np.float32)
-        visible = read_visibility(tracks, None if hidden else visibility)
+        visible = read_visibility(tracks, visibility)
         tracks = np.where(visible[..., None], tracks, 0)
         own_size = np.array([scalar(arrays, "width") or size[0], scalar(arrays, "height") or size[1]])
         check_units(tracks, visible, own_size)
@@ -266,7 +265,7 @@ def read_visibility(tracks, visibility):
     """visible (T, N) bool of tracks (T, N, 2): as the file says, else wherever the position is not NaN."""
     if visibility is None:
         visibility = ~np.isnan(tracks).any(-1)
-    if visibility.dtype.kind not in "biuf" or not ((visibility >= 0) & (visibility <= 1)).all():
+    if not ((visibility >= 0) & (visibility <= 1)).all():
         raise UserError("visibility must lie in 0..1; are these logits? Save visibility > 0")
     if not np.isin(visibility, (0, 1)).all():
         print("note: visibility is read as probabilities, visible is > 0.5")
@@ -346,16 +345,12 @@ class Video:
     def __init__(self, path, fps):
         self.path, self.count = path, 0
         self.part = path.absolute().with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-        options = {"duration": 1000 / fps, "loop": 0} if path.suffix == ".gif" else {
-            "fps": fps, "codec": "libx264", "quality": 7, "macro_block_size": 2, "ffmpeg_log_level": "quiet",
-            "output_params": ["-preset", "veryfast", "-movflags", "+faststart"]}
         try:
-            self.writer = imageio.get_writer(self.part, **options)
-        except OSError as e:
-            raise UserError(f"{path}: cannot be written ({e.strerror or 'no such folder?'})") from None
+            self.writer = imageio.get_writer(self.part, fps=fps, codec="libx264", quality=7, macro_block_size=2,
+                                             ffmpeg_log_level="quiet",
+                                             output_params=["-preset", "veryfast", "-movflags", "+faststart"])
         except (ImportError, ValueError):
-            raise UserError(f"{path}: imageio cannot write {path.suffix} files here: pip install 'imageio[ffmpeg]', or "
-                            "use --out out.gif") from None
+            raise UserError(f"{path}: imageio cannot write .mp4 files here: pip install 'imageio[ffmpeg]'") from None
 
     def append(self, frame):
         """One frame, uint8 (H, W, 3)."""
@@ -366,12 +361,8 @@ class Video:
         self.count += 1
 
     def readable(self):
-        """Frames that can be read back: a failed encoding is silent. A GIF merges equal frames, so there it has to be
-        enough that it opens."""
-        if self.path.suffix == ".gif":
-            Image.open(self.part).load()
-            return self.count
-        import imageio_ffmpeg                           # comes with imageio[ffmpeg], which GIFs do without
+        """Frames that can be read back: a failed encoding is silent."""
+        import imageio_ffmpeg
         return imageio_ffmpeg.count_frames_and_secs(self.part)[0]
 
     def __enter__(self):
@@ -394,7 +385,7 @@ class Video:
 
 def check_output(path, image):
     """Refuse a path for output that cannot be right."""
-    for wrong, what in ((path.suffix not in (".mp4", ".gif"), "the name must end in .mp4 or .gif"),
+    for wrong, what in ((path.suffix != ".mp4", "the name must end in .mp4"),
                         (not os.path.isdir(path.parent), f"there is no folder {path.parent}"),
                         (not os.access(path.parent, os.W_OK), f"the folder {path.parent} is not writable"),
                         (os.path.isdir(path), "is a folder"),
@@ -584,7 +575,7 @@ def parse_flags(argv):
     add("--image", required=True, help="first frame, any picture file", **file)
     add("--tracks", help=".npz or .npy, see the top of sample.py; default: none", **file)
     add("--prompt", metavar="TEXT", help="what the image and the tracks do not say; default: the model's own")
-    add("--out", default=Path("out.mp4"), help=".mp4 or .gif (default: %(default)s)", **file)
+    add("--out", default=Path("out.mp4"), help="ends in .mp4 (default: %(default)s)", **file)
     add("--frames", type=number(int, 1, MOST_FRAMES), metavar="N", help="default: those of the tracks, or 81")
     add("--fps", type=number(float, 0.1, 1000), metavar="F", help="frames per second of the file; default: the model's")
     add("--overlay", action="store_true", help="draw the tracks on the video")

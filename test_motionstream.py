@@ -2030,8 +2030,8 @@ def wan_sampled(weights, *more):
         return forward(model, x, sigma, text, **given)
 
     flags = {"image": workplace()[1] / "image.png", "weights": here / weights, "vae": here / "vae.safetensors",
-             "out": here / "out.gif"}
-    (here / "out.gif").unlink(missing_ok=True)
+             "out": here / "out.mp4"}
+    (here / "out.mp4").unlink(missing_ok=True)
     with small_pictures(), unittest.mock.patch.object(MotionStream, "forward", record):
         result = sampled(*(word for flag, value in flags.items() for word in (f"--{flag}", value)), *more)
     return *result, calls
