@@ -480,8 +480,7 @@ def load_encoder(name, folder, part, device):
     """An encoder in the dtype of its files, all of whose tensors are there."""
     encoder, about = from_folder(name, folder, part, torch_dtype="auto", output_loading_info=True)
     if about["missing_keys"]:
-        raise UserError(f"{folder}: {len(about['missing_keys'])} tensors of {name} are not in its files, such as "
-                        f"{min(about['missing_keys'])}; download it again")
+        raise UserError(f"{folder}: {len(about['missing_keys'])} tensors of {name} are missing, download it again")
     return encoder.to(device).eval()
 
 
