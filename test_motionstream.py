@@ -2341,6 +2341,33 @@ def test_what_public_weights_lack_is_said_before_they_load():
 # ----------------------------------------------------------------------------------------------------------------------
 # The README.
 
+def test_the_readmes_tracks_of_a_camera_are_those_of_planes_at_known_depth():
+    block, = (code for code in re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+              if "def camera" in code)
+    with folder() as here, contextlib.chdir(here):
+        exec(block, space := {})
+        for name, count in ("drag.npz", 2), ("camera.npz", 64):
+            with quiet():
+                tracks, visible, *_ = sample.load_tracks(Path(name), (384, 384))
+            assert tracks.shape == (81, count, 2) and visible[0].all()
+    near, far, move, zoom = 2.0, 5.0, np.array([0.8, -0.3, 0.4]), 1.3
+    depth = np.full((60, 80), far)
+    depth[10:50, 20:60] = near                                          # a nearer square, which moves faster
+    tracks, visible = space["camera"](depth, move, zoom, 5, grid=20)
+    start, where = tracks[0], tracks[0].astype(int)
+    z = depth[where[:, 1], where[:, 0]][:, None]
+    for i, t in enumerate(np.linspace(0, 1, 5)):
+        expected = ((start - (40, 30)) * z / 80 - t * move[:2]) / (z - t * move[2]) * 80 * zoom ** t + (40, 30)
+        assert abs(tracks[i] - expected).max() < 1e-9, i
+        inside = ((expected >= 0) & (expected < (80, 60))).all(1)
+        corners = [((np.array(corner) - (40, 30)) * near / 80 - t * move[:2]) / (near - t * move[2]) * 80 * zoom ** t
+                   + (40, 30) for corner in ((20, 10), (60, 50))]
+        behind = (z[:, 0] == far) & (expected > corners[0] + 4).all(1) & (expected < corners[1] - 4).all(1)
+        assert not visible[i][behind | ~inside].any(), "hidden by the square, or outside"
+        clear = inside & ((z[:, 0] == near) | (expected < corners[0] - 4).any(1) | (expected > corners[1] + 4).any(1))
+        assert visible[i][clear].all() and (i < 2 or behind.any())
+
+
 def test_readme_table_points_at_the_code():
     rows = re.findall(r"\[`([\w.]+)`\]\(([\w/]+\.py)#L(\d+)\)", (HERE / "README.md").read_text())
     assert rows, "no link of the form [`name`](file.py#L123) in README.md"
