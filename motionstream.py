@@ -533,7 +533,7 @@ def init_weights(model):
 
 
 # Parameters that are float32 whatever the rest is; "head." is the track head's too, whose input is made in float32.
-FLOAT32 = ("time_embedding", "time_projection", "modulation", "norm3", "head.")
+FLOAT32 = r"time_embedding|time_projection|modulation|norm3|head\."
 
 # What training code wraps around names, anywhere in them; and what checkpoints and Diffusers put in front.
 WRAPPERS = r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\."
@@ -567,20 +567,15 @@ def load_pretrained(cls, path, dtype, device, overrides):
     Wan's layout or Diffusers'. The config is in the metadata of files of this project, else tensors and config.json
     tell; `overrides` replace its fields, track_dim=… adds a slot for tracks. dtype=None keeps the file's, but what
     FLOAT32 names is float32. ValueError, one line naming the file, if anything is missing, unknown or contradictory."""
-    from vae import check_fit
+    from vae import fill
     tensors, metadata, file = read_weights(Path(path))
     config = add_track_slot(tensors, find_config(tensors, metadata, file), metadata, file, overrides)
     if config.num_heads not in range(1, config.dim) or config.dim % (2 * config.num_heads):
         raise ValueError(f"{file}: {config.num_heads} heads do not fit {config.dim} channels, give num_heads=…")
     with torch.device("meta"):
         model = cls(config)
-    check_fit(model, tensors, path)
     dtype = dtype or tensors["blocks.0.ffn.0.weight"].dtype      # of mixed files: that of the matrices
-    for name in tensors:                                         # one by one: never two copies of all
-        island = any(part in name for part in FLOAT32)
-        tensors[name] = tensors[name].to(device, torch.float32 if island else dtype)
-    model.load_state_dict(tensors, assign=True)
-    return model.eval().requires_grad_(False)
+    return fill(model, tensors, path, lambda name: torch.float32 if re.search(FLOAT32, name) else dtype, device)
 
 
 def read_weights(path):
@@ -596,7 +591,8 @@ def read_weights(path):
             if name.endswith("norm_added_q.weight"):             # in Diffusers' image-to-video files: zeros, never used
                 continue
             if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-                raise ValueError(f"{file}: {name} is {tensor.dtype}, take this model's file in bfloat16 or float16")
+                raise ValueError(f"{file}: {name} is {tensor.dtype}; int8, fp8 and fp8 scaled weights are not "
+                                 "supported, take this model's file in bfloat16 or float16")
             if name in tensors:
                 raise ValueError(f"{file}: holds {name} twice, under two names")
             tensors[name] = tensor
@@ -673,11 +669,13 @@ def find_config(tensors, metadata, file):
 
 def widths(tensors, file):
     """The fields of Config that shapes tell."""
+    from vae import what
     ranks = {"patch_embedding.weight": 5, "head.head.weight": 2, "blocks.0.ffn.0.weight": 2,
              "text_embedding.0.weight": 2, "time_embedding.0.weight": 2}
     for name, rank in ranks.items():
         if name not in tensors or tensors[name].ndim != rank:
-            raise ValueError(f"{file}: not a Wan DiT, or not a whole one: no {name} with {rank} axes in it")
+            raise ValueError(f"{file}: this is {what(tensors)}; a whole DiT of Wan is wanted here, "
+                             f"with {rank} axes in {name}")
     patch, head, ffn, text, time = (tensors[name].shape for name in ranks)
     clip = tensors.get("img_emb.proj.1.weight")
     layers = [int(block[1]) for block in (re.match(r"blocks\.(\d+)\.", name) for name in tensors) if block]

@@ -116,7 +116,7 @@ def assert_error(kind, text, call, *args, **kwargs):
     try:
         call(*args, **kwargs)
     except kind as e:
-        assert text in str(e) and "\n" not in str(e).strip(), f"no line with {text!r}: {e}"
+        assert text in f"{e}\n" and "\n" not in str(e).strip(), f"no line with {text!r}: {e}"
     else:
         raise AssertionError(f"nothing was raised; expected {kind.__name__} with {text!r}")
 
@@ -984,17 +984,18 @@ def test_public_weights_that_do_not_fit_are_refused_in_one_line():
             assert_error(ValueError, text, MotionStream.from_pretrained, here / "a.safetensors", **overrides)
             assert_error(ValueError, str(here), MotionStream.from_pretrained, here / "a.safetensors", **overrides)
 
-    refused("1 tensors are missing, extra or of another shape for a MotionStream: blocks.1.ffn.2.bias",
+    refused("not a whole MotionStream; 1 tensors are missing: blocks.1.ffn.2.bias",
             {"blocks.1.ffn.2.bias": None})
     refused("26 tensors", {"blocks.0": None} | {"blocks.0.ffn.0.weight": torch.zeros(320, 256)})
-    refused("2 tensors are missing, extra or of another shape for a MotionStream: ref_conv.bias, ref_conv.weight",
+    refused("2 tensors are unknown: ref_conv.bias, ref_conv.weight",
             {"ref_conv.weight": torch.zeros(4), "ref_conv.bias": torch.zeros(4)})
-    for text in "7 tensors", "vace_blocks.3, vace_blocks.4; is":                        # the count, and five names
+    refused("1 tensors are of another shape: head.head.bias", {"head.head.bias": torch.zeros(3)})
+    for text in "7 tensors are unknown", "vace_blocks.3, vace_blocks.4\n":              # the count, and five names
         refused(text, {f"vace_blocks.{i}": torch.zeros(4) for i in range(7)})
     refused("a.safetensors: holds blocks.0.norm3.bias twice", {"model.blocks.0.norm3.bias": torch.zeros(256)})
     for name in "patch_embedding", "head.head", "blocks", "text_embedding", "time_embedding":
-        refused("not a Wan DiT", {name: None})
-    refused("not a Wan DiT", {"patch_embedding.weight": torch.zeros(256, 64)})
+        refused("a whole DiT of Wan is wanted here", {name: None})
+    refused("a whole DiT of Wan is wanted here", {"patch_embedding.weight": torch.zeros(256, 64)})
     refused("32 input channels for 16", {"patch_embedding.weight": torch.zeros(256, 32, 1, 2, 2)})
     refused("48 by its tensors, but 36", {"patch_embedding.weight": torch.zeros(256, 48, 1, 2, 2)}, {"in_dim": 36})
     for settings in {"num_layers": 30}, {"dim": 1536}, {"in_channels": 36}, {"ffn_dim": 8960}, {"image_dim": 1280}:
@@ -1016,6 +1017,67 @@ def test_public_weights_that_do_not_fit_are_refused_in_one_line():
                          here / "a.safetensors", track_dim=c.track_dim + 1)
         saved(here / "a.safetensors", new_model(), lambda tensors: tensors.pop("track_head.conv.weight"))
         assert_error(ValueError, "track_head.conv.weight", MotionStream.from_pretrained, here / "a.safetensors")
+
+
+def test_files_that_are_something_else_are_told_by_what_they_are():
+    dit, vae = public(), randomised(WanVAE(WanVAEConfig(16, 4, 6))).state_dict()
+
+    class Code:
+        def __reduce__(self):
+            return Path.touch, (here / "it ran",)
+
+    with folder() as here:
+        save_file(dit, here / "dit.safetensors")
+        torch.save({"generator_ema": dit}, here / "dit.pt")
+        whole, zipped = (here / "dit.safetensors").read_bytes(), (here / "dit.pt").read_bytes()
+        pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5676070392\n"
+        for name, data, text in (("lfs", pointer, "this is a git-lfs pointer, run git lfs pull"),
+                                 ("page", b"<!DOCTYPE html><html>", "this is a web page (21 bytes)"),
+                                 ("gguf", b"GGUF" + bytes(99), "this is a GGUF file"),
+                                 ("empty", b"", "this is an empty file (0 bytes)"),
+                                 ("noise", b"\xff" * 999, "this is something unknown (999 bytes)"),
+                                 ("cut", whole[:-99], f"truncated: {len(whole) - 99} bytes of {len(whole)};"),
+                                 ("header", whole[:99], "truncated: 99 bytes of at least"),
+                                 ("half", zipped[:-99], f"this is a truncated .pt ({len(zipped) - 99} bytes)")):
+            for path in here / f"{name}.safetensors", here / f"{name}.pt":
+                path.write_bytes(data)
+                for load in MotionStream.from_pretrained, load_vae:
+                    assert_error(ValueError, f"{path}: {text}", load, path)
+        lora = {"diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.zeros(4, 256)}
+        text_encoder = {"encoder.block.0.layer_norm.weight": torch.ones(8)}
+        clip = {"visual.conv1.weight": torch.ones(8)}
+        for tensors, kind in (lora, "a LoRA"), (text_encoder, "a text encoder"), (clip, "a CLIP encoder"), (
+                {"x": torch.ones(3)}, "something unknown"):
+            save_file(tensors, here / "a.safetensors")
+            for load in MotionStream.from_pretrained, load_vae:
+                assert_error(ValueError, f"a.safetensors: this is {kind}; a whole ", load, here / "a.safetensors")
+        assert_error(ValueError, "this is a DiT; a whole VAE of Wan", load_vae, here / "dit.pt")
+        for tensors, load in (dit, MotionStream.from_pretrained), (vae, load_vae):
+            last = sorted(tensors)[-1]
+            save_file(tensors | {last: torch.full_like(tensors[last], math.nan)}, here / "a.safetensors")
+            assert_error(ValueError, f"a.safetensors: {last} holds NaN or infinity", load, here / "a.safetensors")
+        save_file(vae, here / "vae.safetensors")
+        assert_error(ValueError, "this is a VAE; a whole DiT of Wan", MotionStream.from_pretrained,
+                     here / "vae.safetensors")
+        for zipped in True, False:
+            torch.save({"generator": Code()}, here / "code.pt", _use_new_zipfile_serialization=zipped)
+            for load in MotionStream.from_pretrained, load_vae:
+                assert_error(ValueError, "this is a pickle that could run code, refused", load, here / "code.pt")
+        assert not (here / "it ran").exists()
+
+
+def test_a_file_changed_after_loading_does_not_change_the_model():
+    vae = randomised(WanVAE(WanVAEConfig(16, 4, 6))).state_dict()
+    with folder() as here:
+        for tensors, load in (public(), MotionStream.from_pretrained), (vae, load_vae):
+            for path in here / "a.safetensors", here / "a.pt":
+                (torch.save if path.suffix == ".pt" else save_file)(tensors, path)
+                model = load(path)
+                with open(path, "r+b") as file:                  # in place, as rsync --inplace and truncate do
+                    file.write(bytes(path.stat().st_size))
+                assert same_tensors(model, tensors), path
+                os.truncate(path, 0)
+                assert same_tensors(model, tensors), path
 
 
 def test_config_json_tells_what_tensors_do_not():
@@ -1271,6 +1333,23 @@ def test_the_wan_vae_has_the_sizes_of_wans_files():
         for values in STATISTICS[config.latent_channels]:
             assert len(values) == vae.config.latent_channels
         assert min(STATISTICS[config.latent_channels][1]) > 0
+
+
+GOLDEN = ((WAN21, [0.0554, 0.3683, 0.2857, -0.8449, 0.4626], [-0.5273, 0.5658, -0.7934, -0.8744, -0.2419]),
+          (WAN22, [0.0503, 1.1569, 1.6741, -0.1905, 2.1264], [-0.1029, 0.3001, -0.0532, -0.0883, -0.3568]))
+
+
+def golden(vae):
+    """Mean, mean magnitude and three values of latents and video: what these give was agreed with diffusers."""
+    z = vae.encode(wan_video(vae, 9))
+    return [[round(v, 4) for v in (t.mean().item(), t.abs().mean().item(), *t.flatten()[[1, 99, -2]].tolist())]
+            for t in (z, vae.decode(z)[0])]
+
+
+def test_the_wan_vae_gives_what_it_gave_when_it_agreed_with_diffusers():
+    for config, latents, video in GOLDEN:
+        got = golden(randomised(WanVAE(config)))
+        assert np.allclose(got, (latents, video), atol=2e-3), got
 
 
 def test_wan_videos_decoded_in_pieces_are_the_whole_and_the_state_stays():
@@ -1690,7 +1769,7 @@ def test_dmd_loss_and_the_vae_run_from_their_own_source():
         values.append(loss(x0, model, new_model(1), given, first, (3.0, 1.5)))
     assert values[0].equal(values[1]) and values[0] > 0
 
-    own = lifted("vae.py", "FRAMES", "TinyVAEConfig", "TINY", "conv", "Clamp", "MemBlock", "TPool", "TGrow",
+    own = lifted("vae.py", "FRAMES", "TinyVAEConfig", "TINY", "conv", "MemBlock", "Repack",
                  "build_encoder", "build_decoder", "run", "TinyVAE")
     vae = randomised(own.TinyVAE(own.TinyVAEConfig(**vars(SMALL_VAE))))
     z = vae.encode(rand(1, 3, 9, 16, 16))

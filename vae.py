@@ -1,18 +1,18 @@
 """Video autoencoders: pixels to latents and back, streamed, with the state in the caller's hands.
 
 `TinyVAE` has the layout and the parameter names of TAEHV (github.com/madebyollin/taehv, MIT), so its public files for
-Wan (`taew2_1`, `taew2_2`) load into the same class as the tiny model's own weights; widths, patch and padding are free.
-Its convolutions are 2-D. Time enters in three places: `MemBlock` sees the previous frame, `TPool` packs frames into
-channels and `TGrow` unpacks them. `WanVAE` is the VAE of Wan 2.1 (8x8 pixels, 16 channels) and of Wan 2.2 5B (16x16
-pixels, 48 channels); its convolutions are 3-D and causal. `load_vae` opens either kind. Latents are normalised as the
-DiT sees them: no mean, no scale, about unit variance.
+Wan (`taew2_1`, `taew2_2`) load into the same class as the tiny model's own weights. Its convolutions are 2-D. Time
+enters in two places: `MemBlock` sees the previous frame, `Repack` packs frames into channels and unpacks them. `WanVAE`
+is the VAE of Wan 2.1 (8x8 pixels, 16 channels) and of Wan 2.2 5B (16x16 pixels, 48 channels); its convolutions are 3-D
+and causal. Latents are normalised as the DiT sees them: no mean, no scale, about unit variance.
 
     B batch   T video frames   F latent frames, T = 1 + 4 (F - 1)   C channels   h w latent size   H W pixels
 """
 
 import json
-import pickle
+import math
 import re
+import warnings
 import zipfile
 from collections import OrderedDict
 from dataclasses import asdict, dataclass
@@ -28,11 +28,9 @@ FRAMES = 4  # video frames per latent frame, in every VAE of the Wan family
 @dataclass
 class TinyVAEConfig:
     """A stage is (width, blocks, time, space): its channels, its MemBlocks, and its strides. The defaults are taew2_1.
-
     pad: where frames are repeated so that T = 4F - 3 frames fill F latents. "end" repeats the last frame, as the
-         public files do: a latent then sees up to three frames of its future. "front" repeats frame 0, for ever: no
-         latent sees the future, and of a scene that stands still all latents are equal.
-    """
+    public files do: a latent then sees up to three frames of its future. "front" repeats frame 0, for ever: no latent
+    sees the future, and of a scene that stands still all latents are equal."""
     latent_channels: int = 16
     patch: int = 1        # pixels per side that are folded into channels before the first convolution
     pad: str = "end"
@@ -51,13 +49,6 @@ def conv(inputs, outputs, stride=1, bias=True):
     return nn.Conv2d(inputs, outputs, 3, stride, 1, bias=bias)
 
 
-class Clamp(nn.Module):
-    """Soft limit at 3 standard deviations: (…) to (…)."""
-
-    def forward(self, x):
-        return 3 * torch.tanh(x / 3)
-
-
 class MemBlock(nn.Module):
     """Residual block over each frame and the one before it. `past` (B, C, h, w) is the frame before the first."""
 
@@ -73,29 +64,17 @@ class MemBlock(nn.Module):
         return F.relu(y.view_as(x) + x)
 
 
-class TPool(nn.Module):
-    """Pack `time` consecutive frames into one: (B, T, C, h, w) to (B, T / time, C, h, w)."""
+class Repack(nn.Module):
+    """Pack `pack` consecutive frames into one, or unpack each into `grow`: (B T, C, h, w). TAEHV's TPool and TGrow."""
 
-    def __init__(self, width, time):
+    def __init__(self, width, pack=1, grow=1):
         super().__init__()
-        self.time = time
-        self.conv = nn.Conv2d(width * time, width, 1, bias=False)
+        self.pack = pack
+        self.conv = nn.Conv2d(width * pack, width * grow, 1, bias=False)
 
     def forward(self, x):
-        B, T, C, h, w = x.shape
-        return self.conv(x.reshape(B * T // self.time, self.time * C, h, w)).unflatten(0, (B, -1))
-
-
-class TGrow(nn.Module):
-    """Unpack each frame into `time` consecutive ones: (B, T, C, h, w) to (B, T time, C, h, w)."""
-
-    def __init__(self, width, time):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width * time, 1, bias=False)
-
-    def forward(self, x):
-        B, T, C, h, w = x.shape
-        return self.conv(x.flatten(0, 1)).reshape(B, -1, C, h, w)
+        frames, C, h, w = x.shape
+        return self.conv(x.reshape(frames // self.pack, self.pack * C, h, w)).reshape(-1, C, h, w)
 
 
 def build_encoder(c):
@@ -103,18 +82,18 @@ def build_encoder(c):
     layers = [conv(3 * c.patch ** 2, c.stem), nn.ReLU()]
     width = c.stem
     for out, blocks, time, space in c.encoder:
-        layers += [TPool(width, time), conv(width, out, space, bias=False), *(MemBlock(out) for _ in range(blocks))]
+        layers += [Repack(width, time), conv(width, out, space, bias=False), *(MemBlock(out) for _ in range(blocks))]
         width = out
     return nn.Sequential(*layers, conv(width, c.latent_channels))
 
 
 def build_decoder(c):
-    """Config to nn.Sequential, indices as in TAEHV's files."""
-    layers = [Clamp(), conv(c.latent_channels, c.decoder[0][0]), nn.ReLU()]
+    """Config to nn.Sequential, indices as in TAEHV's files. Layer 0, which has no weights, is in `decode_frames`."""
+    layers = [nn.Identity(), conv(c.latent_channels, c.decoder[0][0]), nn.ReLU()]
     widths = [stage[0] for stage in c.decoder] + [c.tail]
     for (width, blocks, time, space), out in zip(c.decoder, widths[1:]):
         layers += [*(MemBlock(width) for _ in range(blocks)), nn.Upsample(scale_factor=space),
-                   TGrow(width, time), conv(width, out, bias=False)]
+                   Repack(width, grow=time), conv(width, out, bias=False)]
     return nn.Sequential(*layers, nn.ReLU(), conv(c.tail, 3 * c.patch ** 2))
 
 
@@ -128,8 +107,6 @@ def run(layers, x, state, still):
             past = state[len(memory)] if state is not None else x[:, 0] if still else torch.zeros_like(x[:, 0])
             memory.append(x[:, -1])
             x = layer(x, past)
-        elif isinstance(layer, (TPool, TGrow)):
-            x = layer(x)
         else:
             x = layer(x.flatten(0, 1)).unflatten(0, (len(x), -1))
     return x, memory
@@ -144,9 +121,7 @@ class TinyVAE(nn.Module):
         self.encoder = build_encoder(config)
         self.decoder = build_decoder(config)
         nn.init.constant_(self.decoder[-1].bias, 0.5)     # training starts from grey, not from black
-        self.stride = config.patch
-        for stage in config.encoder:
-            self.stride *= stage[3]
+        self.stride = config.patch * math.prod(stage[3] for stage in config.encoder)
 
     def encode(self, video, piece=4):
         """Video (B, 3, T, H, W) in [-1, 1], T = 1 + 4 (F - 1), to latents (B, C, F, h, w). An image is T = 1.
@@ -166,7 +141,8 @@ class TinyVAE(nn.Module):
 
     def decode_frames(self, latents, state=None):
         """As `decode`, without the limit to [-1, 1]: what a reconstruction loss is computed on."""
-        x, memory = run(self.decoder, latents.transpose(1, 2), state, self.config.pad == "front")
+        x = 3 * torch.tanh(latents.transpose(1, 2) / 3)                         # soft limit at 3 standard deviations
+        x, memory = run(self.decoder, x, state, self.config.pad == "front")
         video = F.pixel_shuffle(x, self.config.patch).transpose(1, 2) * 2 - 1
         return video[:, :, FRAMES - 1 if state is None else 0:], memory         # a clip starts with a single frame
 
@@ -189,8 +165,8 @@ class TinyVAE(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # The VAE of Wan. Tensors are (B, C, T, H, W), names are those of Wan's files. A clip is computed in pieces: frame 0, a
 # latent of its own, then four frames or one latent at a time. `state` holds, for each convolution over time, the input
-# frames that its next piece still sees; None starts a clip. A layer reads its entry, state[len(memory)], and appends
-# the next one to `memory`, which becomes the new state.
+# frames that its next piece still sees; None starts a clip. A layer takes its entry off `state`, which frees it, and
+# appends the next one to `memory`, which becomes the new state.
 
 @dataclass
 class WanVAEConfig:
@@ -226,7 +202,7 @@ class CausalConv(nn.Conv3d):
         self.past = kernel[0] - stride
 
     def forward(self, x, state, memory):
-        x = F.pad(x, (0, 0, 0, 0, self.past, 0)) if state is None else torch.cat([state[len(memory)], x], 2)
+        x = F.pad(x, (0, 0, 0, 0, self.past, 0)) if state is None else torch.cat([state.pop(0), x], 2)
         memory.append(x[:, :, -self.past:].clone())     # a view would keep all of x
         return super().forward(x)
 
@@ -378,7 +354,7 @@ class WanVAE(nn.Module):
     def decode(self, latents, state=None):
         """As TinyVAE's: latents (B, C, F, h, w) to video (B, 3, T, H, W) in [-1, 1], and the state that continues it.
         One latent frame is computed at a time, so pieces give the bits of the whole."""
-        C, video = self.config.latent_channels, []
+        C, video, state = self.config.latent_channels, [], state and list(state)
         assert latents.shape[1] == C, f"latents of this VAE have {C} channels, these have {latents.shape[1]}"
         mean, std = latents.new_tensor(STATISTICS[C]).view(2, -1, 1, 1, 1)
         for z in latents.split(1, 2):
@@ -411,9 +387,7 @@ def load_vae(path, kind=None):
         vae = WanVAE(config) if isinstance(config, WanVAEConfig) else TinyVAE(config)
     if kind not in (None, type(vae)):
         raise ValueError(f"{path}: a {type(vae).__name__}, not a {kind.__name__}; load_vae opens both")
-    check_fit(vae, tensors, path)
-    vae.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)
-    return vae.eval().requires_grad_(False)
+    return fill(vae, tensors, path, lambda name: torch.float32)
 
 
 # From diffusers' names to Wan's, in this order.
@@ -429,15 +403,13 @@ def wan_names(tensors):
     """The tensors by their names in Wan's files, where diffusers has others."""
     if "quant_conv.weight" not in tensors:
         return tensors
-    nested, renamed = "encoder.down_blocks.0.resnets.0.conv1.weight" in tensors, {}     # Wan 2.2: lists within a list
+    renamed, pattern, ours = {}, r"(\d)\.resnets\.(\d)", lambda m: str(4 * int(m[1]) + int(m[2]))
+    if "encoder.down_blocks.0.resnets.0.conv1.weight" in tensors:       # Wan 2.2: lists within a list
+        pattern, ours = r"(up|down)(samples\.\d)\.resnets", r"\1\2.\1samples"
     for name, t in tensors.items():
-        for theirs, ours in DIFFUSERS.items():
-            name = name.replace(theirs, ours)
-        if nested:
-            name = re.sub(r"(up|down)(samples\.\d)\.resnets", r"\1\2.\1samples", name)
-        else:
-            name = re.sub(r"(\d)\.resnets\.(\d)", lambda m: str(4 * int(m[1]) + int(m[2])), name)
-        renamed[name] = t
+        for theirs, wans in DIFFUSERS.items():
+            name = name.replace(theirs, wans)
+        renamed[re.sub(pattern, ours, name)] = t
     return renamed
 
 
@@ -445,18 +417,25 @@ def config_from_tensors(tensors, path):
     """Config of a public file, by the shapes of its tensors. Raises ValueError if it is no VAE of Wan or TAEHV."""
     shapes = {name.removesuffix(".weight"): t.shape for name, t in tensors.items()}
     try:
-        if shapes.get("conv2", [0])[0] in STATISTICS:
-            return WanVAEConfig(shapes["conv2"][0], shapes["encoder.conv1"][0], shapes["decoder.head.2"][1],
-                                residual="encoder.downsamples.0.downsamples.0.residual.2" in shapes)
-        down = [(shapes[f"encoder.{i + 1}"][0], *shapes[f"encoder.{i}.conv"][:2]) for i in (2, 7, 12)]
-        up = [shapes[f"decoder.{i}.conv"][:2] for i in (7, 13, 19)]
-        return TinyVAEConfig(
-            shapes["encoder.17"][0], round((shapes["decoder.22"][0] / 3) ** 0.5), "end", shapes["encoder.0"][0],
-            tuple((width, 3, inputs // outputs, 2) for width, outputs, inputs in down),
-            tuple((inputs, 3, outputs // inputs, 2) for outputs, inputs in up), shapes["decoder.22"][1])
-    except (KeyError, IndexError, ZeroDivisionError, ValueError) as e:
-        raise ValueError(f"{path}: not the layout of TAEHV, nor of Wan's VAEs with 16 or 48 channels "
-                         f"({type(e).__name__}: {e}); is it the VAE's file?") from None
+        if "encoder.17" in shapes:
+            return TinyVAEConfig(shapes["encoder.17"][0], math.isqrt(shapes["encoder.0"][1] // 3))
+        channels = next(n for n in STATISTICS if n == shapes["conv2"][0])
+        return WanVAEConfig(channels, shapes["encoder.conv1"][0], shapes["decoder.head.2"][1],
+                            residual="encoder.downsamples.0.downsamples.0.residual.2" in shapes)
+    except (KeyError, IndexError, StopIteration):
+        raise ValueError(f"{path}: this is {what(tensors)}; a whole VAE of Wan or TAEHV is wanted here") from None
+
+
+# What is taken for the right file: by how it begins, or by the names in it; the first that fits.
+KINDS = {"^version https://git-lfs": "a git-lfs pointer, run git lfs pull", "^<": "a web page", "^$": "an empty file",
+         "^PK": "a truncated .pt", "^GGUF": "a GGUF file", "^\x80": "a pickle that could run code, refused",
+         "lora": "a LoRA", "patch_embedding": "a DiT", "token_embedding|shared|encoder.block": "a text encoder",
+         "visual|vision": "a CLIP encoder", "coder.": "a VAE"}
+
+
+def what(text):
+    """What begins like this, or has tensors of these names."""
+    return next((kind for part, kind in KINDS.items() if re.search(part, " ".join(text))), "something unknown")
 
 
 def read_tensors(path):
@@ -464,31 +443,52 @@ def read_tensors(path):
     Tensors are mapped, not read. Of a Self-Forcing checkpoint: the generator, best its average, and {"layout": key}."""
     from safetensors import safe_open
     try:
-        if Path(path).suffix in (".pt", ".pth"):
+        with open(path, "rb") as file:
+            start = file.read(2 ** 20)
+        if start[8:9] == b"{":
+            with safe_open(path, "pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+        with warnings.catch_warnings(action="ignore"):      # of files that are refused anyway
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-            layouts = [key for key in ("generator_ema", "generator", "model") if key in tensors]
-            tensors = tensors[layouts[0]] if layouts else tensors
-            if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
-                raise EOFError("no tensors by name")
-            return tensors, {"layout": key for key in layouts[:1]}
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+        layouts = [key for key in ("generator_ema", "generator", "model") if key in tensors]
+        tensors = tensors[layouts[0]] if layouts else tensors
+        if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+            raise ValueError("no tensors by name")
+        return tensors, {"layout": key for key in layouts[:1]}
     except OSError as e:
         raise ValueError(f"{path}: cannot be read ({e.strerror or e})") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
-        raise ValueError(f"{path}: not a weights file that can be loaded safely ({type(e).__name__})") from None
-    except Exception as e:  # safetensors' own error class has no stable import path
-        raise ValueError(f"{path}: damaged, or not a weights file ({type(e).__name__}: {e})") from None
+    except Exception:                   # torch, zipfile, pickle and safetensors raise a dozen kinds
+        raise ValueError(f"{path}: {damage(Path(path), start)}") from None
 
 
-def check_fit(model, tensors, path):
-    """Raise ValueError, naming the file and five tensors, unless names and shapes are exactly the model's."""
+def damage(path, start):
+    """Why a file that begins like this cannot be read, in one line."""
+    size, ends = path.stat().st_size, re.findall(rb'"data_offsets"\W+\d+\W+(\d+)', start)
+    header = 8 + int.from_bytes(start[:8], "little")
+    whole, least = header + max(map(int, ends), default=0), "at least " * (len(start) < header)
+    if start[8:9] == b"{" and size < whole:
+        return f"truncated: {size} bytes of {least}{whole}; download it again"
+    start = b"\x80" if zipfile.is_zipfile(path) else start         # a whole .pt
+    return f"this is {what([start[:99].decode('latin-1').lstrip()])} ({size} bytes); .safetensors or .pt is wanted here"
+
+
+def fill(model, tensors, path, dtype, device="cpu"):
+    """Give a model on the meta device its tensors, in dtype(name), eval mode and without gradients. Each is copied, one
+    after the other: the file may change or go, and there are never two copies of all. Raises ValueError, naming the
+    file and the tensors, unless names and shapes are exactly the model's and all numbers finite."""
     expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in tensors.items()}
-    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    if wrong:
-        raise ValueError(f"{path}: {len(wrong)} tensors are missing, extra or of another shape for a "
-                         f"{type(model).__name__}: {', '.join(wrong[:5])}; is the file whole, and the right one?")
+    faults = {"missing": expected.keys() - found, "unknown": found.keys() - expected,
+              "of another shape": {name for name in expected.keys() & found if expected[name] != found[name]}}
+    told = [f"{len(n)} tensors are {fault}: {', '.join(sorted(n)[:5])}" for fault, n in faults.items() if n]
+    if told:
+        raise ValueError(f"{path}: not a whole {type(model).__name__}; {'; '.join(told)}")
+    for name, t in tensors.items():
+        if not torch.stack(t.aminmax()).isfinite().all():           # 20 times as fast as t.isfinite()
+            raise ValueError(f"{path}: {name} holds NaN or infinity; download it again")
+        tensors[name] = t.to(device, dtype(name), copy=True)
+    model.load_state_dict(tensors, assign=True)
+    return model.eval().requires_grad_(False)
 
 
 def read_config(cls, metadata, path):
