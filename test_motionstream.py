@@ -47,6 +47,7 @@ from motionstream import (PRESETS, KVCache, MotionStream, SelfAttention, TrackHe
                           embed_words, euler, find_config, guided_velocity, image_and_mask, joint_guidance,
                           rollout, rope_table, save_pretrained, schedule, sinusoid, to_x0, track_features, track_ids,
                           with_first)
+from vae import RMSNorm as ChannelNorm
 from vae import STATISTICS, CausalConv, TinyVAE, TinyVAEConfig, WanVAE, WanVAEConfig, load_vae
 
 HERE = Path(__file__).resolve().parent
@@ -1214,6 +1215,16 @@ def test_the_vae_reads_its_config_off_public_files_and_its_own():
         assert loaded.metadata() == new_vae().metadata() and next(loaded.parameters()).dtype == torch.float32
 
 
+def test_tiny_latents_are_softly_limited_and_pixels_run_from_0_to_1_inside():
+    vae, z = new_vae(TAEW21), rand(1, 16, 1, 2, 2)
+    assert vae.decode_frames(1e4 * z)[0].equal(vae.decode_frames(1e6 * z)[0])               # 3 tanh(z / 3)
+    assert not vae.decode_frames(z)[0].equal(vae.decode_frames(3 * torch.tanh(z / 3))[0])
+    vae.decoder[-1].weight.zero_()
+    for inside, outside in (0, -1), (0.5, 0), (1, 1):
+        nn.init.constant_(vae.decoder[-1].bias, inside)
+        assert (vae.decode(z)[0] == outside).all()
+
+
 def test_chunked_decode_equals_whole_decode_and_never_touches_the_state():
     vae, z = new_vae(), 2 * rand(2, 4, 9, 3, 4)
     whole, state, parts, states = vae.decode(z)[0], None, [], []
@@ -1350,6 +1361,13 @@ def test_the_wan_vae_gives_what_it_gave_when_it_agreed_with_diffusers():
     for config, latents, video in GOLDEN:
         got = golden(randomised(WanVAE(config)))
         assert np.allclose(got, (latents, video), atol=2e-3), got
+
+
+def test_the_wan_vaes_norm_has_no_eps_but_leaves_zeros():
+    norm, x = ChannelNorm(6), rand(1, 6, 1, 2, 2)
+    assert_near(norm(1e-8 * x), norm(x), 1e-6)
+    assert_near(norm(x), x / x.square().mean(1, keepdim=True).sqrt(), 1e-6)
+    assert (norm(0 * x) == 0).all()
 
 
 def test_wan_videos_decoded_in_pieces_are_the_whole_and_the_state_stays():
