@@ -1575,6 +1575,7 @@ def test_distillation_with_a_reward_and_an_ema_sink():
                             "--reward", f"{here}/mine.py:reward"])
         log = [json.loads(line) for line in open(here / "stats.jsonl")]
         assert code is None and [row["reward"] for row in log] == [4.0], (code, err.getvalue(), log)
+        assert 1e5 < log[0]["loss_g"] < 1e8, log                    # it counts exp(4 / 0.5), squared in the loss
         # in two rollouts of 3 chunks, 5 layers average the keys and values of chunk 1 into the sink, chunk 0
         assert evicted.count(0.25) == 2 * 5 * 2, Counter(evicted)
         assert MotionStream.from_pretrained(here / "student.safetensors").config.sink_decay == 0.75
