@@ -11,6 +11,7 @@ Where a formula is tested, it is written here a second time, plainly, in float64
 import ast
 import contextlib
 import functools
+import importlib
 import io
 import itertools
 import json
@@ -1544,10 +1545,10 @@ def test_a_shifted_video_has_the_error_of_its_shift_and_an_empty_one_has_lost_al
 def test_objects_start_apart():
     gaps = []
     for tries in 1, td.TRIES:
-        position = rand(tries, 500, 3, 2, 2, seed=tries)
-        start = td.spread_out(position)[:, :, 0]
+        with unittest.mock.patch.object(td, "TRIES", tries):
+            start = td.new_scenes(60, 5, seeded())["position"][:, :, 0]
         gaps.append((torch.cdist(start, start) + 9 * torch.eye(3)).amin((1, 2)).mean())
-    assert td.spread_out(position).shape == (500, 3, 2, 2) and gaps[1] > 1.5 * gaps[0]
+    assert start.shape == (60, 3, 2) and gaps[1] > 1.5 * gaps[0], gaps
 
 
 def test_paths_are_smooth_and_stay_near_the_picture():
@@ -1569,11 +1570,16 @@ def test_the_optimizer_moves_every_parameter_of_the_model_itself():
     for model, loss in ((new_model(), lambda m: m(clip_of(2)[0], torch.ones(2), **on_tracks(m)).square().mean()),
                         (new_vae(), lambda m: m.decode_frames(m.encode(rand(1, 3, 9, 8, 8)))[0].square().mean())):
         before = {name: p.clone() for name, p in model.requires_grad_(True).named_parameters()}
-        optimizer = td.Optimizer(model, muon=1e-3, adam=1e-3)
+        optimizer = td.Optimizer(model, muon=1e-3, adam=1e-3, ema=0.9)
         assert all(view.data_ptr() == p.data_ptr() and view.ndim == 2 for view, p in optimizer.views)
-        optimizer.step(loss(model))
+        optimizer.step(loss(model), 0)
         still = [name for name, p in model.named_parameters() if p.equal(before[name]) or p.grad is not None]
         assert not still, still
+        assert all(a.equal(p) for a, p in zip(optimizer.average.parameters(), model.parameters()))  # the first is a copy
+        once = [p.clone() for p in model.parameters()]
+        optimizer.step(loss(model), 10)
+        for average, a, b in zip(optimizer.average.parameters(), once, model.parameters()):
+            assert_near(average, (a + b) / 2, 1e-5)                 # update 10 counts 1 - 10 / (10 + 10)
 
 
 def on_tracks(model):
@@ -1620,6 +1626,56 @@ def test_dmd_gradient_is_critic_minus_teacher_normalised():
         mean.data -= 0.1 * mean.grad
         mean.grad = None
     assert abs(mean + 1) < 0.1, mean
+
+
+def test_a_reward_scales_each_clips_own_gradient():
+    grads = []
+    for weight in 1.0, torch.ones(3), torch.tensor([1.0, 0.0, math.exp(0.5 / 0.25)]):
+        torch.manual_seed(0)
+        x0 = rand(3, 2, 4, 2, 2).requires_grad_(True)
+        td.dmd_loss(x0, gaussian(1, 0.5), gaussian(0, 1), {}, None, (0, 0), weight).backward()
+        grads.append(x0.grad)
+    assert grads[0].equal(grads[1]) and not grads[2][1].any()
+    assert_near(grads[2][0], grads[0][0], 1e-6)
+    assert_near(grads[2][2], grads[0][2] * math.exp(2), 1e-6)
+
+
+def test_the_motion_reward_is_1_for_the_truth_and_0_for_a_picture_that_stands_still():
+    scene = td.new_scenes(6, 21, seeded(3), objects=2, camera=False, attributes=(0, 0), moving=True)
+    video, (tracks, visible) = td.film(scene, 64), td.scene_tracks(scene, 64, seeded())
+    batch = {"tracks": tracks, "visible": visible & (torch.arange(88) < 16)}          # on the objects
+    truth, still = td.motion_reward(video, batch), td.motion_reward(video[:, :, :1].expand_as(video), batch)
+    other = td.motion_reward(td.film(td.other_motion(scene), 64), batch)
+    assert truth.shape == (6,) and truth.mean() > 0.5 and still.equal(torch.zeros(6)), (truth, still)
+    assert (truth > other + 0.2).all() and td.motion_reward(rand(*video.shape), batch).max() < 0, (truth, other)
+    assert td.motion_reward(video, batch | {"visible": visible & False}).equal(torch.zeros(6))      # nothing was asked
+
+
+def test_a_reward_is_named_or_a_function_in_a_file():
+    with folder() as here:
+        (here / "mine.py").write_text("def bright(video, batch):\n    return video.mean((1, 2, 3, 4))\n")
+        assert td.find_reward(f"{here}/mine.py:bright")(torch.ones(2, 3, 5, 4, 4), {}).tolist() == [1, 1]
+        assert td.find_reward("motion") is td.motion_reward
+        for name in "emotion", f"{here}/mine.py:dark", f"{here}/none.py:bright", f"{here}/mine.py":
+            assert_error(td.UserError, f"--reward {name}: neither motion nor FILE.py:FUNCTION", td.find_reward, name)
+
+
+def test_distillation_with_a_reward_and_an_ema_sink():
+    with folder() as here, quiet() as (_, err), unittest.mock.patch.multiple(td, preview=print, CLIP=33):
+        for name, shipped in td.SHIPPED.items():
+            (here / f"{name}.safetensors").symlink_to(td.ASSETS / f"{shipped}.safetensors")
+        (here / "student.safetensors").unlink()
+        (here / "mine.py").write_text("def reward(video, batch):\n    return video[:, 0, 0, 0, 0] * 0 + len(batch['ids'])")
+        evicted, lerp = [], torch.Tensor.lerp
+        with unittest.mock.patch.object(torch.Tensor, "lerp", lambda *args: evicted.append(args[2]) or lerp(*args)):
+            code = td.main(["--smoke", "--stage", "distill", "--steps", "1", "--out", str(here), "--sink-decay", "0.75",
+                            "--reward", f"{here}/mine.py:reward"])
+        log = [json.loads(line) for line in open(here / "stats.jsonl")]
+        assert code is None and [row["reward"] for row in log] == [4.0], (code, err.getvalue(), log)
+        assert 1e5 < log[0]["loss_g"] < 1e8, log                    # it counts exp(4 / 0.5), squared in the loss
+        # in two rollouts of 3 chunks, 5 layers average the keys and values of chunk 1 into the sink, chunk 0
+        assert evicted.count(0.25) == 2 * 5 * 2, Counter(evicted)
+        assert MotionStream.from_pretrained(here / "student.safetensors").config.sink_decay == 0.75
 
 
 def test_dmd_loss_moves_the_generator_only_and_critic_loss_the_critic_only():
@@ -1691,33 +1747,77 @@ def test_a_worn_memory_shows_frame_0_in_a_rectangle_of_half_of_the_clips():
     assert 0.3 < share < 0.55, share                                                    # some rectangles are empty
 
 
+def toy_training(here, stop_at=None, nan_at=None, steps=6, save_every=300, **settings):
+    """Some steps of a small model; its parameters and what was logged."""
+    model = new_model().requires_grad_(True)
+    optimizer = td.Optimizer(model, muon=1e-2, adam=1e-2, steps=steps)
+    toy_training.model = model
+
+    def step(i):
+        if i == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        loss = td.flow_loss(model, torch.randn(2, 4, 2, 4, 6), torch.rand(2), on_tracks(model))
+        loss = loss * math.nan if i == nan_at else loss
+        return {"loss": loss, "grad": optimizer.step(loss, i)}
+
+    clock = itertools.count(0, 301 if save_every == 1 else 0)
+    run = SimpleNamespace(out=here, seed=1, settings=lambda stage: {"data": "toy", "seed": 1} | settings)
+    with quiet() as (out, _), unittest.mock.patch.object(td.time, "time", lambda: next(clock)):
+        td.train(run, "toy", steps, optimizer.parts(), step)
+    log = [json.loads(line)["loss"] for line in open(here / "stats.jsonl")]
+    return {name: p.clone() for name, p in model.state_dict().items()}, log, out.getvalue()
+
+
+def same(a, b):
+    return all(p.equal(b[name]) for name, p in a.items())
+
+
 def test_an_interrupted_training_continues_with_the_same_bits_and_no_other_settings():
-    def toy(here, stop_at=None, settings="toy", steps=6):
-        """Some steps; the model's parameters and what was logged."""
-        model = new_model().requires_grad_(True)
-        optimizer = td.Optimizer(model, muon=1e-2, adam=1e-2, steps=steps)
-
-        def step(i):
-            if i == stop_at:
-                os.kill(os.getpid(), signal.SIGTERM)
-            loss = td.flow_loss(model, torch.randn(2, 4, 2, 4, 6), torch.rand(2), on_tracks(model))
-            return {"loss": loss, "grad": optimizer.step(loss)}
-
-        run = SimpleNamespace(out=here, seed=1, settings=lambda stage: settings)
-        with quiet():
-            td.train(run, "toy", steps, {"model": model, "optimizer": optimizer}, step)
-        return model.state_dict(), [json.loads(line)["loss"] for line in open(here / "stats.jsonl")]
-
     with folder() as one, folder() as two:
-        whole, log = toy(one)
-        assert_error(SystemExit, "143", toy, two, stop_at=2)
+        whole, log, _ = toy_training(one)
+        assert_error(SystemExit, "143", toy_training, two, stop_at=2)
         assert len((two / "stats.jsonl").read_text().splitlines()) == 3                    # it finished the step
-        assert_error(td.UserError, "other settings", toy, two, settings="else")
-        assert_error(td.UserError, "other settings", toy, two, steps=7)
-        resumed, resumed_log = toy(two)
-        assert all(p.equal(resumed[name]) for name, p in whole.items()) and log == resumed_log and len(log) == 6
-        (two / "toy.checkpoint.pt").write_bytes(b"half")
-        assert_error(td.UserError, "damaged", toy, two)
+        assert_error(td.UserError, "of other settings (data toy, now else);", toy_training, two, data="else")
+        assert_error(td.UserError, "(steps 6, now 7; seed 1, now 2);", toy_training, two, steps=7, seed=2)
+        resumed, resumed_log, _ = toy_training(two)
+        assert same(whole, resumed) and log == resumed_log and len(log) == 6
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_it():
+    with folder() as one, folder() as two:
+        whole, _, _ = toy_training(one)
+        assert_error(SystemExit, "143", toy_training, two, stop_at=4, save_every=1)
+        names = sorted(path.name for path in two.glob("*.pt"))
+        assert names == ["toy.0000004.checkpoint.pt", "toy.0000005.checkpoint.pt"], names      # the last two
+        newest = two / names[1]
+        newest.write_bytes(newest.read_bytes()[:1000])
+        resumed, log, said = toy_training(two)
+        assert "0000005.checkpoint.pt: damaged" in said and "0000004.checkpoint.pt: resumed at step 4" in said, said
+        assert same(whole, resumed) and len(log) == 5 + 2
+
+
+def test_nan_stops_a_training_before_anything_moves():
+    with folder() as here:
+        assert_error(td.UserError, "toy, step 3: loss nan, gradient norm nan; stopped before anything moved",
+                     toy_training, here, nan_at=3)
+        stopped = {name: p.clone() for name, p in toy_training.model.state_dict().items()}
+        with folder() as other:
+            assert_error(SystemExit, "143", toy_training, other, stop_at=2)                  # 3 updates, none of NaN
+        assert same(stopped, toy_training.model.state_dict())
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before_it():
+    resource = importlib.import_module("resource")                            # not on Windows
+    with folder() as here:
+        assert_error(SystemExit, "143", toy_training, here, stop_at=2)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))          # a file cannot be larger
+        try:
+            assert_error(td.UserError, "toy.0000006.checkpoint.pt: ", toy_training, here)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert [path.name for path in here.iterdir() if path.suffix != ".jsonl"] == ["toy.0000003.checkpoint.pt"]
+        assert "resumed at step 3" in toy_training(here)[2]
 
 
 def test_what_is_kept_is_named_by_what_made_it():
@@ -1726,13 +1826,16 @@ def test_what_is_kept_is_named_by_what_made_it():
             flags = [word for flag, value in {"out": here, **flags}.items() for word in (f"--{flag}", str(value))]
             run = td.Run(td.parse_flags(flags))
             run.path("vae").write_bytes(weights)
-            return run.cache("pool", "vae", count), run.settings("teacher")
+            before = {*here.glob("pool.*")}
+            td.kept(run, "pool", "vae", count, lambda *_: [{"a": torch.zeros(4)}, {"a": torch.ones(4)}])
+            assert td.kept(run, "pool", "vae", count, None)["a"].tolist() == [0] * 4 + [1] * 4     # read, not made
+            return len({*here.glob("pool.*")} - before), run.settings("teacher")
 
         first = kept()
-        assert first == kept() and first[0].parent == here
-        for other in kept(weights=b"two"), kept(seed=1):
-            assert other[0] != first[0] and other[1] != first[1]
-        assert kept(count=9)[0] != first[0] and kept(tracks="random")[1] != first[1]
+        assert first[0] == 1 and kept() == (0, first[1])
+        for made, settings in kept(weights=b"two"), kept(seed=1):
+            assert made == 1 and settings != first[1]
+        assert kept(count=9)[0] == 1 and kept(tracks="random")[1] != first[1]
 
 
 @slow

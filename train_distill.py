@@ -5,10 +5,8 @@
     causal   the student: regression on the teacher's ODE trajectories, chunk by chunk through the KV cache
     distill  Self-Forcing DMD: the student rolls out as it will at inference, teacher and critic score the result
     eval     the numbers and pictures of the README
-
-    python train_distill.py                  all of it, resumed where it stopped
+    python train_distill.py                  all of it, resumed where it stopped; --smoke: a few steps, to see it run
     python train_distill.py --stage teacher  one stage
-    python train_distill.py --smoke          all of it in a minute, to see that it runs
 
 Shapes are those of motionstream.py. Everything is written under --out (runs/tiny): weights, checkpoints, stats.jsonl,
 a loss curve and a preview sheet for each stage.
@@ -20,6 +18,7 @@ import json
 import math
 import os
 import pickle
+import runpy
 import sys
 import time
 import zlib
@@ -46,7 +45,7 @@ from vae import TINY, TinyVAE
 
 OBJECTS, POINTS, GRID = 3, 8, 8          # object slots, tracks on each, background tracks per side
 TEXTURE = 40                             # pixels per side of an object's texture
-TRIES = 4                                # draws of the objects' paths, of which one is taken, see spread_out
+TRIES = 4                                # draws of the objects' paths, of which one is taken
 LIGHT = {"steady": (1, 1, 1), "fading": (0.35, 0.35, 0.4), "warming": (1.1, 0.8, 0.5)}  # RGB gains they tend to
 MOTION = ("steady", "spinning", "pulsing")
 NEUTRAL = PRESETS["tiny"].prompt
@@ -63,12 +62,6 @@ def smooth_path(batch, frames, step, knot, rng):
     i, u = t.long(), (t % 1)[:, None]
     a, b, c, d = (knots[:, i + k] for k in range(4))
     return b + 0.5 * u * (c - a + u * (2 * a - 5 * b + 4 * c - d + u * (3 * (b - c) + d - a)))
-
-
-def hue(h, saturation, value):
-    """Tensors of hue, saturation, value in [0, 1] to RGB, one more axis."""
-    k = (torch.tensor([5.0, 3.0, 1.0]) + 6 * h[..., None]) % 6
-    return value[..., None] * (1 - saturation[..., None] * torch.minimum(k, 4 - k).clamp(0, 1))
 
 
 def outline(kind, sides, angle):
@@ -88,9 +81,10 @@ def textures(batch, flat, rng):
     if flat:                                                           # discs and squares, the "foreign" scenes
         kind, sides = (draw(1, 1) * 2).long(), torch.full((batch, OBJECTS, 1, 1), 4)
     sides = torch.where(kind == 2, sides.clamp(min=4), sides)
-    h = (torch.rand(batch, 1, generator=rng) + (torch.arange(OBJECTS) + 0.5 * draw() - 0.25) / OBJECTS) % 1
-    colour = hue(h, 0.7 + 0.3 * draw(), 0.7 + 0.3 * draw())            # distinct hues within a scene
-
+    hue = (torch.rand(batch, 1, generator=rng) + (torch.arange(OBJECTS) + 0.5 * draw() - 0.25) / OBJECTS) % 1
+    saturation, value = (0.7 + 0.3 * draw(1) for _ in range(2))
+    ramp = (torch.tensor([5.0, 3.0, 1.0]) + 6 * hue[..., None]) % 6    # distinct hues within a scene, HSV to RGB
+    colour = value * (1 - saturation * torch.minimum(ramp, 4 - ramp).clamp(0, 1))
     v, u = torch.meshgrid(*[torch.linspace(-1.2, 1.2, TEXTURE)] * 2, indexing="ij")
     radius, angle = (u ** 2 + v ** 2).sqrt(), torch.atan2(v, u)
     edge = outline(kind, sides, angle.expand(batch, OBJECTS, -1, -1)) - radius
@@ -105,14 +99,6 @@ def textures(batch, flat, rng):
     return torch.cat([rgb, torch.sigmoid(edge[:, :, None] * 30)], 2), colour, (kind, sides)
 
 
-def spread_out(position):
-    """Of several draws of all objects' positions (draws, B, K, T, 2), the one whose objects start farthest from each
-    other: what another covers in the image cannot be known later. (B, K, T, 2)"""
-    start = position[:, :, :, 0]
-    gap = torch.cdist(start, start) + 9 * torch.eye(start.shape[2])
-    return position[gap.amin((2, 3)).argmax(0), torch.arange(position.shape[1])]
-
-
 def caption(light, motion):
     """What neither the first frame nor a few tracks tell, in words."""
     return f"{[*LIGHT][light]} light, {MOTION[motion]} shapes"
@@ -120,18 +106,15 @@ def caption(light, motion):
 
 def new_scenes(batch, frames, rng, objects=None, camera=None, attributes=(None, None), moving=False, flat=False):
     """Draw `batch` scenes: everything that `film` and `scene_tracks` need, for `frames` frames. None = at random.
-
     objects: how many of the three are there. camera: bool, does it move. attributes: indices into LIGHT and MOTION.
-    moving: no object rests.
-    flat: plain discs and squares of 16-26 % of the width on smooth grey, unlike most of what training sees.
-    """
+    moving: no object rests. flat: plain discs and squares of 16-26 % of the width on smooth grey, unlike most of what
+    training sees."""
     def pick(value, count, steady):
         if value is not None:
             return torch.full((batch,), value)
         return (torch.rand(batch, generator=rng) > steady) * torch.randint(1, count, (batch,), generator=rng)
 
-    light = pick(attributes[0], len(LIGHT), 0.6)
-    motion = pick(attributes[1], len(MOTION), 0.6)
+    light, motion = pick(attributes[0], len(LIGHT), 0.6), pick(attributes[1], len(MOTION), 0.6)
     present = torch.randint(1, OBJECTS + 1, (batch, 1), generator=rng)
     if objects is not None:
         present = torch.full_like(present, objects)
@@ -140,13 +123,14 @@ def new_scenes(batch, frames, rng, objects=None, camera=None, attributes=(None, 
     speed = torch.rand(TRIES * batch * OBJECTS, 1, 1, generator=rng)
     speed = 0.2 + 0.8 * speed if moving else 1.12 * speed - 0.12                         # some rest
     paths = smooth_path(len(speed), frames, 0.5 * speed.clamp(min=0) ** 1.5, 14, rng)
-    position = spread_out(0.12 + 0.76 * paths.view(TRIES, batch, OBJECTS, frames, 2))
-
+    paths = 0.12 + 0.76 * paths.view(TRIES, batch, OBJECTS, frames, 2)
+    gap = torch.cdist(paths[:, :, :, 0], paths[:, :, :, 0]) + 9 * torch.eye(OBJECTS)
+    # of several draws that whose objects start farthest apart: what another covers in the image cannot be known later
+    position = paths[gap.amin((2, 3)).argmax(0), torch.arange(batch)]
     moves = (torch.rand(batch, 1, 1, generator=rng) < 0.3 if camera is None else torch.tensor(camera)).float()
     path = smooth_path(batch * 2, frames, torch.tensor(0.35), 30, rng).view(batch, 2, frames, 2)
     pan = moves * 0.5 * (path[:, 0] - 0.5)
     zoom = torch.exp(moves * 0.5 * (path[:, 1, :, :1] - 0.5))
-
     t = torch.arange(frames)
     ramp = 1 - torch.exp(-t / 16)                                      # a state that tells what comes next
     gains = 1 + ramp[:, None] * (torch.tensor([*LIGHT.values()])[light][:, None] - 1)
@@ -156,8 +140,7 @@ def new_scenes(batch, frames, rng, objects=None, camera=None, attributes=(None, 
         "texture": texture, "colour": colour, "shape": shape, "position": position, "pan": pan, "zoom": zoom,
         "present": torch.arange(OBJECTS) < present, "radius": 0.08 + 0.05 * size if flat else 0.07 + 0.105 * size,
         "gains": gains, "spin": spin, "pulse": pulse, "backdrop": backdrops(batch, flat, rng),
-        "caption": [caption(a, b) for a, b in zip(light, motion)],
-        "points": local_points(shape, rng),
+        "caption": [caption(a, b) for a, b in zip(light, motion)], "points": local_points(shape, rng),
     }
 
 
@@ -175,8 +158,7 @@ def backdrops(batch, flat, rng):
 
 
 def local_points(shape, rng):
-    """Where tracks sit on objects of a shape (kind, sides): (B, K, POINTS, 2) in units of the radius. First the centre,
-    the others all over the object: a latent cell shows one track, so close ones tell no more than one."""
+    """Where tracks sit on objects of a shape (kind, sides): (B, K, POINTS, 2) in radii. The centre, then all over."""
     kind, sides = (part[..., 0] for part in shape)
     draw = torch.rand(2, len(kind), OBJECTS, POINTS, generator=rng)
     angle = 2 * math.pi * draw[0]
@@ -232,7 +214,6 @@ def scene_tracks(scene, size, rng):
     rows = torch.arange(B)
     on_ground = grid / zoom[rows, when][:, None] + pan[rows, when][:, None] + 0.5            # (B, GRID², 2)
     world = torch.cat([on_objects, on_ground[:, None].expand(-1, T, -1, -1)], 2)
-
     owner = torch.cat([torch.arange(OBJECTS).repeat_interleave(POINTS), torch.full((GRID * GRID,), -1)])
     visible = torch.cat([scene["present"].repeat_interleave(POINTS, 1), torch.ones(B, GRID * GRID).bool()], 1)
     visible = visible[:, None].repeat(1, T, 1)
@@ -250,6 +231,7 @@ def scene_tracks(scene, size, rng):
 # What every stage shares: optimizer, running average, the loop with its log and checkpoints, files and pictures.
 
 SIZE, CLIP = 128, 45                     # pixels per side; frames of a clip: 12 latents, 4 chunks of 3
+CRITIC_STEPS = 5                         # of distillation, for each step of the generator
 
 
 def seed_of(*what):
@@ -258,100 +240,102 @@ def seed_of(*what):
 
 
 class Optimizer:
-    """Muon on the hidden matrices (convolution kernels viewed as matrices), AdamW on everything else."""
+    """Muon on hidden matrices (convolution kernels viewed as matrices), AdamW on the rest; ema > 0: running average."""
 
-    def __init__(self, model, muon, adam, betas=(0.9, 0.99), steps=0):
-        inner = ("blocks", "encoder", "decoder")
+    def __init__(self, model, muon, adam, betas=(0.9, 0.99), steps=0, ema=0.0):
+        self.model, self.ema, inner = model, ema, ("blocks", "encoder", "decoder")
+        self.average = copy.deepcopy(model).requires_grad_(False) if ema else nn.Module()
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         hidden = [p for name, p in model.named_parameters()
                   if p.requires_grad and name.split(".")[0] in inner and name.endswith("weight") and p.ndim > 1]
-        chosen = set(map(id, hidden))
         self.views = [(nn.Parameter(p.data.flatten(1)), p) for p in hidden]     # they share memory with the model
-        rest = [p for p in self.parameters if id(p) not in chosen]
+        rest = [p for p in self.parameters if id(p) not in set(map(id, hidden))]
         self.optimizers = [torch.optim.Muon([view for view, _ in self.views], lr=muon, weight_decay=0.01),
                            torch.optim.AdamW(rest, lr=adam, betas=betas, weight_decay=0.01)]
-        self.rates, self.steps, self.count = (muon, adam), steps, 0
+        self.rates, self.steps = (muon, adam), steps
 
-    def step(self, loss, clip=1.0):
-        """Backward, clip, update; the learning rate warms up over 20 steps and falls to 0 over the last 40 % of
-        `steps` (0: it stays). Returns the gradient norm. Stops before anything moves if it is not finite."""
+    def step(self, loss, count, clip=1.0):
+        """Backward, clip, update number `count`; the learning rate warms up over 20 of them and falls to 0 over the
+        last 40 % of `steps` (0: it stays). Returns the gradient norm; FloatingPointError, before anything moves, if it
+        is not finite."""
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, clip)
-        assert norm.isfinite(), f"gradient norm {norm.item()}, loss {loss.item()} at step {self.count}"
-        self.count += 1
-        scale = min(1.0, self.count / 20, (1 + self.steps - self.count) / (0.4 * self.steps) if self.steps else 1.0)
+        if not norm.isfinite():
+            raise FloatingPointError(f"loss {loss.item()}, gradient norm {norm.item()}")
+        scale = min(1.0, (count + 1) / 20, (self.steps - count) / (0.4 * self.steps) if self.steps else 1.0)
         for view, p in self.views:
             view.grad = p.grad.flatten(1)
         for optimizer, rate in zip(self.optimizers, self.rates):
             optimizer.param_groups[0]["lr"] = rate * scale
             optimizer.step()
-        for p in self.parameters:
-            p.grad = None
-        return norm.item()
+        self.model.zero_grad()
+        if self.ema:
+            pairs = list(self.average.parameters()), [p.detach() for p in self.model.parameters()]
+            torch._foreach_lerp_(*pairs, 1 - min(self.ema, count / (count + 10)))
+        return norm
 
-    def state_dict(self):
-        """Plain tensors and numbers."""
-        return {"count": self.count, "optimizers": [o.state_dict() for o in self.optimizers]}
-
-    def load_state_dict(self, state):
-        """Continue where `state` was taken."""
-        self.count = state["count"]
-        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
+    def parts(self, name=""):
+        """What a checkpoint needs of it."""
+        optimizers = {f"{name} optimizer {i}": optimizer for i, optimizer in enumerate(self.optimizers)}
+        return {f"{name} model": self.model, f"{name} average": self.average, **optimizers}
 
 
-@torch.no_grad()
-def update_average(average, model, decay):
-    """average = decay * average + (1 - decay) * model, parameter by parameter."""
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+def load_checkpoint(folder, stage, settings, parts):
+    """Put the newest checkpoint of the stage that is whole into `parts`; the step to go on with."""
+    for path in sorted(folder.glob(f"{stage}.*.checkpoint.pt"), reverse=True):
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            was, step = saved.pop("settings"), saved.pop("step")
+        except (OSError, EOFError, RuntimeError, KeyError, pickle.UnpicklingError) as e:
+            print(f"{path}: damaged ({type(e).__name__}), going back to the one before it")
+            continue
+        changed = [f"{key} {was.get(key)}, now {value}" for key, value in settings.items() if was.get(key) != value]
+        if changed:
+            raise UserError(f"{path}: is of other settings ({'; '.join(changed)}); choose another --out or remove it")
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        print(f"{path.name}: resumed at step {step}")
+        return step
+    return 0
 
 
-def load_checkpoint(path, settings, parts):
-    """Put the state in a checkpoint, if there is one, into `parts`; the step to go on with. Refuses other settings."""
-    if not path.exists():
-        return 0
+def save_checkpoint(folder, stage, step, settings, parts):
+    """To a file of its own; the newest two of a stage stay."""
+    path, states = folder / f"{stage}.{step:07}.checkpoint.pt", {name: parts[name].state_dict() for name in parts}
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        was, step = saved.pop("settings"), saved.pop("step")
-    except (OSError, EOFError, RuntimeError, KeyError, pickle.UnpicklingError) as e:
-        raise UserError(f"{path}: damaged ({type(e).__name__}); remove it to begin this stage again") from None
-    if was != settings:
-        raise UserError(f"{path}: is of other settings ({was}; now {settings}); choose another --out or remove it")
-    for name, state in saved.items():
-        parts[name].load_state_dict(state)
-    print(f"{path.name}: resumed at step {step}")
-    return step
+        write(path, torch.save, {"step": step, "settings": settings, **states})
+    except RuntimeError as e:                           # torch.save's word for a full disk
+        raise UserError(f"{path}: {str(e).splitlines()[0]}; is the disk full? The one before it is whole") from None
+    for old in sorted(folder.glob(f"{stage}.*.checkpoint.pt"))[:-2]:
+        old.unlink()
 
 
 def train(run, stage, steps, parts, step):
     """Call step(i) for i < steps: a dict of numbers to log. `parts` {name: object with state_dict} is what a resumed
     run needs besides; random numbers are drawn anew from (seed, stage, i) each step, so that resuming changes nothing.
     Ctrl-C and SIGTERM finish the step, save, and exit with 130 or 143."""
-    checkpoint, settings = run.out / f"{stage}.checkpoint.pt", f"{steps} steps, {run.settings(stage)}"
-    begin, saved_at = load_checkpoint(checkpoint, settings, parts), time.time()
-
-    def save(count):
-        states = {name: part.state_dict() for name, part in parts.items()}
-        write(checkpoint, torch.save, {"step": count, "settings": settings, **states})
-
+    settings = {"steps": steps, **run.settings(stage)}
+    begin, saved_at = load_checkpoint(run.out, stage, settings, parts), time.time()
     with hold_signals() as stop, open(run.out / "stats.jsonl", "a", buffering=1) as log:
         bar = tqdm(range(begin, steps), stage, initial=begin, total=steps)
         for i in bar:
             torch.manual_seed(seed_of(run.seed, stage, i))
             started = time.time()
-            numbers = {k: round(torch.as_tensor(v).item(), 5) for k, v in step(i).items()}
+            try:
+                numbers = {k: round(torch.as_tensor(v).item(), 5) for k, v in step(i).items()}
+            except FloatingPointError as e:
+                raise UserError(f"{stage}, step {i}: {e}; stopped before anything moved") from None
             bar.set_postfix(numbers)
             numbers = {"stage": stage, "step": i, **numbers, "seconds": round(time.time() - started, 3)}
             log.write(json.dumps(numbers) + "\n")
             if stop or time.time() - saved_at > 300:
-                save(i + 1)
+                save_checkpoint(run.out, stage, i + 1, settings, parts)
                 saved_at = time.time()
             if stop:
                 raise SystemExit(128 + stop[0])
-        save(steps)
+        save_checkpoint(run.out, stage, steps, settings, parts)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Stage 1: the tiny VAE.
 
 def train_vae(run):
@@ -360,7 +344,9 @@ def train_vae(run):
     convolution when training ends; noise on the latent keeps it smooth."""
     vae = TinyVAE(TINY).to(run.device)
     norm = nn.BatchNorm3d(TINY.latent_channels, affine=False, momentum=0.05).to(run.device)
-    videos = run.videos(run.vae_clips)                                           # (n, 3, CLIP, SIZE, SIZE) uint8
+    rng = torch.Generator().manual_seed(seed_of(run.seed, "vae"))
+    videos = torch.cat([((film(new_scenes(8, CLIP, rng), SIZE) + 1) * 127.5).round().byte()     # (n, 3, T, H, W)
+                        for _ in tqdm(range(0, run.vae_clips, 8), "film for the vae")])
     optimizer = Optimizer(vae, muon=5e-3, adam=2e-3, steps=run.steps["vae"])
 
     def crop():
@@ -375,10 +361,9 @@ def train_vae(run):
             output, _ = vae.decode_frames(latents + 0.05 * torch.randn_like(latents))
         error = output.float() - video
         loss = error.abs().mean() + 4 * error.square().mean() + sum(error.diff(dim=d).abs().mean() for d in (3, 4))
-        grad = optimizer.step(loss)
-        return {"loss": loss, "psnr": -10 * math.log10(error.square().mean().item() / 4), "grad": grad}
+        return {"loss": loss, "psnr": psnr(output.detach(), video), "grad": optimizer.step(loss, i)}
 
-    train(run, "vae", run.steps["vae"], {"vae": vae, "norm": norm, "optimizer": optimizer}, step)
+    train(run, "vae", run.steps["vae"], {"norm": norm, **optimizer.parts()}, step)
     with torch.no_grad():
         last, std = vae.encoder[-1], (norm.running_var + norm.eps).sqrt()
         last.weight /= std.view(-1, 1, 1, 1)
@@ -387,15 +372,21 @@ def train_vae(run):
     write(run.path("vae"), lambda path: save_file(tensors, path, vae.metadata()))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Clips, filmed and encoded once, and the batches drawn from them.
 
-def new_pool(run, clips, name):
-    """Film and encode clips: {"latents" (n, C, F, h, w) float16, "tracks", "visible", "text"}; kept in a file."""
-    path = run.cache(name, "vae", clips)
-    if path.exists():
-        return load_file(path)
-    vae, parts = run.vae(), []
+def kept(run, name, source, count, make):
+    """What make(run, name, count) yields, dicts of tensors, joined along the first axis; in a file named by the weights
+    `source`, which make it, the seed and the count, where it is read from if it is there."""
+    path = run.out / f"{name}.{seed_of(run.checksum(source), run.seed, count):08x}.safetensors"
+    if not path.exists():
+        parts = [*make(run, name, count)]
+        write(path, save_file, {key: torch.cat([part[key] for part in parts]).cpu() for key in parts[0]})
+    return load_file(path)
+
+
+def film_clips(run, name, clips):
+    """Film and encode clips: {"latents" (8, C, F, h, w) float16, "tracks", "visible", "text"}, eight by eight."""
+    vae = run.vae()
     for i in tqdm(range(0, clips, 8), f"film {name}"):
         rng = torch.Generator().manual_seed(seed_of(run.seed, name, i))
         scenes = new_scenes(8, CLIP, rng)
@@ -403,10 +394,7 @@ def new_pool(run, clips, name):
             latents = vae.encode(film(scenes, SIZE).to(run.device))
         tracks, visible = scene_tracks(scenes, SIZE, rng)
         text = torch.cat([embed_words(caption, run.config) for caption in scenes["caption"]])
-        parts.append({"latents": latents.half().cpu(), "tracks": tracks, "visible": visible, "text": text})
-    pool = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-    write(path, save_file, pool)
-    return pool
+        yield {"latents": latents.half(), "tracks": tracks, "visible": visible, "text": text}
 
 
 def painted(visible):
@@ -441,7 +429,6 @@ def draw_batch(run, pool, batch, frames=None, dense=False):
     return latents.to(run.device), text.to(run.device), {k: v.to(run.device) for k, v in points.items()}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Stage 2: the teacher.
 
 def draw_sigma(batch, shift, share_at_one):
@@ -462,29 +449,13 @@ def flow_loss(model, x0, sigma, conditions, emphasis=0.0):
     return (error * weight)[:, 1:].sum() / weight[:, 1:].sum()
 
 
-@torch.no_grad()
-def error_at_one(run, model, pool):
-    """Mean squared error of x0 predicted from pure noise, on clips never trained on: with all tracks, and with none.
-    The gap tells early whether tracks are used; the flow loss does not."""
-    batch = {key: value[:24].to(run.device) for key, value in pool.items()}
-    x0, points = batch["latents"].float(), {key: batch[key] for key in ("tracks", "visible")}
-    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(run.device)
-    x_t, level = with_first(noise, torch.ones(len(x0), device=run.device), x0[:, :, :1])
-    ids = track_ids(**points, config=run.config, generator=torch.Generator().manual_seed(0))
-    with run.autocast():
-        features = track_features(model, **points, ids=ids)
-        velocities = {name: model(x_t, level, batch["text"], tracks=tracks)
-                      for name, tracks in (("x0_tracks", features), ("x0_none", None))}
-    return {name: (to_x0(x_t, v, level) - x0)[:, :, 1:].square().mean() for name, v in velocities.items()}
-
-
 def train_teacher(run):
     """Bidirectional rectified flow on half and on whole clips, half of it at sigma 1. The first quarter sees all
-    tracks, as in the paper's first stage: with dense tracks a model learns sooner what they are for."""
-    pool, fresh = new_pool(run, run.clips, "pool"), new_pool(run, 24, "fresh")
+    tracks, as in the paper's first stage: with dense tracks a model learns sooner what they are for. That is seen early
+    in the error at sigma 1 with all tracks and with none, on clips never trained on, and not in the flow loss."""
+    pool, fresh = kept(run, "pool", "vae", run.clips, film_clips), kept(run, "fresh", "vae", 24, film_clips)
     model = MotionStream(run.config).to(run.device)
-    average = copy.deepcopy(model).requires_grad_(False)
-    optimizer = Optimizer(model, muon=0.015, adam=3e-3, steps=run.steps["teacher"])
+    optimizer = Optimizer(model, muon=0.015, adam=3e-3, steps=run.steps["teacher"], ema=0.99)
 
     def step(i):
         dense = i < run.steps["teacher"] // 4
@@ -493,40 +464,38 @@ def train_teacher(run):
         keep = (torch.rand(len(x0), 1, 1, 1, 1) > 0.1).to(run.device)        # the rest is without any motion input
         with run.autocast():
             loss = flow_loss(model, x0, sigma, {"text": text, "tracks": keep * track_features(model, **points)}, 4.0)
-        grad = optimizer.step(loss)
-        update_average(average, model, min(0.99, i / (i + 10)))
-        return {"loss": loss, "grad": grad} | (error_at_one(run, average, fresh) if i % 200 == 199 else {})
+        numbers = {"loss": loss, "grad": optimizer.step(loss, i)}
+        if i % 200 == 199:
+            torch.manual_seed(0)
+            x0, text, points = draw_batch(run, fresh, 24, dense=True)
+            with torch.no_grad(), run.autocast():
+                features, ones = track_features(optimizer.average, **points), torch.ones(24, device=run.device)
+                for name, tracks in ("x0_tracks", features), ("x0_none", 0 * features):
+                    numbers[name] = flow_loss(optimizer.average, x0, ones, {"text": text, "tracks": tracks})
+        return numbers
 
-    train(run, "teacher", run.steps["teacher"], {"model": model, "average": average, "optimizer": optimizer}, step)
-    save_pretrained(average, run.path("teacher"), torch.float16)
+    train(run, "teacher", run.steps["teacher"], optimizer.parts(), step)
+    save_pretrained(optimizer.average, run.path("teacher"), torch.float16)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Stage 3: causal initialisation. The teacher becomes a student that sees only what the cache holds (section 3.2).
 
 CONTEXTS = ((1, 1),) * 3 + ((0, 1), (1, 0), (2, 1), (1, 2), (1, None))      # (sink, window) in chunks, drawn per step
 
 
-def new_trajectories(run):
-    """ODE trajectories of the guided teacher: the states at the student's noise levels and the end, (n, 1 + levels, C,
-    F, h, w) float16, with what the teacher was given; kept in a file."""
-    path = run.cache("trajectories", "teacher", run.trajectories)
-    if path.exists():
-        return load_file(path)
-    teacher, pool, parts = run.model("teacher"), new_pool(run, run.clips, "pool"), []
-    wanted = set(run.config.sigmas)
-    for i in tqdm(range(0, run.trajectories, 8), "trajectories"):
-        torch.manual_seed(seed_of(run.seed, "trajectories", i))
+def sample_trajectories(run, name, count):
+    """ODE trajectories of the guided teacher: the states at the student's noise levels and the end, (8, 1 + levels, C,
+    F, h, w) float16, with what the teacher was given, eight by eight."""
+    teacher, pool, wanted = run.model("teacher"), kept(run, "pool", "vae", run.clips, film_clips), {*run.config.sigmas}
+    for i in tqdm(range(0, count, 8), name):
+        torch.manual_seed(seed_of(run.seed, name, i))
         x0, text, points = draw_batch(run, pool, 8)
         with torch.no_grad(), run.autocast():
             conditions = {"text": text, "tracks": track_features(teacher, **points)}
             states = [x for x, sigma in euler(teacher, torch.randn_like(x0), conditions, x0[:, :, :1])
                       if sigma in wanted or sigma == 0]
         assert len(states) == len(wanted) + 1, f"{len(states) - 1} of {wanted} lie on the teacher's schedule"
-        parts.append({"states": torch.stack(states, 1).half(), "text": text, **points})
-    trajectories = {key: torch.cat([part[key] for part in parts]).cpu() for key in parts[0]}
-    write(path, save_file, trajectories)
-    return trajectories
+        yield {"states": torch.stack(states, 1).half(), "text": text, **points}
 
 
 def worn(x0, chunk):
@@ -560,11 +529,10 @@ def causal_loss(model, states, x0, memory, conditions, context):
 
 def train_causal(run):
     """Student from teacher, on the teacher's ODE trajectories."""
-    trajectories = new_trajectories(run)
+    trajectories = kept(run, "trajectories", "teacher", run.trajectories, sample_trajectories)
     student = run.model("teacher", causal=True).requires_grad_(True)
     student.track_head.requires_grad_(False)                                # frozen after the teacher (appendix D)
-    average = copy.deepcopy(student).requires_grad_(False)
-    optimizer = Optimizer(student, muon=2e-3, adam=1e-3, steps=run.steps["causal"])
+    optimizer = Optimizer(student, muon=2e-3, adam=1e-3, steps=run.steps["causal"], ema=0.98)
 
     def step(i):
         rows = torch.randint(0, len(trajectories["text"]), (4,))
@@ -575,28 +543,27 @@ def train_causal(run):
         with run.autocast():
             conditions = {"text": batch["text"], "tracks": track_features(student, **points)}
             loss = causal_loss(student, states, x0, worn(x0, run.config.chunk), conditions, context)
-        grad = optimizer.step(loss)
-        update_average(average, student, min(0.98, i / (i + 10)))
-        return {"loss": loss, "grad": grad}
+        return {"loss": loss, "grad": optimizer.step(loss, i)}
 
-    train(run, "causal", run.steps["causal"], {"student": student, "average": average, "optimizer": optimizer}, step)
-    save_pretrained(average, run.path("causal"), torch.float16)
+    train(run, "causal", run.steps["causal"], optimizer.parts(), step)
+    save_pretrained(optimizer.average, run.path("causal"), torch.float16)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Stage 4: Self-Forcing with distribution matching (eq. 3, 4). Generator: the student. Teacher: the real score, guided.
 # Critic: the fake score, which learns what the generator makes now.
 
-def dmd_loss(x0, teacher, critic, conditions, first, guidance, shift=5.0):
+def dmd_loss(x0, teacher, critic, conditions, first, guidance, weight=1.0, shift=5.0):
     """The generator's loss on its own latents x0 (B, C, F, h, w): its gradient is (critic - teacher), both as x0
     predicted from x0 noised to one random sigma a clip, over the mean distance of x0 to the teacher (DMD eq. 7, 8).
-    Where the image gives frame 0, both agree with it and the gradient is zero."""
+    Where the image gives frame 0, both agree with it and the gradient is zero. weight (B,): how much a clip counts,
+    exp(reward / beta) in Re-DMD (Reward Forcing eq. 11)."""
     with torch.no_grad():
         sigma = shift_sigma(torch.rand(len(x0), device=x0.device), shift).clamp(0.02, 0.98)
         x_t, level = with_first(add_noise(x0, torch.randn_like(x0), sigma), sigma, first)
         real = to_x0(x_t, guided_velocity(teacher, x_t, level, conditions, guidance), level)
         fake = to_x0(x_t, critic(x_t, level, **conditions), level)
-        direction = (fake - real) / (x0 - real).abs().mean((1, 2, 3, 4), keepdim=True)
+        distance = (x0 - real).abs().mean((1, 2, 3, 4)) / weight
+        direction = (fake - real) / distance.view(-1, 1, 1, 1, 1)
     return 0.5 * F.mse_loss(x0, x0.detach() - direction)
 
 
@@ -606,16 +573,40 @@ def critic_loss(x0, critic, conditions, shift=5.0):
     return flow_loss(critic, x0.detach(), sigma, conditions)
 
 
+def motion_reward(video, batch):
+    """How well the video (B, 3, T, H, W) follows the tracks in `batch`: (B,) in [-1, 1]. Where a track goes, the colour
+    should be that of its start. 1: it is everywhere; 0: a video that stands still does as well."""
+    B, _, T, H, W = video.shape
+    seen = batch["visible"] & batch["visible"][:, :1]
+    grid = (2 * batch["tracks"] / torch.tensor([W, H]).to(video) - 1).flatten(0, 1)[:, :, None]     # (B T, N, 1, 2)
+
+    def error(frames):
+        colours = F.grid_sample(frames.transpose(1, 2).flatten(0, 1), grid, align_corners=False).view(B, T, 3, -1)
+        return ((colours - colours[:, :1]).abs().mean(2) * seen).sum((1, 2)) / seen.sum((1, 2)).clamp(min=1)
+
+    still, error = error(video[:, :, :1].expand_as(video)), error(video)
+    return ((still - error) / (still + 0.1)).clamp(-1, 1)
+
+
+def find_reward(name):
+    """--reward: "motion", or FILE.py:FUNCTION of your own, (video in [-1, 1], batch with text, tracks, visible, ids) to
+    (B,), the higher the better."""
+    file, _, function = name.rpartition(":")
+    try:
+        return runpy.run_path(file)[function] if file else {"motion": motion_reward}[name]
+    except (OSError, KeyError, SyntaxError) as e:
+        raise UserError(f"--reward {name}: neither motion nor FILE.py:FUNCTION ({type(e).__name__}: {e})") from None
+
+
 def train_student(run):
-    """A generator update every `run.critic_steps` critic updates, each on a new rollout that ends at a random step."""
-    pool = new_pool(run, run.clips, "pool")
-    teacher = run.model("teacher")
-    generator, critic = run.model("causal").requires_grad_(True), run.model("teacher").requires_grad_(True)
-    generator.track_head.requires_grad_(False)
-    critic.track_head.requires_grad_(False)
-    average = copy.deepcopy(generator).requires_grad_(False)
-    betas, updates = (0.0, 0.99), run.steps["distill"] // run.critic_steps
-    optimizer_g = Optimizer(generator, muon=1e-3, adam=1e-4, betas=betas, steps=updates)
+    """A generator update every CRITIC_STEPS critic updates, each on a new rollout that ends at a random step."""
+    pool, reward = kept(run, "pool", "vae", run.clips, film_clips), run.args.reward and find_reward(run.args.reward)
+    teacher, vae = run.model("teacher"), run.vae()
+    generator, critic = run.model("causal", sink_decay=run.config.sink_decay), run.model("teacher")
+    for model in generator, critic:
+        model.requires_grad_(True).track_head.requires_grad_(False)
+    betas, updates = (0.0, 0.99), run.steps["distill"] // CRITIC_STEPS
+    optimizer_g = Optimizer(generator, muon=1e-3, adam=1e-4, betas=betas, steps=updates, ema=0.98)
     optimizer_c = Optimizer(critic, muon=2e-3, adam=2e-4, betas=betas)
 
     def generate(grad):
@@ -624,25 +615,26 @@ def train_student(run):
         with run.autocast():
             conditions = {"text": text, "tracks": track_features(generator, **points)}
             chunks = rollout(generator, torch.randn_like(x0), conditions, x0[:, :, :1], exit_step=exit_step, grad=grad)
-            return torch.cat(list(chunks), 2), conditions
+            return torch.cat(list(chunks), 2), conditions, {"text": text, **points}
 
     def step(i):
         numbers = {}
-        if i % run.critic_steps == 0:
-            x0, conditions = generate(grad=True)
+        if i % CRITIC_STEPS == 0:
+            x0, conditions, batch = generate(grad=True)
             with run.autocast():
-                loss = dmd_loss(x0, teacher, critic, conditions, x0[:, :, :1].detach(), teacher.config.guidance)
-            numbers = {"loss_g": loss, "grad_g": optimizer_g.step(loss), "std": x0.std()}
-            update_average(average, generator, min(0.98, i / (i + 50)))
-        x0, conditions = generate(grad=False)
+                first, weight = x0[:, :, :1].detach(), 1.0
+                if reward:
+                    numbers["reward"] = (score := reward(vae.decode(x0.detach())[0].float(), batch)).mean()
+                    weight = torch.exp(score / run.args.beta)
+                loss = dmd_loss(x0, teacher, critic, conditions, first, teacher.config.guidance, weight)
+            numbers |= {"loss_g": loss, "grad_g": optimizer_g.step(loss, i // CRITIC_STEPS), "std": x0.std()}
+        x0, conditions, _ = generate(grad=False)
         with run.autocast():
             loss = critic_loss(x0, critic, conditions)
-        return numbers | {"loss_c": loss, "grad_c": optimizer_c.step(loss)}
+        return numbers | {"loss_c": loss, "grad_c": optimizer_c.step(loss, i)}
 
-    parts = {"generator": generator, "critic": critic, "average": average, "optimizer_g": optimizer_g,
-             "optimizer_c": optimizer_c}
-    train(run, "distill", run.steps["distill"], parts, step)
-    save_pretrained(average, run.path("student"), torch.float16)
+    train(run, "distill", run.steps["distill"], optimizer_g.parts("generator") | optimizer_c.parts("critic"), step)
+    save_pretrained(optimizer_g.average, run.path("student"), torch.float16)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -654,10 +646,8 @@ def sheet(path, rows, count=6, scale=2):
     page = Image.new("RGB", (count * side, len(rows) * (side + 14)), "white")
     for r, (label, video, marks) in enumerate(rows):
         ImageDraw.Draw(page).text((4, r * (side + 14)), label, fill="black")
-        frames = to_frames(video[None])
-        for i in range(count):
-            t = round(i * (len(frames) - 1) / (count - 1))
-            frame = enlarge(frames[t], scale)
+        for i, t in enumerate(torch.linspace(0, video.shape[1] - 1, count).round().int().tolist()):
+            frame = enlarge(to_frames(video[None, :, t:t + 1])[0], scale)
             if marks is not None:
                 frame = draw_tracks(frame, *(mark[:t + 1].numpy() for mark in marks), scale)
             page.paste(Image.fromarray(frame), (i * side, r * (side + 14) + 14))
@@ -668,12 +658,11 @@ def plot(path, curves, title, width=640, height=320):
     """Lines {name: [(x, y)]} as a PNG, with the ranges written on it."""
     page = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(page)
-    points = [p for curve in curves.values() for p in curve]
-    (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points))
+    (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*sum(curves.values(), [])))
     draw.rectangle((50, 30, width - 10, height - 30), outline="grey")
-    for text, at in (title, (50, 8)), (f"{y1:.3g}", (4, 30)), (f"{y0:.3g}", (4, height - 42)), \
-                    (f"{x0:.0f}", (50, height - 24)), (f"{x1:.0f}", (width - 50, height - 24)):
-        draw.text(at, text, fill="black")
+    for x, y, text in (50, 8, title), (4, 30, f"{y1:.3g}"), (4, height - 42, f"{y0:.3g}"), \
+                      (50, height - 24, f"{x0:.0f}"), (width - 50, height - 24, f"{x1:.0f}"):
+        draw.text((x, y), text, fill="black")
     right, up = (width - 60) / (x1 - x0 or 1), (height - 60) / (y1 - y0 or 1)
     for i, (name, curve) in enumerate(curves.items()):
         colour = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")[i % 6]
@@ -685,14 +674,13 @@ def plot(path, curves, title, width=640, height=320):
 def plot_stage(run, stage):
     """Curves of a stage from stats.jsonl, each number averaged over 2 % of the stage."""
     logged = (row for row in map(json.loads, open(run.out / "stats.jsonl")) if row["stage"] == stage)
-    rows = [*{row["step"]: row for row in logged}.values()]                # a step after a crash is logged again
-    curves, span = {}, max(1, len(rows) // 50)
-    for name in {key for row in rows for key in row} - {"stage", "step", "seconds", "grad", "grad_g", "grad_c", "psnr"}:
+    rows, curves = [*{row["step"]: row for row in logged}.values()], {}     # a step after a crash is logged again
+    for name in "loss", "loss_c", "loss_g", "reward", "std", "x0_none", "x0_tracks":
         values = [(row["step"], row[name]) for row in rows if name in row]
-        size = max(1, span * len(values) // len(rows))
+        size = len(values) // 50 + 1
         groups = [values[i:i + size] for i in range(0, len(values), size)]
-        curves[name] = [(group[0][0], sum(v for _, v in group) / len(group)) for group in groups]
-    plot(run.out / f"{stage}.png", dict(sorted(curves.items())), f"{stage}: {len(rows)} steps")
+        curves |= {name: [(group[0][0], sum(v for _, v in group) / len(group)) for group in groups]} if values else {}
+    plot(run.out / f"{stage}.png", curves, f"{stage}: {len(rows)} steps")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -883,24 +871,17 @@ class Run:
     """The settings of one training, its folder, and the weights in it."""
 
     def __init__(self, args):
-        self.out, self.device, self.seed = Path(args.out), args.device, args.seed
-        self.config = replace(PRESETS["tiny"], tracks=args.tracks)
-        self.steps = {"vae": 2000, "teacher": 10000, "causal": 800, "distill": 1200}
-        self.vae_clips, self.clips, self.trajectories, self.eval_clips, self.eval_frames = 256, 5120, 480, 16, 10_000
-        self.critic_steps = 5
-        if args.smoke:
-            self.steps = {"vae": 4, "teacher": 4, "causal": 3, "distill": 6}
-            self.vae_clips, self.clips, self.trajectories, self.eval_clips, self.eval_frames = 8, 16, 8, 1, 33
-        if args.steps:
-            self.steps[args.stage] = args.steps
-        self.eval_clips, self.eval_frames = args.clips or self.eval_clips, args.frames or self.eval_frames
+        self.args, self.out, self.device, self.seed = args, Path(args.out), args.device, args.seed
+        self.config = replace(PRESETS["tiny"], tracks=args.tracks, sink_decay=args.sink_decay)
+        self.steps = dict(zip(STAGES, (4, 4, 3, 6) if args.smoke else (2000, 10_000, 800, 1200)))
+        self.steps |= {args.stage: args.steps} if args.steps else {}
+        self.vae_clips, self.clips, self.trajectories = (8, 16, 8) if args.smoke else (256, 5120, 480)
+        self.eval_clips = args.clips or (1 if args.smoke else 16)
+        self.eval_frames = args.frames or (33 if args.smoke else 10_000)
         self.shipped = args.stage == "eval" and not (self.out / "vae.safetensors").exists()
+        self.out.mkdir(parents=True, exist_ok=True)
         try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            open(self.out / "stats.jsonl", "a").close()
             torch.zeros(1, device=self.device)
-        except OSError as e:
-            raise UserError(f"{self.out}: cannot be written ({e.strerror}); choose another --out") from None
         except (RuntimeError, AssertionError):
             raise UserError(f"--device {self.device}: not available here") from None
 
@@ -912,25 +893,14 @@ class Run:
         """Of the weights called `name`."""
         return zlib.crc32(self.path(name).read_bytes())
 
-    def cache(self, name, source, count):
-        """The file of what the weights `source` made once, named by them, the seed and the count."""
-        return self.out / f"{name}.{seed_of(self.checksum(source), self.seed, count):08x}.safetensors"
-
     def settings(self, stage):
         """What a checkpoint of the stage depends on: another of these would make it a mixture."""
-        return f"seed {self.seed}, {self.config.tracks} IDs, from weights {[*map(self.checksum, NEEDS[stage])]}"
+        names = ("seed", "tracks", *(("reward", "beta", "sink_decay") if stage == "distill" else ()))
+        return {name: getattr(self.args, name) for name in names} | {"weights": [*map(self.checksum, NEEDS[stage])]}
 
     def autocast(self):
-        """bfloat16 where it helps, on the CPU too. Without a cache of cast weights: torch before 2.11 would hand
-        those of a step without a graph to the step that has one."""
+        """bfloat16, on the CPU too. No cache of weights: torch before 2.11 hands those without a graph to all."""
         return torch.autocast(torch.device(self.device).type, torch.bfloat16, cache_enabled=False)
-
-    def videos(self, count):
-        """Clips to train the VAE on: (count, 3, CLIP, SIZE, SIZE) uint8."""
-        rng = torch.Generator().manual_seed(seed_of(self.seed, "vae"))
-        pieces = [((film(new_scenes(8, CLIP, rng), SIZE) + 1) * 127.5).round().byte()
-                  for _ in tqdm(range(0, count, 8), "film for the vae")]
-        return torch.cat(pieces)
 
     def vae(self):
         """The trained VAE."""
@@ -962,6 +932,9 @@ def parse_flags(argv):
     parser.add_argument("--frames", type=count, help="length of the streams that eval measures (10000)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (0)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--reward", help="to weight distillation by: motion, or FILE.py:FUNCTION (none)")
+    parser.add_argument("--beta", type=number(float, 0.01, 100), default=0.5, help="weight is exp(reward / beta) (0.5)")
+    parser.add_argument("--sink-decay", type=number(float, 0, 1), default=1.0, help="below 1: EMA-Sink (1)")
     parser.add_argument("--tracks", choices=["random", "start"], default="start", help="how tracks get their IDs")
     args = parser.parse_args(argv)
     if args.steps and args.stage not in STAGES:
@@ -979,13 +952,14 @@ def main(argv=None):
         for stage, train_stage in STAGES.items():
             if args.stage == stage or args.stage == "all" and not run.path(WEIGHTS[stage]).exists():
                 check_needs(run, stage)
+                torch.manual_seed(seed_of(run.seed, stage))             # of the weights that a stage begins with
                 train_stage(run)
                 plot_stage(run, stage)
                 preview(run, stage)
         if args.stage in ("all", "eval"):
             check_needs(run, "eval")
             evaluate(run)
-    except UserError as e:
+    except (UserError, OSError) as e:                   # a full disk, say, whatever was written: files are whole
         print(f"error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:                           # outside a training step: while filming, say
