@@ -4,7 +4,8 @@
     teacher  bidirectional rectified flow, given the first frame, text and tracks
     causal   the student: regression on the teacher's ODE trajectories, chunk by chunk through the KV cache
     distill  Self-Forcing DMD: the student rolls out as it will at inference, teacher and critic score the result
-    eval     the numbers and pictures of the README
+    eval     the numbers and pictures of the README; experiments: the papers', as far as they need no other training
+
     python train_distill.py                  all of it, resumed where it stopped; --smoke: a few steps, to see it run
     python train_distill.py --stage teacher  one stage
 
@@ -14,6 +15,7 @@ a loss curve and a preview sheet for each stage.
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import os
@@ -35,7 +37,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from motionstream import (PRESETS, KVCache, MotionStream, add_noise, embed_words, euler, guided_velocity, rollout,
-                          save_pretrained, shift_sigma, to_x0, track_features, track_ids, with_first, write)
+                          save_pretrained, schedule, shift_sigma, to_x0, track_features, track_ids, with_first, write)
 from sample import (ASSETS, Motion, Parser, UserError, draw_tracks, enlarge, hold_signals, number, sample_teacher,
                     stream, to_frames)
 from vae import TINY, TinyVAE
@@ -686,9 +688,10 @@ def plot_stage(run, stage):
 # ----------------------------------------------------------------------------------------------------------------------
 # Playing and measuring. Scenes come from seeds that no training stage uses.
 
-def play(run, name, scene, points, text, context=None):
+def play(run, name, scene, points, text, **overrides):
     """The video (B, 3, T, SIZE, SIZE), in pieces, that "teacher", "causal" or "student" makes of the scene's first
-    frame, {"tracks", "visible"} and text (1 or B, L, text_dim); "vae" is the truth through the VAE, "still" frame 0."""
+    frame, {"tracks", "visible"} and text (1 or B, L, text_dim); "vae" is the truth through the VAE, "still" frame 0.
+    overrides: fields of Config."""
     vae, T = run.vae(), scene["pan"].shape[1]
     if name == "still":
         yield film(scene, SIZE, 0, 1).expand(-1, -1, T, -1, -1)
@@ -696,8 +699,7 @@ def play(run, name, scene, points, text, context=None):
     if name == "vae":
         yield vae.decode(vae.encode(film(scene, SIZE).to(run.device)))[0].cpu()
         return
-    sink, window = context or (run.config.sink, run.config.window)
-    model, state = run.model(name, sink=sink, window=window), None
+    model, state = run.model(name, **overrides), None
     first = vae.encode(film(scene, SIZE, 0, 1).to(run.device))
     tracks, visible = (points[key].to(run.device) for key in ("tracks", "visible"))
     motion = Motion(tracks, visible, track_ids(tracks, visible, model.config))
@@ -726,128 +728,154 @@ def masses(video, colours):
     return mass, where / mass.clamp(min=1e-6)[..., None]
 
 
-def endpoint_errors(video, truth, scene):
-    """End-point errors in percent of the width, one per object and frame in which at least half of it can be seen, and
-    the share of those where it is lost: less than a quarter of its mass is there. No error is over 30 %, a lost
-    object's is 30."""
-    mass, where = masses(video, scene["colour"])
-    true_mass, true_where = masses(truth, scene["colour"])
-    seen = scene["present"][:, None] & (true_mass > 0.5 * true_mass.amax(1, keepdim=True)) & (true_mass > 1)
-    lost = mass < 0.25 * true_mass
-    error = torch.where(lost, 30.0, ((where - true_where).norm(dim=-1) * 100 / SIZE).clamp(max=30))
-    return error[seen], lost[seen].float()
-
-
 def psnr(a, b):
     """Decibels between videos in [-1, 1]."""
     return -10 * math.log10((a - b).square().mean().item() / 4 + 1e-10)
 
 
-def select_tracks(visible, how):
-    """Of all true tracks: "dense" all, "drag" the centre of each object, "none"."""
-    n = torch.arange(visible.shape[-1])
-    return visible & {"dense": n >= 0, "drag": (n < OBJECTS * POINTS) & (n % POINTS == 0), "none": n < 0}[how]
+def measure(video, truth, first, scene):
+    """A piece of video beside the true one, as numbers. End-point errors are in percent of the width, one per object
+    and frame in which at least half of it can be seen; it is lost (percent of those) if less than a quarter of its mass
+    is there. No error is over 30, a lost object's is 30. PSNR in dB. As shares of the truth's: the first object's
+    colour, light, sharpness, and motion, how far objects go. copying: how much of what the stream's first frame (B, 3,
+    1, H, W) has and the truth has not is there, 1 = all."""
+    mass, where = masses(video, scene["colour"])
+    true_mass, true_where = masses(truth, scene["colour"])
+    seen = scene["present"][:, None] & (true_mass > 0.5 * true_mass.amax(1, keepdim=True)) & (true_mass > 1)
+    lost = mass < 0.25 * true_mass
+    error = torch.where(lost, 30.0, ((where - true_where).norm(dim=-1) * 100 / SIZE).clamp(max=30))[seen]
+    there = (seen & ~lost)[:, 1:] & ~lost[:, :-1]
+    move, edge = [], []
+    for v, place in (video, where), (truth, true_where):
+        move.append(place.diff(dim=1).norm(dim=-1)[there].sum())
+        edge.append(sum(v.diff(dim=d).abs().mean() for d in (3, 4)))
+    numbers = {"median": error.median(), "mean": error.mean(), "lost": 100 * lost[seen].float().mean(),
+               "psnr": psnr(video, truth), "colour": mass[..., 0].sum() / true_mass[..., 0].sum(),
+               "light": (video + 1).mean() / (truth + 1).mean(), "sharp": edge[0] / edge[1],
+               "motion": move[0] / move[1],
+               "copying": ((video - truth) * (first - truth)).sum() / (first - truth).square().sum()}
+    return {name: float(number) for name, number in numbers.items()}    # tensors kept would scatter the heap
 
 
-def other_motion(scene):
-    """The same first frame, every object going the opposite way."""
-    start = scene["position"][:, :, :1]
-    return scene | {"position": (2 * start - scene["position"]).clamp(0.05, 0.95)}
-
-
-def eval_following(run, names, clips=16):
-    """The table of end-point errors: one row a scene kind, tracks and model."""
-    neutral, table = embed_words(NEUTRAL, run.config), []
-    kinds = {"1 object": dict(objects=1), "3 objects": dict(objects=3), "1 object, other way": dict(objects=1),
-             "foreign, 81 frames": dict(objects=1, flat=True)}
-    for kind, options in kinds.items():
-        rng = torch.Generator().manual_seed(seed_of("eval", options["objects"], "foreign" in kind))
-        frames = 81 if "foreign" in kind else CLIP
-        scene = new_scenes(clips, frames, rng, camera=False, attributes=(0, 0), moving=True, **options)
-        scene = other_motion(scene) if "other" in kind else scene
-        truth, (tracks, visible) = film(scene, SIZE), scene_tracks(scene, SIZE, rng)
-        rows = [("vae", "none"), ("still", "none")] + [(n, how) for n in names for how in ("dense", "drag", "none")]
-        for name, how in tqdm(rows, kind):
-            if name == "teacher" and frames != CLIP:
-                continue
-            points = {"tracks": tracks, "visible": select_tracks(visible, how)}
-            video = torch.cat(list(play(run, name, scene, points, neutral)), 2)
-            error, lost = endpoint_errors(video, truth, scene)
-            table.append({"scene": kind, "tracks": how, "model": name, "median": error.median().item(),
-                          "mean": error.mean().item(), "lost": 100 * lost.mean().item(), "psnr": psnr(video, truth)})
-            print(table[-1])
-    return table
-
-
-def eval_text(run, name, clips):
-    """What the caption adds: PSNR of the last third of a clip whose objects are dragged, with the right caption, the
-    other one of its kind, the neutral one and the null text."""
-    table = []
-    for light, motion in ((1, 0), (2, 0), (0, 1), (0, 2)):
-        rng = torch.Generator().manual_seed(seed_of("text", light, motion))
-        scene = new_scenes(clips, CLIP, rng, objects=2, camera=False, attributes=(light, motion), moving=True)
-        truth, (tracks, visible) = film(scene, SIZE), scene_tracks(scene, SIZE, rng)
-        points = {"tracks": tracks, "visible": select_tracks(visible, "drag")}
-        prompts = {"right": caption(light, motion), "wrong": caption(-light % 3, -motion % 3),      # 1 for 2, 2 for 1
-                   "neutral": NEUTRAL, "none": None}
-        row = {"caption": caption(light, motion), "model": name}
-        for label, prompt in prompts.items():
-            video = torch.cat(list(play(run, name, scene, points, embed_words(prompt, run.config))), 2)
-            row[label] = psnr(video[:, :, 30:], truth[:, :, 30:])
-        table.append(row)
-        print(row)
-    return table
-
-
-def eval_stream(run, frames, camera, context, name="student"):
-    """One endless stream, in tenths: error, lost, colour (mass over the truth's) and sharpness (gradient over the
-    truth's), seconds a chunk; two clips, one object in each, dragged by its centre."""
-    rng = torch.Generator().manual_seed(seed_of("stream", camera))
-    frames = max(0, frames - 9) // 12 * 12 + 9
-    scene = new_scenes(2, frames, rng, objects=1, camera=camera, attributes=(0, 0), moving=True)
+def new_case(seed, clips, frames, points="drag", change=None, speed=1, **options):
+    """Scenes of moving objects (options: see new_scenes), `speed` times as fast as in training, and {"tracks",
+    "visible"}. points: "dense" all, "drag" the centre of each object, "none". change: of the scene, "other way" (the
+    same first frame, each object goes the opposite way), "teleport" (half-way, each jumps to the opposite place); of
+    what the tracks say, "two ways" (every second one goes the opposite way), "jittered" (by 2 % of the width, anew in
+    each frame), "late" (nothing is said of frames 1 to 12), "broken" (half of the pieces of 4 frames are missing)."""
+    rng = torch.Generator().manual_seed(seed_of(seed))
+    scene = new_scenes(clips, frames * speed, rng, **{"camera": False, "attributes": (0, 0), "moving": True} | options)
+    path, t = scene["position"][:, :, ::speed], torch.arange(frames)[:, None]
+    back, jump = (2 * path[:, :, :1] - path).clamp(0.05, 0.95), torch.where(t < frames // 2, path, 1 - path)
+    scene |= {key: scene[key][:, ::speed] for key in ("pan", "zoom", "gains", "spin", "pulse")}
+    scene["position"] = {"other way": back, "teleport": jump}.get(change, path)
     tracks, visible = scene_tracks(scene, SIZE, rng)
-    visible = select_tracks(visible, "dense" if camera else "drag")
-    points, text = {"tracks": tracks, "visible": visible}, embed_words(NEUTRAL, run.config)
-    rows, start, clock = [], 0, time.perf_counter()
-    for video in tqdm(play(run, name, scene, points, text, context), f"camera {camera}, {context}", frames // 12):
-        seconds, stop = time.perf_counter() - clock, start + video.shape[2]
-        span = {key: scene[key][:, start:stop] for key in ("pan", "zoom", "gains", "spin", "pulse")}
-        truth = film(scene | span | {"position": scene["position"][:, :, start:stop]}, SIZE)
-        error, lost = endpoint_errors(video, truth, scene)
-        mass = [masses(v, scene["colour"])[0][..., 0].sum() for v in (video, truth)]
-        edge = [sum(v.diff(dim=d).abs().mean() for d in (3, 4)) for v in (video, truth)]
-        row = start, error.mean(), 100 * lost.mean(), mass[0] / mass[1], edge[0] / edge[1], seconds
-        rows.append([*map(float, row)])                 # small tensors kept between large ones would scatter the heap
-        start, clock = stop, time.perf_counter()
-    tenths = torch.tensor(rows).split((len(rows) + 9) // 10)
-    names = ("from", "error", "lost", "colour", "sharp", "seconds")
-    return [dict(zip(names, [part[0, 0].item(), *part[:, 1:].nanmean(0).tolist()])) for part in tenths]
+    n = torch.arange(tracks.shape[2])
+    if change == "two ways":
+        tracks = torch.where(n[:, None] % 2 == 1, scene_tracks(scene | {"position": back}, SIZE, rng)[0], tracks)
+    if change == "jittered":
+        tracks = tracks + 0.02 * SIZE * torch.randn(tracks.shape, generator=rng)
+    gaps = torch.rand(clips, frames // 4 + 1, len(n), generator=rng).repeat_interleave(4, 1)[:, :frames] < 0.5
+    silent = {"late": (t > 0) & (t < 13), "broken": (t > 3) & gaps}.get(change, t < 0)
+    told = {"dense": n >= 0, "drag": (n < OBJECTS * POINTS) & (n % POINTS == 0), "none": n < 0}[points]
+    return scene, {"tracks": tracks, "visible": visible & told & ~silent}
+
+
+def eval_row(run, model="student", text=NEUTRAL, piece=None, **settings):
+    """Play a case (settings: of new_case, and fields of Config) and measure it, `piece` frames at a time (None: all at
+    once). Of each number the mean, and that of each tenth; drift: the standard deviation of PSNR over the pieces."""
+    overrides = {key: settings.pop(key) for key in [*settings] if hasattr(run.config, key)}
+    (scene, motion), piece = new_case(**settings), piece or settings["frames"]
+    first, start, rows, clock = film(scene, SIZE, 0, 1), 0, [], time.perf_counter()
+    held = first[:, :, :0]
+    for video in play(run, model, scene, motion, embed_words(text, run.config), **overrides):
+        seconds, held = time.perf_counter() - clock, torch.cat([held, video], 2)            # of the latest chunk
+        while held.shape[2] >= piece and start + piece <= settings["frames"]:
+            truth = film(scene, SIZE, start, start + piece)
+            rows.append({"from": float(start), **measure(held[:, :, :piece], truth, first, scene), "seconds": seconds})
+            start, held = start + piece, held[:, :, piece:]
+        clock = time.perf_counter()
+    numbers = torch.tensor([[*row.values()] for row in rows])
+    tenths = [dict(zip(rows[0], [part[0, 0].item(), *part[:, 1:].nanmean(0).tolist()]))
+              for part in numbers.split(math.ceil(len(rows) / 10))]
+    mean = dict(zip(rows[0], numbers.nanmean(0).tolist()))
+    return mean | {"drift": numbers[:, [*mean].index("psnr")].std(correction=0).item(), "tenths": tenths}
+
+
+def tables(run, stage):
+    """What a stage measures: {title: (what all rows have in common, [what each has besides])}, arguments of eval_row.
+    The experiments are MotionStream's table 4, figures 4 and 6a and limits, and Reward Forcing's sinks."""
+    def grid(**values):
+        return [dict(zip(values, row)) for row in itertools.product(*values.values())]
+
+    clip = {"seed": "eval 1 False", "clips": run.eval_clips, "frames": CLIP, "objects": 1}
+    if stage == "eval":
+        kinds = [{"objects": 1}, {"objects": 3, "seed": "eval 3 False"}, {"objects": 1, "change": "other way"},
+                 {"flat": True, "frames": 81, "seed": "eval 1 True"}]
+        models = grid(model=("vae", "still"), points=("none",)) + grid(model=("teacher", "causal", "student"),
+                                                                       points=("dense", "drag", "none"))
+        following = [kind | model for kind in kinds for model in models
+                     if model["model"] != "teacher" or "flat" not in kind]
+        text = [{"seed": f"text {light} {motion}", "attributes": (light, motion), "text": prompt}
+                for light, motion in ((1, 0), (2, 0), (0, 1), (0, 2))           # the right one, the wrong one (1 for 2)
+                for prompt in (caption(light, motion), caption(-light % 3, -motion % 3), NEUTRAL, None)]
+        streams = [{"seed": f"stream {camera}", "camera": camera, "points": points, "sink": sink}
+                   for camera, points in ((False, "drag"), (True, "dense")) for sink in (1, 0)]
+        return {"following": (clip, following), "text": (clip | {"objects": 2, "piece": CLIP // 3}, text),
+                "streams": (clip | {"clips": 2, "frames": run.eval_frames, "piece": 12}, streams)}
+    frames = min(run.eval_frames, 20 * CLIP)                    # 20 times the training's length, in 30 pieces
+    stream = clip | {"seed": "stream False", "clips": math.ceil(run.eval_clips / 4), "frames": frames,
+                     "piece": math.ceil(frames / 30)}
+    teacher, sinks = clip | {"model": "teacher"}, grid(sink_decay=(1.0, 0.999, 0.99, 0.9, 0.5)) + grid(sink=(0,))
+    fading = {"seed": "text 1 0", "objects": 2, "attributes": (1, 0), "text": caption(1, 0), "piece": CLIP // 3}
+    return {"streams": (stream, sinks),
+            "moving camera": (stream | {"seed": "stream True", "camera": True, "points": "dense"}, sinks),
+            "memory": (stream, grid(sink=(0, 1, 2, 3), window=(1, 2, 4))),
+            "chunk": (stream, grid(chunk=(1, 5, 7))),
+            "steps": (stream, grid(sigmas=[schedule(steps, run.config.shift) for steps in (1, 2, 4)])),
+            "self-rollout": (stream, grid(model=("causal",))),
+            "guidance": (teacher, grid(guidance=[*itertools.product((0, 1, 2, 3), (0, 1, 1.5, 3))])),
+            "light": (teacher | fading, grid(model=("still",)) + grid(guidance=[(w, 1.5) for w in (0, 1, 3)])),
+            "limits": (clip | {"points": "dense"}, grid(speed=(1, 2, 3, 4, 6, 8)) + grid(
+                change=("teleport", "two ways", "jittered", "late", "broken"))),
+            "objects": (clip, grid(objects=(1, 2, 3)))}
 
 
 @torch.no_grad()
-def evaluate(run):
-    """All tables to eval.json, and the figure of the sink."""
-    names = [n for n in ("teacher", "causal", "student") if run.path(n).exists()]
-    streams = {f"camera {'moves' if camera else 'rests'}, sink {sink}":
-               eval_stream(run, run.eval_frames, camera, (sink, 1), names[-1])
-               for camera in (False, True) for sink in (1, 0)}
-    tables = {"following": eval_following(run, names, run.eval_clips),
-              "text": eval_text(run, names[-1], run.eval_clips), "streams": streams}
-    write(run.out / "eval.json", lambda path: path.write_text(json.dumps(tables, indent=1)))
-    curves = {name: [(row["from"], row["error"]) for row in rows] for name, rows in streams.items()}
-    plot(run.out / "stream.png", curves, "end-point error, % of the width, over frames")
+def evaluate(run, stage):
+    """Measure the tables of a stage and print them, draw the streams. Its .json, {settings: {title: {row: numbers}}},
+    keeps every row when it is done, and what it has is not measured again."""
+    path = run.out / f"{stage}.json"
+    settings = f"{run.settings(stage)}, {run.eval_clips} clips, {run.eval_frames} frames"
+    everything = json.loads(path.read_text() if path.exists() else "{}")
+    done = everything.setdefault(settings, {})
+    for title, (common, rows) in tables(run, stage).items():
+        results = done.setdefault(title, {})
+        for row in tqdm(rows, title):
+            label = ", ".join(f"{key} {value}" for key, value in row.items() if key != "seed")
+            if label not in results:
+                results[label] = eval_row(run, **(common | row))
+                write(path, lambda temporary: temporary.write_text(json.dumps(everything, indent=1)))
+        names = [name for name in results[label] if name not in ("from", "tenths")]
+        print(f"\n| {title} | {' | '.join(names)} |\n{'|---' * len(names)}|---|")
+        for label, result in results.items():
+            print(f"| {label} |", " | ".join(f"{result[name]:.2f}" for name in names), "|")
+    curves = {label: [(t["from"], t["mean"]) for t in row["tenths"]] for label, row in done["streams"].items()}
+    plot(run.out / f"{stage}.png", curves, "end-point error, % of the width, over frames")
+    if stage == "experiments":
+        points = [(row["psnr"], row["mean"]) for row in done["guidance"].values()]
+        plot(run.out / "guidance.png", {f"w_text {w}": points[4 * w:4 * w + 4] for w in range(4)},
+             "end-point error, %, over PSNR, dB, at w_motion 0, 1, 1.5, 3")
 
 
 @torch.no_grad()
 def preview(run, stage):
     """What the models there are so far make of two scenes: input with its tracks, truth, and each model."""
-    rng = torch.Generator().manual_seed(seed_of("preview"))
-    scene = new_scenes(2, CLIP, rng, objects=2)
-    truth, (tracks, visible) = film(scene, SIZE), scene_tracks(scene, SIZE, rng)
-    visible, text = select_tracks(visible, "drag"), torch.cat([embed_words(c, run.config) for c in scene["caption"]])
-    videos = {name: torch.cat(list(play(run, name, scene, {"tracks": tracks, "visible": visible}, text)), 2)
+    scene, motion = new_case("preview", 2, CLIP, objects=2, camera=None, attributes=(None, None), moving=False)
+    text, truth = torch.cat([embed_words(c, run.config) for c in scene["caption"]]), film(scene, SIZE)
+    videos = {name: torch.cat(list(play(run, name, scene, motion, text)), 2)
               for name in SHIPPED if run.path(name).exists()}
-    rows = []
+    (tracks, visible), rows = motion.values(), []
     for b in range(2):
         still = truth[b, :, :1].expand(-1, CLIP, -1, -1)
         seen = visible[b].any(0)
@@ -863,7 +891,7 @@ def preview(run, stage):
 STAGES = {"vae": train_vae, "teacher": train_teacher, "causal": train_causal, "distill": train_student}
 WEIGHTS = {"vae": "vae", "teacher": "teacher", "causal": "causal", "distill": "student"}    # what a stage leaves behind
 NEEDS = {"vae": (), "teacher": ("vae",), "causal": ("vae", "teacher"), "distill": ("vae", "teacher", "causal"),
-         "eval": ("vae", "teacher", "student")}
+         "eval": ("vae", "teacher", "causal", "student"), "experiments": ("vae", "teacher", "causal", "student")}
 SHIPPED = {"vae": "tiny_vae", "teacher": "tiny_teacher", "causal": "tiny_causal", "student": "tiny"}
 
 
@@ -878,7 +906,7 @@ class Run:
         self.vae_clips, self.clips, self.trajectories = (8, 16, 8) if args.smoke else (256, 5120, 480)
         self.eval_clips = args.clips or (1 if args.smoke else 16)
         self.eval_frames = args.frames or (33 if args.smoke else 10_000)
-        self.shipped = args.stage == "eval" and not (self.out / "vae.safetensors").exists()
+        self.shipped = args.stage in ("eval", "experiments") and not (self.out / "vae.safetensors").exists()
         self.out.mkdir(parents=True, exist_ok=True)
         try:
             torch.zeros(1, device=self.device)
@@ -924,7 +952,8 @@ def parse_flags(argv):
     """The command line."""
     count = number(int, 1, 10 ** 9)
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=["all", *STAGES, "eval"], default="all", help="default: all, in order")
+    parser.add_argument("--stage", choices=["all", *STAGES, "eval", "experiments"], default="all",
+                        help="default: all but experiments")
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything, in about a minute")
     parser.add_argument("--out", default=None, help="folder to write to (runs/tiny; runs/smoke with --smoke)")
     parser.add_argument("--steps", type=count, help="steps of the one stage that is named")
@@ -956,9 +985,10 @@ def main(argv=None):
                 train_stage(run)
                 plot_stage(run, stage)
                 preview(run, stage)
-        if args.stage in ("all", "eval"):
-            check_needs(run, "eval")
-            evaluate(run)
+        if args.stage not in STAGES:
+            stage = args.stage.replace("all", "eval")
+            check_needs(run, stage)
+            evaluate(run, stage)
     except (UserError, OSError) as e:                   # a full disk, say, whatever was written: files are whole
         print(f"error: {e}", file=sys.stderr)
         return 2
