@@ -8,27 +8,31 @@ its EXIF rotation), and if wanted
     width, height       of the picture that the pixels belong to, if it is not the image itself
     ids (N,)            which vector each track has (see track_ids); fps: only compared with the model's
 or an .npy file with the tracks alone. Without visibility, NaN is hidden.
-
-What a user can put right ends in one line on stderr and exit code 2, before the model loads where it can be known.
 Shapes are those of motionstream.py.
 """
 
 import argparse
+import collections
 import colorsys
 import contextlib
-import gc
-import hashlib
-import html
+import functools
+import http.server
+import io
 import itertools
+import json
 import math
 import os
+import secrets
 import signal
 import sys
+import threading
 import time
 import warnings
 import zipfile
+import zlib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads wait awake, but briefly: the video encoder needs the cores
@@ -38,20 +42,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
-from safetensors.torch import save_file
 from tqdm import tqdm
 
-from motionstream import (SELF_FORCING, Config, MotionStream, embed_words, euler, find_config, image_and_mask,
-                          image_channels, read_weights, rollout, schedule, track_features, track_ids, write)
+from motionstream import (SELF_FORCING, MotionStream, embed_words, euler, find_config, image_and_mask, image_channels,
+                          read_weights, rollout, schedule, track_features, track_ids, write)
 from vae import VAE_FILES, load_vae, read_tensors
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 LIMIT = 2 ** 30             # bytes of a tracks file, unpacked
 KNOWN = ("tracks", "visibility", "width", "height", "fps", "ids")       # arrays in it
-MOST_FRAMES, MOST_TRACKS = 1_000_000, 20_000
-DEFAULT_FRAMES = 81         # length of a video without tracks
+MOST_FRAMES = 1_000_000
 SHORTEST_SIDE = 256         # pixels of the written video; smaller ones are enlarged
 TRAIL = 12                  # frames that a track's trail lasts in --overlay
+UMT5_DIM, CLIP_ROWS = 4096, 257     # of an encoded text, and of an encoded image
 HISTORY = 81                # frames that weights without a window, which forget nothing, saw in training
 
 
@@ -106,11 +109,13 @@ def conditions(model, first, motion, text, clip=None):
 @torch.inference_mode()
 def stream(model, first, motion, text=None, seed=0, clip=None):
     """The student: clean latents (B, C, chunk, h, w), one chunk after the other, at constant memory.
-    first (B, C, 1, h, w): the image's latent. The noise levels are the model's own."""
+    first (B, C, 1, h, w): the image's latent. The noise levels are the model's own. motion: Motion, or an iterator of
+    what `conditions` would yield, for control that changes while it streams."""
     generator = torch.Generator().manual_seed(seed)     # on the CPU: the same noise whatever the device
     shape = (*first.shape[:2], model.config.chunk, *first.shape[3:])
     noise = (torch.randn(shape, generator=generator).to(first) for _ in itertools.count())
-    given, (_, clean) = conditions(model, first, motion, text, clip), image_inputs(model.config, first, 1)
+    given = conditions(model, first, motion, text, clip) if isinstance(motion, Motion) else motion
+    _, clean = image_inputs(model.config, first, 1)
     yield from rollout(model, noise, given, clean, generator=generator)
 
 
@@ -151,8 +156,8 @@ def decode_frames(vae, latents):
 # Reading the image.
 
 def load_image(path):
-    """A picture file to an RGB image of 8 bits: turned as its EXIF says, transparent parts over white."""
-    if not os.path.isfile(path):
+    """A picture, a path or an open file, to RGB of 8 bits: turned as its EXIF says, transparent parts over white."""
+    if isinstance(path, Path) and not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
         image = Image.open(path)
@@ -234,29 +239,20 @@ def read_arrays(path):
 
 def scalar(arrays, name):
     """A positive number from the file, None if it is not there."""
-    if name not in arrays:
-        return None
-    if arrays[name].size != 1 or not 0 < arrays[name].item() < math.inf:
-        raise UserError(f"{name} must be one positive number, it is {np.array2string(arrays[name], threshold=4)}")
-    return float(arrays[name].item())
+    value = arrays.get(name)
+    if value is not None and (value.size != 1 or not 0 < value.item() < math.inf):
+        raise UserError(f"{name} must be one positive number, it is {np.array2string(value, threshold=4)}")
+    return None if value is None else float(value.item())
 
 
 def check_layout(tracks, visibility):
-    """Refuse what is not (T, N, 2). Without visibility, whose shape would settle it, look for a swap of T and N."""
+    """Refuse what is not (T, N, 2). Without visibility, whose shape would settle it, 4 frames are none."""
     shape = tracks.shape
     if tracks.dtype.kind not in "iuf" or tracks.ndim != 3 or shape[2] != 2 or 0 in shape:
         raise UserError(f"tracks are {tracks.dtype} {shape}, expected numbers (T, N, 2): frames, tracks, x and y")
-    if shape[1] > MOST_TRACKS or shape[0] > MOST_FRAMES:
-        raise UserError(f"tracks have shape {shape}: thin them out to {MOST_FRAMES} frames and {MOST_TRACKS} tracks")
     if visibility is not None and visibility.shape != shape[:2]:
         raise UserError(f"visibility has shape {visibility.shape}, expected {shape[:2]}, as tracks are {shape}")
-    swapped = shape[0] < 5 <= shape[1]
-    if not swapped and min(shape[:2]) >= 3:
-        # one point moves smoothly in time, neighbours in a list may be far apart; the other way round if swapped
-        known = np.nan_to_num(tracks.astype(np.float32), posinf=0, neginf=0)
-        in_time, in_list = (np.median(abs(np.diff(known, axis=axis))) for axis in (0, 1))
-        swapped = in_time > max(1, 10 * in_list)
-    if visibility is None and swapped:
+    if visibility is None and shape[0] < 5 <= shape[1]:
         raise UserError(f"tracks have shape {shape} and look like (N, T, 2): save tracks.transpose(1, 0, 2), or, if "
                         "they are right, add visibility (T, N) to an .npz file")
 
@@ -282,13 +278,11 @@ def check_units(tracks, visible, size):
     points, start = tracks[visible], tracks[0][visible[0]]      # (n, 2)
     if len(points) and abs(points).max() <= 1:
         raise UserError("all positions lie in [-1, 1] and must be pixels: multiply by the image's width and height")
-    outside = ((start < 0) | (start > size)).any(1)
-    if 2 * outside.sum() > len(start):
-        inside_swapped = ((start >= 0) & (start <= size[::-1])).all(1)
-        hint = ("is the order y, x? Save tracks[..., ::-1]" if inside_swapped.mean() > 0.5 else
-                "are they for a picture of another size? Add its width and height to an .npz file")
-        raise UserError(f"{outside.sum()} of {len(start)} points of frame 0 lie outside the image of {size[0]:.0f}x"
-                        f"{size[1]:.0f} pixels: {hint}")
+    outside = ((start < 0) | (start > size)).any(1).sum()
+    if 2 * outside > len(start):
+        raise UserError(f"{outside} of {len(start)} points of frame 0 lie outside the image of {size[0]:.0f}x"
+                        f"{size[1]:.0f} pixels: is the order y, x? If they are for a picture of another size, add its "
+                        "width and height to an .npz file")
 
 
 def fit_tracks(arrays, image_size, frames, config, seed):
@@ -308,8 +302,7 @@ def fit_tracks(arrays, image_size, frames, config, seed):
     visible = visible & inside
     if ids is not None and config.tracks == "start":
         print("note: with these weights a track's ID is the pixel where it starts; the file's ids are not used")
-        ids = None
-    if ids is None:
+    if ids is None or config.tracks == "start":
         ids = track_ids(tracks, visible, config, torch.Generator().manual_seed(seed))
     else:
         ids = torch.from_numpy(ids.astype(np.int64))[None]
@@ -321,8 +314,7 @@ def fit_tracks(arrays, image_size, frames, config, seed):
 
 @contextlib.contextmanager
 def hold_signals():
-    """The first Ctrl-C or SIGTERM is only noted, in the list that this yields, so that a file can be finished as far as
-    it is. The second one ends the program."""
+    """The first Ctrl-C or SIGTERM is only noted, in the list that this yields; the second one ends the program."""
     noted = []
 
     def handle(signum, _):
@@ -383,13 +375,12 @@ class Video:
             self.part.unlink(missing_ok=True)
 
 
-def check_output(path, image):
+def check_output(path):
     """Refuse a path for output that cannot be right."""
     for wrong, what in ((path.suffix != ".mp4", "the name must end in .mp4"),
                         (not os.path.isdir(path.parent), f"there is no folder {path.parent}"),
                         (not os.access(path.parent, os.W_OK), f"the folder {path.parent} is not writable"),
-                        (os.path.isdir(path), "is a folder"),
-                        (os.path.realpath(path) == os.path.realpath(image), "would replace the input image")):
+                        (os.path.isdir(path), "is a folder")):
         if wrong:
             raise UserError(f"{path}: {what}; choose another name")
 
@@ -412,10 +403,8 @@ def draw_tracks(frame, tracks, visible, factor):
         for t, n in segments:
             width = round(unit * (0.5 + (t + 1) / steps)) + edge
             pen.line([*points[t, n], *points[t + 1, n]], "black" if edge else colours[n], width)
-    r = 2 * unit
     for n in np.flatnonzero(visible[-1]):
-        x, y = points[-1, n]
-        pen.ellipse([x - r, y - r, x + r, y + r], colours[n], "black")
+        pen.ellipse([*(points[-1, n] - 2 * unit), *(points[-1, n] + 2 * unit)], colours[n], "black")
     return np.array(picture)
 
 
@@ -433,116 +422,205 @@ def draw_control(vae, motion, config, frames):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What Wan's DiT reads beside latents: a prompt, encoded by UMT5-XXL, and the image, encoded by CLIP. Both run in the
-# package `transformers`, which is needed only when something must be encoded, from the folders of a -Diffusers
-# repository (text_encoder/ and tokenizer/, image_encoder/). What they return is kept on disk.
+# Interactive: a page that paints tracks. Requests only replace values of `live`; the main thread alone runs the model.
 
-UMT5_DIM, CLIP_ROWS = 4096, 257     # of an encoded text, and of an encoded image
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "motionstream"
-# What Wan's guidance leads away from.
-NEGATIVE_PROMPT = (
-    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
-    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
+TOKEN, NONCE = secrets.token_urlsafe(16), secrets.token_urlsafe(16)
+HEADERS = {"Cache-Control": "no-store", "Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff",
+           "Content-Security-Policy": f"default-src 'none'; script-src 'nonce-{NONCE}'; style-src 'nonce-{NONCE}'; "
+           "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"}
+MOST = {"application/json": 2 ** 16, "image/png": 2 ** 23, "image/jpeg": 2 ** 23}      # bytes that may be posted
+KINDS = {"seq": int, "take": int, "chunk": int, "pause": bool, "prompt": str, "points": list}
 
 
-def kept(keys, folder, encode):
-    """Files that each hold what encode(keys) returned for a key, rows (L, C), now or in an earlier run. A file is named
-    by the key and by what the encoder's files are called, how large and how old they are."""
-    about = [(str(file), file.stat().st_size, file.stat().st_mtime_ns)
-             for file in sorted(folder.resolve().rglob("*")) if file.is_file()]
-    files = {key: CACHE / f"{hashlib.sha256(repr((about, key)).encode()).hexdigest()[:32]}.safetensors" for key in keys}
-    absent = [key for key in keys if not files[key].is_file()]
-    try:
-        CACHE.mkdir(parents=True, exist_ok=True)
-        for key, rows in zip(absent, encode(absent) if absent else []):
-            write(files[key], lambda part: save_file({"rows": rows.contiguous()}, part))
-    except OSError as e:
-        raise UserError(f"{CACHE}: cannot be written ({e.strerror}); name another folder in XDG_CACHE_HOME") from None
-    gc.collect()                                        # the encoder is gone before the DiT is loaded
-    return [*files.values()]
+def read_control(data, chunks, reach):
+    """The page's JSON, checked: {"seq": rises with every post, "take": another one starts anew, "chunk", "pause",
+    "prompt", "points": [[x, y, x and y in frame 0, and when grabbed], …] in pixels of the image, below `reach`}."""
+    control = json.loads(data, parse_constant=float)
+    points = np.array(control["points"], np.float64)
+    if ({name: type(value) for name, value in control.items()} != KINDS or control["chunk"] not in chunks
+            or points.shape not in ((0,), (len(points), 6)) or len(points) > 256 or not (abs(points) < reach).all()
+            or len(control["prompt"]) > 1000 or not 0 < control["seq"] < 2 ** 53):
+        raise ValueError("not what the page sends")
+    return control
 
 
-def from_folder(name, folder, part, **options):
-    """What transformers calls `name`, from folder/part or else from the folder itself. The network is not asked."""
-    source = folder / part if (folder / part).is_dir() else folder
-    try:
-        import transformers
-        transformers.logging.set_verbosity_error()
-        return getattr(transformers, name).from_pretrained(source, local_files_only=True, **options)
-    except ImportError:
-        raise UserError(f"{folder}: needs one more package, pip install transformers") from None
-    except Exception as e:                              # of a dozen kinds
-        raise UserError(f"{source}: no {name} can be loaded ({str(e).strip().splitlines()[0][:120]}); give the folder "
-                        f"of a -Diffusers repository, which holds {part}/") from None
+class Handler(http.server.BaseHTTPRequestHandler):
+    """What is asked for and posted, if it comes with the token and from this page; everything else is refused."""
+    protocol_version, timeout, disable_nagle_algorithm = "HTTP/1.1", 5, True        # seconds that a socket may stall
+
+    def handle(self):
+        with contextlib.suppress(OSError):                          # the other side has gone, or stalls
+            super().handle()
+
+    def answer(self):
+        live, host, (token, _, name) = self.server.live, self.headers.get("Host"), self.path[1:].partition("/")
+        ours = self.headers.get("Origin") in (None, f"http://{host}")
+        if host not in live.hosts or not (ours and secrets.compare_digest(token.encode(), TOKEN.encode())):
+            answer = 403 if host in live.hosts else 421
+        elif (self.command == "POST") != (name == "control"):
+            answer = 404
+        elif name == "control":
+            answer = self.post(live)
+        elif name.startswith("frame/"):
+            answer = self.newest(live, name[6:])
+        elif name == "status":
+            answer = "application/json", json.dumps(live.control | live.status | {"frame": live.frame[0]}).encode(), {}
+        else:
+            answer = ("text/html; charset=utf-8", live.page, {}) if name == "" else 404
+        if isinstance(answer, int):
+            return self.send_error(answer)
+        kind, body, more = answer
+        self.send_response(200)
+        for name, value in (HEADERS | more | {"Content-Type": kind, "Content-Length": len(body)}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_POST = answer
+
+    def newest(self, live, seen):
+        """The newest frame, as soon as it is not the one that the page has seen: a slow page skips some."""
+        if not live.seats.acquire(blocking=False):
+            return 503
+        live.watched = time.monotonic()
+        while str(live.frame[0]) == seen and time.monotonic() < live.watched + 1 and not live.stop:
+            time.sleep(0.004)
+        live.seats.release()
+        (number, seq, frame), jpeg = live.frame, io.BytesIO()
+        Image.fromarray(frame).save(jpeg, "jpeg", quality=92, subsampling=0)
+        return "image/jpeg", jpeg.getvalue(), {"Frame": number, "Seq": seq}
+
+    def post(self, live):
+        """A control, which counts if it is the newest, or an image for the next take."""
+        kind, length = self.headers.get_content_type(), self.headers.get("Content-Length", "")
+        if kind not in MOST or not length.isdecimal() or int(length[:9]) > MOST[kind]:
+            return 415 if kind not in MOST else 413 if length.isdecimal() else 411
+        data = self.rfile.read(int(length))
+        try:
+            if kind == "application/json":
+                control = read_control(data, live.status["chunks"], 3 * max(live.image.size))
+                with live.lock:
+                    live.control = max(live.control, control, key=lambda control: control["seq"])
+            elif math.prod(Image.open(io.BytesIO(data), formats=["PNG", "JPEG"]).size) > 2 ** 25:
+                return 413
+            else:
+                live.image = load_image(io.BytesIO(data))
+        except Exception:                                           # wrong data raise a dozen kinds
+            return 400
+        return "application/json", b"{}", {}
+
+    def log_message(self, *_):
+        """Print nothing of what strangers send."""
 
 
-def load_encoder(name, folder, part, device):
-    """An encoder in the dtype of its files, all of whose tensors are there."""
-    encoder, about = from_folder(name, folder, part, torch_dtype="auto", output_loading_info=True)
-    if about["missing_keys"]:
-        raise UserError(f"{folder}: {len(about['missing_keys'])} tensors of {name} are missing, download it again")
-    return encoder.to(device).eval()
+def clock(live):
+    """Lets one frame after the other be seen, at the clip's rate, while somebody watches and it is not paused."""
+    while not live.stop:
+        queue, live.runs = live.queue, time.monotonic() - live.watched < 2 and not live.control["pause"]
+        if queue and live.runs:
+            live.frame, live.tick = queue.popleft(), max(live.tick, time.monotonic()) + 1 / live.fps
+        time.sleep(max(live.tick - time.monotonic(), 0.002))
+
+
+def painted(live, take, model, first, image, text, clip, taken):
+    """As `conditions`, for points painted while it streams: lines from where they were to where they are when the chunk
+    has to be begun, not earlier. Appends to `taken` what was used: {start: track in the image (T, 2)}."""
+    c, last, (scale, *corner) = model.config, {}, crop(*image.size, model.config.size)
+    for opening in itertools.chain([1], itertools.repeat(0)):
+        while True:
+            time.sleep(0.004)
+            if live.stop or live.control["take"] != take:
+                return
+            if live.runs and live.tick + len(live.queue) / live.fps - time.monotonic() <= live.lead:
+                break
+        control, live.begun = live.control, time.monotonic()
+        end, start, grabbed = np.array(control["points"]).reshape(-1, 3, 2).transpose(1, 0, 2)
+        keys = [*map(tuple, start)]
+        begin = start if opening else np.array([last.get(key, xy) for key, xy in zip(keys, grabbed)]).reshape(-1, 2)
+        weight = np.linspace(0, 1, 4 * c.chunk + 1 - 4 * opening)[1 - opening:, None, None]
+        path = np.float32((1 - weight) * begin + weight * end)
+        last = dict(zip(keys, path[-1]))
+        taken.append((len(path), dict(zip(keys, path.transpose(1, 0, 2)))))
+        tracks = (np.concatenate([np.float32(start)[None], path]) - np.float32(corner)) * np.float32(scale)
+        tracks = torch.from_numpy(tracks)[None].to(first.device)
+        visible = torch.ones_like(tracks[..., 0], dtype=torch.bool)
+        ids = torch.tensor([[zlib.crc32(np.float32(key)) for key in keys]], dtype=torch.int64)      # as good as random
+        if c.tracks == "start":
+            ids = track_ids(tracks, visible, c)
+        live.obeyed = control
+        yield {"text": embed_words(control["prompt"], c).to(first.device) if live.status["words"] else text,
+               "tracks": track_features(model, tracks[:, 1:], visible[:, 1:], ids.to(first.device)), "clip": clip,
+               "image": image_inputs(c, first, c.chunk)[0] if opening else None}
+
+
+def save_taken(path, taken, config):
+    """What a take used as a file for --tracks. Where the start is the ID, a point grabbed later is visible in frame 0
+    too: that tells its ID and changes nothing, for there every cell holds its own pixel's ID already."""
+    starts = [*dict.fromkeys(start for _, piece in taken for start in piece)] or [(math.nan, math.nan)]
+    tracks = np.concatenate([np.stack([piece.get(start, np.full((count, 2), np.nan)) for start in starts], 1)
+                             for count, piece in taken]).astype(np.float32)
+    arrays = {"ids": np.array([zlib.crc32(np.float32(start)) for start in starts])}
+    if config.tracks == "start":
+        tracks[0], arrays = starts, {}
+    with open(path, "wb") as file:
+        np.savez(file, tracks=tracks, visibility=~np.isnan(tracks[..., 0]), **arrays)
 
 
 @torch.inference_mode()
-def encode_texts(prompts, folder, length, device):
-    """Prompts to rows (L, 4096), one a token, the end of the sentence included. Cleaned as Wan does: mended by ftfy if
-    that is installed, HTML entities resolved, white space collapsed. Padding, being masked, would change nothing."""
-    with contextlib.suppress(ImportError):
-        import ftfy
-        prompts = [ftfy.fix_text(prompt) for prompt in prompts]
-    prompts = [" ".join(html.unescape(html.unescape(prompt)).split()) for prompt in prompts]
-    encoder = load_encoder("UMT5EncoderModel", folder, "text_encoder", device)
-    table = encoder.encoder.embed_tokens.weight         # some versions of transformers leave it empty
-    if not table.any() or not table.equal(encoder.shared.weight):
-        raise UserError(f"{folder}: its table of tokens is empty once loaded, pip install -U transformers")
-    tokenizer = from_folder("AutoTokenizer", folder, "tokenizer")
-    tokens = [tokenizer(prompt, truncation=True, max_length=length, return_tensors="pt") for prompt in prompts]
-    return [encoder(t.input_ids.to(device), t.attention_mask.to(device)).last_hidden_state[0].cpu() for t in tokens]
+def perform(live, model, vae, encoded, seed, out):
+    """One take: the stream from live.image on, until another take is asked for or it is over; recorded in `out`."""
+    c, image, (text, _, clip), control, taken, video = live.config, live.image, encoded, live.control, [], None
+    more = c.chunk // control["chunk"]                              # chunks remembered, so that as many frames are
+    model.config = replace(c, chunk=control["chunk"], sink=more * c.sink, window=c.window and more * c.window)
+    pixels, factor = fit_image(image, c.size)[:, :, None], math.ceil(SHORTEST_SIDE / min(c.size))
+    live.queue, live.frame = collections.deque(), (next(live.count), 0, to_frames(pixels)[0])
+    live.status["image"] = image.size
+    first = vae.encode(pixels.to(next(model.parameters()).device))
+    given = painted(live, control["take"], model, first, image, text, clip, taken)
+    latents = stream(model, first, given, seed=seed)
+    with contextlib.ExitStack() as stack:
+        for frame in decode_frames(vae, latents):
+            if live.begun:                                          # it is the first of its chunk
+                live.status["latency"], live.begun = time.monotonic() - live.begun, None
+                live.lead = max(1.2 * live.status["latency"], 0.8 * live.lead)
+            live.queue.append((next(live.count), live.obeyed["seq"], frame))
+            if out:
+                video = video or stack.enter_context(Video(out, live.fps))
+                video.append(enlarge(frame, factor))
+    if video:
+        write(out.with_suffix(".tracks.npz"), lambda part: save_taken(part, taken, c))
+        print(f"{out}: {video.count} frames, again by --tracks {out.with_suffix('.tracks.npz')}")
 
 
-@torch.inference_mode()
-def encode_image(image, folder, device):
-    """An image (1, 3, H, W) in [-1, 1] to CLIP's features (257, C): its last layer but one, of the image squeezed to
-    224x224 as in Wan."""
-    encoder = load_encoder("CLIPVisionModel", folder, "image_encoder", device)
-    statistics = torch.tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]])
-    mean, std = statistics.view(2, 3, 1, 1)
-    x = (F.interpolate(image / 2 + 0.5, (224, 224), mode="bicubic") - mean) / std
-    return encoder(x.to(device, encoder.dtype), output_hidden_states=True).hidden_states[-2][0].cpu()
-
-
-def load_rows(path, least, most, channels):
-    """The one tensor of a file, (L, channels), followed by zeros, which the DiT sees: (1, most, channels) float32."""
-    tensors = [*read_tensors(path)[0].values()]
-    if [t.shape[1:] for t in tensors] != [(channels,)] or not least <= len(tensors[0]) <= most:
-        raise ValueError(f"{path}: holds {[tuple(t.shape) for t in tensors[:3]]}, expected one tensor (L, {channels}), "
-                         f"{least} <= L <= {most}")
-    rows = tensors[0].float()
-    if not tensors[0].is_floating_point() or not rows.isfinite().all():
-        raise ValueError(f"{path}: holds NaN, infinity or whole numbers; encode it again")
-    return F.pad(rows, (0, 0, 0, most - len(rows)))[None]
-
-
-def read_encoded(args, c, image, device):
-    """(text, null_text, clip), each (1, L, channels) or None. null_text is what guidance leads away from."""
-    if c.text_dim != UMT5_DIM:
-        return embed_words(c.prompt if args.prompt is None else args.prompt, c), None, None
-    text, null, clip = args.prompt_embeds, args.negative_embeds, args.clip_embeds
-    if args.prompt is not None:
-        prompts = [args.prompt] if c.causal or null else [args.prompt, NEGATIVE_PROMPT]
-        files = kept(prompts, args.text_encoder,
-                     lambda absent: encode_texts(absent, args.text_encoder, c.text_len, device))
-        text, null = files[0], null if len(files) == 1 else files[1]
-    if c.clip_dim and not clip:
-        key = hashlib.sha256(image.numpy().tobytes()).hexdigest()
-        clip, = kept([key], args.image_encoder, lambda _: [encode_image(image, args.image_encoder, device)])
-    if text is None:
-        print("note: no text at all, which Wan did not see in training; give --prompt or --prompt-embeds")
-    elif null is None and not c.causal and c.guidance[0]:
-        print("note: guidance leads away from rows of zeros; give --negative-embeds, Wan's negative prompt")
-    text, null = (load_rows(path, 1, c.text_len, UMT5_DIM) if path else None for path in (text, null))
-    return text, null, load_rows(clip, CLIP_ROWS, CLIP_ROWS, c.clip_dim) if clip else None
+def serve(args, image, model, vae, encoded):
+    """--interactive: prints the page's address, then streams to it until Ctrl-C."""
+    c, words = model.config, model.config.text_dim != UMT5_DIM
+    prompt, fps = (c.prompt if args.prompt is None else args.prompt) or "", args.fps or c.fps
+    with hold_signals() as noted:
+        live = SimpleNamespace(
+            control={"seq": 0, "take": 0, "chunk": c.chunk, "pause": True, "prompt": prompt, "points": []},
+            status={"size": c.size, "image": image.size, "latency": 0.0, "fps": fps, "words": words,
+                    "chunks": sorted({1, c.chunk}), "recorded": args.out and str(args.out)},
+            lock=threading.Lock(), seats=threading.Semaphore(4), stop=noted, config=c, image=image, fps=fps, runs=False,
+            frame=(0, 0, to_frames(fit_image(image, c.size)[:, :, None])[0]), count=itertools.count(1), queue=(),
+            watched=-math.inf, tick=0.0, lead=0.0, begun=None)
+        try:
+            server = http.server.ThreadingHTTPServer((args.host, args.port), Handler)
+        except OSError as e:
+            raise UserError(f"--host {args.host} --port {args.port}: {e.strerror or e}") from None
+        live.page = (ASSETS / "interactive.html").read_text(encoding="utf-8").replace("NONCE", NONCE).encode()
+        server.live, live.hosts = live, [f"{name}:{server.server_port}" for name in (args.host, "localhost")]
+        if args.host != "127.0.0.1":
+            print(f"warning: whoever reaches {args.host} and sees the address can steer this program")
+        print(f"http://{args.host}:{server.server_port}/{TOKEN}/", flush=True)
+        for target in server.serve_forever, functools.partial(clock, live):
+            threading.Thread(target=target, daemon=True).start()
+        out = args.out
+        for take in itertools.count(2):
+            perform(live, model, vae, encoded, args.seed, out)
+            if noted:
+                return 0
+            out = out and args.out.with_stem(f"{args.out.stem}-{take}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -574,22 +652,22 @@ def parse_flags(argv):
     add("--image", required=True, help="first frame, any picture file", **file)
     add("--tracks", help=".npz or .npy, see the top of sample.py; default: none", **file)
     add("--prompt", metavar="TEXT", help="what the image and the tracks do not say; default: the model's own")
-    add("--out", default=Path("out.mp4"), help="ends in .mp4 (default: %(default)s)", **file)
+    add("--out", help="ends in .mp4; default: out.mp4, with --interactive: none", **file)
     add("--frames", type=number(int, 1, MOST_FRAMES), metavar="N", help="default: those of the tracks, or 81")
     add("--fps", type=number(float, 0.1, 1000), metavar="F", help="frames per second of the file; default: the model's")
     add("--overlay", action="store_true", help="draw the tracks on the video")
+    add("--interactive", action="store_true", help="paint tracks on a page while it streams")
+    add("--host", default="127.0.0.1", help="of the page: an address of this machine (default: %(default)s)")
+    add("--port", type=number(int, 0, 65535), default=8765, metavar="N", help="of the page (default: %(default)s)")
     add = parser.add_argument_group("model").add_argument
     add("--weights", help="a Wan DiT, file or folder; default: the tiny model in assets/", **file)
     add("--vae", help="default: the tiny model's, or the one in the folder of --weights", **file)
-    add("--text-encoder", help="folder with Wan's text_encoder/ and tokenizer/; needs transformers", **file)
-    add("--image-encoder", help="folder with Wan's image_encoder/, for weights that read CLIP", **file)
     add("--device", default="auto", help="cpu, cuda, …; default: cuda if there is one")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
         help="of the model; default: float32 on the CPU, else bfloat16")
-    add = parser.add_argument_group("encoded before, each the one tensor of a .safetensors file").add_argument
-    add("--prompt-embeds", help="the prompt's rows (L, 4096)", **file)
-    add("--negative-embeds", help="rows of what guidance leads away from", **file)
-    add("--clip-embeds", help="the image's rows (257, 1280)", **file)
+    add("--prompt-embeds", help="Wan's encoded prompt, rows (L, 4096), see the README", **file)
+    add("--negative-embeds", help="the same of what guidance leads away from", **given | file)
+    add("--clip-embeds", help="the encoded image, rows (257, 1280)", **file)
     add = parser.add_argument_group("sampling").add_argument
     add("--sampler", choices=("stream", "teacher"), help="default: what the weights are")
     add("--control", choices=("sinusoid", "rgb"), help="tracks by the trained head, or drawn if there is none")
@@ -605,14 +683,6 @@ def parse_flags(argv):
     return parser.parse_args(argv)
 
 
-class Weights(NamedTuple):
-    """What a weights file tells before it is loaded."""
-    path: Path
-    config: Config
-    own: bool       # written by this project: its config says how it is sampled
-    head: bool      # holds a track head that is not all zeros
-
-
 @contextlib.contextmanager
 def user_errors():
     """What is wrong with a file of weights, as what the user can put right."""
@@ -624,10 +694,11 @@ def user_errors():
 
 @user_errors()
 def inspect(path):
-    """Weights, from the names and shapes in a file or folder."""
+    """What a file or folder tells: path, config, own (it says how it is sampled), head (of tracks, not all zeros)."""
     tensors, metadata, file = read_weights(path)
     config, head = find_config(tensors, metadata, file), tensors.get("track_head.conv.weight")
-    return Weights(path, config, metadata.get("format") == "motionstream", head is not None and bool(head.any()))
+    own = metadata.get("format") == "motionstream"
+    return SimpleNamespace(path=path, config=config, own=own, head=head is not None and bool(head.any()))
 
 
 # How public weights are sampled, whose files do not say it. Teachers: shift and text guidance, by width and by whether
@@ -642,7 +713,7 @@ def settle(args, weights, frames):
     sampler = "stream" if c.causal else "teacher"
     args.sampler = args.sampler or sampler
     args.control = args.control or ("sinusoid" if weights.head or c.track_dim != c.out_dim else "rgb")
-    streams, text = args.sampler == "stream", args.prompt_embeds or args.prompt is not None or c.text_dim != UMT5_DIM
+    streams, text = args.sampler == "stream", args.prompt_embeds or c.text_dim != UMT5_DIM
     if not own:
         shift, w_text = TEACHERS.get((c.dim, c.image_dim > 0), (5.0, 5.0))
         c = replace(c, **SELF_FORCING if streams else {"causal": False, "shift": shift, "guidance": (w_text, 0.0)})
@@ -654,7 +725,7 @@ def settle(args, weights, frames):
     refuse(args, weights, c, frames, [
         (own and args.sampler != sampler, f"holds a {'student' if c.causal else 'teacher'}, use --sampler {sampler}"),
         *((flag in args, f"--{flag.replace('_', '-')} belongs to --sampler {'teacher' if streams else 'stream'}")
-          for flag in (("w_text", "w_motion") if streams else ("chunk", "sink", "window"))),
+          for flag in (("w_text", "w_motion", "negative_embeds") if streams else ("chunk", "sink", "window"))),
     ])
     if not own:
         how = "as Self-Forcing" if streams else f"shift {c.shift:g}, text guidance {c.guidance[0]:g}"
@@ -669,32 +740,51 @@ def settle(args, weights, frames):
 def refuse(args, weights, c, frames, wrong):
     """Raise UserError for the first of `wrong` and of what follows, (condition, what to do), that is true."""
     streams, drawn, umt5 = args.sampler == "stream", args.control == "rgb", c.text_dim == UMT5_DIM
-    negative, no_text = args.negative_embeds, not args.prompt_embeds and args.prompt is None
+    negative = "negative_embeds" in args
     for condition, cure in [
         *wrong,
         (streams and c.window is None and frames > HISTORY and "window" not in args,
          f"trained to remember {HISTORY} frames, all of them; add --sink 1 --window 5 for more"),
         (streams and has_mask(c), "takes the image as a clip with a mask, which cannot stream; use --sampler teacher"),
-        (streams and negative, "--negative-embeds belongs to --sampler teacher"),
+        (args.interactive and not (streams and c.track_dim and not drawn), "--interactive needs a trained student"),
         (not c.track_dim and (args.tracks or "w_motion" in args),
          "has no input for tracks; take Fun-Control, or drop --tracks, --w-motion"),
         (args.tracks and drawn and c.track_dim != c.out_dim,
          f"takes no drawn tracks, its input for them has {c.track_dim} channels; drop --control"),
         (args.tracks and not drawn and not weights.head, "has no trained track head; --control rgb draws the tracks"),
-        (not umt5 and (args.prompt_embeds or negative or args.text_encoder), "reads words, give it --prompt alone"),
-        (umt5 and not no_text and args.prompt_embeds and args.prompt is not None, "give --prompt or --prompt-embeds"),
-        (umt5 and args.prompt is not None and not args.text_encoder,
-         "--prompt needs --text-encoder DIR, or encode it elsewhere and give --prompt-embeds FILE"),
-        (umt5 and no_text and (negative or "w_text" in args), "there is no text; give --prompt or --prompt-embeds"),
-        (c.clip_dim and not (args.clip_embeds or args.image_encoder),
-         "reads the image by CLIP too; give --image-encoder DIR or --clip-embeds FILE"),
-        (not c.clip_dim and (args.clip_embeds or args.image_encoder),
-         "has no image branch, drop --clip-embeds and --image-encoder"),
-        *((folder and not folder.is_dir(), f"there is no folder {folder}")
-          for folder in (args.text_encoder, args.image_encoder)),
+        (not umt5 and (args.prompt_embeds or negative), "reads words, give it --prompt and no encoded text"),
+        (umt5 and args.prompt is not None, "reads no words; encode them as the README says, give --prompt-embeds FILE"),
+        (umt5 and not args.prompt_embeds and (negative or "w_text" in args), "there is no text; give --prompt-embeds"),
+        (c.clip_dim and not args.clip_embeds, "reads the image by CLIP too; give --clip-embeds, see the README"),
+        (args.clip_embeds and not c.clip_dim, "has no image branch, drop --clip-embeds"),
     ]:
         if condition:
             raise UserError(f"{weights.path}: {cure}")
+
+
+def load_rows(path, least, most, channels):
+    """The one tensor of a file, (L, channels), followed by zeros, which the DiT sees: (1, most, channels) float32."""
+    tensors = [*read_tensors(path)[0].values()]
+    if [t.shape[1:] for t in tensors] != [(channels,)] or not least <= len(tensors[0]) <= most:
+        raise ValueError(f"{path}: holds {[tuple(t.shape) for t in tensors[:3]]}, expected one tensor (L, {channels}), "
+                         f"{least} <= L <= {most}")
+    rows = tensors[0].float()
+    if not tensors[0].is_floating_point() or not rows.isfinite().all():
+        raise ValueError(f"{path}: holds NaN, infinity or whole numbers; encode it again")
+    return F.pad(rows, (0, 0, 0, most - len(rows)))[None]
+
+
+def read_encoded(args, c):
+    """(text, null_text, clip), each (1, L, channels) or None. null_text is what guidance leads away from."""
+    text, null = (load_rows(path, 1, c.text_len, UMT5_DIM) if path else None
+                  for path in (args.prompt_embeds, getattr(args, "negative_embeds", None)))
+    if c.text_dim != UMT5_DIM:
+        text = embed_words(c.prompt if args.prompt is None else args.prompt, c)
+    elif text is None:
+        print("note: no text at all, which Wan did not see in training; give --prompt-embeds")
+    elif null is None and not c.causal and c.guidance[0]:
+        print("note: guidance leads away from rows of zeros; give --negative-embeds, Wan's negative prompt")
+    return text, null, load_rows(args.clip_embeds, CLIP_ROWS, CLIP_ROWS, c.clip_dim) if c.clip_dim else None
 
 
 def open_vae(args, weights):
@@ -712,7 +802,7 @@ def open_vae(args, weights):
 
 
 @user_errors()
-def load_models(args, weights, config, image):
+def load_models(args, weights, config):
     """The DiT, the VAE and what the DiT reads beside latents and tracks: (text, null_text, clip)."""
     name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -720,7 +810,7 @@ def load_models(args, weights, config, image):
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {name}: not available here") from None
     dtype = args.dtype if args.dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
-    vae, encoded = open_vae(args, weights).to(device), read_encoded(args, config, image, device)
+    vae, encoded = open_vae(args, weights).to(device), read_encoded(args, config)
     model = MotionStream.from_pretrained(weights.path, dtype=getattr(torch, dtype), device=device, **vars(config))
     c = model.config
     memory = f"c{c.chunk}s{c.sink}w{'full' if c.window is None else c.window}" if c.causal else "whole clip"
@@ -767,23 +857,28 @@ def write_video(video, frames, total, motion, factor):
 def run(argv):
     """The program. Returns the exit code."""
     args = parse_flags(argv)
-    image, frames = load_image(args.image), args.frames or DEFAULT_FRAMES
-    *arrays, tracks_fps = np.zeros((frames, 0, 2), np.float32), np.zeros((frames, 0), bool), None, None
+    image, length = load_image(args.image), args.frames or 81               # of a video without tracks
+    *arrays, tracks_fps = np.zeros((length, 0, 2), np.float32), np.zeros((length, 0), bool), None, None
+    if args.interactive and (args.tracks or args.frames or args.overlay):
+        raise UserError("--interactive: tracks are painted on the page; drop --tracks, --frames and --overlay")
     if args.tracks:
         *arrays, tracks_fps = load_tracks(args.tracks, image.size)
-    else:
+    elif not args.interactive:
         print("note: no --tracks, nothing is specified")
-    frames = args.frames or len(arrays[0])
-    check_output(args.out, args.image)
+    args.out = args.out or (None if args.interactive else Path("out.mp4"))
+    if args.out:
+        check_output(args.out)
     tiny = ASSETS / ("tiny_teacher.safetensors" if args.sampler == "teacher" else "tiny.safetensors")
-    weights = inspect(args.weights or tiny)
-    config = settle(args, weights, frames)
-    factor, pixels = math.ceil(SHORTEST_SIDE / min(config.size)), fit_image(image, config.size)
-    motion = fit_tracks(arrays, image.size, frames, config, args.seed)
+    weights, frames = inspect(args.weights or tiny), args.frames or len(arrays[0])
+    config = settle(args, weights, MOST_FRAMES if args.interactive else frames)
+    if args.interactive:
+        return serve(args, image, *load_models(args, weights, config))
     if tracks_fps and tracks_fps != config.fps:
         print(f"note: the tracks are at {tracks_fps:g} frames/s, the model at {config.fps}; they are not resampled")
+    motion, pixels = fit_tracks(arrays, image.size, frames, config, args.seed), fit_image(image, config.size)
     with Video(args.out, args.fps or config.fps) as video:
-        pictures = generate(args, frames, pixels, motion, *load_models(args, weights, config, pixels))
+        pictures = generate(args, frames, pixels, motion, *load_models(args, weights, config))
+        factor = math.ceil(SHORTEST_SIDE / min(config.size))
         noted = write_video(video, pictures, frames, motion if args.overlay else None, factor)
     print(args.out)
     return 128 + noted[0] if noted else 0
