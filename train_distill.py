@@ -7,6 +7,7 @@
     eval     the numbers and pictures of the README
     python train_distill.py                  all of it, resumed where it stopped; --smoke: a few steps, to see it run
     python train_distill.py --stage teacher  one stage
+    torchrun --nproc-per-node 2 train_distill.py    in two processes, which share the steps
 
 Shapes are those of motionstream.py. Everything is written under --out (runs/tiny): weights, checkpoints, stats.jsonl,
 a loss curve and a preview sheet for each stage.
@@ -28,6 +29,7 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads wait awake, but briefly
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
@@ -231,6 +233,7 @@ def scene_tracks(scene, size, rng):
 # What every stage shares: optimizer, running average, the loop with its log and checkpoints, files and pictures.
 
 SIZE, CLIP = 128, 45                     # pixels per side; frames of a clip: 12 latents, 4 chunks of 3
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # as torchrun says
 CRITIC_STEPS = 5                         # of distillation, for each step of the generator
 
 
@@ -239,11 +242,24 @@ def seed_of(*what):
     return zlib.crc32(" ".join(map(str, what)).encode())
 
 
-class Optimizer:
-    """Muon on hidden matrices (convolution kernels viewed as matrices), AdamW on the rest; ema > 0: running average."""
+def total(tensor):
+    """The sum of the processes' tensors, in place, in all of them. They wait for each other."""
+    if PROCESSES > 1:
+        dist.all_reduce(tensor)
+    return tensor
 
-    def __init__(self, model, muon, adam, betas=(0.9, 0.99), steps=0, ema=0.0):
-        self.model, self.ema, inner = model, ema, ("blocks", "encoder", "decoder")
+
+def ends_update(i, batches):
+    """Whether the processes are at the end of an update when each has done its step, here i, of the next PROCESSES."""
+    return (i - RANK + PROCESSES) % batches == 0
+
+
+class Optimizer:
+    """Muon on hidden matrices (convolution kernels viewed as matrices), AdamW on the rest; ema > 0: running average.
+    An update follows the mean gradient of `batches` steps, which the processes share; each has the whole model."""
+
+    def __init__(self, model, muon, adam, betas=(0.9, 0.99), steps=0, ema=0.0, batches=1):
+        self.model, self.ema, self.batches, inner = model, ema, batches, ("blocks", "encoder", "decoder")
         self.average = copy.deepcopy(model).requires_grad_(False) if ema else nn.Module()
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         hidden = [p for name, p in model.named_parameters()
@@ -254,12 +270,16 @@ class Optimizer:
                            torch.optim.AdamW(rest, lr=adam, betas=betas, weight_decay=0.01)]
         self.rates, self.steps = (muon, adam), steps
 
-    def step(self, loss, count, clip=1.0):
-        """Backward, clip, update number `count`; the learning rate warms up over 20 of them and falls to 0 over the
-        last 40 % of `steps` (0: it stays). Returns the gradient norm; FloatingPointError, before anything moves, if it
-        is not finite."""
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters, clip)
+    def step(self, loss, i, every=1, clip=1.0):
+        """Backward of step i; after the last of an update, clip and update, one in `every` updates of the stage. The
+        learning rate warms up over 20 updates and falls to 0 over the last 40 % of `steps` (0: it stays). Returns the
+        gradient norm, None without an update; FloatingPointError, before anything moves, if it is not finite."""
+        (loss / self.batches).backward()
+        if not ends_update(i, self.batches):
+            return None
+        for p in self.parameters:
+            total(p.grad)
+        count, norm = i // self.batches // every, nn.utils.clip_grad_norm_(self.parameters, clip)
         if not norm.isfinite():
             raise FloatingPointError(f"loss {loss.item()}, gradient norm {norm.item()}")
         scale = min(1.0, (count + 1) / 20, (self.steps - count) / (0.4 * self.steps) if self.steps else 1.0)
@@ -302,6 +322,8 @@ def load_checkpoint(folder, stage, settings, parts):
 def save_checkpoint(folder, stage, step, settings, parts):
     """To a file of its own; the newest two of a stage stay."""
     path, states = folder / f"{stage}.{step:07}.checkpoint.pt", {name: parts[name].state_dict() for name in parts}
+    if RANK > 0:
+        return
     try:
         write(path, torch.save, {"step": step, "settings": settings, **states})
     except RuntimeError as e:                           # torch.save's word for a full disk
@@ -316,23 +338,25 @@ def train(run, stage, steps, parts, step):
     Ctrl-C and SIGTERM finish the step, save, and exit with 130 or 143."""
     settings = {"steps": steps, **run.settings(stage)}
     begin, saved_at = load_checkpoint(run.out, stage, settings, parts), time.time()
-    with hold_signals() as stop, open(run.out / "stats.jsonl", "a", buffering=1) as log:
-        bar = tqdm(range(begin, steps), stage, initial=begin, total=steps)
+    with hold_signals() as stop, open(run.out / "stats.jsonl" if RANK == 0 else os.devnull, "a", buffering=1) as log:
+        bar = tqdm(range(begin + RANK, steps, PROCESSES), stage, disable=RANK > 0)
         for i in bar:
             torch.manual_seed(seed_of(run.seed, stage, i))
             started = time.time()
             try:
-                numbers = {k: round(torch.as_tensor(v).item(), 5) for k, v in step(i).items()}
+                numbers = {k: round(torch.as_tensor(v).item(), 5) for k, v in step(i).items() if v is not None}
             except FloatingPointError as e:
                 raise UserError(f"{stage}, step {i}: {e}; stopped before anything moved") from None
             bar.set_postfix(numbers)
             numbers = {"stage": stage, "step": i, **numbers, "seconds": round(time.time() - started, 3)}
             log.write(json.dumps(numbers) + "\n")
-            if stop or time.time() - saved_at > 300:
-                save_checkpoint(run.out, stage, i + 1, settings, parts)
-                saved_at = time.time()
-            if stop:
-                raise SystemExit(128 + stop[0])
+            if ends_update(i, run.batches):
+                stopped, due = total(torch.tensor([len(stop) > 0, time.time() - saved_at > 300]).int())
+                if stopped or due:
+                    save_checkpoint(run.out, stage, i - RANK + PROCESSES, settings, parts)
+                    saved_at = time.time()
+                if stopped:
+                    raise SystemExit(128 + (stop or [15])[0])          # SIGTERM, which another process got
         save_checkpoint(run.out, stage, steps, settings, parts)
 
 
@@ -347,7 +371,7 @@ def train_vae(run):
     rng = torch.Generator().manual_seed(seed_of(run.seed, "vae"))
     videos = torch.cat([((film(new_scenes(8, CLIP, rng), SIZE) + 1) * 127.5).round().byte()     # (n, 3, T, H, W)
                         for _ in tqdm(range(0, run.vae_clips, 8), "film for the vae")])
-    optimizer = Optimizer(vae, muon=5e-3, adam=2e-3, steps=run.steps["vae"])
+    optimizer = Optimizer(vae, muon=5e-3, adam=2e-3, steps=run.steps["vae"] // run.batches, batches=run.batches)
 
     def crop():
         n, t, y, x = (int(torch.randint(limit, ())) for limit in (len(videos), CLIP - 16, SIZE - 63, SIZE - 63))
@@ -364,6 +388,8 @@ def train_vae(run):
         return {"loss": loss, "psnr": psnr(output.detach(), video), "grad": optimizer.step(loss, i)}
 
     train(run, "vae", run.steps["vae"], {"norm": norm, **optimizer.parts()}, step)
+    for statistic in norm.running_mean, norm.running_var:
+        total(statistic).div_(PROCESSES)
     with torch.no_grad():
         last, std = vae.encoder[-1], (norm.running_var + norm.eps).sqrt()
         last.weight /= std.view(-1, 1, 1, 1)
@@ -455,17 +481,17 @@ def train_teacher(run):
     in the error at sigma 1 with all tracks and with none, on clips never trained on, and not in the flow loss."""
     pool, fresh = kept(run, "pool", "vae", run.clips, film_clips), kept(run, "fresh", "vae", 24, film_clips)
     model = MotionStream(run.config).to(run.device)
-    optimizer = Optimizer(model, muon=0.015, adam=3e-3, steps=run.steps["teacher"], ema=0.99)
+    optimizer = Optimizer(model, 0.015, 3e-3, steps=run.steps["teacher"] // run.batches, ema=0.99, batches=run.batches)
 
     def step(i):
         dense = i < run.steps["teacher"] // 4
-        x0, text, points = draw_batch(run, pool, *((4, None) if i % 4 == 0 else (8, 6)), dense)
+        x0, text, points = draw_batch(run, pool, *((4, None) if i // run.batches % 4 == 0 else (8, 6)), dense)
         sigma = draw_sigma(len(x0), run.config.shift, 0.5).to(run.device)
         keep = (torch.rand(len(x0), 1, 1, 1, 1) > 0.1).to(run.device)        # the rest is without any motion input
         with run.autocast():
             loss = flow_loss(model, x0, sigma, {"text": text, "tracks": keep * track_features(model, **points)}, 4.0)
         numbers = {"loss": loss, "grad": optimizer.step(loss, i)}
-        if i % 200 == 199:
+        if i // run.batches % 200 == 199:
             torch.manual_seed(0)
             x0, text, points = draw_batch(run, fresh, 24, dense=True)
             with torch.no_grad(), run.autocast():
@@ -532,7 +558,7 @@ def train_causal(run):
     trajectories = kept(run, "trajectories", "teacher", run.trajectories, sample_trajectories)
     student = run.model("teacher", causal=True).requires_grad_(True)
     student.track_head.requires_grad_(False)                                # frozen after the teacher (appendix D)
-    optimizer = Optimizer(student, muon=2e-3, adam=1e-3, steps=run.steps["causal"], ema=0.98)
+    optimizer = Optimizer(student, 2e-3, 1e-3, steps=run.steps["causal"] // run.batches, ema=0.98, batches=run.batches)
 
     def step(i):
         rows = torch.randint(0, len(trajectories["text"]), (4,))
@@ -605,9 +631,10 @@ def train_student(run):
     generator, critic = run.model("causal", sink_decay=run.config.sink_decay), run.model("teacher")
     for model in generator, critic:
         model.requires_grad_(True).track_head.requires_grad_(False)
-    betas, updates = (0.0, 0.99), run.steps["distill"] // CRITIC_STEPS
-    optimizer_g = Optimizer(generator, muon=1e-3, adam=1e-4, betas=betas, steps=updates, ema=0.98)
-    optimizer_c = Optimizer(critic, muon=2e-3, adam=2e-4, betas=betas)
+    shared = {"betas": (0.0, 0.99), "batches": run.batches}
+    updates = run.steps["distill"] // run.batches // CRITIC_STEPS
+    optimizer_g = Optimizer(generator, 1e-3, 1e-4, steps=updates, ema=0.98, **shared)
+    optimizer_c = Optimizer(critic, 2e-3, 2e-4, **shared)
 
     def generate(grad):
         x0, text, points = draw_batch(run, pool, 4)
@@ -619,7 +646,7 @@ def train_student(run):
 
     def step(i):
         numbers = {}
-        if i % CRITIC_STEPS == 0:
+        if i // run.batches % CRITIC_STEPS == 0:
             x0, conditions, batch = generate(grad=True)
             with run.autocast():
                 first, weight = x0[:, :, :1].detach(), 1.0
@@ -627,7 +654,7 @@ def train_student(run):
                     numbers["reward"] = (score := reward(vae.decode(x0.detach())[0].float(), batch)).mean()
                     weight = torch.exp(score / run.args.beta)
                 loss = dmd_loss(x0, teacher, critic, conditions, first, teacher.config.guidance, weight)
-            numbers |= {"loss_g": loss, "grad_g": optimizer_g.step(loss, i // CRITIC_STEPS), "std": x0.std()}
+            numbers |= {"loss_g": loss, "grad_g": optimizer_g.step(loss, i, CRITIC_STEPS), "std": x0.std()}
         x0, conditions, _ = generate(grad=False)
         with run.autocast():
             loss = critic_loss(x0, critic, conditions)
@@ -673,13 +700,11 @@ def plot(path, curves, title, width=640, height=320):
 
 def plot_stage(run, stage):
     """Curves of a stage from stats.jsonl, each number averaged over 2 % of the stage."""
-    logged = (row for row in map(json.loads, open(run.out / "stats.jsonl")) if row["stage"] == stage)
-    rows, curves = [*{row["step"]: row for row in logged}.values()], {}     # a step after a crash is logged again
+    rows, curves = [row for row in map(json.loads, open(run.out / "stats.jsonl")) if row["stage"] == stage], {}
     for name in "loss", "loss_c", "loss_g", "reward", "std", "x0_none", "x0_tracks":
-        values = [(row["step"], row[name]) for row in rows if name in row]
-        size = len(values) // 50 + 1
-        groups = [values[i:i + size] for i in range(0, len(values), size)]
-        curves |= {name: [(group[0][0], sum(v for _, v in group) / len(group)) for group in groups]} if values else {}
+        values = torch.tensor([(row["step"], row[name]) for row in rows if name in row]).T
+        if len(values):
+            curves[name] = F.adaptive_avg_pool1d(values, min(50, values.shape[1])).T.tolist()
     plot(run.out / f"{stage}.png", curves, f"{stage}: {len(rows)} steps")
 
 
@@ -872,6 +897,7 @@ class Run:
 
     def __init__(self, args):
         self.args, self.out, self.device, self.seed = args, Path(args.out), args.device, args.seed
+        self.batches = PROCESSES * args.accumulate
         self.config = replace(PRESETS["tiny"], tracks=args.tracks, sink_decay=args.sink_decay)
         self.steps = dict(zip(STAGES, (4, 4, 3, 6) if args.smoke else (2000, 10_000, 800, 1200)))
         self.steps |= {args.stage: args.steps} if args.steps else {}
@@ -896,7 +922,8 @@ class Run:
     def settings(self, stage):
         """What a checkpoint of the stage depends on: another of these would make it a mixture."""
         names = ("seed", "tracks", *(("reward", "beta", "sink_decay") if stage == "distill" else ()))
-        return {name: getattr(self.args, name) for name in names} | {"weights": [*map(self.checksum, NEEDS[stage])]}
+        return {name: getattr(self.args, name) for name in names} | {
+            "batches": self.batches, "weights": [*map(self.checksum, NEEDS[stage])]}
 
     def autocast(self):
         """bfloat16, on the CPU too. No cache of weights: torch before 2.11 hands those without a graph to all."""
@@ -931,7 +958,8 @@ def parse_flags(argv):
     parser.add_argument("--clips", type=count, help="of each kind that eval measures (16)")
     parser.add_argument("--frames", type=count, help="length of the streams that eval measures (10000)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (0)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=f"cuda:{RANK}" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--accumulate", type=count, default=1, help="steps of each process for one update (1)")
     parser.add_argument("--reward", help="to weight distillation by: motion, or FILE.py:FUNCTION (none)")
     parser.add_argument("--beta", type=number(float, 0.01, 100), default=0.5, help="weight is exp(reward / beta) (0.5)")
     parser.add_argument("--sink-decay", type=number(float, 0, 1), default=1.0, help="below 1: EMA-Sink (1)")
@@ -947,6 +975,8 @@ def main(argv=None):
     """Run the stages that are not done yet. What the user can put right is one line and exit code 2."""
     try:
         args = parse_flags(argv)
+        if PROCESSES > 1:
+            dist.init_process_group()                   # gloo for tensors on the CPU, nccl for those on GPUs
         run = Run(args)
         print(f"{'the shipped weights' if run.shipped else run.out}: {run.config}")
         for stage, train_stage in STAGES.items():
@@ -954,9 +984,10 @@ def main(argv=None):
                 check_needs(run, stage)
                 torch.manual_seed(seed_of(run.seed, stage))             # of the weights that a stage begins with
                 train_stage(run)
-                plot_stage(run, stage)
-                preview(run, stage)
-        if args.stage in ("all", "eval"):
+                if RANK == 0:
+                    plot_stage(run, stage)
+                    preview(run, stage)
+        if args.stage in ("all", "eval") and RANK == 0:
             check_needs(run, "eval")
             evaluate(run)
     except (UserError, OSError) as e:                   # a full disk, say, whatever was written: files are whole
