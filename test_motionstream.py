@@ -1576,6 +1576,7 @@ def test_distillation_with_a_reward_and_an_ema_sink():
                             "--reward", f"{here}/mine.py:reward"])
         log = [json.loads(line) for line in open(here / "stats.jsonl")]
         assert code is None and [row["reward"] for row in log] == [4.0], (code, err.getvalue(), log)
+        assert 1e5 < log[0]["loss_g"] < 1e8, log                    # it counts exp(4 / 0.5), squared in the loss
         # in two rollouts of 3 chunks, 5 layers average the keys and values of chunk 1 into the sink, chunk 0
         assert evicted.count(0.25) == 2 * 5 * 2, Counter(evicted)
         assert MotionStream.from_pretrained(here / "student.safetensors").config.sink_decay == 0.75
@@ -1696,7 +1697,7 @@ def test_two_processes_have_the_gradients_of_one_that_accumulates_two_steps():
         import sys, torch, torch.distributed as dist, test_motionstream as test
         from pathlib import Path
         dist.init_process_group("gloo")
-        test.toy_training(Path(sys.argv[1]), batches=2)
+        test.toy_training(Path(sys.argv[1]), steps=7, batches=2)
         torch.save(test.toy_training.gradients, f"{sys.argv[1]}/gradients{dist.get_rank()}.pt")
         dist.destroy_process_group()
     """
@@ -1706,16 +1707,22 @@ def test_two_processes_have_the_gradients_of_one_that_accumulates_two_steps():
         free.close()
         children = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", child, two], cwd=HERE,
                                      env=os.environ | shared | {"RANK": str(rank)}) for rank in range(2)]
-        whole, log, _ = toy_training(one, batches=2)
+        whole, log, _ = toy_training(one, steps=7, batches=2)       # the odd step makes no update
         assert [process.wait(timeout=120) for process in children] == [0, 0]
         assert len(toy_training.gradients) == 3 and len(log) == 6
+        model = new_model().requires_grad_(True)
+        for i in range(2):
+            torch.manual_seed(td.seed_of(1, "toy", i))
+            td.flow_loss(model, torch.randn(2, 4, 2, 4, 6), torch.rand(2), on_tracks(model)).backward()
+        for p, mean in zip(model.parameters(), toy_training.gradients[0], strict=True):
+            assert_near(mean, p.grad / 2, 1e-5)
         for rank in range(2):                                       # three updates, each after the same two steps
             for ours, theirs in zip(toy_training.gradients, torch.load(two / f"gradients{rank}.pt"), strict=True):
                 for a, b in zip(ours, theirs, strict=True):
                     assert (a - b).abs().max() <= 1e-5 * a.abs().max(), (rank, (a - b).abs().max(), a.abs().max())
         steps = [json.loads(line)["step"] for line in open(two / "stats.jsonl")]
         assert steps == [0, 2, 4] and len([*two.glob("*.checkpoint.pt")]) == 1, steps       # process 0 writes
-        resumed = toy_training(two, batches=2)                      # what two began, one takes over
+        resumed = toy_training(two, steps=7, batches=2)                      # what two began, one takes over
         assert "resumed at step 6" in resumed[2]
         for name, p in whole.items():
             assert (p - resumed[0][name]).abs().max() <= 1e-4 * p.abs().max(), name

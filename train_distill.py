@@ -336,6 +336,7 @@ def train(run, stage, steps, parts, step):
     """Call step(i) for i < steps: a dict of numbers to log. `parts` {name: object with state_dict} is what a resumed
     run needs besides; random numbers are drawn anew from (seed, stage, i) each step, so that resuming changes nothing.
     Ctrl-C and SIGTERM finish the step, save, and exit with 130 or 143."""
+    steps -= steps % run.batches                        # whole updates: processes would wait for each other in vain
     settings = {"steps": steps, **run.settings(stage)}
     begin, saved_at = load_checkpoint(run.out, stage, settings, parts), time.time()
     with hold_signals() as stop, open(run.out / "stats.jsonl" if RANK == 0 else os.devnull, "a", buffering=1) as log:
@@ -929,6 +930,14 @@ class Run:
         """bfloat16, on the CPU too. No cache of weights: torch before 2.11 hands those without a graph to all."""
         return torch.autocast(torch.device(self.device).type, torch.bfloat16, cache_enabled=False)
 
+    def check(self, stage):
+        """Refuse a stage whose forerunners are missing or damaged, before it starts."""
+        for name in NEEDS[stage]:
+            try:
+                self.vae() if name == "vae" else self.model(name)
+            except ValueError as e:
+                raise UserError(f"{e}; --stage {next(s for s, w in WEIGHTS.items() if w == name)} makes it") from None
+
     def vae(self):
         """The trained VAE."""
         return TinyVAE.from_pretrained(self.path("vae")).to(self.device)
@@ -936,15 +945,6 @@ class Run:
     def model(self, name, **overrides):
         """A trained model in float32, frozen."""
         return MotionStream.from_pretrained(self.path(name), dtype=torch.float32, device=self.device, **overrides)
-
-
-def check_needs(run, stage):
-    """Refuse a stage whose forerunners are missing or damaged, before it starts."""
-    for name in NEEDS[stage]:
-        try:
-            run.vae() if name == "vae" else run.model(name)
-        except ValueError as e:
-            raise UserError(f"{e}; --stage {next(s for s, w in WEIGHTS.items() if w == name)} makes it") from None
 
 
 def parse_flags(argv):
@@ -981,14 +981,14 @@ def main(argv=None):
         print(f"{'the shipped weights' if run.shipped else run.out}: {run.config}")
         for stage, train_stage in STAGES.items():
             if args.stage == stage or args.stage == "all" and not run.path(WEIGHTS[stage]).exists():
-                check_needs(run, stage)
+                run.check(stage)
                 torch.manual_seed(seed_of(run.seed, stage))             # of the weights that a stage begins with
                 train_stage(run)
                 if RANK == 0:
                     plot_stage(run, stage)
                     preview(run, stage)
         if args.stage in ("all", "eval") and RANK == 0:
-            check_needs(run, "eval")
+            run.check("eval")
             evaluate(run)
     except (UserError, OSError) as e:                   # a full disk, say, whatever was written: files are whole
         print(f"error: {e}", file=sys.stderr)
