@@ -703,9 +703,9 @@ def plot_stage(run, stage):
     """Curves of a stage from stats.jsonl, each number averaged over 2 % of the stage."""
     rows, curves = [row for row in map(json.loads, open(run.out / "stats.jsonl")) if row["stage"] == stage], {}
     for name in "loss", "loss_c", "loss_g", "reward", "std", "x0_none", "x0_tracks":
-        values = torch.tensor([(row["step"], row[name]) for row in rows if name in row]).T
-        if len(values):
-            curves[name] = F.adaptive_avg_pool1d(values, min(50, values.shape[1])).T.tolist()
+        values = [(row["step"], row[name]) for row in rows if name in row]
+        if values:
+            curves[name] = F.adaptive_avg_pool1d(torch.tensor(values).T, min(50, len(values))).T.tolist()
     plot(run.out / f"{stage}.png", curves, f"{stage}: {len(rows)} steps")
 
 
