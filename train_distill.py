@@ -8,6 +8,7 @@
 
     python train_distill.py                  all of it, resumed where it stopped; --smoke: a few steps, to see it run
     python train_distill.py --stage teacher  one stage
+    torchrun --nproc-per-node 2 train_distill.py    in two processes, which share the steps
 
 Shapes are those of motionstream.py. Everything is written under --out (runs/tiny): weights, checkpoints, stats.jsonl,
 a loss curve and a preview sheet for each stage.
@@ -30,6 +31,7 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads wait awake, but briefly
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
@@ -38,8 +40,7 @@ from tqdm import tqdm
 
 from motionstream import (PRESETS, KVCache, MotionStream, add_noise, embed_words, euler, guided_velocity, rollout,
                           save_pretrained, schedule, shift_sigma, to_x0, track_features, track_ids, with_first, write)
-from sample import (ASSETS, Motion, Parser, UserError, draw_tracks, enlarge, hold_signals, number, sample_teacher,
-                    stream, to_frames)
+from sample import ASSETS, Motion, Parser, UserError, hold_signals, number, sample_teacher, stream, to_frames
 from vae import TINY, TinyVAE
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -109,8 +110,7 @@ def caption(light, motion):
 def new_scenes(batch, frames, rng, objects=None, camera=None, attributes=(None, None), moving=False, flat=False):
     """Draw `batch` scenes: everything that `film` and `scene_tracks` need, for `frames` frames. None = at random.
     objects: how many of the three are there. camera: bool, does it move. attributes: indices into LIGHT and MOTION.
-    moving: no object rests. flat: plain discs and squares of 16-26 % of the width on smooth grey, unlike most of what
-    training sees."""
+    moving: no object rests. flat: plain discs and squares on smooth grey, unlike most of what training sees."""
     def pick(value, count, steady):
         if value is not None:
             return torch.full((batch,), value)
@@ -233,6 +233,7 @@ def scene_tracks(scene, size, rng):
 # What every stage shares: optimizer, running average, the loop with its log and checkpoints, files and pictures.
 
 SIZE, CLIP = 128, 45                     # pixels per side; frames of a clip: 12 latents, 4 chunks of 3
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # as torchrun says
 CRITIC_STEPS = 5                         # of distillation, for each step of the generator
 
 
@@ -241,11 +242,24 @@ def seed_of(*what):
     return zlib.crc32(" ".join(map(str, what)).encode())
 
 
-class Optimizer:
-    """Muon on hidden matrices (convolution kernels viewed as matrices), AdamW on the rest; ema > 0: running average."""
+def total(tensor):
+    """The sum of the processes' tensors, in place, in all of them. They wait for each other."""
+    if PROCESSES > 1:
+        dist.all_reduce(tensor)
+    return tensor
 
-    def __init__(self, model, muon, adam, betas=(0.9, 0.99), steps=0, ema=0.0):
-        self.model, self.ema, inner = model, ema, ("blocks", "encoder", "decoder")
+
+def ends_update(i, batches):
+    """Whether the processes are at the end of an update when each has done its step, here i, of the next PROCESSES."""
+    return (i - RANK + PROCESSES) % batches == 0
+
+
+class Optimizer:
+    """Muon on hidden matrices (convolution kernels viewed as matrices), AdamW on the rest; ema > 0: running average.
+    An update follows the mean gradient of `batches` steps, which the processes share; each has the whole model."""
+
+    def __init__(self, model, muon, adam, betas=(0.9, 0.99), steps=0, ema=0.0, batches=1):
+        self.model, self.ema, self.batches, inner = model, ema, batches, ("blocks", "encoder", "decoder")
         self.average = copy.deepcopy(model).requires_grad_(False) if ema else nn.Module()
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         hidden = [p for name, p in model.named_parameters()
@@ -256,12 +270,16 @@ class Optimizer:
                            torch.optim.AdamW(rest, lr=adam, betas=betas, weight_decay=0.01)]
         self.rates, self.steps = (muon, adam), steps
 
-    def step(self, loss, count, clip=1.0):
-        """Backward, clip, update number `count`; the learning rate warms up over 20 of them and falls to 0 over the
-        last 40 % of `steps` (0: it stays). Returns the gradient norm; FloatingPointError, before anything moves, if it
-        is not finite."""
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters, clip)
+    def step(self, loss, i, every=1, clip=1.0):
+        """Backward of step i; after the last of an update, clip and update, one in `every` updates of the stage. The
+        learning rate warms up over 20 updates and falls to 0 over the last 40 % of `steps` (0: it stays). Returns the
+        gradient norm, None without an update; FloatingPointError, before anything moves, if it is not finite."""
+        (loss / self.batches).backward()
+        if not ends_update(i, self.batches):
+            return None
+        for p in self.parameters:
+            total(p.grad)
+        count, norm = i // self.batches // every, nn.utils.clip_grad_norm_(self.parameters, clip)
         if not norm.isfinite():
             raise FloatingPointError(f"loss {loss.item()}, gradient norm {norm.item()}")
         scale = min(1.0, (count + 1) / 20, (self.steps - count) / (0.4 * self.steps) if self.steps else 1.0)
@@ -304,6 +322,8 @@ def load_checkpoint(folder, stage, settings, parts):
 def save_checkpoint(folder, stage, step, settings, parts):
     """To a file of its own; the newest two of a stage stay."""
     path, states = folder / f"{stage}.{step:07}.checkpoint.pt", {name: parts[name].state_dict() for name in parts}
+    if RANK > 0:
+        return
     try:
         write(path, torch.save, {"step": step, "settings": settings, **states})
     except RuntimeError as e:                           # torch.save's word for a full disk
@@ -316,25 +336,28 @@ def train(run, stage, steps, parts, step):
     """Call step(i) for i < steps: a dict of numbers to log. `parts` {name: object with state_dict} is what a resumed
     run needs besides; random numbers are drawn anew from (seed, stage, i) each step, so that resuming changes nothing.
     Ctrl-C and SIGTERM finish the step, save, and exit with 130 or 143."""
+    steps -= steps % run.batches                        # whole updates: processes would wait for each other in vain
     settings = {"steps": steps, **run.settings(stage)}
     begin, saved_at = load_checkpoint(run.out, stage, settings, parts), time.time()
-    with hold_signals() as stop, open(run.out / "stats.jsonl", "a", buffering=1) as log:
-        bar = tqdm(range(begin, steps), stage, initial=begin, total=steps)
+    with hold_signals() as stop, open(run.out / "stats.jsonl" if RANK == 0 else os.devnull, "a", buffering=1) as log:
+        bar = tqdm(range(begin + RANK, steps, PROCESSES), stage, disable=RANK > 0)
         for i in bar:
             torch.manual_seed(seed_of(run.seed, stage, i))
             started = time.time()
             try:
-                numbers = {k: round(torch.as_tensor(v).item(), 5) for k, v in step(i).items()}
+                numbers = {k: round(torch.as_tensor(v).item(), 5) for k, v in step(i).items() if v is not None}
             except FloatingPointError as e:
                 raise UserError(f"{stage}, step {i}: {e}; stopped before anything moved") from None
             bar.set_postfix(numbers)
             numbers = {"stage": stage, "step": i, **numbers, "seconds": round(time.time() - started, 3)}
             log.write(json.dumps(numbers) + "\n")
-            if stop or time.time() - saved_at > 300:
-                save_checkpoint(run.out, stage, i + 1, settings, parts)
-                saved_at = time.time()
-            if stop:
-                raise SystemExit(128 + stop[0])
+            if ends_update(i, run.batches):
+                stopped, due = total(torch.tensor([len(stop) > 0, time.time() - saved_at > 300]).int())
+                if stopped or due:
+                    save_checkpoint(run.out, stage, i - RANK + PROCESSES, settings, parts)
+                    saved_at = time.time()
+                if stopped:
+                    raise SystemExit(128 + (stop or [15])[0])          # SIGTERM, which another process got
         save_checkpoint(run.out, stage, steps, settings, parts)
 
 
@@ -349,7 +372,7 @@ def train_vae(run):
     rng = torch.Generator().manual_seed(seed_of(run.seed, "vae"))
     videos = torch.cat([((film(new_scenes(8, CLIP, rng), SIZE) + 1) * 127.5).round().byte()     # (n, 3, T, H, W)
                         for _ in tqdm(range(0, run.vae_clips, 8), "film for the vae")])
-    optimizer = Optimizer(vae, muon=5e-3, adam=2e-3, steps=run.steps["vae"])
+    optimizer = Optimizer(vae, muon=5e-3, adam=2e-3, steps=run.steps["vae"] // run.batches, batches=run.batches)
 
     def crop():
         n, t, y, x = (int(torch.randint(limit, ())) for limit in (len(videos), CLIP - 16, SIZE - 63, SIZE - 63))
@@ -366,6 +389,8 @@ def train_vae(run):
         return {"loss": loss, "psnr": psnr(output.detach(), video), "grad": optimizer.step(loss, i)}
 
     train(run, "vae", run.steps["vae"], {"norm": norm, **optimizer.parts()}, step)
+    for statistic in norm.running_mean, norm.running_var:
+        total(statistic).div_(PROCESSES)
     with torch.no_grad():
         last, std = vae.encoder[-1], (norm.running_var + norm.eps).sqrt()
         last.weight /= std.view(-1, 1, 1, 1)
@@ -457,17 +482,17 @@ def train_teacher(run):
     in the error at sigma 1 with all tracks and with none, on clips never trained on, and not in the flow loss."""
     pool, fresh = kept(run, "pool", "vae", run.clips, film_clips), kept(run, "fresh", "vae", 24, film_clips)
     model = MotionStream(run.config).to(run.device)
-    optimizer = Optimizer(model, muon=0.015, adam=3e-3, steps=run.steps["teacher"], ema=0.99)
+    optimizer = Optimizer(model, 0.015, 3e-3, steps=run.steps["teacher"] // run.batches, ema=0.99, batches=run.batches)
 
     def step(i):
         dense = i < run.steps["teacher"] // 4
-        x0, text, points = draw_batch(run, pool, *((4, None) if i % 4 == 0 else (8, 6)), dense)
+        x0, text, points = draw_batch(run, pool, *((4, None) if i // run.batches % 4 == 0 else (8, 6)), dense)
         sigma = draw_sigma(len(x0), run.config.shift, 0.5).to(run.device)
         keep = (torch.rand(len(x0), 1, 1, 1, 1) > 0.1).to(run.device)        # the rest is without any motion input
         with run.autocast():
             loss = flow_loss(model, x0, sigma, {"text": text, "tracks": keep * track_features(model, **points)}, 4.0)
         numbers = {"loss": loss, "grad": optimizer.step(loss, i)}
-        if i % 200 == 199:
+        if i // run.batches % 200 == 199:
             torch.manual_seed(0)
             x0, text, points = draw_batch(run, fresh, 24, dense=True)
             with torch.no_grad(), run.autocast():
@@ -534,7 +559,7 @@ def train_causal(run):
     trajectories = kept(run, "trajectories", "teacher", run.trajectories, sample_trajectories)
     student = run.model("teacher", causal=True).requires_grad_(True)
     student.track_head.requires_grad_(False)                                # frozen after the teacher (appendix D)
-    optimizer = Optimizer(student, muon=2e-3, adam=1e-3, steps=run.steps["causal"], ema=0.98)
+    optimizer = Optimizer(student, 2e-3, 1e-3, steps=run.steps["causal"] // run.batches, ema=0.98, batches=run.batches)
 
     def step(i):
         rows = torch.randint(0, len(trajectories["text"]), (4,))
@@ -607,9 +632,10 @@ def train_student(run):
     generator, critic = run.model("causal", sink_decay=run.config.sink_decay), run.model("teacher")
     for model in generator, critic:
         model.requires_grad_(True).track_head.requires_grad_(False)
-    betas, updates = (0.0, 0.99), run.steps["distill"] // CRITIC_STEPS
-    optimizer_g = Optimizer(generator, muon=1e-3, adam=1e-4, betas=betas, steps=updates, ema=0.98)
-    optimizer_c = Optimizer(critic, muon=2e-3, adam=2e-4, betas=betas)
+    shared = {"betas": (0.0, 0.99), "batches": run.batches}
+    updates = run.steps["distill"] // run.batches // CRITIC_STEPS
+    optimizer_g = Optimizer(generator, 1e-3, 1e-4, steps=updates, ema=0.98, **shared)
+    optimizer_c = Optimizer(critic, 2e-3, 2e-4, **shared)
 
     def generate(grad):
         x0, text, points = draw_batch(run, pool, 4)
@@ -621,7 +647,7 @@ def train_student(run):
 
     def step(i):
         numbers = {}
-        if i % CRITIC_STEPS == 0:
+        if i // run.batches % CRITIC_STEPS == 0:
             x0, conditions, batch = generate(grad=True)
             with run.autocast():
                 first, weight = x0[:, :, :1].detach(), 1.0
@@ -629,7 +655,7 @@ def train_student(run):
                     numbers["reward"] = (score := reward(vae.decode(x0.detach())[0].float(), batch)).mean()
                     weight = torch.exp(score / run.args.beta)
                 loss = dmd_loss(x0, teacher, critic, conditions, first, teacher.config.guidance, weight)
-            numbers |= {"loss_g": loss, "grad_g": optimizer_g.step(loss, i // CRITIC_STEPS), "std": x0.std()}
+            numbers |= {"loss_g": loss, "grad_g": optimizer_g.step(loss, i, CRITIC_STEPS), "std": x0.std()}
         x0, conditions, _ = generate(grad=False)
         with run.autocast():
             loss = critic_loss(x0, critic, conditions)
@@ -641,20 +667,6 @@ def train_student(run):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Pictures.
-
-def sheet(path, rows, count=6, scale=2):
-    """One picture of several videos: rows of (label, video (3, T, H, W), tracks and visible or None)."""
-    side = SIZE * scale
-    page = Image.new("RGB", (count * side, len(rows) * (side + 14)), "white")
-    for r, (label, video, marks) in enumerate(rows):
-        ImageDraw.Draw(page).text((4, r * (side + 14)), label, fill="black")
-        for i, t in enumerate(torch.linspace(0, video.shape[1] - 1, count).round().int().tolist()):
-            frame = enlarge(to_frames(video[None, :, t:t + 1])[0], scale)
-            if marks is not None:
-                frame = draw_tracks(frame, *(mark[:t + 1].numpy() for mark in marks), scale)
-            page.paste(Image.fromarray(frame), (i * side, r * (side + 14) + 14))
-    write(path, lambda temporary: page.save(temporary, "png"))
-
 
 def plot(path, curves, title, width=640, height=320):
     """Lines {name: [(x, y)]} as a PNG, with the ranges written on it."""
@@ -675,13 +687,11 @@ def plot(path, curves, title, width=640, height=320):
 
 def plot_stage(run, stage):
     """Curves of a stage from stats.jsonl, each number averaged over 2 % of the stage."""
-    logged = (row for row in map(json.loads, open(run.out / "stats.jsonl")) if row["stage"] == stage)
-    rows, curves = [*{row["step"]: row for row in logged}.values()], {}     # a step after a crash is logged again
+    rows, curves = [row for row in map(json.loads, open(run.out / "stats.jsonl")) if row["stage"] == stage], {}
     for name in "loss", "loss_c", "loss_g", "reward", "std", "x0_none", "x0_tracks":
         values = [(row["step"], row[name]) for row in rows if name in row]
-        size = len(values) // 50 + 1
-        groups = [values[i:i + size] for i in range(0, len(values), size)]
-        curves |= {name: [(group[0][0], sum(v for _, v in group) / len(group)) for group in groups]} if values else {}
+        if values:
+            curves[name] = F.adaptive_avg_pool1d(torch.tensor(values).T, min(50, len(values))).T.tolist()
     plot(run.out / f"{stage}.png", curves, f"{stage}: {len(rows)} steps")
 
 
@@ -737,8 +747,7 @@ def measure(video, truth, first, scene):
     """A piece of video beside the true one, as numbers. End-point errors are in percent of the width, one per object
     and frame in which at least half of it can be seen; it is lost (percent of those) if less than a quarter of its mass
     is there. No error is over 30, a lost object's is 30. PSNR in dB. As shares of the truth's: the first object's
-    colour, light, sharpness, and motion, how far objects go. copying: how much of what the stream's first frame (B, 3,
-    1, H, W) has and the truth has not is there, 1 = all."""
+    colour, sharpness, and how far objects go. copying: the share of what only `first`, the first frame, has."""
     mass, where = masses(video, scene["colour"])
     true_mass, true_where = masses(truth, scene["colour"])
     seen = scene["present"][:, None] & (true_mass > 0.5 * true_mass.amax(1, keepdim=True)) & (true_mass > 1)
@@ -751,8 +760,7 @@ def measure(video, truth, first, scene):
         edge.append(sum(v.diff(dim=d).abs().mean() for d in (3, 4)))
     numbers = {"median": error.median(), "mean": error.mean(), "lost": 100 * lost[seen].float().mean(),
                "psnr": psnr(video, truth), "colour": mass[..., 0].sum() / true_mass[..., 0].sum(),
-               "light": (video + 1).mean() / (truth + 1).mean(), "sharp": edge[0] / edge[1],
-               "motion": move[0] / move[1],
+               "sharp": edge[0] / edge[1], "motion": move[0] / move[1],
                "copying": ((video - truth) * (first - truth)).sum() / (first - truth).square().sum()}
     return {name: float(number) for name, number in numbers.items()}    # tensors kept would scatter the heap
 
@@ -760,9 +768,9 @@ def measure(video, truth, first, scene):
 def new_case(seed, clips, frames, points="drag", change=None, speed=1, **options):
     """Scenes of moving objects (options: see new_scenes), `speed` times as fast as in training, and {"tracks",
     "visible"}. points: "dense" all, "drag" the centre of each object, "none". change: of the scene, "other way" (the
-    same first frame, each object goes the opposite way), "teleport" (half-way, each jumps to the opposite place); of
-    what the tracks say, "two ways" (every second one goes the opposite way), "jittered" (by 2 % of the width, anew in
-    each frame), "late" (nothing is said of frames 1 to 12), "broken" (half of the pieces of 4 frames are missing)."""
+    same first frame, objects go the opposite way), "teleport" (half-way, they jump to the opposite place); of tracks,
+    "two ways" (every second one goes the opposite way), "jittered" (by 2 % of the width), "late" (nothing is said of
+    frames 1 to 12), "broken" (half of the pieces of 4 frames are missing)."""
     rng = torch.Generator().manual_seed(seed_of(seed))
     scene = new_scenes(clips, frames * speed, rng, **{"camera": False, "attributes": (0, 0), "moving": True} | options)
     path, t = scene["position"][:, :, ::speed], torch.arange(frames)[:, None]
@@ -827,7 +835,6 @@ def tables(run, stage):
     stream = clip | {"seed": "stream False", "clips": math.ceil(run.eval_clips / 4), "frames": frames,
                      "piece": math.ceil(frames / 30)}
     teacher, sinks = clip | {"model": "teacher"}, grid(sink_decay=(1.0, 0.999, 0.99, 0.9, 0.5)) + grid(sink=(0,))
-    fading = {"seed": "text 1 0", "objects": 2, "attributes": (1, 0), "text": caption(1, 0), "piece": CLIP // 3}
     return {"streams": (stream, sinks),
             "moving camera": (stream | {"seed": "stream True", "camera": True, "points": "dense"}, sinks),
             "memory": (stream, grid(sink=(0, 1, 2, 3), window=(1, 2, 4))),
@@ -835,10 +842,8 @@ def tables(run, stage):
             "steps": (stream, grid(sigmas=[schedule(steps, run.config.shift) for steps in (1, 2, 4)])),
             "self-rollout": (stream, grid(model=("causal",))),
             "guidance": (teacher, grid(guidance=[*itertools.product((0, 1, 2, 3), (0, 1, 1.5, 3))])),
-            "light": (teacher | fading, grid(model=("still",)) + grid(guidance=[(w, 1.5) for w in (0, 1, 3)])),
             "limits": (clip | {"points": "dense"}, grid(speed=(1, 2, 3, 4, 6, 8)) + grid(
-                change=("teleport", "two ways", "jittered", "late", "broken"))),
-            "objects": (clip, grid(objects=(1, 2, 3)))}
+                change=("teleport", "two ways", "jittered", "late", "broken")))}
 
 
 @torch.no_grad()
@@ -862,27 +867,17 @@ def evaluate(run, stage):
             print(f"| {label} |", " | ".join(f"{result[name]:.2f}" for name in names), "|")
     curves = {label: [(t["from"], t["mean"]) for t in row["tenths"]] for label, row in done["streams"].items()}
     plot(run.out / f"{stage}.png", curves, "end-point error, % of the width, over frames")
-    if stage == "experiments":
-        points = [(row["psnr"], row["mean"]) for row in done["guidance"].values()]
-        plot(run.out / "guidance.png", {f"w_text {w}": points[4 * w:4 * w + 4] for w in range(4)},
-             "end-point error, %, over PSNR, dB, at w_motion 0, 1, 1.5, 3")
 
 
 @torch.no_grad()
 def preview(run, stage):
-    """What the models there are so far make of two scenes: input with its tracks, truth, and each model."""
+    """Six frames of a dragged scene in rows: truth, that through the VAE, each model there is; then another scene."""
     scene, motion = new_case("preview", 2, CLIP, objects=2, camera=None, attributes=(None, None), moving=False)
-    text, truth = torch.cat([embed_words(c, run.config) for c in scene["caption"]]), film(scene, SIZE)
-    videos = {name: torch.cat(list(play(run, name, scene, motion, text)), 2)
-              for name in SHIPPED if run.path(name).exists()}
-    (tracks, visible), rows = motion.values(), []
-    for b in range(2):
-        still = truth[b, :, :1].expand(-1, CLIP, -1, -1)
-        seen = visible[b].any(0)
-        marks = tracks[b][:, seen], visible[b][:, seen]
-        rows += [("input: " + scene["caption"][b], still, marks), ("truth", truth[b], None)]
-        rows += [(name, video[b], None) for name, video in videos.items()]
-    sheet(run.out / f"{stage}_preview.png", rows)
+    videos, text = [film(scene, SIZE)], torch.cat([embed_words(c, run.config) for c in scene["caption"]])
+    videos += [torch.cat(list(play(run, name, scene, motion, text)), 2) for name in SHIPPED if run.path(name).exists()]
+    frames = torch.stack(videos, 1)[:, :, :, torch.linspace(0, CLIP - 1, 6).long()]         # (2, rows, 3, 6, H, W)
+    page = Image.fromarray(to_frames(frames.permute(2, 0, 1, 4, 3, 5).flatten(4).flatten(1, 3)[None, :, None])[0])
+    write(run.out / f"{stage}_preview.png", lambda path: page.save(path, "png"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -900,6 +895,7 @@ class Run:
 
     def __init__(self, args):
         self.args, self.out, self.device, self.seed = args, Path(args.out), args.device, args.seed
+        self.batches = PROCESSES * args.accumulate
         self.config = replace(PRESETS["tiny"], tracks=args.tracks, sink_decay=args.sink_decay)
         self.steps = dict(zip(STAGES, (4, 4, 3, 6) if args.smoke else (2000, 10_000, 800, 1200)))
         self.steps |= {args.stage: args.steps} if args.steps else {}
@@ -924,11 +920,20 @@ class Run:
     def settings(self, stage):
         """What a checkpoint of the stage depends on: another of these would make it a mixture."""
         names = ("seed", "tracks", *(("reward", "beta", "sink_decay") if stage == "distill" else ()))
-        return {name: getattr(self.args, name) for name in names} | {"weights": [*map(self.checksum, NEEDS[stage])]}
+        return {name: getattr(self.args, name) for name in names} | {
+            "batches": self.batches, "weights": [*map(self.checksum, NEEDS[stage])]}
 
     def autocast(self):
         """bfloat16, on the CPU too. No cache of weights: torch before 2.11 hands those without a graph to all."""
         return torch.autocast(torch.device(self.device).type, torch.bfloat16, cache_enabled=False)
+
+    def check(self, stage):
+        """Refuse a stage whose forerunners are missing or damaged, before it starts."""
+        for name in NEEDS[stage]:
+            try:
+                self.vae() if name == "vae" else self.model(name)
+            except ValueError as e:
+                raise UserError(f"{e}; --stage {next(s for s, w in WEIGHTS.items() if w == name)} makes it") from None
 
     def vae(self):
         """The trained VAE."""
@@ -937,15 +942,6 @@ class Run:
     def model(self, name, **overrides):
         """A trained model in float32, frozen."""
         return MotionStream.from_pretrained(self.path(name), dtype=torch.float32, device=self.device, **overrides)
-
-
-def check_needs(run, stage):
-    """Refuse a stage whose forerunners are missing or damaged, before it starts."""
-    for name in NEEDS[stage]:
-        try:
-            run.vae() if name == "vae" else run.model(name)
-        except ValueError as e:
-            raise UserError(f"{e}; --stage {next(s for s, w in WEIGHTS.items() if w == name)} makes it") from None
 
 
 def parse_flags(argv):
@@ -960,7 +956,8 @@ def parse_flags(argv):
     parser.add_argument("--clips", type=count, help="of each kind that eval measures (16)")
     parser.add_argument("--frames", type=count, help="length of the streams that eval measures (10000)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (0)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=f"cuda:{RANK}" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--accumulate", type=count, default=1, help="steps of each process for one update (1)")
     parser.add_argument("--reward", help="to weight distillation by: motion, or FILE.py:FUNCTION (none)")
     parser.add_argument("--beta", type=number(float, 0.01, 100), default=0.5, help="weight is exp(reward / beta) (0.5)")
     parser.add_argument("--sink-decay", type=number(float, 0, 1), default=1.0, help="below 1: EMA-Sink (1)")
@@ -976,18 +973,21 @@ def main(argv=None):
     """Run the stages that are not done yet. What the user can put right is one line and exit code 2."""
     try:
         args = parse_flags(argv)
+        if PROCESSES > 1:
+            dist.init_process_group()                   # gloo for tensors on the CPU, nccl for those on GPUs
         run = Run(args)
         print(f"{'the shipped weights' if run.shipped else run.out}: {run.config}")
         for stage, train_stage in STAGES.items():
             if args.stage == stage or args.stage == "all" and not run.path(WEIGHTS[stage]).exists():
-                check_needs(run, stage)
+                run.check(stage)
                 torch.manual_seed(seed_of(run.seed, stage))             # of the weights that a stage begins with
                 train_stage(run)
-                plot_stage(run, stage)
-                preview(run, stage)
-        if args.stage not in STAGES:
+                if RANK == 0:
+                    plot_stage(run, stage)
+                    preview(run, stage)
+        if args.stage not in STAGES and RANK == 0:
             stage = args.stage.replace("all", "eval")
-            check_needs(run, stage)
+            run.check(stage)
             evaluate(run, stage)
     except (UserError, OSError) as e:                   # a full disk, say, whatever was written: files are whole
         print(f"error: {e}", file=sys.stderr)
