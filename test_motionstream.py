@@ -2528,6 +2528,40 @@ def test_a_recorded_take_is_replayed_to_the_bit():
                 path.unlink()
 
 
+@slow
+def test_how_soon_a_drag_is_answered_and_that_memory_stays():
+    """Shipped weights at 24 frames per second, two viewers that stall, 50 drags at random times for either chunk."""
+    for chunk, most in (3, 2.0), (1, 1.0):
+        flags = "--image", HERE / "assets/drag.png", "--interactive", "--port", "0", "--fps", "24"
+        program = subprocess.Popen([sys.executable, HERE / "sample.py", *flags], stdout=subprocess.PIPE, text=True)
+        try:
+            page, rng = Client(next(line for line in program.stdout if line.startswith("http"))), seeded()
+            answers, starts, sizes = [], [], []
+            stalled = [http.client.HTTPConnection(page.host) for _ in range(2)]
+            for viewer in stalled:
+                viewer.request("GET", f"/{page.token}/frame/")
+            page.control([(115, 256)], take=1, chunk=chunk)
+            page.watch(48)
+            for _ in range(50):
+                point = (*(60 + 260 * torch.rand(2, generator=rng)).tolist(), 115, 256, 115, 256)
+                page.control([point], take=1, chunk=chunk)
+                begun = time.monotonic()
+                while page.watch()[0][1] < page.seq:
+                    pass
+                answers.append(time.monotonic() - begun)
+                starts.append(page.status()["latency"])
+                page.watch(int(torch.randint(2, 36, (), generator=rng)))
+                resident = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{program.pid}/status").read_text())
+                sizes.append(int(resident[1]) / 1e3)
+        finally:
+            program.kill()
+            program.stdout.close()
+        for what, times in ("drag to its first frame", answers), ("chunk's start to its first picture", starts):
+            print(f"chunk {chunk}, {what}: median {np.median(times):.3f} s, worst {max(times):.3f} s")
+        print(f"memory {sizes[0]:.0f} to {sizes[-1]:.0f} MB")
+        assert max(answers) < most and sizes[-1] < sizes[5] + 40
+
+
 def test_ctrl_c_ends_within_two_seconds_and_the_recording_is_whole():
     with folder() as here:
         flags = "--image", HERE / "assets/drag.png", "--interactive", "--port", "0", "--out", here / "out.mp4"
