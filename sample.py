@@ -441,7 +441,7 @@ def read_control(data, chunks, reach):
             or points.shape not in ((0,), (len(points), 6)) or len(points) > 256 or not (abs(points) < reach).all()
             or len(control["prompt"]) > 1000 or not 0 < control["seq"] < 2 ** 53):
         raise ValueError("not what the page sends")
-    return control
+    return control | {"points": points.tolist()}
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -495,7 +495,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         kind, length = self.headers.get_content_type(), self.headers.get("Content-Length", "")
         if kind not in MOST or not length.isdecimal() or int(length[:9]) > MOST[kind]:
             return 415 if kind not in MOST else 413 if length.isdecimal() else 411
-        data = self.rfile.read(int(length))
+        data = self.rfile.read(int(length[:9]))
         try:
             if kind == "application/json":
                 control = read_control(data, live.status["chunks"], 3 * max(live.image.size))
@@ -569,15 +569,15 @@ def save_taken(path, taken, config):
 @torch.inference_mode()
 def perform(live, model, vae, encoded, seed, out):
     """One take: the stream from live.image on, until another take is asked for or it is over; recorded in `out`."""
-    c, image, (text, _, clip), control, taken, video = live.config, live.image, encoded, live.control, [], None
+    c, image, (text, _, clip), control, video = live.config, live.image, encoded, live.control, None
+    taken = collections.deque(maxlen=None if out else 0)            # what is not recorded is not kept
     more = c.chunk // control["chunk"]                              # chunks remembered, so that as many frames are
     model.config = replace(c, chunk=control["chunk"], sink=more * c.sink, window=c.window and more * c.window)
     pixels, factor = fit_image(image, c.size)[:, :, None], math.ceil(SHORTEST_SIDE / min(c.size))
     live.queue, live.frame = collections.deque(), (next(live.count), 0, to_frames(pixels)[0])
     live.status["image"] = image.size
     first = vae.encode(pixels.to(next(model.parameters()).device))
-    given = painted(live, control["take"], model, first, image, text, clip, taken)
-    latents = stream(model, first, given, seed=seed)
+    latents = stream(model, first, painted(live, control["take"], model, first, image, text, clip, taken), seed=seed)
     with contextlib.ExitStack() as stack:
         for frame in decode_frames(vae, latents):
             if live.begun:                                          # it is the first of its chunk
@@ -889,7 +889,7 @@ def main(argv=None):
     warnings.filterwarnings("ignore", module="PIL")     # about damaged pictures; what is left unreadable gets our line
     try:
         return run(argv)
-    except UserError as e:
+    except (UserError, OSError) as e:                   # a full disk, say, while a page is recorded
         print(f"error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1068,7 +1068,7 @@ def test_files_that_are_something_else_are_told_by_what_they_are():
         for zipped in True, False:
             torch.save({"generator": Code()}, here / "code.pt", _use_new_zipfile_serialization=zipped)
             for load in MotionStream.from_pretrained, load_vae:
-                assert_error(ValueError, "this is a pickle that could run code, refused", load, here / "code.pt")
+                assert_error(ValueError, "this is a pickle of something else than tensors, refused", load, here / "code.pt")
         assert not (here / "it ran").exists()
 
 
@@ -2387,6 +2387,8 @@ def test_the_page_answers_only_those_who_know_its_address_and_nothing_else():
             (415, {"name": "control", "body": control()}),
             (413, {"name": "control", "body": b"{}", "Content_Length": "65537"} | typed),
             (413, {"name": "control", "body": b"x", "Content_Length": "9" * 5000, "Content_Type": "image/png"}),
+            (400, {"name": "control", "body": b"", "Content_Length": "0" * 9 + "9" * 9} | typed),
+            (400, {"name": "control", "body": b"", "Content_Length": "0" * 5000} | typed),
             (411, {"name": "control", "body": iter([b"{}"]), "Transfer_Encoding": "chunked"} | typed),
             (411, {"name": "control", "body": b"", "Content_Length": "-1"} | typed),
             (400, {"name": "control", "body": b"GIF89a", "Content_Type": "image/png"}),
@@ -2417,6 +2419,9 @@ def test_the_newest_control_wins_and_its_number_comes_with_the_frames():
         seen = page.watch(60)
         assert [number for number, _ in seen] == sorted({number for number, _ in seen})
         assert seen[-1][1] == 71 and [seq for _, seq in seen] == sorted(seq for _, seq in seen)
+        page.seq = 80
+        assert page.control([("20", "8")]) == 200 and page.status()["points"] == [[20.0, 8.0] * 3]     # as numbers
+        page.watch(30)
 
 
 def test_a_slow_page_skips_frames_and_delays_nobody():

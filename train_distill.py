@@ -233,7 +233,7 @@ def scene_tracks(scene, size, rng):
 # What every stage shares: optimizer, running average, the loop with its log and checkpoints, files and pictures.
 
 SIZE, CLIP = 128, 45                     # pixels per side; frames of a clip: 12 latents, 4 chunks of 3
-RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # as torchrun says
+RANK, LOCAL, PROCESSES = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 CRITIC_STEPS = 5                         # of distillation, for each step of the generator
 
 
@@ -336,7 +336,7 @@ def train(run, stage, steps, parts, step):
     """Call step(i) for i < steps: a dict of numbers to log. `parts` {name: object with state_dict} is what a resumed
     run needs besides; random numbers are drawn anew from (seed, stage, i) each step, so that resuming changes nothing.
     Ctrl-C and SIGTERM finish the step, save, and exit with 130 or 143."""
-    steps -= steps % run.batches                        # whole updates: processes would wait for each other in vain
+    steps = max(steps - steps % run.batches, run.batches)       # whole updates: processes would wait in vain
     settings = {"steps": steps, **run.settings(stage)}
     begin, saved_at = load_checkpoint(run.out, stage, settings, parts), time.time()
     with hold_signals() as stop, open(run.out / "stats.jsonl" if RANK == 0 else os.devnull, "a", buffering=1) as log:
@@ -956,7 +956,7 @@ def parse_flags(argv):
     parser.add_argument("--clips", type=count, help="of each kind that eval measures (16)")
     parser.add_argument("--frames", type=count, help="length of the streams that eval measures (10000)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (0)")
-    parser.add_argument("--device", default=f"cuda:{RANK}" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=f"cuda:{LOCAL}" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--accumulate", type=count, default=1, help="steps of each process for one update (1)")
     parser.add_argument("--reward", help="to weight distillation by: motion, or FILE.py:FUNCTION (none)")
     parser.add_argument("--beta", type=number(float, 0.01, 100), default=0.5, help="weight is exp(reward / beta) (0.5)")

@@ -428,9 +428,9 @@ def config_from_tensors(tensors, path):
 
 # What is taken for the right file: by how it begins, or by the names in it; the first that fits.
 KINDS = {"^version https://git-lfs": "a git-lfs pointer, run git lfs pull", "^<": "a web page", "^$": "an empty file",
-         "^PK": "a truncated .pt", "^GGUF": "a GGUF file", "^\x80": "a pickle that could run code, refused",
-         "lora": "a LoRA", "patch_embedding": "a DiT", "token_embedding|shared|encoder.block": "a text encoder",
-         "visual|vision": "a CLIP encoder", "coder.": "a VAE"}
+         "^PK": "a truncated .pt", "^GGUF": "a GGUF file", "^\x80": "a pickle of something else than tensors, refused",
+         "lora": "a LoRA", "visual|vision": "a CLIP encoder", "patch_embedding": "a DiT",
+         "token_embedding|shared|encoder.block": "a text encoder", "coder.": "a VAE"}
 
 
 def what(text):
