@@ -225,7 +225,8 @@ def read_arrays(path):
             raise UserError(f"unpacks to {size / 2 ** 30:.1f} GiB, at most {LIMIT / 2 ** 30:.0f}")
         loaded = np.load(path, allow_pickle=False)
         arrays = {"tracks": loaded} if isinstance(loaded, np.ndarray) else {k: loaded[k] for k in loaded if k in KNOWN}
-        assert all(array.dtype.kind in "biuf" for array in arrays.values())
+        if any(array.dtype.kind not in "biuf" for array in arrays.values()):
+            raise TypeError("not numbers")
     except UserError:
         raise
     except FileNotFoundError:
@@ -246,7 +247,7 @@ def scalar(arrays, name):
 
 
 def check_layout(tracks, visibility):
-    """Refuse what is not (T, N, 2). Without visibility, whose shape would settle it, 4 frames are none."""
+    """Refuse what is not (T, N, 2). Without visibility, a file with fewer than 5 frames looks swapped."""
     shape = tracks.shape
     if tracks.dtype.kind not in "iuf" or tracks.ndim != 3 or shape[2] != 2 or 0 in shape:
         raise UserError(f"tracks are {tracks.dtype} {shape}, expected numbers (T, N, 2): frames, tracks, x and y")
@@ -453,6 +454,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             super().handle()
 
     def answer(self):
+        """Who may ask: whoever names one of our hosts, no other page as origin, and the token. And for what."""
         live, host, (token, _, name) = self.server.live, self.headers.get("Host"), self.path[1:].partition("/")
         ours = self.headers.get("Origin") in (None, f"http://{host}")
         if host not in live.hosts or not (ours and secrets.compare_digest(token.encode(), TOKEN.encode())):
@@ -522,14 +524,14 @@ def clock(live):
         time.sleep(max(live.tick - time.monotonic(), 0.002))
 
 
-def painted(live, take, model, first, image, text, clip, taken):
+def live_conditions(live, asked, model, first, image, encoded, taken):
     """As `conditions`, for points painted while it streams: lines from where they were to where they are when the chunk
-    has to be begun, not earlier. Appends to `taken` what was used: {start: track in the image (T, 2)}."""
-    c, last, (scale, *corner) = model.config, {}, crop(*image.size, model.config.size)
+    has to be begun, until another take is asked for. Appends what was used to `taken`, {start: track (T, 2)}."""
+    c, last, (text, _, clip), (scale, *corner) = model.config, {}, encoded, crop(*image.size, model.config.size)
     for opening in itertools.chain([1], itertools.repeat(0)):
         while True:
             time.sleep(0.004)
-            if live.stop or live.control["take"] != take:
+            if live.stop or live.control["take"] != asked["take"]:
                 return
             if live.runs and live.tick + len(live.queue) / live.fps - time.monotonic() <= live.lead:
                 break
@@ -569,7 +571,7 @@ def save_taken(path, taken, config):
 @torch.inference_mode()
 def perform(live, model, vae, encoded, seed, out):
     """One take: the stream from live.image on, until another take is asked for or it is over; recorded in `out`."""
-    c, image, (text, _, clip), control, video = live.config, live.image, encoded, live.control, None
+    c, image, control, video = live.config, live.image, live.control, None
     taken = collections.deque(maxlen=None if out else 0)            # what is not recorded is not kept
     more = c.chunk // control["chunk"]                              # chunks remembered, so that as many frames are
     model.config = replace(c, chunk=control["chunk"], sink=more * c.sink, window=c.window and more * c.window)
@@ -577,7 +579,7 @@ def perform(live, model, vae, encoded, seed, out):
     live.queue, live.frame = collections.deque(), (next(live.count), 0, to_frames(pixels)[0])
     live.status["image"] = image.size
     first = vae.encode(pixels.to(next(model.parameters()).device))
-    latents = stream(model, first, painted(live, control["take"], model, first, image, text, clip, taken), seed=seed)
+    latents = stream(model, first, live_conditions(live, control, model, first, image, encoded, taken), seed=seed)
     with contextlib.ExitStack() as stack:
         for frame in decode_frames(vae, latents):
             if live.begun:                                          # it is the first of its chunk
@@ -710,8 +712,7 @@ def settle(args, weights, frames):
     """The config to sample with: the weights' own or their family's, changed by the flags. Fills in --sampler and
     --control; refuses flags that these weights have no use for, and conditions that they lack."""
     c, own = weights.config, weights.own
-    sampler = "stream" if c.causal else "teacher"
-    args.sampler = args.sampler or sampler
+    args.sampler = args.sampler or ("stream" if c.causal else "teacher")
     args.control = args.control or ("sinusoid" if weights.head or c.track_dim != c.out_dim else "rgb")
     streams, text = args.sampler == "stream", args.prompt_embeds or c.text_dim != UMT5_DIM
     if not own:
@@ -722,11 +723,7 @@ def settle(args, weights, frames):
     w_text = getattr(args, "w_text", c.guidance[0] if text else 0.0)
     c = replace(c, guidance=(w_text, getattr(args, "w_motion", c.guidance[1])))
     c = replace(c, **{flag: getattr(args, flag) for flag in ("chunk", "sink", "window") if flag in args})
-    refuse(args, weights, c, frames, [
-        (own and args.sampler != sampler, f"holds a {'student' if c.causal else 'teacher'}, use --sampler {sampler}"),
-        *((flag in args, f"--{flag.replace('_', '-')} belongs to --sampler {'teacher' if streams else 'stream'}")
-          for flag in (("w_text", "w_motion", "negative_embeds") if streams else ("chunk", "sink", "window"))),
-    ])
+    refuse(args, weights, c, frames)
     if not own:
         how = "as Self-Forcing" if streams else f"shift {c.shift:g}, text guidance {c.guidance[0]:g}"
         print(f"note: {weights.path} does not say how it is sampled: {args.sampler}, {how}")
@@ -737,12 +734,15 @@ def settle(args, weights, frames):
     return c
 
 
-def refuse(args, weights, c, frames, wrong):
-    """Raise UserError for the first of `wrong` and of what follows, (condition, what to do), that is true."""
+def refuse(args, weights, c, frames):
+    """Raise UserError, what to do, for the first of these conditions that is true. c: the config to sample with."""
     streams, drawn, umt5 = args.sampler == "stream", args.control == "rgb", c.text_dim == UMT5_DIM
     negative = "negative_embeds" in args
     for condition, cure in [
-        *wrong,
+        (weights.own and streams != c.causal,
+         f"holds a {'student, use --sampler stream' if c.causal else 'teacher, use --sampler teacher'}"),
+        *((flag in args, f"--{flag.replace('_', '-')} belongs to --sampler {'teacher' if streams else 'stream'}")
+          for flag in (("w_text", "w_motion", "negative_embeds") if streams else ("chunk", "sink", "window"))),
         (streams and c.window is None and frames > HISTORY and "window" not in args,
          f"trained to remember {HISTORY} frames, all of them; add --sink 1 --window 5 for more"),
         (streams and has_mask(c), "takes the image as a clip with a mask, which cannot stream; use --sampler teacher"),

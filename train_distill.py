@@ -242,7 +242,7 @@ def seed_of(*what):
     return zlib.crc32(" ".join(map(str, what)).encode())
 
 
-def total(tensor):
+def sum_processes(tensor):
     """The sum of the processes' tensors, in place, in all of them. They wait for each other."""
     if PROCESSES > 1:
         dist.all_reduce(tensor)
@@ -278,7 +278,7 @@ class Optimizer:
         if not ends_update(i, self.batches):
             return None
         for p in self.parameters:
-            total(p.grad)
+            sum_processes(p.grad)
         count, norm = i // self.batches // every, nn.utils.clip_grad_norm_(self.parameters, clip)
         if not norm.isfinite():
             raise FloatingPointError(f"loss {loss.item()}, gradient norm {norm.item()}")
@@ -352,7 +352,7 @@ def train(run, stage, steps, parts, step):
             numbers = {"stage": stage, "step": i, **numbers, "seconds": round(time.time() - started, 3)}
             log.write(json.dumps(numbers) + "\n")
             if ends_update(i, run.batches):
-                stopped, due = total(torch.tensor([len(stop) > 0, time.time() - saved_at > 300]).int())
+                stopped, due = sum_processes(torch.tensor([len(stop) > 0, time.time() - saved_at > 300]).int())
                 if stopped or due:
                     save_checkpoint(run.out, stage, i - RANK + PROCESSES, settings, parts)
                     saved_at = time.time()
@@ -390,7 +390,7 @@ def train_vae(run):
 
     train(run, "vae", run.steps["vae"], {"norm": norm, **optimizer.parts()}, step)
     for statistic in norm.running_mean, norm.running_var:
-        total(statistic).div_(PROCESSES)
+        sum_processes(statistic).div_(PROCESSES)
     with torch.no_grad():
         last, std = vae.encoder[-1], (norm.running_var + norm.eps).sqrt()
         last.weight /= std.view(-1, 1, 1, 1)
@@ -616,18 +616,17 @@ def motion_reward(video, batch):
 
 
 def find_reward(name):
-    """--reward: "motion", or FILE.py:FUNCTION of your own, (video in [-1, 1], batch with text, tracks, visible, ids) to
-    (B,), the higher the better."""
+    """--reward: "motion", or a function of your own, FILE.py:FUNCTION, called as motion_reward is."""
     file, _, function = name.rpartition(":")
     try:
         return runpy.run_path(file)[function] if file else {"motion": motion_reward}[name]
-    except (OSError, KeyError, SyntaxError) as e:
+    except Exception as e:                              # whatever the file does
         raise UserError(f"--reward {name}: neither motion nor FILE.py:FUNCTION ({type(e).__name__}: {e})") from None
 
 
 def train_student(run):
     """A generator update every CRITIC_STEPS critic updates, each on a new rollout that ends at a random step."""
-    pool, reward = kept(run, "pool", "vae", run.clips, film_clips), run.args.reward and find_reward(run.args.reward)
+    pool, reward = kept(run, "pool", "vae", run.clips, film_clips), run.reward
     teacher, vae = run.model("teacher"), run.vae()
     generator, critic = run.model("causal", sink_decay=run.config.sink_decay), run.model("teacher")
     for model in generator, critic:
@@ -687,7 +686,8 @@ def plot(path, curves, title, width=640, height=320):
 
 def plot_stage(run, stage):
     """Curves of a stage from stats.jsonl, each number averaged over 2 % of the stage."""
-    rows, curves = [row for row in map(json.loads, open(run.out / "stats.jsonl")) if row["stage"] == stage], {}
+    logged, curves = map(json.loads, open(run.out / "stats.jsonl")), {}
+    rows = [*{row["step"]: row for row in logged if row["stage"] == stage}.values()]    # after a crash, logged again
     for name in "loss", "loss_c", "loss_g", "reward", "std", "x0_none", "x0_tracks":
         values = [(row["step"], row[name]) for row in rows if name in row]
         if values:
@@ -895,7 +895,7 @@ class Run:
 
     def __init__(self, args):
         self.args, self.out, self.device, self.seed = args, Path(args.out), args.device, args.seed
-        self.batches = PROCESSES * args.accumulate
+        self.batches, self.reward = PROCESSES * args.accumulate, args.reward and find_reward(args.reward)
         self.config = replace(PRESETS["tiny"], tracks=args.tracks, sink_decay=args.sink_decay)
         self.steps = dict(zip(STAGES, (4, 4, 3, 6) if args.smoke else (2000, 10_000, 800, 1200)))
         self.steps |= {args.stage: args.steps} if args.steps else {}

@@ -1,10 +1,9 @@
 """Video autoencoders: pixels to latents and back, streamed, with the state in the caller's hands.
 
 `TinyVAE` has the layout and the parameter names of TAEHV (github.com/madebyollin/taehv, MIT), so its public files for
-Wan (`taew2_1`, `taew2_2`) load into the same class as the tiny model's own weights. Its convolutions are 2-D. Time
-enters in two places: `MemBlock` sees the previous frame, `Repack` packs frames into channels and unpacks them. `WanVAE`
-is the VAE of Wan 2.1 (8x8 pixels, 16 channels) and of Wan 2.2 5B (16x16 pixels, 48 channels); its convolutions are 3-D
-and causal. Latents are normalised as the DiT sees them: no mean, no scale, about unit variance.
+Wan (`taew2_1`, `taew2_2`) load into the same class as the tiny model's own weights. Its convolutions are 2-D:
+`MemBlock` sees the previous frame, `Repack` packs frames into channels and unpacks them. `WanVAE` is that of Wan 2.1
+and 2.2 5B, with causal 3-D ones. Latents are normalised as the DiT sees them: no mean, no scale, about unit variance.
 
     B batch   T video frames   F latent frames, T = 1 + 4 (F - 1)   C channels   h w latent size   H W pixels
 """
@@ -28,9 +27,8 @@ FRAMES = 4  # video frames per latent frame, in every VAE of the Wan family
 @dataclass
 class TinyVAEConfig:
     """A stage is (width, blocks, time, space): its channels, its MemBlocks, and its strides. The defaults are taew2_1.
-    pad: where frames are repeated so that T = 4F - 3 frames fill F latents. "end" repeats the last frame, as the
-    public files do: a latent then sees up to three frames of its future. "front" repeats frame 0, for ever: no latent
-    sees the future, and of a scene that stands still all latents are equal."""
+    pad: where frames are repeated so that T = 4F - 3 frames fill F latents. "end": the last one, as in public files, so
+    that a latent sees up to three frames of its future. "front": frame 0, for ever, and no latent sees the future."""
     latent_channels: int = 16
     patch: int = 1        # pixels per side that are folded into channels before the first convolution
     pad: str = "end"
@@ -165,8 +163,7 @@ class TinyVAE(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # The VAE of Wan. Tensors are (B, C, T, H, W), names are those of Wan's files. A clip is computed in pieces: frame 0, a
 # latent of its own, then four frames or one latent at a time. `state` holds, for each convolution over time, the input
-# frames that its next piece still sees; None starts a clip. A layer takes its entry off `state`, which frees it, and
-# appends the next one to `memory`, which becomes the new state.
+# frames that its next piece still sees; None starts a clip. A layer takes its entry off it and adds one to `memory`.
 
 @dataclass
 class WanVAEConfig:
@@ -418,7 +415,10 @@ def config_from_tensors(tensors, path):
     shapes = {name.removesuffix(".weight"): t.shape for name, t in tensors.items()}
     try:
         if "encoder.17" in shapes:
-            return TinyVAEConfig(shapes["encoder.17"][0], math.isqrt(shapes["encoder.0"][1] // 3))
+            down = tuple((shapes[f"encoder.{i + 1}"][0], 3, time, 2) for i, time in ((2, 2), (7, 2), (12, 1)))
+            up = tuple((shapes[f"decoder.{i}.conv"][1], 3, time, 2) for i, time in ((7, 1), (13, 2), (19, 2)))
+            return TinyVAEConfig(shapes["encoder.17"][0], math.isqrt(shapes["encoder.0"][1] // 3), "end",
+                                 shapes["encoder.0"][0], down, up, shapes["decoder.22"][1])
         channels = next(n for n in STATISTICS if n == shapes["conv2"][0])
         return WanVAEConfig(channels, shapes["encoder.conv1"][0], shapes["decoder.head.2"][1],
                             residual="encoder.downsamples.0.downsamples.0.residual.2" in shapes)
