@@ -45,13 +45,14 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 import sample
 import train_distill as td
 from motionstream import (PRESETS, KVCache, MotionStream, SelfAttention, TrackHead, add_noise, apply_rope,
                           embed_words, euler, find_config, guided_velocity, image_and_mask, joint_guidance,
                           rollout, rope_table, save_pretrained, schedule, sinusoid, to_x0, track_features, track_ids,
-                          with_first)
+                          with_first, write)
 from vae import RMSNorm as ChannelNorm
 from vae import STATISTICS, CausalConv, TinyVAE, TinyVAEConfig, WanVAE, WanVAEConfig, load_vae
 
@@ -1537,25 +1538,25 @@ def test_a_shifted_video_has_the_error_of_its_shift_and_an_empty_one_has_lost_al
     scene["backdrop"][:], scene["position"] = 0.5, 0.3 + 0.4 * scene["position"]           # far from the borders
     truth = td.film(scene, 128)
     first = truth[:, :, :1]
-    same = td.measure(truth, truth, first, scene)
+    same = measure(truth, truth, first, scene)
     assert (same["median"], same["mean"], same["lost"], same["copying"]) == (0, 0, 0, 0) and same["psnr"] > 90
     assert all(abs(same[name] - 1) < 1e-5 for name in ("colour", "sharp", "motion"))
-    shifted = td.measure(truth.roll((3, 4), (3, 4)), truth, first, scene)
+    shifted = measure(truth.roll((3, 4), (3, 4)), truth, first, scene)
     assert abs(shifted["mean"] - 100 * 5 / 128) < 0.1 and shifted["lost"] == 0 and abs(shifted["motion"] - 1) < 1e-2
-    far = td.measure(truth.roll(64, 4), truth, first, scene)
+    far = measure(truth.roll(64, 4), truth, first, scene)
     assert 29 < far["median"] <= 30                             # half the width away: no error counts more than 30 %
-    gone = td.measure(truth * 0, truth, first, scene)
+    gone = measure(truth * 0, truth, first, scene)
     assert (gone["mean"], gone["lost"], gone["colour"]) == (30, 100, 0) and 0 < gone["sharp"] + 1 < 1.1
-    still = td.measure(first.expand_as(truth), truth, first, scene)
+    still = measure(first.expand_as(truth), truth, first, scene)
     assert abs(still["copying"] - 1) < 1e-4 and still["motion"] == 0
     assert abs(still["psnr"] - 10 * math.log10(4 / (first - truth).square().mean())) < 1e-3
-    dim = td.measure(0.5 * truth - 0.5, truth, first, scene)
+    dim = measure(0.5 * truth - 0.5, truth, first, scene)
     assert abs(dim["sharp"] - 0.5) < 1e-4
 
 
 def test_a_case_says_and_does_what_its_name_says():
     def case(change=None, **options):
-        return td.new_case("test", 2, 21, "dense", change, objects=2, **options)
+        return new_case("test", 2, 21, "dense", change, objects=2, **options)
 
     (scene, told), n = case(), torch.arange(td.OBJECTS * td.POINTS)
     path, tracks, visible = scene["position"], told["tracks"], told["visible"]
@@ -1573,9 +1574,9 @@ def test_a_case_says_and_does_what_its_name_says():
     late, broken = (case(change)[1]["visible"] for change in ("late", "broken"))
     assert late[:, 0].equal(visible[:, 0]) and not late[:, 1:13].any() and late[:, 13:].equal(visible[:, 13:])
     assert 0.4 < broken[:, 4:].sum() / visible[:, 4:].sum() < 0.6 and broken[:, :4].equal(visible[:, :4])
-    drag = td.new_case("test", 2, 21, "drag", objects=2)[1]["visible"]
+    drag = new_case("test", 2, 21, "drag", objects=2)[1]["visible"]
     assert drag[:, :, n[n % td.POINTS == 0]].sum() == drag.sum() > 0 and drag.sum(2).max() <= 2
-    assert not td.new_case("test", 2, 21, "none", objects=2)[1]["visible"].any()
+    assert not new_case("test", 2, 21, "none", objects=2)[1]["visible"].any()
 
 
 def test_a_table_is_kept_row_by_row_and_measured_once():
@@ -1590,11 +1591,10 @@ def test_a_table_is_kept_row_by_row_and_measured_once():
                 raise KeyboardInterrupt
             return {"from": 0, "mean": settings["y"] + 0.5, "tenths": [{"from": 0, "mean": 1}, {"from": 9, "mean": 2}]}
 
-        with unittest.mock.patch.object(td, "tables", lambda run, stage: dict(rows)), \
-                unittest.mock.patch.object(td, "eval_row", row):
+        with unittest.mock.patch.dict(globals(), tables=lambda run, stage: dict(rows), eval_row=row):
             for fail in 2, None, None:
                 with quiet() as (out, _), contextlib.suppress(KeyboardInterrupt):
-                    td.evaluate(run, "eval")
+                    evaluate(run, "eval")
         assert [call["y"] for call in calls] == [1, 2, 2, 3] and calls[0] == {"x": 1, "y": 1}
         assert "| y 2 | 2.50 |" in out.getvalue() and (here / "eval.png").exists()
 
@@ -1604,18 +1604,18 @@ def test_every_row_of_the_tables_can_be_played():
         config, eval_clips, eval_frames = replace(PRESETS["tiny"], num_layers=1), 1, 45
 
     for stage in "eval", "experiments":
-        for title, (common, rows) in td.tables(Toy, stage).items():
+        for title, (common, rows) in tables(Toy, stage).items():
             for row in rows:
                 settings = {key: value for key, value in (common | row).items() if not hasattr(Toy.config, key)}
                 assert {"seed", "clips", "frames"} <= settings.keys()
                 overrides = {key: value for key, value in (common | row).items() if hasattr(Toy.config, key)}
                 replace(Toy.config, **overrides)
                 case = {key: value for key, value in settings.items() if key not in ("model", "text", "piece")}
-                scene, motion = td.new_case(**case | {"frames": 9})
+                scene, motion = new_case(**case | {"frames": 9})
                 assert motion["tracks"].shape[:2] == (case["clips"], 9), (title, row)
     model, vae = new_model(size=(128, 128), text_dim=64), new_vae()
     Toy.model, Toy.vae, Toy.device, Toy.seed = lambda self, name, **more: model, lambda self: vae, "cpu", 0
-    result = td.eval_row(Toy(), seed="x", clips=1, frames=45, piece=9, objects=1)
+    result = eval_row(Toy(), seed="x", clips=1, frames=45, piece=9, objects=1)
     assert len(result["tenths"]) == 5 and [part["from"] for part in result["tenths"]] == [0, 9, 18, 27, 36]
     values = [part["psnr"] for part in result["tenths"]]
     assert abs(result["psnr"] - np.mean(values)) < 1e-4 and abs(result["drift"] - np.std(values)) < 1e-4
@@ -2995,6 +2995,151 @@ def test_readme_line_counts_are_true():
     for file, count in rows:
         lines = len((HERE / file).read_text().splitlines())
         assert int(count.replace(",", "")) == lines, f"{file} has {lines} lines, the README says {count}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measuring: train_distill.py --stage eval and experiments. The claims of the README, not of the code.
+
+def masses(video, colours):
+    """How much of each colour (B, K, 3) is in a video, and where: mass (B, T, K) and centroid (B, T, K, 2) in pixels.
+    A pixel counts for the colour nearest to it in hue, by how colourful it is; greyish ones do not count."""
+    rgb = video.transpose(1, 2) / 2 + 0.5                                                   # (B, T, 3, H, W)
+    chroma = rgb - rgb.mean(2, keepdim=True)
+    strength = chroma.square().sum(2, keepdim=True).sqrt()               # norm(dim=2) takes 100 times as long
+    hues = F.normalize(colours - colours.mean(2, keepdim=True), dim=2)
+    match = torch.einsum("btchw,bkc->btkhw", chroma / strength.clamp(min=1e-12), hues)
+    nearest = (match == match.amax(2, keepdim=True)) & (match > 0.8)
+    weight = nearest * (strength - 0.15).clamp(min=0)                                       # (B, T, K, H, W)
+    mass, axis = weight.sum((3, 4)), torch.arange(video.shape[-1]) + 0.5
+    where = torch.stack([(weight.sum(3) * axis).sum(-1), (weight.sum(4) * axis).sum(-1)], -1)
+    return mass, where / mass.clamp(min=1e-6)[..., None]
+
+
+def measure(video, truth, first, scene):
+    """A piece of video beside the true one, as numbers. End-point errors are in percent of the width, one per object
+    and frame in which at least half of it can be seen; it is lost (percent of those) if less than a quarter of its mass
+    is there. No error is over 30, a lost object's is 30. PSNR in dB. As shares of the truth's: the first object's
+    colour, sharpness, and how far objects go. copying: the share of what only `first`, the first frame, has."""
+    mass, where = masses(video, scene["colour"])
+    true_mass, true_where = masses(truth, scene["colour"])
+    seen = scene["present"][:, None] & (true_mass > 0.5 * true_mass.amax(1, keepdim=True)) & (true_mass > 1)
+    lost = mass < 0.25 * true_mass
+    error = torch.where(lost, 30.0, ((where - true_where).norm(dim=-1) * 100 / td.SIZE).clamp(max=30))[seen]
+    there = (seen & ~lost)[:, 1:] & ~lost[:, :-1]
+    move, edge = [], []
+    for v, place in (video, where), (truth, true_where):
+        move.append(place.diff(dim=1).norm(dim=-1)[there].sum())
+        edge.append(sum(v.diff(dim=d).abs().mean() for d in (3, 4)))
+    numbers = {"median": error.median(), "mean": error.mean(), "lost": 100 * lost[seen].float().mean(),
+               "psnr": td.psnr(video, truth), "colour": mass[..., 0].sum() / true_mass[..., 0].sum(),
+               "sharp": edge[0] / edge[1], "motion": move[0] / move[1],
+               "copying": ((video - truth) * (first - truth)).sum() / (first - truth).square().sum()}
+    return {name: float(number) for name, number in numbers.items()}    # tensors kept would scatter the heap
+
+
+def new_case(seed, clips, frames, points="drag", change=None, speed=1, **options):
+    """Scenes of moving objects (options: see new_scenes), `speed` times as fast as in training, and {"tracks",
+    "visible"}. points: "dense" all, "drag" the centre of each object, "none". change: of the scene, "other way" (the
+    same first frame, objects go the opposite way), "teleport" (half-way, they jump to the opposite place); of tracks,
+    "two ways" (every second one goes the opposite way), "jittered" (by 2 % of the width), "late" (nothing is said of
+    frames 1 to 12), "broken" (half of the pieces of 4 frames are missing)."""
+    rng = torch.Generator().manual_seed(td.seed_of(seed))
+    options = {"camera": False, "attributes": (0, 0), "moving": True} | options
+    scene = td.new_scenes(clips, frames * speed, rng, **options)
+    path, t = scene["position"][:, :, ::speed], torch.arange(frames)[:, None]
+    back, jump = (2 * path[:, :, :1] - path).clamp(0.05, 0.95), torch.where(t < frames // 2, path, 1 - path)
+    scene |= {key: scene[key][:, ::speed] for key in ("pan", "zoom", "gains", "spin", "pulse")}
+    scene["position"] = {"other way": back, "teleport": jump}.get(change, path)
+    tracks, visible = td.scene_tracks(scene, td.SIZE, rng)
+    n = torch.arange(tracks.shape[2])
+    if change == "two ways":
+        tracks = torch.where(n[:, None] % 2 == 1, td.scene_tracks(scene | {"position": back}, td.SIZE, rng)[0], tracks)
+    if change == "jittered":
+        tracks = tracks + 0.02 * td.SIZE * torch.randn(tracks.shape, generator=rng)
+    gaps = torch.rand(clips, frames // 4 + 1, len(n), generator=rng).repeat_interleave(4, 1)[:, :frames] < 0.5
+    silent = {"late": (t > 0) & (t < 13), "broken": (t > 3) & gaps}.get(change, t < 0)
+    told = {"dense": n >= 0, "drag": (n < td.OBJECTS * td.POINTS) & (n % td.POINTS == 0), "none": n < 0}[points]
+    return scene, {"tracks": tracks, "visible": visible & told & ~silent}
+
+
+def eval_row(run, model="student", text=td.NEUTRAL, piece=None, **settings):
+    """Play a case (settings: of new_case, and fields of Config) and measure it, `piece` frames at a time (None: all at
+    once). Of each number the mean, and that of each tenth; drift: the standard deviation of PSNR over the pieces."""
+    overrides = {key: settings.pop(key) for key in [*settings] if hasattr(run.config, key)}
+    (scene, motion), piece = new_case(**settings), piece or settings["frames"]
+    first, start, rows, clock = td.film(scene, td.SIZE, 0, 1), 0, [], time.perf_counter()
+    held = first[:, :, :0]
+    for video in td.play(run, model, scene, motion, embed_words(text, run.config), **overrides):
+        seconds, held = time.perf_counter() - clock, torch.cat([held, video], 2)            # of the latest chunk
+        while held.shape[2] >= piece and start + piece <= settings["frames"]:
+            truth = td.film(scene, td.SIZE, start, start + piece)
+            rows.append({"from": float(start), **measure(held[:, :, :piece], truth, first, scene), "seconds": seconds})
+            start, held = start + piece, held[:, :, piece:]
+        clock = time.perf_counter()
+    numbers = torch.tensor([[*row.values()] for row in rows])
+    tenths = [dict(zip(rows[0], [part[0, 0].item(), *part[:, 1:].nanmean(0).tolist()]))
+              for part in numbers.split(math.ceil(len(rows) / 10))]
+    mean = dict(zip(rows[0], numbers.nanmean(0).tolist()))
+    return mean | {"drift": numbers[:, [*mean].index("psnr")].std(correction=0).item(), "tenths": tenths}
+
+
+def tables(run, stage):
+    """What a stage measures: {title: (what all rows have in common, [what each has besides])}, arguments of eval_row.
+    The experiments are MotionStream's table 4, figures 4 and 6a and limits, and Reward Forcing's sinks."""
+    def grid(**values):
+        return [dict(zip(values, row)) for row in itertools.product(*values.values())]
+
+    clip = {"seed": "eval 1 False", "clips": run.eval_clips, "frames": td.CLIP, "objects": 1}
+    if stage == "eval":
+        kinds = [{"objects": 1}, {"objects": 3, "seed": "eval 3 False"}, {"objects": 1, "change": "other way"},
+                 {"flat": True, "frames": 81, "seed": "eval 1 True"}]
+        models = grid(model=("vae", "still"), points=("none",)) + grid(model=("teacher", "causal", "student"),
+                                                                       points=("dense", "drag", "none"))
+        following = [kind | model for kind in kinds for model in models
+                     if model["model"] != "teacher" or "flat" not in kind]
+        text = [{"seed": f"text {light} {motion}", "attributes": (light, motion), "text": prompt}
+                for light, motion in ((1, 0), (2, 0), (0, 1), (0, 2))           # the right one, the wrong one (1 for 2)
+                for prompt in (td.caption(light, motion), td.caption(-light % 3, -motion % 3), td.NEUTRAL, None)]
+        streams = [{"seed": f"stream {camera}", "camera": camera, "points": points, "sink": sink}
+                   for camera, points in ((False, "drag"), (True, "dense")) for sink in (1, 0)]
+        return {"following": (clip, following), "text": (clip | {"objects": 2, "piece": td.CLIP // 3}, text),
+                "streams": (clip | {"clips": 2, "frames": run.eval_frames, "piece": 12}, streams)}
+    frames = min(run.eval_frames, 20 * td.CLIP)                    # 20 times the training's length, in 30 pieces
+    stream = clip | {"seed": "stream False", "clips": math.ceil(run.eval_clips / 4), "frames": frames,
+                     "piece": math.ceil(frames / 30)}
+    teacher, sinks = clip | {"model": "teacher"}, grid(sink_decay=(1.0, 0.999, 0.99, 0.9, 0.5)) + grid(sink=(0,))
+    return {"streams": (stream, sinks),
+            "moving camera": (stream | {"seed": "stream True", "camera": True, "points": "dense"}, sinks),
+            "memory": (stream, grid(sink=(0, 1, 2, 3), window=(1, 2, 4))),
+            "chunk": (stream, grid(chunk=(1, 5, 7))),
+            "steps": (stream, grid(sigmas=[schedule(steps, run.config.shift) for steps in (1, 2, 4)])),
+            "self-rollout": (stream, grid(model=("causal",))),
+            "guidance": (teacher, grid(guidance=[*itertools.product((0, 1, 2, 3), (0, 1, 1.5, 3))])),
+            "limits": (clip | {"points": "dense"}, grid(speed=(1, 2, 3, 4, 6, 8)) + grid(
+                change=("teleport", "two ways", "jittered", "late", "broken")))}
+
+
+@torch.no_grad()
+def evaluate(run, stage):
+    """Measure the tables of a stage and print them, draw the streams. Its .json, {settings: {title: {row: numbers}}},
+    keeps every row when it is done, and what it has is not measured again."""
+    path = run.out / f"{stage}.json"
+    settings = f"{run.settings(stage)}, {run.eval_clips} clips, {run.eval_frames} frames"
+    everything = json.loads(path.read_text() if path.exists() else "{}")
+    done = everything.setdefault(settings, {})
+    for title, (common, rows) in tables(run, stage).items():
+        results = done.setdefault(title, {})
+        for row in tqdm(rows, title):
+            label = ", ".join(f"{key} {value}" for key, value in row.items() if key != "seed")
+            if label not in results:
+                results[label] = eval_row(run, **(common | row))
+                write(path, lambda temporary: temporary.write_text(json.dumps(everything, indent=1)))
+        names = [name for name in results[label] if name not in ("from", "tenths")]
+        print(f"\n| {title} | {' | '.join(names)} |\n{'|---' * len(names)}|---|")
+        for label, result in results.items():
+            print(f"| {label} |", " | ".join(f"{result[name]:.2f}" for name in names), "|")
+    curves = {label: [(t["from"], t["mean"]) for t in row["tenths"]] for label, row in done["streams"].items()}
+    td.plot(run.out / f"{stage}.png", curves, "end-point error, % of the width, over frames")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

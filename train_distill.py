@@ -4,7 +4,8 @@
     teacher  bidirectional rectified flow, given the first frame, text and tracks
     causal   the student: regression on the teacher's ODE trajectories, chunk by chunk through the KV cache
     distill  Self-Forcing DMD: the student rolls out as it will at inference, teacher and critic score the result
-    eval     the numbers and pictures of the README; experiments: the papers', as far as they need no other training
+    eval     the numbers and pictures of the README; experiments: the papers', as far as they need no other training;
+             both measured by test_motionstream.py
 
     python train_distill.py                  all of it, resumed where it stopped; --smoke: a few steps, to see it run
     python train_distill.py --stage teacher  one stage
@@ -16,7 +17,6 @@ a loss curve and a preview sheet for each stage.
 
 import argparse
 import copy
-import itertools
 import json
 import math
 import os
@@ -39,7 +39,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from motionstream import (PRESETS, KVCache, MotionStream, add_noise, embed_words, euler, guided_velocity, rollout,
-                          save_pretrained, schedule, shift_sigma, to_x0, track_features, track_ids, with_first, write)
+                          save_pretrained, shift_sigma, to_x0, track_features, track_ids, with_first, write)
 from sample import ASSETS, Motion, Parser, UserError, hold_signals, number, sample_teacher, stream, to_frames
 from vae import TINY, TinyVAE
 
@@ -696,7 +696,7 @@ def plot_stage(run, stage):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Playing and measuring. Scenes come from seeds that no training stage uses.
+# Playing. The scenes that are shown and measured come from seeds that no training stage uses.
 
 def play(run, name, scene, points, text, **overrides):
     """The video (B, 3, T, SIZE, SIZE), in pieces, that "teacher", "causal" or "student" makes of the scene's first
@@ -723,156 +723,19 @@ def play(run, name, scene, points, text, **overrides):
         yield video.cpu()
 
 
-def masses(video, colours):
-    """How much of each colour (B, K, 3) is in a video, and where: mass (B, T, K) and centroid (B, T, K, 2) in pixels.
-    A pixel counts for the colour nearest to it in hue, by how colourful it is; greyish ones do not count."""
-    rgb = video.transpose(1, 2) / 2 + 0.5                                                   # (B, T, 3, H, W)
-    chroma = rgb - rgb.mean(2, keepdim=True)
-    strength = chroma.square().sum(2, keepdim=True).sqrt()               # norm(dim=2) takes 100 times as long
-    hues = F.normalize(colours - colours.mean(2, keepdim=True), dim=2)
-    match = torch.einsum("btchw,bkc->btkhw", chroma / strength.clamp(min=1e-12), hues)
-    nearest = (match == match.amax(2, keepdim=True)) & (match > 0.8)
-    weight = nearest * (strength - 0.15).clamp(min=0)                                       # (B, T, K, H, W)
-    mass, axis = weight.sum((3, 4)), torch.arange(video.shape[-1]) + 0.5
-    where = torch.stack([(weight.sum(3) * axis).sum(-1), (weight.sum(4) * axis).sum(-1)], -1)
-    return mass, where / mass.clamp(min=1e-6)[..., None]
-
-
 def psnr(a, b):
     """Decibels between videos in [-1, 1]."""
     return -10 * math.log10((a - b).square().mean().item() / 4 + 1e-10)
 
 
-def measure(video, truth, first, scene):
-    """A piece of video beside the true one, as numbers. End-point errors are in percent of the width, one per object
-    and frame in which at least half of it can be seen; it is lost (percent of those) if less than a quarter of its mass
-    is there. No error is over 30, a lost object's is 30. PSNR in dB. As shares of the truth's: the first object's
-    colour, sharpness, and how far objects go. copying: the share of what only `first`, the first frame, has."""
-    mass, where = masses(video, scene["colour"])
-    true_mass, true_where = masses(truth, scene["colour"])
-    seen = scene["present"][:, None] & (true_mass > 0.5 * true_mass.amax(1, keepdim=True)) & (true_mass > 1)
-    lost = mass < 0.25 * true_mass
-    error = torch.where(lost, 30.0, ((where - true_where).norm(dim=-1) * 100 / SIZE).clamp(max=30))[seen]
-    there = (seen & ~lost)[:, 1:] & ~lost[:, :-1]
-    move, edge = [], []
-    for v, place in (video, where), (truth, true_where):
-        move.append(place.diff(dim=1).norm(dim=-1)[there].sum())
-        edge.append(sum(v.diff(dim=d).abs().mean() for d in (3, 4)))
-    numbers = {"median": error.median(), "mean": error.mean(), "lost": 100 * lost[seen].float().mean(),
-               "psnr": psnr(video, truth), "colour": mass[..., 0].sum() / true_mass[..., 0].sum(),
-               "sharp": edge[0] / edge[1], "motion": move[0] / move[1],
-               "copying": ((video - truth) * (first - truth)).sum() / (first - truth).square().sum()}
-    return {name: float(number) for name, number in numbers.items()}    # tensors kept would scatter the heap
-
-
-def new_case(seed, clips, frames, points="drag", change=None, speed=1, **options):
-    """Scenes of moving objects (options: see new_scenes), `speed` times as fast as in training, and {"tracks",
-    "visible"}. points: "dense" all, "drag" the centre of each object, "none". change: of the scene, "other way" (the
-    same first frame, objects go the opposite way), "teleport" (half-way, they jump to the opposite place); of tracks,
-    "two ways" (every second one goes the opposite way), "jittered" (by 2 % of the width), "late" (nothing is said of
-    frames 1 to 12), "broken" (half of the pieces of 4 frames are missing)."""
-    rng = torch.Generator().manual_seed(seed_of(seed))
-    scene = new_scenes(clips, frames * speed, rng, **{"camera": False, "attributes": (0, 0), "moving": True} | options)
-    path, t = scene["position"][:, :, ::speed], torch.arange(frames)[:, None]
-    back, jump = (2 * path[:, :, :1] - path).clamp(0.05, 0.95), torch.where(t < frames // 2, path, 1 - path)
-    scene |= {key: scene[key][:, ::speed] for key in ("pan", "zoom", "gains", "spin", "pulse")}
-    scene["position"] = {"other way": back, "teleport": jump}.get(change, path)
-    tracks, visible = scene_tracks(scene, SIZE, rng)
-    n = torch.arange(tracks.shape[2])
-    if change == "two ways":
-        tracks = torch.where(n[:, None] % 2 == 1, scene_tracks(scene | {"position": back}, SIZE, rng)[0], tracks)
-    if change == "jittered":
-        tracks = tracks + 0.02 * SIZE * torch.randn(tracks.shape, generator=rng)
-    gaps = torch.rand(clips, frames // 4 + 1, len(n), generator=rng).repeat_interleave(4, 1)[:, :frames] < 0.5
-    silent = {"late": (t > 0) & (t < 13), "broken": (t > 3) & gaps}.get(change, t < 0)
-    told = {"dense": n >= 0, "drag": (n < OBJECTS * POINTS) & (n % POINTS == 0), "none": n < 0}[points]
-    return scene, {"tracks": tracks, "visible": visible & told & ~silent}
-
-
-def eval_row(run, model="student", text=NEUTRAL, piece=None, **settings):
-    """Play a case (settings: of new_case, and fields of Config) and measure it, `piece` frames at a time (None: all at
-    once). Of each number the mean, and that of each tenth; drift: the standard deviation of PSNR over the pieces."""
-    overrides = {key: settings.pop(key) for key in [*settings] if hasattr(run.config, key)}
-    (scene, motion), piece = new_case(**settings), piece or settings["frames"]
-    first, start, rows, clock = film(scene, SIZE, 0, 1), 0, [], time.perf_counter()
-    held = first[:, :, :0]
-    for video in play(run, model, scene, motion, embed_words(text, run.config), **overrides):
-        seconds, held = time.perf_counter() - clock, torch.cat([held, video], 2)            # of the latest chunk
-        while held.shape[2] >= piece and start + piece <= settings["frames"]:
-            truth = film(scene, SIZE, start, start + piece)
-            rows.append({"from": float(start), **measure(held[:, :, :piece], truth, first, scene), "seconds": seconds})
-            start, held = start + piece, held[:, :, piece:]
-        clock = time.perf_counter()
-    numbers = torch.tensor([[*row.values()] for row in rows])
-    tenths = [dict(zip(rows[0], [part[0, 0].item(), *part[:, 1:].nanmean(0).tolist()]))
-              for part in numbers.split(math.ceil(len(rows) / 10))]
-    mean = dict(zip(rows[0], numbers.nanmean(0).tolist()))
-    return mean | {"drift": numbers[:, [*mean].index("psnr")].std(correction=0).item(), "tenths": tenths}
-
-
-def tables(run, stage):
-    """What a stage measures: {title: (what all rows have in common, [what each has besides])}, arguments of eval_row.
-    The experiments are MotionStream's table 4, figures 4 and 6a and limits, and Reward Forcing's sinks."""
-    def grid(**values):
-        return [dict(zip(values, row)) for row in itertools.product(*values.values())]
-
-    clip = {"seed": "eval 1 False", "clips": run.eval_clips, "frames": CLIP, "objects": 1}
-    if stage == "eval":
-        kinds = [{"objects": 1}, {"objects": 3, "seed": "eval 3 False"}, {"objects": 1, "change": "other way"},
-                 {"flat": True, "frames": 81, "seed": "eval 1 True"}]
-        models = grid(model=("vae", "still"), points=("none",)) + grid(model=("teacher", "causal", "student"),
-                                                                       points=("dense", "drag", "none"))
-        following = [kind | model for kind in kinds for model in models
-                     if model["model"] != "teacher" or "flat" not in kind]
-        text = [{"seed": f"text {light} {motion}", "attributes": (light, motion), "text": prompt}
-                for light, motion in ((1, 0), (2, 0), (0, 1), (0, 2))           # the right one, the wrong one (1 for 2)
-                for prompt in (caption(light, motion), caption(-light % 3, -motion % 3), NEUTRAL, None)]
-        streams = [{"seed": f"stream {camera}", "camera": camera, "points": points, "sink": sink}
-                   for camera, points in ((False, "drag"), (True, "dense")) for sink in (1, 0)]
-        return {"following": (clip, following), "text": (clip | {"objects": 2, "piece": CLIP // 3}, text),
-                "streams": (clip | {"clips": 2, "frames": run.eval_frames, "piece": 12}, streams)}
-    frames = min(run.eval_frames, 20 * CLIP)                    # 20 times the training's length, in 30 pieces
-    stream = clip | {"seed": "stream False", "clips": math.ceil(run.eval_clips / 4), "frames": frames,
-                     "piece": math.ceil(frames / 30)}
-    teacher, sinks = clip | {"model": "teacher"}, grid(sink_decay=(1.0, 0.999, 0.99, 0.9, 0.5)) + grid(sink=(0,))
-    return {"streams": (stream, sinks),
-            "moving camera": (stream | {"seed": "stream True", "camera": True, "points": "dense"}, sinks),
-            "memory": (stream, grid(sink=(0, 1, 2, 3), window=(1, 2, 4))),
-            "chunk": (stream, grid(chunk=(1, 5, 7))),
-            "steps": (stream, grid(sigmas=[schedule(steps, run.config.shift) for steps in (1, 2, 4)])),
-            "self-rollout": (stream, grid(model=("causal",))),
-            "guidance": (teacher, grid(guidance=[*itertools.product((0, 1, 2, 3), (0, 1, 1.5, 3))])),
-            "limits": (clip | {"points": "dense"}, grid(speed=(1, 2, 3, 4, 6, 8)) + grid(
-                change=("teleport", "two ways", "jittered", "late", "broken")))}
-
-
-@torch.no_grad()
-def evaluate(run, stage):
-    """Measure the tables of a stage and print them, draw the streams. Its .json, {settings: {title: {row: numbers}}},
-    keeps every row when it is done, and what it has is not measured again."""
-    path = run.out / f"{stage}.json"
-    settings = f"{run.settings(stage)}, {run.eval_clips} clips, {run.eval_frames} frames"
-    everything = json.loads(path.read_text() if path.exists() else "{}")
-    done = everything.setdefault(settings, {})
-    for title, (common, rows) in tables(run, stage).items():
-        results = done.setdefault(title, {})
-        for row in tqdm(rows, title):
-            label = ", ".join(f"{key} {value}" for key, value in row.items() if key != "seed")
-            if label not in results:
-                results[label] = eval_row(run, **(common | row))
-                write(path, lambda temporary: temporary.write_text(json.dumps(everything, indent=1)))
-        names = [name for name in results[label] if name not in ("from", "tenths")]
-        print(f"\n| {title} | {' | '.join(names)} |\n{'|---' * len(names)}|---|")
-        for label, result in results.items():
-            print(f"| {label} |", " | ".join(f"{result[name]:.2f}" for name in names), "|")
-    curves = {label: [(t["from"], t["mean"]) for t in row["tenths"]] for label, row in done["streams"].items()}
-    plot(run.out / f"{stage}.png", curves, "end-point error, % of the width, over frames")
-
-
 @torch.no_grad()
 def preview(run, stage):
     """Six frames of a dragged scene in rows: truth, that through the VAE, each model there is; then another scene."""
-    scene, motion = new_case("preview", 2, CLIP, objects=2, camera=None, attributes=(None, None), moving=False)
+    rng = torch.Generator().manual_seed(seed_of("preview"))
+    scene = new_scenes(2, CLIP, rng, objects=2)
+    tracks, visible = scene_tracks(scene, SIZE, rng)
+    centres = torch.arange(tracks.shape[2]) % POINTS + torch.arange(tracks.shape[2]) // (OBJECTS * POINTS) == 0
+    motion = {"tracks": tracks, "visible": visible & centres}
     videos, text = [film(scene, SIZE)], torch.cat([embed_words(c, run.config) for c in scene["caption"]])
     videos += [torch.cat(list(play(run, name, scene, motion, text)), 2) for name in SHIPPED if run.path(name).exists()]
     frames = torch.stack(videos, 1)[:, :, :, torch.linspace(0, CLIP - 1, 6).long()]         # (2, rows, 3, 6, H, W)
@@ -988,6 +851,7 @@ def main(argv=None):
         if args.stage not in STAGES and RANK == 0:
             stage = args.stage.replace("all", "eval")
             run.check(stage)
+            from test_motionstream import evaluate              # where what is promised is measured
             evaluate(run, stage)
     except (UserError, OSError) as e:                   # a full disk, say, whatever was written: files are whole
         print(f"error: {e}", file=sys.stderr)
