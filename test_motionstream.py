@@ -1742,7 +1742,7 @@ def test_a_reward_is_named_or_a_function_in_a_file():
 
 
 def test_distillation_with_a_reward_and_an_ema_sink():
-    with folder() as here, quiet() as (_, err), unittest.mock.patch.multiple(td, preview=print, CLIP=33):
+    with folder() as here, quiet() as (_, err), unittest.mock.patch.object(td, "preview"):
         for name, shipped in td.SHIPPED.items():
             (here / f"{name}.safetensors").symlink_to(td.ASSETS / f"{shipped}.safetensors")
         (here / "student.safetensors").unlink()
@@ -1751,13 +1751,52 @@ def test_distillation_with_a_reward_and_an_ema_sink():
         evicted, lerp = [], torch.Tensor.lerp
         with unittest.mock.patch.object(torch.Tensor, "lerp", lambda *args: evicted.append(args[2]) or lerp(*args)):
             code = td.main(["--smoke", "--stage", "distill", "--steps", "1", "--out", str(here), "--sink-decay", "0.75",
-                            "--reward", f"{here}/mine.py:reward"])
+                            "--rollout", "4", "--reward", f"{here}/mine.py:reward"])
         log = [json.loads(line) for line in open(here / "stats.jsonl")]
         assert code is None and [row["reward"] for row in log] == [4.0], (code, err.getvalue(), log)
         assert 1e5 < log[0]["loss_g"] < 1e8, log                    # it counts exp(4 / 0.5), squared in the loss
-        # in two rollouts of 3 chunks, 5 layers average the keys and values of chunk 1 into the sink, chunk 0
-        assert evicted.count(0.25) == 2 * 5 * 2, Counter(evicted)
+        # in two rollouts of 4 chunks, 5 layers average the keys and values of chunks 1 and 2 into the sink, chunk 0
+        assert evicted.count(0.25) == 2 * 5 * 2 * 2, Counter(evicted)
         assert MotionStream.from_pretrained(here / "student.safetensors").config.sink_decay == 0.75
+
+
+def test_the_end_of_a_long_rollout_is_judged_beside_the_image_it_began_with():
+    chunks, first = list(rand(2, 4, 15, 2, 3).split(3, 2)), rand(2, 4, 1, 2, 3, seed=1)
+    points = {"tracks": rand(2, 57, 5, 2, seed=2), "visible": rand(2, 57, 5, seed=3) > 0, "ids": torch.arange(5)}
+    x0, told = td.last_clip(chunks[-2:], first, points)
+    assert x0.equal(torch.cat([first, *chunks[-2:]], 2)[:, :, [0, 2, 3, 4, 5, 6]])
+    for key in "tracks", "visible":                             # 6 latents are 21 frames: the first, and the last 20
+        assert told[key].equal(points[key][:, [0, *range(37, 57)]])
+    assert told["ids"] is points["ids"]
+    whole, same = td.last_clip(chunks, first, points)
+    assert whole[:, :, 1:].equal(torch.cat(chunks, 2)[:, :, 1:]) and same["tracks"].equal(points["tracks"])
+
+
+def test_half_of_the_rollouts_are_longer_than_the_teachers_clip_and_say_nothing_of_light():
+    with folder() as here, quiet(), unittest.mock.patch.object(td, "preview"):
+        for name in "vae", "teacher", "causal":
+            (here / f"{name}.safetensors").symlink_to(td.ASSETS / f"{td.SHIPPED[name]}.safetensors")
+        lengths, texts, judged = [], [], []
+
+        def made(model, noise, conditions, first, exit_step, grad):
+            lengths.append(noise.shape[2])
+            texts.append(conditions["text"])
+            assert conditions["tracks"].shape[2] == noise.shape[2] and first.shape[2] == 1
+            return iter(noise.split(3, 2))
+
+        def loss(x0, critic, conditions):
+            judged.append((x0.shape[2], conditions["tracks"].shape[2]))
+            return sum(p.sum() for p in critic.parameters()) * 1.0
+
+        with unittest.mock.patch.multiple(td, rollout=made, critic_loss=loss, CRITIC_STEPS=10 ** 9,
+                                          plot_stage=print, dmd_loss=lambda *_: torch.zeros(())):
+            with unittest.mock.patch.object(td.Optimizer, "step", lambda *_: 0.0):
+                td.main(["--smoke", "--stage", "distill", "--steps", "60", "--out", str(here), "--rollout", "6"])
+        assert set(lengths) == {12, 15, 18} and 15 < lengths.count(12) < 50, Counter(lengths)
+        assert set(judged) == {(12, 12)}
+        neutral = embed_words(td.NEUTRAL, PRESETS["tiny"])
+        assert all(text.equal(neutral.expand_as(text)) for text, length in zip(texts, lengths) if length > 12)
+        assert not all(text.equal(neutral.expand_as(text)) for text, length in zip(texts, lengths) if length == 12)
 
 
 def test_dmd_loss_moves_the_generator_only_and_critic_loss_the_critic_only():

@@ -16,6 +16,7 @@ a loss curve and a preview sheet for each stage.
 """
 
 import argparse
+import collections
 import copy
 import json
 import math
@@ -234,6 +235,7 @@ def scene_tracks(scene, size, rng):
 
 SIZE, CLIP = 128, 45                     # pixels per side; frames of a clip: 12 latents, 4 chunks of 3
 RANK, LOCAL, PROCESSES = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+KNOWN = (CLIP + 3) // 4 // PRESETS["tiny"].chunk      # chunks of a clip: what the teacher knows
 CRITIC_STEPS = 5                         # of distillation, for each step of the generator
 
 
@@ -412,13 +414,14 @@ def kept(run, name, source, count, make):
 
 
 def film_clips(run, name, clips):
-    """Film and encode clips: {"latents" (8, C, F, h, w) float16, "tracks", "visible", "text"}, eight by eight."""
-    vae = run.vae()
+    """Film and encode clips: {"latents" (8, C, F, h, w) float16, "tracks", "visible", "text"}, eight by eight. For
+    "images…", which distillation starts from, F is 1 and the tracks are as long as its longest rollout."""
+    vae, images = run.vae(), name.startswith("images")
     for i in tqdm(range(0, clips, 8), f"film {name}"):
         rng = torch.Generator().manual_seed(seed_of(run.seed, name, i))
-        scenes = new_scenes(8, CLIP, rng)
+        scenes = new_scenes(8, 4 * run.config.chunk * run.args.rollout - 3 if images else CLIP, rng)
         with torch.no_grad(), run.autocast():
-            latents = vae.encode(film(scenes, SIZE).to(run.device))
+            latents = vae.encode(film(scenes, SIZE, 0, 1 if images else None).to(run.device))
         tracks, visible = scene_tracks(scenes, SIZE, rng)
         text = torch.cat([embed_words(caption, run.config) for caption in scenes["caption"]])
         yield {"latents": latents.half(), "tracks": tracks, "visible": visible, "text": text}
@@ -448,9 +451,9 @@ def draw_batch(run, pool, batch, frames=None, dense=False):
     painted them, a tenth without text: latents (B, C, F, h, w), text, and what the track head needs."""
     rows = torch.randint(0, len(pool["latents"]), (batch,))
     latents = pool["latents"][rows, :, :frames].float()
-    length = 4 * latents.shape[2] - 3
-    visible = (pool["visible"][rows] if dense else painted(pool["visible"][rows]))[:, :length]
-    tracks = pool["tracks"][rows, :length]
+    length = 4 * (frames or latents.shape[2]) - 3
+    tracks, visible = (pool[key][rows, :length] for key in ("tracks", "visible"))
+    visible = visible if dense else painted(visible)
     text = pool["text"][rows] * (torch.rand(batch, 1, 1) > 0.1)
     points = {"tracks": tracks, "visible": visible, "ids": track_ids(tracks, visible, run.config)}
     return latents.to(run.device), text.to(run.device), {k: v.to(run.device) for k, v in points.items()}
@@ -624,10 +627,21 @@ def find_reward(name):
         raise UserError(f"--reward {name}: neither motion nor FILE.py:FUNCTION ({type(e).__name__}: {e})") from None
 
 
+def last_clip(chunks, first, points):
+    """The end of a rollout as a clip that the teacher can judge: the image (B, C, 1, h, w), then the last `chunks`, a
+    list, without their first latent, with the tracks of these frames. If there were more chunks before, time jumps
+    behind the image, and the teacher says what it should have become, whatever the student passed on until then."""
+    x0 = torch.cat([first, torch.cat([*chunks], 2)[:, :, 1:]], 2)
+    times = torch.arange(4 * x0.shape[2] - 3)
+    times[1:] += points["tracks"].shape[1] - len(times)
+    return x0, points | {key: points[key][:, times] for key in ("tracks", "visible")}
+
+
 def train_student(run):
-    """A generator update every CRITIC_STEPS critic updates, each on a new rollout that ends at a random step."""
-    pool, reward = kept(run, "pool", "vae", run.clips, film_clips), run.reward
-    teacher, vae = run.model("teacher"), run.vae()
+    """A generator update every CRITIC_STEPS critic updates, each on a new rollout that ends at a random step. Half of
+    the rollouts are longer than the teacher's clip: see last_clip."""
+    pool, reward = kept(run, f"images{run.args.rollout}", "vae", run.clips, film_clips), run.reward
+    teacher, vae, neutral = run.model("teacher"), run.vae(), embed_words(NEUTRAL, run.config).to(run.device)
     generator, critic = run.model("causal", sink_decay=run.config.sink_decay), run.model("teacher")
     for model in generator, critic:
         model.requires_grad_(True).track_head.requires_grad_(False)
@@ -637,12 +651,18 @@ def train_student(run):
     optimizer_c = Optimizer(critic, 2e-3, 2e-4, **shared)
 
     def generate(grad):
-        x0, text, points = draw_batch(run, pool, 4)
+        chunks = max(KNOWN, int(torch.randint(2 * KNOWN - run.args.rollout, run.args.rollout + 1, ())))
+        frames = chunks * run.config.chunk
+        first, text, points = draw_batch(run, pool, 4, frames)
+        text = text if chunks == KNOWN else neutral.expand_as(text)     # a light that fades would be dark by then
         exit_step = int(torch.randint(0, len(run.config.sigmas), ()))
         with run.autocast():
             conditions = {"text": text, "tracks": track_features(generator, **points)}
-            chunks = rollout(generator, torch.randn_like(x0), conditions, x0[:, :, :1], exit_step=exit_step, grad=grad)
-            return torch.cat(list(chunks), 2), conditions, {"text": text, **points}
+            noise = torch.randn(*first.shape[:2], frames, *first.shape[3:], device=run.device)
+            made = rollout(generator, noise, conditions, first, exit_step=exit_step, grad=grad)
+            x0, points = last_clip(collections.deque(made, KNOWN), first, points)
+            conditions["tracks"] = track_features(generator, **points)
+            return x0, conditions, {"text": text, **points}
 
     def step(i):
         numbers = {}
@@ -782,7 +802,7 @@ class Run:
 
     def settings(self, stage):
         """What a checkpoint of the stage depends on: another of these would make it a mixture."""
-        names = ("seed", "tracks", *(("reward", "beta", "sink_decay") if stage == "distill" else ()))
+        names = ("seed", "tracks", *(("reward", "beta", "sink_decay", "rollout") if stage == "distill" else ()))
         return {name: getattr(self.args, name) for name in names} | {
             "batches": self.batches, "weights": [*map(self.checksum, NEEDS[stage])]}
 
@@ -824,6 +844,8 @@ def parse_flags(argv):
     parser.add_argument("--reward", help="to weight distillation by: motion, or FILE.py:FUNCTION (none)")
     parser.add_argument("--beta", type=number(float, 0.01, 100), default=0.5, help="weight is exp(reward / beta) (0.5)")
     parser.add_argument("--sink-decay", type=number(float, 0, 1), default=1.0, help="below 1: EMA-Sink (1)")
+    parser.add_argument("--rollout", type=number(int, KNOWN, 100), default=16,
+                        help=f"longest of distillation in chunks, half are longer than the teacher's {KNOWN} (16)")
     parser.add_argument("--tracks", choices=["random", "start"], default="start", help="how tracks get their IDs")
     args = parser.parse_args(argv)
     if args.steps and args.stage not in STAGES:
