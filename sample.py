@@ -13,9 +13,7 @@ Shapes are those of motionstream.py.
 
 import argparse
 import collections
-import colorsys
 import contextlib
-import functools
 import http.server
 import io
 import itertools
@@ -38,6 +36,7 @@ from typing import NamedTuple
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads wait awake, but briefly: the video encoder needs the cores
 
 import imageio.v2 as imageio
+import imageio_ffmpeg
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -157,8 +156,6 @@ def decode_frames(vae, latents):
 
 def load_image(path):
     """A picture, a path or an open file, to RGB of 8 bits: turned as its EXIF says, transparent parts over white."""
-    if isinstance(path, Path) and not path.is_file():
-        raise UserError(f"{path}: no such file")
     try:
         image = Image.open(path)
         image.load()
@@ -212,27 +209,21 @@ def load_tracks(path, size):
                                 or ids.max() >= 2 ** 32):
             raise UserError(f"ids are {ids.dtype} {ids.shape}, expected a whole number below 2**32 for each track")
         return tracks, visible, ids, scalar(arrays, "fps")
-    except UserError as e:
-        raise UserError(f"{path}: {e}") from None
+    except (UserError, FileNotFoundError) as e:
+        raise UserError(f"{path}: {getattr(e, 'strerror', None) or e}") from None
+    except Exception:           # damaged headers and zip files raise eight kinds, and numpy's texts advise unpickling
+        raise UserError(f"{path}: damaged, or not numbers; write it with numpy.savez(path, tracks=tracks), "
+                        "float32") from None
 
 
 def read_arrays(path):
     """The arrays of an .npz or .npy file by name, told apart by content; nothing is ever unpickled."""
-    try:
-        entries = zipfile.ZipFile(path).infolist() if zipfile.is_zipfile(path) else []
-        size = sum(entry.file_size for entry in entries) or path.stat().st_size
-        if size > LIMIT:
-            raise UserError(f"unpacks to {size / 2 ** 30:.1f} GiB, at most {LIMIT / 2 ** 30:.0f}")
-        loaded = np.load(path, allow_pickle=False)
-        arrays = {"tracks": loaded} if isinstance(loaded, np.ndarray) else {k: loaded[k] for k in loaded if k in KNOWN}
-        if any(array.dtype.kind not in "biuf" for array in arrays.values()):
-            raise TypeError("not numbers")
-    except UserError:
-        raise
-    except FileNotFoundError:
-        raise UserError("no such file") from None
-    except Exception:           # damaged headers and zip files raise eight kinds, and numpy's texts advise unpickling
-        raise UserError("damaged, or not numbers; write it with numpy.savez(path, tracks=tracks), float32") from None
+    entries = zipfile.ZipFile(path).infolist() if zipfile.is_zipfile(path) else []
+    size = sum(entry.file_size for entry in entries) or path.stat().st_size
+    if size > LIMIT:
+        raise UserError(f"unpacks to {size / 2 ** 30:.1f} GiB, at most {LIMIT / 2 ** 30:.0f}")
+    loaded = np.load(path, allow_pickle=False)
+    arrays = {"tracks": loaded} if isinstance(loaded, np.ndarray) else {k: loaded[k] for k in loaded if k in KNOWN}
     if "tracks" not in arrays:
         raise UserError(f"has no array named tracks, only: {', '.join(loaded)}"[:200])
     return arrays
@@ -286,6 +277,15 @@ def check_units(tracks, visible, size):
                         "width and height to an .npz file")
 
 
+def follow(paths, frames):
+    """What load_tracks returns, of tracks that follow paths, each points (P, 2), in `frames` frames: each stretch takes
+    as long; one point alone is pinned."""
+    times = [np.linspace(0, len(points) - 1, frames) for points in paths]
+    tracks = np.stack([np.stack([np.interp(t, np.arange(len(points)), axis) for axis in points.T], 1)
+                       for t, points in zip(times, paths)], 1).astype(np.float32)
+    return tracks, np.ones(tracks.shape[:2], bool), None, None
+
+
 def fit_tracks(arrays, image_size, frames, config, seed):
     """Tracks on the image (width, height) to Motion in the model's video, for `frames` frames or more: moved and
     scaled as the image is, hidden where cropped away, not specified after their end."""
@@ -331,73 +331,63 @@ def hold_signals():
             signal.signal(signum, handler)
 
 
-class Video:
-    """`with Video(path, fps) as video`: frames go to a temporary file beside `path`, which takes its place when the
-    block ends and all frames can be read back. If the block ends in an exception, nothing is left behind."""
+@contextlib.contextmanager
+def video_file(path, fps):
+    """`with video_file(path, fps) as append`: append(frame), uint8 (H, W, 3), goes to a temporary file beside `path`,
+    which takes its place when the block ends and all frames can be read back. If the block ends in an exception,
+    nothing is left behind."""
+    part, count = path.absolute().with_name(f".{path.stem}.{os.getpid()}{path.suffix}"), 0
 
-    def __init__(self, path, fps):
-        self.path, self.count = path, 0
-        self.part = path.absolute().with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-        try:
-            self.writer = imageio.get_writer(self.part, fps=fps, codec="libx264", quality=7, macro_block_size=2,
-                                             ffmpeg_log_level="quiet",
-                                             output_params=["-preset", "veryfast", "-movflags", "+faststart"])
-        except (ImportError, ValueError):
-            raise UserError(f"{path}: imageio cannot write .mp4 files here: pip install 'imageio[ffmpeg]'") from None
+    def append(frame):
+        nonlocal count
+        writer.append_data(frame)
+        count += 1
 
-    def append(self, frame):
-        """One frame, uint8 (H, W, 3)."""
-        try:
-            self.writer.append_data(frame)
-        except OSError:                                 # ffmpeg has gone, and its reason with it
-            raise UserError(f"{self.path}: writing stopped after {self.count} frames; is the disk full?") from None
-        self.count += 1
-
-    def readable(self):
-        """Frames that can be read back: a failed encoding is silent."""
-        import imageio_ffmpeg
-        return imageio_ffmpeg.count_frames_and_secs(self.part)[0]
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        try:
-            self.writer.close()
-            if kind is None and self.readable() == self.count:
-                os.replace(self.part, self.path)
-            elif kind is None:
-                raise OSError(0, "not all frames can be read back")
-        except (OSError, RuntimeError) as e:
-            if kind is None:
-                raise UserError(f"{self.path}: cannot be written ({getattr(e, 'strerror', None) or 'damaged'}); is the "
-                                "disk full, or the folder not writable?") from None
-        finally:
-            self.part.unlink(missing_ok=True)
+    try:
+        writer = imageio.get_writer(part, fps=fps, codec="libx264", quality=7, macro_block_size=2,
+                                    ffmpeg_log_level="quiet",
+                                    output_params=["-preset", "veryfast", "-movflags", "+faststart"])
+        with writer:
+            yield append
+        there = None
+        with contextlib.suppress(RuntimeError):                 # a failed encoding is silent
+            there = imageio_ffmpeg.count_frames_and_secs(part)[0]
+        if there != count:
+            raise OSError(0, "not all frames can be read back")
+        os.replace(part, path)
+    except OSError as e:                                # if ffmpeg has gone, its reason has gone with it
+        raise UserError(f"{path}: cannot be written after {count} frames ({e.strerror}); is the disk full, or the "
+                        "folder not writable?") from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
-def check_output(path):
-    """Refuse a path for output that cannot be right."""
-    for wrong, what in ((path.suffix != ".mp4", "the name must end in .mp4"),
+@contextlib.contextmanager
+def picture_file(path):
+    """As video_file, for the last frame alone: an edited picture."""
+    last = collections.deque(maxlen=1)
+    yield last.append
+    write(path, lambda part: Image.fromarray(last[0]).save(part, "png"))
+
+
+def check_output(path, image):
+    """Refuse a path for output that cannot be right, or is that of the image."""
+    for wrong, what in ((path.suffix not in (".mp4", ".png"), "choose a name that ends in .mp4 or .png"),
                         (not os.path.isdir(path.parent), f"there is no folder {path.parent}"),
                         (not os.access(path.parent, os.W_OK), f"the folder {path.parent} is not writable"),
-                        (os.path.isdir(path), "is a folder")):
+                        (os.path.isdir(path), "is a folder"),
+                        (path.exists() and path.samefile(image), "is the image itself")):
         if wrong:
-            raise UserError(f"{path}: {what}; choose another name")
+            raise UserError(f"{path}: {what}")
 
 
-def enlarge(frame, factor):
-    """(H, W, 3) to (factor H, factor W, 3), nearest neighbour."""
-    return frame.repeat(factor, 0).repeat(factor, 1)
-
-
-def draw_tracks(frame, tracks, visible, factor):
-    """The frame (H, W, 3) with tracks (t, N, 2), given in pixels before it was enlarged by `factor`: trails that widen
-    towards the last of the t frames, and a dot there; edged in black, to be seen on any colour."""
-    picture = Image.fromarray(frame)
-    pen, unit = ImageDraw.Draw(picture), min(picture.size) / 128
-    steps, count = visible.shape
-    colours = [tuple(round(255 * c) for c in colorsys.hsv_to_rgb(n / count, 0.9, 1)) for n in range(count)]
+def draw_tracks(frame, motion, stop, factor):
+    """The frame (H, W, 3), number stop - 1 of a video and enlarged by `factor`, with the tracks that are visible in it:
+    trails that widen towards it, and a dot; edged in black, to be seen on any colour."""
+    tracks, visible = (tensor[0, max(stop - TRAIL, 0):stop].numpy() for tensor in motion[:2])
+    visible, picture = visible & visible[-1], Image.fromarray(frame)
+    pen, unit, (steps, count) = ImageDraw.Draw(picture), min(picture.size) / 128, visible.shape
+    colours = [f"hsv({360 * n / count},90%,100%)" for n in range(count)]
     points = tracks * factor
     segments = np.argwhere(visible[:-1] & visible[1:])
     for edge in (2, 0):
@@ -414,10 +404,8 @@ def draw_control(vae, motion, config, frames):
     """Latents (1, C, F, h, w) of the tracks as a video, for a slot that expects one: drawn on black as --overlay draws
     them, a choice that was not tried on Fun-Control's weights. F: whole chunks that cover `frames`."""
     video = np.zeros((4 * latent_frames(frames, config) - 3, *config.size, 3), np.uint8)
-    tracks, visible = (tensor[0].numpy() for tensor in motion[:2])
-    for i in range(min(len(video), len(tracks))):
-        recent = slice(max(i + 1 - TRAIL, 0), i + 1)
-        video[i] = draw_tracks(video[i], tracks[recent], visible[recent] & visible[i], 1)
+    for i in range(min(len(video), motion.tracks.shape[1])):
+        video[i] = draw_tracks(video[i], motion, i + 1, 1)
     pixels = torch.from_numpy(video).permute(3, 0, 1, 2)[None].to(next(vae.parameters()).device)
     return vae.encode(pixels / 127.5 - 1)
 
@@ -571,7 +559,7 @@ def save_taken(path, taken, config):
 @torch.inference_mode()
 def perform(live, model, vae, encoded, seed, out):
     """One take: the stream from live.image on, until another take is asked for or it is over; recorded in `out`."""
-    c, image, control, video = live.config, live.image, live.control, None
+    c, image, control, append = live.config, live.image, live.control, None
     taken = collections.deque(maxlen=None if out else 0)            # what is not recorded is not kept
     more = c.chunk // control["chunk"]                              # chunks remembered, so that as many frames are
     model.config = replace(c, chunk=control["chunk"], sink=more * c.sink, window=c.window and more * c.window)
@@ -581,17 +569,17 @@ def perform(live, model, vae, encoded, seed, out):
     first = vae.encode(pixels.to(next(model.parameters()).device))
     latents = stream(model, first, live_conditions(live, control, model, first, image, encoded, taken), seed=seed)
     with contextlib.ExitStack() as stack:
-        for frame in decode_frames(vae, latents):
+        for frames, frame in enumerate(decode_frames(vae, latents), 1):
             if live.begun:                                          # it is the first of its chunk
                 live.status["latency"], live.begun = time.monotonic() - live.begun, None
                 live.lead = max(1.2 * live.status["latency"], 0.8 * live.lead)
             live.queue.append((next(live.count), live.obeyed["seq"], frame))
             if out:
-                video = video or stack.enter_context(Video(out, live.fps))
-                video.append(enlarge(frame, factor))
-    if video:
+                append = append or stack.enter_context(video_file(out, live.fps))
+                append(frame.repeat(factor, 0).repeat(factor, 1))
+    if append:
         write(out.with_suffix(".tracks.npz"), lambda part: save_taken(part, taken, c))
-        print(f"{out}: {video.count} frames, again by --tracks {out.with_suffix('.tracks.npz')}")
+        print(f"{out}: {frames} frames, again by --tracks {out.with_suffix('.tracks.npz')}")
 
 
 def serve(args, image, model, vae, encoded):
@@ -615,8 +603,8 @@ def serve(args, image, model, vae, encoded):
         if args.host != "127.0.0.1":
             print(f"warning: whoever reaches {args.host} and sees the address can steer this program")
         print(f"http://{args.host}:{server.server_port}/{TOKEN}/", flush=True)
-        for target in server.serve_forever, functools.partial(clock, live):
-            threading.Thread(target=target, daemon=True).start()
+        for target, given in (server.serve_forever, ()), (clock, (live,)):
+            threading.Thread(target=target, args=given, daemon=True).start()
         out = args.out
         for take in itertools.count(2):
             perform(live, model, vae, encoded, args.seed, out)
@@ -646,15 +634,26 @@ def number(kind, least, most):
     return parse
 
 
+def path(text):
+    """A flag's type: points of the image, "x,y -> x,y -> …"."""
+    points = np.array([[float(number) for number in point.split(",")] for point in text.split("->")])
+    if points.shape[1:] != (2,) or not (abs(points) < 1e6).all():
+        raise ValueError("not points")
+    return points
+
+
 def parse_flags(argv):
     """The command line. Flags with argparse.SUPPRESS are only there if given; the model's own value holds otherwise."""
     parser = Parser(description="One image and some tracks in, a video out.", allow_abbrev=False)
     file, given = {"type": Path, "metavar": "FILE"}, {"default": argparse.SUPPRESS, "metavar": "N"}
-    add = parser.add_argument_group("in and out").add_argument
+    group = parser.add_argument_group("in and out")
+    add, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("--image", required=True, help="first frame, any picture file", **file)
-    add("--tracks", help=".npz or .npy, see the top of sample.py; default: none", **file)
+    either("--tracks", help=".npz or .npy, see the top of sample.py; default: none", **file)
+    either("--drag", "--pin", dest="tracks", type=path, action="append", metavar="'X,Y -> X,Y'",
+           help="instead of --tracks, as often as wanted: where a point of the image goes, or that it stays")
     add("--prompt", metavar="TEXT", help="what the image and the tracks do not say; default: the model's own")
-    add("--out", help="ends in .mp4; default: out.mp4, with --interactive: none", **file)
+    add("--out", help=".mp4, or .png for the last frame; default: out.mp4, with --interactive: none", **file)
     add("--frames", type=number(int, 1, MOST_FRAMES), metavar="N", help="default: those of the tracks, or 81")
     add("--fps", type=number(float, 0.1, 1000), metavar="F", help="frames per second of the file; default: the model's")
     add("--overlay", action="store_true", help="draw the tracks on the video")
@@ -833,23 +832,20 @@ def generate(args, frames, image, motion, model, vae, encoded):
     yield from itertools.islice(decode_frames(vae, latents), frames)
 
 
-def write_video(video, frames, total, motion, factor):
-    """Write `total` frames, enlarged by `factor`, to a Video while they come; with the tracks of `motion`, unless it is
-    None, drawn on them. Returns the signals that ended it early."""
+def write_video(append, frames, total, motion, factor):
+    """Append `total` frames, enlarged by `factor`, to a video while they come; with the tracks of `motion`, unless it
+    is None, drawn on them. Returns the signals that ended it early."""
     started = time.perf_counter()
     frames = itertools.chain([next(frames)], frames)    # the first one now: from there on Ctrl-C keeps what there is
     first_after = time.perf_counter() - started
     with hold_signals() as noted:
-        for i, frame in enumerate(tqdm(frames, total=total, unit=" frames", disable=None)):
-            frame = enlarge(frame, factor)
-            if motion is not None:
-                recent = slice(max(i + 1 - TRAIL, 0), i + 1)
-                frame = draw_tracks(frame, motion.tracks[0, recent].numpy(), motion.visible[0, recent].numpy(), factor)
-            video.append(frame)
+        for count, frame in enumerate(tqdm(frames, total=total, unit=" frames", disable=None), 1):
+            frame = frame.repeat(factor, 0).repeat(factor, 1)           # nearest neighbour
+            append(frame if motion is None else draw_tracks(frame, motion, count, factor))
             if noted:
                 break
     seconds = time.perf_counter() - started
-    print(f"{video.count} of {total} frames in {seconds:.2f} s, {video.count / seconds:.1f} frames/s, the first after "
+    print(f"{count} of {total} frames in {seconds:.2f} s, {count / seconds:.1f} frames/s, the first after "
           f"{first_after:.2f} s")
     return noted
 
@@ -859,15 +855,17 @@ def run(argv):
     args = parse_flags(argv)
     image, length = load_image(args.image), args.frames or 81               # of a video without tracks
     *arrays, tracks_fps = np.zeros((length, 0, 2), np.float32), np.zeros((length, 0), bool), None, None
-    if args.interactive and (args.tracks or args.frames or args.overlay):
-        raise UserError("--interactive: tracks are painted on the page; drop --tracks, --frames and --overlay")
-    if args.tracks:
+    if args.interactive and (args.tracks or args.frames or args.overlay or str(args.out).endswith(".png")):
+        raise UserError("--interactive paints tracks on a page, records .mp4; drop --tracks, --frames and --overlay")
+    if isinstance(args.tracks, Path):
         *arrays, tracks_fps = load_tracks(args.tracks, image.size)
+    elif args.tracks:
+        *arrays, tracks_fps = follow(args.tracks, length)
     elif not args.interactive:
         print("note: no --tracks, nothing is specified")
     args.out = args.out or (None if args.interactive else Path("out.mp4"))
     if args.out:
-        check_output(args.out)
+        check_output(args.out, args.image)
     tiny = ASSETS / ("tiny_teacher.safetensors" if args.sampler == "teacher" else "tiny.safetensors")
     weights, frames = inspect(args.weights or tiny), args.frames or len(arrays[0])
     config = settle(args, weights, MOST_FRAMES if args.interactive else frames)
@@ -876,10 +874,11 @@ def run(argv):
     if tracks_fps and tracks_fps != config.fps:
         print(f"note: the tracks are at {tracks_fps:g} frames/s, the model at {config.fps}; they are not resampled")
     motion, pixels = fit_tracks(arrays, image.size, frames, config, args.seed), fit_image(image, config.size)
-    with Video(args.out, args.fps or config.fps) as video:
-        pictures = generate(args, frames, pixels, motion, *load_models(args, weights, config))
-        factor = math.ceil(SHORTEST_SIDE / min(config.size))
-        noted = write_video(video, pictures, frames, motion if args.overlay else None, factor)
+    pictures = generate(args, frames, pixels, motion, *load_models(args, weights, config))
+    factor = math.ceil(SHORTEST_SIDE / min(config.size))
+    opened = video_file(args.out, args.fps or config.fps) if args.out.suffix == ".mp4" else picture_file(args.out)
+    with opened as append:
+        noted = write_video(append, pictures, frames, motion if args.overlay else None, factor)
     print(args.out)
     return 128 + noted[0] if noted else 0
 

@@ -2279,7 +2279,8 @@ def bad_inputs(here):
         "over the input": ("--out", here / "image.png"),
     }
     flags = ("--frames 0", "--frames 1.5", "--seed -1", "--steps 0", "--chunk 0", "--window -1", "--fps inf",
-             "--w-text 1", "--dtype float8", "--device abacus", "--sampler magic", "--out out.avi", "--colour red")
+             "--w-text 1", "--dtype float8", "--device abacus", "--sampler magic", "--out out.avi", "--colour red",
+             "--drag 1,2", "--interactive --out x.png")
     return cases | {flag: flag.split() for flag in flags}
 
 
@@ -2319,19 +2320,48 @@ def test_a_tracks_file_is_never_unpickled_and_never_unpacked_beyond_the_limit():
 def test_a_video_is_there_whole_or_not_at_all():
     frame = np.zeros((256, 256, 3), np.uint8)
 
-    def fail(readable, broken):
-        patch = unittest.mock.patch.object(sample.Video, "readable", readable)
-        with patch, sample.Video(here / "out.mp4", 16) as video:
+    def fail(count, broken):
+        patch = unittest.mock.patch.object(sample.imageio_ffmpeg, "count_frames_and_secs", count)
+        with patch, sample.video_file(here / "out.mp4", 16) as append:
             for _ in range(3):
-                video.append(frame)
+                append(frame)
             assert not broken
 
     with folder() as here:
-        assert_error(sample.UserError, "out.mp4: cannot be written", fail, lambda video: 2, False)
-        assert_error(AssertionError, "", fail, lambda video: 3, True)
+        assert_error(sample.UserError, "out.mp4: cannot be written after 3 frames (not all", fail, lambda path: (2, 1), 0)
+        failed = unittest.mock.Mock(side_effect=RuntimeError("not a video"))
+        assert_error(sample.UserError, "out.mp4: cannot be written after 3 frames (not all", fail, failed, False)
+        assert_error(AssertionError, "", fail, lambda path: (3, 1), True)
         assert not list(here.iterdir())
-        fail(lambda video: 3, False)
+        fail(sample.imageio_ffmpeg.count_frames_and_secs, False)
         assert [file.name for file in here.iterdir()] == ["out.mp4"]
+
+
+def test_drags_and_pins_are_tracks_along_lines():
+    paths = [sample.path(text) for text in ("10,20 -> 30,20 -> 30,10", " 5.5,7", "0,0->8,4")]
+    tracks, visible, ids, fps = sample.follow(paths, 9)
+    assert tracks.shape == (9, 3, 2) and visible.all() and visible.shape == (9, 3) and ids is fps is None
+    assert tracks[:, 0].tolist() == [[10 + 5 * i, 20] for i in range(5)] + [[30, 20 - 2.5 * i] for i in range(1, 5)]
+    assert (tracks[:, 1] == (5.5, 7)).all() and (tracks[:, 2, 0] == range(9)).all()
+    assert sample.follow(paths, 1)[0][0].tolist() == [[10, 20], [5.5, 7], [0, 0]]
+    for text in "10", "1,2 -> 3", "1,2,3", "a,b", "1,nan", "1,2 ->", "1,9e9":
+        assert_error(sample.UserError, "argument --drag/--pin: invalid path value", sample.parse_flags,
+                     ["--image", "x", "--drag", text])
+    _, here = workplace()
+    with unittest.mock.patch.object(sample, "fit_tracks", wraps=sample.fit_tracks) as fit:
+        flags = [word for word in command() if word not in ("--tracks", here / "tracks.npy")]
+        code, out, _ = sampled(*flags, "--drag", "10,20 -> 30,20", "--pin", "5,7", "--frames", 9, "--out",
+                               here / "out.png")
+    assert code == 0 and [shape.shape for shape in fit.call_args[0][0][:2]] == [(9, 2, 2), (9, 2)], out
+    (here / "out.png").unlink()
+
+
+def test_a_picture_keeps_the_last_frame():
+    with folder() as here:
+        with sample.picture_file(here / "x.png") as append:
+            for value in 1, 2, 3:
+                append(np.full((4, 6, 3), value, np.uint8))
+        assert (np.asarray(Image.open(here / "x.png")) == 3).all() and len(list(here.iterdir())) == 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
