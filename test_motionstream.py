@@ -2328,9 +2328,10 @@ def test_a_video_is_there_whole_or_not_at_all():
             assert not broken
 
     with folder() as here:
-        assert_error(sample.UserError, "out.mp4: cannot be written after 3 frames (not all", fail, lambda path: (2, 1), 0)
+        damaged = "out.mp4: cannot be written after 3 frames (not all frames can be read back)"
+        assert_error(sample.UserError, damaged, fail, lambda path: (2, 1), False)
         failed = unittest.mock.Mock(side_effect=RuntimeError("not a video"))
-        assert_error(sample.UserError, "out.mp4: cannot be written after 3 frames (not all", fail, failed, False)
+        assert_error(sample.UserError, damaged, fail, failed, False)
         assert_error(AssertionError, "", fail, lambda path: (3, 1), True)
         assert not list(here.iterdir())
         fail(sample.imageio_ffmpeg.count_frames_and_secs, False)
@@ -3019,9 +3020,15 @@ def test_what_public_weights_lack_is_said_before_they_load():
 # ----------------------------------------------------------------------------------------------------------------------
 # The README.
 
-def test_the_readmes_tracks_of_a_camera_are_those_of_planes_at_known_depth():
+def recipe(word):
+    """The README's block of Python that has the word in it."""
     block, = (code for code in re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
-              if "def camera" in code)
+              if word in code)
+    return block
+
+
+def test_the_readmes_tracks_of_a_camera_are_those_of_planes_at_known_depth():
+    block = recipe("def camera")
     with folder() as here, contextlib.chdir(here):
         exec(block, space := {})
         for name, count in ("drag.npz", 2), ("camera.npz", 64):
@@ -3044,6 +3051,95 @@ def test_the_readmes_tracks_of_a_camera_are_those_of_planes_at_known_depth():
         assert not visible[i][behind | ~inside].any(), "hidden by the square, or outside"
         clear = inside & ((z[:, 0] == near) | (expected < corners[0] - 4).any(1) | (expected > corners[1] + 4).any(1))
         assert visible[i][clear].all() and (i < 2 or behind.any())
+
+
+def small_encoders(here):
+    """The encoders of a -Diffusers repository in small, with random parameters, as files; returns (UMT5, CLIP)."""
+    try:
+        import tokenizers
+        import transformers
+    except ImportError:
+        raise unittest.SkipTest("TRANSFORMERS IS NOT INSTALLED, nothing was encoded") from None
+    transformers.utils.logging.disable_progress_bar()
+    words = {word: i for i, word in enumerate("<pad> </s> <unk> a small red cat & dog runs".split())}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>",
+                                         unk_token="<unk>").save_pretrained(here / "tokenizer")
+    umt5 = randomised(transformers.UMT5EncoderModel(transformers.UMT5Config(
+        vocab_size=100, d_model=4096, d_kv=16, d_ff=32, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu",
+        dropout_rate=0.0))).bfloat16()
+    clip = randomised(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=224,
+        patch_size=14)))
+    umt5.save_pretrained(here / "text_encoder")
+    clip.save_pretrained(here / "image_encoder")
+    return umt5, clip
+
+
+def test_the_readmes_recipe_encodes_a_prompt_and_an_image_as_wan_does():
+    here, (_, wan) = Path(tempfile.mkdtemp()), wan_workplace()
+    try:
+        umt5, clip = small_encoders(here / "Wan2.1-I2V-14B-480P-Diffusers")
+        (here / "prompt.txt").write_text(" a  small red\ncat &amp;amp; dog ")
+        (here / "negative.txt").write_text("red " * 600)
+        shutil.copy(workplace()[1] / "image.png", here / "x.png")
+        with contextlib.chdir(here), torch.no_grad(), quiet():
+            exec(recipe("UMT5EncoderModel"), {})
+            for name, ids in ("prompt", [3, 4, 5, 6, 7, 8, 1]), ("negative", [5] * 511 + [1]):   # the end is kept
+                padded = torch.tensor([ids + [0] * (512 - len(ids))])                            # Wan pads, and masks
+                hidden = umt5(padded, (torch.arange(512) < len(ids)).long()[None]).last_hidden_state[0].float()
+                read = sample.load_rows(here / f"{name}.safetensors", 1, 512, 4096)[0]
+                assert_near(read[:len(ids)], hidden[:len(ids)], 2e-2)                            # bfloat16
+                assert read.shape == (512, 4096) and not read[len(ids):].any()
+            image = sample.fit_image(sample.load_image(here / "x.png"), (480, 832))
+            resized = F.interpolate(image, (224, 224), mode="bicubic", align_corners=False) / 2 + 0.5
+            mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
+            std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
+            layers = clip(pixel_values=(resized - mean) / std, output_hidden_states=True).hidden_states
+            assert_near(sample.load_rows(here / "clip.safetensors", 257, 257, 32)[0], layers[-2][0], 1e-5)
+        flags = [word for name in ("prompt", "negative", "clip")
+                 for word in (f"--{name}-embeds", here / f"{name}.safetensors")]
+        code, out, err, (call,) = wan_sampled("clip.safetensors", *flags, "--frames", 3, "--steps", 1)
+        assert code == 0 and call.text.shape == (2, 512, 4096) and call.clip.shape == (2, 257, 32), (out, err)
+    finally:
+        torch.set_grad_enabled(True)                                    # the recipe turns it off
+        shutil.rmtree(here)
+
+
+def test_the_readmes_recipe_measures_what_the_papers_do():
+    try:
+        import skimage.metrics
+    except ImportError:
+        raise unittest.SkipTest("SCIKIT-IMAGE IS NOT INSTALLED, nothing was measured") from None
+    size, frames = (480, 832), [rand(480, 832, 3, seed=i).clamp(-1, 1) for i in range(2)]
+    asked = []
+
+    class Lpips:
+        def __init__(self, net):
+            asked.append(net)
+
+        def __call__(self, a, b):
+            assert a.shape == b.shape == (1, 3, *size) and a.min() < 0
+            return (a - b).abs().mean()[None]
+
+    with folder() as here, contextlib.chdir(here), quiet() as (out, _):
+        for name, shift in ("result", 8), ("truth", 0):
+            with sample.video_file(here / f"{name}.mp4", 16) as append:
+                for frame in frames:
+                    smooth = F.avg_pool2d(frame.permute(2, 0, 1)[None], 31, 1, 15)[0].permute(1, 2, 0)
+                    append((smooth * 500 + 128 + shift).clip(0, 255).byte().numpy())
+        still = np.zeros((2, 3, 2), np.float32) + 100
+        np.savez("given.npz", tracks=still, visibility=np.array([[1, 1, 0], [1, 1, 1]]))
+        np.savez("found.npz", tracks=still + [[[3, 4], [0, 0], [900, 0]], [[0, 0]] * 3])
+        with unittest.mock.patch.dict(sys.modules, lpips=SimpleNamespace(LPIPS=Lpips)), \
+                unittest.mock.patch.object(sys, "argv", ["x", "result.mp4", "truth.mp4", "given.npz", "found.npz"]):
+            exec(recipe("structural_similarity"), {})
+    rows = dict(line.split(" ", 1) for line in out.getvalue().splitlines() if line.split(" ")[0].isupper())
+    assert float(rows["EPE"]) == 1 and asked == ["alex"] * 2
+    assert 0 < float(re.findall(r"[\d.]+", rows["LPIPS"])[0]) < 0.2
+    assert 28 < float(rows["PSNR"]) < 32 and 0.9 < float(rows["SSIM"]) < 1, rows         # 8 of 255 are 30 dB
 
 
 def test_readme_table_points_at_the_code():
