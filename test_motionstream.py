@@ -3053,6 +3053,53 @@ def test_the_readmes_tracks_of_a_camera_are_those_of_planes_at_known_depth():
         assert visible[i][clear].all() and (i < 2 or behind.any())
 
 
+def test_the_readmes_lines_turn_other_programs_files_into_ours():
+    rows = re.findall(r"^\| ([^|]+) \| `(.*np\.savez\(\"t\.npz\".*)` \|$", (HERE / "README.md").read_text(), re.M)
+    xy, seen = rand(6, 3, 2).numpy() * 20 + (24, 16), rand(6, 3, seed=1).numpy() > -0.5
+    seen[0] = True
+    with folder() as here, contextlib.chdir(here):
+        np.save("tracks.npy", xy[None])
+        np.save("visibility.npy", seen[None])
+        ati = np.concatenate([xy, seen[..., None]], 2).swapaxes(0, 1)[:, :, None].astype(np.float32) * 8
+        np.savez(packed := io.BytesIO(), array=ati)
+        torch.save(packed.getvalue(), "a.pth")
+        np.savez("a.npz", track_points=xy / (48, 32), track_visibility=seen)
+        Path("a.json").write_text(json.dumps([[dict(zip("xy", point)) for point in path] for path in
+                                              xy.swapaxes(0, 1).tolist()]))
+        for name, code in rows:
+            turned, path = name.startswith("TAP"), Path("t.npz")
+            given = {"tracks": xy.swapaxes(0, 1) if turned else xy[None], "visible": seen[None], "visibles": seen.T,
+                     "points": xy.swapaxes(0, 1) / (48, 32), "occluded": ~seen.T, "W": 48, "H": 32}
+            exec(code, {"io": io, "json": json, "np": np, "torch": torch} | given)
+            tracks, visible, ids, _ = sample.load_tracks(path, (48, 32))
+            expected = seen if "JSON" not in name else np.ones_like(seen)
+            assert np.array_equal(visible, expected) and ids is None, name
+            assert abs(tracks - xy)[visible].max() < 1e-4, name
+            path.unlink()
+    assert len(rows) == 7
+
+
+def test_the_readmes_stream_from_standard_input_is_that_of_the_same_tracks():
+    tracks, visible, *_ = sample.load_tracks(HERE / "assets/drag.npz", (384, 384))
+    tracks, visible = tracks[:33] / 3, visible[:33].copy()              # to the video's pixels
+    visible[12:15, 0] = False
+    points = [[xy if v else None for xy, v in zip(*frame)] for frame in zip(tracks.tolist(), visible.tolist())]
+    lines = "".join(json.dumps(points[start:stop]) + "\n" for start, stop in ((0, 9), (9, 21), (21, 33)))
+    frames = []
+
+    @contextlib.contextmanager
+    def collect(path, fps):
+        yield frames.append
+
+    with contextlib.chdir(HERE), unittest.mock.patch.object(sample, "video_file", collect), \
+            unittest.mock.patch.object(sys, "stdin", io.StringIO(lines)):
+        exec(recipe("control(sys.stdin)"), space := {})
+    model, motion = space["model"], [torch.from_numpy(a)[None] for a in (tracks, visible)]
+    motion = sample.Motion(*motion, track_ids(*motion, model.config))
+    latents = sample.stream(model, space["first"], motion, embed_words(model.config.prompt, model.config))
+    assert np.array_equal(frames, list(sample.decode_frames(space["vae"], latents))) and len(frames) == 33
+
+
 def small_encoders(here):
     """The encoders of a -Diffusers repository in small, with random parameters, as files; returns (UMT5, CLIP)."""
     try:
