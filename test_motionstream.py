@@ -2709,6 +2709,16 @@ LIME = """(() => { const [c, p] = [document.getElementById('video'), document.ge
   return [n, x / n, y / n]; })()"""     # how much lime there is in the picture, and where
 
 
+HUE = """(target => { const c = document.getElementById('video'), p = c.getContext('2d');
+  const d = p.getImageData(0, 0, c.width, c.height).data, chroma = v => v.map(a => a - (v[0] + v[1] + v[2]) / 3);
+  const hue = chroma(target), norm = v => Math.hypot(...v); let [n, x, y] = [0, 0, 0];
+  for (let i = 0; i < d.length; i += 4) {
+    const v = chroma([d[i], d[i + 1], d[i + 2]].map(a => a / 255)), near = hue.reduce((sum, a, k) => sum + a * v[k], 0);
+    const w = near > 0.8 * norm(v) * norm(hue) ? Math.max(norm(v) - 0.15, 0) : 0;
+    n += w; x += w * (i / 4 % c.width) / c.width; y += w * Math.floor(i / 4 / c.width) / c.height; }
+  return [n, x / n, y / n]; })"""       # how much of a colour's hue there is in the picture, and where
+
+
 @contextlib.contextmanager
 def browsing(page, width=1280):
     program = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
@@ -2723,6 +2733,42 @@ def browsing(page, width=1280):
         finally:
             browser.process.kill()
             browser.process.wait()
+
+
+def test_in_a_browser_one_object_goes_its_way_while_another_is_pinned():
+    scene = td.new_scenes(1, 1, seeded(3), objects=2, camera=False, attributes=(0, 0), flat=True)
+    scene["position"][0, :2, 0], scene["radius"][:] = torch.tensor([[0.3, 0.35], [0.7, 0.7]]), 0.13
+    red, blue = colours = [colour.tolist() for colour in scene["colour"][0, :2]]
+    with folder() as here:
+        Image.fromarray(sample.to_frames(td.film(scene, 384))[0]).save(here / "two.png")
+        flags = ("--image", here / "two.png", "--weights", HERE / "assets/tiny.safetensors",
+                 "--vae", HERE / "assets/tiny_vae.safetensors", "--fps", "24")
+        with served(*flags) as page, browsing(page) as browser:
+            def where(colour):
+                return browser.run(f"{HUE}({colour})")
+
+            begin = [where(colour) for colour in colours]
+            assert math.dist(begin[0][1:], (0.3, 0.35)) < 0.04 and math.dist(begin[1][1:], (0.7, 0.7)) < 0.04, begin
+            browser.run("actions.pin()")
+            browser.drag((0.7, 0.7), (0.7, 0.7), 2)
+            browser.run("actions.drag()")
+            browser.drag((0.3, 0.35), (0.6, 0.35))                  # 30 % to the right
+            time.sleep(2)
+            moved, stayed = where(red), where(blue)
+            assert math.dist(moved[1:], (0.6, 0.35)) < 0.1 and moved[0] > begin[0][0] / 3, (begin, moved)
+            assert math.dist(stayed[1:], (0.7, 0.7)) < 0.06 and stayed[0] > begin[1][0] / 3, (begin, stayed)
+            assert sorted(group["kind"] for group in browser.run("groups")) == ["drag", "pin"]
+            browser.run("actions.clear(), actions.pin()")
+            browser.drag((0.7, 0.7), (0.7, 0.7), 2)
+            browser.run("actions.path()")
+            browser.drag((0.6, 0.35), (0.25, 0.35))                 # drawn now, gone along when it is played
+            time.sleep(1)
+            assert math.dist(where(red)[1:], moved[1:]) < 0.1
+            browser.run("actions.play()")
+            time.sleep(3)
+            moved, stayed = where(red), where(blue)
+            assert math.dist(moved[1:], (0.25, 0.35)) < 0.1 and moved[0] > begin[0][0] / 3, moved
+            assert math.dist(stayed[1:], (0.7, 0.7)) < 0.06, stayed
 
 
 def test_in_a_browser_a_dragged_object_moves_again_and_again():
