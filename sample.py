@@ -439,7 +439,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def handle(self):
         with contextlib.suppress(OSError):                          # the other side has gone, or stalls
-            super().handle()
+            if threading.active_count() < 64:
+                super().handle()
 
     def answer(self):
         """Who may ask: whoever names one of our hosts, no other page as origin, and the token. And for what."""

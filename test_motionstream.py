@@ -2516,6 +2516,17 @@ def test_a_slow_page_skips_frames_and_delays_nobody():
         assert page.ask("frame/" + last)[0] == 503 and {other.getresponse().status for other in others} == {200}
 
 
+def test_a_crowd_of_connections_is_turned_away():
+    with served() as page:
+        before, crowd = threading.active_count(), [socket.create_connection(page.host.split(":")) for _ in range(80)]
+        time.sleep(0.5)
+        assert before < threading.active_count() <= 65, threading.active_count()
+        for connection in crowd:
+            connection.close()
+        time.sleep(0.5)
+        assert threading.active_count() <= before + 1 and page.status()["take"] == 0
+
+
 def test_nothing_is_made_while_paused_or_while_nobody_watches():
     with served() as page:
         assert page.status()["pause"] and page.status()["frame"] < 2 and page.ask("frame/")[1]["Frame"] in "01"
