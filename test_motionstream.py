@@ -1868,15 +1868,47 @@ def test_a_worn_memory_shows_frame_0_in_a_rectangle_of_half_of_the_clips():
     assert 0.3 < share < 0.55, share                                                    # some rectangles are empty
 
 
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, td.DTensor) else tensor
+
+
+def keeping_gradients(kept):
+    """Appends the whole gradients of each update, a list, to `kept`."""
+    clip = nn.utils.clip_grad_norm_
+
+    def clip_and_keep(parameters, limit):
+        kept.append([whole(p.grad).clone() for p in parameters])
+        return clip(parameters, limit)
+    return unittest.mock.patch.object(nn.utils, "clip_grad_norm_", clip_and_keep)
+
+
+def in_two_processes(code, *args):
+    """Start `code` in two processes that find each other; it knows test, td, torch, rank and args. A function that
+    waits for their end."""
+    child = ("import sys, torch, torch.distributed as dist, test_motionstream as test, train_distill as td\n"
+             "dist.init_process_group('gloo')\nrank, args = dist.get_rank(), sys.argv[1:]\n"
+             f"{code}\ndist.barrier()\ndist.destroy_process_group()")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    children = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", child, *map(str, args)], cwd=HERE,
+                                 env=os.environ | shared | {"RANK": str(rank)}) for rank in range(2)]
+
+    def wait(timeout=120):
+        try:
+            codes = [process.wait(timeout=timeout) for process in children]
+        finally:
+            for process in children:
+                process.kill()
+        assert codes == [0, 0], codes
+    return wait
+
+
 def toy_training(here, stop_at=None, nan_at=None, steps=6, save_every=300, batches=1, **settings):
     """Some steps of a small model; its parameters and what was logged. Leaves the model and all gradients behind."""
     model = new_model().requires_grad_(True)
-    optimizer = td.Optimizer(model, muon=1e-2, adam=1e-2, steps=steps // batches, batches=batches)
-    toy_training.model, toy_training.gradients, clip = model, [], nn.utils.clip_grad_norm_
-
-    def clip_and_keep(parameters, limit):
-        toy_training.gradients.append([p.grad.clone() for p in parameters])
-        return clip(parameters, limit)
+    optimizer = td.Optimizer(model, muon=1e-2, adam=1e-2, steps=steps // batches, ema=0.9, batches=batches)
+    toy_training.model, toy_training.gradients = model, []
 
     def step(i):
         if i == stop_at:
@@ -1888,10 +1920,12 @@ def toy_training(here, stop_at=None, nan_at=None, steps=6, save_every=300, batch
     clock = itertools.count(0, 301 if save_every == 1 else 0)
     run = SimpleNamespace(out=here, seed=1, batches=batches, settings=lambda _: {"data": "toy", "seed": 1} | settings)
     with quiet() as (out, _), unittest.mock.patch.object(td.time, "time", lambda: next(clock)), \
-            unittest.mock.patch.object(nn.utils, "clip_grad_norm_", clip_and_keep):
+            keeping_gradients(toy_training.gradients):
         td.train(run, "toy", steps, optimizer.parts(), step)
     log = [json.loads(line)["loss"] for line in open(here / "stats.jsonl")]
-    return {name: p.clone() for name, p in model.state_dict().items()}, log, out.getvalue()
+    states = {f"{net} {name}": whole(p).clone() for net, module in (("model", model), ("average", optimizer.average))
+              for name, p in module.state_dict().items()}
+    return states, log, out.getvalue()
 
 
 def same(a, b):
@@ -1909,38 +1943,47 @@ def test_an_interrupted_training_continues_with_the_same_bits_and_no_other_setti
         assert same(whole, resumed) and log == resumed_log and len(log) == 6
 
 
+def assert_same_gradients(ours, theirs):
+    """Of every update, to 1e-5 of the largest of each parameter's."""
+    for update, (left, right) in enumerate(zip(ours, theirs, strict=True)):
+        for a, b in zip(left, right, strict=True):
+            assert a.shape == b.shape and (a - b).abs().max() <= 1e-5 * a.abs().max(), (update, (a - b).abs().max())
+
+
 def test_two_processes_have_the_gradients_of_one_that_accumulates_two_steps():
     child = """if True:
-        import sys, torch, torch.distributed as dist, test_motionstream as test
-        from pathlib import Path
-        dist.init_process_group("gloo")
-        test.toy_training(Path(sys.argv[1]), steps=7, batches=2)
-        torch.save(test.toy_training.gradients, f"{sys.argv[1]}/gradients{dist.get_rank()}.pt")
-        dist.destroy_process_group()
+        whole, _, _ = test.toy_training(test.Path(args[0]), steps=14, batches=4)
+        sharded = [(p.to_local().numel(), p.numel()) for p in test.toy_training.model.parameters()]
+        torch.save((test.toy_training.gradients, whole, sharded), f"{args[0]}/gradients{rank}.pt")
+        _, _, said = test.toy_training(test.Path(args[1]), steps=14, batches=4)
+        assert "resumed at step 8" in said, said
+        torch.save(test.toy_training.gradients, f"{args[1]}/gradients{rank}.pt")
     """
-    with folder() as one, folder() as two, socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        free.close()
-        children = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", child, two], cwd=HERE,
-                                     env=os.environ | shared | {"RANK": str(rank)}) for rank in range(2)]
-        whole, log, _ = toy_training(one, steps=7, batches=2)       # the odd step makes no update
-        assert [process.wait(timeout=120) for process in children] == [0, 0]
-        assert len(toy_training.gradients) == 3 and len(log) == 6
+    with folder() as one, folder() as two:                          # four steps an update: each process adds up two
+        assert_error(SystemExit, "143", toy_training, two, stop_at=7, steps=14, batches=4)
+        wait = in_two_processes(child, one, two)
+        with folder() as here:
+            whole, log, _ = toy_training(here, steps=14, batches=4)         # the odd steps make no update
+        wait()
+        assert len(toy_training.gradients) == 3 and len(log) == 12
         model = new_model().requires_grad_(True)
-        for i in range(2):
+        for i in range(4):
             torch.manual_seed(td.seed_of(1, "toy", i))
             td.flow_loss(model, torch.randn(2, 4, 2, 4, 6), torch.rand(2), on_tracks(model)).backward()
         for p, mean in zip(model.parameters(), toy_training.gradients[0], strict=True):
-            assert_near(mean, p.grad / 2, 1e-5)
-        for rank in range(2):                                       # three updates, each after the same two steps
-            for ours, theirs in zip(toy_training.gradients, torch.load(two / f"gradients{rank}.pt"), strict=True):
-                for a, b in zip(ours, theirs, strict=True):
-                    assert (a - b).abs().max() <= 1e-5 * a.abs().max(), (rank, (a - b).abs().max(), a.abs().max())
-        steps = [json.loads(line)["step"] for line in open(two / "stats.jsonl")]
-        assert steps == [0, 2, 4] and len([*two.glob("*.checkpoint.pt")]) == 1, steps       # process 0 writes
-        resumed = toy_training(two, steps=7, batches=2)                      # what two began, one takes over
-        assert "resumed at step 6" in resumed[2]
+            assert_near(mean, p.grad / 4, 1e-5)
+        saved = [torch.load(one / f"gradients{rank}.pt") for rank in range(2)]
+        for rank, (gradients, theirs, sharded) in enumerate(saved):         # three updates, after the same four steps
+            assert_same_gradients(toy_training.gradients, gradients)
+            assert sum(part for part, _ in sharded) < 0.6 * sum(size for _, size in sharded), sharded
+            for name, p in whole.items():
+                assert (p - theirs[name]).abs().max() <= 1e-4 * p.abs().max(), name
+            # what one process began, two take over
+            assert_same_gradients(toy_training.gradients[2:], torch.load(two / f"gradients{rank}.pt"))
+        steps = [json.loads(line)["step"] for line in open(one / "stats.jsonl")]
+        assert steps == [*range(0, 12, 2)] and len([*one.glob("*.checkpoint.pt")]) == 1, steps      # process 0 writes
+        resumed = toy_training(one, steps=14, batches=4)            # what two began, one takes over
+        assert "resumed at step 12" in resumed[2]
         for name, p in whole.items():
             assert (p - resumed[0][name]).abs().max() <= 1e-4 * p.abs().max(), name
 

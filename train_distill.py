@@ -9,7 +9,7 @@
 
     python train_distill.py                  all of it, resumed where it stopped; --smoke: a few steps, to see it run
     python train_distill.py --stage teacher  one stage
-    torchrun --nproc-per-node 2 train_distill.py    in two processes, which share the steps
+    torchrun --nproc-per-node 2 train_distill.py    in two processes, which share the steps and the weights
 
 Shapes are those of motionstream.py. Everything is written under --out (runs/tiny): weights, checkpoints, stats.jsonl,
 a loss curve and a preview sheet for each stage.
@@ -18,6 +18,7 @@ a loss curve and a preview sheet for each stage.
 import argparse
 import collections
 import copy
+import functools
 import json
 import math
 import os
@@ -37,9 +38,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from motionstream import (PRESETS, KVCache, MotionStream, add_noise, embed_words, euler, guided_velocity, rollout,
+from motionstream import (PRESETS, Block, KVCache, MotionStream, add_noise, embed_words, euler, guided_velocity, rollout,
                           save_pretrained, shift_sigma, to_x0, track_features, track_ids, with_first, write)
 from sample import ASSETS, Motion, Parser, UserError, hold_signals, number, sample_teacher, stream, to_frames
 from vae import TINY, TinyVAE
@@ -244,10 +248,11 @@ def seed_of(*what):
     return zlib.crc32(" ".join(map(str, what)).encode())
 
 
-def sum_processes(tensor):
-    """The sum of the processes' tensors, in place, in all of them. They wait for each other."""
+def mean_processes(tensor):
+    """The mean of the processes' tensors, in place, in all of them. They wait for each other."""
     if PROCESSES > 1:
         dist.all_reduce(tensor)
+        tensor /= PROCESSES
     return tensor
 
 
@@ -256,13 +261,59 @@ def ends_update(i, batches):
     return (i - RANK + PROCESSES) % batches == 0
 
 
+def shard(model):
+    """Split a MotionStream among the processes, in place (FSDP2): parameters, and what follows their shape, gradients
+    and optimizer states. A part is whole only while it runs, in float32, which autocast rounds as in one process."""
+    if PROCESSES > 1:
+        mesh = dist.init_device_mesh(next(model.parameters()).device.type, (PROCESSES,))
+        for part in *model.blocks, model.track_head, model:         # the root too is split again after each forward:
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)    # an average has no backward that would do it
+        fully_shard.state(model)._lazy_init()       # now: the first to run would be the root, and is the track head
+    return model
+
+
+def whole(state):
+    """A state dict, or a part of one, with its sharded tensors gathered on the CPU of process 0; None in others."""
+    if isinstance(state, dict):
+        return {name: whole(value) for name, value in state.items()}
+    if isinstance(state, DTensor):
+        tensor = state.full_tensor()
+        return tensor.cpu() if RANK == 0 else None
+    return state
+
+
+def split(tensor, like):
+    """A whole tensor, the same in all processes, sharded as the parameter `like` is; a number stays one."""
+    if isinstance(like, DTensor) and tensor.ndim:
+        return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+    return tensor
+
+
+def recomputed(block, x, time, rope, text, image=None, cache=None, write=False):
+    """Block.forward that keeps only its inputs for the backward. That computes the rest again, from a cache which has
+    been written to since: so it gets a copy of the list of chunks. Only passes without a graph write."""
+    if not torch.is_grad_enabled():
+        return Block.forward(block, x, time, rope, text, image, cache, write)
+    if cache is not None:
+        cache = copy.copy(cache)
+        cache.chunks = [*cache.chunks]
+    return checkpoint(Block.forward, block, x, time, rope, text, image, cache, use_reentrant=False)
+
+
 class Optimizer:
     """Muon on hidden matrices (convolution kernels viewed as matrices), AdamW on the rest; ema > 0: running average.
-    An update follows the mean gradient of `batches` steps, which the processes share; each has the whole model."""
+    An update follows the mean gradient of `batches` steps, which the processes share. They share a MotionStream too,
+    its average and the optimizers' states, see shard; Muon needs whole matrices, and DTensor gathers them, one by one,
+    where it multiplies them. A VAE each process has whole. checkpointing: blocks are recomputed in the backward."""
 
-    def __init__(self, model, muon, adam, betas=(0.9, 0.99), steps=0, ema=0.0, batches=1):
+    def __init__(self, model, muon, adam, betas=(0.9, 0.99), steps=0, ema=0.0, batches=1, checkpointing=False):
         self.model, self.ema, self.batches, inner = model, ema, batches, ("blocks", "encoder", "decoder")
         self.average = copy.deepcopy(model).requires_grad_(False) if ema else nn.Module()
+        if isinstance(model, MotionStream):
+            for net in (model, self.average) if ema else (model,):
+                shard(net)
+            for block in model.blocks if checkpointing else ():
+                block.forward = functools.partial(recomputed, block)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         hidden = [p for name, p in model.named_parameters()
                   if p.requires_grad and name.split(".")[0] in inner and name.endswith("weight") and p.ndim > 1]
@@ -276,12 +327,17 @@ class Optimizer:
         """Backward of step i; after the last of an update, clip and update, one in `every` updates of the stage. The
         learning rate warms up over 20 updates and falls to 0 over the last 40 % of `steps` (0: it stays). Returns the
         gradient norm, None without an update; FloatingPointError, before anything moves, if it is not finite."""
-        (loss / self.batches).backward()
-        if not ends_update(i, self.batches):
+        sharded, ends = PROCESSES > 1 and isinstance(self.model, MotionStream), ends_update(i, self.batches)
+        if sharded:
+            self.model.set_requires_gradient_sync(ends)             # until then, each process adds up its own
+        (loss * PROCESSES / self.batches).backward()                # the processes' mean is taken, not their sum
+        if not ends:
             return None
-        for p in self.parameters:
-            sum_processes(p.grad)
+        if not sharded:
+            for p in self.parameters:
+                mean_processes(p.grad)
         count, norm = i // self.batches // every, nn.utils.clip_grad_norm_(self.parameters, clip)
+        norm = norm.full_tensor() if sharded else norm
         if not norm.isfinite():
             raise FloatingPointError(f"loss {loss.item()}, gradient norm {norm.item()}")
         scale = min(1.0, (count + 1) / 20, (self.steps - count) / (0.4 * self.steps) if self.steps else 1.0)
@@ -302,6 +358,18 @@ class Optimizer:
         return {f"{name} model": self.model, f"{name} average": self.average, **optimizers}
 
 
+def load_part(part, saved):
+    """A state dict of whole tensors into a module or an optimizer, sharded as its parameters are."""
+    if isinstance(part, nn.Module):
+        own = part.state_dict()
+        saved = {name: split(tensor, own[name]) for name, tensor in saved.items()}
+    else:
+        parameters = part.param_groups[0]["params"]
+        saved["state"] = {i: {name: split(tensor, parameters[i]) for name, tensor in state.items()}
+                          for i, state in saved["state"].items()}
+    part.load_state_dict(saved)
+
+
 def load_checkpoint(folder, stage, settings, parts):
     """Put the newest checkpoint of the stage that is whole into `parts`; the step to go on with."""
     for path in sorted(folder.glob(f"{stage}.*.checkpoint.pt"), reverse=True):
@@ -315,15 +383,15 @@ def load_checkpoint(folder, stage, settings, parts):
         if changed:
             raise UserError(f"{path}: is of other settings ({'; '.join(changed)}); choose another --out or remove it")
         for name, part in parts.items():
-            part.load_state_dict(saved[name])
+            load_part(part, saved[name])
         print(f"{path.name}: resumed at step {step}")
         return step
     return 0
 
 
 def save_checkpoint(folder, stage, step, settings, parts):
-    """To a file of its own; the newest two of a stage stay."""
-    path, states = folder / f"{stage}.{step:07}.checkpoint.pt", {name: parts[name].state_dict() for name in parts}
+    """To a file of its own, whole, so that any number of processes can go on; the newest two of a stage stay."""
+    path, states = folder / f"{stage}.{step:07}.checkpoint.pt", {name: whole(parts[name].state_dict()) for name in parts}
     if RANK > 0:
         return
     try:
@@ -354,7 +422,7 @@ def train(run, stage, steps, parts, step):
             numbers = {"stage": stage, "step": i, **numbers, "seconds": round(time.time() - started, 3)}
             log.write(json.dumps(numbers) + "\n")
             if ends_update(i, run.batches):
-                stopped, due = sum_processes(torch.tensor([len(stop) > 0, time.time() - saved_at > 300]).int())
+                stopped, due = mean_processes(torch.tensor([len(stop) > 0, time.time() - saved_at > 300]).float())
                 if stopped or due:
                     save_checkpoint(run.out, stage, i - RANK + PROCESSES, settings, parts)
                     saved_at = time.time()
@@ -392,7 +460,7 @@ def train_vae(run):
 
     train(run, "vae", run.steps["vae"], {"norm": norm, **optimizer.parts()}, step)
     for statistic in norm.running_mean, norm.running_var:
-        sum_processes(statistic).div_(PROCESSES)
+        mean_processes(statistic)
     with torch.no_grad():
         last, std = vae.encoder[-1], (norm.running_var + norm.eps).sqrt()
         last.weight /= std.view(-1, 1, 1, 1)
