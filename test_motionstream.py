@@ -1944,10 +1944,12 @@ def test_an_interrupted_training_continues_with_the_same_bits_and_no_other_setti
 
 
 def assert_same_gradients(ours, theirs):
-    """Of every update, to 1e-5 of the largest of each parameter's."""
+    """Of the first update, to 1e-5 of the largest of each parameter's; later ones follow Muon, which rounds to bfloat16:
+    sums in another order may round to the other side."""
     for update, (left, right) in enumerate(zip(ours, theirs, strict=True)):
         for a, b in zip(left, right, strict=True):
-            assert a.shape == b.shape and (a - b).abs().max() <= 1e-5 * a.abs().max(), (update, (a - b).abs().max())
+            error = ((a - b).abs().max() / a.abs().max()).item()
+            assert a.shape == b.shape and error <= (1e-4 if update else 1e-5), (update, error)
 
 
 def test_two_processes_have_the_gradients_of_one_that_accumulates_two_steps():

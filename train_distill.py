@@ -29,6 +29,7 @@ import time
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads wait awake, but briefly
 
@@ -39,7 +40,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -282,13 +283,6 @@ def whole(state):
     return state
 
 
-def split(tensor, like):
-    """A whole tensor, the same in all processes, sharded as the parameter `like` is; a number stays one."""
-    if isinstance(like, DTensor) and tensor.ndim:
-        return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
-    return tensor
-
-
 def recomputed(block, x, time, rope, text, image=None, cache=None, write=False):
     """Block.forward that keeps only its inputs for the backward. That computes the rest again, from a cache which has
     been written to since: so it gets a copy of the list of chunks. Only passes without a graph write."""
@@ -342,7 +336,7 @@ class Optimizer:
             raise FloatingPointError(f"loss {loss.item()}, gradient norm {norm.item()}")
         scale = min(1.0, (count + 1) / 20, (self.steps - count) / (0.4 * self.steps) if self.steps else 1.0)
         for view, p in self.views:
-            view.grad = p.grad.flatten(1)
+            view.grad = (p.grad.redistribute(placements=[Replicate()]) if sharded else p.grad).flatten(1)
         for optimizer, rate in zip(self.optimizers, self.rates):
             optimizer.param_groups[0]["lr"] = rate * scale
             optimizer.step()
@@ -359,13 +353,19 @@ class Optimizer:
 
 
 def load_part(part, saved):
-    """A state dict of whole tensors into a module or an optimizer, sharded as its parameters are."""
+    """A state dict of whole tensors into a module or an optimizer; where its parameters are sharded, each process takes
+    its shard, but all of Muon's momentum."""
+    def split(tensor, like, placements=None):
+        if isinstance(like, DTensor) and tensor.ndim:               # else a number, of steps
+            return distribute_tensor(tensor, like.device_mesh, placements or like.placements, src_data_rank=None)
+        return tensor
+
     if isinstance(part, nn.Module):
         own = part.state_dict()
         saved = {name: split(tensor, own[name]) for name, tensor in saved.items()}
     else:
-        parameters = part.param_groups[0]["params"]
-        saved["state"] = {i: {name: split(tensor, parameters[i]) for name, tensor in state.items()}
+        parameters, placements = part.param_groups[0]["params"], isinstance(part, torch.optim.Muon) and [Replicate()]
+        saved["state"] = {i: {name: split(tensor, parameters[i], placements) for name, tensor in state.items()}
                           for i, state in saved["state"].items()}
     part.load_state_dict(saved)
 
@@ -400,6 +400,14 @@ def save_checkpoint(folder, stage, step, settings, parts):
         raise UserError(f"{path}: {str(e).splitlines()[0]}; is the disk full? The one before it is whole") from None
     for old in sorted(folder.glob(f"{stage}.*.checkpoint.pt"))[:-2]:
         old.unlink()
+
+
+def save_whole(model, path):
+    """save_pretrained in float16, of the weights of all processes. They wait until the file is there."""
+    tensors = whole(model.state_dict())
+    if RANK == 0:
+        save_pretrained(SimpleNamespace(config=model.config, state_dict=lambda: tensors), path, torch.float16)
+    mean_processes(torch.zeros(1))
 
 
 def train(run, stage, steps, parts, step):
@@ -553,7 +561,8 @@ def train_teacher(run):
     in the error at sigma 1 with all tracks and with none, on clips never trained on, and not in the flow loss."""
     pool, fresh = kept(run, "pool", "vae", run.clips, film_clips), kept(run, "fresh", "vae", 24, film_clips)
     model = MotionStream(run.config).to(run.device)
-    optimizer = Optimizer(model, 0.015, 3e-3, steps=run.steps["teacher"] // run.batches, ema=0.99, batches=run.batches)
+    optimizer = Optimizer(model, 0.015, 3e-3, steps=run.steps["teacher"] // run.batches, ema=0.99, batches=run.batches,
+                          checkpointing=run.args.checkpointing)
 
     def step(i):
         dense = i < run.steps["teacher"] // 4
@@ -573,7 +582,7 @@ def train_teacher(run):
         return numbers
 
     train(run, "teacher", run.steps["teacher"], optimizer.parts(), step)
-    save_pretrained(optimizer.average, run.path("teacher"), torch.float16)
+    save_whole(optimizer.average, run.path("teacher"))
 
 
 # Stage 3: causal initialisation. The teacher becomes a student that sees only what the cache holds (section 3.2).
@@ -630,7 +639,8 @@ def train_causal(run):
     trajectories = kept(run, "trajectories", "teacher", run.trajectories, sample_trajectories)
     student = run.model("teacher", causal=True).requires_grad_(True)
     student.track_head.requires_grad_(False)                                # frozen after the teacher (appendix D)
-    optimizer = Optimizer(student, 2e-3, 1e-3, steps=run.steps["causal"] // run.batches, ema=0.98, batches=run.batches)
+    optimizer = Optimizer(student, 2e-3, 1e-3, steps=run.steps["causal"] // run.batches, ema=0.98, batches=run.batches,
+                          checkpointing=run.args.checkpointing)
 
     def step(i):
         rows = torch.randint(0, len(trajectories["text"]), (4,))
@@ -644,7 +654,7 @@ def train_causal(run):
         return {"loss": loss, "grad": optimizer.step(loss, i)}
 
     train(run, "causal", run.steps["causal"], optimizer.parts(), step)
-    save_pretrained(optimizer.average, run.path("causal"), torch.float16)
+    save_whole(optimizer.average, run.path("causal"))
 
 
 # Stage 4: Self-Forcing with distribution matching (eq. 3, 4). Generator: the student. Teacher: the real score, guided.
@@ -709,21 +719,22 @@ def train_student(run):
     """A generator update every CRITIC_STEPS critic updates, each on a new rollout that ends at a random step. Half of
     the rollouts are longer than the teacher's clip: see last_clip."""
     pool, reward = kept(run, f"images{run.args.rollout}", "vae", run.clips, film_clips), run.reward
-    teacher, vae, neutral = run.model("teacher"), run.vae(), embed_words(NEUTRAL, run.config).to(run.device)
+    teacher, vae, neutral = shard(run.model("teacher")), run.vae(), embed_words(NEUTRAL, run.config).to(run.device)
     generator, critic = run.model("causal", sink_decay=run.config.sink_decay), run.model("teacher")
     for model in generator, critic:
         model.requires_grad_(True).track_head.requires_grad_(False)
-    shared = {"betas": (0.0, 0.99), "batches": run.batches}
+    shared = {"betas": (0.0, 0.99), "batches": run.batches, "checkpointing": run.args.checkpointing}
     updates = run.steps["distill"] // run.batches // CRITIC_STEPS
     optimizer_g = Optimizer(generator, 1e-3, 1e-4, steps=updates, ema=0.98, **shared)
     optimizer_c = Optimizer(critic, 2e-3, 2e-4, **shared)
 
-    def generate(grad):
-        chunks = max(KNOWN, int(torch.randint(2 * KNOWN - run.args.rollout, run.args.rollout + 1, ())))
+    def generate(rng, grad):
+        chunks = torch.randint(2 * KNOWN - run.args.rollout, run.args.rollout + 1, (), generator=rng)
+        chunks = max(KNOWN, int(chunks))
         frames = chunks * run.config.chunk
         first, text, points = draw_batch(run, pool, 4, frames)
         text = text if chunks == KNOWN else neutral.expand_as(text)     # a light that fades would be dark by then
-        exit_step = int(torch.randint(0, len(run.config.sigmas), ()))
+        exit_step = int(torch.randint(0, len(run.config.sigmas), (), generator=rng))
         with run.autocast():
             conditions = {"text": text, "tracks": track_features(generator, **points)}
             noise = torch.randn(*first.shape[:2], frames, *first.shape[3:], device=run.device)
@@ -733,9 +744,10 @@ def train_student(run):
             return x0, conditions, {"text": text, **points}
 
     def step(i):
-        numbers = {}
-        if i // run.batches % CRITIC_STEPS == 0:
-            x0, conditions, batch = generate(grad=True)
+        update, numbers = i // run.batches, {}
+        rng = torch.Generator().manual_seed(seed_of(run.seed, "rollout", update))   # processes run as many forwards
+        if update % CRITIC_STEPS == 0:
+            x0, conditions, batch = generate(rng, grad=True)
             with run.autocast():
                 first, weight = x0[:, :, :1].detach(), 1.0
                 if reward:
@@ -743,13 +755,13 @@ def train_student(run):
                     weight = torch.exp(score / run.args.beta)
                 loss = dmd_loss(x0, teacher, critic, conditions, first, teacher.config.guidance, weight)
             numbers |= {"loss_g": loss, "grad_g": optimizer_g.step(loss, i, CRITIC_STEPS), "std": x0.std()}
-        x0, conditions, _ = generate(grad=False)
+        x0, conditions, _ = generate(rng, grad=False)
         with run.autocast():
             loss = critic_loss(x0, critic, conditions)
         return numbers | {"loss_c": loss, "grad_c": optimizer_c.step(loss, i)}
 
     train(run, "distill", run.steps["distill"], optimizer_g.parts("generator") | optimizer_c.parts("critic"), step)
-    save_pretrained(optimizer_g.average, run.path("student"), torch.float16)
+    save_whole(optimizer_g.average, run.path("student"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -909,6 +921,8 @@ def parse_flags(argv):
     parser.add_argument("--seed", type=int, default=0, help="of everything random (0)")
     parser.add_argument("--device", default=f"cuda:{LOCAL}" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--accumulate", type=count, default=1, help="steps of each process for one update (1)")
+    parser.add_argument("--checkpointing", action="store_true",
+                        help="keep no activations within blocks, compute them again in the backward")
     parser.add_argument("--reward", help="to weight distillation by: motion, or FILE.py:FUNCTION (none)")
     parser.add_argument("--beta", type=number(float, 0.01, 100), default=0.5, help="weight is exp(reward / beta) (0.5)")
     parser.add_argument("--sink-decay", type=number(float, 0, 1), default=1.0, help="below 1: EMA-Sink (1)")
@@ -927,6 +941,8 @@ def main(argv=None):
     try:
         args = parse_flags(argv)
         if PROCESSES > 1:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(LOCAL)
             dist.init_process_group()                   # gloo for tensors on the CPU, nccl for those on GPUs
         run = Run(args)
         print(f"{'the shipped weights' if run.shipped else run.out}: {run.config}")
