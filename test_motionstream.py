@@ -1883,20 +1883,18 @@ def keeping_gradients(kept):
 
 
 def in_two_processes(code, *args):
-    """Start `code` in two processes that find each other; it knows test, td, torch, rank and args. A function that
-    waits for their end."""
-    child = ("import sys, torch, torch.distributed as dist, test_motionstream as test, train_distill as td\n"
-             "dist.init_process_group('gloo')\nrank, args = dist.get_rank(), sys.argv[1:]\n"
-             f"{code}\ndist.barrier()\ndist.destroy_process_group()")
+    """Start `code` in two processes that share their steps; it knows torch, test, td, and args, strings. Returns a
+    function that waits for their end."""
+    child = f"import sys, torch, test_motionstream as test, train_distill as td\nargs = sys.argv[1:]\n{code}"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     children = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", child, *map(str, args)], cwd=HERE,
                                  env=os.environ | shared | {"RANK": str(rank)}) for rank in range(2)]
 
-    def wait(timeout=120):
+    def wait():
         try:
-            codes = [process.wait(timeout=timeout) for process in children]
+            codes = [process.wait(timeout=120) for process in children]
         finally:
             for process in children:
                 process.kill()
@@ -1944,8 +1942,8 @@ def test_an_interrupted_training_continues_with_the_same_bits_and_no_other_setti
 
 
 def assert_same_gradients(ours, theirs):
-    """Of the first update, to 1e-5 of the largest of each parameter's; later ones follow Muon, which rounds to bfloat16:
-    sums in another order may round to the other side."""
+    """To 1e-5 of the largest of each parameter's, but 1e-4 after an update by Muon, which rounds to bfloat16: sums in
+    another order may round to the other side."""
     for update, (left, right) in enumerate(zip(ours, theirs, strict=True)):
         for a, b in zip(left, right, strict=True):
             error = ((a - b).abs().max() / a.abs().max()).item()
@@ -1954,12 +1952,14 @@ def assert_same_gradients(ours, theirs):
 
 def test_two_processes_have_the_gradients_of_one_that_accumulates_two_steps():
     child = """if True:
+        td.dist.init_process_group("gloo")
         whole, _, _ = test.toy_training(test.Path(args[0]), steps=14, batches=4)
         sharded = [(p.to_local().numel(), p.numel()) for p in test.toy_training.model.parameters()]
-        torch.save((test.toy_training.gradients, whole, sharded), f"{args[0]}/gradients{rank}.pt")
+        torch.save((test.toy_training.gradients, whole, sharded), f"{args[0]}/gradients{td.RANK}.pt")
         _, _, said = test.toy_training(test.Path(args[1]), steps=14, batches=4)
         assert "resumed at step 8" in said, said
-        torch.save(test.toy_training.gradients, f"{args[1]}/gradients{rank}.pt")
+        torch.save(test.toy_training.gradients, f"{args[1]}/gradients{td.RANK}.pt")
+        td.dist.destroy_process_group()
     """
     with folder() as one, folder() as two:                          # four steps an update: each process adds up two
         assert_error(SystemExit, "143", toy_training, two, stop_at=7, steps=14, batches=4)
@@ -1988,6 +1988,67 @@ def test_two_processes_have_the_gradients_of_one_that_accumulates_two_steps():
         assert "resumed at step 12" in resumed[2]
         for name, p in whole.items():
             assert (p - resumed[0][name]).abs().max() <= 1e-4 * p.abs().max(), name
+
+
+def distilled(flags):
+    """The gradients of a distillation in float32."""
+    with quiet(), keeping_gradients(gradients := []), unittest.mock.patch.object(td, "preview"), \
+            unittest.mock.patch.object(td.Run, "autocast", lambda run: contextlib.nullcontext()):
+        assert td.main(flags) is None
+    return gradients
+
+
+def test_blocks_that_are_recomputed_give_the_same_losses_and_gradients():
+    noise, given, first = clip_of(15)                           # five chunks: the cache forgets the second and third
+
+    def bidirectional(model):
+        torch.manual_seed(0)
+        return td.flow_loss(model, noise, torch.tensor([0.3, 0.9]), given)
+
+    def streamed(model):
+        chunks = rollout(model, noise, given, first, exit_step=1, grad=True, generator=seeded())
+        return torch.cat(list(chunks), 2).square().mean()
+
+    for loss in bidirectional, streamed:
+        results = []
+        for checkpointing in False, True:
+            model, runs = new_model().requires_grad_(True), []
+            optimizer = td.Optimizer(model, muon=1e-3, adam=1e-3, ema=0.9, batches=2, checkpointing=checkpointing)
+            for block in model.blocks:
+                block.ffn.register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
+            value = loss(model)
+            forwards = runs.count(True)
+            optimizer.step(2 * value, 0)                        # half of an update: the gradients stay
+            assert runs.count(True) == forwards * (1 + checkpointing) > 0
+            results.append((value, [p.grad for p in model.parameters() if p.grad is not None]))
+        (a, ours), (b, theirs) = results
+        assert len(ours) > 40 and abs(a / b - 1) <= 1e-5
+        assert_same_gradients([ours], [theirs])
+
+
+def test_two_processes_distil_as_one_that_accumulates_two_steps():
+    def files(here):
+        for name in "vae", "teacher", "causal":
+            (here / f"{name}.safetensors").symlink_to(td.ASSETS / f"{td.SHIPPED[name]}.safetensors")
+        return ["--smoke", "--stage", "distill", "--steps", "2", "--rollout", "5", "--out", str(here)]
+
+    child = """if True:
+        torch.save(test.distilled(args), f"{args[-1]}/gradients{td.RANK}.pt")
+        td.dist.destroy_process_group()
+    """
+    with folder() as one, folder() as two:
+        wait = in_two_processes(child, "--checkpointing", *files(two))
+        gradients = distilled(["--accumulate", "2", *files(one)])
+        wait()
+        # then the critic's; one process made half of what it saw before the generator's update
+        for rank in range(2):
+            theirs = torch.load(two / f"gradients{rank}.pt")
+            assert len(gradients) == len(theirs) == 2
+            assert_same_gradients(gradients[:1], theirs[:1])                # of the generator
+        ours, theirs = (load_file(here / "student.safetensors") for here in (one, two))
+        assert ours.keys() == theirs.keys()
+        for name, p in ours.items():
+            assert (p - theirs[name]).abs().max() <= 1e-3 * p.abs().max(), name
 
 
 def test_a_stop_waits_for_the_end_of_an_update():
