@@ -18,7 +18,6 @@ a loss curve and a preview sheet for each stage.
 import argparse
 import collections
 import copy
-import functools
 import json
 import math
 import os
@@ -29,7 +28,6 @@ import time
 import zlib
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads wait awake, but briefly
 
@@ -39,13 +37,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
-from torch.utils.checkpoint import checkpoint
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
-from motionstream import (PRESETS, Block, KVCache, MotionStream, add_noise, embed_words, euler, guided_velocity, rollout,
-                          save_pretrained, shift_sigma, to_x0, track_features, track_ids, with_first, write)
+from motionstream import (PRESETS, Block, KVCache, MotionStream, add_noise, embed_words, euler, guided_velocity,
+                          rollout, save_pretrained, shift_sigma, to_x0, track_features, track_ids, with_first, write)
 from sample import ASSETS, Motion, Parser, UserError, hold_signals, number, sample_teacher, stream, to_frames
 from vae import TINY, TinyVAE
 
@@ -253,8 +250,7 @@ def mean_processes(tensor):
     """The mean of the processes' tensors, in place, in all of them. They wait for each other."""
     if PROCESSES > 1:
         dist.all_reduce(tensor)
-        tensor /= PROCESSES
-    return tensor
+    return tensor.div_(PROCESSES)
 
 
 def ends_update(i, batches):
@@ -263,51 +259,50 @@ def ends_update(i, batches):
 
 
 def shard(model):
-    """Split a MotionStream among the processes, in place (FSDP2): parameters, and what follows their shape, gradients
-    and optimizer states. A part is whole only while it runs, in float32, which autocast rounds as in one process."""
-    if PROCESSES > 1:
+    """Divide a MotionStream's parameters among the processes, in place (FSDP2); a VAE stays whole in each. Each is
+    gathered while its block runs, or the model, in float32: autocast rounds it as in one process."""
+    if PROCESSES > 1 and isinstance(model, MotionStream):
         mesh = dist.init_device_mesh(next(model.parameters()).device.type, (PROCESSES,))
-        for part in *model.blocks, model.track_head, model:         # the root too is split again after each forward:
-            fully_shard(part, mesh=mesh, reshard_after_forward=True)    # an average has no backward that would do it
-        fully_shard.state(model)._lazy_init()       # now: the first to run would be the root, and is the track head
+        for part in *model.blocks, model.track_head, model:
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)    # the root too: an average has no backward
+        fully_shard.state(model)._lazy_init()       # else the track head, which runs first, would be taken for the root
     return model
 
 
 def whole(state):
-    """A state dict, or a part of one, with its sharded tensors gathered on the CPU of process 0; None in others."""
+    """A state dict, or a value in one, with sharded tensors gathered: on process 0's CPU; in others, without data."""
     if isinstance(state, dict):
         return {name: whole(value) for name, value in state.items()}
-    if isinstance(state, DTensor):
-        tensor = state.full_tensor()
-        return tensor.cpu() if RANK == 0 else None
-    return state
+    return state.full_tensor().to("cpu" if RANK == 0 else "meta") if isinstance(state, DTensor) else state
 
 
-def recomputed(block, x, time, rope, text, image=None, cache=None, write=False):
-    """Block.forward that keeps only its inputs for the backward. That computes the rest again, from a cache which has
-    been written to since: so it gets a copy of the list of chunks. Only passes without a graph write."""
-    if not torch.is_grad_enabled():
-        return Block.forward(block, x, time, rope, text, image, cache, write)
-    if cache is not None:
-        cache = copy.copy(cache)
-        cache.chunks = [*cache.chunks]
-    return checkpoint(Block.forward, block, x, time, rope, text, image, cache, use_reentrant=False)
+def split(state, like):
+    """The reverse: each process keeps its shards, as in `like`, a parameter or a dict of what has the same names."""
+    if isinstance(state, dict):
+        return {name: split(value, like[name] if isinstance(like, dict) else like) for name, value in state.items()}
+    place = isinstance(like, DTensor) and state.ndim and (like.device_mesh, like.placements)    # not a count
+    return distribute_tensor(state, *place, src_data_rank=None) if place else state
+
+
+def recomputed(block, *inputs):
+    """Block.forward that keeps its inputs only, and computes the rest again in the backward: from a copy of the cache,
+    which has been written to by then. Only passes without a graph write."""
+    *inputs, cache, write = inputs
+    cache = cache if write else copy.copy(cache)
+    return torch.utils.checkpoint.checkpoint(Block.forward, block, *inputs, cache, write, use_reentrant=False)
 
 
 class Optimizer:
     """Muon on hidden matrices (convolution kernels viewed as matrices), AdamW on the rest; ema > 0: running average.
-    An update follows the mean gradient of `batches` steps, which the processes share. They share a MotionStream too,
-    its average and the optimizers' states, see shard; Muon needs whole matrices, and DTensor gathers them, one by one,
-    where it multiplies them. A VAE each process has whole. checkpointing: blocks are recomputed in the backward."""
+    An update follows the mean gradient of `batches` steps, which the processes share, as they do a MotionStream, its
+    average and the optimizers' states: see shard. Muon multiplies whole matrices, DTensor gathers them one by one."""
 
     def __init__(self, model, muon, adam, betas=(0.9, 0.99), steps=0, ema=0.0, batches=1, checkpointing=False):
         self.model, self.ema, self.batches, inner = model, ema, batches, ("blocks", "encoder", "decoder")
-        self.average = copy.deepcopy(model).requires_grad_(False) if ema else nn.Module()
-        if isinstance(model, MotionStream):
-            for net in (model, self.average) if ema else (model,):
-                shard(net)
-            for block in model.blocks if checkpointing else ():
-                block.forward = functools.partial(recomputed, block)
+        self.average = shard(copy.deepcopy(model).requires_grad_(False)) if ema else nn.Module()
+        self.sharded = isinstance(shard(model), FSDPModule)
+        for block in model.blocks if checkpointing else ():
+            block.forward = recomputed.__get__(block)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         hidden = [p for name, p in model.named_parameters()
                   if p.requires_grad and name.split(".")[0] in inner and name.endswith("weight") and p.ndim > 1]
@@ -321,22 +316,20 @@ class Optimizer:
         """Backward of step i; after the last of an update, clip and update, one in `every` updates of the stage. The
         learning rate warms up over 20 updates and falls to 0 over the last 40 % of `steps` (0: it stays). Returns the
         gradient norm, None without an update; FloatingPointError, before anything moves, if it is not finite."""
-        sharded, ends = PROCESSES > 1 and isinstance(self.model, MotionStream), ends_update(i, self.batches)
-        if sharded:
-            self.model.set_requires_gradient_sync(ends)             # until then, each process adds up its own
-        (loss * PROCESSES / self.batches).backward()                # the processes' mean is taken, not their sum
-        if not ends:
+        if self.sharded:
+            self.model.set_requires_gradient_sync(ends_update(i, self.batches))
+        (loss * PROCESSES / self.batches).backward()                    # the mean of the processes is taken below
+        if not ends_update(i, self.batches):
             return None
-        if not sharded:
-            for p in self.parameters:
-                mean_processes(p.grad)
+        for p in () if self.sharded else self.parameters:
+            mean_processes(p.grad)
         count, norm = i // self.batches // every, nn.utils.clip_grad_norm_(self.parameters, clip)
-        norm = norm.full_tensor() if sharded else norm
+        norm = norm.full_tensor() if self.sharded else norm
         if not norm.isfinite():
             raise FloatingPointError(f"loss {loss.item()}, gradient norm {norm.item()}")
         scale = min(1.0, (count + 1) / 20, (self.steps - count) / (0.4 * self.steps) if self.steps else 1.0)
         for view, p in self.views:
-            view.grad = (p.grad.redistribute(placements=[Replicate()]) if sharded else p.grad).flatten(1)
+            view.grad = p.grad.flatten(1)
         for optimizer, rate in zip(self.optimizers, self.rates):
             optimizer.param_groups[0]["lr"] = rate * scale
             optimizer.step()
@@ -352,24 +345,6 @@ class Optimizer:
         return {f"{name} model": self.model, f"{name} average": self.average, **optimizers}
 
 
-def load_part(part, saved):
-    """A state dict of whole tensors into a module or an optimizer; where its parameters are sharded, each process takes
-    its shard, but all of Muon's momentum."""
-    def split(tensor, like, placements=None):
-        if isinstance(like, DTensor) and tensor.ndim:               # else a number, of steps
-            return distribute_tensor(tensor, like.device_mesh, placements or like.placements, src_data_rank=None)
-        return tensor
-
-    if isinstance(part, nn.Module):
-        own = part.state_dict()
-        saved = {name: split(tensor, own[name]) for name, tensor in saved.items()}
-    else:
-        parameters, placements = part.param_groups[0]["params"], isinstance(part, torch.optim.Muon) and [Replicate()]
-        saved["state"] = {i: {name: split(tensor, parameters[i], placements) for name, tensor in state.items()}
-                          for i, state in saved["state"].items()}
-    part.load_state_dict(saved)
-
-
 def load_checkpoint(folder, stage, settings, parts):
     """Put the newest checkpoint of the stage that is whole into `parts`; the step to go on with."""
     for path in sorted(folder.glob(f"{stage}.*.checkpoint.pt"), reverse=True):
@@ -383,7 +358,8 @@ def load_checkpoint(folder, stage, settings, parts):
         if changed:
             raise UserError(f"{path}: is of other settings ({'; '.join(changed)}); choose another --out or remove it")
         for name, part in parts.items():
-            load_part(part, saved[name])
+            parameters = {} if isinstance(part, nn.Module) else dict(enumerate(part.param_groups[0]["params"]))
+            part.load_state_dict(split(saved[name], part.state_dict() | {"state": parameters}))
         print(f"{path.name}: resumed at step {step}")
         return step
     return 0
@@ -391,7 +367,7 @@ def load_checkpoint(folder, stage, settings, parts):
 
 def save_checkpoint(folder, stage, step, settings, parts):
     """To a file of its own, whole, so that any number of processes can go on; the newest two of a stage stay."""
-    path, states = folder / f"{stage}.{step:07}.checkpoint.pt", {name: whole(parts[name].state_dict()) for name in parts}
+    path, states = folder / f"{stage}.{step:07}.checkpoint.pt", {k: whole(v.state_dict()) for k, v in parts.items()}
     if RANK > 0:
         return
     try:
@@ -402,18 +378,10 @@ def save_checkpoint(folder, stage, step, settings, parts):
         old.unlink()
 
 
-def save_whole(model, path):
-    """save_pretrained in float16, of the weights of all processes. They wait until the file is there."""
-    tensors = whole(model.state_dict())
-    if RANK == 0:
-        save_pretrained(SimpleNamespace(config=model.config, state_dict=lambda: tensors), path, torch.float16)
-    mean_processes(torch.zeros(1))
-
-
-def train(run, stage, steps, parts, step):
+def train(run, stage, steps, parts, step, average=None):
     """Call step(i) for i < steps: a dict of numbers to log. `parts` {name: object with state_dict} is what a resumed
     run needs besides; random numbers are drawn anew from (seed, stage, i) each step, so that resuming changes nothing.
-    Ctrl-C and SIGTERM finish the step, save, and exit with 130 or 143."""
+    Ctrl-C and SIGTERM finish the step, save, and exit with 130 or 143. In the end, `average` is saved as weights."""
     steps = max(steps - steps % run.batches, run.batches)       # whole updates: processes would wait in vain
     settings = {"steps": steps, **run.settings(stage)}
     begin, saved_at = load_checkpoint(run.out, stage, settings, parts), time.time()
@@ -437,6 +405,12 @@ def train(run, stage, steps, parts, step):
                 if stopped:
                     raise SystemExit(128 + (stop or [15])[0])          # SIGTERM, which another process got
         save_checkpoint(run.out, stage, steps, settings, parts)
+    if average:
+        tensors = whole(average.state_dict())
+        average.state_dict = lambda: tensors                           # which is what save_pretrained writes
+        if RANK == 0:
+            save_pretrained(average, run.path(WEIGHTS[stage]), torch.float16)
+        mean_processes(torch.zeros(1))                                 # the others go on when the file is there
 
 
 # Stage 1: the tiny VAE.
@@ -561,8 +535,7 @@ def train_teacher(run):
     in the error at sigma 1 with all tracks and with none, on clips never trained on, and not in the flow loss."""
     pool, fresh = kept(run, "pool", "vae", run.clips, film_clips), kept(run, "fresh", "vae", 24, film_clips)
     model = MotionStream(run.config).to(run.device)
-    optimizer = Optimizer(model, 0.015, 3e-3, steps=run.steps["teacher"] // run.batches, ema=0.99, batches=run.batches,
-                          checkpointing=run.args.checkpointing)
+    optimizer = Optimizer(model, 0.015, 3e-3, steps=run.steps["teacher"] // run.batches, ema=0.99, **run.shared)
 
     def step(i):
         dense = i < run.steps["teacher"] // 4
@@ -581,8 +554,7 @@ def train_teacher(run):
                     numbers[name] = flow_loss(optimizer.average, x0, ones, {"text": text, "tracks": tracks})
         return numbers
 
-    train(run, "teacher", run.steps["teacher"], optimizer.parts(), step)
-    save_whole(optimizer.average, run.path("teacher"))
+    train(run, "teacher", run.steps["teacher"], optimizer.parts(), step, optimizer.average)
 
 
 # Stage 3: causal initialisation. The teacher becomes a student that sees only what the cache holds (section 3.2).
@@ -639,8 +611,7 @@ def train_causal(run):
     trajectories = kept(run, "trajectories", "teacher", run.trajectories, sample_trajectories)
     student = run.model("teacher", causal=True).requires_grad_(True)
     student.track_head.requires_grad_(False)                                # frozen after the teacher (appendix D)
-    optimizer = Optimizer(student, 2e-3, 1e-3, steps=run.steps["causal"] // run.batches, ema=0.98, batches=run.batches,
-                          checkpointing=run.args.checkpointing)
+    optimizer = Optimizer(student, 2e-3, 1e-3, steps=run.steps["causal"] // run.batches, ema=0.98, **run.shared)
 
     def step(i):
         rows = torch.randint(0, len(trajectories["text"]), (4,))
@@ -653,8 +624,7 @@ def train_causal(run):
             loss = causal_loss(student, states, x0, worn(x0, run.config.chunk), conditions, context)
         return {"loss": loss, "grad": optimizer.step(loss, i)}
 
-    train(run, "causal", run.steps["causal"], optimizer.parts(), step)
-    save_whole(optimizer.average, run.path("causal"))
+    train(run, "causal", run.steps["causal"], optimizer.parts(), step, optimizer.average)
 
 
 # Stage 4: Self-Forcing with distribution matching (eq. 3, 4). Generator: the student. Teacher: the real score, guided.
@@ -723,14 +693,13 @@ def train_student(run):
     generator, critic = run.model("causal", sink_decay=run.config.sink_decay), run.model("teacher")
     for model in generator, critic:
         model.requires_grad_(True).track_head.requires_grad_(False)
-    shared = {"betas": (0.0, 0.99), "batches": run.batches, "checkpointing": run.args.checkpointing}
-    updates = run.steps["distill"] // run.batches // CRITIC_STEPS
-    optimizer_g = Optimizer(generator, 1e-3, 1e-4, steps=updates, ema=0.98, **shared)
-    optimizer_c = Optimizer(critic, 2e-3, 2e-4, **shared)
+    updates, betas = run.steps["distill"] // run.batches // CRITIC_STEPS, (0.0, 0.99)
+    optimizer_g = Optimizer(generator, 1e-3, 1e-4, betas, updates, ema=0.98, **run.shared)
+    optimizer_c = Optimizer(critic, 2e-3, 2e-4, betas, **run.shared)
 
-    def generate(rng, grad):
-        chunks = torch.randint(2 * KNOWN - run.args.rollout, run.args.rollout + 1, (), generator=rng)
-        chunks = max(KNOWN, int(chunks))
+    def generate(i, grad):
+        rng = torch.Generator().manual_seed(seed_of(run.seed, i // run.batches, grad))  # or processes would wait in vain
+        chunks = max(KNOWN, int(torch.randint(2 * KNOWN - run.args.rollout, run.args.rollout + 1, (), generator=rng)))
         frames = chunks * run.config.chunk
         first, text, points = draw_batch(run, pool, 4, frames)
         text = text if chunks == KNOWN else neutral.expand_as(text)     # a light that fades would be dark by then
@@ -744,10 +713,9 @@ def train_student(run):
             return x0, conditions, {"text": text, **points}
 
     def step(i):
-        update, numbers = i // run.batches, {}
-        rng = torch.Generator().manual_seed(seed_of(run.seed, "rollout", update))   # processes run as many forwards
-        if update % CRITIC_STEPS == 0:
-            x0, conditions, batch = generate(rng, grad=True)
+        numbers = {}
+        if i // run.batches % CRITIC_STEPS == 0:
+            x0, conditions, batch = generate(i, grad=True)
             with run.autocast():
                 first, weight = x0[:, :, :1].detach(), 1.0
                 if reward:
@@ -755,13 +723,13 @@ def train_student(run):
                     weight = torch.exp(score / run.args.beta)
                 loss = dmd_loss(x0, teacher, critic, conditions, first, teacher.config.guidance, weight)
             numbers |= {"loss_g": loss, "grad_g": optimizer_g.step(loss, i, CRITIC_STEPS), "std": x0.std()}
-        x0, conditions, _ = generate(rng, grad=False)
+        x0, conditions, _ = generate(i, grad=False)
         with run.autocast():
             loss = critic_loss(x0, critic, conditions)
         return numbers | {"loss_c": loss, "grad_c": optimizer_c.step(loss, i)}
 
-    train(run, "distill", run.steps["distill"], optimizer_g.parts("generator") | optimizer_c.parts("critic"), step)
-    save_whole(optimizer_g.average, run.path("student"))
+    parts = optimizer_g.parts("generator") | optimizer_c.parts("critic")
+    train(run, "distill", run.steps["distill"], parts, step, optimizer_g.average)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -859,6 +827,7 @@ class Run:
     def __init__(self, args):
         self.args, self.out, self.device, self.seed = args, Path(args.out), args.device, args.seed
         self.batches, self.reward = PROCESSES * args.accumulate, args.reward and find_reward(args.reward)
+        self.shared = {"batches": self.batches, "checkpointing": args.checkpointing}
         self.config = replace(PRESETS["tiny"], tracks=args.tracks, sink_decay=args.sink_decay)
         self.steps = dict(zip(STAGES, (4, 4, 3, 6) if args.smoke else (2000, 10_000, 800, 1200)))
         self.steps |= {args.stage: args.steps} if args.steps else {}
@@ -921,8 +890,7 @@ def parse_flags(argv):
     parser.add_argument("--seed", type=int, default=0, help="of everything random (0)")
     parser.add_argument("--device", default=f"cuda:{LOCAL}" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--accumulate", type=count, default=1, help="steps of each process for one update (1)")
-    parser.add_argument("--checkpointing", action="store_true",
-                        help="keep no activations within blocks, compute them again in the backward")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute blocks in the backward: less memory")
     parser.add_argument("--reward", help="to weight distillation by: motion, or FILE.py:FUNCTION (none)")
     parser.add_argument("--beta", type=number(float, 0.01, 100), default=0.5, help="weight is exp(reward / beta) (0.5)")
     parser.add_argument("--sink-decay", type=number(float, 0, 1), default=1.0, help="below 1: EMA-Sink (1)")
@@ -941,9 +909,7 @@ def main(argv=None):
     try:
         args = parse_flags(argv)
         if PROCESSES > 1:
-            if torch.cuda.is_available():
-                torch.cuda.set_device(LOCAL)
-            dist.init_process_group()                   # gloo for tensors on the CPU, nccl for those on GPUs
+            dist.init_device_mesh(args.device.split(":")[0], (PROCESSES,))  # gloo, or nccl on the GPU of LOCAL_RANK
         run = Run(args)
         print(f"{'the shipped weights' if run.shipped else run.out}: {run.config}")
         for stage, train_stage in STAGES.items():
