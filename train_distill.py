@@ -259,8 +259,8 @@ def ends_update(i, batches):
 
 
 def shard(model):
-    """Divide a MotionStream's parameters among the processes, in place (FSDP2); a VAE stays whole in each. Each is
-    gathered while its block runs, or the model, in float32: autocast rounds it as in one process."""
+    """Divide a MotionStream's parameters among the processes, in place (FSDP2); a VAE stays whole in all. While a block
+    runs, its own are gathered, in float32, which autocast rounds as in one process; while the model runs, the rest."""
     if PROCESSES > 1 and isinstance(model, MotionStream):
         mesh = dist.init_device_mesh(next(model.parameters()).device.type, (PROCESSES,))
         for part in *model.blocks, model.track_head, model:
@@ -698,7 +698,7 @@ def train_student(run):
     optimizer_c = Optimizer(critic, 2e-3, 2e-4, betas, **run.shared)
 
     def generate(i, grad):
-        rng = torch.Generator().manual_seed(seed_of(run.seed, i // run.batches, grad))  # or processes would wait in vain
+        rng = torch.Generator().manual_seed(seed_of(run.seed, i // run.batches, grad))  # else processes wait in vain
         chunks = max(KNOWN, int(torch.randint(2 * KNOWN - run.args.rollout, run.args.rollout + 1, (), generator=rng)))
         frames = chunks * run.config.chunk
         first, text, points = draw_batch(run, pool, 4, frames)
