@@ -1921,7 +1921,7 @@ def toy_training(here, stop_at=None, nan_at=None, steps=6, save_every=300, batch
             keeping_gradients(toy_training.gradients):
         td.train(run, "toy", steps, optimizer.parts(), step)
     log = [json.loads(line)["loss"] for line in open(here / "stats.jsonl")]
-    states = {f"{net} {name}": whole(p).clone() for net, module in (("model", model), ("average", optimizer.average))
+    states = {f"{net}.{name}": whole(p).clone() for net, module in (("model", model), ("average", optimizer.average))
               for name, p in module.state_dict().items()}
     return states, log, out.getvalue()
 
@@ -1960,12 +1960,12 @@ def assert_same_gradients(ours, theirs):
             assert a.shape == b.shape and error <= (1e-3 if update else 1e-5), (update, error)
 
 
-def assert_moved_alike(ours, theirs):
-    """Model and average of the toy, to a third of the way that each parameter went, which Muon rounds."""
-    start = new_model().state_dict()
-    for name, p in ours.items():
-        error = ((p - theirs[name]).abs().max() / (p - start[name.split()[1]]).abs().max()).item()
-        assert error <= 0.3, (name, error)
+def assert_moved_alike(start, ours, theirs):
+    """Two state dicts went the same way from `start`, to a fifth of it: Muon fills what a gradient of low rank leaves
+    open, and that is rounding."""
+    assert ours.keys() == theirs.keys() == start.keys()
+    way, apart = (sum((p.float() - other[name]).square().sum() for name, p in ours.items()) for other in (start, theirs))
+    assert apart < 0.04 * way, (apart, way)
 
 
 def test_two_processes_have_the_gradients_of_one_that_accumulates_two_steps():
@@ -1988,6 +1988,7 @@ def test_two_processes_have_the_gradients_of_one_that_accumulates_two_steps():
         wait()
         assert len(toy_training.gradients) == 3 and len(log) == 12
         model = new_model().requires_grad_(True)
+        start = {f"{net}.{name}": p.clone() for net in ("model", "average") for name, p in model.state_dict().items()}
         for i in range(4):
             torch.manual_seed(td.seed_of(1, "toy", i))
             td.flow_loss(model, torch.randn(2, 4, 2, 4, 6), torch.rand(2), on_tracks(model)).backward()
@@ -1996,7 +1997,7 @@ def test_two_processes_have_the_gradients_of_one_that_accumulates_two_steps():
         for rank in range(2):
             gradients, theirs, sharded, of_vae = torch.load(one / f"gradients{rank}.pt")
             assert_same_gradients(toy_training.gradients, gradients)        # three updates, after the same four steps
-            assert_moved_alike(whole, theirs)
+            assert_moved_alike(start, whole, theirs)
             assert sum(part for part, _ in sharded) < 0.6 * sum(size for _, size in sharded), sharded
             assert_same_gradients(vae_gradients(), of_vae)
             # what one process began, two take over
@@ -2005,7 +2006,7 @@ def test_two_processes_have_the_gradients_of_one_that_accumulates_two_steps():
         assert steps == [*range(0, 12, 2)] and len([*one.glob("*.checkpoint.pt")]) == 1, steps      # process 0 writes
         resumed = toy_training(one, steps=14, batches=4)            # what two began, one takes over
         assert "resumed at step 12" in resumed[2]
-        assert_moved_alike(whole, resumed[0])
+        assert_moved_alike(start, whole, resumed[0])
 
 
 def distilled(flags):
@@ -2065,8 +2066,7 @@ def test_two_processes_distil_as_one_that_accumulates_two_steps():
             assert_same_gradients(gradients[:1], theirs[:1])                # of the generator
         ours, theirs, start = (load_file(path) for path in (one / "student.safetensors", two / "student.safetensors",
                                                             one / "causal.safetensors"))
-        moved = sum((p - start[name]).float().square().sum() for name, p in ours.items())
-        assert sum((p - theirs[name]).float().square().sum() for name, p in ours.items()) < 0.01 * moved
+        assert_moved_alike(start, ours, theirs)
 
 
 def test_a_stop_waits_for_the_end_of_an_update():
