@@ -1971,42 +1971,44 @@ def assert_moved_alike(start, ours, theirs):
 def test_two_processes_have_the_gradients_of_one_that_accumulates_two_steps():
     child = """if True:
         td.dist.init_process_group("gloo")
-        whole, _, _ = test.toy_training(test.Path(args[0]), steps=14, batches=4)
-        sharded = [(p.to_local().numel(), p.numel()) for p in test.toy_training.model.parameters()]
-        results = test.toy_training.gradients, whole, sharded, test.vae_gradients()
-        torch.save(results, f"{args[0]}/gradients{td.RANK}.pt")
-        _, _, said = test.toy_training(test.Path(args[1]), steps=14, batches=4)
-        assert "resumed at step 8" in said, said
-        torch.save(test.toy_training.gradients, f"{args[1]}/gradients{td.RANK}.pt")
+        for folder in args:
+            whole, _, said = test.toy_training(test.Path(folder), steps=14, batches=4)
+            sharded = [(p.to_local().numel(), p.numel()) for p in test.toy_training.model.parameters()]
+            results = test.toy_training.gradients, whole, said, sharded, test.vae_gradients()
+            torch.save(results, f"{folder}/results{td.RANK}.pt")
         td.dist.destroy_process_group()
     """
-    with folder() as one, folder() as two:                          # four steps an update: each process adds up two
-        assert_error(SystemExit, "143", toy_training, two, stop_at=7, steps=14, batches=4)
-        wait = in_two_processes(child, one, two)
-        with folder() as here:
-            whole, log, _ = toy_training(here, steps=14, batches=4)         # the odd steps make no update
+    with folder() as one, folder() as two, folder() as both:    # four steps an update: each of two processes adds up two
+        assert_error(SystemExit, "143", toy_training, both, stop_at=7, steps=14, batches=4)
+        wait = in_two_processes(child, two, both)
+        whole, log, _ = toy_training(one, steps=14, batches=4)          # the odd steps make no update
+        gradients, of_vae = toy_training.gradients, vae_gradients()
         wait()
-        assert len(toy_training.gradients) == 3 and len(log) == 12
         model = new_model().requires_grad_(True)
         start = {f"{net}.{name}": p.clone() for net in ("model", "average") for name, p in model.state_dict().items()}
         for i in range(4):
             torch.manual_seed(td.seed_of(1, "toy", i))
             td.flow_loss(model, torch.randn(2, 4, 2, 4, 6), torch.rand(2), on_tracks(model)).backward()
-        for p, mean in zip(model.parameters(), toy_training.gradients[0], strict=True):
+        for p, mean in zip(model.parameters(), gradients[0], strict=True):
             assert_near(mean, p.grad / 4, 1e-5)
-        for rank in range(2):
-            gradients, theirs, sharded, of_vae = torch.load(one / f"gradients{rank}.pt")
-            assert_same_gradients(toy_training.gradients, gradients)        # three updates, after the same four steps
-            assert_moved_alike(start, whole, theirs)
+        for path, rank in itertools.product((two, both), range(2)):     # three updates; what one began, two take over
+            theirs, went, said, sharded, theirs_of_vae = torch.load(path / f"results{rank}.pt")
+            assert ("resumed at step 8" in said) == (path == both)
+            assert_same_gradients(gradients[2 if path == both else 0:], theirs)
+            assert_same_gradients(of_vae, theirs_of_vae)
+            assert_moved_alike(start, whole, went)
             assert sum(part for part, _ in sharded) < 0.6 * sum(size for _, size in sharded), sharded
-            assert_same_gradients(vae_gradients(), of_vae)
-            # what one process began, two take over
-            assert_same_gradients(toy_training.gradients[2:], torch.load(two / f"gradients{rank}.pt"))
-        steps = [json.loads(line)["step"] for line in open(one / "stats.jsonl")]
-        assert steps == [*range(0, 12, 2)] and len([*one.glob("*.checkpoint.pt")]) == 1, steps      # process 0 writes
-        resumed = toy_training(one, steps=14, batches=4)            # what two began, one takes over
-        assert "resumed at step 12" in resumed[2]
-        assert_moved_alike(start, whole, resumed[0])
+        rows, theirs = ([json.loads(line) for line in open(path / "stats.jsonl")] for path in (one, two))
+        assert len(log) == 12 and [row["step"] for row in theirs] == [*range(0, 12, 2)]         # process 0 writes
+        ours, theirs = (torch.tensor([row["grad"] for row in log if "grad" in row]) for log in (rows, theirs))
+        assert_near(ours, theirs, 1e-3)
+        ours, theirs = (torch.load(path / "toy.0000012.checkpoint.pt") for path in (one, two))
+        for name in " optimizer 0", " optimizer 1":
+            for i, state in ours[name]["state"].items():
+                for key, value in state.items():
+                    assert_near(theirs[name]["state"][i][key], value, 0.01)
+        _, _, said = toy_training(two, steps=14, batches=4)             # what two began, one takes over
+        assert "resumed at step 12" in said
 
 
 def distilled(flags):
