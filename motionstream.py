@@ -179,7 +179,7 @@ class KVCache:
 
     def write(self, k, v):
         """Append a clean chunk, without its graph; the oldest chunk behind the sink falls out of a full cache."""
-        self.chunks.append((k.detach(), v.detach()))
+        self.chunks = [*self.chunks, (k.detach(), v.detach())]      # a new list: a copy of the cache keeps the old one
         if self.window is not None and len(self.chunks) > self.sink + self.window:
             gone = self.chunks.pop(self.sink)
             if self.sink and self.decay < 1:

@@ -1868,15 +1868,45 @@ def test_a_worn_memory_shows_frame_0_in_a_rectangle_of_half_of_the_clips():
     assert 0.3 < share < 0.55, share                                                    # some rectangles are empty
 
 
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, td.DTensor) else tensor
+
+
+def keeping_gradients(kept):
+    """Appends the whole gradients of each update, a list, to `kept`."""
+    clip = nn.utils.clip_grad_norm_
+
+    def clip_and_keep(parameters, limit):
+        kept.append([whole(p.grad).clone() for p in parameters])
+        return clip(parameters, limit)
+    return unittest.mock.patch.object(nn.utils, "clip_grad_norm_", clip_and_keep)
+
+
+def in_two_processes(code, *args):
+    """Start `code` in two processes that share their steps; it knows torch, test, td, and args, strings. Returns a
+    function that waits for their end."""
+    child = f"import sys, torch, test_motionstream as test, train_distill as td\nargs = sys.argv[1:]\n{code}"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    children = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", child, *map(str, args)], cwd=HERE,
+                                 env=os.environ | shared | {"RANK": str(rank)}) for rank in range(2)]
+
+    def wait():
+        try:
+            codes = [process.wait(timeout=120) for process in children]
+        finally:
+            for process in children:
+                process.kill()
+        assert codes == [0, 0], codes
+    return wait
+
+
 def toy_training(here, stop_at=None, nan_at=None, steps=6, save_every=300, batches=1, **settings):
     """Some steps of a small model; its parameters and what was logged. Leaves the model and all gradients behind."""
     model = new_model().requires_grad_(True)
-    optimizer = td.Optimizer(model, muon=1e-2, adam=1e-2, steps=steps // batches, batches=batches)
-    toy_training.model, toy_training.gradients, clip = model, [], nn.utils.clip_grad_norm_
-
-    def clip_and_keep(parameters, limit):
-        toy_training.gradients.append([p.grad.clone() for p in parameters])
-        return clip(parameters, limit)
+    optimizer = td.Optimizer(model, muon=1e-2, adam=1e-2, steps=steps // batches, ema=0.9, batches=batches)
+    toy_training.model, toy_training.gradients = model, []
 
     def step(i):
         if i == stop_at:
@@ -1888,10 +1918,12 @@ def toy_training(here, stop_at=None, nan_at=None, steps=6, save_every=300, batch
     clock = itertools.count(0, 301 if save_every == 1 else 0)
     run = SimpleNamespace(out=here, seed=1, batches=batches, settings=lambda _: {"data": "toy", "seed": 1} | settings)
     with quiet() as (out, _), unittest.mock.patch.object(td.time, "time", lambda: next(clock)), \
-            unittest.mock.patch.object(nn.utils, "clip_grad_norm_", clip_and_keep):
+            keeping_gradients(toy_training.gradients):
         td.train(run, "toy", steps, optimizer.parts(), step)
     log = [json.loads(line)["loss"] for line in open(here / "stats.jsonl")]
-    return {name: p.clone() for name, p in model.state_dict().items()}, log, out.getvalue()
+    states = {f"{net}.{name}": whole(p).clone() for net, module in (("model", model), ("average", optimizer.average))
+              for name, p in module.state_dict().items()}
+    return states, log, out.getvalue()
 
 
 def same(a, b):
@@ -1909,40 +1941,134 @@ def test_an_interrupted_training_continues_with_the_same_bits_and_no_other_setti
         assert same(whole, resumed) and log == resumed_log and len(log) == 6
 
 
+def vae_gradients():
+    """Of an update by two steps, of one process or of two."""
+    vae = new_vae().requires_grad_(True)
+    optimizer = td.Optimizer(vae, muon=1e-3, adam=1e-3, batches=2)
+    with keeping_gradients(gradients := []):
+        for i in range(td.RANK, 2, td.PROCESSES):
+            optimizer.step(vae.decode_frames(vae.encode(rand(1, 3, 9, 8, 8, seed=i)))[0].square().mean(), i)
+    return gradients
+
+
+def assert_same_gradients(ours, theirs):
+    """To 1e-5 of the largest of each parameter's, but 1e-3 after an update by Muon, which rounds to bfloat16: sums in
+    another order may round to the other side."""
+    for update, (left, right) in enumerate(zip(ours, theirs, strict=True)):
+        for a, b in zip(left, right, strict=True):
+            error = ((a - b).abs().max() / a.abs().max()).item()
+            assert a.shape == b.shape and error <= (1e-3 if update else 1e-5), (update, error)
+
+
+def assert_moved_alike(start, ours, theirs):
+    """Two state dicts went the same way from `start`, to a fifth of it: Muon fills what a gradient of low rank leaves
+    open, and that is rounding."""
+    assert ours.keys() == theirs.keys() == start.keys()
+    way, apart = (sum((p.float() - other[name]).square().sum() for name, p in ours.items()) for other in (start, theirs))
+    assert apart < 0.04 * way, (apart, way)
+
+
 def test_two_processes_have_the_gradients_of_one_that_accumulates_two_steps():
     child = """if True:
-        import sys, torch, torch.distributed as dist, test_motionstream as test
-        from pathlib import Path
-        dist.init_process_group("gloo")
-        test.toy_training(Path(sys.argv[1]), steps=7, batches=2)
-        torch.save(test.toy_training.gradients, f"{sys.argv[1]}/gradients{dist.get_rank()}.pt")
-        dist.destroy_process_group()
+        td.dist.init_process_group("gloo")
+        for folder in args:
+            whole, _, said = test.toy_training(test.Path(folder), steps=14, batches=4)
+            sharded = [(p.to_local().numel(), p.numel()) for p in test.toy_training.model.parameters()]
+            results = test.toy_training.gradients, whole, said, sharded, test.vae_gradients()
+            torch.save(results, f"{folder}/results{td.RANK}.pt")
+        td.dist.destroy_process_group()
     """
-    with folder() as one, folder() as two, socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        free.close()
-        children = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", child, two], cwd=HERE,
-                                     env=os.environ | shared | {"RANK": str(rank)}) for rank in range(2)]
-        whole, log, _ = toy_training(one, steps=7, batches=2)       # the odd step makes no update
-        assert [process.wait(timeout=120) for process in children] == [0, 0]
-        assert len(toy_training.gradients) == 3 and len(log) == 6
+    with folder() as one, folder() as two, folder() as both:    # four steps an update: each of two processes adds up two
+        assert_error(SystemExit, "143", toy_training, both, stop_at=7, steps=14, batches=4)
+        wait = in_two_processes(child, two, both)
+        whole, log, _ = toy_training(one, steps=14, batches=4)          # the odd steps make no update
+        gradients, of_vae = toy_training.gradients, vae_gradients()
+        wait()
         model = new_model().requires_grad_(True)
-        for i in range(2):
+        start = {f"{net}.{name}": p.clone() for net in ("model", "average") for name, p in model.state_dict().items()}
+        for i in range(4):
             torch.manual_seed(td.seed_of(1, "toy", i))
             td.flow_loss(model, torch.randn(2, 4, 2, 4, 6), torch.rand(2), on_tracks(model)).backward()
-        for p, mean in zip(model.parameters(), toy_training.gradients[0], strict=True):
-            assert_near(mean, p.grad / 2, 1e-5)
-        for rank in range(2):                                       # three updates, each after the same two steps
-            for ours, theirs in zip(toy_training.gradients, torch.load(two / f"gradients{rank}.pt"), strict=True):
-                for a, b in zip(ours, theirs, strict=True):
-                    assert (a - b).abs().max() <= 1e-5 * a.abs().max(), (rank, (a - b).abs().max(), a.abs().max())
-        steps = [json.loads(line)["step"] for line in open(two / "stats.jsonl")]
-        assert steps == [0, 2, 4] and len([*two.glob("*.checkpoint.pt")]) == 1, steps       # process 0 writes
-        resumed = toy_training(two, steps=7, batches=2)                      # what two began, one takes over
-        assert "resumed at step 6" in resumed[2]
-        for name, p in whole.items():
-            assert (p - resumed[0][name]).abs().max() <= 1e-4 * p.abs().max(), name
+        for p, mean in zip(model.parameters(), gradients[0], strict=True):
+            assert_near(mean, p.grad / 4, 1e-5)
+        for path, rank in itertools.product((two, both), range(2)):     # three updates; what one began, two take over
+            theirs, went, said, sharded, theirs_of_vae = torch.load(path / f"results{rank}.pt")
+            assert ("resumed at step 8" in said) == (path == both)
+            assert_same_gradients(gradients[2 if path == both else 0:], theirs)
+            assert_same_gradients(of_vae, theirs_of_vae)
+            assert_moved_alike(start, whole, went)
+            assert sum(part for part, _ in sharded) < 0.6 * sum(size for _, size in sharded), sharded
+        rows, theirs = ([json.loads(line) for line in open(path / "stats.jsonl")] for path in (one, two))
+        assert len(log) == 12 and [row["step"] for row in theirs] == [*range(0, 12, 2)]         # process 0 writes
+        ours, theirs = (torch.tensor([row["grad"] for row in log if "grad" in row]) for log in (rows, theirs))
+        assert_near(ours, theirs, 1e-3)
+        ours, theirs = (torch.load(path / "toy.0000012.checkpoint.pt") for path in (one, two))
+        for name in " optimizer 0", " optimizer 1":
+            for i, state in ours[name]["state"].items():
+                for key, value in state.items():
+                    assert_near(theirs[name]["state"][i][key], value, 0.01)
+        _, _, said = toy_training(two, steps=14, batches=4)             # what two began, one takes over
+        assert "resumed at step 12" in said
+
+
+def distilled(flags):
+    """The gradients of a distillation in float32."""
+    with quiet(), keeping_gradients(gradients := []), unittest.mock.patch.object(td, "preview"), \
+            unittest.mock.patch.object(td.Run, "autocast", lambda run: contextlib.nullcontext()):
+        assert td.main(flags) is None
+    return gradients
+
+
+def test_blocks_that_are_recomputed_give_the_same_losses_and_gradients():
+    noise, given, first = clip_of(15)                           # five chunks: the cache forgets the second and third
+
+    def bidirectional(model):
+        torch.manual_seed(0)
+        return td.flow_loss(model, noise, torch.tensor([0.3, 0.9]), given)
+
+    def streamed(model):
+        chunks = rollout(model, noise, given, first, exit_step=1, grad=True, generator=seeded())
+        return torch.cat(list(chunks), 2).square().mean()
+
+    for loss in bidirectional, streamed:
+        results = []
+        for checkpointing in False, True:
+            model, runs = new_model().requires_grad_(True), []
+            optimizer = td.Optimizer(model, muon=1e-3, adam=1e-3, ema=0.9, batches=2, checkpointing=checkpointing)
+            for block in model.blocks:
+                block.ffn.register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
+            value = loss(model)
+            forwards = runs.count(True)
+            optimizer.step(2 * value, 0)                        # half of an update: the gradients stay
+            assert runs.count(True) == forwards * (1 + checkpointing) > 0
+            results.append((value, [p.grad for p in model.parameters() if p.grad is not None]))
+        (a, ours), (b, theirs) = results
+        assert len(ours) > 40 and abs(a / b - 1) <= 1e-5
+        assert_same_gradients([ours], [theirs])
+
+
+def test_two_processes_distil_as_one_that_accumulates_two_steps():
+    def files(here):
+        for name in "vae", "teacher", "causal":
+            (here / f"{name}.safetensors").symlink_to(td.ASSETS / f"{td.SHIPPED[name]}.safetensors")
+        return ["--smoke", "--stage", "distill", "--steps", "2", "--rollout", "5", "--out", str(here)]
+
+    child = """if True:
+        torch.save(test.distilled(args), f"{args[-1]}/gradients{td.RANK}.pt")
+        td.dist.destroy_process_group()
+    """
+    with folder() as one, folder() as two:
+        wait = in_two_processes(child, "--checkpointing", *files(two))
+        gradients = distilled(["--accumulate", "2", *files(one)])
+        wait()
+        # then the critic's; one process made half of what it saw before the generator's update
+        for rank in range(2):
+            theirs = torch.load(two / f"gradients{rank}.pt")
+            assert len(gradients) == len(theirs) == 2
+            assert_same_gradients(gradients[:1], theirs[:1])                # of the generator
+        ours, theirs, start = (load_file(path) for path in (one / "student.safetensors", two / "student.safetensors",
+                                                            one / "causal.safetensors"))
+        assert_moved_alike(start, ours, theirs)
 
 
 def test_a_stop_waits_for_the_end_of_an_update():

@@ -9,7 +9,7 @@
 
     python train_distill.py                  all of it, resumed where it stopped; --smoke: a few steps, to see it run
     python train_distill.py --stage teacher  one stage
-    torchrun --nproc-per-node 2 train_distill.py    in two processes, which share the steps
+    torchrun --nproc-per-node 2 train_distill.py    in two processes, which share the steps and the weights
 
 Shapes are those of motionstream.py. Everything is written under --out (runs/tiny): weights, checkpoints, stats.jsonl,
 a loss curve and a preview sheet for each stage.
@@ -37,10 +37,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
-from motionstream import (PRESETS, KVCache, MotionStream, add_noise, embed_words, euler, guided_velocity, rollout,
-                          save_pretrained, shift_sigma, to_x0, track_features, track_ids, with_first, write)
+from motionstream import (PRESETS, Block, KVCache, MotionStream, add_noise, embed_words, euler, guided_velocity,
+                          rollout, save_pretrained, shift_sigma, to_x0, track_features, track_ids, with_first, write)
 from sample import ASSETS, Motion, Parser, UserError, hold_signals, number, sample_teacher, stream, to_frames
 from vae import TINY, TinyVAE
 
@@ -244,11 +246,11 @@ def seed_of(*what):
     return zlib.crc32(" ".join(map(str, what)).encode())
 
 
-def sum_processes(tensor):
-    """The sum of the processes' tensors, in place, in all of them. They wait for each other."""
+def mean_processes(tensor):
+    """The mean of the processes' tensors, in place, in all of them. They wait for each other."""
     if PROCESSES > 1:
         dist.all_reduce(tensor)
-    return tensor
+    return tensor.div_(PROCESSES)
 
 
 def ends_update(i, batches):
@@ -256,13 +258,51 @@ def ends_update(i, batches):
     return (i - RANK + PROCESSES) % batches == 0
 
 
+def shard(model):
+    """Divide a MotionStream's parameters among the processes, in place (FSDP2); a VAE stays whole in all. While a block
+    runs, its own are gathered, in float32, which autocast rounds as in one process; while the model runs, the rest."""
+    if PROCESSES > 1 and isinstance(model, MotionStream):
+        mesh = dist.init_device_mesh(next(model.parameters()).device.type, (PROCESSES,))
+        for part in *model.blocks, model.track_head, model:
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)    # the root too: an average has no backward
+        fully_shard.state(model)._lazy_init()       # else the track head, which runs first, would be taken for the root
+    return model
+
+
+def whole(state):
+    """A state dict, or a value in one, with sharded tensors gathered: on process 0's CPU; in others, without data."""
+    if isinstance(state, dict):
+        return {name: whole(value) for name, value in state.items()}
+    return state.full_tensor().to("cpu" if RANK == 0 else "meta") if isinstance(state, DTensor) else state
+
+
+def split(state, like):
+    """The reverse: each process keeps its shards, as in `like`, a parameter or a dict of what has the same names."""
+    if isinstance(state, dict):
+        return {name: split(value, like[name] if isinstance(like, dict) else like) for name, value in state.items()}
+    place = isinstance(like, DTensor) and state.ndim and (like.device_mesh, like.placements)    # not a count
+    return distribute_tensor(state, *place, src_data_rank=None) if place else state
+
+
+def recomputed(block, *inputs):
+    """Block.forward that keeps its inputs only, and computes the rest again in the backward: from a copy of the cache,
+    which has been written to by then. Only passes without a graph write."""
+    *inputs, cache, write = inputs
+    cache = cache if write else copy.copy(cache)
+    return torch.utils.checkpoint.checkpoint(Block.forward, block, *inputs, cache, write, use_reentrant=False)
+
+
 class Optimizer:
     """Muon on hidden matrices (convolution kernels viewed as matrices), AdamW on the rest; ema > 0: running average.
-    An update follows the mean gradient of `batches` steps, which the processes share; each has the whole model."""
+    An update follows the mean gradient of `batches` steps, which the processes share, as they do a MotionStream, its
+    average and the optimizers' states: see shard. Muon multiplies whole matrices, DTensor gathers them one by one."""
 
-    def __init__(self, model, muon, adam, betas=(0.9, 0.99), steps=0, ema=0.0, batches=1):
+    def __init__(self, model, muon, adam, betas=(0.9, 0.99), steps=0, ema=0.0, batches=1, checkpointing=False):
         self.model, self.ema, self.batches, inner = model, ema, batches, ("blocks", "encoder", "decoder")
-        self.average = copy.deepcopy(model).requires_grad_(False) if ema else nn.Module()
+        self.average = shard(copy.deepcopy(model).requires_grad_(False)) if ema else nn.Module()
+        self.sharded = isinstance(shard(model), FSDPModule)
+        for block in model.blocks if checkpointing else ():
+            block.forward = recomputed.__get__(block)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         hidden = [p for name, p in model.named_parameters()
                   if p.requires_grad and name.split(".")[0] in inner and name.endswith("weight") and p.ndim > 1]
@@ -276,12 +316,15 @@ class Optimizer:
         """Backward of step i; after the last of an update, clip and update, one in `every` updates of the stage. The
         learning rate warms up over 20 updates and falls to 0 over the last 40 % of `steps` (0: it stays). Returns the
         gradient norm, None without an update; FloatingPointError, before anything moves, if it is not finite."""
-        (loss / self.batches).backward()
+        if self.sharded:
+            self.model.set_requires_gradient_sync(ends_update(i, self.batches))
+        (loss * PROCESSES / self.batches).backward()                    # the mean of the processes is taken below
         if not ends_update(i, self.batches):
             return None
-        for p in self.parameters:
-            sum_processes(p.grad)
+        for p in () if self.sharded else self.parameters:
+            mean_processes(p.grad)
         count, norm = i // self.batches // every, nn.utils.clip_grad_norm_(self.parameters, clip)
+        norm = norm.full_tensor() if self.sharded else norm
         if not norm.isfinite():
             raise FloatingPointError(f"loss {loss.item()}, gradient norm {norm.item()}")
         scale = min(1.0, (count + 1) / 20, (self.steps - count) / (0.4 * self.steps) if self.steps else 1.0)
@@ -315,15 +358,16 @@ def load_checkpoint(folder, stage, settings, parts):
         if changed:
             raise UserError(f"{path}: is of other settings ({'; '.join(changed)}); choose another --out or remove it")
         for name, part in parts.items():
-            part.load_state_dict(saved[name])
+            parameters = {} if isinstance(part, nn.Module) else dict(enumerate(part.param_groups[0]["params"]))
+            part.load_state_dict(split(saved[name], part.state_dict() | {"state": parameters}))
         print(f"{path.name}: resumed at step {step}")
         return step
     return 0
 
 
 def save_checkpoint(folder, stage, step, settings, parts):
-    """To a file of its own; the newest two of a stage stay."""
-    path, states = folder / f"{stage}.{step:07}.checkpoint.pt", {name: parts[name].state_dict() for name in parts}
+    """To a file of its own, whole, so that any number of processes can go on; the newest two of a stage stay."""
+    path, states = folder / f"{stage}.{step:07}.checkpoint.pt", {k: whole(v.state_dict()) for k, v in parts.items()}
     if RANK > 0:
         return
     try:
@@ -334,10 +378,10 @@ def save_checkpoint(folder, stage, step, settings, parts):
         old.unlink()
 
 
-def train(run, stage, steps, parts, step):
+def train(run, stage, steps, parts, step, average=None):
     """Call step(i) for i < steps: a dict of numbers to log. `parts` {name: object with state_dict} is what a resumed
     run needs besides; random numbers are drawn anew from (seed, stage, i) each step, so that resuming changes nothing.
-    Ctrl-C and SIGTERM finish the step, save, and exit with 130 or 143."""
+    Ctrl-C and SIGTERM finish the step, save, and exit with 130 or 143. In the end, `average` is saved as weights."""
     steps = max(steps - steps % run.batches, run.batches)       # whole updates: processes would wait in vain
     settings = {"steps": steps, **run.settings(stage)}
     begin, saved_at = load_checkpoint(run.out, stage, settings, parts), time.time()
@@ -354,13 +398,19 @@ def train(run, stage, steps, parts, step):
             numbers = {"stage": stage, "step": i, **numbers, "seconds": round(time.time() - started, 3)}
             log.write(json.dumps(numbers) + "\n")
             if ends_update(i, run.batches):
-                stopped, due = sum_processes(torch.tensor([len(stop) > 0, time.time() - saved_at > 300]).int())
+                stopped, due = mean_processes(torch.tensor([len(stop) > 0, time.time() - saved_at > 300]).float())
                 if stopped or due:
                     save_checkpoint(run.out, stage, i - RANK + PROCESSES, settings, parts)
                     saved_at = time.time()
                 if stopped:
                     raise SystemExit(128 + (stop or [15])[0])          # SIGTERM, which another process got
         save_checkpoint(run.out, stage, steps, settings, parts)
+    if average:
+        tensors = whole(average.state_dict())
+        average.state_dict = lambda: tensors                           # which is what save_pretrained writes
+        if RANK == 0:
+            save_pretrained(average, run.path(WEIGHTS[stage]), torch.float16)
+        mean_processes(torch.zeros(1))                                 # the others go on when the file is there
 
 
 # Stage 1: the tiny VAE.
@@ -392,7 +442,7 @@ def train_vae(run):
 
     train(run, "vae", run.steps["vae"], {"norm": norm, **optimizer.parts()}, step)
     for statistic in norm.running_mean, norm.running_var:
-        sum_processes(statistic).div_(PROCESSES)
+        mean_processes(statistic)
     with torch.no_grad():
         last, std = vae.encoder[-1], (norm.running_var + norm.eps).sqrt()
         last.weight /= std.view(-1, 1, 1, 1)
@@ -485,7 +535,7 @@ def train_teacher(run):
     in the error at sigma 1 with all tracks and with none, on clips never trained on, and not in the flow loss."""
     pool, fresh = kept(run, "pool", "vae", run.clips, film_clips), kept(run, "fresh", "vae", 24, film_clips)
     model = MotionStream(run.config).to(run.device)
-    optimizer = Optimizer(model, 0.015, 3e-3, steps=run.steps["teacher"] // run.batches, ema=0.99, batches=run.batches)
+    optimizer = Optimizer(model, 0.015, 3e-3, steps=run.steps["teacher"] // run.batches, ema=0.99, **run.shared)
 
     def step(i):
         dense = i < run.steps["teacher"] // 4
@@ -504,8 +554,7 @@ def train_teacher(run):
                     numbers[name] = flow_loss(optimizer.average, x0, ones, {"text": text, "tracks": tracks})
         return numbers
 
-    train(run, "teacher", run.steps["teacher"], optimizer.parts(), step)
-    save_pretrained(optimizer.average, run.path("teacher"), torch.float16)
+    train(run, "teacher", run.steps["teacher"], optimizer.parts(), step, optimizer.average)
 
 
 # Stage 3: causal initialisation. The teacher becomes a student that sees only what the cache holds (section 3.2).
@@ -562,7 +611,7 @@ def train_causal(run):
     trajectories = kept(run, "trajectories", "teacher", run.trajectories, sample_trajectories)
     student = run.model("teacher", causal=True).requires_grad_(True)
     student.track_head.requires_grad_(False)                                # frozen after the teacher (appendix D)
-    optimizer = Optimizer(student, 2e-3, 1e-3, steps=run.steps["causal"] // run.batches, ema=0.98, batches=run.batches)
+    optimizer = Optimizer(student, 2e-3, 1e-3, steps=run.steps["causal"] // run.batches, ema=0.98, **run.shared)
 
     def step(i):
         rows = torch.randint(0, len(trajectories["text"]), (4,))
@@ -575,8 +624,7 @@ def train_causal(run):
             loss = causal_loss(student, states, x0, worn(x0, run.config.chunk), conditions, context)
         return {"loss": loss, "grad": optimizer.step(loss, i)}
 
-    train(run, "causal", run.steps["causal"], optimizer.parts(), step)
-    save_pretrained(optimizer.average, run.path("causal"), torch.float16)
+    train(run, "causal", run.steps["causal"], optimizer.parts(), step, optimizer.average)
 
 
 # Stage 4: Self-Forcing with distribution matching (eq. 3, 4). Generator: the student. Teacher: the real score, guided.
@@ -641,21 +689,21 @@ def train_student(run):
     """A generator update every CRITIC_STEPS critic updates, each on a new rollout that ends at a random step. Half of
     the rollouts are longer than the teacher's clip: see last_clip."""
     pool, reward = kept(run, f"images{run.args.rollout}", "vae", run.clips, film_clips), run.reward
-    teacher, vae, neutral = run.model("teacher"), run.vae(), embed_words(NEUTRAL, run.config).to(run.device)
+    teacher, vae, neutral = shard(run.model("teacher")), run.vae(), embed_words(NEUTRAL, run.config).to(run.device)
     generator, critic = run.model("causal", sink_decay=run.config.sink_decay), run.model("teacher")
     for model in generator, critic:
         model.requires_grad_(True).track_head.requires_grad_(False)
-    shared = {"betas": (0.0, 0.99), "batches": run.batches}
-    updates = run.steps["distill"] // run.batches // CRITIC_STEPS
-    optimizer_g = Optimizer(generator, 1e-3, 1e-4, steps=updates, ema=0.98, **shared)
-    optimizer_c = Optimizer(critic, 2e-3, 2e-4, **shared)
+    updates, betas = run.steps["distill"] // run.batches // CRITIC_STEPS, (0.0, 0.99)
+    optimizer_g = Optimizer(generator, 1e-3, 1e-4, betas, updates, ema=0.98, **run.shared)
+    optimizer_c = Optimizer(critic, 2e-3, 2e-4, betas, **run.shared)
 
-    def generate(grad):
-        chunks = max(KNOWN, int(torch.randint(2 * KNOWN - run.args.rollout, run.args.rollout + 1, ())))
+    def generate(i, grad):
+        rng = torch.Generator().manual_seed(seed_of(run.seed, i // run.batches, grad))  # else processes wait in vain
+        chunks = max(KNOWN, int(torch.randint(2 * KNOWN - run.args.rollout, run.args.rollout + 1, (), generator=rng)))
         frames = chunks * run.config.chunk
         first, text, points = draw_batch(run, pool, 4, frames)
         text = text if chunks == KNOWN else neutral.expand_as(text)     # a light that fades would be dark by then
-        exit_step = int(torch.randint(0, len(run.config.sigmas), ()))
+        exit_step = int(torch.randint(0, len(run.config.sigmas), (), generator=rng))
         with run.autocast():
             conditions = {"text": text, "tracks": track_features(generator, **points)}
             noise = torch.randn(*first.shape[:2], frames, *first.shape[3:], device=run.device)
@@ -667,7 +715,7 @@ def train_student(run):
     def step(i):
         numbers = {}
         if i // run.batches % CRITIC_STEPS == 0:
-            x0, conditions, batch = generate(grad=True)
+            x0, conditions, batch = generate(i, grad=True)
             with run.autocast():
                 first, weight = x0[:, :, :1].detach(), 1.0
                 if reward:
@@ -675,13 +723,13 @@ def train_student(run):
                     weight = torch.exp(score / run.args.beta)
                 loss = dmd_loss(x0, teacher, critic, conditions, first, teacher.config.guidance, weight)
             numbers |= {"loss_g": loss, "grad_g": optimizer_g.step(loss, i, CRITIC_STEPS), "std": x0.std()}
-        x0, conditions, _ = generate(grad=False)
+        x0, conditions, _ = generate(i, grad=False)
         with run.autocast():
             loss = critic_loss(x0, critic, conditions)
         return numbers | {"loss_c": loss, "grad_c": optimizer_c.step(loss, i)}
 
-    train(run, "distill", run.steps["distill"], optimizer_g.parts("generator") | optimizer_c.parts("critic"), step)
-    save_pretrained(optimizer_g.average, run.path("student"), torch.float16)
+    parts = optimizer_g.parts("generator") | optimizer_c.parts("critic")
+    train(run, "distill", run.steps["distill"], parts, step, optimizer_g.average)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -779,6 +827,7 @@ class Run:
     def __init__(self, args):
         self.args, self.out, self.device, self.seed = args, Path(args.out), args.device, args.seed
         self.batches, self.reward = PROCESSES * args.accumulate, args.reward and find_reward(args.reward)
+        self.shared = {"batches": self.batches, "checkpointing": args.checkpointing}
         self.config = replace(PRESETS["tiny"], tracks=args.tracks, sink_decay=args.sink_decay)
         self.steps = dict(zip(STAGES, (4, 4, 3, 6) if args.smoke else (2000, 10_000, 800, 1200)))
         self.steps |= {args.stage: args.steps} if args.steps else {}
@@ -841,6 +890,7 @@ def parse_flags(argv):
     parser.add_argument("--seed", type=int, default=0, help="of everything random (0)")
     parser.add_argument("--device", default=f"cuda:{LOCAL}" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--accumulate", type=count, default=1, help="steps of each process for one update (1)")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute blocks in the backward: less memory")
     parser.add_argument("--reward", help="to weight distillation by: motion, or FILE.py:FUNCTION (none)")
     parser.add_argument("--beta", type=number(float, 0.01, 100), default=0.5, help="weight is exp(reward / beta) (0.5)")
     parser.add_argument("--sink-decay", type=number(float, 0, 1), default=1.0, help="below 1: EMA-Sink (1)")
@@ -859,7 +909,7 @@ def main(argv=None):
     try:
         args = parse_flags(argv)
         if PROCESSES > 1:
-            dist.init_process_group()                   # gloo for tensors on the CPU, nccl for those on GPUs
+            dist.init_device_mesh(args.device.split(":")[0], (PROCESSES,))  # gloo, or nccl on the GPU of LOCAL_RANK
         run = Run(args)
         print(f"{'the shipped weights' if run.shipped else run.out}: {run.config}")
         for stage, train_stage in STAGES.items():
