@@ -26,8 +26,8 @@ import runpy
 import sys
 import time
 import zlib
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads wait awake, but briefly
 
@@ -39,9 +39,12 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from motionstream import (PRESETS, KVCache, MotionStream, add_noise, embed_words, euler, guided_velocity, rollout,
-                          save_pretrained, shift_sigma, to_x0, track_features, track_ids, with_first, write)
-from sample import ASSETS, Motion, Parser, UserError, hold_signals, number, sample_teacher, stream, to_frames
+from motionstream import (PRESETS, KVCache, MotionStream, add_noise, by_chunk, embed_words, euler, guided_velocity,
+                          image_channels, rollout, save_pretrained, shift_sigma, to_x0, track_features, track_ids,
+                          with_first, write)
+from prepare import choose_config, dry_run, find_clips, read_clips, read_videos, thinned
+from sample import (ASSETS, Motion, Parser, UserError, hold_signals, inspect, number, open_vae, sample_teacher, stream,
+                    to_frames)
 from vae import TINY, TinyVAE
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -235,8 +238,20 @@ def scene_tracks(scene, size, rng):
 
 SIZE, CLIP = 128, 45                     # pixels per side; frames of a clip: 12 latents, 4 chunks of 3
 RANK, LOCAL, PROCESSES = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-KNOWN = (CLIP + 3) // 4 // PRESETS["tiny"].chunk      # chunks of a clip: what the teacher knows
 CRITIC_STEPS = 5                         # of distillation, for each step of the generator
+
+# The numbers of a training: of the tiny model ours, of Wan's the paper's (1.3B, section 4.1, appendix D), where it has
+# them. Rates are Muon's and AdamW's (None: AdamW on all), steps of `batch` clips; both as in
+# STAGES. clips: for the VAE and drawn for the others, then trajectories.
+RECIPES = {
+    "tiny": {"clip": CLIP, "batch": 4, "accumulate": (1, 1, 1, 1), "steps": (2000, 10_000, 800, 1200),
+             "teacher": (0.015, 3e-3), "causal": (2e-3, 1e-3), "generator": (1e-3, 1e-4), "critic": (2e-3, 2e-4),
+             "clips": (256, 5120, 480), "at_sigma_1": 0.5, "emphasis": 4.0, "worn": True},
+    "paper": {"clip": 81, "batch": 1, "accumulate": (1, 128, 128, 64), "steps": (0, 614_400, 256_000, 128_000),
+              "teacher": (None, 1e-5), "causal": (None, 2e-6), "generator": (None, 2e-6), "critic": (None, 4e-7),
+              "clips": (0, 0, 4000), "at_sigma_1": 0.0, "emphasis": 0.0, "worn": False}}
+# Its teacher's second stage, from the weights of the first: 800 updates, with pauses, the track head as it is.
+RECIPES["second"] = RECIPES["paper"] | {"teacher": (None, 1e-6), "steps": (0, 102_400, 256_000, 128_000)}
 
 
 def seed_of(*what):
@@ -265,12 +280,13 @@ class Optimizer:
         self.average = copy.deepcopy(model).requires_grad_(False) if ema else nn.Module()
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         hidden = [p for name, p in model.named_parameters()
-                  if p.requires_grad and name.split(".")[0] in inner and name.endswith("weight") and p.ndim > 1]
+                  if muon and p.requires_grad and name.split(".")[0] in inner and name[-6:] == "weight" and p.ndim > 1]
         self.views = [(nn.Parameter(p.data.flatten(1)), p) for p in hidden]     # they share memory with the model
         rest = [p for p in self.parameters if id(p) not in set(map(id, hidden))]
-        self.optimizers = [torch.optim.Muon([view for view, _ in self.views], lr=muon, weight_decay=0.01),
-                           torch.optim.AdamW(rest, lr=adam, betas=betas, weight_decay=0.01)]
-        self.rates, self.steps = (muon, adam), steps
+        self.optimizers = [torch.optim.AdamW(rest, lr=adam, betas=betas, weight_decay=0.01)]
+        if muon:
+            self.optimizers.insert(0, torch.optim.Muon([view for view, _ in self.views], lr=muon, weight_decay=0.01))
+        self.rates, self.steps = [rate for rate in (muon, adam) if rate], steps
 
     def step(self, loss, i, every=1, clip=1.0):
         """Backward of step i; after the last of an update, clip and update, one in `every` updates of the stage. The
@@ -372,12 +388,14 @@ def train_vae(run):
     vae = TinyVAE(TINY).to(run.device)
     norm = nn.BatchNorm3d(TINY.latent_channels, affine=False, momentum=0.05).to(run.device)
     rng = torch.Generator().manual_seed(seed_of(run.seed, "vae"))
-    videos = torch.cat([((film(new_scenes(8, CLIP, rng), SIZE) + 1) * 127.5).round().byte()     # (n, 3, T, H, W)
-                        for _ in tqdm(range(0, run.vae_clips, 8), "film for the vae")])
+    drawn = (film(new_scenes(8, CLIP, rng), SIZE) for _ in tqdm(range(0, run.vae_clips, 8), "film for the vae"))
+    videos = torch.cat([((video + 1) * 127.5).round().byte()                                    # (n, 3, T, H, W)
+                        for video in (read_videos(run, run.vae_clips) if run.sources else drawn)])
+    limits = (len(videos), *(side - less for side, less in zip(videos.shape[2:], (16, 63, 63))))
     optimizer = Optimizer(vae, muon=5e-3, adam=2e-3, steps=run.steps["vae"] // run.batches, batches=run.batches)
 
     def crop():
-        n, t, y, x = (int(torch.randint(limit, ())) for limit in (len(videos), CLIP - 16, SIZE - 63, SIZE - 63))
+        n, t, y, x = (int(torch.randint(limit, ())) for limit in limits)
         return videos[n, :, t:t + 17, y:y + 64, x:x + 64]
 
     def step(i):
@@ -405,8 +423,8 @@ def train_vae(run):
 
 def kept(run, name, source, count, make):
     """What make(run, name, count) yields, dicts of tensors, joined along the first axis; in a file named by the weights
-    `source`, which make it, the seed and the count, where it is read from if it is there."""
-    path = run.out / f"{name}.{seed_of(run.checksum(source), run.seed, count):08x}.safetensors"
+    `source`, which make it, the seed, the count and the data, where it is read from if it is there."""
+    path = run.out / f"{name}.{seed_of(run.checksum(source), run.seed, count, *run.data):08x}.safetensors"
     if not path.exists():
         parts = [*make(run, name, count)]
         write(path, save_file, {key: torch.cat([part[key] for part in parts]).cpu() for key in parts[0]})
@@ -448,15 +466,23 @@ def painted(visible):
 
 def draw_batch(run, pool, batch, frames=None, dense=False):
     """Random clips of the pool, their first `frames` latents, with all their tracks (dense) or as a user might have
-    painted them, a tenth without text: latents (B, C, F, h, w), text, and what the track head needs."""
+    painted them, a tenth without text: latents (B, C, F, h, w), conditions but for tracks, the track head's input."""
     rows = torch.randint(0, len(pool["latents"]), (batch,))
     latents = pool["latents"][rows, :, :frames].float()
     length = 4 * (frames or latents.shape[2]) - 3
     tracks, visible = (pool[key][rows, :length] for key in ("tracks", "visible"))
-    visible = visible if dense else painted(visible)
-    text = pool["text"][rows] * (torch.rand(batch, 1, 1) > 0.1)
+    visible = thinned(visible, not dense) if run.sources else visible if dense else painted(visible)
+    given = {key: pool[key][rows] for key in ("text", "clip") if key in pool}
+    given["text"] = given["text"] * (torch.rand(batch, 1, 1) > 0.1)
+    if run.config.image_dim:
+        given["image"] = image_channels(latents[:, :, :1], (length + 3) // 4)
     points = {"tracks": tracks, "visible": visible, "ids": track_ids(tracks, visible, run.config)}
-    return latents.to(run.device), text.to(run.device), {k: v.to(run.device) for k, v in points.items()}
+    return latents.to(run.device), *({k: v.to(run.device) for k, v in part.items()} for part in (given, points))
+
+
+def clean_first(x0, conditions):
+    """What with_first takes of clips x0: their first latent, None for models that have it as channels."""
+    return None if "image" in conditions else x0[:, :, :1]
 
 
 # Stage 2: the teacher.
@@ -471,37 +497,45 @@ def flow_loss(model, x0, sigma, conditions, emphasis=0.0):
     """Rectified flow: mean squared error of the velocity at sigma (B,), the first frame given (appendix D). Cells that
     a track touches, and those beside them, count 1 + emphasis: most of a picture is ground that stays where it is.
     (The weight depends on the conditions alone, so the minimum is the same.)"""
-    noise = torch.randn_like(x0)
-    x_t, level = with_first(add_noise(x0, noise, sigma), sigma, x0[:, :, :1])
+    noise, first = torch.randn_like(x0), clean_first(x0, conditions)
+    x_t, level = with_first(add_noise(x0, noise, sigma), sigma, first)
     error = (model(x_t, level, **conditions) - (noise - x0)).square().mean(1)             # (B, F, h, w)
     touched = (conditions["tracks"].detach() != 0).any(1).float()
     weight = 1 + emphasis * F.max_pool2d(touched, 3, 1, 1)
-    return (error * weight)[:, 1:].sum() / weight[:, 1:].sum()
+    start = 0 if first is None else 1
+    return (error * weight)[:, start:].sum() / weight[:, start:].sum()
 
 
 def train_teacher(run):
     """Bidirectional rectified flow on half and on whole clips, half of it at sigma 1. The first quarter sees all
     tracks, as in the paper's first stage: with dense tracks a model learns sooner what they are for. That is seen early
-    in the error at sigma 1 with all tracks and with none, on clips never trained on, and not in the flow loss."""
-    pool, fresh = kept(run, "pool", "vae", run.clips, film_clips), kept(run, "fresh", "vae", 24, film_clips)
-    model = MotionStream(run.config).to(run.device)
-    optimizer = Optimizer(model, 0.015, 3e-3, steps=run.steps["teacher"] // run.batches, ema=0.99, batches=run.batches)
+    in the error at sigma 1 with all tracks and with none, on clips never trained on, and not in the flow loss.
+    From --weights without a track head, all of it is the paper's first stage; from those with one, the second."""
+    pool, r, batch = kept(run, "pool", "vae", run.clips, run.make_clips), run.recipe, run.recipe.batch
+    if run.sources:
+        held = len(pool["latents"]) // 20               # of fewer clips, one is trained on too
+        fresh, pool = ({k: v[rows] for k, v in pool.items()} for rows in (slice(max(held, 1)), slice(held, None)))
+    else:
+        fresh = kept(run, "fresh", "vae", 24, film_clips)
+    model = run.model("start", **vars(run.config)) if run.start else MotionStream(run.config).to(run.device)
+    model.requires_grad_(True).track_head.requires_grad_(not (run.start and run.start.head))
+    optimizer = Optimizer(model, *r.teacher, steps=run.steps["teacher"] // run.batches, ema=0.99, batches=run.batches)
 
     def step(i):
-        dense = i < run.steps["teacher"] // 4
-        x0, text, points = draw_batch(run, pool, *((4, None) if i // run.batches % 4 == 0 else (8, 6)), dense)
-        sigma = draw_sigma(len(x0), run.config.shift, 0.5).to(run.device)
+        dense, whole = i < int(run.dense * run.steps["teacher"]), run.full or i // run.batches % 4 == 0
+        x0, given, points = draw_batch(run, pool, *((batch, None) if whole else (2 * batch, 6)), dense)
+        sigma = draw_sigma(len(x0), run.config.shift, r.at_sigma_1).to(run.device)
         keep = (torch.rand(len(x0), 1, 1, 1, 1) > 0.1).to(run.device)        # the rest is without any motion input
         with run.autocast():
-            loss = flow_loss(model, x0, sigma, {"text": text, "tracks": keep * track_features(model, **points)}, 4.0)
+            loss = flow_loss(model, x0, sigma, given | {"tracks": keep * track_features(model, **points)}, r.emphasis)
         numbers = {"loss": loss, "grad": optimizer.step(loss, i)}
         if i // run.batches % 200 == 199:
             torch.manual_seed(0)
-            x0, text, points = draw_batch(run, fresh, 24, dense=True)
+            x0, given, points = draw_batch(run, fresh, 6 * batch, dense=True)
             with torch.no_grad(), run.autocast():
-                features, ones = track_features(optimizer.average, **points), torch.ones(24, device=run.device)
+                features, ones = track_features(optimizer.average, **points), torch.ones(len(x0), device=run.device)
                 for name, tracks in ("x0_tracks", features), ("x0_none", 0 * features):
-                    numbers[name] = flow_loss(optimizer.average, x0, ones, {"text": text, "tracks": tracks})
+                    numbers[name] = flow_loss(optimizer.average, x0, ones, given | {"tracks": tracks})
         return numbers
 
     train(run, "teacher", run.steps["teacher"], optimizer.parts(), step)
@@ -514,18 +548,19 @@ CONTEXTS = ((1, 1),) * 3 + ((0, 1), (1, 0), (2, 1), (1, 2), (1, None))      # (s
 
 
 def sample_trajectories(run, name, count):
-    """ODE trajectories of the guided teacher: the states at the student's noise levels and the end, (8, 1 + levels, C,
-    F, h, w) float16, with what the teacher was given, eight by eight."""
-    teacher, pool, wanted = run.model("teacher"), kept(run, "pool", "vae", run.clips, film_clips), {*run.config.sigmas}
-    for i in tqdm(range(0, count, 8), name):
+    """ODE trajectories of the guided teacher: the states at the student's noise levels and the end, (B, 1 + levels, C,
+    F, h, w) float16, with what the teacher was given, some at a time."""
+    teacher, batch, wanted = run.model("teacher"), 2 * run.recipe.batch, {*run.config.sigmas}
+    pool = kept(run, "pool", "vae", run.clips, run.make_clips)
+    for i in tqdm(range(0, count, batch), name):
         torch.manual_seed(seed_of(run.seed, name, i))
-        x0, text, points = draw_batch(run, pool, 8)
+        x0, given, points = draw_batch(run, pool, batch)
         with torch.no_grad(), run.autocast():
-            conditions = {"text": text, "tracks": track_features(teacher, **points)}
-            states = [x for x, sigma in euler(teacher, torch.randn_like(x0), conditions, x0[:, :, :1])
+            conditions = given | {"tracks": track_features(teacher, **points)}
+            states = [x for x, sigma in euler(teacher, torch.randn_like(x0), conditions, clean_first(x0, given))
                       if sigma in wanted or sigma == 0]
         assert len(states) == len(wanted) + 1, f"{len(states) - 1} of {wanted} lie on the teacher's schedule"
-        yield {"states": torch.stack(states, 1).half(), "text": text, **points}
+        yield {"states": torch.stack(states, 1).half(), **given, **points}
 
 
 def worn(x0, chunk):
@@ -545,12 +580,12 @@ def causal_loss(model, states, x0, memory, conditions, context):
     states: one (B, C, F, h, w) a level."""
     caches = [KVCache(*context) for _ in model.blocks]
     chunk, sigmas, loss = model.config.chunk, model.config.sigmas, 0.0
-    for start in range(0, x0.shape[2], chunk):
+    for start, part in zip(range(0, x0.shape[2], chunk), by_chunk(conditions, chunk)):
         now = slice(start, start + chunk)
-        part = {"text": conditions["text"], "tracks": conditions["tracks"][:, :, now]}
         target, level = x0[:, :, now], int(torch.randint(0, len(sigmas), ()))
         sigma = torch.full((len(x0),), sigmas[level], device=x0.device)
-        x_t, sigma = with_first(states[level][:, :, now], sigma, target[:, :, :1] if start == 0 else None)
+        first = clean_first(target, conditions) if start == 0 else None
+        x_t, sigma = with_first(states[level][:, :, now], sigma, first)
         loss = loss + (to_x0(x_t, model(x_t, sigma, caches=caches, **part), sigma) - target).square().sum()
         with torch.no_grad():
             model(memory[:, :, now], torch.zeros_like(sigma), caches=caches, write=True, **part)
@@ -559,20 +594,22 @@ def causal_loss(model, states, x0, memory, conditions, context):
 
 def train_causal(run):
     """Student from teacher, on the teacher's ODE trajectories."""
-    trajectories = kept(run, "trajectories", "teacher", run.trajectories, sample_trajectories)
+    trajectories, r = kept(run, "trajectories", "teacher", run.trajectories, sample_trajectories), run.recipe
     student = run.model("teacher", causal=True).requires_grad_(True)
     student.track_head.requires_grad_(False)                                # frozen after the teacher (appendix D)
-    optimizer = Optimizer(student, 2e-3, 1e-3, steps=run.steps["causal"] // run.batches, ema=0.98, batches=run.batches)
+    optimizer = Optimizer(student, *r.causal, steps=run.steps["causal"] // run.batches, ema=0.98, batches=run.batches)
 
     def step(i):
-        rows = torch.randint(0, len(trajectories["text"]), (4,))
+        rows = torch.randint(0, len(trajectories["text"]), (r.batch,))
         batch = {key: value[rows].to(run.device) for key, value in trajectories.items()}
         *states, x0 = batch["states"].float().unbind(1)
         points = {key: batch[key] for key in ("tracks", "visible", "ids")}
         context = CONTEXTS[int(torch.randint(0, len(CONTEXTS), ()))]
         with run.autocast():
-            conditions = {"text": batch["text"], "tracks": track_features(student, **points)}
-            loss = causal_loss(student, states, x0, worn(x0, run.config.chunk), conditions, context)
+            conditions = {key: batch[key] for key in ("text", "image", "clip") if key in batch}
+            conditions["tracks"] = track_features(student, **points)
+            memory = worn(x0, run.config.chunk) if r.worn else x0
+            loss = causal_loss(student, states, x0, memory, conditions, context)
         return {"loss": loss, "grad": optimizer.step(loss, i)}
 
     train(run, "causal", run.steps["causal"], optimizer.parts(), step)
@@ -640,36 +677,40 @@ def last_clip(chunks, first, points):
 def train_student(run):
     """A generator update every CRITIC_STEPS critic updates, each on a new rollout that ends at a random step. Half of
     the rollouts are longer than the teacher's clip: see last_clip."""
-    pool, reward = kept(run, f"images{run.args.rollout}", "vae", run.clips, film_clips), run.reward
+    pool, reward = kept(run, f"images{run.args.rollout}", "vae", run.clips, run.make_clips), run.reward
     teacher, vae, neutral = run.model("teacher"), run.vae(), embed_words(NEUTRAL, run.config).to(run.device)
     generator, critic = run.model("causal", sink_decay=run.config.sink_decay), run.model("teacher")
     for model in generator, critic:
         model.requires_grad_(True).track_head.requires_grad_(False)
     shared = {"betas": (0.0, 0.99), "batches": run.batches}
-    updates = run.steps["distill"] // run.batches // CRITIC_STEPS
-    optimizer_g = Optimizer(generator, 1e-3, 1e-4, steps=updates, ema=0.98, **shared)
-    optimizer_c = Optimizer(critic, 2e-3, 2e-4, **shared)
+    known, updates = run.known, run.steps["distill"] // run.batches // CRITIC_STEPS
+    optimizer_g = Optimizer(generator, *run.recipe.generator, steps=updates, ema=0.98, **shared)
+    optimizer_c = Optimizer(critic, *run.recipe.critic, **shared)
 
     def generate(grad):
-        chunks = max(KNOWN, int(torch.randint(2 * KNOWN - run.args.rollout, run.args.rollout + 1, ())))
+        chunks = max(known, int(torch.randint(2 * known - run.args.rollout, run.args.rollout + 1, ())))
         frames = chunks * run.config.chunk
-        first, text, points = draw_batch(run, pool, 4, frames)
-        text = text if chunks == KNOWN else neutral.expand_as(text)     # a light that fades would be dark by then
+        first, given, points = draw_batch(run, pool, run.recipe.batch, frames)
+        if chunks > known and not run.sources:                          # a light that fades would be dark by then
+            given["text"] = neutral.expand_as(given["text"])
         exit_step = int(torch.randint(0, len(run.config.sigmas), ()))
         with run.autocast():
-            conditions = {"text": text, "tracks": track_features(generator, **points)}
+            conditions = given | {"tracks": track_features(generator, **points)}
             noise = torch.randn(*first.shape[:2], frames, *first.shape[3:], device=run.device)
-            made = rollout(generator, noise, conditions, first, exit_step=exit_step, grad=grad)
-            x0, points = last_clip(collections.deque(made, KNOWN), first, points)
-            conditions["tracks"] = track_features(generator, **points)
-            return x0, conditions, {"text": text, **points}
+            made = rollout(generator, noise, conditions, clean_first(first, given), exit_step=exit_step, grad=grad)
+            made = collections.deque(made, known)
+            if chunks == known and "image" in given:                    # then frame 0 is made too
+                first = made[0][:, :, :1]
+            x0, points = last_clip(made, first, points)
+            conditions = next(by_chunk(given, x0.shape[2])) | {"tracks": track_features(generator, **points)}
+            return x0, conditions, given | points
 
     def step(i):
         numbers = {}
         if i // run.batches % CRITIC_STEPS == 0:
             x0, conditions, batch = generate(grad=True)
             with run.autocast():
-                first, weight = x0[:, :, :1].detach(), 1.0
+                first, weight = clean_first(x0.detach(), conditions), 1.0
                 if reward:
                     numbers["reward"] = (score := reward(vae.decode(x0.detach())[0].float(), batch)).mean()
                     weight = torch.exp(score / run.args.beta)
@@ -778,23 +819,29 @@ class Run:
 
     def __init__(self, args):
         self.args, self.out, self.device, self.seed = args, Path(args.out), args.device, args.seed
-        self.batches, self.reward = PROCESSES * args.accumulate, args.reward and find_reward(args.reward)
-        self.config = replace(PRESETS["tiny"], tracks=args.tracks, sink_decay=args.sink_decay)
-        self.steps = dict(zip(STAGES, (4, 4, 3, 6) if args.smoke else (2000, 10_000, 800, 1200)))
+        self.reward, self.start = args.reward and find_reward(args.reward), args.weights and inspect(args.weights)
+        self.config, recipe = choose_config(args, self.start)
+        self.recipe, self.full = SimpleNamespace(**RECIPES[recipe]), recipe != "tiny"
+        self.dense = (0 if self.start.head else 1) if self.start else 1 / 4      # share of the teacher's steps
+        self.known = (self.recipe.clip + 3) // 4 // self.config.chunk           # chunks of a clip
+        args.tracks, args.rollout = self.config.tracks, max(args.rollout or (0 if args.data else 16), self.known)
+        self.sources, self.data = find_clips(args.data, self) if args.data else ((), ())
+        self.make_clips, self.batches = read_clips if args.data else film_clips, PROCESSES * (args.accumulate or 1)
+        self.steps = dict(zip(STAGES, (4, 4, 3, 6) if args.smoke else self.recipe.steps))
         self.steps |= {args.stage: args.steps} if args.steps else {}
-        self.vae_clips, self.clips, self.trajectories = (8, 16, 8) if args.smoke else (256, 5120, 480)
+        self.vae_clips, self.clips, self.trajectories = (8, 16, 8) if args.smoke else self.recipe.clips
         self.eval_clips = args.clips or (1 if args.smoke else 16)
         self.eval_frames = args.frames or (33 if args.smoke else 10_000)
         self.shipped = args.stage in ("eval", "experiments") and not (self.out / "vae.safetensors").exists()
-        self.out.mkdir(parents=True, exist_ok=True)
         try:
             torch.zeros(1, device=self.device)
         except (RuntimeError, AssertionError):
             raise UserError(f"--device {self.device}: not available here") from None
 
     def path(self, name):
-        """The weights called `name`: this run's or, where eval finds no run, the shipped ones."""
-        return ASSETS / f"{SHIPPED[name]}.safetensors" if self.shipped else self.out / f"{name}.safetensors"
+        """The weights called `name`: those given, this run's or, where eval finds no run, the shipped ones."""
+        given = {"vae": self.args.vae, "start": self.args.weights}.get(name)
+        return given or (ASSETS / f"{SHIPPED[name]}.safetensors" if self.shipped else self.out / f"{name}.safetensors")
 
     def checksum(self, name):
         """Of the weights called `name`."""
@@ -804,7 +851,8 @@ class Run:
         """What a checkpoint of the stage depends on: another of these would make it a mixture."""
         names = ("seed", "tracks", *(("reward", "beta", "sink_decay", "rollout") if stage == "distill" else ()))
         return {name: getattr(self.args, name) for name in names} | {
-            "batches": self.batches, "weights": [*map(self.checksum, NEEDS[stage])]}
+            "batches": self.batches, "weights": [*map(self.checksum, NEEDS[stage])],
+            "start": self.args.weights and str(self.args.weights), "data": seed_of(*self.data) if self.data else None}
 
     def autocast(self):
         """bfloat16, on the CPU too. No cache of weights: torch before 2.11 hands those without a graph to all."""
@@ -816,11 +864,13 @@ class Run:
             try:
                 self.vae() if name == "vae" else self.model(name)
             except ValueError as e:
-                raise UserError(f"{e}; --stage {next(s for s, w in WEIGHTS.items() if w == name)} makes it") from None
+                maker = next(s for s, w in WEIGHTS.items() if w == name)
+                raise UserError(f"{e}; --stage {maker} makes it" * (self.path(name) != self.args.vae) or e) from None
 
     def vae(self):
-        """The trained VAE."""
-        return TinyVAE.from_pretrained(self.path("vae")).to(self.device)
+        """The trained VAE, or --vae."""
+        like = SimpleNamespace(path=self.args.weights or self.out, config=self.config)
+        return open_vae(SimpleNamespace(vae=self.path("vae")), like).to(self.device)
 
     def model(self, name, **overrides):
         """A trained model in float32, frozen."""
@@ -840,16 +890,26 @@ def parse_flags(argv):
     parser.add_argument("--frames", type=count, help="length of the streams that eval measures (10000)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (0)")
     parser.add_argument("--device", default=f"cuda:{LOCAL}" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--accumulate", type=count, default=1, help="steps of each process for one update (1)")
+    parser.add_argument("--accumulate", type=count, help="steps of each process for one update (1; Wan's: the paper's)")
+    parser.add_argument("--data", type=Path, help="a folder of your own clips, see prepare.py (none: they are drawn)")
+    parser.add_argument("--skip-share", type=number(float, 0, 1), default=0.1, help="of clips that may be broken (0.1)")
+    parser.add_argument("--weights", type=Path, help="what the teacher starts from: a Wan DiT, or a teacher made here")
+    parser.add_argument("--vae", type=Path, help="a finished VAE's file; the stage vae is left out")
+    parser.add_argument("--dry-run", nargs="?", choices=PRESETS, const="tiny", help="print what it would take, no more")
+    parser.add_argument("--tflops", type=count, default=396, help="of a GPU in a dry run (396: 40 %% of an H100's 989)")
     parser.add_argument("--reward", help="to weight distillation by: motion, or FILE.py:FUNCTION (none)")
     parser.add_argument("--beta", type=number(float, 0.01, 100), default=0.5, help="weight is exp(reward / beta) (0.5)")
     parser.add_argument("--sink-decay", type=number(float, 0, 1), default=1.0, help="below 1: EMA-Sink (1)")
-    parser.add_argument("--rollout", type=number(int, KNOWN, 100), default=16,
-                        help=f"longest of distillation in chunks, half are longer than the teacher's {KNOWN} (16)")
-    parser.add_argument("--tracks", choices=["random", "start"], default="start", help="how tracks get their IDs")
+    parser.add_argument("--rollout", type=number(int, 1, 100),
+                        help="longest of distillation in chunks, half are longer than a clip (16; of --data: a clip)")
+    parser.add_argument("--tracks", choices=["random", "start"], help="how tracks get their IDs (tiny: start)")
     args = parser.parse_args(argv)
     if args.steps and args.stage not in STAGES:
         parser.error("--steps needs --stage with one training stage")
+    if args.data and args.stage in ("eval", "experiments"):
+        parser.error(f"--stage {args.stage} measures on drawn scenes; drop --data")
+    if args.vae and (args.stage == "vae" or not args.vae.is_file()):
+        parser.error(f"--vae {args.vae}: {'drop it, or --stage vae' if args.vae.is_file() else 'no such file'}")
     args.out = args.out or ("runs/smoke" if args.smoke else "runs/tiny")
     return args
 
@@ -861,16 +921,21 @@ def main(argv=None):
         if PROCESSES > 1:
             dist.init_process_group()                   # gloo for tensors on the CPU, nccl for those on GPUs
         run = Run(args)
+        if args.dry_run:
+            return dry_run(run, CRITIC_STEPS)
+        run.out.mkdir(parents=True, exist_ok=True)
         print(f"{'the shipped weights' if run.shipped else run.out}: {run.config}")
-        for stage, train_stage in STAGES.items():
+        for (stage, train_stage), accumulate in zip(STAGES.items(), run.recipe.accumulate):
             if args.stage == stage or args.stage == "all" and not run.path(WEIGHTS[stage]).exists():
                 run.check(stage)
+                run.batches = PROCESSES * (args.accumulate or max(accumulate // PROCESSES, 1))
                 torch.manual_seed(seed_of(run.seed, stage))             # of the weights that a stage begins with
                 train_stage(run)
                 if RANK == 0:
                     plot_stage(run, stage)
-                    preview(run, stage)
-        if args.stage not in STAGES and RANK == 0:
+                    if not run.sources:
+                        preview(run, stage)
+        if args.stage not in STAGES and RANK == 0 and not run.sources:
             stage = args.stage.replace("all", "eval")
             run.check(stage)
             from test_motionstream import evaluate              # where what is promised is measured
