@@ -38,8 +38,9 @@ def find_clips(folder, run):
     clips = sorted({path.with_suffix("") for path in files if path.suffix in (*PICTURES, ".npz")})
     if not clips:
         raise UserError(f"{folder}: holds no clips; one is a.mp4, a.npz and a.txt, see the README")
-    c, state = run.config, [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return clips, [c.size, c.text_dim, c.text_len, c.clip_dim, run.recipe.clip, *state]
+    c, state = run.config, [(path, path.stat()) for path in files]
+    return clips, [c.size, c.text_dim, c.text_len, c.clip_dim, run.recipe.clip,
+                   *((path.relative_to(folder), stat.st_size, stat.st_mtime_ns) for path, stat in state)]
 
 
 def read_pictures(clip, count):
@@ -76,13 +77,13 @@ def read_clip(run, vae, clip, count, length):
     if len(tracks) < run.recipe.clip:
         raise UserError(f"{clip}.npz: has {len(tracks)} of the {run.recipe.clip} frames of a clip")
     if c.text_dim == UMT5_DIM:
-        text = load_rows(Path(f"{clip}.safetensors"), 1, c.text_len, UMT5_DIM).half()
+        text = load_rows(Path(f"{clip}.safetensors"), 1, c.text_len, UMT5_DIM).bfloat16()
     else:
         text = embed_words(Path(f"{clip}.txt").read_text(encoding="utf-8", errors="replace"), c)
         text = F.pad(text, (0, 0, 0, c.text_len - text.shape[1]))
     tensors = {"tracks": motion.tracks, "visible": motion.visible, "text": text}
     if c.clip_dim:
-        tensors["clip"] = load_rows(Path(f"{clip}.clip.safetensors"), CLIP_ROWS, CLIP_ROWS, c.clip_dim).half()
+        tensors["clip"] = load_rows(Path(f"{clip}.clip.safetensors"), CLIP_ROWS, CLIP_ROWS, c.clip_dim).bfloat16()
     with torch.no_grad(), run.autocast():
         tensors["latents"] = vae.encode(fit_pictures(images, c.size).to(run.device)).half()
     return tensors, {fps, rate}
@@ -149,7 +150,8 @@ def choose_config(args, start):
     for wrong, cure in [
         (start and c.causal, "holds a student; a training starts from a teacher"),
         (start and has_mask(c), "takes the image as a clip with a mask, which cannot stream; take Fun-Control or T2V"),
-        (start and full and not (args.data and args.vae or args.dry_run), "give it --data and --vae"),
+        (start and not args.vae and not args.dry_run, "give --vae FILE, whose latents these weights know"),
+        (start and full and not args.data and not args.dry_run, "give --data DIR; the clips drawn here are small"),
     ]:
         if wrong:
             raise UserError(f"{start.path}: {cure}")
@@ -189,9 +191,9 @@ def dry_run(run, critic_steps):
     for stage, flops in costs.items():
         print(f"{stage}: {clips[stage]:,} clips, {flops / 1e12:,.1f} TFLOP each")
     for gpus in 1, 4, 8:
-        # float32: weights 4 bytes, gradients 4, AdamW 8, average 4; the teacher of a distillation has weights alone
-        memory = [size * count / gpus / 2 ** 30 for size in (20, 4 + 20 + 16)]
+        # float32: weights 4 bytes, gradients 4, AdamW 8, average 4; distillation's teacher has weights alone
+        teacher, distill = (size * count / gpus / 2 ** 30 for size in (20, 4 + 20 + 16))
         days = ", ".join(f"{stage} {clips[stage] * flops / (1e12 * run.args.tflops * gpus * 86400):,.2g}"
                          for stage, flops in costs.items())
-        print(f"{gpus} GPUs: GiB each, if shared out and without activations: teacher {memory[0]:.1f}, distill "
-              f"{memory[1]:.1f}; days at {run.args.tflops:.0f} TFLOP/s each: {days}")
+        print(f"{gpus} GPUs: {teacher:.1f} GiB each to train the teacher, {distill:.1f} to distil, if all is sharded and "
+              f"without activations; days at {run.args.tflops} TFLOP/s each: {days}")

@@ -47,6 +47,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+import prepare
 import sample
 import train_distill as td
 from motionstream import (PRESETS, KVCache, MotionStream, SelfAttention, TrackHead, add_noise, apply_rope,
@@ -2006,6 +2007,240 @@ def test_what_is_kept_is_named_by_what_made_it():
         for made, settings in kept(weights=b"two"), kept(seed=1):
             assert made == 1 and settings != first[1]
         assert kept(count=9)[0] == 1 and kept(tracks="random")[1] != first[1]
+
+
+def own_clips(here, names=("a", "sub/b", "c"), frames=45):
+    """A folder of clips as users have it: videos of 64x48 pixels, tracks, some of them hidden, and texts."""
+    for i, name in enumerate(names):
+        path = here / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ramp = np.mgrid[:frames, :48, :64].sum(0)[..., None] * [2, 3, 1 + i] % 256
+        imageio.mimwrite(f"{path}.mp4", ramp.astype(np.uint8), fps=16, macro_block_size=2)
+        tracks = rand(frames, 4 + i, 2, seed=i).numpy() * 6 + (32, 20)
+        tracks[:, 0] = (10, 1)                                      # is cropped away
+        np.savez(f"{path}.npz", tracks=tracks.astype(np.float32), visibility=rand(frames, 4 + i, seed=i).numpy() > 0)
+        Path(f"{path}.txt").write_text("fading light")
+    return here
+
+
+def own_flags(here, data, *more):
+    """Flags of a training of small models on the clips in `data`."""
+    saved(here / "start.safetensors", new_model(causal=False)), saved(here / "encoder.safetensors", new_vae())
+    return ["--smoke", "--data", str(data), "--weights", str(here / "start.safetensors"), "--vae",
+            str(here / "encoder.safetensors"), "--out", str(here / "out"), *more]
+
+
+def test_clips_of_ones_own_are_cropped_and_encoded_with_their_tracks():
+    with folder() as here, quiet():
+        run = td.Run(td.parse_flags(own_flags(here, own_clips(here / "data"))))
+        run.out.mkdir()
+        pool = td.kept(run, "pool", "vae", 1, run.make_clips)
+        images = td.kept(run, "images5", "vae", 1, run.make_clips)
+        names = "a", "c", "sub/b"
+        frames = [imageio.mimread(here / "data" / f"{name}.mp4", memtest=False) for name in names]
+        arrays = [np.load(here / "data" / f"{name}.npz") for name in names]
+        for i, (pictures, given) in enumerate(zip(frames, arrays)):
+            # 64x48 covers 48x32 at scale 3/4, which leaves 36 rows: 2 go above, 2 below
+            video = torch.stack([sample.fit_image(Image.fromarray(frame), (32, 48)) for frame in pictures], 2)
+            with torch.no_grad(), run.autocast():
+                assert pool["latents"][i].equal(run.vae().encode(video)[0].half())
+                assert images["latents"][i].equal(run.vae().encode(video[:, :, :1])[0].half())
+            N, moved = given["tracks"].shape[1], given["tracks"] * 0.75 - (0, 2)
+            seen = given["visibility"] & ((moved >= 0) & (moved < (48, 32))).all(-1)
+            assert pool["visible"][i, :, :N].numpy().tolist() == seen.tolist() and not pool["visible"][i, :, N:].any()
+            there = seen[..., None] * np.ones(2, bool)
+            assert abs(pool["tracks"][i, :, :N].numpy() - moved)[there].max() < 1e-4 and not seen[:, 0].any()
+            assert images["visible"][i, :45, :N].numpy().tolist() == seen.tolist()
+        assert pool["tracks"].shape == (3, 45, 6, 2) and images["tracks"].shape[:3] == (3, 45, 6)
+        assert pool["text"].equal(F.pad(embed_words("fading light", SMALL), (0, 0, 0, 3)).expand(3, -1, -1))
+
+
+def test_clips_are_read_once_and_again_when_a_file_changes():
+    with folder() as here, quiet():
+        flags = own_flags(here, own_clips(here / "data", ("a", "b")))
+
+        def pool(make=None, *more):
+            run = td.Run(td.parse_flags([*flags, *more]))
+            run.out.mkdir(exist_ok=True)
+            return td.kept(run, "pool", "vae", 1, make or run.make_clips), run.settings("teacher")
+
+        first, settings = pool()
+        same, again = pool(lambda *_: 1 / 0)                        # it is not made
+        assert same["latents"].equal(first["latents"]) and again == settings
+        (here / "data" / "b.txt").write_text("warming light, and spinning")
+        for change in (lambda: None, lambda: os.utime(here / "data" / "a.mp4", (1, 1)),
+                       lambda: own_clips(here / "data", ("d",)), lambda: saved(here / "encoder.safetensors", new_vae(),
+                                                                               lambda t: t["encoder.0.bias"].add_(1))):
+            change()
+            assert_error(ZeroDivisionError, "", pool, lambda *_: 1 / 0)
+            changed, other = pool()
+            assert other != settings
+            settings = other
+        assert len(changed["text"]) == 3 and not changed["latents"][0].equal(first["latents"][0])
+
+
+def test_broken_clips_are_named_and_too_many_end_it():
+    with folder() as here, quiet() as (out, err):
+        data = own_clips(here / "data", ("good", "late", "mute", "torn", "short", "blind", "brief", "still", "nan"))
+        (data / "late.npz").unlink(), (data / "mute.txt").unlink(), (data / "blind.mp4").unlink()
+        (data / "torn.mp4").write_bytes((data / "torn.mp4").read_bytes()[:300])
+        shutil.copy(own_clips(here / "more", ("x",), frames=44) / "x.mp4", data / "short.mp4")
+        shutil.copy(here / "more" / "x.npz", data / "brief.npz")
+        (data / "still.mp4").unlink(), Image.new("RGB", (64, 48)).save(data / "still.png")
+        (data / "nan.npz").write_text("no numbers"), (data / "README.txt").write_text("no clip")
+        causes = {"late.npz: no such file": "", "mute.txt": "", "torn.mp4: damaged, or not a video": "",
+                  "short.mp4: has 44 of the 45 frames": "", "blind.mp4: no such file": "",
+                  "brief.npz: has 44 of the 45 frames": "", "nan.npz: damaged": "",
+                  "still.png: has 1 of the 45 frames of a clip; a picture is enough for --stage distill": ""}
+        run = td.Run(td.parse_flags(own_flags(here, data, "--skip-share", "0.95")))
+        assert [len(piece["latents"]) for piece in td.read_clips(run, "pool", 1)] == [1]
+        lines = [line for line in out.getvalue().splitlines() if line.startswith("left out: ")]
+        assert len(lines) == len(causes) and all(any(cause in line for line in lines) for cause in causes), lines
+        assert len(run.sources) == 9, run.sources
+        assert len([*td.read_clips(run, "images16", 1)]) == 3       # a picture is enough there, and a short video
+        assert td.main(own_flags(here, data, "--stage", "teacher")) == 2
+        said = err.getvalue().splitlines()[-1]
+        assert said.startswith(f"error: {data}: 1 of 9 clips are broken ({data}/blind.mp4: no such file); mend"), said
+        assert td.main(own_flags(here, here / "out", "--stage", "teacher")) == 2
+        assert "holds no clips" in err.getvalue().splitlines()[-1]
+
+
+def test_another_frame_rate_is_said_once():
+    with folder() as here, quiet() as (out, _):
+        data = own_clips(here / "data", ("a", "b", "c"))
+        for name, rate in ("a", 24), ("c", 24):
+            frames = imageio.mimread(data / f"{name}.mp4", memtest=False)
+            imageio.mimwrite(data / f"{name}.mp4", frames, fps=rate, macro_block_size=2)
+        [*td.read_clips(td.Run(td.parse_flags(own_flags(here, data))), "pool", 1)]
+        notes = [line for line in out.getvalue().splitlines() if line.startswith("note")]
+        assert notes == [f"note: {data}/a has 24 frames/s, the model 16; nothing is resampled"], notes
+
+
+def trained(here, flags, stages):
+    """One step of each stage of a training; what was logged, by stage."""
+    with quiet() as (out, err):
+        for stage in stages:
+            assert td.main([*flags, "--stage", stage, "--steps", "1", "--accumulate", "1"]) is None, err.getvalue()
+    rows = [json.loads(line) for line in open(here / "out" / "stats.jsonl")]
+    return {row["stage"]: row for row in rows}, out.getvalue()
+
+
+def test_every_stage_runs_on_clips_of_ones_own():
+    with folder() as here, unittest.mock.patch.object(td, "TINY", replace(STUB_VAE, pad="end")):
+        data = own_clips(here / "data")
+        flags = own_flags(here, data)
+        log, _ = trained(here, flags, ("teacher", "causal", "distill"))
+        assert all(math.isfinite(row["grad_c" if stage == "distill" else "grad"]) for stage, row in log.items()), log
+        config = MotionStream.from_pretrained(here / "out" / "student.safetensors").config
+        assert config == replace(SMALL, causal=True)
+        shutil.rmtree(here / "out")
+        log, _ = trained(here, ["--smoke", "--data", str(data), "--out", str(here / "out")], ("vae",))
+        assert log["vae"]["psnr"] > 0 and load_vae(here / "out" / "vae.safetensors").stride == 8
+
+
+def full_clips(here, clip_dim=0):
+    """Clips for weights that read Wan's text, and those of an image branch."""
+    data = own_clips(here / "data", ("a", "b"), frames=81)
+    for name in "a", "b":
+        save_file({"rows": rand(7, 4096)}, data / f"{name}.safetensors")
+        if clip_dim:
+            save_file({"rows": rand(257, clip_dim)}, data / f"{name}.clip.safetensors")
+    return data
+
+
+def test_every_stage_runs_from_weights_of_wan_in_the_papers_two_stages_of_the_teacher():
+    calls, forward, masks, thinned = [], MotionStream.forward, [], td.thinned
+
+    def record(model, x, sigma, text, **given):
+        calls.append((sigma.clone(), text, given))
+        return forward(model, x, sigma, text, **given)
+
+    assert {*schedule(3, 6.0)} < {*schedule(48, 6.0)}               # here the teacher takes these three steps alone
+    few = functools.partial(euler, sigmas=schedule(3, 6.0))
+    with folder() as here, unittest.mock.patch.multiple(
+            td, thinned=lambda visible, pauses: masks.append(pauses) or thinned(visible, pauses), euler=few), \
+            unittest.mock.patch.object(MotionStream, "forward", record):
+        data, c = full_clips(here, 32), replace(STUB, in_dim=32, clip_dim=32, size=(32, 48))
+        saved(here / "wan.safetensors", randomised(MotionStream(c))), saved(here / "vae.safetensors", new_vae(STUB_VAE))
+        flags = ["--smoke", "--data", str(data), "--weights", str(here / "wan.safetensors"), "--vae",
+                 str(here / "vae.safetensors"), "--out", str(here / "out")]
+        log, _ = trained(here, flags, ("teacher",))
+        first = MotionStream.from_pretrained(here / "out" / "teacher.safetensors")
+        assert first.config == replace(c, in_dim=48, track_dim=16, shift=6.0, sigmas=schedule(3, 6.0), steps=48)
+        assert masks == [False] and (calls[0][0] > 0).all()         # no frame is clean: the image is in channels
+        assert calls[0][2]["image"].shape == (1, 16, 21, 4, 6) and not calls[0][2]["image"][:, :, 1:].any()
+        assert calls[0][1].shape == (1, 512, 4096) and calls[0][2]["clip"].shape == (1, 257, 32)
+        (here / "out" / "teacher.safetensors").rename(here / "first.safetensors")
+        shutil.rmtree(here / "out")
+        flags[flags.index("--weights") + 1] = str(here / "first.safetensors")
+        log, _ = trained(here, flags, ("teacher", "causal", "distill"))
+        assert set(masks[1:]) == {True} and all(math.isfinite(row["seconds"]) for row in log.values())
+        for name in "teacher", "causal", "student":
+            model = MotionStream.from_pretrained(here / "out" / f"{name}.safetensors")
+            assert model.track_head.conv.weight.equal(first.track_head.conv.weight)
+            assert not model.blocks[0].ffn[0].weight.equal(first.blocks[0].ffn[0].weight)
+        assert {tuple(given["image"].shape[1:3]) for _, _, given in calls} == {(16, 21), (16, 3)}
+
+
+def test_what_cannot_be_trained_is_refused_in_one_line():
+    with folder() as here, quiet() as (_, err):
+        data, vae = own_clips(here / "data", ("a",)), saved(here / "vae.safetensors", new_vae(STUB_VAE))
+        mask = saved(here / "mask.safetensors", randomised(MotionStream(replace(STUB, in_dim=36))))
+        wan = saved(here / "wan.safetensors", randomised(MotionStream(STUB)))
+        student, small = saved(here / "s.safetensors", new_model()), saved(here / "small.safetensors", new_vae())
+        teacher = saved(here / "t.safetensors", new_model(causal=False))
+        for said, *flags in [("mask.safetensors: takes the image as a clip with a mask", "--weights", mask),
+                             ("s.safetensors: holds a student", "--weights", student),
+                             ("wan.safetensors: give --vae FILE", "--weights", wan, "--data", data),
+                             ("wan.safetensors: give --data DIR", "--weights", wan, "--vae", vae),
+                             ("no.safetensors: cannot be read (No such file", "--weights", here / "no.safetensors"),
+                             ("no.safetensors: no such file", "--vae", here / "no.safetensors"),
+                             ("small.safetensors: drop it, or --stage vae", "--vae", small, "--stage", "vae"),
+                             ("--stage eval measures on drawn scenes", "--data", data, "--stage", "eval"),
+                             ("vae.safetensors: latents have 16 channels and stride 8, those of", "--weights", teacher,
+                              "--vae", vae, "--data", data),
+                             ("wan.safetensors: this is a DiT; a whole VAE", "--vae", wan)]:
+            assert td.main([str(word) for word in (*flags, "--out", here / "out")]) == 2, said
+            last = err.getvalue().splitlines()[-1]
+            assert last.startswith("error: ") and said in last and "makes it" not in last, (said, last)
+
+
+def test_of_dense_tracks_a_subset_is_kept_and_pauses_spare_the_first_chunk():
+    torch.manual_seed(0)
+    visible = torch.ones(40, 81, 2500, dtype=torch.bool)
+    kept, paused = td.thinned(visible, False), td.thinned(visible, True)
+    count = kept[:, 0].sum(1)
+    assert kept.equal(kept[:, :1].expand_as(kept)) and 1000 <= count.min() < 1200 and 2300 < count.max() <= 2500
+    silent = ~paused.any(2)                                         # (B, T)
+    starts = [0, *range(9, 81, 12), 81]
+    chunks = torch.stack([silent[:, a:b].float().mean(1) for a, b in zip(starts, starts[1:])], 1)
+    assert ((chunks == 0) | (chunks == 1)).all() and not chunks[:, 0].any() and 0.12 < chunks[:, 1:].mean() < 0.28
+    assert td.thinned(visible[:, :, :7], False).all()               # if there are few, all
+
+
+def test_a_dry_run_tells_parameters_and_costs_and_makes_nothing():
+    from torch.utils.flop_counter import FlopCounterMode
+    resource = importlib.import_module("resource")                  # not on Windows
+    with folder() as here:
+        for preset, count in ("wan2.1-1.3b", "1,418,996,800"), ("wan2.2-5b", "4,999,787,712"), ("tiny", "3,019,776"):
+            with quiet() as (out, _):
+                before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+                assert td.main(["--dry-run", preset, "--out", str(here / "out")]) is None
+                assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000       # KiB
+            assert f"\n{count}" in out.getvalue(), out.getvalue()
+            said = out.getvalue()
+            if preset == "wan2.1-1.3b":
+                # 6 latents of 1560 tokens, 1536 wide, key and value, 30 layers, 2 bytes
+                assert f"{6 * 1560 * 1536 * 2 * 30 * 2 / 2 ** 20:,.0f} MiB" in said, said
+                assert "8 GPUs: 3.3 GiB each to train the teacher, 6.6 to distil" in said       # 20 and 40 bytes
+                assert "teacher: 614,400 clips" in said and "causal: 256,000 clips" in said, said
+        assert not (here / "out").exists()
+    c = replace(PRESETS["tiny"], clip_dim=40, dim=384, ffn_dim=1500)
+    model, x = randomised(MotionStream(c)), rand(1, 16, 6, 16, 16)
+    with FlopCounterMode(display=False) as counter, unittest.mock.patch.object(
+            F, "scaled_dot_product_attention", lambda q, k, v: (q @ k.mT).softmax(-1) @ v):     # its own is not counted
+        model(x, torch.ones(1), rand(1, 8, 64), clip=rand(1, 257, 40))
+    assert abs(counter.get_total_flops() / prepare.forward_flops(c, 6 * 64, 6 * 64) - 1) < 0.03
 
 
 @slow

@@ -9,6 +9,7 @@
 
     python train_distill.py                  all of it, resumed where it stopped; --smoke: a few steps, to see it run
     python train_distill.py --stage teacher  one stage
+    python train_distill.py --data DIR --vae FILE   on clips of your own, see prepare.py; --weights: from Wan's weights
     torchrun --nproc-per-node 2 train_distill.py    in two processes, which share the steps
 
 Shapes are those of motionstream.py. Everything is written under --out (runs/tiny): weights, checkpoints, stats.jsonl,
@@ -240,9 +241,8 @@ SIZE, CLIP = 128, 45                     # pixels per side; frames of a clip: 12
 RANK, LOCAL, PROCESSES = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 CRITIC_STEPS = 5                         # of distillation, for each step of the generator
 
-# The numbers of a training: of the tiny model ours, of Wan's the paper's (1.3B, section 4.1, appendix D), where it has
-# them. Rates are Muon's and AdamW's (None: AdamW on all), steps of `batch` clips; both as in
-# STAGES. clips: for the VAE and drawn for the others, then trajectories.
+# The numbers of a training: for the tiny model ours, for Wan's the paper's (1.3B; section 4.1, appendix D) if it has any.
+# Rates are Muon's and AdamW's (None: AdamW on all), steps are of `batch` clips and, like accumulate, by stage.
 RECIPES = {
     "tiny": {"clip": CLIP, "batch": 4, "accumulate": (1, 1, 1, 1), "steps": (2000, 10_000, 800, 1200),
              "teacher": (0.015, 3e-3), "causal": (2e-3, 1e-3), "generator": (1e-3, 1e-4), "critic": (2e-3, 2e-4),
@@ -250,7 +250,7 @@ RECIPES = {
     "paper": {"clip": 81, "batch": 1, "accumulate": (1, 128, 128, 64), "steps": (0, 614_400, 256_000, 128_000),
               "teacher": (None, 1e-5), "causal": (None, 2e-6), "generator": (None, 2e-6), "critic": (None, 4e-7),
               "clips": (0, 0, 4000), "at_sigma_1": 0.0, "emphasis": 0.0, "worn": False}}
-# Its teacher's second stage, from the weights of the first: 800 updates, with pauses, the track head as it is.
+# The teacher's second stage starts from the weights of the first: 800 updates, with pauses, the track head as it is.
 RECIPES["second"] = RECIPES["paper"] | {"teacher": (None, 1e-6), "steps": (0, 102_400, 256_000, 128_000)}
 
 
@@ -608,8 +608,7 @@ def train_causal(run):
         with run.autocast():
             conditions = {key: batch[key] for key in ("text", "image", "clip") if key in batch}
             conditions["tracks"] = track_features(student, **points)
-            memory = worn(x0, run.config.chunk) if r.worn else x0
-            loss = causal_loss(student, states, x0, memory, conditions, context)
+            loss = causal_loss(student, states, x0, worn(x0, run.config.chunk) if r.worn else x0, conditions, context)
         return {"loss": loss, "grad": optimizer.step(loss, i)}
 
     train(run, "causal", run.steps["causal"], optimizer.parts(), step)
@@ -850,9 +849,9 @@ class Run:
     def settings(self, stage):
         """What a checkpoint of the stage depends on: another of these would make it a mixture."""
         names = ("seed", "tracks", *(("reward", "beta", "sink_decay", "rollout") if stage == "distill" else ()))
-        return {name: getattr(self.args, name) for name in names} | {
-            "batches": self.batches, "weights": [*map(self.checksum, NEEDS[stage])],
-            "start": self.args.weights and str(self.args.weights), "data": seed_of(*self.data) if self.data else None}
+        own = {"start": str(self.args.weights), "data": seed_of(*self.data)} if self.args.weights or self.data else {}
+        return {name: getattr(self.args, name) for name in names} | own | {
+            "batches": self.batches, "weights": [*map(self.checksum, NEEDS[stage])]}
 
     def autocast(self):
         """bfloat16, on the CPU too. No cache of weights: torch before 2.11 hands those without a graph to all."""
