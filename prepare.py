@@ -195,5 +195,5 @@ def dry_run(run, critic_steps):
         teacher, distill = (size * count / gpus / 2 ** 30 for size in (20, 4 + 20 + 16))
         days = ", ".join(f"{stage} {clips[stage] * flops / (1e12 * run.args.tflops * gpus * 86400):,.2g}"
                          for stage, flops in costs.items())
-        print(f"{gpus} GPUs: {teacher:.1f} GiB each to train the teacher, {distill:.1f} to distil, if all is sharded and "
+        print(f"{gpus} GPUs: {teacher:.1f} GiB each to train the teacher, {distill:.1f} to distil, if all is sharded, "
               f"without activations; days at {run.args.tflops} TFLOP/s each: {days}")

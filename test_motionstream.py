@@ -2149,7 +2149,7 @@ def full_clips(here, clip_dim=0):
 
 
 def test_every_stage_runs_from_weights_of_wan_in_the_papers_two_stages_of_the_teacher():
-    calls, forward, masks, thinned = [], MotionStream.forward, [], td.thinned
+    calls, judged, masks, forward, thinned, dmd_loss = [], [], [], MotionStream.forward, td.thinned, td.dmd_loss
 
     def record(model, x, sigma, text, **given):
         calls.append((sigma.clone(), text, given))
@@ -2166,6 +2166,8 @@ def test_every_stage_runs_from_weights_of_wan_in_the_papers_two_stages_of_the_te
                  str(here / "vae.safetensors"), "--out", str(here / "out")]
         log, _ = trained(here, flags, ("teacher",))
         first = MotionStream.from_pretrained(here / "out" / "teacher.safetensors")
+        state = torch.load(*(here / "out").glob("teacher.*.pt"), weights_only=True)
+        assert " optimizer 0" in state and " optimizer 1" not in state              # AdamW alone
         assert first.config == replace(c, in_dim=48, track_dim=16, shift=6.0, sigmas=schedule(3, 6.0), steps=48)
         assert masks == [False] and (calls[0][0] > 0).all()         # no frame is clean: the image is in channels
         assert calls[0][2]["image"].shape == (1, 16, 21, 4, 6) and not calls[0][2]["image"][:, :, 1:].any()
@@ -2173,13 +2175,23 @@ def test_every_stage_runs_from_weights_of_wan_in_the_papers_two_stages_of_the_te
         (here / "out" / "teacher.safetensors").rename(here / "first.safetensors")
         shutil.rmtree(here / "out")
         flags[flags.index("--weights") + 1] = str(here / "first.safetensors")
-        log, _ = trained(here, flags, ("teacher", "causal", "distill"))
+        with unittest.mock.patch.object(td, "dmd_loss", lambda *args: judged.append(args) or dmd_loss(*args)):
+            log, _ = trained(here, flags, ("teacher", "causal", "distill"))
+        (x0, _, _, given, image, *_), = judged                      # of the clip, whose frame 0 is made too
+        assert x0.shape == given["image"].shape and image is None and not x0[:, :, 0].equal(given["image"][:, :, 0])
         assert set(masks[1:]) == {True} and all(math.isfinite(row["seconds"]) for row in log.values())
         for name in "teacher", "causal", "student":
             model = MotionStream.from_pretrained(here / "out" / f"{name}.safetensors")
             assert model.track_head.conv.weight.equal(first.track_head.conv.weight)
             assert not model.blocks[0].ffn[0].weight.equal(first.blocks[0].ffn[0].weight)
         assert {tuple(given["image"].shape[1:3]) for _, _, given in calls} == {(16, 21), (16, 3)}
+        told = []
+        with quiet(), unittest.mock.patch.multiple(td, train=lambda run, *args: told.append((run.batches, *args[:2])),
+                                                   plot_stage=print, kept=lambda *_: load_file(pool)):
+            pool = next((here / "out").glob("pool.*"))
+            for stage in "teacher", "causal", "distill":
+                td.main([*flags[1:], "--stage", stage])
+        assert told == [(128, "teacher", 800 * 128), (128, "causal", 2000 * 128), (64, "distill", 400 * 5 * 64)], told
 
 
 def test_what_cannot_be_trained_is_refused_in_one_line():

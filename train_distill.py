@@ -241,7 +241,7 @@ SIZE, CLIP = 128, 45                     # pixels per side; frames of a clip: 12
 RANK, LOCAL, PROCESSES = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 CRITIC_STEPS = 5                         # of distillation, for each step of the generator
 
-# The numbers of a training: for the tiny model ours, for Wan's the paper's (1.3B; section 4.1, appendix D) if it has any.
+# The numbers of a training: for the tiny model ours, for Wan's the paper's (1.3B; section 4.1, appendix D), if known.
 # Rates are Muon's and AdamW's (None: AdamW on all), steps are of `batch` clips and, like accumulate, by stage.
 RECIPES = {
     "tiny": {"clip": CLIP, "batch": 4, "accumulate": (1, 1, 1, 1), "steps": (2000, 10_000, 800, 1200),
