@@ -665,17 +665,19 @@ def find_reward(name):
 
 def last_clip(chunks, first, points):
     """The end of a rollout as a clip that the teacher can judge: the image (B, C, 1, h, w), then the last `chunks`, a
-    list, without their first latent, with the tracks of these frames. If there were more chunks before, time jumps
-    behind the image, and the teacher says what it should have become, whatever the student passed on until then."""
-    x0 = torch.cat([first, torch.cat([*chunks], 2)[:, :, 1:]], 2)
+    list, without their first latent (first=None: with it), with the tracks of these frames. If there were more chunks
+    before, time jumps behind the image, and the teacher says what it should have become, whatever the student passed on
+    until then."""
+    x0 = torch.cat([*chunks], 2)
+    x0 = x0 if first is None else torch.cat([first, x0[:, :, 1:]], 2)
     times = torch.arange(4 * x0.shape[2] - 3)
     times[1:] += points["tracks"].shape[1] - len(times)
     return x0, points | {key: points[key][:, times] for key in ("tracks", "visible")}
 
 
 def train_student(run):
-    """A generator update every CRITIC_STEPS critic updates, each on a new rollout that ends at a random step. Half of
-    the rollouts are longer than the teacher's clip: see last_clip."""
+    """A generator update every CRITIC_STEPS critic updates, each on a new rollout that ends at a random step. Half are
+    longer than the teacher's clip, see last_clip; of drawn scenes these have neutral text: a light would have faded."""
     pool, reward = kept(run, f"images{run.args.rollout}", "vae", run.clips, run.make_clips), run.reward
     teacher, vae, neutral = run.model("teacher"), run.vae(), embed_words(NEUTRAL, run.config).to(run.device)
     generator, critic = run.model("causal", sink_decay=run.config.sink_decay), run.model("teacher")
@@ -688,21 +690,17 @@ def train_student(run):
 
     def generate(grad):
         chunks = max(known, int(torch.randint(2 * known - run.args.rollout, run.args.rollout + 1, ())))
-        frames = chunks * run.config.chunk
-        first, given, points = draw_batch(run, pool, run.recipe.batch, frames)
-        if chunks > known and not run.sources:                          # a light that fades would be dark by then
-            given["text"] = neutral.expand_as(given["text"])
+        first, given, points = draw_batch(run, pool, run.recipe.batch, frames := chunks * run.config.chunk)
+        given["text"] = given["text"] if chunks == known or run.sources else neutral.expand_as(given["text"])
         exit_step = int(torch.randint(0, len(run.config.sigmas), ()))
         with run.autocast():
             conditions = given | {"tracks": track_features(generator, **points)}
             noise = torch.randn(*first.shape[:2], frames, *first.shape[3:], device=run.device)
-            made = rollout(generator, noise, conditions, clean_first(first, given), exit_step=exit_step, grad=grad)
-            made = collections.deque(made, known)
-            if chunks == known and "image" in given:                    # then frame 0 is made too
-                first = made[0][:, :, :1]
-            x0, points = last_clip(made, first, points)
-            conditions = next(by_chunk(given, x0.shape[2])) | {"tracks": track_features(generator, **points)}
-            return x0, conditions, given | points
+            clean = clean_first(first, given)
+            made = rollout(generator, noise, conditions, clean, exit_step=exit_step, grad=grad)
+            x0, points = last_clip(collections.deque(made, known), first if chunks > known else clean, points)
+            given = next(by_chunk(given, x0.shape[2]))
+            return x0, given | {"tracks": track_features(generator, **points)}, given | points
 
     def step(i):
         numbers = {}
