@@ -1,12 +1,12 @@
 """Before a training: clips of your own, read and encoded once; and what the training will take.
 
-One stem is a clip, in a folder or its subfolders:
+A clip is what has one stem in a folder or its subfolders:
 
-    a.mp4                  the video; a.png or a.jpg, only its first frame, is enough to distil
-    a.npz                  tracks of the video's points, as sample.py reads them
-    a.txt                  what it shows, in words, or for Wan's weights
-    a.safetensors          the same encoded, rows (L, 4096), and if they read the image by CLIP
-    a.clip.safetensors     rows (257, 1280)
+    a.mp4                   the video; its first frame as a.png or a.jpg is enough to distil
+    a.npz                   tracks of its points, as sample.py reads them
+    a.txt                   what it shows, in words
+    a.safetensors           for Wan's weights instead: the encoded prompt, rows (L, 4096)
+    a.clip.safetensors      and with an image branch: the first frame encoded by CLIP, rows (257, 1280)
 
 Shapes are those of motionstream.py; `run` is train_distill.py's.
 """
@@ -28,7 +28,6 @@ from sample import (CLIP_ROWS, UMT5_DIM, UserError, fit_image, fit_tracks, has_m
                     load_tracks)
 
 PICTURES = (".mp4", ".png", ".jpg")
-BROKEN = (UserError, ValueError, OSError)       # what reading a clip raises
 
 
 def find_clips(folder, run):
@@ -69,7 +68,8 @@ def fit_pictures(images, size):
 
 def read_clip(run, vae, clip, count, length):
     """One clip: {"latents" (1, C, F, h, w) of its first `count` frames, float16, "tracks" (1, length, N, 2), "visible",
-    "text" (1, text_len, text_dim)}, with a CLIP branch "clip"; beyond the tracks' end nothing is specified."""
+    "text" (1, text_len, text_dim), with an image branch "clip"}, and the frame rates that its files name. Beyond the
+    tracks' end nothing is specified. UserError, ValueError or OSError names the file that is missing or broken."""
     c, (images, fps) = run.config, read_pictures(clip, count)
     with contextlib.redirect_stdout(None):              # the same notes for each clip
         tracks, visible, _, rate = load_tracks(Path(f"{clip}.npz"), images[0].size)
@@ -96,9 +96,9 @@ def read_all(run, read):
     for clip in tqdm(run.sources, "read clips"):
         try:
             piece, rates = read(clip)
-        except BROKEN as e:
-            broken.append(str(e))
-            print(f"left out: {e}")
+        except (UserError, ValueError, OSError) as e:
+            broken.append(f"{e.filename}: no such file" if isinstance(e, FileNotFoundError) else str(e))
+            print(f"left out: {broken[-1]}")
             if len(broken) >= run.args.skip_share * len(run.sources):
                 raise UserError(f"{run.args.data}: {len(broken)} of {len(run.sources)} clips are broken "
                                 f"({'; '.join(broken[:3])}); mend or remove them, or raise --skip-share") from None
@@ -180,7 +180,7 @@ def dry_run(run, critic_steps):
     held = [min(i, c.sink + (c.window if c.window is not None else i)) * c.chunk for i in range(run.known + 1)]
     whole = forward_flops(c, frames * frame, frames * frame)
     stream = sum(forward_flops(c, c.chunk * frame, (past + c.chunk) * frame) for past in held[:-1])
-    steps, guided = (len(c.sigmas) + 1) / 2, 1 + sum(weight > 0 for weight in c.guidance)
+    steps, guided = (len(c.sigmas) + 1) / 2, 3 if c.guidance[1] else 2 if c.guidance[0] else 1
     costs = {                                                   # of a clip; a backward costs two forwards
         "teacher": 3 * whole, "trajectories": guided * c.steps * whole, "causal": (3 + 1) * stream,
         "distill": (steps + 1) * stream + 3 * whole + ((steps + 3) * stream + (guided + 1) * whole) / critic_steps}

@@ -2088,10 +2088,10 @@ def test_broken_clips_are_named_and_too_many_end_it():
         shutil.copy(here / "more" / "x.npz", data / "brief.npz")
         (data / "still.mp4").unlink(), Image.new("RGB", (64, 48)).save(data / "still.png")
         (data / "nan.npz").write_text("no numbers"), (data / "README.txt").write_text("no clip")
-        causes = {"late.npz: no such file": "", "mute.txt": "", "torn.mp4: damaged, or not a video": "",
-                  "short.mp4: has 44 of the 45 frames": "", "blind.mp4: no such file": "",
-                  "brief.npz: has 44 of the 45 frames": "", "nan.npz: damaged": "",
-                  "still.png: has 1 of the 45 frames of a clip; a picture is enough for --stage distill": ""}
+        causes = ("late.npz: no such file", "mute.txt: no such file", "torn.mp4: damaged, or not a video",
+                  "short.mp4: has 44 of the 45 frames", "blind.mp4: no such file", "nan.npz: damaged",
+                  "brief.npz: has 44 of the 45 frames",
+                  "still.png: has 1 of the 45 frames of a clip; a picture is enough for --stage distill")
         run = td.Run(td.parse_flags(own_flags(here, data, "--skip-share", "0.95")))
         assert [len(piece["latents"]) for piece in td.read_clips(run, "pool", 1)] == [1]
         lines = [line for line in out.getvalue().splitlines() if line.startswith("left out: ")]

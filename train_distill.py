@@ -272,15 +272,15 @@ def ends_update(i, batches):
 
 
 class Optimizer:
-    """Muon on hidden matrices (convolution kernels viewed as matrices), AdamW on the rest; ema > 0: running average.
+    """Muon on hidden matrices (kernels viewed as matrices; None: on none), AdamW on the rest; ema > 0: running average.
     An update follows the mean gradient of `batches` steps, which the processes share; each has the whole model."""
 
     def __init__(self, model, muon, adam, betas=(0.9, 0.99), steps=0, ema=0.0, batches=1):
         self.model, self.ema, self.batches, inner = model, ema, batches, ("blocks", "encoder", "decoder")
         self.average = copy.deepcopy(model).requires_grad_(False) if ema else nn.Module()
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        hidden = [p for name, p in model.named_parameters()
-                  if muon and p.requires_grad and name.split(".")[0] in inner and name[-6:] == "weight" and p.ndim > 1]
+        hidden = [p for name, p in model.named_parameters() if muon and name.split(".")[0] in inner
+                  and p.requires_grad and name.endswith("weight") and p.ndim > 1]
         self.views = [(nn.Parameter(p.data.flatten(1)), p) for p in hidden]     # they share memory with the model
         rest = [p for p in self.parameters if id(p) not in set(map(id, hidden))]
         self.optimizers = [torch.optim.AdamW(rest, lr=adam, betas=betas, weight_decay=0.01)]
@@ -847,8 +847,8 @@ class Run:
     def settings(self, stage):
         """What a checkpoint of the stage depends on: another of these would make it a mixture."""
         names = ("seed", "tracks", *(("reward", "beta", "sink_decay", "rollout") if stage == "distill" else ()))
-        own = {"start": str(self.args.weights), "data": seed_of(*self.data)} if self.args.weights or self.data else {}
-        return {name: getattr(self.args, name) for name in names} | own | {
+        own = {"start": self.args.weights and str(self.args.weights), "data": self.data and seed_of(*self.data) or None}
+        return {name: getattr(self.args, name) for name in names} | (own if stage in STAGES else {}) | {
             "batches": self.batches, "weights": [*map(self.checksum, NEEDS[stage])]}
 
     def autocast(self):
