@@ -1742,7 +1742,7 @@ def test_a_reward_is_named_or_a_function_in_a_file():
 
 
 def test_distillation_with_a_reward_and_an_ema_sink():
-    with folder() as here, quiet() as (_, err), unittest.mock.patch.object(td, "preview"):
+    with folder() as here, quiet() as (_, err), without_pictures():
         for name, shipped in td.SHIPPED.items():
             (here / f"{name}.safetensors").symlink_to(td.ASSETS / f"{shipped}.safetensors")
         (here / "student.safetensors").unlink()
@@ -1773,7 +1773,7 @@ def test_the_end_of_a_long_rollout_is_judged_beside_the_image_it_began_with():
 
 
 def test_half_of_the_rollouts_are_longer_than_the_teachers_clip_and_say_nothing_of_light():
-    with folder() as here, quiet(), unittest.mock.patch.object(td, "preview"):
+    with folder() as here, quiet(), without_pictures():
         for name in "vae", "teacher", "causal":
             (here / f"{name}.safetensors").symlink_to(td.ASSETS / f"{td.SHIPPED[name]}.safetensors")
         lengths, texts, judged = [], [], []
@@ -1964,7 +1964,8 @@ def assert_moved_alike(start, ours, theirs):
     """Two state dicts went the same way from `start`, to a fifth of it: Muon fills what a gradient of low rank leaves
     open, and that is rounding."""
     assert ours.keys() == theirs.keys() == start.keys()
-    way, apart = (sum((p.float() - other[name]).square().sum() for name, p in ours.items()) for other in (start, theirs))
+    way, apart = (sum((p.float() - other[name]).square().sum() for name, p in ours.items())
+                  for other in (start, theirs))
     assert apart < 0.04 * way, (apart, way)
 
 
@@ -1978,7 +1979,7 @@ def test_two_processes_have_the_gradients_of_one_that_accumulates_two_steps():
             torch.save(results, f"{folder}/results{td.RANK}.pt")
         td.dist.destroy_process_group()
     """
-    with folder() as one, folder() as two, folder() as both:    # four steps an update: each of two processes adds up two
+    with folder() as one, folder() as two, folder() as both:    # four steps an update: two of each process
         assert_error(SystemExit, "143", toy_training, both, stop_at=7, steps=14, batches=4)
         wait = in_two_processes(child, two, both)
         whole, log, _ = toy_training(one, steps=14, batches=4)          # the odd steps make no update
@@ -2011,9 +2012,22 @@ def test_two_processes_have_the_gradients_of_one_that_accumulates_two_steps():
         assert "resumed at step 12" in said
 
 
+@contextlib.contextmanager
+def without_pictures():
+    """train_distill.main draws no previews in here. (patch.dict would forget all modules that are imported inside.)"""
+    before = sys.modules.get("test_motionstream")
+    sys.modules["test_motionstream"] = SimpleNamespace(preview=lambda *_: None, evaluate=evaluate, dry_run=dry_run)
+    try:
+        yield
+    finally:
+        sys.modules["test_motionstream"] = before
+        if before is None:
+            del sys.modules["test_motionstream"]
+
+
 def distilled(flags):
     """The gradients of a distillation in float32."""
-    with quiet(), keeping_gradients(gradients := []), unittest.mock.patch.object(td, "preview"), \
+    with quiet(), keeping_gradients(gradients := []), without_pictures(), \
             unittest.mock.patch.object(td.Run, "autocast", lambda run: contextlib.nullcontext()):
         assert td.main(flags) is None
     return gradients
@@ -2132,6 +2146,233 @@ def test_what_is_kept_is_named_by_what_made_it():
         for made, settings in kept(weights=b"two"), kept(seed=1):
             assert made == 1 and settings != first[1]
         assert kept(count=9)[0] == 1 and kept(tracks="random")[1] != first[1]
+
+
+def own_clips(here, names=("a", "sub/b", "c"), frames=45):
+    """A folder of clips as users have it: videos of 64x48 pixels, tracks, some of them hidden, and texts."""
+    for i, name in enumerate(names):
+        path = here / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ramp = np.mgrid[:frames, :48, :64].sum(0)[..., None] * [2, 3, 1 + i] % 256
+        imageio.mimwrite(f"{path}.mp4", ramp.astype(np.uint8), fps=16, macro_block_size=2)
+        tracks = rand(frames, 4 + i, 2, seed=i).numpy() * 6 + (32, 20)
+        tracks[:, 0] = (10, 1)                                      # is cropped away
+        np.savez(f"{path}.npz", tracks=tracks.astype(np.float32), visibility=rand(frames, 4 + i, seed=i).numpy() > 0)
+        Path(f"{path}.txt").write_text("fading light")
+    return here
+
+
+def encoded(data, weights, vae, frames=45):
+    """The README's recipe makes one file of a folder of clips; its path, and what it said."""
+    out = data.with_suffix(".safetensors")
+    argv = ["encode.py", *map(str, (data, out, weights, vae, frames))]
+    with quiet() as (said, _), unittest.mock.patch.object(sys, "argv", argv):
+        exec(recipe("def clip(stem)"), {})
+    return out, said.getvalue()
+
+
+def own_flags(here, data, *more):
+    """Flags of a training of small models on the clips in `data`, which are encoded first."""
+    start = saved(here / "start.safetensors", new_model(causal=False))
+    vae = saved(here / "encoder.safetensors", new_vae())
+    clips, _ = encoded(data, start, vae)
+    return ["--smoke", "--data", str(clips), "--weights", str(start), "--vae", str(vae), "--out",
+            str(here / "out"), *more]
+
+
+def test_the_readmes_recipe_crops_and_encodes_clips_with_their_tracks():
+    with folder() as here, quiet():
+        flags = own_flags(here, own_clips(here / "data"))
+        run = td.Run(td.parse_flags(flags))
+        pool, images = (td.kept(run, name, "vae", 1, td.film_clips) for name in ("pool", "images4"))
+        names = "a", "c", "sub/b"
+        frames = [imageio.mimread(here / "data" / f"{name}.mp4", memtest=False) for name in names]
+        arrays = [np.load(here / "data" / f"{name}.npz") for name in names]
+        for i, (pictures, given) in enumerate(zip(frames, arrays)):
+            # 64x48 covers 48x32 at scale 3/4, which leaves 36 rows: 2 go above, 2 below
+            video = torch.stack([sample.fit_image(Image.fromarray(frame), (32, 48)) for frame in pictures], 2)
+            with torch.no_grad():
+                assert pool["latents"][i].equal(run.vae().encode(video)[0].half())
+                assert_near(images["latents"][i].float(), run.vae().encode(video[:, :, :1])[0], 2e-3)
+            N, moved = given["tracks"].shape[1], given["tracks"] * 0.75 - (0, 2)
+            seen = given["visibility"] & ((moved >= 0) & (moved < (48, 32))).all(-1)
+            assert pool["visible"][i, :, :N].numpy().tolist() == seen.tolist() and not pool["visible"][i, :, N:].any()
+            there = seen[..., None] * np.ones(2, bool)
+            assert abs(pool["tracks"][i, :, :N].numpy() - moved)[there].max() < 1e-4 and not seen[:, 0].any()
+        assert pool["tracks"].shape == (3, 45, 6, 2) and images["latents"].shape == (3, 4, 1, 4, 6)
+        assert pool["text"].equal(F.pad(embed_words("fading light", SMALL), (0, 0, 0, 3)).expand(3, -1, -1))
+        settings = run.settings("teacher")
+        os.utime(flags[2], (1, 1))
+        assert td.Run(td.parse_flags(flags)).settings("teacher") != settings       # other clips, another training
+        for file in (here / "data").rglob("*.mp4"):                 # pictures are enough to distil
+            Image.new("RGB", (64, 48)).save(file.with_suffix(".png"))
+            file.unlink()
+        run = td.Run(td.parse_flags(own_flags(here, here / "data")))
+        assert td.own_clips(run, 1)["latents"].shape == (3, 4, 1, 4, 6)
+        assert_error(td.UserError, "latents is [3, 4, 1, 4, 6], [3, 4, 12, 4, 6] is wanted", td.own_clips, run, 12)
+
+
+def test_broken_clips_are_named_and_too_many_end_it():
+    with folder() as here:
+        data = own_clips(here / "data", [f"good{i}" for i in range(9)] + ["bad"])
+        models = saved(here / "start.safetensors", new_model(causal=False)), saved(here / "vae.safetensors", new_vae())
+        frames = imageio.mimread(data / "bad.mp4", memtest=False)
+        good = {file: file.read_bytes() for file in data.iterdir()}
+        for cause, name, damage in [
+            ("bad.txt", "bad.txt", Path.unlink), ("bad.mp4", "bad.mp4", Path.unlink),
+            ("bad.npz: damaged", "bad.npz", lambda path: path.write_text("no numbers")),
+            ("44 of 45 frames", "bad.mp4",
+             lambda path: imageio.mimwrite(path, frames[:44], fps=16, macro_block_size=2)),
+            ("24.0 frames/s, the model has 16", "bad.mp4",
+             lambda path: imageio.mimwrite(path, frames, fps=24, macro_block_size=2)),
+            ("tracks of 44", "bad.npz", lambda path: np.savez(path, tracks=np.full((44, 2, 2), 20.0)))]:
+            damage(data / name)
+            clips, said = encoded(data, *models)
+            assert f"left out: {data}/bad: " in said and cause in said and said.count("left out") == 1, (cause, said)
+            assert len(load_file(clips)["text"]) == 9
+            (data / name).write_bytes(good[data / name])
+        for name in "bad", "good0":
+            (data / f"{name}.txt").unlink()
+        assert_error(SystemExit, "error: 2 of 10 clips are broken", encoded, data, *models)
+        assert len(load_file(clips)["text"]) == 9               # the file before it is as it was
+
+
+def trained(here, flags, stages):
+    """One step of each stage of a training; what was logged, by stage."""
+    with quiet() as (out, err):
+        for stage in stages:
+            assert td.main([*flags, "--stage", stage, "--steps", "1", "--accumulate", "1"]) is None, err.getvalue()
+    rows = [json.loads(line) for line in open(here / "out" / "stats.jsonl")]
+    return {row["stage"]: row for row in rows}, out.getvalue()
+
+
+def test_every_stage_runs_on_clips_of_ones_own():
+    with folder() as here, unittest.mock.patch.object(td, "film", None):                # nothing is drawn
+        flags = own_flags(here, own_clips(here / "data"))
+        log, _ = trained(here, flags, ("teacher", "causal", "distill"))
+        assert all(math.isfinite(row["grad_c" if stage == "distill" else "grad"]) for stage, row in log.items()), log
+        config = MotionStream.from_pretrained(here / "out" / "student.safetensors").config
+        assert config == replace(SMALL, causal=True)
+
+
+def full_clips(here, clip_dim=0):
+    """Clips for weights that read Wan's text, and those of an image branch."""
+    data = own_clips(here / "data", ("a", "b"), frames=81)
+    for name in "a", "b":
+        save_file({"rows": rand(7, 4096)}, data / f"{name}.safetensors")
+        if clip_dim:
+            save_file({"rows": rand(257, clip_dim)}, data / f"{name}.clip.safetensors")
+    return data
+
+
+def test_every_stage_runs_from_weights_of_wan_in_the_papers_two_stages_of_the_teacher():
+    calls, judged, masks, forward, thinned, dmd_loss = [], [], [], MotionStream.forward, td.thinned, td.dmd_loss
+
+    def record(model, x, sigma, text, **given):
+        calls.append((sigma.clone(), text, given))
+        return forward(model, x, sigma, text, **given)
+
+    assert {*schedule(3, 6.0)} < {*schedule(48, 6.0)}               # here the teacher takes these three steps alone
+    few = functools.partial(euler, sigmas=schedule(3, 6.0))
+    with folder() as here, unittest.mock.patch.multiple(
+            td, thinned=lambda visible, pauses: masks.append(pauses) or thinned(visible, pauses), euler=few), \
+            unittest.mock.patch.object(MotionStream, "forward", record):
+        data, c = full_clips(here, 32), replace(STUB, in_dim=32, clip_dim=32, size=(32, 48))
+        saved(here / "wan.safetensors", randomised(MotionStream(c))), saved(here / "vae.safetensors", new_vae(STUB_VAE))
+        clips, _ = encoded(data, here / "wan.safetensors", here / "vae.safetensors", 81)
+        flags = ["--smoke", "--data", str(clips), "--weights", str(here / "wan.safetensors"), "--vae",
+                 str(here / "vae.safetensors"), "--out", str(here / "out")]
+        log, _ = trained(here, flags, ("teacher",))
+        first = MotionStream.from_pretrained(here / "out" / "teacher.safetensors")
+        state = torch.load(*(here / "out").glob("teacher.*.pt"), weights_only=True)
+        assert " optimizer 0" in state and " optimizer 1" not in state              # AdamW alone
+        assert first.config == replace(c, in_dim=48, track_dim=16, shift=6.0, sigmas=schedule(3, 6.0), steps=48)
+        assert masks == [False] and (calls[0][0] > 0).all()         # no frame is clean: the image is in channels
+        assert calls[0][2]["image"].shape == (1, 16, 21, 4, 6) and not calls[0][2]["image"][:, :, 1:].any()
+        assert calls[0][1].shape == (1, 512, 4096) and calls[0][2]["clip"].shape == (1, 257, 32)
+        (here / "out" / "teacher.safetensors").rename(here / "first.safetensors")
+        shutil.rmtree(here / "out")
+        flags[flags.index("--weights") + 1] = str(here / "first.safetensors")
+        with unittest.mock.patch.object(td, "dmd_loss", lambda *args: judged.append(args) or dmd_loss(*args)):
+            log, _ = trained(here, flags, ("teacher", "causal", "distill"))
+        (x0, _, _, given, image, *_), = judged                      # of the clip, whose frame 0 is made too
+        assert x0.shape == given["image"].shape and image is None and not x0[:, :, 0].equal(given["image"][:, :, 0])
+        assert set(masks[1:]) == {True} and all(math.isfinite(row["seconds"]) for row in log.values())
+        for name in "teacher", "causal", "student":
+            model = MotionStream.from_pretrained(here / "out" / f"{name}.safetensors")
+            assert model.track_head.conv.weight.equal(first.track_head.conv.weight)
+            assert not model.blocks[0].ffn[0].weight.equal(first.blocks[0].ffn[0].weight)
+        assert {tuple(given["image"].shape[1:3]) for _, _, given in calls} == {(16, 21), (16, 3)}
+        told = []
+        with quiet(), unittest.mock.patch.multiple(td, train=lambda run, *args: told.append((run.batches, *args[:2])),
+                                                   plot_stage=print, kept=lambda *_: load_file(clips)):
+            for stage in "teacher", "causal", "distill":
+                td.main([*flags[1:], "--stage", stage])
+        assert told == [(128, "teacher", 800 * 128), (128, "causal", 2000 * 128), (64, "distill", 400 * 5 * 64)], told
+
+
+def test_what_cannot_be_trained_is_refused_in_one_line():
+    with folder() as here, quiet() as (_, err):
+        data = vae = saved(here / "vae.safetensors", new_vae(STUB_VAE))
+        mask = saved(here / "mask.safetensors", randomised(MotionStream(replace(STUB, in_dim=36))))
+        wan = saved(here / "wan.safetensors", randomised(MotionStream(STUB)))
+        student, small = saved(here / "s.safetensors", new_model()), saved(here / "small.safetensors", new_vae())
+        teacher = saved(here / "t.safetensors", new_model(causal=False))
+        for said, *flags in [("mask.safetensors: takes the image as a clip with a mask", "--weights", mask),
+                             ("s.safetensors: holds a student", "--weights", student),
+                             ("wan.safetensors: give --vae FILE", "--weights", wan, "--data", data),
+                             ("wan.safetensors: give --data FILE", "--weights", wan, "--vae", vae),
+                             ("no.safetensors: cannot be read (No such file", "--weights", here / "no.safetensors"),
+                             ("no.safetensors: no such file", "--vae", here / "no.safetensors"),
+                             ("small.safetensors: drop it, or --stage vae", "--vae", small, "--stage", "vae"),
+                             ("vae.safetensors: not for this --stage", "--data", data, "--stage", "eval"),
+                             ("none: no such file", "--data", here / "none"),
+                             ("vae.safetensors: latents is [0], [0, 4, 12, 4, 6] is wanted", "--data", data, "--vae",
+                              small, "--weights", teacher, "--stage", "teacher"),
+                             ("vae.safetensors: latents have 16 channels and stride 8, those of", "--weights", teacher,
+                              "--vae", vae, "--data", data),
+                             ("wan.safetensors: this is a DiT; a whole VAE", "--vae", wan)]:
+            assert td.main([str(word) for word in (*flags, "--out", here / "out")]) == 2, said
+            last = err.getvalue().splitlines()[-1]
+            assert last.startswith("error: ") and said in last and "makes it" not in last, (said, last)
+
+
+def test_of_dense_tracks_a_subset_is_kept_and_pauses_spare_the_first_chunk():
+    torch.manual_seed(0)
+    visible = torch.ones(40, 81, 2500, dtype=torch.bool)
+    kept, paused = td.thinned(visible, False), td.thinned(visible, True)
+    count = kept[:, 0].sum(1)
+    assert kept.equal(kept[:, :1].expand_as(kept)) and 1000 <= count.min() < 1200 and 2300 < count.max() <= 2500
+    silent = ~paused.any(2)                                         # (B, T)
+    starts = [0, *range(9, 81, 12), 81]
+    chunks = torch.stack([silent[:, a:b].float().mean(1) for a, b in zip(starts, starts[1:])], 1)
+    assert ((chunks == 0) | (chunks == 1)).all() and not chunks[:, 0].any() and 0.12 < chunks[:, 1:].mean() < 0.28
+    assert td.thinned(visible[:, :, :7], False).all()               # if there are few, all
+
+
+def test_a_dry_run_tells_parameters_and_costs_and_makes_nothing():
+    from torch.utils.flop_counter import FlopCounterMode
+    resource = importlib.import_module("resource")                  # not on Windows
+    with folder() as here:
+        for preset, count in ("wan2.1-1.3b", "1,418,996,800"), ("wan2.2-5b", "4,999,787,712"), ("tiny", "3,019,776"):
+            with quiet() as (out, _):
+                before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+                assert td.main(["--dry-run", preset, "--out", str(here / "out")]) is None
+                assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000       # KiB
+            assert f"\n{count}" in out.getvalue(), out.getvalue()
+            said = out.getvalue()
+            if preset == "wan2.1-1.3b":
+                # 6 latents of 1560 tokens, 1536 wide, key and value, 30 layers, 2 bytes
+                assert f"{6 * 1560 * 1536 * 2 * 30 * 2 / 2 ** 20:,.0f} MiB" in said, said
+                assert "8 GPUs: 3.3 GiB each to train the teacher, 6.6 to distil" in said       # 20 and 40 bytes
+                assert "teacher: 614,400 clips" in said and "causal: 256,000 clips" in said, said
+        assert not (here / "out").exists()
+    c = replace(PRESETS["tiny"], clip_dim=40, dim=384, ffn_dim=1500)
+    model, x = randomised(MotionStream(c)), rand(1, 16, 6, 16, 16)
+    with FlopCounterMode(display=False) as counter, unittest.mock.patch.object(
+            F, "scaled_dot_product_attention", lambda q, k, v: (q @ k.mT).softmax(-1) @ v):     # its own is not counted
+        model(x, torch.ones(1), rand(1, 8, 64), clip=rand(1, 257, 40))
+    assert abs(counter.get_total_flops() / forward_flops(c, 6 * 64, 6 * 64) - 1) < 0.03
 
 
 @slow
@@ -3309,7 +3550,7 @@ def small_encoders(here):
 
 
 def test_the_readmes_recipe_encodes_a_prompt_and_an_image_as_wan_does():
-    here, (_, wan) = Path(tempfile.mkdtemp()), wan_workplace()
+    here = Path(tempfile.mkdtemp())
     try:
         umt5, clip = small_encoders(here / "Wan2.1-I2V-14B-480P-Diffusers")
         (here / "prompt.txt").write_text(" a  small red\ncat &amp;amp; dog ")
@@ -3395,6 +3636,48 @@ def test_readme_line_counts_are_true():
 # ----------------------------------------------------------------------------------------------------------------------
 # Measuring: train_distill.py --stage eval and experiments. The claims of the README, not of the code.
 
+def play(run, name, scene, points, text, **overrides):
+    """The video (B, 3, T, SIZE, SIZE), in pieces, that "teacher", "causal" or "student" makes of the scene's first
+    frame, {"tracks", "visible"} and text (1 or B, L, text_dim); "vae" is the truth through the VAE, "still" frame 0.
+    overrides: fields of Config."""
+    vae, T = run.vae(), scene["pan"].shape[1]
+    if name == "still":
+        yield td.film(scene, td.SIZE, 0, 1).expand(-1, -1, T, -1, -1)
+        return
+    if name == "vae":
+        yield vae.decode(vae.encode(td.film(scene, td.SIZE).to(run.device)))[0].cpu()
+        return
+    model, state = run.model(name, **overrides), None
+    first = vae.encode(td.film(scene, td.SIZE, 0, 1).to(run.device))
+    tracks, visible = (points[key].to(run.device) for key in ("tracks", "visible"))
+    motion = sample.Motion(tracks, visible, track_ids(tracks, visible, model.config))
+    text = None if text is None else text.expand(len(first), -1, -1).to(run.device)
+    if name == "teacher":
+        chunks = sample.sample_teacher(model, first, motion, T, text, run.seed)
+    else:
+        chunks = sample.stream(model, first, motion, text, run.seed)
+    for latents in chunks:
+        video, state = vae.decode(latents, state)
+        yield video.cpu()
+
+
+@torch.no_grad()
+def preview(run, stage):
+    """Six frames of a dragged scene in rows: truth, that through the VAE, each model there is; then another scene."""
+    rng = torch.Generator().manual_seed(td.seed_of("preview"))
+    scene = td.new_scenes(2, td.CLIP, rng, objects=2)
+    tracks, visible = td.scene_tracks(scene, td.SIZE, rng)
+    centres = torch.arange(tracks.shape[2]) % td.POINTS + torch.arange(tracks.shape[2]) // (td.OBJECTS * td.POINTS) == 0
+    motion = {"tracks": tracks, "visible": visible & centres}
+    videos, text = [td.film(scene, td.SIZE)], torch.cat([embed_words(c, run.config) for c in scene["caption"]])
+    models = [name for name in td.SHIPPED if run.path(name).exists()]
+    videos += [torch.cat(list(play(run, name, scene, motion, text)), 2) for name in models]
+    frames = torch.stack(videos, 1)[:, :, :, torch.linspace(0, td.CLIP - 1, 6).long()]         # (2, rows, 3, 6, H, W)
+    page = frames.permute(2, 0, 1, 4, 3, 5).flatten(4).flatten(1, 3)
+    page = Image.fromarray(sample.to_frames(page[None, :, None])[0])
+    write(run.out / f"{stage}_preview.png", lambda path: page.save(path, "png"))
+
+
 def masses(video, colours):
     """How much of each colour (B, K, 3) is in a video, and where: mass (B, T, K) and centroid (B, T, K, 2) in pixels.
     A pixel counts for the colour nearest to it in hue, by how colourful it is; greyish ones do not count."""
@@ -3464,7 +3747,7 @@ def eval_row(run, model="student", text=td.NEUTRAL, piece=None, **settings):
     (scene, motion), piece = new_case(**settings), piece or settings["frames"]
     first, start, rows, clock = td.film(scene, td.SIZE, 0, 1), 0, [], time.perf_counter()
     held = first[:, :, :0]
-    for video in td.play(run, model, scene, motion, embed_words(text, run.config), **overrides):
+    for video in play(run, model, scene, motion, embed_words(text, run.config), **overrides):
         seconds, held = time.perf_counter() - clock, torch.cat([held, video], 2)            # of the latest chunk
         while held.shape[2] >= piece and start + piece <= settings["frames"]:
             truth = td.film(scene, td.SIZE, start, start + piece)
@@ -3535,6 +3818,43 @@ def evaluate(run, stage):
             print(f"| {label} |", " | ".join(f"{result[name]:.2f}" for name in names), "|")
     curves = {label: [(t["from"], t["mean"]) for t in row["tenths"]] for label, row in done["streams"].items()}
     td.plot(run.out / f"{stage}.png", curves, "end-point error, % of the width, over frames")
+
+
+def forward_flops(c, tokens, seen):
+    """Floating point operations of the blocks for `tokens` tokens that attend to `seen`, the rest of the model is below
+    a hundredth: two for each weight, and attention's two products."""
+    D, text = c.dim, c.text_len + 257 * (c.clip_dim > 0)
+    a_token = 2 * (6 * D * D + 2 * D * c.ffn_dim) + 4 * D * (seen + text)
+    return c.num_layers * (tokens * a_token + 4 * D * D * text)
+
+
+def dry_run(run, tflops=396):
+    """train_distill.py --dry-run: print what the training of `run` would be and take, on GPUs that keep up `tflops` (40
+    % of an H100's 989 in bfloat16). The model is on the meta device, and nothing is written."""
+    c, r, frames = run.config, run.recipe, (run.recipe.clip + 3) // 4
+    with torch.device("meta"):
+        count = sum(p.numel() for p in MotionStream(c).parameters())
+    frame = math.prod(c.size) // (2 * c.stride) ** 2                                # tokens
+    held = [min(i, c.sink + (c.window if c.window is not None else i)) * c.chunk for i in range(run.known + 1)]
+    whole = forward_flops(c, frames * frame, frames * frame)
+    stream = sum(forward_flops(c, c.chunk * frame, (past + c.chunk) * frame) for past in held[:-1])
+    steps, guided = (len(c.sigmas) + 1) / 2, 3 if c.guidance[1] else 2 if c.guidance[0] else 1
+    costs = {                                                   # of a clip; a backward costs two forwards
+        "teacher": 3 * whole, "trajectories": guided * c.steps * whole, "causal": (3 + 1) * stream,
+        "distill": (steps + 1) * stream + 3 * whole + ((steps + 3) * stream + (guided + 1) * whole) / td.CRITIC_STEPS}
+    clips = {stage: r.batch * n for stage, n in run.steps.items()} | {"trajectories": run.trajectories}
+    print(f"{c}\n{r}\n{count:,} parameters, {frame:,} tokens a latent frame, {frames} of them a clip")
+    print(f"the KV cache of a stream, chunk {c.chunk}, sink {c.sink}, window {c.window}: "
+          f"{c.num_layers * 2 * 2 * c.dim * held[-1] * frame / 2 ** 20:,.0f} MiB in bfloat16")
+    for stage, flops in costs.items():
+        print(f"{stage}: {clips[stage]:,} clips, {flops / 1e12:,.1f} TFLOP each")
+    for gpus in 1, 4, 8:
+        # float32: weights 4 bytes, gradients 4, AdamW 8, average 4; distillation's teacher has weights alone
+        teacher, distill = (size * count / gpus / 2 ** 30 for size in (20, 4 + 20 + 16))
+        days = ", ".join(f"{stage} {clips[stage] * flops / (1e12 * tflops * gpus * 86400):,.2g}"
+                         for stage, flops in costs.items())
+        print(f"{gpus} GPUs: {teacher:.1f} GiB each to train the teacher, {distill:.1f} to distil, if all is sharded, "
+              f"without activations; days at {tflops} TFLOP/s each: {days}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

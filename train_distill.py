@@ -9,6 +9,7 @@
 
     python train_distill.py                  all of it, resumed where it stopped; --smoke: a few steps, to see it run
     python train_distill.py --stage teacher  one stage
+    python train_distill.py --data FILE --weights DIR --vae FILE    on your own clips, from Wan's weights, see README
     torchrun --nproc-per-node 2 train_distill.py    in two processes, which share the steps and the weights
 
 Shapes are those of motionstream.py. Everything is written under --out (runs/tiny): weights, checkpoints, stats.jsonl,
@@ -28,6 +29,7 @@ import time
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads wait awake, but briefly
 
@@ -41,10 +43,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
-from motionstream import (PRESETS, Block, KVCache, MotionStream, add_noise, embed_words, euler, guided_velocity,
-                          rollout, save_pretrained, shift_sigma, to_x0, track_features, track_ids, with_first, write)
-from sample import ASSETS, Motion, Parser, UserError, hold_signals, number, sample_teacher, stream, to_frames
-from vae import TINY, TinyVAE
+from motionstream import (PRESETS, Block, KVCache, MotionStream, add_noise, by_chunk, embed_words, euler,
+                          guided_velocity, image_channels, rollout, save_pretrained, schedule, shift_sigma, to_x0,
+                          track_features, track_ids, with_first, write)
+from sample import ASSETS, UMT5_DIM, Parser, UserError, has_mask, hold_signals, inspect, number, open_vae, user_errors
+from vae import TINY, TinyVAE, read_tensors
 
 # ----------------------------------------------------------------------------------------------------------------------
 # A world to film. Positions are in units of the picture's width, times in frames; the camera looks at [0, 1] x [0, 1].
@@ -237,8 +240,19 @@ def scene_tracks(scene, size, rng):
 
 SIZE, CLIP = 128, 45                     # pixels per side; frames of a clip: 12 latents, 4 chunks of 3
 RANK, LOCAL, PROCESSES = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-KNOWN = (CLIP + 3) // 4 // PRESETS["tiny"].chunk      # chunks of a clip: what the teacher knows
 CRITIC_STEPS = 5                         # of distillation, for each step of the generator
+
+# The numbers of a training: for the tiny model ours, for Wan's the paper's (1.3B; section 4.1, appendix D), if known.
+# Rates are Muon's and AdamW's (None: AdamW on all), steps are of `batch` clips and, like accumulate, by stage.
+RECIPES = {
+    "tiny": {"clip": CLIP, "batch": 4, "accumulate": (1, 1, 1, 1), "steps": (2000, 10_000, 800, 1200),
+             "teacher": (0.015, 3e-3), "causal": (2e-3, 1e-3), "generator": (1e-3, 1e-4), "critic": (2e-3, 2e-4),
+             "clips": (256, 5120, 480), "at_sigma_1": 0.5, "emphasis": 4.0, "worn": True},
+    "paper": {"clip": 81, "batch": 1, "accumulate": (1, 128, 128, 64), "steps": (0, 614_400, 256_000, 128_000),
+              "teacher": (None, 1e-5), "causal": (None, 2e-6), "generator": (None, 2e-6), "critic": (None, 4e-7),
+              "clips": (0, 0, 4000), "at_sigma_1": 0.0, "emphasis": 0.0, "worn": False}}
+# The teacher's second stage starts from the weights of the first: 800 updates, with pauses, the track head as it is.
+RECIPES["second"] = RECIPES["paper"] | {"teacher": (None, 1e-6), "steps": (0, 102_400, 256_000, 128_000)}
 
 
 def seed_of(*what):
@@ -293,7 +307,7 @@ def recomputed(block, *inputs):
 
 
 class Optimizer:
-    """Muon on hidden matrices (convolution kernels viewed as matrices), AdamW on the rest; ema > 0: running average.
+    """Muon on hidden matrices (kernels viewed as matrices; None: on none), AdamW on the rest; ema > 0: running average.
     An update follows the mean gradient of `batches` steps, which the processes share, as they do a MotionStream, its
     average and the optimizers' states: see shard. Muon multiplies whole matrices, DTensor gathers them one by one."""
 
@@ -304,13 +318,14 @@ class Optimizer:
         for block in model.blocks if checkpointing else ():
             block.forward = recomputed.__get__(block)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        hidden = [p for name, p in model.named_parameters()
-                  if p.requires_grad and name.split(".")[0] in inner and name.endswith("weight") and p.ndim > 1]
+        hidden = [p for name, p in model.named_parameters() if muon and name.split(".")[0] in inner
+                  and p.requires_grad and name.endswith("weight") and p.ndim > 1]
         self.views = [(nn.Parameter(p.data.flatten(1)), p) for p in hidden]     # they share memory with the model
         rest = [p for p in self.parameters if id(p) not in set(map(id, hidden))]
-        self.optimizers = [torch.optim.Muon([view for view, _ in self.views], lr=muon, weight_decay=0.01),
-                           torch.optim.AdamW(rest, lr=adam, betas=betas, weight_decay=0.01)]
-        self.rates, self.steps = (muon, adam), steps
+        self.optimizers = [torch.optim.AdamW(rest, lr=adam, betas=betas, weight_decay=0.01)]
+        if muon:
+            self.optimizers.insert(0, torch.optim.Muon([view for view, _ in self.views], lr=muon, weight_decay=0.01))
+        self.rates, self.steps = [rate for rate in (muon, adam) if rate], steps
 
     def step(self, loss, i, every=1, clip=1.0):
         """Backward of step i; after the last of an update, clip and update, one in `every` updates of the stage. The
@@ -415,6 +430,11 @@ def train(run, stage, steps, parts, step, average=None):
 
 # Stage 1: the tiny VAE.
 
+def psnr(a, b):
+    """Decibels between videos in [-1, 1]."""
+    return -10 * math.log10((a - b).square().mean().item() / 4 + 1e-10)
+
+
 def train_vae(run):
     """Reconstruction of pixels and their differences, on 64x64 crops, of three the one where most happens. The latent
     is made unit variance per channel by a BatchNorm without weights, which is folded into the encoder's last
@@ -455,12 +475,31 @@ def train_vae(run):
 
 def kept(run, name, source, count, make):
     """What make(run, name, count) yields, dicts of tensors, joined along the first axis; in a file named by the weights
-    `source`, which make it, the seed and the count, where it is read from if it is there."""
-    path = run.out / f"{name}.{seed_of(run.checksum(source), run.seed, count):08x}.safetensors"
+    `source`, which make it, the seed, the count and the data, where it is read from if it is there."""
+    if run.args.data and make is film_clips:
+        return own_clips(run, 1 if name.startswith("images") else run.known * run.config.chunk)
+    path = run.out / f"{name}.{seed_of(run.checksum(source), run.seed, count, *run.data):08x}.safetensors"
     if not path.exists():
         parts = [*make(run, name, count)]
         write(path, save_file, {key: torch.cat([part[key] for part in parts]).cpu() for key in parts[0]})
     return load_file(path)
+
+
+@user_errors()
+def own_clips(run, frames):
+    """The tensors of --data, mapped, as film_clips yields them, with "clip" (n, 257, clip_dim) for an image branch:
+    n clips, their first `frames` latents. UserError if they are not for this model."""
+    c, tensors = run.config, read_tensors(run.args.data)[0]
+    n, T, N = (*tensors.get("tracks", torch.ones(0)).shape, 0, 0)[:3]
+    shapes = {"latents": (n, c.out_dim, frames, *(side // c.stride for side in c.size)), "visible": (n, T, N),
+              "tracks": (n, max(T, 4 * run.known * c.chunk - 3), N, 2), "text": (n, c.text_len, c.text_dim)}
+    for name, shape in (shapes | ({"clip": (n, 257, c.clip_dim)} if c.clip_dim else {})).items():
+        tensors[name] = tensors.get(name, torch.ones(0))
+        tensors[name] = tensors[name][:, :, :frames] if name == "latents" and tensors[name].ndim > 2 else tensors[name]
+        if tensors[name].shape != shape or not n:
+            raise UserError(f"{run.args.data}: {name} is {[*tensors[name].shape]}, {[*shape]} is wanted; encode the "
+                            "clips for this model and this stage")
+    return tensors
 
 
 def film_clips(run, name, clips):
@@ -496,17 +535,35 @@ def painted(visible):
     return visible & keep[:, None] & ((t >= ends[0]) & (t <= ends[1]) | ~part) & ~pause
 
 
+def thinned(visible, pauses):
+    """Of true tracks (B, T, N) 1,000 to 2,500, or all if there are fewer; with pauses, none in a fifth of the chunks of
+    12 frames but the first (section 3.1, appendix D)."""
+    B, T, N = visible.shape
+    keep = torch.rand(B, 1, N).argsort(2).argsort(2) < torch.randint(1000, 2501, (B, 1, 1))
+    chunk = (torch.arange(T) + 3) // 12
+    shown = (torch.rand(B, T, 1) >= 0.2 * pauses)[:, chunk] | (chunk == 0)[:, None]
+    return visible & keep & shown
+
+
 def draw_batch(run, pool, batch, frames=None, dense=False):
     """Random clips of the pool, their first `frames` latents, with all their tracks (dense) or as a user might have
-    painted them, a tenth without text: latents (B, C, F, h, w), text, and what the track head needs."""
+    painted them, a tenth without text: latents (B, C, F, h, w), conditions but for tracks, the track head's input."""
     rows = torch.randint(0, len(pool["latents"]), (batch,))
     latents = pool["latents"][rows, :, :frames].float()
     length = 4 * (frames or latents.shape[2]) - 3
     tracks, visible = (pool[key][rows, :length] for key in ("tracks", "visible"))
-    visible = visible if dense else painted(visible)
-    text = pool["text"][rows] * (torch.rand(batch, 1, 1) > 0.1)
+    visible = thinned(visible, not dense) if run.args.data else visible if dense else painted(visible)
+    given = {key: pool[key][rows] for key in ("text", "clip") if key in pool}
+    given["text"] = given["text"] * (torch.rand(batch, 1, 1) > 0.1)
+    if run.config.image_dim:
+        given["image"] = image_channels(latents[:, :, :1], (length + 3) // 4)
     points = {"tracks": tracks, "visible": visible, "ids": track_ids(tracks, visible, run.config)}
-    return latents.to(run.device), text.to(run.device), {k: v.to(run.device) for k, v in points.items()}
+    return latents.to(run.device), *({k: v.to(run.device) for k, v in part.items()} for part in (given, points))
+
+
+def clean_first(x0, conditions):
+    """What with_first takes of clips x0: their first latent, None for models that have it as channels."""
+    return None if "image" in conditions else x0[:, :, :1]
 
 
 # Stage 2: the teacher.
@@ -521,37 +578,45 @@ def flow_loss(model, x0, sigma, conditions, emphasis=0.0):
     """Rectified flow: mean squared error of the velocity at sigma (B,), the first frame given (appendix D). Cells that
     a track touches, and those beside them, count 1 + emphasis: most of a picture is ground that stays where it is.
     (The weight depends on the conditions alone, so the minimum is the same.)"""
-    noise = torch.randn_like(x0)
-    x_t, level = with_first(add_noise(x0, noise, sigma), sigma, x0[:, :, :1])
+    noise, first = torch.randn_like(x0), clean_first(x0, conditions)
+    x_t, level = with_first(add_noise(x0, noise, sigma), sigma, first)
     error = (model(x_t, level, **conditions) - (noise - x0)).square().mean(1)             # (B, F, h, w)
     touched = (conditions["tracks"].detach() != 0).any(1).float()
     weight = 1 + emphasis * F.max_pool2d(touched, 3, 1, 1)
-    return (error * weight)[:, 1:].sum() / weight[:, 1:].sum()
+    start = 0 if first is None else 1
+    return (error * weight)[:, start:].sum() / weight[:, start:].sum()
 
 
 def train_teacher(run):
     """Bidirectional rectified flow on half and on whole clips, half of it at sigma 1. The first quarter sees all
     tracks, as in the paper's first stage: with dense tracks a model learns sooner what they are for. That is seen early
-    in the error at sigma 1 with all tracks and with none, on clips never trained on, and not in the flow loss."""
-    pool, fresh = kept(run, "pool", "vae", run.clips, film_clips), kept(run, "fresh", "vae", 24, film_clips)
-    model = MotionStream(run.config).to(run.device)
-    optimizer = Optimizer(model, 0.015, 3e-3, steps=run.steps["teacher"] // run.batches, ema=0.99, **run.shared)
+    in the error at sigma 1 with all tracks and with none, on clips never trained on, and not in the flow loss.
+    From --weights without a track head, all of it is the paper's first stage; from those with one, the second."""
+    pool, r, batch = kept(run, "pool", "vae", run.clips, film_clips), run.recipe, run.recipe.batch
+    if run.args.data:
+        held = len(pool["latents"]) // 20               # of fewer clips, one is trained on too
+        fresh, pool = ({k: v[rows] for k, v in pool.items()} for rows in (slice(max(held, 1)), slice(held, None)))
+    else:
+        fresh = kept(run, "fresh", "vae", 24, film_clips)
+    model = run.model("start", **vars(run.config)) if run.start else MotionStream(run.config).to(run.device)
+    model.requires_grad_(True).track_head.requires_grad_(not (run.start and run.start.head))
+    optimizer = Optimizer(model, *r.teacher, steps=run.steps["teacher"] // run.batches, ema=0.99, **run.shared())
 
     def step(i):
-        dense = i < run.steps["teacher"] // 4
-        x0, text, points = draw_batch(run, pool, *((4, None) if i // run.batches % 4 == 0 else (8, 6)), dense)
-        sigma = draw_sigma(len(x0), run.config.shift, 0.5).to(run.device)
+        dense, whole = i < int(run.dense * run.steps["teacher"]), run.full or i // run.batches % 4 == 0
+        x0, given, points = draw_batch(run, pool, *((batch, None) if whole else (2 * batch, 6)), dense)
+        sigma = draw_sigma(len(x0), run.config.shift, r.at_sigma_1).to(run.device)
         keep = (torch.rand(len(x0), 1, 1, 1, 1) > 0.1).to(run.device)        # the rest is without any motion input
         with run.autocast():
-            loss = flow_loss(model, x0, sigma, {"text": text, "tracks": keep * track_features(model, **points)}, 4.0)
+            loss = flow_loss(model, x0, sigma, given | {"tracks": keep * track_features(model, **points)}, r.emphasis)
         numbers = {"loss": loss, "grad": optimizer.step(loss, i)}
         if i // run.batches % 200 == 199:
             torch.manual_seed(0)
-            x0, text, points = draw_batch(run, fresh, 24, dense=True)
+            x0, given, points = draw_batch(run, fresh, 6 * batch, dense=True)
             with torch.no_grad(), run.autocast():
-                features, ones = track_features(optimizer.average, **points), torch.ones(24, device=run.device)
+                features, ones = track_features(optimizer.average, **points), torch.ones(len(x0), device=run.device)
                 for name, tracks in ("x0_tracks", features), ("x0_none", 0 * features):
-                    numbers[name] = flow_loss(optimizer.average, x0, ones, {"text": text, "tracks": tracks})
+                    numbers[name] = flow_loss(optimizer.average, x0, ones, given | {"tracks": tracks})
         return numbers
 
     train(run, "teacher", run.steps["teacher"], optimizer.parts(), step, optimizer.average)
@@ -563,18 +628,19 @@ CONTEXTS = ((1, 1),) * 3 + ((0, 1), (1, 0), (2, 1), (1, 2), (1, None))      # (s
 
 
 def sample_trajectories(run, name, count):
-    """ODE trajectories of the guided teacher: the states at the student's noise levels and the end, (8, 1 + levels, C,
-    F, h, w) float16, with what the teacher was given, eight by eight."""
-    teacher, pool, wanted = run.model("teacher"), kept(run, "pool", "vae", run.clips, film_clips), {*run.config.sigmas}
-    for i in tqdm(range(0, count, 8), name):
+    """ODE trajectories of the guided teacher: the states at the student's noise levels and the end, (B, 1 + levels, C,
+    F, h, w) float16, with what the teacher was given, some at a time."""
+    teacher, batch, wanted = run.model("teacher"), 2 * run.recipe.batch, {*run.config.sigmas}
+    pool = kept(run, "pool", "vae", run.clips, film_clips)
+    for i in tqdm(range(0, count, batch), name):
         torch.manual_seed(seed_of(run.seed, name, i))
-        x0, text, points = draw_batch(run, pool, 8)
+        x0, given, points = draw_batch(run, pool, batch)
         with torch.no_grad(), run.autocast():
-            conditions = {"text": text, "tracks": track_features(teacher, **points)}
-            states = [x for x, sigma in euler(teacher, torch.randn_like(x0), conditions, x0[:, :, :1])
+            conditions = given | {"tracks": track_features(teacher, **points)}
+            states = [x for x, sigma in euler(teacher, torch.randn_like(x0), conditions, clean_first(x0, given))
                       if sigma in wanted or sigma == 0]
         assert len(states) == len(wanted) + 1, f"{len(states) - 1} of {wanted} lie on the teacher's schedule"
-        yield {"states": torch.stack(states, 1).half(), "text": text, **points}
+        yield {"states": torch.stack(states, 1).half(), **given, **points}
 
 
 def worn(x0, chunk):
@@ -594,12 +660,12 @@ def causal_loss(model, states, x0, memory, conditions, context):
     states: one (B, C, F, h, w) a level."""
     caches = [KVCache(*context) for _ in model.blocks]
     chunk, sigmas, loss = model.config.chunk, model.config.sigmas, 0.0
-    for start in range(0, x0.shape[2], chunk):
+    for start, part in zip(range(0, x0.shape[2], chunk), by_chunk(conditions, chunk)):
         now = slice(start, start + chunk)
-        part = {"text": conditions["text"], "tracks": conditions["tracks"][:, :, now]}
         target, level = x0[:, :, now], int(torch.randint(0, len(sigmas), ()))
         sigma = torch.full((len(x0),), sigmas[level], device=x0.device)
-        x_t, sigma = with_first(states[level][:, :, now], sigma, target[:, :, :1] if start == 0 else None)
+        first = clean_first(target, conditions) if start == 0 else None
+        x_t, sigma = with_first(states[level][:, :, now], sigma, first)
         loss = loss + (to_x0(x_t, model(x_t, sigma, caches=caches, **part), sigma) - target).square().sum()
         with torch.no_grad():
             model(memory[:, :, now], torch.zeros_like(sigma), caches=caches, write=True, **part)
@@ -608,20 +674,21 @@ def causal_loss(model, states, x0, memory, conditions, context):
 
 def train_causal(run):
     """Student from teacher, on the teacher's ODE trajectories."""
-    trajectories = kept(run, "trajectories", "teacher", run.trajectories, sample_trajectories)
+    trajectories, r = kept(run, "trajectories", "teacher", run.trajectories, sample_trajectories), run.recipe
     student = run.model("teacher", causal=True).requires_grad_(True)
     student.track_head.requires_grad_(False)                                # frozen after the teacher (appendix D)
-    optimizer = Optimizer(student, 2e-3, 1e-3, steps=run.steps["causal"] // run.batches, ema=0.98, **run.shared)
+    optimizer = Optimizer(student, *r.causal, steps=run.steps["causal"] // run.batches, ema=0.98, **run.shared())
 
     def step(i):
-        rows = torch.randint(0, len(trajectories["text"]), (4,))
+        rows = torch.randint(0, len(trajectories["text"]), (r.batch,))
         batch = {key: value[rows].to(run.device) for key, value in trajectories.items()}
         *states, x0 = batch["states"].float().unbind(1)
         points = {key: batch[key] for key in ("tracks", "visible", "ids")}
         context = CONTEXTS[int(torch.randint(0, len(CONTEXTS), ()))]
         with run.autocast():
-            conditions = {"text": batch["text"], "tracks": track_features(student, **points)}
-            loss = causal_loss(student, states, x0, worn(x0, run.config.chunk), conditions, context)
+            conditions = {key: batch[key] for key in ("text", "image", "clip") if key in batch}
+            conditions["tracks"] = track_features(student, **points)
+            loss = causal_loss(student, states, x0, worn(x0, run.config.chunk) if r.worn else x0, conditions, context)
         return {"loss": loss, "grad": optimizer.step(loss, i)}
 
     train(run, "causal", run.steps["causal"], optimizer.parts(), step, optimizer.average)
@@ -677,47 +744,48 @@ def find_reward(name):
 
 def last_clip(chunks, first, points):
     """The end of a rollout as a clip that the teacher can judge: the image (B, C, 1, h, w), then the last `chunks`, a
-    list, without their first latent, with the tracks of these frames. If there were more chunks before, time jumps
-    behind the image, and the teacher says what it should have become, whatever the student passed on until then."""
-    x0 = torch.cat([first, torch.cat([*chunks], 2)[:, :, 1:]], 2)
+    list, without their first latent (first=None: with it), with the tracks of these frames. After more chunks than that
+    time jumps behind the image: the teacher says what it should be by then, whatever the student passed on."""
+    x0 = torch.cat([*chunks], 2)
+    x0 = x0 if first is None else torch.cat([first, x0[:, :, 1:]], 2)
     times = torch.arange(4 * x0.shape[2] - 3)
     times[1:] += points["tracks"].shape[1] - len(times)
     return x0, points | {key: points[key][:, times] for key in ("tracks", "visible")}
 
 
 def train_student(run):
-    """A generator update every CRITIC_STEPS critic updates, each on a new rollout that ends at a random step. Half of
-    the rollouts are longer than the teacher's clip: see last_clip."""
+    """A generator update every CRITIC_STEPS critic updates, each on a new rollout that ends at a random step. Half are
+    longer than the teacher's clip, see last_clip; of drawn scenes these have neutral text: a light would have faded."""
     pool, reward = kept(run, f"images{run.args.rollout}", "vae", run.clips, film_clips), run.reward
     teacher, vae, neutral = shard(run.model("teacher")), run.vae(), embed_words(NEUTRAL, run.config).to(run.device)
     generator, critic = run.model("causal", sink_decay=run.config.sink_decay), run.model("teacher")
     for model in generator, critic:
         model.requires_grad_(True).track_head.requires_grad_(False)
-    updates, betas = run.steps["distill"] // run.batches // CRITIC_STEPS, (0.0, 0.99)
-    optimizer_g = Optimizer(generator, 1e-3, 1e-4, betas, updates, ema=0.98, **run.shared)
-    optimizer_c = Optimizer(critic, 2e-3, 2e-4, betas, **run.shared)
+    known, updates, betas = run.known, run.steps["distill"] // run.batches // CRITIC_STEPS, (0.0, 0.99)
+    optimizer_g = Optimizer(generator, *run.recipe.generator, betas, updates, ema=0.98, **run.shared())
+    optimizer_c = Optimizer(critic, *run.recipe.critic, betas, **run.shared())
 
     def generate(i, grad):
         rng = torch.Generator().manual_seed(seed_of(run.seed, i // run.batches, grad))  # else processes wait in vain
-        chunks = max(KNOWN, int(torch.randint(2 * KNOWN - run.args.rollout, run.args.rollout + 1, (), generator=rng)))
-        frames = chunks * run.config.chunk
-        first, text, points = draw_batch(run, pool, 4, frames)
-        text = text if chunks == KNOWN else neutral.expand_as(text)     # a light that fades would be dark by then
+        chunks = max(known, int(torch.randint(2 * known - run.args.rollout, run.args.rollout + 1, (), generator=rng)))
+        first, given, points = draw_batch(run, pool, run.recipe.batch, frames := chunks * run.config.chunk)
+        given["text"] = given["text"] if chunks == known or run.args.data else neutral.expand_as(given["text"])
         exit_step = int(torch.randint(0, len(run.config.sigmas), (), generator=rng))
         with run.autocast():
-            conditions = {"text": text, "tracks": track_features(generator, **points)}
+            conditions = given | {"tracks": track_features(generator, **points)}
             noise = torch.randn(*first.shape[:2], frames, *first.shape[3:], device=run.device)
-            made = rollout(generator, noise, conditions, first, exit_step=exit_step, grad=grad)
-            x0, points = last_clip(collections.deque(made, KNOWN), first, points)
-            conditions["tracks"] = track_features(generator, **points)
-            return x0, conditions, {"text": text, **points}
+            clean = clean_first(first, given)
+            made = rollout(generator, noise, conditions, clean, exit_step=exit_step, grad=grad)
+            x0, points = last_clip(collections.deque(made, known), first if chunks > known else clean, points)
+            given = next(by_chunk(given, x0.shape[2]))
+            return x0, given | {"tracks": track_features(generator, **points)}, given | points
 
     def step(i):
         numbers = {}
         if i // run.batches % CRITIC_STEPS == 0:
             x0, conditions, batch = generate(i, grad=True)
             with run.autocast():
-                first, weight = x0[:, :, :1].detach(), 1.0
+                first, weight = clean_first(x0.detach(), conditions), 1.0
                 if reward:
                     numbers["reward"] = (score := reward(vae.decode(x0.detach())[0].float(), batch)).mean()
                     weight = torch.exp(score / run.args.beta)
@@ -764,54 +832,6 @@ def plot_stage(run, stage):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Playing. The scenes that are shown and measured come from seeds that no training stage uses.
-
-def play(run, name, scene, points, text, **overrides):
-    """The video (B, 3, T, SIZE, SIZE), in pieces, that "teacher", "causal" or "student" makes of the scene's first
-    frame, {"tracks", "visible"} and text (1 or B, L, text_dim); "vae" is the truth through the VAE, "still" frame 0.
-    overrides: fields of Config."""
-    vae, T = run.vae(), scene["pan"].shape[1]
-    if name == "still":
-        yield film(scene, SIZE, 0, 1).expand(-1, -1, T, -1, -1)
-        return
-    if name == "vae":
-        yield vae.decode(vae.encode(film(scene, SIZE).to(run.device)))[0].cpu()
-        return
-    model, state = run.model(name, **overrides), None
-    first = vae.encode(film(scene, SIZE, 0, 1).to(run.device))
-    tracks, visible = (points[key].to(run.device) for key in ("tracks", "visible"))
-    motion = Motion(tracks, visible, track_ids(tracks, visible, model.config))
-    text = None if text is None else text.expand(len(first), -1, -1).to(run.device)
-    if name == "teacher":
-        chunks = sample_teacher(model, first, motion, T, text, run.seed)
-    else:
-        chunks = stream(model, first, motion, text, run.seed)
-    for latents in chunks:
-        video, state = vae.decode(latents, state)
-        yield video.cpu()
-
-
-def psnr(a, b):
-    """Decibels between videos in [-1, 1]."""
-    return -10 * math.log10((a - b).square().mean().item() / 4 + 1e-10)
-
-
-@torch.no_grad()
-def preview(run, stage):
-    """Six frames of a dragged scene in rows: truth, that through the VAE, each model there is; then another scene."""
-    rng = torch.Generator().manual_seed(seed_of("preview"))
-    scene = new_scenes(2, CLIP, rng, objects=2)
-    tracks, visible = scene_tracks(scene, SIZE, rng)
-    centres = torch.arange(tracks.shape[2]) % POINTS + torch.arange(tracks.shape[2]) // (OBJECTS * POINTS) == 0
-    motion = {"tracks": tracks, "visible": visible & centres}
-    videos, text = [film(scene, SIZE)], torch.cat([embed_words(c, run.config) for c in scene["caption"]])
-    videos += [torch.cat(list(play(run, name, scene, motion, text)), 2) for name in SHIPPED if run.path(name).exists()]
-    frames = torch.stack(videos, 1)[:, :, :, torch.linspace(0, CLIP - 1, 6).long()]         # (2, rows, 3, 6, H, W)
-    page = Image.fromarray(to_frames(frames.permute(2, 0, 1, 4, 3, 5).flatten(4).flatten(1, 3)[None, :, None])[0])
-    write(run.out / f"{stage}_preview.png", lambda path: page.save(path, "png"))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # The command.
 
 STAGES = {"vae": train_vae, "teacher": train_teacher, "causal": train_causal, "distill": train_student}
@@ -821,29 +841,55 @@ NEEDS = {"vae": (), "teacher": ("vae",), "causal": ("vae", "teacher"), "distill"
 SHIPPED = {"vae": "tiny_vae", "teacher": "tiny_teacher", "causal": "tiny_causal", "student": "tiny"}
 
 
+def choose_config(args, start):
+    """What is trained, by which of RECIPES: the tiny model, a preset (of a dry run), or the weights `start`, inspected:
+    without a slot for tracks they get one, and Wan's are sampled as the paper says."""
+    c = start.config if start else PRESETS[args.dry_run or "tiny"]
+    full = c.text_dim == UMT5_DIM
+    for wrong, cure in [
+        (start and c.causal, "holds a student; a training starts from a teacher"),
+        (start and has_mask(c), "takes the image as a clip with a mask, which cannot stream; take Fun-Control or T2V"),
+        (start and not args.vae and not args.dry_run, "give --vae FILE, whose latents these weights know"),
+        (start and full and not args.data and not args.dry_run, "give --data FILE; the clips drawn here are small"),
+    ]:
+        if wrong:
+            raise UserError(f"{start.path}: {cure}")
+    if start and not c.track_dim:
+        c = replace(c, track_dim=c.out_dim, in_dim=c.in_dim + c.out_dim)
+    if full:
+        c = replace(c, shift=6.0, sigmas=schedule(3, 6.0), steps=48, guidance=(3.0, 1.5), chunk=3, sink=1, window=1)
+    c = replace(c, tracks=args.tracks or c.tracks, sink_decay=args.sink_decay)
+    return c, "tiny" if not full else "second" if start and start.head else "paper"
+
+
 class Run:
     """The settings of one training, its folder, and the weights in it."""
 
     def __init__(self, args):
         self.args, self.out, self.device, self.seed = args, Path(args.out), args.device, args.seed
-        self.batches, self.reward = PROCESSES * args.accumulate, args.reward and find_reward(args.reward)
-        self.shared = {"batches": self.batches, "checkpointing": args.checkpointing}
-        self.config = replace(PRESETS["tiny"], tracks=args.tracks, sink_decay=args.sink_decay)
-        self.steps = dict(zip(STAGES, (4, 4, 3, 6) if args.smoke else (2000, 10_000, 800, 1200)))
+        self.reward, self.start = args.reward and find_reward(args.reward), args.weights and inspect(args.weights)
+        self.config, recipe = choose_config(args, self.start)
+        self.recipe, self.full = SimpleNamespace(**RECIPES[recipe]), recipe != "tiny"
+        self.dense = (0 if self.start.head else 1) if self.start else 1 / 4      # share of the teacher's steps
+        self.known = (self.recipe.clip + 3) // 4 // self.config.chunk           # chunks of a clip
+        args.tracks, args.rollout = self.config.tracks, max(args.rollout or (0 if args.data else 16), self.known)
+        self.data = (args.data.stat().st_size, args.data.stat().st_mtime_ns) if args.data else ()
+        self.batches = PROCESSES * (args.accumulate or 1)
+        self.steps = dict(zip(STAGES, (4, 4, 3, 6) if args.smoke else self.recipe.steps))
         self.steps |= {args.stage: args.steps} if args.steps else {}
-        self.vae_clips, self.clips, self.trajectories = (8, 16, 8) if args.smoke else (256, 5120, 480)
+        self.vae_clips, self.clips, self.trajectories = (8, 16, 8) if args.smoke else self.recipe.clips
         self.eval_clips = args.clips or (1 if args.smoke else 16)
         self.eval_frames = args.frames or (33 if args.smoke else 10_000)
         self.shipped = args.stage in ("eval", "experiments") and not (self.out / "vae.safetensors").exists()
-        self.out.mkdir(parents=True, exist_ok=True)
         try:
             torch.zeros(1, device=self.device)
         except (RuntimeError, AssertionError):
             raise UserError(f"--device {self.device}: not available here") from None
 
     def path(self, name):
-        """The weights called `name`: this run's or, where eval finds no run, the shipped ones."""
-        return ASSETS / f"{SHIPPED[name]}.safetensors" if self.shipped else self.out / f"{name}.safetensors"
+        """The weights called `name`: those given, this run's or, where eval finds no run, the shipped ones."""
+        given = {"vae": self.args.vae, "start": self.args.weights}.get(name)
+        return given or (ASSETS / f"{SHIPPED[name]}.safetensors" if self.shipped else self.out / f"{name}.safetensors")
 
     def checksum(self, name):
         """Of the weights called `name`."""
@@ -852,8 +898,13 @@ class Run:
     def settings(self, stage):
         """What a checkpoint of the stage depends on: another of these would make it a mixture."""
         names = ("seed", "tracks", *(("reward", "beta", "sink_decay", "rollout") if stage == "distill" else ()))
-        return {name: getattr(self.args, name) for name in names} | {
+        own = {"start": self.args.weights and str(self.args.weights), "data": self.data and seed_of(*self.data) or None}
+        return {name: getattr(self.args, name) for name in names} | (own if stage in STAGES else {}) | {
             "batches": self.batches, "weights": [*map(self.checksum, NEEDS[stage])]}
+
+    def shared(self):
+        """What all optimizers of a stage are told."""
+        return {"batches": self.batches, "checkpointing": self.args.checkpointing}
 
     def autocast(self):
         """bfloat16, on the CPU too. No cache of weights: torch before 2.11 hands those without a graph to all."""
@@ -865,11 +916,13 @@ class Run:
             try:
                 self.vae() if name == "vae" else self.model(name)
             except ValueError as e:
-                raise UserError(f"{e}; --stage {next(s for s, w in WEIGHTS.items() if w == name)} makes it") from None
+                maker = next(s for s, w in WEIGHTS.items() if w == name)
+                raise UserError(f"{e}; --stage {maker} makes it" * (self.path(name) != self.args.vae) or e) from None
 
     def vae(self):
-        """The trained VAE."""
-        return TinyVAE.from_pretrained(self.path("vae")).to(self.device)
+        """The trained VAE, or --vae."""
+        like = SimpleNamespace(path=self.args.weights or self.out, config=self.config)
+        return open_vae(SimpleNamespace(vae=self.path("vae")), like).to(self.device)
 
     def model(self, name, **overrides):
         """A trained model in float32, frozen."""
@@ -880,8 +933,7 @@ def parse_flags(argv):
     """The command line."""
     count = number(int, 1, 10 ** 9)
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=["all", *STAGES, "eval", "experiments"], default="all",
-                        help="default: all but experiments")
+    parser.add_argument("--stage", choices=["all", *STAGES, "eval", "experiments"], default="all", help="(all)")
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything, in about a minute")
     parser.add_argument("--out", default=None, help="folder to write to (runs/tiny; runs/smoke with --smoke)")
     parser.add_argument("--steps", type=count, help="steps of the one stage that is named")
@@ -889,17 +941,24 @@ def parse_flags(argv):
     parser.add_argument("--frames", type=count, help="length of the streams that eval measures (10000)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (0)")
     parser.add_argument("--device", default=f"cuda:{LOCAL}" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--accumulate", type=count, default=1, help="steps of each process for one update (1)")
+    parser.add_argument("--accumulate", type=count, help="steps of each process for one update (1; Wan's: the paper's)")
     parser.add_argument("--checkpointing", action="store_true", help="recompute blocks in the backward: less memory")
+    parser.add_argument("--data", type=Path, help="your own clips, encoded as the README says (none: they are drawn)")
+    parser.add_argument("--weights", type=Path, help="what the teacher starts from: a Wan DiT, or a teacher made here")
+    parser.add_argument("--vae", type=Path, help="a finished VAE's file; the stage vae is left out")
+    parser.add_argument("--dry-run", nargs="?", choices=PRESETS, const="tiny", help="print what it would take, no more")
     parser.add_argument("--reward", help="to weight distillation by: motion, or FILE.py:FUNCTION (none)")
     parser.add_argument("--beta", type=number(float, 0.01, 100), default=0.5, help="weight is exp(reward / beta) (0.5)")
     parser.add_argument("--sink-decay", type=number(float, 0, 1), default=1.0, help="below 1: EMA-Sink (1)")
-    parser.add_argument("--rollout", type=number(int, KNOWN, 100), default=16,
-                        help=f"longest of distillation in chunks, half are longer than the teacher's {KNOWN} (16)")
-    parser.add_argument("--tracks", choices=["random", "start"], default="start", help="how tracks get their IDs")
+    parser.add_argument("--rollout", type=number(int, 1, 100), help="longest one, in chunks (16; --data: a clip)")
+    parser.add_argument("--tracks", choices=["random", "start"], help="how tracks get their IDs (tiny: start)")
     args = parser.parse_args(argv)
     if args.steps and args.stage not in STAGES:
         parser.error("--steps needs --stage with one training stage")
+    if args.data and (args.stage in ("vae", "eval", "experiments") or not args.data.is_file()):
+        parser.error(f"--data {args.data}: {'not for this --stage' if args.data.is_file() else 'no such file'}")
+    if args.vae and (args.stage == "vae" or not args.vae.is_file()):
+        parser.error(f"--vae {args.vae}: {'drop it, or --stage vae' if args.vae.is_file() else 'no such file'}")
     args.out = args.out or ("runs/smoke" if args.smoke else "runs/tiny")
     return args
 
@@ -911,19 +970,24 @@ def main(argv=None):
         if PROCESSES > 1:
             dist.init_device_mesh(args.device.split(":")[0], (PROCESSES,))  # gloo, or nccl on the GPU of LOCAL_RANK
         run = Run(args)
+        from test_motionstream import dry_run, evaluate, preview         # what is promised is shown and measured there
+        if args.dry_run:
+            return dry_run(run)
+        run.out.mkdir(parents=True, exist_ok=True)
         print(f"{'the shipped weights' if run.shipped else run.out}: {run.config}")
-        for stage, train_stage in STAGES.items():
+        for (stage, train_stage), accumulate in zip(STAGES.items(), run.recipe.accumulate):
             if args.stage == stage or args.stage == "all" and not run.path(WEIGHTS[stage]).exists():
                 run.check(stage)
+                run.batches = PROCESSES * (args.accumulate or max(accumulate // PROCESSES, 1))
                 torch.manual_seed(seed_of(run.seed, stage))             # of the weights that a stage begins with
                 train_stage(run)
                 if RANK == 0:
                     plot_stage(run, stage)
-                    preview(run, stage)
-        if args.stage not in STAGES and RANK == 0:
+                    if not args.data:
+                        preview(run, stage)
+        if args.stage not in STAGES and RANK == 0 and not args.data:
             stage = args.stage.replace("all", "eval")
             run.check(stage)
-            from test_motionstream import evaluate              # where what is promised is measured
             evaluate(run, stage)
     except (UserError, OSError) as e:                   # a full disk, say, whatever was written: files are whole
         print(f"error: {e}", file=sys.stderr)
