@@ -1964,7 +1964,8 @@ def assert_moved_alike(start, ours, theirs):
     """Two state dicts went the same way from `start`, to a fifth of it: Muon fills what a gradient of low rank leaves
     open, and that is rounding."""
     assert ours.keys() == theirs.keys() == start.keys()
-    way, apart = (sum((p.float() - other[name]).square().sum() for name, p in ours.items()) for other in (start, theirs))
+    way, apart = (sum((p.float() - other[name]).square().sum() for name, p in ours.items())
+                  for other in (start, theirs))
     assert apart < 0.04 * way, (apart, way)
 
 
@@ -1978,7 +1979,7 @@ def test_two_processes_have_the_gradients_of_one_that_accumulates_two_steps():
             torch.save(results, f"{folder}/results{td.RANK}.pt")
         td.dist.destroy_process_group()
     """
-    with folder() as one, folder() as two, folder() as both:    # four steps an update: each of two processes adds up two
+    with folder() as one, folder() as two, folder() as both:    # four steps an update: each of two adds up two
         assert_error(SystemExit, "143", toy_training, both, stop_at=7, steps=14, batches=4)
         wait = in_two_processes(child, two, both)
         whole, log, _ = toy_training(one, steps=14, batches=4)          # the odd steps make no update
