@@ -3770,7 +3770,7 @@ def tables(run, stage):
     clip = {"seed": "eval 1 False", "clips": run.eval_clips, "frames": td.CLIP, "objects": 1}
     if stage == "eval":
         kinds = [{"objects": 1}, {"objects": 3, "seed": "eval 3 False"}, {"objects": 1, "change": "other way"},
-                 {"flat": True, "frames": 81, "seed": "eval 1 True"}]
+                 {"flat": True, "frames": 81, "seed": "eval 1 True"}, {"camera": True, "seed": "eval camera"}]
         models = grid(model=("vae", "still"), points=("none",)) + grid(model=("teacher", "causal", "student"),
                                                                        points=("dense", "drag", "none"))
         following = [kind | model for kind in kinds for model in models
