@@ -7,8 +7,7 @@ its EXIF rotation), and if wanted
     visibility (T, N)   0 or 1, or probabilities; hidden and "not specified" are the same
     width, height       of the picture that the pixels belong to, if it is not the image itself
     ids (N,)            which vector each track has (see track_ids); fps: only compared with the model's
-or an .npy file with the tracks alone. Without visibility, NaN is hidden.
-Shapes are those of motionstream.py.
+or an .npy file with the tracks alone. Without visibility, NaN is hidden. Shapes are those of motionstream.py.
 """
 
 import argparse
@@ -20,6 +19,7 @@ import itertools
 import json
 import math
 import os
+import re
 import secrets
 import signal
 import sys
@@ -636,11 +636,11 @@ def number(kind, least, most):
 
 
 def path(text):
-    """A flag's type: points of the image, "x,y -> x,y -> …"."""
-    points = np.array([[float(number) for number in point.split(",")] for point in text.split("->")])
-    if points.shape[1:] != (2,) or not (abs(points) < 1e6).all():
-        raise ValueError("not points")
-    return points
+    """A flag's type: points of the image, "x,y -> x,y -> …", as (P, 2)."""
+    point = r"\s*-?\d{1,6}(\.\d*)?\s*,\s*-?\d{1,6}(\.\d*)?\s*"
+    if not re.fullmatch(f"{point}(->{point})*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not x,y -> x,y in pixels of the image")
+    return np.array(re.findall(r"-?[\d.]+", text.replace("->", " ")), float).reshape(-1, 2)
 
 
 def parse_flags(argv):
@@ -862,8 +862,6 @@ def run(argv):
         *arrays, tracks_fps = load_tracks(args.tracks, image.size)
     elif args.tracks:
         *arrays, tracks_fps = follow(args.tracks, length)
-    elif not args.interactive:
-        print("note: no --tracks, nothing is specified")
     args.out = args.out or (None if args.interactive else Path("out.mp4"))
     if args.out:
         check_output(args.out, args.image)
@@ -872,6 +870,8 @@ def run(argv):
     config = settle(args, weights, MOST_FRAMES if args.interactive else frames)
     if args.interactive:
         return serve(args, image, *load_models(args, weights, config))
+    if not args.tracks:
+        print("note: no --tracks, nothing is specified")
     if tracks_fps and tracks_fps != config.fps:
         print(f"note: the tracks are at {tracks_fps:g} frames/s, the model at {config.fps}; they are not resampled")
     motion, pixels = fit_tracks(arrays, image.size, frames, config, args.seed), fit_image(image, config.size)

@@ -2321,6 +2321,7 @@ def test_what_cannot_be_trained_is_refused_in_one_line():
         for said, *flags in [("mask.safetensors: takes the image as a clip with a mask", "--weights", mask),
                              ("s.safetensors: holds a student", "--weights", student),
                              ("wan.safetensors: give --vae FILE", "--weights", wan, "--data", data),
+                             ("vae.safetensors: give --vae FILE", "--data", data),
                              ("wan.safetensors: give --data FILE", "--weights", wan, "--vae", vae),
                              ("no.safetensors: cannot be read (No such file", "--weights", here / "no.safetensors"),
                              ("no.safetensors: no such file", "--vae", here / "no.safetensors"),
@@ -2713,7 +2714,7 @@ def test_drags_and_pins_are_tracks_along_lines():
     assert (tracks[:, 1] == (5.5, 7)).all() and (tracks[:, 2, 0] == range(9)).all()
     assert sample.follow(paths, 1)[0][0].tolist() == [[10, 20], [5.5, 7], [0, 0]]
     for text in "10", "1,2 -> 3", "1,2,3", "a,b", "1,nan", "1,2 ->", "1,9e9":
-        assert_error(sample.UserError, "argument --drag/--pin: invalid path value", sample.parse_flags,
+        assert_error(sample.UserError, f"argument --drag/--pin: {text!r} is not x,y -> x,y", sample.parse_flags,
                      ["--image", "x", "--drag", text])
     _, here = workplace()
     with unittest.mock.patch.object(sample, "fit_tracks", wraps=sample.fit_tracks) as fit:
@@ -3853,7 +3854,7 @@ def dry_run(run, tflops=396):
         teacher, distill = (size * count / gpus / 2 ** 30 for size in (20, 4 + 20 + 16))
         days = ", ".join(f"{stage} {clips[stage] * flops / (1e12 * tflops * gpus * 86400):,.2g}"
                          for stage, flops in costs.items())
-        print(f"{gpus} GPUs: {teacher:.1f} GiB each to train the teacher, {distill:.1f} to distil, if all is sharded, "
+        print(f"{gpus} GPU{'s' * (gpus > 1)}: {teacher:.1f} GiB each to train the teacher, {distill:.1f} to distil, if all is sharded, "
               f"without activations; days at {tflops} TFLOP/s each: {days}")
 
 
@@ -3876,6 +3877,8 @@ def main(words):
             traceback.print_exc()
         count[result.lower()] += 1
         print(f"{time.time() - begin:6.2f} s  {result:7}  {name}{reason}", flush=True)
+    if not count:
+        print(f"no test has one of these words in its name: {' '.join(words)}")
     print(f"{time.time() - started:.0f} s in all")
     skipped = f", {count['skipped']} skipped" if count["skipped"] else ""
     print(f"{count['passed']} passed, {count['failed']} failed{skipped}")

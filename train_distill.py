@@ -849,11 +849,11 @@ def choose_config(args, start):
     for wrong, cure in [
         (start and c.causal, "holds a student; a training starts from a teacher"),
         (start and has_mask(c), "takes the image as a clip with a mask, which cannot stream; take Fun-Control or T2V"),
-        (start and not args.vae and not args.dry_run, "give --vae FILE, whose latents these weights know"),
+        ((start or args.data) and not args.vae and not args.dry_run, "give --vae FILE, which made its latents"),
         (start and full and not args.data and not args.dry_run, "give --data FILE; the clips drawn here are small"),
     ]:
         if wrong:
-            raise UserError(f"{start.path}: {cure}")
+            raise UserError(f"{start.path if start else args.data}: {cure}")
     if start and not c.track_dim:
         c = replace(c, track_dim=c.out_dim, in_dim=c.in_dim + c.out_dim)
     if full:
