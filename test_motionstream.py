@@ -3854,8 +3854,8 @@ def dry_run(run, tflops=396):
         teacher, distill = (size * count / gpus / 2 ** 30 for size in (20, 4 + 20 + 16))
         days = ", ".join(f"{stage} {clips[stage] * flops / (1e12 * tflops * gpus * 86400):,.2g}"
                          for stage, flops in costs.items())
-        print(f"{gpus} GPU{'s' * (gpus > 1)}: {teacher:.1f} GiB each to train the teacher, {distill:.1f} to distil, if all is sharded, "
-              f"without activations; days at {tflops} TFLOP/s each: {days}")
+        print(f"{gpus} GPU{'s' * (gpus > 1)}: {teacher:.1f} GiB each to train the teacher, {distill:.1f} to distil, if all "
+              f"is sharded, without activations; days at {tflops} TFLOP/s each: {days}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
