@@ -209,7 +209,7 @@ def load_tracks(path, size):
                                 or ids.max() >= 2 ** 32):
             raise UserError(f"ids are {ids.dtype} {ids.shape}, expected a whole number below 2**32 for each track")
         return tracks, visible, ids, scalar(arrays, "fps")
-    except (UserError, FileNotFoundError) as e:
+    except (UserError, OSError) as e:
         raise UserError(f"{path}: {getattr(e, 'strerror', None) or e}") from None
     except Exception:           # damaged headers and zip files raise eight kinds, and numpy's texts advise unpickling
         raise UserError(f"{path}: damaged, or not numbers; write it with numpy.savez(path, tracks=tracks), "
@@ -356,8 +356,8 @@ def video_file(path, fps):
             raise OSError(0, "not all frames can be read back")
         os.replace(part, path)
     except OSError as e:                                # if ffmpeg has gone, its reason has gone with it
-        raise UserError(f"{path}: cannot be written after {count} frames ({e.strerror}); is the disk full, or the "
-                        "folder not writable?") from None
+        raise UserError(f"{path}: cannot be written after {count} frames ({e.strerror or 'ffmpeg has ended'}); is the "
+                        "disk full, or the folder not writable?") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -635,7 +635,7 @@ def number(kind, least, most):
     return parse
 
 
-def path(text):
+def drag_path(text):
     """A flag's type: points of the image, "x,y -> x,y -> …", as (P, 2)."""
     point = r"\s*-?\d{1,6}(\.\d*)?\s*,\s*-?\d{1,6}(\.\d*)?\s*"
     if not re.fullmatch(f"{point}(->{point})*", text):
@@ -651,7 +651,7 @@ def parse_flags(argv):
     add, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("--image", required=True, help="first frame, any picture file", **file)
     either("--tracks", help=".npz or .npy, see the top of sample.py; default: none", **file)
-    either("--drag", "--pin", dest="tracks", type=path, action="append", metavar="'X,Y -> X,Y'",
+    either("--drag", "--pin", dest="tracks", type=drag_path, action="append", metavar="'X,Y -> X,Y'",
            help="instead of --tracks, as often as wanted: where a point of the image goes, or that it stays")
     add("--prompt", metavar="TEXT", help="what the image and the tracks do not say; default: the model's own")
     add("--out", help=".mp4, or .png for the last frame; default: out.mp4, with --interactive: none", **file)

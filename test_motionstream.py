@@ -2210,6 +2210,12 @@ def test_the_readmes_recipe_crops_and_encodes_clips_with_their_tracks():
         run = td.Run(td.parse_flags(own_flags(here, here / "data")))
         assert td.own_clips(run, 1)["latents"].shape == (3, 4, 1, 4, 6)
         assert_error(td.UserError, "latents is [3, 4, 1, 4, 6], [3, 4, 12, 4, 6] is wanted", td.own_clips, run, 12)
+        longer = td.Run(td.parse_flags(own_flags(here, here / "data", "--rollout", "8")))
+        assert_error(td.UserError, "tracks is [3, 45, 6, 2], [3, 93, 6, 2] is wanted", td.own_clips, longer, 1)
+        (here / "out").mkdir()
+        saved(here / "out" / "student.safetensors", new_model())    # of this run, whose VAE is elsewhere
+        measured = td.Run(td.parse_flags(["--stage", "eval", "--out", str(here / "out")]))
+        assert measured.path("student") == here / "out" / "student.safetensors"
 
 
 def test_broken_clips_are_named_and_too_many_end_it():
@@ -2707,7 +2713,7 @@ def test_a_video_is_there_whole_or_not_at_all():
 
 
 def test_drags_and_pins_are_tracks_along_lines():
-    paths = [sample.path(text) for text in ("10,20 -> 30,20 -> 30,10", " 5.5,7", "0,0->8,4")]
+    paths = [sample.drag_path(text) for text in ("10,20 -> 30,20 -> 30,10", " 5.5,7", "0,0->8,4")]
     tracks, visible, ids, fps = sample.follow(paths, 9)
     assert tracks.shape == (9, 3, 2) and visible.all() and visible.shape == (9, 3) and ids is fps is None
     assert tracks[:, 0].tolist() == [[10 + 5 * i, 20] for i in range(5)] + [[30, 20 - 2.5 * i] for i in range(1, 5)]
@@ -3852,10 +3858,11 @@ def dry_run(run, tflops=396):
     for gpus in 1, 4, 8:
         # float32: weights 4 bytes, gradients 4, AdamW 8, average 4; distillation's teacher has weights alone
         teacher, distill = (size * count / gpus / 2 ** 30 for size in (20, 4 + 20 + 16))
-        days = ", ".join(f"{stage} {clips[stage] * flops / (1e12 * tflops * gpus * 86400):,.2g}"
+        many = {stage: 1 if stage == "trajectories" else gpus for stage in costs}      # each process makes them all
+        days = ", ".join(f"{stage} {clips[stage] * flops / (1e12 * tflops * many[stage] * 86400):,.2g}"
                          for stage, flops in costs.items())
-        print(f"{gpus} GPU{'s' * (gpus > 1)}: {teacher:.1f} GiB each to train the teacher, {distill:.1f} to distil, if all "
-              f"is sharded, without activations; days at {tflops} TFLOP/s each: {days}")
+        print(f"{gpus} GPU{'s' * (gpus > 1)}: {teacher:.1f} GiB each to train the teacher, {distill:.1f} to distil, if "
+              f"all is sharded, without activations; days at {tflops} TFLOP/s each: {days}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

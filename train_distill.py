@@ -331,8 +331,6 @@ class Optimizer:
         """Backward of step i; after the last of an update, clip and update, one in `every` updates of the stage. The
         learning rate warms up over 20 updates and falls to 0 over the last 40 % of `steps` (0: it stays). Returns the
         gradient norm, None without an update; FloatingPointError, before anything moves, if it is not finite."""
-        if self.sharded:
-            self.model.set_requires_gradient_sync(ends_update(i, self.batches))
         (loss * PROCESSES / self.batches).backward()                    # the mean of the processes is taken below
         if not ends_update(i, self.batches):
             return None
@@ -422,9 +420,11 @@ def train(run, stage, steps, parts, step, average=None):
         save_checkpoint(run.out, stage, steps, settings, parts)
     if average:
         tensors = whole(average.state_dict())
-        average.state_dict = lambda: tensors                           # which is what save_pretrained writes
         if RANK == 0:
-            save_pretrained(average, run.path(WEIGHTS[stage]), torch.float16)
+            with torch.device("meta"):
+                plain = MotionStream(average.config)                   # one that is not sharded
+            plain.load_state_dict(tensors, assign=True)
+            save_pretrained(plain, run.path(WEIGHTS[stage]), torch.float16)
         mean_processes(torch.zeros(1))                                 # the others go on when the file is there
 
 
@@ -480,19 +480,19 @@ def kept(run, name, source, count, make):
         return own_clips(run, 1 if name.startswith("images") else run.known * run.config.chunk)
     path = run.out / f"{name}.{seed_of(run.checksum(source), run.seed, count, *run.data):08x}.safetensors"
     if not path.exists():
-        parts = [*make(run, name, count)]
-        write(path, save_file, {key: torch.cat([part[key] for part in parts]).cpu() for key in parts[0]})
+        parts = [{key: tensor.cpu() for key, tensor in part.items()} for part in make(run, name, count)]
+        write(path, save_file, {key: torch.cat([part.pop(key) for part in parts]) for key in [*parts[0]]})
     return load_file(path)
 
 
 @user_errors()
 def own_clips(run, frames):
-    """The tensors of --data, mapped, as film_clips yields them, with "clip" (n, 257, clip_dim) for an image branch:
-    n clips, their first `frames` latents. UserError if they are not for this model."""
+    """The tensors of --data, mapped, as film_clips yields them, their first `frames` latents. UserError: wrong shapes."""
     c, tensors = run.config, read_tensors(run.args.data)[0]
     n, T, N = (*tensors.get("tracks", torch.ones(0)).shape, 0, 0)[:3]
+    least = 4 * c.chunk * (run.args.rollout if frames == 1 else run.known) - 3
     shapes = {"latents": (n, c.out_dim, frames, *(side // c.stride for side in c.size)), "visible": (n, T, N),
-              "tracks": (n, max(T, 4 * run.known * c.chunk - 3), N, 2), "text": (n, c.text_len, c.text_dim)}
+              "tracks": (n, max(T, least), N, 2), "text": (n, c.text_len, c.text_dim)}
     for name, shape in (shapes | ({"clip": (n, 257, c.clip_dim)} if c.clip_dim else {})).items():
         tensors[name] = tensors.get(name, torch.ones(0))
         tensors[name] = tensors[name][:, :, :frames] if name == "latents" and tensors[name].ndim > 2 else tensors[name]
@@ -603,14 +603,14 @@ def train_teacher(run):
     optimizer = Optimizer(model, *r.teacher, steps=run.steps["teacher"] // run.batches, ema=0.99, **run.shared())
 
     def step(i):
-        dense, whole = i < int(run.dense * run.steps["teacher"]), run.full or i // run.batches % 4 == 0
-        x0, given, points = draw_batch(run, pool, *((batch, None) if whole else (2 * batch, 6)), dense)
+        dense, long = i < int(run.dense * run.steps["teacher"]), run.full or i // run.batches % 4 == 0
+        x0, given, points = draw_batch(run, pool, *((batch, None) if long else (2 * batch, 6)), dense)
         sigma = draw_sigma(len(x0), run.config.shift, r.at_sigma_1).to(run.device)
         keep = (torch.rand(len(x0), 1, 1, 1, 1) > 0.1).to(run.device)        # the rest is without any motion input
         with run.autocast():
             loss = flow_loss(model, x0, sigma, given | {"tracks": keep * track_features(model, **points)}, r.emphasis)
         numbers = {"loss": loss, "grad": optimizer.step(loss, i)}
-        if i // run.batches % 200 == 199:
+        if (i - RANK + PROCESSES) % (200 * run.batches) == 0:
             torch.manual_seed(0)
             x0, given, points = draw_batch(run, fresh, 6 * batch, dense=True)
             with torch.no_grad(), run.autocast():
@@ -873,14 +873,14 @@ class Run:
         self.dense = (0 if self.start.head else 1) if self.start else 1 / 4      # share of the teacher's steps
         self.known = (self.recipe.clip + 3) // 4 // self.config.chunk           # chunks of a clip
         args.tracks, args.rollout = self.config.tracks, max(args.rollout or (0 if args.data else 16), self.known)
-        self.data = (args.data.stat().st_size, args.data.stat().st_mtime_ns) if args.data else ()
+        self.data = (args.tracks, *((args.data.stat().st_size, args.data.stat().st_mtime_ns) if args.data else ()))
         self.batches = PROCESSES * (args.accumulate or 1)
         self.steps = dict(zip(STAGES, (4, 4, 3, 6) if args.smoke else self.recipe.steps))
         self.steps |= {args.stage: args.steps} if args.steps else {}
         self.vae_clips, self.clips, self.trajectories = (8, 16, 8) if args.smoke else self.recipe.clips
         self.eval_clips = args.clips or (1 if args.smoke else 16)
         self.eval_frames = args.frames or (33 if args.smoke else 10_000)
-        self.shipped = args.stage in ("eval", "experiments") and not (self.out / "vae.safetensors").exists()
+        self.shipped = args.stage in ("eval", "experiments") and not (self.out / "student.safetensors").exists()
         try:
             torch.zeros(1, device=self.device)
         except (RuntimeError, AssertionError):
@@ -898,7 +898,7 @@ class Run:
     def settings(self, stage):
         """What a checkpoint of the stage depends on: another of these would make it a mixture."""
         names = ("seed", "tracks", *(("reward", "beta", "sink_decay", "rollout") if stage == "distill" else ()))
-        own = {"start": self.args.weights and str(self.args.weights), "data": self.data and seed_of(*self.data) or None}
+        own = {"start": self.args.weights and str(self.args.weights), "data": self.args.data and seed_of(*self.data)}
         return {name: getattr(self.args, name) for name in names} | (own if stage in STAGES else {}) | {
             "batches": self.batches, "weights": [*map(self.checksum, NEEDS[stage])]}
 
@@ -983,8 +983,8 @@ def main(argv=None):
                 train_stage(run)
                 if RANK == 0:
                     plot_stage(run, stage)
-                    if not args.data:
-                        preview(run, stage)
+                if RANK == 0 and not args.data:
+                    preview(run, stage)
         if args.stage not in STAGES and RANK == 0 and not args.data:
             stage = args.stage.replace("all", "eval")
             run.check(stage)
