@@ -487,7 +487,7 @@ def kept(run, name, source, count, make):
 
 @user_errors()
 def own_clips(run, frames):
-    """The tensors of --data, mapped, as film_clips yields them, their first `frames` latents. UserError: wrong shapes."""
+    """The tensors of --data, mapped, as film_clips yields them, of `frames` latents. UserError if they do not fit."""
     c, tensors = run.config, read_tensors(run.args.data)[0]
     n, T, N = (*tensors.get("tracks", torch.ones(0)).shape, 0, 0)[:3]
     least = 4 * c.chunk * (run.args.rollout if frames == 1 else run.known) - 3
