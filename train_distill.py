@@ -934,7 +934,7 @@ def parse_flags(argv):
     count = number(int, 1, 10 ** 9)
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=["all", *STAGES, "eval", "experiments"], default="all", help="(all)")
-    parser.add_argument("--smoke", action="store_true", help="a few steps of everything, in about a minute")
+    parser.add_argument("--smoke", action="store_true", help="a few steps of everything, in some minutes")
     parser.add_argument("--out", default=None, help="folder to write to (runs/tiny; runs/smoke with --smoke)")
     parser.add_argument("--steps", type=count, help="steps of the one stage that is named")
     parser.add_argument("--clips", type=count, help="of each kind that eval measures (16)")
