@@ -916,8 +916,8 @@ class Run:
             try:
                 self.vae() if name == "vae" else self.model(name)
             except ValueError as e:
-                maker = next(s for s, w in WEIGHTS.items() if w == name)
-                raise UserError(f"{e}; --stage {maker} makes it" * (self.path(name) != self.args.vae) or e) from None
+                cure = f"; --stage {next(s for s, w in WEIGHTS.items() if w == name)} makes it"
+                raise UserError(f"{e}{'' if self.path(name) == self.args.vae else cure}") from None
 
     def vae(self):
         """The trained VAE, or --vae."""
@@ -950,7 +950,7 @@ def parse_flags(argv):
     parser.add_argument("--reward", help="to weight distillation by: motion, or FILE.py:FUNCTION (none)")
     parser.add_argument("--beta", type=number(float, 0.01, 100), default=0.5, help="weight is exp(reward / beta) (0.5)")
     parser.add_argument("--sink-decay", type=number(float, 0, 1), default=1.0, help="below 1: EMA-Sink (1)")
-    parser.add_argument("--rollout", type=number(int, 1, 100), help="longest one, in chunks (16; --data: a clip)")
+    parser.add_argument("--rollout", type=number(int, 1, 100), help="longest, in chunks, of distillation (16)")
     parser.add_argument("--tracks", choices=["random", "start"], help="how tracks get their IDs (tiny: start)")
     args = parser.parse_args(argv)
     if args.steps and args.stage not in STAGES:
