@@ -13,6 +13,8 @@ or an .npy file with the tracks alone. Without visibility, NaN is hidden. Shapes
 import argparse
 import collections
 import contextlib
+import hashlib
+import html
 import http.server
 import io
 import itertools
@@ -41,6 +43,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 from motionstream import (SELF_FORCING, MotionStream, embed_words, euler, find_config, image_and_mask, image_channels,
@@ -53,7 +56,6 @@ KNOWN = ("tracks", "visibility", "width", "height", "fps", "ids")       # arrays
 MOST_FRAMES = 1_000_000
 SHORTEST_SIDE = 256         # pixels of the written video; smaller ones are enlarged
 TRAIL = 12                  # frames that a track's trail lasts in --overlay
-UMT5_DIM, CLIP_ROWS = 4096, 257     # of an encoded text, and of an encoded image
 HISTORY = 81                # frames that weights without a window, which forget nothing, saw in training
 
 
@@ -193,15 +195,15 @@ def fit_image(image, size):
 
 @np.errstate(all="ignore")          # numbers too large for float32 get a message of their own
 def load_tracks(path, size):
-    """A tracks file for an image of `size` (width, height), to: tracks (T, N, 2) float32 in pixels of that image, 0
-    where hidden, visible (T, N) bool, ids (N,) int64, fps; the last two None if the file does not say."""
+    """A tracks file for an image of `size` (width, height), to: tracks (T, N, 2) float32 in pixels of that image,
+    finite, visible (T, N) bool, ids (N,) int64, fps; the last two None if the file does not say."""
     try:
         arrays = read_arrays(path)
         tracks, visibility = arrays["tracks"], arrays.get("visibility")
         check_layout(tracks, visibility)
         tracks = tracks.astype(np.float32)
         visible = read_visibility(tracks, visibility)
-        tracks = np.where(visible[..., None], tracks, 0)
+        tracks = np.nan_to_num(tracks).clip(-1e6, 1e6)
         own_size = np.array([scalar(arrays, "width") or size[0], scalar(arrays, "height") or size[1]])
         check_units(tracks, visible, own_size)
         tracks, ids = tracks * (np.array(size) / own_size).astype(np.float32), arrays.get("ids")
@@ -408,6 +410,99 @@ def draw_control(vae, motion, config, frames):
         video[i] = draw_tracks(video[i], motion, i + 1, 1)
     pixels = torch.from_numpy(video).permute(3, 0, 1, 2)[None].to(next(vae.parameters()).device)
     return vae.encode(pixels / 127.5 - 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What Wan's weights read besides: a prompt, encoded by UMT5-XXL, and some the image, encoded by CLIP. Both run in the
+# package transformers, from the folders of a -Diffusers repository; what they return is kept on disk.
+
+UMT5_DIM, CLIP_ROWS = 4096, 257     # of an encoded text, and of an encoded image
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "motionstream"
+NEGATIVE_PROMPT = (                 # what Wan's guidance leads away from
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
+    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
+
+
+def pretrained(name, folder, **options):
+    """What transformers calls `name`, from its folder in a -Diffusers repository. The network is not asked."""
+    import transformers
+    try:
+        return getattr(transformers, name).from_pretrained(folder, local_files_only=True, **options)
+    except Exception as e:                              # of a dozen kinds
+        raise UserError(f"{folder}: no whole {name} ({str(e).strip().splitlines()[0][:99]}); give the -Diffusers "
+                        "repository that has it") from None
+
+
+@torch.inference_mode()
+def encode_texts(folder, device, texts):
+    """{name: text} to {name: rows (L, 4096)}, one for each token, the end of the sentence included, L <= 512. Cleaned
+    as in Wan: mended by ftfy, HTML entities resolved, white space collapsed. (It pads and masks, which is the same.)"""
+    import ftfy
+    tokenizer, rows = pretrained("AutoTokenizer", folder / "tokenizer"), {}
+    encoder = pretrained("UMT5EncoderModel", folder / "text_encoder", dtype=torch.bfloat16).to(device)
+    if not (encoder.shared.weight.any() and encoder.encoder.embed_tokens.weight.equal(encoder.shared.weight)):
+        raise UserError(f"{folder}: its table of tokens is empty once loaded, pip install -U transformers")
+    for name, text in texts.items():
+        text = " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
+        tokens = tokenizer(text, truncation=True, max_length=512, return_tensors="pt").input_ids.to(device)
+        rows[name] = encoder(tokens).last_hidden_state[0].cpu()
+    return rows
+
+
+@torch.inference_mode()
+def encode_image(folder, device, image):
+    """An image (1, 3, H, W) in [-1, 1] to {"clip": rows (257, C)}: the last layer but one of CLIP, which sees it
+    squeezed to 224x224, as in Wan."""
+    encoder = pretrained("CLIPVisionModel", folder / "image_encoder", dtype=torch.float32).to(device)
+    statistics = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+    mean, std = image.new_tensor(statistics).view(2, 3, 1, 1)
+    x = (F.interpolate(image, (224, 224), mode="bicubic") / 2 + 0.5 - mean) / std
+    return {"clip": encoder(x.to(device), output_hidden_states=True).hidden_states[-2][0].cpu()}
+
+
+def kept(encode, folder, device, what):
+    """encode(folder, device, what), now or in an earlier run: kept in a file that is named by `what`, and by what the
+    files of the encoder's folder are called, how large and how old they are."""
+    key = [what.numpy().tobytes() if torch.is_tensor(what) else what]
+    key += sorted((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in folder.resolve().rglob("*.*"))
+    path = CACHE / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.safetensors"
+    if not path.is_file():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        write(path, save_file, encode(folder, device, what))
+    return read_tensors(path)[0]
+
+
+def read_encoded(args, c, image, device):
+    """(text, null_text, clip), each (1, L, channels) float32, with zeros for what is missing to the L that the DiT sees,
+    or None. null_text is what guidance leads away from. image (1, 3, H, W): what CLIP sees, if c has a branch for it."""
+    if c.text_dim != UMT5_DIM:
+        return embed_words(c.prompt if args.prompt is None else args.prompt, c), None, None
+    tensors, source, rows = {}, args.prompt_embeds or CACHE, []
+    if args.prompt is not None:
+        texts = {"prompt": args.prompt, "negative": args.negative_prompt}
+        tensors = kept(encode_texts, args.text_encoder, device, texts)
+    elif args.prompt_embeds:
+        tensors = read_tensors(source)[0]
+        tensors = tensors if len(tensors) > 1 else {"prompt": tensor for tensor in tensors.values()}
+        if "prompt" not in tensors:
+            raise ValueError(f"{source}: holds {', '.join(tensors)[:80] or 'nothing'}, and no prompt")
+    if c.clip_dim and "clip" not in tensors:
+        if not args.image_encoder:
+            raise UserError(f"{args.weights}: reads the image by CLIP too; give --image-encoder")
+        tensors = tensors | kept(encode_image, args.image_encoder, device, image)
+    for name, least, most, channels in (("prompt", 1, c.text_len, UMT5_DIM), ("negative", 1, c.text_len, UMT5_DIM),
+                                        ("clip", CLIP_ROWS, CLIP_ROWS, c.clip_dim)):
+        t = tensors.get(name) if channels else None
+        if t is not None and (t.shape[1:] != (channels,) or not least <= len(t) <= most):
+            raise ValueError(f"{source}: {name} is {(*t.shape,)}, expected (L, {channels}), {least} <= L <= {most}")
+        if t is not None and not (t.is_floating_point() and t.isfinite().all()):
+            raise ValueError(f"{source}: {name} holds NaN, infinity or whole numbers; encode it again")
+        rows.append(None if t is None else F.pad(t.float(), (0, 0, 0, most - len(t)))[None])
+    if rows[0] is None:
+        print("note: no text at all, which Wan did not see in training; give --prompt")
+    elif rows[1] is None and not c.causal and c.guidance[0]:
+        print("note: guidance leads away from rows of zeros; --prompt-embeds holds no tensor named negative")
+    return rows
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -667,9 +762,14 @@ def parse_flags(argv):
     add("--device", default="auto", help="cpu, cuda, …; default: cuda if there is one")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
         help="of the model; default: float32 on the CPU, else bfloat16")
-    add("--prompt-embeds", help="Wan's encoded prompt, rows (L, 4096), see the README", **file)
-    add("--negative-embeds", help="the same of what guidance leads away from", **given | file)
-    add("--clip-embeds", help="the encoded image, rows (257, 1280)", **file)
+    add("--text-encoder", help="a -Diffusers repository with Wan's; default: --weights, if it is one", **file)
+    add("--image-encoder", help="the same of CLIP; default: that of --text-encoder", **file)
+    add("--negative-prompt", default=NEGATIVE_PROMPT, metavar="TEXT", help="what guidance leads away from; default: Wan's")
+    add("--prompt-embeds", help="instead of encoders: what they return, see the README", **file)
+    add = parser.add_argument_group("the papers' measures, printed in the end").add_argument
+    add("--reference", help="a video that starts with the image: PSNR and SSIM beside it", **file)
+    add("--found", help="tracks that a tracker found in an earlier --out of the same call: end-point error", **file)
+    add("--lpips", help="weights of LPIPS, see the README", **file)
     add = parser.add_argument_group("sampling").add_argument
     add("--sampler", choices=("stream", "teacher"), help="default: what the weights are")
     add("--control", choices=("sinusoid", "rgb"), help="tracks by the trained head, or drawn if there is none")
@@ -687,9 +787,11 @@ def parse_flags(argv):
 
 @contextlib.contextmanager
 def user_errors():
-    """What is wrong with a file of weights, as what the user can put right."""
+    """What is wrong with a file of weights, or missing to encode, as what the user can put right."""
     try:
         yield
+    except ImportError as e:
+        raise UserError(f"{e}: pip install transformers ftfy") from None
     except ValueError as e:
         raise UserError(str(e).splitlines()[0]) from None
 
@@ -714,7 +816,10 @@ def settle(args, weights, frames):
     c, own = weights.config, weights.own
     args.sampler = args.sampler or ("stream" if c.causal else "teacher")
     args.control = args.control or ("sinusoid" if weights.head or c.track_dim != c.out_dim else "rgb")
-    streams, text = args.sampler == "stream", args.prompt_embeds or c.text_dim != UMT5_DIM
+    if (weights.path / "text_encoder").is_dir():
+        args.text_encoder = args.text_encoder or weights.path
+    args.image_encoder = args.image_encoder or args.text_encoder
+    streams, text = args.sampler == "stream", args.prompt is not None or args.prompt_embeds or c.text_dim != UMT5_DIM
     if not own:
         shift, w_text = TEACHERS.get((c.dim, c.image_dim > 0), (5.0, 5.0))
         c = replace(c, **SELF_FORCING if streams else {"causal": False, "shift": shift, "guidance": (w_text, 0.0)})
@@ -737,12 +842,11 @@ def settle(args, weights, frames):
 def refuse(args, weights, c, frames):
     """Raise UserError, what to do, for the first of these conditions that is true. c: the config to sample with."""
     streams, drawn, umt5 = args.sampler == "stream", args.control == "rgb", c.text_dim == UMT5_DIM
-    negative = "negative_embeds" in args
     for condition, cure in [
         (weights.own and streams != c.causal,
          f"holds a {'student, use --sampler stream' if c.causal else 'teacher, use --sampler teacher'}"),
         *((flag in args, f"--{flag.replace('_', '-')} belongs to --sampler {'teacher' if streams else 'stream'}")
-          for flag in (("w_text", "w_motion", "negative_embeds") if streams else ("chunk", "sink", "window"))),
+          for flag in (("w_text", "w_motion") if streams else ("chunk", "sink", "window"))),
         (streams and c.window is None and frames > HISTORY and "window" not in args,
          f"trained to remember {HISTORY} frames, all of them; add --sink 1 --window 5 for more"),
         (streams and has_mask(c), "takes the image as a clip with a mask, which cannot stream; use --sampler teacher"),
@@ -752,39 +856,13 @@ def refuse(args, weights, c, frames):
         (args.tracks and drawn and c.track_dim != c.out_dim,
          f"takes no drawn tracks, its input for them has {c.track_dim} channels; drop --control"),
         (args.tracks and not drawn and not weights.head, "has no trained track head; --control rgb draws the tracks"),
-        (not umt5 and (args.prompt_embeds or negative), "reads words, give it --prompt and no encoded text"),
-        (umt5 and args.prompt is not None, "reads no words; encode them as the README says, give --prompt-embeds FILE"),
-        (umt5 and not args.prompt_embeds and (negative or "w_text" in args), "there is no text; give --prompt-embeds"),
-        (c.clip_dim and not args.clip_embeds, "reads the image by CLIP too; give --clip-embeds, see the README"),
-        (args.clip_embeds and not c.clip_dim, "has no image branch, drop --clip-embeds"),
+        (not umt5 and (args.prompt_embeds or args.text_encoder), "reads words, give it --prompt and nothing encoded"),
+        (umt5 and args.prompt is not None and not args.text_encoder, "reads no words; give --text-encoder to encode them"),
+        (args.prompt is not None and args.prompt_embeds, "takes one text; drop --prompt or --prompt-embeds"),
+        (umt5 and args.prompt is None and not args.prompt_embeds and "w_text" in args, "there is no text; give --prompt"),
     ]:
         if condition:
             raise UserError(f"{weights.path}: {cure}")
-
-
-def load_rows(path, least, most, channels):
-    """The one tensor of a file, (L, channels), followed by zeros, which the DiT sees: (1, most, channels) float32."""
-    tensors = [*read_tensors(path)[0].values()]
-    if [t.shape[1:] for t in tensors] != [(channels,)] or not least <= len(tensors[0]) <= most:
-        raise ValueError(f"{path}: holds {[tuple(t.shape) for t in tensors[:3]]}, expected one tensor (L, {channels}), "
-                         f"{least} <= L <= {most}")
-    rows = tensors[0].float()
-    if not tensors[0].is_floating_point() or not rows.isfinite().all():
-        raise ValueError(f"{path}: holds NaN, infinity or whole numbers; encode it again")
-    return F.pad(rows, (0, 0, 0, most - len(rows)))[None]
-
-
-def read_encoded(args, c):
-    """(text, null_text, clip), each (1, L, channels) or None. null_text is what guidance leads away from."""
-    text, null = (load_rows(path, 1, c.text_len, UMT5_DIM) if path else None
-                  for path in (args.prompt_embeds, getattr(args, "negative_embeds", None)))
-    if c.text_dim != UMT5_DIM:
-        text = embed_words(c.prompt if args.prompt is None else args.prompt, c)
-    elif text is None:
-        print("note: no text at all, which Wan did not see in training; give --prompt-embeds")
-    elif null is None and not c.causal and c.guidance[0]:
-        print("note: guidance leads away from rows of zeros; give --negative-embeds, Wan's negative prompt")
-    return text, null, load_rows(args.clip_embeds, CLIP_ROWS, CLIP_ROWS, c.clip_dim) if c.clip_dim else None
 
 
 def open_vae(args, weights):
@@ -802,15 +880,15 @@ def open_vae(args, weights):
 
 
 @user_errors()
-def load_models(args, weights, config):
-    """The DiT, the VAE and what the DiT reads beside latents and tracks: (text, null_text, clip)."""
+def load_models(args, weights, config, image):
+    """The DiT, the VAE and what the DiT reads beside latents and tracks: (text, null_text, clip). image (1, 3, H, W)."""
     name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {name}: not available here") from None
     dtype = args.dtype if args.dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
-    vae, encoded = open_vae(args, weights).to(device), read_encoded(args, config)
+    vae, encoded = open_vae(args, weights).to(device), read_encoded(args, config, image, device)
     model = MotionStream.from_pretrained(weights.path, dtype=getattr(torch, dtype), device=device, **vars(config))
     c = model.config
     memory = f"c{c.chunk}s{c.sink}w{'full' if c.window is None else c.window}" if c.causal else "whole clip"
@@ -862,21 +940,30 @@ def run(argv):
         *arrays, tracks_fps = load_tracks(args.tracks, image.size)
     elif args.tracks:
         *arrays, tracks_fps = follow(args.tracks, length)
+    if (args.found or args.lpips) and not args.reference:
+        raise UserError("--found and --lpips belong to --reference")
     args.out = args.out or (None if args.interactive else Path("out.mp4"))
     if args.out:
         check_output(args.out, args.image)
     tiny = ASSETS / ("tiny_teacher.safetensors" if args.sampler == "teacher" else "tiny.safetensors")
     weights, frames = inspect(args.weights or tiny), args.frames or len(arrays[0])
     config = settle(args, weights, MOST_FRAMES if args.interactive else frames)
+    pixels = fit_image(image, config.size)
     if args.interactive:
-        return serve(args, image, *load_models(args, weights, config))
+        return serve(args, image, *load_models(args, weights, config, pixels))
     if not args.tracks:
         print("note: no --tracks, nothing is specified")
     if tracks_fps and tracks_fps != config.fps:
         print(f"note: the tracks are at {tracks_fps:g} frames/s, the model at {config.fps}; they are not resampled")
-    motion, pixels = fit_tracks(arrays, image.size, frames, config, args.seed), fit_image(image, config.size)
-    pictures = generate(args, frames, pixels, motion, *load_models(args, weights, config))
+    motion = fit_tracks(arrays, image.size, frames, config, args.seed)
+    pictures = generate(args, frames, pixels, motion, *load_models(args, weights, config, pixels))
     factor = math.ceil(SHORTEST_SIDE / min(config.size))
+    if args.reference:
+        from test_motionstream import compared          # where all is measured
+        found, written = args.found, [factor * side for side in config.size[::-1]]
+        found = found and load_tracks(found, written)[0] / factor
+        with user_errors():
+            pictures = compared(pictures, args.reference, config, motion, found, args.lpips)
     opened = video_file(args.out, args.fps or config.fps) if args.out.suffix == ".mp4" else picture_file(args.out)
     with opened as append:
         noted = write_video(append, pictures, frames, motion if args.overlay else None, factor)

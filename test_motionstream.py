@@ -13,6 +13,7 @@ import contextlib
 import functools
 import http.client
 import importlib
+import importlib.util
 import io
 import itertools
 import json
@@ -31,6 +32,7 @@ import time
 import traceback
 import unittest
 import unittest.mock
+import weakref
 from collections import Counter, OrderedDict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -2149,6 +2151,40 @@ def test_what_is_kept_is_named_by_what_made_it():
         assert kept(count=9)[0] == 1 and kept(tracks="random")[1] != first[1]
 
 
+def with_transformers(test):
+    """The test, which skips where that package or ftfy is missing."""
+    @functools.wraps(test)
+    def run():
+        for name in "ftfy", "tokenizers", "transformers":
+            if not importlib.util.find_spec(name):
+                raise unittest.SkipTest(f"{name.upper()} IS NOT INSTALLED, nothing was encoded")
+        import transformers
+        transformers.utils.logging.disable_progress_bar()
+        test()
+    return run
+
+
+def small_encoders(here, width=64):
+    """The encoders of a -Diffusers repository in small, with random parameters, as files; returns (UMT5, CLIP)."""
+    import tokenizers
+    import transformers
+    words = {word: i for i, word in enumerate("<pad> </s> <unk> a small red cat & dog runs".split())}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>",
+                                         unk_token="<unk>").save_pretrained(here / "tokenizer")
+    umt5 = randomised(transformers.UMT5EncoderModel(transformers.UMT5Config(
+        vocab_size=100, d_model=width, d_kv=16, d_ff=160, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu",
+        dropout_rate=0.0))).bfloat16()
+    clip = randomised(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=224,
+        patch_size=14)))
+    umt5.save_pretrained(here / "text_encoder")
+    clip.save_pretrained(here / "image_encoder")
+    return umt5, clip
+
+
 def own_clips(here, names=("a", "sub/b", "c"), frames=45):
     """A folder of clips as users have it: videos of 64x48 pixels, tracks, some of them hidden, and texts."""
     for i, name in enumerate(names):
@@ -2163,10 +2199,10 @@ def own_clips(here, names=("a", "sub/b", "c"), frames=45):
     return here
 
 
-def encoded(data, weights, vae, frames=45):
+def encoded(data, weights, vae, frames=45, *encoders):
     """The README's recipe makes one file of a folder of clips; its path, and what it said."""
     out = data.with_suffix(".safetensors")
-    argv = ["encode.py", *map(str, (data, out, weights, vae, frames))]
+    argv = ["encode.py", *map(str, (data, out, weights, vae, frames, *encoders))]
     with quiet() as (said, _), unittest.mock.patch.object(sys, "argv", argv):
         exec(recipe("def clip(stem)"), {})
     return out, said.getvalue()
@@ -2219,6 +2255,23 @@ def test_the_readmes_recipe_crops_and_encodes_clips_with_their_tracks():
         assert measured.path("student") == here / "out" / "student.safetensors"
 
 
+@with_transformers
+def test_clips_prompts_are_encoded_for_wans_weights():
+    with folder() as here, unittest.mock.patch.object(sample, "CACHE", here / "kept"):
+        small_encoders(here / "encoders", width=4096)
+        weights = saved(here / "start.safetensors", MotionStream(replace(STUB, in_dim=48, track_dim=16, clip_dim=32,
+                                                                         size=(32, 48))))
+        data = own_clips(here / "data", ("a", "b"), frames=45)
+        (data / "a.txt").write_text("a red cat")
+        clips, said = encoded(data, weights, saved(here / "vae.safetensors", new_vae(STUB_VAE)), 45, here / "encoders")
+        tensors = load_file(clips)
+        assert "guidance" not in said and tensors["clip"].shape == (2, 257, 32), said
+        assert tensors["text"].shape == (2, 512, 4096)
+        text = sample.encode_texts(here / "encoders", "cpu", {"a": "a red cat"})["a"].float()
+        assert tensors["text"][0, :4].equal(text) and not tensors["text"][0, 4:].any()
+        assert not tensors["text"][1].equal(tensors["text"][0])
+
+
 def test_broken_clips_are_named_and_too_many_end_it():
     with folder() as here:
         data = own_clips(here / "data", [f"good{i}" for i in range(9)] + ["bad"])
@@ -2266,9 +2319,8 @@ def full_clips(here, clip_dim=0):
     """Clips for weights that read Wan's text, and those of an image branch."""
     data = own_clips(here / "data", ("a", "b"), frames=81)
     for name in "a", "b":
-        save_file({"rows": rand(7, 4096)}, data / f"{name}.safetensors")
-        if clip_dim:
-            save_file({"rows": rand(257, clip_dim)}, data / f"{name}.clip.safetensors")
+        rows = {"prompt": rand(7, 4096)} | ({"clip": rand(257, clip_dim)} if clip_dim else {})
+        save_file(rows, data / f"{name}.safetensors")
     return data
 
 
@@ -2711,6 +2763,59 @@ def test_a_video_is_there_whole_or_not_at_all():
         assert not list(here.iterdir())
         fail(sample.imageio_ffmpeg.count_frames_and_secs, False)
         assert [file.name for file in here.iterdir()] == ["out.mp4"]
+
+
+def test_similarity_is_that_of_scikit_image():
+    smooth = F.avg_pool2d(rand(2, 3, 40, 50), 5, 1, 2)
+    other = (smooth + 0.1 * rand(2, 3, 40, 50, seed=1)).clamp(-1, 1)
+    assert ssim(smooth, smooth).eq(1).all() and (ssim(smooth, other) < 0.9).all()
+    grey = torch.zeros(1, 3, 11, 11)
+    assert_near(ssim(grey, grey + 0.2), torch.tensor([(2 * 0.5 * 0.6 + 1e-4) / (0.25 + 0.36 + 1e-4)]).double(), 1e-6)
+    try:
+        from skimage.metrics import structural_similarity
+    except ImportError:
+        raise unittest.SkipTest("SCIKIT-IMAGE IS NOT INSTALLED, similarity was only checked at known values") from None
+    for a, b, ours in zip(smooth, other, ssim(smooth, other)):
+        theirs = structural_similarity((a / 2 + 0.5).double().numpy(), (b / 2 + 0.5).double().numpy(), data_range=1,
+                                       channel_axis=0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
+        assert abs(ours - theirs) < 1e-6, (ours, theirs)
+
+
+def test_a_reference_is_compared_frame_by_frame_and_tracks_point_by_point():
+    _, here = workplace()
+    frames, c = [np.full((24, 32, 3), 60 * i, np.uint8) for i in range(4)], replace(SMALL, size=(24, 32))
+    with sample.video_file(here / "reference.mp4", c.fps) as append:       # its middle is what the model's size shows
+        for frame in frames[:3]:
+            append(np.pad(frame + 8, ((0, 0), (6, 6), (0, 0)), constant_values=255))
+    motion = sample.Motion(torch.full((1, 4, 3, 2), 9.0), torch.tensor([[[1, 1, 0]] * 4]).bool(), None)
+    found = np.full((5, 3, 2), 9.0) + np.array([[3, 4], [0, 0], [900, 0]])
+    with quiet() as (out, _):
+        handed_on = list(compared(iter(frames), here / "reference.mp4", c, motion, found))
+    assert np.array_equal(handed_on, frames)
+    numbers = dict(re.findall(r"([A-Z]+) ([\d.]+)", out.getvalue().rpartition("frames: ")[2]))
+    assert "reference.mp4, 3 frames: " in out.getvalue() and numbers["EPE"] == "2.5", out.getvalue()
+    assert abs(float(numbers["PSNR"]) - 20 * math.log10(255 / 8)) < 1.5 and float(numbers["SSIM"]) > 0.5, numbers
+
+
+def test_the_papers_measures_are_printed_by_the_command():
+    _, here = workplace()
+    video, found, tracks = here / "first.mp4", here / "found.npz", np.load(here / "tracks.npy")
+    assert sampled(*command("--out", video))[0] == 0
+    np.savez(found, tracks=8 * (tracks - [0, 4]) + [24, 32])        # the image, 48x40, is cropped to 48x32, written larger
+    code, out, err = sampled(*command("--reference", video, "--found", found))
+    line = next(line for line in out.splitlines() if "PSNR" in line)
+    assert code == 0 and line.endswith("EPE 5") and out.splitlines()[-1].endswith("out.mp4"), (out, err)
+    _, other, _ = sampled(*command("--reference", video, "--seed", 1))
+    psnr, other = (float(re.search("PSNR ([0-9.]+)", text)[1]) for text in (line, other))
+    assert psnr > other + 2, (psnr, other)
+    np.savez(found, tracks=8 * (tracks[:, :2] - [0, 4]))
+    (here / "out.mp4").unlink()
+    for flags, cure in ((("--reference", video, "--found", found), "holds 2 tracks, 3 were given"),
+                        (("--reference", here / "tracks.npy"), "tracks.npy: cannot be read as a video"),
+                        (("--reference", here / "none.mp4"), "none.mp4: cannot be read as a video"),
+                        (("--found", found), "belong to --reference"), (("--lpips", found), "belong to --reference")):
+        code, _, err = sampled(*command(*flags))
+        assert code == 2 and cure in err and err.count("\n") == 1 and not (here / "out.mp4").exists(), (flags, err)
 
 
 def test_drags_and_pins_are_tracks_along_lines():
@@ -3220,9 +3325,9 @@ def wan_workplace():
     saved(path / "headed.safetensors", randomised(MotionStream(replace(STUB, in_dim=48, track_dim=16, size=(32, 48)))))
     saved(path / "headless.safetensors", new_model(causal=False), lambda t: t["track_head.conv.weight"].zero_())
     saved(path / "vae.safetensors", new_vae(STUB_VAE))
-    save_file({"prompt": rand(7, 4096)}, path / "prompt.safetensors")
-    save_file({"prompt": rand(9, 4096, seed=1).bfloat16()}, path / "negative.safetensors")
-    save_file({"image": rand(257, 32)}, path / "image.safetensors")
+    rows = {"prompt": rand(7, 4096), "negative": rand(9, 4096, seed=1).bfloat16(), "clip": rand(257, 32)}
+    save_file({"any": rows["prompt"]}, path / "prompt.safetensors")
+    save_file(rows, path / "encoded.safetensors")
     return here, path
 
 
@@ -3388,63 +3493,164 @@ def test_guidance_leads_away_from_the_null_text():
 
 def test_encoded_texts_reach_the_teacher_padded_with_zeros():
     _, here = wan_workplace()
-    texts = "--prompt-embeds", here / "prompt.safetensors", "--negative-embeds", here / "negative.safetensors"
+    texts, alone = (("--prompt-embeds", here / f"{name}.safetensors") for name in ("encoded", "prompt"))
     code, out, err, calls = wan_sampled("t2v.safetensors", *texts, "--frames", 1, "--steps", 2)
     assert code == 0 and "guidance leads away" not in out, (out, err)
     assert len(calls) == 2 and len(calls[0].x) == 2, "two evaluations in one batch: this model has no tracks"
     expected = F.pad(rand(7, 4096), (0, 0, 0, 505)), F.pad(rand(9, 4096, seed=1).bfloat16().float(), (0, 0, 0, 503))
     assert calls[0].text.equal(torch.stack(expected))
-    code, out, _, calls = wan_sampled("t2v.safetensors", *texts[:2], "--frames", 1, "--steps", 1)
-    assert code == 0 and "give --negative-embeds" in out and calls[0].text[1].count_nonzero() == 0
+    code, out, _, calls = wan_sampled("t2v.safetensors", *alone, "--frames", 1, "--steps", 1)
+    assert code == 0 and "no tensor named negative" in out and calls[0].text[1].count_nonzero() == 0
     code, out, _, calls = wan_sampled("t2v.safetensors", "--frames", 1, "--steps", 1)
     assert code == 0 and "no text at all" in out and calls[0].text is None and len(calls[0].x) == 1
-    code, _, _, calls = wan_sampled("self_forcing.pt", *texts[:2], "--frames", 13)
+    code, _, _, calls = wan_sampled("self_forcing.pt", *alone, "--frames", 13)
     assert code == 0 and [round(call.sigma[0, -1].item(), 3) for call in calls][:5] == [1, 0.938, 0.833, 0.625, 0]
     assert calls[0].text.equal(expected[0][None]) and calls[0].x[:, :, :1].equal(calls[4].x[:, :, :1])
 
 
 def test_encoded_texts_and_images_of_the_wrong_shape_are_refused():
+    c, args = replace(STUB, clip_dim=32, causal=True), SimpleNamespace(prompt=None)
     with folder() as here:
-        for name, tensors in (("rows", {"a": rand(513, 4096)}), ("width", {"a": rand(5, 4095)}),
-                              ("axes", {"a": rand(1, 5, 4096)}), ("two", {"a": rand(5, 4096), "b": rand(5, 4096)}),
-                              ("none", {"a": rand(0, 4096)}), ("nan", {"a": rand(5, 4096) / 0}), ("empty", {}),
-                              ("line", {"a": rand(4096)}), ("ids", {"a": torch.ones(5, 4096, dtype=torch.int64)})):
-            save_file(tensors, here / name)
-            assert_error(ValueError, str(here / name), sample.load_rows, here / name, 1, 512, 4096)
-        save_file({"a": rand(512, 4096)}, here / "full")
-        assert sample.load_rows(here / "full", 1, 512, 4096).equal(rand(512, 4096)[None])
-        assert_error(ValueError, "257 <= L <= 257", sample.load_rows, here / "full", 257, 257, 4096)
+        args.prompt_embeds = here / "rows"
+        good = {"prompt": rand(512, 4096), "clip": rand(257, 32)}
+        for wrong in ({"prompt": rand(513, 4096)}, {"prompt": rand(5, 4095)}, {"prompt": rand(1, 5, 4096)},
+                      {"prompt": rand(0, 4096)}, {"prompt": rand(5, 4096) / 0}, {"prompt": rand(4096)},
+                      {"prompt": torch.ones(5, 4096, dtype=torch.int64)}, {"negative": rand(5, 4095)},
+                      {"clip": rand(256, 32)}, {"clip": rand(257, 31)}, {"clip": rand(257, 32) / 0}):
+            save_file(good | wrong, args.prompt_embeds)
+            assert_error(ValueError, f"{here / 'rows'}: {[*wrong][0]} ", sample.read_encoded, args, c, None, "cpu")
+        for tensors in {"a": rand(5, 4096), "b": rand(5, 4096)}, {}:
+            save_file(tensors, args.prompt_embeds)
+            assert_error(ValueError, "no prompt", sample.read_encoded, args, c, None, "cpu")
+        save_file(good, args.prompt_embeds)
+        text, null, clip = sample.read_encoded(args, replace(c, text_len=513), None, "cpu")
+        assert text.equal(F.pad(good["prompt"], (0, 0, 0, 1))[None]) and null is None and clip.equal(good["clip"][None])
 
 
 def test_the_encoded_image_reaches_the_image_branch():
     _, here = wan_workplace()
-    flags = "--clip-embeds", here / "image.safetensors", "--tracks", workplace()[1] / "tracks.npy"
-    texts = "--prompt-embeds", here / "prompt.safetensors", "--negative-embeds", here / "negative.safetensors"
-    code, out, err, (call,) = wan_sampled("clip.safetensors", *flags, *texts, "--frames", 3, "--steps", 1)
+    flags = "--prompt-embeds", here / "encoded.safetensors"
+    tracks = "--tracks", workplace()[1] / "tracks.npy"
+    code, out, err, (call,) = wan_sampled("clip.safetensors", *flags, *tracks, "--frames", 3, "--steps", 1)
     assert code == 0 and "drawn as a control video" in out, (out, err)
     assert call.clip.equal(rand(257, 32).expand(2, -1, -1)) and call.tracks.count_nonzero()
     assert call.image.shape == call.tracks.shape == (2, 16, 3, 4, 6)
-    code, _, err, calls = wan_sampled("clip.safetensors", *flags[:2], "--sampler", "stream", "--frames", 3)
+    code, _, err, calls = wan_sampled("clip.safetensors", *flags, "--sampler", "stream", "--frames", 3)
     assert code == 0 and calls[0].clip.equal(rand(257, 32)[None]), err
-    code, _, err, _ = wan_sampled("clip.safetensors", "--clip-embeds", here / "prompt.safetensors")
-    assert code == 2 and "expected one tensor (L, 32), 257 <= L <= 257" in err, err
+    code, _, err, _ = wan_sampled("clip.safetensors", "--prompt-embeds", here / "prompt.safetensors")
+    assert code == 2 and "give --image-encoder" in err, err
+
+
+@with_transformers
+@torch.no_grad()
+def test_prompts_are_encoded_as_wan_does_it():
+    texts = {"a": " a  small red\ncat &amp;amp; dog ", "b": "", "c": "red " * 600, "d": "a\xa0red\u2028cat"}
+    ids = [[3, 4, 5, 6, 7, 8, 1], [1], [5] * 511 + [1], [3, 5, 6, 1]]                # the end of the sentence is kept
+    with folder() as here:
+        umt5, _ = small_encoders(here)
+        rows = sample.encode_texts(here, "cpu", texts)
+        for text, row in zip(rows.values(), ids):
+            padded = torch.tensor([row + [0] * (512 - len(row))])                    # Wan pads, and masks
+            hidden = umt5(padded, (torch.arange(512) < len(row)).long()[None]).last_hidden_state
+            assert text.shape == (len(row), 64) and text.dtype == torch.bfloat16
+            assert_near(text.float(), hidden[0, :len(row)].float(), 2e-2)
+        tensors = load_file(here / "text_encoder/model.safetensors")
+        save_file(tensors | {"shared.weight": 0 * tensors["shared.weight"]}, here / "text_encoder/model.safetensors",
+                  {"format": "pt"})
+        assert_error(sample.UserError, "pip install -U transformers", sample.encode_texts, here, "cpu", texts)
+        for part in "text_encoder", "tokenizer":
+            for file in (here / part).iterdir():
+                file.unlink()
+            with quiet():
+                assert_error(sample.UserError, f"{here / part}: no whole", sample.encode_texts, here, "cpu", texts)
+    assert len(sample.NEGATIVE_PROMPT.split("，")) == 28 and sample.NEGATIVE_PROMPT.endswith("倒着走")
+
+
+@with_transformers
+@torch.no_grad()
+def test_the_image_is_encoded_as_wan_does_it():
+    with folder() as here:
+        _, clip = small_encoders(here)
+        image = rand(1, 3, 32, 48).clamp(-1, 1)
+        resized = F.interpolate(image, (224, 224), mode="bicubic", align_corners=False) / 2 + 0.5
+        mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
+        std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
+        layers = clip(pixel_values=(resized - mean) / std, output_hidden_states=True).hidden_states
+        assert_near(sample.encode_image(here, "cpu", image)["clip"], layers[-2][0], 1e-5)
+
+
+def test_what_an_encoder_returned_is_kept_by_its_words_and_its_files():
+    calls = []
+
+    def encode(folder, device, what):
+        calls.append(what)
+        return {"rows": torch.full((2, 3), float(len(calls)))}
+
+    with folder() as here, unittest.mock.patch.object(sample, "CACHE", here / "sub/kept"):
+        (here / "encoder").mkdir()
+        (here / "encoder/model.safetensors").write_bytes(b"1")
+        one, other = rand(1, 3, 400, 600), rand(1, 3, 400, 600)
+        other[0, 1, 200, 300] += 1                                      # far inside: repr leaves that out
+        for what, expected in (("a", 1), ("bb", 2), ("a", 1), (one, 3), (other, 4), (one, 3)):
+            assert sample.kept(encode, here / "encoder", "cpu", what)["rows"].eq(expected).all(), what
+        (here / "encoder/model.safetensors").write_bytes(b"22")
+        assert sample.kept(encode, here / "encoder", "cpu", "a")["rows"].eq(5).all(), "another encoder, other rows"
+        assert not list((here / "sub/kept").glob(".*")) and len(list((here / "sub/kept").iterdir())) == 5
+
+
+@with_transformers
+def test_a_prompt_and_an_image_reach_weights_with_both_encoders_which_are_gone_by_then():
+    _, here = wan_workplace()
+    there, loaded, load = [], [], sample.pretrained
+
+    def loading(*args, **options):
+        loaded.append(weakref.ref(encoder := load(*args, **options)))
+        return encoder
+
+    def from_pretrained(*args, **options):
+        there.extend(ref() for ref in loaded)
+        return MotionStream.from_pretrained(*args, **options)
+
+    with folder() as at, folder() as cache, unittest.mock.patch.object(sample, "CACHE", cache), \
+            unittest.mock.patch.object(sample, "pretrained", loading), \
+            unittest.mock.patch.object(sample, "MotionStream", SimpleNamespace(from_pretrained=from_pretrained)):
+        small_encoders(at, width=4096)
+        flags = "--prompt", "a red cat", "--text-encoder", at, "--frames", 3, "--steps", 1
+        code, out, err, (call,) = wan_sampled("clip.safetensors", *flags, "--tracks", workplace()[1] / "tracks.npy")
+        assert code == 0 and "drawn as a control video" in out, (out, err)
+        assert len(loaded) == 3 and there == [None] * 3, "an encoder is in memory beside the DiT"
+        words = sample.encode_texts(at, "cpu", {"prompt": "a red cat", "negative": sample.NEGATIVE_PROMPT})
+        for row, word in zip(call.text, words.values()):
+            assert row.shape == (512, 4096) and row[len(word):].count_nonzero() == 0
+            assert row[:len(word)].equal(word.float())
+        assert call.clip.shape == (2, 257, 32) and call.clip.count_nonzero() and call.tracks.count_nonzero()
+        loaded.clear()
+        code, _, err, calls = wan_sampled("clip.safetensors", *flags, "--sampler", "stream")
+        assert code == 0 and not loaded and len(calls[0].text) == 1, "encoded twice"
+        assert calls[0].text[0].equal(call.text[0]) and calls[0].clip[0].equal(call.clip[0])
+        code, _, err, (again,) = wan_sampled("clip.safetensors", *flags, "--negative-prompt", "dog")
+        assert code == 0 and len(loaded) == 2 and not again.text[1].equal(call.text[1])
+        shutil.move(at / "image_encoder", at / "elsewhere")
+        code, _, err, _ = wan_sampled("clip.safetensors", *flags)
+        assert code == 2 and "image_encoder: no whole CLIPVisionModel" in err and err.count("\n") == 1, err
 
 
 def test_what_public_weights_lack_is_said_before_they_load():
     _, here = wan_workplace()
     tracks = "--tracks", workplace()[1] / "tracks.npy"
-    embeds, image = ("--prompt-embeds", here / "prompt.safetensors"), ("--clip-embeds", here / "image.safetensors")
-    negative = "--negative-embeds", here / "negative.safetensors"
-    cases = {("t2v", "--prompt", "a cat"): "--prompt-embeds", ("clip",): "--clip-embeds",
-             ("t2v", *image): "no image branch", ("t2v", "--w-text", 2): "there is no text",
+    embeds, encoder = ("--prompt-embeds", here / "prompt.safetensors"), ("--text-encoder", here / "none")
+    cases = {("t2v", "--prompt", "a cat"): "--text-encoder", ("clip",): "--image-encoder",
+             ("t2v", "--prompt", "a", *encoder, *embeds): "drop --prompt or --prompt-embeds",
+             ("t2v", "--prompt", "a", *encoder): ("none/tokenizer: no whole AutoTokenizer" if importlib.util.find_spec(
+                 "ftfy") else "No module named 'ftfy': pip install transformers ftfy"),
+             ("headless", *encoder): "reads words", ("t2v", "--w-text", 2): "there is no text",
              ("t2v", "--interactive"): "--interactive needs", ("headed", "--interactive"): "--interactive needs",
-             ("t2v", *negative): "there is no text", ("t2v", *tracks): "drop --tracks",
-             ("self_forcing", *embeds, *negative): "--negative-embeds belongs to --sampler teacher",
-             ("t2v", "--prompt-embeds", here / "t2v.safetensors"): "expected one tensor (L, 4096), 1 <= L <= 512",
+             ("t2v", *tracks): "drop --tracks",
+             ("t2v", "--prompt-embeds", here / "t2v.safetensors"): "and no prompt",
              ("t2v", "--prompt-embeds", here / "none.safetensors"): "none.safetensors",
              ("t2v", "--vae", workplace()[1] / "vae.safetensors"): "is this its VAE",
              ("t2v", "--frames", 90, "--sampler", "stream"): "--window",
-             ("headless", *embeds): "reads words", ("headless", *negative): "reads words"}
+             ("headless", *embeds): "reads words"}
     refuse = unittest.mock.Mock(side_effect=AssertionError("the model was loaded"))
     with unittest.mock.patch.object(MotionStream, "from_pretrained", refuse):
         for (weights, *flags), cure in cases.items():
@@ -3534,95 +3740,6 @@ def test_the_readmes_stream_from_standard_input_is_that_of_the_same_tracks():
     motion = sample.Motion(*motion, track_ids(*motion, model.config))
     latents = sample.stream(model, space["first"], motion, embed_words(model.config.prompt, model.config))
     assert np.array_equal(frames, list(sample.decode_frames(space["vae"], latents))) and len(frames) == 33
-
-
-def small_encoders(here):
-    """The encoders of a -Diffusers repository in small, with random parameters, as files; returns (UMT5, CLIP)."""
-    try:
-        import tokenizers
-        import transformers
-    except ImportError:
-        raise unittest.SkipTest("TRANSFORMERS IS NOT INSTALLED, nothing was encoded") from None
-    transformers.utils.logging.disable_progress_bar()
-    words = {word: i for i, word in enumerate("<pad> </s> <unk> a small red cat & dog runs".split())}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<unk>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>",
-                                         unk_token="<unk>").save_pretrained(here / "tokenizer")
-    umt5 = randomised(transformers.UMT5EncoderModel(transformers.UMT5Config(
-        vocab_size=100, d_model=4096, d_kv=16, d_ff=32, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu",
-        dropout_rate=0.0))).bfloat16()
-    clip = randomised(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=224,
-        patch_size=14)))
-    umt5.save_pretrained(here / "text_encoder")
-    clip.save_pretrained(here / "image_encoder")
-    return umt5, clip
-
-
-def test_the_readmes_recipe_encodes_a_prompt_and_an_image_as_wan_does():
-    here = Path(tempfile.mkdtemp())
-    try:
-        umt5, clip = small_encoders(here / "Wan2.1-I2V-14B-480P-Diffusers")
-        (here / "prompt.txt").write_text(" a  small red\ncat &amp;amp; dog ")
-        (here / "negative.txt").write_text("red " * 600)
-        shutil.copy(workplace()[1] / "image.png", here / "x.png")
-        with contextlib.chdir(here), torch.no_grad(), quiet():
-            exec(recipe("UMT5EncoderModel"), {})
-            for name, ids in ("prompt", [3, 4, 5, 6, 7, 8, 1]), ("negative", [5] * 511 + [1]):   # the end is kept
-                padded = torch.tensor([ids + [0] * (512 - len(ids))])                            # Wan pads, and masks
-                hidden = umt5(padded, (torch.arange(512) < len(ids)).long()[None]).last_hidden_state[0].float()
-                read = sample.load_rows(here / f"{name}.safetensors", 1, 512, 4096)[0]
-                assert_near(read[:len(ids)], hidden[:len(ids)], 2e-2)                            # bfloat16
-                assert read.shape == (512, 4096) and not read[len(ids):].any()
-            image = sample.fit_image(sample.load_image(here / "x.png"), (480, 832))
-            resized = F.interpolate(image, (224, 224), mode="bicubic", align_corners=False) / 2 + 0.5
-            mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
-            std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
-            layers = clip(pixel_values=(resized - mean) / std, output_hidden_states=True).hidden_states
-            assert_near(sample.load_rows(here / "clip.safetensors", 257, 257, 32)[0], layers[-2][0], 1e-5)
-        flags = [word for name in ("prompt", "negative", "clip")
-                 for word in (f"--{name}-embeds", here / f"{name}.safetensors")]
-        code, out, err, (call,) = wan_sampled("clip.safetensors", *flags, "--frames", 3, "--steps", 1)
-        assert code == 0 and call.text.shape == (2, 512, 4096) and call.clip.shape == (2, 257, 32), (out, err)
-    finally:
-        torch.set_grad_enabled(True)                                    # the recipe turns it off
-        shutil.rmtree(here)
-
-
-def test_the_readmes_recipe_measures_what_the_papers_do():
-    try:
-        import skimage.metrics
-    except ImportError:
-        raise unittest.SkipTest("SCIKIT-IMAGE IS NOT INSTALLED, nothing was measured") from None
-    size, frames = (480, 832), [rand(480, 832, 3, seed=i).clamp(-1, 1) for i in range(2)]
-    asked = []
-
-    class Lpips:
-        def __init__(self, net):
-            asked.append(net)
-
-        def __call__(self, a, b):
-            assert a.shape == b.shape == (1, 3, *size) and a.min() < 0
-            return (a - b).abs().mean()[None]
-
-    with folder() as here, contextlib.chdir(here), quiet() as (out, _):
-        for name, shift in ("result", 8), ("truth", 0):
-            with sample.video_file(here / f"{name}.mp4", 16) as append:
-                for frame in frames:
-                    smooth = F.avg_pool2d(frame.permute(2, 0, 1)[None], 31, 1, 15)[0].permute(1, 2, 0)
-                    append((smooth * 500 + 128 + shift).clip(0, 255).byte().numpy())
-        still = np.zeros((2, 3, 2), np.float32) + 100
-        np.savez("given.npz", tracks=still, visibility=np.array([[1, 1, 0], [1, 1, 1]]))
-        np.savez("found.npz", tracks=still + [[[3, 4], [0, 0], [900, 0]], [[0, 0]] * 3])
-        with unittest.mock.patch.dict(sys.modules, lpips=SimpleNamespace(LPIPS=Lpips)), \
-                unittest.mock.patch.object(sys, "argv", ["x", "result.mp4", "truth.mp4", "given.npz", "found.npz"]):
-            exec(recipe("structural_similarity"), {})
-    rows = dict(line.split(" ", 1) for line in out.getvalue().splitlines() if line.split(" ")[0].isupper())
-    assert float(rows["EPE"]) == 1 and asked == ["alex"] * 2
-    assert 0 < float(re.findall(r"[\d.]+", rows["LPIPS"])[0]) < 0.2
-    assert 28 < float(rows["PSNR"]) < 32 and 0.9 < float(rows["SSIM"]) < 1, rows         # 8 of 255 are 30 dB
 
 
 def test_readme_table_points_at_the_code():
@@ -3830,6 +3947,55 @@ def evaluate(run, stage):
             print(f"| {label} |", " | ".join(f"{result[name]:.2f}" for name in names), "|")
     curves = {label: [(t["from"], t["mean"]) for t in row["tenths"]] for label, row in done["streams"].items()}
     td.plot(run.out / f"{stage}.png", curves, "end-point error, % of the width, over frames")
+
+
+def ssim(a, b):
+    """Structural similarity (B,) of pictures (B, 3, H, W) in [-1, 1], by Gaussian windows of 11x11 pixels, sigma 1.5
+    (Wang et al. 2004)."""
+    bell = torch.exp(-torch.arange(-5, 6) ** 2 / 4.5)
+    window = (bell[:, None] * bell / bell.sum() ** 2).expand(3, 1, 11, 11)
+    a, b = a.double() / 2 + 0.5, b.double() / 2 + 0.5
+    mean_a, mean_b, aa, bb, ab = (F.conv2d(x, window.double(), groups=3) for x in (a, b, a * a, b * b, a * b))
+    near = (2 * mean_a * mean_b + 0.01 ** 2) / (mean_a ** 2 + mean_b ** 2 + 0.01 ** 2)
+    alike = (2 * (ab - mean_a * mean_b) + 0.03 ** 2) / (aa - mean_a ** 2 + bb - mean_b ** 2 + 0.03 ** 2)
+    return (near * alike).mean((1, 2, 3))
+
+
+def compared(frames, path, config, motion, found=None, lpips=None):
+    """sample.py --reference: hands on the frames, uint8 (H, W, 3), and in the end prints how near they are to those of
+    the video `path`, cropped as the image is, as long as there are both: the mean PSNR, SSIM and, if its weights are
+    given, LPIPS of a frame; and if tracks `found` (T, N, 2) are, the mean distance in pixels from the visible ones of
+    `motion`. Raises ValueError if a file cannot be read or does not fit."""
+    try:
+        reader = imageio.get_reader(path)
+        others = iter(reader)
+        others, fps = itertools.chain([next(others)], others), reader.get_meta_data().get("fps", config.fps)
+    except Exception as e:                                              # of a dozen kinds
+        raise ValueError(f"{path}: cannot be read as a video ({str(e).strip().splitlines()[0][:99]})") from None
+    if found is not None and found.shape[1] != motion.tracks.shape[2]:
+        raise ValueError(f"--found: holds {found.shape[1]} tracks, {motion.tracks.shape[2]} were given")
+    if abs(fps - config.fps) > 0.1:
+        print(f"note: {path} is at {fps:g} frames/s, the model at {config.fps}; it is not resampled")
+    distance = lpips and td.LPIPS.from_pretrained(lpips)
+
+    def measured():
+        rows = []
+        for frame in frames:
+            other = next(others, None)
+            if other is not None:
+                truth = sample.fit_image(Image.fromarray(other).convert("RGB"), config.size)
+                made = torch.from_numpy(frame).permute(2, 0, 1)[None] / 127.5 - 1
+                rows.append({"PSNR": td.psnr(made, truth), "SSIM": ssim(made, truth).item()}
+                            | ({"LPIPS": distance(made, truth).item()} if distance else {}))
+            yield frame
+        numbers = {name: np.mean([row[name] for row in rows]) for name in rows[0]}
+        if found is not None:
+            n = min(len(found), motion.tracks.shape[1])
+            apart = np.linalg.norm(motion.tracks[0, :n].numpy() - found[:n], axis=-1)
+            numbers["EPE"] = apart[motion.visible[0, :n].numpy()].mean()
+        print(f"{path}, {len(rows)} frames: {', '.join(f'{name} {value:.4g}' for name, value in numbers.items())}")
+
+    return measured()
 
 
 def forward_flops(c, tokens, seen):
