@@ -59,7 +59,7 @@ TRAIL = 12                  # frames that a track's trail lasts in --overlay
 HISTORY = 81                # frames that weights without a window, which forget nothing, saw in training
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """What the user can put right: one line that says what was found and what to do."""
 
 
@@ -82,10 +82,8 @@ def has_mask(config):
 def image_inputs(config, first, frames):
     """How weights take the image: (channels of a clip of `frames` latents, clean latent frame 0), None what they do
     not take. first (B, C, 1, h, w): its latent; with a mask (B, C, frames, h, w), those of a clip grey after it."""
-    if has_mask(config):
-        channels = image_and_mask(first[:, :, :frames])
-    else:
-        channels = image_channels(first, frames) if config.image_dim else None
+    channels = image_channels(first, frames) if config.image_dim else None
+    channels = image_and_mask(first[:, :, :frames]) if has_mask(config) else channels
     clean = first[:, :, :1] if channels is None or config.out_dim == 48 else None       # Wan 2.2 5B may take both
     return channels, clean
 
@@ -198,19 +196,18 @@ def load_tracks(path, size):
     """A tracks file for an image of `size` (width, height), to: tracks (T, N, 2) float32 in pixels of that image,
     finite, visible (T, N) bool, ids (N,) int64, fps; the last two None if the file does not say."""
     try:
-        arrays = read_arrays(path)
-        tracks, visibility = arrays["tracks"], arrays.get("visibility")
-        check_layout(tracks, visibility)
-        tracks = tracks.astype(np.float32)
-        visible = read_visibility(tracks, visibility)
-        tracks = np.nan_to_num(tracks).clip(-1e6, 1e6)
-        own_size = np.array([scalar(arrays, "width") or size[0], scalar(arrays, "height") or size[1]])
-        check_units(tracks, visible, own_size)
-        tracks, ids = tracks * (np.array(size) / own_size).astype(np.float32), arrays.get("ids")
+        arrays, numbers = read_arrays(path), {"width": size[0], "height": size[1], "fps": None}
+        for name, value in arrays.items():
+            if name in numbers and (value.size != 1 or not 0 < value.item() < math.inf):
+                raise UserError(f"{name} must be one positive number, it is {np.array2string(value, threshold=4)}")
+            numbers |= {name: value.item()} if name in numbers else {}
+        own_size = np.array([numbers["width"], numbers["height"]])
+        tracks, visible = check_tracks(arrays["tracks"], arrays.get("visibility"), own_size)
+        ids = arrays.get("ids")
         if ids is not None and (ids.dtype.kind not in "iu" or ids.shape != tracks.shape[1:2] or ids.min() < 0
                                 or ids.max() >= 2 ** 32):
             raise UserError(f"ids are {ids.dtype} {ids.shape}, expected a whole number below 2**32 for each track")
-        return tracks, visible, ids, scalar(arrays, "fps")
+        return tracks * (np.array(size) / own_size).astype(np.float32), visible, ids, numbers["fps"]
     except (UserError, OSError) as e:
         raise UserError(f"{path}: {getattr(e, 'strerror', None) or e}") from None
     except Exception:           # damaged headers and zip files raise eight kinds, and numpy's texts advise unpickling
@@ -231,16 +228,9 @@ def read_arrays(path):
     return arrays
 
 
-def scalar(arrays, name):
-    """A positive number from the file, None if it is not there."""
-    value = arrays.get(name)
-    if value is not None and (value.size != 1 or not 0 < value.item() < math.inf):
-        raise UserError(f"{name} must be one positive number, it is {np.array2string(value, threshold=4)}")
-    return None if value is None else float(value.item())
-
-
-def check_layout(tracks, visibility):
-    """Refuse what is not (T, N, 2). Without visibility, a file with fewer than 5 frames looks swapped."""
+def check_tracks(tracks, visibility, size):
+    """Tracks (T, N, 2) as float32 and finite, and visible (T, N) bool: as the file says, else wherever the position is
+    not NaN. Refused is what cannot be pixels of a picture of `size` (width, height), frame by frame."""
     shape = tracks.shape
     if tracks.dtype.kind not in "iuf" or tracks.ndim != 3 or shape[2] != 2 or 0 in shape:
         raise UserError(f"tracks are {tracks.dtype} {shape}, expected numbers (T, N, 2): frames, tracks, x and y")
@@ -249,12 +239,8 @@ def check_layout(tracks, visibility):
     if visibility is None and shape[0] < 5 <= shape[1]:
         raise UserError(f"tracks have shape {shape} and look like (N, T, 2): save tracks.transpose(1, 0, 2), or, if "
                         "they are right, add visibility (T, N) to an .npz file")
-
-
-def read_visibility(tracks, visibility):
-    """visible (T, N) bool of tracks (T, N, 2): as the file says, else wherever the position is not NaN."""
-    if visibility is None:
-        visibility = ~np.isnan(tracks).any(-1)
+    tracks = tracks.astype(np.float32)
+    visibility = ~np.isnan(tracks).any(-1) if visibility is None else visibility
     if not ((visibility >= 0) & (visibility <= 1)).all():
         raise UserError("visibility must lie in 0..1; are these logits? Save visibility > 0")
     if not np.isin(visibility, (0, 1)).all():
@@ -264,11 +250,6 @@ def read_visibility(tracks, visibility):
     if len(wrong):
         raise UserError(f"{len(wrong)} visible points are NaN, infinite or beyond a million pixels, the first is frame "
                         f"{wrong[0][0]} of track {wrong[0][1]}; set their visibility to 0")
-    return visible
-
-
-def check_units(tracks, visible, size):
-    """Refuse positions that cannot be pixels of a picture of `size` (width, height)."""
     points, start = tracks[visible], tracks[0][visible[0]]      # (n, 2)
     if len(points) and abs(points).max() <= 1:
         raise UserError("all positions lie in [-1, 1] and must be pixels: multiply by the image's width and height")
@@ -277,14 +258,16 @@ def check_units(tracks, visible, size):
         raise UserError(f"{outside} of {len(start)} points of frame 0 lie outside the image of {size[0]:.0f}x"
                         f"{size[1]:.0f} pixels: is the order y, x? If they are for a picture of another size, add its "
                         "width and height to an .npz file")
+    return np.nan_to_num(tracks).clip(-1e6, 1e6), visible
 
 
 def follow(paths, frames):
     """What load_tracks returns, of tracks that follow paths, each points (P, 2), in `frames` frames: each stretch takes
     as long; one point alone is pinned."""
-    times = [np.linspace(0, len(points) - 1, frames) for points in paths]
-    tracks = np.stack([np.stack([np.interp(t, np.arange(len(points)), axis) for axis in points.T], 1)
-                       for t, points in zip(times, paths)], 1).astype(np.float32)
+    tracks = np.zeros((frames, len(paths), 2), np.float32)
+    for n, points in enumerate(paths):
+        times = np.linspace(0, len(points) - 1, frames)
+        tracks[:, n] = np.stack([np.interp(times, range(len(points)), axis) for axis in points.T], 1)
     return tracks, np.ones(tracks.shape[:2], bool), None, None
 
 
@@ -375,8 +358,7 @@ def picture_file(path):
 def check_output(path, image):
     """Refuse a path for output that cannot be right, or is that of the image."""
     for wrong, what in ((path.suffix not in (".mp4", ".png"), "choose a name that ends in .mp4 or .png"),
-                        (not os.path.isdir(path.parent), f"there is no folder {path.parent}"),
-                        (not os.access(path.parent, os.W_OK), f"the folder {path.parent} is not writable"),
+                        (not os.access(path.parent, os.W_OK), f"the folder {path.parent} is missing or not writable"),
                         (os.path.isdir(path), "is a folder"),
                         (path.exists() and path.samefile(image), "is the image itself")):
         if wrong:
@@ -473,8 +455,8 @@ def kept(encode, folder, device, what):
 
 
 def read_encoded(args, c, image, device):
-    """(text, null_text, clip), each (1, L, channels) float32, with zeros for what is missing to the L that the DiT sees,
-    or None. null_text is what guidance leads away from. image (1, 3, H, W): what CLIP sees, if c has a branch for it."""
+    """(text, null_text, clip), each (1, L, channels) float32, zeros after its end, or None. null_text is what guidance
+    leads away from; clip is of the image (1, 3, H, W)."""
     if c.text_dim != UMT5_DIM:
         return embed_words(c.prompt if args.prompt is None else args.prompt, c), None, None
     tensors, source, rows = {}, args.prompt_embeds or CACHE, []
@@ -493,14 +475,12 @@ def read_encoded(args, c, image, device):
     for name, least, most, channels in (("prompt", 1, c.text_len, UMT5_DIM), ("negative", 1, c.text_len, UMT5_DIM),
                                         ("clip", CLIP_ROWS, CLIP_ROWS, c.clip_dim)):
         t = tensors.get(name) if channels else None
-        if t is not None and (t.shape[1:] != (channels,) or not least <= len(t) <= most):
-            raise ValueError(f"{source}: {name} is {(*t.shape,)}, expected (L, {channels}), {least} <= L <= {most}")
-        if t is not None and not (t.is_floating_point() and t.isfinite().all()):
-            raise ValueError(f"{source}: {name} holds NaN, infinity or whole numbers; encode it again")
+        if t is not None and (t.shape[1:] != (channels,) or not least <= len(t) <= most or not t.is_floating_point()
+                              or not t.isfinite().all()):
+            raise ValueError(f"{source}: {name} is {t.dtype} {(*t.shape,)}, expected finite floats (L, {channels}), "
+                             f"{least} <= L <= {most}")
         rows.append(None if t is None else F.pad(t.float(), (0, 0, 0, most - len(t)))[None])
-    if rows[0] is None:
-        print("note: no text at all, which Wan did not see in training; give --prompt")
-    elif rows[1] is None and not c.causal and c.guidance[0]:
+    if rows[1] is None and not c.causal and c.guidance[0]:
         print("note: guidance leads away from rows of zeros; --prompt-embeds holds no tensor named negative")
     return rows
 
@@ -764,7 +744,7 @@ def parse_flags(argv):
         help="of the model; default: float32 on the CPU, else bfloat16")
     add("--text-encoder", help="a -Diffusers repository with Wan's; default: --weights, if it is one", **file)
     add("--image-encoder", help="the same of CLIP; default: that of --text-encoder", **file)
-    add("--negative-prompt", default=NEGATIVE_PROMPT, metavar="TEXT", help="what guidance leads away from; default: Wan's")
+    add("--negative-prompt", default=NEGATIVE_PROMPT, metavar="TEXT", help="guidance leads away from it; default: Wan's")
     add("--prompt-embeds", help="instead of encoders: what they return, see the README", **file)
     add = parser.add_argument_group("the papers' measures, printed in the end").add_argument
     add("--reference", help="a video that starts with the image: PSNR and SSIM beside it", **file)
@@ -785,18 +765,6 @@ def parse_flags(argv):
     return parser.parse_args(argv)
 
 
-@contextlib.contextmanager
-def user_errors():
-    """What is wrong with a file of weights, or missing to encode, as what the user can put right."""
-    try:
-        yield
-    except ImportError as e:
-        raise UserError(f"{e}: pip install transformers ftfy") from None
-    except ValueError as e:
-        raise UserError(str(e).splitlines()[0]) from None
-
-
-@user_errors()
 def inspect(path):
     """What a file or folder tells: path, config, own (it says how it is sampled), head (of tracks, not all zeros)."""
     tensors, metadata, file = read_weights(path)
@@ -816,32 +784,36 @@ def settle(args, weights, frames):
     c, own = weights.config, weights.own
     args.sampler = args.sampler or ("stream" if c.causal else "teacher")
     args.control = args.control or ("sinusoid" if weights.head or c.track_dim != c.out_dim else "rgb")
-    if (weights.path / "text_encoder").is_dir():
-        args.text_encoder = args.text_encoder or weights.path
+    args.text_encoder = args.text_encoder or (weights.path if (weights.path / "text_encoder").is_dir() else None)
     args.image_encoder = args.image_encoder or args.text_encoder
-    streams, text = args.sampler == "stream", args.prompt is not None or args.prompt_embeds or c.text_dim != UMT5_DIM
+    streams, said = args.sampler == "stream", args.prompt is not None or args.prompt_embeds
     if not own:
         shift, w_text = TEACHERS.get((c.dim, c.image_dim > 0), (5.0, 5.0))
         c = replace(c, **SELF_FORCING if streams else {"causal": False, "shift": shift, "guidance": (w_text, 0.0)})
     if args.steps:
         c = replace(c, steps=args.steps, sigmas=schedule(args.steps, c.shift))
-    w_text = getattr(args, "w_text", c.guidance[0] if text else 0.0)
+    w_text = getattr(args, "w_text", c.guidance[0] if said or c.text_dim != UMT5_DIM else 0.0)
     c = replace(c, guidance=(w_text, getattr(args, "w_motion", c.guidance[1])))
     c = replace(c, **{flag: getattr(args, flag) for flag in ("chunk", "sink", "window") if flag in args})
     refuse(args, weights, c, frames)
-    if not own:
-        how = "as Self-Forcing" if streams else f"shift {c.shift:g}, text guidance {c.guidance[0]:g}"
-        print(f"note: {weights.path} does not say how it is sampled: {args.sampler}, {how}")
-    if not (own or c.image_dim or c.out_dim == 48):
-        print(f"note: {weights.path} never learned to take an image; it enters as a clean first latent, at sigma 0")
-    if args.tracks and args.control == "rgb":
-        print("note: the tracks are drawn as a control video, in a style that is ours and that no weights have proven")
+    how = "as Self-Forcing" if streams else f"shift {c.shift:g}, text guidance {c.guidance[0]:g}"
+    for condition, note in [
+        (not own, f"does not say how it is sampled: {args.sampler}, {how}"),
+        (not (own or c.image_dim or c.out_dim == 48),
+         "never learned to take an image; it enters as a clean first latent, at sigma 0"),
+        (args.tracks and args.control == "rgb",
+         "takes tracks drawn as a control video, in a style that is ours and that no weights have proven"),
+        (c.text_dim == UMT5_DIM and not said, "gets no text at all, which Wan did not see in training; give --prompt"),
+    ]:
+        if condition:
+            print(f"note: {weights.path}: {note}")
     return c
 
 
 def refuse(args, weights, c, frames):
     """Raise UserError, what to do, for the first of these conditions that is true. c: the config to sample with."""
     streams, drawn, umt5 = args.sampler == "stream", args.control == "rgb", c.text_dim == UMT5_DIM
+    prompt, embeds, encoder = args.prompt is not None, args.prompt_embeds, args.text_encoder
     for condition, cure in [
         (weights.own and streams != c.causal,
          f"holds a {'student, use --sampler stream' if c.causal else 'teacher, use --sampler teacher'}"),
@@ -856,10 +828,10 @@ def refuse(args, weights, c, frames):
         (args.tracks and drawn and c.track_dim != c.out_dim,
          f"takes no drawn tracks, its input for them has {c.track_dim} channels; drop --control"),
         (args.tracks and not drawn and not weights.head, "has no trained track head; --control rgb draws the tracks"),
-        (not umt5 and (args.prompt_embeds or args.text_encoder), "reads words, give it --prompt and nothing encoded"),
-        (umt5 and args.prompt is not None and not args.text_encoder, "reads no words; give --text-encoder to encode them"),
-        (args.prompt is not None and args.prompt_embeds, "takes one text; drop --prompt or --prompt-embeds"),
-        (umt5 and args.prompt is None and not args.prompt_embeds and "w_text" in args, "there is no text; give --prompt"),
+        (not umt5 and (embeds or encoder), "reads words, give it --prompt and nothing encoded"),
+        (umt5 and prompt and not encoder, "reads no words, which --text-encoder encodes; or give --prompt-embeds"),
+        (prompt and embeds, "takes one text; drop --prompt or --prompt-embeds"),
+        (umt5 and not (prompt or embeds) and "w_text" in args, "there is no text; give --prompt"),
     ]:
         if condition:
             raise UserError(f"{weights.path}: {cure}")
@@ -879,9 +851,8 @@ def open_vae(args, weights):
     return vae
 
 
-@user_errors()
 def load_models(args, weights, config, image):
-    """The DiT, the VAE and what the DiT reads beside latents and tracks: (text, null_text, clip). image (1, 3, H, W)."""
+    """The DiT, the VAE and what the DiT reads besides, see read_encoded."""
     name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.zeros(1, device=name).device
@@ -932,16 +903,13 @@ def write_video(append, frames, total, motion, factor):
 def run(argv):
     """The program. Returns the exit code."""
     args = parse_flags(argv)
-    image, length = load_image(args.image), args.frames or 81               # of a video without tracks
-    *arrays, tracks_fps = np.zeros((length, 0, 2), np.float32), np.zeros((length, 0), bool), None, None
-    if args.interactive and (args.tracks or args.frames or args.overlay or str(args.out).endswith(".png")):
-        raise UserError("--interactive paints tracks on a page, records .mp4; drop --tracks, --frames and --overlay")
+    image, measured = load_image(args.image), args.reference or args.found or args.lpips
+    if args.interactive and (args.tracks or args.frames or args.overlay or measured or str(args.out).endswith(".png")):
+        raise UserError("--interactive paints tracks on a page, records .mp4; drop --tracks, --frames and the like")
     if isinstance(args.tracks, Path):
         *arrays, tracks_fps = load_tracks(args.tracks, image.size)
-    elif args.tracks:
-        *arrays, tracks_fps = follow(args.tracks, length)
-    if (args.found or args.lpips) and not args.reference:
-        raise UserError("--found and --lpips belong to --reference")
+    else:
+        *arrays, tracks_fps = follow(args.tracks or [], args.frames or 81)
     args.out = args.out or (None if args.interactive else Path("out.mp4"))
     if args.out:
         check_output(args.out, args.image)
@@ -958,12 +926,10 @@ def run(argv):
     motion = fit_tracks(arrays, image.size, frames, config, args.seed)
     pictures = generate(args, frames, pixels, motion, *load_models(args, weights, config, pixels))
     factor = math.ceil(SHORTEST_SIDE / min(config.size))
-    if args.reference:
+    if measured:
         from test_motionstream import compared          # where all is measured
-        found, written = args.found, [factor * side for side in config.size[::-1]]
-        found = found and load_tracks(found, written)[0] / factor
-        with user_errors():
-            pictures = compared(pictures, args.reference, config, motion, found, args.lpips)
+        found = args.found and load_tracks(args.found, [factor * side for side in config.size[::-1]])[0] / factor
+        pictures = compared(pictures, args.reference, config, motion, found, args.lpips)
     opened = video_file(args.out, args.fps or config.fps) if args.out.suffix == ".mp4" else picture_file(args.out)
     with opened as append:
         noted = write_video(append, pictures, frames, motion if args.overlay else None, factor)
@@ -976,11 +942,13 @@ def main(argv=None):
     warnings.filterwarnings("ignore", module="PIL")     # about damaged pictures; what is left unreadable gets our line
     try:
         return run(argv)
-    except (UserError, OSError) as e:                   # a full disk, say, while a page is recorded
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    except (ValueError, OSError) as e:                  # ValueError: of a file; OSError: a full disk, say
+        print(f"error: {str(e).splitlines()[0]}", file=sys.stderr)
+    except ImportError as e:                            # of what encodes prompts and images
+        print(f"error: {e}: pip install transformers ftfy", file=sys.stderr)
     except KeyboardInterrupt:
         return 130
+    return 2
 
 
 if __name__ == "__main__":

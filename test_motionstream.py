@@ -2792,8 +2792,8 @@ def test_a_reference_is_compared_frame_by_frame_and_tracks_point_by_point():
     with quiet() as (out, _):
         handed_on = list(compared(iter(frames), here / "reference.mp4", c, motion, found))
     assert np.array_equal(handed_on, frames)
-    numbers = dict(re.findall(r"([A-Z]+) ([\d.]+)", out.getvalue().rpartition("frames: ")[2]))
-    assert "reference.mp4, 3 frames: " in out.getvalue() and numbers["EPE"] == "2.5", out.getvalue()
+    numbers = dict(re.findall(r"([A-Z]+) ([\d.]+)", out.getvalue().rpartition(": ")[2]))
+    assert f"3 frames of {here / 'reference.mp4'}: " in out.getvalue() and numbers["EPE"] == "2.5", out.getvalue()
     assert abs(float(numbers["PSNR"]) - 20 * math.log10(255 / 8)) < 1.5 and float(numbers["SSIM"]) > 0.5, numbers
 
 
@@ -2801,19 +2801,21 @@ def test_the_papers_measures_are_printed_by_the_command():
     _, here = workplace()
     video, found, tracks = here / "first.mp4", here / "found.npz", np.load(here / "tracks.npy")
     assert sampled(*command("--out", video))[0] == 0
-    np.savez(found, tracks=8 * (tracks - [0, 4]) + [24, 32])        # the image, 48x40, is cropped to 48x32, written larger
+    np.savez(found, tracks=8 * (tracks - [0, 4]) + [24, 32])        # the image is cropped to 48x32 and written larger
     code, out, err = sampled(*command("--reference", video, "--found", found))
     line = next(line for line in out.splitlines() if "PSNR" in line)
     assert code == 0 and line.endswith("EPE 5") and out.splitlines()[-1].endswith("out.mp4"), (out, err)
     _, other, _ = sampled(*command("--reference", video, "--seed", 1))
     psnr, other = (float(re.search("PSNR ([0-9.]+)", text)[1]) for text in (line, other))
     assert psnr > other + 2, (psnr, other)
+    _, alone, _ = sampled(*command("--found", found))
+    assert "EPE 5" in alone.splitlines() and "PSNR" not in alone
     np.savez(found, tracks=8 * (tracks[:, :2] - [0, 4]))
     (here / "out.mp4").unlink()
     for flags, cure in ((("--reference", video, "--found", found), "holds 2 tracks, 3 were given"),
                         (("--reference", here / "tracks.npy"), "tracks.npy: cannot be read as a video"),
                         (("--reference", here / "none.mp4"), "none.mp4: cannot be read as a video"),
-                        (("--found", found), "belong to --reference"), (("--lpips", found), "belong to --reference")):
+                        (("--lpips", found), "--lpips belongs to --reference")):
         code, _, err = sampled(*command(*flags))
         assert code == 2 and cure in err and err.count("\n") == 1 and not (here / "out.mp4").exists(), (flags, err)
 
@@ -3962,38 +3964,42 @@ def ssim(a, b):
 
 
 def compared(frames, path, config, motion, found=None, lpips=None):
-    """sample.py --reference: hands on the frames, uint8 (H, W, 3), and in the end prints how near they are to those of
-    the video `path`, cropped as the image is, as long as there are both: the mean PSNR, SSIM and, if its weights are
-    given, LPIPS of a frame; and if tracks `found` (T, N, 2) are, the mean distance in pixels from the visible ones of
-    `motion`. Raises ValueError if a file cannot be read or does not fit."""
+    """sample.py --reference, --found, --lpips: hands on the frames, uint8 (H, W, 3), and in the end prints how near they
+    are to those of the video `path`, cropped as the image is, as long as there are both: the mean PSNR, SSIM and, by
+    the weights `lpips`, LPIPS of a frame; and if tracks `found` (T, N, 2) are given, the mean distance in pixels from
+    the visible ones of `motion`. Raises ValueError if a file cannot be read or does not fit."""
+    if lpips and not path:
+        raise ValueError("--lpips belongs to --reference")
     try:
-        reader = imageio.get_reader(path)
-        others = iter(reader)
-        others, fps = itertools.chain([next(others)], others), reader.get_meta_data().get("fps", config.fps)
+        reader = imageio.get_reader(path) if path else None
+        others = iter(reader or ())
+        others = itertools.chain([next(others)] if path else [], others)
     except Exception as e:                                              # of a dozen kinds
         raise ValueError(f"{path}: cannot be read as a video ({str(e).strip().splitlines()[0][:99]})") from None
     if found is not None and found.shape[1] != motion.tracks.shape[2]:
         raise ValueError(f"--found: holds {found.shape[1]} tracks, {motion.tracks.shape[2]} were given")
+    fps = reader.get_meta_data().get("fps", config.fps) if path else config.fps
     if abs(fps - config.fps) > 0.1:
         print(f"note: {path} is at {fps:g} frames/s, the model at {config.fps}; it is not resampled")
     distance = lpips and td.LPIPS.from_pretrained(lpips)
 
     def measured():
-        rows = []
+        rows, numbers = [], {}
         for frame in frames:
-            other = next(others, None)
-            if other is not None:
+            for other in itertools.islice(others, 1):
                 truth = sample.fit_image(Image.fromarray(other).convert("RGB"), config.size)
                 made = torch.from_numpy(frame).permute(2, 0, 1)[None] / 127.5 - 1
                 rows.append({"PSNR": td.psnr(made, truth), "SSIM": ssim(made, truth).item()}
                             | ({"LPIPS": distance(made, truth).item()} if distance else {}))
             yield frame
-        numbers = {name: np.mean([row[name] for row in rows]) for name in rows[0]}
+        for name in rows[0] if rows else ():
+            numbers[name] = np.mean([row[name] for row in rows])
         if found is not None:
             n = min(len(found), motion.tracks.shape[1])
             apart = np.linalg.norm(motion.tracks[0, :n].numpy() - found[:n], axis=-1)
             numbers["EPE"] = apart[motion.visible[0, :n].numpy()].mean()
-        print(f"{path}, {len(rows)} frames: {', '.join(f'{name} {value:.4g}' for name, value in numbers.items())}")
+        print(f"{len(rows)} frames of {path}: " if path else "", end="")
+        print(", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
 
     return measured()
 

@@ -46,7 +46,7 @@ from tqdm import tqdm
 from motionstream import (PRESETS, Block, KVCache, MotionStream, add_noise, by_chunk, embed_words, euler,
                           guided_velocity, image_channels, rollout, save_pretrained, schedule, shift_sigma, to_x0,
                           track_features, track_ids, with_first, write)
-from sample import ASSETS, UMT5_DIM, Parser, UserError, has_mask, hold_signals, inspect, number, open_vae, user_errors
+from sample import ASSETS, UMT5_DIM, Parser, UserError, has_mask, hold_signals, inspect, number, open_vae
 from vae import TINY, TinyVAE, read_tensors
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -485,7 +485,6 @@ def kept(run, name, source, count, make):
     return load_file(path)
 
 
-@user_errors()
 def own_clips(run, frames):
     """The tensors of --data, mapped, as film_clips yields them, of `frames` latents. UserError if they do not fit."""
     c, tensors = run.config, read_tensors(run.args.data)[0]
@@ -989,8 +988,8 @@ def main(argv=None):
             stage = args.stage.replace("all", "eval")
             run.check(stage)
             evaluate(run, stage)
-    except (UserError, OSError) as e:                   # a full disk, say, whatever was written: files are whole
-        print(f"error: {e}", file=sys.stderr)
+    except (ValueError, OSError) as e:                  # of a file; a full disk, say, whatever was written is whole
+        print(f"error: {str(e).splitlines()[0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:                           # outside a training step: while filming, say
         return 130
