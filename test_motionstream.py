@@ -1090,6 +1090,66 @@ def test_a_file_changed_after_loading_does_not_change_the_model():
                 assert same_tensors(model, tensors), path
 
 
+LOADING = """
+import sys, threading, time
+import torch
+from safetensors.torch import load_file
+from motionstream import MotionStream
+
+def anonymous():                            # kB of memory that is no file's
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+def watch():
+    while True:
+        peak[0] = max(peak[0], anonymous())
+        time.sleep(0.002)
+
+before = anonymous()
+peak = [before]
+threading.Thread(target=watch, daemon=True).start()
+started = time.perf_counter()
+if sys.argv[2] == "copy":                   # a plain load_file only maps; read once, it has done what a load must
+    loaded = {name: t.clone() for name, t in load_file(sys.argv[1]).items()}
+else:
+    loaded = MotionStream.from_pretrained(sys.argv[1])
+print(time.perf_counter() - started, (peak[0] - before) * 1024)
+"""
+
+
+@slow
+def test_loading_wan_1_3b_takes_about_the_memory_of_its_file():
+    if not Path("/proc/self/status").exists():
+        raise unittest.SkipTest("NO /proc HERE, memory was not measured")
+    with torch.device("meta"):
+        shapes = {name: t.shape for name, t in MotionStream(PRESETS["motionstream-1.3b"]).state_dict().items()}
+    with folder() as here:
+        path = here / "a.safetensors"
+        save_file({name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}, path)
+        size = path.stat().st_size
+        for way in "copy", "from_pretrained":
+            runs = [subprocess.run([sys.executable, "-c", LOADING, path, way], cwd=HERE, check=True,
+                                   capture_output=True, text=True).stdout.split() for _ in range(5)]
+            seconds, peak = (sorted(map(float, column)) for column in zip(*runs))
+            print(f"{size / 1e9:.2f} GB by {way}: {seconds[2]:.2f} s ({seconds[0]:.2f} to {seconds[-1]:.2f}), anonymous "
+                  f"memory {peak[2] / size:.2f} of the file")
+        assert peak[-1] < 1.3 * size, (peak, size)
+
+
+@slow
+@torch.no_grad()
+def test_bfloat16_beside_float32_at_the_size_of_wan_1_3b():
+    c = PRESETS["motionstream-1.3b"]
+    x, sigma, text = rand(1, 16, 3, 8, 8), torch.tensor([0.833]), 0.1 * rand(1, 20, 4096, seed=1)
+    given = {"tracks": rand(1, 16, 3, 8, 8, seed=2), "clip": rand(1, 257, 1280, seed=3)}
+    with folder() as here:
+        saved(here / "a.safetensors", randomised(MotionStream(c)), dtype=torch.bfloat16)
+        exact = MotionStream.from_pretrained(here / "a.safetensors", dtype=torch.float32)(x, sigma, text, **given)
+        rounded = MotionStream.from_pretrained(here / "a.safetensors")(x, sigma, text, **given)
+    error = ((rounded - exact).norm() / exact.norm()).item()
+    print(f"the velocity in bfloat16 is {100 * error:.2f} % (relative L2) from that in float32, of the same weights")
+    assert error < 0.02, error
+
+
 def test_config_json_tells_what_tensors_do_not():
     with folder() as here:
         save_file(public(), here / "a.safetensors")
