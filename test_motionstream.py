@@ -3606,8 +3606,9 @@ def test_the_encoded_image_reaches_the_image_branch():
 @with_transformers
 @torch.no_grad()
 def test_prompts_are_encoded_as_wan_does_it():
-    texts = {"a": " a  small red\ncat &amp;amp; dog ", "b": "", "c": "red " * 600, "d": "a\xa0red\u2028cat"}
-    ids = [[3, 4, 5, 6, 7, 8, 1], [1], [5] * 511 + [1], [3, 5, 6, 1]]                # the end of the sentence is kept
+    texts = {"a": " a  small red\ncat &amp;amp; dog ", "b": "", "c": "red " * 600, "d": "a\xa0red\u2028cat",
+             "e": "<unk> &amp;amp; dog"}                                             # ftfy leaves what looks like HTML
+    ids = [[3, 4, 5, 6, 7, 8, 1], [1], [5] * 511 + [1], [3, 5, 6, 1], [2, 7, 8, 1]]  # the end of the sentence is kept
     with folder() as here:
         umt5, _ = small_encoders(here)
         rows = sample.encode_texts(here, "cpu", texts)
@@ -3655,9 +3656,12 @@ def test_what_an_encoder_returned_is_kept_by_its_words_and_its_files():
         other[0, 1, 200, 300] += 1                                      # far inside: repr leaves that out
         for what, expected in (("a", 1), ("bb", 2), ("a", 1), (one, 3), (other, 4), (one, 3)):
             assert sample.kept(encode, here / "encoder", "cpu", what)["rows"].eq(expected).all(), what
-        (here / "encoder/model.safetensors").write_bytes(b"22")
-        assert sample.kept(encode, here / "encoder", "cpu", "a")["rows"].eq(5).all(), "another encoder, other rows"
-        assert not list((here / "sub/kept").glob(".*")) and len(list((here / "sub/kept").iterdir())) == 5
+        model = here / "encoder/model.safetensors"
+        for change, expected in (lambda: os.utime(model, (1, 1)), 5), (lambda: model.write_bytes(b"22"), 6):
+            change()
+            os.utime(model, (1, 1))
+            assert sample.kept(encode, here / "encoder", "cpu", "a")["rows"].eq(expected).all(), "another encoder"
+        assert not list((here / "sub/kept").glob(".*")) and len(list((here / "sub/kept").iterdir())) == 6
 
 
 @with_transformers
@@ -3692,6 +3696,10 @@ def test_a_prompt_and_an_image_reach_weights_with_both_encoders_which_are_gone_b
         assert calls[0].text[0].equal(call.text[0]) and calls[0].clip[0].equal(call.clip[0])
         code, _, err, (again,) = wan_sampled("clip.safetensors", *flags, "--negative-prompt", "dog")
         assert code == 0 and len(loaded) == 2 and not again.text[1].equal(call.text[1])
+        (at / "transformer").mkdir()                                    # a repository with all of it
+        shutil.copy(here / "clip.safetensors", at / "transformer")
+        code, _, err, (again,) = wan_sampled(at, "--prompt", "a red cat", "--frames", 3, "--steps", 1)
+        assert code == 0 and again.text.equal(call.text) and again.clip.equal(call.clip), err
         shutil.move(at / "image_encoder", at / "elsewhere")
         code, _, err, _ = wan_sampled("clip.safetensors", *flags)
         assert code == 2 and "image_encoder: no whole CLIPVisionModel" in err and err.count("\n") == 1, err
