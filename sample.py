@@ -13,8 +13,6 @@ or an .npy file with the tracks alone. Without visibility, NaN is hidden. Shapes
 import argparse
 import collections
 import contextlib
-import hashlib
-import html
 import http.server
 import io
 import itertools
@@ -43,7 +41,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from motionstream import (SELF_FORCING, MotionStream, embed_words, euler, find_config, image_and_mask, image_channels,
@@ -51,6 +48,10 @@ from motionstream import (SELF_FORCING, MotionStream, embed_words, euler, find_c
 from vae import VAE_FILES, load_vae, read_tensors
 
 ASSETS = Path(__file__).resolve().parent / "assets"
+UMT5_DIM, CLIP_ROWS = 4096, 257     # of an encoded text, and of an encoded image
+NEGATIVE_PROMPT = (         # of Wan, what guidance leads away from
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
+    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
 LIMIT = 2 ** 30             # bytes of a tracks file, unpacked
 KNOWN = ("tracks", "visibility", "width", "height", "fps", "ids")       # arrays in it
 MOST_FRAMES = 1_000_000
@@ -392,97 +393,6 @@ def draw_control(vae, motion, config, frames):
         video[i] = draw_tracks(video[i], motion, i + 1, 1)
     pixels = torch.from_numpy(video).permute(3, 0, 1, 2)[None].to(next(vae.parameters()).device)
     return vae.encode(pixels / 127.5 - 1)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What Wan's weights read besides: a prompt, encoded by UMT5-XXL, and some the image, encoded by CLIP. Both run in the
-# package transformers, from the folders of a -Diffusers repository; what they return is kept on disk.
-
-UMT5_DIM, CLIP_ROWS = 4096, 257     # of an encoded text, and of an encoded image
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "motionstream"
-NEGATIVE_PROMPT = (                 # what Wan's guidance leads away from
-    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
-    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
-
-
-def pretrained(name, folder, **options):
-    """What transformers calls `name`, from its folder in a -Diffusers repository. The network is not asked."""
-    import transformers
-    try:
-        return getattr(transformers, name).from_pretrained(folder, local_files_only=True, **options)
-    except Exception as e:                              # of a dozen kinds
-        raise UserError(f"{folder}: no whole {name} ({str(e).strip().splitlines()[0][:99]}); give the -Diffusers "
-                        "repository that has it") from None
-
-
-@torch.inference_mode()
-def encode_texts(folder, device, texts):
-    """{name: text} to {name: rows (L, 4096)}, one for each token, the end of the sentence included, L <= 512. Cleaned
-    as in Wan: mended by ftfy, HTML entities resolved, white space collapsed. (It pads and masks, which is the same.)"""
-    import ftfy
-    tokenizer, rows = pretrained("AutoTokenizer", folder / "tokenizer"), {}
-    encoder = pretrained("UMT5EncoderModel", folder / "text_encoder", dtype=torch.bfloat16).to(device)
-    if not (encoder.shared.weight.any() and encoder.encoder.embed_tokens.weight.equal(encoder.shared.weight)):
-        raise UserError(f"{folder}: its table of tokens is empty once loaded, pip install -U transformers")
-    for name, text in texts.items():
-        text = " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
-        tokens = tokenizer(text, truncation=True, max_length=512, return_tensors="pt").input_ids.to(device)
-        rows[name] = encoder(tokens).last_hidden_state[0].cpu()
-    return rows
-
-
-@torch.inference_mode()
-def encode_image(folder, device, image):
-    """An image (1, 3, H, W) in [-1, 1] to {"clip": rows (257, C)}: the last layer but one of CLIP, which sees it
-    squeezed to 224x224, as in Wan."""
-    encoder = pretrained("CLIPVisionModel", folder / "image_encoder", dtype=torch.float32).to(device)
-    statistics = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-    mean, std = image.new_tensor(statistics).view(2, 3, 1, 1)
-    x = (F.interpolate(image, (224, 224), mode="bicubic") / 2 + 0.5 - mean) / std
-    return {"clip": encoder(x.to(device), output_hidden_states=True).hidden_states[-2][0].cpu()}
-
-
-def kept(encode, folder, device, what):
-    """encode(folder, device, what), now or in an earlier run: kept in a file that is named by `what`, and by what the
-    files of the encoder's folder are called, how large and how old they are."""
-    key = [what.numpy().tobytes() if torch.is_tensor(what) else what]
-    key += sorted((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in folder.resolve().rglob("*.*"))
-    path = CACHE / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.safetensors"
-    if not path.is_file():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        write(path, save_file, encode(folder, device, what))
-    return read_tensors(path)[0]
-
-
-def read_encoded(args, c, image, device):
-    """(text, null_text, clip), each (1, L, channels) float32, zeros after its end, or None. null_text is what guidance
-    leads away from; clip is of the image (1, 3, H, W)."""
-    if c.text_dim != UMT5_DIM:
-        return embed_words(c.prompt if args.prompt is None else args.prompt, c), None, None
-    tensors, source, rows = {}, args.prompt_embeds or CACHE, []
-    if args.prompt is not None:
-        texts = {"prompt": args.prompt, "negative": args.negative_prompt}
-        tensors = kept(encode_texts, args.text_encoder, device, texts)
-    elif args.prompt_embeds:
-        tensors = read_tensors(source)[0]
-        tensors = tensors if len(tensors) > 1 else {"prompt": tensor for tensor in tensors.values()}
-        if "prompt" not in tensors:
-            raise ValueError(f"{source}: holds {', '.join(tensors)[:80] or 'nothing'}, and no prompt")
-    if c.clip_dim and "clip" not in tensors:
-        if not args.image_encoder:
-            raise UserError(f"{args.weights}: reads the image by CLIP too; give --image-encoder")
-        tensors = tensors | kept(encode_image, args.image_encoder, device, image)
-    for name, least, most, channels in (("prompt", 1, c.text_len, UMT5_DIM), ("negative", 1, c.text_len, UMT5_DIM),
-                                        ("clip", CLIP_ROWS, CLIP_ROWS, c.clip_dim)):
-        t = tensors.get(name) if channels else None
-        if t is not None and (t.shape[1:] != (channels,) or not least <= len(t) <= most or not t.is_floating_point()
-                              or not t.isfinite().all()):
-            raise ValueError(f"{source}: {name} is {t.dtype} {(*t.shape,)}, expected finite floats (L, {channels}), "
-                             f"{least} <= L <= {most}")
-        rows.append(None if t is None else F.pad(t.float(), (0, 0, 0, most - len(t)))[None])
-    if rows[1] is None and not c.causal and c.guidance[0]:
-        print("note: guidance leads away from rows of zeros; --prompt-embeds holds no tensor named negative")
-    return rows
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -835,6 +745,38 @@ def refuse(args, weights, c, frames):
     ]:
         if condition:
             raise UserError(f"{weights.path}: {cure}")
+
+
+def read_encoded(args, c, image, device):
+    """(text, null_text, clip), each (1, L, channels) float32, zeros after its end, or None. null_text is what guidance
+    leads away from; clip is of the image (1, 3, H, W)."""
+    if c.text_dim != UMT5_DIM:
+        return embed_words(c.prompt if args.prompt is None else args.prompt, c), None, None
+    from train_distill import encode_image, encode_texts, kept_rows         # what needs more packages
+    tensors, source, rows = {}, args.prompt_embeds or "what was encoded", []
+    if args.prompt is not None:
+        texts = {"prompt": args.prompt, "negative": args.negative_prompt}
+        tensors = kept_rows(encode_texts, args.text_encoder, device, texts)
+    elif args.prompt_embeds:
+        tensors = read_tensors(source)[0]
+        tensors = tensors if len(tensors) > 1 else {"prompt": tensor for tensor in tensors.values()}
+        if "prompt" not in tensors:
+            raise ValueError(f"{source}: holds {', '.join(tensors)[:80] or 'nothing'}, and no prompt")
+    if c.clip_dim and "clip" not in tensors:
+        if not args.image_encoder:
+            raise UserError(f"{args.weights}: reads the image by CLIP too; give --image-encoder")
+        tensors = tensors | kept_rows(encode_image, args.image_encoder, device, image)
+    for name, least, most, channels in (("prompt", 1, c.text_len, UMT5_DIM), ("negative", 1, c.text_len, UMT5_DIM),
+                                        ("clip", CLIP_ROWS, CLIP_ROWS, c.clip_dim)):
+        t = tensors.get(name) if channels else None
+        if t is not None and (t.shape[1:] != (channels,) or not least <= len(t) <= most or not t.is_floating_point()
+                              or not t.isfinite().all()):
+            raise ValueError(f"{source}: {name} is {t.dtype} {(*t.shape,)}, expected finite floats (L, {channels}), "
+                             f"{least} <= L <= {most}")
+        rows.append(None if t is None else F.pad(t.float(), (0, 0, 0, most - len(t)))[None])
+    if rows[1] is None and not c.causal and c.guidance[0]:
+        print("note: guidance leads away from rows of zeros; --prompt-embeds holds no tensor named negative")
+    return rows
 
 
 def open_vae(args, weights):

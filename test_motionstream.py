@@ -52,6 +52,7 @@ from tqdm import tqdm
 
 import sample
 import train_distill as td
+from assets import world
 from motionstream import (PRESETS, KVCache, MotionStream, SelfAttention, TrackHead, add_noise, apply_rope,
                           embed_words, euler, find_config, guided_velocity, image_and_mask, joint_guidance,
                           rollout, rope_table, save_pretrained, schedule, sinusoid, to_x0, track_features, track_ids,
@@ -1532,15 +1533,15 @@ def centroid(weight):
 
 
 def test_tracks_on_objects_lie_on_the_pixels():
-    axis = torch.linspace(-1.2, 1.2, td.TEXTURE)
+    axis = torch.linspace(-1.2, 1.2, world.TEXTURE)
     for camera, motion in itertools.product((False, True), (0, 1, 2)):
-        scene = td.new_scenes(3, 45, seeded(motion), objects=1, camera=camera, attributes=(0, motion))
+        scene = world.new_scenes(3, 45, seeded(motion), objects=1, camera=camera, attributes=(0, motion))
         scene["backdrop"][:] = 0.5
         for point in 0, 1:                                     # the centre, and one that turns and breathes with it
             where = scene["points"][:, 0, point]               # paint nothing but a spot there
             spot = torch.exp(-((axis - where[:, :1, None]) ** 2 + (axis[:, None] - where[:, 1:, None]) ** 2) / 0.02)
             scene["texture"][:, 0] = torch.stack([spot * 0 + 1, spot * 0, spot * 0, spot], 1)
-            video, (tracks, visible) = td.film(scene, 128), td.scene_tracks(scene, 128, seeded())
+            video, (tracks, visible) = world.film(scene, 128), world.scene_tracks(scene, 128, seeded())
             checked = 0
             for b in range(3):
                 xy = tracks[b, :, point]
@@ -1552,44 +1553,44 @@ def test_tracks_on_objects_lie_on_the_pixels():
 
 
 def test_tracks_on_the_ground_lie_on_the_pixels():
-    scene = td.new_scenes(3, 45, seeded(), objects=0, camera=True, attributes=(0, None))
+    scene = world.new_scenes(3, 45, seeded(), objects=0, camera=True, attributes=(0, None))
     axis = torch.linspace(0, 1, 256)                            # the colour of a place says where it is
     x, y = torch.meshgrid(axis, axis, indexing="xy")
     scene["backdrop"] = torch.stack([x, y, x * 0]).expand(3, -1, -1, -1)
-    video, (tracks, visible) = td.film(scene, 128), td.scene_tracks(scene, 128, seeded(1))
-    tracks, visible = tracks[:, :, -td.GRID ** 2:], visible[:, :, -td.GRID ** 2:]
+    video, (tracks, visible) = world.film(scene, 128), world.scene_tracks(scene, 128, seeded(1))
+    tracks, visible = tracks[:, :, -world.GRID ** 2:], visible[:, :, -world.GRID ** 2:]
     assert visible.float().mean() > 0.5 and not visible.all() and tracks.std(1).max() > 5  # the camera moves them
     for b in range(3):
         seen = F.grid_sample(video[b].transpose(0, 1), tracks[b, :, None] / 64 - 1, align_corners=False)
         place = (seen[:, :2, 0] + 1) / 2 * 256                  # (T, 2, N) in pixels, as the backdrop is 2 widths wide
-        for n in range(td.GRID ** 2):
+        for n in range(world.GRID ** 2):
             mine = place[visible[b, :, n] & ((tracks[b, :, n] > 1) & (tracks[b, :, n] < 127)).all(-1), :, n]
             assert len(mine) < 2 or (mine - mine.mean(0)).norm(dim=-1).max() < 0.7
 
 
 def test_a_track_is_visible_exactly_where_its_object_is_seen():
-    scene = td.new_scenes(12, 45, seeded(3), objects=3, camera=False, attributes=(0, 0), flat=True)
+    scene = world.new_scenes(12, 45, seeded(3), objects=3, camera=False, attributes=(0, 0), flat=True)
     scene["backdrop"][:] = 0
-    video, (tracks, visible) = td.film(scene, 128), td.scene_tracks(scene, 128, seeded())
+    video, (tracks, visible) = world.film(scene, 128), world.scene_tracks(scene, 128, seeded())
     inside = ((tracks >= 0) & (tracks < 128)).all(-1)
     assert not visible[~inside].any()
     right, hidden = [], 0
     for b, k in itertools.product(range(12), range(3)):
-        n = k * td.POINTS                                       # the centre of object k
+        n = k * world.POINTS                                       # the centre of object k
         here = tracks[b, :, n].long().clamp(0, 127)
         pixel = video[b, :, torch.arange(45), here[:, 1], here[:, 0]].T / 2 + 0.5           # (T, 3)
         own = (pixel - scene["colour"][b, k]).abs().amax(1) < 0.1
         right += (own == visible[b, :, n])[inside[b, :, n]].tolist()
         hidden += (inside & ~visible)[b, :, n].sum().item()
     assert hidden > 20 and np.mean(right) > 0.97, (hidden, np.mean(right))
-    absent = td.scene_tracks(td.new_scenes(2, 9, seeded(), objects=1), 128, seeded())[1]
-    assert not absent[:, :, td.POINTS:td.OBJECTS * td.POINTS].any()
+    absent = world.scene_tracks(world.new_scenes(2, 9, seeded(), objects=1), 128, seeded())[1]
+    assert not absent[:, :, world.POINTS:world.OBJECTS * world.POINTS].any()
 
 
 def test_tracks_lie_on_their_object_and_all_over_it():
-    scene = td.new_scenes(64, 1, seeded(4))
+    scene = world.new_scenes(64, 1, seeded(4))
     points, (kind, sides) = scene["points"], scene["shape"]
-    edge = td.outline(kind[..., 0], sides[..., 0], torch.atan2(points[..., 1], points[..., 0]))
+    edge = world.outline(kind[..., 0], sides[..., 0], torch.atan2(points[..., 1], points[..., 0]))
     radius = points.norm(dim=-1) / edge                                                     # (B, K, POINTS)
     assert (radius[:, :, 0] == 0).all() and (radius[:, :, 1:] < 0.91).all()
     assert 0.55 < radius[:, :, 1:].mean() < 0.65 and radius.amax() > 0.85                   # 0.6: even over a disc
@@ -1597,9 +1598,9 @@ def test_tracks_lie_on_their_object_and_all_over_it():
 
 
 def test_a_shifted_video_has_the_error_of_its_shift_and_an_empty_one_has_lost_all():
-    scene = td.new_scenes(4, 9, seeded(2), objects=2, camera=False, attributes=(0, 0), flat=True)
+    scene = world.new_scenes(4, 9, seeded(2), objects=2, camera=False, attributes=(0, 0), flat=True)
     scene["backdrop"][:], scene["position"] = 0.5, 0.3 + 0.4 * scene["position"]           # far from the borders
-    truth = td.film(scene, 128)
+    truth = world.film(scene, 128)
     first = truth[:, :, :1]
     same = measure(truth, truth, first, scene)
     assert (same["median"], same["mean"], same["lost"], same["copying"]) == (0, 0, 0, 0) and same["psnr"] > 90
@@ -1621,13 +1622,13 @@ def test_a_case_says_and_does_what_its_name_says():
     def case(change=None, **options):
         return new_case("test", 2, 21, "dense", change, objects=2, **options)
 
-    (scene, told), n = case(), torch.arange(td.OBJECTS * td.POINTS)
+    (scene, told), n = case(), torch.arange(world.OBJECTS * world.POINTS)
     path, tracks, visible = scene["position"], told["tracks"], told["visible"]
     other, (jump, _) = case("other way"), case("teleport")
     assert_near((other[0]["position"] - path[:, :, :1])[:, :2, 1] * 1, (path[:, :, :1] - path)[:, :2, 1], 1e-4)
     step = jump["position"].diff(dim=2).norm(dim=-1)
     assert (step[:, :, 9] > 3 * step[:, :, :9].amax(2)).any() and step.shape[2] == 20
-    fast, slow = case(speed=2)[0]["position"], td.new_scenes(2, 42, seeded(td.seed_of("test")), objects=2, camera=False,
+    fast, slow = case(speed=2)[0]["position"], world.new_scenes(2, 42, seeded(td.seed_of("test")), objects=2, camera=False,
                                                               attributes=(0, 0), moving=True)["position"]
     assert fast.equal(slow[:, :, ::2])
     two = case("two ways")[1]["tracks"][:, :, n]
@@ -1638,7 +1639,7 @@ def test_a_case_says_and_does_what_its_name_says():
     assert late[:, 0].equal(visible[:, 0]) and not late[:, 1:13].any() and late[:, 13:].equal(visible[:, 13:])
     assert 0.4 < broken[:, 4:].sum() / visible[:, 4:].sum() < 0.6 and broken[:, :4].equal(visible[:, :4])
     drag = new_case("test", 2, 21, "drag", objects=2)[1]["visible"]
-    assert drag[:, :, n[n % td.POINTS == 0]].sum() == drag.sum() > 0 and drag.sum(2).max() <= 2
+    assert drag[:, :, n[n % world.POINTS == 0]].sum() == drag.sum() > 0 and drag.sum(2).max() <= 2
     assert not new_case("test", 2, 21, "none", objects=2)[1]["visible"].any()
 
 
@@ -1687,14 +1688,14 @@ def test_every_row_of_the_tables_can_be_played():
 def test_objects_start_apart():
     gaps = []
     for tries in 1, td.TRIES:
-        with unittest.mock.patch.object(td, "TRIES", tries):
-            start = td.new_scenes(60, 5, seeded())["position"][:, :, 0]
+        with unittest.mock.patch.object(world, "TRIES", tries):
+            start = world.new_scenes(60, 5, seeded())["position"][:, :, 0]
         gaps.append((torch.cdist(start, start) + 9 * torch.eye(3)).amin((1, 2)).mean())
     assert start.shape == (60, 3, 2) and gaps[1] > 1.5 * gaps[0], gaps
 
 
 def test_paths_are_smooth_and_stay_near_the_picture():
-    path = td.smooth_path(200, 90, torch.tensor(0.5), 14, seeded())
+    path = world.smooth_path(200, 90, torch.tensor(0.5), 14, seeded())
     assert path.shape == (200, 90, 2) and path.std() > 0.2
     assert path.min() >= -0.126 and path.max() <= 1.126        # a Catmull-Rom curve overshoots its knots by an eighth
     assert path.diff(dim=1).abs().max() < 0.2 and path.diff(dim=1).diff(dim=1).abs().max() < 0.05
@@ -1783,13 +1784,13 @@ def test_a_reward_scales_each_clips_own_gradient():
 
 
 def test_the_motion_reward_is_1_for_the_truth_and_0_for_a_picture_that_stands_still():
-    scene = td.new_scenes(6, 21, seeded(3), objects=2, camera=False, attributes=(0, 0), moving=True)
-    video, (tracks, visible) = td.film(scene, 64), td.scene_tracks(scene, 64, seeded())
+    scene = world.new_scenes(6, 21, seeded(3), objects=2, camera=False, attributes=(0, 0), moving=True)
+    video, (tracks, visible) = world.film(scene, 64), world.scene_tracks(scene, 64, seeded())
     start = scene["position"][:, :, :1]
     back = scene | {"position": (2 * start - scene["position"]).clamp(0.05, 0.95)}
     batch = {"tracks": tracks, "visible": visible & (torch.arange(88) < 16)}          # on the objects
     truth, still = td.motion_reward(video, batch), td.motion_reward(video[:, :, :1].expand_as(video), batch)
-    other = td.motion_reward(td.film(back, 64), batch)
+    other = td.motion_reward(world.film(back, 64), batch)
     assert truth.shape == (6,) and truth.mean() > 0.5 and still.equal(torch.zeros(6)), (truth, still)
     assert (truth > other + 0.2).all() and td.motion_reward(rand(*video.shape), batch).max() < 0, (truth, other)
     assert td.motion_reward(video, batch | {"visible": visible & False}).equal(torch.zeros(6))      # nothing was asked
@@ -2317,7 +2318,7 @@ def test_the_readmes_recipe_crops_and_encodes_clips_with_their_tracks():
 
 @with_transformers
 def test_clips_prompts_are_encoded_for_wans_weights():
-    with folder() as here, unittest.mock.patch.object(sample, "CACHE", here / "kept"):
+    with folder() as here, unittest.mock.patch.object(td, "CACHE", here / "kept"):
         small_encoders(here / "encoders", width=4096)
         weights = saved(here / "start.safetensors", MotionStream(replace(STUB, in_dim=48, track_dim=16, clip_dim=32,
                                                                          size=(32, 48))))
@@ -2327,7 +2328,7 @@ def test_clips_prompts_are_encoded_for_wans_weights():
         tensors = load_file(clips)
         assert "guidance" not in said and tensors["clip"].shape == (2, 257, 32), said
         assert tensors["text"].shape == (2, 512, 4096)
-        text = sample.encode_texts(here / "encoders", "cpu", {"a": "a red cat"})["a"].float()
+        text = td.encode_texts(here / "encoders", "cpu", {"a": "a red cat"})["a"].float()
         assert tensors["text"][0, :4].equal(text) and not tensors["text"][0, 4:].any()
         assert not tensors["text"][1].equal(tensors["text"][0])
 
@@ -3293,11 +3294,11 @@ def browsing(page, width=1280):
 
 
 def test_in_a_browser_one_object_goes_its_way_while_another_is_pinned():
-    scene = td.new_scenes(1, 1, seeded(3), objects=2, camera=False, attributes=(0, 0), flat=True)
+    scene = world.new_scenes(1, 1, seeded(3), objects=2, camera=False, attributes=(0, 0), flat=True)
     scene["position"][0, :2, 0], scene["radius"][:] = torch.tensor([[0.3, 0.35], [0.7, 0.7]]), 0.13
     red, blue = colours = [colour.tolist() for colour in scene["colour"][0, :2]]
     with folder() as here:
-        Image.fromarray(sample.to_frames(td.film(scene, 384))[0]).save(here / "two.png")
+        Image.fromarray(sample.to_frames(world.film(scene, 384))[0]).save(here / "two.png")
         flags = ("--image", here / "two.png", "--weights", HERE / "assets/tiny.safetensors",
                  "--vae", HERE / "assets/tiny_vae.safetensors", "--fps", "24")
         with served(*flags) as page, browsing(page) as browser:
@@ -3611,7 +3612,7 @@ def test_prompts_are_encoded_as_wan_does_it():
     ids = [[3, 4, 5, 6, 7, 8, 1], [1], [5] * 511 + [1], [3, 5, 6, 1], [2, 7, 8, 1]]  # the end of the sentence is kept
     with folder() as here:
         umt5, _ = small_encoders(here)
-        rows = sample.encode_texts(here, "cpu", texts)
+        rows = td.encode_texts(here, "cpu", texts)
         for text, row in zip(rows.values(), ids):
             padded = torch.tensor([row + [0] * (512 - len(row))])                    # Wan pads, and masks
             hidden = umt5(padded, (torch.arange(512) < len(row)).long()[None]).last_hidden_state
@@ -3620,12 +3621,12 @@ def test_prompts_are_encoded_as_wan_does_it():
         tensors = load_file(here / "text_encoder/model.safetensors")
         save_file(tensors | {"shared.weight": 0 * tensors["shared.weight"]}, here / "text_encoder/model.safetensors",
                   {"format": "pt"})
-        assert_error(sample.UserError, "pip install -U transformers", sample.encode_texts, here, "cpu", texts)
+        assert_error(sample.UserError, "pip install -U transformers", td.encode_texts, here, "cpu", texts)
         for part in "text_encoder", "tokenizer":
             for file in (here / part).iterdir():
                 file.unlink()
             with quiet():
-                assert_error(sample.UserError, f"{here / part}: no whole", sample.encode_texts, here, "cpu", texts)
+                assert_error(sample.UserError, f"{here / part}: no whole", td.encode_texts, here, "cpu", texts)
     assert len(sample.NEGATIVE_PROMPT.split("，")) == 28 and sample.NEGATIVE_PROMPT.endswith("倒着走")
 
 
@@ -3639,7 +3640,7 @@ def test_the_image_is_encoded_as_wan_does_it():
         mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
         std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
         layers = clip(pixel_values=(resized - mean) / std, output_hidden_states=True).hidden_states
-        assert_near(sample.encode_image(here, "cpu", image)["clip"], layers[-2][0], 1e-5)
+        assert_near(td.encode_image(here, "cpu", image)["clip"], layers[-2][0], 1e-5)
 
 
 def test_what_an_encoder_returned_is_kept_by_its_words_and_its_files():
@@ -3649,25 +3650,25 @@ def test_what_an_encoder_returned_is_kept_by_its_words_and_its_files():
         calls.append(what)
         return {"rows": torch.full((2, 3), float(len(calls)))}
 
-    with folder() as here, unittest.mock.patch.object(sample, "CACHE", here / "sub/kept"):
+    with folder() as here, unittest.mock.patch.object(td, "CACHE", here / "sub/kept"):
         (here / "encoder").mkdir()
         (here / "encoder/model.safetensors").write_bytes(b"1")
         one, other = rand(1, 3, 400, 600), rand(1, 3, 400, 600)
         other[0, 1, 200, 300] += 1                                      # far inside: repr leaves that out
         for what, expected in (("a", 1), ("bb", 2), ("a", 1), (one, 3), (other, 4), (one, 3)):
-            assert sample.kept(encode, here / "encoder", "cpu", what)["rows"].eq(expected).all(), what
+            assert td.kept_rows(encode, here / "encoder", "cpu", what)["rows"].eq(expected).all(), what
         model = here / "encoder/model.safetensors"
         for change, expected in (lambda: os.utime(model, (1, 1)), 5), (lambda: model.write_bytes(b"22"), 6):
             change()
             os.utime(model, (1, 1))
-            assert sample.kept(encode, here / "encoder", "cpu", "a")["rows"].eq(expected).all(), "another encoder"
+            assert td.kept_rows(encode, here / "encoder", "cpu", "a")["rows"].eq(expected).all(), "another encoder"
         assert not list((here / "sub/kept").glob(".*")) and len(list((here / "sub/kept").iterdir())) == 6
 
 
 @with_transformers
 def test_a_prompt_and_an_image_reach_weights_with_both_encoders_which_are_gone_by_then():
     _, here = wan_workplace()
-    there, loaded, load = [], [], sample.pretrained
+    there, loaded, load = [], [], td.pretrained
 
     def loading(*args, **options):
         loaded.append(weakref.ref(encoder := load(*args, **options)))
@@ -3677,15 +3678,15 @@ def test_a_prompt_and_an_image_reach_weights_with_both_encoders_which_are_gone_b
         there.extend(ref() for ref in loaded)
         return MotionStream.from_pretrained(*args, **options)
 
-    with folder() as at, folder() as cache, unittest.mock.patch.object(sample, "CACHE", cache), \
-            unittest.mock.patch.object(sample, "pretrained", loading), \
+    with folder() as at, folder() as cache, unittest.mock.patch.object(td, "CACHE", cache), \
+            unittest.mock.patch.object(td, "pretrained", loading), \
             unittest.mock.patch.object(sample, "MotionStream", SimpleNamespace(from_pretrained=from_pretrained)):
         small_encoders(at, width=4096)
         flags = "--prompt", "a red cat", "--text-encoder", at, "--frames", 3, "--steps", 1
         code, out, err, (call,) = wan_sampled("clip.safetensors", *flags, "--tracks", workplace()[1] / "tracks.npy")
         assert code == 0 and "drawn as a control video" in out, (out, err)
         assert len(loaded) == 3 and there == [None] * 3, "an encoder is in memory beside the DiT"
-        words = sample.encode_texts(at, "cpu", {"prompt": "a red cat", "negative": sample.NEGATIVE_PROMPT})
+        words = td.encode_texts(at, "cpu", {"prompt": "a red cat", "negative": sample.NEGATIVE_PROMPT})
         for row, word in zip(call.text, words.values()):
             assert row.shape == (512, 4096) and row[len(word):].count_nonzero() == 0
             assert row[:len(word)].equal(word.float())
@@ -3841,13 +3842,13 @@ def play(run, name, scene, points, text, **overrides):
     overrides: fields of Config."""
     vae, T = run.vae(), scene["pan"].shape[1]
     if name == "still":
-        yield td.film(scene, td.SIZE, 0, 1).expand(-1, -1, T, -1, -1)
+        yield world.film(scene, td.SIZE, 0, 1).expand(-1, -1, T, -1, -1)
         return
     if name == "vae":
-        yield vae.decode(vae.encode(td.film(scene, td.SIZE).to(run.device)))[0].cpu()
+        yield vae.decode(vae.encode(world.film(scene, td.SIZE).to(run.device)))[0].cpu()
         return
     model, state = run.model(name, **overrides), None
-    first = vae.encode(td.film(scene, td.SIZE, 0, 1).to(run.device))
+    first = vae.encode(world.film(scene, td.SIZE, 0, 1).to(run.device))
     tracks, visible = (points[key].to(run.device) for key in ("tracks", "visible"))
     motion = sample.Motion(tracks, visible, track_ids(tracks, visible, model.config))
     text = None if text is None else text.expand(len(first), -1, -1).to(run.device)
@@ -3864,11 +3865,11 @@ def play(run, name, scene, points, text, **overrides):
 def preview(run, stage):
     """Six frames of a dragged scene in rows: truth, that through the VAE, each model there is; then another scene."""
     rng = torch.Generator().manual_seed(td.seed_of("preview"))
-    scene = td.new_scenes(2, td.CLIP, rng, objects=2)
-    tracks, visible = td.scene_tracks(scene, td.SIZE, rng)
-    centres = torch.arange(tracks.shape[2]) % td.POINTS + torch.arange(tracks.shape[2]) // (td.OBJECTS * td.POINTS) == 0
+    scene = world.new_scenes(2, td.CLIP, rng, objects=2)
+    tracks, visible = world.scene_tracks(scene, td.SIZE, rng)
+    centres = torch.arange(tracks.shape[2]) % world.POINTS + torch.arange(tracks.shape[2]) // (world.OBJECTS * world.POINTS) == 0
     motion = {"tracks": tracks, "visible": visible & centres}
-    videos, text = [td.film(scene, td.SIZE)], torch.cat([embed_words(c, run.config) for c in scene["caption"]])
+    videos, text = [world.film(scene, td.SIZE)], torch.cat([embed_words(c, run.config) for c in scene["caption"]])
     models = [name for name in td.SHIPPED if run.path(name).exists()]
     videos += [torch.cat(list(play(run, name, scene, motion, text)), 2) for name in models]
     frames = torch.stack(videos, 1)[:, :, :, torch.linspace(0, td.CLIP - 1, 6).long()]         # (2, rows, 3, 6, H, W)
@@ -3922,20 +3923,20 @@ def new_case(seed, clips, frames, points="drag", change=None, speed=1, **options
     frames 1 to 12), "broken" (half of the pieces of 4 frames are missing)."""
     rng = torch.Generator().manual_seed(td.seed_of(seed))
     options = {"camera": False, "attributes": (0, 0), "moving": True} | options
-    scene = td.new_scenes(clips, frames * speed, rng, **options)
+    scene = world.new_scenes(clips, frames * speed, rng, **options)
     path, t = scene["position"][:, :, ::speed], torch.arange(frames)[:, None]
     back, jump = (2 * path[:, :, :1] - path).clamp(0.05, 0.95), torch.where(t < frames // 2, path, 1 - path)
     scene |= {key: scene[key][:, ::speed] for key in ("pan", "zoom", "gains", "spin", "pulse")}
     scene["position"] = {"other way": back, "teleport": jump}.get(change, path)
-    tracks, visible = td.scene_tracks(scene, td.SIZE, rng)
+    tracks, visible = world.scene_tracks(scene, td.SIZE, rng)
     n = torch.arange(tracks.shape[2])
     if change == "two ways":
-        tracks = torch.where(n[:, None] % 2 == 1, td.scene_tracks(scene | {"position": back}, td.SIZE, rng)[0], tracks)
+        tracks = torch.where(n[:, None] % 2 == 1, world.scene_tracks(scene | {"position": back}, td.SIZE, rng)[0], tracks)
     if change == "jittered":
         tracks = tracks + 0.02 * td.SIZE * torch.randn(tracks.shape, generator=rng)
     gaps = torch.rand(clips, frames // 4 + 1, len(n), generator=rng).repeat_interleave(4, 1)[:, :frames] < 0.5
     silent = {"late": (t > 0) & (t < 13), "broken": (t > 3) & gaps}.get(change, t < 0)
-    told = {"dense": n >= 0, "drag": (n < td.OBJECTS * td.POINTS) & (n % td.POINTS == 0), "none": n < 0}[points]
+    told = {"dense": n >= 0, "drag": (n < world.OBJECTS * world.POINTS) & (n % world.POINTS == 0), "none": n < 0}[points]
     return scene, {"tracks": tracks, "visible": visible & told & ~silent}
 
 
@@ -3944,12 +3945,12 @@ def eval_row(run, model="student", text=td.NEUTRAL, piece=None, **settings):
     once). Of each number the mean, and that of each tenth; drift: the standard deviation of PSNR over the pieces."""
     overrides = {key: settings.pop(key) for key in [*settings] if hasattr(run.config, key)}
     (scene, motion), piece = new_case(**settings), piece or settings["frames"]
-    first, start, rows, clock = td.film(scene, td.SIZE, 0, 1), 0, [], time.perf_counter()
+    first, start, rows, clock = world.film(scene, td.SIZE, 0, 1), 0, [], time.perf_counter()
     held = first[:, :, :0]
     for video in play(run, model, scene, motion, embed_words(text, run.config), **overrides):
         seconds, held = time.perf_counter() - clock, torch.cat([held, video], 2)            # of the latest chunk
         while held.shape[2] >= piece and start + piece <= settings["frames"]:
-            truth = td.film(scene, td.SIZE, start, start + piece)
+            truth = world.film(scene, td.SIZE, start, start + piece)
             rows.append({"from": float(start), **measure(held[:, :, :piece], truth, first, scene), "seconds": seconds})
             start, held = start + piece, held[:, :, piece:]
         clock = time.perf_counter()
@@ -3976,7 +3977,7 @@ def tables(run, stage):
                      if model["model"] != "teacher" or "flat" not in kind]
         text = [{"seed": f"text {light} {motion}", "attributes": (light, motion), "text": prompt}
                 for light, motion in ((1, 0), (2, 0), (0, 1), (0, 2))           # the right one, the wrong one (1 for 2)
-                for prompt in (td.caption(light, motion), td.caption(-light % 3, -motion % 3), td.NEUTRAL, None)]
+                for prompt in (world.caption(light, motion), world.caption(-light % 3, -motion % 3), td.NEUTRAL, None)]
         streams = [{"seed": f"stream {camera}", "camera": camera, "points": points, "sink": sink}
                    for camera, points in ((False, "drag"), (True, "dense")) for sink in (1, 0)]
         return {"following": (clip, following), "text": (clip | {"objects": 2, "piece": td.CLIP // 3}, text),
