@@ -1687,7 +1687,7 @@ def test_every_row_of_the_tables_can_be_played():
 
 def test_objects_start_apart():
     gaps = []
-    for tries in 1, td.TRIES:
+    for tries in 1, world.TRIES:
         with unittest.mock.patch.object(world, "TRIES", tries):
             start = world.new_scenes(60, 5, seeded())["position"][:, :, 0]
         gaps.append((torch.cdist(start, start) + 9 * torch.eye(3)).amin((1, 2)).mean())
