@@ -654,7 +654,7 @@ def parse_flags(argv):
         help="of the model; default: float32 on the CPU, else bfloat16")
     add("--text-encoder", help="a -Diffusers repository with Wan's; default: --weights, if it is one", **file)
     add("--image-encoder", help="the same of CLIP; default: that of --text-encoder", **file)
-    add("--negative-prompt", default=NEGATIVE_PROMPT, metavar="TEXT", help="guidance leads away from it; default: Wan's")
+    add("--negative-prompt", default=NEGATIVE_PROMPT, metavar="TEXT", help="guidance avoids it; default: Wan's")
     add("--prompt-embeds", help="instead of encoders: what they return, see the README", **file)
     add = parser.add_argument_group("the papers' measures, printed in the end").add_argument
     add("--reference", help="a video that starts with the image: PSNR and SSIM beside it", **file)
@@ -752,7 +752,7 @@ def read_encoded(args, c, image, device):
     leads away from; clip is of the image (1, 3, H, W)."""
     if c.text_dim != UMT5_DIM:
         return embed_words(c.prompt if args.prompt is None else args.prompt, c), None, None
-    from train_distill import encode_image, encode_texts, kept_rows         # what needs more packages
+    from train_distill import encode_images, encode_texts, kept_rows        # what needs more packages
     tensors, source, rows = {}, args.prompt_embeds or "what was encoded", []
     if args.prompt is not None:
         texts = {"prompt": args.prompt, "negative": args.negative_prompt}
@@ -765,7 +765,7 @@ def read_encoded(args, c, image, device):
     if c.clip_dim and "clip" not in tensors:
         if not args.image_encoder:
             raise UserError(f"{args.weights}: reads the image by CLIP too; give --image-encoder")
-        tensors = tensors | kept_rows(encode_image, args.image_encoder, device, image)
+        tensors = tensors | kept_rows(encode_images, args.image_encoder, device, {"clip": image})
     for name, least, most, channels in (("prompt", 1, c.text_len, UMT5_DIM), ("negative", 1, c.text_len, UMT5_DIM),
                                         ("clip", CLIP_ROWS, CLIP_ROWS, c.clip_dim)):
         t = tensors.get(name) if channels else None

@@ -2260,102 +2260,129 @@ def own_clips(here, names=("a", "sub/b", "c"), frames=45):
     return here
 
 
-def encoded(data, weights, vae, frames=45, *encoders):
-    """The README's recipe makes one file of a folder of clips; its path, and what it said."""
-    out = data.with_suffix(".safetensors")
-    argv = ["encode.py", *map(str, (data, out, weights, vae, frames, *encoders))]
-    with quiet() as (said, _), unittest.mock.patch.object(sys, "argv", argv):
-        exec(recipe("def clip(stem)"), {})
-    return out, said.getvalue()
+def encoded(flags, pictures=False):
+    """Files of the clips that a training with these flags sees, and what was said."""
+    with quiet() as (said, _):
+        files = td.own_clips(td.Run(td.parse_flags([str(word) for word in flags])), pictures)
+    return files, said.getvalue()
 
 
 def own_flags(here, data, *more):
-    """Flags of a training of small models on the clips in `data`, which are encoded first."""
+    """Flags of a training of small models on the clips in `data`."""
     start = saved(here / "start.safetensors", new_model(causal=False))
     vae = saved(here / "encoder.safetensors", new_vae())
-    clips, _ = encoded(data, start, vae)
-    return ["--smoke", "--data", str(clips), "--weights", str(start), "--vae", str(vae), "--out",
-            str(here / "out"), *more]
+    return ["--smoke", "--data", str(data), "--weights", str(start), "--vae", str(vae), "--out",
+            str(here / "runs" / "out"), *more]
 
 
-def test_the_readmes_recipe_crops_and_encodes_clips_with_their_tracks():
-    with folder() as here, quiet():
+def test_own_clips_are_cropped_and_encoded_with_their_tracks():
+    with folder() as here:
         flags = own_flags(here, own_clips(here / "data"))
-        run = td.Run(td.parse_flags(flags))
-        pool, images = (td.kept(run, name, "vae", 1, td.film_clips) for name in ("pool", "images4"))
+        run, (files, _) = td.Run(td.parse_flags(flags)), encoded(flags)
         names = "a", "c", "sub/b"
-        frames = [imageio.mimread(here / "data" / f"{name}.mp4", memtest=False) for name in names]
-        arrays = [np.load(here / "data" / f"{name}.npz") for name in names]
-        for i, (pictures, given) in enumerate(zip(frames, arrays)):
+        assert [file.relative_to(here / "runs/clips").as_posix().split(".")[0] for file in files] == [*names]
+        for name, clip in zip(names, map(load_file, files)):
+            pictures = imageio.mimread(here / "data" / f"{name}.mp4", memtest=False)
             # 64x48 covers 48x32 at scale 3/4, which leaves 36 rows: 2 go above, 2 below
             video = torch.stack([sample.fit_image(Image.fromarray(frame), (32, 48)) for frame in pictures], 2)
             with torch.no_grad():
-                assert pool["latents"][i].equal(run.vae().encode(video)[0].half())
-                assert_near(images["latents"][i].float(), run.vae().encode(video[:, :, :1])[0], 2e-3)
+                assert clip["latents"].equal(run.vae().encode(video).half())
+            given = np.load(here / "data" / f"{name}.npz")
             N, moved = given["tracks"].shape[1], given["tracks"] * 0.75 - (0, 2)
             seen = given["visibility"] & ((moved >= 0) & (moved < (48, 32))).all(-1)
-            assert pool["visible"][i, :, :N].numpy().tolist() == seen.tolist() and not pool["visible"][i, :, N:].any()
+            assert clip["visible"][0, :, :N].numpy().tolist() == seen.tolist() and not clip["visible"][0, :, N:].any()
             there = seen[..., None] * np.ones(2, bool)
-            assert abs(pool["tracks"][i, :, :N].numpy() - moved)[there].max() < 1e-4 and not seen[:, 0].any()
-        assert pool["tracks"].shape == (3, 45, 6, 2) and images["latents"].shape == (3, 4, 1, 4, 6)
-        assert pool["text"].equal(F.pad(embed_words("fading light", SMALL), (0, 0, 0, 3)).expand(3, -1, -1))
-        settings = run.settings("teacher")
-        os.utime(flags[2], (1, 1))
-        assert td.Run(td.parse_flags(flags)).settings("teacher") != settings       # other clips, another training
-        for file in (here / "data").rglob("*.mp4"):                 # pictures are enough to distil
+            assert abs(clip["tracks"][0, :, :N].numpy() - moved)[there].max() < 1e-4 and not seen[:, 0].any()
+            assert clip["tracks"].shape == (1, 45, 2500, 2) and clip["visible"].shape == (1, 45, 2500)
+            assert clip["text"].equal(F.pad(embed_words("fading light", SMALL), (0, 0, 0, 3)))
+        batch = td.pick(files, 50)
+        assert batch["latents"].shape == (50, 4, 12, 4, 6) and {*batch} == {"latents", "tracks", "visible", "text"}
+        assert len({clip.sum().item() for clip in batch["latents"].float()}) == 3
+        many = rand(45, 3000, 2).numpy() + 20
+        np.savez(here / "data/a.npz", tracks=many)
+        kept = load_file(encoded(flags)[0][0])["tracks"][0, 0, :, 0].numpy() / 0.75
+        assert len(kept) == 2500 and all(abs(many[0, :, 0] - x).min() < 1e-4 for x in kept)
+
+
+def test_own_clips_are_encoded_once_and_pictures_are_enough_to_distil():
+    with folder() as here:
+        flags, data = own_flags(here, own_clips(here / "data")), here / "data"
+        with unittest.mock.patch.object(td, "read_clip", wraps=td.read_clip) as read:
+            files, _ = encoded(flags)
+            again, _ = encoded(flags)
+            assert read.call_count == 3 and files == again
+            settings = td.Run(td.parse_flags(flags)).settings("teacher")
+            (data / "a.txt").write_text("steady light")
+            other, _ = encoded(flags)
+            assert read.call_count == 4 and other[0] != files[0] and other[1:] == files[1:]
+            assert td.Run(td.parse_flags(flags)).settings("teacher") != settings    # other clips, another training
+            encoded([*flags, "--rollout", "4"])
+            assert read.call_count == 4
+            _, said = encoded(own_flags(here, own_clips(here / "long", frames=93), "--rollout", "8"))
+            assert read.call_count == 7 and not said
+        (data / "a.txt").unlink()
+        with open(data / "clips.csv", "w") as file:
+            file.write("video,caption,score\na.mp4,\"warming light\",1\nc.mp4,none of this,2\n")
+        text = [load_file(file)["text"] for file in encoded(flags)[0]]
+        assert text[0].equal(F.pad(embed_words("warming light", SMALL), (0, 0, 0, 3))) and not text[0].equal(text[1])
+        for file in data.rglob("*.mp4"):
             Image.new("RGB", (64, 48)).save(file.with_suffix(".png"))
             file.unlink()
-        run = td.Run(td.parse_flags(own_flags(here, here / "data")))
-        assert td.own_clips(run, 1)["latents"].shape == (3, 4, 1, 4, 6)
-        assert_error(td.UserError, "latents is [3, 4, 1, 4, 6], [3, 4, 12, 4, 6] is wanted", td.own_clips, run, 12)
-        longer = td.Run(td.parse_flags(own_flags(here, here / "data", "--rollout", "8")))
-        assert_error(td.UserError, "tracks is [3, 45, 6, 2], [3, 93, 6, 2] is wanted", td.own_clips, longer, 1)
-        (here / "out").mkdir()
-        saved(here / "out" / "student.safetensors", new_model())    # of this run, whose VAE is elsewhere
-        measured = td.Run(td.parse_flags(["--stage", "eval", "--out", str(here / "out")]))
-        assert measured.path("student") == here / "out" / "student.safetensors"
+        files, _ = encoded(flags, pictures=True)
+        assert [load_file(file)["latents"].shape for file in files] == [(1, 4, 1, 4, 6)] * 3
+        assert_error(td.UserError, "0 of 3 clips can be used here; a clip is a.mp4, a.npz", encoded, flags)
+        (data / "empty").mkdir()
+        flags[2] = str(data / "empty")
+        assert_error(td.UserError, "0 of 0 clips can be used here", encoded, flags)
+        (here / "runs/out").mkdir()
+        saved(here / "runs/out" / "student.safetensors", new_model())   # of this run, whose VAE is elsewhere
+        measured = td.Run(td.parse_flags(["--stage", "eval", "--out", str(here / "runs/out")]))
+        assert measured.path("student") == here / "runs/out" / "student.safetensors"
 
 
 @with_transformers
 def test_clips_prompts_are_encoded_for_wans_weights():
-    with folder() as here, unittest.mock.patch.object(td, "CACHE", here / "kept"):
+    with folder() as here:
         small_encoders(here / "encoders", width=4096)
-        weights = saved(here / "start.safetensors", MotionStream(replace(STUB, in_dim=48, track_dim=16, clip_dim=32,
-                                                                         size=(32, 48))))
-        data = own_clips(here / "data", ("a", "b"), frames=45)
+        data, c = own_clips(here / "data", ("a", "b"), frames=81), replace(STUB, in_dim=48, track_dim=16, clip_dim=32)
+        weights = saved(here / "start.safetensors", MotionStream(replace(c, size=(32, 48), fps=16)))
+        flags = ["--data", data, "--weights", weights, "--vae", saved(here / "vae.safetensors", new_vae(STUB_VAE)),
+                 "--out", here / "runs/out"]
         (data / "a.txt").write_text("a red cat")
-        clips, said = encoded(data, weights, saved(here / "vae.safetensors", new_vae(STUB_VAE)), 45, here / "encoders")
-        tensors = load_file(clips)
-        assert "guidance" not in said and tensors["clip"].shape == (2, 257, 32), said
-        assert tensors["text"].shape == (2, 512, 4096)
-        text = td.encode_texts(here / "encoders", "cpu", {"a": "a red cat"})["a"].float()
-        assert tensors["text"][0, :4].equal(text) and not tensors["text"][0, 4:].any()
-        assert not tensors["text"][1].equal(tensors["text"][0])
+        with unittest.mock.patch.object(td, "pretrained", wraps=td.pretrained) as load:
+            files, said = encoded([*flags, "--text-encoder", here / "encoders"])
+            assert load.call_count == 3 and not said, "each encoder once"
+        a, b = map(load_file, files)
+        assert a["text"].shape == (1, 512, 4096) and a["clip"].shape == (1, 257, 32)
+        text = td.encode_texts(here / "encoders", "cpu", {"a": "a red cat"})["a"]
+        assert a["text"][0, :4].equal(text) and not a["text"][0, 4:].any() and not a["text"].equal(b["text"])
+        image = sample.fit_image(Image.fromarray(imageio.mimread(data / "a.mp4", memtest=False)[0]), (32, 48))
+        assert_near(a["clip"][0], td.encode_images(here / "encoders", "cpu", {"a": image})["a"], 1e-5)
+        assert_error(td.UserError, "0 of 2 clips", encoded, flags)
 
 
 def test_broken_clips_are_named_and_too_many_end_it():
     with folder() as here:
         data = own_clips(here / "data", [f"good{i}" for i in range(9)] + ["bad"])
-        models = saved(here / "start.safetensors", new_model(causal=False)), saved(here / "vae.safetensors", new_vae())
+        flags = own_flags(here, data)
         frames = imageio.mimread(data / "bad.mp4", memtest=False)
         good = {file: file.read_bytes() for file in data.iterdir()}
         for cause, name, damage in [
-            ("bad.txt", "bad.txt", Path.unlink), ("bad.mp4", "bad.mp4", Path.unlink),
+            ("bad.txt", "bad.txt", Path.unlink), ("bad.png: No such file", "bad.mp4", Path.unlink),
             ("bad.npz: damaged", "bad.npz", lambda path: path.write_text("no numbers")),
-            ("44 of 45 frames", "bad.mp4",
+            ("44 frames at 16 a second, 45 at 16 are wanted", "bad.mp4",
              lambda path: imageio.mimwrite(path, frames[:44], fps=16, macro_block_size=2)),
-            ("24.0 frames/s, the model has 16", "bad.mp4",
+            ("at 24 a second", "bad.mp4",
              lambda path: imageio.mimwrite(path, frames, fps=24, macro_block_size=2)),
             ("tracks of 44", "bad.npz", lambda path: np.savez(path, tracks=np.full((44, 2, 2), 20.0)))]:
             damage(data / name)
-            clips, said = encoded(data, *models)
-            assert f"left out: {data}/bad: " in said and cause in said and said.count("left out") == 1, (cause, said)
-            assert len(load_file(clips)["text"]) == 9
+            clips, said = encoded(flags)
+            assert f"left out: {data.resolve()}/bad: " in said and cause in said, (cause, said)
+            assert said.count("left out") == 1 and len(clips) == 9
             (data / name).write_bytes(good[data / name])
         for name in "bad", "good0":
             (data / f"{name}.txt").unlink()
-        assert_error(SystemExit, "error: 2 of 10 clips are broken", encoded, data, *models)
-        assert len(load_file(clips)["text"]) == 9               # the file before it is as it was
+        assert_error(td.UserError, "8 of 10 clips can be used here", encoded, flags)
 
 
 def trained(here, flags, stages):
@@ -2363,7 +2390,7 @@ def trained(here, flags, stages):
     with quiet() as (out, err):
         for stage in stages:
             assert td.main([*flags, "--stage", stage, "--steps", "1", "--accumulate", "1"]) is None, err.getvalue()
-    rows = [json.loads(line) for line in open(here / "out" / "stats.jsonl")]
+    rows = [json.loads(line) for line in open(Path(flags[flags.index("--out") + 1]) / "stats.jsonl")]
     return {row["stage"]: row for row in rows}, out.getvalue()
 
 
@@ -2372,7 +2399,7 @@ def test_every_stage_runs_on_clips_of_ones_own():
         flags = own_flags(here, own_clips(here / "data"))
         log, _ = trained(here, flags, ("teacher", "causal", "distill"))
         assert all(math.isfinite(row["grad_c" if stage == "distill" else "grad"]) for stage, row in log.items()), log
-        config = MotionStream.from_pretrained(here / "out" / "student.safetensors").config
+        config = MotionStream.from_pretrained(here / "runs/out/student.safetensors").config
         assert config == replace(SMALL, causal=True)
 
 
@@ -2399,8 +2426,7 @@ def test_every_stage_runs_from_weights_of_wan_in_the_papers_two_stages_of_the_te
             unittest.mock.patch.object(MotionStream, "forward", record):
         data, c = full_clips(here, 32), replace(STUB, in_dim=32, clip_dim=32, size=(32, 48))
         saved(here / "wan.safetensors", randomised(MotionStream(c))), saved(here / "vae.safetensors", new_vae(STUB_VAE))
-        clips, _ = encoded(data, here / "wan.safetensors", here / "vae.safetensors", 81)
-        flags = ["--smoke", "--data", str(clips), "--weights", str(here / "wan.safetensors"), "--vae",
+        flags = ["--smoke", "--data", str(data), "--weights", str(here / "wan.safetensors"), "--vae",
                  str(here / "vae.safetensors"), "--out", str(here / "out")]
         log, _ = trained(here, flags, ("teacher",))
         first = MotionStream.from_pretrained(here / "out" / "teacher.safetensors")
@@ -2425,7 +2451,7 @@ def test_every_stage_runs_from_weights_of_wan_in_the_papers_two_stages_of_the_te
         assert {tuple(given["image"].shape[1:3]) for _, _, given in calls} == {(16, 21), (16, 3)}
         told = []
         with quiet(), unittest.mock.patch.multiple(td, train=lambda run, *args: told.append((run.batches, *args[:2])),
-                                                   plot_stage=print, kept=lambda *_: load_file(clips)):
+                                                   plot_stage=print, kept=lambda *_: []):
             for stage in "teacher", "causal", "distill":
                 td.main([*flags[1:], "--stage", stage])
         assert told == [(128, "teacher", 800 * 128), (128, "causal", 2000 * 128), (64, "distill", 400 * 5 * 64)], told
@@ -2433,7 +2459,7 @@ def test_every_stage_runs_from_weights_of_wan_in_the_papers_two_stages_of_the_te
 
 def test_what_cannot_be_trained_is_refused_in_one_line():
     with folder() as here, quiet() as (_, err):
-        data = vae = saved(here / "vae.safetensors", new_vae(STUB_VAE))
+        data, vae = own_clips(here / "data", ("a",)), saved(here / "vae.safetensors", new_vae(STUB_VAE))
         mask = saved(here / "mask.safetensors", randomised(MotionStream(replace(STUB, in_dim=36))))
         wan = saved(here / "wan.safetensors", randomised(MotionStream(STUB)))
         student, small = saved(here / "s.safetensors", new_model()), saved(here / "small.safetensors", new_vae())
@@ -2441,15 +2467,14 @@ def test_what_cannot_be_trained_is_refused_in_one_line():
         for said, *flags in [("mask.safetensors: takes the image as a clip with a mask", "--weights", mask),
                              ("s.safetensors: holds a student", "--weights", student),
                              ("wan.safetensors: give --vae FILE", "--weights", wan, "--data", data),
-                             ("vae.safetensors: give --vae FILE", "--data", data),
-                             ("wan.safetensors: give --data FILE", "--weights", wan, "--vae", vae),
+                             ("data: give --vae FILE", "--data", data),
+                             ("wan.safetensors: give --data FOLDER", "--weights", wan, "--vae", vae),
                              ("no.safetensors: cannot be read (No such file", "--weights", here / "no.safetensors"),
                              ("no.safetensors: no such file", "--vae", here / "no.safetensors"),
                              ("small.safetensors: drop it, or --stage vae", "--vae", small, "--stage", "vae"),
-                             ("vae.safetensors: not for this --stage", "--data", data, "--stage", "eval"),
-                             ("none: no such file", "--data", here / "none"),
-                             ("vae.safetensors: latents is [0], [0, 4, 12, 4, 6] is wanted", "--data", data, "--vae",
-                              small, "--weights", teacher, "--stage", "teacher"),
+                             ("data: not for this --stage", "--data", data, "--stage", "eval"),
+                             ("none: no such folder", "--data", here / "none"),
+                             ("vae.safetensors: no such folder", "--data", vae),
                              ("vae.safetensors: latents have 16 channels and stride 8, those of", "--weights", teacher,
                               "--vae", vae, "--data", data),
                              ("wan.safetensors: this is a DiT; a whole VAE", "--vae", wan)]:
@@ -3640,7 +3665,7 @@ def test_the_image_is_encoded_as_wan_does_it():
         mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
         std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
         layers = clip(pixel_values=(resized - mean) / std, output_hidden_states=True).hidden_states
-        assert_near(td.encode_image(here, "cpu", image)["clip"], layers[-2][0], 1e-5)
+        assert_near(td.encode_images(here, "cpu", {"x": image})["x"], layers[-2][0], 1e-5)
 
 
 def test_what_an_encoder_returned_is_kept_by_its_words_and_its_files():
@@ -3656,13 +3681,14 @@ def test_what_an_encoder_returned_is_kept_by_its_words_and_its_files():
         one, other = rand(1, 3, 400, 600), rand(1, 3, 400, 600)
         other[0, 1, 200, 300] += 1                                      # far inside: repr leaves that out
         for what, expected in (("a", 1), ("bb", 2), ("a", 1), (one, 3), (other, 4), (one, 3)):
-            assert td.kept_rows(encode, here / "encoder", "cpu", what)["rows"].eq(expected).all(), what
+            assert td.kept_rows(encode, here / "encoder", "cpu", {"x": what})["rows"].eq(expected).all(), what
+        assert td.kept_rows(encode, here / "encoder", "cpu", {"y": "a"})["rows"].eq(5).all()
         model = here / "encoder/model.safetensors"
-        for change, expected in (lambda: os.utime(model, (1, 1)), 5), (lambda: model.write_bytes(b"22"), 6):
+        for change, expected in (lambda: os.utime(model, (1, 1)), 6), (lambda: model.write_bytes(b"22"), 7):
             change()
             os.utime(model, (1, 1))
-            assert td.kept_rows(encode, here / "encoder", "cpu", "a")["rows"].eq(expected).all(), "another encoder"
-        assert not list((here / "sub/kept").glob(".*")) and len(list((here / "sub/kept").iterdir())) == 6
+            assert td.kept_rows(encode, here / "encoder", "cpu", {"x": "a"})["rows"].eq(expected).all()
+        assert not list((here / "sub/kept").glob(".*")) and len(list((here / "sub/kept").iterdir())) == 7
 
 
 @with_transformers

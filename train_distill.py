@@ -9,7 +9,7 @@
 
     python train_distill.py                  all of it, resumed where it stopped; --smoke: a few steps, to see it run
     python train_distill.py --stage teacher  one stage
-    python train_distill.py --data FILE --weights DIR --vae FILE    on your own clips, from Wan's weights, see README
+    python train_distill.py --data FOLDER --weights DIR --vae FILE    on your own clips, from Wan's weights, see README
     torchrun --nproc-per-node 2 train_distill.py    in two processes, which share the steps and the weights
 
 Shapes are those of motionstream.py. Everything is written under --out (runs/tiny): weights, checkpoints, stats.jsonl,
@@ -18,9 +18,12 @@ a loss curve and a preview sheet for each stage.
 
 import argparse
 import collections
+import contextlib
 import copy
+import csv
 import hashlib
 import html
+import itertools
 import json
 import math
 import os
@@ -35,6 +38,8 @@ from types import SimpleNamespace
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads wait awake, but briefly
 
+import imageio.v2 as imageio
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -49,13 +54,15 @@ from assets.world import OBJECTS, POINTS, film, new_scenes, scene_tracks
 from motionstream import (PRESETS, Block, KVCache, MotionStream, add_noise, by_chunk, embed_words, euler,
                           guided_velocity, image_channels, rollout, save_pretrained, schedule, shift_sigma, to_x0,
                           track_features, track_ids, with_first, write)
-from sample import ASSETS, UMT5_DIM, Parser, UserError, has_mask, hold_signals, inspect, number, open_vae
+from sample import (ASSETS, UMT5_DIM, Parser, UserError, fit_image, fit_tracks, has_mask, hold_signals, inspect,
+                    load_image, load_tracks, number, open_vae, read_encoded)
 from vae import TINY, TinyVAE, read_tensors
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What every stage shares: optimizer, running average, the loop with its log and checkpoints, files and pictures.
 
 NEUTRAL = PRESETS["tiny"].prompt
+TRACKS = 2500                            # of a clip of --data, at most: the paper's grid of 50x50
 SIZE, CLIP = 128, 45                     # pixels per side; frames of a clip: 12 latents, 4 chunks of 3
 RANK, LOCAL, PROCESSES = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 CRITIC_STEPS = 5                         # of distillation, for each step of the generator
@@ -322,35 +329,43 @@ def encode_texts(folder, device, texts):
 
 
 @torch.inference_mode()
-def encode_image(folder, device, image):
-    """An image (1, 3, H, W) in [-1, 1] to {"clip": rows (257, C)}: the last layer but one of CLIP, which sees it
+def encode_images(folder, device, images):
+    """{name: image (1, 3, H, W) in [-1, 1]} to {name: rows (257, C)}: the last layer but one of CLIP, which sees it
     squeezed to 224x224, as in Wan."""
-    encoder = pretrained("CLIPVisionModel", folder / "image_encoder", dtype=torch.float32).to(device)
-    statistics = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-    mean, std = image.new_tensor(statistics).view(2, 3, 1, 1)
-    x = (F.interpolate(image, (224, 224), mode="bicubic") / 2 + 0.5 - mean) / std
-    return {"clip": encoder(x.to(device), output_hidden_states=True).hidden_states[-2][0].cpu()}
+    encoder, rows = pretrained("CLIPVisionModel", folder / "image_encoder", dtype=torch.float32).to(device), {}
+    statistics = torch.tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]])
+    mean, std = statistics.view(2, 3, 1, 1)
+    for name, image in images.items():
+        x = (F.interpolate(image, (224, 224), mode="bicubic") / 2 + 0.5 - mean) / std
+        rows[name] = encoder(x.to(device), output_hidden_states=True).hidden_states[-2][0].cpu()
+    return rows
 
 
 def kept_rows(encode, folder, device, what):
     """encode(folder, device, what), now or in an earlier run: kept in a file that is named by `what`, and by what the
     files of the encoder's folder are called, how large and how old they are."""
-    key = [what.numpy().tobytes() if torch.is_tensor(what) else what]
-    key += sorted((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in folder.resolve().rglob("*.*"))
-    path = CACHE / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.safetensors"
+    key = [(name, x.numpy().tobytes() if torch.is_tensor(x) else x) for name, x in what.items()]
+    path = CACHE / f"{hashlib.sha256(repr(key + listing(folder)).encode()).hexdigest()[:32]}.safetensors"
     if not path.is_file():
         CACHE.mkdir(parents=True, exist_ok=True)
         write(path, save_file, encode(folder, device, what))
     return read_tensors(path)[0]
 
 
+def listing(folder, pattern="*.*"):
+    """What the files in a folder are called, how large and how old they are: tells whether one is another by now."""
+    files = sorted(folder.resolve().rglob(pattern))
+    return [(f"{file}", file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
 # Clips, filmed and encoded once, and the batches drawn from them.
 
 def kept(run, name, source, count, make):
     """What make(run, name, count) yields, dicts of tensors, joined along the first axis; in a file named by the weights
-    `source`, which make it, the seed, the count and the data, where it is read from if it is there."""
+    `source`, which make it, the seed, the count and the data, where it is read from if it is there. Clips of --data:
+    the files of own_clips."""
     if run.args.data and make is film_clips:
-        return own_clips(run, 1 if name.startswith("images") else run.known * run.config.chunk)
+        return own_clips(run, pictures=name.startswith("images"))
     path = run.out / f"{name}.{seed_of(run.checksum(source), run.seed, count, *run.data):08x}.safetensors"
     if not path.exists():
         parts = [{key: tensor.cpu() for key, tensor in part.items()} for part in make(run, name, count)]
@@ -358,20 +373,91 @@ def kept(run, name, source, count, make):
     return load_file(path)
 
 
-def own_clips(run, frames):
-    """The tensors of --data, mapped, as film_clips yields them, of `frames` latents. UserError if they do not fit."""
-    c, tensors = run.config, read_tensors(run.args.data)[0]
-    n, T, N = (*tensors.get("tracks", torch.ones(0)).shape, 0, 0)[:3]
-    least = 4 * c.chunk * (run.args.rollout if frames == 1 else run.known) - 3
-    shapes = {"latents": (n, c.out_dim, frames, *(side // c.stride for side in c.size)), "visible": (n, T, N),
-              "tracks": (n, max(T, least), N, 2), "text": (n, c.text_len, c.text_dim)}
-    for name, shape in (shapes | ({"clip": (n, 257, c.clip_dim)} if c.clip_dim else {})).items():
-        tensors[name] = tensors.get(name, torch.ones(0))
-        tensors[name] = tensors[name][:, :, :frames] if name == "latents" and tensors[name].ndim > 2 else tensors[name]
-        if tensors[name].shape != shape or not n:
-            raise UserError(f"{run.args.data}: {name} is {[*tensors[name].shape]}, {[*shape]} is wanted; encode the "
-                            "clips for this model and this stage")
-    return tensors
+def own_clips(run, pictures):
+    """The clips of --data as files, each what film_clips yields of one, encoded now or in an earlier run; the processes
+    share the work. What is missing or broken is named and left out, up to a tenth of all. pictures: clips of a single
+    frame will do."""
+    data, about, captions, files = run.args.data.resolve(), collections.defaultdict(list), {}, {}
+    for table in data.glob("*.csv"):
+        with open(table, newline="", encoding="utf-8") as file:
+            captions |= {(data / row["video"]).with_suffix(""): row["caption"] for row in csv.DictReader(file)}
+    for path, *rest in listing(data):
+        about[Path(path).with_suffix("")].append((Path(path).suffix, *rest))
+    stems = sorted(path.with_suffix("") for path in data.rglob("*.npz"))
+    settings = [run.checksum("vae"), run.recipe.clip, run.args.rollout, run.args.text_encoder, run.args.image_encoder,
+                *(getattr(run.config, name) for name in ("size", "fps", "text_dim", "text_len", "clip_dim"))]
+    for stem in stems:
+        key = seed_of(*settings, about[stem], captions.get(stem))
+        files[stem] = run.out.parent / "clips" / f"{stem.relative_to(data)}.{key:08x}.safetensors"
+    todo = [stem for stem in stems[RANK::PROCESSES] if not files[stem].exists()]
+    for i in tqdm(range(0, len(todo), 32), "encode clips, by 32", disable=not todo):
+        encode_clips(run, {stem: files[stem] for stem in todo[i:i + 32]}, captions)
+    mean_processes(torch.zeros(1))                      # those of the others are there
+    there = [file for stem, file in files.items() if file.exists() and (pictures or Path(f"{stem}.mp4").exists())]
+    if not stems or len(there) < 0.9 * len(stems):
+        raise UserError(f"{run.args.data}: {len(there)} of {len(stems)} clips can be used here; a clip is a.mp4"
+                        f"{' or a.png' if pictures else ''}, a.npz and a.txt")
+    return there
+
+
+def encode_clips(run, files, captions):
+    """Encode clips {stem: file to write}: first all prompts, then all images, so that each encoder is loaded once.
+    captions {stem: text}: of clips without a .txt. What cannot be read is named."""
+    c, args, clips = run.config, run.args, {}
+    for stem in files:
+        try:
+            clips[f"{stem}"] = read_clip(run, stem, captions.get(stem))
+        except Exception as e:                          # of a dozen kinds
+            print(f"left out: {stem}: {e}")
+    texts = {name: clip.pop("prompt") for name, clip in clips.items() if "prompt" in clip}
+    images = {name: clips[name]["video"][:, :, 0] / 127.5 - 1 for name in texts if c.clip_dim}
+    if c.text_dim != UMT5_DIM:
+        rows = {name: embed_words(text, c)[0] for name, text in texts.items()}
+    else:
+        rows = encode_texts(args.text_encoder, run.device, texts) if texts else {}
+    seen, vae = encode_images(args.image_encoder, run.device, images) if images else {}, run.vae()
+    for stem, path in files.items():
+        if clip := clips.pop(f"{stem}", None):
+            if f"{stem}" in rows:
+                clip["text"] = F.pad(rows[f"{stem}"], (0, 0, 0, c.text_len - len(rows[f"{stem}"])))[None]
+                clip |= {"clip": seen[f"{stem}"][None]} if seen else {}
+            with torch.no_grad():
+                clip["latents"] = vae.encode(clip.pop("video").to(run.device) / 127.5 - 1).half().cpu()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(path, save_file, {name: tensor.contiguous() for name, tensor in clip.items()})
+
+
+def read_clip(run, stem, caption):
+    """One clip of --data: its frames as the model sees them, "video" (1, 3, T, H, W) uint8, tracks as long as the
+    longest rollout, hidden ones up to TRACKS, and the prompt, or "text" and "clip" if they are encoded already. Raises
+    whatever is wrong with it."""
+    c, least = run.config, 4 * run.config.chunk * run.args.rollout - 3
+    kinds = "mp4", "png", "npz", "txt", "safetensors"
+    video, picture, points, prompt, own = (Path(f"{stem}.{kind}") for kind in kinds)
+    if video.exists():
+        with imageio.get_reader(video) as reader:
+            fps = reader.get_meta_data()["fps"]
+            images = [Image.fromarray(frame) for frame in itertools.islice(reader, run.recipe.clip)]
+        if fps != c.fps or len(images) < run.recipe.clip:
+            raise ValueError(f"{len(images)} frames at {fps:g} a second, {run.recipe.clip} at {c.fps} are wanted")
+    else:
+        images = [load_image(picture)]
+    tracks, visible, *_ = load_tracks(points, images[0].size)
+    if len(tracks) < least:
+        raise ValueError(f"tracks of {len(tracks)} frames, {least} are wanted")
+    some = np.sort(np.random.default_rng(0).permutation(tracks.shape[1])[:TRACKS])
+    with contextlib.redirect_stdout(None):              # points outside are no news
+        motion = fit_tracks((tracks[:least, some], visible[:least, some], None), images[0].size, least, c, 0)
+    frames, hidden = torch.stack([fit_image(image, c.size) for image in images], 2), TRACKS - len(some)
+    clip = {"video": ((frames + 1) * 127.5).round().byte(), "tracks": F.pad(motion.tracks, (0, 0, 0, hidden)),
+            "visible": F.pad(motion.visible, (0, hidden))}
+    if own.exists():
+        given = SimpleNamespace(prompt=None, prompt_embeds=own, image_encoder=run.args.image_encoder, weights=stem)
+        text, _, seen = read_encoded(given, replace(c, causal=True), frames[:, :, 0], run.device)
+        return clip | {"text": text} | ({"clip": seen} if c.clip_dim else {})
+    if c.text_dim == UMT5_DIM and not run.args.text_encoder:
+        raise ValueError("its prompt has to be encoded, give --text-encoder DIR")
+    return clip | {"prompt": caption if caption and not prompt.exists() else prompt.read_text(encoding="utf-8")}
 
 
 def film_clips(run, name, clips):
@@ -411,21 +497,31 @@ def thinned(visible, pauses):
     """Of true tracks (B, T, N) 1,000 to 2,500, or all if there are fewer; with pauses, none in a fifth of the chunks of
     12 frames but the first (section 3.1, appendix D)."""
     B, T, N = visible.shape
-    keep = torch.rand(B, 1, N).argsort(2).argsort(2) < torch.randint(1000, 2501, (B, 1, 1))
+    order = torch.rand(B, 1, N) + ~visible.any(1, keepdim=True)                    # those that are never seen come last
+    keep = order.argsort(2).argsort(2) < torch.randint(1000, TRACKS + 1, (B, 1, 1))
     chunk = (torch.arange(T) + 3) // 12
     shown = (torch.rand(B, T, 1) >= 0.2 * pauses)[:, chunk] | (chunk == 0)[:, None]
     return visible & keep & shown
 
 
+def pick(pool, batch):
+    """Random clips of a pool, {name: tensor of all clips} or files that each hold one: {name: (batch, …)}."""
+    if isinstance(pool, dict):
+        rows = torch.randint(0, len(pool["latents"]), (batch,))
+        return {name: tensor[rows] for name, tensor in pool.items()}
+    clips = [load_file(pool[row]) for row in torch.randint(0, len(pool), (batch,))]
+    return {name: torch.cat([clip[name] for clip in clips]) for name in clips[0]}
+
+
 def draw_batch(run, pool, batch, frames=None, dense=False):
     """Random clips of the pool, their first `frames` latents, with all their tracks (dense) or as a user might have
     painted them, a tenth without text: latents (B, C, F, h, w), conditions but for tracks, the track head's input."""
-    rows = torch.randint(0, len(pool["latents"]), (batch,))
-    latents = pool["latents"][rows, :, :frames].float()
+    clips = pick(pool, batch)
+    latents = clips["latents"][:, :, :frames].float()
     length = 4 * (frames or latents.shape[2]) - 3
-    tracks, visible = (pool[key][rows, :length] for key in ("tracks", "visible"))
+    tracks, visible = clips["tracks"][:, :length], clips["visible"][:, :length]
     visible = thinned(visible, not dense) if run.args.data else visible if dense else painted(visible)
-    given = {key: pool[key][rows] for key in ("text", "clip") if key in pool}
+    given = {key: clips[key].float() for key in ("text", "clip") if key in clips}
     given["text"] = given["text"] * (torch.rand(batch, 1, 1) > 0.1)
     if run.config.image_dim:
         given["image"] = image_channels(latents[:, :, :1], (length + 3) // 4)
@@ -466,8 +562,8 @@ def train_teacher(run):
     From --weights without a track head, all of it is the paper's first stage; from those with one, the second."""
     pool, r, batch = kept(run, "pool", "vae", run.clips, film_clips), run.recipe, run.recipe.batch
     if run.args.data:
-        held = len(pool["latents"]) // 20               # of fewer clips, one is trained on too
-        fresh, pool = ({k: v[rows] for k, v in pool.items()} for rows in (slice(max(held, 1)), slice(held, None)))
+        held = len(pool) // 20                          # of fewer clips, one is trained on too
+        fresh, pool = pool[:max(held, 1)], pool[held:]
     else:
         fresh = kept(run, "fresh", "vae", 24, film_clips)
     model = run.model("start", **vars(run.config)) if run.start else MotionStream(run.config).to(run.device)
@@ -648,7 +744,7 @@ def train_student(run):
             noise = torch.randn(*first.shape[:2], frames, *first.shape[3:], device=run.device)
             clean = clean_first(first, given)
             made = rollout(generator, noise, conditions, clean, exit_step=exit_step, grad=grad)
-            x0, points = last_clip(collections.deque(made, known), first if chunks > known else clean, points)
+            x0, points = last_clip(collections.deque(made, known), first[:, :, :1] if chunks > known else clean, points)
             given = next(by_chunk(given, x0.shape[2]))
             return x0, given | {"tracks": track_features(generator, **points)}, given | points
 
@@ -722,7 +818,7 @@ def choose_config(args, start):
         (start and c.causal, "holds a student; a training starts from a teacher"),
         (start and has_mask(c), "takes the image as a clip with a mask, which cannot stream; take Fun-Control or T2V"),
         ((start or args.data) and not args.vae and not args.dry_run, "give --vae FILE, which made its latents"),
-        (start and full and not args.data and not args.dry_run, "give --data FILE; the clips drawn here are small"),
+        (start and full and not args.data and not args.dry_run, "give --data FOLDER; the clips drawn here are small"),
     ]:
         if wrong:
             raise UserError(f"{start.path if start else args.data}: {cure}")
@@ -745,7 +841,7 @@ class Run:
         self.dense = (0 if self.start.head else 1) if self.start else 1 / 4      # share of the teacher's steps
         self.known = (self.recipe.clip + 3) // 4 // self.config.chunk           # chunks of a clip
         args.tracks, args.rollout = self.config.tracks, max(args.rollout or (0 if args.data else 16), self.known)
-        self.data = (args.tracks, *((args.data.stat().st_size, args.data.stat().st_mtime_ns) if args.data else ()))
+        self.data = (args.tracks, *(listing(args.data) if args.data else ()))
         self.batches = PROCESSES * (args.accumulate or 1)
         self.steps = dict(zip(STAGES, (4, 4, 3, 6) if args.smoke else self.recipe.steps))
         self.steps |= {args.stage: args.steps} if args.steps else {}
@@ -815,7 +911,9 @@ def parse_flags(argv):
     parser.add_argument("--device", default=f"cuda:{LOCAL}" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--accumulate", type=count, help="steps of each process for one update (1; Wan's: the paper's)")
     parser.add_argument("--checkpointing", action="store_true", help="recompute blocks in the backward: less memory")
-    parser.add_argument("--data", type=Path, help="your own clips, encoded as the README says (none: they are drawn)")
+    parser.add_argument("--data", type=Path, help="a folder of your own clips, see the README (none: they are drawn)")
+    parser.add_argument("--text-encoder", type=Path, help="a -Diffusers repository with Wan's, for the clips' prompts")
+    parser.add_argument("--image-encoder", type=Path, help="the same of CLIP; default: that of --text-encoder")
     parser.add_argument("--weights", type=Path, help="what the teacher starts from: a Wan DiT, or a teacher made here")
     parser.add_argument("--vae", type=Path, help="a finished VAE's file; the stage vae is left out")
     parser.add_argument("--dry-run", nargs="?", choices=PRESETS, const="tiny", help="print what it would take, no more")
@@ -827,8 +925,9 @@ def parse_flags(argv):
     args = parser.parse_args(argv)
     if args.steps and args.stage not in STAGES:
         parser.error("--steps needs --stage with one training stage")
-    if args.data and (args.stage in ("vae", "eval", "experiments") or not args.data.is_file()):
-        parser.error(f"--data {args.data}: {'not for this --stage' if args.data.is_file() else 'no such file'}")
+    if args.data and (args.stage in ("vae", "eval", "experiments") or not args.data.is_dir()):
+        parser.error(f"--data {args.data}: {'not for this --stage' if args.data.is_dir() else 'no such folder'}")
+    args.image_encoder = args.image_encoder or args.text_encoder
     if args.vae and (args.stage == "vae" or not args.vae.is_file()):
         parser.error(f"--vae {args.vae}: {'drop it, or --stage vae' if args.vae.is_file() else 'no such file'}")
     args.out = args.out or ("runs/smoke" if args.smoke else "runs/tiny")
