@@ -2302,6 +2302,7 @@ def test_own_clips_are_cropped_and_encoded_with_their_tracks():
         np.savez(here / "data/a.npz", tracks=many)
         kept = load_file(encoded(flags)[0][0])["tracks"][0, 0, :, 0].numpy() / 0.75
         assert len(kept) == 2500 and all(abs(many[0, :, 0] - x).min() < 1e-4 for x in kept)
+        assert 350 < sum(abs(many[0, 2500:, 0] - x).min() < 1e-4 for x in kept) < 500, "of all, at random"
 
 
 def test_own_clips_are_encoded_once_and_pictures_are_enough_to_distil():
@@ -2316,10 +2317,12 @@ def test_own_clips_are_encoded_once_and_pictures_are_enough_to_distil():
             other, _ = encoded(flags)
             assert read.call_count == 4 and other[0] != files[0] and other[1:] == files[1:]
             assert td.Run(td.parse_flags(flags)).settings("teacher") != settings    # other clips, another training
-            encoded([*flags, "--rollout", "4"])
+            encoded([*flags, "--rollout", "4"])                         # as long as the clips
             assert read.call_count == 4
+            assert_error(td.UserError, "0 of 3 clips", encoded, [*flags, "--rollout", "5"])
+            read.reset_mock()
             _, said = encoded(own_flags(here, own_clips(here / "long", frames=93), "--rollout", "8"))
-            assert read.call_count == 7 and not said
+            assert read.call_count == 3 and not said
         (data / "a.txt").unlink()
         with open(data / "clips.csv", "w") as file:
             file.write("video,caption,score\na.mp4,\"warming light\",1\nc.mp4,none of this,2\n")
@@ -2401,6 +2404,25 @@ def test_every_stage_runs_on_clips_of_ones_own():
         assert all(math.isfinite(row["grad_c" if stage == "distill" else "grad"]) for stage, row in log.items()), log
         config = MotionStream.from_pretrained(here / "runs/out/student.safetensors").config
         assert config == replace(SMALL, causal=True)
+
+
+def test_long_rollouts_start_from_the_first_latent_of_ones_own_clips():
+    with folder() as here:
+        flags = own_flags(here, own_clips(here / "data", frames=93), "--rollout", "8")
+        (here / "runs/out").mkdir(parents=True)
+        for name in "teacher", "causal":
+            saved(here / "runs/out" / f"{name}.safetensors", new_model(causal=name == "causal"))
+        lengths, last_clip = [], td.last_clip
+
+        def record(chunks, first, points):
+            lengths.append(first.shape[2] if first is not None else 0)
+            x0, points = last_clip(chunks, first, points)
+            assert x0.shape[2] == 12, "the teacher knows 12 latents"
+            return x0, points
+
+        with quiet() as (_, err), unittest.mock.patch.object(td, "last_clip", record):
+            assert td.main([*flags, "--stage", "distill", "--steps", "6"]) is None, err.getvalue()
+        assert {*lengths} == {1}
 
 
 def full_clips(here, clip_dim=0):
@@ -2494,6 +2516,8 @@ def test_of_dense_tracks_a_subset_is_kept_and_pauses_spare_the_first_chunk():
     chunks = torch.stack([silent[:, a:b].float().mean(1) for a, b in zip(starts, starts[1:])], 1)
     assert ((chunks == 0) | (chunks == 1)).all() and not chunks[:, 0].any() and 0.12 < chunks[:, 1:].mean() < 0.28
     assert td.thinned(visible[:, :, :7], False).all()               # if there are few, all
+    visible[:, :, 40:] = False                                      # few, and hidden ones to make up the number
+    assert td.thinned(visible, False)[:, :, :40].all()
 
 
 def test_a_dry_run_tells_parameters_and_costs_and_makes_nothing():
