@@ -89,34 +89,40 @@ def image_inputs(config, first, frames):
     return channels, clean
 
 
-def conditions(model, first, motion, text, clip=None):
-    """The model's keyword arguments chunk by chunk, each made when asked for: the first chunk has 4 chunk - 3 frames,
-    the others 4 chunk. Nothing is specified where the last one reaches beyond the motion's end."""
-    c, frames = model.config, motion.tracks.shape[1]
-    for start in range(-3, frames, 4 * c.chunk):
-        stop, features = start + 4 * c.chunk, None
-        if motion.control is not None:
-            features = motion.control[:, :, (start + 3) // 4:(stop + 3) // 4]
-        elif c.track_dim:
-            span, beyond = slice(max(start, 0), stop), max(stop - frames, 0)
-            tracks = F.pad(motion.tracks[:, span], (0, 0, 0, 0, 0, beyond))
-            visible = F.pad(motion.visible[:, span], (0, 0, 0, beyond))
-            features = track_features(model, tracks, visible, motion.ids)
-        image = image_inputs(c, first, c.chunk)[0] if start < 0 else None
+def pieces(motion, text, chunk):
+    """What each chunk is given of a whole Motion: (its part, text). The first chunk has 4 chunk - 3 frames, the others
+    4 chunk. Nothing is specified where the last one reaches beyond the motion's end."""
+    frames = motion.tracks.shape[1]
+    for start in range(-3, frames, 4 * chunk):
+        stop, latent, control = start + 4 * chunk, (start + 3) // 4, motion.control
+        span, beyond = slice(max(start, 0), stop), max(stop - frames, 0)
+        yield Motion(F.pad(motion.tracks[:, span], (0, 0, 0, 0, 0, beyond)),
+                     F.pad(motion.visible[:, span], (0, 0, 0, beyond)), motion.ids,
+                     None if control is None else control[:, :, latent:latent + chunk]), text
+
+
+def conditions(model, first, motion, text=None, clip=None):
+    """The model's keyword arguments chunk by chunk, each made when asked for. motion: Motion, or an iterator of what
+    `pieces` would yield, for control and text that change while it streams."""
+    c = model.config
+    image = image_inputs(c, first, c.chunk)[0]
+    for part, text in pieces(motion, text, c.chunk) if isinstance(motion, Motion) else motion:
+        features = part.control
+        if c.track_dim and features is None:
+            features = track_features(model, *(tensor.to(first.device) for tensor in part[:3]))
         yield {"text": text, "tracks": features, "image": image, "clip": clip}
+        image = None                                    # it is in the cache now
 
 
 @torch.inference_mode()
 def stream(model, first, motion, text=None, seed=0, clip=None):
     """The student: clean latents (B, C, chunk, h, w), one chunk after the other, at constant memory.
-    first (B, C, 1, h, w): the image's latent. The noise levels are the model's own. motion: Motion, or an iterator of
-    what `conditions` would yield, for control that changes while it streams."""
+    first (B, C, 1, h, w): the image's latent. The noise levels are the model's own. motion, text: see `conditions`."""
     generator = torch.Generator().manual_seed(seed)     # on the CPU: the same noise whatever the device
     shape = (*first.shape[:2], model.config.chunk, *first.shape[3:])
     noise = (torch.randn(shape, generator=generator).to(first) for _ in itertools.count())
-    given = conditions(model, first, motion, text, clip) if isinstance(motion, Motion) else motion
     _, clean = image_inputs(model.config, first, 1)
-    yield from rollout(model, noise, given, clean, generator=generator)
+    yield from rollout(model, noise, conditions(model, first, motion, text, clip), clean, generator=generator)
 
 
 @torch.inference_mode()
@@ -192,11 +198,22 @@ def fit_image(image, size):
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading tracks. Names decide; shapes and numbers only refuse; nothing is transposed, scaled or swapped on a guess.
 
-@np.errstate(all="ignore")          # numbers too large for float32 get a message of their own
+@contextlib.contextmanager
+def naming(what, cure):
+    """Whatever is wrong with `what`, which comes from outside, in one line."""
+    try:
+        with np.errstate(all="ignore"):     # numbers too large for float32 get a message of their own
+            yield
+    except (UserError, OSError) as e:
+        raise UserError(f"{what}: {getattr(e, 'strerror', None) or e}") from None
+    except Exception:       # damaged headers, zip files and JSON raise ten kinds, and numpy's texts advise unpickling
+        raise UserError(f"{what}: {cure}") from None
+
+
 def load_tracks(path, size):
     """A tracks file for an image of `size` (width, height), to: tracks (T, N, 2) float32 in pixels of that image,
     finite, visible (T, N) bool, ids (N,) int64, fps; the last two None if the file does not say."""
-    try:
+    with naming(path, "damaged, or not numbers; write it with numpy.savez(path, tracks=tracks), float32"):
         arrays, numbers = read_arrays(path), {"width": size[0], "height": size[1], "fps": None}
         for name, value in arrays.items():
             if name in numbers and (value.size != 1 or not 0 < value.item() < math.inf):
@@ -209,21 +226,16 @@ def load_tracks(path, size):
                                 or ids.max() >= 2 ** 32):
             raise UserError(f"ids are {ids.dtype} {ids.shape}, expected a whole number below 2**32 for each track")
         return tracks * (np.array(size) / own_size).astype(np.float32), visible, ids, numbers["fps"]
-    except (UserError, OSError) as e:
-        raise UserError(f"{path}: {getattr(e, 'strerror', None) or e}") from None
-    except Exception:           # damaged headers and zip files raise eight kinds, and numpy's texts advise unpickling
-        raise UserError(f"{path}: damaged, or not numbers; write it with numpy.savez(path, tracks=tracks), "
-                        "float32") from None
 
 
-def read_arrays(path):
+def read_arrays(path, known=KNOWN):
     """The arrays of an .npz or .npy file by name, told apart by content; nothing is ever unpickled."""
     entries = zipfile.ZipFile(path).infolist() if zipfile.is_zipfile(path) else []
     size = sum(entry.file_size for entry in entries) or path.stat().st_size
     if size > LIMIT:
         raise UserError(f"unpacks to {size / 2 ** 30:.1f} GiB, at most {LIMIT / 2 ** 30:.0f}")
     loaded = np.load(path, allow_pickle=False)
-    arrays = {"tracks": loaded} if isinstance(loaded, np.ndarray) else {k: loaded[k] for k in loaded if k in KNOWN}
+    arrays = {"tracks": loaded} if isinstance(loaded, np.ndarray) else {k: loaded[k] for k in loaded if k in known}
     if "tracks" not in arrays:
         raise UserError(f"has no array named tracks, only: {', '.join(loaded)}"[:200])
     return arrays
@@ -272,23 +284,23 @@ def follow(paths, frames):
     return tracks, np.ones(tracks.shape[:2], bool), None, None
 
 
-def fit_tracks(arrays, image_size, frames, config, seed):
+def fit_tracks(arrays, image_size, frames, config, seed, note=print):
     """Tracks on the image (width, height) to Motion in the model's video, for `frames` frames or more: moved and
-    scaled as the image is, hidden where cropped away, not specified after their end."""
+    scaled as the image is, hidden where cropped away, not specified after their end. note: takes what is lost so."""
     tracks, visible, ids = arrays
     beyond = max(frames - len(tracks), 0)
     if beyond:
-        print(f"note: the tracks end after {len(tracks)} frames, the last {beyond} are not specified")
+        note(f"note: the tracks end after {len(tracks)} frames, the last {beyond} are not specified")
     scale, left, top = crop(*image_size, config.size)
     tracks = torch.from_numpy((tracks - np.float32((left, top))) * np.float32(scale))[None]
     visible = torch.from_numpy(visible)[None]
     inside = ((tracks >= 0) & (tracks < torch.tensor(config.size[::-1]))).all(-1)
     lost = (visible & ~inside).sum()
     if lost:
-        print(f"note: {lost} of {visible.sum()} visible track points lie outside the video and are hidden")
+        note(f"note: {lost} of {visible.sum()} visible track points lie outside the video and are hidden")
     visible = visible & inside
     if ids is not None and config.tracks == "start":
-        print("note: with these weights a track's ID is the pixel where it starts; the file's ids are not used")
+        note("note: with these weights a track's ID is the pixel where it starts; the file's ids are not used")
     if ids is None or config.tracks == "start":
         ids = track_ids(tracks, visible, config, torch.Generator().manual_seed(seed))
     else:
@@ -356,9 +368,9 @@ def picture_file(path):
     write(path, lambda part: Image.fromarray(last[0]).save(part, "png"))
 
 
-def check_output(path, image):
+def check_output(path, image, kinds):
     """Refuse a path for output that cannot be right, or is that of the image."""
-    for wrong, what in ((path.suffix not in (".mp4", ".png"), "choose a name that ends in .mp4 or .png"),
+    for wrong, what in ((path.suffix not in kinds, f"choose a name that ends in {' or '.join(kinds)}"),
                         (not os.access(path.parent, os.W_OK), f"the folder {path.parent} is missing or not writable"),
                         (os.path.isdir(path), "is a folder"),
                         (path.exists() and path.samefile(image), "is the image itself")):
@@ -396,6 +408,72 @@ def draw_control(vae, motion, config, frames):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Takes: what a recorded stream was given, kept in a file, and given again.
+
+SETTINGS = ("seed", "steps", "chunk", "sink", "window", "fps", "dtype")       # flags that a take is made again with
+
+
+def fitted(given, size, config, taken):
+    """What each chunk is given, by a page, as `stream` wants it: (tracks, prompt) to
+    (Motion, prompt). tracks (1 + T, N, 2) float32 in pixels of the image of `size` (width, height), NaN where hidden;
+    the first row, where each track starts, only tells its ID. Appends what it was to `taken`."""
+    for tracks, prompt in given:
+        taken.append((tracks, prompt))
+        ids = np.array([zlib.crc32(start) for start in np.ascontiguousarray(tracks[0])])       # as good as random
+        motion = fit_tracks((tracks, ~np.isnan(tracks[..., 0]), ids), size, 0, config, 0, note=lambda _: None)
+        yield Motion(motion.tracks[:, 1:], motion.visible[:, 1:], motion.ids), prompt
+
+
+def checksum(model, vae, encoded):
+    """A number that tells models apart, and encoded texts and images: of the first numbers of each tensor."""
+    tensors = [*model.state_dict().values(), *vae.state_dict().values()]
+    tensors += [t for t in encoded[model.config.text_dim != UMT5_DIM:] if t is not None]        # words may change
+    return zlib.crc32(b"".join(t.flatten()[:64].bfloat16().float().cpu().numpy() for t in tensors))
+
+
+def save_take(path, taken, image, args, model, vae, encoded):
+    """What a take was given, for --replay; its tracks are good for --tracks too. Where the start is the ID, a point
+    first seen later is visible in frame 0 too: that tells its ID and changes nothing, for there every cell holds its
+    own pixel's ID already."""
+    c, parts, data = model.config, [], io.BytesIO()
+    starts = [*dict.fromkeys(tuple(start) for tracks, _ in taken for start in tracks[0])] or [(math.nan, math.nan)]
+    for tracks, _ in taken:
+        paths = dict(zip(map(tuple, tracks[0]), tracks[1:].swapaxes(0, 1)))             # start: (T, 2)
+        hidden = np.full((len(tracks) - 1, 2), np.nan, np.float32)
+        parts.append(np.stack([paths.get(start, hidden) for start in starts], 1))
+    tracks, ids = np.concatenate(parts), [zlib.crc32(np.float32(start)) for start in starts]
+    if c.tracks == "start":
+        tracks[0], ids = starts, None
+    arrays = {"tracks": tracks, "visibility": ~np.isnan(tracks[..., 0]), "ids": ids, "image": np.asarray(image),
+              "prompts": [prompt for _, prompt in taken], "models": checksum(model, vae, encoded),
+              "seed": args.seed, "steps": args.steps, "chunk": c.chunk, "sink": c.sink, "window": c.window,
+              "fps": args.fps or c.fps, "dtype": args.dtype}
+    np.savez(data, **{name: array for name, array in arrays.items() if array is not None})
+    write(path, lambda part: part.write_bytes(data.getbuffer()))
+
+
+def load_take(path, argv):
+    """What save_take wrote, and flags that change it: (flags, image, take: prompts by chunk, that chunk, models)."""
+    with naming(path, "damaged, or not what --interactive --out writes; give its .take.npz"):
+        take = read_arrays(path, ("tracks", "image", "prompts", "models", *SETTINGS))
+        if not take["prompts"].size:
+            raise UserError("holds no prompts")
+        flags = [f"--tracks={path}", *(f"--{name}={take[name].item()}" for name in SETTINGS if name in take)]
+        take = SimpleNamespace(prompts=[*map(str, take["prompts"])], chunk=parse_flags(["--image=", *flags]).chunk,
+                               models=take["models"].item(), image=Image.fromarray(take["image"]).convert("RGB"))
+    return parse_flags([*flags, *argv]), take.image, take
+
+
+def replayed(take, args, motion, model, vae, encoded):
+    """What each chunk is given, (Motion, prompt), of a take, by the models it was made with."""
+    if checksum(model, vae, encoded) != take.models:
+        raise UserError(f"{args.replay}: was made with other models; give its own by --weights, --vae and the like")
+    for i, (part, _) in enumerate(pieces(motion, None, model.config.chunk)):
+        prompt = take.prompts[min(i * model.config.chunk // take.chunk, len(take.prompts) - 1)]
+        yield part, prompt if args.prompt is None else args.prompt
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Interactive: a page that paints tracks. Requests only replace values of `live`; the main thread alone runs the model.
 
 TOKEN, NONCE = secrets.token_urlsafe(16), secrets.token_urlsafe(16)
@@ -424,31 +502,29 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def handle(self):
         with contextlib.suppress(OSError):                          # the other side has gone, or stalls
-            if threading.active_count() < 64:
+            if threading.active_count() < 64:                       # one for each connection
                 super().handle()
+
+    def log_message(self, *_):
+        """Print nothing of what strangers send."""
 
     def answer(self):
         """Who may ask: whoever names one of our hosts, no other page as origin, and the token. And for what."""
-        live, host, (token, _, name) = self.server.live, self.headers.get("Host"), self.path[1:].partition("/")
+        live, host, (token, _, path) = self.server.live, self.headers.get("Host"), self.path[1:].partition("/")
         ours = self.headers.get("Origin") in (None, f"http://{host}")
-        if host not in live.hosts or not (ours and secrets.compare_digest(token.encode(), TOKEN.encode())):
-            answer = 403 if host in live.hosts else 421
-        elif (self.command == "POST") != (name == "control"):
-            answer = 404
-        elif name == "control":
-            answer = self.post(live)
-        elif name.startswith("frame/"):
-            answer = self.newest(live, name[6:])
-        elif name == "status":
-            answer = "application/json", json.dumps(live.control | live.status | {"frame": live.frame[0]}).encode(), {}
-        else:
-            answer = ("text/html; charset=utf-8", live.page, {}) if name == "" else 404
+        ours = ours and secrets.compare_digest(token.encode(), TOKEN.encode())
+        name, _, seen = f"{self.command} {path}".partition("/")
+        state = live.control | live.status | {"frame": live.frame[0]}
+        asked = {"GET ": lambda *_: ("text/html; charset=utf-8", live.page), "POST control": self.post,
+                 "GET status": lambda *_: ("application/json", json.dumps(state).encode()),
+                 "GET frame": self.newest}.get(name, lambda *_: 404)
+        answer = 421 if host not in live.hosts else asked(live, seen) if ours else 403
         if isinstance(answer, int):
             return self.send_error(answer)
-        kind, body, more = answer
+        kind, body, *more = answer
         self.send_response(200)
-        for name, value in (HEADERS | more | {"Content-Type": kind, "Content-Length": len(body)}).items():
-            self.send_header(name, value)
+        for header in (*HEADERS.items(), *more, ("Content-Type", kind), ("Content-Length", len(body))):
+            self.send_header(*header)
         self.end_headers()
         self.wfile.write(body)
 
@@ -456,17 +532,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def newest(self, live, seen):
         """The newest frame, as soon as it is not the one that the page has seen: a slow page skips some."""
-        if not live.seats.acquire(blocking=False):
-            return 503
-        live.watched = time.monotonic()
+        live.watched, jpeg = time.monotonic(), io.BytesIO()
         while str(live.frame[0]) == seen and time.monotonic() < live.watched + 1 and not live.stop:
             time.sleep(0.004)
-        live.seats.release()
-        (number, seq, frame), jpeg = live.frame, io.BytesIO()
+        number, seq, frame = live.frame
         Image.fromarray(frame).save(jpeg, "jpeg", quality=92, subsampling=0)
-        return "image/jpeg", jpeg.getvalue(), {"Frame": number, "Seq": seq}
+        return "image/jpeg", jpeg.getvalue(), ("Frame", number), ("Seq", seq)
 
-    def post(self, live):
+    def post(self, live, _):
         """A control, which counts if it is the newest, or an image for the next take."""
         kind, length = self.headers.get_content_type(), self.headers.get("Content-Length", "")
         if kind not in MOST or not length.isdecimal() or int(length[:9]) > MOST[kind]:
@@ -483,10 +556,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 live.image = load_image(io.BytesIO(data))
         except Exception:                                           # wrong data raise a dozen kinds
             return 400
-        return "application/json", b"{}", {}
-
-    def log_message(self, *_):
-        """Print nothing of what strangers send."""
+        return "application/json", b"{}"
 
 
 def clock(live):
@@ -494,106 +564,78 @@ def clock(live):
     while not live.stop:
         queue, live.runs = live.queue, time.monotonic() - live.watched < 2 and not live.control["pause"]
         if queue and live.runs:
-            live.frame, live.tick = queue.popleft(), max(live.tick, time.monotonic()) + 1 / live.fps
+            live.frame, live.tick = queue.popleft(), max(live.tick, time.monotonic()) + 1 / live.status["fps"]
         time.sleep(max(live.tick - time.monotonic(), 0.002))
 
 
-def live_conditions(live, asked, model, first, image, encoded, taken):
-    """As `conditions`, for points painted while it streams: lines from where they were to where they are when the chunk
-    has to be begun, until another take is asked for. Appends what was used to `taken`, {start: track (T, 2)}."""
-    c, last, (text, _, clip), (scale, *corner) = model.config, {}, encoded, crop(*image.size, model.config.size)
-    for opening in itertools.chain([1], itertools.repeat(0)):
-        while True:
-            time.sleep(0.004)
-            if live.stop or live.control["take"] != asked["take"]:
-                return
-            if live.runs and live.tick + len(live.queue) / live.fps - time.monotonic() <= live.lead:
-                break
-        control, live.begun = live.control, time.monotonic()
-        end, start, grabbed = np.array(control["points"]).reshape(-1, 3, 2).transpose(1, 0, 2)
-        keys = [*map(tuple, start)]
-        begin = start if opening else np.array([last.get(key, xy) for key, xy in zip(keys, grabbed)]).reshape(-1, 2)
-        weight = np.linspace(0, 1, 4 * c.chunk + 1 - 4 * opening)[1 - opening:, None, None]
-        path = np.float32((1 - weight) * begin + weight * end)
-        last = dict(zip(keys, path[-1]))
-        taken.append((len(path), dict(zip(keys, path.transpose(1, 0, 2)))))
-        tracks = (np.concatenate([np.float32(start)[None], path]) - np.float32(corner)) * np.float32(scale)
-        tracks = torch.from_numpy(tracks)[None].to(first.device)
-        visible = torch.ones_like(tracks[..., 0], dtype=torch.bool)
-        ids = torch.tensor([[zlib.crc32(np.float32(key)) for key in keys]], dtype=torch.int64)      # as good as random
-        if c.tracks == "start":
-            ids = track_ids(tracks, visible, c)
-        live.obeyed = control
-        yield {"text": embed_words(control["prompt"], c).to(first.device) if live.status["words"] else text,
-               "tracks": track_features(model, tracks[:, 1:], visible[:, 1:], ids.to(first.device)), "clip": clip,
-               "image": image_inputs(c, first, c.chunk)[0] if opening else None}
-
-
-def save_taken(path, taken, config):
-    """What a take used as a file for --tracks. Where the start is the ID, a point grabbed later is visible in frame 0
-    too: that tells its ID and changes nothing, for there every cell holds its own pixel's ID already."""
-    starts = [*dict.fromkeys(start for _, piece in taken for start in piece)] or [(math.nan, math.nan)]
-    tracks = np.concatenate([np.stack([piece.get(start, np.full((count, 2), np.nan)) for start in starts], 1)
-                             for count, piece in taken]).astype(np.float32)
-    arrays = {"ids": np.array([zlib.crc32(np.float32(start)) for start in starts])}
-    if config.tracks == "start":
-        tracks[0], arrays = starts, {}
-    with open(path, "wb") as file:
-        np.savez(file, tracks=tracks, visibility=~np.isnan(tracks[..., 0]), **arrays)
+def painted(live, take, config):
+    """What each chunk is given, for `fitted`, of points painted while it streams: lines from where they were to where
+    they are when the chunk has to be begun, until another take is asked for."""
+    last, later = {}, 0
+    while True:
+        time.sleep(0.004)
+        if live.stop or live.control["take"] != take:
+            return
+        if not live.runs or live.tick + len(live.queue) / live.status["fps"] - time.monotonic() > live.lead:
+            continue
+        live.obeyed, live.begun, lines = live.control, time.monotonic(), {}
+        for x, y, *start, from_x, from_y in live.obeyed["points"]:
+            begin = last.get(tuple(start), (from_x, from_y)) if later else start
+            lines[tuple(start)] = np.array([begin, (x, y)])
+        tracks, *_ = follow(lines.values(), 4 * config.chunk + (1 if later else -3))
+        last, starts = dict(zip(lines, tracks[-1])), np.float32([*lines]).reshape(1, -1, 2)
+        yield np.concatenate([starts, tracks[later:]]), live.obeyed["prompt"]
+        later = 1
 
 
 @torch.inference_mode()
-def perform(live, model, vae, encoded, seed, out):
+def perform(live, args, model, vae, encoded, out):
     """One take: the stream from live.image on, until another take is asked for or it is over; recorded in `out`."""
     c, image, control, append = live.config, live.image, live.control, None
     taken = collections.deque(maxlen=None if out else 0)            # what is not recorded is not kept
     more = c.chunk // control["chunk"]                              # chunks remembered, so that as many frames are
-    model.config = replace(c, chunk=control["chunk"], sink=more * c.sink, window=c.window and more * c.window)
-    pixels, factor = fit_image(image, c.size)[:, :, None], math.ceil(SHORTEST_SIDE / min(c.size))
-    live.queue, live.frame = collections.deque(), (next(live.count), 0, to_frames(pixels)[0])
+    c = model.config = replace(c, chunk=control["chunk"], sink=more * c.sink, window=c.window and more * c.window)
+    pixels, factor = fit_image(image, c.size), math.ceil(SHORTEST_SIDE / min(c.size))
+    live.queue, live.frame = collections.deque(), (next(live.count), 0, to_frames(pixels[:, :, None])[0])
     live.status["image"] = image.size
-    first = vae.encode(pixels.to(next(model.parameters()).device))
-    latents = stream(model, first, live_conditions(live, control, model, first, image, encoded, taken), seed=seed)
+    given = fitted(painted(live, control["take"], c), image.size, c, taken)
     with contextlib.ExitStack() as stack:
-        for frames, frame in enumerate(decode_frames(vae, latents), 1):
+        for count, frame in enumerate(generate(args, None, pixels, given, model, vae, encoded), 1):
             if live.begun:                                          # it is the first of its chunk
                 live.status["latency"], live.begun = time.monotonic() - live.begun, None
                 live.lead = max(1.2 * live.status["latency"], 0.8 * live.lead)
             live.queue.append((next(live.count), live.obeyed["seq"], frame))
             if out:
-                append = append or stack.enter_context(video_file(out, live.fps))
+                append = append or stack.enter_context(video_file(out, live.status["fps"]))
                 append(frame.repeat(factor, 0).repeat(factor, 1))
     if append:
-        write(out.with_suffix(".tracks.npz"), lambda part: save_taken(part, taken, c))
-        print(f"{out}: {frames} frames, again by --tracks {out.with_suffix('.tracks.npz')}")
+        save_take(out.with_suffix(".take.npz"), taken, image, args, model, vae, encoded)
+        print(f"{out}: {count} frames, again by --replay {out.with_suffix('.take.npz')}")
 
 
 def serve(args, image, model, vae, encoded):
     """--interactive: prints the page's address, then streams to it until Ctrl-C."""
-    c, words = model.config, model.config.text_dim != UMT5_DIM
-    prompt, fps = (c.prompt if args.prompt is None else args.prompt) or "", args.fps or c.fps
+    c, prompt = model.config, model.config.prompt if args.prompt is None else args.prompt
     with hold_signals() as noted:
         live = SimpleNamespace(
-            control={"seq": 0, "take": 0, "chunk": c.chunk, "pause": True, "prompt": prompt, "points": []},
-            status={"size": c.size, "image": image.size, "latency": 0.0, "fps": fps, "words": words,
-                    "chunks": sorted({1, c.chunk}), "recorded": args.out and str(args.out)},
-            lock=threading.Lock(), seats=threading.Semaphore(4), stop=noted, config=c, image=image, fps=fps, runs=False,
+            control={"seq": 0, "take": 0, "chunk": c.chunk, "pause": True, "prompt": prompt or "", "points": []},
+            status={"size": c.size, "image": image.size, "latency": 0.0, "fps": args.fps or c.fps,
+                    "words": c.text_dim != UMT5_DIM, "chunks": sorted({1, c.chunk}), "recorded": str(args.out or "")},
             frame=(0, 0, to_frames(fit_image(image, c.size)[:, :, None])[0]), count=itertools.count(1), queue=(),
-            watched=-math.inf, tick=0.0, lead=0.0, begun=None)
-        try:
-            server = http.server.ThreadingHTTPServer((args.host, args.port), Handler)
-        except OSError as e:
-            raise UserError(f"--host {args.host} --port {args.port}: {e.strerror or e}") from None
+            config=c, image=image, stop=noted, lock=threading.Lock(), runs=False, watched=-math.inf, tick=0.0, lead=0.0,
+            begun=None)
         live.page = (ASSETS / "interactive.html").read_text(encoding="utf-8").replace("NONCE", NONCE).encode()
+        with naming(f"--host {args.host} --port {args.port}", "not an address of this machine"):
+            server = http.server.ThreadingHTTPServer((args.host, args.port), Handler)
         server.live, live.hosts = live, [f"{name}:{server.server_port}" for name in (args.host, "localhost")]
         if args.host != "127.0.0.1":
             print(f"warning: whoever reaches {args.host} and sees the address can steer this program")
         print(f"http://{args.host}:{server.server_port}/{TOKEN}/", flush=True)
-        for target, given in (server.serve_forever, ()), (clock, (live,)):
-            threading.Thread(target=target, args=given, daemon=True).start()
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=clock, args=(live,), daemon=True).start()
         out = args.out
         for take in itertools.count(2):
-            perform(live, model, vae, encoded, args.seed, out)
+            perform(live, args, model, vae, encoded, out)
             if noted:
                 return 0
             out = out and args.out.with_stem(f"{args.out.stem}-{take}")
@@ -632,9 +674,10 @@ def parse_flags(argv):
     """The command line. Flags with argparse.SUPPRESS are only there if given; the model's own value holds otherwise."""
     parser = Parser(description="One image and some tracks in, a video out.", allow_abbrev=False)
     file, given = {"type": Path, "metavar": "FILE"}, {"default": argparse.SUPPRESS, "metavar": "N"}
-    group = parser.add_argument_group("in and out")
-    add, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
-    add("--image", required=True, help="first frame, any picture file", **file)
+    exclusive = parser.add_mutually_exclusive_group
+    add, first, either = parser.add_argument, exclusive(required=True).add_argument, exclusive().add_argument
+    first("--image", help="first frame, any picture file", **file)
+    first("--replay", help="a .take.npz that --interactive wrote, given again; other flags change it", **file)
     either("--tracks", help=".npz or .npy, see the top of sample.py; default: none", **file)
     either("--drag", "--pin", dest="tracks", type=drag_path, action="append", metavar="'X,Y -> X,Y'",
            help="instead of --tracks, as often as wanted: where a point of the image goes, or that it stays")
@@ -650,8 +693,7 @@ def parse_flags(argv):
     add("--weights", help="a Wan DiT, file or folder; default: the tiny model in assets/", **file)
     add("--vae", help="default: the tiny model's, or the one in the folder of --weights", **file)
     add("--device", default="auto", help="cpu, cuda, …; default: cuda if there is one")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
-        help="of the model; default: float32 on the CPU, else bfloat16")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="auto: float32 on the CPU")
     add("--text-encoder", help="a -Diffusers repository with Wan's; default: --weights, if it is one", **file)
     add("--image-encoder", help="the same of CLIP; default: that of --text-encoder", **file)
     add("--negative-prompt", default=NEGATIVE_PROMPT, metavar="TEXT", help="guidance avoids it; default: Wan's")
@@ -727,12 +769,13 @@ def refuse(args, weights, c, frames):
     for condition, cure in [
         (weights.own and streams != c.causal,
          f"holds a {'student, use --sampler stream' if c.causal else 'teacher, use --sampler teacher'}"),
+        ((args.interactive or args.replay) and not (streams and c.track_dim and not drawn),
+         "--interactive and --replay need a trained student"),
         *((flag in args, f"--{flag.replace('_', '-')} belongs to --sampler {'teacher' if streams else 'stream'}")
           for flag in (("w_text", "w_motion") if streams else ("chunk", "sink", "window"))),
         (streams and c.window is None and frames > HISTORY and "window" not in args,
          f"trained to remember {HISTORY} frames, all of them; add --sink 1 --window 5 for more"),
         (streams and has_mask(c), "takes the image as a clip with a mask, which cannot stream; use --sampler teacher"),
-        (args.interactive and not (streams and c.track_dim and not drawn), "--interactive needs a trained student"),
         (not c.track_dim and (args.tracks or "w_motion" in args),
          "has no input for tracks; take Fun-Control, or drop --tracks, --w-motion"),
         (args.tracks and drawn and c.track_dim != c.out_dim,
@@ -811,10 +854,14 @@ def load_models(args, weights, config, image):
 
 
 def generate(args, frames, image, motion, model, vae, encoded):
-    """`frames` frames of the video, uint8 (H, W, 3), one by one, as the flags say."""
+    """`frames` frames of the video, None: all, uint8 (H, W, 3), one by one, as the flags say. motion: Motion, or an
+    iterator of (Motion, prompt) for each chunk; an encoded text is that of all."""
     c, device, (text, null_text, clip) = model.config, next(model.parameters()).device, encoded
-    control = draw_control(vae, motion, c, frames) if args.control == "rgb" and args.tracks else None
-    motion = Motion(*(tensor.to(device) for tensor in motion[:3]), control)
+    if not isinstance(motion, Motion):
+        motion = ((part, text if c.text_dim == UMT5_DIM else embed_words(prompt, c).to(device))
+                  for part, prompt in motion)
+    elif args.control == "rgb" and args.tracks:
+        motion = motion._replace(control=draw_control(vae, motion, c, frames))
     grey = 4 * latent_frames(frames, c) - 4 if has_mask(c) else 0
     first = vae.encode(F.pad(image[:, :, None], (0, 0, 0, 0, 0, grey)).to(device))
     if args.sampler == "stream":
@@ -845,16 +892,17 @@ def write_video(append, frames, total, motion, factor):
 def run(argv):
     """The program. Returns the exit code."""
     args = parse_flags(argv)
-    image, measured = load_image(args.image), args.reference or args.found or args.lpips
-    if args.interactive and (args.tracks or args.frames or args.overlay or measured or str(args.out).endswith(".png")):
-        raise UserError("--interactive paints tracks on a page, records .mp4; drop --tracks, --frames and the like")
+    args, image, take = load_take(args.replay, argv) if args.replay else (args, load_image(args.image), None)
+    measured = args.reference or args.found or args.lpips
+    if args.interactive and (args.tracks or args.frames or args.overlay or measured):
+        raise UserError("--interactive knows no tracks beforehand: drop --tracks, --frames, --overlay and the like")
     if isinstance(args.tracks, Path):
         *arrays, tracks_fps = load_tracks(args.tracks, image.size)
     else:
         *arrays, tracks_fps = follow(args.tracks or [], args.frames or 81)
     args.out = args.out or (None if args.interactive else Path("out.mp4"))
     if args.out:
-        check_output(args.out, args.image)
+        check_output(args.out, args.image or args.replay, (".mp4",) if args.interactive else (".mp4", ".png"))
     tiny = ASSETS / ("tiny_teacher.safetensors" if args.sampler == "teacher" else "tiny.safetensors")
     weights, frames = inspect(args.weights or tiny), args.frames or len(arrays[0])
     config = settle(args, weights, MOST_FRAMES if args.interactive else frames)
@@ -863,10 +911,12 @@ def run(argv):
         return serve(args, image, *load_models(args, weights, config, pixels))
     if not args.tracks:
         print("note: no --tracks, nothing is specified")
-    if tracks_fps and tracks_fps != config.fps:
+    if tracks_fps and tracks_fps != (args.fps or config.fps):
         print(f"note: the tracks are at {tracks_fps:g} frames/s, the model at {config.fps}; they are not resampled")
     motion = fit_tracks(arrays, image.size, frames, config, args.seed)
-    pictures = generate(args, frames, pixels, motion, *load_models(args, weights, config, pixels))
+    models = load_models(args, weights, config, pixels)
+    given = replayed(take, args, motion, *models) if take else motion
+    pictures = generate(args, frames, pixels, given, *models)
     factor = math.ceil(SHORTEST_SIDE / min(config.size))
     if measured:
         from test_motionstream import compared          # where all is measured
@@ -883,7 +933,7 @@ def main(argv=None):
     """`run`, with its errors as one line and an exit code: 2 what the user can put right, 130 interrupted."""
     warnings.filterwarnings("ignore", module="PIL")     # about damaged pictures; what is left unreadable gets our line
     try:
-        return run(argv)
+        return run(sys.argv[1:] if argv is None else argv)
     except (ValueError, OSError) as e:                  # ValueError: of a file; OSError: a full disk, say
         print(f"error: {str(e).splitlines()[0]}", file=sys.stderr)
     except ImportError as e:                            # of what encodes prompts and images
