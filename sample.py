@@ -7,7 +7,8 @@ its EXIF rotation), and if wanted
     visibility (T, N)   0 or 1, or probabilities; hidden and "not specified" are the same
     width, height       of the picture that the pixels belong to, if it is not the image itself
     ids (N,)            which vector each track has (see track_ids); fps: only compared with the model's
-or an .npy file with the tracks alone. Without visibility, NaN is hidden. Shapes are those of motionstream.py.
+or an .npy file with the tracks alone. Without visibility, NaN is hidden. `--tracks -` reads them from a tracker that
+runs meanwhile, see read_lines. Shapes are those of motionstream.py.
 """
 
 import argparse
@@ -54,6 +55,7 @@ NEGATIVE_PROMPT = (         # of Wan, what guidance leads away from
     "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
 LIMIT = 2 ** 30             # bytes of a tracks file, unpacked
 KNOWN = ("tracks", "visibility", "width", "height", "fps", "ids")       # arrays in it
+STDIN = Path("-")           # as --tracks: a line of JSON for each chunk, see read_lines
 MOST_FRAMES = 1_000_000
 SHORTEST_SIDE = 256         # pixels of the written video; smaller ones are enlarged
 TRAIL = 12                  # frames that a track's trail lasts in --overlay
@@ -284,6 +286,29 @@ def follow(paths, frames):
     return tracks, np.ones(tracks.shape[:2], bool), None, None
 
 
+def read_lines(lines, size, config, prompt):
+    """What each chunk is given, for `fitted`, by a tracker that runs meanwhile: a line of JSON for each chunk, with a
+    list of points for each of its frames, [x, y] in pixels of the image of `size` (width, height) or null where hidden,
+    the same points in the same order in every line."""
+    prompt, starts = (config.prompt if prompt is None else prompt) or "", None
+    for number, line in enumerate(lines, 1):
+        with naming(f"standard input, line {number}", "not a JSON list of frames, lists of points, [x, y] or null"):
+            tracks = np.array([[(math.nan, math.nan) if point is None else point for point in frame]
+                               for frame in json.loads(line)])
+            starts = tracks[0] if starts is None else starts
+            shape = (4 * config.chunk - 3 * (number == 1), len(starts), 2)
+            if tracks.shape != shape:
+                raise UserError(f"has {tracks.shape} frames, points, x and y, expected {shape}")
+            tracks = np.concatenate([starts[None], tracks])
+            tracks, visible = check_tracks(tracks, ~np.isnan(tracks).any(-1), size)
+        visible = fit_tracks((tracks, visible, None), size, 0, config, 0, note=lambda _: None).visible[0].numpy()
+        tracks[~visible] = math.nan                     # where it is cropped away, too
+        tracks[0] = starts = tracks[visible.argmax(0), range(len(starts))]
+        yield tracks[:, visible.any(0)], prompt
+    if starts is None:
+        raise UserError("standard input: no line came")
+
+
 def fit_tracks(arrays, image_size, frames, config, seed, note=print):
     """Tracks on the image (width, height) to Motion in the model's video, for `frames` frames or more: moved and
     scaled as the image is, hidden where cropped away, not specified after their end. note: takes what is lost so."""
@@ -414,7 +439,7 @@ SETTINGS = ("seed", "steps", "chunk", "sink", "window", "fps", "dtype")       # 
 
 
 def fitted(given, size, config, taken):
-    """What each chunk is given, by a page, as `stream` wants it: (tracks, prompt) to
+    """What each chunk is given, by a page or a tracker that runs meanwhile, as `stream` wants it: (tracks, prompt) to
     (Motion, prompt). tracks (1 + T, N, 2) float32 in pixels of the image of `size` (width, height), NaN where hidden;
     the first row, where each track starts, only tells its ID. Appends what it was to `taken`."""
     for tracks, prompt in given:
@@ -678,7 +703,7 @@ def parse_flags(argv):
     add, first, either = parser.add_argument, exclusive(required=True).add_argument, exclusive().add_argument
     first("--image", help="first frame, any picture file", **file)
     first("--replay", help="a .take.npz that --interactive wrote, given again; other flags change it", **file)
-    either("--tracks", help=".npz or .npy, see the top of sample.py; default: none", **file)
+    either("--tracks", help=".npz or .npy, see the top of sample.py; or - for standard input; default: none", **file)
     either("--drag", "--pin", dest="tracks", type=drag_path, action="append", metavar="'X,Y -> X,Y'",
            help="instead of --tracks, as often as wanted: where a point of the image goes, or that it stays")
     add("--prompt", metavar="TEXT", help="what the image and the tracks do not say; default: the model's own")
@@ -769,8 +794,8 @@ def refuse(args, weights, c, frames):
     for condition, cure in [
         (weights.own and streams != c.causal,
          f"holds a {'student, use --sampler stream' if c.causal else 'teacher, use --sampler teacher'}"),
-        ((args.interactive or args.replay) and not (streams and c.track_dim and not drawn),
-         "--interactive and --replay need a trained student"),
+        ((args.interactive or args.replay or args.tracks == STDIN) and not (streams and c.track_dim and not drawn),
+         "--interactive, --replay and --tracks - need a trained student"),
         *((flag in args, f"--{flag.replace('_', '-')} belongs to --sampler {'teacher' if streams else 'stream'}")
           for flag in (("w_text", "w_motion") if streams else ("chunk", "sink", "window"))),
         (streams and c.window is None and frames > HISTORY and "window" not in args,
@@ -884,7 +909,7 @@ def write_video(append, frames, total, motion, factor):
             if noted:
                 break
     seconds = time.perf_counter() - started
-    print(f"{count} of {total} frames in {seconds:.2f} s, {count / seconds:.1f} frames/s, the first after "
+    print(f"{count} of {total or count} frames in {seconds:.2f} s, {count / seconds:.1f} frames/s, the first after "
           f"{first_after:.2f} s")
     return noted
 
@@ -893,19 +918,20 @@ def run(argv):
     """The program. Returns the exit code."""
     args = parse_flags(argv)
     args, image, take = load_take(args.replay, argv) if args.replay else (args, load_image(args.image), None)
-    measured = args.reference or args.found or args.lpips
-    if args.interactive and (args.tracks or args.frames or args.overlay or measured):
-        raise UserError("--interactive knows no tracks beforehand: drop --tracks, --frames, --overlay and the like")
-    if isinstance(args.tracks, Path):
+    live, measured = args.interactive or args.tracks == STDIN, args.reference or args.found or args.lpips
+    if live and (args.overlay or measured) or args.interactive and (args.tracks or args.frames):
+        raise UserError("--interactive and --tracks - know no tracks beforehand: drop --overlay, --reference and the "
+                        "like, with --interactive also --tracks and --frames")
+    if isinstance(args.tracks, Path) and not live:
         *arrays, tracks_fps = load_tracks(args.tracks, image.size)
     else:
-        *arrays, tracks_fps = follow(args.tracks or [], args.frames or 81)
+        *arrays, tracks_fps = follow([] if live else args.tracks or [], args.frames or 81)
     args.out = args.out or (None if args.interactive else Path("out.mp4"))
     if args.out:
         check_output(args.out, args.image or args.replay, (".mp4",) if args.interactive else (".mp4", ".png"))
     tiny = ASSETS / ("tiny_teacher.safetensors" if args.sampler == "teacher" else "tiny.safetensors")
-    weights, frames = inspect(args.weights or tiny), args.frames or len(arrays[0])
-    config = settle(args, weights, MOST_FRAMES if args.interactive else frames)
+    weights, frames = inspect(args.weights or tiny), args.frames or (None if live else len(arrays[0]))
+    config = settle(args, weights, frames or MOST_FRAMES)
     pixels = fit_image(image, config.size)
     if args.interactive:
         return serve(args, image, *load_models(args, weights, config, pixels))
@@ -913,9 +939,12 @@ def run(argv):
         print("note: no --tracks, nothing is specified")
     if tracks_fps and tracks_fps != (args.fps or config.fps):
         print(f"note: the tracks are at {tracks_fps:g} frames/s, the model at {config.fps}; they are not resampled")
-    motion = fit_tracks(arrays, image.size, frames, config, args.seed)
-    models = load_models(args, weights, config, pixels)
-    given = replayed(take, args, motion, *models) if take else motion
+    motion = given = fit_tracks(arrays, image.size, frames or 0, config, args.seed)
+    models, taken = load_models(args, weights, config, pixels), []
+    if live:
+        given = fitted(read_lines(sys.stdin.buffer, image.size, config, args.prompt), image.size, config, taken)
+    elif take:
+        given = replayed(take, args, motion, *models)
     pictures = generate(args, frames, pixels, given, *models)
     factor = math.ceil(SHORTEST_SIDE / min(config.size))
     if measured:
@@ -925,6 +954,8 @@ def run(argv):
     opened = video_file(args.out, args.fps or config.fps) if args.out.suffix == ".mp4" else picture_file(args.out)
     with opened as append:
         noted = write_video(append, pictures, frames, motion if args.overlay else None, factor)
+    if taken:
+        save_take(args.out.with_suffix(".take.npz"), taken, image, args, *models)
     print(args.out)
     return 128 + noted[0] if noted else 0
 

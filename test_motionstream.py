@@ -2957,6 +2957,66 @@ def test_a_picture_keeps_the_last_frame():
         assert (np.asarray(Image.open(here / "x.png")) == 3).all() and len(list(here.iterdir())) == 1
 
 
+def spoken(lines, *flags):
+    """Exit code, stdout and stderr of sample.py with lines on standard input, bytes."""
+    good = "image", "image.png", "weights", "student.safetensors", "vae", "vae.safetensors"
+    paths = [word if i % 2 == 0 else workplace()[1] / word for i, word in enumerate(good)]
+    words = [f"--{word}" if i % 2 == 0 else word for i, word in enumerate(paths)]
+    with unittest.mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines))):
+        return sampled(*words, "--tracks", "-", *flags)
+
+
+def as_lines(tracks, visible, cuts):
+    """Tracks (T, N, 2) as a tracker would say them, cut before these frames."""
+    points = [[xy if v else None for xy, v in zip(*frame)] for frame in zip(tracks.tolist(), visible.tolist())]
+    return b"".join(json.dumps(points[a:b]).encode() + b"\n" for a, b in itertools.pairwise((0, *cuts)))
+
+
+def test_tracks_from_standard_input_are_those_of_the_same_file():
+    _, here = workplace()
+    tracks = np.float32([np.linspace((9, 12), (30, 20), 33), np.linspace((20, 1), (24, 30), 33),
+                         np.linspace((5, 30), (40, 9), 33)]).swapaxes(0, 1)
+    visible = np.ones((33, 3), bool)                            # the second one enters from what is cropped away
+    visible[3:12, 0] = visible[:14, 2] = visible[20:, 2] = False        # the third one is only in the middle
+    with folder() as mine:
+        np.savez(mine / "file.npz", tracks=tracks, visibility=visible)
+        code, _, err = sampled(*command("--tracks", mine / "file.npz", "--out", mine / "file.mp4"))
+        assert code == 0, err
+        code, out, err = spoken(as_lines(tracks, visible, (9, 21, 33)), "--out", mine / "x.mp4")
+        assert code == 0 and "33 of 33 frames" in out, (out, err)
+        one = frames_of(mine / "file.mp4")
+        assert np.array_equal(one, frames_of(mine / "x.mp4")) and len(one) == 33
+        inside = visible & (tracks[..., 1] >= 4) & (tracks[..., 1] < 36)
+        assert np.load(mine / "x.take.npz")["visibility"][1:].sum() == inside[1:].sum()
+        code, _, err = sampled("--replay", mine / "x.take.npz", *command()[4:8], "--out", mine / "y.mp4", "--overlay")
+        assert code == 0 and len(frames_of(mine / "y.mp4")) == 33, err
+        short = "--frames", 10, "--chunk", 1, "--out", mine / "z.mp4"
+        code, out, err = spoken(as_lines(tracks, visible, (1, 5, 9, 13, 17)), *short)
+        assert code == 0 and "10 of 10 frames" in out and len(frames_of(mine / "z.mp4")) == 10, err
+
+
+def test_a_wrong_line_on_standard_input_is_named_and_leaves_no_video():
+    good = as_lines(np.full((33, 2, 2), 20.0), np.ones((33, 2), bool), (9, 21, 33)).splitlines(True)
+    with folder() as mine:
+        for number, line, text in (
+                (1, b"", "line 1: not a JSON list"), (3, b"{}\n", "line 3: has (0,)"), (2, b"\xff\n", "line 2: not"),
+                (3, b"[" * 9999 + b"]" * 9999, "line 3: not"), (2, b"[[1, 2]]", "line 2: "), (1, b"[]", "line 1: not"),
+                (2, as_lines(np.full((12, 3, 2), 9.0), np.ones((12, 3), bool), (12,)), "(12, 3, 2) frames, points"),
+                (2, good[0], "line 2: has (9, 2, 2)"), (1, good[1], "expected (9, 2, 2)"), (2, good[1][:-9], "line 2"),
+                (3, good[1].replace(b"20.0", b"1e60", 1), "line 3: 1 visible points are NaN, infinite"),
+                (2, good[1].replace(b"20.0", b'"x"', 1), "line 2: not"),
+                (2, good[1].replace(b"[20.0, 20.0]", b"[]"), "line 2: has (12, 2, 0)"),
+                (1, good[0].replace(b"20.0", b"0.5"), "line 1: all positions lie in [-1, 1]")):
+            lines = [*good[:number - 1], line or b"\n", *good[number:]]
+            code, _, err = spoken(b"".join(lines), "--out", mine / "x.mp4")
+            assert code == 2 and re.fullmatch(r"error: standard input, [^\n]+\n", err) and text in err, (text, err)
+            assert not list(mine.iterdir()), text
+        for lines, flags, text in ((b"", (), "no line came"), (good[0], ("--overlay",), "drop --overlay"),
+                                   (good[0], ("--weights", workplace()[1] / "teacher.safetensors"), "trained student")):
+            code, _, err = spoken(lines, "--out", mine / "x.mp4", *flags)
+            assert code == 2 and text in err and not list(mine.iterdir()), err
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # sample.py: the page that paints tracks.
 
@@ -3244,7 +3304,7 @@ def test_a_replay_takes_the_models_and_files_it_was_made_with_and_no_others():
                 "--vae", HERE / "assets/tiny_vae.safetensors")
         refused("other models", "--vae", other)
         refused("not allowed with", "--image", here / "image.png")
-        refused("knows no tracks beforehand", "--interactive")
+        refused("know no tracks beforehand", "--interactive")
         refused("a trained student", "--weights", here / "teacher.safetensors", "--sampler", "teacher")
         refused("none.npz: No such file", take=mine / "none.npz")
         refused("image.png: damaged, or not what", take=here / "image.png")
@@ -3886,27 +3946,6 @@ def test_the_readmes_lines_turn_other_programs_files_into_ours():
             assert abs(tracks - xy)[visible].max() < 1e-4, name
             path.unlink()
     assert len(rows) == 7
-
-
-def test_the_readmes_stream_from_standard_input_is_that_of_the_same_tracks():
-    tracks, visible, *_ = sample.load_tracks(HERE / "assets/drag.npz", (384, 384))
-    tracks, visible = tracks[:33] / 3, visible[:33].copy()              # to the video's pixels
-    visible[12:15, 0] = False
-    points = [[xy if v else None for xy, v in zip(*frame)] for frame in zip(tracks.tolist(), visible.tolist())]
-    lines = "".join(json.dumps(points[start:stop]) + "\n" for start, stop in ((0, 9), (9, 21), (21, 33)))
-    frames = []
-
-    @contextlib.contextmanager
-    def collect(path, fps):
-        yield frames.append
-
-    with contextlib.chdir(HERE), unittest.mock.patch.object(sample, "video_file", collect), \
-            unittest.mock.patch.object(sys, "stdin", io.StringIO(lines)):
-        exec(recipe("control(sys.stdin)"), space := {})
-    model, motion = space["model"], [torch.from_numpy(a)[None] for a in (tracks, visible)]
-    motion = sample.Motion(*motion, track_ids(*motion, model.config))
-    latents = sample.stream(model, space["first"], motion, embed_words(model.config.prompt, model.config))
-    assert np.array_equal(frames, list(sample.decode_frames(space["vae"], latents))) and len(frames) == 33
 
 
 def test_readme_table_points_at_the_code():
