@@ -14,6 +14,7 @@ import functools
 import http.client
 import importlib
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -50,10 +51,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+import motionstream
 import sample
 import train_distill as td
 from assets import world
-from motionstream import (PRESETS, KVCache, MotionStream, SelfAttention, TrackHead, add_noise, apply_rope,
+from motionstream import (PRESETS, KVCache, MotionStream, SelfAttention, TrackHead, add_noise, apply_rope, by_chunk,
                           embed_words, euler, find_config, guided_velocity, image_and_mask, joint_guidance,
                           rollout, rope_table, save_pretrained, schedule, sinusoid, to_x0, track_features, track_ids,
                           with_first, write)
@@ -1398,7 +1400,6 @@ def test_the_wan_vae_gives_the_bits_of_diffusers_from_either_layout():
 
 @with_diffusers
 def test_latents_are_normalised_as_diffusers_pipelines_do():
-    import inspect
     from diffusers import AutoencoderKLWan
     defaults = inspect.signature(AutoencoderKLWan.__init__).parameters
     assert STATISTICS[16] == tuple(tuple(defaults[name].default) for name in ("latents_mean", "latents_std"))
@@ -1646,7 +1647,8 @@ def test_a_case_says_and_does_what_its_name_says():
 def test_a_table_is_kept_row_by_row_and_measured_once():
     with folder() as here:
         run = SimpleNamespace(out=here, settings=lambda stage: "weights", eval_clips=2, eval_frames=33, config=SMALL)
-        rows = ("a", ({"x": 1}, [{"y": 1}, {"y": 2}])), ("streams", ({"x": 2}, [{"y": 3}]))
+        other = {"x": 3, "measure": lambda run, y, x: calls.append({"y": y}) or {"ms": x + y}}     # not by eval_row
+        rows = {"a": ({"x": 1}, [{"y": 1}, {"y": 2}]), "b": (other, [{"y": 4}]), "streams": ({"x": 2}, [{"y": 3}])}
         calls = []
 
         def row(run, **settings):
@@ -1655,12 +1657,13 @@ def test_a_table_is_kept_row_by_row_and_measured_once():
                 raise KeyboardInterrupt
             return {"from": 0, "mean": settings["y"] + 0.5, "tenths": [{"from": 0, "mean": 1}, {"from": 9, "mean": 2}]}
 
-        with unittest.mock.patch.dict(globals(), tables=lambda run, stage: dict(rows), eval_row=row):
+        with unittest.mock.patch.dict(globals(), tables=lambda run, stage: rows, eval_row=row):
             for fail in 2, None, None:
                 with quiet() as (out, _), contextlib.suppress(KeyboardInterrupt):
                     evaluate(run, "eval")
-        assert [call["y"] for call in calls] == [1, 2, 2, 3] and calls[0] == {"x": 1, "y": 1}
+        assert [call["y"] for call in calls] == [1, 2, 2, 4, 3] and calls[0] == {"x": 1, "y": 1}
         assert "| y 2 | 2.50 |" in out.getvalue() and (here / "eval.png").exists()
+        assert "| b | ms |\n|---|---|\n| y 4 | 7.00 |" in out.getvalue()
 
 
 def test_every_row_of_the_tables_can_be_played():
@@ -1674,7 +1677,8 @@ def test_every_row_of_the_tables_can_be_played():
                 assert {"seed", "clips", "frames"} <= settings.keys()
                 overrides = {key: value for key, value in (common | row).items() if hasattr(Toy.config, key)}
                 replace(Toy.config, **overrides)
-                case = {key: value for key, value in settings.items() if key not in ("model", "text", "piece")}
+                measured = inspect.signature(settings.pop("measure", eval_row)).parameters
+                case = {key: value for key, value in settings.items() if key != "piece" and key not in measured}
                 scene, motion = new_case(**case | {"frames": 9})
                 assert motion["tracks"].shape[:2] == (case["clips"], 9), (title, row)
     model, vae = new_model(size=(128, 128), text_dim=64), new_vae()
@@ -1683,6 +1687,140 @@ def test_every_row_of_the_tables_can_be_played():
     assert len(result["tenths"]) == 5 and [part["from"] for part in result["tenths"]] == [0, 9, 18, 27, 36]
     values = [part["psnr"] for part in result["tenths"]]
     assert abs(result["psnr"] - np.mean(values)) < 1e-4 and abs(result["drift"] - np.std(values)) < 1e-4
+
+
+def test_attention_shares_are_those_of_queries_and_keys_by_hand():
+    model, vae, seen = new_model(size=(128, 128), text_dim=64), new_vae(), []
+    run = SimpleNamespace(config=model.config, device="cpu", seed=0, model=lambda name: model, vae=lambda: vae)
+
+    def by_hand(attention, inputs):
+        x, rope, cache, _ = inputs
+        if len(cache.chunks) == 2:                              # a sink and a window
+            q, k = (norm(linear(x)).unflatten(2, (2, -1)) for norm, linear in (
+                (attention.norm_q, attention.q), (attention.norm_k, attention.k)))
+            k = apply_rope(torch.cat([*(old for old, _ in cache.chunks), k], 1), rope).double()
+            q = apply_rope(q, rope[-x.shape[1]:]).double()
+            for clip, head in itertools.product(range(2), range(2)):
+                weights = torch.exp(q[clip, :, head] @ k[clip, :, head].T / 20 ** 0.5)
+                weights = weights / weights.sum(1, keepdim=True)
+                seen.append(weights.view(x.shape[1], 3, -1).sum(2).mean(0))     # sink, window, itself: equally many
+
+    hook = model.blocks[1].self_attn.register_forward_pre_hook(by_hand)
+    case = {"seed": "x", "clips": 2, "frames": 57, "objects": 1}
+    row = attention_row(run, layer=1, **case)
+    hook.remove()
+    assert len(seen) == 4 * 4 * 3                               # clips and heads, passes, chunks 2 to 4 of five
+    assert_near(torch.tensor([*row.values()]).double(), 100 * torch.stack(seen).mean(0), 1e-4)
+    assert [*row] == ["sink", "window", "itself"] and abs(sum(row.values()) - 100) < 1e-3, row
+    assert attention_row(run, layer=0, **case) != row
+
+
+def test_a_motion_appears_in_the_film_as_captioned_and_not_in_the_rigid_one():
+    case = {"seed": "words", "clips": 8, "frames": 17, "objects": 1}
+    run = SimpleNamespace(config=PRESETS["tiny"])
+    for kind in 1, 2:
+        def played(run, model, scene, motion, text):
+            assert text.equal(embed_words(said, run.config)) and motion["visible"].sum(2).max() <= 1
+            rigid = {"spin": 0 * scene["spin"], "pulse": torch.ones_like(scene["pulse"])}
+            assert torch.ones(8).equal(scene["pulse"][:, 5]) == (kind == 1) and scene["spin"].any() == (kind == 1)
+            truth, rigid = world.film(scene, td.SIZE), world.film(scene | rigid, td.SIZE)
+            video = share * truth + (1 - share) * rigid
+            yield from (video + 0.1 * rand(*video.shape)).split(10, 2)
+
+        for share, said in (1, world.caption(0, kind)), (0.25, td.NEUTRAL):
+            with unittest.mock.patch.dict(globals(), play=played):
+                row = words_row(run, attributes=(0, kind), text=td.NEUTRAL if said == td.NEUTRAL else None, **case)
+            assert row["appears"] == 100 * (share == 1) and abs(row["share"] - share) < 0.1, row
+            assert 4 <= row["clips"] < 8 if kind == 1 else row["clips"] == 8, row          # discs may spin unseen
+
+
+def test_both_ways_to_encode_tracks_are_timed():
+    model, vae, calls = new_model(size=(128, 128)), new_vae(), []
+    run = SimpleNamespace(device="cpu", model=lambda name: model, vae=lambda: vae)
+    for by, where in ("vae", sample), ("head", sys.modules[__name__]):
+        name = {"vae": "draw_control", "head": "track_features"}[by]
+        real = getattr(where, name)
+
+        def slowly(*args):
+            calls.append(by)
+            assert real(*args).shape[2] == 6                    # latents of 21 frames
+            time.sleep(0.01 if by == "head" else 0.05)
+            return torch.zeros(1)
+
+        with unittest.mock.patch.object(where, name, slowly):
+            row = encoding_row(run, by, seed="x", clips=1, frames=21, points="dense")
+        assert calls.count(by) == len(calls) == 9 and row["ms"] >= (10 if by == "head" else 50), (row, calls)
+        calls.clear()
+
+
+def test_a_brief_distillation_differs_in_what_its_row_says_and_is_not_trained_again():
+    with folder() as here, quiet() as (out, _):
+        flags = ["--stage", "experiments", "--smoke", "--out", str(here), "--seed", "3", "--tracks", "random"]
+        run, trained = td.Run(td.parse_flags(flags)), []
+
+        def train(short):
+            assert torch.is_grad_enabled() and load_file(short.path("causal")).keys()
+            trained.append(short)
+            shutil.copyfile(run.path("student"), short.path("student"))
+
+        def settings(short):
+            groups = {"args": vars(short.args), "recipe": vars(short.recipe), "config": vars(short.config),
+                      "run": {"steps": short.steps["distill"], "clips": short.clips, "seed": short.seed}}
+            return {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()
+                    if name != "out"}
+
+        with torch.no_grad(), unittest.mock.patch.object(td, "train_student", train):
+            plain = distil_briefly(run)
+            for how, differs in (
+                ({"seed": 1}, {"args.seed": 4, "run.seed": 4}),
+                ({"guidance": (0, 0)}, {"config.guidance": (0, 0)}),
+                ({"critic_steps": 2}, {"recipe.critic_steps": 2, "args.steps": 2, "run.steps": 2}),
+                ({"sink_decay": 0.9}, {"args.sink_decay": 0.9, "config.sink_decay": 0.9}),
+                ({"reward": "motion", "beta": 2.0}, {"args.reward": "motion", "args.beta": 2.0}),
+            ):
+                short = distil_briefly(run, **how)
+                was, now = settings(plain), settings(short)
+                assert {key: value for key, value in now.items() if value != was[key]} == differs, how
+                assert short.reward is (td.motion_reward if "reward" in how else None)
+                assert len(trained) == len({one.out for one in trained}) and short is trained[-1]
+                count = len(trained)
+                assert distil_briefly(run, **how).out == short.out and len(trained) == count    # the weights are there
+            rows = [row["distil"] for row in tables(run, "experiments")["distillation, drag"][1] if "distil" in row]
+            folders = {distil_briefly(run, **how).out for how in rows}
+        assert len(folders) == len(rows) - 1 == 9, folders      # two rows are of the plain one
+        assert settings(plain)["run.seed"] == 3 and plain.config == replace(run.config, sink_decay=1.0)
+        assert (plain.args.rollout, plain.recipe.batch, plain.clips, plain.steps["distill"]) == (8, 2, 16, 5)
+        assert out.getvalue().count("distilled in 0.0 minutes") == len(trained) == 9
+        with unittest.mock.patch.object(td, "PROCESSES", 2):
+            assert_error(td.UserError, "leave out torchrun", distil_briefly, run, critic_steps=4)
+
+
+def test_critic_steps_and_guidance_of_a_brief_distillation_reach_its_losses():
+    with folder() as here, quiet(), unittest.mock.patch.dict(SHORT, updates=2, images=8):
+        run = td.Run(td.parse_flags(["--stage", "experiments", "--out", str(here)]))
+
+        def made(model, noise, conditions, first, exit_step, grad):
+            return iter(noise.split(3, 2))
+
+        def dmd(x0, teacher, critic, conditions, first, guidance, weight):
+            x, sigma = x0[:, :, :3], torch.full((len(x0),), 0.7)
+            part = next(by_chunk(conditions, 3))
+            real, plain = guided_velocity(teacher, x, sigma, part, guidance), teacher(x, sigma, **part)
+            calls.append("plain" if real.equal(plain) else "guided")
+            return torch.zeros(())
+
+        def critic(x0, critic, conditions):
+            calls.append("critic")
+            return torch.zeros(())
+
+        for how, expected in (({}, ["guided", *["critic"] * 5]), ({"guidance": (0, 0)}, ["plain", *["critic"] * 5]),
+                              ({"critic_steps": 2}, ["guided", "critic", "critic"]),
+                              ({"critic_steps": 1}, ["guided", "critic"])):
+            calls = []
+            with unittest.mock.patch.multiple(td, rollout=made, dmd_loss=dmd, critic_loss=critic):
+                with unittest.mock.patch.object(td.Optimizer, "step", lambda *_: 0.0):
+                    distil_briefly(run, **how)
+            assert calls == 2 * expected, (how, calls)
 
 
 def test_objects_start_apart():
@@ -1852,9 +1990,10 @@ def test_half_of_the_rollouts_are_longer_than_the_teachers_clip_and_say_nothing_
             judged.append((x0.shape[2], conditions["tracks"].shape[2]))
             return sum(p.sum() for p in critic.parameters()) * 1.0
 
-        with unittest.mock.patch.multiple(td, rollout=made, critic_loss=loss, CRITIC_STEPS=10 ** 9,
-                                          plot_stage=print, dmd_loss=lambda *_: torch.zeros(())):
-            with unittest.mock.patch.object(td.Optimizer, "step", lambda *_: 0.0):
+        with unittest.mock.patch.multiple(td, rollout=made, critic_loss=loss, plot_stage=print,
+                                          dmd_loss=lambda *_: torch.zeros(())):
+            with unittest.mock.patch.object(td.Optimizer, "step", lambda *_: 0.0), \
+                    unittest.mock.patch.dict(td.RECIPES["tiny"], critic_steps=10 ** 9):
                 td.main(["--smoke", "--stage", "distill", "--steps", "60", "--out", str(here), "--rollout", "6"])
         assert set(lengths) == {12, 15, 18} and 15 < lengths.count(12) < 50, Counter(lengths)
         assert set(judged) == {(12, 12)}
@@ -4096,12 +4235,101 @@ def eval_row(run, model="student", text=td.NEUTRAL, piece=None, **settings):
     return mean | {"drift": numbers[:, [*mean].index("psnr")].std(correction=0).item(), "tenths": tenths}
 
 
-def tables(run, stage):
-    """What a stage measures: {title: (what all rows have in common, [what each has besides])}, arguments of eval_row.
-    The experiments are MotionStream's table 4, figures 4 and 6a and limits, and Reward Forcing's sinks."""
-    def grid(**values):
-        return [dict(zip(values, row)) for row in itertools.product(*values.values())]
+# Of a short distillation: the generator's updates, clips of each, images to draw from, chunks of the longest rollout.
+SHORT = {"updates": 50, "batch": 2, "images": 512, "rollout": 8}
 
+
+def distil_briefly(run, critic_steps=5, guidance=None, seed=0, **flags):
+    """The Run of a short distillation of the causal student, in a folder of its own below run.out, trained if it is not
+    yet. critic_steps: the critic's for one of the generator; guidance: (w_text, w_motion) of the real score, None: the
+    teacher's own; seed: beside that of `run`; flags: of the command, sink_decay, reward or beta."""
+    weights, updates = ("vae", "teacher", "causal"), 1 if run.args.smoke else SHORT["updates"]
+    flags |= {"steps": updates * critic_steps, "seed": run.seed + seed, "rollout": SHORT["rollout"],
+              "tracks": run.config.tracks, "device": run.device}
+    what = SHORT | flags | {"critic_steps": critic_steps, "guidance": guidance}
+    folder = run.out / f"distilled.{td.seed_of(what, *map(run.checksum, weights)):08x}"
+    words = [str(word) for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", value)]
+    short = td.Run(td.parse_flags(["--stage", "distill", "--out", str(folder), *words]))
+    short.recipe.batch, short.recipe.critic_steps = SHORT["batch"], critic_steps
+    short.clips = min(run.clips, SHORT["images"])
+    short.config = replace(short.config, guidance=guidance or run.config.guidance)
+    if not short.path("student").exists():
+        if td.PROCESSES > 1:
+            raise td.UserError("--stage experiments: it distils in one process, leave out torchrun")
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in weights:
+            shutil.copyfile(run.path(name), short.path(name))
+        started = time.time()
+        with torch.enable_grad():
+            td.train_student(short)
+        print(f"{folder}: distilled in {(time.time() - started) / 60:.1f} minutes")
+    return short
+
+
+def distilled_row(run, distil, **settings):
+    """eval_row of the student of a short distillation `distil`, arguments of distil_briefly."""
+    return eval_row(distil_briefly(run, **distil), **settings)
+
+
+def attention_row(run, layer, model="student", **settings):
+    """Where a layer's self-attention goes once the cache is full: in percent, to the sink, to the window and to the
+    chunk itself. Means over a stream's passes (the clean ones too), clips, heads and tokens."""
+    (scene, motion), c, passes, attend = new_case(**settings), run.config, [], motionstream.attend
+
+    def watched(q, k, v):
+        parts = [n * q.shape[1] for n in (c.sink, c.window, 1)]                 # tokens
+        if k.shape[1] == sum(parts):                                            # neither text nor a cache not yet full
+            scores = torch.einsum("blnk,bsnk->bnls", q.float(), k.float()) / math.sqrt(q.shape[3])
+            passes.append([part.sum(3).mean().item() for part in scores.softmax(3).split(parts, 3)])
+        return attend(q, k, v)
+
+    with unittest.mock.patch.object(motionstream, "attend", watched):
+        for _ in play(run, model, scene, motion, embed_words(td.NEUTRAL, run.config)):
+            pass
+    shares = 100 * torch.tensor(passes).view(-1, c.num_layers, 3)[:, layer].mean(0)
+    return dict(zip(("sink", "window", "itself"), shares.tolist()))
+
+
+def words_row(run, model="teacher", text=None, guidance=None, **settings):
+    """How often a motion that the caption names appears, in percent of the clips: those nearer, in mean square, to the
+    film as captioned than to the same film with rigid objects, which neither spin nor pulse. share: where they lie
+    between the two, 0 rigid, 1 as captioned. Clips whose two films are alike (40 dB), a spinning disc, do not count."""
+    scene, motion = new_case(**settings)
+    truth = world.film(scene, td.SIZE)
+    rigid = world.film(scene | {"spin": 0 * scene["spin"], "pulse": 0 * scene["pulse"] + 1}, td.SIZE)
+    text = text or world.caption(*settings["attributes"])
+    guided = {"guidance": guidance} if guidance else {}
+    video = torch.cat([*play(run, model, scene, motion, embed_words(text, run.config), **guided)], 2)
+    differs = (truth - rigid).square().sum((1, 2, 3, 4))
+    share = ((video - rigid) * (truth - rigid)).sum((1, 2, 3, 4)) / differs
+    share = share[differs / truth[0].numel() > 4e-4]                            # the mean square of 40 dB
+    return {"appears": 100 * (share > 0.5).float().mean().item(), "share": share.mean().item(), "clips": len(share)}
+
+
+def encoding_row(run, by, **settings):
+    """Milliseconds to encode the tracks of a clip: by "head" as the track head does, by "vae" as a drawn video."""
+    _, motion = new_case(**settings)
+    model, vae, seconds = run.model("student"), run.vae(), []
+    tracks, visible = (motion[key].to(run.device) for key in ("tracks", "visible"))
+    motion = sample.Motion(tracks, visible, track_ids(tracks, visible, model.config))
+    for _ in range(9):
+        started = time.perf_counter()
+        if by == "vae":
+            sample.draw_control(vae, motion, model.config, settings["frames"]).sum().item()     # waits for a GPU
+        else:
+            track_features(model, motion.tracks, motion.visible, motion.ids).sum().item()
+        seconds.append(time.perf_counter() - started)
+    return {"ms": 1000 * np.median(seconds)}
+
+
+def grid(**values):
+    """Every combination of the values, as dicts."""
+    return [dict(zip(values, row)) for row in itertools.product(*values.values())]
+
+
+def tables(run, stage):
+    """What a stage measures: {title: (what all rows have in common, [what each has besides])}: arguments of eval_row,
+    or of another function, "measure"."""
     clip = {"seed": "eval 1 False", "clips": run.eval_clips, "frames": td.CLIP, "objects": 1}
     if stage == "eval":
         kinds = [{"objects": 1}, {"objects": 3, "seed": "eval 3 False"}, {"objects": 1, "change": "other way"},
@@ -4117,10 +4345,24 @@ def tables(run, stage):
                    for camera, points in ((False, "drag"), (True, "dense")) for sink in (1, 0)]
         return {"following": (clip, following), "text": (clip | {"objects": 2, "piece": td.CLIP // 3}, text),
                 "streams": (clip | {"clips": 2, "frames": run.eval_frames, "piece": 12}, streams)}
+    return experiments(run, clip)
+
+
+def experiments(run, clip):
+    """The tables of the experiments, from `clip`, a case: MotionStream's table 4, figures 4 and 6a and limits; its
+    objects, attention, rigidity and encoding; Reward Forcing's sinks; short distillations, by both papers' settings."""
     frames = min(run.eval_frames, 20 * td.CLIP)                    # 20 times the training's length, in 30 pieces
     stream = clip | {"seed": "stream False", "clips": math.ceil(run.eval_clips / 4), "frames": frames,
                      "piece": math.ceil(frames / 30)}
     teacher, sinks = clip | {"model": "teacher"}, grid(sink_decay=(1.0, 0.999, 0.99, 0.9, 0.5)) + grid(sink=(0,))
+    words = [{"seed": f"words {motion}", "attributes": (0, motion)} | case for motion in (1, 2) for case in
+             [*grid(model=("vae", "student")), *grid(guidance=[(0, 1.5), (1, 1.5)])]]
+    distillations = [*grid(seed=(0, 1), guidance=(None, (0, 0))), *grid(critic_steps=(1, 2)), {"sink_decay": 0.9},
+                     *grid(reward=("motion",), beta=(0.5, 2.0))]
+    students = [{"distil": how} for how in distillations]
+    students += [{"distil": {}, "sink_decay": 0.9}]                         # EMA-Sink in streaming alone
+    students += [{"measure": eval_row, "model": model} for model in ("causal", "student")]
+    half = stream | {"frames": math.ceil(frames / 2), "piece": math.ceil(frames / 60)}
     return {"streams": (stream, sinks),
             "moving camera": (stream | {"seed": "stream True", "camera": True, "points": "dense"}, sinks),
             "memory": (stream, grid(sink=(0, 1, 2, 3), window=(1, 2, 4))),
@@ -4129,7 +4371,15 @@ def tables(run, stage):
             "self-rollout": (stream, grid(model=("causal",))),
             "guidance": (teacher, grid(guidance=[*itertools.product((0, 1, 2, 3), (0, 1, 1.5, 3))])),
             "limits": (clip | {"points": "dense"}, grid(speed=(1, 2, 3, 4, 6, 8)) + grid(
-                change=("teleport", "two ways", "jittered", "late", "broken")))}
+                change=("teleport", "two ways", "jittered", "late", "broken"))),
+            "objects": (clip | {"points": "dense"}, grid(objects=(1, 2, 3))),
+            "attention": (clip | {"measure": attention_row, "frames": 2 * td.CLIP},
+                          grid(model=("causal", "student"), layer=range(run.config.num_layers))),
+            "encoding": (clip | {"measure": encoding_row, "clips": 1, "points": "dense"}, grid(by=("vae", "head"))),
+            "distillation, dense": (clip | {"measure": distilled_row, "points": "dense"}, students),
+            "distillation, drag": (clip | {"measure": distilled_row}, students),
+            "distillation, stream": (half | {"measure": distilled_row}, students),
+            "words": (clip | {"measure": words_row, "clips": 2 * run.eval_clips}, words)}
 
 
 @torch.no_grad()
@@ -4143,9 +4393,10 @@ def evaluate(run, stage):
     for title, (common, rows) in tables(run, stage).items():
         results = done.setdefault(title, {})
         for row in tqdm(rows, title):
-            label = ", ".join(f"{key} {value}" for key, value in row.items() if key != "seed")
+            label = ", ".join(f"{key} {value}" for key, value in row.items() if key not in ("seed", "measure"))
             if label not in results:
-                results[label] = eval_row(run, **(common | row))
+                case = {"measure": eval_row} | common | row
+                results[label] = case.pop("measure")(run, **case)
                 write(path, lambda temporary: temporary.write_text(json.dumps(everything, indent=1)))
         names = [name for name in results[label] if name not in ("from", "tenths")]
         print(f"\n| {title} | {' | '.join(names)} |\n{'|---' * len(names)}|---|")
@@ -4229,7 +4480,7 @@ def dry_run(run, tflops=396):
     steps, guided = (len(c.sigmas) + 1) / 2, 3 if c.guidance[1] else 2 if c.guidance[0] else 1
     costs = {                                                   # of a clip; a backward costs two forwards
         "teacher": 3 * whole, "trajectories": guided * c.steps * whole, "causal": (3 + 1) * stream,
-        "distill": (steps + 1) * stream + 3 * whole + ((steps + 3) * stream + (guided + 1) * whole) / td.CRITIC_STEPS}
+        "distill": (steps + 1) * stream + 3 * whole + ((steps + 3) * stream + (guided + 1) * whole) / r.critic_steps}
     clips = {stage: r.batch * n for stage, n in run.steps.items()} | {"trajectories": run.trajectories}
     print(f"{c}\n{r}\n{count:,} parameters, {frame:,} tokens a latent frame, {frames} of them a clip")
     print(f"the KV cache of a stream, chunk {c.chunk}, sink {c.sink}, window {c.window}: "

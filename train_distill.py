@@ -4,8 +4,8 @@
     teacher  bidirectional rectified flow, given the first frame, text and tracks
     causal   the student: regression on the teacher's ODE trajectories, chunk by chunk through the KV cache
     distill  Self-Forcing DMD: the student rolls out as it will at inference, teacher and critic score the result
-    eval     the numbers and pictures of the README; experiments: the papers', as far as they need no other training;
-             both measured by test_motionstream.py
+    eval     the numbers and pictures of the README; experiments: the papers', some with short distillations of
+             their own; both measured by test_motionstream.py
 
     python train_distill.py                  all of it, resumed where it stopped; --smoke: a few steps, to see it run
     python train_distill.py --stage teacher  one stage
@@ -65,17 +65,16 @@ NEUTRAL = PRESETS["tiny"].prompt
 TRACKS = 2500                            # of a clip of --data, at most: the paper's grid of 50x50
 SIZE, CLIP = 128, 45                     # pixels per side; frames of a clip: 12 latents, 4 chunks of 3
 RANK, LOCAL, PROCESSES = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-CRITIC_STEPS = 5                         # of distillation, for each step of the generator
 
 # The numbers of a training: for the tiny model ours, for Wan's the paper's (1.3B; section 4.1, appendix D), if known.
 # Rates are Muon's and AdamW's (None: AdamW on all), steps are of `batch` clips and, like accumulate, by stage.
 RECIPES = {
     "tiny": {"clip": CLIP, "batch": 4, "accumulate": (1, 1, 1, 1), "steps": (2000, 10_000, 800, 1200),
              "teacher": (0.015, 3e-3), "causal": (2e-3, 1e-3), "generator": (1e-3, 1e-4), "critic": (2e-3, 2e-4),
-             "clips": (256, 5120, 480), "at_sigma_1": 0.5, "emphasis": 4.0, "worn": True},
+             "clips": (256, 5120, 480), "at_sigma_1": 0.5, "emphasis": 4.0, "worn": True, "critic_steps": 5},
     "paper": {"clip": 81, "batch": 1, "accumulate": (1, 128, 128, 64), "steps": (0, 614_400, 256_000, 128_000),
               "teacher": (None, 1e-5), "causal": (None, 2e-6), "generator": (None, 2e-6), "critic": (None, 4e-7),
-              "clips": (0, 0, 4000), "at_sigma_1": 0.0, "emphasis": 0.0, "worn": False}}
+              "clips": (0, 0, 4000), "at_sigma_1": 0.0, "emphasis": 0.0, "worn": False, "critic_steps": 5}}
 # The teacher's second stage starts from the weights of the first: 800 updates, with pauses, the track head as it is.
 RECIPES["second"] = RECIPES["paper"] | {"teacher": (None, 1e-6), "steps": (0, 102_400, 256_000, 128_000)}
 
@@ -722,14 +721,14 @@ def last_clip(chunks, first, points):
 
 
 def train_student(run):
-    """A generator update every CRITIC_STEPS critic updates, each on a new rollout that ends at a random step. Half are
+    """A generator update every critic_steps critic updates, each on a new rollout that ends at a random step. Half are
     longer than the teacher's clip, see last_clip; of drawn scenes these have neutral text: a light would have faded."""
     pool, reward = kept(run, f"images{run.args.rollout}", "vae", run.clips, film_clips), run.reward
     teacher, vae, neutral = shard(run.model("teacher")), run.vae(), embed_words(NEUTRAL, run.config).to(run.device)
     generator, critic = run.model("causal", sink_decay=run.config.sink_decay), run.model("teacher")
     for model in generator, critic:
         model.requires_grad_(True).track_head.requires_grad_(False)
-    known, updates, betas = run.known, run.steps["distill"] // run.batches // CRITIC_STEPS, (0.0, 0.99)
+    known, updates, betas = run.known, run.steps["distill"] // run.batches // run.recipe.critic_steps, (0.0, 0.99)
     optimizer_g = Optimizer(generator, *run.recipe.generator, betas, updates, ema=0.98, **run.shared())
     optimizer_c = Optimizer(critic, *run.recipe.critic, betas, **run.shared())
 
@@ -750,15 +749,15 @@ def train_student(run):
 
     def step(i):
         numbers = {}
-        if i // run.batches % CRITIC_STEPS == 0:
+        if i // run.batches % run.recipe.critic_steps == 0:
             x0, conditions, batch = generate(i, grad=True)
             with run.autocast():
                 first, weight = clean_first(x0.detach(), conditions), 1.0
                 if reward:
                     numbers["reward"] = (score := reward(vae.decode(x0.detach())[0].float(), batch)).mean()
                     weight = torch.exp(score / run.args.beta)
-                loss = dmd_loss(x0, teacher, critic, conditions, first, teacher.config.guidance, weight)
-            numbers |= {"loss_g": loss, "grad_g": optimizer_g.step(loss, i, CRITIC_STEPS), "std": x0.std()}
+                loss = dmd_loss(x0, teacher, critic, conditions, first, run.config.guidance, weight)
+            numbers |= {"loss_g": loss, "grad_g": optimizer_g.step(loss, i, run.recipe.critic_steps), "std": x0.std()}
         x0, conditions, _ = generate(i, grad=False)
         with run.autocast():
             loss = critic_loss(x0, critic, conditions)
