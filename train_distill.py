@@ -4,6 +4,7 @@
     teacher  bidirectional rectified flow, given the first frame, text and tracks
     causal   the student: regression on the teacher's ODE trajectories, chunk by chunk through the KV cache
     distill  Self-Forcing DMD: the student rolls out as it will at inference, teacher and critic score the result
+    decoder  if it is named: the VAE's decoder again, or a tiny one for Wan's VAE, against a discriminator
     eval     the numbers and pictures of the README; experiments: the papers', as far as they need no other training;
              both measured by test_motionstream.py
 
@@ -23,7 +24,6 @@ import json
 import math
 import os
 import pickle
-import runpy
 import sys
 import time
 import zlib
@@ -37,7 +37,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -47,7 +46,7 @@ from motionstream import (PRESETS, Block, KVCache, MotionStream, add_noise, by_c
                           guided_velocity, image_channels, rollout, save_pretrained, schedule, shift_sigma, to_x0,
                           track_features, track_ids, with_first, write)
 from sample import ASSETS, UMT5_DIM, Parser, UserError, has_mask, hold_signals, inspect, number, open_vae, user_errors
-from vae import TINY, TinyVAE, read_tensors
+from vae import TINY, TinyVAE, TinyVAEConfig, WanVAE, read_tensors
 
 # ----------------------------------------------------------------------------------------------------------------------
 # A world to film. Positions are in units of the picture's width, times in frames; the camera looks at [0, 1] x [0, 1].
@@ -245,14 +244,16 @@ CRITIC_STEPS = 5                         # of distillation, for each step of the
 # The numbers of a training: for the tiny model ours, for Wan's the paper's (1.3B; section 4.1, appendix D), if known.
 # Rates are Muon's and AdamW's (None: AdamW on all), steps are of `batch` clips and, like accumulate, by stage.
 RECIPES = {
-    "tiny": {"clip": CLIP, "batch": 4, "accumulate": (1, 1, 1, 1), "steps": (2000, 10_000, 800, 1200),
+    "tiny": {"clip": CLIP, "batch": 4, "accumulate": (1, 1, 1, 1, 1), "steps": (2000, 10_000, 800, 1200, 1000),
              "teacher": (0.015, 3e-3), "causal": (2e-3, 1e-3), "generator": (1e-3, 1e-4), "critic": (2e-3, 2e-4),
+             "decoder": (5e-3, 2e-3), "discriminator": (0.01, 1e-3),
              "clips": (256, 5120, 480), "at_sigma_1": 0.5, "emphasis": 4.0, "worn": True},
-    "paper": {"clip": 81, "batch": 1, "accumulate": (1, 128, 128, 64), "steps": (0, 614_400, 256_000, 128_000),
+    "paper": {"clip": 81, "batch": 1, "accumulate": (1, 128, 128, 64, 1), "clips": (0, 0, 4000), "worn": False,
+              "steps": (0, 614_400, 256_000, 128_000, 200_000), "at_sigma_1": 0.0, "emphasis": 0.0,
               "teacher": (None, 1e-5), "causal": (None, 2e-6), "generator": (None, 2e-6), "critic": (None, 4e-7),
-              "clips": (0, 0, 4000), "at_sigma_1": 0.0, "emphasis": 0.0, "worn": False}}
+              "decoder": (None, 3e-4), "discriminator": (None, 3e-4)}}
 # The teacher's second stage starts from the weights of the first: 800 updates, with pauses, the track head as it is.
-RECIPES["second"] = RECIPES["paper"] | {"teacher": (None, 1e-6), "steps": (0, 102_400, 256_000, 128_000)}
+RECIPES["second"] = RECIPES["paper"] | {"teacher": (None, 1e-6), "steps": (0, 102_400, *RECIPES["paper"]["steps"][2:])}
 
 
 def seed_of(*what):
@@ -435,29 +436,41 @@ def psnr(a, b):
     return -10 * math.log10((a - b).square().mean().item() / 4 + 1e-10)
 
 
-def train_vae(run):
-    """Reconstruction of pixels and their differences, on 64x64 crops, of three the one where most happens. The latent
-    is made unit variance per channel by a BatchNorm without weights, which is folded into the encoder's last
-    convolution when training ends; noise on the latent keeps it smooth."""
-    vae = TinyVAE(TINY).to(run.device)
-    norm = nn.BatchNorm3d(TINY.latent_channels, affine=False, momentum=0.05).to(run.device)
+def reconstruction_loss(output, video):
+    """Of pixels, and of their differences, in videos (B, 3, T, H, W)."""
+    error = output.float() - video
+    return error.abs().mean() + 4 * error.square().mean() + sum(error.diff(dim=d).abs().mean() for d in (3, 4))
+
+
+def drawn_crops(run):
+    """A function that draws crops of filmed scenes, of three the one where most happens: (8, 3, 17, 64, 64)."""
     rng = torch.Generator().manual_seed(seed_of(run.seed, "vae"))
     videos = torch.cat([((film(new_scenes(8, CLIP, rng), SIZE) + 1) * 127.5).round().byte()     # (n, 3, T, H, W)
                         for _ in tqdm(range(0, run.vae_clips, 8), "film for the vae")])
-    optimizer = Optimizer(vae, muon=5e-3, adam=2e-3, steps=run.steps["vae"] // run.batches, batches=run.batches)
 
     def crop():
         n, t, y, x = (int(torch.randint(limit, ())) for limit in (len(videos), CLIP - 16, SIZE - 63, SIZE - 63))
         return videos[n, :, t:t + 17, y:y + 64, x:x + 64]
 
+    def crops():
+        chosen = [max((crop() for _ in range(3)), key=lambda c: c[:, ::8].float().var()) for _ in range(8)]
+        return torch.stack(chosen).to(run.device).float() / 127.5 - 1
+    return crops
+
+
+def train_vae(run):
+    """Reconstruction alone. The latent is made unit variance per channel by a BatchNorm without weights, which is
+    folded into the encoder's last convolution when training ends; noise on the latent keeps it smooth."""
+    vae, crops = TinyVAE(TINY).to(run.device), drawn_crops(run)
+    norm = nn.BatchNorm3d(TINY.latent_channels, affine=False, momentum=0.05).to(run.device)
+    optimizer = Optimizer(vae, muon=5e-3, adam=2e-3, steps=run.steps["vae"] // run.batches, batches=run.batches)
+
     def step(i):
-        crops = [max((crop() for _ in range(3)), key=lambda c: c[:, ::8].float().var()) for _ in range(8)]
-        video = torch.stack(crops).to(run.device).float() / 127.5 - 1
+        video = crops()
         with run.autocast():
             latents = norm(vae.encode(video))
             output, _ = vae.decode_frames(latents + 0.05 * torch.randn_like(latents))
-        error = output.float() - video
-        loss = error.abs().mean() + 4 * error.square().mean() + sum(error.diff(dim=d).abs().mean() for d in (3, 4))
+        loss = reconstruction_loss(output, video)
         return {"loss": loss, "psnr": psnr(output.detach(), video), "grad": optimizer.step(loss, i)}
 
     train(run, "vae", run.steps["vae"], {"norm": norm, **optimizer.parts()}, step)
@@ -467,8 +480,66 @@ def train_vae(run):
         last, std = vae.encoder[-1], (norm.running_var + norm.eps).sqrt()
         last.weight /= std.view(-1, 1, 1, 1)
         last.bias.copy_((last.bias - norm.running_mean) / std)
-    tensors = {name: t.half().contiguous() for name, t in vae.state_dict().items()}
-    write(run.path("vae"), lambda path: save_file(tensors, path, vae.metadata()))
+    save_pretrained(vae, run.path("vae"), torch.float16, **vae.metadata())
+
+
+# The tiny VAE's decoder, against a discriminator (appendix A). That is an encoder with one channel: a score for every
+# 4x4 pixels of two frames and what is about them (PatchGAN, Isola et al. 2017).
+DISCRIMINATOR = TinyVAEConfig(latent_channels=1, patch=2, stem=32, encoder=((64, 1, 2, 2),))
+
+
+def adversarial_losses(discriminator, video, output, shown):
+    """The decoder's, by which its output should score high, and the discriminator's: true video should score 1 or more,
+    what is shown as false -1 or less. Neither has a gradient in the other network."""
+    discriminator.requires_grad_(False)
+    loss_g = -discriminator.encode(output).mean()
+    discriminator.requires_grad_(True)
+    true, false = discriminator.encode(video), discriminator.encode(shown.detach())
+    return loss_g, F.relu(1 - true).mean() + F.relu(1 + false).mean()
+
+
+def train_decoder(run):
+    """A decoder from nothing for the latents of a finished VAE: the tiny one, on drawn videos, or with --data Wan's, in
+    the layout of taew2_1, on what Wan's decoder makes of 144x144 pixels and 21 frames, while an encoder learns the
+    latents. Half of what is shown as false is from a replay buffer."""
+    from test_motionstream import open_lpips
+    given, wan = run.vae(), bool(run.args.data)
+    perceptual = open_lpips(run.args.perceptual, run.device)
+    if isinstance(given, WanVAE) != wan:
+        raise UserError(f"{run.path('vae')}: a decoder is trained for Wan's VAE with --data, for a tiny one without")
+    config = TinyVAEConfig(given.config.latent_channels, given.stride // 8) if wan else given.config
+    vae, discriminator, cells = TinyVAE(config), TinyVAE(DISCRIMINATOR), 144 // given.stride
+    vae.encoder, discriminator.decoder = vae.encoder if wan else given.encoder, nn.Identity()
+    source = kept(run, "pool", "vae", run.clips, film_clips)["latents"] if wan else drawn_crops(run)
+
+    def batch():
+        if not wan:
+            return given.encode(video := source()), video
+        y, x = (int(torch.randint(max(side - cells, 0) + 1, ())) for side in source.shape[3:])
+        latents = source[:, :, :6, y:y + cells, x:x + cells][torch.randint(len(source), (16,))]
+        return (latents := latents.to(run.device).float()), given.decode(latents)[0]
+
+    discriminator.register_buffer("replay", torch.zeros(64, *batch()[1].shape[1:]).bfloat16())
+    shared = {"steps": run.steps["decoder"] // run.batches, "batches": run.batches}
+    optimizer = Optimizer(vae.to(run.device), *run.recipe.decoder, **shared)
+    optimizer_d = Optimizer(discriminator.to(run.device), *run.recipe.discriminator, **shared)
+
+    def step(i):
+        with run.autocast():
+            with torch.no_grad():
+                latents, video = batch()
+            output, _ = vae.decode_frames(latents)
+            rows = torch.randperm(64)[:len(output) // 2]
+            shown = torch.cat([discriminator.replay[rows], output[len(rows):]])
+            loss_g, loss_d = adversarial_losses(discriminator, video, output, shown)
+            loss = reconstruction_loss(output, video) + perceptual(output, video, i)
+            loss = loss + F.mse_loss(vae.encode(video), latents) if wan else loss
+        discriminator.replay[rows] = output[:len(rows)].detach().bfloat16()
+        return {"loss": loss, "loss_g": loss_g, "loss_d": loss_d, "psnr": psnr(output.detach(), video),
+                "grad": optimizer.step(loss + run.args.adversarial * loss_g, i), "grad_d": optimizer_d.step(loss_d, i)}
+
+    train(run, "decoder", run.steps["decoder"], optimizer.parts("decoder") | optimizer_d.parts("discriminator"), step)
+    save_pretrained(vae, run.path("decoder"), **vae.metadata())
 
 
 # Clips, filmed and encoded once, and the batches drawn from them.
@@ -592,6 +663,7 @@ def train_teacher(run):
     tracks, as in the paper's first stage: with dense tracks a model learns sooner what they are for. That is seen early
     in the error at sigma 1 with all tracks and with none, on clips never trained on, and not in the flow loss.
     From --weights without a track head, all of it is the paper's first stage; from those with one, the second."""
+    from test_motionstream import x0_errors
     pool, r, batch = kept(run, "pool", "vae", run.clips, film_clips), run.recipe, run.recipe.batch
     if run.args.data:
         held = len(pool["latents"]) // 20               # of fewer clips, one is trained on too
@@ -611,12 +683,7 @@ def train_teacher(run):
             loss = flow_loss(model, x0, sigma, given | {"tracks": keep * track_features(model, **points)}, r.emphasis)
         numbers = {"loss": loss, "grad": optimizer.step(loss, i)}
         if (i - RANK + PROCESSES) % (200 * run.batches) == 0:
-            torch.manual_seed(0)
-            x0, given, points = draw_batch(run, fresh, 6 * batch, dense=True)
-            with torch.no_grad(), run.autocast():
-                features, ones = track_features(optimizer.average, **points), torch.ones(len(x0), device=run.device)
-                for name, tracks in ("x0_tracks", features), ("x0_none", 0 * features):
-                    numbers[name] = flow_loss(optimizer.average, x0, ones, given | {"tracks": tracks})
+            numbers |= x0_errors(run, optimizer.average, fresh, 6 * batch)
         return numbers
 
     train(run, "teacher", run.steps["teacher"], optimizer.parts(), step, optimizer.average)
@@ -718,30 +785,6 @@ def critic_loss(x0, critic, conditions, shift=5.0):
     return flow_loss(critic, x0.detach(), sigma, conditions)
 
 
-def motion_reward(video, batch):
-    """How well the video (B, 3, T, H, W) follows the tracks in `batch`: (B,) in [-1, 1]. Where a track goes, the colour
-    should be that of its start. 1: it is everywhere; 0: a video that stands still does as well."""
-    B, _, T, H, W = video.shape
-    seen = batch["visible"] & batch["visible"][:, :1]
-    grid = (2 * batch["tracks"] / torch.tensor([W, H]).to(video) - 1).flatten(0, 1)[:, :, None]     # (B T, N, 1, 2)
-
-    def error(frames):
-        colours = F.grid_sample(frames.transpose(1, 2).flatten(0, 1), grid, align_corners=False).view(B, T, 3, -1)
-        return ((colours - colours[:, :1]).abs().mean(2) * seen).sum((1, 2)) / seen.sum((1, 2)).clamp(min=1)
-
-    still, error = error(video[:, :, :1].expand_as(video)), error(video)
-    return ((still - error) / (still + 0.1)).clamp(-1, 1)
-
-
-def find_reward(name):
-    """--reward: "motion", or a function of your own, FILE.py:FUNCTION, called as motion_reward is."""
-    file, _, function = name.rpartition(":")
-    try:
-        return runpy.run_path(file)[function] if file else {"motion": motion_reward}[name]
-    except Exception as e:                              # whatever the file does
-        raise UserError(f"--reward {name}: neither motion nor FILE.py:FUNCTION ({type(e).__name__}: {e})") from None
-
-
 def last_clip(chunks, first, points):
     """The end of a rollout as a clip that the teacher can judge: the image (B, C, 1, h, w), then the last `chunks`, a
     list, without their first latent (first=None: with it), with the tracks of these frames. After more chunks than that
@@ -801,43 +844,16 @@ def train_student(run):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Pictures.
-
-def plot(path, curves, title, width=640, height=320):
-    """Lines {name: [(x, y)]} as a PNG, with the ranges written on it."""
-    page = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(page)
-    (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*sum(curves.values(), [])))
-    draw.rectangle((50, 30, width - 10, height - 30), outline="grey")
-    for x, y, text in (50, 8, title), (4, 30, f"{y1:.3g}"), (4, height - 42, f"{y0:.3g}"), \
-                      (50, height - 24, f"{x0:.0f}"), (width - 50, height - 24, f"{x1:.0f}"):
-        draw.text((x, y), text, fill="black")
-    right, up = (width - 60) / (x1 - x0 or 1), (height - 60) / (y1 - y0 or 1)
-    for i, (name, curve) in enumerate(curves.items()):
-        colour = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")[i % 6]
-        draw.line([(50 + right * (x - x0), height - 30 - up * (y - y0)) for x, y in curve], fill=colour, width=2)
-        draw.text((width - 150, 34 + 14 * i), name, fill=colour)
-    write(path, lambda temporary: page.save(temporary, "png"))
-
-
-def plot_stage(run, stage):
-    """Curves of a stage from stats.jsonl, each number averaged over 2 % of the stage."""
-    logged, curves = map(json.loads, open(run.out / "stats.jsonl")), {}
-    rows = [*{row["step"]: row for row in logged if row["stage"] == stage}.values()]    # after a crash, logged again
-    for name in "loss", "loss_c", "loss_g", "reward", "std", "x0_none", "x0_tracks":
-        values = [(row["step"], row[name]) for row in rows if name in row]
-        if values:
-            curves[name] = F.adaptive_avg_pool1d(torch.tensor(values).T, min(50, len(values))).T.tolist()
-    plot(run.out / f"{stage}.png", curves, f"{stage}: {len(rows)} steps")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # The command.
 
-STAGES = {"vae": train_vae, "teacher": train_teacher, "causal": train_causal, "distill": train_student}
-WEIGHTS = {"vae": "vae", "teacher": "teacher", "causal": "causal", "distill": "student"}    # what a stage leaves behind
-NEEDS = {"vae": (), "teacher": ("vae",), "causal": ("vae", "teacher"), "distill": ("vae", "teacher", "causal"),
-         "eval": ("vae", "teacher", "causal", "student"), "experiments": ("vae", "teacher", "causal", "student")}
+# Flags of a single stage, what there is to train, and which of it a stage leaves behind and starts from.
+OWN = {"distill": ("reward", "beta", "sink_decay", "rollout"), "decoder": ("adversarial", "perceptual")}
+MODELS = ("vae", "teacher", "causal", "student")
+STAGES = {"vae": train_vae, "teacher": train_teacher, "causal": train_causal, "distill": train_student,
+          "decoder": train_decoder}                                     # only if it is named
+WEIGHTS = dict(zip(STAGES, (*MODELS, "decoder")))
+NEEDS = {stage: MODELS[:i] for i, stage in enumerate(STAGES)} | {
+    "decoder": ("vae",), "eval": MODELS, "experiments": MODELS}
 SHIPPED = {"vae": "tiny_vae", "teacher": "tiny_teacher", "causal": "tiny_causal", "student": "tiny"}
 
 
@@ -866,6 +882,7 @@ class Run:
     """The settings of one training, its folder, and the weights in it."""
 
     def __init__(self, args):
+        from test_motionstream import find_reward
         self.args, self.out, self.device, self.seed = args, Path(args.out), args.device, args.seed
         self.reward, self.start = args.reward and find_reward(args.reward), args.weights and inspect(args.weights)
         self.config, recipe = choose_config(args, self.start)
@@ -875,7 +892,7 @@ class Run:
         args.tracks, args.rollout = self.config.tracks, max(args.rollout or (0 if args.data else 16), self.known)
         self.data = (args.tracks, *((args.data.stat().st_size, args.data.stat().st_mtime_ns) if args.data else ()))
         self.batches = PROCESSES * (args.accumulate or 1)
-        self.steps = dict(zip(STAGES, (4, 4, 3, 6) if args.smoke else self.recipe.steps))
+        self.steps = dict(zip(STAGES, (4, 4, 3, 6, 4) if args.smoke else self.recipe.steps))
         self.steps |= {args.stage: args.steps} if args.steps else {}
         self.vae_clips, self.clips, self.trajectories = (8, 16, 8) if args.smoke else self.recipe.clips
         self.eval_clips = args.clips or (1 if args.smoke else 16)
@@ -897,7 +914,7 @@ class Run:
 
     def settings(self, stage):
         """What a checkpoint of the stage depends on: another of these would make it a mixture."""
-        names = ("seed", "tracks", *(("reward", "beta", "sink_decay", "rollout") if stage == "distill" else ()))
+        names = ("seed", "tracks", *OWN.get(stage, ()))
         own = {"start": self.args.weights and str(self.args.weights), "data": self.args.data and seed_of(*self.data)}
         return {name: getattr(self.args, name) for name in names} | (own if stage in STAGES else {}) | {
             "batches": self.batches, "weights": [*map(self.checksum, NEEDS[stage])]}
@@ -951,10 +968,14 @@ def parse_flags(argv):
     parser.add_argument("--beta", type=number(float, 0.01, 100), default=0.5, help="weight is exp(reward / beta) (0.5)")
     parser.add_argument("--sink-decay", type=number(float, 0, 1), default=1.0, help="below 1: EMA-Sink (1)")
     parser.add_argument("--rollout", type=number(int, 1, 100), help="longest, in chunks, of distillation (16)")
+    parser.add_argument("--adversarial", type=number(float, 0, 100), default=0.01, help="weight of a decoder's (0.01)")
+    parser.add_argument("--perceptual", help="LPIPS's weights, for a decoder (none)")
     parser.add_argument("--tracks", choices=["random", "start"], help="how tracks get their IDs (tiny: start)")
     args = parser.parse_args(argv)
     if args.steps and args.stage not in STAGES:
         parser.error("--steps needs --stage with one training stage")
+    if args.perceptual and args.stage != "decoder":
+        parser.error("--perceptual needs --stage decoder")
     if args.data and (args.stage in ("vae", "eval", "experiments") or not args.data.is_file()):
         parser.error(f"--data {args.data}: {'not for this --stage' if args.data.is_file() else 'no such file'}")
     if args.vae and (args.stage == "vae" or not args.vae.is_file()):
@@ -976,19 +997,16 @@ def main(argv=None):
         run.out.mkdir(parents=True, exist_ok=True)
         print(f"{'the shipped weights' if run.shipped else run.out}: {run.config}")
         for (stage, train_stage), accumulate in zip(STAGES.items(), run.recipe.accumulate):
-            if args.stage == stage or args.stage == "all" and not run.path(WEIGHTS[stage]).exists():
+            done = stage == "decoder" or run.path(WEIGHTS[stage]).exists()
+            if args.stage == stage or args.stage == "all" and not done:
                 run.check(stage)
                 run.batches = PROCESSES * (args.accumulate or max(accumulate // PROCESSES, 1))
                 torch.manual_seed(seed_of(run.seed, stage))             # of the weights that a stage begins with
                 train_stage(run)
                 if RANK == 0:
-                    plot_stage(run, stage)
-                if RANK == 0 and not args.data:
                     preview(run, stage)
         if args.stage not in STAGES and RANK == 0 and not args.data:
-            stage = args.stage.replace("all", "eval")
-            run.check(stage)
-            evaluate(run, stage)
+            evaluate(run, args.stage.replace("all", "eval"))
     except (UserError, OSError) as e:                   # a full disk, say, whatever was written: files are whole
         print(f"error: {e}", file=sys.stderr)
         return 2
