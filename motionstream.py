@@ -745,4 +745,4 @@ def save_pretrained(model, path, dtype=None, **extra):
     from safetensors.torch import save_file
     tensors = {name: t.to("cpu", dtype).contiguous() for name, t in model.state_dict().items()}
     own = {"format": "motionstream", "config": json.dumps(asdict(model.config))}
-    write(path, lambda temporary: save_file(tensors, temporary, extra | own))
+    write(path, lambda temporary: save_file(tensors, temporary, own | extra))

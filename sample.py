@@ -291,7 +291,7 @@ def read_lines(lines, size, config, prompt):
     list of points for each of its frames, [x, y] in pixels of the image of `size` (width, height) or null where hidden,
     the same points in the same order in every line."""
     prompt, starts = (config.prompt if prompt is None else prompt) or "", None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(filter(bytes.strip, lines), 1):       # blank lines are none
         with naming(f"standard input, line {number}", "not a JSON list of frames, lists of points, [x, y] or null"):
             tracks = np.array([[(math.nan, math.nan) if point is None else point for point in frame]
                                for frame in json.loads(line)])
@@ -435,7 +435,7 @@ def draw_control(vae, motion, config, frames):
 # ----------------------------------------------------------------------------------------------------------------------
 # Takes: what a recorded stream was given, kept in a file, and given again.
 
-SETTINGS = ("seed", "steps", "chunk", "sink", "window", "fps", "dtype")       # flags that a take is made again with
+SETTINGS = ("seed", "steps", "chunk", "sink", "window", "fps", "dtype", "frames")       # flags that a take is made again with
 
 
 def fitted(given, size, config, taken):
@@ -450,13 +450,12 @@ def fitted(given, size, config, taken):
 
 
 def checksum(model, vae, encoded):
-    """A number that tells models apart, and encoded texts and images: of the first numbers of each tensor."""
-    tensors = [*model.state_dict().values(), *vae.state_dict().values()]
-    tensors += [t for t in encoded[model.config.text_dim != UMT5_DIM:] if t is not None]        # words may change
+    """A number that tells models apart, and encoded images: of the first numbers of each tensor."""
+    tensors = [*model.state_dict().values(), *vae.state_dict().values(), *(t for t in encoded[2:] if t is not None)]
     return zlib.crc32(b"".join(t.flatten()[:64].bfloat16().float().cpu().numpy() for t in tensors))
 
 
-def save_take(path, taken, image, args, model, vae, encoded):
+def save_take(path, taken, frames, image, args, model, vae, encoded):
     """What a take was given, for --replay; its tracks are good for --tracks too. Where the start is the ID, a point
     first seen later is visible in frame 0 too: that tells its ID and changes nothing, for there every cell holds its
     own pixel's ID already."""
@@ -472,7 +471,7 @@ def save_take(path, taken, image, args, model, vae, encoded):
     arrays = {"tracks": tracks, "visibility": ~np.isnan(tracks[..., 0]), "ids": ids, "image": np.asarray(image),
               "prompts": [prompt for _, prompt in taken], "models": checksum(model, vae, encoded),
               "seed": args.seed, "steps": args.steps, "chunk": c.chunk, "sink": c.sink, "window": c.window,
-              "fps": args.fps or c.fps, "dtype": args.dtype}
+              "fps": args.fps or c.fps, "dtype": args.dtype, "frames": frames}
     np.savez(data, **{name: array for name, array in arrays.items() if array is not None})
     write(path, lambda part: part.write_bytes(data.getbuffer()))
 
@@ -484,9 +483,12 @@ def load_take(path, argv):
         if not take["prompts"].size:
             raise UserError("holds no prompts")
         flags = [f"--tracks={path}", *(f"--{name}={take[name].item()}" for name in SETTINGS if name in take)]
-        take = SimpleNamespace(prompts=[*map(str, take["prompts"])], chunk=parse_flags(["--image=", *flags]).chunk,
+        take = SimpleNamespace(prompts=[*map(str, take["prompts"])], chunk=take["chunk"].item(),
                                models=take["models"].item(), image=Image.fromarray(take["image"]).convert("RGB"))
-    return parse_flags([*flags, *argv]), take.image, take
+    args = parse_flags([*flags, *argv])
+    if args.interactive or args.tracks != path:
+        raise UserError(f"{path}: is given again as it was; drop --interactive, --tracks and the like")
+    return args, take.image, take
 
 
 def replayed(take, args, motion, model, vae, encoded):
@@ -543,7 +545,7 @@ def perform(live, args, model, vae, encoded, out):
                 append = append or stack.enter_context(video_file(out, live.status["fps"]))
                 append(frame.repeat(factor, 0).repeat(factor, 1))
     if append:
-        save_take(out.with_suffix(".take.npz"), taken, image, args, model, vae, encoded)
+        save_take(out.with_suffix(".take.npz"), taken, count, image, args, model, vae, encoded)
         print(f"{out}: {count} frames, again by --replay {out.with_suffix('.take.npz')}")
 
 
@@ -629,7 +631,7 @@ def parse_flags(argv):
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="auto: float32 on the CPU")
     add("--text-encoder", help="a -Diffusers repository with Wan's; default: --weights, if it is one", **file)
     add("--image-encoder", help="the same of CLIP; default: that of --text-encoder", **file)
-    add("--negative-prompt", default=NEGATIVE_PROMPT, metavar="TEXT", help="guidance avoids it; default: Wan's")
+    add("--negative-prompt", default=argparse.SUPPRESS, metavar="TEXT", help="guidance avoids it; default: Wan's")
     add("--prompt-embeds", help="instead of encoders: what they return, see the README", **file)
     add = parser.add_argument_group("the papers' measures, printed in the end").add_argument
     add("--reference", help="a video that starts with the image: PSNR and SSIM beside it", **file)
@@ -650,6 +652,16 @@ def parse_flags(argv):
     return parser.parse_args(argv)
 
 
+@contextlib.contextmanager
+def user_errors():
+    """What is wrong with a file, as what the user can put right."""
+    try:
+        yield
+    except ValueError as e:
+        raise UserError(str(e).splitlines()[0]) from None
+
+
+@user_errors()
 def inspect(path):
     """What a file or folder tells: path, config, own (it says how it is sampled), head (of tracks, not all zeros)."""
     tensors, metadata, file = read_weights(path)
@@ -670,7 +682,6 @@ def settle(args, weights, frames):
     args.sampler = args.sampler or ("stream" if c.causal else "teacher")
     args.control = args.control or ("sinusoid" if weights.head or c.track_dim != c.out_dim else "rgb")
     args.text_encoder = args.text_encoder or (weights.path if (weights.path / "text_encoder").is_dir() else None)
-    args.image_encoder = args.image_encoder or args.text_encoder
     streams, said = args.sampler == "stream", args.prompt is not None or args.prompt_embeds
     if not own:
         shift, w_text = TEACHERS.get((c.dim, c.image_dim > 0), (5.0, 5.0))
@@ -681,6 +692,7 @@ def settle(args, weights, frames):
     c = replace(c, guidance=(w_text, getattr(args, "w_motion", c.guidance[1])))
     c = replace(c, **{flag: getattr(args, flag) for flag in ("chunk", "sink", "window") if flag in args})
     refuse(args, weights, c, frames)
+    args.image_encoder = args.image_encoder or args.text_encoder
     how = "as Self-Forcing" if streams else f"shift {c.shift:g}, text guidance {c.guidance[0]:g}"
     for condition, note in [
         (not own, f"does not say how it is sampled: {args.sampler}, {how}"),
@@ -705,7 +717,7 @@ def refuse(args, weights, c, frames):
         ((args.interactive or args.replay or args.tracks == STDIN) and not (streams and c.track_dim and not drawn),
          "--interactive, --replay and --tracks - need a trained student"),
         *((flag in args, f"--{flag.replace('_', '-')} belongs to --sampler {'teacher' if streams else 'stream'}")
-          for flag in (("w_text", "w_motion") if streams else ("chunk", "sink", "window"))),
+          for flag in (("w_text", "w_motion", "negative_prompt") if streams else ("chunk", "sink", "window"))),
         (streams and c.window is None and frames > HISTORY and "window" not in args,
          f"trained to remember {HISTORY} frames, all of them; add --sink 1 --window 5 for more"),
         (streams and has_mask(c), "takes the image as a clip with a mask, which cannot stream; use --sampler teacher"),
@@ -716,6 +728,7 @@ def refuse(args, weights, c, frames):
         (args.tracks and not drawn and not weights.head, "has no trained track head; --control rgb draws the tracks"),
         (not umt5 and (embeds or encoder), "reads words, give it --prompt and nothing encoded"),
         (umt5 and prompt and not encoder, "reads no words, which --text-encoder encodes; or give --prompt-embeds"),
+        (args.image_encoder and not c.clip_dim, "has no image branch, drop --image-encoder"),
         (prompt and embeds, "takes one text; drop --prompt or --prompt-embeds"),
         (umt5 and not (prompt or embeds) and "w_text" in args, "there is no text; give --prompt"),
     ]:
@@ -729,9 +742,9 @@ def read_encoded(args, c, image, device):
     if c.text_dim != UMT5_DIM:
         return embed_words(c.prompt if args.prompt is None else args.prompt, c), None, None
     from train_distill import encode_images, encode_texts, kept_rows        # what needs more packages
-    tensors, source, rows = {}, args.prompt_embeds or "what was encoded", []
+    tensors, source, rows = {}, args.prompt_embeds or args.text_encoder, []
     if args.prompt is not None:
-        texts = {"prompt": args.prompt, "negative": args.negative_prompt}
+        texts = {"prompt": args.prompt, "negative": getattr(args, "negative_prompt", NEGATIVE_PROMPT)}
         tensors = kept_rows(encode_texts, args.text_encoder, device, texts)
     elif args.prompt_embeds:
         tensors = read_tensors(source)[0]
@@ -769,6 +782,7 @@ def open_vae(args, weights):
     return vae
 
 
+@user_errors()
 def load_models(args, weights, config, image):
     """The DiT, the VAE and what the DiT reads besides, see read_encoded."""
     name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -806,7 +820,7 @@ def generate(args, frames, image, motion, model, vae, encoded):
 
 def write_video(append, frames, total, motion, factor):
     """Append `total` frames, enlarged by `factor`, to a video while they come; with the tracks of `motion`, unless it
-    is None, drawn on them. Returns the signals that ended it early."""
+    is None, drawn on them. Returns how many there are, and the signals that ended it early."""
     started = time.perf_counter()
     frames = itertools.chain([next(frames)], frames)    # the first one now: from there on Ctrl-C keeps what there is
     first_after = time.perf_counter() - started
@@ -819,7 +833,7 @@ def write_video(append, frames, total, motion, factor):
     seconds = time.perf_counter() - started
     print(f"{count} of {total or count} frames in {seconds:.2f} s, {count / seconds:.1f} frames/s, the first after "
           f"{first_after:.2f} s")
-    return noted
+    return count, noted
 
 
 def run(argv):
@@ -857,13 +871,14 @@ def run(argv):
     factor = math.ceil(SHORTEST_SIDE / min(config.size))
     if measured:
         from test_motionstream import compared          # where all is measured
-        found = args.found and load_tracks(args.found, [factor * side for side in config.size[::-1]])[0] / factor
-        pictures = compared(pictures, args.reference, config, motion, found, args.lpips)
+        found = args.found and load_tracks(args.found, [factor * side for side in config.size[::-1]])[:2]
+        with user_errors():
+            pictures = compared(pictures, args.reference, config, motion, found, factor, args.lpips)
     opened = video_file(args.out, args.fps or config.fps) if args.out.suffix == ".mp4" else picture_file(args.out)
     with opened as append:
-        noted = write_video(append, pictures, frames, motion if args.overlay else None, factor)
+        count, noted = write_video(append, pictures, frames, motion if args.overlay else None, factor)
     if taken:
-        save_take(args.out.with_suffix(".take.npz"), taken, image, args, *models)
+        save_take(args.out.with_suffix(".take.npz"), taken, count, image, args, *models)
     print(args.out)
     return 128 + noted[0] if noted else 0
 
@@ -873,10 +888,8 @@ def main(argv=None):
     warnings.filterwarnings("ignore", module="PIL")     # about damaged pictures; what is left unreadable gets our line
     try:
         return run(sys.argv[1:] if argv is None else argv)
-    except (ValueError, OSError) as e:                  # ValueError: of a file; OSError: a full disk, say
-        print(f"error: {str(e).splitlines()[0]}", file=sys.stderr)
-    except ImportError as e:                            # of what encodes prompts and images
-        print(f"error: {e}: pip install transformers ftfy", file=sys.stderr)
+    except (UserError, OSError) as e:                   # a full disk, say, while a page is recorded
+        print(f"error: {e}", file=sys.stderr)
     except KeyboardInterrupt:
         return 130
     return 2

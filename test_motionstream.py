@@ -21,6 +21,7 @@ import json
 import math
 import os
 import re
+import runpy
 import select
 import shutil
 import signal
@@ -46,7 +47,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -60,7 +61,8 @@ from motionstream import (PRESETS, KVCache, MotionStream, SelfAttention, TrackHe
                           rollout, rope_table, save_pretrained, schedule, sinusoid, to_x0, track_features, track_ids,
                           with_first, write)
 from vae import RMSNorm as ChannelNorm
-from vae import STATISTICS, CausalConv, TinyVAE, TinyVAEConfig, WanVAE, WanVAEConfig, load_vae
+from vae import (STATISTICS, CausalConv, TinyVAE, TinyVAEConfig, WanVAE, WanVAEConfig, fill, load_vae,
+                 read_tensors)
 
 HERE = Path(__file__).resolve().parent
 
@@ -1646,7 +1648,8 @@ def test_a_case_says_and_does_what_its_name_says():
 
 def test_a_table_is_kept_row_by_row_and_measured_once():
     with folder() as here:
-        run = SimpleNamespace(out=here, settings=lambda stage: "weights", eval_clips=2, eval_frames=33, config=SMALL)
+        run = SimpleNamespace(out=here, check=print, settings=lambda stage: "weights", eval_clips=2, eval_frames=33,
+                              config=SMALL)
         other = {"x": 3, "measure": lambda run, y, x: calls.append({"y": y}) or {"ms": x + y}}     # not by eval_row
         rows = {"a": ({"x": 1}, [{"y": 1}, {"y": 2}]), "b": (other, [{"y": 4}]), "streams": ({"x": 2}, [{"y": 3}])}
         calls = []
@@ -1781,7 +1784,7 @@ def test_a_brief_distillation_differs_in_what_its_row_says_and_is_not_trained_ag
                 short = distil_briefly(run, **how)
                 was, now = settings(plain), settings(short)
                 assert {key: value for key, value in now.items() if value != was[key]} == differs, how
-                assert short.reward is (td.motion_reward if "reward" in how else None)
+                assert (short.reward and short.reward.__name__) == ("motion_reward" if "reward" in how else None)
                 assert len(trained) == len({one.out for one in trained}) and short is trained[-1]
                 count = len(trained)
                 assert distil_briefly(run, **how).out == short.out and len(trained) == count    # the weights are there
@@ -1927,20 +1930,20 @@ def test_the_motion_reward_is_1_for_the_truth_and_0_for_a_picture_that_stands_st
     start = scene["position"][:, :, :1]
     back = scene | {"position": (2 * start - scene["position"]).clamp(0.05, 0.95)}
     batch = {"tracks": tracks, "visible": visible & (torch.arange(88) < 16)}          # on the objects
-    truth, still = td.motion_reward(video, batch), td.motion_reward(video[:, :, :1].expand_as(video), batch)
-    other = td.motion_reward(world.film(back, 64), batch)
+    truth, still = motion_reward(video, batch), motion_reward(video[:, :, :1].expand_as(video), batch)
+    other = motion_reward(world.film(back, 64), batch)
     assert truth.shape == (6,) and truth.mean() > 0.5 and still.equal(torch.zeros(6)), (truth, still)
-    assert (truth > other + 0.2).all() and td.motion_reward(rand(*video.shape), batch).max() < 0, (truth, other)
-    assert td.motion_reward(video, batch | {"visible": visible & False}).equal(torch.zeros(6))      # nothing was asked
+    assert (truth > other + 0.2).all() and motion_reward(rand(*video.shape), batch).max() < 0, (truth, other)
+    assert motion_reward(video, batch | {"visible": visible & False}).equal(torch.zeros(6))      # nothing was asked
 
 
 def test_a_reward_is_named_or_a_function_in_a_file():
     with folder() as here:
         (here / "mine.py").write_text("def bright(video, batch):\n    return video.mean((1, 2, 3, 4))\n")
-        assert td.find_reward(f"{here}/mine.py:bright")(torch.ones(2, 3, 5, 4, 4), {}).tolist() == [1, 1]
-        assert td.find_reward("motion") is td.motion_reward
+        assert find_reward(f"{here}/mine.py:bright")(torch.ones(2, 3, 5, 4, 4), {}).tolist() == [1, 1]
+        assert find_reward("motion") is motion_reward
         for name in "emotion", f"{here}/mine.py:dark", f"{here}/none.py:bright", f"{here}/mine.py":
-            assert_error(td.UserError, f"--reward {name}: neither motion nor FILE.py:FUNCTION", td.find_reward, name)
+            assert_error(td.UserError, f"--reward {name}: neither motion nor FILE.py:FUNCTION", find_reward, name)
 
 
 def test_distillation_with_a_reward_and_an_ema_sink():
@@ -1990,8 +1993,7 @@ def test_half_of_the_rollouts_are_longer_than_the_teachers_clip_and_say_nothing_
             judged.append((x0.shape[2], conditions["tracks"].shape[2]))
             return sum(p.sum() for p in critic.parameters()) * 1.0
 
-        with unittest.mock.patch.multiple(td, rollout=made, critic_loss=loss, plot_stage=print,
-                                          dmd_loss=lambda *_: torch.zeros(())):
+        with unittest.mock.patch.multiple(td, rollout=made, critic_loss=loss, dmd_loss=lambda *_: torch.zeros(())):
             with unittest.mock.patch.object(td.Optimizer, "step", lambda *_: 0.0), \
                     unittest.mock.patch.dict(td.RECIPES["tiny"], critic_steps=10 ** 9):
                 td.main(["--smoke", "--stage", "distill", "--steps", "60", "--out", str(here), "--rollout", "6"])
@@ -2219,7 +2221,7 @@ def test_two_processes_have_the_gradients_of_one_that_accumulates_two_steps():
 def without_pictures():
     """train_distill.main draws no previews in here. (patch.dict would forget all modules that are imported inside.)"""
     before = sys.modules.get("test_motionstream")
-    sys.modules["test_motionstream"] = SimpleNamespace(preview=lambda *_: None, evaluate=evaluate, dry_run=dry_run)
+    sys.modules["test_motionstream"] = SimpleNamespace(**globals() | {"preview": lambda *_: None})
     try:
         yield
     finally:
@@ -2286,6 +2288,203 @@ def test_two_processes_distil_as_one_that_accumulates_two_steps():
         ours, theirs, start = (load_file(path) for path in (one / "student.safetensors", two / "student.safetensors",
                                                             one / "causal.safetensors"))
         assert_moved_alike(start, ours, theirs)
+
+
+def test_adversarial_losses_are_the_hinge_and_move_one_network_each():
+    class Mean(nn.Module):
+        weight = nn.Parameter(torch.tensor(2.0))
+
+        def encode(self, video):
+            return self.weight * video.mean((1, 2, 3, 4))
+
+    videos = [torch.full((2, 3, 5, 4, 4), value, requires_grad=True) for value in (0.25, 0.5, -0.25)]
+    loss_g, loss_d = td.adversarial_losses(Mean(), *videos)
+    assert loss_g == -2 * 0.5 and loss_d == (1 - 2 * 0.25) + (1 - 2 * 0.25)
+    assert td.adversarial_losses(Mean(), 4 * videos[0], videos[1], 4 * videos[2])[1] == 0       # both far enough
+
+    decoder, discriminator = new_vae().requires_grad_(True), TinyVAE(td.DISCRIMINATOR)
+    output, _ = decoder.decode_frames(rand(2, 4, 2, 2, 2))
+    losses = td.adversarial_losses(discriminator, rand(*output.shape), output, output)
+    of_g, of_d = ([name for name, model in (("decoder", decoder), ("discriminator", discriminator)) if any(
+        grad is not None and grad.any() for grad in torch.autograd.grad(
+            loss, [*model.parameters()], retain_graph=True, allow_unused=True))] for loss in losses)
+    assert of_g == ["decoder"] and of_d == ["discriminator"], (of_g, of_d)
+
+
+def decoder_run(here, *more, code=0, size=(16, 16)):
+    """--stage decoder in float32, on noise instead of drawn videos; the last line that was printed as an error."""
+    def noise(run):
+        return lambda: torch.randn(4, 3, 9, *size).clamp(-1, 1)
+
+    with quiet() as (_, err), without_pictures(), unittest.mock.patch.object(td, "drawn_crops", noise), \
+            unittest.mock.patch.object(td.Run, "autocast", lambda run: contextlib.nullcontext()):
+        result = td.main(["--smoke", "--stage", "decoder", "--out", str(here), *map(str, more)])
+    assert result == (code or None), (result, err.getvalue())
+    return err.getvalue().splitlines()[-1]
+
+
+def test_a_decoder_is_trained_for_the_latents_of_a_tiny_vae_and_resumes_to_the_bit():
+    with folder() as one, folder() as two:
+        small = replace(SMALL_VAE, latent_channels=16)
+        flags = ["--vae", saved(one / "small.safetensors", new_vae(small)), "--steps", "3"]
+        decoder_run(one, *flags)
+        ours, given = load_vae(one / "decoder.safetensors"), new_vae(small)
+        assert ours.metadata() == given.metadata() and same(given.encoder.state_dict(), ours.encoder.state_dict())
+        assert not any(p.equal(q) for p, q in zip(ours.decoder.parameters(), given.decoder.parameters()))
+        step = td.Optimizer.step
+
+        def stop(optimizer, loss, i):
+            if i == 1 and optimizer.model.config.latent_channels == 16:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(optimizer, loss, i)
+
+        with unittest.mock.patch.object(td.Optimizer, "step", stop):
+            assert_error(SystemExit, "143", decoder_run, two, *flags)
+        decoder_run(two, *flags)
+        whole, resumed = (torch.load(path / "decoder.0000003.checkpoint.pt") for path in (one, two))
+        for part in "decoder model", "discriminator model", "discriminator average":
+            assert same(whole[part], resumed[part]), part
+        assert whole["discriminator model"]["replay"].flatten(1).any(1).sum() == 6              # half of three batches
+        assert len((two / "stats.jsonl").read_text().splitlines()) == 3
+        said = decoder_run(two, *flags, "--adversarial", "0.2", code=2)
+        assert "other settings (adversarial 0.01, now 0.2)" in said, said
+
+
+def wans_clips(here, h, w):
+    """Flags for clips of Wan's latents, h x w cells; the first two channels say where a cell is."""
+    torch.save(randomised(WanVAE(WanVAEConfig(16, 4, 6))).state_dict(), here / "wan.pth")
+    start = saved(here / "start.safetensors", new_model(causal=False, in_dim=24, out_dim=16, size=(8 * h, 8 * w)))
+    latents = rand(3, 16, 12, h, w)
+    latents[:, 0], latents[:, 1] = torch.arange(h)[:, None], torch.arange(w)
+    save_file({"latents": latents.half(), "tracks": torch.zeros(3, 45, 2, 2), "visible": torch.ones(3, 45, 2).bool(),
+               "text": torch.zeros(3, SMALL.text_len, SMALL.text_dim)}, here / "clips.safetensors")
+    return ["--vae", here / "wan.pth", "--data", here / "clips.safetensors", "--weights", start]
+
+
+def test_a_decoder_for_wans_vae_learns_what_wans_decodes_and_an_encoder_the_latents():
+    narrow = TinyVAEConfig(16, 1, "end", 4, *(tuple((4, 1, *s[2:]) for s in part) for part in (TAEW21.encoder,
+                                                                                               TAEW21.decoder)), 4)
+    seen, asked, losses, decode_frames = [], [], td.adversarial_losses, TinyVAE.decode_frames
+    with folder() as here, unittest.mock.patch.multiple(
+            td, TinyVAEConfig=lambda *sizes: asked.append(sizes) or narrow,
+            adversarial_losses=lambda model, video, *more: seen.append(video) or losses(model, video, *more)), \
+            unittest.mock.patch.object(TinyVAE, "decode_frames",
+                                       lambda vae, latents: seen.append(latents) or decode_frames(vae, latents)):
+        decoder_run(here / "out", *wans_clips(here, 2, 4), "--steps", "1")
+        assert TinyVAEConfig(*asked[0]) == TAEW21
+        ours, (latents, video) = load_vae(here / "out" / "decoder.safetensors"), seen
+        assert latents.shape == (16, 16, 6, 2, 4) and video.shape == (16, 3, 21, 16, 32)
+        clips = load_file(here / "clips.safetensors")["latents"][:, :, :6].float()
+        assert all(any(z.equal(clip) for clip in clips) for z in latents)
+        with torch.no_grad():
+            assert video.equal(load_vae(here / "wan.pth").decode(latents)[0])
+        torch.manual_seed(td.seed_of(0, "decoder"))
+        fresh = TinyVAE(narrow)
+        assert not fresh.encoder[0].weight.equal(ours.encoder[0].weight)
+        assert not fresh.decoder[1].weight.equal(ours.decoder[1].weight)
+
+
+def test_of_wans_latents_144x144_pixels_of_21_frames_are_taken_wherever_they_fit():
+    class Enough(Exception):
+        pass
+
+    with folder() as here, unittest.mock.patch.object(
+            WanVAE, "decode", lambda vae, z: (torch.zeros(len(z), 3, 21, 8, 8), None)), \
+            unittest.mock.patch.object(TinyVAE, "decode_frames", side_effect=Enough) as asked:
+        flags, places = wans_clips(here, 20, 19), set()
+        for seed in range(9):
+            with contextlib.suppress(Enough):
+                decoder_run(here / "out", *flags, "--seed", seed)
+            z = asked.call_args.args[0]
+            assert z.shape == (16, 16, 6, 18, 18)
+            y, x = (int(z[0, i, 0, 0, 0]) for i in range(2))
+            places.add((y, x))
+            assert z[:, 0].equal((y + torch.arange(18.0))[:, None].expand(16, 6, 18, 18))
+            assert z[:, 1].equal((x + torch.arange(18.0)).expand(16, 6, 18, 18))
+        assert len(places) > 3 and places <= {*itertools.product(range(3), range(2))}, places
+
+
+def test_what_a_decoder_cannot_be_trained_with_is_refused_in_one_line():
+    with folder() as here:
+        flags = wans_clips(here, 2, 1)
+        tiny = saved(here / "tiny.safetensors", new_vae(replace(SMALL_VAE, latent_channels=16)))
+        for said, *more in [("tiny.safetensors: a decoder is trained for Wan's VAE", "--vae", tiny, *flags[2:]),
+                            ("wan.pth: a decoder is trained for Wan's VAE with --data", *flags[:2]),
+                            ("vae.safetensors: cannot be read (No such file or directory); --stage vae makes it",),
+                            ("tiny.safetensors: not a whole LPIPS; ", "--vae", tiny, "--perceptual", tiny),
+                            ("none.pt: cannot be read (No such file", "--vae", tiny, "--perceptual", here / "none.pt"),
+                            ("--adversarial: -1 is not between 0 and 100", "--adversarial", "-1")]:
+            last = decoder_run(here / "bad", *more, code=2)
+            assert last.startswith("error: ") and said in last, (said, last)
+            assert not [*(here / "bad").glob("decoder*")]
+        with quiet() as (_, err):
+            assert td.main(["--perceptual", str(tiny), "--out", str(here)]) == 2
+        assert "--perceptual needs --stage decoder" in err.getvalue()
+
+
+def perceptual_file(path, vgg=False):
+    """Random weights under the names that the package lpips gives AlexNet, or VGG16; widths are what they must be."""
+    places = ({(1, 0): (3, 64), (1, 2): (64, 64), (2, 5): (64, 128), (2, 7): (128, 128)}
+              | {(3, i): (128 if i == 10 else 256, 256) for i in (10, 12, 14)}
+              | {(4, i): (256 if i == 17 else 512, 512) for i in (17, 19, 21)}
+              | {(5, i): (512, 512) for i in (24, 26, 28)}) if vgg else {
+        (1, 0): (3, 64), (2, 3): (64, 192), (3, 6): (192, 384), (4, 8): (384, 256), (5, 10): (256, 256)}
+    rng, tensors = seeded(), {"scaling_layer.shift": torch.tensor([-.030, -.088, -.188]).view(1, 3, 1, 1),
+                              "scaling_layer.scale": torch.tensor([.458, .448, .450]).view(1, 3, 1, 1)}
+    for (part, i), (width, out) in places.items():
+        size = 3 if vgg else {0: 11, 3: 5}.get(i, 3)
+        shape = out, width, size, size
+        tensors[f"net.slice{part}.{i}.weight"] = torch.randn(shape, generator=rng) * (2 / width) ** 0.5 / size
+        tensors[f"net.slice{part}.{i}.bias"] = 0.1 * torch.randn(out, generator=rng)
+        tensors[f"lin{part - 1}.model.1.weight"] = torch.rand(1, out, 1, 1, generator=rng)
+    tensors |= {f"lins.{k}.model.1.weight": tensors[f"lin{k}.model.1.weight"] for k in range(5)}
+    torch.save(tensors, path)
+    return path
+
+
+def test_lpips_equals_the_package():
+    try:
+        import lpips
+    except (ImportError, RuntimeError):                 # of torchvision, if it is not made for this torch
+        raise unittest.SkipTest("LPIPS IS NOT INSTALLED, nothing was compared") from None
+    images = [rand(3, 3, 67, 80, seed=seed).clamp(-1, 1) for seed in range(2)]
+    with folder() as here, torch.no_grad():
+        for net in "alex", "vgg":
+            theirs = lpips.LPIPS(net=net, pretrained=False, pnet_rand=True, verbose=False).eval()
+            theirs.load_state_dict(torch.load(perceptual_file(here / f"{net}.pt", net == "vgg")))
+            torch.save(theirs.state_dict(), here / f"{net}.pt")
+            assert_near(LPIPS.from_pretrained(here / f"{net}.pt")(*images), theirs(*images).flatten(), 1e-6)
+
+
+def test_lpips_is_what_it_was_when_it_agreed_with_the_package_and_refuses_other_files():
+    a, b = (rand(2, 3, 48, 64, seed=seed).clamp(-1, 1) for seed in range(2))
+    with folder() as here:
+        for vgg, golden in (False, (0.948077, 1.010024)), (True, (0.846232, 0.855628)):
+            path = perceptual_file(here / "network.pt", vgg)
+            network = LPIPS.from_pretrained(path)
+            assert_near(network(a, b), torch.tensor(golden), 1e-4)
+            assert network(a, a).equal(torch.zeros(2)) and not any(p.requires_grad for p in network.parameters())
+        tensors = torch.load(path)
+        for said, change in [("missing: lin.4.weight", lambda t: [t.pop(key) for key in [*t] if "4.model" in key]),
+                             ("of another shape: net.5.weight", lambda t: t.update(
+                                 {"net.slice2.5.weight": torch.zeros(4, 64, 3, 3)})),
+                             ("unknown: net.99.weight", lambda t: t.update({"net.slice5.99.weight": torch.zeros(1)})),
+                             ("net.0.bias holds NaN", lambda t: t["net.slice1.0.bias"].fill_(math.nan))]:
+            wrong = {key: tensor.clone() for key, tensor in tensors.items()}
+            change(wrong)
+            torch.save(wrong, here / "wrong.pt")
+            assert_error(ValueError, said, LPIPS.from_pretrained, here / "wrong.pt")
+
+
+def test_a_perceptual_network_takes_part_in_a_decoders_loss():
+    with folder() as here:
+        flags = ["--vae", saved(here / "small.safetensors", new_vae(replace(SMALL_VAE, latent_channels=16))),
+                 "--steps", "1"]
+        network = perceptual_file(here / "network.pt")
+        decoder_run(here / "without", *flags, size=(48, 48))
+        decoder_run(here / "with", *flags, "--perceptual", network, size=(48, 48))
+        without, with_it = (json.loads((here / name / "stats.jsonl").read_text()) for name in ("without", "with"))
+        assert with_it["loss"] > without["loss"] + 0.05 and with_it["psnr"] == without["psnr"]
 
 
 def test_a_stop_waits_for_the_end_of_an_update():
@@ -2611,8 +2810,8 @@ def test_every_stage_runs_from_weights_of_wan_in_the_papers_two_stages_of_the_te
             assert not model.blocks[0].ffn[0].weight.equal(first.blocks[0].ffn[0].weight)
         assert {tuple(given["image"].shape[1:3]) for _, _, given in calls} == {(16, 21), (16, 3)}
         told = []
-        with quiet(), unittest.mock.patch.multiple(td, train=lambda run, *args: told.append((run.batches, *args[:2])),
-                                                   plot_stage=print, kept=lambda *_: []):
+        with quiet(), without_pictures(), unittest.mock.patch.multiple(
+                td, train=lambda run, *args: told.append((run.batches, *args[:2])), kept=lambda *_: []):
             for stage in "teacher", "causal", "distill":
                 td.main([*flags[1:], "--stage", stage])
         assert told == [(128, "teacher", 800 * 128), (128, "causal", 2000 * 128), (64, "distill", 400 * 5 * 64)], told
@@ -3037,12 +3236,13 @@ def test_a_reference_is_compared_frame_by_frame_and_tracks_point_by_point():
         for frame in frames[:3]:
             append(np.pad(frame + 8, ((0, 0), (6, 6), (0, 0)), constant_values=255))
     motion = sample.Motion(torch.full((1, 4, 3, 2), 9.0), torch.tensor([[[1, 1, 0]] * 4]).bool(), None)
-    found = np.full((5, 3, 2), 9.0) + np.array([[3, 4], [0, 0], [900, 0]])
+    found = 2 * np.full((5, 3, 2), 9.0) + 2 * np.array([[3, 4], [0, 0], [900, 0]]), np.ones((5, 3), bool)
+    found[0][0, 0], found[1][0, 0] = 0, False                           # the tracker did not see it
     with quiet() as (out, _):
-        handed_on = list(compared(iter(frames), here / "reference.mp4", c, motion, found))
+        handed_on = list(compared(iter(frames), here / "reference.mp4", c, motion, found, 2))
     assert np.array_equal(handed_on, frames)
     numbers = dict(re.findall(r"([A-Z]+) ([\d.]+)", out.getvalue().rpartition(": ")[2]))
-    assert f"3 frames of {here / 'reference.mp4'}: " in out.getvalue() and numbers["EPE"] == "2.5", out.getvalue()
+    assert f"3 frames of {here / 'reference.mp4'}: " in out.getvalue() and "EPE 2.143 of 7 points" in out.getvalue(), out.getvalue()
     assert abs(float(numbers["PSNR"]) - 20 * math.log10(255 / 8)) < 1.5 and float(numbers["SSIM"]) > 0.5, numbers
 
 
@@ -3053,12 +3253,12 @@ def test_the_papers_measures_are_printed_by_the_command():
     np.savez(found, tracks=8 * (tracks - [0, 4]) + [24, 32])        # the image is cropped to 48x32 and written larger
     code, out, err = sampled(*command("--reference", video, "--found", found))
     line = next(line for line in out.splitlines() if "PSNR" in line)
-    assert code == 0 and line.endswith("EPE 5") and out.splitlines()[-1].endswith("out.mp4"), (out, err)
+    assert code == 0 and line.endswith("EPE 5 of 42 points") and out.splitlines()[-1].endswith("out.mp4"), (out, err)
     _, other, _ = sampled(*command("--reference", video, "--seed", 1))
     psnr, other = (float(re.search("PSNR ([0-9.]+)", text)[1]) for text in (line, other))
     assert psnr > other + 2, (psnr, other)
     _, alone, _ = sampled(*command("--found", found))
-    assert "EPE 5" in alone.splitlines() and "PSNR" not in alone
+    assert "EPE 5 of 42 points" in alone.splitlines() and "PSNR" not in alone
     np.savez(found, tracks=8 * (tracks[:, :2] - [0, 4]))
     (here / "out.mp4").unlink()
     for flags, cure in ((("--reference", video, "--found", found), "holds 2 tracks, 3 were given"),
@@ -3138,7 +3338,7 @@ def test_a_wrong_line_on_standard_input_is_named_and_leaves_no_video():
     good = as_lines(np.full((33, 2, 2), 20.0), np.ones((33, 2), bool), (9, 21, 33)).splitlines(True)
     with folder() as mine:
         for number, line, text in (
-                (1, b"", "line 1: not a JSON list"), (3, b"{}\n", "line 3: has (0,)"), (2, b"\xff\n", "line 2: not"),
+                (1, b"{", "line 1: not a JSON list"), (3, b"{}\n", "line 3: has (0,)"), (2, b"\xff\n", "line 2: not"),
                 (3, b"[" * 9999 + b"]" * 9999, "line 3: not"), (2, b"[[1, 2]]", "line 2: "), (1, b"[]", "line 1: not"),
                 (2, as_lines(np.full((12, 3, 2), 9.0), np.ones((12, 3), bool), (12,)), "(12, 3, 2) frames, points"),
                 (2, good[0], "line 2: has (9, 2, 2)"), (1, good[1], "expected (9, 2, 2)"), (2, good[1][:-9], "line 2"),
@@ -3146,7 +3346,7 @@ def test_a_wrong_line_on_standard_input_is_named_and_leaves_no_video():
                 (2, good[1].replace(b"20.0", b'"x"', 1), "line 2: not"),
                 (2, good[1].replace(b"[20.0, 20.0]", b"[]"), "line 2: has (12, 2, 0)"),
                 (1, good[0].replace(b"20.0", b"0.5"), "line 1: all positions lie in [-1, 1]")):
-            lines = [*good[:number - 1], line or b"\n", *good[number:]]
+            lines = [*good[:number - 1], line, *good[number:]]
             code, _, err = spoken(b"".join(lines), "--out", mine / "x.mp4")
             assert code == 2 and re.fullmatch(r"error: standard input, [^\n]+\n", err) and text in err, (text, err)
             assert not list(mine.iterdir()), text
@@ -3443,7 +3643,8 @@ def test_a_replay_takes_the_models_and_files_it_was_made_with_and_no_others():
                 "--vae", HERE / "assets/tiny_vae.safetensors")
         refused("other models", "--vae", other)
         refused("not allowed with", "--image", here / "image.png")
-        refused("know no tracks beforehand", "--interactive")
+        refused("is given again as it was", "--interactive")
+        refused("is given again as it was", "--tracks", "-")
         refused("a trained student", "--weights", here / "teacher.safetensors", "--sampler", "teacher")
         refused("none.npz: No such file", take=mine / "none.npz")
         refused("image.png: damaged, or not what", take=here / "image.png")
@@ -4114,11 +4315,11 @@ def play(run, name, scene, points, text, **overrides):
     """The video (B, 3, T, SIZE, SIZE), in pieces, that "teacher", "causal" or "student" makes of the scene's first
     frame, {"tracks", "visible"} and text (1 or B, L, text_dim); "vae" is the truth through the VAE, "still" frame 0.
     overrides: fields of Config."""
-    vae, T = run.vae(), scene["pan"].shape[1]
+    vae, T = load_vae(run.path(name)) if name == "decoder" else run.vae(), scene["pan"].shape[1]
     if name == "still":
         yield world.film(scene, td.SIZE, 0, 1).expand(-1, -1, T, -1, -1)
         return
-    if name == "vae":
+    if name in ("vae", "decoder"):
         yield vae.decode(vae.encode(world.film(scene, td.SIZE).to(run.device)))[0].cpu()
         return
     model, state = run.model(name, **overrides), None
@@ -4135,16 +4336,48 @@ def play(run, name, scene, points, text, **overrides):
         yield video.cpu()
 
 
+def plot(path, curves, title, width=640, height=320):
+    """Lines {name: [(x, y)]} as a PNG, with the ranges written on it."""
+    page = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(page)
+    (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*sum(curves.values(), [])))
+    draw.rectangle((50, 30, width - 10, height - 30), outline="grey")
+    for x, y, text in (50, 8, title), (4, 30, f"{y1:.3g}"), (4, height - 42, f"{y0:.3g}"), \
+                      (50, height - 24, f"{x0:.0f}"), (width - 50, height - 24, f"{x1:.0f}"):
+        draw.text((x, y), text, fill="black")
+    right, up = (width - 60) / (x1 - x0 or 1), (height - 60) / (y1 - y0 or 1)
+    for i, (name, curve) in enumerate(curves.items()):
+        colour = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")[i % 6]
+        draw.line([(50 + right * (x - x0), height - 30 - up * (y - y0)) for x, y in curve], fill=colour, width=2)
+        draw.text((width - 150, 34 + 14 * i), name, fill=colour)
+    write(path, lambda temporary: page.save(temporary, "png"))
+
+
+def plot_stage(run, stage):
+    """Curves of a stage from stats.jsonl, each number averaged over 2 % of the stage."""
+    logged, curves = map(json.loads, open(run.out / "stats.jsonl")), {}
+    rows = [*{row["step"]: row for row in logged if row["stage"] == stage}.values()]    # after a crash, logged again
+    for name in "loss", "loss_c", "loss_g", "loss_d", "reward", "std", "x0_none", "x0_tracks":
+        values = [(row["step"], row[name]) for row in rows if name in row]
+        if values:
+            curves[name] = F.adaptive_avg_pool1d(torch.tensor(values).T, min(50, len(values))).T.tolist()
+    plot(run.out / f"{stage}.png", curves, f"{stage}: {len(rows)} steps")
+
+
 @torch.no_grad()
 def preview(run, stage):
-    """Six frames of a dragged scene in rows: truth, that through the VAE, each model there is; then another scene."""
+    """The stage's curves; unless it is of clips of one's own, six frames of a dragged scene in rows: truth, that
+    through the VAE, each model there is; then another scene."""
+    plot_stage(run, stage)
+    if run.args.data:
+        return
     rng = torch.Generator().manual_seed(td.seed_of("preview"))
     scene = world.new_scenes(2, td.CLIP, rng, objects=2)
     tracks, visible = world.scene_tracks(scene, td.SIZE, rng)
     centres = torch.arange(tracks.shape[2]) % world.POINTS + torch.arange(tracks.shape[2]) // (world.OBJECTS * world.POINTS) == 0
     motion = {"tracks": tracks, "visible": visible & centres}
     videos, text = [world.film(scene, td.SIZE)], torch.cat([embed_words(c, run.config) for c in scene["caption"]])
-    models = [name for name in td.SHIPPED if run.path(name).exists()]
+    models = [name for name in td.WEIGHTS.values() if run.path(name).exists()]
     videos += [torch.cat(list(play(run, name, scene, motion, text)), 2) for name in models]
     frames = torch.stack(videos, 1)[:, :, :, torch.linspace(0, td.CLIP - 1, 6).long()]         # (2, rows, 3, 6, H, W)
     page = frames.permute(2, 0, 1, 4, 3, 5).flatten(4).flatten(1, 3)
@@ -4386,6 +4619,7 @@ def experiments(run, clip):
 def evaluate(run, stage):
     """Measure the tables of a stage and print them, draw the streams. Its .json, {settings: {title: {row: numbers}}},
     keeps every row when it is done, and what it has is not measured again."""
+    run.check(stage)
     path = run.out / f"{stage}.json"
     settings = f"{run.settings(stage)}, {run.eval_clips} clips, {run.eval_frames} frames"
     everything = json.loads(path.read_text() if path.exists() else "{}")
@@ -4403,43 +4637,140 @@ def evaluate(run, stage):
         for label, result in results.items():
             print(f"| {label} |", " | ".join(f"{result[name]:.2f}" for name in names), "|")
     curves = {label: [(t["from"], t["mean"]) for t in row["tenths"]] for label, row in done["streams"].items()}
-    td.plot(run.out / f"{stage}.png", curves, "end-point error, % of the width, over frames")
+    plot(run.out / f"{stage}.png", curves, "end-point error, % of the width, over frames")
+
+
+def x0_errors(run, model, pool, batch):
+    """How far a teacher's x0 is from the truth when it sees pure noise, with all tracks and with none, as numbers."""
+    torch.manual_seed(0)
+    x0, given, points = td.draw_batch(run, pool, batch, dense=True)
+    with torch.no_grad(), run.autocast():
+        features, ones = track_features(model, **points), torch.ones(len(x0), device=run.device)
+        return {name: td.flow_loss(model, x0, ones, given | {"tracks": tracks})
+                for name, tracks in (("x0_tracks", features), ("x0_none", 0 * features))}
+
+
+def motion_reward(video, batch):
+    """How well the video (B, 3, T, H, W) follows the tracks in `batch`: (B,) in [-1, 1]. Where a track goes, the colour
+    should be that of its start. 1: it is everywhere; 0: a video that stands still does as well."""
+    B, _, T, H, W = video.shape
+    seen = batch["visible"] & batch["visible"][:, :1]
+    grid = (2 * batch["tracks"] / torch.tensor([W, H]).to(video) - 1).flatten(0, 1)[:, :, None]     # (B T, N, 1, 2)
+
+    def error(frames):
+        colours = F.grid_sample(frames.transpose(1, 2).flatten(0, 1), grid, align_corners=False).view(B, T, 3, -1)
+        return ((colours - colours[:, :1]).abs().mean(2) * seen).sum((1, 2)) / seen.sum((1, 2)).clamp(min=1)
+
+    still, error = error(video[:, :, :1].expand_as(video)), error(video)
+    return ((still - error) / (still + 0.1)).clamp(-1, 1)
+
+
+def find_reward(name):
+    """--reward: "motion", or a function of your own, FILE.py:FUNCTION, called as motion_reward is."""
+    file, _, function = name.rpartition(":")
+    try:
+        return runpy.run_path(file)[function] if file else {"motion": motion_reward}[name]
+    except Exception as e:                              # whatever the file does
+        raise td.UserError(f"--reward {name}: neither motion nor FILE.py:FUNCTION ({type(e).__name__}: {e})") from None
+
+
+class LPIPS(nn.Module):
+    """How different two images look (Zhang et al. 2018, arXiv 1801.03924): the squared difference of the unit features
+    of AlexNet, or VGG16, at five depths, weighted by channel. Images (B, 3, H, W) in [-1, 1] to (B,)."""
+    # Widths of the convolutions, each with a ReLU, up to every depth; 0 is a pool.
+    ALEX = ((64,), (0, 192), (0, 384), (256,), (256,))
+    VGG = ((64, 64), (0, 128, 128), (0, 256, 256, 256), (0, 512, 512, 512), (0, 512, 512, 512))
+
+    def __init__(self, alex):
+        super().__init__()
+        self.net, self.lin, self.ends, inputs = nn.Sequential(), nn.ModuleList(), [], 3
+        self.shift, self.scale = (nn.Parameter(torch.zeros(1, 3, 1, 1)) for _ in range(2))
+        for widths in self.ALEX if alex else self.VGG:
+            for width in widths:
+                size, stride = ({3: 11, 64: 5}.get(inputs, 3), 4 if inputs == 3 else 1) if alex else (3, 1)
+                self.net.extend([nn.Conv2d(inputs, width, size, stride, min(size // 2, 2)), nn.ReLU()] if width else
+                                [nn.MaxPool2d(3 if alex else 2, 2)])
+                inputs = width or inputs
+            self.ends.append(len(self.net) - 1)
+            self.lin.append(nn.Conv2d(inputs, 1, 1, bias=False))
+
+    def forward(self, a, b):
+        x, distance, lin = (torch.cat([a, b]) - self.shift) / self.scale, 0.0, iter(self.lin)
+        for i, layer in enumerate(self.net):
+            x = layer(x)
+            if i in self.ends:
+                u, v = F.normalize(x, dim=1, eps=1e-10).chunk(2)
+                distance = distance + next(lin)((u - v).square()).mean((1, 2, 3))
+        return distance
+
+    @classmethod
+    def from_pretrained(cls, path):
+        """What torch.save(lpips.LPIPS(net="alex").state_dict(), path) leaves, or "vgg"; else ValueError."""
+        ours = {r"slice\d\.|scaling_layer\.|\.model\.1": "", r"lins?\.?(\d)": r"lin.\1"}      # lin0 is also lins.0
+        tensors = read_tensors(path)[0]
+        for theirs, name in ours.items():
+            tensors = {re.sub(theirs, name, key): tensor for key, tensor in tensors.items()}
+        with torch.device("meta"):
+            network = cls("net.3.weight" in tensors)                        # VGG16 has a ReLU there
+        return fill(network, tensors, path, lambda name: torch.float32)
+
+
+@sample.user_errors()
+def open_lpips(path, device):
+    """The mean LPIPS of two videos (B, 3, T, H, W), of every fourth frame, from another one each step; path=None: 0."""
+    network = path and LPIPS.from_pretrained(path).to(device)
+
+    def distance(a, b, step):
+        a, b = (video[:, :, step % 4::4].transpose(1, 2).flatten(0, 1) for video in (a, b))
+        return network(a, b).mean() if network else 0.0
+    return distance
 
 
 def ssim(a, b):
     """Structural similarity (B,) of pictures (B, 3, H, W) in [-1, 1], by Gaussian windows of 11x11 pixels, sigma 1.5
     (Wang et al. 2004)."""
-    bell = torch.exp(-torch.arange(-5, 6) ** 2 / 4.5)
-    window = (bell[:, None] * bell / bell.sum() ** 2).expand(3, 1, 11, 11)
+    bell = torch.exp(-torch.arange(-5, 6).double() ** 2 / 4.5)
+    row = (bell / bell.sum()).expand(3, 1, 1, 11)
+
+    def blur(x):
+        return F.conv2d(F.conv2d(x, row, groups=3), row.mT, groups=3)
+
     a, b = a.double() / 2 + 0.5, b.double() / 2 + 0.5
-    mean_a, mean_b, aa, bb, ab = (F.conv2d(x, window.double(), groups=3) for x in (a, b, a * a, b * b, a * b))
+    mean_a, mean_b, aa, bb, ab = map(blur, (a, b, a * a, b * b, a * b))
     near = (2 * mean_a * mean_b + 0.01 ** 2) / (mean_a ** 2 + mean_b ** 2 + 0.01 ** 2)
     alike = (2 * (ab - mean_a * mean_b) + 0.03 ** 2) / (aa - mean_a ** 2 + bb - mean_b ** 2 + 0.03 ** 2)
     return (near * alike).mean((1, 2, 3))
 
 
-def compared(frames, path, config, motion, found=None, lpips=None):
-    """sample.py --reference, --found, --lpips: hands on the frames, uint8 (H, W, 3), and in the end prints how near they
-    are to those of the video `path`, cropped as the image is, as long as there are both: the mean PSNR, SSIM and, by
-    the weights `lpips`, LPIPS of a frame; and if tracks `found` (T, N, 2) are given, the mean distance in pixels from
-    the visible ones of `motion`. Raises ValueError if a file cannot be read or does not fit."""
-    if lpips and not path:
-        raise ValueError("--lpips belongs to --reference")
+def open_reference(path, config):
+    """The frames of a video, uint8 (H, W, 3), one by one; its frame rate is only compared. ValueError if there are
+    none."""
     try:
-        reader = imageio.get_reader(path) if path else None
-        others = iter(reader or ())
-        others = itertools.chain([next(others)] if path else [], others)
+        reader = imageio.get_reader(path)
+        frames, fps = iter(reader), reader.get_meta_data().get("fps", config.fps)
+        frames = itertools.chain([next(frames)], frames)
     except Exception as e:                                              # of a dozen kinds
         raise ValueError(f"{path}: cannot be read as a video ({str(e).strip().splitlines()[0][:99]})") from None
-    if found is not None and found.shape[1] != motion.tracks.shape[2]:
-        raise ValueError(f"--found: holds {found.shape[1]} tracks, {motion.tracks.shape[2]} were given")
-    fps = reader.get_meta_data().get("fps", config.fps) if path else config.fps
     if abs(fps - config.fps) > 0.1:
         print(f"note: {path} is at {fps:g} frames/s, the model at {config.fps}; it is not resampled")
-    distance = lpips and td.LPIPS.from_pretrained(lpips)
+    return frames
+
+
+def compared(frames, path, config, motion, found=None, factor=1, lpips=None):
+    """sample.py --reference, --found, --lpips: hands on the frames, uint8 (H, W, 3), and in the end prints how near they
+    are to those of the video `path`, cropped as the image is, as long as there are both: the mean PSNR, SSIM and, by
+    the weights `lpips`, LPIPS of a frame; and the mean distance in pixels of tracks `found`, (T, N, 2) and whether a
+    tracker saw them (T, N), on a video enlarged by `factor`, from the visible ones of `motion`. Raises ValueError if a
+    file cannot be read or does not fit."""
+    if lpips and not path:
+        raise ValueError("--lpips belongs to --reference")
+    others = open_reference(path, config) if path else iter(())
+    if found and found[0].shape[1] != motion.tracks.shape[2]:
+        raise ValueError(f"--found: holds {found[0].shape[1]} tracks, {motion.tracks.shape[2]} were given")
+    distance = lpips and LPIPS.from_pretrained(lpips)
 
     def measured():
-        rows, numbers = [], {}
+        rows, told = [], []
         for frame in frames:
             for other in itertools.islice(others, 1):
                 truth = sample.fit_image(Image.fromarray(other).convert("RGB"), config.size)
@@ -4448,13 +4779,13 @@ def compared(frames, path, config, motion, found=None, lpips=None):
                             | ({"LPIPS": distance(made, truth).item()} if distance else {}))
             yield frame
         for name in rows[0] if rows else ():
-            numbers[name] = np.mean([row[name] for row in rows])
-        if found is not None:
-            n = min(len(found), motion.tracks.shape[1])
-            apart = np.linalg.norm(motion.tracks[0, :n].numpy() - found[:n], axis=-1)
-            numbers["EPE"] = apart[motion.visible[0, :n].numpy()].mean()
-        print(f"{len(rows)} frames of {path}: " if path else "", end="")
-        print(", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
+            told.append(f"{name} {np.mean([row[name] for row in rows]):.4g}")
+        if found:
+            n = min(len(found[0]), motion.tracks.shape[1])
+            both = motion.visible[0, :n].numpy() & found[1][:n]
+            apart = np.linalg.norm(motion.tracks[0, :n].numpy() - found[0][:n] / factor, axis=-1)[both]
+            told.append(f"EPE {apart.mean():.4g} of {both.sum()} points" if len(apart) else "EPE of no point")
+        print(f"{len(rows)} frames of {path}: " * bool(path) + ", ".join(told))
 
     return measured()
 

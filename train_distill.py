@@ -4,6 +4,7 @@
     teacher  bidirectional rectified flow, given the first frame, text and tracks
     causal   the student: regression on the teacher's ODE trajectories, chunk by chunk through the KV cache
     distill  Self-Forcing DMD: the student rolls out as it will at inference, teacher and critic score the result
+    decoder  if it is named: the VAE's decoder again, or a tiny one for Wan's VAE, against a discriminator
     eval     the numbers and pictures of the README; experiments: the papers', some with short distillations of
              their own; both measured by test_motionstream.py
 
@@ -23,12 +24,12 @@ import copy
 import csv
 import hashlib
 import html
+import importlib
 import itertools
 import json
 import math
 import os
 import pickle
-import runpy
 import sys
 import time
 import zlib
@@ -44,7 +45,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -55,28 +56,31 @@ from motionstream import (PRESETS, Block, KVCache, MotionStream, add_noise, by_c
                           guided_velocity, image_channels, rollout, save_pretrained, schedule, shift_sigma, to_x0,
                           track_features, track_ids, with_first, write)
 from sample import (ASSETS, UMT5_DIM, Parser, UserError, fit_image, fit_tracks, has_mask, hold_signals, inspect,
-                    load_image, load_tracks, number, open_vae, read_encoded)
-from vae import TINY, TinyVAE, read_tensors
+                    load_image, load_tracks, naming, number, open_vae, read_encoded)
+from vae import TINY, TinyVAE, TinyVAEConfig, WanVAE, read_tensors
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What every stage shares: optimizer, running average, the loop with its log and checkpoints, files and pictures.
 
 NEUTRAL = PRESETS["tiny"].prompt
 TRACKS = 2500                            # of a clip of --data, at most: the paper's grid of 50x50
+KINDS = (".mp4", ".png", ".npz", ".txt", ".csv", ".safetensors", ".json")   # of files that count in --data, encoders
 SIZE, CLIP = 128, 45                     # pixels per side; frames of a clip: 12 latents, 4 chunks of 3
 RANK, LOCAL, PROCESSES = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 
 # The numbers of a training: for the tiny model ours, for Wan's the paper's (1.3B; section 4.1, appendix D), if known.
 # Rates are Muon's and AdamW's (None: AdamW on all), steps are of `batch` clips and, like accumulate, by stage.
 RECIPES = {
-    "tiny": {"clip": CLIP, "batch": 4, "accumulate": (1, 1, 1, 1), "steps": (2000, 10_000, 800, 1200),
+    "tiny": {"clip": CLIP, "batch": 4, "accumulate": (1, 1, 1, 1, 1), "steps": (2000, 10_000, 800, 1200, 1000),
              "teacher": (0.015, 3e-3), "causal": (2e-3, 1e-3), "generator": (1e-3, 1e-4), "critic": (2e-3, 2e-4),
-             "clips": (256, 5120, 480), "at_sigma_1": 0.5, "emphasis": 4.0, "worn": True, "critic_steps": 5},
-    "paper": {"clip": 81, "batch": 1, "accumulate": (1, 128, 128, 64), "steps": (0, 614_400, 256_000, 128_000),
+             "decoder": (5e-3, 2e-3), "discriminator": (0.01, 1e-3), "critic_steps": 5,
+             "clips": (256, 5120, 480), "at_sigma_1": 0.5, "emphasis": 4.0, "worn": True},
+    "paper": {"clip": 81, "batch": 1, "accumulate": (1, 128, 128, 64, 1), "clips": (0, 0, 4000), "worn": False,
+              "steps": (0, 614_400, 256_000, 128_000, 200_000), "at_sigma_1": 0.0, "emphasis": 0.0,
               "teacher": (None, 1e-5), "causal": (None, 2e-6), "generator": (None, 2e-6), "critic": (None, 4e-7),
-              "clips": (0, 0, 4000), "at_sigma_1": 0.0, "emphasis": 0.0, "worn": False, "critic_steps": 5}}
+              "decoder": (None, 3e-4), "discriminator": (None, 3e-4), "critic_steps": 5}}
 # The teacher's second stage starts from the weights of the first: 800 updates, with pauses, the track head as it is.
-RECIPES["second"] = RECIPES["paper"] | {"teacher": (None, 1e-6), "steps": (0, 102_400, 256_000, 128_000)}
+RECIPES["second"] = RECIPES["paper"] | {"teacher": (None, 1e-6), "steps": (0, 102_400, *RECIPES["paper"]["steps"][2:])}
 
 
 def seed_of(*what):
@@ -259,29 +263,41 @@ def psnr(a, b):
     return -10 * math.log10((a - b).square().mean().item() / 4 + 1e-10)
 
 
-def train_vae(run):
-    """Reconstruction of pixels and their differences, on 64x64 crops, of three the one where most happens. The latent
-    is made unit variance per channel by a BatchNorm without weights, which is folded into the encoder's last
-    convolution when training ends; noise on the latent keeps it smooth."""
-    vae = TinyVAE(TINY).to(run.device)
-    norm = nn.BatchNorm3d(TINY.latent_channels, affine=False, momentum=0.05).to(run.device)
+def reconstruction_loss(output, video):
+    """Of pixels, and of their differences, in videos (B, 3, T, H, W)."""
+    error = output.float() - video
+    return error.abs().mean() + 4 * error.square().mean() + sum(error.diff(dim=d).abs().mean() for d in (3, 4))
+
+
+def drawn_crops(run):
+    """A function that draws crops of filmed scenes, of three the one where most happens: (8, 3, 17, 64, 64)."""
     rng = torch.Generator().manual_seed(seed_of(run.seed, "vae"))
     videos = torch.cat([((film(new_scenes(8, CLIP, rng), SIZE) + 1) * 127.5).round().byte()     # (n, 3, T, H, W)
                         for _ in tqdm(range(0, run.vae_clips, 8), "film for the vae")])
-    optimizer = Optimizer(vae, muon=5e-3, adam=2e-3, steps=run.steps["vae"] // run.batches, batches=run.batches)
 
     def crop():
         n, t, y, x = (int(torch.randint(limit, ())) for limit in (len(videos), CLIP - 16, SIZE - 63, SIZE - 63))
         return videos[n, :, t:t + 17, y:y + 64, x:x + 64]
 
+    def crops():
+        chosen = [max((crop() for _ in range(3)), key=lambda c: c[:, ::8].float().var()) for _ in range(8)]
+        return torch.stack(chosen).to(run.device).float() / 127.5 - 1
+    return crops
+
+
+def train_vae(run):
+    """Reconstruction alone. The latent is made unit variance per channel by a BatchNorm without weights, which is
+    folded into the encoder's last convolution when training ends; noise on the latent keeps it smooth."""
+    vae, crops = TinyVAE(TINY).to(run.device), drawn_crops(run)
+    norm = nn.BatchNorm3d(TINY.latent_channels, affine=False, momentum=0.05).to(run.device)
+    optimizer = Optimizer(vae, muon=5e-3, adam=2e-3, steps=run.steps["vae"] // run.batches, batches=run.batches)
+
     def step(i):
-        crops = [max((crop() for _ in range(3)), key=lambda c: c[:, ::8].float().var()) for _ in range(8)]
-        video = torch.stack(crops).to(run.device).float() / 127.5 - 1
+        video = crops()
         with run.autocast():
             latents = norm(vae.encode(video))
             output, _ = vae.decode_frames(latents + 0.05 * torch.randn_like(latents))
-        error = output.float() - video
-        loss = error.abs().mean() + 4 * error.square().mean() + sum(error.diff(dim=d).abs().mean() for d in (3, 4))
+        loss = reconstruction_loss(output, video)
         return {"loss": loss, "psnr": psnr(output.detach(), video), "grad": optimizer.step(loss, i)}
 
     train(run, "vae", run.steps["vae"], {"norm": norm, **optimizer.parts()}, step)
@@ -291,8 +307,67 @@ def train_vae(run):
         last, std = vae.encoder[-1], (norm.running_var + norm.eps).sqrt()
         last.weight /= std.view(-1, 1, 1, 1)
         last.bias.copy_((last.bias - norm.running_mean) / std)
-    tensors = {name: t.half().contiguous() for name, t in vae.state_dict().items()}
-    write(run.path("vae"), lambda path: save_file(tensors, path, vae.metadata()))
+    save_pretrained(vae, run.path("vae"), torch.float16, **vae.metadata())
+
+
+# The tiny VAE's decoder, against a discriminator (appendix A). That is an encoder with one channel: a score for every
+# 4x4 pixels of two frames and what is about them (PatchGAN, Isola et al. 2017).
+DISCRIMINATOR = TinyVAEConfig(latent_channels=1, patch=2, stem=32, encoder=((64, 1, 2, 2),))
+
+
+def adversarial_losses(discriminator, video, output, shown):
+    """The decoder's, by which its output should score high, and the discriminator's: true video should score 1 or more,
+    what is shown as false -1 or less. Neither has a gradient in the other network."""
+    discriminator.requires_grad_(False)
+    loss_g = -discriminator.encode(output).mean()
+    discriminator.requires_grad_(True)
+    true, false = discriminator.encode(video), discriminator.encode(shown.detach())
+    return loss_g, F.relu(1 - true).mean() + F.relu(1 + false).mean()
+
+
+def train_decoder(run):
+    """A decoder from nothing for the latents of a finished VAE: the tiny one, on drawn videos, or with --data Wan's, in
+    the layout of taew2_1, on what Wan's decoder makes of 144x144 pixels and 21 frames, while an encoder learns the
+    latents. Half of what is shown as false is from a replay buffer."""
+    from test_motionstream import open_lpips
+    given, wan = run.vae(), bool(run.args.data)
+    perceptual = open_lpips(run.args.perceptual, run.device)
+    if isinstance(given, WanVAE) != wan or wan != run.full:
+        raise UserError(f"{run.path('vae')}: Wan's needs --data and --weights, a tiny one takes neither")
+    config = TinyVAEConfig(given.config.latent_channels, given.stride // 8) if wan else given.config
+    vae, discriminator, cells = TinyVAE(config), TinyVAE(DISCRIMINATOR), 144 // given.stride
+    vae.encoder, discriminator.decoder = vae.encoder if wan else given.encoder, nn.Identity()
+    source = own_clips(run, pictures=False) if wan else drawn_crops(run)
+
+    def batch():
+        if not wan:
+            return given.encode(video := source()), video
+        latents = pick(source, 16, 6)["latents"]
+        y, x = (int(torch.randint(max(side - cells, 0) + 1, ())) for side in latents.shape[3:])
+        latents = latents[..., y:y + cells, x:x + cells].to(run.device).float()
+        return latents, given.decode(latents)[0]
+
+    discriminator.register_buffer("replay", torch.zeros(64, *batch()[1].shape[1:]).bfloat16())
+    shared = {"steps": run.steps["decoder"] // run.batches, "batches": run.batches}
+    optimizer = Optimizer(vae.to(run.device), *run.recipe.decoder, **shared)
+    optimizer_d = Optimizer(discriminator.to(run.device), *run.recipe.discriminator, **shared)
+
+    def step(i):
+        with run.autocast():
+            with torch.no_grad():
+                latents, video = batch()
+            output, _ = vae.decode_frames(latents)
+            rows = torch.randperm(64)[:len(output) // 2]
+            shown = torch.cat([discriminator.replay[rows], output[len(rows):]])
+            loss_g, loss_d = adversarial_losses(discriminator, video, output, shown)
+            loss = reconstruction_loss(output, video) + perceptual(output, video, i)
+            loss = loss + F.mse_loss(vae.encode(video), latents) if wan else loss
+        discriminator.replay[rows] = output[:len(rows)].detach().bfloat16()
+        return {"loss": loss, "loss_g": loss_g, "loss_d": loss_d, "psnr": psnr(output.detach(), video),
+                "grad": optimizer.step(loss + run.args.adversarial * loss_g, i), "grad_d": optimizer_d.step(loss_d, i)}
+
+    train(run, "decoder", run.steps["decoder"], optimizer.parts("decoder") | optimizer_d.parts("discriminator"), step)
+    save_pretrained(vae, run.path("decoder"), **vae.metadata())
 
 
 # Prompts by UMT5-XXL, and the image by CLIP, as Wan's weights read them. Both run in the package transformers, from the
@@ -303,9 +378,12 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moti
 
 def pretrained(name, folder, **options):
     """What transformers calls `name`, from its folder in a -Diffusers repository. The network is not asked."""
-    import transformers
     try:
+        importlib.import_module("ftfy")                 # which encode_texts needs, before anything is loaded
+        import transformers
         return getattr(transformers, name).from_pretrained(folder, local_files_only=True, **options)
+    except ImportError as e:
+        raise UserError(f"{folder}: {e}; pip install transformers ftfy") from None
     except Exception as e:                              # of a dozen kinds
         raise UserError(f"{folder}: no whole {name} ({str(e).strip().splitlines()[0][:99]}); give the -Diffusers "
                         "repository that has it") from None
@@ -315,8 +393,8 @@ def pretrained(name, folder, **options):
 def encode_texts(folder, device, texts):
     """{name: text} to {name: rows (L, 4096)}, one for each token, the end of the sentence included, L <= 512. Cleaned
     as in Wan: mended by ftfy, HTML entities resolved, white space collapsed. (It pads and masks, which is the same.)"""
-    import ftfy
     tokenizer, rows = pretrained("AutoTokenizer", folder / "tokenizer"), {}
+    import ftfy
     encoder = pretrained("UMT5EncoderModel", folder / "text_encoder", dtype=torch.bfloat16).to(device)
     if not (encoder.shared.weight.any() and encoder.encoder.embed_tokens.weight.equal(encoder.shared.weight)):
         raise UserError(f"{folder}: its table of tokens is empty once loaded, pip install -U transformers")
@@ -342,7 +420,7 @@ def encode_images(folder, device, images):
 
 def kept_rows(encode, folder, device, what):
     """encode(folder, device, what), now or in an earlier run: kept in a file that is named by `what`, and by what the
-    files of the encoder's folder are called, how large and how old they are."""
+    files of the encoder are called, how large and how old they are."""
     key = [(name, x.numpy().tobytes() if torch.is_tensor(x) else x) for name, x in what.items()]
     path = CACHE / f"{hashlib.sha256(repr(key + listing(folder)).encode()).hexdigest()[:32]}.safetensors"
     if not path.is_file():
@@ -351,18 +429,17 @@ def kept_rows(encode, folder, device, what):
     return read_tensors(path)[0]
 
 
-def listing(folder, pattern="*.*"):
-    """What the files in a folder are called, how large and how old they are: tells whether one is another by now."""
-    files = sorted(folder.resolve().rglob(pattern))
-    return [(f"{file}", file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+def listing(folder):
+    """The files of KINDS in a folder: [(path in it, size, age)]. Tells whether one is another by now. None: no files."""
+    files = [file for file in sorted(folder.rglob("*")) if file.suffix in KINDS and file.is_file()] if folder else []
+    return [(f"{file.relative_to(folder)}", file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 # Clips, filmed and encoded once, and the batches drawn from them.
 
 def kept(run, name, source, count, make):
     """What make(run, name, count) yields, dicts of tensors, joined along the first axis; in a file named by the weights
-    `source`, which make it, the seed, the count and the data, where it is read from if it is there. Clips of --data:
-    the files of own_clips."""
+    `source`, which make it, the seed, the count and the data, and read from there if it exists. Of --data: own_clips."""
     if run.args.data and make is film_clips:
         return own_clips(run, pictures=name.startswith("images"))
     path = run.out / f"{name}.{seed_of(run.checksum(source), run.seed, count, *run.data):08x}.safetensors"
@@ -376,36 +453,36 @@ def own_clips(run, pictures):
     """The clips of --data as files, each what film_clips yields of one, encoded now or in an earlier run; the processes
     share the work. What is missing or broken is named and left out, up to a tenth of all. pictures: clips of a single
     frame will do."""
-    data, about, captions, files = run.args.data.resolve(), collections.defaultdict(list), {}, {}
+    data, about, captions, files = run.args.data, collections.defaultdict(list), {}, {}
     for table in data.glob("*.csv"):
-        with open(table, newline="", encoding="utf-8") as file:
-            captions |= {(data / row["video"]).with_suffix(""): row["caption"] for row in csv.DictReader(file)}
-    for path, *rest in listing(data):
-        about[Path(path).with_suffix("")].append((Path(path).suffix, *rest))
-    stems = sorted(path.with_suffix("") for path in data.rglob("*.npz"))
-    settings = [run.checksum("vae"), run.recipe.clip, run.args.rollout, run.args.text_encoder, run.args.image_encoder,
-                *(getattr(run.config, name) for name in ("size", "fps", "text_dim", "text_len", "clip_dim"))]
+        with naming(table, "no csv in UTF-8 with columns video and caption"), open(table, encoding="utf-8-sig") as file:
+            captions |= {str(Path(row["video"]).with_suffix("")): row["caption"] for row in csv.DictReader(file)}
+    for name, *rest in listing(data):
+        about[str(Path(name).with_suffix(""))].append((Path(name).suffix, *rest))
+    stems = [stem for stem, found in about.items() if {kind for kind, *_ in found} & {".mp4", ".png", ".npz"}]
+    settings = [run.checksum("vae"), run.recipe.clip, run.args.rollout, listing(run.args.text_encoder),
+                listing(run.args.image_encoder), *(getattr(run.config, name) for name in ("size", "fps", "text_dim", "text_len", "clip_dim"))]
     for stem in stems:
         key = seed_of(*settings, about[stem], captions.get(stem))
-        files[stem] = run.out.parent / "clips" / f"{stem.relative_to(data)}.{key:08x}.safetensors"
+        files[stem] = run.out.parent / "clips" / f"{stem}.{key:08x}.safetensors"
     todo = [stem for stem in stems[RANK::PROCESSES] if not files[stem].exists()]
     for i in tqdm(range(0, len(todo), 32), "encode clips, by 32", disable=not todo):
         encode_clips(run, {stem: files[stem] for stem in todo[i:i + 32]}, captions)
     mean_processes(torch.zeros(1))                      # those of the others are there
-    there = [file for stem, file in files.items() if file.exists() and (pictures or Path(f"{stem}.mp4").exists())]
+    there = [file for stem, file in files.items() if file.exists() and (pictures or (data / f"{stem}.mp4").exists())]
     if not stems or len(there) < 0.9 * len(stems):
-        raise UserError(f"{run.args.data}: {len(there)} of {len(stems)} clips can be used here; a clip is a.mp4"
+        raise UserError(f"{data}: {len(there)} of {len(stems)} clips can be used here; a clip is a.mp4"
                         f"{' or a.png' if pictures else ''}, a.npz and a.txt")
     return there
 
 
 def encode_clips(run, files, captions):
-    """Encode clips {stem: file to write}: first all prompts, then all images, so that each encoder is loaded once.
-    captions {stem: text}: of clips without a .txt. What cannot be read is named."""
+    """Encode clips {stem: file to write}: first all prompts, then all images, so that each encoder is loaded once for
+    all of them. captions {stem: text}: of clips without a .txt. What cannot be read is named."""
     c, args, clips = run.config, run.args, {}
     for stem in files:
         try:
-            clips[f"{stem}"] = read_clip(run, stem, captions.get(stem))
+            clips[stem] = read_clip(run, args.data / stem, captions.get(stem))
         except Exception as e:                          # of a dozen kinds
             print(f"left out: {stem}: {e}")
     texts = {name: clip.pop("prompt") for name, clip in clips.items() if "prompt" in clip}
@@ -416,10 +493,10 @@ def encode_clips(run, files, captions):
         rows = encode_texts(args.text_encoder, run.device, texts) if texts else {}
     seen, vae = encode_images(args.image_encoder, run.device, images) if images else {}, run.vae()
     for stem, path in files.items():
-        if clip := clips.pop(f"{stem}", None):
-            if f"{stem}" in rows:
-                clip["text"] = F.pad(rows[f"{stem}"], (0, 0, 0, c.text_len - len(rows[f"{stem}"])))[None]
-                clip |= {"clip": seen[f"{stem}"][None]} if seen else {}
+        if clip := clips.pop(stem, None):
+            if stem in rows:
+                clip["text"] = F.pad(rows[stem], (0, 0, 0, c.text_len - len(rows[stem])))[None]
+                clip |= {"clip": seen[stem][None]} if seen else {}
             with torch.no_grad():
                 clip["latents"] = vae.encode(clip.pop("video").to(run.device) / 127.5 - 1).half().cpu()
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -441,16 +518,16 @@ def read_clip(run, stem, caption):
             raise ValueError(f"{len(images)} frames at {fps:g} a second, {run.recipe.clip} at {c.fps} are wanted")
     else:
         images = [load_image(picture)]
-    tracks, visible, *_ = load_tracks(points, images[0].size)
-    if len(tracks) < least:
-        raise ValueError(f"tracks of {len(tracks)} frames, {least} are wanted")
-    some = np.sort(np.random.default_rng(0).permutation(tracks.shape[1])[:TRACKS])
     with contextlib.redirect_stdout(None):              # points outside are no news
+        tracks, visible, *_ = load_tracks(points, images[0].size)
+        if len(tracks) < least:
+            raise ValueError(f"tracks of {len(tracks)} frames, {least} are wanted")
+        some = np.sort(np.random.default_rng(0).permutation(tracks.shape[1])[:TRACKS])
         motion = fit_tracks((tracks[:least, some], visible[:least, some], None), images[0].size, least, c, 0)
     frames, hidden = torch.stack([fit_image(image, c.size) for image in images], 2), TRACKS - len(some)
     clip = {"video": ((frames + 1) * 127.5).round().byte(), "tracks": F.pad(motion.tracks, (0, 0, 0, hidden)),
             "visible": F.pad(motion.visible, (0, hidden))}
-    if own.exists():
+    if own.exists() and c.text_dim == UMT5_DIM:
         given = SimpleNamespace(prompt=None, prompt_embeds=own, image_encoder=run.args.image_encoder, weights=stem)
         text, _, seen = read_encoded(given, replace(c, causal=True), frames[:, :, 0], run.device)
         return clip | {"text": text} | ({"clip": seen} if c.clip_dim else {})
@@ -503,20 +580,23 @@ def thinned(visible, pauses):
     return visible & keep & shown
 
 
-def pick(pool, batch):
-    """Random clips of a pool, {name: tensor of all clips} or files that each hold one: {name: (batch, …)}."""
+def pick(pool, batch, frames=None):
+    """Random clips of a pool, {name: tensor of all clips} or files that each hold one: {name: (batch, …)}, their first
+    `frames` latents."""
     if isinstance(pool, dict):
         rows = torch.randint(0, len(pool["latents"]), (batch,))
-        return {name: tensor[rows] for name, tensor in pool.items()}
-    clips = [load_file(pool[row]) for row in torch.randint(0, len(pool), (batch,))]
-    return {name: torch.cat([clip[name] for clip in clips]) for name in clips[0]}
+        clips = [{name: tensor[rows] for name, tensor in pool.items()}]
+    else:
+        clips = [load_file(pool[row]) for row in torch.randint(0, len(pool), (batch,))]
+    latents = torch.cat([clip.pop("latents")[:, :, :frames] for clip in clips])
+    return {"latents": latents} | {name: torch.cat([clip[name] for clip in clips]) for name in clips[0]}
 
 
-def draw_batch(run, pool, batch, frames=None, dense=False):
-    """Random clips of the pool, their first `frames` latents, with all their tracks (dense) or as a user might have
-    painted them, a tenth without text: latents (B, C, F, h, w), conditions but for tracks, the track head's input."""
-    clips = pick(pool, batch)
-    latents = clips["latents"][:, :, :frames].float()
+def draw_batch(run, pool, batch, frames=None, dense=False, given=None):
+    """Random clips of the pool, of `frames` latents, with all their tracks (dense) or as a user might have painted them,
+    a tenth without text: `given` latents (B, C, F, h, w), conditions but for tracks, the track head's input."""
+    clips = pick(pool, batch, given or frames)
+    latents = clips["latents"].float()
     length = 4 * (frames or latents.shape[2]) - 3
     tracks, visible = clips["tracks"][:, :length], clips["visible"][:, :length]
     visible = thinned(visible, not dense) if run.args.data else visible if dense else painted(visible)
@@ -559,6 +639,7 @@ def train_teacher(run):
     tracks, as in the paper's first stage: with dense tracks a model learns sooner what they are for. That is seen early
     in the error at sigma 1 with all tracks and with none, on clips never trained on, and not in the flow loss.
     From --weights without a track head, all of it is the paper's first stage; from those with one, the second."""
+    from test_motionstream import x0_errors
     pool, r, batch = kept(run, "pool", "vae", run.clips, film_clips), run.recipe, run.recipe.batch
     if run.args.data:
         held = len(pool) // 20                          # of fewer clips, one is trained on too
@@ -578,12 +659,7 @@ def train_teacher(run):
             loss = flow_loss(model, x0, sigma, given | {"tracks": keep * track_features(model, **points)}, r.emphasis)
         numbers = {"loss": loss, "grad": optimizer.step(loss, i)}
         if (i - RANK + PROCESSES) % (200 * run.batches) == 0:
-            torch.manual_seed(0)
-            x0, given, points = draw_batch(run, fresh, 6 * batch, dense=True)
-            with torch.no_grad(), run.autocast():
-                features, ones = track_features(optimizer.average, **points), torch.ones(len(x0), device=run.device)
-                for name, tracks in ("x0_tracks", features), ("x0_none", 0 * features):
-                    numbers[name] = flow_loss(optimizer.average, x0, ones, given | {"tracks": tracks})
+            numbers |= x0_errors(run, optimizer.average, fresh, 6 * batch)
         return numbers
 
     train(run, "teacher", run.steps["teacher"], optimizer.parts(), step, optimizer.average)
@@ -685,30 +761,6 @@ def critic_loss(x0, critic, conditions, shift=5.0):
     return flow_loss(critic, x0.detach(), sigma, conditions)
 
 
-def motion_reward(video, batch):
-    """How well the video (B, 3, T, H, W) follows the tracks in `batch`: (B,) in [-1, 1]. Where a track goes, the colour
-    should be that of its start. 1: it is everywhere; 0: a video that stands still does as well."""
-    B, _, T, H, W = video.shape
-    seen = batch["visible"] & batch["visible"][:, :1]
-    grid = (2 * batch["tracks"] / torch.tensor([W, H]).to(video) - 1).flatten(0, 1)[:, :, None]     # (B T, N, 1, 2)
-
-    def error(frames):
-        colours = F.grid_sample(frames.transpose(1, 2).flatten(0, 1), grid, align_corners=False).view(B, T, 3, -1)
-        return ((colours - colours[:, :1]).abs().mean(2) * seen).sum((1, 2)) / seen.sum((1, 2)).clamp(min=1)
-
-    still, error = error(video[:, :, :1].expand_as(video)), error(video)
-    return ((still - error) / (still + 0.1)).clamp(-1, 1)
-
-
-def find_reward(name):
-    """--reward: "motion", or a function of your own, FILE.py:FUNCTION, called as motion_reward is."""
-    file, _, function = name.rpartition(":")
-    try:
-        return runpy.run_path(file)[function] if file else {"motion": motion_reward}[name]
-    except Exception as e:                              # whatever the file does
-        raise UserError(f"--reward {name}: neither motion nor FILE.py:FUNCTION ({type(e).__name__}: {e})") from None
-
-
 def last_clip(chunks, first, points):
     """The end of a rollout as a clip that the teacher can judge: the image (B, C, 1, h, w), then the last `chunks`, a
     list, without their first latent (first=None: with it), with the tracks of these frames. After more chunks than that
@@ -735,7 +787,7 @@ def train_student(run):
     def generate(i, grad):
         rng = torch.Generator().manual_seed(seed_of(run.seed, i // run.batches, grad))  # else processes wait in vain
         chunks = max(known, int(torch.randint(2 * known - run.args.rollout, run.args.rollout + 1, (), generator=rng)))
-        first, given, points = draw_batch(run, pool, run.recipe.batch, frames := chunks * run.config.chunk)
+        first, given, points = draw_batch(run, pool, run.recipe.batch, frames := chunks * run.config.chunk, given=1)
         given["text"] = given["text"] if chunks == known or run.args.data else neutral.expand_as(given["text"])
         exit_step = int(torch.randint(0, len(run.config.sigmas), (), generator=rng))
         with run.autocast():
@@ -743,7 +795,7 @@ def train_student(run):
             noise = torch.randn(*first.shape[:2], frames, *first.shape[3:], device=run.device)
             clean = clean_first(first, given)
             made = rollout(generator, noise, conditions, clean, exit_step=exit_step, grad=grad)
-            x0, points = last_clip(collections.deque(made, known), first[:, :, :1] if chunks > known else clean, points)
+            x0, points = last_clip(collections.deque(made, known), first if chunks > known else clean, points)
             given = next(by_chunk(given, x0.shape[2]))
             return x0, given | {"tracks": track_features(generator, **points)}, given | points
 
@@ -768,43 +820,16 @@ def train_student(run):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Pictures.
-
-def plot(path, curves, title, width=640, height=320):
-    """Lines {name: [(x, y)]} as a PNG, with the ranges written on it."""
-    page = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(page)
-    (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*sum(curves.values(), [])))
-    draw.rectangle((50, 30, width - 10, height - 30), outline="grey")
-    for x, y, text in (50, 8, title), (4, 30, f"{y1:.3g}"), (4, height - 42, f"{y0:.3g}"), \
-                      (50, height - 24, f"{x0:.0f}"), (width - 50, height - 24, f"{x1:.0f}"):
-        draw.text((x, y), text, fill="black")
-    right, up = (width - 60) / (x1 - x0 or 1), (height - 60) / (y1 - y0 or 1)
-    for i, (name, curve) in enumerate(curves.items()):
-        colour = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")[i % 6]
-        draw.line([(50 + right * (x - x0), height - 30 - up * (y - y0)) for x, y in curve], fill=colour, width=2)
-        draw.text((width - 150, 34 + 14 * i), name, fill=colour)
-    write(path, lambda temporary: page.save(temporary, "png"))
-
-
-def plot_stage(run, stage):
-    """Curves of a stage from stats.jsonl, each number averaged over 2 % of the stage."""
-    logged, curves = map(json.loads, open(run.out / "stats.jsonl")), {}
-    rows = [*{row["step"]: row for row in logged if row["stage"] == stage}.values()]    # after a crash, logged again
-    for name in "loss", "loss_c", "loss_g", "reward", "std", "x0_none", "x0_tracks":
-        values = [(row["step"], row[name]) for row in rows if name in row]
-        if values:
-            curves[name] = F.adaptive_avg_pool1d(torch.tensor(values).T, min(50, len(values))).T.tolist()
-    plot(run.out / f"{stage}.png", curves, f"{stage}: {len(rows)} steps")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # The command.
 
-STAGES = {"vae": train_vae, "teacher": train_teacher, "causal": train_causal, "distill": train_student}
-WEIGHTS = {"vae": "vae", "teacher": "teacher", "causal": "causal", "distill": "student"}    # what a stage leaves behind
-NEEDS = {"vae": (), "teacher": ("vae",), "causal": ("vae", "teacher"), "distill": ("vae", "teacher", "causal"),
-         "eval": ("vae", "teacher", "causal", "student"), "experiments": ("vae", "teacher", "causal", "student")}
+# Flags of a single stage, what there is to train, and which of it a stage leaves behind and starts from.
+OWN = {"distill": ("reward", "beta", "sink_decay", "rollout"), "decoder": ("adversarial", "perceptual")}
+MODELS = ("vae", "teacher", "causal", "student")
+STAGES = {"vae": train_vae, "teacher": train_teacher, "causal": train_causal, "distill": train_student,
+          "decoder": train_decoder}                                     # only if it is named
+WEIGHTS = dict(zip(STAGES, (*MODELS, "decoder")))
+NEEDS = {stage: MODELS[:i] for i, stage in enumerate(STAGES)} | {
+    "decoder": ("vae",), "eval": MODELS, "experiments": MODELS}
 SHIPPED = {"vae": "tiny_vae", "teacher": "tiny_teacher", "causal": "tiny_causal", "student": "tiny"}
 
 
@@ -817,6 +842,9 @@ def choose_config(args, start):
         (start and c.causal, "holds a student; a training starts from a teacher"),
         (start and has_mask(c), "takes the image as a clip with a mask, which cannot stream; take Fun-Control or T2V"),
         ((start or args.data) and not args.vae and not args.dry_run, "give --vae FILE, which made its latents"),
+        (args.data and not full and args.text_encoder, "the tiny model reads words; drop --text-encoder"),
+        (args.data and Path(args.out).resolve().parent.is_relative_to(args.data.resolve()),
+         f"--data {args.data} holds --out {args.out}, beside which encoded clips go; choose another"),
         (start and full and not args.data and not args.dry_run, "give --data FOLDER; the clips drawn here are small"),
     ]:
         if wrong:
@@ -833,6 +861,7 @@ class Run:
     """The settings of one training, its folder, and the weights in it."""
 
     def __init__(self, args):
+        from test_motionstream import find_reward
         self.args, self.out, self.device, self.seed = args, Path(args.out), args.device, args.seed
         self.reward, self.start = args.reward and find_reward(args.reward), args.weights and inspect(args.weights)
         self.config, recipe = choose_config(args, self.start)
@@ -840,9 +869,9 @@ class Run:
         self.dense = (0 if self.start.head else 1) if self.start else 1 / 4      # share of the teacher's steps
         self.known = (self.recipe.clip + 3) // 4 // self.config.chunk           # chunks of a clip
         args.tracks, args.rollout = self.config.tracks, max(args.rollout or (0 if args.data else 16), self.known)
-        self.data = (args.tracks, *(listing(args.data) if args.data else ()))
+        self.data = (args.tracks, *listing(args.data))
         self.batches = PROCESSES * (args.accumulate or 1)
-        self.steps = dict(zip(STAGES, (4, 4, 3, 6) if args.smoke else self.recipe.steps))
+        self.steps = dict(zip(STAGES, (4, 4, 3, 6, 4) if args.smoke else self.recipe.steps))
         self.steps |= {args.stage: args.steps} if args.steps else {}
         self.vae_clips, self.clips, self.trajectories = (8, 16, 8) if args.smoke else self.recipe.clips
         self.eval_clips = args.clips or (1 if args.smoke else 16)
@@ -864,7 +893,7 @@ class Run:
 
     def settings(self, stage):
         """What a checkpoint of the stage depends on: another of these would make it a mixture."""
-        names = ("seed", "tracks", *(("reward", "beta", "sink_decay", "rollout") if stage == "distill" else ()))
+        names = ("seed", "tracks", *OWN.get(stage, ()))
         own = {"start": self.args.weights and str(self.args.weights), "data": self.args.data and seed_of(*self.data)}
         return {name: getattr(self.args, name) for name in names} | (own if stage in STAGES else {}) | {
             "batches": self.batches, "weights": [*map(self.checksum, NEEDS[stage])]}
@@ -920,10 +949,14 @@ def parse_flags(argv):
     parser.add_argument("--beta", type=number(float, 0.01, 100), default=0.5, help="weight is exp(reward / beta) (0.5)")
     parser.add_argument("--sink-decay", type=number(float, 0, 1), default=1.0, help="below 1: EMA-Sink (1)")
     parser.add_argument("--rollout", type=number(int, 1, 100), help="longest, in chunks, of distillation (16)")
+    parser.add_argument("--adversarial", type=number(float, 0, 100), default=0.01, help="weight of a decoder's (0.01)")
+    parser.add_argument("--perceptual", help="LPIPS's weights, for a decoder (none)")
     parser.add_argument("--tracks", choices=["random", "start"], help="how tracks get their IDs (tiny: start)")
     args = parser.parse_args(argv)
     if args.steps and args.stage not in STAGES:
         parser.error("--steps needs --stage with one training stage")
+    if args.perceptual and args.stage != "decoder":
+        parser.error("--perceptual needs --stage decoder")
     if args.data and (args.stage in ("vae", "eval", "experiments") or not args.data.is_dir()):
         parser.error(f"--data {args.data}: {'not for this --stage' if args.data.is_dir() else 'no such folder'}")
     args.image_encoder = args.image_encoder or args.text_encoder
@@ -946,21 +979,18 @@ def main(argv=None):
         run.out.mkdir(parents=True, exist_ok=True)
         print(f"{'the shipped weights' if run.shipped else run.out}: {run.config}")
         for (stage, train_stage), accumulate in zip(STAGES.items(), run.recipe.accumulate):
-            if args.stage == stage or args.stage == "all" and not run.path(WEIGHTS[stage]).exists():
+            done = stage == "decoder" or run.path(WEIGHTS[stage]).exists()
+            if args.stage == stage or args.stage == "all" and not done:
                 run.check(stage)
                 run.batches = PROCESSES * (args.accumulate or max(accumulate // PROCESSES, 1))
                 torch.manual_seed(seed_of(run.seed, stage))             # of the weights that a stage begins with
                 train_stage(run)
                 if RANK == 0:
-                    plot_stage(run, stage)
-                if RANK == 0 and not args.data:
                     preview(run, stage)
         if args.stage not in STAGES and RANK == 0 and not args.data:
-            stage = args.stage.replace("all", "eval")
-            run.check(stage)
-            evaluate(run, stage)
-    except (ValueError, OSError) as e:                  # of a file; a full disk, say, whatever was written is whole
-        print(f"error: {str(e).splitlines()[0]}", file=sys.stderr)
+            evaluate(run, args.stage.replace("all", "eval"))
+    except (UserError, OSError) as e:                   # a full disk, say, whatever was written: files are whole
+        print(f"error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:                           # outside a training step: while filming, say
         return 130
