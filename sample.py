@@ -435,7 +435,7 @@ def draw_control(vae, motion, config, frames):
 # ----------------------------------------------------------------------------------------------------------------------
 # Takes: what a recorded stream was given, kept in a file, and given again.
 
-SETTINGS = ("seed", "steps", "chunk", "sink", "window", "fps", "dtype", "frames")       # flags that a take is made again with
+SETTINGS = ("seed", "steps", "chunk", "sink", "window", "fps", "dtype", "frames")    # a take's flags
 
 
 def fitted(given, size, config, taken):
@@ -483,7 +483,7 @@ def load_take(path, argv):
         if not take["prompts"].size:
             raise UserError("holds no prompts")
         flags = [f"--tracks={path}", *(f"--{name}={take[name].item()}" for name in SETTINGS if name in take)]
-        take = SimpleNamespace(prompts=[*map(str, take["prompts"])], chunk=take["chunk"].item(),
+        take = SimpleNamespace(prompts=[*map(str, take["prompts"])], chunk=parse_flags(["--image=", *flags]).chunk,
                                models=take["models"].item(), image=Image.fromarray(take["image"]).convert("RGB"))
     args = parse_flags([*flags, *argv])
     if args.interactive or args.tracks != path:

@@ -1135,8 +1135,8 @@ def test_loading_wan_1_3b_takes_about_the_memory_of_its_file():
             runs = [subprocess.run([sys.executable, "-c", LOADING, path, way], cwd=HERE, check=True,
                                    capture_output=True, text=True).stdout.split() for _ in range(5)]
             seconds, peak = (sorted(map(float, column)) for column in zip(*runs))
-            print(f"{size / 1e9:.2f} GB by {way}: {seconds[2]:.2f} s ({seconds[0]:.2f} to {seconds[-1]:.2f}), anonymous "
-                  f"memory {peak[2] / size:.2f} of the file")
+            print(f"{size / 1e9:.2f} GB by {way}: {seconds[2]:.2f} s ({seconds[0]:.2f} to {seconds[-1]:.2f}), "
+                  f"anonymous memory {peak[2] / size:.2f} of the file")
         assert peak[-1] < 1.3 * size, (peak, size)
 
 
@@ -1631,7 +1631,8 @@ def test_a_case_says_and_does_what_its_name_says():
     assert_near((other[0]["position"] - path[:, :, :1])[:, :2, 1] * 1, (path[:, :, :1] - path)[:, :2, 1], 1e-4)
     step = jump["position"].diff(dim=2).norm(dim=-1)
     assert (step[:, :, 9] > 3 * step[:, :, :9].amax(2)).any() and step.shape[2] == 20
-    fast, slow = case(speed=2)[0]["position"], world.new_scenes(2, 42, seeded(td.seed_of("test")), objects=2, camera=False,
+    fast, slow = case(speed=2)[0]["position"], world.new_scenes(2, 42, seeded(td.seed_of("test")), objects=2,
+                                                                camera=False,
                                                               attributes=(0, 0), moving=True)["position"]
     assert fast.equal(slow[:, :, ::2])
     two = case("two ways")[1]["tracks"][:, :, n]
@@ -2312,11 +2313,16 @@ def test_adversarial_losses_are_the_hinge_and_move_one_network_each():
 
 
 def decoder_run(here, *more, code=0, size=(16, 16)):
-    """--stage decoder in float32, on noise instead of drawn videos; the last line that was printed as an error."""
+    """--stage decoder in float32, on noise instead of drawn videos, or on encoded clips; the last line that was printed
+    as an error."""
     def noise(run):
         return lambda: torch.randn(4, 3, 9, *size).clamp(-1, 1)
 
-    with quiet() as (_, err), without_pictures(), unittest.mock.patch.object(td, "drawn_crops", noise), \
+    def clips(run, pictures):
+        return sorted(run.args.data.glob("*.safetensors"))
+
+    with quiet() as (_, err), without_pictures(), \
+            unittest.mock.patch.multiple(td, drawn_crops=noise, own_clips=clips), \
             unittest.mock.patch.object(td.Run, "autocast", lambda run: contextlib.nullcontext()):
         result = td.main(["--smoke", "--stage", "decoder", "--out", str(here), *map(str, more)])
     assert result == (code or None), (result, err.getvalue())
@@ -2353,12 +2359,13 @@ def test_a_decoder_is_trained_for_the_latents_of_a_tiny_vae_and_resumes_to_the_b
 def wans_clips(here, h, w):
     """Flags for clips of Wan's latents, h x w cells; the first two channels say where a cell is."""
     torch.save(randomised(WanVAE(WanVAEConfig(16, 4, 6))).state_dict(), here / "wan.pth")
-    start = saved(here / "start.safetensors", new_model(causal=False, in_dim=24, out_dim=16, size=(8 * h, 8 * w)))
+    start = saved(here / "start.safetensors", randomised(MotionStream(replace(STUB, size=(8 * h, 8 * w)))))
     latents = rand(3, 16, 12, h, w)
     latents[:, 0], latents[:, 1] = torch.arange(h)[:, None], torch.arange(w)
-    save_file({"latents": latents.half(), "tracks": torch.zeros(3, 45, 2, 2), "visible": torch.ones(3, 45, 2).bool(),
-               "text": torch.zeros(3, SMALL.text_len, SMALL.text_dim)}, here / "clips.safetensors")
-    return ["--vae", here / "wan.pth", "--data", here / "clips.safetensors", "--weights", start]
+    (here / "clips").mkdir()
+    for i, clip in enumerate(latents.half()):
+        save_file({"latents": clip[None].contiguous()}, here / "clips" / f"{i}.safetensors")
+    return ["--vae", here / "wan.pth", "--data", here / "clips", "--weights", start]
 
 
 def test_a_decoder_for_wans_vae_learns_what_wans_decodes_and_an_encoder_the_latents():
@@ -2374,7 +2381,7 @@ def test_a_decoder_for_wans_vae_learns_what_wans_decodes_and_an_encoder_the_late
         assert TinyVAEConfig(*asked[0]) == TAEW21
         ours, (latents, video) = load_vae(here / "out" / "decoder.safetensors"), seen
         assert latents.shape == (16, 16, 6, 2, 4) and video.shape == (16, 3, 21, 16, 32)
-        clips = load_file(here / "clips.safetensors")["latents"][:, :, :6].float()
+        clips = [load_file(file)["latents"][0, :, :6].float() for file in (here / "clips").iterdir()]
         assert all(any(z.equal(clip) for clip in clips) for z in latents)
         with torch.no_grad():
             assert video.equal(load_vae(here / "wan.pth").decode(latents)[0])
@@ -2408,8 +2415,9 @@ def test_what_a_decoder_cannot_be_trained_with_is_refused_in_one_line():
     with folder() as here:
         flags = wans_clips(here, 2, 1)
         tiny = saved(here / "tiny.safetensors", new_vae(replace(SMALL_VAE, latent_channels=16)))
-        for said, *more in [("tiny.safetensors: a decoder is trained for Wan's VAE", "--vae", tiny, *flags[2:]),
-                            ("wan.pth: a decoder is trained for Wan's VAE with --data", *flags[:2]),
+        for said, *more in [("tiny.safetensors: Wan's needs --data and --weights", "--vae", tiny, *flags[2:]),
+                            ("wan.pth: Wan's needs --data and --weights, a tiny one", *flags[:2]),
+                            ("wan.pth: Wan's needs --data and --weights, a tiny one", *flags[:4]),
                             ("vae.safetensors: cannot be read (No such file or directory); --stage vae makes it",),
                             ("tiny.safetensors: not a whole LPIPS; ", "--vae", tiny, "--perceptual", tiny),
                             ("none.pt: cannot be read (No such file", "--vae", tiny, "--perceptual", here / "none.pt"),
@@ -2420,6 +2428,18 @@ def test_what_a_decoder_cannot_be_trained_with_is_refused_in_one_line():
         with quiet() as (_, err):
             assert td.main(["--perceptual", str(tiny), "--out", str(here)]) == 2
         assert "--perceptual needs --stage decoder" in err.getvalue()
+
+
+def test_lpips_joins_the_measures_if_its_weights_are_given():
+    _, here = workplace()
+    video = here / "lpips.mp4"
+    weights = perceptual_file(here / "alex.pt")
+    assert sampled(*command("--out", video))[0] == 0
+    code, out, err = sampled(*command("--reference", video, "--lpips", weights, "--frames", 2))
+    line = next(line for line in out.splitlines() if "PSNR" in line)
+    assert code == 0 and float(re.search("LPIPS ([-0-9.e]+)$", line)[1]) > 0, (line, err)
+    code, _, err = sampled(*command("--reference", video, "--lpips", here / "vae.safetensors"))
+    assert code == 2 and "vae.safetensors: not a whole LPIPS" in err and err.count("\n") == 1, err
 
 
 def perceptual_file(path, vgg=False):
@@ -2718,7 +2738,7 @@ def test_broken_clips_are_named_and_too_many_end_it():
             ("tracks of 44", "bad.npz", lambda path: np.savez(path, tracks=np.full((44, 2, 2), 20.0)))]:
             damage(data / name)
             clips, said = encoded(flags)
-            assert f"left out: {data.resolve()}/bad: " in said and cause in said, (cause, said)
+            assert f"left out: {data}/bad: " in said and cause in said, (cause, said)
             assert said.count("left out") == 1 and len(clips) == 9
             (data / name).write_bytes(good[data / name])
         for name in "bad", "good0":
@@ -3242,7 +3262,8 @@ def test_a_reference_is_compared_frame_by_frame_and_tracks_point_by_point():
         handed_on = list(compared(iter(frames), here / "reference.mp4", c, motion, found, 2))
     assert np.array_equal(handed_on, frames)
     numbers = dict(re.findall(r"([A-Z]+) ([\d.]+)", out.getvalue().rpartition(": ")[2]))
-    assert f"3 frames of {here / 'reference.mp4'}: " in out.getvalue() and "EPE 2.143 of 7 points" in out.getvalue(), out.getvalue()
+    assert f"3 frames of {here / 'reference.mp4'}: " in out.getvalue(), out.getvalue()
+    assert out.getvalue().endswith("EPE 2.143 of 7 points\n"), out.getvalue()
     assert abs(float(numbers["PSNR"]) - 20 * math.log10(255 / 8)) < 1.5 and float(numbers["SSIM"]) > 0.5, numbers
 
 
@@ -4374,7 +4395,8 @@ def preview(run, stage):
     rng = torch.Generator().manual_seed(td.seed_of("preview"))
     scene = world.new_scenes(2, td.CLIP, rng, objects=2)
     tracks, visible = world.scene_tracks(scene, td.SIZE, rng)
-    centres = torch.arange(tracks.shape[2]) % world.POINTS + torch.arange(tracks.shape[2]) // (world.OBJECTS * world.POINTS) == 0
+    n = torch.arange(tracks.shape[2])
+    centres = (n % world.POINTS == 0) & (n < world.OBJECTS * world.POINTS)
     motion = {"tracks": tracks, "visible": visible & centres}
     videos, text = [world.film(scene, td.SIZE)], torch.cat([embed_words(c, run.config) for c in scene["caption"]])
     models = [name for name in td.WEIGHTS.values() if run.path(name).exists()]
@@ -4438,12 +4460,14 @@ def new_case(seed, clips, frames, points="drag", change=None, speed=1, **options
     tracks, visible = world.scene_tracks(scene, td.SIZE, rng)
     n = torch.arange(tracks.shape[2])
     if change == "two ways":
-        tracks = torch.where(n[:, None] % 2 == 1, world.scene_tracks(scene | {"position": back}, td.SIZE, rng)[0], tracks)
+        opposite, _ = world.scene_tracks(scene | {"position": back}, td.SIZE, rng)
+        tracks = torch.where(n[:, None] % 2 == 1, opposite, tracks)
     if change == "jittered":
         tracks = tracks + 0.02 * td.SIZE * torch.randn(tracks.shape, generator=rng)
     gaps = torch.rand(clips, frames // 4 + 1, len(n), generator=rng).repeat_interleave(4, 1)[:, :frames] < 0.5
     silent = {"late": (t > 0) & (t < 13), "broken": (t > 3) & gaps}.get(change, t < 0)
-    told = {"dense": n >= 0, "drag": (n < world.OBJECTS * world.POINTS) & (n % world.POINTS == 0), "none": n < 0}[points]
+    centres = (n < world.OBJECTS * world.POINTS) & (n % world.POINTS == 0)
+    told = {"dense": n >= 0, "drag": centres, "none": n < 0}[points]
     return scene, {"tracks": tracks, "visible": visible & told & ~silent}
 
 
@@ -4757,9 +4781,9 @@ def open_reference(path, config):
 
 
 def compared(frames, path, config, motion, found=None, factor=1, lpips=None):
-    """sample.py --reference, --found, --lpips: hands on the frames, uint8 (H, W, 3), and in the end prints how near they
-    are to those of the video `path`, cropped as the image is, as long as there are both: the mean PSNR, SSIM and, by
-    the weights `lpips`, LPIPS of a frame; and the mean distance in pixels of tracks `found`, (T, N, 2) and whether a
+    """sample.py --reference, --found, --lpips: hands on the frames, uint8 (H, W, 3), and in the end prints how near
+    they are to those of the video `path`, cropped as the image is, as long as there are both: the mean PSNR, SSIM and,
+    by the weights `lpips`, LPIPS of a frame; and the mean distance in pixels of tracks `found`, (T, N, 2) and whether a
     tracker saw them (T, N), on a video enlarged by `factor`, from the visible ones of `motion`. Raises ValueError if a
     file cannot be read or does not fit."""
     if lpips and not path:

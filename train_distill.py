@@ -430,7 +430,7 @@ def kept_rows(encode, folder, device, what):
 
 
 def listing(folder):
-    """The files of KINDS in a folder: [(path in it, size, age)]. Tells whether one is another by now. None: no files."""
+    """The files of KINDS in a folder, [(path in it, size, age)]: tells if one is another by now. None: no files."""
     files = [file for file in sorted(folder.rglob("*")) if file.suffix in KINDS and file.is_file()] if folder else []
     return [(f"{file.relative_to(folder)}", file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
@@ -439,7 +439,7 @@ def listing(folder):
 
 def kept(run, name, source, count, make):
     """What make(run, name, count) yields, dicts of tensors, joined along the first axis; in a file named by the weights
-    `source`, which make it, the seed, the count and the data, and read from there if it exists. Of --data: own_clips."""
+    `source`, which make it, the seed, the count and the data, and read from it if it exists. Of --data: own_clips."""
     if run.args.data and make is film_clips:
         return own_clips(run, pictures=name.startswith("images"))
     path = run.out / f"{name}.{seed_of(run.checksum(source), run.seed, count, *run.data):08x}.safetensors"
@@ -461,7 +461,7 @@ def own_clips(run, pictures):
         about[str(Path(name).with_suffix(""))].append((Path(name).suffix, *rest))
     stems = [stem for stem, found in about.items() if {kind for kind, *_ in found} & {".mp4", ".png", ".npz"}]
     settings = [run.checksum("vae"), run.recipe.clip, run.args.rollout, listing(run.args.text_encoder),
-                listing(run.args.image_encoder), *(getattr(run.config, name) for name in ("size", "fps", "text_dim", "text_len", "clip_dim"))]
+                listing(run.args.image_encoder), run.config.size, run.config.text_dim, run.config.clip_dim]
     for stem in stems:
         key = seed_of(*settings, about[stem], captions.get(stem))
         files[stem] = run.out.parent / "clips" / f"{stem}.{key:08x}.safetensors"
@@ -484,7 +484,7 @@ def encode_clips(run, files, captions):
         try:
             clips[stem] = read_clip(run, args.data / stem, captions.get(stem))
         except Exception as e:                          # of a dozen kinds
-            print(f"left out: {stem}: {e}")
+            print(f"left out: {args.data / stem}: {e}")
     texts = {name: clip.pop("prompt") for name, clip in clips.items() if "prompt" in clip}
     images = {name: clips[name]["video"][:, :, 0] / 127.5 - 1 for name in texts if c.clip_dim}
     if c.text_dim != UMT5_DIM:
@@ -593,8 +593,8 @@ def pick(pool, batch, frames=None):
 
 
 def draw_batch(run, pool, batch, frames=None, dense=False, given=None):
-    """Random clips of the pool, of `frames` latents, with all their tracks (dense) or as a user might have painted them,
-    a tenth without text: `given` latents (B, C, F, h, w), conditions but for tracks, the track head's input."""
+    """Random clips of the pool, `frames` latents, with all their tracks (dense) or as a user might have painted them, a
+    tenth without text: `given` latents (B, C, F, h, w), conditions but for tracks, the track head's input."""
     clips = pick(pool, batch, given or frames)
     latents = clips["latents"].float()
     length = 4 * (frames or latents.shape[2]) - 3
