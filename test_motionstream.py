@@ -2684,11 +2684,22 @@ def test_own_clips_are_encoded_once_and_pictures_are_enough_to_distil():
         (data / "a.txt").unlink()
         with open(data / "clips.csv", "w") as file:
             file.write("video,caption,score\na.mp4,\"warming light\",1\nc.mp4,none of this,2\n")
+        (data / "notes.md").write_text("no part of a clip")
         text = [load_file(file)["text"] for file in encoded(flags)[0]]
         assert text[0].equal(F.pad(embed_words("warming light", SMALL), (0, 0, 0, 3))) and not text[0].equal(text[1])
+        for table in "name,caption\na.mp4,x\n", "video,caption\nb\u00e9,x":
+            (data / "clips.csv").write_bytes(table.encode("latin-1"))
+            assert_error(td.UserError, "clips.csv: no csv in UTF-8 with columns", encoded, flags)
+        (data / "clips.csv").unlink()
+        (data / "a.txt").write_text("steady light")
+        (data / "a.mp4").unlink()
+        Image.new("RGB", (64, 48)).save(data / "a.png")
+        mixed, _ = encoded(flags, pictures=True)
+        assert td.pick(mixed, 20, 1)["latents"].shape == (20, 4, 1, 4, 6), "one of them is a picture"
         for file in data.rglob("*.mp4"):
             Image.new("RGB", (64, 48)).save(file.with_suffix(".png"))
             file.unlink()
+        save_file({"prompt": rand(3, 4096)}, data / "a.safetensors")            # not for models that read words
         files, _ = encoded(flags, pictures=True)
         assert [load_file(file)["latents"].shape for file in files] == [(1, 4, 1, 4, 6)] * 3
         assert_error(td.UserError, "0 of 3 clips can be used here; a clip is a.mp4, a.npz", encoded, flags)
@@ -2731,6 +2742,7 @@ def test_broken_clips_are_named_and_too_many_end_it():
         for cause, name, damage in [
             ("bad.txt", "bad.txt", Path.unlink), ("bad.png: No such file", "bad.mp4", Path.unlink),
             ("bad.npz: damaged", "bad.npz", lambda path: path.write_text("no numbers")),
+            ("bad.npz: No such file", "bad.npz", Path.unlink),
             ("44 frames at 16 a second, 45 at 16 are wanted", "bad.mp4",
              lambda path: imageio.mimwrite(path, frames[:44], fps=16, macro_block_size=2)),
             ("at 24 a second", "bad.mp4",
@@ -2854,11 +2866,14 @@ def test_what_cannot_be_trained_is_refused_in_one_line():
                              ("small.safetensors: drop it, or --stage vae", "--vae", small, "--stage", "vae"),
                              ("data: not for this --stage", "--data", data, "--stage", "eval"),
                              ("none: no such folder", "--data", here / "none"),
+                             ("beside which encoded clips go", "--data", data, "--vae", small, "--out", data / "x"),
+                             ("beside which encoded clips go", "--data", here, "--vae", small),
+                             ("reads words; drop --text-encoder", "--data", data, "--vae", small, "--text-encoder", here),
                              ("vae.safetensors: no such folder", "--data", vae),
                              ("vae.safetensors: latents have 16 channels and stride 8, those of", "--weights", teacher,
                               "--vae", vae, "--data", data),
                              ("wan.safetensors: this is a DiT; a whole VAE", "--vae", wan)]:
-            assert td.main([str(word) for word in (*flags, "--out", here / "out")]) == 2, said
+            assert td.main([str(word) for word in ("--out", here / "out", *flags)]) == 2, said
             last = err.getvalue().splitlines()[-1]
             assert last.startswith("error: ") and said in last and "makes it" not in last, (said, last)
 
@@ -4231,6 +4246,8 @@ def test_what_public_weights_lack_is_said_before_they_load():
              ("t2v", "--prompt", "a", *encoder, *embeds): "drop --prompt or --prompt-embeds",
              ("t2v", "--prompt", "a", *encoder): ("none/tokenizer: no whole AutoTokenizer" if importlib.util.find_spec(
                  "ftfy") else "No module named 'ftfy': pip install transformers ftfy"),
+             ("t2v", "--image-encoder", here): "no image branch",
+             ("self_forcing", "--negative-prompt", "red"): "--negative-prompt belongs to --sampler teacher",
              ("headless", *encoder): "reads words", ("t2v", "--w-text", 2): "there is no text",
              ("t2v", "--interactive"): "a trained student", ("headed", "--interactive"): "a trained student",
              ("t2v", *tracks): "drop --tracks",
