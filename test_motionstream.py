@@ -2684,7 +2684,9 @@ def test_own_clips_are_encoded_once_and_pictures_are_enough_to_distil():
         (data / "a.txt").unlink()
         with open(data / "clips.csv", "w") as file:
             file.write("video,caption,score\na.mp4,\"warming light\",1\nc.mp4,none of this,2\n")
+        settings = td.Run(td.parse_flags(flags)).settings("teacher")
         (data / "notes.md").write_text("no part of a clip")
+        assert td.Run(td.parse_flags(flags)).settings("teacher") == settings
         text = [load_file(file)["text"] for file in encoded(flags)[0]]
         assert text[0].equal(F.pad(embed_words("warming light", SMALL), (0, 0, 0, 3))) and not text[0].equal(text[1])
         for table in "name,caption\na.mp4,x\n", "video,caption\nb\u00e9,x":
@@ -2702,6 +2704,7 @@ def test_own_clips_are_encoded_once_and_pictures_are_enough_to_distil():
         save_file({"prompt": rand(3, 4096)}, data / "a.safetensors")            # not for models that read words
         files, _ = encoded(flags, pictures=True)
         assert [load_file(file)["latents"].shape for file in files] == [(1, 4, 1, 4, 6)] * 3
+        assert load_file(files[0])["text"].equal(F.pad(embed_words("steady light", SMALL), (0, 0, 0, 3)))
         assert_error(td.UserError, "0 of 3 clips can be used here; a clip is a.mp4, a.npz", encoded, flags)
         (data / "empty").mkdir()
         flags[2] = str(data / "empty")
@@ -3366,8 +3369,11 @@ def test_tracks_from_standard_input_are_those_of_the_same_file():
         code, _, err = sampled("--replay", mine / "x.take.npz", *command()[4:8], "--out", mine / "y.mp4", "--overlay")
         assert code == 0 and len(frames_of(mine / "y.mp4")) == 33, err
         short = "--frames", 10, "--chunk", 1, "--out", mine / "z.mp4"
-        code, out, err = spoken(as_lines(tracks, visible, (1, 5, 9, 13, 17)), *short)
+        code, out, err = spoken(as_lines(tracks, visible, (1, 5, 9, 13, 17)) + b"\n \n", *short)
         assert code == 0 and "10 of 10 frames" in out and len(frames_of(mine / "z.mp4")) == 10, err
+        code, _, err = sampled("--replay", mine / "z.take.npz", *command()[4:8], "--out", mine / "y.mp4")
+        assert code == 0 and np.array_equal(frames_of(mine / "y.mp4"), frames_of(mine / "z.mp4")), err
+        assert spoken(b"\n" + as_lines(tracks, visible, (9, 21)) + b"\n", "--out", mine / "z.mp4")[0] == 0
 
 
 def test_a_wrong_line_on_standard_input_is_named_and_leaves_no_video():
