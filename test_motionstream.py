@@ -4251,7 +4251,7 @@ def test_what_public_weights_lack_is_said_before_they_load():
     cases = {("t2v", "--prompt", "a cat"): "--text-encoder", ("clip",): "--image-encoder",
              ("t2v", "--prompt", "a", *encoder, *embeds): "drop --prompt or --prompt-embeds",
              ("t2v", "--prompt", "a", *encoder): ("none/tokenizer: no whole AutoTokenizer" if importlib.util.find_spec(
-                 "ftfy") else "No module named 'ftfy': pip install transformers ftfy"),
+                 "ftfy") else "No module named 'ftfy'; pip install transformers ftfy"),
              ("t2v", "--image-encoder", here): "no image branch",
              ("self_forcing", "--negative-prompt", "red"): "--negative-prompt belongs to --sampler teacher",
              ("headless", *encoder): "reads words", ("t2v", "--w-text", 2): "there is no text",
