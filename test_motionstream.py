@@ -328,6 +328,15 @@ def test_the_transformer_equals_wans_formulas():
         assert_near(model(x, sigma, None, clip=clip).double(), expected, 3e-6)
 
 
+def test_norms_have_wans_eps():
+    with torch.device("meta"):
+        norms = MotionStream(PRESETS["motionstream-1.3b"]).named_modules()
+    eps = {name: module.eps for name, module in norms if hasattr(module, "eps")}
+    assert len(eps) == 30 * 8 + 1 + 2                                   # blocks, the head's, the image branch's
+    assert {name for name, value in eps.items() if value != 1e-6} == {"img_emb.proj.0", "img_emb.proj.4"}
+    assert eps["img_emb.proj.0"] == eps["img_emb.proj.4"] == 1e-5
+
+
 def test_time_is_cosines_then_sines_of_a_float64_angle():
     t = 987.654321
     angles = [t * 10000 ** (-i / 128) for i in range(128)]
