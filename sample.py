@@ -469,7 +469,8 @@ def save_take(path, taken, frames, image, args, model, vae, encoded):
     if c.tracks == "start":
         tracks[0], ids = starts, None
     arrays = {"tracks": tracks, "visibility": ~np.isnan(tracks[..., 0]), "ids": ids, "image": np.asarray(image),
-              "prompts": [prompt for _, prompt in taken], "models": checksum(model, vae, encoded),
+              "width": image.width, "height": image.height, "models": checksum(model, vae, encoded),
+              "prompts": [prompt for _, prompt in taken],
               "seed": args.seed, "steps": args.steps, "chunk": c.chunk, "sink": c.sink, "window": c.window,
               "fps": args.fps or c.fps, "dtype": args.dtype, "frames": frames}
     np.savez(data, **{name: array for name, array in arrays.items() if array is not None})
@@ -480,8 +481,8 @@ def load_take(path, argv):
     """What save_take wrote, and flags that change it: (flags, image, take: prompts by chunk, that chunk, models)."""
     with naming(path, "damaged, or not what --interactive --out writes; give its .take.npz"):
         take = read_arrays(path, ("tracks", "image", "prompts", "models", *SETTINGS))
-        if not take["prompts"].size:
-            raise UserError("holds no prompts")
+        if not take["prompts"].size or not take["image"].size:
+            raise UserError("holds no prompts or no image")
         flags = [f"--tracks={path}", *(f"--{name}={take[name].item()}" for name in SETTINGS if name in take)]
         take = SimpleNamespace(prompts=[*map(str, take["prompts"])], chunk=parse_flags(["--image=", *flags]).chunk,
                                models=take["models"].item(), image=Image.fromarray(take["image"]).convert("RGB"))
@@ -533,7 +534,7 @@ def perform(live, args, model, vae, encoded, out):
     c = model.config = replace(c, chunk=control["chunk"], sink=more * c.sink, window=c.window and more * c.window)
     pixels, factor = fit_image(image, c.size), math.ceil(SHORTEST_SIDE / min(c.size))
     live.queue, live.frame = collections.deque(), (next(live.count), 0, to_frames(pixels[:, :, None])[0])
-    live.status["image"] = image.size
+    live.status |= {"image": image.size, "recorded": str(out or "")}
     given = fitted(painted(live, control["take"], c), image.size, c, taken)
     with contextlib.ExitStack() as stack:
         for count, frame in enumerate(generate(args, None, pixels, given, model, vae, encoded), 1):
@@ -612,7 +613,7 @@ def parse_flags(argv):
     exclusive = parser.add_mutually_exclusive_group
     add, first, either = parser.add_argument, exclusive(required=True).add_argument, exclusive().add_argument
     first("--image", help="first frame, any picture file", **file)
-    first("--replay", help="a .take.npz that --interactive wrote, given again; other flags change it", **file)
+    first("--replay", help="a .take.npz, as --interactive and --tracks - write, again; flags change it", **file)
     either("--tracks", help=".npz or .npy, see the top of sample.py; or - for standard input; default: none", **file)
     either("--drag", "--pin", dest="tracks", type=drag_path, action="append", metavar="'X,Y -> X,Y'",
            help="instead of --tracks, as often as wanted: where a point of the image goes, or that it stays")

@@ -2371,10 +2371,10 @@ def wans_clips(here, h, w):
     start = saved(here / "start.safetensors", randomised(MotionStream(replace(STUB, size=(8 * h, 8 * w)))))
     latents = rand(3, 16, 12, h, w)
     latents[:, 0], latents[:, 1] = torch.arange(h)[:, None], torch.arange(w)
-    (here / "clips").mkdir()
+    (here / "latents").mkdir()
     for i, clip in enumerate(latents.half()):
-        save_file({"latents": clip[None].contiguous()}, here / "clips" / f"{i}.safetensors")
-    return ["--vae", here / "wan.pth", "--data", here / "clips", "--weights", start]
+        save_file({"latents": clip[None].contiguous()}, here / "latents" / f"{i}.safetensors")
+    return ["--vae", here / "wan.pth", "--data", here / "latents", "--weights", start]
 
 
 def test_a_decoder_for_wans_vae_learns_what_wans_decodes_and_an_encoder_the_latents():
@@ -2390,7 +2390,7 @@ def test_a_decoder_for_wans_vae_learns_what_wans_decodes_and_an_encoder_the_late
         assert TinyVAEConfig(*asked[0]) == TAEW21
         ours, (latents, video) = load_vae(here / "out" / "decoder.safetensors"), seen
         assert latents.shape == (16, 16, 6, 2, 4) and video.shape == (16, 3, 21, 16, 32)
-        clips = [load_file(file)["latents"][0, :, :6].float() for file in (here / "clips").iterdir()]
+        clips = [load_file(file)["latents"][0, :, :6].float() for file in (here / "latents").iterdir()]
         assert all(any(z.equal(clip) for clip in clips) for z in latents)
         with torch.no_grad():
             assert video.equal(load_vae(here / "wan.pth").decode(latents)[0])
@@ -2863,7 +2863,8 @@ def test_every_stage_runs_from_weights_of_wan_in_the_papers_two_stages_of_the_te
 
 def test_what_cannot_be_trained_is_refused_in_one_line():
     with folder() as here, quiet() as (_, err):
-        data, vae = own_clips(here / "data", ("a",)), saved(here / "vae.safetensors", new_vae(STUB_VAE))
+        data, mine = own_clips(here / "data", ("a",)), own_clips(here / "clips", ("a",))
+        vae = saved(here / "vae.safetensors", new_vae(STUB_VAE))
         mask = saved(here / "mask.safetensors", randomised(MotionStream(replace(STUB, in_dim=36))))
         wan = saved(here / "wan.safetensors", randomised(MotionStream(STUB)))
         student, small = saved(here / "s.safetensors", new_model()), saved(here / "small.safetensors", new_vae())
@@ -2878,9 +2879,12 @@ def test_what_cannot_be_trained_is_refused_in_one_line():
                              ("small.safetensors: drop it, or --stage vae", "--vae", small, "--stage", "vae"),
                              ("data: not for this --stage", "--data", data, "--stage", "eval"),
                              ("none: no such folder", "--data", here / "none"),
-                             ("beside which encoded clips go", "--data", data, "--vae", small, "--out", data / "x"),
-                             ("beside which encoded clips go", "--data", here, "--vae", small),
-                             ("reads words; drop --text-encoder", "--data", data, "--vae", small, "--text-encoder", here),
+                             ("encoded clips go to the folder clips beside", "--data", data, "--vae", small, "--out",
+                              data / "x"),
+                             ("here in --data", "--data", here, "--vae", small),
+                             ("here in --data", "--data", mine, "--vae", small),
+                             ("reads words; drop --text-encoder", "--data", data, "--vae", small, "--text-encoder",
+                              here),
                              ("vae.safetensors: no such folder", "--data", vae),
                              ("vae.safetensors: latents have 16 channels and stride 8, those of", "--weights", teacher,
                               "--vae", vae, "--data", data),

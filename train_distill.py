@@ -484,7 +484,7 @@ def encode_clips(run, files, captions):
         try:
             clips[stem] = read_clip(run, args.data / stem, captions.get(stem))
         except Exception as e:                          # of a dozen kinds
-            print(f"left out: {args.data / stem}: {e}")
+            print(f"left out: {args.data / stem}: {(str(e).strip() or repr(e)).splitlines()[0]}")
     texts = {name: clip.pop("prompt") for name, clip in clips.items() if "prompt" in clip}
     images = {name: clips[name]["video"][:, :, 0] / 127.5 - 1 for name in texts if c.clip_dim}
     if c.text_dim != UMT5_DIM:
@@ -843,8 +843,8 @@ def choose_config(args, start):
         (start and has_mask(c), "takes the image as a clip with a mask, which cannot stream; take Fun-Control or T2V"),
         ((start or args.data) and not args.vae and not args.dry_run, "give --vae FILE, which made its latents"),
         (args.data and not full and args.text_encoder, "the tiny model reads words; drop --text-encoder"),
-        (args.data and Path(args.out).resolve().parent.is_relative_to(args.data.resolve()),
-         f"--data {args.data} holds --out {args.out}, beside which encoded clips go; choose another"),
+        (args.data and (Path(args.out).resolve().parent / "clips").is_relative_to(args.data.resolve()),
+         f"encoded clips go to the folder clips beside --out, {args.out}, here in --data {args.data}; choose another"),
         (start and full and not args.data and not args.dry_run, "give --data FOLDER; the clips drawn here are small"),
     ]:
         if wrong:
