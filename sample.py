@@ -479,7 +479,7 @@ def save_take(path, taken, frames, image, args, model, vae, encoded):
 
 def load_take(path, argv):
     """What save_take wrote, and flags that change it: (flags, image, take: prompts by chunk, that chunk, models)."""
-    with naming(path, "damaged, or not what --interactive --out writes; give its .take.npz"):
+    with naming(path, "damaged, or not what --interactive and --tracks - write; give a .take.npz"):
         take = read_arrays(path, ("tracks", "image", "prompts", "models", *SETTINGS))
         if not take["prompts"].size or not take["image"].size:
             raise UserError("holds no prompts or no image")

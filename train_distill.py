@@ -592,10 +592,10 @@ def pick(pool, batch, frames=None):
     return {"latents": latents} | {name: torch.cat([clip[name] for clip in clips]) for name in clips[0]}
 
 
-def draw_batch(run, pool, batch, frames=None, dense=False, given=None):
-    """Random clips of the pool, `frames` latents, with all their tracks (dense) or as a user might have painted them, a
-    tenth without text: `given` latents (B, C, F, h, w), conditions but for tracks, the track head's input."""
-    clips = pick(pool, batch, given or frames)
+def draw_batch(run, pool, batch, frames=None, dense=False, known=None):
+    """Random clips of the pool, of `frames` latents, with all tracks (dense) or as a user might have painted them, a
+    tenth without text: their first `known` latents (B, C, F, h, w), conditions but for tracks, the track head's input"""
+    clips = pick(pool, batch, known or frames)
     latents = clips["latents"].float()
     length = 4 * (frames or latents.shape[2]) - 3
     tracks, visible = clips["tracks"][:, :length], clips["visible"][:, :length]
@@ -787,7 +787,7 @@ def train_student(run):
     def generate(i, grad):
         rng = torch.Generator().manual_seed(seed_of(run.seed, i // run.batches, grad))  # else processes wait in vain
         chunks = max(known, int(torch.randint(2 * known - run.args.rollout, run.args.rollout + 1, (), generator=rng)))
-        first, given, points = draw_batch(run, pool, run.recipe.batch, frames := chunks * run.config.chunk, given=1)
+        first, given, points = draw_batch(run, pool, run.recipe.batch, frames := chunks * run.config.chunk, known=1)
         given["text"] = given["text"] if chunks == known or run.args.data else neutral.expand_as(given["text"])
         exit_step = int(torch.randint(0, len(run.config.sigmas), (), generator=rng))
         with run.autocast():
