@@ -581,8 +581,7 @@ def thinned(visible, pauses):
 
 
 def pick(pool, batch, frames=None):
-    """Random clips of a pool, {name: tensor of all clips} or files that each hold one: {name: (batch, …)}, their first
-    `frames` latents."""
+    """Random clips of a pool, {name: tensor of all} or files that each hold one: {name: (batch, …)}, `frames` latents."""
     if isinstance(pool, dict):
         rows = torch.randint(0, len(pool["latents"]), (batch,))
         clips = [{name: tensor[rows] for name, tensor in pool.items()}]
@@ -594,7 +593,8 @@ def pick(pool, batch, frames=None):
 
 def draw_batch(run, pool, batch, frames=None, dense=False, known=None):
     """Random clips of the pool, of `frames` latents, with all tracks (dense) or as a user might have painted them, a
-    tenth without text: their first `known` latents (B, C, F, h, w), conditions but for tracks, the track head's input"""
+    tenth without text: their first `known` latents (B, C, F, h, w), the conditions but for tracks, and the points that
+    the track head takes."""
     clips = pick(pool, batch, known or frames)
     latents = clips["latents"].float()
     length = 4 * (frames or latents.shape[2]) - 3
