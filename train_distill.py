@@ -581,7 +581,7 @@ def thinned(visible, pauses):
 
 
 def pick(pool, batch, frames=None):
-    """Random clips of a pool, {name: tensor of all} or files that each hold one: {name: (batch, …)}, `frames` latents."""
+    """Random clips of a pool, {name: tensor of all} or files with one each: {name: (batch, …)}, of `frames` latents."""
     if isinstance(pool, dict):
         rows = torch.randint(0, len(pool["latents"]), (batch,))
         clips = [{name: tensor[rows] for name, tensor in pool.items()}]
