@@ -26,7 +26,6 @@ import sys
 import threading
 import time
 import warnings
-import zipfile
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +42,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
+from assets import UserError, naming
 from assets.page import TOKEN, Handler, clock
+from assets.tracks import check_tracks, follow, load_tracks, read_arrays
 from motionstream import (SELF_FORCING, MotionStream, embed_words, euler, find_config, image_and_mask, image_channels,
                           read_weights, rollout, schedule, track_features, track_ids, write)
 from vae import VAE_FILES, load_vae, read_tensors
@@ -53,17 +54,11 @@ UMT5_DIM, CLIP_ROWS = 4096, 257     # of an encoded text, and of an encoded imag
 NEGATIVE_PROMPT = (         # of Wan, what guidance leads away from
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
     "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
-LIMIT = 2 ** 30             # bytes of a tracks file, unpacked
-KNOWN = ("tracks", "visibility", "width", "height", "fps", "ids")       # arrays in it
 STDIN = Path("-")           # as --tracks: a line of JSON for each chunk, see read_lines
 MOST_FRAMES = 1_000_000
 SHORTEST_SIDE = 256         # pixels of the written video; smaller ones are enlarged
 TRAIL = 12                  # frames that a track's trail lasts in --overlay
 HISTORY = 81                # frames that weights without a window, which forget nothing, saw in training
-
-
-class UserError(ValueError):
-    """What the user can put right: one line that says what was found and what to do."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -198,93 +193,7 @@ def fit_image(image, size):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Reading tracks. Names decide; shapes and numbers only refuse; nothing is transposed, scaled or swapped on a guess.
-
-@contextlib.contextmanager
-def naming(what, cure):
-    """Whatever is wrong with `what`, which comes from outside, in one line."""
-    try:
-        with np.errstate(all="ignore"):     # numbers too large for float32 get a message of their own
-            yield
-    except (UserError, OSError) as e:
-        raise UserError(f"{what}: {getattr(e, 'strerror', None) or e}") from None
-    except Exception:       # damaged headers, zip files and JSON raise ten kinds, and numpy's texts advise unpickling
-        raise UserError(f"{what}: {cure}") from None
-
-
-def load_tracks(path, size):
-    """A tracks file for an image of `size` (width, height), to: tracks (T, N, 2) float32 in pixels of that image,
-    finite, visible (T, N) bool, ids (N,) int64, fps; the last two None if the file does not say."""
-    with naming(path, "damaged, or not numbers; write it with numpy.savez(path, tracks=tracks), float32"):
-        arrays, numbers = read_arrays(path), {"width": size[0], "height": size[1], "fps": None}
-        for name, value in arrays.items():
-            if name in numbers and (value.size != 1 or not 0 < value.item() < math.inf):
-                raise UserError(f"{name} must be one positive number, it is {np.array2string(value, threshold=4)}")
-            numbers |= {name: value.item()} if name in numbers else {}
-        own_size = np.array([numbers["width"], numbers["height"]])
-        tracks, visible = check_tracks(arrays["tracks"], arrays.get("visibility"), own_size)
-        ids = arrays.get("ids")
-        if ids is not None and (ids.dtype.kind not in "iu" or ids.shape != tracks.shape[1:2] or ids.min() < 0
-                                or ids.max() >= 2 ** 32):
-            raise UserError(f"ids are {ids.dtype} {ids.shape}, expected a whole number below 2**32 for each track")
-        return tracks * (np.array(size) / own_size).astype(np.float32), visible, ids, numbers["fps"]
-
-
-def read_arrays(path, known=KNOWN):
-    """The arrays of an .npz or .npy file by name, told apart by content; nothing is ever unpickled."""
-    entries = zipfile.ZipFile(path).infolist() if zipfile.is_zipfile(path) else []
-    size = sum(entry.file_size for entry in entries) or path.stat().st_size
-    if size > LIMIT:
-        raise UserError(f"unpacks to {size / 2 ** 30:.1f} GiB, at most {LIMIT / 2 ** 30:.0f}")
-    loaded = np.load(path, allow_pickle=False)
-    arrays = {"tracks": loaded} if isinstance(loaded, np.ndarray) else {k: loaded[k] for k in loaded if k in known}
-    if "tracks" not in arrays:
-        raise UserError(f"has no array named tracks, only: {', '.join(loaded)}"[:200])
-    return arrays
-
-
-def check_tracks(tracks, visibility, size):
-    """Tracks (T, N, 2) as float32 and finite, and visible (T, N) bool: as the file says, else wherever the position is
-    not NaN. Refused is what cannot be pixels of a picture of `size` (width, height), frame by frame."""
-    shape = tracks.shape
-    if tracks.dtype.kind not in "iuf" or tracks.ndim != 3 or shape[2] != 2 or 0 in shape:
-        raise UserError(f"tracks are {tracks.dtype} {shape}, expected numbers (T, N, 2): frames, tracks, x and y")
-    if visibility is not None and visibility.shape != shape[:2]:
-        raise UserError(f"visibility has shape {visibility.shape}, expected {shape[:2]}, as tracks are {shape}")
-    if visibility is None and shape[0] < 5 <= shape[1]:
-        raise UserError(f"tracks have shape {shape} and look like (N, T, 2): save tracks.transpose(1, 0, 2), or, if "
-                        "they are right, add visibility (T, N) to an .npz file")
-    tracks = tracks.astype(np.float32)
-    visibility = ~np.isnan(tracks).any(-1) if visibility is None else visibility
-    if not ((visibility >= 0) & (visibility <= 1)).all():
-        raise UserError("visibility must lie in 0..1; are these logits? Save visibility > 0")
-    if not np.isin(visibility, (0, 1)).all():
-        print("note: visibility is read as probabilities, visible is > 0.5")
-    visible = visibility > 0.5
-    wrong = np.argwhere(visible & ~(abs(tracks) < 1e6).all(-1))
-    if len(wrong):
-        raise UserError(f"{len(wrong)} visible points are NaN, infinite or beyond a million pixels, the first is frame "
-                        f"{wrong[0][0]} of track {wrong[0][1]}; set their visibility to 0")
-    points, start = tracks[visible], tracks[0][visible[0]]      # (n, 2)
-    if len(points) and abs(points).max() <= 1:
-        raise UserError("all positions lie in [-1, 1] and must be pixels: multiply by the image's width and height")
-    outside = ((start < 0) | (start > size)).any(1).sum()
-    if 2 * outside > len(start):
-        raise UserError(f"{outside} of {len(start)} points of frame 0 lie outside the image of {size[0]:.0f}x"
-                        f"{size[1]:.0f} pixels: is the order y, x? If they are for a picture of another size, add its "
-                        "width and height to an .npz file")
-    return np.nan_to_num(tracks).clip(-1e6, 1e6), visible
-
-
-def follow(paths, frames):
-    """What load_tracks returns, of tracks that follow paths, each points (P, 2), in `frames` frames: each stretch takes
-    as long; one point alone is pinned."""
-    tracks = np.zeros((frames, len(paths), 2), np.float32)
-    for n, points in enumerate(paths):
-        times = np.linspace(0, len(points) - 1, frames)
-        tracks[:, n] = np.stack([np.interp(times, range(len(points)), axis) for axis in points.T], 1)
-    return tracks, np.ones(tracks.shape[:2], bool), None, None
-
+# Tracks, in the video.
 
 def read_lines(lines, size, config, prompt):
     """What each chunk is given, for `fitted`, by a tracker that runs meanwhile: a line of JSON for each chunk, with a
@@ -742,7 +651,7 @@ def read_encoded(args, c, image, device):
     leads away from; clip is of the image (1, 3, H, W)."""
     if c.text_dim != UMT5_DIM:
         return embed_words(c.prompt if args.prompt is None else args.prompt, c), None, None
-    from train_distill import encode_images, encode_texts, kept_rows        # what needs more packages
+    from assets.encoders import encode_images, encode_texts, kept_rows      # what needs more packages
     tensors, source, rows = {}, args.prompt_embeds or args.text_encoder, []
     if args.prompt is not None:
         texts = {"prompt": args.prompt, "negative": getattr(args, "negative_prompt", NEGATIVE_PROMPT)}

@@ -55,7 +55,7 @@ from tqdm import tqdm
 import motionstream
 import sample
 import train_distill as td
-from assets import world
+from assets import encoders, world
 from motionstream import (PRESETS, KVCache, MotionStream, SelfAttention, TrackHead, add_noise, apply_rope, by_chunk,
                           embed_words, euler, find_config, guided_velocity, image_and_mask, joint_guidance,
                           rollout, rope_table, save_pretrained, schedule, sinusoid, to_x0, track_features, track_ids,
@@ -2733,15 +2733,15 @@ def test_clips_prompts_are_encoded_for_wans_weights():
         flags = ["--data", data, "--weights", weights, "--vae", saved(here / "vae.safetensors", new_vae(STUB_VAE)),
                  "--out", here / "runs/out"]
         (data / "a.txt").write_text("a red cat")
-        with unittest.mock.patch.object(td, "pretrained", wraps=td.pretrained) as load:
+        with unittest.mock.patch.object(encoders, "pretrained", wraps=encoders.pretrained) as load:
             files, said = encoded([*flags, "--text-encoder", here / "encoders"])
             assert load.call_count == 3 and not said, "each encoder once"
         a, b = map(load_file, files)
         assert a["text"].shape == (1, 512, 4096) and a["clip"].shape == (1, 257, 32)
-        text = td.encode_texts(here / "encoders", "cpu", {"a": "a red cat"})["a"]
+        text = encoders.encode_texts(here / "encoders", "cpu", {"a": "a red cat"})["a"]
         assert a["text"][0, :4].equal(text) and not a["text"][0, 4:].any() and not a["text"].equal(b["text"])
         image = sample.fit_image(Image.fromarray(imageio.mimread(data / "a.mp4", memtest=False)[0]), (32, 48))
-        assert_near(a["clip"][0], td.encode_images(here / "encoders", "cpu", {"a": image})["a"], 1e-5)
+        assert_near(a["clip"][0], encoders.encode_images(here / "encoders", "cpu", {"a": image})["a"], 1e-5)
         assert_error(td.UserError, "0 of 2 clips", encoded, flags)
 
 
@@ -3239,7 +3239,7 @@ def test_a_tracks_file_is_never_unpickled_and_never_unpacked_beyond_the_limit():
         assert not (here / "made").exists()
         np.savez_compressed(here / "large.npz", tracks=np.zeros((999, 9, 2)))
         assert (here / "large.npz").stat().st_size < 9999
-        with unittest.mock.patch.object(sample, "LIMIT", 9999):
+        with unittest.mock.patch("assets.tracks.LIMIT", 9999):
             assert_error(sample.UserError, "unpacks to", sample.load_tracks, here / "large.npz", (48, 32))
 
 
@@ -4162,7 +4162,7 @@ def test_prompts_are_encoded_as_wan_does_it():
     ids = [[3, 4, 5, 6, 7, 8, 1], [1], [5] * 511 + [1], [3, 5, 6, 1], [2, 7, 8, 1]]  # the end of the sentence is kept
     with folder() as here:
         umt5, _ = small_encoders(here)
-        rows = td.encode_texts(here, "cpu", texts)
+        rows = encoders.encode_texts(here, "cpu", texts)
         for text, row in zip(rows.values(), ids):
             padded = torch.tensor([row + [0] * (512 - len(row))])                    # Wan pads, and masks
             hidden = umt5(padded, (torch.arange(512) < len(row)).long()[None]).last_hidden_state
@@ -4171,12 +4171,12 @@ def test_prompts_are_encoded_as_wan_does_it():
         tensors = load_file(here / "text_encoder/model.safetensors")
         save_file(tensors | {"shared.weight": 0 * tensors["shared.weight"]}, here / "text_encoder/model.safetensors",
                   {"format": "pt"})
-        assert_error(sample.UserError, "pip install -U transformers", td.encode_texts, here, "cpu", texts)
+        assert_error(sample.UserError, "pip install -U transformers", encoders.encode_texts, here, "cpu", texts)
         for part in "text_encoder", "tokenizer":
             for file in (here / part).iterdir():
                 file.unlink()
             with quiet():
-                assert_error(sample.UserError, f"{here / part}: no whole", td.encode_texts, here, "cpu", texts)
+                assert_error(sample.UserError, f"{here / part}: no whole", encoders.encode_texts, here, "cpu", texts)
     assert len(sample.NEGATIVE_PROMPT.split("，")) == 28 and sample.NEGATIVE_PROMPT.endswith("倒着走")
 
 
@@ -4190,7 +4190,7 @@ def test_the_image_is_encoded_as_wan_does_it():
         mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
         std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
         layers = clip(pixel_values=(resized - mean) / std, output_hidden_states=True).hidden_states
-        assert_near(td.encode_images(here, "cpu", {"x": image})["x"], layers[-2][0], 1e-5)
+        assert_near(encoders.encode_images(here, "cpu", {"x": image})["x"], layers[-2][0], 1e-5)
 
 
 def test_what_an_encoder_returned_is_kept_by_its_words_and_its_files():
@@ -4200,26 +4200,26 @@ def test_what_an_encoder_returned_is_kept_by_its_words_and_its_files():
         calls.append(what)
         return {"rows": torch.full((2, 3), float(len(calls)))}
 
-    with folder() as here, unittest.mock.patch.object(td, "CACHE", here / "sub/kept"):
+    with folder() as here, unittest.mock.patch.object(encoders, "CACHE", here / "sub/kept"):
         (here / "encoder").mkdir()
         (here / "encoder/model.safetensors").write_bytes(b"1")
         one, other = rand(1, 3, 400, 600), rand(1, 3, 400, 600)
         other[0, 1, 200, 300] += 1                                      # far inside: repr leaves that out
         for what, expected in (("a", 1), ("bb", 2), ("a", 1), (one, 3), (other, 4), (one, 3)):
-            assert td.kept_rows(encode, here / "encoder", "cpu", {"x": what})["rows"].eq(expected).all(), what
-        assert td.kept_rows(encode, here / "encoder", "cpu", {"y": "a"})["rows"].eq(5).all()
+            assert encoders.kept_rows(encode, here / "encoder", "cpu", {"x": what})["rows"].eq(expected).all(), what
+        assert encoders.kept_rows(encode, here / "encoder", "cpu", {"y": "a"})["rows"].eq(5).all()
         model = here / "encoder/model.safetensors"
         for change, expected in (lambda: os.utime(model, (1, 1)), 6), (lambda: model.write_bytes(b"22"), 7):
             change()
             os.utime(model, (1, 1))
-            assert td.kept_rows(encode, here / "encoder", "cpu", {"x": "a"})["rows"].eq(expected).all()
+            assert encoders.kept_rows(encode, here / "encoder", "cpu", {"x": "a"})["rows"].eq(expected).all()
         assert not list((here / "sub/kept").glob(".*")) and len(list((here / "sub/kept").iterdir())) == 7
 
 
 @with_transformers
 def test_a_prompt_and_an_image_reach_weights_with_both_encoders_which_are_gone_by_then():
     _, here = wan_workplace()
-    there, loaded, load = [], [], td.pretrained
+    there, loaded, load = [], [], encoders.pretrained
 
     def loading(*args, **options):
         loaded.append(weakref.ref(encoder := load(*args, **options)))
@@ -4229,15 +4229,15 @@ def test_a_prompt_and_an_image_reach_weights_with_both_encoders_which_are_gone_b
         there.extend(ref() for ref in loaded)
         return MotionStream.from_pretrained(*args, **options)
 
-    with folder() as at, folder() as cache, unittest.mock.patch.object(td, "CACHE", cache), \
-            unittest.mock.patch.object(td, "pretrained", loading), \
+    with folder() as at, folder() as cache, unittest.mock.patch.object(encoders, "CACHE", cache), \
+            unittest.mock.patch.object(encoders, "pretrained", loading), \
             unittest.mock.patch.object(sample, "MotionStream", SimpleNamespace(from_pretrained=from_pretrained)):
         small_encoders(at, width=4096)
         flags = "--prompt", "a red cat", "--text-encoder", at, "--frames", 3, "--steps", 1
         code, out, err, (call,) = wan_sampled("clip.safetensors", *flags, "--tracks", workplace()[1] / "tracks.npy")
         assert code == 0 and "drawn as a control video" in out, (out, err)
         assert len(loaded) == 3 and there == [None] * 3, "an encoder is in memory beside the DiT"
-        words = td.encode_texts(at, "cpu", {"prompt": "a red cat", "negative": sample.NEGATIVE_PROMPT})
+        words = encoders.encode_texts(at, "cpu", {"prompt": "a red cat", "negative": sample.NEGATIVE_PROMPT})
         for row, word in zip(call.text, words.values()):
             assert row.shape == (512, 4096) and row[len(word):].count_nonzero() == 0
             assert row[:len(word)].equal(word.float())
