@@ -43,6 +43,7 @@ from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 from assets import UserError, naming
+from assets.encoders import image_encoder, kept_rows, text_encoder
 from assets.page import TOKEN, Handler, clock
 from assets.tracks import check_tracks, follow, load_tracks, read_arrays
 from motionstream import (SELF_FORCING, MotionStream, embed_words, euler, find_config, image_and_mask, image_channels,
@@ -651,11 +652,10 @@ def read_encoded(args, c, image, device):
     leads away from; clip is of the image (1, 3, H, W)."""
     if c.text_dim != UMT5_DIM:
         return embed_words(c.prompt if args.prompt is None else args.prompt, c), None, None
-    from assets.encoders import encode_images, encode_texts, kept_rows      # what needs more packages
     tensors, source, rows = {}, args.prompt_embeds or args.text_encoder, []
     if args.prompt is not None:
         texts = {"prompt": args.prompt, "negative": getattr(args, "negative_prompt", NEGATIVE_PROMPT)}
-        tensors = kept_rows(encode_texts, args.text_encoder, device, texts)
+        tensors = kept_rows(text_encoder, args.text_encoder, device, texts)
     elif args.prompt_embeds:
         tensors = read_tensors(source)[0]
         tensors = tensors if len(tensors) > 1 else {"prompt": tensor for tensor in tensors.values()}
@@ -664,7 +664,7 @@ def read_encoded(args, c, image, device):
     if c.clip_dim and "clip" not in tensors:
         if not args.image_encoder:
             raise UserError(f"{args.weights}: reads the image by CLIP too; give --image-encoder")
-        tensors = tensors | kept_rows(encode_images, args.image_encoder, device, {"clip": image})
+        tensors = tensors | kept_rows(image_encoder, args.image_encoder, device, {"clip": image})
     for name, least, most, channels in (("prompt", 1, c.text_len, UMT5_DIM), ("negative", 1, c.text_len, UMT5_DIM),
                                         ("clip", CLIP_ROWS, CLIP_ROWS, c.clip_dim)):
         t = tensors.get(name) if channels else None

@@ -1978,12 +1978,12 @@ def test_distillation_with_a_reward_and_an_ema_sink():
 def test_the_end_of_a_long_rollout_is_judged_beside_the_image_it_began_with():
     chunks, first = list(rand(2, 4, 15, 2, 3).split(3, 2)), rand(2, 4, 1, 2, 3, seed=1)
     points = {"tracks": rand(2, 57, 5, 2, seed=2), "visible": rand(2, 57, 5, seed=3) > 0, "ids": torch.arange(5)}
-    x0, told = td.last_clip(chunks[-2:], first, points)
+    x0, told = td.last_clip(chunks[-3:], 6, first, points)
     assert x0.equal(torch.cat([first, *chunks[-2:]], 2)[:, :, [0, 2, 3, 4, 5, 6]])
     for key in "tracks", "visible":                             # 6 latents are 21 frames: the first, and the last 20
         assert told[key].equal(points[key][:, [0, *range(37, 57)]])
     assert told["ids"] is points["ids"]
-    whole, same = td.last_clip(chunks, first, points)
+    whole, same = td.last_clip(chunks, 15, first, points)
     assert whole[:, :, 1:].equal(torch.cat(chunks, 2)[:, :, 1:]) and same["tracks"].equal(points["tracks"])
 
 
@@ -2012,6 +2012,35 @@ def test_half_of_the_rollouts_are_longer_than_the_teachers_clip_and_say_nothing_
         neutral = embed_words(td.NEUTRAL, PRESETS["tiny"])
         assert all(text.equal(neutral.expand_as(text)) for text, length in zip(texts, lengths) if length > 12)
         assert not all(text.equal(neutral.expand_as(text)) for text, length in zip(texts, lengths) if length == 12)
+
+
+def test_rollouts_under_drawn_memory_are_judged_as_whole_clips():
+    memories, tail, lengths = [], [], []
+
+    def made(model, noise, conditions, first, exit_step, grad):
+        c = model.config
+        memories.append((c.chunk, c.sink, c.window))
+        lengths.append(noise.shape[2])
+        assert model.new_caches()[0].window == c.window
+        yield from noise.split(c.chunk, 2)
+        tail.append(noise[:, :, -11:].clone())
+
+    def loss(x0, critic, conditions):
+        assert x0.shape[2] == 12 and x0[:, :, 1:].equal(tail[-1]), memories[-1]
+        return sum(p.sum() for p in critic.parameters()) * 1.0
+
+    with folder() as here, quiet(), without_pictures():
+        for name in "vae", "teacher", "causal":
+            (here / f"{name}.safetensors").symlink_to(td.ASSETS / f"{td.SHIPPED[name]}.safetensors")
+        with unittest.mock.patch.multiple(td, rollout=made, critic_loss=loss, dmd_loss=lambda *_: torch.zeros(())), \
+                unittest.mock.patch.object(td.Optimizer, "step", lambda *_: 0.0), \
+                unittest.mock.patch.dict(td.RECIPES["tiny"], critic_steps=10 ** 9):
+            td.main(["--smoke", "--stage", "distill", "--steps", "80", "--out", str(here), "--rollout", "8",
+                     "--memory", "drawn"])
+        assert {*memories} < {*td.DRAWN} and len({*memories}) > 25 and len(td.DRAWN) == 36, Counter(memories)
+        assert {12, 24} <= {*lengths} and [{*some} for some in zip(*memories)] == [{1, 3, 5}, {0, 1, 2, 3}, {1, 2, 4}]
+        config = MotionStream.from_pretrained(here / "student.safetensors").config
+        assert (config.chunk, config.sink, config.window) == (3, 1, 1), "the model's own, not the last that was drawn"
 
 
 def test_dmd_loss_moves_the_generator_only_and_critic_loss_the_critic_only():
@@ -2567,16 +2596,31 @@ def test_what_is_kept_is_named_by_what_made_it():
             flags = [word for flag, value in {"out": here, **flags}.items() for word in (f"--{flag}", str(value))]
             run = td.Run(td.parse_flags(flags))
             run.path("vae").write_bytes(weights)
-            before = {*here.glob("pool.*")}
-            td.kept(run, "pool", "vae", count, lambda *_: [{"a": torch.zeros(4)}, {"a": torch.ones(4)}])
-            assert td.kept(run, "pool", "vae", count, None)["a"].tolist() == [0] * 4 + [1] * 4     # read, not made
-            return len({*here.glob("pool.*")} - before), run.settings("teacher")
+            made = []
+            with quiet():
+                make = lambda *_: lambda i: made.append(i) or {"a": torch.full((8,), i)}
+                files = td.kept(run, "pool", "vae", count, make)
+            assert files == td.kept(run, "pool", "vae", count, None) and not list(here.rglob(".*"))     # read, not made
+            assert [load_file(file)["a"].unique().tolist() for file in files] == [[i] for i in range(0, count, 8)]
+            return made, run.settings("teacher")
 
         first = kept()
-        assert first[0] == 1 and kept() == (0, first[1])
+        assert first[0] == [0] and kept() == ([], first[1]) and kept(count=20)[0] == [8, 16], "what is there stays"
         for made, settings in kept(weights=b"two"), kept(seed=1):
-            assert made == 1 and settings != first[1]
-        assert kept(count=9)[0] == 1 and kept(tracks="random")[1] != first[1]
+            assert made == [0] and settings != first[1]
+        assert kept(tracks="random")[1] != first[1]
+
+
+def test_processes_share_what_is_made():
+    with folder() as here, quiet(), unittest.mock.patch.multiple(td, PROCESSES=3, RANK=1, mean_processes=lambda _: 0):
+        run, made = td.Run(td.parse_flags(["--out", str(here)])), []
+        run.path("vae").write_bytes(b"")
+        files = td.kept(run, "pool", "vae", 60, lambda *_: lambda i: made.append(i) or {"a": torch.zeros(8)})
+        assert made == [8, 32, 56] and len(files) == 8 and sum(file.exists() for file in files) == 3
+        flags, own = own_flags(here, own_clips(here / "data", "abcd")), []
+        with unittest.mock.patch.object(td, "read_clip", lambda _, stem, caption: own.append(stem.name) or 1 / 0):
+            assert_error(td.UserError, "0 of 4 clips", encoded, flags)
+        assert own == ["b"]
 
 
 def with_transformers(test):
@@ -2715,6 +2759,10 @@ def test_own_clips_are_encoded_once_and_pictures_are_enough_to_distil():
         assert [load_file(file)["latents"].shape for file in files] == [(1, 4, 1, 4, 6)] * 3
         assert load_file(files[0])["text"].equal(F.pad(embed_words("steady light", SMALL), (0, 0, 0, 3)))
         assert_error(td.UserError, "0 of 3 clips can be used here; a clip is a.mp4, a.npz", encoded, flags)
+        run = td.Run(td.parse_flags([str(word) for word in flags]))
+        with quiet() as (said, _), contextlib.suppress(td.UserError):
+            td.own_clips(run, pictures=False)
+        assert said.getvalue().count(": has no video") == 3
         (data / "empty").mkdir()
         flags[2] = str(data / "empty")
         assert_error(td.UserError, "0 of 0 clips can be used here", encoded, flags)
@@ -2735,13 +2783,13 @@ def test_clips_prompts_are_encoded_for_wans_weights():
         (data / "a.txt").write_text("a red cat")
         with unittest.mock.patch.object(encoders, "pretrained", wraps=encoders.pretrained) as load:
             files, said = encoded([*flags, "--text-encoder", here / "encoders"])
-            assert load.call_count == 3 and not said, "each encoder once"
+            assert load.call_count == 3 and not said, "each encoder once, and the tokenizer"
         a, b = map(load_file, files)
         assert a["text"].shape == (1, 512, 4096) and a["clip"].shape == (1, 257, 32)
-        text = encoders.encode_texts(here / "encoders", "cpu", {"a": "a red cat"})["a"]
+        text = encoders.text_encoder(here / "encoders", "cpu")("a red cat")
         assert a["text"][0, :4].equal(text) and not a["text"][0, 4:].any() and not a["text"].equal(b["text"])
         image = sample.fit_image(Image.fromarray(imageio.mimread(data / "a.mp4", memtest=False)[0]), (32, 48))
-        assert_near(a["clip"][0], encoders.encode_images(here / "encoders", "cpu", {"a": image})["a"], 1e-5)
+        assert_near(a["clip"][0], encoders.image_encoder(here / "encoders", "cpu")(image), 1e-5)
         assert_error(td.UserError, "0 of 2 clips", encoded, flags)
 
 
@@ -2752,7 +2800,7 @@ def test_broken_clips_are_named_and_too_many_end_it():
         frames = imageio.mimread(data / "bad.mp4", memtest=False)
         good = {file: file.read_bytes() for file in data.iterdir()}
         for cause, name, damage in [
-            ("bad.txt", "bad.txt", Path.unlink), ("bad.png: No such file", "bad.mp4", Path.unlink),
+            ("bad.txt", "bad.txt", Path.unlink), ("bad: has no video", "bad.mp4", Path.unlink),
             ("bad.npz: damaged", "bad.npz", lambda path: path.write_text("no numbers")),
             ("bad.npz: No such file", "bad.npz", Path.unlink),
             ("44 frames at 16 a second, 45 at 16 are wanted", "bad.mp4",
@@ -2788,6 +2836,18 @@ def test_every_stage_runs_on_clips_of_ones_own():
         assert config == replace(SMALL, causal=True)
 
 
+def test_clips_may_be_longer():
+    with folder() as here:
+        flags = own_flags(here, own_clips(here / "data", frames=69), "--length", "57")
+        with unittest.mock.patch.object(td, "flow_loss", wraps=td.flow_loss) as loss:
+            trained(here, flags, ("teacher", "causal", "distill"))
+        assert {call.args[1].shape[2] for call in loss.call_args_list} == {15}, "57 frames are 15 latents"
+        changed = [word if word != "57" else "69" for word in flags]
+        with quiet() as (_, err):
+            assert td.main([*changed, "--stage", "distill", "--steps", "1"]) == 2
+        assert "of other settings (length 57, now 69" in err.getvalue()
+
+
 def test_long_rollouts_start_from_the_first_latent_of_ones_own_clips():
     with folder() as here:
         flags = own_flags(here, own_clips(here / "data", frames=93), "--rollout", "8")
@@ -2796,9 +2856,9 @@ def test_long_rollouts_start_from_the_first_latent_of_ones_own_clips():
             saved(here / "runs/out" / f"{name}.safetensors", new_model(causal=name == "causal"))
         lengths, last_clip = [], td.last_clip
 
-        def record(chunks, first, points):
+        def record(chunks, frames, first, points):
             lengths.append(first.shape[2] if first is not None else 0)
-            x0, points = last_clip(chunks, first, points)
+            x0, points = last_clip(chunks, frames, first, points)
             assert x0.shape[2] == 12, "the teacher knows 12 latents"
             return x0, points
 
@@ -2869,7 +2929,13 @@ def test_what_cannot_be_trained_is_refused_in_one_line():
         wan = saved(here / "wan.safetensors", randomised(MotionStream(STUB)))
         student, small = saved(here / "s.safetensors", new_model()), saved(here / "small.safetensors", new_vae())
         teacher = saved(here / "t.safetensors", new_model(causal=False))
-        for said, *flags in [("mask.safetensors: takes the image as a clip with a mask", "--weights", mask),
+        for said, *flags in [("--reward needs --stage distill", "--reward", "motion", "--stage", "teacher"),
+                             ("--memory needs --stage distill", "--memory", "drawn", "--stage", "eval"),
+                             ("--clips needs --stage eval", "--clips", "3", "--stage", "vae"),
+                             ("--adversarial needs --stage decoder", "--adversarial", "1"),
+                             ("--length 81: for --data, whole chunks", "--length", "81"),
+                             ("--length 80: for --data, whole chunks", "--length", "80", "--data", data),
+                             ("mask.safetensors: takes the image as a clip with a mask", "--weights", mask),
                              ("s.safetensors: holds a student", "--weights", student),
                              ("wan.safetensors: give --vae FILE", "--weights", wan, "--data", data),
                              ("data: give --vae FILE", "--data", data),
@@ -4157,13 +4223,12 @@ def test_the_encoded_image_reaches_the_image_branch():
 @with_transformers
 @torch.no_grad()
 def test_prompts_are_encoded_as_wan_does_it():
-    texts = {"a": " a  small red\ncat &amp;amp; dog ", "b": "", "c": "red " * 600, "d": "a\xa0red\u2028cat",
-             "e": "<unk> &amp;amp; dog"}                                             # ftfy leaves what looks like HTML
+    texts = (" a  small red\ncat &amp;amp; dog ", "", "red " * 600, "a\xa0red\u2028cat",
+             "<unk> &amp;amp; dog")                                                  # ftfy leaves what looks like HTML
     ids = [[3, 4, 5, 6, 7, 8, 1], [1], [5] * 511 + [1], [3, 5, 6, 1], [2, 7, 8, 1]]  # the end of the sentence is kept
     with folder() as here:
         umt5, _ = small_encoders(here)
-        rows = encoders.encode_texts(here, "cpu", texts)
-        for text, row in zip(rows.values(), ids):
+        for text, row in zip(map(encoders.text_encoder(here, "cpu"), texts), ids):
             padded = torch.tensor([row + [0] * (512 - len(row))])                    # Wan pads, and masks
             hidden = umt5(padded, (torch.arange(512) < len(row)).long()[None]).last_hidden_state
             assert text.shape == (len(row), 64) and text.dtype == torch.bfloat16
@@ -4171,12 +4236,12 @@ def test_prompts_are_encoded_as_wan_does_it():
         tensors = load_file(here / "text_encoder/model.safetensors")
         save_file(tensors | {"shared.weight": 0 * tensors["shared.weight"]}, here / "text_encoder/model.safetensors",
                   {"format": "pt"})
-        assert_error(sample.UserError, "pip install -U transformers", encoders.encode_texts, here, "cpu", texts)
+        assert_error(sample.UserError, "pip install -U transformers", encoders.text_encoder, here, "cpu")
         for part in "text_encoder", "tokenizer":
             for file in (here / part).iterdir():
                 file.unlink()
             with quiet():
-                assert_error(sample.UserError, f"{here / part}: no whole", encoders.encode_texts, here, "cpu", texts)
+                assert_error(sample.UserError, f"{here / part}: no whole", encoders.text_encoder, here, "cpu")
     assert len(sample.NEGATIVE_PROMPT.split("，")) == 28 and sample.NEGATIVE_PROMPT.endswith("倒着走")
 
 
@@ -4190,15 +4255,15 @@ def test_the_image_is_encoded_as_wan_does_it():
         mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
         std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
         layers = clip(pixel_values=(resized - mean) / std, output_hidden_states=True).hidden_states
-        assert_near(encoders.encode_images(here, "cpu", {"x": image})["x"], layers[-2][0], 1e-5)
+        assert_near(encoders.image_encoder(here, "cpu")(image), layers[-2][0], 1e-5)
 
 
 def test_what_an_encoder_returned_is_kept_by_its_words_and_its_files():
     calls = []
 
-    def encode(folder, device, what):
-        calls.append(what)
-        return {"rows": torch.full((2, 3), float(len(calls)))}
+    def encoder(folder, device):
+        calls.append(folder)
+        return lambda what: torch.full((2, 3), float(len(calls)))
 
     with folder() as here, unittest.mock.patch.object(encoders, "CACHE", here / "sub/kept"):
         (here / "encoder").mkdir()
@@ -4206,13 +4271,13 @@ def test_what_an_encoder_returned_is_kept_by_its_words_and_its_files():
         one, other = rand(1, 3, 400, 600), rand(1, 3, 400, 600)
         other[0, 1, 200, 300] += 1                                      # far inside: repr leaves that out
         for what, expected in (("a", 1), ("bb", 2), ("a", 1), (one, 3), (other, 4), (one, 3)):
-            assert encoders.kept_rows(encode, here / "encoder", "cpu", {"x": what})["rows"].eq(expected).all(), what
-        assert encoders.kept_rows(encode, here / "encoder", "cpu", {"y": "a"})["rows"].eq(5).all()
+            assert encoders.kept_rows(encoder, here / "encoder", "cpu", {"x": what})["x"].eq(expected).all(), what
+        assert encoders.kept_rows(encoder, here / "encoder", "cpu", {"y": "a"})["y"].eq(5).all()
         model = here / "encoder/model.safetensors"
         for change, expected in (lambda: os.utime(model, (1, 1)), 6), (lambda: model.write_bytes(b"22"), 7):
             change()
             os.utime(model, (1, 1))
-            assert encoders.kept_rows(encode, here / "encoder", "cpu", {"x": "a"})["rows"].eq(expected).all()
+            assert encoders.kept_rows(encoder, here / "encoder", "cpu", {"x": "a"})["x"].eq(expected).all()
         assert not list((here / "sub/kept").glob(".*")) and len(list((here / "sub/kept").iterdir())) == 7
 
 
@@ -4237,8 +4302,8 @@ def test_a_prompt_and_an_image_reach_weights_with_both_encoders_which_are_gone_b
         code, out, err, (call,) = wan_sampled("clip.safetensors", *flags, "--tracks", workplace()[1] / "tracks.npy")
         assert code == 0 and "drawn as a control video" in out, (out, err)
         assert len(loaded) == 3 and there == [None] * 3, "an encoder is in memory beside the DiT"
-        words = encoders.encode_texts(at, "cpu", {"prompt": "a red cat", "negative": sample.NEGATIVE_PROMPT})
-        for row, word in zip(call.text, words.values()):
+        words = map(encoders.text_encoder(at, "cpu"), ("a red cat", sample.NEGATIVE_PROMPT))
+        for row, word in zip(call.text, words):
             assert row.shape == (512, 4096) and row[len(word):].count_nonzero() == 0
             assert row[:len(word)].equal(word.float())
         assert call.clip.shape == (2, 257, 32) and call.clip.count_nonzero() and call.tracks.count_nonzero()
@@ -4881,8 +4946,7 @@ def dry_run(run, tflops=396):
     for gpus in 1, 4, 8:
         # float32: weights 4 bytes, gradients 4, AdamW 8, average 4; distillation's teacher has weights alone
         teacher, distill = (size * count / gpus / 2 ** 30 for size in (20, 4 + 20 + 16))
-        many = {stage: 1 if stage == "trajectories" else gpus for stage in costs}      # each process makes them all
-        days = ", ".join(f"{stage} {clips[stage] * flops / (1e12 * tflops * many[stage] * 86400):,.2g}"
+        days = ", ".join(f"{stage} {clips[stage] * flops / (1e12 * tflops * gpus * 86400):,.2g}"
                          for stage, flops in costs.items())
         print(f"{gpus} GPU{'s' * (gpus > 1)}: {teacher:.1f} GiB each to train the teacher, {distill:.1f} to distil, if "
               f"all is sharded, without activations; days at {tflops} TFLOP/s each: {days}")

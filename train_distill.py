@@ -22,6 +22,7 @@ import collections
 import contextlib
 import copy
 import csv
+import functools
 import itertools
 import json
 import math
@@ -31,6 +32,7 @@ import sys
 import time
 import zlib
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,7 +51,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 from assets import UserError, naming
-from assets.encoders import encode_images, encode_texts, listing
+from assets.encoders import image_encoder, listing, text_encoder
 from assets.tracks import load_tracks
 from assets.world import OBJECTS, POINTS, film, new_scenes, scene_tracks
 from motionstream import (PRESETS, Block, KVCache, MotionStream, add_noise, by_chunk, embed_words, euler,
@@ -371,20 +373,31 @@ def train_decoder(run):
 
 # Clips, filmed and encoded once, and the batches drawn from them.
 
+def keep(path, tensors):
+    """A dict of tensors as a file, in a folder that need not be there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, save_file, {name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
+
+
 def kept(run, name, source, count, make):
-    """What make(run, name, count) yields, dicts of tensors, joined along the first axis; in a file named by the weights
-    `source`, which make it, the seed, the count and the data, and read from it if it exists. Of --data: own_clips."""
+    """`count` clips as files, some in each: what piece(i), of piece = make(run, name), returns of the clips from the
+    i-th on, a dict of tensors. In a folder named by the weights `source`, which make them, the seed and the data; the
+    processes share the work, and a file that is there is not made again. Clips of --data: see own_clips."""
     if run.args.data and make is film_clips:
         return own_clips(run, pictures=name.startswith("images"))
-    path = run.out / f"{name}.{seed_of(run.checksum(source), run.seed, count, *run.data):08x}.safetensors"
-    if not path.exists():
-        parts = [{key: tensor.cpu() for key, tensor in part.items()} for part in make(run, name, count)]
-        write(path, save_file, {key: torch.cat([part.pop(key) for part in parts]) for key in [*parts[0]]})
-    return load_file(path)
+    each = 2 * run.recipe.batch
+    folder = run.out / f"{name}.{seed_of(run.checksum(source), run.seed, each, *run.data):08x}"
+    files = {folder / f"{i:07}.safetensors": i for i in range(0, count, each)}
+    todo = [file for file in [*files][RANK::PROCESSES] if not file.exists()]
+    piece = make(run, name) if todo else None
+    for file in tqdm(todo, f"{name}, by {each}", disable=not todo):
+        keep(file, piece(files[file]))
+    mean_processes(torch.zeros(1))                      # those of the others are there
+    return [*files]
 
 
 def own_clips(run, pictures):
-    """The clips of --data as files, each what film_clips yields of one, encoded now or in an earlier run; the processes
+    """The clips of --data as files, each what film_clips makes of one, encoded now or in an earlier run; the processes
     share the work. What is missing or broken is named and left out, up to a tenth of all. pictures: clips of a single
     frame will do."""
     data, about, captions, files = run.args.data, collections.defaultdict(list), {}, {}
@@ -397,44 +410,47 @@ def own_clips(run, pictures):
     settings = [run.checksum("vae"), run.recipe.clip, run.args.rollout, listing(run.args.text_encoder),
                 listing(run.args.image_encoder), run.config.size, run.config.text_dim, run.config.clip_dim]
     for stem in stems:
-        key = seed_of(*settings, about[stem], captions.get(stem))
-        files[stem] = run.out.parent / "clips" / f"{stem}.{key:08x}.safetensors"
-    todo = [stem for stem in stems[RANK::PROCESSES] if not files[stem].exists()]
-    for i in tqdm(range(0, len(todo), 32), "encode clips, by 32", disable=not todo):
-        encode_clips(run, {stem: files[stem] for stem in todo[i:i + 32]}, captions)
+        if pictures or (data / f"{stem}.mp4").exists():
+            key = seed_of(*settings, about[stem], captions.get(stem))
+            files[stem] = run.out.parent / "clips" / f"{stem}.{key:08x}.safetensors"
+        elif RANK == 0:
+            print(f"left out: {data / stem}: has no video")
+    todo = [stem for stem in [*files][RANK::PROCESSES] if not files[stem].exists()]
+    encode = clip_encoder(run) if todo else None
+    for stem in tqdm(todo, "encode clips", disable=not todo):
+        try:
+            clip = read_clip(run, data / stem, captions.get(stem))
+        except Exception as e:                          # of a dozen kinds
+            print(f"left out: {data / stem}: {(str(e).strip() or repr(e)).splitlines()[0]}")
+            continue
+        keep(files[stem], encode(clip))
     mean_processes(torch.zeros(1))                      # those of the others are there
-    there = [file for stem, file in files.items() if file.exists() and (pictures or (data / f"{stem}.mp4").exists())]
+    there = [file for file in files.values() if file.exists()]
     if not stems or len(there) < 0.9 * len(stems):
         raise UserError(f"{data}: {len(there)} of {len(stems)} clips can be used here; a clip is a.mp4"
                         f"{' or a.png' if pictures else ''}, a.npz and a.txt")
     return there
 
 
-def encode_clips(run, files, captions):
-    """Encode clips {stem: file to write}: first all prompts, then all images, so that each encoder is loaded once for
-    all of them. captions {stem: text}: of clips without a .txt. What cannot be read is named."""
-    c, args, clips = run.config, run.args, {}
-    for stem in files:
-        try:
-            clips[stem] = read_clip(run, args.data / stem, captions.get(stem))
-        except Exception as e:                          # of a dozen kinds
-            print(f"left out: {args.data / stem}: {(str(e).strip() or repr(e)).splitlines()[0]}")
-    texts = {name: clip.pop("prompt") for name, clip in clips.items() if "prompt" in clip}
-    images = {name: clips[name]["video"][:, :, 0] / 127.5 - 1 for name in texts if c.clip_dim}
-    if c.text_dim != UMT5_DIM:
-        rows = {name: embed_words(text, c)[0] for name, text in texts.items()}
-    else:
-        rows = encode_texts(args.text_encoder, run.device, texts) if texts else {}
-    seen, vae = encode_images(args.image_encoder, run.device, images) if images else {}, run.vae()
-    for stem, path in files.items():
-        if clip := clips.pop(stem, None):
-            if stem in rows:
-                clip["text"] = F.pad(rows[stem], (0, 0, 0, c.text_len - len(rows[stem])))[None]
-                clip |= {"clip": seen[stem][None]} if seen else {}
-            with torch.no_grad():
-                clip["latents"] = vae.encode(clip.pop("video").to(run.device) / 127.5 - 1).half().cpu()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write(path, save_file, {name: tensor.contiguous() for name, tensor in clip.items()})
+def clip_encoder(run):
+    """A function from what read_clip returns to what is kept of it: latents (1, C, F, h, w) float16 of the video, text
+    (1, text_len, text_dim) and, for an image branch, clip (1, 257, clip_dim). Encoders are loaded when one of their
+    kind is first needed, and once."""
+    c, args, vae = run.config, run.args, run.vae()
+    text_rows, image_rows = functools.cache(text_encoder), functools.cache(image_encoder)
+
+    @torch.no_grad()
+    def encode(clip):
+        video, prompt = clip.pop("video").to(run.device) / 127.5 - 1, clip.pop("prompt", None)
+        if prompt is not None:
+            full = c.text_dim == UMT5_DIM
+            rows = text_rows(args.text_encoder, run.device)(prompt) if full else embed_words(prompt, c)[0]
+            clip["text"] = F.pad(rows, (0, 0, 0, c.text_len - len(rows)))[None]
+            if c.clip_dim:
+                clip["clip"] = image_rows(args.image_encoder, run.device)(video[:, :, 0])[None]
+        return clip | {"latents": vae.encode(video).half()}
+
+    return encode
 
 
 def read_clip(run, stem, caption):
@@ -470,18 +486,22 @@ def read_clip(run, stem, caption):
     return clip | {"prompt": caption if caption and not prompt.exists() else prompt.read_text(encoding="utf-8")}
 
 
-def film_clips(run, name, clips):
-    """Film and encode clips: {"latents" (8, C, F, h, w) float16, "tracks", "visible", "text"}, eight by eight. For
+def film_clips(run, name):
+    """For `kept`: clips, filmed and encoded, {"latents" (B, C, F, h, w) float16, "tracks", "visible", "text"}. For
     "images…", which distillation starts from, F is 1 and the tracks are as long as its longest rollout."""
-    vae, images = run.vae(), name.startswith("images")
-    for i in tqdm(range(0, clips, 8), f"film {name}"):
+    vae, images, each = run.vae(), name.startswith("images"), 2 * run.recipe.batch
+
+    @torch.no_grad()
+    def piece(i):
         rng = torch.Generator().manual_seed(seed_of(run.seed, name, i))
-        scenes = new_scenes(8, 4 * run.config.chunk * run.args.rollout - 3 if images else CLIP, rng)
-        with torch.no_grad(), run.autocast():
+        scenes = new_scenes(each, 4 * run.config.chunk * run.args.rollout - 3 if images else CLIP, rng)
+        with run.autocast():
             latents = vae.encode(film(scenes, SIZE, 0, 1 if images else None).to(run.device))
         tracks, visible = scene_tracks(scenes, SIZE, rng)
         text = torch.cat([embed_words(caption, run.config) for caption in scenes["caption"]])
-        yield {"latents": latents.half(), "tracks": tracks, "visible": visible, "text": text}
+        return {"latents": latents.half(), "tracks": tracks, "visible": visible, "text": text}
+
+    return piece
 
 
 def painted(visible):
@@ -515,14 +535,15 @@ def thinned(visible, pauses):
 
 
 def pick(pool, batch, frames=None):
-    """Random clips of a pool, {name: tensor of all} or files with one each: {name: (batch, …)}, of `frames` latents."""
-    if isinstance(pool, dict):
-        rows = torch.randint(0, len(pool["latents"]), (batch,))
-        clips = [{name: tensor[rows] for name, tensor in pool.items()}]
-    else:
-        clips = [load_file(pool[row]) for row in torch.randint(0, len(pool), (batch,))]
-    latents = torch.cat([clip.pop("latents")[:, :, :frames] for clip in clips])
-    return {"latents": latents} | {name: torch.cat([clip[name] for clip in clips]) for name in clips[0]}
+    """Random clips of a pool of files, whose tensors are read as far as they are needed: {name: (batch, …)}, latents
+    of `frames` frames (None: all)."""
+    clips = []
+    for file in torch.randint(0, len(pool), (batch,)):
+        clip = load_file(pool[file])
+        row = torch.randint(0, len(next(iter(clip.values()))), (1,))
+        clip |= {"latents": clip["latents"][:, :, :frames]} if "latents" in clip else {}
+        clips.append({name: tensor[row] for name, tensor in clip.items()})
+    return {name: torch.cat([clip[name] for clip in clips]) for name in clips[0]}
 
 
 def draw_batch(run, pool, batch, frames=None, dense=False, known=None):
@@ -604,20 +625,24 @@ def train_teacher(run):
 CONTEXTS = ((1, 1),) * 3 + ((0, 1), (1, 0), (2, 1), (1, 2), (1, None))      # (sink, window) in chunks, drawn per step
 
 
-def sample_trajectories(run, name, count):
-    """ODE trajectories of the guided teacher: the states at the student's noise levels and the end, (B, 1 + levels, C,
-    F, h, w) float16, with what the teacher was given, some at a time."""
-    teacher, batch, wanted = run.model("teacher"), 2 * run.recipe.batch, {*run.config.sigmas}
+def sample_trajectories(run, name):
+    """For `kept`: ODE trajectories of the guided teacher, the states at the student's noise levels and the end, (B,
+    1 + levels, C, F, h, w) float16, and what the teacher was given."""
+    teacher, wanted = run.model("teacher"), {*run.config.sigmas}
     pool = kept(run, "pool", "vae", run.clips, film_clips)
-    for i in tqdm(range(0, count, batch), name):
+
+    @torch.no_grad()
+    def piece(i):
         torch.manual_seed(seed_of(run.seed, name, i))
-        x0, given, points = draw_batch(run, pool, batch)
-        with torch.no_grad(), run.autocast():
+        x0, given, points = draw_batch(run, pool, 2 * run.recipe.batch)
+        with run.autocast():
             conditions = given | {"tracks": track_features(teacher, **points)}
             states = [x for x, sigma in euler(teacher, torch.randn_like(x0), conditions, clean_first(x0, given))
                       if sigma in wanted or sigma == 0]
         assert len(states) == len(wanted) + 1, f"{len(states) - 1} of {wanted} lie on the teacher's schedule"
-        yield {"states": torch.stack(states, 1).half(), **given, **points}
+        return {"states": torch.stack(states, 1).half(), **given, **points}
+
+    return piece
 
 
 def worn(x0, chunk):
@@ -657,8 +682,7 @@ def train_causal(run):
     optimizer = Optimizer(student, *r.causal, steps=run.steps["causal"] // run.batches, ema=0.98, **run.shared())
 
     def step(i):
-        rows = torch.randint(0, len(trajectories["text"]), (r.batch,))
-        batch = {key: value[rows].to(run.device) for key, value in trajectories.items()}
+        batch = {key: value.to(run.device) for key, value in pick(trajectories, r.batch).items()}
         *states, x0 = batch["states"].float().unbind(1)
         points = {key: batch[key] for key in ("tracks", "visible", "ids")}
         context = CONTEXTS[int(torch.randint(0, len(CONTEXTS), ()))]
@@ -695,11 +719,14 @@ def critic_loss(x0, critic, conditions, shift=5.0):
     return flow_loss(critic, x0.detach(), sigma, conditions)
 
 
-def last_clip(chunks, first, points):
-    """The end of a rollout as a clip that the teacher can judge: the image (B, C, 1, h, w), then the last `chunks`, a
-    list, without their first latent (first=None: with it), with the tracks of these frames. After more chunks than that
+DRAWN = tuple(itertools.product((1, 3, 5), (0, 1, 2, 3), (1, 2, 4)))    # chunk, sink, window, with --memory drawn
+
+
+def last_clip(chunks, frames, first, points):
+    """The end of a rollout as a clip that the teacher can judge: the image (B, C, 1, h, w), then the last `frames`
+    latents of `chunks` without their first (first=None: with it), with the tracks of these frames. After more than that
     time jumps behind the image: the teacher says what it should be by then, whatever the student passed on."""
-    x0 = torch.cat([*chunks], 2)
+    x0 = torch.cat([*chunks], 2)[:, :, -frames:]
     x0 = x0 if first is None else torch.cat([first, x0[:, :, 1:]], 2)
     times = torch.arange(4 * x0.shape[2] - 3)
     times[1:] += points["tracks"].shape[1] - len(times)
@@ -724,12 +751,17 @@ def train_student(run):
         first, given, points = draw_batch(run, pool, run.recipe.batch, frames := chunks * run.config.chunk, known=1)
         given["text"] = given["text"] if chunks == known or run.args.data else neutral.expand_as(given["text"])
         exit_step = int(torch.randint(0, len(run.config.sigmas), (), generator=rng))
+        if run.args.memory == "drawn":
+            drawn = DRAWN[int(torch.randint(0, len(DRAWN), (), generator=rng))]
+            generator.config = replace(generator.config, **dict(zip(("chunk", "sink", "window"), drawn)))
+        size, clip = generator.config.chunk, known * run.config.chunk
         with run.autocast():
             conditions = given | {"tracks": track_features(generator, **points)}
             noise = torch.randn(*first.shape[:2], frames, *first.shape[3:], device=run.device)
             clean = clean_first(first, given)
             made = rollout(generator, noise, conditions, clean, exit_step=exit_step, grad=grad)
-            x0, points = last_clip(collections.deque(made, known), first if chunks > known else clean, points)
+            made = collections.deque(made, clip // size + 2 * (clip % size > 0))     # the last may be shorter
+            x0, points = last_clip(made, clip, first if chunks > known else clean, points)
             given = next(by_chunk(given, x0.shape[2]))
             return x0, given | {"tracks": track_features(generator, **points)}, given | points
 
@@ -757,7 +789,7 @@ def train_student(run):
 # The command.
 
 # Flags of a single stage, what there is to train, and which of it a stage leaves behind and starts from.
-OWN = {"distill": ("reward", "beta", "sink_decay", "rollout"), "decoder": ("adversarial", "perceptual")}
+OWN = {"distill": ("reward", "beta", "sink_decay", "memory"), "decoder": ("adversarial", "perceptual")}
 MODELS = ("vae", "teacher", "causal", "student")
 STAGES = {"vae": train_vae, "teacher": train_teacher, "causal": train_causal, "distill": train_student,
           "decoder": train_decoder}                                     # only if it is named
@@ -800,6 +832,7 @@ class Run:
         self.reward, self.start = args.reward and find_reward(args.reward), args.weights and inspect(args.weights)
         self.config, recipe = choose_config(args, self.start)
         self.recipe, self.full = SimpleNamespace(**RECIPES[recipe]), recipe != "tiny"
+        self.recipe.clip = args.length or self.recipe.clip
         self.dense = (0 if self.start.head else 1) if self.start else 1 / 4      # share of the teacher's steps
         self.known = (self.recipe.clip + 3) // 4 // self.config.chunk           # chunks of a clip
         args.tracks, args.rollout = self.config.tracks, max(args.rollout or (0 if args.data else 16), self.known)
@@ -827,7 +860,7 @@ class Run:
 
     def settings(self, stage):
         """What a checkpoint of the stage depends on: another of these would make it a mixture."""
-        names = ("seed", "tracks", *OWN.get(stage, ()))
+        names = ("seed", "tracks", "length", *OWN.get(stage, ()), *(["rollout"] if stage == "distill" else []))
         own = {"start": self.args.weights and str(self.args.weights), "data": self.args.data and seed_of(*self.data)}
         return {name: getattr(self.args, name) for name in names} | (own if stage in STAGES else {}) | {
             "batches": self.batches, "weights": [*map(self.checksum, NEEDS[stage])]}
@@ -874,6 +907,7 @@ def parse_flags(argv):
     parser.add_argument("--accumulate", type=count, help="steps of each process for one update (1; Wan's: the paper's)")
     parser.add_argument("--checkpointing", action="store_true", help="recompute blocks in the backward: less memory")
     parser.add_argument("--data", type=Path, help="a folder of your own clips, see the README (none: they are drawn)")
+    parser.add_argument("--length", type=count, help="frames of a clip of --data (45; Wan's: 81)")
     parser.add_argument("--text-encoder", type=Path, help="a -Diffusers repository with Wan's, for the clips' prompts")
     parser.add_argument("--image-encoder", type=Path, help="the same of CLIP; default: that of --text-encoder")
     parser.add_argument("--weights", type=Path, help="what the teacher starts from: a Wan DiT, or a teacher made here")
@@ -883,14 +917,20 @@ def parse_flags(argv):
     parser.add_argument("--beta", type=number(float, 0.01, 100), default=0.5, help="weight is exp(reward / beta) (0.5)")
     parser.add_argument("--sink-decay", type=number(float, 0, 1), default=1.0, help="below 1: EMA-Sink (1)")
     parser.add_argument("--rollout", type=number(int, 1, 100), help="longest, in chunks, of distillation (16)")
+    parser.add_argument("--memory", choices=["own", "drawn"], default="own", help="drawn: of each rollout, see DRAWN")
     parser.add_argument("--adversarial", type=number(float, 0, 100), default=0.01, help="weight of a decoder's (0.01)")
     parser.add_argument("--perceptual", help="LPIPS's weights, for a decoder (none)")
     parser.add_argument("--tracks", choices=["random", "start"], help="how tracks get their IDs (tiny: start)")
     args = parser.parse_args(argv)
     if args.steps and args.stage not in STAGES:
         parser.error("--steps needs --stage with one training stage")
-    if args.perceptual and args.stage != "decoder":
-        parser.error("--perceptual needs --stage decoder")
+    for names, stages in ((OWN["distill"], ("all", "distill")), (OWN["decoder"], ("decoder",)),
+                          (("clips", "frames"), ("all", "experiments", "eval"))):
+        for name in names if args.stage not in stages else ():
+            if getattr(args, name) != parser.get_default(name):
+                parser.error(f"--{name.replace('_', '-')} needs --stage {stages[-1]}")
+    if args.length and ((args.length + 3) % 12 or not (args.data or args.dry_run)):
+        parser.error(f"--length {args.length}: for --data, whole chunks of 12, the first of 9: 45, 57, 69, 81, …")
     if args.data and (args.stage in ("vae", "eval", "experiments") or not args.data.is_dir()):
         parser.error(f"--data {args.data}: {'not for this --stage' if args.data.is_dir() else 'no such folder'}")
     args.image_encoder = args.image_encoder or args.text_encoder
@@ -905,6 +945,7 @@ def main(argv=None):
     try:
         args = parse_flags(argv)
         if PROCESSES > 1:
+            dist.init_process_group(timeout=timedelta(hours=12))            # some may encode long after the others
             dist.init_device_mesh(args.device.split(":")[0], (PROCESSES,))  # gloo, or nccl on the GPU of LOCAL_RANK
         run = Run(args)
         from test_motionstream import dry_run, evaluate, preview         # what is promised is shown and measured there

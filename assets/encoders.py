@@ -23,7 +23,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moti
 def pretrained(name, folder, **options):
     """What transformers calls `name`, from its folder in a -Diffusers repository. The network is not asked."""
     try:
-        importlib.import_module("ftfy")                 # which encode_texts needs, before anything is loaded
+        importlib.import_module("ftfy")                 # which text_encoder needs, before anything is loaded
         import transformers
         return getattr(transformers, name).from_pretrained(folder, local_files_only=True, **options)
     except ImportError as e:
@@ -33,43 +33,49 @@ def pretrained(name, folder, **options):
                         "repository that has it") from None
 
 
-@torch.inference_mode()
-def encode_texts(folder, device, texts):
-    """{name: text} to {name: rows (L, 4096)}, one for each token, the end of the sentence included, L <= 512. Cleaned
-    as in Wan: mended by ftfy, HTML entities resolved, white space collapsed. (It pads and masks, which is the same.)"""
-    tokenizer, rows = pretrained("AutoTokenizer", folder / "tokenizer"), {}
-    import ftfy
+def text_encoder(folder, device):
+    """A function from a text to its rows (L, 4096), one for each token, the end of the sentence included, L <= 512.
+    Cleaned as in Wan: mended by ftfy, HTML entities resolved, white space collapsed. (It pads and masks, which is the
+    same.)"""
+    tokenizer = pretrained("AutoTokenizer", folder / "tokenizer")
+    from ftfy import fix_text
     encoder = pretrained("UMT5EncoderModel", folder / "text_encoder", dtype=torch.bfloat16).to(device)
     if not (encoder.shared.weight.any() and encoder.encoder.embed_tokens.weight.equal(encoder.shared.weight)):
         raise UserError(f"{folder}: its table of tokens is empty once loaded, pip install -U transformers")
-    for name, text in texts.items():
-        text = " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
+
+    @torch.inference_mode()
+    def encode(text):
+        text = " ".join(html.unescape(html.unescape(fix_text(text))).split())
         tokens = tokenizer(text, truncation=True, max_length=512, return_tensors="pt").input_ids.to(device)
-        rows[name] = encoder(tokens).last_hidden_state[0].cpu()
-    return rows
+        return encoder(tokens).last_hidden_state[0].cpu()
+
+    return encode
 
 
-@torch.inference_mode()
-def encode_images(folder, device, images):
-    """{name: image (1, 3, H, W) in [-1, 1]} to {name: rows (257, C)}: the last layer but one of CLIP, which sees it
+def image_encoder(folder, device):
+    """A function from an image (1, 3, H, W) in [-1, 1] to rows (257, C): the last layer but one of CLIP, which sees it
     squeezed to 224x224, as in Wan."""
-    encoder, rows = pretrained("CLIPVisionModel", folder / "image_encoder", dtype=torch.float32).to(device), {}
+    encoder = pretrained("CLIPVisionModel", folder / "image_encoder", dtype=torch.float32).to(device)
     statistics = torch.tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]])
-    mean, std = statistics.view(2, 3, 1, 1)
-    for name, image in images.items():
-        x = (F.interpolate(image, (224, 224), mode="bicubic") / 2 + 0.5 - mean) / std
-        rows[name] = encoder(x.to(device), output_hidden_states=True).hidden_states[-2][0].cpu()
-    return rows
+    mean, std = statistics.view(2, 3, 1, 1).to(device)
+
+    @torch.inference_mode()
+    def encode(image):
+        x = (F.interpolate(image.to(device), (224, 224), mode="bicubic") / 2 + 0.5 - mean) / std
+        return encoder(x, output_hidden_states=True).hidden_states[-2][0].cpu()
+
+    return encode
 
 
-def kept_rows(encode, folder, device, what):
-    """encode(folder, device, what), now or in an earlier run: kept in a file that is named by `what`, and by what the
-    files of the encoder are called, how large and how old they are."""
+def kept_rows(open_encoder, folder, device, what):
+    """{name: rows} of {name: text or image} by open_encoder(folder, device), now or in an earlier run: kept in a file
+    that is named by `what`, and by what the files of the encoder are called, how large and how old they are."""
     key = [(name, x.numpy().tobytes() if torch.is_tensor(x) else x) for name, x in what.items()]
     path = CACHE / f"{hashlib.sha256(repr(key + listing(folder)).encode()).hexdigest()[:32]}.safetensors"
     if not path.is_file():
         CACHE.mkdir(parents=True, exist_ok=True)
-        write(path, save_file, encode(folder, device, what))
+        encode = open_encoder(folder, device)
+        write(path, save_file, {name: encode(x) for name, x in what.items()})
     return read_tensors(path)[0]
 
 
