@@ -723,19 +723,35 @@ DRAWN = tuple(itertools.product((1, 3, 5), (0, 1, 2, 3), (1, 2, 4)))    # chunk,
 
 
 def last_clip(chunks, frames, first, points):
-    """The end of a rollout as a clip that the teacher can judge: the image (B, C, 1, h, w), then the last `frames`
-    latents of `chunks` without their first (first=None: with it), with the tracks of these frames. After more than that
-    time jumps behind the image: the teacher says what it should be by then, whatever the student passed on."""
-    x0 = torch.cat([*chunks], 2)[:, :, -frames:]
+    """The end of a rollout, an iterator of chunks, as a clip that the teacher can judge: the image (B, C, 1, h, w), then
+    its last `frames` latents without their first (first=None: with it), with the tracks of these frames. After more
+    than that time jumps behind the image: the teacher says what it should be by then, whatever the student passed on."""
+    held = []
+    for chunk in chunks:
+        held.append(chunk)
+        while sum(x.shape[2] for x in held[1:]) >= frames:
+            held.pop(0)                                 # and its graph
+    x0 = torch.cat(held, 2)[:, :, -frames:]
     x0 = x0 if first is None else torch.cat([first, x0[:, :, 1:]], 2)
     times = torch.arange(4 * x0.shape[2] - 3)
     times[1:] += points["tracks"].shape[1] - len(times)
     return x0, points | {key: points[key][:, times] for key in ("tracks", "visible")}
 
 
+def draw_rollout(run, i, grad):
+    """Of the rollout of step i, the same in all processes, which would wait in vain else: how many chunks of the
+    teacher's it has, where it ends, and its memory, fields of Config. Half are longer than the teacher's clip."""
+    rng, c = torch.Generator().manual_seed(seed_of(run.seed, i // run.batches, grad)), run.config
+    chunks = int(torch.randint(2 * run.known - run.args.rollout, run.args.rollout + 1, (), generator=rng))
+    exit_step = int(torch.randint(0, len(c.sigmas), (), generator=rng))
+    drawn = DRAWN[int(torch.randint(0, len(DRAWN), (), generator=rng))]
+    memory = drawn if run.args.memory == "drawn" else (c.chunk, c.sink, c.window)
+    return max(run.known, chunks), exit_step, dict(zip(("chunk", "sink", "window"), memory))
+
+
 def train_student(run):
-    """A generator update every critic_steps critic updates, each on a new rollout that ends at a random step. Half are
-    longer than the teacher's clip, see last_clip; of drawn scenes these have neutral text: a light would have faded."""
+    """A generator update every critic_steps critic updates, each on a new rollout, see draw_rollout. Those longer than
+    the teacher's clip, see last_clip, have neutral text if scenes are drawn: a light would have faded."""
     pool, reward = kept(run, f"images{run.args.rollout}", "vae", run.clips, film_clips), run.reward
     teacher, vae, neutral = shard(run.model("teacher")), run.vae(), embed_words(NEUTRAL, run.config).to(run.device)
     generator, critic = run.model("causal", sink_decay=run.config.sink_decay), run.model("teacher")
@@ -746,22 +762,16 @@ def train_student(run):
     optimizer_c = Optimizer(critic, *run.recipe.critic, betas, **run.shared())
 
     def generate(i, grad):
-        rng = torch.Generator().manual_seed(seed_of(run.seed, i // run.batches, grad))  # else processes wait in vain
-        chunks = max(known, int(torch.randint(2 * known - run.args.rollout, run.args.rollout + 1, (), generator=rng)))
+        chunks, exit_step, memory = draw_rollout(run, i, grad)
         first, given, points = draw_batch(run, pool, run.recipe.batch, frames := chunks * run.config.chunk, known=1)
         given["text"] = given["text"] if chunks == known or run.args.data else neutral.expand_as(given["text"])
-        exit_step = int(torch.randint(0, len(run.config.sigmas), (), generator=rng))
-        if run.args.memory == "drawn":
-            drawn = DRAWN[int(torch.randint(0, len(DRAWN), (), generator=rng))]
-            generator.config = replace(generator.config, **dict(zip(("chunk", "sink", "window"), drawn)))
-        size, clip = generator.config.chunk, known * run.config.chunk
+        generator.config = replace(generator.config, **memory)
         with run.autocast():
             conditions = given | {"tracks": track_features(generator, **points)}
             noise = torch.randn(*first.shape[:2], frames, *first.shape[3:], device=run.device)
             clean = clean_first(first, given)
             made = rollout(generator, noise, conditions, clean, exit_step=exit_step, grad=grad)
-            made = collections.deque(made, clip // size + 2 * (clip % size > 0))     # the last may be shorter
-            x0, points = last_clip(made, clip, first if chunks > known else clean, points)
+            x0, points = last_clip(made, known * run.config.chunk, first if chunks > known else clean, points)
             given = next(by_chunk(given, x0.shape[2]))
             return x0, given | {"tracks": track_features(generator, **points)}, given | points
 
@@ -921,7 +931,11 @@ def parse_flags(argv):
     parser.add_argument("--adversarial", type=number(float, 0, 100), default=0.01, help="weight of a decoder's (0.01)")
     parser.add_argument("--perceptual", help="LPIPS's weights, for a decoder (none)")
     parser.add_argument("--tracks", choices=["random", "start"], help="how tracks get their IDs (tiny: start)")
-    args = parser.parse_args(argv)
+    return check_flags(parser, parser.parse_args(argv))
+
+
+def check_flags(parser, args):
+    """Refuse flags that do not go together; fill in those that depend on others."""
     if args.steps and args.stage not in STAGES:
         parser.error("--steps needs --stage with one training stage")
     for names, stages in ((OWN["distill"], ("all", "distill")), (OWN["decoder"], ("decoder",)),

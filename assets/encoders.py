@@ -1,5 +1,5 @@
-"""Prompts by UMT5-XXL, and the image by CLIP, as Wan's weights read them. Both run in the package transformers, from the
-folders of a -Diffusers repository; what they return is kept on disk.
+"""Prompts by UMT5-XXL, and the image by CLIP, as Wan's weights read them. Both run in the package transformers, from
+the folders of a -Diffusers repository; what they return can be kept on disk.
 """
 
 import hashlib
