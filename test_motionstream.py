@@ -1648,6 +1648,13 @@ def test_a_case_says_and_does_what_its_name_says():
     assert two[:, :, n % 2 == 0].equal(tracks[:, :, n[n % 2 == 0]]) and not two.equal(tracks[:, :, n])
     jitter = (case("jittered")[1]["tracks"] - tracks).std() / td.SIZE
     assert 0.018 < jitter < 0.022
+    cross = case("crossing")[0]["position"]
+    assert_near(cross[:, :2, -1], path[:, [1, 0], 0], 1e-5)
+    assert_near(cross[:, :2, 10], path[:, :2, 0].mean(1, keepdim=True).expand(-1, 2, -1), 1e-5)
+    away, dusk = case("carried away")[0], case("dusk", attributes=(1, 0))[0]["gains"]
+    assert_near(away["position"] - away["pan"][:, None], path, 1e-5)
+    assert away["pan"][0, 0, 0] == -0.5 and away["pan"][0, -1, 0] == 0.5 and not away["pan"][..., 1].any()
+    assert dusk[:, :10].eq(1).all() and dusk[:, 11:].equal(case(attributes=(1, 0))[0]["gains"][:, 1:11])
     late, broken = (case(change)[1]["visible"] for change in ("late", "broken"))
     assert late[:, 0].equal(visible[:, 0]) and not late[:, 1:13].any() and late[:, 13:].equal(visible[:, 13:])
     assert 0.4 < broken[:, 4:].sum() / visible[:, 4:].sum() < 0.6 and broken[:, :4].equal(visible[:, :4])
@@ -1691,8 +1698,9 @@ def test_every_row_of_the_tables_can_be_played():
                 overrides = {key: value for key, value in (common | row).items() if hasattr(Toy.config, key)}
                 replace(Toy.config, **overrides)
                 measured = inspect.signature(settings.pop("measure", eval_row)).parameters
-                case = {key: value for key, value in settings.items() if key != "piece" and key not in measured}
-                scene, motion = new_case(**case | {"frames": 9})
+                case = {key: value for key, value in settings.items()
+                        if key not in {*measured, *inspect.signature(eval_row).parameters, "frames"}}
+                scene, motion = new_case(frames=9, **case)
                 assert motion["tracks"].shape[:2] == (case["clips"], 9), (title, row)
     model, vae = new_model(size=(128, 128), text_dim=64), new_vae()
     Toy.model, Toy.vae, Toy.device, Toy.seed = lambda self, name, **more: model, lambda self: vae, "cpu", 0
@@ -1803,9 +1811,99 @@ def test_a_brief_distillation_differs_in_what_its_row_says_and_is_not_trained_ag
         assert len(folders) == len(rows) - 1 == 9, folders      # two rows are of the plain one
         assert settings(plain)["run.seed"] == 3 and plain.config == replace(run.config, sink_decay=1.0)
         assert (plain.args.rollout, plain.recipe.batch, plain.clips, plain.steps["distill"]) == (8, 2, 16, 5)
-        assert out.getvalue().count("distilled in 0.0 minutes") == len(trained) == 9
+        assert out.getvalue().count("trained in 0.0 minutes") == len(trained) == 9
         with unittest.mock.patch.object(td, "PROCESSES", 2):
             assert_error(td.UserError, "leave out torchrun", distil_briefly, run, critic_steps=4)
+
+
+def test_a_brief_teacher_differs_in_what_its_row_says():
+    with folder() as here, quiet(), unittest.mock.patch.dict(td.RECIPES["tiny"], clips=(8, 8, 8)):
+        run, trained = td.Run(td.parse_flags(["--stage", "experiments", "--out", str(here)])), []
+
+        def train(short):
+            assert short.steps["teacher"] == 7 and short.path("vae") == run.path("vae") and short.recipe.emphasis == 0
+            trained.append((short.dense, short.config.in_dim, short.start and short.start.path, td.pick is pick,
+                            motionstream.TrackHead.__name__, short.recipe.teacher))
+            saved(short.path("teacher"), new_model(causal=False))
+
+        pick = td.pick
+        with torch.no_grad(), unittest.mock.patch.object(td, "train_teacher", train), \
+                unittest.mock.patch.multiple(sys.modules[__name__], eval_row=lambda run, **row: (run.out, row)):
+            rows = [taught_row(run, {"steps": 7, **teach}, x=1, **drawn) for teach, drawn in (
+                ({}, {}), ({}, {"drawn": True}), ({"start": True}, {}), ({"start": True, "harm": True}, {}), ({}, {}))]
+        recipes, teacher = td.RECIPES["tiny"], run.path("teacher")
+        assert trained == [(1, 32, None, True, "TrackHead", recipes["teacher"]),
+                           (1, 32, None, True, "DrawnTracks", recipes["teacher"]),
+                           (0, 48, teacher, True, "TrackHead", recipes["causal"]),
+                           (0, 48, teacher, False, "TrackHead", recipes["causal"])], trained
+        assert rows[0] == rows[4] and len({out for out, _ in rows}) == 4 and motionstream.TrackHead is TrackHead
+        assert rows[0][1] == {"model": "teacher", "x": 1}
+
+
+def test_damaged_tracks_are_jittered_late_or_broken_in_three_of_four_clips():
+    torch.manual_seed(0)
+    clips = {"tracks": torch.zeros(400, 45, 20, 2), "visible": torch.ones(400, 45, 20, dtype=torch.bool)}
+    harmed = damaged(lambda: {name: tensor.clone() for name, tensor in clips.items()})()
+    moved, shown = harmed["tracks"].flatten(1).any(1), harmed["visible"]
+    late = ~shown[:, 1:13].flatten(1).any(1) & shown[:, 13:].flatten(1).all(1)
+    broken = ~shown.flatten(1).all(1) & ~late
+    for kind in moved, late, broken, ~(moved | late | broken):
+        assert 70 < kind.sum() < 130
+    assert not (moved & (late | broken)).any() and shown[:, 0].all() and 0.5 < shown[broken].float().mean() < 0.6
+    assert 0.019 < harmed["tracks"][moved].std() / td.SIZE < 0.021
+
+
+def test_drawn_tracks_are_dots_in_the_colour_of_their_start():
+    vae = SimpleNamespace(encode=lambda video: video)
+    head = drawn_tracks(vae)(out_channels=16)
+    tracks, visible = torch.tensor([[[9.5, 20], [1, 1], [60, 3]]]).repeat(1, 5, 1, 1), torch.ones(1, 5, 3).bool()
+    visible[:, 2, 0] = False
+    tracks[:, 4, 0] = torch.tensor([70.0, 0])                           # outside
+    video = head(tracks, visible, (torch.tensor([[20, 1, 3]]) << 16) + torch.tensor([[9, 1, 60]]), 32, 64)
+    assert video.shape == (1, 3, 5, 32, 64)
+    for y, x, colour in (slice(18, 23), slice(7, 12), (9 / 64, 20 / 32, 1)), (slice(4), slice(4), (1 / 64, 1 / 32, 1)):
+        dot = video[0, :, 0, y, x]
+        assert_near(dot, 2 * torch.tensor(colour).view(3, 1, 1).expand_as(dot) - 1, 1e-6)
+    lit = (video[0] > -1).any(0).sum((1, 2)).tolist()
+    assert lit == [25 + 16 + 25, 66, 41, 66, 41]
+
+
+def test_a_refreshed_sink_is_the_chunk_just_written_every_25th_time():
+    cache = Refreshed(1, 1)
+    for i in range(60):
+        cache.write(torch.full((1, 1), i), torch.full((1, 1), i))
+        assert [k.item() for k, _ in cache.chunks][:1] == [0 if i < 24 else 24 if i < 49 else 49]
+    assert cache.chunks[-1][0].item() == 59 and len(cache.chunks) == 2
+
+
+def test_a_text_of_the_second_half_begins_at_the_chunk_that_lies_there():
+    texts, model, vae = [], new_model(size=(128, 128), text_dim=64), new_vae()
+    run = SimpleNamespace(config=model.config, model=lambda name, **more: model, vae=lambda: vae, device="cpu", seed=0)
+    scene, motion = new_case("x", 1, 45)
+    forward = MotionStream.forward
+
+    def record(model, x, sigma, text, **given):
+        texts.append((text.sum().item(), given["write"] if "write" in given else False))
+        return forward(model, x, sigma, text, **given)
+
+    with torch.no_grad(), unittest.mock.patch.object(MotionStream, "forward", record):
+        list(play(run, "student", scene, motion, torch.ones(1, 1, 64), later=torch.zeros(1, 1, 64)))
+    assert [text for text, write in texts if write][:4] == [64, 64, 0, 0], "frames 0-8, 9-20; then 21-32, 33-44"
+
+
+def test_a_stream_is_as_fast_as_itself():
+    run = SimpleNamespace(config=PRESETS["tiny"])
+    waits = {"chunk": 0.002, "sink": 0.004}
+
+    def played(run, name, scene, points, text, **more):
+        while True:
+            time.sleep(sum(waits[key] for key in more))
+            yield torch.zeros(1, 3, 4 * more["chunk"] if "chunk" in more else 24, 1, 1)
+
+    with unittest.mock.patch.multiple(sys.modules[__name__], play=played):
+        same, slow = (speed_row(run, 9, seed="x", clips=1, **more) for more in ({"chunk": 3}, {"sink": 2}))
+    assert abs(same["chunk"] - 1) < 0.2 and abs(same["frame"] - 1) < 0.2, same
+    assert 1.5 < slow["chunk"] < 2.3 and abs(slow["frame"] - slow["chunk"] / 2) < 0.1, slow
 
 
 def test_critic_steps_and_guidance_of_a_brief_distillation_reach_its_losses():
@@ -4433,10 +4531,10 @@ def test_readme_line_counts_are_true():
 # ----------------------------------------------------------------------------------------------------------------------
 # Measuring: train_distill.py --stage eval and experiments. The claims of the README, not of the code.
 
-def play(run, name, scene, points, text, **overrides):
+def play(run, name, scene, points, text, later=None, **overrides):
     """The video (B, 3, T, SIZE, SIZE), in pieces, that "teacher", "causal" or "student" makes of the scene's first
-    frame, {"tracks", "visible"} and text (1 or B, L, text_dim); "vae" is the truth through the VAE, "still" frame 0.
-    overrides: fields of Config."""
+    frame, {"tracks", "visible"} and text (1 or B, L, text_dim), in the second half of a stream `later` if that is
+    given; "vae" is the truth through the VAE, "still" frame 0. overrides: fields of Config."""
     vae, T = load_vae(run.path(name)) if name == "decoder" else run.vae(), scene["pan"].shape[1]
     if name == "still":
         yield world.film(scene, td.SIZE, 0, 1).expand(-1, -1, T, -1, -1)
@@ -4449,6 +4547,10 @@ def play(run, name, scene, points, text, **overrides):
     tracks, visible = (points[key].to(run.device) for key in ("tracks", "visible"))
     motion = sample.Motion(tracks, visible, track_ids(tracks, visible, model.config))
     text = None if text is None else text.expand(len(first), -1, -1).to(run.device)
+    if later is not None:
+        chunk, both = model.config.chunk, (text, later.expand(len(first), -1, -1).to(run.device))
+        motion = ((part, both[4 * chunk * i >= T / 2])
+                  for i, (part, _) in enumerate(sample.pieces(motion, None, chunk)))
     if name == "teacher":
         chunks = sample.sample_teacher(model, first, motion, T, text, run.seed)
     else:
@@ -4548,16 +4650,25 @@ def measure(video, truth, first, scene):
 def new_case(seed, clips, frames, points="drag", change=None, speed=1, **options):
     """Scenes of moving objects (options: see new_scenes), `speed` times as fast as in training, and {"tracks",
     "visible"}. points: "dense" all, "drag" the centre of each object, "none". change: of the scene, "other way" (the
-    same first frame, objects go the opposite way), "teleport" (half-way, they jump to the opposite place); of tracks,
-    "two ways" (every second one goes the opposite way), "jittered" (by 2 % of the width), "late" (nothing is said of
-    frames 1 to 12), "broken" (half of the pieces of 4 frames are missing)."""
+    same first frame, objects go the opposite way), "teleport" (half-way, they jump to the opposite place), "crossing"
+    (the first two change places), "carried away" (the camera pans by its own width, and objects go with it), "dusk"
+    (the light changes in the second half alone); of tracks, "two ways" (every second one goes the opposite way),
+    "jittered" (by 2 % of the width), "late" (nothing is said of frames 1 to 12), "broken" (half of the pieces of 4
+    frames are missing)."""
     rng = torch.Generator().manual_seed(td.seed_of(seed))
     options = {"camera": False, "attributes": (0, 0), "moving": True} | options
     scene = world.new_scenes(clips, frames * speed, rng, **options)
     path, t = scene["position"][:, :, ::speed], torch.arange(frames)[:, None]
     back, jump = (2 * path[:, :, :1] - path).clamp(0.05, 0.95), torch.where(t < frames // 2, path, 1 - path)
+    start, turn = path[:, :, :1], (1 - torch.cos(math.pi * t / (frames - 1))) / 2
+    cross = start.lerp(start[:, [1, 0, *range(2, path.shape[1])]], turn)
     scene |= {key: scene[key][:, ::speed] for key in ("pan", "zoom", "gains", "spin", "pulse")}
-    scene["position"] = {"other way": back, "teleport": jump}.get(change, path)
+    if change == "carried away":
+        scene["pan"] = torch.cat([(1.5 * t / frames).clamp(max=1) - 0.5, 0 * t], 1).expand(clips, -1, -1)
+        path = path + scene["pan"][:, None]
+    if change == "dusk":
+        scene["gains"] = torch.cat([torch.ones(clips, frames // 2, 3), scene["gains"][:, :frames - frames // 2]], 1)
+    scene["position"] = {"other way": back, "teleport": jump, "crossing": cross}.get(change, path)
     tracks, visible = world.scene_tracks(scene, td.SIZE, rng)
     n = torch.arange(tracks.shape[2])
     if change == "two ways":
@@ -4567,19 +4678,20 @@ def new_case(seed, clips, frames, points="drag", change=None, speed=1, **options
         tracks = tracks + 0.02 * td.SIZE * torch.randn(tracks.shape, generator=rng)
     gaps = torch.rand(clips, frames // 4 + 1, len(n), generator=rng).repeat_interleave(4, 1)[:, :frames] < 0.5
     silent = {"late": (t > 0) & (t < 13), "broken": (t > 3) & gaps}.get(change, t < 0)
-    centres = (n < world.OBJECTS * world.POINTS) & (n % world.POINTS == 0)
+    centres = (n < path.shape[1] * world.POINTS) & (n % world.POINTS == 0)
     told = {"dense": n >= 0, "drag": centres, "none": n < 0}[points]
     return scene, {"tracks": tracks, "visible": visible & told & ~silent}
 
 
-def eval_row(run, model="student", text=td.NEUTRAL, piece=None, **settings):
+def eval_row(run, model="student", text=td.NEUTRAL, later=None, piece=None, **settings):
     """Play a case (settings: of new_case, and fields of Config) and measure it, `piece` frames at a time (None: all at
-    once). Of each number the mean, and that of each tenth; drift: the standard deviation of PSNR over the pieces."""
+    once). Of each number the mean, and that of each tenth; drift: the standard deviation of PSNR over the pieces.
+    later: the text of the second half, if it is another."""
     overrides = {key: settings.pop(key) for key in [*settings] if hasattr(run.config, key)}
     (scene, motion), piece = new_case(**settings), piece or settings["frames"]
     first, start, rows, clock = world.film(scene, td.SIZE, 0, 1), 0, [], time.perf_counter()
-    held = first[:, :, :0]
-    for video in play(run, model, scene, motion, embed_words(text, run.config), **overrides):
+    held, texts = first[:, :, :0], (embed_words(text, run.config), embed_words(later, run.config))
+    for video in play(run, model, scene, motion, *texts, **overrides):
         seconds, held = time.perf_counter() - clock, torch.cat([held, video], 2)            # of the latest chunk
         while held.shape[2] >= piece and start + piece <= settings["frames"]:
             truth = world.film(scene, td.SIZE, start, start + piece)
@@ -4595,38 +4707,155 @@ def eval_row(run, model="student", text=td.NEUTRAL, piece=None, **settings):
 
 # Of a short distillation: the generator's updates, clips of each, images to draw from, chunks of the longest rollout.
 SHORT = {"updates": 50, "batch": 2, "images": 512, "rollout": 8}
+# Of the student for the tables of memory, which knows many: longer, but shorter than that of the shipped one.
+DRAWN = {"updates": 180, "batch": 4, "images": 5120, "rollout": 12, "memory": "drawn"}
 
 
-def distil_briefly(run, critic_steps=5, guidance=None, seed=0, **flags):
-    """The Run of a short distillation of the causal student, in a folder of its own below run.out, trained if it is not
-    yet. critic_steps: the critic's for one of the generator; guidance: (w_text, w_motion) of the real score, None: the
-    teacher's own; seed: beside that of `run`; flags: of the command, sink_decay, reward or beta."""
-    weights, updates = ("vae", "teacher", "causal"), 1 if run.args.smoke else SHORT["updates"]
-    flags |= {"steps": updates * critic_steps, "seed": run.seed + seed, "rollout": SHORT["rollout"],
-              "tracks": run.config.tracks, "device": run.device}
-    what = SHORT | flags | {"critic_steps": critic_steps, "guidance": guidance}
-    folder = run.out / f"distilled.{td.seed_of(what, *map(run.checksum, weights)):08x}"
-    words = [str(word) for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", value)]
-    short = td.Run(td.parse_flags(["--stage", "distill", "--out", str(folder), *words]))
-    short.recipe.batch, short.recipe.critic_steps = SHORT["batch"], critic_steps
-    short.clips = min(run.clips, SHORT["images"])
-    short.config = replace(short.config, guidance=guidance or run.config.guidance)
-    if not short.path("student").exists():
-        if td.PROCESSES > 1:
-            raise td.UserError("--stage experiments: it distils in one process, leave out torchrun")
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in weights:
-            shutil.copyfile(run.path(name), short.path(name))
-        started = time.time()
-        with torch.enable_grad():
-            td.train_student(short)
-        print(f"{folder}: distilled in {(time.time() - started) / 60:.1f} minutes")
+def brief_run(run, name, what, weights, flags):
+    """The Run, to be changed, of a short training with these flags in a folder of its own below run.out, named by
+    `what` is special about it. weights: those that it needs, copied from `run`."""
+    folder = run.out / f"{name}.{td.seed_of(what, *map(run.checksum, weights)):08x}"
+    flags = {"out": folder, "tracks": run.config.tracks, "device": run.device} | flags
+    words = [str(word) for flag, value in flags.items() for word in (f"--{flag.replace('_', '-')}", value)]
+    short = td.Run(td.parse_flags(words))
+    if td.PROCESSES > 1:
+        raise td.UserError("--stage experiments: it trains in one process, leave out torchrun")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in weights:
+        shutil.copyfile(run.path(name), folder / f"{name}.safetensors")
     return short
 
 
-def distilled_row(run, distil, **settings):
-    """eval_row of the student of a short distillation `distil`, arguments of distil_briefly."""
-    return eval_row(distil_briefly(run, **distil), **settings)
+def train_briefly(short, train, weights):
+    """Train what brief_run has set up, unless its weights are there."""
+    if not short.path(weights).exists():
+        started = time.time()
+        with torch.enable_grad():
+            train(short)
+        print(f"{short.out}: trained in {(time.time() - started) / 60:.1f} minutes")
+    return short
+
+
+def distil_briefly(run, critic_steps=5, guidance=None, seed=0, **flags):
+    """The Run of a short distillation of the causal student. critic_steps: the critic's for one of the generator;
+    guidance: (w_text, w_motion) of the real score, None: the teacher's own; seed: beside that of `run`; flags: what
+    is not as in SHORT, and of the command, sink_decay, reward, beta or memory."""
+    how = {name: flags.pop(name, value) for name, value in SHORT.items()}
+    updates = 1 if run.args.smoke else how["updates"]
+    flags |= {"stage": "distill", "steps": updates * critic_steps, "seed": run.seed + seed, "rollout": how["rollout"]}
+    what = how | flags | {"critic_steps": critic_steps, "guidance": guidance}
+    short = brief_run(run, "distilled", what, ("vae", "teacher", "causal"), flags)
+    short.recipe.batch, short.recipe.critic_steps = how["batch"], critic_steps
+    short.clips = min(run.clips, how["images"])
+    short.config = replace(short.config, guidance=guidance or run.config.guidance)
+    return train_briefly(short, td.train_student, "student")
+
+
+class Refreshed(KVCache):
+    """A cache whose sink is, every 25 chunks, the one just written."""
+    written = 0
+
+    def write(self, k, v):
+        super().write(k, v)
+        self.written += 1
+        if self.written % 25 == 0:
+            self.chunks[0] = self.chunks[-1]
+
+
+def distilled_row(run, distil, cache=KVCache, **settings):
+    """eval_row of the student of a short distillation `distil`, arguments of distil_briefly. cache: what remembers."""
+    short = distil_briefly(run, **distil)
+    with unittest.mock.patch.object(motionstream, "KVCache", cache):
+        return eval_row(short, **settings)
+
+
+def drawn_tracks(vae):
+    """A track head that draws the tracks instead, as dots of 5x5 pixels, and encodes them as a video, which is what
+    MotionStream's table 3 compares with: a dot has the colour of its ID, where the track starts."""
+    class DrawnTracks(TrackHead):
+        def forward(self, tracks, visible, ids, height, width):
+            (B, T, N, _), size = tracks.shape, torch.tensor([width, height])
+            colour = torch.stack([(ids & 0xFFFF) / width, (ids >> 16) / height, torch.ones(B, N)], -1)      # (B, N, 3)
+            inside = visible & ((tracks >= 0) & (tracks < size)).all(-1)
+            b, t, n = inside.nonzero(as_tuple=True)
+            x, y = (tracks[b, t, n].long() + 2).T
+            video = torch.zeros(B, T, height + 4, width + 4, 3)
+            for i, j in itertools.product(range(-2, 3), repeat=2):
+                video[b, t, y + i, x + j] = colour[b, n]
+            with torch.no_grad():
+                latents = vae.encode(video[:, :, 2:-2, 2:-2].permute(0, 4, 1, 2, 3) * 2 - 1)
+            return latents + 0 * self.conv.weight.sum()             # a gradient for what is not used
+
+    return DrawnTracks
+
+
+def damaged(pick):
+    """td.pick with tracks as a bad tracker gives them, in three of four clips: jittered by 2 % of the width, or late,
+    nothing is said of frames 1 to 12, or broken, half of the pieces of 4 frames are missing."""
+    def picked(*args):
+        clips = pick(*args)
+        B, T, N = clips["visible"].shape
+        kind, t = torch.randint(0, 4, (B, 1, 1)), torch.arange(T)[:, None]
+        clips["tracks"] = clips["tracks"] + (kind == 1)[..., None] * 0.02 * td.SIZE * torch.randn(B, T, N, 2)
+        gaps = (torch.rand(B, T // 4 + 1, N) < 0.5).repeat_interleave(4, 1)[:, :T]
+        clips["visible"] &= ~((kind == 2) & (t > 0) & (t < 13) | (kind == 3) & (t > 3) & gaps)
+        return clips
+    return picked
+
+
+def teach_briefly(run, steps, start=False, harm=False):
+    """The Run of a short training of a teacher of the drawn world: from nothing, on dense tracks, by the track head
+    that motionstream has; or from the teacher of `run` (start) at the rates of the causal stage, on tracks as
+    they are or damaged (harm)."""
+    c, head, steps = run.config, motionstream.TrackHead, 1 if run.args.smoke else steps
+    flags = {"stage": "teacher", "steps": steps, "seed": run.seed, "vae": run.path("vae")}
+    flags |= {"weights": run.path("teacher")} if start else {}
+    what = [steps, start, harm, head.__name__, run.checksum("vae"), run.checksum("teacher")]
+    short = brief_run(run, "taught", what, (), flags)
+    short.clips, short.recipe.emphasis = min(run.clips, 512), 0.0       # no cell of a drawn video is empty
+    if start:
+        short.recipe.teacher = td.RECIPES["tiny"]["causal"]
+    else:
+        short.dense, short.config = 1, replace(c, track_dim=c.out_dim, in_dim=c.in_dim - c.track_dim + c.out_dim)
+    with unittest.mock.patch.object(td, "pick", damaged(td.pick) if harm else td.pick):
+        return train_briefly(short, td.train_teacher, "teacher")
+
+
+def taught_row(run, teach, drawn=False, **settings):
+    """eval_row of the teacher of a short training `teach`, arguments of teach_briefly; drawn: see drawn_tracks."""
+    with unittest.mock.patch.object(motionstream, "TrackHead", drawn_tracks(run.vae()) if drawn else TrackHead):
+        return eval_row(teach_briefly(run, **teach), model="teacher", **settings)
+
+
+def speed_row(run, frames, **settings):
+    """Time for a chunk and for a frame, decoded, as shares of those of the student as it is: of two streams in turn,
+    medians of 15 chunks, the first of them the sixth."""
+    overrides = {key: settings.pop(key) for key in [*settings] if hasattr(run.config, key)}
+    scene, motion = new_case(frames=frames, **settings)
+    streams = [play(run, "student", scene, motion, embed_words(td.NEUTRAL, run.config), **more)
+               for more in (overrides, {"chunk": run.config.chunk})]
+    seconds = []
+    for _ in range(20):
+        for stream in streams:
+            started = time.perf_counter()
+            count = next(stream).shape[2]
+            seconds.append((time.perf_counter() - started) * np.array([1, 1 / count]))
+    chunk, frame = np.median(np.array(seconds[10:]).reshape(15, 2, 2), 0).T
+    return {"chunk": chunk[0] / chunk[1], "frame": frame[0] / frame[1]}
+
+
+def decoders_row(run, **_):
+    """How many times longer the decoder of Wan 2.1 takes than that of taew2_1 for a chunk of 12 frames of 64x64 pixels,
+    in turn, medians of 5: random weights."""
+    latents, seconds, both = rand(1, 16, 3, 8, 8), [], [(vae, vae.decode(rand(1, 16, 3, 8, 8))[1]) for vae in (
+        WanVAE().eval(), TinyVAE(TinyVAEConfig()).eval())]
+    for _ in range(5):
+        for vae, state in both:
+            started = time.perf_counter()
+            vae.decode(latents, state)
+            seconds.append(time.perf_counter() - started)
+    wan, small = np.median(np.array(seconds).reshape(5, 2), 0)
+    return {"times": wan / small}
 
 
 def attention_row(run, layer, model="student", **settings):
@@ -4707,37 +4936,62 @@ def tables(run, stage):
 
 
 def experiments(run, clip):
-    """The tables of the experiments, from `clip`, a case: MotionStream's table 4, figures 4 and 6a and limits; its
-    objects, attention, rigidity and encoding; Reward Forcing's sinks; short distillations, by both papers' settings."""
+    """The tables of the experiments, from `clip`, a case: MotionStream's table 4, figures 4, 6a and A2, and limits;
+    Reward Forcing's sinks; a scene that is carried away or changes its light; objects, attention, rigidity."""
     frames = min(run.eval_frames, 20 * td.CLIP)                    # 20 times the training's length, in 30 pieces
     stream = clip | {"seed": "stream False", "clips": math.ceil(run.eval_clips / 4), "frames": frames,
                      "piece": math.ceil(frames / 30)}
     teacher, sinks = clip | {"model": "teacher"}, grid(sink_decay=(1.0, 0.999, 0.99, 0.9, 0.5)) + grid(sink=(0,))
     words = [{"seed": f"words {motion}", "attributes": (0, motion)} | case for motion in (1, 2) for case in
-             [*grid(model=("vae", "student")), *grid(guidance=[(0, 1.5), (1, 1.5)])]]
+             [*grid(model=("vae", "student")), *grid(guidance=[(0, 1.5), (1, 1.5)]),
+              *grid(model=("student", "teacher"), text=(td.NEUTRAL,))]]
+    half = stream | {"frames": math.ceil(frames / 2), "piece": math.ceil(frames / 60)}
+    drawn = {"measure": distilled_row, "distil": DRAWN}
+    moving = stream | drawn | {"seed": "stream True", "camera": True, "points": "dense"}
+    kept = grid(sink_decay=(1.0, 0.99, 0.9)) + [{"cache": Refreshed}]
+    dusk = {"attributes": (1, 0), "change": "dusk", "later": world.caption(1, 0)}
+    steps = [schedule(steps, run.config.shift) for steps in (1, 2, 4)]
+    return {"streams": (stream | drawn, sinks),
+            "moving camera": (moving, sinks),
+            "memory": (stream | drawn, grid(sink=(0, 1, 2, 3), window=(1, 2, 4))),
+            "memory of the shipped student": (stream, grid(sink=(0, 1, 2, 3), window=(1, 2, 4))),
+            "chunk": (stream | drawn, grid(chunk=(1, 5))),
+            "steps": (stream | drawn, grid(sigmas=steps)),
+            "carried away": (moving | {"change": "carried away", "camera": False}, kept),
+            "dusk": (half | drawn | dusk, kept),
+            "self-rollout": (stream, grid(model=("causal",))),
+            "guidance": (teacher, grid(guidance=[*itertools.product((0, 1, 2, 3), (0, 1, 1.5, 3))])),
+            "limits": (clip | {"points": "dense"}, grid(speed=(1, 2, 3, 4, 6, 8)) + grid(
+                change=("teleport", "two ways", "jittered", "late", "broken"))),
+            "crossing": (clip | {"objects": 2, "seed": "crossing"}, grid(points=("dense", "drag"), change=(
+                None, "crossing"))),
+            "objects": (clip | {"points": "dense"}, grid(objects=(1, 2, 3, 6))),
+            "attention": (clip | {"measure": attention_row, "frames": 2 * td.CLIP},
+                          grid(model=("causal", "student"), layer=range(run.config.num_layers))),
+            "speed": (clip | {"measure": speed_row, "clips": 1, "frames": 600}, grid(chunk=(1, 3, 5, 7)) + grid(
+                sink=(0, 2, 3)) + grid(window=(2, 4, None)) + grid(sigmas=steps)),
+            "words": (clip | {"measure": words_row, "clips": 2 * run.eval_clips}, words),
+            **trainings(run, clip, half)}
+
+
+def trainings(run, clip, half):
+    """The tables of the experiments that have trainings of their own: short distillations, by both papers' settings;
+    teachers with damaged tracks, and with tracks as a drawn video. half: a stream."""
     distillations = [*grid(seed=(0, 1), guidance=(None, (0, 0))), *grid(critic_steps=(1, 2)), {"sink_decay": 0.9},
                      *grid(reward=("motion",), beta=(0.5, 2.0))]
     students = [{"distil": how} for how in distillations]
     students += [{"distil": {}, "sink_decay": 0.9}]                         # EMA-Sink in streaming alone
     students += [{"measure": eval_row, "model": model} for model in ("causal", "student")]
-    half = stream | {"frames": math.ceil(frames / 2), "piece": math.ceil(frames / 60)}
-    return {"streams": (stream, sinks),
-            "moving camera": (stream | {"seed": "stream True", "camera": True, "points": "dense"}, sinks),
-            "memory": (stream, grid(sink=(0, 1, 2, 3), window=(1, 2, 4))),
-            "chunk": (stream, grid(chunk=(1, 5, 7))),
-            "steps": (stream, grid(sigmas=[schedule(steps, run.config.shift) for steps in (1, 2, 4)])),
-            "self-rollout": (stream, grid(model=("causal",))),
-            "guidance": (teacher, grid(guidance=[*itertools.product((0, 1, 2, 3), (0, 1, 1.5, 3))])),
-            "limits": (clip | {"points": "dense"}, grid(speed=(1, 2, 3, 4, 6, 8)) + grid(
-                change=("teleport", "two ways", "jittered", "late", "broken"))),
-            "objects": (clip | {"points": "dense"}, grid(objects=(1, 2, 3))),
-            "attention": (clip | {"measure": attention_row, "frames": 2 * td.CLIP},
-                          grid(model=("causal", "student"), layer=range(run.config.num_layers))),
-            "encoding": (clip | {"measure": encoding_row, "clips": 1, "points": "dense"}, grid(by=("vae", "head"))),
-            "distillation, dense": (clip | {"measure": distilled_row, "points": "dense"}, students),
+    harmed = [{"teach": {"steps": 200, "start": True, "harm": harm}, "change": change}
+              for harm in (False, True) for change in (None, "jittered", "late", "broken")]
+    taught = clip | {"measure": taught_row, "points": "dense"}
+    return {"distillation, dense": (clip | {"measure": distilled_row, "points": "dense"}, students),
             "distillation, drag": (clip | {"measure": distilled_row}, students),
             "distillation, stream": (half | {"measure": distilled_row}, students),
-            "words": (clip | {"measure": words_row, "clips": 2 * run.eval_clips}, words)}
+            "damaged tracks": (taught, harmed),
+            "drawn tracks": (taught | {"teach": {"steps": 600}}, grid(drawn=(False, True))),
+            "encoding": (clip | {"measure": encoding_row, "clips": 1, "points": "dense"}, grid(by=("vae", "head"))),
+            "decoders": (clip | {"measure": decoders_row}, [{}])}
 
 
 @torch.no_grad()
@@ -4752,7 +5006,8 @@ def evaluate(run, stage):
     for title, (common, rows) in tables(run, stage).items():
         results = done.setdefault(title, {})
         for row in tqdm(rows, title):
-            label = ", ".join(f"{key} {value}" for key, value in row.items() if key not in ("seed", "measure"))
+            label = ", ".join(f"{key} {getattr(value, '__name__', value)}" for key, value in row.items()
+                              if key not in ("seed", "measure"))
             if label not in results:
                 case = {"measure": eval_row} | common | row
                 results[label] = case.pop("measure")(run, **case)

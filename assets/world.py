@@ -13,7 +13,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-OBJECTS, POINTS, GRID = 3, 8, 8          # object slots, tracks on each, background tracks per side
+OBJECTS, POINTS, GRID = 3, 8, 8          # object slots K, at least; tracks on each, background tracks per side
 TEXTURE = 40                             # pixels per side of an object's texture
 TRIES = 4                                # draws of the objects' paths, of which one is taken
 LIGHT = {"steady": (1, 1, 1), "fading": (0.35, 0.35, 0.4), "warming": (1.1, 0.8, 0.5)}  # RGB gains they tend to
@@ -41,22 +41,22 @@ def outline(kind, sides, angle):
     return torch.where(kind == 0, torch.ones_like(angle), torch.where(kind == 1, polygon, star))
 
 
-def textures(batch, flat, rng):
-    """Objects' looks: RGBA (batch, OBJECTS, 4, TEXTURE, TEXTURE), RGB (batch, OBJECTS, 3), outline (kind, sides)."""
+def textures(batch, slots, flat, rng):
+    """Objects' looks: RGBA (batch, slots, 4, TEXTURE, TEXTURE), RGB (batch, slots, 3), outline (kind, sides)."""
     def draw(*shape):
-        return torch.rand(batch, OBJECTS, *shape, generator=rng)
+        return torch.rand(batch, slots, *shape, generator=rng)
 
     kind, sides = (draw(1, 1) * 3).long(), 3 + (draw(1, 1) * 4).long()
     if flat:                                                           # discs and squares, the "foreign" scenes
-        kind, sides = (draw(1, 1) * 2).long(), torch.full((batch, OBJECTS, 1, 1), 4)
+        kind, sides = (draw(1, 1) * 2).long(), torch.full((batch, slots, 1, 1), 4)
     sides = torch.where(kind == 2, sides.clamp(min=4), sides)
-    hue = (torch.rand(batch, 1, generator=rng) + (torch.arange(OBJECTS) + 0.5 * draw() - 0.25) / OBJECTS) % 1
+    hue = (torch.rand(batch, 1, generator=rng) + (torch.arange(slots) + 0.5 * draw() - 0.25) / slots) % 1
     saturation, value = (0.7 + 0.3 * draw(1) for _ in range(2))
     ramp = (torch.tensor([5.0, 3.0, 1.0]) + 6 * hue[..., None]) % 6    # distinct hues within a scene, HSV to RGB
     colour = value * (1 - saturation * torch.minimum(ramp, 4 - ramp).clamp(0, 1))
     v, u = torch.meshgrid(*[torch.linspace(-1.2, 1.2, TEXTURE)] * 2, indexing="ij")
     radius, angle = (u ** 2 + v ** 2).sqrt(), torch.atan2(v, u)
-    edge = outline(kind, sides, angle.expand(batch, OBJECTS, -1, -1)) - radius
+    edge = outline(kind, sides, angle.expand(batch, slots, -1, -1)) - radius
     turn, period = 2 * math.pi * draw(1, 1), 4 + 5 * draw(1, 1)
     wave = torch.sin(period * (u * torch.cos(turn) + v * torch.sin(turn)))
     cross = wave * torch.sin(period * (v * torch.cos(turn) - u * torch.sin(turn)))
@@ -75,7 +75,7 @@ def caption(light, motion):
 
 def new_scenes(batch, frames, rng, objects=None, camera=None, attributes=(None, None), moving=False, flat=False):
     """Draw `batch` scenes: everything that `film` and `scene_tracks` need, for `frames` frames. None = at random.
-    objects: how many of the three are there. camera: bool, does it move. attributes: indices into LIGHT and MOTION.
+    objects: how many are there, of OBJECTS or more. camera: bool, does it move. attributes: indices into LIGHT and MOTION.
     moving: no object rests. flat: plain discs and squares on smooth grey, unlike most of what training sees."""
     def pick(value, count, steady):
         if value is not None:
@@ -83,16 +83,16 @@ def new_scenes(batch, frames, rng, objects=None, camera=None, attributes=(None, 
         return (torch.rand(batch, generator=rng) > steady) * torch.randint(1, count, (batch,), generator=rng)
 
     light, motion = pick(attributes[0], len(LIGHT), 0.6), pick(attributes[1], len(MOTION), 0.6)
-    present = torch.randint(1, OBJECTS + 1, (batch, 1), generator=rng)
+    slots, present = max(objects or 0, OBJECTS), torch.randint(1, OBJECTS + 1, (batch, 1), generator=rng)
     if objects is not None:
         present = torch.full_like(present, objects)
-    texture, colour, shape = textures(batch, flat, rng)
-    size = torch.rand(batch, OBJECTS, generator=rng)
-    speed = torch.rand(TRIES * batch * OBJECTS, 1, 1, generator=rng)
+    texture, colour, shape = textures(batch, slots, flat, rng)
+    size = torch.rand(batch, slots, generator=rng)
+    speed = torch.rand(TRIES * batch * slots, 1, 1, generator=rng)
     speed = 0.2 + 0.8 * speed if moving else 1.12 * speed - 0.12                         # some rest
     paths = smooth_path(len(speed), frames, 0.5 * speed.clamp(min=0) ** 1.5, 14, rng)
-    paths = 0.12 + 0.76 * paths.view(TRIES, batch, OBJECTS, frames, 2)
-    gap = torch.cdist(paths[:, :, :, 0], paths[:, :, :, 0]) + 9 * torch.eye(OBJECTS)
+    paths = 0.12 + 0.76 * paths.view(TRIES, batch, slots, frames, 2)
+    gap = torch.cdist(paths[:, :, :, 0], paths[:, :, :, 0]) + 9 * torch.eye(slots)
     # of several draws that whose objects start farthest apart: what another covers in the image cannot be known later
     position = paths[gap.amin((2, 3)).argmax(0), torch.arange(batch)]
     moves = (torch.rand(batch, 1, 1, generator=rng) < 0.3 if camera is None else torch.tensor(camera)).float()
@@ -106,7 +106,7 @@ def new_scenes(batch, frames, rng, objects=None, camera=None, attributes=(None, 
     pulse = 1 + 0.22 * (motion == 2)[:, None] * torch.sin(t * (2 * math.pi / 24))
     return {
         "texture": texture, "colour": colour, "shape": shape, "position": position, "pan": pan, "zoom": zoom,
-        "present": torch.arange(OBJECTS) < present, "radius": 0.08 + 0.05 * size if flat else 0.07 + 0.105 * size,
+        "present": torch.arange(slots) < present, "radius": 0.08 + 0.05 * size if flat else 0.07 + 0.105 * size,
         "gains": gains, "spin": spin, "pulse": pulse, "backdrop": backdrops(batch, flat, rng),
         "caption": [caption(a, b) for a, b in zip(light, motion)], "points": local_points(shape, rng),
     }
@@ -128,7 +128,7 @@ def backdrops(batch, flat, rng):
 def local_points(shape, rng):
     """Where tracks sit on objects of a shape (kind, sides): (B, K, POINTS, 2) in radii. The centre, then all over."""
     kind, sides = (part[..., 0] for part in shape)
-    draw = torch.rand(2, len(kind), OBJECTS, POINTS, generator=rng)
+    draw = torch.rand(2, *kind.shape[:2], POINTS, generator=rng)
     angle = 2 * math.pi * draw[0]
     radius = 0.9 * outline(kind, sides, angle) * draw[1].sqrt()
     points = radius[..., None] * torch.stack([torch.cos(angle), torch.sin(angle)], -1)
@@ -170,11 +170,11 @@ def film_one(scene, b, size, span):
 
 def scene_tracks(scene, size, rng):
     """The true tracks of the scenes and when they can be seen: (B, T, N, 2) pixels, (B, T, N) bool.
-    N = OBJECTS * POINTS on objects, in their order, then GRID * GRID on the ground, a grid at some frame."""
+    N = K * POINTS on objects, in their order, then GRID * GRID on the ground, a grid at some frame."""
     position, pan, zoom = scene["position"], scene["pan"], scene["zoom"]
-    B, _, T, _ = position.shape
+    B, K, T, _ = position.shape
     scale = scene["radius"][:, :, None] * scene["pulse"][:, None]                            # (B, K, T)
-    offset = turn(scene["points"][:, :, None], scene["spin"][:, None, :, None].expand(-1, OBJECTS, -1, POINTS))
+    offset = turn(scene["points"][:, :, None], scene["spin"][:, None, :, None].expand(-1, K, -1, POINTS))
     on_objects = (position[:, :, :, None] + scale[..., None, None] * offset).transpose(1, 2).flatten(2, 3)
     axis = (torch.arange(GRID) + 0.5) / GRID - 0.5
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).view(1, -1, 2)
@@ -182,11 +182,11 @@ def scene_tracks(scene, size, rng):
     rows = torch.arange(B)
     on_ground = grid / zoom[rows, when][:, None] + pan[rows, when][:, None] + 0.5            # (B, GRID², 2)
     world = torch.cat([on_objects, on_ground[:, None].expand(-1, T, -1, -1)], 2)
-    owner = torch.cat([torch.arange(OBJECTS).repeat_interleave(POINTS), torch.full((GRID * GRID,), -1)])
+    owner = torch.cat([torch.arange(K).repeat_interleave(POINTS), torch.full((GRID * GRID,), -1)])
     visible = torch.cat([scene["present"].repeat_interleave(POINTS, 1), torch.ones(B, GRID * GRID).bool()], 1)
     visible = visible[:, None].repeat(1, T, 1)
     kind, sides = scene["shape"]
-    for k in range(OBJECTS):                                                                 # later ones are in front
+    for k in range(K):                                                                       # later ones are in front
         local = turn((world - position[:, k, :, None]) / scale[:, k, :, None, None], -scene["spin"][..., None])
         edge = outline(kind[:, k], sides[:, k], torch.atan2(local[..., 1], local[..., 0]))
         covers = (local.norm(dim=-1) < edge) & scene["present"][:, k, None, None]
