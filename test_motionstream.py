@@ -2148,6 +2148,28 @@ def test_rollouts_under_drawn_memory_are_judged_as_whole_clips():
         assert (config.chunk, config.sink, config.window) == (3, 1, 1), "the model's own, not the last that was drawn"
 
 
+def test_a_student_is_trained_with_the_memory_that_is_asked_for():
+    memories, new_caches = [], MotionStream.new_caches
+
+    def record(model):
+        memories.append((model.config.chunk, model.config.sink, model.config.window))
+        return new_caches(model)
+
+    with folder() as here, quiet() as (_, err), without_pictures():
+        for name in "vae", "teacher":
+            (here / f"{name}.safetensors").symlink_to(td.ASSETS / f"{td.SHIPPED[name]}.safetensors")
+        flags = ["--smoke", "--out", str(here), "--memory", "c2s3wfull", "--rollout", "6"]
+        with unittest.mock.patch.object(MotionStream, "new_caches", record), unittest.mock.patch.object(
+                td, "KVCache", side_effect=KVCache) as cache:
+            for stage in "causal", "distill":
+                assert td.main([*flags, "--stage", stage, "--steps", "1" if stage == "distill" else "12"]) is None, \
+                    err.getvalue()
+        assert {*memories} == {(2, 3, None)} and unittest.mock.call(3, None) in cache.call_args_list
+        for name in "causal", "student":
+            config = MotionStream.from_pretrained(here / f"{name}.safetensors").config
+            assert (config.chunk, config.sink, config.window) == (2, 3, None)
+
+
 def test_dmd_loss_moves_the_generator_only_and_critic_loss_the_critic_only():
     generator, teacher, critic = nets = [new_model(seed).requires_grad_(True) for seed in range(3)]
     (noise, given, first), calls = clip_of(6), []
@@ -3036,6 +3058,7 @@ def test_what_cannot_be_trained_is_refused_in_one_line():
         teacher = saved(here / "t.safetensors", new_model(causal=False))
         for said, *flags in [("--reward needs --stage distill", "--reward", "motion", "--stage", "teacher"),
                              ("--memory needs --stage distill", "--memory", "drawn", "--stage", "eval"),
+                             ("argument --memory: 3,1,1 is not like c3s1w1, and not drawn", "--memory", "3,1,1"),
                              ("--clips needs --stage eval", "--clips", "3", "--stage", "vae"),
                              ("--adversarial needs --stage decoder", "--adversarial", "1"),
                              ("--length 81: for --data, whole chunks", "--length", "81"),
@@ -3096,6 +3119,14 @@ def test_a_dry_run_tells_parameters_and_costs_and_makes_nothing():
                 assert f"{6 * 1560 * 1536 * 2 * 30 * 2 / 2 ** 20:,.0f} MiB" in said, said
                 assert "8 GPUs: 3.3 GiB each to train the teacher, 6.6 to distil" in said       # 20 and 40 bytes
                 assert "teacher: 614,400 clips" in said and "causal: 256,000 clips" in said, said
+            if preset == "wan2.1-1.3b":
+                days = [re.search(r"1 GPU: .* teacher ([\d.]+),", said)[1]]
+                for flags in ["--tflops", "198"], ["--memory", "c3s2w6"]:
+                    with quiet() as (out, _):
+                        td.main(["--dry-run", preset, "--out", str(here / "out"), *flags])
+                    days.append(re.search(r"1 GPU: .* teacher ([\d.]+),", out.getvalue())[1])
+                assert f"{24 * 1560 * 1536 * 2 * 30 * 2 / 2 ** 20:,.0f} MiB" in out.getvalue(), "of the chosen memory"
+                assert 1.9 < float(days[1]) / float(days[0]) < 2.1 and days[2] == days[0], days
         assert not (here / "out").exists()
     c = replace(PRESETS["tiny"], clip_dim=40, dim=384, ffn_dim=1500)
     model, x = randomised(MotionStream(c)), rand(1, 16, 6, 16, 16)
@@ -4997,7 +5028,7 @@ def trainings(run, clip, half):
             "distillation, drag": (clip | {"measure": distilled_row}, students),
             "distillation, stream": (half | {"measure": distilled_row}, students),
             "damaged tracks": (taught, harmed),
-            "drawn tracks": (taught | {"teach": {"steps": 600}}, grid(drawn=(False, True))),
+            "drawn tracks": (taught | {"teach": {"steps": 400}}, grid(drawn=(False, True))),
             "encoding": (clip | {"measure": encoding_row, "clips": 1, "points": "dense"}, grid(by=("vae", "head"))),
             "decoders": (clip | {"measure": decoders_row}, [{}])}
 
@@ -5186,10 +5217,10 @@ def forward_flops(c, tokens, seen):
     return c.num_layers * (tokens * a_token + 4 * D * D * text)
 
 
-def dry_run(run, tflops=396):
-    """train_distill.py --dry-run: print what the training of `run` would be and take, on GPUs that keep up `tflops` (40
+def dry_run(run):
+    """train_distill.py --dry-run: print what the training of `run` would be and take, on GPUs that keep up --tflops (40
     % of an H100's 989 in bfloat16). The model is on the meta device, and nothing is written."""
-    c, r, frames = run.config, run.recipe, (run.recipe.clip + 3) // 4
+    c, r, frames, tflops = run.config, run.recipe, (run.recipe.clip + 3) // 4, run.args.tflops
     with torch.device("meta"):
         count = sum(p.numel() for p in MotionStream(c).parameters())
     frame = math.prod(c.size) // (2 * c.stride) ** 2                                # tokens
@@ -5212,7 +5243,7 @@ def dry_run(run, tflops=396):
         days = ", ".join(f"{stage} {clips[stage] * flops / (1e12 * tflops * gpus * 86400):,.2g}"
                          for stage, flops in costs.items())
         print(f"{gpus} GPU{'s' * (gpus > 1)}: {teacher:.1f} GiB each to train the teacher, {distill:.1f} to distil, if "
-              f"all is sharded, without activations; days at {tflops} TFLOP/s each: {days}")
+              f"all is sharded, without activations; days at {tflops:g} TFLOP/s each: {days}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
