@@ -3342,7 +3342,7 @@ def bad_inputs(here):
         "half an npz": raw("--tracks", "half.npz", whole[:300]),
         "terabytes": raw("--tracks", "huge.npy", declares((10 ** 6, 10 ** 6, 2))),
         "negative shape": raw("--tracks", "negative.npy", declares((-1, 3, 2))),
-        "2-d tracks": npy("2d.npy", good[:, 0]),
+        "1-d tracks": npy("1d.npy", good[:, 0, 0]),
         "3-d points": npy("3d.npy", np.zeros((14, 3, 3), np.float32)),
         "no tracks in it": npy("zero.npy", good[:, :0]),
         "no frames in it": npy("short.npy", good[:0]),
@@ -3410,7 +3410,7 @@ def test_a_tracks_file_is_never_unpickled_and_never_unpacked_beyond_the_limit():
         assert not (here / "made").exists()
         np.savez_compressed(here / "large.npz", tracks=np.zeros((999, 9, 2)))
         assert (here / "large.npz").stat().st_size < 9999
-        with unittest.mock.patch("assets.tracks.LIMIT", 9999):
+        with unittest.mock.patch("assets.arrays.LIMIT", 9999):
             assert_error(sample.UserError, "unpacks to", sample.load_tracks, here / "large.npz", (48, 32))
 
 
