@@ -5,9 +5,11 @@ Their sizes are checked before there is an array, and no pickle is loaded. Whate
 `naming`, which makes one line of it.
 """
 
+import contextlib
 import io
 import json
 import math
+import warnings
 import zipfile
 
 import numpy as np
@@ -28,16 +30,14 @@ def read_file(path, known):
         head = file.read(6)
         if head == np.lib.format.MAGIC_PREFIX:
             return "npy", {"tracks": read_npy(file)}
-    zipped = zipfile.is_zipfile(path)
-    if not zipped and head[:1] != b"\x80":
+    if head[:2] != b"PK" and head[:1] != b"\x80":        # neither a zip file nor a pickle
         return "json", read_json(path, known)
     check_unpacked(path)
-    if zipped and not any(name.endswith("data.pkl") for name in zipfile.ZipFile(path).namelist()):
+    if head[:2] == b"PK" and not any(name.endswith("data.pkl") for name in zipfile.ZipFile(path).namelist()):
         return "npz", read_arrays(path, known)
-    try:
+    packed = None
+    with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):      # torch's advise unpickling
         packed = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:       # torch's own text advises weights_only=False
-        packed = None
     if not isinstance(packed, bytes):
         raise UserError("is a pickle, which may run code and is not opened; the README says how to make an .npz of it")
     return "npz", read_arrays(io.BytesIO(packed), known)
@@ -45,8 +45,9 @@ def read_file(path, known):
 
 def check_unpacked(file):
     """Refuse what is too large, or would be when unpacked. file: a path, or a whole file in memory."""
-    unpacked = [entry.file_size for entry in zipfile.ZipFile(file).infolist()] if zipfile.is_zipfile(file) else []
-    size = max(sum(unpacked), len(file.getbuffer()) if isinstance(file, io.BytesIO) else file.stat().st_size)
+    size = len(file.getbuffer()) if isinstance(file, io.BytesIO) else file.stat().st_size
+    with contextlib.suppress(Exception):                # if it is no zip file, or a damaged one, the reader says it
+        size = max(size, sum(entry.file_size for entry in zipfile.ZipFile(file).infolist()))
     if size > LIMIT:
         raise UserError(f"unpacks to {size / 2 ** 30:.1f} GiB, at most {LIMIT / 2 ** 30:.0f}")
 
@@ -59,12 +60,14 @@ def check_size(shape, itemsize):
 
 def read_npy(file):
     """The array in an open .npy file."""
-    file.seek(0)
-    first = np.lib.format.read_magic(file) == (1, 0)
-    shape, _, dtype = (np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0)(file)
-    check_size(shape, dtype.itemsize)
-    file.seek(0)
-    return np.lib.format.read_array(file, allow_pickle=False)
+    numpy = np.lib.format                               # its functions
+    with warnings.catch_warnings(action="ignore"):      # of headers by Python 2
+        file.seek(0)
+        read_header = numpy.read_array_header_1_0 if numpy.read_magic(file) == (1, 0) else numpy.read_array_header_2_0
+        shape, _, dtype = read_header(file)
+        check_size(shape, dtype.itemsize)
+        file.seek(0)
+        return numpy.read_array(file, allow_pickle=False)
 
 
 def read_arrays(file, known):
@@ -131,9 +134,9 @@ def read_depth(path):
         if file.read(6) == np.lib.format.MAGIC_PREFIX:
             depth = read_npy(file)
             return depth[0] if depth.ndim == 3 and len(depth) == 1 else depth
-    picture = Image.open(path)
-    grey = np.asarray(picture if picture.mode[:1] in "IFL" else picture.convert("RGB"))
-    if grey.ndim == 3 and picture.mode != "LA" and (grey != grey[..., :1]).any():
+    with Image.open(path) as picture:
+        grey = np.asarray(picture if picture.mode[0] in "IFL" and picture.mode != "LA" else picture.convert("RGB"))
+    if grey.ndim == 3 and (grey != grey[..., :1]).any():
         raise UserError("is in colour; save depth as .npy, or as a grey picture")
     grey = grey[..., 0] if grey.ndim == 3 else grey
     if not grey.max() > 0:

@@ -61,14 +61,14 @@ def track_flags(parser):
     either("--tracks", help=".npz and others, see the top of sample.py; or - for standard input; default: none", **file)
     either("--drag", "--pin", dest="tracks", type=drag_path, action="append", metavar="'X,Y -> X,Y'",
            help="instead of --tracks, as often as wanted: where a point of the image goes, or that it stays")
+    either("--depth", help="instead of --tracks, with --camera: of the image, .npy (H, W), or grey, bright is near", **file)
     parser.add_argument("--save-tracks", help="write the tracks as used, .npz, for --tracks", **file)
     add = parser.add_argument_group("what a --tracks FILE does not say itself").add_argument
     add("--tracks-layout", choices=("auto", "tn", "nt"), default="auto", help="frames first, or tracks; auto: by names")
     add("--tracks-units", choices=("auto", "px", "01"), default="auto", help="pixels, or shares of the picture")
     add("--tracks-size", type=picture_size, metavar="WxH", help="of the video they belong to; default: the image's")
     add("--visibility", help="an .npy of (T, N); default: the one beside an .npy of tracks", **file)
-    add = parser.add_argument_group("tracks of a camera that moves, instead of --tracks").add_argument
-    add("--depth", help="of the image: .npy (H, W), or a grey picture, bright is near", **file)
+    add = parser.add_argument_group("only --depth").add_argument
     add("--camera", type=camera_move, metavar="MOVE",
         help=f"{', '.join(MOVES)}; with an amount if wanted, as right:0.3, in median depths, degrees, or times")
     add("--focal", type=number(float, 1, 10 ** 6), metavar="F", help="in pixels of the image; default: its longer side")
@@ -80,14 +80,13 @@ def check_track_flags(args):
     told = args.tracks_layout != "auto" or args.tracks_units != "auto" or args.tracks_size or args.visibility
     for wrong, cure in [
         (live and (args.overlay or args.reference or args.found or args.lpips)
-         or args.interactive and (args.tracks or args.frames),
+         or args.interactive and (args.tracks or args.depth or args.frames),
          "--interactive and --tracks - know no tracks beforehand: drop --overlay, --reference and the like, with "
-         "--interactive also --tracks and --frames"),
+         "--interactive also --tracks, --depth and --frames"),
         (told and not file, "--tracks-layout, --tracks-units, --tracks-size and --visibility belong to --tracks FILE"),
         (bool(args.depth) != bool(args.camera), "--depth and --camera need each other"),
         (args.focal and not args.depth, "--focal belongs to --depth"),
-        (args.depth and (file or live), "--depth takes the place of --tracks and --interactive; drop one"),
-        (args.save_tracks and not (file or args.tracks or args.depth) or args.save_tracks and live,
+        (args.save_tracks and (live or not (args.tracks or args.depth)),
          "--save-tracks needs --tracks FILE, --drag, --pin or --depth; streams are kept as .take.npz"),
     ]:
         if wrong:
@@ -100,9 +99,7 @@ def read_tracks(args, size, grid):
     if isinstance(args.tracks, Path) and args.tracks != STDIN:
         return load_tracks(args.tracks, size, args.tracks_layout, args.tracks_units, args.tracks_size, args.visibility,
                            args.frames)
-    frames, paths = args.frames or 81, args.tracks if isinstance(args.tracks, list) else []
-    tracks, visible, *_ = follow(paths, frames)
+    frames = args.frames or 81
     if args.depth:
-        more, seen, *_ = camera_tracks(args.depth, size, frames, grid, args.camera, args.focal)
-        tracks, visible = np.concatenate([tracks, more], 1), np.concatenate([visible, seen], 1)
-    return tracks, visible, None, None
+        return camera_tracks(args.depth, size, frames, grid, args.camera, args.focal)
+    return follow(args.tracks if isinstance(args.tracks, list) else [], frames)

@@ -163,7 +163,7 @@ def check_order(tracks, visible, alone, frames):
     steps = [np.median(step[~np.isnan(step)]) if not np.isnan(step).all() else math.nan for step in steps]
     T, N = visible.shape
     for wrong, why in ((alone and T < 5 <= N, f"they have {T} frames"),
-                       (N == frames != T, f"--frames is {N}"),
+                       (5 <= N == frames != T, f"--frames is {N}"),
                        (min(T, N) >= 3 and steps[0] > max(1, 10 * steps[1]), "they jump from frame to frame")):
         if wrong:
             raise UserError(f"shape {tracks.shape} looks like (N, T, 2), as {why}: pass --tracks-layout nt, or tn if "
