@@ -61,7 +61,7 @@ def track_flags(parser):
     either("--tracks", help=".npz and others, see the top of sample.py; or - for standard input; default: none", **file)
     either("--drag", "--pin", dest="tracks", type=drag_path, action="append", metavar="'X,Y -> X,Y'",
            help="instead of --tracks, as often as wanted: where a point of the image goes, or that it stays")
-    either("--depth", help="instead of --tracks, with --camera: of the image, .npy (H, W), or grey, bright is near", **file)
+    either("--depth", help="instead of --tracks, with --camera: .npy (H, W), or a grey picture, bright is near", **file)
     parser.add_argument("--save-tracks", help="write the tracks as used, .npz, for --tracks", **file)
     add = parser.add_argument_group("what a --tracks FILE does not say itself").add_argument
     add("--tracks-layout", choices=("auto", "tn", "nt"), default="auto", help="frames first, or tracks; auto: by names")
