@@ -2159,18 +2159,17 @@ def test_a_student_is_trained_with_the_memory_that_is_asked_for():
         memories.append((model.config.chunk, model.config.sink, model.config.window))
         return new_caches(model)
 
-    with folder() as here, quiet() as (_, err), without_pictures():
-        for name in "vae", "teacher":
-            (here / f"{name}.safetensors").symlink_to(td.ASSETS / f"{td.SHIPPED[name]}.safetensors")
-        flags = ["--smoke", "--out", str(here), "--memory", "c2s3wfull", "--rollout", "6"]
-        with unittest.mock.patch.object(MotionStream, "new_caches", record), unittest.mock.patch.object(
-                td, "KVCache", side_effect=KVCache) as cache:
-            for stage in "causal", "distill":
-                assert td.main([*flags, "--stage", stage, "--steps", "1" if stage == "distill" else "12"]) is None, \
-                    err.getvalue()
+    with folder() as here, unittest.mock.patch.object(MotionStream, "new_caches", record), \
+            unittest.mock.patch.object(td, "KVCache", side_effect=KVCache) as cache:
+        flags = own_flags(here, own_clips(here / "data", frames=69), "--memory", "c2s3wfull", "--rollout", "8")
+        (here / "runs/out").mkdir(parents=True)
+        saved(here / "runs/out/teacher.safetensors", new_model(causal=False))
+        with quiet() as (_, err):
+            for stage, steps in ("causal", "8"), ("distill", "2"):
+                assert td.main([*flags, "--stage", stage, "--steps", steps]) is None, err.getvalue()
         assert {*memories} == {(2, 3, None)} and unittest.mock.call(3, None) in cache.call_args_list
         for name in "causal", "student":
-            config = MotionStream.from_pretrained(here / f"{name}.safetensors").config
+            config = MotionStream.from_pretrained(here / f"runs/out/{name}.safetensors").config
             assert (config.chunk, config.sink, config.window) == (2, 3, None)
 
 
@@ -5496,9 +5495,10 @@ def dry_run(run):
     with torch.device("meta"):
         count = sum(p.numel() for p in MotionStream(c).parameters())
     frame = math.prod(c.size) // (2 * c.stride) ** 2                                # tokens
-    held = [min(i, c.sink + (c.window if c.window is not None else i)) * c.chunk for i in range(run.known + 1)]
+    most = run.known if c.window is None else c.sink + c.window                     # chunks in the cache
+    held = [min(i, most) * c.chunk for i in range(run.known)]
     whole = forward_flops(c, frames * frame, frames * frame)
-    stream = sum(forward_flops(c, c.chunk * frame, (past + c.chunk) * frame) for past in held[:-1])
+    stream = sum(forward_flops(c, c.chunk * frame, (past + c.chunk) * frame) for past in held)
     steps, guided = (len(c.sigmas) + 1) / 2, 3 if c.guidance[1] else 2 if c.guidance[0] else 1
     costs = {                                                   # of a clip; a backward costs two forwards
         "teacher": 3 * whole, "trajectories": guided * c.steps * whole, "causal": (3 + 1) * stream,
@@ -5506,7 +5506,7 @@ def dry_run(run):
     clips = {stage: r.batch * n for stage, n in run.steps.items()} | {"trajectories": run.trajectories}
     print(f"{c}\n{r}\n{count:,} parameters, {frame:,} tokens a latent frame, {frames} of them a clip")
     print(f"the KV cache of a stream, chunk {c.chunk}, sink {c.sink}, window {c.window}: "
-          f"{c.num_layers * 2 * 2 * c.dim * held[-1] * frame / 2 ** 20:,.0f} MiB in bfloat16")
+          f"{c.num_layers * 2 * 2 * c.dim * most * c.chunk * frame / 2 ** 20:,.0f} MiB in bfloat16")
     for stage, flops in costs.items():
         print(f"{stage}: {clips[stage]:,} clips, {flops / 1e12:,.1f} TFLOP each")
     for gpus in 1, 4, 8:
