@@ -13,11 +13,11 @@ Shapes, in every file of this project:
     latents (B, C, F, h, w)   sigma (B,) or (B, F) in [0, 1]   velocity = noise - x0, which is what the DiT returns
 """
 
+import collections
 import itertools
 import json
 import math
 import re
-import zlib
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -500,22 +500,33 @@ def rollout(model, noise, conditions, first=None, sigmas=None, exit_step=None, g
         first = None                                                      # the image is in the cache now
 
 
+class Recomputing:
+    """A model for `rollout` that, when the text changes, also rewrites what the caches hold (after LongLive, arXiv
+    2509.22622): the window's chunks go through the clean pass again with the new text, oldest first, behind the sink.
+    The sink stays, for it holds the image. With a sink_decay below 1 it also holds, under the old text, what has left
+    the window. Use one object for one rollout."""
+
+    def __init__(self, model):
+        self.model, self.config, self.new_caches, self.text = model, model.config, model.new_caches, None
+        self.passes = collections.deque(maxlen=model.config.window)       # those that wrote the window, without text
+
+    def __call__(self, x, sigma, text, *, caches, write=False, **given):
+        if text is not self.text and (text is None or self.text is None or not text.equal(self.text)):
+            for cache in caches:
+                cache.chunks = cache.chunks[:cache.sink]
+            with torch.no_grad():
+                for clean in self.passes:
+                    self.model(text=text, caches=caches, write=True, **clean)
+        self.text = text
+        if write and len(caches[0].chunks) >= caches[0].sink:
+            self.passes.append({"x": x, "sigma": sigma, **given})
+        return self.model(x, sigma, text, caches=caches, write=write, **given)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# Text and weights. Nothing below is part of the method; the two imports are needed only here.
+# Weights. Nothing below is part of the method; the import is needed only here.
 
-import os
 from pathlib import Path
-
-
-def embed_words(text, config):
-    """A prompt for the tiny model, (1, L, text_dim): each word is random numbers seeded by its own letters, the same in
-    every process. At most text_len words; their order is not seen. None: the null text."""
-    if text is None:
-        return None
-    words = re.findall(r"\w+", text.lower())[:config.text_len]
-    seeds = [torch.Generator().manual_seed(zlib.crc32(word.encode())) for word in words]
-    rows = [torch.randn(config.text_dim, generator=seed) for seed in seeds]
-    return torch.stack(rows)[None] if rows else torch.zeros(1, 0, config.text_dim)
 
 
 def init_weights(model):
@@ -727,21 +738,10 @@ def image_and_mask(latents):
     return torch.cat([image_channels(first, latents.shape[2]), latents], 1)
 
 
-def write(path, save, *args):
-    """Call save(*args, temporary path), then rename: a file is whole or not there."""
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part")
-    try:
-        save(*args, temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def save_pretrained(model, path, dtype=None, **extra):
     """Write one .safetensors file with Wan's names, whole or not at all: from_pretrained reads it and, without a track
     head, other tools for Wan. The metadata hold the config and the texts in `extra`. dtype=None keeps the model's."""
+    from assets import write
     from safetensors.torch import save_file
     tensors = {name: t.to("cpu", dtype).contiguous() for name, t in model.state_dict().items()}
     own = {"format": "motionstream", "config": json.dumps(asdict(model.config))}

@@ -42,12 +42,13 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-from assets import UserError, naming
+from assets import UserError, naming, write
 from assets.encoders import image_encoder, kept_rows, text_encoder
 from assets.page import TOKEN, Handler, clock
 from assets.tracks import check_tracks, follow, load_tracks, read_arrays
-from motionstream import (SELF_FORCING, MotionStream, embed_words, euler, find_config, image_and_mask, image_channels,
-                          read_weights, rollout, schedule, track_features, track_ids, write)
+from assets.world import embed_words
+from motionstream import (SELF_FORCING, MotionStream, Recomputing, euler, find_config, image_and_mask, image_channels,
+                          read_weights, rollout, schedule, track_features, track_ids)
 from vae import VAE_FILES, load_vae, read_tensors
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -113,14 +114,16 @@ def conditions(model, first, motion, text=None, clip=None):
 
 
 @torch.inference_mode()
-def stream(model, first, motion, text=None, seed=0, clip=None):
+def stream(model, first, motion, text=None, seed=0, clip=None, recompute=False):
     """The student: clean latents (B, C, chunk, h, w), one chunk after the other, at constant memory.
-    first (B, C, 1, h, w): the image's latent. The noise levels are the model's own. motion, text: see `conditions`."""
+    first (B, C, 1, h, w): the image's latent. The noise levels are the model's own. motion, text: see `conditions`.
+    recompute: when the text changes, what is remembered is written again with it, see Recomputing."""
     generator = torch.Generator().manual_seed(seed)     # on the CPU: the same noise whatever the device
     shape = (*first.shape[:2], model.config.chunk, *first.shape[3:])
     noise = (torch.randn(shape, generator=generator).to(first) for _ in itertools.count())
     _, clean = image_inputs(model.config, first, 1)
-    yield from rollout(model, noise, conditions(model, first, motion, text, clip), clean, generator=generator)
+    given = conditions(model, first, motion, text, clip)
+    yield from rollout(Recomputing(model) if recompute else model, noise, given, clean, generator=generator)
 
 
 @torch.inference_mode()
@@ -345,7 +348,7 @@ def draw_control(vae, motion, config, frames):
 # ----------------------------------------------------------------------------------------------------------------------
 # Takes: what a recorded stream was given, kept in a file, and given again.
 
-SETTINGS = ("seed", "steps", "chunk", "sink", "window", "fps", "dtype", "frames")    # a take's flags
+SETTINGS = ("seed", "steps", "chunk", "sink", "window", "fps", "dtype", "frames", "recompute")    # a take's flags
 
 
 def fitted(given, size, config, taken):
@@ -382,7 +385,7 @@ def save_take(path, taken, frames, image, args, model, vae, encoded):
               "width": image.width, "height": image.height, "models": checksum(model, vae, encoded),
               "prompts": [prompt for _, prompt in taken],
               "seed": args.seed, "steps": args.steps, "chunk": c.chunk, "sink": c.sink, "window": c.window,
-              "fps": args.fps or c.fps, "dtype": args.dtype, "frames": frames}
+              "fps": args.fps or c.fps, "dtype": args.dtype, "frames": frames, "recompute": args.recompute}
     np.savez(data, **{name: array for name, array in arrays.items() if array is not None})
     write(path, lambda part: part.write_bytes(data.getbuffer()))
 
@@ -557,6 +560,8 @@ def parse_flags(argv):
     add("--chunk", type=number(int, 1, 1000), help="latent frames generated together", **given)
     add("--sink", type=number(int, 0, 10 ** 6), help="chunks from the start that are remembered for ever", **given)
     add("--window", type=number(int, 0, 10 ** 6), help="latest chunks that are remembered besides", **given)
+    add("--recompute", type=number(int, 0, 1), nargs="?", const=1, default=0, metavar="1",
+        help="when the prompt changes, run the window's chunks again with it; 0: not, the default")
     add = parser.add_argument_group("only --sampler teacher; guidance as in eq. 2, both 0: none").add_argument
     add("--w-text", type=number(float, 0, 100), help="weight of the text; default: the model's", **given)
     add("--w-motion", type=number(float, 0, 100), help="weight of the tracks; default: the model's", **given)
@@ -629,6 +634,7 @@ def refuse(args, weights, c, frames):
          "--interactive, --replay and --tracks - need a trained student"),
         *((flag in args, f"--{flag.replace('_', '-')} belongs to --sampler {'teacher' if streams else 'stream'}")
           for flag in (("w_text", "w_motion", "negative_prompt") if streams else ("chunk", "sink", "window"))),
+        (args.recompute and not streams, "--recompute belongs to --sampler stream"),
         (streams and c.window is None and frames > HISTORY and "window" not in args,
          f"trained to remember {HISTORY} frames, all of them; add --sink 1 --window 5 for more"),
         (streams and has_mask(c), "takes the image as a clip with a mask, which cannot stream; use --sampler teacher"),
@@ -722,7 +728,7 @@ def generate(args, frames, image, motion, model, vae, encoded):
     grey = 4 * latent_frames(frames, c) - 4 if has_mask(c) else 0
     first = vae.encode(F.pad(image[:, :, None], (0, 0, 0, 0, 0, grey)).to(device))
     if args.sampler == "stream":
-        latents = stream(model, first, motion, text, args.seed, clip=clip)
+        latents = stream(model, first, motion, text, args.seed, clip=clip, recompute=args.recompute)
     else:
         latents = sample_teacher(model, first, motion, frames, text, args.seed, null_text=null_text, clip=clip)
     yield from itertools.islice(decode_frames(vae, latents), frames)

@@ -55,11 +55,11 @@ from tqdm import tqdm
 import motionstream
 import sample
 import train_distill as td
-from assets import encoders, world
-from motionstream import (PRESETS, KVCache, MotionStream, SelfAttention, TrackHead, add_noise, apply_rope, by_chunk,
-                          embed_words, euler, find_config, guided_velocity, image_and_mask, joint_guidance,
-                          rollout, rope_table, save_pretrained, schedule, sinusoid, to_x0, track_features, track_ids,
-                          with_first, write)
+from assets import encoders, world, write
+from assets.world import embed_words
+from motionstream import (PRESETS, KVCache, MotionStream, Recomputing, SelfAttention, TrackHead, add_noise, apply_rope,
+                          by_chunk, euler, find_config, guided_velocity, image_and_mask, joint_guidance, rollout,
+                          rope_table, save_pretrained, schedule, sinusoid, to_x0, track_features, track_ids, with_first)
 from vae import RMSNorm as ChannelNorm
 from vae import (STATISTICS, CausalConv, TinyVAE, TinyVAEConfig, WanVAE, WanVAEConfig, fill, load_vae,
                  read_tensors)
@@ -646,6 +646,61 @@ def test_training_and_sampling_roll_out_the_same_bits():
     assert all(a.detach().equal(b) for a, b in zip(train, play, strict=True))
 
 
+def test_recomputing_equals_caches_rebuilt_by_hand():
+    noise, given, first = clip_of(15)
+    texts, tracks = [given["text"]] * 3 + [rand(2, 4, 12, seed=9), None], given["tracks"].split(3, 2)
+    for sink, window in (1, 1), (1, 2), (0, 2), (2, 1), (2, 9), (0, None), (1, 0):
+        model = new_model(sink=sink, window=window)
+        now = [{"text": text, "tracks": part} for text, part in zip(texts, tracks)]
+        plain, found = (list(rollout(m, noise, iter(now), first, generator=seeded(5)))
+                        for m in (model, Recomputing(model)))
+        rng, sigmas = seeded(5), [*model.config.sigmas, 0.0]
+        for _ in range(3 * (len(sigmas) - 2)):                      # of the first three chunks, which are as they were
+            torch.randn(noise.shape[0], 4, 3, *noise.shape[3:], generator=rng)
+        for i in 3, 4:
+            caches, held = model.new_caches(), range(sink, i)
+            for j in (*range(min(sink, i)), *(held if window is None else held[max(len(held) - window, 0):])):
+                said = now[j] if j < sink else now[j] | {"text": texts[i]}
+                model(found[j], torch.zeros(2), caches=caches, write=True, **said)
+            x = noise[:, :, 3 * i:3 * i + 3]
+            for sigma, following in zip(sigmas, sigmas[1:]):
+                level = torch.full((2,), sigma, dtype=torch.float64)
+                x0 = to_x0(x, model(x, level, caches=caches, **now[i]), level)
+                if following:
+                    x = add_noise(x0, torch.randn(x.shape, generator=rng), torch.full((2,), following))
+            assert_near(found[i], x0, 1e-5)
+            assert (found[i] - plain[i]).abs().max() > 1e-3 or not window and window is not None
+        assert all(a.equal(b) for a, b in zip(found[:3], plain))
+
+
+def test_recomputing_leaves_the_sink_alone_and_makes_no_graph():
+    for decay in 1.0, 0.9:
+        model, (noise, given, first), calls = new_model(window=2, sink_decay=decay), clip_of(24), []
+        recomputing, caches = Recomputing(model), model.new_caches()
+        recomputing.new_caches = lambda: caches
+        model.requires_grad_(True).register_forward_hook(lambda _, args, options, out: calls.append(
+            (options.get("write", False), out.requires_grad, [cache.chunks[:1] for cache in caches])), with_kwargs=True)
+        now = [{"text": given["text"] * (i > 5), "tracks": part} for i, part in enumerate(given["tracks"].split(3, 2))]
+        for x in rollout(recomputing, noise, iter(now), first, exit_step=0, grad=True):
+            assert len(recomputing.passes) <= 2 and all(len(cache.chunks) <= 3 for cache in caches)
+            assert x.requires_grad and not any(k.requires_grad for cache in caches for k, _ in cache.chunks)
+        writes, graphs, sinks = zip(*calls)
+        assert writes == (*[False, True] * 6, True, True, *[False, True] * 2)          # two are written again
+        assert all(write != graph for write, graph in zip(writes, graphs))
+        before, after = ([sink[0] for sink in sinks[i]] for i in (11, 14))
+        assert all(a.equal(b) for one, two in zip(before, after) for a, b in zip(one, two))
+
+
+def test_recomputing_changes_nothing_while_the_text_stays():
+    model, (noise, given, first), count = new_model(), clip_of(12), []
+    model.register_forward_hook(lambda *_: count.append(1))
+    for text in given["text"], None:
+        now = [{"text": None if text is None else text.clone(), "tracks": part} for part in given["tracks"].split(3, 2)]
+        one, two = (list(rollout(m, noise, iter(now), first, generator=seeded(5))) for m in (model, Recomputing(model)))
+        assert all(a.equal(b) for a, b in zip(one, two, strict=True)) and len(count) == 2 * 4 * (len(SMALL.sigmas) + 1)
+        count.clear()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Weights files.
 
@@ -704,7 +759,7 @@ def test_weights_that_do_not_fit_are_refused_in_one_line_that_names_the_file():
 
 def test_words_are_the_same_in_every_process():
     ours = embed_words("Fading light, spinning shapes", SMALL)
-    code = ("from motionstream import *; "
+    code = ("from assets.world import *; from motionstream import Config; "
             "print(embed_words('fading LIGHT spinning shapes', Config(text_dim=12)).tolist())")
     theirs = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True).stdout
     assert ours.shape == (1, 4, 12) and ours.tolist() == ast.literal_eval(theirs)
@@ -3848,6 +3903,27 @@ def test_a_recorded_take_is_replayed_to_the_bit():
                 assert code == 0 and np.array_equal(frames_of(replay), one), err
             for path in take, replay, video:
                 path.unlink()
+
+
+def test_a_take_whose_window_is_recomputed_is_replayed_to_the_bit():
+    _, here = workplace()
+    models = "--weights", here / "student.safetensors", "--vae", here / "vae.safetensors"
+    with folder() as mine:
+        with served("--out", mine / "x.mp4", "--recompute") as page:
+            for prompt in "", "fading light", "warming light":
+                page.control([(9.3, 8.2)], prompt=prompt)
+                page.watch(40)
+        one = frames_of(mine / "x.mp4")
+        for flags, same in ((), True), (("--recompute",), True), (("--recompute", 0), False):
+            code, _, err = sampled("--replay", mine / "x.take.npz", *models, "--out", mine / "y.mp4", *flags)
+            assert code == 0 and np.array_equal(frames_of(mine / "y.mp4"), one) == same, (flags, err)
+        old = {name: array for name, array in np.load(mine / "x.take.npz").items() if name != "recompute"}
+        np.savez(mine / "old.take.npz", **old)                      # from before there was such a flag
+        code, _, err = sampled("--replay", mine / "old.take.npz", *models, "--out", mine / "z.mp4")
+        code, _, err = sampled("--replay", mine / "x.take.npz", *models, "--out", mine / "y.mp4", "--recompute", 0)
+        assert code == 0 and np.array_equal(frames_of(mine / "y.mp4"), frames_of(mine / "z.mp4")), err
+    teacher = "--weights", here / "teacher.safetensors", "--sampler", "teacher"
+    assert "--recompute belongs to --sampler stream" in sampled(*command(*teacher, "--recompute"))[2]
 
 
 def test_a_replay_takes_the_models_and_files_it_was_made_with_and_no_others():
