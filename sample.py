@@ -34,8 +34,6 @@ from typing import NamedTuple
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads wait awake, but briefly: the video encoder needs the cores
 
-import imageio.v2 as imageio
-import imageio_ffmpeg
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -45,7 +43,8 @@ from tqdm import tqdm
 from assets import UserError, naming, write
 from assets.encoders import image_encoder, kept_rows, text_encoder
 from assets.page import TOKEN, Handler, clock
-from assets.tracks import check_tracks, follow, load_tracks, read_arrays
+from assets.tracks import check_tracks, follow, load_tracks, read_arrays, starting_inside
+from assets.video import enlarge, enlargement, picture_file, recorder, video_file
 from assets.world import embed_words
 from motionstream import (SELF_FORCING, MotionStream, Recomputing, euler, find_config, image_and_mask, image_channels,
                           read_weights, rollout, schedule, track_features, track_ids)
@@ -57,8 +56,8 @@ NEGATIVE_PROMPT = (         # of Wan, what guidance leads away from
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
     "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
 STDIN = Path("-")           # as --tracks: a line of JSON for each chunk, see read_lines
+RECORDING = Path("recording.mp4")   # what the page records, without --out
 MOST_FRAMES = 1_000_000
-SHORTEST_SIDE = 256         # pixels of the written video; smaller ones are enlarged
 TRAIL = 12                  # frames that a track's trail lasts in --overlay
 HISTORY = 81                # frames that weights without a window, which forget nothing, saw in training
 
@@ -267,45 +266,6 @@ def hold_signals():
             signal.signal(signum, handler)
 
 
-@contextlib.contextmanager
-def video_file(path, fps):
-    """`with video_file(path, fps) as append`: append(frame), uint8 (H, W, 3), goes to a temporary file beside `path`,
-    which takes its place when the block ends and all frames can be read back. If the block ends in an exception,
-    nothing is left behind."""
-    part, count = path.absolute().with_name(f".{path.stem}.{os.getpid()}{path.suffix}"), 0
-
-    def append(frame):
-        nonlocal count
-        writer.append_data(frame)
-        count += 1
-
-    try:
-        writer = imageio.get_writer(part, fps=fps, codec="libx264", quality=7, macro_block_size=2,
-                                    ffmpeg_log_level="quiet",
-                                    output_params=["-preset", "veryfast", "-movflags", "+faststart"])
-        with writer:
-            yield append
-        there = None
-        with contextlib.suppress(RuntimeError):                 # a failed encoding is silent
-            there = imageio_ffmpeg.count_frames_and_secs(part)[0]
-        if there != count:
-            raise OSError(0, "not all frames can be read back")
-        os.replace(part, path)
-    except OSError as e:                                # if ffmpeg has gone, its reason has gone with it
-        raise UserError(f"{path}: cannot be written after {count} frames ({e.strerror or 'ffmpeg has ended'}); is the "
-                        "disk full, or the folder not writable?") from None
-    finally:
-        part.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def picture_file(path):
-    """As video_file, for the last frame alone: an edited picture."""
-    last = collections.deque(maxlen=1)
-    yield last.append
-    write(path, lambda part: Image.fromarray(last[0]).save(part, "png"))
-
-
 def check_output(path, image, kinds):
     """Refuse a path for output that cannot be right, or is that of the image."""
     for wrong, what in ((path.suffix not in kinds, f"choose a name that ends in {' or '.join(kinds)}"),
@@ -424,9 +384,10 @@ def painted(live, take, config):
     last, later = {}, 0
     while True:
         time.sleep(0.004)
+        live.record(live.control["record"])
         if live.stop or live.control["take"] != take:
             return
-        if not live.runs or live.tick + len(live.queue) / live.status["fps"] - time.monotonic() > live.lead:
+        if not live.runs or live.tick + len(live.queues[0]) / live.status["fps"] - time.monotonic() > live.lead:
             continue
         live.obeyed, live.begun, lines = live.control, time.monotonic(), {}
         for x, y, *start, from_x, from_y in live.obeyed["points"]:
@@ -439,28 +400,22 @@ def painted(live, take, config):
 
 
 @torch.inference_mode()
-def perform(live, args, model, vae, encoded, out):
-    """One take: the stream from live.image on, until another take is asked for or it is over; recorded in `out`."""
-    c, image, control, append = live.config, live.image, live.control, None
-    taken = collections.deque(maxlen=None if out else 0)            # what is not recorded is not kept
+def perform(live, args, model, vae, encoded):
+    """One take: the stream from live.image on, until another take is asked for or it is over."""
+    c, image, control, taken = live.config, live.image, live.control, []
     more = c.chunk // control["chunk"]                              # chunks remembered, so that as many frames are
     c = model.config = replace(c, chunk=control["chunk"], sink=more * c.sink, window=c.window and more * c.window)
-    pixels, factor = fit_image(image, c.size), math.ceil(SHORTEST_SIDE / min(c.size))
-    live.queue, live.frame = collections.deque(), (next(live.count), 0, to_frames(pixels[:, :, None])[0])
-    live.status |= {"image": image.size, "recorded": str(out or "")}
+    pixels, live.status["image"] = fit_image(image, c.size), image.size
+    live.queues, live.frame = ((collections.deque(), collections.deque()),
+                               (next(live.count), 0, to_frames(pixels[:, :, None])[0]))
     given = fitted(painted(live, control["take"], c), image.size, c, taken)
-    with contextlib.ExitStack() as stack:
-        for count, frame in enumerate(generate(args, None, pixels, given, model, vae, encoded), 1):
+    with recorder(live, args.out or RECORDING, taken, lambda path, frames: save_take(
+            path, taken, frames, image, args, model, vae, encoded)) as live.record:
+        for frame in generate(args, None, pixels, given, model, vae, encoded):
             if live.begun:                                          # it is the first of its chunk
                 live.status["latency"], live.begun = time.monotonic() - live.begun, None
                 live.lead = max(1.2 * live.status["latency"], 0.8 * live.lead)
-            live.queue.append((next(live.count), live.obeyed["seq"], frame))
-            if out:
-                append = append or stack.enter_context(video_file(out, live.status["fps"]))
-                append(frame.repeat(factor, 0).repeat(factor, 1))
-    if append:
-        save_take(out.with_suffix(".take.npz"), taken, count, image, args, model, vae, encoded)
-        print(f"{out}: {count} frames, again by --replay {out.with_suffix('.take.npz')}")
+            live.queues[0].append((next(live.count), live.obeyed["seq"], frame))
 
 
 def serve(args, image, model, vae, encoded):
@@ -468,12 +423,13 @@ def serve(args, image, model, vae, encoded):
     c, prompt = model.config, model.config.prompt if args.prompt is None else args.prompt
     with hold_signals() as noted:
         live = SimpleNamespace(
-            control={"seq": 0, "take": 0, "chunk": c.chunk, "pause": True, "prompt": prompt or "", "points": []},
+            control={"seq": 0, "take": 0, "chunk": c.chunk, "pause": True, "record": bool(args.out),
+                     "prompt": prompt or "", "points": []},
             status={"size": c.size, "image": image.size, "latency": 0.0, "fps": args.fps or c.fps,
-                    "words": c.text_dim != UMT5_DIM, "chunks": sorted({1, c.chunk}), "recorded": str(args.out or "")},
-            frame=(0, 0, to_frames(fit_image(image, c.size)[:, :, None])[0]), count=itertools.count(1), queue=(),
-            config=c, image=image, stop=noted, lock=threading.Lock(), runs=False, watched=-math.inf, tick=0.0, lead=0.0,
-            begun=None, load_image=load_image)
+                    "words": c.text_dim != UMT5_DIM, "chunks": sorted({1, c.chunk}), "recorded": ""},
+            frame=(0, 0, to_frames(fit_image(image, c.size)[:, :, None])[0]), count=itertools.count(1), queues=((), ()),
+            config=c, image=image, out=args.out, stop=noted, lock=threading.Lock(), runs=False, watched=-math.inf,
+            tick=0.0, lead=0.0, begun=None, load_image=load_image)
         with naming(f"--host {args.host} --port {args.port}", "not an address of this machine"):
             server = http.server.ThreadingHTTPServer((args.host, args.port), Handler)
         server.live, live.hosts = live, [f"{name}:{server.server_port}" for name in (args.host, "localhost")]
@@ -482,12 +438,9 @@ def serve(args, image, model, vae, encoded):
         print(f"http://{args.host}:{server.server_port}/{TOKEN}/", flush=True)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         threading.Thread(target=clock, args=(live,), daemon=True).start()
-        out = args.out
-        for take in itertools.count(2):
-            perform(live, args, model, vae, encoded, out)
-            if noted:
-                return 0
-            out = out and args.out.with_stem(f"{args.out.stem}-{take}")
+        while not noted:
+            perform(live, args, model, vae, encoded)
+        return 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -522,8 +475,7 @@ def drag_path(text):
 def parse_flags(argv):
     """The command line. Flags with argparse.SUPPRESS are only there if given; the model's own value holds otherwise."""
     parser = Parser(description="One image and some tracks in, a video out.", allow_abbrev=False)
-    file, given = {"type": Path, "metavar": "FILE"}, {"default": argparse.SUPPRESS, "metavar": "N"}
-    exclusive = parser.add_mutually_exclusive_group
+    file, exclusive = {"type": Path, "metavar": "FILE"}, parser.add_mutually_exclusive_group
     add, first, either = parser.add_argument, exclusive(required=True).add_argument, exclusive().add_argument
     first("--image", help="first frame, any picture file", **file)
     first("--replay", help="a .take.npz, as --interactive and --tracks - write, again; flags change it", **file)
@@ -556,16 +508,22 @@ def parse_flags(argv):
     add("--control", choices=("sinusoid", "rgb"), help="tracks by the trained head, or drawn if there is none")
     add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, metavar="N", help="of all noise (default: %(default)s)")
     add("--steps", type=number(int, 1, 1000), metavar="N", help="noise levels per chunk; default: the model's")
+    sampler_flags(parser)
+    return parser.parse_args(argv)
+
+
+def sampler_flags(parser):
+    """Those that only one sampler has."""
+    given = {"default": argparse.SUPPRESS, "metavar": "N"}
     add = parser.add_argument_group("only --sampler stream; defaults are the model's").add_argument
     add("--chunk", type=number(int, 1, 1000), help="latent frames generated together", **given)
     add("--sink", type=number(int, 0, 10 ** 6), help="chunks from the start that are remembered for ever", **given)
     add("--window", type=number(int, 0, 10 ** 6), help="latest chunks that are remembered besides", **given)
     add("--recompute", type=number(int, 0, 1), nargs="?", const=1, default=0, metavar="1",
-        help="when the prompt changes, run the window's chunks again with it; 0: not, the default")
+        help="a new prompt on the page is also run over the window's chunks; 0: not, the default")
     add = parser.add_argument_group("only --sampler teacher; guidance as in eq. 2, both 0: none").add_argument
     add("--w-text", type=number(float, 0, 100), help="weight of the text; default: the model's", **given)
     add("--w-motion", type=number(float, 0, 100), help="weight of the tracks; default: the model's", **given)
-    return parser.parse_args(argv)
 
 
 @contextlib.contextmanager
@@ -742,7 +700,7 @@ def write_video(append, frames, total, motion, factor):
     first_after = time.perf_counter() - started
     with hold_signals() as noted:
         for count, frame in enumerate(tqdm(frames, total=total, unit=" frames", disable=None), 1):
-            frame = frame.repeat(factor, 0).repeat(factor, 1)           # nearest neighbour
+            frame = enlarge(frame, factor)
             append(frame if motion is None else draw_tracks(frame, motion, count, factor))
             if noted:
                 break
@@ -763,7 +721,7 @@ def run(argv):
     if isinstance(args.tracks, Path) and not live:
         *arrays, tracks_fps = load_tracks(args.tracks, image.size)
     else:
-        *arrays, tracks_fps = follow([] if live else args.tracks or [], args.frames or 81)
+        *arrays, tracks_fps = follow(starting_inside([] if live else args.tracks or [], image.size), args.frames or 81)
     args.out = args.out or (None if args.interactive else Path("out.mp4"))
     if args.out:
         check_output(args.out, args.image or args.replay, (".mp4",) if args.interactive else (".mp4", ".png"))
@@ -784,7 +742,7 @@ def run(argv):
     elif take:
         given = replayed(take, args, motion, *models)
     pictures = generate(args, frames, pixels, given, *models)
-    factor = math.ceil(SHORTEST_SIDE / min(config.size))
+    factor = enlargement(config.size)
     if measured:
         from test_motionstream import compared          # where all is measured
         found = args.found and load_tracks(args.found, [factor * side for side in config.size[::-1]])[:2]

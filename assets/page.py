@@ -21,12 +21,13 @@ HEADERS = {"Cache-Control": "no-store", "Referrer-Policy": "no-referrer", "X-Con
            "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"}
 MOST = {"application/json": 2 ** 16, "image/png": 2 ** 23, "image/jpeg": 2 ** 23}      # bytes that may be posted
 PAGE = Path(__file__).with_name("interactive.html").read_text(encoding="utf-8").replace("NONCE", NONCE).encode()
-KINDS = {"seq": int, "take": int, "chunk": int, "pause": bool, "prompt": str, "points": list}
+KINDS = {"seq": int, "take": int, "chunk": int, "pause": bool, "record": bool, "prompt": str, "points": list}
 
 
 def read_control(data, chunks, reach):
     """The page's JSON, checked: {"seq": rises with every post, "take": another one starts anew, "chunk", "pause",
-    "prompt", "points": [[x, y, x and y in frame 0, and when grabbed], …] in pixels of the image, below `reach`}."""
+    "record", "prompt", "points": [[x, y, x and y in frame 0, and when grabbed], …] in pixels of the image, below
+    `reach`}."""
     control = json.loads(data, parse_constant=float)
     points = np.array(control["points"], np.float64)
     if ({name: type(value) for name, value in control.items()} != KINDS or control["chunk"] not in chunks
@@ -102,7 +103,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def clock(live):
     """Lets one frame after the other be seen, at the clip's rate, while somebody watches and it is not paused."""
     while not live.stop:
-        queue, live.runs = live.queue, time.monotonic() - live.watched < 2 and not live.control["pause"]
+        (queue, seen), live.runs = live.queues, time.monotonic() - live.watched < 2 and not live.control["pause"]
         if queue and live.runs:
             live.frame, live.tick = queue.popleft(), max(live.tick, time.monotonic()) + 1 / live.status["fps"]
+            seen.append(live.frame[2])
         time.sleep(max(live.tick - time.monotonic(), 0.002))
