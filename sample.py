@@ -384,9 +384,9 @@ def painted(live, take, config):
     last, later = {}, 0
     while True:
         time.sleep(0.004)
-        live.record(live.control["record"])
         if live.stop or live.control["take"] != take:
             return
+        live.record(live.control["record"])
         if not live.runs or live.tick + len(live.queues[0]) / live.status["fps"] - time.monotonic() > live.lead:
             continue
         live.obeyed, live.begun, lines = live.control, time.monotonic(), {}

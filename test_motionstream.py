@@ -35,7 +35,7 @@ import traceback
 import unittest
 import unittest.mock
 import weakref
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,6 +57,7 @@ import motionstream
 import sample
 import train_distill as td
 from assets import encoders, world, write
+from assets.video import recorder
 from assets.world import embed_words
 from motionstream import (PRESETS, KVCache, MotionStream, Recomputing, SelfAttention, TrackHead, add_noise, apply_rope,
                           by_chunk, euler, find_config, guided_velocity, image_and_mask, joint_guidance, rollout,
@@ -4019,8 +4020,81 @@ def test_ctrl_c_ends_within_two_seconds_and_the_recording_is_whole():
             program.kill()
             program.stdout.close()
         frames, tracks = imageio.mimread(here / "out.mp4", memtest=False), np.load(here / "out.take.npz")["tracks"]
-        assert 19 <= len(frames) <= len(tracks), (len(frames), len(tracks))
+        assert int(page.seen) - 1 <= len(frames) <= len(tracks)            # 1 is the image
         assert np.load(here / "out.take.npz")["frames"] == len(frames)
+
+
+def recorded(page, on, frames, **changes):
+    """Record or not from now on, while so many frames are seen: the status in the end."""
+    page.control([(9, 8)], record=on, **changes)
+    page.watch(frames)
+    return page.status()
+
+
+def test_the_page_records_what_is_seen_when_it_asks_into_files_that_are_not_there():
+    _, here = workplace()
+    models = "--weights", here / "student.safetensors", "--vae", here / "vae.safetensors"
+    with folder() as mine, unittest.mock.patch.object(sample, "RECORDING", mine / "recording.mp4"):
+        (mine / "recording.mp4").write_text("mine")
+        (mine / "recording-3.take.npz").write_text("mine, too")
+        with served("--seed", "3") as page:
+            before = recorded(page, False, 30)
+            assert not before["record"] and before["recorded"] == "" and len(list(mine.iterdir())) == 2
+            begun = int(page.seen)
+            status = recorded(page, True, 40)
+            assert status["record"] and re.fullmatch(r"recording-2\.mp4, 0\.[2-9] s", status["recorded"]), status
+            assert not (mine / "recording-2.mp4").exists()
+            page.control([(9, 8)], record=False, pause=True)    # it ends in a pause as well
+            until = time.monotonic() + 5
+            while not (mine / "recording-2.mp4").exists():
+                assert time.monotonic() < until
+                time.sleep(0.02)
+            assert 40 <= len(frames_of(mine / "recording-2.mp4")) <= int(page.status()["frame"]) - begun + 14
+            recorded(page, True, 20, take=1)                    # another take, recorded from its image on
+            recorded(page, True, 20, take=2)                    # and another one
+            status = recorded(page, False, 30, take=2)
+            assert status["recorded"].startswith("recording-5.mp4, ") and not status["record"], status
+            recorded(page, True, 20, take=2)                    # recorded when the program ends
+        names = {file.name for file in mine.iterdir()}
+        videos, takes = ({f"recording{i}{end}" for i in numbers} for end, numbers in (
+            (".mp4", ("", "-2", "-4", "-5", "-6")), (".take.npz", ("-3", "-4", "-5"))))
+        assert names == videos | takes and (mine / "recording.mp4").read_text() == "mine", names
+        for name in "recording-4", "recording-5":
+            code, _, err = sampled("--replay", mine / f"{name}.take.npz", *models, "--out", mine / "y.mp4")
+            one = frames_of(mine / f"{name}.mp4")
+            assert code == 0 and len(one) >= 9 and np.array_equal(frames_of(mine / "y.mp4"), one), err
+        assert len(frames_of(mine / "recording-6.mp4")) >= 9
+
+
+def test_a_recording_from_the_image_on_can_be_replayed_and_one_begun_later_is_a_whole_video():
+    _, here = workplace()
+    models = "--weights", here / "student.safetensors", "--vae", here / "vae.safetensors"
+    with folder() as mine:
+        with served("--out", mine / "x.mp4") as page:
+            assert recorded(page, True, 30)["record"] and not recorded(page, False, 20)["record"]
+            recorded(page, True, 20)
+        assert {file.name for file in mine.iterdir()} == {"x.mp4", "x.take.npz", "x-2.mp4"}
+        one, two = (frames_of(mine / f"{name}.mp4") for name in ("x", "x-2"))
+        assert 28 <= len(one) < 45 and 19 <= len(two) < 35, (len(one), len(two))
+        code, _, err = sampled("--replay", mine / "x.take.npz", *models, "--out", mine / "y.mp4")
+        assert code == 0 and np.array_equal(frames_of(mine / "y.mp4"), one), err
+
+
+def test_a_recording_has_each_frame_seen_while_it_is_on_and_keeps_nothing_else():
+    seen, taken, kept, control = deque(), [], [], {"record": False}
+    live = SimpleNamespace(queues=((), seen), status={"fps": 10, "recorded": ""}, out=None, control=control)
+    with folder() as mine, quiet() as (out, _):
+        with recorder(live, mine / "x.mp4", taken, lambda path, count: kept.append((path, count))) as record:
+            for i in range(50):
+                control["record"] = i in range(20, 30) or i > 44
+                taken.append("what a chunk was given"), seen.append(np.full((64, 64, 3), 5 * i, np.uint8))
+                record(control["record"])
+                assert len(taken) <= 10 and not seen
+        assert not kept and "replay" not in out.getvalue() and live.status["recorded"] == "x-2.mp4, 0.5 s"
+        for name, numbers in ("x", range(20, 31)), ("x-2", range(45, 50)):       # 30: before it was turned off
+            frames = frames_of(mine / f"{name}.mp4")
+            assert frames.shape[1:] == (256, 256, 3)
+            assert_near(torch.from_numpy(frames).float().mean((1, 2, 3)), 5.0 * torch.tensor([*numbers]), 0.02)
 
 
 class Browser:
@@ -4169,6 +4243,29 @@ def test_in_a_browser_a_dragged_object_moves_again_and_again():
             other.run("actions.restart()")
             other.until("!dirty && !sending")
             assert page.status()["take"] == 1
+
+
+def test_in_a_browser_a_button_and_a_key_record_and_the_page_says_into_what():
+    with folder() as mine, unittest.mock.patch.object(sample, "RECORDING", mine / "recording.mp4"), served() as page, \
+            browsing(page, 390) as browser:
+        pressed = "$('record').getAttribute('aria-pressed')"
+        assert browser.run(pressed) == "false" and browser.run("$('recorded').textContent") == ""
+        browser.run("actions.pause()")
+        browser.run("$('record').click()")
+        browser.until("/^● recording[.]mp4, [0-9.]+ s$/.test($('recorded').textContent)")
+        assert browser.run(pressed) == "true" and page.status()["record"]
+        for kind in "keyDown", "keyUp":
+            browser("Input.dispatchKeyEvent", type=kind, key="v")
+        browser.until("/^recording[.]mp4, [0-9.]+ s$/.test($('recorded').textContent)")
+        assert browser.run(pressed) == "false" and len(frames_of(mine / "recording.mp4")) > 5
+        assert browser.run("document.documentElement.scrollWidth") == 390
+        browser.run("$('prompt').focus()")
+        for kind in "keyDown", "keyUp":
+            browser("Input.dispatchKeyEvent", type=kind, key="v", text="v")
+        time.sleep(0.3)
+        assert "v" in browser.run("$('prompt').value") and browser.run(pressed) == "false"      # a letter of the prompt
+        page.control([(9, 8)], record=True)
+        browser.until(f"{pressed} === 'true'")                  # another page did it
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def recorder(live, out, taken, save):
     def record(on):
         nonlocal append, path, count, whole
         (_, seen), fps = live.queues, live.status["fps"]
-        while on and seen:
+        while seen and (on or count):                   # those before it was turned off are recorded, too
             if not count:
                 path, live.out = live.out if live.out and whole else unused(out), None
                 append = files.enter_context(video_file(path, fps))
@@ -102,5 +102,4 @@ def recorder(live, out, taken, save):
 
     with contextlib.ExitStack() as files:
         yield record
-        record(live.control["record"])
         record(False)
