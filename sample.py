@@ -21,7 +21,9 @@ import json
 import math
 import os
 import re
+import select
 import signal
+import socket
 import sys
 import threading
 import time
@@ -198,10 +200,24 @@ def fit_image(image, size):
 # ----------------------------------------------------------------------------------------------------------------------
 # Tracks, in the video.
 
-def read_lines(lines, size, config, prompt):
+def arriving(file, noted):
+    """The lines of an open file or pipe, bytes, as they come, until it ends or something is noted meanwhile."""
+    rest = b""
+    while not noted:
+        if select.select([file], [], [], 0.1)[0]:       # so that a tracker that says nothing does not hold us
+            data = os.read(file.fileno(), 2 ** 16)
+            *lines, rest = (rest + data).split(b"\n")
+            yield from lines
+            if not data:
+                yield rest
+                return
+
+
+def read_lines(file, noted, size, config, prompt):
     """What each chunk is given, for `fitted`, by a tracker that runs meanwhile: a line of JSON for each chunk, with a
     list of points for each of its frames, [x, y] in pixels of the image of `size` (width, height) or null where hidden,
     the same points in the same order in every line."""
+    lines = arriving(file, noted)
     prompt, starts = (config.prompt if prompt is None else prompt) or "", None
     for number, line in enumerate(filter(bytes.strip, lines), 1):       # blank lines are none
         with naming(f"standard input, line {number}", "not a JSON list of frames, lists of points, [x, y] or null"):
@@ -249,9 +265,9 @@ def fit_tracks(arrays, image_size, frames, config, seed, note=print):
 # Writing the video, and pictures of it.
 
 @contextlib.contextmanager
-def hold_signals():
+def hold_signals(noted=None):
     """The first Ctrl-C or SIGTERM is only noted, in the list that this yields; the second one ends the program."""
-    noted = []
+    noted = [] if noted is None else noted
 
     def handle(signum, _):
         if noted:
@@ -432,7 +448,9 @@ def serve(args, image, model, vae, encoded):
             tick=0.0, lead=0.0, begun=None, load_image=load_image)
         with naming(f"--host {args.host} --port {args.port}", "not an address of this machine"):
             server = http.server.ThreadingHTTPServer((args.host, args.port), Handler)
-        server.live, live.hosts = live, [f"{name}:{server.server_port}" for name in (args.host, "localhost")]
+        server.live, live.hosts = live, [args.host, "localhost"]
+        if args.host == "0.0.0.0":                                  # all addresses of this machine; and its name
+            live.hosts.append(socket.gethostname())
         if args.host != "127.0.0.1":
             print(f"warning: whoever reaches {args.host} and sees the address can steer this program")
         print(f"http://{args.host}:{server.server_port}/{TOKEN}/", flush=True)
@@ -692,13 +710,13 @@ def generate(args, frames, image, motion, model, vae, encoded):
     yield from itertools.islice(decode_frames(vae, latents), frames)
 
 
-def write_video(append, frames, total, motion, factor):
+def write_video(append, frames, total, motion, factor, noted):
     """Append `total` frames, enlarged by `factor`, to a video while they come; with the tracks of `motion`, unless it
-    is None, drawn on them. Returns how many there are, and the signals that ended it early."""
+    is None, drawn on them. Returns how many there are; a signal that ended it early is in the list `noted`."""
     started = time.perf_counter()
     frames = itertools.chain([next(frames)], frames)    # the first one now: from there on Ctrl-C keeps what there is
     first_after = time.perf_counter() - started
-    with hold_signals() as noted:
+    with hold_signals(noted):
         for count, frame in enumerate(tqdm(frames, total=total, unit=" frames", disable=None), 1):
             frame = enlarge(frame, factor)
             append(frame if motion is None else draw_tracks(frame, motion, count, factor))
@@ -707,7 +725,7 @@ def write_video(append, frames, total, motion, factor):
     seconds = time.perf_counter() - started
     print(f"{count} of {total or count} frames in {seconds:.2f} s, {count / seconds:.1f} frames/s, the first after "
           f"{first_after:.2f} s")
-    return count, noted
+    return count
 
 
 def run(argv):
@@ -736,9 +754,9 @@ def run(argv):
     if tracks_fps and tracks_fps != (args.fps or config.fps):
         print(f"note: the tracks are at {tracks_fps:g} frames/s, the model at {config.fps}; they are not resampled")
     motion = given = fit_tracks(arrays, image.size, frames or 0, config, args.seed)
-    models, taken = load_models(args, weights, config, pixels), []
+    models, taken, noted = load_models(args, weights, config, pixels), [], []
     if live:
-        given = fitted(read_lines(sys.stdin.buffer, image.size, config, args.prompt), image.size, config, taken)
+        given = fitted(read_lines(sys.stdin.buffer, noted, image.size, config, args.prompt), image.size, config, taken)
     elif take:
         given = replayed(take, args, motion, *models)
     pictures = generate(args, frames, pixels, given, *models)
@@ -750,7 +768,7 @@ def run(argv):
             pictures = compared(pictures, args.reference, config, motion, found, factor, args.lpips)
     opened = video_file(args.out, args.fps or config.fps) if args.out.suffix == ".mp4" else picture_file(args.out)
     with opened as append:
-        count, noted = write_video(append, pictures, frames, motion if args.overlay else None, factor)
+        count = write_video(append, pictures, frames, motion if args.overlay else None, factor, noted)
     if taken:
         save_take(args.out.with_suffix(".take.npz"), taken, count, image, args, *models)
     print(args.out)
@@ -761,7 +779,12 @@ def main(argv=None):
     """`run`, with its errors as one line and an exit code: 2 what the user can put right, 130 interrupted."""
     warnings.filterwarnings("ignore", module="PIL")     # about damaged pictures; what is left unreadable gets our line
     try:
-        return run(sys.argv[1:] if argv is None else argv)
+        code = run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:                             # who read what is printed has gone: | head -1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (UserError, OSError) as e:                   # a full disk, say, while a page is recorded
         print(f"error: {e}", file=sys.stderr)
     except KeyboardInterrupt:

@@ -23,6 +23,7 @@ import os
 import re
 import runpy
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -57,6 +58,7 @@ import motionstream
 import sample
 import train_distill as td
 from assets import encoders, world, write
+from assets.page import named
 from assets.video import recorder
 from assets.world import embed_words
 from motionstream import (PRESETS, KVCache, MotionStream, Recomputing, SelfAttention, TrackHead, add_noise, apply_rope,
@@ -3589,8 +3591,11 @@ def spoken(lines, *flags):
     good = "image", "image.png", "weights", "student.safetensors", "vae", "vae.safetensors"
     paths = [word if i % 2 == 0 else workplace()[1] / word for i, word in enumerate(good)]
     words = [f"--{word}" if i % 2 == 0 else word for i, word in enumerate(paths)]
-    with unittest.mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines))):
-        return sampled(*words, "--tracks", "-", *flags)
+    with tempfile.TemporaryFile() as file:
+        file.write(lines)
+        file.seek(0)
+        with unittest.mock.patch.object(sys, "stdin", io.TextIOWrapper(file)):
+            return sampled(*words, "--tracks", "-", *flags)
 
 
 def as_lines(tracks, visible, cuts):
@@ -3645,6 +3650,56 @@ def test_a_wrong_line_on_standard_input_is_named_and_leaves_no_video():
                                    (good[0], ("--weights", workplace()[1] / "teacher.safetensors"), "trained student")):
             code, _, err = spoken(lines, "--out", mine / "x.mp4", *flags)
             assert code == 2 and text in err and not list(mine.iterdir()), err
+
+
+def test_ctrl_c_does_not_wait_for_a_trackers_next_line():
+    _, here = workplace()
+    with folder() as mine:
+        flags = "--image", here / "image.png", *command()[4:8], "--tracks", "-", "--out", mine / "x.mp4"
+        program = subprocess.Popen([sys.executable, HERE / "sample.py", *map(str, flags)], stdin=subprocess.PIPE,
+                                   stdout=subprocess.DEVNULL)
+        try:
+            program.stdin.write(as_lines(np.full((21, 2, 2), 20.0), np.ones((21, 2), bool), (9, 21)))
+            program.stdin.flush()                               # and then nothing more, but it is not closed
+            until = time.monotonic() + 60
+            while not list(mine.iterdir()):
+                assert time.monotonic() < until and program.poll() is None
+                time.sleep(0.1)
+            time.sleep(1.5)
+            begun = time.monotonic()
+            program.send_signal(signal.SIGINT)
+            assert program.wait(20) == 130 and time.monotonic() - begun < 2, time.monotonic() - begun
+        finally:
+            program.kill()
+            program.stdin.close()
+        assert len(frames_of(mine / "x.mp4")) == 21 and np.load(mine / "x.take.npz")["frames"] == 21
+
+
+def test_a_line_is_taken_as_soon_as_it_is_whole():
+    (ours, theirs), noted = os.pipe(), []
+    with open(ours, "rb") as file, open(theirs, "wb", buffering=0) as tracker:
+        lines = sample.arriving(file, noted)
+        tracker.write(b"one\ntwo\nth")
+        assert next(lines) == b"one" and next(lines) == b"two"
+        threading.Timer(0.3, tracker.write, [b"ree" + 2 ** 15 * b"e" + b"\n"]).start()
+        assert next(lines) == b"three" + 2 ** 15 * b"e"
+        tracker.write(b"four")
+        threading.Timer(0.3, noted.append, [signal.SIGINT]).start()
+        begun = time.monotonic()
+        assert next(lines, None) is None and 0.2 < time.monotonic() - begun < 1
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    _, here = workplace()
+    with folder() as mine:
+        words = [sys.executable, HERE / "sample.py", *command("--out", mine / "x.mp4", "--frames", 9)]
+        line = " ".join(shlex.quote(str(word)) for word in words)
+        for unbuffered in "", "1":
+            done = subprocess.run(["bash", "-c", f"{line} | head -0; echo ${{PIPESTATUS[0]}}"], capture_output=True,
+                                  text=True, env=os.environ | {"PYTHONUNBUFFERED": unbuffered})
+            assert done.stdout == "141\n" and not done.stderr, (done.stdout, done.stderr)
+        done = subprocess.run(["bash", "-c", f"set -o pipefail; {line} | tail -1"], capture_output=True, text=True)
+        assert done.stdout == f"{mine / 'x.mp4'}\n" and done.returncode == 0, done.stderr
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3761,6 +3816,25 @@ def test_the_page_answers_only_those_who_know_its_address_and_nothing_else():
         html = page.ask("")[2].decode()
         assert "http" not in html.replace("http-equiv", "") and not re.search(r"\son\w+=|style=", html)
         assert page.status()["seq"] == 1 and page.status()["points"] == [row]          # as the last one said, unharmed
+
+
+def test_a_page_for_all_addresses_answers_to_this_machines_own_and_to_no_other():
+    name = socket.gethostname()
+    with served("--host", "0.0.0.0") as page:
+        port = page.host.rpartition(":")[2]
+        page.open = http.client.HTTPConnection(f"127.0.0.1:{port}", timeout=10)
+        for host, code in (("127.0.0.1", 200), ("localhost", 200), (name, 200), ("0.0.0.0", 200), ("evil.example", 421),
+                           (f"{name}.evil.example", 421), ("127.0.0.2", 421), ("", 421)):
+            assert page.ask("status", Host=f"{host}:{port}")[0] == code, host
+            assert page.ask("status", Host=host)[0] == 421, host            # a port that browsers do not leave out
+        assert page.ask("status", Host=f"127.0.0.1:{port}", Origin=f"http://{name}:{port}")[0] == 403
+        page.open = http.client.HTTPConnection(f"127.0.0.2:{port}", timeout=10)         # another of its addresses
+        assert page.ask("status", Host=f"127.0.0.2:{port}")[0] == 200
+    with served() as page:
+        port = page.host.rpartition(":")[2]
+        for host, code in ("127.0.0.1", 200), ("localhost", 200), (name, 421), ("0.0.0.0", 421), ("127.0.0.2", 421):
+            assert page.ask("status", Host=f"{host}:{port}")[0] == code, host
+    assert named(["a", "b"], 80) == ["a:80", "b:80", "a", "b"] and named(["a"], 8765) == ["a:8765"]
 
 
 def test_the_newest_control_wins_and_its_number_comes_with_the_frames():

@@ -37,6 +37,11 @@ def read_control(data, chunks, reach):
     return control | {"points": points.tolist()}
 
 
+def named(names, port):
+    """The Host headers that name a server: a name of it and its port, which browsers leave out if it is 80."""
+    return [f"{name}:{port}" for name in names] + [*names] * (port == 80)
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     """What is asked for and posted, if it comes with the token and from this page; everything else is refused."""
     protocol_version, timeout, disable_nagle_algorithm = "HTTP/1.1", 5, True        # seconds that a socket may stall
@@ -51,7 +56,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer(self):
         """Who may ask: whoever names one of our hosts, no other page as origin, and the token. And for what."""
-        live, host, (token, _, path) = self.server.live, self.headers.get("Host"), self.path[1:].partition("/")
+        live, host, (token, _, path) = self.server.live, self.headers.get("Host", ""), self.path[1:].partition("/")
+        hosts = named((*live.hosts, self.connection.getsockname()[0]), self.server.server_port)
         ours = self.headers.get("Origin") in (None, f"http://{host}")
         ours = ours and secrets.compare_digest(token.encode(), TOKEN.encode())
         name, _, seen = f"{self.command} {path}".partition("/")
@@ -59,7 +65,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         asked = {"GET ": lambda *_: ("text/html; charset=utf-8", PAGE), "POST control": self.post,
                  "GET status": lambda *_: ("application/json", json.dumps(state).encode()),
                  "GET frame": self.newest}.get(name, lambda *_: 404)
-        answer = 421 if host not in live.hosts else asked(live, seen) if ours else 403
+        answer = 421 if host not in hosts else asked(live, seen) if ours else 403
         if isinstance(answer, int):
             return self.send_error(answer)
         kind, body, *more = answer
