@@ -4155,20 +4155,63 @@ def test_a_recording_from_the_image_on_can_be_replayed_and_one_begun_later_is_a_
 
 
 def test_a_recording_has_each_frame_seen_while_it_is_on_and_keeps_nothing_else():
-    seen, taken, kept, control = deque(), [], [], {"record": False}
-    live = SimpleNamespace(queues=((), seen), status={"fps": 10, "recorded": ""}, out=None, control=control)
+    seen, taken, kept = deque(), [], []
     with folder() as mine, quiet() as (out, _):
+        (mine / "x.mp4").write_text("of an earlier take, which a recording begun in mid-take is not to replace")
+        live = SimpleNamespace(queues=((), seen), status={"fps": 10, "recorded": ""}, out=mine / "x.mp4")
         with recorder(live, mine / "x.mp4", taken, lambda path, count: kept.append((path, count))) as record:
             for i in range(50):
-                control["record"] = i in range(20, 30) or i > 44
                 taken.append("what a chunk was given"), seen.append(np.full((64, 64, 3), 5 * i, np.uint8))
-                record(control["record"])
+                record(i in range(20, 30) or i > 44)
                 assert len(taken) <= 10 and not seen
-        assert not kept and "replay" not in out.getvalue() and live.status["recorded"] == "x-2.mp4, 0.5 s"
-        for name, numbers in ("x", range(20, 31)), ("x-2", range(45, 50)):       # 30: before it was turned off
+            with unittest.mock.patch.object(os, "access", lambda *_: False):
+                record(False), seen.append(np.zeros((64, 64, 3), np.uint8)), record(True)
+                assert not seen and "not writable" in live.status["recorded"]
+        assert not kept and "replay" not in out.getvalue()
+        assert (mine / "x.mp4").read_text().startswith("of an earlier")
+        for name, numbers in ("x-2", range(20, 31)), ("x-3", range(45, 50)):       # 30: before it was turned off
             frames = frames_of(mine / f"{name}.mp4")
             assert frames.shape[1:] == (256, 256, 3)
             assert_near(torch.from_numpy(frames).float().mean((1, 2, 3)), 5.0 * torch.tensor([*numbers]), 0.02)
+
+
+@slow
+@torch.no_grad()
+def test_how_soon_a_new_prompt_is_seen():
+    """Shipped weights: streams of 20 chunks with one dragged object, 12 scenes, with another prompt from chunk 10 on;
+    mean brightness in later frames, red, green and blue, as shares of those without the change."""
+    model = MotionStream.from_pretrained(HERE / "assets/tiny.safetensors")
+    vae, c, frames = load_vae(HERE / "assets/tiny_vae.safetensors"), model.config, 20 * 12 - 3
+    after, shares = (1, 6, 12, 24, 48, 120), {}
+    for seed in 0, 1:
+        rng = seeded(1000 + seed)
+        scene = world.new_scenes(6, frames, rng, objects=1, camera=False, attributes=(0, 0), moving=True)
+        first = vae.encode(world.film(scene, c.size[0], 0, 1))
+        tracks, visible = (t[:, :, :1] for t in world.scene_tracks(scene, c.size[0], rng))
+        motion = sample.Motion(tracks, visible, track_ids(tracks, visible, c))
+
+        def means(prompt, recompute):
+            """(6, 3, T): of each frame and colour."""
+            given = ((part, embed_words(c.prompt if i < 10 else prompt, c).expand(6, -1, -1))
+                     for i, (part, _) in enumerate(sample.pieces(motion, None, c.chunk)))
+            state, parts = None, []
+            for latents in sample.stream(model, first, given, seed=seed, recompute=recompute):
+                pictures, state = vae.decode(latents, state)
+                parts.append((pictures + 1).mean((3, 4)))
+            return torch.cat(parts, 2)
+
+        plain = means(c.prompt, False)
+        for prompt, recompute in itertools.product(("fading light, steady shapes", "warming light, steady shapes",
+                                                    "steady light, pulsing shapes"), (False, True)):
+            share = means(prompt, recompute) / plain
+            assert share[:, :, :9 + 9 * 12].eq(1).all()
+            shares.setdefault((prompt, recompute), []).append(share[:, :, 9 + 9 * 12:])
+    for (prompt, recompute), found in shares.items():
+        share = torch.cat(found).mean(0)
+        print(f"{prompt}, {'re' if recompute else 'not re'}computed: " + ", ".join(
+            f"{n} " + "/".join(f"{value:.2f}" for value in share[:, n - 1]) for n in after))
+    fading = [torch.cat(shares["fading light, steady shapes", recompute]).mean((0, 1)) for recompute in (False, True)]
+    assert all(share[119] < 0.4 for share in fading) and abs(fading[0][119] - fading[1][119]) < 0.05
 
 
 class Browser:

@@ -83,6 +83,8 @@ def recorder(live, out, taken, save):
     def record(on):
         nonlocal append, path, count, whole
         (_, seen), fps = live.queues, live.status["fps"]
+        if on and not os.access(out.absolute().parent, os.W_OK):
+            on, live.status["recorded"] = False, "the folder is not writable, nothing is recorded"
         while seen and (on or count):                   # those before it was turned off are recorded, too
             if not count:
                 path, live.out = live.out if live.out and whole else unused(out), None
