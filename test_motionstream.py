@@ -3684,9 +3684,10 @@ def test_a_line_is_taken_as_soon_as_it_is_whole():
         threading.Timer(0.3, tracker.write, [b"ree" + 2 ** 15 * b"e" + b"\n"]).start()
         assert next(lines) == b"three" + 2 ** 15 * b"e"
         tracker.write(b"four")
-        threading.Timer(0.3, noted.append, [signal.SIGINT]).start()
-        begun = time.monotonic()
+        later = threading.Timer(0.3, noted.append, [signal.SIGINT]), threading.Timer(3, tracker.write, [b"\n"])
+        begun = [timer.start() for timer in later] and time.monotonic()
         assert next(lines, None) is None and 0.2 < time.monotonic() - begun < 1
+        later[1].cancel()
 
 
 def test_a_reader_that_has_gone_is_no_error():
