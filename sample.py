@@ -450,7 +450,7 @@ def serve(args, image, model, vae, encoded):
             server = http.server.ThreadingHTTPServer((args.host, args.port), Handler)
         server.live, live.hosts = live, [args.host, "localhost"]
         if args.host == "0.0.0.0":                                  # all addresses of this machine; and its name
-            live.hosts.append(socket.gethostname())
+            live.hosts.append(socket.gethostname().lower())
         if args.host != "127.0.0.1":
             print(f"warning: whoever reaches {args.host} and sees the address can steer this program")
         print(f"http://{args.host}:{server.server_port}/{TOKEN}/", flush=True)

@@ -3695,12 +3695,10 @@ def test_a_reader_that_has_gone_is_no_error():
     with folder() as mine:
         words = [sys.executable, HERE / "sample.py", *command("--out", mine / "x.mp4", "--frames", 9)]
         line = " ".join(shlex.quote(str(word)) for word in words)
-        for unbuffered in "", "1":
-            done = subprocess.run(["bash", "-c", f"{line} | head -0; echo ${{PIPESTATUS[0]}}"], capture_output=True,
-                                  text=True, env=os.environ | {"PYTHONUNBUFFERED": unbuffered})
-            assert done.stdout == "141\n" and not done.stderr, (done.stdout, done.stderr)
-        done = subprocess.run(["bash", "-c", f"set -o pipefail; {line} | tail -1"], capture_output=True, text=True)
-        assert done.stdout == f"{mine / 'x.mp4'}\n" and done.returncode == 0, done.stderr
+        for unbuffered, lines in ("", 0), ("1", 1):
+            done = subprocess.run(["bash", "-c", f"{line} | head -{lines}; echo ${{PIPESTATUS[0]}}"],
+                                  capture_output=True, text=True, env=os.environ | {"PYTHONUNBUFFERED": unbuffered})
+            assert re.fullmatch(r"(student[^\n]+\n)?141\n", done.stdout) and not done.stderr, (done.stdout, done.stderr)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3820,7 +3818,7 @@ def test_the_page_answers_only_those_who_know_its_address_and_nothing_else():
 
 
 def test_a_page_for_all_addresses_answers_to_this_machines_own_and_to_no_other():
-    name = socket.gethostname()
+    name = socket.gethostname().lower()
     with served("--host", "0.0.0.0") as page:
         port = page.host.rpartition(":")[2]
         page.open = http.client.HTTPConnection(f"127.0.0.1:{port}", timeout=10)

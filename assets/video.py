@@ -50,6 +50,8 @@ def video_file(path, fps):
         if there != count:
             raise OSError(0, "not all frames can be read back")
         os.replace(part, path)
+    except BrokenPipeError:                             # of what is printed meanwhile: imageio has a kind of its own
+        raise
     except OSError as e:                                # if ffmpeg has gone, its reason has gone with it
         raise UserError(f"{path}: cannot be written after {count} frames ({e.strerror or 'ffmpeg has ended'}); is the "
                         "disk full, or the folder not writable?") from None
