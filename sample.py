@@ -7,8 +7,9 @@ its EXIF rotation), and if wanted
     visibility (T, N)   0 or 1, or probabilities; hidden and "not specified" are the same
     width, height       of the picture that the pixels belong to, if it is not the image itself
     ids (N,)            which vector each track has (see track_ids); fps: only compared with the model's
-or an .npy file with the tracks alone. Without visibility, NaN is hidden. `--tracks -` reads them from a tracker that
-runs meanwhile, see read_lines. Shapes are those of motionstream.py.
+Without visibility, NaN is hidden. Files of trackers and of other programs are read too, see the README. In place of
+--tracks: --drag and --pin, --depth and --camera, or `--tracks -`, a tracker that runs meanwhile, see read_lines. Shapes
+are those of motionstream.py.
 """
 
 import argparse
@@ -20,7 +21,6 @@ import itertools
 import json
 import math
 import os
-import re
 import select
 import signal
 import socket
@@ -43,9 +43,11 @@ from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 from assets import UserError, naming, write
+from assets.arrays import read_arrays
 from assets.encoders import image_encoder, kept_rows, text_encoder
+from assets.flags import STDIN, Parser, check_track_flags, number, read_tracks, track_flags
 from assets.page import TOKEN, Handler, clock
-from assets.tracks import check_tracks, follow, load_tracks, read_arrays, starting_inside
+from assets.tracks import check_tracks, follow, load_tracks
 from assets.video import enlarge, enlargement, picture_file, recorder, video_file
 from assets.world import embed_words
 from motionstream import (SELF_FORCING, MotionStream, Recomputing, euler, find_config, image_and_mask, image_channels,
@@ -57,7 +59,6 @@ UMT5_DIM, CLIP_ROWS = 4096, 257     # of an encoded text, and of an encoded imag
 NEGATIVE_PROMPT = (         # of Wan, what guidance leads away from
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
     "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
-STDIN = Path("-")           # as --tracks: a line of JSON for each chunk, see read_lines
 RECORDING = Path("recording.mp4")   # what the page records, without --out
 MOST_FRAMES = 1_000_000
 TRAIL = 12                  # frames that a track's trail lasts in --overlay
@@ -237,6 +238,14 @@ def read_lines(file, noted, size, config, prompt):
         raise UserError("standard input: no line came")
 
 
+def save_tracks(path, arrays, ids, size, config, fps):
+    """Write the tracks as they were used, on the image of `size` (width, height): --tracks reads them as they are."""
+    tracks, visible, *_ = arrays
+    data = {"tracks": tracks, "visibility": visible, "width": size[0], "height": size[1], "fps": fps,
+            "format": "motionstream"}
+    write_arrays(path, data if config.tracks == "start" else data | {"ids": ids.numpy()})
+
+
 def fit_tracks(arrays, image_size, frames, config, seed, note=print):
     """Tracks on the image (width, height) to Motion in the model's video, for `frames` frames or more: moved and
     scaled as the image is, hidden where cropped away, not specified after their end. note: takes what is lost so."""
@@ -282,12 +291,24 @@ def hold_signals(noted=None):
             signal.signal(signum, handler)
 
 
-def check_output(path, image, kinds):
-    """Refuse a path for output that cannot be right, or is that of the image."""
+def write_arrays(path, arrays):
+    """An .npz file, whole or not there."""
+    data = io.BytesIO()
+    np.savez(data, **arrays)
+    write(path, lambda part: part.write_bytes(data.getbuffer()))
+
+
+def check_output(path, args, kinds):
+    """Refuse a path for output, if there is one, that cannot be right, or is that of a file that is read."""
+    if path is None:
+        return
+    inputs = [there for flag, there in vars(args).items()
+              if isinstance(there, Path) and flag not in ("out", "save_tracks")]
     for wrong, what in ((path.suffix not in kinds, f"choose a name that ends in {' or '.join(kinds)}"),
                         (not os.access(path.parent, os.W_OK), f"the folder {path.parent} is missing or not writable"),
                         (os.path.isdir(path), "is a folder"),
-                        (path.exists() and path.samefile(image), "is the image itself")):
+                        (path.exists() and any(there.exists() and path.samefile(there) for there in inputs),
+                         "is a file that is read; choose another name")):
         if wrong:
             raise UserError(f"{path}: {what}")
 
@@ -348,7 +369,7 @@ def save_take(path, taken, frames, image, args, model, vae, encoded):
     """What a take was given, for --replay; its tracks are good for --tracks too. Where the start is the ID, a point
     first seen later is visible in frame 0 too: that tells its ID and changes nothing, for there every cell holds its
     own pixel's ID already."""
-    c, parts, data = model.config, [], io.BytesIO()
+    c, parts = model.config, []
     starts = [*dict.fromkeys(tuple(start) for tracks, _ in taken for start in tracks[0])] or [(math.nan, math.nan)]
     for tracks, _ in taken:
         paths = dict(zip(map(tuple, tracks[0]), tracks[1:].swapaxes(0, 1)))             # start: (T, 2)
@@ -362,8 +383,7 @@ def save_take(path, taken, frames, image, args, model, vae, encoded):
               "prompts": [prompt for _, prompt in taken],
               "seed": args.seed, "steps": args.steps, "chunk": c.chunk, "sink": c.sink, "window": c.window,
               "fps": args.fps or c.fps, "dtype": args.dtype, "frames": frames, "recompute": args.recompute}
-    np.savez(data, **{name: array for name, array in arrays.items() if array is not None})
-    write(path, lambda part: part.write_bytes(data.getbuffer()))
+    write_arrays(path, {name: array for name, array in arrays.items() if array is not None})
 
 
 def load_take(path, argv):
@@ -372,7 +392,8 @@ def load_take(path, argv):
         take = read_arrays(path, ("tracks", "image", "prompts", "models", *SETTINGS))
         if not take["prompts"].size or not take["image"].size:
             raise UserError("holds no prompts or no image")
-        flags = [f"--tracks={path}", *(f"--{name}={take[name].item()}" for name in SETTINGS if name in take)]
+        flags = [f"--tracks={path}", "--tracks-layout=tn", "--tracks-units=px",
+                 *(f"--{name}={take[name].item()}" for name in SETTINGS if name in take)]
         take = SimpleNamespace(prompts=[*map(str, take["prompts"])], chunk=parse_flags(["--image=", *flags]).chunk,
                                models=take["models"].item(), image=Image.fromarray(take["image"]).convert("RGB"))
     args = parse_flags([*flags, *argv])
@@ -464,42 +485,14 @@ def serve(args, image, model, vae, encoded):
 # ----------------------------------------------------------------------------------------------------------------------
 # The program.
 
-class Parser(argparse.ArgumentParser):
-    """Its errors are one line, like all others."""
-
-    def error(self, message):
-        raise UserError(message)
-
-
-def number(kind, least, most):
-    """A flag's type: an int or float from `least` to `most`."""
-    def parse(text):
-        value = kind(text)
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
-        return value
-    parse.__name__ = "whole number" if kind is int else "number"
-    return parse
-
-
-def drag_path(text):
-    """A flag's type: points of the image, "x,y -> x,y -> …", as (P, 2)."""
-    point = r"\s*-?\d{1,6}(\.\d*)?\s*,\s*-?\d{1,6}(\.\d*)?\s*"
-    if not re.fullmatch(f"{point}(->{point})*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not x,y -> x,y in pixels of the image")
-    return np.array(re.findall(r"-?[\d.]+", text.replace("->", " ")), float).reshape(-1, 2)
-
-
 def parse_flags(argv):
     """The command line. Flags with argparse.SUPPRESS are only there if given; the model's own value holds otherwise."""
     parser = Parser(description="One image and some tracks in, a video out.", allow_abbrev=False)
-    file, exclusive = {"type": Path, "metavar": "FILE"}, parser.add_mutually_exclusive_group
-    add, first, either = parser.add_argument, exclusive(required=True).add_argument, exclusive().add_argument
+    file = {"type": Path, "metavar": "FILE"}
+    add, first = parser.add_argument, parser.add_mutually_exclusive_group(required=True).add_argument
     first("--image", help="first frame, any picture file", **file)
     first("--replay", help="a .take.npz, as --interactive and --tracks - write, again; flags change it", **file)
-    either("--tracks", help=".npz or .npy, see the top of sample.py; or - for standard input; default: none", **file)
-    either("--drag", "--pin", dest="tracks", type=drag_path, action="append", metavar="'X,Y -> X,Y'",
-           help="instead of --tracks, as often as wanted: where a point of the image goes, or that it stays")
+    track_flags(parser)
     add("--prompt", metavar="TEXT", help="what the image and the tracks do not say; default: the model's own")
     add("--out", help=".mp4, or .png for the last frame; default: out.mp4, with --interactive: none", **file)
     add("--frames", type=number(int, 1, MOST_FRAMES), metavar="N", help="default: those of the tracks, or 81")
@@ -732,19 +725,17 @@ def run(argv):
     """The program. Returns the exit code."""
     args = parse_flags(argv)
     args, image, take = load_take(args.replay, argv) if args.replay else (args, load_image(args.image), None)
-    live, measured = args.interactive or args.tracks == STDIN, args.reference or args.found or args.lpips
-    if live and (args.overlay or measured) or args.interactive and (args.tracks or args.frames):
-        raise UserError("--interactive and --tracks - know no tracks beforehand: drop --overlay, --reference and the "
-                        "like, with --interactive also --tracks and --frames")
-    if isinstance(args.tracks, Path) and not live:
-        *arrays, tracks_fps = load_tracks(args.tracks, image.size)
-    else:
-        *arrays, tracks_fps = follow(starting_inside([] if live else args.tracks or [], image.size), args.frames or 81)
+    check_track_flags(args)
+    live = args.interactive or args.tracks == STDIN
     args.out = args.out or (None if args.interactive else Path("out.mp4"))
-    if args.out:
-        check_output(args.out, args.image or args.replay, (".mp4",) if args.interactive else (".mp4", ".png"))
+    check_output(args.out, args, (".mp4",) if args.interactive else (".mp4", ".png"))
+    check_output(args.save_tracks, args, (".npz",))
     tiny = ASSETS / ("tiny_teacher.safetensors" if args.sampler == "teacher" else "tiny.safetensors")
-    weights, frames = inspect(args.weights or tiny), args.frames or (None if live else len(arrays[0]))
+    weights = inspect(args.weights or tiny)
+    grid = 50 if weights.config.text_dim == UMT5_DIM else 8             # as in the papers' training, and in ours
+    *arrays, tracks_fps = read_tracks(args, image.size, grid)
+    args.tracks = args.tracks or args.depth             # from here on: whether there are tracks
+    frames = args.frames or (None if live else len(arrays[0]))
     config = settle(args, weights, frames or MOST_FRAMES)
     pixels = fit_image(image, config.size)
     if args.interactive:
@@ -761,7 +752,7 @@ def run(argv):
         given = replayed(take, args, motion, *models)
     pictures = generate(args, frames, pixels, given, *models)
     factor = enlargement(config.size)
-    if measured:
+    if args.reference or args.found or args.lpips:
         from test_motionstream import compared          # where all is measured
         found = args.found and load_tracks(args.found, [factor * side for side in config.size[::-1]])[:2]
         with user_errors():
@@ -769,6 +760,8 @@ def run(argv):
     opened = video_file(args.out, args.fps or config.fps) if args.out.suffix == ".mp4" else picture_file(args.out)
     with opened as append:
         count = write_video(append, pictures, frames, motion if args.overlay else None, factor, noted)
+    if args.save_tracks:
+        save_tracks(args.save_tracks, arrays, motion.ids[0], image.size, config, tracks_fps or args.fps or config.fps)
     if taken:
         save_take(args.out.with_suffix(".take.npz"), taken, count, image, args, *models)
     print(args.out)

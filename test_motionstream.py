@@ -20,6 +20,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import runpy
 import select
@@ -35,6 +36,7 @@ import time
 import traceback
 import unittest
 import unittest.mock
+import warnings
 import weakref
 from collections import Counter, OrderedDict, deque
 from dataclasses import asdict, dataclass, replace
@@ -57,8 +59,10 @@ from tqdm import tqdm
 import motionstream
 import sample
 import train_distill as td
-from assets import encoders, world, write
+from assets import UserError, encoders, world, write
+from assets.flags import camera_move, drag_path
 from assets.page import named
+from assets.tracks import MOVES, camera, camera_tracks, load_depth
 from assets.video import recorder
 from assets.world import embed_words
 from motionstream import (PRESETS, KVCache, MotionStream, Recomputing, SelfAttention, TrackHead, add_noise, apply_rope,
@@ -2207,6 +2211,28 @@ def test_rollouts_under_drawn_memory_are_judged_as_whole_clips():
         assert (config.chunk, config.sink, config.window) == (3, 1, 1), "the model's own, not the last that was drawn"
 
 
+def test_a_student_is_trained_with_the_memory_that_is_asked_for():
+    memories, new_caches = [], MotionStream.new_caches
+
+    def record(model):
+        memories.append((model.config.chunk, model.config.sink, model.config.window))
+        return new_caches(model)
+
+    with folder() as here, quiet() as (_, err), without_pictures():
+        for name in "vae", "teacher":
+            (here / f"{name}.safetensors").symlink_to(td.ASSETS / f"{td.SHIPPED[name]}.safetensors")
+        flags = ["--smoke", "--out", str(here), "--memory", "c2s3wfull", "--rollout", "6"]
+        with unittest.mock.patch.object(MotionStream, "new_caches", record), unittest.mock.patch.object(
+                td, "KVCache", side_effect=KVCache) as cache:
+            for stage in "causal", "distill":
+                assert td.main([*flags, "--stage", stage, "--steps", "1" if stage == "distill" else "12"]) is None, \
+                    err.getvalue()
+        assert {*memories} == {(2, 3, None)} and unittest.mock.call(3, None) in cache.call_args_list
+        for name in "causal", "student":
+            config = MotionStream.from_pretrained(here / f"{name}.safetensors").config
+            assert (config.chunk, config.sink, config.window) == (2, 3, None)
+
+
 def test_dmd_loss_moves_the_generator_only_and_critic_loss_the_critic_only():
     generator, teacher, critic = nets = [new_model(seed).requires_grad_(True) for seed in range(3)]
     (noise, given, first), calls = clip_of(6), []
@@ -3095,6 +3121,7 @@ def test_what_cannot_be_trained_is_refused_in_one_line():
         teacher = saved(here / "t.safetensors", new_model(causal=False))
         for said, *flags in [("--reward needs --stage distill", "--reward", "motion", "--stage", "teacher"),
                              ("--memory needs --stage distill", "--memory", "drawn", "--stage", "eval"),
+                             ("argument --memory: 3,1,1 is not like c3s1w1, and not drawn", "--memory", "3,1,1"),
                              ("--clips needs --stage eval", "--clips", "3", "--stage", "vae"),
                              ("--adversarial needs --stage decoder", "--adversarial", "1"),
                              ("--length 81: for --data, whole chunks", "--length", "81"),
@@ -3155,6 +3182,14 @@ def test_a_dry_run_tells_parameters_and_costs_and_makes_nothing():
                 assert f"{6 * 1560 * 1536 * 2 * 30 * 2 / 2 ** 20:,.0f} MiB" in said, said
                 assert "8 GPUs: 3.3 GiB each to train the teacher, 6.6 to distil" in said       # 20 and 40 bytes
                 assert "teacher: 614,400 clips" in said and "causal: 256,000 clips" in said, said
+            if preset == "wan2.1-1.3b":
+                days = [re.search(r"1 GPU: .* teacher ([\d.]+),", said)[1]]
+                for flags in ["--tflops", "198"], ["--memory", "c3s2w6"]:
+                    with quiet() as (out, _):
+                        td.main(["--dry-run", preset, "--out", str(here / "out"), *flags])
+                    days.append(re.search(r"1 GPU: .* teacher ([\d.]+),", out.getvalue())[1])
+                assert f"{24 * 1560 * 1536 * 2 * 30 * 2 / 2 ** 20:,.0f} MiB" in out.getvalue(), "of the chosen memory"
+                assert 1.9 < float(days[1]) / float(days[0]) < 2.1 and days[2] == days[0], days
         assert not (here / "out").exists()
     c = replace(PRESETS["tiny"], clip_dim=40, dim=384, ffn_dim=1500)
     model, x = randomised(MotionStream(c)), rand(1, 16, 6, 16, 16)
@@ -3401,7 +3436,7 @@ def bad_inputs(here):
         "half an npz": raw("--tracks", "half.npz", whole[:300]),
         "terabytes": raw("--tracks", "huge.npy", declares((10 ** 6, 10 ** 6, 2))),
         "negative shape": raw("--tracks", "negative.npy", declares((-1, 3, 2))),
-        "2-d tracks": npy("2d.npy", good[:, 0]),
+        "1-d tracks": npy("1d.npy", good[:, 0, 0]),
         "3-d points": npy("3d.npy", np.zeros((14, 3, 3), np.float32)),
         "no tracks in it": npy("zero.npy", good[:, :0]),
         "no frames in it": npy("short.npy", good[:0]),
@@ -3423,6 +3458,20 @@ def bad_inputs(here):
         "an id of 33 bits": npz("large.npz", tracks=good, ids=np.array([0, 1, 2 ** 32])),
         "no width": npz("width.npz", tracks=good, width=0, height=10),
         "other arrays": npz("other.npz", points=good),
+        "more frames than tracks": ("--frames", 3, "--visibility", here / "none.npy"),
+        "frames and tracks swapped": (*npy("six.npy", np.tile(good[:, :1], (1, 6, 1))), "--frames", 6),
+        "shares that are pixels": npz("points.npz", track_points=good),
+        "two kinds of tracks": npz("two.npz", tracks=good, pred_tracks=good),
+        "two visibilities": npz("seen.npz", tracks=good, visibility=seen, occluded=~seen),
+        "visibility twice": (*npz("twice.npz", tracks=good, visibility=seen), *raw("--visibility", "v.npy", b"")),
+        "a size of its own": (*npz("sized.npz", tracks=good, width=48, height=32), "--tracks-size", "32x48"),
+        "ATI's in tenths": npz("array.npz", array=np.full((3, 14, 1, 3), 10.0)),
+        "a pickle": raw("--tracks", "a.pkl", pickle.dumps({"points": [1, 2]})),
+        "weights as tracks": ("--tracks", here / "student.safetensors"),
+        "uneven JSON": raw("--tracks", "uneven.json", b"[[[1, 2], [3]]]"),
+        "deep JSON": raw("--tracks", "deep.json", b"[" * 99999),
+        "words in JSON": raw("--tracks", "words.json", b'[{"x": "a", "y": "b"}]'),
+        "depth of another shape": ("--depth", npy("depth.npy", np.ones((9, 9)))[1], "--camera", "in"),
         "no weights": ("--weights", here / "none.safetensors"),
         "half the weights": raw("--weights", "half.safetensors", student[:-64]),
         "weights with a hole": ("--weights", saved(here / "less.safetensors", new_model(), lambda t: t.popitem())),
@@ -3436,7 +3485,8 @@ def bad_inputs(here):
     }
     flags = ("--frames 0", "--frames 1.5", "--seed -1", "--steps 0", "--chunk 0", "--window -1", "--fps inf",
              "--w-text 1", "--dtype float8", "--device abacus", "--sampler magic", "--out out.avi", "--colour red",
-             "--drag 1,2", "--interactive --out x.png")
+             "--drag 1,2", "--interactive --out x.png", "--camera in", "--focal 9", "--tracks-units km",
+             "--tracks-size 3", "--save-tracks out.txt")
     return cases | {flag: flag.split() for flag in flags}
 
 
@@ -3449,6 +3499,277 @@ def test_bad_input_ends_in_one_line_and_exit_code_2():
         if code != 2 or not re.fullmatch(r"error: [^\n]+\n", err) or sorted(here.iterdir()) != before:
             wrong.append(f"{name}: code {code}, {err!r}, files {sorted(set(here.iterdir()) - set(before))}")
     assert len(cases) > 50 and not wrong, "\n".join(wrong)
+
+
+def motion_files(here):
+    """(tracks (9, 3, 2), visible) of one motion, in pixels of 48x32, and the files that programs would write of it:
+    name -> (path, whether it tells what is hidden)."""
+    xy, seen = np.round(8 * (rand(9, 3, 2).numpy() * 5 + (24, 16))) / 8, rand(9, 3, seed=1).numpy() > -0.5
+    seen[0], turned = True, xy.swapaxes(0, 1)
+    ati = 8 * np.concatenate([turned, seen.T[..., None]], 2)[:, :, None]
+    np.savez(packed := io.BytesIO(), array=ati.astype(np.uint16))
+    torch.save(packed.getvalue(), here / "ati.pth")
+    torch.save(packed.getvalue(), here / "old.pth", _use_new_zipfile_serialization=False)
+    npz = {"ours": {"tracks": xy, "visibility": seen},
+           "cotracker": {"pred_tracks": xy[None], "pred_visibility": seen[None]},
+           "cotracker_1": {"tracks": xy[None], "visibility": seen[None, ..., None]},
+           "comfy": {"track_path": xy, "track_visibility": seen},
+           "large": {"tracks": xy.astype(">f8") * 2, "visibles": seen * 0.9, "width": 96, "height": 64},
+           "tapir": {"tracks": turned, "occluded": ~seen.T},
+           "tapvid": {"points": turned / (48, 32), "occlusion": ~seen.T},
+           "wantrack": {"track_points": xy / (48, 32), "track_visibility": seen * 1.0},
+           "ati": {"array": ati.astype(np.float32)}, "ati_1": {"array": np.float16(ati / 8)},
+           "nan": {"tracks": np.where(seen[..., None], xy, np.nan)}}
+    for name, arrays in npz.items():
+        np.savez_compressed(here / f"{name}.npz", **arrays)
+    for name, array in {"wan_tracks": xy[None], "wan_visibility": seen[None], "three": np.dstack([xy, seen]),
+                        "plain": xy, "plain_visibility": seen * 1.0}.items():
+        np.save(here / f"{name}.npy", array)
+    lists = [[dict(zip("xy", point)) for point in path] for path in turned.tolist()]
+    nulls = [[point if see else None for point, see in zip(*both)] for both in zip(turned.tolist(), seen.T)]
+    texts = {"spline": json.dumps(lists), "quotes": str(lists), "strings": json.dumps([*map(str, lists)]),
+             "pairs": json.dumps({"tracks": turned.tolist(), "visibility": seen.T.tolist(), "width": 48}),
+             "nulls": json.dumps({"tracks": nulls})}
+    for name, text in texts.items():
+        (here / f"{name}.json").write_text(text)
+    paths = [here / name for name in ("ati.pth", "old.pth", "wan_tracks.npy", "three.npy", "plain.npy")]
+    paths += [here / f"{name}.npz" for name in npz] + [here / f"{name}.json" for name in texts]
+    return xy, seen, {path.name: (path, path.stem not in ("spline", "quotes", "strings")) for path in paths}
+
+
+def test_one_motion_in_every_format_reads_as_the_same_tracks():
+    with folder() as here:
+        xy, seen, written = motion_files(here)
+        for name, (path, tells) in written.items():
+            with quiet() as (out, _):
+                tracks, visible, ids, fps = sample.load_tracks(path, (48, 32))
+            assert np.array_equal(visible, seen if tells else np.ones_like(seen)), name
+            assert abs(tracks - xy)[visible].max() < 1e-5 and tracks.dtype == np.float32, name
+            assert ids is None and fps == (24 if "ati" in name or "old" in name else None), name
+            assert ("visibility is read from" in out.getvalue()) == (name in ("wan_tracks.npy", "plain.npy")), name
+        assert len(written) == 21
+        paths = [[{"x": 1, "y": 2}], [{"x": 3, "y": 4}, {"x": 5, "y": 6}]]
+        (here / "short.json").write_text(json.dumps(paths))
+        tracks, visible, *_ = sample.load_tracks(here / "short.json", (48, 32))
+        assert visible.tolist() == [[True, True], [False, True]]
+        assert tracks[visible].tolist() == [[1, 2], [3, 4], [5, 6]]
+        for name, one in ("one.npy", xy[:, 0]), ("one.json", xy[:, 0].tolist()):
+            np.save(here / name, one) if name == "one.npy" else (here / name).write_text(json.dumps(one))
+            assert np.array_equal(sample.load_tracks(here / name, (48, 32))[0], xy[:, :1]), name
+
+
+def test_what_a_file_of_tracks_does_not_tell_the_flags_do():
+    x, t = np.arange(12) * 3.0 + 5, np.arange(7) * 1.5
+    xy, turned = np.stack([x + t[:, None], 0 * x + t[:, None] + 3], -1), "--tracks-layout nt"
+    with folder() as here:
+        np.save(here / "turned.npy", xy.swapaxes(0, 1))
+        np.save(here / "shares.npy", xy / (48, 32))
+        np.savez(here / "video.npz", tracks=xy * (9, 6))
+        np.save(here / "good.npy", xy)
+        np.save(here / "hidden.npy", seen := rand(7, 12).numpy() > 0)
+        np.save(here / "yx.npy", xy[..., ::-1] + (0, 9))
+        np.save(here / "fast.npy", xy[:, :4] / 40 + (20 * t)[:, None, None] % 90)
+        for name, refused, more in (("shares.npy", "pass --tracks-units 01", {"units": "01"}),
+                                    ("video.npz", "pass --tracks-size WxH", {"own_size": (432, 192)})):
+            assert_error(UserError, refused, sample.load_tracks, here / name, (48, 32))
+            tracks, visible, *_ = sample.load_tracks(here / name, (48, 32), **more)
+            assert visible.all() and abs(tracks - xy).max() < 1e-4, name
+        assert np.array_equal(sample.load_tracks(here / "turned.npy", (48, 32), layout="nt")[0], xy.astype(np.float32))
+        assert_error(UserError, turned, sample.load_tracks, here / "turned.npy", (48, 32), frames=7)
+        assert_error(UserError, turned, sample.load_tracks, here / "fast.npy", (900, 900))
+        assert sample.load_tracks(here / "fast.npy", (900, 900), layout="tn")[0].shape == (7, 4, 2)
+        assert_error(UserError, "is the order y, x?", sample.load_tracks, here / "yx.npy", (48, 16))
+        visible = sample.load_tracks(here / "good.npy", (48, 32), visibility=here / "hidden.npy")[1]
+        assert np.array_equal(visible, seen)
+        for certain in xy[..., ::-1], xy / 99, xy + 99:                 # what was written here is not doubted
+            np.savez(here / "certain.npz", tracks=certain, format="motionstream")
+            assert np.array_equal(sample.load_tracks(here / "certain.npz", (48, 32))[0], np.float32(certain))
+        np.savez(here / "x.take.npz", tracks=xy, prompts=["a"], image=np.zeros((4, 4, 3), np.uint8), models=1,
+                 chunk=3)
+        args = sample.load_take(here / "x.take.npz", ["--replay", str(here / "x.take.npz")])[0]
+        assert (args.tracks_layout, args.tracks_units) == ("tn", "px"), "nor are takes"
+
+
+def test_refused_tracks_are_refused_for_what_is_wrong_with_them():
+    xy, seen = np.ones((9, 3, 2)) * (24, 16), np.ones((9, 3), bool)
+    ati = np.full((3, 9, 1, 3), 8.0)
+    with folder() as here:
+        np.save(here / "v.npy", seen)
+        for cure, arrays, more in (
+                ("visibility, the third channel of array, reaches 10", {"array": ati + 2}, {}),
+                ("array is (3, 9, 3), expected (N, T, 1, 3)", {"array": ati[:, :, 0]}, {}),
+                ("has a visibility of its own", {"tracks": xy, "visibility": seen}, {"visibility": here / "v.npy"}),
+                ("has a visibility of its own", {"array": ati}, {"visibility": here / "v.npy"}),
+                ("pass --tracks-units px", {"track_points": xy / 10}, {}),
+                ("is for a picture of 48x32; drop --tracks-size", {"tracks": xy, "width": 48}, {"own_size": (9, 32)}),
+                ("holds tracks, pred_tracks: which", {"tracks": xy, "pred_tracks": xy}, {}),
+                ("holds tracks, visibility, visibles: which", {"tracks": xy, "visibility": seen, "visibles": seen}, {}),
+                ("has no array named tracks, only: points", {"points": xy}, {})):
+            np.savez(here / "x.npz", **arrays)
+            assert_error(UserError, cure, sample.load_tracks, here / "x.npz", (48, 32), **more)
+        for text in "[[[1, 2, 3], [4, 5, 6]]]", "[[[true, false]]]", "[[1, null]]":
+            (here / "x.json").write_text(text)
+            assert_error(UserError, "track 0 is no list of points", sample.load_tracks, here / "x.json", (48, 32))
+
+
+def test_damaged_files_of_tracks_end_in_one_line():
+    rng, problems, count = np.random.default_rng(0), [], 0
+    with folder() as here:
+        for name, (path, _) in motion_files(here)[2].items():
+            whole = path.read_bytes()
+            for i in range(12):
+                data = bytearray(whole[:rng.integers(len(whole))] if i % 4 == 0 else whole)
+                for at in rng.integers(len(data), size=rng.integers(1, 9)) if data and i % 4 else ():
+                    data[at] = rng.integers(256)
+                path.write_bytes(data)
+                try:
+                    with quiet():
+                        sample.load_tracks(path, (48, 32))
+                except UserError as e:
+                    told = str(e).startswith(f"{path}: ") and "\n" not in str(e) and "Invalid argument" not in str(e)
+                    problems += [] if told else [f"{name}: {e}"]
+                except Exception as e:
+                    problems.append(f"{name}: {e!r}")
+                count += 1
+            path.write_bytes(whole)
+        np.save(here / "old.npy", np.ones((9, 3, 2)) * 5)
+        (here / "old.npy").write_bytes((here / "old.npy").read_bytes().replace(b"(9, 3, 2)", b"(9L,3, 2)"))     # Python 2's
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            assert sample.load_tracks(here / "old.npy", (48, 32))[0].shape == (9, 3, 2) and not warned
+    assert count > 200 and not problems, "\n".join(problems)
+
+
+def test_tracks_as_used_are_written_and_give_the_same_video():
+    _, here = workplace()
+    saved(here / "random.safetensors", new_model(tracks="random"))
+    flags = [word for word in command() if word not in ("--tracks", here / "tracks.npy")]
+    np.save(here / "depth.npy", rand(40, 48).abs() + 1)
+    kept = here / "kept.npz"
+    before, videos = sorted(here.iterdir()), []
+
+    def video(*more):
+        code, out, err = sampled(*flags, *more)
+        assert code == 0 and "nothing is specified" not in out, (more, out, err)
+        frames = np.stack(imageio.mimread(here / "out.mp4", memtest=False))
+        (here / "out.mp4").unlink()
+        return frames
+    for given in (("--drag=-9,20 -> 30,20", "--pin=-1,-1", "--frames", 10), ("--tracks", here / "tracks.npy"),
+                  ("--depth", here / "depth.npy", "--camera", "right:0.5", "--frames", 9)):
+        for weights in "student", "random":
+            more = "--weights", here / f"{weights}.safetensors", "--seed", 3
+            videos.append(first := video(*given, *more, "--save-tracks", kept))
+            with np.load(kept) as arrays:
+                assert {*arrays} == {"tracks", "visibility", "width", "height", "fps", "format"} | (
+                    {"ids"} if weights == "random" else set())
+                assert arrays["width"] == 48 and arrays["height"] == 40 and arrays["visibility"].dtype == bool
+            assert np.array_equal(first, video("--tracks", kept, *more)), (given, weights)
+            copy = kept.read_bytes()
+            code, _, err = sampled(*flags, "--tracks", kept, "--save-tracks", kept)
+            assert code == 2 and "is a file that is read" in err and kept.read_bytes() == copy
+            kept.unlink()
+    assert len(videos) == 6 and (videos[0][:9] != videos[4]).any() and sorted(here.iterdir()) == before
+    for more, cure in ((("--save-tracks", kept), "--save-tracks needs"),
+                       (("--tracks-size", "4x3"), "belong to --tracks"),
+                       (("--interactive", "--depth", "d.npy", "--camera", "in"), "with --interactive also --tracks"),
+                       (("--depth", "d.npy", "--camera", "in", "--pin", "1,2"), "not allowed with argument --depth")):
+        code, _, err = sampled(*flags, *more)
+        assert code == 2 and cure in err, (more, err)
+
+
+MOVED = {   # a camera's move, of amount a: x, y, z of a point as it sees them at time t, d beyond the median depth of 4
+    "left": lambda x, y, d, a: (x + 4 * a, y, d + 4), "right": lambda x, y, d, a: (x - 4 * a, y, d + 4),
+    "up": lambda x, y, d, a: (x, y + 4 * a, d + 4), "down": lambda x, y, d, a: (x, y - 4 * a, d + 4),
+    "in": lambda x, y, d, a: (x, y, d + 4 - 4 * a), "out": lambda x, y, d, a: (x, y, d + 4 + 4 * a),
+    "orbit-right": lambda x, y, d, a: (x * math.cos(math.radians(a)) + d * math.sin(math.radians(a)), y,
+                                       d * math.cos(math.radians(a)) - x * math.sin(math.radians(a)) + 4),
+    "orbit-left": lambda x, y, d, a: MOVED["orbit-right"](x, y, d, -a)}
+
+
+def test_a_camera_sees_planes_of_known_depth_where_geometry_has_them():
+    near, far, focal = 2.0, 4.0, 70.0
+    depth = np.full((60, 80), far)
+    depth[10:50, 20:60] = near                                          # a nearer square, which moves faster
+    for name in "zoom-in", "zoom-out", *MOVED:
+        amount = 1.5 if "zoom" in name else 20 if "orbit" in name else 0.3
+        move = camera_move(f"{name}:{amount}")
+        tracks, visible = camera(depth, 5, grid=20, focal=focal, **move)
+        hidden, where = 0, tracks[0].astype(int)
+        assert np.array_equal(where[:20, 0], np.arange(20) * 4 + 2) and set(where[:, 1]) == {*range(1, 60, 3)}
+        z = depth[where[:, 1], where[:, 0]]
+        for i, t in enumerate(np.linspace(0, 1, 5)):
+            def seen(points, z, t=t):
+                """Where points (n, 2) of frame 0, z deep, are at time t."""
+                x, y = ((points - (40, 30)) * np.reshape(z, (-1, 1)) / focal).T
+                if "zoom" in name:
+                    return (points - (40, 30)) * (amount ** t if name == "zoom-in" else amount ** -t) + (40, 30)
+                x, y, z = MOVED[name](x, y, z - far, amount * t)
+                return np.stack([x / z, y / z], -1) * focal + (40, 30)
+            expected = seen(tracks[0], z)
+            assert abs(tracks[i] - expected).max() < 1e-9, (name, i)
+            inside = ((expected >= 0) & (expected < (80, 60))).all(1)
+            box = seen(np.array([[20, 10], [60, 50], [20, 50], [60, 10.]]), near)
+            low, high = box.max(0), box.min(0)
+            behind = (z == far) & (expected > high + 6).all(1) & (expected < low - 6).all(1)
+            clear = inside & ((z == near) | (expected < high - 6).any(1) | (expected > low + 6).any(1))
+            assert not visible[i][behind | ~inside].any() and visible[i][clear].all(), (name, i)
+            hidden += behind.sum()
+        assert hidden or "zoom" in name or name == "out", name
+    assert {"zoom-in", "zoom-out", *MOVED} == {*MOVES}
+    stop = unittest.mock.Mock(side_effect=UserError("stop"))
+    for weights, grid in (workplace()[1] / "student.safetensors", 8), (wan_workplace()[1] / "t2v.safetensors", 50):
+        with unittest.mock.patch.object(sample, "read_tracks", stop):
+            code, _, err = sampled("--image", workplace()[1] / "image.png", "--weights", weights, "--depth", "d.npy",
+                                   "--camera", "in", "--out", workplace()[1] / "out.mp4")
+        assert code == 2 and stop.call_args[0][2] == grid, err
+    for text in "forward", "in:", "right:0", "right:-1", "right:nan", "right:1:2":
+        assert text == "in:" or text in str(assert_error(UserError, "is none of left", sample.parse_flags,
+                                                         ["--image", "x", "--camera", text]) or text)
+
+
+def test_depth_is_read_from_arrays_and_grey_pictures_and_from_nothing_else():
+    depth = np.linspace(2, 20, 12 * 16).reshape(12, 16)
+    with folder() as here:
+        for name, array in ("f8", depth), ("f2", depth.astype(np.float16)), ("batch", depth[None]):
+            np.save(here / f"{name}.npy", array)
+            read = load_depth(here / f"{name}.npy", (160, 120))
+            assert abs(read * np.median(depth) / depth - 1).max() < 1e-3, name
+        grey = np.round(65535 * 2 / depth).astype(np.uint16)
+        grey[0, 1] = 0
+        eight = (grey // 257).astype(np.uint8)
+        for name, picture, loss in (("i16", Image.fromarray(grey), 1e-3), ("i8", Image.fromarray(eight), 0.1),
+                                    ("rgb", Image.fromarray(eight).convert("RGB"), 0.1),
+                                    ("rgba", Image.fromarray(eight).convert("RGBA"), 0.1)):
+            picture.save(here / f"{name}.png")
+            with quiet() as (out, _):
+                read = load_depth(here / f"{name}.png", (160, 120))
+            ratio = read / read[0, 0] / (depth / 2)
+            ratio[0, 1] *= 2.1 / 40 * depth[0, 1] / 2.1                 # black is 20 times as far as white
+            assert abs(ratio - 1).max() < loss and "bright is read as near" in out.getvalue(), (name, ratio)
+        far = depth.copy()
+        far[:6] = np.inf                                                # the sky
+        np.save(here / "sky.npy", far)
+        with quiet():
+            *arrays, _, _ = camera_tracks(here / "sky.npy", (160, 120), 5, 4, {"move": (0.1, 0, 0)}, 160.0)
+        assert np.isfinite(arrays[0]).all() and arrays[1].any()
+        tracks, _ = camera(depth / np.median(depth), 5, (0.1, 0, 0), grid=4, focal=16)
+        np.save(here / "plain.npy", depth)
+        assert abs(camera_tracks(here / "plain.npy", (160, 120), 5, 4, {"move": (0.1, 0, 0)}, 160.0)[0]
+                   - 10 * tracks).max() < 1e-3, "not scaled with the image"
+        for name, array, cure in (("nan", depth * np.nan, "192 of 192 depths"), ("zero", depth * 0, "inverse depth"),
+                                  ("bool", depth > 9, "depth is bool"), ("flat", depth[0], "expected numbers (H, W)"),
+                                  ("infinite", depth + np.inf, "all are infinite"),
+                                  ("turned", depth.T, "is 12x16, its image 160x120"),
+                                  ("objects", depth.astype(object), "neither an .npy"),
+                                  ("none", depth[:0], "expected numbers (H, W)")):
+            np.save(here / f"{name}.npy", array)
+            assert_error(UserError, cure, load_depth, here / f"{name}.npy", (160, 120))
+        colours = np.zeros((12, 16, 3), np.uint8)
+        for name, picture, cure in (("black", colours, "is black"), ("colour", colours + (1, 2, 3), "is in colour")):
+            Image.fromarray(picture.astype(np.uint8)).save(here / f"{name}.png")
+            assert_error(UserError, cure, load_depth, here / f"{name}.png", (160, 120))
+        (here / "text.png").write_text("no picture")
+        assert_error(UserError, "text.png: damaged", load_depth, here / "text.png", (160, 120))
 
 
 class Payload:
@@ -3464,13 +3785,29 @@ def test_a_tracks_file_is_never_unpickled_and_never_unpacked_beyond_the_limit():
     with folder() as here:
         np.save(here / "code.npy", np.array([Payload(here / "made")], object))
         np.savez(here / "code.npz", tracks=np.array([Payload(here / "made")], object))
+        torch.save(Payload(here / "made"), here / "code.pth")
+        (here / "code.pkl").write_bytes(pickle.dumps(Payload(here / "made")))
+        for name in "code.pth", "code.pkl":
+            assert_error(sample.UserError, "is a pickle", sample.load_tracks, here / name, (48, 32))
         for name in "code.npy", "code.npz":
             assert_error(sample.UserError, "not numbers", sample.load_tracks, here / name, (48, 32))
         assert not (here / "made").exists()
         np.savez_compressed(here / "large.npz", tracks=np.zeros((999, 9, 2)))
         assert (here / "large.npz").stat().st_size < 9999
-        with unittest.mock.patch("assets.tracks.LIMIT", 9999):
+        with unittest.mock.patch("assets.arrays.LIMIT", 9999):
             assert_error(sample.UserError, "unpacks to", sample.load_tracks, here / "large.npz", (48, 32))
+        for shape in (100_001, 1, 2), (9, 20_001, 2):
+            np.save(here / "long.npy", np.zeros(shape, np.int8))
+            found = f"{'has an array of' if shape[1] == 1 else 'tracks have shape'} {shape}, at most 100000"
+            assert_error(sample.UserError, found, sample.load_tracks, here / "long.npy", (48, 32))
+        with unittest.mock.patch("assets.arrays.LIMIT_TEXT", 99):
+            (here / "long.json").write_text("[" + "[1, 2], " * 99 + "[3, 4]]")
+            assert_error(sample.UserError, "of others at most", sample.load_tracks, here / "long.json", (48, 32))
+        uneven = [[[1, 2]] * 3000] + [[]] * 9000
+        (here / "uneven.json").write_text(json.dumps(uneven))
+        with unittest.mock.patch("assets.arrays.LIMIT", 2 ** 20):
+            assert_error(sample.UserError, "has an array of (9001, 3000, 2)", sample.load_tracks, here / "uneven.json",
+                         (48, 32))
 
 
 def test_a_video_is_there_whole_or_not_at_all():
@@ -3552,7 +3889,7 @@ def test_the_papers_measures_are_printed_by_the_command():
 
 
 def test_drags_and_pins_are_tracks_along_lines():
-    paths = [sample.drag_path(text) for text in ("10,20 -> 30,20 -> 30,10", " 5.5,7", "0,0->8,4")]
+    paths = [drag_path(text) for text in ("10,20 -> 30,20 -> 30,10", " 5.5,7", "0,0->8,4")]
     tracks, visible, ids, fps = sample.follow(paths, 9)
     assert tracks.shape == (9, 3, 2) and visible.all() and visible.shape == (9, 3) and ids is fps is None
     assert tracks[:, 0].tolist() == [[10 + 5 * i, 20] for i in range(5)] + [[30, 20 - 2.5 * i] for i in range(1, 5)]
@@ -4766,56 +5103,22 @@ def recipe(word):
     return block
 
 
-def test_the_readmes_tracks_of_a_camera_are_those_of_planes_at_known_depth():
-    block = recipe("def camera")
+def test_the_readmes_lines_make_files_of_tracks():
+    block, rows = recipe("circle.npz"), re.findall(r"^\| [^|]+ \| `(.*np\.savez\(\"t\.npz\".*)` \|$",
+                                                   (HERE / "README.md").read_text(), re.M)
+    xy, seen = np.round(rand(6, 1, 2).numpy() * 6 + (24, 16)), np.arange(6)[:, None] > 1
     with folder() as here, contextlib.chdir(here):
-        exec(block, space := {})
-        for name, count in ("drag.npz", 2), ("camera.npz", 64):
-            with quiet():
-                tracks, visible, *_ = sample.load_tracks(Path(name), (384, 384))
-            assert tracks.shape == (81, count, 2) and visible[0].all()
-    near, far, move, zoom = 2.0, 5.0, np.array([0.8, -0.3, 0.4]), 1.3
-    depth = np.full((60, 80), far)
-    depth[10:50, 20:60] = near                                          # a nearer square, which moves faster
-    tracks, visible = space["camera"](depth, move, zoom, 5, grid=20)
-    start, where = tracks[0], tracks[0].astype(int)
-    z = depth[where[:, 1], where[:, 0]][:, None]
-    for i, t in enumerate(np.linspace(0, 1, 5)):
-        expected = ((start - (40, 30)) * z / 80 - t * move[:2]) / (z - t * move[2]) * 80 * zoom ** t + (40, 30)
-        assert abs(tracks[i] - expected).max() < 1e-9, i
-        inside = ((expected >= 0) & (expected < (80, 60))).all(1)
-        corners = [((np.array(corner) - (40, 30)) * near / 80 - t * move[:2]) / (near - t * move[2]) * 80 * zoom ** t
-                   + (40, 30) for corner in ((20, 10), (60, 50))]
-        behind = (z[:, 0] == far) & (expected > corners[0] + 4).all(1) & (expected < corners[1] - 4).all(1)
-        assert not visible[i][behind | ~inside].any(), "hidden by the square, or outside"
-        clear = inside & ((z[:, 0] == near) | (expected < corners[0] - 4).any(1) | (expected > corners[1] + 4).any(1))
-        assert visible[i][clear].all() and (i < 2 or behind.any())
-
-
-def test_the_readmes_lines_turn_other_programs_files_into_ours():
-    rows = re.findall(r"^\| ([^|]+) \| `(.*np\.savez\(\"t\.npz\".*)` \|$", (HERE / "README.md").read_text(), re.M)
-    xy, seen = rand(6, 3, 2).numpy() * 20 + (24, 16), rand(6, 3, seed=1).numpy() > -0.5
-    seen[0] = True
-    with folder() as here, contextlib.chdir(here):
-        np.save("tracks.npy", xy[None])
-        np.save("visibility.npy", seen[None])
-        ati = np.concatenate([xy, seen[..., None]], 2).swapaxes(0, 1)[:, :, None].astype(np.float32) * 8
-        np.savez(packed := io.BytesIO(), array=ati)
-        torch.save(packed.getvalue(), "a.pth")
-        np.savez("a.npz", track_points=xy / (48, 32), track_visibility=seen)
-        Path("a.json").write_text(json.dumps([[dict(zip("xy", point)) for point in path] for path in
-                                              xy.swapaxes(0, 1).tolist()]))
-        for name, code in rows:
-            turned, path = name.startswith("TAP"), Path("t.npz")
-            given = {"tracks": xy.swapaxes(0, 1) if turned else xy[None], "visible": seen[None], "visibles": seen.T,
-                     "points": xy.swapaxes(0, 1) / (48, 32), "occluded": ~seen.T, "W": 48, "H": 32}
-            exec(code, {"io": io, "json": json, "np": np, "torch": torch} | given)
-            tracks, visible, ids, _ = sample.load_tracks(path, (48, 32))
-            expected = seen if "JSON" not in name else np.ones_like(seen)
-            assert np.array_equal(visible, expected) and ids is None, name
-            assert abs(tracks - xy)[visible].max() < 1e-4, name
-            path.unlink()
-    assert len(rows) == 7
+        exec(block)
+        tracks, visible, *_ = sample.load_tracks(Path("circle.npz"), (384, 384))
+        assert tracks.shape == (81, 1, 2) and visible.all() and abs(tracks[0, 0] - (105, 250)).max() < 1e-4
+        tap = {"NAME": {"points": xy.swapaxes(0, 1) / (48, 32), "occluded": ~seen.T}}
+        Path("a.pkl").write_bytes(pickle.dumps(tap))
+        Path("a.txt").write_text("".join(f"{x:g},{y:g}\n" for x, y in xy[:, 0] / (48, 32) * 256))
+        for code, expected in zip(rows, (seen, np.ones_like(seen)), strict=True):
+            exec(code, {"np": np})
+            tracks, visible, *_ = sample.load_tracks(Path("t.npz"), (48, 32))
+            assert np.array_equal(visible, expected) and abs(tracks - xy).max() < 1e-2, code
+            Path("t.npz").unlink()
 
 
 def test_readme_table_points_at_the_code():
@@ -5300,7 +5603,7 @@ def trainings(run, clip, half):
             "distillation, drag": (clip | {"measure": distilled_row}, students),
             "distillation, stream": (half | {"measure": distilled_row}, students),
             "damaged tracks": (taught, harmed),
-            "drawn tracks": (taught | {"teach": {"steps": 600}}, grid(drawn=(False, True))),
+            "drawn tracks": (taught | {"teach": {"steps": 400}}, grid(drawn=(False, True))),
             "encoding": (clip | {"measure": encoding_row, "clips": 1, "points": "dense"}, grid(by=("vae", "head"))),
             "decoders": (clip | {"measure": decoders_row}, [{}])}
 
@@ -5489,10 +5792,10 @@ def forward_flops(c, tokens, seen):
     return c.num_layers * (tokens * a_token + 4 * D * D * text)
 
 
-def dry_run(run, tflops=396):
-    """train_distill.py --dry-run: print what the training of `run` would be and take, on GPUs that keep up `tflops` (40
+def dry_run(run):
+    """train_distill.py --dry-run: print what the training of `run` would be and take, on GPUs that keep up --tflops (40
     % of an H100's 989 in bfloat16). The model is on the meta device, and nothing is written."""
-    c, r, frames = run.config, run.recipe, (run.recipe.clip + 3) // 4
+    c, r, frames, tflops = run.config, run.recipe, (run.recipe.clip + 3) // 4, run.args.tflops
     with torch.device("meta"):
         count = sum(p.numel() for p in MotionStream(c).parameters())
     frame = math.prod(c.size) // (2 * c.stride) ** 2                                # tokens
@@ -5515,7 +5818,7 @@ def dry_run(run, tflops=396):
         days = ", ".join(f"{stage} {clips[stage] * flops / (1e12 * tflops * gpus * 86400):,.2g}"
                          for stage, flops in costs.items())
         print(f"{gpus} GPU{'s' * (gpus > 1)}: {teacher:.1f} GiB each to train the teacher, {distill:.1f} to distil, if "
-              f"all is sharded, without activations; days at {tflops} TFLOP/s each: {days}")
+              f"all is sharded, without activations; days at {tflops:g} TFLOP/s each: {days}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ import json
 import math
 import os
 import pickle
+import re
 import sys
 import time
 import zlib
@@ -449,7 +450,6 @@ def clip_encoder(run):
             if c.clip_dim:
                 clip["clip"] = image_rows(args.image_encoder, run.device)(video[:, :, 0])[None]
         return clip | {"latents": vae.encode(video).half()}
-
     return encode
 
 
@@ -500,7 +500,6 @@ def film_clips(run, name):
         tracks, visible = scene_tracks(scenes, SIZE, rng)
         text = torch.cat([embed_words(caption, run.config) for caption in scenes["caption"]])
         return {"latents": latents.half(), "tracks": tracks, "visible": visible, "text": text}
-
     return piece
 
 
@@ -535,8 +534,7 @@ def thinned(visible, pauses):
 
 
 def pick(pool, batch, frames=None):
-    """Random clips of a pool of files, whose tensors are read as far as they are needed: {name: (batch, …)}, latents
-    of `frames` frames (None: all)."""
+    """Random clips of a pool of files, {name: (batch, …)}, latents of `frames` frames (None: all)."""
     clips = []
     for file in torch.randint(0, len(pool), (batch,)):
         clip = load_file(pool[file])
@@ -622,7 +620,7 @@ def train_teacher(run):
 
 # Stage 3: causal initialisation. The teacher becomes a student that sees only what the cache holds (section 3.2).
 
-CONTEXTS = ((1, 1),) * 3 + ((0, 1), (1, 0), (2, 1), (1, 2), (1, None))      # (sink, window) in chunks, drawn per step
+CONTEXTS = ((0, 1), (1, 0), (2, 1), (1, 2), (1, None))      # (sink, window) in chunks, drawn beside the model's own
 
 
 def sample_trajectories(run, name):
@@ -641,7 +639,6 @@ def sample_trajectories(run, name):
                       if sigma in wanted or sigma == 0]
         assert len(states) == len(wanted) + 1, f"{len(states) - 1} of {wanted} lie on the teacher's schedule"
         return {"states": torch.stack(states, 1).half(), **given, **points}
-
     return piece
 
 
@@ -677,15 +674,16 @@ def causal_loss(model, states, x0, memory, conditions, context):
 def train_causal(run):
     """Student from teacher, on the teacher's ODE trajectories."""
     trajectories, r = kept(run, "trajectories", "teacher", run.trajectories, sample_trajectories), run.recipe
-    student = run.model("teacher", causal=True).requires_grad_(True)
+    student = run.model("teacher", causal=True, **run.memory).requires_grad_(True)
     student.track_head.requires_grad_(False)                                # frozen after the teacher (appendix D)
+    contexts = 3 * ((run.config.sink, run.config.window),) + CONTEXTS
     optimizer = Optimizer(student, *r.causal, steps=run.steps["causal"] // run.batches, ema=0.98, **run.shared())
 
     def step(i):
         batch = {key: value.to(run.device) for key, value in pick(trajectories, r.batch).items()}
         *states, x0 = batch["states"].float().unbind(1)
         points = {key: batch[key] for key in ("tracks", "visible", "ids")}
-        context = CONTEXTS[int(torch.randint(0, len(CONTEXTS), ()))]
+        context = contexts[int(torch.randint(0, len(contexts), ()))]
         with run.autocast():
             conditions = {key: batch[key] for key in ("text", "image", "clip") if key in batch}
             conditions["tracks"] = track_features(student, **points)
@@ -723,9 +721,9 @@ DRAWN = tuple(itertools.product((1, 3, 5), (0, 1, 2, 3), (1, 2, 4)))    # chunk,
 
 
 def last_clip(chunks, frames, first, points):
-    """The end of a rollout, an iterator of chunks, as a clip that the teacher can judge: the image (B, C, 1, h, w), then
-    its last `frames` latents without their first (first=None: with it), with the tracks of these frames. After more
-    than that time jumps behind the image: the teacher says what it should be by then, whatever the student passed on."""
+    """The end of a rollout, an iterator of chunks, as a clip that the teacher can judge: the image (B, C, 1, h, w),
+    then its last `frames` latents without their first (first=None: with it), with the tracks of these. After more than
+    that, time jumps behind the image: the teacher says what should be there, whatever the student passed on."""
     held = []
     for chunk in chunks:
         held.append(chunk)
@@ -744,9 +742,8 @@ def draw_rollout(run, i, grad):
     rng, c = torch.Generator().manual_seed(seed_of(run.seed, i // run.batches, grad)), run.config
     chunks = int(torch.randint(2 * run.known - run.args.rollout, run.args.rollout + 1, (), generator=rng))
     exit_step = int(torch.randint(0, len(c.sigmas), (), generator=rng))
-    drawn = DRAWN[int(torch.randint(0, len(DRAWN), (), generator=rng))]
-    memory = drawn if run.args.memory == "drawn" else (c.chunk, c.sink, c.window)
-    return max(run.known, chunks), exit_step, dict(zip(("chunk", "sink", "window"), memory))
+    drawn = dict(zip(("chunk", "sink", "window"), DRAWN[int(torch.randint(0, len(DRAWN), (), generator=rng))]))
+    return max(run.known, chunks), exit_step, run.memory | (drawn if run.args.memory == "drawn" else {})
 
 
 def train_student(run):
@@ -754,7 +751,7 @@ def train_student(run):
     the teacher's clip, see last_clip, have neutral text if scenes are drawn: a light would have faded."""
     pool, reward = kept(run, f"images{run.args.rollout}", "vae", run.clips, film_clips), run.reward
     teacher, vae, neutral = shard(run.model("teacher")), run.vae(), embed_words(NEUTRAL, run.config).to(run.device)
-    generator, critic = run.model("causal", sink_decay=run.config.sink_decay), run.model("teacher")
+    generator, critic = run.model("causal", **run.memory), run.model("teacher")
     for model in generator, critic:
         model.requires_grad_(True).track_head.requires_grad_(False)
     known, updates, betas = run.known, run.steps["distill"] // run.batches // run.recipe.critic_steps, (0.0, 0.99)
@@ -799,7 +796,7 @@ def train_student(run):
 # The command.
 
 # Flags of a single stage, what there is to train, and which of it a stage leaves behind and starts from.
-OWN = {"distill": ("reward", "beta", "sink_decay", "memory"), "decoder": ("adversarial", "perceptual")}
+OWN = {"distill": ("reward", "beta", "sink_decay"), "decoder": ("adversarial", "perceptual")}
 MODELS = ("vae", "teacher", "causal", "student")
 STAGES = {"vae": train_vae, "teacher": train_teacher, "causal": train_causal, "distill": train_student,
           "decoder": train_decoder}                                     # only if it is named
@@ -829,6 +826,7 @@ def choose_config(args, start):
         c = replace(c, track_dim=c.out_dim, in_dim=c.in_dim + c.out_dim)
     if full:
         c = replace(c, shift=6.0, sigmas=schedule(3, 6.0), steps=48, guidance=(3.0, 1.5), chunk=3, sink=1, window=1)
+    c = replace(c, **args.memory) if isinstance(args.memory, dict) else c
     c = replace(c, tracks=args.tracks or c.tracks, sink_decay=args.sink_decay)
     return c, "tiny" if not full else "second" if start and start.head else "paper"
 
@@ -841,6 +839,7 @@ class Run:
         self.args, self.out, self.device, self.seed = args, Path(args.out), args.device, args.seed
         self.reward, self.start = args.reward and find_reward(args.reward), args.weights and inspect(args.weights)
         self.config, recipe = choose_config(args, self.start)
+        self.memory = {name: getattr(self.config, name) for name in ("chunk", "sink", "window", "sink_decay")}
         self.recipe, self.full = SimpleNamespace(**RECIPES[recipe]), recipe != "tiny"
         self.recipe.clip = args.length or self.recipe.clip
         self.dense = (0 if self.start.head else 1) if self.start else 1 / 4      # share of the teacher's steps
@@ -870,7 +869,7 @@ class Run:
 
     def settings(self, stage):
         """What a checkpoint of the stage depends on: another of these would make it a mixture."""
-        names = ("seed", "tracks", "length", *OWN.get(stage, ()), *(["rollout"] if stage == "distill" else []))
+        names = ("seed", "tracks", "length", "memory", "rollout", *OWN.get(stage, ()))
         own = {"start": self.args.weights and str(self.args.weights), "data": self.args.data and seed_of(*self.data)}
         return {name: getattr(self.args, name) for name in names} | (own if stage in STAGES else {}) | {
             "batches": self.batches, "weights": [*map(self.checksum, NEEDS[stage])]}
@@ -902,6 +901,15 @@ class Run:
         return MotionStream.from_pretrained(self.path(name), dtype=torch.float32, device=self.device, **overrides)
 
 
+def memory(text):
+    """A flag's type: "c3s1w1" to chunk 3, sink 1, window 1 (wfull: all), as a dict; "drawn": see draw_rollout."""
+    found = re.fullmatch(r"c([1-9]\d*)s(\d+)w(\d+|full)", text)
+    if not found and text != "drawn":
+        raise argparse.ArgumentTypeError(f"{text} is not like c3s1w1, and not drawn")
+    fields = zip(("chunk", "sink", "window"), found.groups()) if found else ()
+    return {name: None if n == "full" else int(n) for name, n in fields} or text
+
+
 def parse_flags(argv):
     """The command line."""
     count = number(int, 1, 10 ** 9)
@@ -923,11 +931,12 @@ def parse_flags(argv):
     parser.add_argument("--weights", type=Path, help="what the teacher starts from: a Wan DiT, or a teacher made here")
     parser.add_argument("--vae", type=Path, help="a finished VAE's file; the stage vae is left out")
     parser.add_argument("--dry-run", nargs="?", choices=PRESETS, const="tiny", help="print what it would take, no more")
+    parser.add_argument("--tflops", type=number(float, 1, 1e6), default=396, help="of a GPU, for --dry-run (396)")
     parser.add_argument("--reward", help="to weight distillation by: motion, or FILE.py:FUNCTION (none)")
     parser.add_argument("--beta", type=number(float, 0.01, 100), default=0.5, help="weight is exp(reward / beta) (0.5)")
     parser.add_argument("--sink-decay", type=number(float, 0, 1), default=1.0, help="below 1: EMA-Sink (1)")
     parser.add_argument("--rollout", type=number(int, 1, 100), help="longest, in chunks, of distillation (16)")
-    parser.add_argument("--memory", choices=["own", "drawn"], default="own", help="drawn: of each rollout, see DRAWN")
+    parser.add_argument("--memory", type=memory, help="the student's chunk, sink, window (c3s1w1); drawn: many")
     parser.add_argument("--adversarial", type=number(float, 0, 100), default=0.01, help="weight of a decoder's (0.01)")
     parser.add_argument("--perceptual", help="LPIPS's weights, for a decoder (none)")
     parser.add_argument("--tracks", choices=["random", "start"], help="how tracks get their IDs (tiny: start)")
@@ -939,6 +948,7 @@ def check_flags(parser, args):
     if args.steps and args.stage not in STAGES:
         parser.error("--steps needs --stage with one training stage")
     for names, stages in ((OWN["distill"], ("all", "distill")), (OWN["decoder"], ("decoder",)),
+                          (("memory",), ("all", "causal", "distill")),
                           (("clips", "frames"), ("all", "experiments", "eval"))):
         for name in names if args.stage not in stages else ():
             if getattr(args, name) != parser.get_default(name):

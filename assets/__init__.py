@@ -1,6 +1,7 @@
 """What the programs share: what is wrong with what a user gives, in one line; files that are whole or not there."""
 
 import contextlib
+import errno
 import os
 from pathlib import Path
 
@@ -17,10 +18,11 @@ def naming(what, cure):
     try:
         with np.errstate(all="ignore"):     # numbers too large for float32 get a message of their own
             yield
-    except (UserError, OSError) as e:
-        raise UserError(f"{what}: {getattr(e, 'strerror', None) or e}") from None
-    except Exception:       # damaged headers, zip files and JSON raise ten kinds, and numpy's texts advise unpickling
-        raise UserError(f"{what}: {cure}") from None
+    except UserError as e:
+        raise UserError(f"{what}: {e}") from None
+    except Exception as e:  # damaged headers, zip files and JSON raise ten kinds, and numpy's texts advise unpickling
+        told = getattr(e, "errno", None) not in (None, errno.EINVAL)    # that one comes of damaged zip files
+        raise UserError(f"{what}: {e.strerror if told else cure}") from None
 
 
 def write(path, save, *args):
