@@ -3654,7 +3654,7 @@ def test_tracks_as_used_are_written_and_give_the_same_video():
         frames = np.stack(imageio.mimread(here / "out.mp4", memtest=False))
         (here / "out.mp4").unlink()
         return frames
-    for given in (("--drag=-9,20 -> 30,20", "--pin=-1,-1", "--frames", 10), ("--tracks", here / "tracks.npy"),
+    for given in (("--drag=30,20 -> -9,20", "--pin=1,1", "--frames", 10), ("--tracks", here / "tracks.npy"),
                   ("--depth", here / "depth.npy", "--camera", "right:0.5", "--frames", 9)):
         for weights in "student", "random":
             more = "--weights", here / f"{weights}.safetensors", "--seed", 3
