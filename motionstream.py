@@ -17,7 +17,6 @@ import itertools
 import json
 import math
 import re
-import zlib
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -501,21 +500,10 @@ def rollout(model, noise, conditions, first=None, sigmas=None, exit_step=None, g
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Text and weights. Nothing below is part of the method; the two imports are needed only here.
+# Weights. Nothing below is part of the method; the two imports are needed only here.
 
 import os
 from pathlib import Path
-
-
-def embed_words(text, config):
-    """A prompt for the tiny model, (1, L, text_dim): each word is random numbers seeded by its own letters, the same in
-    every process. At most text_len words; their order is not seen. None: the null text."""
-    if text is None:
-        return None
-    words = re.findall(r"\w+", text.lower())[:config.text_len]
-    seeds = [torch.Generator().manual_seed(zlib.crc32(word.encode())) for word in words]
-    rows = [torch.randn(config.text_dim, generator=seed) for seed in seeds]
-    return torch.stack(rows)[None] if rows else torch.zeros(1, 0, config.text_dim)
 
 
 def init_weights(model):

@@ -21,7 +21,9 @@ import itertools
 import json
 import math
 import os
+import select
 import signal
+import socket
 import sys
 import threading
 import time
@@ -34,8 +36,6 @@ from typing import NamedTuple
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads wait awake, but briefly: the video encoder needs the cores
 
-import imageio.v2 as imageio
-import imageio_ffmpeg
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -48,7 +48,9 @@ from assets.encoders import image_encoder, kept_rows, text_encoder
 from assets.flags import STDIN, Parser, check_track_flags, number, read_tracks, track_flags
 from assets.page import TOKEN, Handler, clock
 from assets.tracks import check_tracks, follow, load_tracks
-from motionstream import (SELF_FORCING, MotionStream, embed_words, euler, find_config, image_and_mask, image_channels,
+from assets.video import enlarge, enlargement, picture_file, recorder, video_file
+from assets.world import embed_words
+from motionstream import (SELF_FORCING, MotionStream, euler, find_config, image_and_mask, image_channels,
                           read_weights, rollout, schedule, track_features, track_ids, write)
 from vae import VAE_FILES, load_vae, read_tensors
 
@@ -57,8 +59,8 @@ UMT5_DIM, CLIP_ROWS = 4096, 257     # of an encoded text, and of an encoded imag
 NEGATIVE_PROMPT = (         # of Wan, what guidance leads away from
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
     "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
+RECORDING = Path("recording.mp4")   # what the page records, without --out
 MOST_FRAMES = 1_000_000
-SHORTEST_SIDE = 256         # pixels of the written video; smaller ones are enlarged
 TRAIL = 12                  # frames that a track's trail lasts in --overlay
 HISTORY = 81                # frames that weights without a window, which forget nothing, saw in training
 
@@ -113,15 +115,40 @@ def conditions(model, first, motion, text=None, clip=None):
         image = None                                    # it is in the cache now
 
 
+class Recomputing:
+    """A model for `rollout` that, when the text changes, also rewrites what the caches hold (after LongLive, arXiv
+    2509.22622): the window's chunks go through the clean pass again with the new text, oldest first, behind the sink.
+    The sink stays, for it holds the image. With a sink_decay below 1 it also holds, under the old text, what has left
+    the window. Use one object for one rollout."""
+
+    def __init__(self, model):
+        self.model, self.config, self.new_caches, self.text = model, model.config, model.new_caches, None
+        self.passes = collections.deque(maxlen=model.config.window)       # those that wrote the window, without text
+
+    def __call__(self, x, sigma, text, *, caches, write=False, **given):
+        if text is not self.text and (text is None or self.text is None or not text.equal(self.text)):
+            for cache in caches:
+                cache.chunks = cache.chunks[:cache.sink]
+            with torch.no_grad():
+                for clean in self.passes:
+                    self.model(text=text, caches=caches, write=True, **clean)
+        self.text = text
+        if write and len(caches[0].chunks) >= caches[0].sink:
+            self.passes.append({"x": x, "sigma": sigma, **given})
+        return self.model(x, sigma, text, caches=caches, write=write, **given)
+
+
 @torch.inference_mode()
-def stream(model, first, motion, text=None, seed=0, clip=None):
+def stream(model, first, motion, text=None, seed=0, clip=None, recompute=False):
     """The student: clean latents (B, C, chunk, h, w), one chunk after the other, at constant memory.
-    first (B, C, 1, h, w): the image's latent. The noise levels are the model's own. motion, text: see `conditions`."""
+    first (B, C, 1, h, w): the image's latent. The noise levels are the model's own. motion, text: see `conditions`.
+    recompute: when the text changes, what is remembered is written again with it, see Recomputing."""
     generator = torch.Generator().manual_seed(seed)     # on the CPU: the same noise whatever the device
     shape = (*first.shape[:2], model.config.chunk, *first.shape[3:])
     noise = (torch.randn(shape, generator=generator).to(first) for _ in itertools.count())
     _, clean = image_inputs(model.config, first, 1)
-    yield from rollout(model, noise, conditions(model, first, motion, text, clip), clean, generator=generator)
+    given = conditions(model, first, motion, text, clip)
+    yield from rollout(Recomputing(model) if recompute else model, noise, given, clean, generator=generator)
 
 
 @torch.inference_mode()
@@ -197,10 +224,24 @@ def fit_image(image, size):
 # ----------------------------------------------------------------------------------------------------------------------
 # Tracks, in the video.
 
-def read_lines(lines, size, config, prompt):
+def arriving(file, noted):
+    """The lines of an open file or pipe, bytes, as they come, until it ends or something is noted meanwhile."""
+    rest = b""
+    while not noted:
+        if select.select([file], [], [], 0.1)[0]:       # so that a tracker that says nothing does not hold us
+            data = os.read(file.fileno(), 2 ** 16)
+            *lines, rest = (rest + data).split(b"\n")
+            yield from lines
+            if not data:
+                yield rest
+                return
+
+
+def read_lines(file, noted, size, config, prompt):
     """What each chunk is given, for `fitted`, by a tracker that runs meanwhile: a line of JSON for each chunk, with a
     list of points for each of its frames, [x, y] in pixels of the image of `size` (width, height) or null where hidden,
     the same points in the same order in every line."""
+    lines = arriving(file, noted)
     prompt, starts = (config.prompt if prompt is None else prompt) or "", None
     for number, line in enumerate(filter(bytes.strip, lines), 1):       # blank lines are none
         with naming(f"standard input, line {number}", "not a JSON list of frames, lists of points, [x, y] or null"):
@@ -256,9 +297,9 @@ def fit_tracks(arrays, image_size, frames, config, seed, note=print):
 # Writing the video, and pictures of it.
 
 @contextlib.contextmanager
-def hold_signals():
+def hold_signals(noted=None):
     """The first Ctrl-C or SIGTERM is only noted, in the list that this yields; the second one ends the program."""
-    noted = []
+    noted = [] if noted is None else noted
 
     def handle(signum, _):
         if noted:
@@ -271,45 +312,6 @@ def hold_signals():
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
-
-
-@contextlib.contextmanager
-def video_file(path, fps):
-    """`with video_file(path, fps) as append`: append(frame), uint8 (H, W, 3), goes to a temporary file beside `path`,
-    which takes its place when the block ends and all frames can be read back. If the block ends in an exception,
-    nothing is left behind."""
-    part, count = path.absolute().with_name(f".{path.stem}.{os.getpid()}{path.suffix}"), 0
-
-    def append(frame):
-        nonlocal count
-        writer.append_data(frame)
-        count += 1
-
-    try:
-        writer = imageio.get_writer(part, fps=fps, codec="libx264", quality=7, macro_block_size=2,
-                                    ffmpeg_log_level="quiet",
-                                    output_params=["-preset", "veryfast", "-movflags", "+faststart"])
-        with writer:
-            yield append
-        there = None
-        with contextlib.suppress(RuntimeError):                 # a failed encoding is silent
-            there = imageio_ffmpeg.count_frames_and_secs(part)[0]
-        if there != count:
-            raise OSError(0, "not all frames can be read back")
-        os.replace(part, path)
-    except OSError as e:                                # if ffmpeg has gone, its reason has gone with it
-        raise UserError(f"{path}: cannot be written after {count} frames ({e.strerror or 'ffmpeg has ended'}); is the "
-                        "disk full, or the folder not writable?") from None
-    finally:
-        part.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def picture_file(path):
-    """As video_file, for the last frame alone: an edited picture."""
-    last = collections.deque(maxlen=1)
-    yield last.append
-    write(path, lambda part: Image.fromarray(last[0]).save(part, "png"))
 
 
 def write_arrays(path, arrays):
@@ -366,7 +368,7 @@ def draw_control(vae, motion, config, frames):
 # ----------------------------------------------------------------------------------------------------------------------
 # Takes: what a recorded stream was given, kept in a file, and given again.
 
-SETTINGS = ("seed", "steps", "chunk", "sink", "window", "fps", "dtype", "frames")    # a take's flags
+SETTINGS = ("seed", "steps", "chunk", "sink", "window", "fps", "dtype", "frames", "recompute")    # a take's flags
 
 
 def fitted(given, size, config, taken):
@@ -403,7 +405,7 @@ def save_take(path, taken, frames, image, args, model, vae, encoded):
               "width": image.width, "height": image.height, "models": checksum(model, vae, encoded),
               "prompts": [prompt for _, prompt in taken],
               "seed": args.seed, "steps": args.steps, "chunk": c.chunk, "sink": c.sink, "window": c.window,
-              "fps": args.fps or c.fps, "dtype": args.dtype, "frames": frames}
+              "fps": args.fps or c.fps, "dtype": args.dtype, "frames": frames, "recompute": args.recompute}
     write_arrays(path, {name: array for name, array in arrays.items() if array is not None})
 
 
@@ -444,7 +446,8 @@ def painted(live, take, config):
         time.sleep(0.004)
         if live.stop or live.control["take"] != take:
             return
-        if not live.runs or live.tick + len(live.queue) / live.status["fps"] - time.monotonic() > live.lead:
+        live.record(live.control["record"])
+        if not live.runs or live.tick + len(live.queues[0]) / live.status["fps"] - time.monotonic() > live.lead:
             continue
         live.obeyed, live.begun, lines = live.control, time.monotonic(), {}
         for x, y, *start, from_x, from_y in live.obeyed["points"]:
@@ -457,28 +460,22 @@ def painted(live, take, config):
 
 
 @torch.inference_mode()
-def perform(live, args, model, vae, encoded, out):
-    """One take: the stream from live.image on, until another take is asked for or it is over; recorded in `out`."""
-    c, image, control, append = live.config, live.image, live.control, None
-    taken = collections.deque(maxlen=None if out else 0)            # what is not recorded is not kept
+def perform(live, args, model, vae, encoded):
+    """One take: the stream from live.image on, until another take is asked for or it is over."""
+    c, image, control, taken = live.config, live.image, live.control, []
     more = c.chunk // control["chunk"]                              # chunks remembered, so that as many frames are
     c = model.config = replace(c, chunk=control["chunk"], sink=more * c.sink, window=c.window and more * c.window)
-    pixels, factor = fit_image(image, c.size), math.ceil(SHORTEST_SIDE / min(c.size))
-    live.queue, live.frame = collections.deque(), (next(live.count), 0, to_frames(pixels[:, :, None])[0])
-    live.status |= {"image": image.size, "recorded": str(out or "")}
+    pixels, live.status["image"] = fit_image(image, c.size), image.size
+    live.queues, live.frame = ((collections.deque(), collections.deque()),
+                               (next(live.count), 0, to_frames(pixels[:, :, None])[0]))
     given = fitted(painted(live, control["take"], c), image.size, c, taken)
-    with contextlib.ExitStack() as stack:
-        for count, frame in enumerate(generate(args, None, pixels, given, model, vae, encoded), 1):
+    with recorder(live, args.out or RECORDING, taken, lambda path, frames: save_take(
+            path, taken, frames, image, args, model, vae, encoded)) as live.record:
+        for frame in generate(args, None, pixels, given, model, vae, encoded):
             if live.begun:                                          # it is the first of its chunk
                 live.status["latency"], live.begun = time.monotonic() - live.begun, None
                 live.lead = max(1.2 * live.status["latency"], 0.8 * live.lead)
-            live.queue.append((next(live.count), live.obeyed["seq"], frame))
-            if out:
-                append = append or stack.enter_context(video_file(out, live.status["fps"]))
-                append(frame.repeat(factor, 0).repeat(factor, 1))
-    if append:
-        save_take(out.with_suffix(".take.npz"), taken, count, image, args, model, vae, encoded)
-        print(f"{out}: {count} frames, again by --replay {out.with_suffix('.take.npz')}")
+            live.queues[0].append((next(live.count), live.obeyed["seq"], frame))
 
 
 def serve(args, image, model, vae, encoded):
@@ -486,26 +483,26 @@ def serve(args, image, model, vae, encoded):
     c, prompt = model.config, model.config.prompt if args.prompt is None else args.prompt
     with hold_signals() as noted:
         live = SimpleNamespace(
-            control={"seq": 0, "take": 0, "chunk": c.chunk, "pause": True, "prompt": prompt or "", "points": []},
+            control={"seq": 0, "take": 0, "chunk": c.chunk, "pause": True, "record": bool(args.out),
+                     "prompt": prompt or "", "points": []},
             status={"size": c.size, "image": image.size, "latency": 0.0, "fps": args.fps or c.fps,
-                    "words": c.text_dim != UMT5_DIM, "chunks": sorted({1, c.chunk}), "recorded": str(args.out or "")},
-            frame=(0, 0, to_frames(fit_image(image, c.size)[:, :, None])[0]), count=itertools.count(1), queue=(),
-            config=c, image=image, stop=noted, lock=threading.Lock(), runs=False, watched=-math.inf, tick=0.0, lead=0.0,
-            begun=None, load_image=load_image)
+                    "words": c.text_dim != UMT5_DIM, "chunks": sorted({1, c.chunk}), "recorded": ""},
+            frame=(0, 0, to_frames(fit_image(image, c.size)[:, :, None])[0]), count=itertools.count(1), queues=((), ()),
+            config=c, image=image, out=args.out, stop=noted, lock=threading.Lock(), runs=False, watched=-math.inf,
+            tick=0.0, lead=0.0, begun=None, load_image=load_image)
         with naming(f"--host {args.host} --port {args.port}", "not an address of this machine"):
             server = http.server.ThreadingHTTPServer((args.host, args.port), Handler)
-        server.live, live.hosts = live, [f"{name}:{server.server_port}" for name in (args.host, "localhost")]
+        server.live, live.hosts = live, [args.host, "localhost"]
+        if args.host == "0.0.0.0":                                  # all addresses of this machine; and its name
+            live.hosts.append(socket.gethostname().lower())
         if args.host != "127.0.0.1":
             print(f"warning: whoever reaches {args.host} and sees the address can steer this program")
         print(f"http://{args.host}:{server.server_port}/{TOKEN}/", flush=True)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         threading.Thread(target=clock, args=(live,), daemon=True).start()
-        out = args.out
-        for take in itertools.count(2):
-            perform(live, args, model, vae, encoded, out)
-            if noted:
-                return 0
-            out = out and args.out.with_stem(f"{args.out.stem}-{take}")
+        while not noted:
+            perform(live, args, model, vae, encoded)
+        return 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -514,7 +511,7 @@ def serve(args, image, model, vae, encoded):
 def parse_flags(argv):
     """The command line. Flags with argparse.SUPPRESS are only there if given; the model's own value holds otherwise."""
     parser = Parser(description="One image and some tracks in, a video out.", allow_abbrev=False)
-    file, given = {"type": Path, "metavar": "FILE"}, {"default": argparse.SUPPRESS, "metavar": "N"}
+    file = {"type": Path, "metavar": "FILE"}
     add, first = parser.add_argument, parser.add_mutually_exclusive_group(required=True).add_argument
     first("--image", help="first frame, any picture file", **file)
     first("--replay", help="a .take.npz, as --interactive and --tracks - write, again; flags change it", **file)
@@ -545,14 +542,22 @@ def parse_flags(argv):
     add("--control", choices=("sinusoid", "rgb"), help="tracks by the trained head, or drawn if there is none")
     add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, metavar="N", help="of all noise (default: %(default)s)")
     add("--steps", type=number(int, 1, 1000), metavar="N", help="noise levels per chunk; default: the model's")
+    sampler_flags(parser)
+    return parser.parse_args(argv)
+
+
+def sampler_flags(parser):
+    """Those that only one sampler has."""
+    given = {"default": argparse.SUPPRESS, "metavar": "N"}
     add = parser.add_argument_group("only --sampler stream; defaults are the model's").add_argument
     add("--chunk", type=number(int, 1, 1000), help="latent frames generated together", **given)
     add("--sink", type=number(int, 0, 10 ** 6), help="chunks from the start that are remembered for ever", **given)
     add("--window", type=number(int, 0, 10 ** 6), help="latest chunks that are remembered besides", **given)
+    add("--recompute", type=number(int, 0, 1), nargs="?", const=1, default=0, metavar="1",
+        help="a new prompt on the page is also run over the window's chunks; 0: not, the default")
     add = parser.add_argument_group("only --sampler teacher; guidance as in eq. 2, both 0: none").add_argument
     add("--w-text", type=number(float, 0, 100), help="weight of the text; default: the model's", **given)
     add("--w-motion", type=number(float, 0, 100), help="weight of the tracks; default: the model's", **given)
-    return parser.parse_args(argv)
 
 
 @contextlib.contextmanager
@@ -621,6 +626,7 @@ def refuse(args, weights, c, frames):
          "--interactive, --replay and --tracks - need a trained student"),
         *((flag in args, f"--{flag.replace('_', '-')} belongs to --sampler {'teacher' if streams else 'stream'}")
           for flag in (("w_text", "w_motion", "negative_prompt") if streams else ("chunk", "sink", "window"))),
+        (args.recompute and not streams, "--recompute belongs to --sampler stream"),
         (streams and c.window is None and frames > HISTORY and "window" not in args,
          f"trained to remember {HISTORY} frames, all of them; add --sink 1 --window 5 for more"),
         (streams and has_mask(c), "takes the image as a clip with a mask, which cannot stream; use --sampler teacher"),
@@ -714,28 +720,28 @@ def generate(args, frames, image, motion, model, vae, encoded):
     grey = 4 * latent_frames(frames, c) - 4 if has_mask(c) else 0
     first = vae.encode(F.pad(image[:, :, None], (0, 0, 0, 0, 0, grey)).to(device))
     if args.sampler == "stream":
-        latents = stream(model, first, motion, text, args.seed, clip=clip)
+        latents = stream(model, first, motion, text, args.seed, clip=clip, recompute=args.recompute)
     else:
         latents = sample_teacher(model, first, motion, frames, text, args.seed, null_text=null_text, clip=clip)
     yield from itertools.islice(decode_frames(vae, latents), frames)
 
 
-def write_video(append, frames, total, motion, factor):
+def write_video(append, frames, total, motion, factor, noted):
     """Append `total` frames, enlarged by `factor`, to a video while they come; with the tracks of `motion`, unless it
-    is None, drawn on them. Returns how many there are, and the signals that ended it early."""
+    is None, drawn on them. Returns how many there are; a signal that ended it early is in the list `noted`."""
     started = time.perf_counter()
     frames = itertools.chain([next(frames)], frames)    # the first one now: from there on Ctrl-C keeps what there is
     first_after = time.perf_counter() - started
-    with hold_signals() as noted:
+    with hold_signals(noted):
         for count, frame in enumerate(tqdm(frames, total=total, unit=" frames", disable=None), 1):
-            frame = frame.repeat(factor, 0).repeat(factor, 1)           # nearest neighbour
+            frame = enlarge(frame, factor)
             append(frame if motion is None else draw_tracks(frame, motion, count, factor))
             if noted:
                 break
     seconds = time.perf_counter() - started
     print(f"{count} of {total or count} frames in {seconds:.2f} s, {count / seconds:.1f} frames/s, the first after "
           f"{first_after:.2f} s")
-    return count, noted
+    return count
 
 
 def run(argv):
@@ -762,13 +768,13 @@ def run(argv):
     if tracks_fps and tracks_fps != (args.fps or config.fps):
         print(f"note: the tracks are at {tracks_fps:g} frames/s, the model at {config.fps}; they are not resampled")
     motion = given = fit_tracks(arrays, image.size, frames or 0, config, args.seed)
-    models, taken = load_models(args, weights, config, pixels), []
+    models, taken, noted = load_models(args, weights, config, pixels), [], []
     if live:
-        given = fitted(read_lines(sys.stdin.buffer, image.size, config, args.prompt), image.size, config, taken)
+        given = fitted(read_lines(sys.stdin.buffer, noted, image.size, config, args.prompt), image.size, config, taken)
     elif take:
         given = replayed(take, args, motion, *models)
     pictures = generate(args, frames, pixels, given, *models)
-    factor = math.ceil(SHORTEST_SIDE / min(config.size))
+    factor = enlargement(config.size)
     if args.reference or args.found or args.lpips:
         from test_motionstream import compared          # where all is measured
         found = args.found and load_tracks(args.found, [factor * side for side in config.size[::-1]])[:2]
@@ -776,7 +782,7 @@ def run(argv):
             pictures = compared(pictures, args.reference, config, motion, found, factor, args.lpips)
     opened = video_file(args.out, args.fps or config.fps) if args.out.suffix == ".mp4" else picture_file(args.out)
     with opened as append:
-        count, noted = write_video(append, pictures, frames, motion if args.overlay else None, factor)
+        count = write_video(append, pictures, frames, motion if args.overlay else None, factor, noted)
     if args.save_tracks:
         save_tracks(args.save_tracks, arrays, motion.ids[0], image.size, config, tracks_fps or args.fps or config.fps)
     if taken:
@@ -789,7 +795,12 @@ def main(argv=None):
     """`run`, with its errors as one line and an exit code: 2 what the user can put right, 130 interrupted."""
     warnings.filterwarnings("ignore", module="PIL")     # about damaged pictures; what is left unreadable gets our line
     try:
-        return run(sys.argv[1:] if argv is None else argv)
+        code = run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:                             # who read what is printed has gone: | head -1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (UserError, OSError) as e:                   # a full disk, say, while a page is recorded
         print(f"error: {e}", file=sys.stderr)
     except KeyboardInterrupt:

@@ -24,6 +24,7 @@ import pickle
 import re
 import runpy
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -37,7 +38,7 @@ import unittest
 import unittest.mock
 import warnings
 import weakref
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,6 +46,7 @@ from types import SimpleNamespace
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait awake slow each other down on shared cores
 
 import imageio.v2 as imageio
+import imageio_ffmpeg
 import numpy as np
 import torch
 import torch.nn as nn
@@ -59,11 +61,14 @@ import sample
 import train_distill as td
 from assets import UserError, encoders, world
 from assets.flags import camera_move, drag_path
+from assets.page import named
 from assets.tracks import MOVES, camera, camera_tracks, load_depth
+from assets.video import recorder
+from assets.world import embed_words
 from motionstream import (PRESETS, KVCache, MotionStream, SelfAttention, TrackHead, add_noise, apply_rope, by_chunk,
-                          embed_words, euler, find_config, guided_velocity, image_and_mask, joint_guidance,
-                          rollout, rope_table, save_pretrained, schedule, sinusoid, to_x0, track_features, track_ids,
-                          with_first, write)
+                          euler, find_config, guided_velocity, image_and_mask, joint_guidance, rollout, rope_table,
+                          save_pretrained, schedule, sinusoid, to_x0, track_features, track_ids, with_first, write)
+from sample import Recomputing
 from vae import RMSNorm as ChannelNorm
 from vae import (STATISTICS, CausalConv, TinyVAE, TinyVAEConfig, WanVAE, WanVAEConfig, fill, load_vae,
                  read_tensors)
@@ -650,6 +655,61 @@ def test_training_and_sampling_roll_out_the_same_bits():
     assert all(a.detach().equal(b) for a, b in zip(train, play, strict=True))
 
 
+def test_recomputing_equals_caches_rebuilt_by_hand():
+    noise, given, first = clip_of(15)
+    texts, tracks = [given["text"]] * 3 + [rand(2, 4, 12, seed=9), None], given["tracks"].split(3, 2)
+    for sink, window in (1, 1), (1, 2), (0, 2), (2, 1), (2, 9), (0, None), (1, 0):
+        model = new_model(sink=sink, window=window)
+        now = [{"text": text, "tracks": part} for text, part in zip(texts, tracks)]
+        plain, found = (list(rollout(m, noise, iter(now), first, generator=seeded(5)))
+                        for m in (model, Recomputing(model)))
+        rng, sigmas = seeded(5), [*model.config.sigmas, 0.0]
+        for _ in range(3 * (len(sigmas) - 2)):                      # of the first three chunks, which are as they were
+            torch.randn(noise.shape[0], 4, 3, *noise.shape[3:], generator=rng)
+        for i in 3, 4:
+            caches, held = model.new_caches(), range(sink, i)
+            for j in (*range(min(sink, i)), *(held if window is None else held[max(len(held) - window, 0):])):
+                said = now[j] if j < sink else now[j] | {"text": texts[i]}
+                model(found[j], torch.zeros(2), caches=caches, write=True, **said)
+            x = noise[:, :, 3 * i:3 * i + 3]
+            for sigma, following in zip(sigmas, sigmas[1:]):
+                level = torch.full((2,), sigma, dtype=torch.float64)
+                x0 = to_x0(x, model(x, level, caches=caches, **now[i]), level)
+                if following:
+                    x = add_noise(x0, torch.randn(x.shape, generator=rng), torch.full((2,), following))
+            assert_near(found[i], x0, 1e-5)
+            assert (found[i] - plain[i]).abs().max() > 1e-3 or not window and window is not None
+        assert all(a.equal(b) for a, b in zip(found[:3], plain))
+
+
+def test_recomputing_leaves_the_sink_alone_and_makes_no_graph():
+    for decay in 1.0, 0.9:
+        model, (noise, given, first), calls = new_model(window=2, sink_decay=decay), clip_of(24), []
+        recomputing, caches = Recomputing(model), model.new_caches()
+        recomputing.new_caches = lambda: caches
+        model.requires_grad_(True).register_forward_hook(lambda _, args, options, out: calls.append(
+            (options.get("write", False), out.requires_grad, [cache.chunks[:1] for cache in caches])), with_kwargs=True)
+        now = [{"text": given["text"] * (i > 5), "tracks": part} for i, part in enumerate(given["tracks"].split(3, 2))]
+        for x in rollout(recomputing, noise, iter(now), first, exit_step=0, grad=True):
+            assert len(recomputing.passes) <= 2 and all(len(cache.chunks) <= 3 for cache in caches)
+            assert x.requires_grad and not any(k.requires_grad for cache in caches for k, _ in cache.chunks)
+        writes, graphs, sinks = zip(*calls)
+        assert writes == (*[False, True] * 6, True, True, *[False, True] * 2)          # two are written again
+        assert all(write != graph for write, graph in zip(writes, graphs))
+        before, after = ([sink[0] for sink in sinks[i]] for i in (11, 14))
+        assert all(a.equal(b) for one, two in zip(before, after) for a, b in zip(one, two))
+
+
+def test_recomputing_changes_nothing_while_the_text_stays():
+    model, (noise, given, first), count = new_model(), clip_of(12), []
+    model.register_forward_hook(lambda *_: count.append(1))
+    for text in given["text"], None:
+        now = [{"text": None if text is None else text.clone(), "tracks": part} for part in given["tracks"].split(3, 2)]
+        one, two = (list(rollout(m, noise, iter(now), first, generator=seeded(5))) for m in (model, Recomputing(model)))
+        assert all(a.equal(b) for a, b in zip(one, two, strict=True)) and len(count) == 2 * 4 * (len(SMALL.sigmas) + 1)
+        count.clear()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Weights files.
 
@@ -708,7 +768,7 @@ def test_weights_that_do_not_fit_are_refused_in_one_line_that_names_the_file():
 
 def test_words_are_the_same_in_every_process():
     ours = embed_words("Fading light, spinning shapes", SMALL)
-    code = ("from motionstream import *; "
+    code = ("from assets.world import *; from motionstream import Config; "
             "print(embed_words('fading LIGHT spinning shapes', Config(text_dim=12)).tolist())")
     theirs = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True).stdout
     assert ours.shape == (1, 4, 12) and ours.tolist() == ast.literal_eval(theirs)
@@ -3594,7 +3654,7 @@ def test_tracks_as_used_are_written_and_give_the_same_video():
         frames = np.stack(imageio.mimread(here / "out.mp4", memtest=False))
         (here / "out.mp4").unlink()
         return frames
-    for given in (("--drag=-9,20 -> 30,20", "--pin=-1,-1", "--frames", 10), ("--tracks", here / "tracks.npy"),
+    for given in (("--drag=30,20 -> -9,20", "--pin=1,1", "--frames", 10), ("--tracks", here / "tracks.npy"),
                   ("--depth", here / "depth.npy", "--camera", "right:0.5", "--frames", 9)):
         for weights in "student", "random":
             more = "--weights", here / f"{weights}.safetensors", "--seed", 3
@@ -3736,9 +3796,9 @@ def test_a_tracks_file_is_never_unpickled_and_never_unpacked_beyond_the_limit():
         assert (here / "large.npz").stat().st_size < 9999
         with unittest.mock.patch("assets.arrays.LIMIT", 9999):
             assert_error(sample.UserError, "unpacks to", sample.load_tracks, here / "large.npz", (48, 32))
-        for shape in (100_001, 1, 2), (9, 20_001, 2):
+        for shape in (1_000_001, 1, 2), (9, 20_001, 2):
             np.save(here / "long.npy", np.zeros(shape, np.int8))
-            found = f"{'has an array of' if shape[1] == 1 else 'tracks have shape'} {shape}, at most 100000"
+            found = f"{'has an array of' if shape[1] == 1 else 'tracks have shape'} {shape}, at most 1000000"
             assert_error(sample.UserError, found, sample.load_tracks, here / "long.npy", (48, 32))
         with unittest.mock.patch("assets.arrays.LIMIT_TEXT", 99):
             (here / "long.json").write_text("[" + "[1, 2], " * 99 + "[3, 4]]")
@@ -3754,7 +3814,7 @@ def test_a_video_is_there_whole_or_not_at_all():
     frame = np.zeros((256, 256, 3), np.uint8)
 
     def fail(count, broken):
-        patch = unittest.mock.patch.object(sample.imageio_ffmpeg, "count_frames_and_secs", count)
+        patch = unittest.mock.patch.object(imageio_ffmpeg, "count_frames_and_secs", count)
         with patch, sample.video_file(here / "out.mp4", 16) as append:
             for _ in range(3):
                 append(frame)
@@ -3767,7 +3827,7 @@ def test_a_video_is_there_whole_or_not_at_all():
         assert_error(sample.UserError, damaged, fail, failed, False)
         assert_error(AssertionError, "", fail, lambda path: (3, 1), True)
         assert not list(here.iterdir())
-        fail(sample.imageio_ffmpeg.count_frames_and_secs, False)
+        fail(imageio_ffmpeg.count_frames_and_secs, False)
         assert [file.name for file in here.iterdir()] == ["out.mp4"]
 
 
@@ -3845,6 +3905,14 @@ def test_drags_and_pins_are_tracks_along_lines():
                                here / "out.png")
     assert code == 0 and [shape.shape for shape in fit.call_args[0][0][:2]] == [(9, 2, 2), (9, 2)], out
     (here / "out.png").unlink()
+    for flag, start, path in (("--pin", "48,20", "48,20"), ("--drag", "-1,20", "-1,20 -> 9,9"),
+                              ("--drag", "9,40.5", "9,40.5->9,9"), ("--pin", "480,300", "480,300")):
+        code, _, err = sampled(*flags, "--pin", "5,7", f"{flag}={path}")            # one that starts inside, too
+        assert code == 2 and err == f"error: {flag} {start}: outside the image, which has 48x40 pixels\n", err
+        assert not (here / "out.mp4").exists()
+    code, out, err = sampled(*flags, "--pin", "9,1", "--drag", "9,9 -> 99,9", "--frames", 9)     # 9,1 is cropped away
+    assert code == 0 and "visible track points lie outside the video" in out, (out, err)
+    (here / "out.mp4").unlink()
 
 
 def test_a_picture_keeps_the_last_frame():
@@ -3860,8 +3928,11 @@ def spoken(lines, *flags):
     good = "image", "image.png", "weights", "student.safetensors", "vae", "vae.safetensors"
     paths = [word if i % 2 == 0 else workplace()[1] / word for i, word in enumerate(good)]
     words = [f"--{word}" if i % 2 == 0 else word for i, word in enumerate(paths)]
-    with unittest.mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines))):
-        return sampled(*words, "--tracks", "-", *flags)
+    with tempfile.TemporaryFile() as file:
+        file.write(lines)
+        file.seek(0)
+        with unittest.mock.patch.object(sys, "stdin", io.TextIOWrapper(file)):
+            return sampled(*words, "--tracks", "-", *flags)
 
 
 def as_lines(tracks, visible, cuts):
@@ -3918,6 +3989,55 @@ def test_a_wrong_line_on_standard_input_is_named_and_leaves_no_video():
             assert code == 2 and text in err and not list(mine.iterdir()), err
 
 
+def test_ctrl_c_does_not_wait_for_a_trackers_next_line():
+    _, here = workplace()
+    with folder() as mine:
+        flags = "--image", here / "image.png", *command()[4:8], "--tracks", "-", "--out", mine / "x.mp4"
+        program = subprocess.Popen([sys.executable, HERE / "sample.py", *map(str, flags)], stdin=subprocess.PIPE,
+                                   stdout=subprocess.DEVNULL)
+        try:
+            program.stdin.write(as_lines(np.full((21, 2, 2), 20.0), np.ones((21, 2), bool), (9, 21)))
+            program.stdin.flush()                               # and then nothing more, but it is not closed
+            until = time.monotonic() + 60
+            while not list(mine.iterdir()):
+                assert time.monotonic() < until and program.poll() is None
+                time.sleep(0.1)
+            time.sleep(1.5)
+            begun = time.monotonic()
+            program.send_signal(signal.SIGINT)
+            assert program.wait(20) == 130 and time.monotonic() - begun < 2, time.monotonic() - begun
+        finally:
+            program.kill()
+            program.stdin.close()
+        assert len(frames_of(mine / "x.mp4")) == 21 and np.load(mine / "x.take.npz")["frames"] == 21
+
+
+def test_a_line_is_taken_as_soon_as_it_is_whole():
+    (ours, theirs), noted = os.pipe(), []
+    with open(ours, "rb") as file, open(theirs, "wb", buffering=0) as tracker:
+        lines = sample.arriving(file, noted)
+        tracker.write(b"one\ntwo\nth")
+        assert next(lines) == b"one" and next(lines) == b"two"
+        threading.Timer(0.3, tracker.write, [b"ree" + 2 ** 15 * b"e" + b"\n"]).start()
+        assert next(lines) == b"three" + 2 ** 15 * b"e"
+        tracker.write(b"four")
+        later = threading.Timer(0.3, noted.append, [signal.SIGINT]), threading.Timer(3, tracker.write, [b"\n"])
+        begun = [timer.start() for timer in later] and time.monotonic()
+        assert next(lines, None) is None and 0.2 < time.monotonic() - begun < 1
+        later[1].cancel()
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    _, here = workplace()
+    with folder() as mine:
+        words = [sys.executable, HERE / "sample.py", *command("--out", mine / "x.mp4", "--frames", 9)]
+        line = " ".join(shlex.quote(str(word)) for word in words)
+        for unbuffered, lines in ("", 0), ("1", 1):
+            done = subprocess.run(["bash", "-c", f"{line} | head -{lines}; echo ${{PIPESTATUS[0]}}"],
+                                  capture_output=True, text=True, env=os.environ | {"PYTHONUNBUFFERED": unbuffered})
+            assert re.fullmatch(r"(student[^\n]+\n)?141\n", done.stdout) and not done.stderr, (done.stdout, done.stderr)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # sample.py: the page that paints tracks.
 
@@ -3939,7 +4059,7 @@ class Client:
         """Post a control; points are (x, y) now, and at the start and when grabbed if that is elsewhere."""
         self.seq += 1
         state = {"seq": self.seq, "take": 0, "chunk": 3, "pause": False, "prompt": "",
-                 "points": [point * (6 // len(point)) for point in points]} | changes
+                 "record": self.status()["record"], "points": [point * (6 // len(point)) for point in points]} | changes
         code, _, _ = self.ask("control", json.dumps(state), Content_Type="application/json")
         return code
 
@@ -3987,11 +4107,13 @@ def test_the_page_answers_only_those_who_know_its_address_and_nothing_else():
     Image.new("1", (9000, 9000)).save(bomb, "png")
 
     def control(**changes):
-        return json.dumps({"seq": 1, "take": 0, "chunk": 3, "pause": True, "prompt": "", "points": [row]} | changes)
+        state = {"seq": 1, "take": 0, "chunk": 3, "pause": True, "record": False, "prompt": "", "points": [row]}
+        return json.dumps(state | changes)
 
     typed = {"Content_Type": "application/json"}
     bad = [deep, b"", b"[]", b"{}", b"\xff", b"null", control(extra=1), control(seq="1"), control(seq=True),
-           control(seq=-1), control(chunk=2), control(pause=1), control(prompt="x" * 1001), control(points=[row[:5]]),
+           control(seq=-1), control(chunk=2), control(pause=1), control(record=0), control(record="x.mp4"),
+           control(prompt="x" * 1001), control(points=[row[:5]]),
            control(points=[row, [1]]), control(points=[["x"] * 6]), control(points=[row] * 257),
            control(points=[[1e6] * 6]), control(points=[row[:5] + [math.nan]]), control(points=[row[:5] + [-math.inf]]),
            control(points=[row]).replace("1.0", "1e999"), control(points=[row]).replace("1.0", "1" * 5000),
@@ -4030,6 +4152,25 @@ def test_the_page_answers_only_those_who_know_its_address_and_nothing_else():
         html = page.ask("")[2].decode()
         assert "http" not in html.replace("http-equiv", "") and not re.search(r"\son\w+=|style=", html)
         assert page.status()["seq"] == 1 and page.status()["points"] == [row]          # as the last one said, unharmed
+
+
+def test_a_page_for_all_addresses_answers_to_this_machines_own_and_to_no_other():
+    name = socket.gethostname().lower()
+    with served("--host", "0.0.0.0") as page:
+        port = page.host.rpartition(":")[2]
+        page.open = http.client.HTTPConnection(f"127.0.0.1:{port}", timeout=10)
+        for host, code in (("127.0.0.1", 200), ("localhost", 200), (name, 200), ("0.0.0.0", 200), ("evil.example", 421),
+                           (f"{name}.evil.example", 421), ("127.0.0.2", 421), ("", 421)):
+            assert page.ask("status", Host=f"{host}:{port}")[0] == code, host
+            assert page.ask("status", Host=host)[0] == 421, host            # a port that browsers do not leave out
+        assert page.ask("status", Host=f"127.0.0.1:{port}", Origin=f"http://{name}:{port}")[0] == 403
+        page.open = http.client.HTTPConnection(f"127.0.0.2:{port}", timeout=10)         # another of its addresses
+        assert page.ask("status", Host=f"127.0.0.2:{port}")[0] == 200
+    with served() as page:
+        port = page.host.rpartition(":")[2]
+        for host, code in ("127.0.0.1", 200), ("localhost", 200), (name, 421), ("0.0.0.0", 421), ("127.0.0.2", 421):
+            assert page.ask("status", Host=f"{host}:{port}")[0] == code, host
+    assert named(["a", "b"], 80) == ["a:80", "b:80", "a", "b"] and named(["a"], 8765) == ["a:8765"]
 
 
 def test_the_newest_control_wins_and_its_number_comes_with_the_frames():
@@ -4180,10 +4321,32 @@ def test_a_recorded_take_is_replayed_to_the_bit():
                     assert code == 0 and not np.array_equal(frames_of(replay), one), (flags, err)
             if (name, kind) == ("take-2", "random"):            # its tracks are good for --tracks too
                 more = "--seed", 3, "--chunk", 1, "--sink", 3, "--window", 3, "--fps", 60, "--prompt", ""
+                more = *more, "--frames", len(one)
                 code, _, err = sampled("--image", here / "image.png", "--tracks", take, *models, *more, "--out", replay)
                 assert code == 0 and np.array_equal(frames_of(replay), one), err
             for path in take, replay, video:
                 path.unlink()
+
+
+def test_a_take_whose_window_is_recomputed_is_replayed_to_the_bit():
+    _, here = workplace()
+    models = "--weights", here / "student.safetensors", "--vae", here / "vae.safetensors"
+    with folder() as mine:
+        with served("--out", mine / "x.mp4", "--recompute") as page:
+            for prompt in "", "fading light", "warming light":
+                page.control([(9.3, 8.2)], prompt=prompt)
+                page.watch(40)
+        one = frames_of(mine / "x.mp4")
+        for flags, same in ((), True), (("--recompute",), True), (("--recompute", 0), False):
+            code, _, err = sampled("--replay", mine / "x.take.npz", *models, "--out", mine / "y.mp4", *flags)
+            assert code == 0 and np.array_equal(frames_of(mine / "y.mp4"), one) == same, (flags, err)
+        old = {name: array for name, array in np.load(mine / "x.take.npz").items() if name != "recompute"}
+        np.savez(mine / "old.take.npz", **old)                      # from before there was such a flag
+        code, _, err = sampled("--replay", mine / "old.take.npz", *models, "--out", mine / "z.mp4")
+        code, _, err = sampled("--replay", mine / "x.take.npz", *models, "--out", mine / "y.mp4", "--recompute", 0)
+        assert code == 0 and np.array_equal(frames_of(mine / "y.mp4"), frames_of(mine / "z.mp4")), err
+    teacher = "--weights", here / "teacher.safetensors", "--sampler", "teacher"
+    assert "--recompute belongs to --sampler stream" in sampled(*command(*teacher, "--recompute"))[2]
 
 
 def test_a_replay_takes_the_models_and_files_it_was_made_with_and_no_others():
@@ -4253,21 +4416,148 @@ def test_how_soon_a_drag_is_answered_and_that_memory_stays():
 
 
 def test_ctrl_c_ends_within_two_seconds_and_the_recording_is_whole():
+    seconds = []
+    while not seconds or seconds[-1] >= 2 and len(seconds) < 3:         # beside other jobs it may take longer
+        seconds.append(interrupted())
+    assert seconds[-1] < 2, seconds
+
+
+def interrupted():
+    """Seconds from Ctrl-C to the end of the program."""
     with folder() as here:
         flags = "--image", HERE / "assets/drag.png", "--interactive", "--port", "0", "--out", here / "out.mp4"
         program = subprocess.Popen([sys.executable, HERE / "sample.py", *flags], stdout=subprocess.PIPE, text=True)
         try:
             page = Client(next(line for line in program.stdout if line.startswith("http")))
             page.control([(115, 256)])
-            page.watch(12)
+            page.watch(20)
             begun = time.monotonic()
             program.send_signal(signal.SIGINT)
-            assert program.wait(20) == 0 and time.monotonic() - begun < 2, time.monotonic() - begun
+            assert program.wait(20) == 0
+            took = time.monotonic() - begun
         finally:
             program.kill()
             program.stdout.close()
         frames, tracks = imageio.mimread(here / "out.mp4", memtest=False), np.load(here / "out.take.npz")["tracks"]
-        assert len(frames) == len(tracks) >= 12
+        assert int(page.seen) - 1 <= len(frames) <= len(tracks)            # 1 is the image
+        assert np.load(here / "out.take.npz")["frames"] == len(frames)
+        return took
+
+
+def recorded(page, on, frames, **changes):
+    """Record or not from now on, while so many frames are seen: the status in the end."""
+    page.control([(9, 8)], record=on, **changes)
+    page.watch(frames)
+    return page.status()
+
+
+def test_the_page_records_what_is_seen_when_it_asks_into_files_that_are_not_there():
+    _, here = workplace()
+    models = "--weights", here / "student.safetensors", "--vae", here / "vae.safetensors"
+    with folder() as mine, unittest.mock.patch.object(sample, "RECORDING", mine / "recording.mp4"):
+        (mine / "recording.mp4").write_text("mine")
+        (mine / "recording-3.take.npz").write_text("mine, too")
+        with served("--seed", "3") as page:
+            before = recorded(page, False, 30)
+            assert not before["record"] and before["recorded"] == "" and len(list(mine.iterdir())) == 2
+            begun = int(page.seen)
+            status = recorded(page, True, 40)
+            assert status["record"] and re.fullmatch(r"recording-2\.mp4, 0\.[2-9] s", status["recorded"]), status
+            assert not (mine / "recording-2.mp4").exists()
+            page.control([(9, 8)], record=False, pause=True)    # it ends in a pause as well
+            until = time.monotonic() + 5
+            while not (mine / "recording-2.mp4").exists():
+                assert time.monotonic() < until
+                time.sleep(0.02)
+            assert 40 <= len(frames_of(mine / "recording-2.mp4")) <= int(page.status()["frame"]) - begun + 14
+            recorded(page, True, 20, take=1)                    # another take, recorded from its image on
+            recorded(page, True, 20, take=2)                    # and another one
+            status = recorded(page, False, 30, take=2)
+            assert status["recorded"].startswith("recording-5.mp4, ") and not status["record"], status
+            recorded(page, True, 20, take=2)                    # recorded when the program ends
+        names = {file.name for file in mine.iterdir()}
+        videos, takes = ({f"recording{i}{end}" for i in numbers} for end, numbers in (
+            (".mp4", ("", "-2", "-4", "-5", "-6")), (".take.npz", ("-3", "-4", "-5"))))
+        assert names == videos | takes and (mine / "recording.mp4").read_text() == "mine", names
+        for name in "recording-4", "recording-5":
+            code, _, err = sampled("--replay", mine / f"{name}.take.npz", *models, "--out", mine / "y.mp4")
+            one = frames_of(mine / f"{name}.mp4")
+            assert code == 0 and len(one) >= 9 and np.array_equal(frames_of(mine / "y.mp4"), one), err
+        assert len(frames_of(mine / "recording-6.mp4")) >= 9
+
+
+def test_a_recording_from_the_image_on_can_be_replayed_and_one_begun_later_is_a_whole_video():
+    _, here = workplace()
+    models = "--weights", here / "student.safetensors", "--vae", here / "vae.safetensors"
+    with folder() as mine:
+        with served("--out", mine / "x.mp4") as page:
+            assert recorded(page, True, 30)["record"] and not recorded(page, False, 20)["record"]
+            recorded(page, True, 20)
+        assert {file.name for file in mine.iterdir()} == {"x.mp4", "x.take.npz", "x-2.mp4"}
+        one, two = (frames_of(mine / f"{name}.mp4") for name in ("x", "x-2"))
+        assert 28 <= len(one) < 45 and 19 <= len(two) < 35, (len(one), len(two))
+        code, _, err = sampled("--replay", mine / "x.take.npz", *models, "--out", mine / "y.mp4")
+        assert code == 0 and np.array_equal(frames_of(mine / "y.mp4"), one), err
+
+
+def test_a_recording_has_each_frame_seen_while_it_is_on_and_keeps_nothing_else():
+    seen, taken, kept = deque(), [], []
+    with folder() as mine, quiet() as (out, _):
+        (mine / "x.mp4").write_text("of an earlier take, which a recording begun in mid-take is not to replace")
+        live = SimpleNamespace(queues=((), seen), status={"fps": 10, "recorded": ""}, out=mine / "x.mp4")
+        with recorder(live, mine / "x.mp4", taken, lambda path, count: kept.append((path, count))) as record:
+            for i in range(50):
+                taken.append("what a chunk was given"), seen.append(np.full((64, 64, 3), 5 * i, np.uint8))
+                record(i in range(20, 30) or i > 44)
+                assert len(taken) <= 10 and not seen
+            with unittest.mock.patch.object(os, "access", lambda *_: False):
+                record(False), seen.append(np.zeros((64, 64, 3), np.uint8)), record(True)
+                assert not seen and "not writable" in live.status["recorded"]
+        assert not kept and "replay" not in out.getvalue()
+        assert (mine / "x.mp4").read_text().startswith("of an earlier")
+        for name, numbers in ("x-2", range(20, 31)), ("x-3", range(45, 50)):       # 30: before it was turned off
+            frames = frames_of(mine / f"{name}.mp4")
+            assert frames.shape[1:] == (256, 256, 3)
+            assert_near(torch.from_numpy(frames).float().mean((1, 2, 3)), 5.0 * torch.tensor([*numbers]), 0.02)
+
+
+@slow
+@torch.no_grad()
+def test_how_soon_a_new_prompt_is_seen():
+    """Shipped weights: streams of 20 chunks with one dragged object, 12 scenes, with another prompt from chunk 10 on;
+    mean brightness in later frames, red, green and blue, as shares of those without the change."""
+    model = MotionStream.from_pretrained(HERE / "assets/tiny.safetensors")
+    vae, c, frames = load_vae(HERE / "assets/tiny_vae.safetensors"), model.config, 20 * 12 - 3
+    after, shares = (1, 6, 12, 24, 48, 120), {}
+    for seed in 0, 1:
+        rng = seeded(1000 + seed)
+        scene = world.new_scenes(6, frames, rng, objects=1, camera=False, attributes=(0, 0), moving=True)
+        first = vae.encode(world.film(scene, c.size[0], 0, 1))
+        tracks, visible = (t[:, :, :1] for t in world.scene_tracks(scene, c.size[0], rng))
+        motion = sample.Motion(tracks, visible, track_ids(tracks, visible, c))
+
+        def means(prompt, recompute):
+            """(6, 3, T): of each frame and colour."""
+            given = ((part, embed_words(c.prompt if i < 10 else prompt, c).expand(6, -1, -1))
+                     for i, (part, _) in enumerate(sample.pieces(motion, None, c.chunk)))
+            state, parts = None, []
+            for latents in sample.stream(model, first, given, seed=seed, recompute=recompute):
+                pictures, state = vae.decode(latents, state)
+                parts.append((pictures + 1).mean((3, 4)))
+            return torch.cat(parts, 2)
+
+        plain = means(c.prompt, False)
+        for prompt, recompute in itertools.product(("fading light, steady shapes", "warming light, steady shapes",
+                                                    "steady light, pulsing shapes"), (False, True)):
+            share = means(prompt, recompute) / plain
+            assert share[:, :, :9 + 9 * 12].eq(1).all()
+            shares.setdefault((prompt, recompute), []).append(share[:, :, 9 + 9 * 12:])
+    for (prompt, recompute), found in shares.items():
+        share = torch.cat(found).mean(0)
+        print(f"{prompt}, {'re' if recompute else 'not re'}computed: " + ", ".join(
+            f"{n} " + "/".join(f"{value:.2f}" for value in share[:, n - 1]) for n in after))
+    fading = [torch.cat(shares["fading light, steady shapes", recompute]).mean((0, 1)) for recompute in (False, True)]
+    assert all(share[119] < 0.4 for share in fading) and abs(fading[0][119] - fading[1][119]) < 0.05
 
 
 class Browser:
@@ -4416,6 +4706,30 @@ def test_in_a_browser_a_dragged_object_moves_again_and_again():
             other.run("actions.restart()")
             other.until("!dirty && !sending")
             assert page.status()["take"] == 1
+
+
+def test_in_a_browser_a_button_and_a_key_record_and_the_page_says_into_what():
+    with folder() as mine, unittest.mock.patch.object(sample, "RECORDING", mine / "recording.mp4"), served() as page, \
+            browsing(page, 390) as browser:
+        pressed = "$('record').getAttribute('aria-pressed')"
+        assert browser.run(pressed) == "false" and browser.run("$('recorded').textContent") == ""
+        browser.run("actions.pause()")
+        browser.run("$('record').click()")
+        browser.until("/^● recording[.]mp4, [0-9.]+ s$/.test($('recorded').textContent)")
+        assert browser.run(pressed) == "true" and page.status()["record"]
+        for kind in "keyDown", "keyUp":
+            browser("Input.dispatchKeyEvent", type=kind, key="v")
+        browser.until("/^recording[.]mp4, [0-9.]+ s$/.test($('recorded').textContent)")
+        assert browser.run(pressed) == "false" and len(frames_of(mine / "recording.mp4")) > 5
+        assert browser.run("document.documentElement.scrollWidth") == 390
+        browser.run("$('prompt').focus()")
+        for kind in "keyDown", "keyUp":
+            browser("Input.dispatchKeyEvent", type=kind, key="v", text="v")
+        time.sleep(0.3)
+        assert "v" in browser.run("$('prompt').value") and browser.run(pressed) == "false"      # a letter of the prompt
+        page.seq = page.status()["seq"]
+        page.control([(9, 8)], record=True)
+        browser.until(f"{pressed} === 'true'")                  # another page did it
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -54,10 +54,10 @@ from tqdm import tqdm
 from assets import UserError, naming
 from assets.encoders import image_encoder, listing, text_encoder
 from assets.tracks import load_tracks
-from assets.world import OBJECTS, POINTS, film, new_scenes, scene_tracks
-from motionstream import (PRESETS, Block, KVCache, MotionStream, add_noise, by_chunk, embed_words, euler,
-                          guided_velocity, image_channels, rollout, save_pretrained, schedule, shift_sigma, to_x0,
-                          track_features, track_ids, with_first, write)
+from assets.world import OBJECTS, POINTS, embed_words, film, new_scenes, scene_tracks
+from motionstream import (PRESETS, Block, KVCache, MotionStream, add_noise, by_chunk, euler, guided_velocity,
+                          image_channels, rollout, save_pretrained, schedule, shift_sigma, to_x0, track_features,
+                          track_ids, with_first, write)
 from sample import (ASSETS, UMT5_DIM, Parser, fit_image, fit_tracks, has_mask, hold_signals, inspect, load_image,
                     number, open_vae, read_encoded)
 from vae import TINY, TinyVAE, TinyVAEConfig, WanVAE

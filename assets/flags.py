@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from assets import UserError
-from assets.tracks import MOVES, camera_tracks, follow, load_tracks
+from assets.tracks import MOVES, camera_tracks, follow, load_tracks, starting_inside
 
 STDIN = Path("-")           # as --tracks: a line of JSON for each chunk, see read_lines in sample.py
 
@@ -102,4 +102,4 @@ def read_tracks(args, size, grid):
     frames = args.frames or 81
     if args.depth:
         return camera_tracks(args.depth, size, frames, grid, args.camera, args.focal)
-    return follow(args.tracks if isinstance(args.tracks, list) else [], frames)
+    return follow(starting_inside(args.tracks if isinstance(args.tracks, list) else [], size), frames)

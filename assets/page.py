@@ -21,12 +21,13 @@ HEADERS = {"Cache-Control": "no-store", "Referrer-Policy": "no-referrer", "X-Con
            "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"}
 MOST = {"application/json": 2 ** 16, "image/png": 2 ** 23, "image/jpeg": 2 ** 23}      # bytes that may be posted
 PAGE = Path(__file__).with_name("interactive.html").read_text(encoding="utf-8").replace("NONCE", NONCE).encode()
-KINDS = {"seq": int, "take": int, "chunk": int, "pause": bool, "prompt": str, "points": list}
+KINDS = {"seq": int, "take": int, "chunk": int, "pause": bool, "record": bool, "prompt": str, "points": list}
 
 
 def read_control(data, chunks, reach):
     """The page's JSON, checked: {"seq": rises with every post, "take": another one starts anew, "chunk", "pause",
-    "prompt", "points": [[x, y, x and y in frame 0, and when grabbed], …] in pixels of the image, below `reach`}."""
+    "record", "prompt", "points": [[x, y, x and y in frame 0, and when grabbed], …] in pixels of the image, below
+    `reach`}."""
     control = json.loads(data, parse_constant=float)
     points = np.array(control["points"], np.float64)
     if ({name: type(value) for name, value in control.items()} != KINDS or control["chunk"] not in chunks
@@ -34,6 +35,11 @@ def read_control(data, chunks, reach):
             or len(control["prompt"]) > 1000 or not 0 < control["seq"] < 2 ** 53):
         raise ValueError("not what the page sends")
     return control | {"points": points.tolist()}
+
+
+def named(names, port):
+    """The Host headers that name a server: a name of it and its port, which browsers leave out if it is 80."""
+    return [f"{name}:{port}" for name in names] + [*names] * (port == 80)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -50,7 +56,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer(self):
         """Who may ask: whoever names one of our hosts, no other page as origin, and the token. And for what."""
-        live, host, (token, _, path) = self.server.live, self.headers.get("Host"), self.path[1:].partition("/")
+        live, host, (token, _, path) = self.server.live, self.headers.get("Host", ""), self.path[1:].partition("/")
+        hosts = named((*live.hosts, self.connection.getsockname()[0]), self.server.server_port)
         ours = self.headers.get("Origin") in (None, f"http://{host}")
         ours = ours and secrets.compare_digest(token.encode(), TOKEN.encode())
         name, _, seen = f"{self.command} {path}".partition("/")
@@ -58,7 +65,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         asked = {"GET ": lambda *_: ("text/html; charset=utf-8", PAGE), "POST control": self.post,
                  "GET status": lambda *_: ("application/json", json.dumps(state).encode()),
                  "GET frame": self.newest}.get(name, lambda *_: 404)
-        answer = 421 if host not in live.hosts else asked(live, seen) if ours else 403
+        answer = 421 if host not in hosts else asked(live, seen) if ours else 403
         if isinstance(answer, int):
             return self.send_error(answer)
         kind, body, *more = answer
@@ -102,7 +109,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def clock(live):
     """Lets one frame after the other be seen, at the clip's rate, while somebody watches and it is not paused."""
     while not live.stop:
-        queue, live.runs = live.queue, time.monotonic() - live.watched < 2 and not live.control["pause"]
+        (queue, seen), live.runs = live.queues, time.monotonic() - live.watched < 2 and not live.control["pause"]
         if queue and live.runs:
             live.frame, live.tick = queue.popleft(), max(live.tick, time.monotonic()) + 1 / live.status["fps"]
+            seen.append(live.frame[2])
         time.sleep(max(live.tick - time.monotonic(), 0.002))

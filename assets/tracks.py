@@ -173,6 +173,15 @@ def check_order(tracks, visible, alone, frames):
 # ----------------------------------------------------------------------------------------------------------------------
 # Made: as load_tracks returns them.
 
+def starting_inside(paths, size):
+    """The paths, each points (P, 2), if every one starts inside the image of `size` (width, height)."""
+    for points in paths:
+        if not ((points[0] >= 0) & (points[0] < size)).all():
+            flag, start = "--pin" if len(points) == 1 else "--drag", ",".join(f"{value:g}" for value in points[0])
+            raise UserError(f"{flag} {start}: outside the image, which has {size[0]}x{size[1]} pixels")
+    return paths
+
+
 def follow(paths, frames):
     """Tracks that follow paths, each points (P, 2), in `frames` frames: each stretch takes as long; one point alone is
     pinned."""

@@ -9,6 +9,8 @@ Positions are in units of the picture's width, times in frames; the camera looks
 """
 
 import math
+import re
+import zlib
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +73,17 @@ def textures(batch, slots, flat, rng):
 def caption(light, motion):
     """What neither the first frame nor a few tracks tell, in words."""
     return f"{[*LIGHT][light]} light, {MOTION[motion]} shapes"
+
+
+def embed_words(text, config):
+    """A prompt for the tiny model, (1, L, text_dim): each word is random numbers seeded by its own letters, the same in
+    every process. At most text_len words; their order is not seen. None: the null text."""
+    if text is None:
+        return None
+    words = re.findall(r"\w+", text.lower())[:config.text_len]
+    seeds = [torch.Generator().manual_seed(zlib.crc32(word.encode())) for word in words]
+    rows = [torch.randn(config.text_dim, generator=seed) for seed in seeds]
+    return torch.stack(rows)[None] if rows else torch.zeros(1, 0, config.text_dim)
 
 
 def new_scenes(batch, frames, rng, objects=None, camera=None, attributes=(None, None), moving=False, flat=False):
