@@ -651,6 +651,7 @@ def read_encoded(args, c, image, device):
     if c.text_dim != UMT5_DIM:
         return embed_words(c.prompt if args.prompt is None else args.prompt, c), None, None
     tensors, source, rows = {}, args.prompt_embeds or args.text_encoder, []
+    sources = {"prompt": source, "negative": source, "clip": source}
     if args.prompt is not None:
         texts = {"prompt": args.prompt, "negative": getattr(args, "negative_prompt", NEGATIVE_PROMPT)}
         tensors = kept_rows(text_encoder, args.text_encoder, device, texts)
@@ -663,12 +664,13 @@ def read_encoded(args, c, image, device):
         if not args.image_encoder:
             raise UserError(f"{args.weights}: reads the image by CLIP too; give --image-encoder")
         tensors = tensors | kept_rows(image_encoder, args.image_encoder, device, {"clip": image})
+        sources["clip"] = args.image_encoder
     for name, least, most, channels in (("prompt", 1, c.text_len, UMT5_DIM), ("negative", 1, c.text_len, UMT5_DIM),
                                         ("clip", CLIP_ROWS, CLIP_ROWS, c.clip_dim)):
         t = tensors.get(name) if channels else None
         if t is not None and (t.shape[1:] != (channels,) or not least <= len(t) <= most or not t.is_floating_point()
                               or not t.isfinite().all()):
-            raise ValueError(f"{source}: {name} is {t.dtype} {(*t.shape,)}, expected finite floats (L, {channels}), "
+            raise ValueError(f"{sources[name]}: {name} is {t.dtype} {(*t.shape,)}, expected finite floats (L, {channels}), "
                              f"{least} <= L <= {most}")
         rows.append(None if t is None else F.pad(t.float(), (0, 0, 0, most - len(t)))[None])
     if rows[1] is None and not c.causal and c.guidance[0]:

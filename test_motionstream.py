@@ -5131,6 +5131,23 @@ def test_the_readmes_lines_make_files_of_tracks():
             Path("t.npz").unlink()
 
 
+def test_the_readmes_filter_takes_wide_clips_of_81_frames_at_16_a_second():
+    with folder() as here, unittest.mock.patch.object(sys, "argv", ["x", str(here), str(here / "out")]):
+        (here / "out").mkdir()
+        rows = ["video,caption,aesthetic score,motion score,temporal consistency score,camera motion,frame,fps,seconds"]
+        for name, size, frames in ("a", (64, 36), 160), ("short", (64, 36), 140), ("square", (48, 48), 160):
+            imageio.mimwrite(here / f"{name}.mp4", np.zeros((frames, size[1], size[0], 3), np.uint8), fps=30,
+                             macro_block_size=2)
+            rows.append(f"{name}.mp4,\"a {name}, one\",5,1,1,static,{frames},30,{frames / 30:.2f}")
+        (here / "OpenVid-1M.csv").write_text("\n".join([*rows, "gone.mp4,b,5,1,1,static,200,30,7"]))
+        for _ in range(2):                                          # again: what is there stays
+            exec(recipe("OpenVid-1M.csv"), {})
+        assert {file.name for file in (here / "out").iterdir()} == {"a.mp4", "a.txt"}
+        frames = imageio.mimread(here / "out/a.mp4", memtest=False)
+        assert len(frames) == 81 and imageio.get_reader(here / "out/a.mp4").get_meta_data()["fps"] == 16
+        assert (here / "out/a.txt").read_text() == "a a, one"
+
+
 def test_readme_table_points_at_the_code():
     rows = re.findall(r"\[`([\w.]+)`\]\(([\w/]+\.py)#L(\d+)\)", (HERE / "README.md").read_text())
     assert rows, "no link of the form [`name`](file.py#L123) in README.md"
