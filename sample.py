@@ -670,8 +670,8 @@ def read_encoded(args, c, image, device):
         t = tensors.get(name) if channels else None
         if t is not None and (t.shape[1:] != (channels,) or not least <= len(t) <= most or not t.is_floating_point()
                               or not t.isfinite().all()):
-            raise ValueError(f"{sources[name]}: {name} is {t.dtype} {(*t.shape,)}, expected finite floats (L, {channels}), "
-                             f"{least} <= L <= {most}")
+            raise ValueError(f"{sources[name]}: {name} is {t.dtype} {(*t.shape,)}, expected finite floats "
+                             f"(L, {channels}), {least} <= L <= {most}")
         rows.append(None if t is None else F.pad(t.float(), (0, 0, 0, most - len(t)))[None])
     if rows[1] is None and not c.causal and c.guidance[0]:
         print("note: guidance leads away from rows of zeros; --prompt-embeds holds no tensor named negative")

@@ -2221,16 +2221,20 @@ def test_a_student_is_trained_with_the_memory_that_is_asked_for():
 
     with folder() as here, unittest.mock.patch.object(MotionStream, "new_caches", record), \
             unittest.mock.patch.object(td, "KVCache", side_effect=KVCache) as cache:
-        flags = own_flags(here, own_clips(here / "data", frames=69), "--memory", "c2s3wfull", "--rollout", "8")
-        (here / "runs/out").mkdir(parents=True)
-        saved(here / "runs/out/teacher.safetensors", new_model(causal=False))
-        with quiet() as (_, err):
-            for stage, steps in ("causal", "8"), ("distill", "2"):
-                assert td.main([*flags, "--stage", stage, "--steps", steps]) is None, err.getvalue()
-        assert {*memories} == {(2, 3, None)} and unittest.mock.call(3, None) in cache.call_args_list
-        for name in "causal", "student":
-            config = MotionStream.from_pretrained(here / f"runs/out/{name}.safetensors").config
-            assert (config.chunk, config.sink, config.window) == (2, 3, None)
+        own_clips(here / "data", frames=69)
+        for name, wanted, more in (("c2s3wfull", (2, 3, None), ("--rollout", "8")), ("c1s1w2", (1, 1, 2), ()),
+                                   ("c5s1w1", (5, 1, 1), ()), ("c12s1w1", (12, 1, 1), ())):
+            flags = own_flags(here, here / "data", "--memory", name, *more, "--out", str(here / "runs" / name))
+            (here / "runs" / name).mkdir(parents=True)
+            saved(here / "runs" / name / "teacher.safetensors", new_model(causal=False))
+            with quiet() as (_, err):
+                for stage, steps in ("causal", "8"), ("distill", "2"):
+                    assert td.main([*flags, "--stage", stage, "--steps", steps]) is None, (name, err.getvalue())
+            assert {*memories} == {wanted} and unittest.mock.call(*wanted[1:]) in cache.call_args_list, memories
+            for weights in "causal", "student":
+                config = MotionStream.from_pretrained(here / "runs" / name / f"{weights}.safetensors").config
+                assert (config.chunk, config.sink, config.window) == wanted
+            memories.clear()
 
 
 def test_dmd_loss_moves_the_generator_only_and_critic_loss_the_critic_only():
@@ -2799,6 +2803,37 @@ def test_what_is_kept_is_named_by_what_made_it():
         for made, settings in kept(weights=b"two"), kept(seed=1):
             assert made == [0] and settings != first[1]
         assert kept(tracks="random")[1] != first[1]
+        runs = [td.Run(td.parse_flags(["--out", str(here), "--stage", "distill", *more]))
+                for more in ([], ["--memory", "c5s1w1"], ["--memory", "c5s2w1"])]
+        names, folders = ("images16", "trajectories"), []
+        for run in runs:                                            # of other chunks, rollouts are longer
+            with quiet():
+                make = lambda *_: lambda i: {"a": torch.zeros(1)}
+                folders.append([td.kept(run, name, "vae", 1, make)[0].parent for name in names])
+        assert folders[0][0] != folders[1][0] == folders[2][0] and folders[0][1] == folders[1][1]
+
+
+def test_processes_wait_equally_often_whatever_each_has_to_make():
+    waits, stop = [], UserError("the training begins")
+
+    def model(run, name, **more):
+        if more:
+            raise stop
+
+    for rank in 0, 1:                                               # one file of trajectories, which process 0 makes
+        states = [(torch.zeros(1), sigma) for sigma in (*PRESETS["tiny"].sigmas, 0)]
+        with folder() as here, quiet(), unittest.mock.patch.multiple(
+                td, PROCESSES=2, RANK=rank, mean_processes=waits.append, keep=lambda file, tensors: waits.append(file),
+                film_clips=lambda *_: lambda i: {}, draw_batch=lambda *_: (torch.zeros(1, 1, 1), {}, {}),
+                track_features=lambda _: None, euler=lambda *_: states), \
+                unittest.mock.patch.object(td.Run, "model", model):
+            for name in "vae", "teacher":
+                (here / f"{name}.safetensors").write_bytes(b"")
+            run = td.Run(td.parse_flags(["--smoke", "--out", str(here)]))
+            assert_error(UserError, "the training begins", td.train_causal, run)
+        waits.append(None)
+    waits = [[type(wait) for wait in part] for part in (waits[:waits.index(None)], waits[waits.index(None) + 1:-1])]
+    assert [part.count(torch.Tensor) for part in waits] == [2, 2] and len(waits[0]) == len(waits[1]) + 1, waits
 
 
 def test_processes_share_what_is_made():
@@ -3121,7 +3156,9 @@ def test_what_cannot_be_trained_is_refused_in_one_line():
         teacher = saved(here / "t.safetensors", new_model(causal=False))
         for said, *flags in [("--reward needs --stage distill", "--reward", "motion", "--stage", "teacher"),
                              ("--memory needs --stage distill", "--memory", "drawn", "--stage", "eval"),
-                             ("argument --memory: 3,1,1 is not like c3s1w1, and not drawn", "--memory", "3,1,1"),
+                             ("argument --memory: 3,1,1 is not like c3s1w1, chunk 1 to 12", "--memory", "3,1,1"),
+                             ("argument --memory: c13s1w1 is not like", "--memory", "c13s1w1"),
+                             ("--length 9: for --data, whole chunks", "--length", "9", "--data", data),
                              ("--clips needs --stage eval", "--clips", "3", "--stage", "vae"),
                              ("--adversarial needs --stage decoder", "--adversarial", "1"),
                              ("--length 81: for --data, whole chunks", "--length", "81"),
@@ -3633,7 +3670,8 @@ def test_damaged_files_of_tracks_end_in_one_line():
                 count += 1
             path.write_bytes(whole)
         np.save(here / "old.npy", np.ones((9, 3, 2)) * 5)
-        (here / "old.npy").write_bytes((here / "old.npy").read_bytes().replace(b"(9, 3, 2)", b"(9L,3, 2)"))     # Python 2's
+        whole = (here / "old.npy").read_bytes()
+        (here / "old.npy").write_bytes(whole.replace(b"(9, 3, 2)", b"(9L,3, 2)"))                       # Python 2's
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             assert sample.load_tracks(here / "old.npy", (48, 32))[0].shape == (9, 3, 2) and not warned

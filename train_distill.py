@@ -382,12 +382,12 @@ def keep(path, tensors):
 
 def kept(run, name, source, count, make):
     """`count` clips as files, some in each: what piece(i), of piece = make(run, name), returns of the clips from the
-    i-th on, a dict of tensors. In a folder named by the weights `source`, which make them, the seed and the data; the
-    processes share the work, and a file that is there is not made again. Clips of --data: see own_clips."""
+    i-th on, a dict of tensors. In a folder named by the weights `source`, which make them, the seed, the length and the
+    data; the processes share the work, and a file that is there is not made again. Clips of --data: see own_clips."""
     if run.args.data and make is film_clips:
         return own_clips(run, pictures=name.startswith("images"))
-    each = 2 * run.recipe.batch
-    folder = run.out / f"{name}.{seed_of(run.checksum(source), run.seed, each, *run.data):08x}"
+    each, frames = 2 * run.recipe.batch, run.longest if name.startswith("images") else run.recipe.clip
+    folder = run.out / f"{name}.{seed_of(run.checksum(source), run.seed, each, frames, *run.data):08x}"
     files = {folder / f"{i:07}.safetensors": i for i in range(0, count, each)}
     todo = [file for file in [*files][RANK::PROCESSES] if not file.exists()]
     piece = make(run, name) if todo else None
@@ -408,7 +408,7 @@ def own_clips(run, pictures):
     for name, *rest in listing(data):
         about[str(Path(name).with_suffix(""))].append((Path(name).suffix, *rest))
     stems = [stem for stem, found in about.items() if {kind for kind, *_ in found} & {".mp4", ".png", ".npz"}]
-    settings = [run.checksum("vae"), run.recipe.clip, run.args.rollout, listing(run.args.text_encoder),
+    settings = [run.checksum("vae"), run.recipe.clip, run.longest, listing(run.args.text_encoder),
                 listing(run.args.image_encoder), run.config.size, run.config.text_dim, run.config.clip_dim]
     for stem in stems:
         if pictures or (data / f"{stem}.mp4").exists():
@@ -457,7 +457,7 @@ def read_clip(run, stem, caption):
     """One clip of --data: its frames as the model sees them, "video" (1, 3, T, H, W) uint8, tracks as long as the
     longest rollout, hidden ones up to TRACKS, and the prompt, or "text" and "clip" if they are encoded already. Raises
     whatever is wrong with it."""
-    c, least = run.config, 4 * run.config.chunk * run.args.rollout - 3
+    c, least = run.config, run.longest
     kinds = "mp4", "png", "npz", "txt", "safetensors"
     video, picture, points, prompt, own = (Path(f"{stem}.{kind}") for kind in kinds)
     if video.exists():
@@ -494,7 +494,7 @@ def film_clips(run, name):
     @torch.no_grad()
     def piece(i):
         rng = torch.Generator().manual_seed(seed_of(run.seed, name, i))
-        scenes = new_scenes(each, 4 * run.config.chunk * run.args.rollout - 3 if images else CLIP, rng)
+        scenes = new_scenes(each, run.longest if images else CLIP, rng)
         with run.autocast():
             latents = vae.encode(film(scenes, SIZE, 0, 1 if images else None).to(run.device))
         tracks, visible = scene_tracks(scenes, SIZE, rng)
@@ -623,11 +623,10 @@ def train_teacher(run):
 CONTEXTS = ((0, 1), (1, 0), (2, 1), (1, 2), (1, None))      # (sink, window) in chunks, drawn beside the model's own
 
 
-def sample_trajectories(run, name):
-    """For `kept`: ODE trajectories of the guided teacher, the states at the student's noise levels and the end, (B,
-    1 + levels, C, F, h, w) float16, and what the teacher was given."""
+def sample_trajectories(pool, run, name):
+    """For `kept`: ODE trajectories of the guided teacher on clips of the pool, the states at the student's noise levels
+    and the end, (B, 1 + levels, C, F, h, w) float16, and what the teacher was given."""
     teacher, wanted = run.model("teacher"), {*run.config.sigmas}
-    pool = kept(run, "pool", "vae", run.clips, film_clips)
 
     @torch.no_grad()
     def piece(i):
@@ -673,7 +672,9 @@ def causal_loss(model, states, x0, memory, conditions, context):
 
 def train_causal(run):
     """Student from teacher, on the teacher's ODE trajectories."""
-    trajectories, r = kept(run, "trajectories", "teacher", run.trajectories, sample_trajectories), run.recipe
+    pool, r = kept(run, "pool", "vae", run.clips, film_clips), run.recipe       # in all processes: they wait for it
+    make = functools.partial(sample_trajectories, pool)
+    trajectories = kept(run, "trajectories", "teacher", run.trajectories, make)
     student = run.model("teacher", causal=True, **run.memory).requires_grad_(True)
     student.track_head.requires_grad_(False)                                # frozen after the teacher (appendix D)
     contexts = 3 * ((run.config.sink, run.config.window),) + CONTEXTS
@@ -682,11 +683,10 @@ def train_causal(run):
     def step(i):
         batch = {key: value.to(run.device) for key, value in pick(trajectories, r.batch).items()}
         *states, x0 = batch["states"].float().unbind(1)
-        points = {key: batch[key] for key in ("tracks", "visible", "ids")}
         context = contexts[int(torch.randint(0, len(contexts), ()))]
         with run.autocast():
             conditions = {key: batch[key] for key in ("text", "image", "clip") if key in batch}
-            conditions["tracks"] = track_features(student, **points)
+            conditions["tracks"] = track_features(student, *(batch[key] for key in ("tracks", "visible", "ids")))
             loss = causal_loss(student, states, x0, worn(x0, run.config.chunk) if r.worn else x0, conditions, context)
         return {"loss": loss, "grad": optimizer.step(loss, i)}
 
@@ -845,6 +845,7 @@ class Run:
         self.dense = (0 if self.start.head else 1) if self.start else 1 / 4      # share of the teacher's steps
         self.known = (self.recipe.clip + 3) // 4 // self.config.chunk           # chunks of a clip
         args.tracks, args.rollout = self.config.tracks, max(args.rollout or (0 if args.data else 16), self.known)
+        self.longest = max(self.recipe.clip, 4 * self.config.chunk * args.rollout - 3)     # frames that tracks have
         self.data = (args.tracks, *listing(args.data))
         self.batches = PROCESSES * (args.accumulate or 1)
         self.steps = dict(zip(STAGES, (4, 4, 3, 6, 4) if args.smoke else self.recipe.steps))
@@ -903,9 +904,9 @@ class Run:
 
 def memory(text):
     """A flag's type: "c3s1w1" to chunk 3, sink 1, window 1 (wfull: all), as a dict; "drawn": see draw_rollout."""
-    found = re.fullmatch(r"c([1-9]\d*)s(\d+)w(\d+|full)", text)
+    found = re.fullmatch(r"c([1-9]|1[0-2])s(\d+)w(\d+|full)", text)        # 12 latents are the shortest clip
     if not found and text != "drawn":
-        raise argparse.ArgumentTypeError(f"{text} is not like c3s1w1, and not drawn")
+        raise argparse.ArgumentTypeError(f"{text} is not like c3s1w1, chunk 1 to 12, and not drawn")
     fields = zip(("chunk", "sink", "window"), found.groups()) if found else ()
     return {name: None if n == "full" else int(n) for name, n in fields} or text
 
@@ -953,7 +954,7 @@ def check_flags(parser, args):
         for name in names if args.stage not in stages else ():
             if getattr(args, name) != parser.get_default(name):
                 parser.error(f"--{name.replace('_', '-')} needs --stage {stages[-1]}")
-    if args.length and ((args.length + 3) % 12 or not (args.data or args.dry_run)):
+    if args.length and (args.length < CLIP or (args.length + 3) % 12 or not (args.data or args.dry_run)):
         parser.error(f"--length {args.length}: for --data, whole chunks of 12, the first of 9: 45, 57, 69, 81, …")
     if args.data and (args.stage in ("vae", "eval", "experiments") or not args.data.is_dir()):
         parser.error(f"--data {args.data}: {'not for this --stage' if args.data.is_dir() else 'no such folder'}")

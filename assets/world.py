@@ -88,8 +88,8 @@ def embed_words(text, config):
 
 def new_scenes(batch, frames, rng, objects=None, camera=None, attributes=(None, None), moving=False, flat=False):
     """Draw `batch` scenes: everything that `film` and `scene_tracks` need, for `frames` frames. None = at random.
-    objects: how many are there, of OBJECTS or more. camera: bool, does it move. attributes: indices into LIGHT and MOTION.
-    moving: no object rests. flat: plain discs and squares on smooth grey, unlike most of what training sees."""
+    objects: how many are there, of OBJECTS or more. camera: bool, does it move. attributes: indices into LIGHT and
+    MOTION. moving: no object rests. flat: plain discs and squares on smooth grey, unlike most of what training sees."""
     def pick(value, count, steady):
         if value is not None:
             return torch.full((batch,), value)
