@@ -202,10 +202,10 @@ MOVES = {                   # of a camera: what `camera` calls it, its value for
 def camera(depth, frames, move=(0, 0, 0), orbit=0, zoom=1, grid=8, focal=None):
     """What a camera that moves sees of a still scene of depth (H, W) > 0: tracks (frames, grid * grid, 2) in pixels of
     depth, and visible, False outside the picture and behind what is nearer. In the end it has moved by (x, y, z), to
-    the right, down and ahead, in shares of the median depth, has gone round the point ahead at that depth, `orbit`
-    degrees to the right, and magnifies `zoom` times. focal: in pixels; default: the longer side."""
-    (H, W), middle = depth.shape, np.median(depth)
-    focal, centre, pivot = focal or max(H, W), np.array([W, H]) / 2, np.array([0, 0, middle])
+    the right, down and ahead, in the unit of depth, has gone round the point ahead at depth 1, `orbit` degrees to the
+    right, and magnifies `zoom` times. focal: in pixels; default: the longer side."""
+    H, W = depth.shape
+    focal, centre, pivot = focal or max(H, W), np.array([W, H]) / 2, np.array([0, 0, 1])
     step = -(-max(H, W) // 512)                         # what may hide points is looked at so coarsely
     scene, tracks, visible = [], [], []
     for rows, columns in ([((np.arange(grid) + 0.5) / grid * side).astype(int) for side in (H, W)],
@@ -215,9 +215,9 @@ def camera(depth, frames, move=(0, 0, 0), orbit=0, zoom=1, grid=8, focal=None):
         scene.append(np.stack([(x - W / 2) * z / focal, (y - H / 2) * z / focal, z], -1).reshape(-1, 3))
     for t in np.linspace(0, 1, frames):
         c, s = np.cos(np.radians(t * orbit)), np.sin(np.radians(t * orbit))
-        points = np.concatenate(scene) - t * middle * np.array(move)
+        points = np.concatenate(scene) - t * np.array(move)
         points = (points - pivot) @ np.array([[c, 0, -s], [0, 1, 0], [s, 0, c]]) + pivot
-        z = np.maximum(points[:, 2], 1e-6 * middle)     # that near or behind the camera: not seen
+        z = np.maximum(points[:, 2], 1e-6)              # that near or behind the camera: not seen
         xy = points[:, :2] / z[:, None] * focal * zoom ** t + centre
         inside = ((xy >= 0) & (xy < (W, H))).all(1) & (points[:, 2] >= z)
         x, y = np.where(inside[:, None], xy // (4 * step), 0).astype(int).T
@@ -230,8 +230,8 @@ def camera(depth, frames, move=(0, 0, 0), orbit=0, zoom=1, grid=8, focal=None):
 
 
 def load_depth(path, size):
-    """The depth (H, W) > 0, as shares of its median, of an image of `size` (width, height), of as many pixels or of
-    more or fewer in the same ratio: from an .npy file, in any unit, or from a grey picture."""
+    """The depth (H, W) > 0, as shares of the median of what is finite, of an image of `size` (width, height), of as
+    many pixels or of more or fewer in the same ratio: from an .npy file, in any unit, or from a grey picture."""
     with naming(path, "damaged, or neither an .npy file of depth (H, W) nor a grey picture"):
         depth = read_depth(path)
         if depth.dtype.kind not in "iuf" or depth.ndim != 2 or min(depth.shape) < 2:
