@@ -243,12 +243,12 @@ def read_lines(file, noted, size, config, prompt):
     the same points in the same order in every line."""
     lines = arriving(file, noted)
     prompt, starts = (config.prompt if prompt is None else prompt) or "", None
-    for number, line in enumerate(filter(bytes.strip, lines), 1):       # blank lines are none
-        with naming(f"standard input, line {number}", "not a JSON list of frames, lists of points, [x, y] or null"):
+    for count, line in enumerate(filter(bytes.strip, lines), 1):        # blank lines are none
+        with naming(f"standard input, line {count}", "not a JSON list of frames, lists of points, [x, y] or null"):
             tracks = np.array([[(math.nan, math.nan) if point is None else point for point in frame]
                                for frame in json.loads(line)])
             starts = tracks[0] if starts is None else starts
-            shape = (4 * config.chunk - 3 * (number == 1), len(starts), 2)
+            shape = (4 * config.chunk - 3 * (count == 1), len(starts), 2)
             if tracks.shape != shape:
                 raise UserError(f"has {tracks.shape} frames, points, x and y, expected {shape}")
             tracks = np.concatenate([starts[None], tracks])

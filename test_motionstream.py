@@ -5399,8 +5399,8 @@ def brief_run(run, name, what, weights, flags):
     if td.PROCESSES > 1:
         raise td.UserError("--stage experiments: it trains in one process, leave out torchrun")
     folder.mkdir(parents=True, exist_ok=True)
-    for name in weights:
-        shutil.copyfile(run.path(name), folder / f"{name}.safetensors")
+    for weight in weights:
+        shutil.copyfile(run.path(weight), folder / f"{weight}.safetensors")
     return short
 
 

@@ -67,7 +67,7 @@ def track_flags(parser):
     add("--tracks-layout", choices=("auto", "tn", "nt"), default="auto", help="frames first, or tracks; auto: by names")
     add("--tracks-units", choices=("auto", "px", "01"), default="auto", help="pixels, or shares of the picture")
     add("--tracks-size", type=picture_size, metavar="WxH", help="of the video they belong to; default: the image's")
-    add("--visibility", help="an .npy of (T, N); default: the one beside an .npy of tracks", **file)
+    add("--visibility", help="an .npy, laid out as the tracks; default: the one beside an .npy of tracks", **file)
     add = parser.add_argument_group("only --depth").add_argument
     add("--camera", type=camera_move, metavar="MOVE",
         help=f"{', '.join(MOVES)}; with an amount if wanted, as right:0.3, in median depths, degrees, or times")

@@ -142,8 +142,8 @@ def check_tracks(tracks, visibility, size, unit="px", certain=False):
     if unit == "01" and farthest > 1.5:
         raise UserError(f"positions reach {farthest:g} and must be shares of the picture, 0..1; pass --tracks-units px")
     if unit == "px" and not certain and visible.any() and farthest <= 1:
-        raise UserError("all positions lie in [-1, 1] and must be pixels; for shares of the picture, 0..1, pass "
-                        "--tracks-units 01")
+        raise UserError("all positions lie in [-1, 1] and must be pixels; for shares of the picture, 0..1, in a file, "
+                        "pass --tracks-units 01")
     tracks = tracks * np.float32(size) if unit == "01" else tracks
     start = tracks[0][visible[0]]                       # (n, 2)
     outside, turned = (((points < 0) | (points > size)).any(1).sum() for points in (start, start[:, ::-1]))
@@ -151,7 +151,8 @@ def check_tracks(tracks, visibility, size, unit="px", certain=False):
         raise UserError(f"{outside} of {len(start)} points of frame 0 lie outside the picture of {size[0]:.0f}x"
                         f"{size[1]:.0f} pixels: "
                         + ("is the order y, x? Then save tracks[..., ::-1]" if 2 * turned <= len(start) else
-                           "pass --tracks-size WxH if they are for another, --tracks-units px if they are right"))
+                           "with a file, pass --tracks-size WxH if they are for another, --tracks-units px if they are "
+                           "right"))
     return np.nan_to_num(tracks).clip(-1e6, 1e6), visible
 
 
