@@ -3618,6 +3618,13 @@ def test_what_a_file_of_tracks_does_not_tell_the_flags_do():
         assert_error(UserError, "is the order y, x?", sample.load_tracks, here / "yx.npy", (48, 16))
         visible = sample.load_tracks(here / "good.npy", (48, 32), visibility=here / "hidden.npy")[1]
         assert np.array_equal(visible, seen)
+        whole = rand(12, 7, 2).numpy() * 6 + (24, 16)
+        for seen, refused in ("visibility", False), ("visibles", True), (None, True):  # by names
+            np.savez(here / "jump.npz", tracks=whole, **{seen: np.ones((12, 7), bool)} if seen else {})
+            if refused:
+                assert_error(UserError, turned, sample.load_tracks, here / "jump.npz", (48, 32), frames=7)
+            else:
+                assert sample.load_tracks(here / "jump.npz", (48, 32), frames=7)[0].shape == (12, 7, 2)
         for certain in xy[..., ::-1], xy / 99, xy + 99:                 # what was written here is not doubted
             np.savez(here / "certain.npz", tracks=certain, format="motionstream")
             assert np.array_equal(sample.load_tracks(here / "certain.npz", (48, 32))[0], np.float32(certain))

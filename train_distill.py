@@ -381,8 +381,8 @@ def keep(path, tensors):
 
 
 def kept(run, name, source, count, make):
-    """Files of `count` clips, several in each: make(run, name) returns a function from i to some clips from the i-th on,
-    a dict of tensors. In a folder named by the weights `source`, which make them, the seed, the length and the
+    """Files of `count` clips, several in each: make(run, name) is a function from i to some clips from the i-th on, a
+    dict of tensors. In a folder named by the weights `source`, which make them, the seed, the length and the
     data; the processes share the work, and a file that is there is not made again. Clips of --data: see own_clips."""
     if run.args.data and make is film_clips:
         return own_clips(run, pictures=name.startswith("images"))

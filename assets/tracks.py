@@ -46,8 +46,8 @@ def load_tracks(path, size, layout="auto", units="auto", own_size=None, visibili
             layout, units = (flag if flag != "auto" else own for flag, own in ((layout, "tn"), (units, "px")))
         tracks, seen = arrange(tracks, seen, order if layout == "auto" else layout)
         tracks, visible = check_tracks(tracks, seen, there, unit if units == "auto" else units, units != "auto")
-        if (order, layout) == ("tn", "auto"):
-            check_order(tracks, visible, seen is None, frames)
+        if (order, layout) == ("tn", "auto") and (seen is None or "visibles" in arrays):    # TAPIR's, too, are (N, T)
+            check_order(tracks, visible, frames)
         ids = arrays.get("ids", arrays.get("track_ids"))
         if ids is not None and (ids.dtype.kind not in "iu" or ids.shape != tracks.shape[1:2] or ids.min() < 0
                                 or ids.max() >= 2 ** 32):
@@ -156,14 +156,14 @@ def check_tracks(tracks, visibility, size, unit="px", certain=False):
     return np.nan_to_num(tracks).clip(-1e6, 1e6), visible
 
 
-def check_order(tracks, visible, alone, frames):
-    """Refuse tracks that look like (N, T, 2): a net for files that do not tell, not a proof. alone: without visibility;
-    frames: how many are wanted, or None."""
+def check_order(tracks, visible, frames):
+    """Refuse tracks that look like (N, T, 2): a net for files that do not tell, not a proof. frames: how many are
+    wanted, or None."""
     part = np.where(visible[..., None], tracks, math.nan)[:999, :999]
     steps = [np.linalg.norm(np.diff(part, axis=axis), axis=-1) for axis in (0, 1)]      # in time; from track to track
     steps = [np.median(step[~np.isnan(step)]) if not np.isnan(step).all() else math.nan for step in steps]
     T, N = visible.shape
-    for wrong, why in ((alone and T < 5 <= N, f"they have {T} frames"),
+    for wrong, why in ((T < 5 <= N, f"they have {T} frames"),
                        (5 <= N == frames != T, f"--frames is {N}"),
                        (min(T, N) >= 3 and steps[0] > max(1, 10 * steps[1]), "they jump from frame to frame")):
         if wrong:
