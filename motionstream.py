@@ -716,13 +716,17 @@ def image_and_mask(latents):
 
 
 def write(path, save, *args):
-    """Call save(*args, temporary path), then rename: a file is whole or not there."""
+    """Call save(*args, temporary path), then rename: a file is whole or not there. OSError, one line that names it, if
+    it cannot be written."""
+    from safetensors import SafetensorError
     temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part")
     try:
         save(*args, temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as e:       # torch's and safetensors' words for a full disk
+        raise OSError(f"{path}: {str(e).splitlines()[0]}; is the disk full, or the folder not writable?") from e
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -2235,6 +2235,10 @@ def test_a_student_is_trained_with_the_memory_that_is_asked_for():
                 config = MotionStream.from_pretrained(here / "runs" / name / f"{weights}.safetensors").config
                 assert (config.chunk, config.sink, config.window) == wanted
             memories.clear()
+            with quiet() as (_, err):
+                at = flags.index("--memory")
+                assert td.main([*flags[:at], *flags[at + 2:], "--stage", "distill"]) == 2
+            assert f"was trained with {{'chunk': {wanted[0]}, 'sink'" in err.getvalue(), err.getvalue()
 
 
 def test_dmd_loss_moves_the_generator_only_and_critic_loss_the_critic_only():
@@ -2777,9 +2781,12 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before_it():
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))          # a file cannot be larger
         try:
-            assert_error(td.UserError, "toy.0000006.checkpoint.pt: ", toy_training, here)
+            assert_error(OSError, "toy.0000006.checkpoint.pt: ", toy_training, here)
+            assert_error(OSError, "x.safetensors: ", td.keep, here / "pool/x.safetensors", {"a": torch.zeros(50_000)})
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert not list((here / "pool").iterdir())
+        (here / "pool").rmdir()
         assert [path.name for path in here.iterdir() if path.suffix != ".jsonl"] == ["toy.0000003.checkpoint.pt"]
         assert "resumed at step 3" in toy_training(here)[2]
 
@@ -4055,6 +4062,12 @@ def test_ctrl_c_does_not_wait_for_a_trackers_next_line():
             program.kill()
             program.stdin.close()
         assert len(frames_of(mine / "x.mp4")) == 21 and np.load(mine / "x.take.npz")["frames"] == 21
+
+
+def test_a_closed_standard_input_is_one_line():
+    with unittest.mock.patch.object(sys, "stdin", None):
+        code, _, err = sampled("--image", workplace()[1] / "image.png", "--tracks", "-")
+    assert code == 2 and "standard input, which is closed" in err, err
 
 
 def test_a_line_is_taken_as_soon_as_it_is_whole():

@@ -213,10 +213,7 @@ def save_checkpoint(folder, stage, step, settings, parts):
     path, states = folder / f"{stage}.{step:07}.checkpoint.pt", {k: whole(v.state_dict()) for k, v in parts.items()}
     if RANK > 0:
         return
-    try:
-        write(path, torch.save, {"step": step, "settings": settings, **states})
-    except RuntimeError as e:                           # torch.save's word for a full disk
-        raise UserError(f"{path}: {str(e).splitlines()[0]}; is the disk full? The one before it is whole") from None
+    write(path, torch.save, {"step": step, "settings": settings, **states})
     for old in sorted(folder.glob(f"{stage}.*.checkpoint.pt"))[:-2]:
         old.unlink()
 
@@ -673,8 +670,7 @@ def causal_loss(model, states, x0, memory, conditions, context):
 def train_causal(run):
     """Student from teacher, on the teacher's ODE trajectories."""
     pool, r = kept(run, "pool", "vae", run.clips, film_clips), run.recipe       # in all processes: they wait for it
-    make = functools.partial(sample_trajectories, pool)
-    trajectories = kept(run, "trajectories", "teacher", run.trajectories, make)
+    trajectories = kept(run, "trajectories", "teacher", run.trajectories, functools.partial(sample_trajectories, pool))
     student = run.model("teacher", causal=True, **run.memory).requires_grad_(True)
     student.track_head.requires_grad_(False)                                # frozen after the teacher (appendix D)
     contexts = 3 * ((run.config.sink, run.config.window),) + CONTEXTS
@@ -884,13 +880,17 @@ class Run:
         return torch.autocast(torch.device(self.device).type, torch.bfloat16, cache_enabled=False)
 
     def check(self, stage):
-        """Refuse a stage whose forerunners are missing or damaged, before it starts."""
+        """Refuse a stage whose forerunners are missing or damaged, or of another memory, before it starts."""
         for name in NEEDS[stage]:
             try:
                 self.vae() if name == "vae" else self.model(name)
             except ValueError as e:
                 cure = f"; --stage {next(s for s, w in WEIGHTS.items() if w == name)} makes it"
                 raise UserError(f"{e}{'' if self.path(name) == self.args.vae else cure}") from None
+        was = vars(inspect(self.path("causal")).config) if stage == "distill" and not self.args.memory else self.memory
+        was = {name: was[name] for name in ("chunk", "sink", "window")}
+        if not was.items() <= self.memory.items():
+            raise UserError(f"{self.path('causal')}: was trained with {was}; say by --memory what the student gets")
 
     def vae(self):
         """The trained VAE, or --vae."""

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,7 @@ def check_track_flags(args):
          or args.interactive and (args.tracks or args.depth or args.frames),
          "--interactive and --tracks - know no tracks beforehand: drop --overlay, --reference and the like, with "
          "--interactive also --tracks, --depth and --frames"),
+        (args.tracks == STDIN and sys.stdin is None, "--tracks - reads standard input, which is closed"),
         (told and not file, "--tracks-layout, --tracks-units, --tracks-size and --visibility belong to --tracks FILE"),
         (bool(args.depth) != bool(args.camera), "--depth and --camera need each other"),
         (args.focal and not args.depth, "--focal belongs to --depth"),
