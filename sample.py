@@ -243,12 +243,14 @@ def read_lines(file, noted, size, config, prompt):
     the same points in the same order in every line."""
     lines = arriving(file, noted)
     prompt, starts = (config.prompt if prompt is None else prompt) or "", None
-    for count, line in enumerate(filter(bytes.strip, lines), 1):        # blank lines are none
+    for count, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         with naming(f"standard input, line {count}", "not a JSON list of frames, lists of points, [x, y] or null"):
             tracks = np.array([[(math.nan, math.nan) if point is None else point for point in frame]
                                for frame in json.loads(line)])
+            shape = (4 * config.chunk - 3 * (starts is None), len(tracks[0] if starts is None else starts), 2)
             starts = tracks[0] if starts is None else starts
-            shape = (4 * config.chunk - 3 * (count == 1), len(starts), 2)
             if tracks.shape != shape:
                 raise UserError(f"has {tracks.shape} frames, points, x and y, expected {shape}")
             tracks = np.concatenate([starts[None], tracks])
@@ -492,7 +494,7 @@ def serve(args, image, model, vae, encoded):
             tick=0.0, lead=0.0, begun=None, load_image=load_image)
         with naming(f"--host {args.host} --port {args.port}", "not an address of this machine"):
             server = http.server.ThreadingHTTPServer((args.host, args.port), Handler)
-        server.live, live.hosts = live, [args.host, "localhost"]
+        server.live, live.hosts = live, [args.host.lower(), "localhost"]
         if args.host == "0.0.0.0":                                  # all addresses of this machine; and its name
             live.hosts.append(socket.gethostname().lower())
         if args.host != "127.0.0.1":

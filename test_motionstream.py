@@ -1964,7 +1964,7 @@ def test_a_text_of_the_second_half_begins_at_the_chunk_that_lies_there():
 
 def test_a_stream_is_as_fast_as_itself():
     run = SimpleNamespace(config=PRESETS["tiny"])
-    waits = {"chunk": 0.002, "sink": 0.004}
+    waits = {"chunk": 0.01, "sink": 0.02}
 
     def played(run, name, scene, points, text, **more):
         while True:
@@ -1973,8 +1973,8 @@ def test_a_stream_is_as_fast_as_itself():
 
     with unittest.mock.patch.multiple(sys.modules[__name__], play=played):
         same, slow = (speed_row(run, 9, seed="x", clips=1, **more) for more in ({"chunk": 3}, {"sink": 2}))
-    assert abs(same["chunk"] - 1) < 0.2 and abs(same["frame"] - 1) < 0.2, same
-    assert 1.5 < slow["chunk"] < 2.3 and abs(slow["frame"] - slow["chunk"] / 2) < 0.1, slow
+    assert abs(same["chunk"] - 1) < 0.3 and abs(same["frame"] - 1) < 0.3, same
+    assert 1.4 < slow["chunk"] < 2.6 and abs(slow["frame"] - slow["chunk"] / 2) < 0.1, slow
 
 
 def test_critic_steps_and_guidance_of_a_brief_distillation_reach_its_losses():
@@ -3023,6 +3023,13 @@ def test_clips_prompts_are_encoded_for_wans_weights():
         image = sample.fit_image(Image.fromarray(imageio.mimread(data / "a.mp4", memtest=False)[0]), (32, 48))
         assert_near(a["clip"][0], encoders.image_encoder(here / "encoders", "cpu")(image), 1e-5)
         assert_error(td.UserError, "0 of 2 clips", encoded, flags)
+        for name in "a", "b":
+            save_file({"prompt": rand(3, 4096)}, data / f"{name}.safetensors")
+        assert_error(td.UserError, "give --image-encoder", encoded, flags)
+        with unittest.mock.patch.object(encoders, "pretrained", wraps=encoders.pretrained) as load:
+            files, _ = encoded([*flags, "--image-encoder", here / "encoders"])
+            assert load.call_count == 1, "CLIP, for both"
+        assert load_file(files[0])["clip"].equal(a["clip"]) and not load_file(files[0])["text"].equal(a["text"])
 
 
 def test_broken_clips_are_named_and_too_many_end_it():
@@ -3776,6 +3783,21 @@ def test_a_camera_sees_planes_of_known_depth_where_geometry_has_them():
         assert code == 2 and stop.call_args[0][2] == grid, err
     for text in "forward", "right:0", "right:-1", "right:nan", "right:1:2":
         assert_error(UserError, "is none of left", sample.parse_flags, ["--image", "x", "--camera", text])
+
+
+def test_what_is_magnified_hides_without_holes_and_ground_does_not_hide_itself():
+    depth = np.ones((128, 128))
+    depth[40:88, 40:88] = 0.35                                          # a square near the camera, 7 times as large then
+    tracks, visible = camera(depth, 9, (0, 0, 0.3), grid=50, focal=128)
+    cells = ((np.arange(50) + 0.5) / 50 * 128).astype(int)
+    behind = depth[np.ix_(cells, cells)].reshape(-1) == 1
+    inside = ((tracks[-1] >= 0) & (tracks[-1] < 128)).all(1)
+    assert (behind & inside).sum() > 900 and not visible[-1][behind & inside].any()
+    assert visible[-1][~behind & inside].all()
+    y = np.mgrid[:128, :128][0]
+    ground = np.where(y > 70, 60 / (y - 63.5), 10.0)                    # up to the horizon
+    tracks, visible = camera(ground / np.median(ground), 9, grid=25)
+    assert visible.all()
 
 
 def test_depth_is_read_from_arrays_and_grey_pictures_and_from_nothing_else():
@@ -5406,7 +5428,7 @@ def eval_row(run, model="student", text=td.NEUTRAL, later=None, piece=None, **se
 # Of a short distillation: the generator's updates, clips of each, images to draw from, chunks of the longest rollout.
 SHORT = {"updates": 50, "batch": 2, "images": 512, "rollout": 8}
 # Of the student for the tables of memory, which knows many: longer, but shorter than that of the shipped one.
-DRAWN = {"updates": 180, "batch": 4, "images": 5120, "rollout": 12, "memory": "drawn"}
+DRAWN_MEMORY = {"updates": 180, "batch": 4, "images": 5120, "rollout": 12, "memory": "drawn"}
 
 
 def brief_run(run, name, what, weights, flags):
@@ -5645,7 +5667,7 @@ def experiments(run, clip):
              [*grid(model=("vae", "student")), *grid(guidance=[(0, 1.5), (1, 1.5)]),
               *grid(model=("student", "teacher"), text=(td.NEUTRAL,))]]
     half = stream | {"frames": math.ceil(frames / 2), "piece": math.ceil(frames / 60)}
-    drawn = {"measure": distilled_row, "distil": DRAWN}
+    drawn = {"measure": distilled_row, "distil": DRAWN_MEMORY}
     moving = stream | drawn | {"seed": "stream True", "camera": True, "points": "dense"}
     kept = grid(sink_decay=(1.0, 0.99, 0.9)) + [{"cache": Refreshed}]
     dusk = {"attributes": (1, 0), "change": "dusk", "later": world.caption(1, 0)}

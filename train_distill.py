@@ -5,8 +5,7 @@
     causal   the student: regression on the teacher's ODE trajectories, chunk by chunk through the KV cache
     distill  Self-Forcing DMD: the student rolls out as it will at inference, teacher and critic score the result
     decoder  if it is named: the VAE's decoder again, or a tiny one for Wan's VAE, against a discriminator
-    eval     the numbers and pictures of the README; experiments: the papers', some with short distillations of
-             their own; both measured by test_motionstream.py
+    eval     the README's numbers; experiments: the papers', in small; both are measured by test_motionstream.py
 
     python train_distill.py                  all of it, resumed where it stopped; --smoke: a few steps, to see it run
     python train_distill.py --stage teacher  one stage
@@ -60,7 +59,7 @@ from motionstream import (PRESETS, Block, KVCache, MotionStream, add_noise, by_c
                           track_ids, with_first, write)
 from sample import (ASSETS, UMT5_DIM, Parser, fit_image, fit_tracks, has_mask, hold_signals, inspect, load_image,
                     number, open_vae, read_encoded)
-from vae import TINY, TinyVAE, TinyVAEConfig, WanVAE
+from vae import TINY, TinyVAE, TinyVAEConfig, WanVAE, read_tensors
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What every stage shares: optimizer, running average, the loop with its log and checkpoints, files and pictures.
@@ -395,9 +394,8 @@ def kept(run, name, source, count, make):
 
 
 def own_clips(run, pictures):
-    """The clips of --data as files, each what film_clips makes of one, encoded now or in an earlier run; the processes
-    share the work. What is missing or broken is named and left out, up to a tenth of all. pictures: clips of a single
-    frame will do."""
+    """The clips of --data as files, as of film_clips, encoded now or in an earlier run, a part by each process. What is
+    missing or broken is named and left out, up to a tenth of all. pictures: clips of a single frame will do."""
     data, about, captions, files = run.args.data, collections.defaultdict(list), {}, {}
     for table in data.glob("*.csv"):
         with naming(table, "no csv in UTF-8 with columns video and caption"), open(table, encoding="utf-8-sig") as file:
@@ -431,9 +429,8 @@ def own_clips(run, pictures):
 
 
 def clip_encoder(run):
-    """A function from what read_clip returns to what is kept of it: latents (1, C, F, h, w) float16 of the video, text
-    (1, text_len, text_dim) and, for an image branch, clip (1, 257, clip_dim). Encoders are loaded when one of their
-    kind is first needed, and once."""
+    """A function from what read_clip returns to what is kept of it: latents (1, C, F, h, w) float16, text (1, text_len,
+    text_dim) and, for an image branch, clip (1, 257, clip_dim). Each encoder is loaded when first needed, and once."""
     c, args, vae = run.config, run.args, run.vae()
     text_rows, image_rows = functools.cache(text_encoder), functools.cache(image_encoder)
 
@@ -441,11 +438,11 @@ def clip_encoder(run):
     def encode(clip):
         video, prompt = clip.pop("video").to(run.device) / 127.5 - 1, clip.pop("prompt", None)
         if prompt is not None:
-            full = c.text_dim == UMT5_DIM
-            rows = text_rows(args.text_encoder, run.device)(prompt) if full else embed_words(prompt, c)[0]
+            words = c.text_dim != UMT5_DIM
+            rows = embed_words(prompt, c)[0] if words else text_rows(args.text_encoder, run.device)(prompt)
             clip["text"] = F.pad(rows, (0, 0, 0, c.text_len - len(rows)))[None]
-            if c.clip_dim:
-                clip["clip"] = image_rows(args.image_encoder, run.device)(video[:, :, 0])[None]
+        if c.clip_dim and "clip" not in clip:
+            clip["clip"] = image_rows(args.image_encoder, run.device)(video[:, :, 0])[None]
         return clip | {"latents": vae.encode(video).half()}
     return encode
 
@@ -455,8 +452,7 @@ def read_clip(run, stem, caption):
     longest rollout, hidden ones up to TRACKS, and the prompt, or "text" and "clip" if they are encoded already. Raises
     whatever is wrong with it."""
     c, least = run.config, run.longest
-    kinds = "mp4", "png", "npz", "txt", "safetensors"
-    video, picture, points, prompt, own = (Path(f"{stem}.{kind}") for kind in kinds)
+    video, picture, points, prompt, own = (Path(f"{stem}.{kind}") for kind in "mp4 png npz txt safetensors".split())
     if video.exists():
         with imageio.get_reader(video) as reader:
             fps = reader.get_meta_data()["fps"]
@@ -476,8 +472,9 @@ def read_clip(run, stem, caption):
             "visible": F.pad(motion.visible, (0, hidden))}
     if own.exists() and c.text_dim == UMT5_DIM:
         given = SimpleNamespace(prompt=None, prompt_embeds=own, image_encoder=run.args.image_encoder, weights=stem)
-        text, _, seen = read_encoded(given, replace(c, causal=True), frames[:, :, 0], run.device)
-        return clip | {"text": text} | ({"clip": seen} if c.clip_dim else {})
+        held = c.clip_dim if "clip" in read_tensors(own)[0] else 0              # else clip_encoder sees the image
+        text, _, seen = read_encoded(given, replace(c, causal=True, clip_dim=held), frames[:, :, 0], run.device)
+        return clip | {"text": text} | ({"clip": seen} if held else {})
     if c.text_dim == UMT5_DIM and not run.args.text_encoder:
         raise ValueError("its prompt has to be encoded, give --text-encoder DIR")
     return clip | {"prompt": caption if caption and not prompt.exists() else prompt.read_text(encoding="utf-8")}
@@ -733,8 +730,8 @@ def last_clip(chunks, frames, first, points):
 
 
 def draw_rollout(run, i, grad):
-    """Of the rollout of step i, the same in all processes, which would wait in vain else: how many chunks of the
-    teacher's it has, where it ends, and its memory, fields of Config. Half are longer than the teacher's clip."""
+    """Of the rollout of step i, the same in all processes, which would wait in vain else: its chunks, half of the time
+    more than the teacher's clip has, the step at which it ends, and its memory, fields of Config."""
     rng, c = torch.Generator().manual_seed(seed_of(run.seed, i // run.batches, grad)), run.config
     chunks = int(torch.randint(2 * run.known - run.args.rollout, run.args.rollout + 1, (), generator=rng))
     exit_step = int(torch.randint(0, len(c.sigmas), (), generator=rng))
@@ -792,7 +789,8 @@ def train_student(run):
 # The command.
 
 # Flags of a single stage, what there is to train, and which of it a stage leaves behind and starts from.
-OWN = {"distill": ("reward", "beta", "sink_decay"), "decoder": ("adversarial", "perceptual")}
+OWN = {"distill": ("memory", "rollout", "reward", "beta", "sink_decay"), "causal": ("memory",),
+       "decoder": ("adversarial", "perceptual")}
 MODELS = ("vae", "teacher", "causal", "student")
 STAGES = {"vae": train_vae, "teacher": train_teacher, "causal": train_causal, "distill": train_student,
           "decoder": train_decoder}                                     # only if it is named
@@ -866,7 +864,7 @@ class Run:
 
     def settings(self, stage):
         """What a checkpoint of the stage depends on: another of these would make it a mixture."""
-        names = ("seed", "tracks", "length", "memory", "rollout", *OWN.get(stage, ()))
+        names = ("seed", "tracks", "length", *OWN.get(stage, ()))
         own = {"start": self.args.weights and str(self.args.weights), "data": self.args.data and seed_of(*self.data)}
         return {name: getattr(self.args, name) for name in names} | (own if stage in STAGES else {}) | {
             "batches": self.batches, "weights": [*map(self.checksum, NEEDS[stage])]}
@@ -904,11 +902,13 @@ class Run:
 
 def memory(text):
     """A flag's type: "c3s1w1" to chunk 3, sink 1, window 1 (wfull: all), as a dict; "drawn": see draw_rollout."""
+    if text == "drawn":
+        return text
     found = re.fullmatch(r"c([1-9]|1[0-2])s(\d+)w(\d+|full)", text)        # 12 latents are the shortest clip
-    if not found and text != "drawn":
+    if not found:
         raise argparse.ArgumentTypeError(f"{text} is not like c3s1w1, chunk 1 to 12, and not drawn")
-    fields = zip(("chunk", "sink", "window"), found.groups()) if found else ()
-    return {name: None if n == "full" else int(n) for name, n in fields} or text
+    chunk, sink, window = found.groups()
+    return {"chunk": int(chunk), "sink": int(sink), "window": None if window == "full" else int(window)}
 
 
 def parse_flags(argv):
@@ -948,8 +948,8 @@ def check_flags(parser, args):
     """Refuse flags that do not go together; fill in those that depend on others."""
     if args.steps and args.stage not in STAGES:
         parser.error("--steps needs --stage with one training stage")
-    for names, stages in ((OWN["distill"], ("all", "distill")), (OWN["decoder"], ("decoder",)),
-                          (("memory",), ("all", "causal", "distill")),
+    for names, stages in ((OWN["distill"][2:], ("all", "distill")), (OWN["decoder"], ("decoder",)),
+                          (OWN["causal"], ("all", "causal", "distill")),
                           (("clips", "frames"), ("all", "experiments", "eval"))):
         for name in names if args.stage not in stages else ():
             if getattr(args, name) != parser.get_default(name):

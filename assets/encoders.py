@@ -55,6 +55,8 @@ def text_encoder(folder, device):
 def image_encoder(folder, device):
     """A function from an image (1, 3, H, W) in [-1, 1] to rows (257, C): the last layer but one of CLIP, which sees it
     squeezed to 224x224, as in Wan."""
+    if folder is None:
+        raise UserError("the weights read the image by CLIP too; give --image-encoder DIR")
     encoder = pretrained("CLIPVisionModel", folder / "image_encoder", dtype=torch.float32).to(device)
     statistics = torch.tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]])
     mean, std = statistics.view(2, 3, 1, 1).to(device)

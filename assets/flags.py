@@ -42,10 +42,12 @@ def drag_path(text):
 def camera_move(text):
     """A flag's type: a camera's move and, if wanted, how far, "right:0.3", as arguments of `camera`."""
     name, _, amount = text.partition(":")
-    if name not in MOVES or not re.fullmatch(r"(\d{1,2}(\.\d*)?)?", amount) or amount and not float(amount):
+    if name not in MOVES or not re.fullmatch(r"(\d{1,3}(\.\d*)?|\.\d+)?", amount) or amount and not float(amount):
         raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(MOVES)}, with an amount if wanted, right:0.3")
     kind, unit, usual = MOVES[name]
     amount = float(amount or usual)
+    if kind == "zoom" and amount < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: a zoom is so many times, 1 or more")
     return {kind: amount ** unit if kind == "zoom" else amount * np.array(unit)}
 
 

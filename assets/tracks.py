@@ -208,25 +208,28 @@ def camera(depth, frames, move=(0, 0, 0), orbit=0, zoom=1, grid=8, focal=None):
     H, W = depth.shape
     focal, centre, pivot = focal or max(H, W), np.array([W, H]) / 2, np.array([0, 0, 1])
     step = -(-max(H, W) // 512)                         # what may hide points is looked at so coarsely
-    scene, tracks, visible = [], [], []
+    scene, tracks, visible, slope = [], [], [], None
     for rows, columns in ([((np.arange(grid) + 0.5) / grid * side).astype(int) for side in (H, W)],
                           [np.arange(0, side, step) for side in (H, W)]):
         x, y = np.meshgrid(columns + 0.5, rows + 0.5)
         z = np.float64(depth[np.ix_(rows, columns)])
         scene.append(np.stack([(x - W / 2) * z / focal, (y - H / 2) * z / focal, z], -1).reshape(-1, 3))
+    scene = np.concatenate(scene)
     for t in np.linspace(0, 1, frames):
         c, s = np.cos(np.radians(t * orbit)), np.sin(np.radians(t * orbit))
-        points = np.concatenate(scene) - t * np.array(move)
+        points = scene - t * np.array(move)
         points = (points - pivot) @ np.array([[c, 0, -s], [0, 1, 0], [s, 0, c]]) + pivot
         z = np.maximum(points[:, 2], 1e-6)              # that near or behind the camera: not seen
         xy = points[:, :2] / z[:, None] * focal * zoom ** t + centre
         inside = ((xy >= 0) & (xy < (W, H))).all(1) & (points[:, 2] >= z)
-        x, y = np.where(inside[:, None], xy // (4 * step), 0).astype(int).T
+        larger = np.quantile(scene[inside, 2] / z[inside], 0.99) * zoom ** t if inside.any() else 1
+        x, y = np.where(inside[:, None], xy // (4 * step * max(larger, 1)), 0).astype(int).T
         cell = np.where(inside, y * W + x, H * W)
         nearest = np.full(H * W + 1, np.inf)
-        np.minimum.at(nearest, cell, z)                 # a coarse picture of what is in front
+        np.minimum.at(nearest, cell, z)                 # a coarse picture of what is in front, without holes
+        slope = np.clip(z / nearest[cell], 1, 1.25) if slope is None else slope         # of a surface within a cell
         tracks.append(xy[:grid * grid])
-        visible.append((inside & (z < 1.05 * nearest[cell]))[:grid * grid])
+        visible.append((inside & (z < 1.05 * slope * nearest[cell]))[:grid * grid])
     return np.stack(tracks), np.stack(visible)
 
 

@@ -95,6 +95,8 @@ def recorder(live, out, taken, save):
             append(enlarge(frame, enlargement(frame.shape[:2])))
             live.status["recorded"] = f"{path.name}, {count / fps:.1f} s"
         if on:
+            if not whole:
+                taken.clear()                           # nobody will ask for it
             return
         if count:
             files.close()
