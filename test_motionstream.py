@@ -1680,6 +1680,7 @@ def test_a_shifted_video_has_the_error_of_its_shift_and_an_empty_one_has_lost_al
     first = truth[:, :, :1]
     same = measure(truth, truth, first, scene)
     assert (same["median"], same["mean"], same["lost"], same["copying"]) == (0, 0, 0, 0) and same["psnr"] > 90
+    assert abs(same["ssim"] - 1) < 1e-6
     assert all(abs(same[name] - 1) < 1e-5 for name in ("colour", "sharp", "motion"))
     shifted = measure(truth.roll((3, 4), (3, 4)), truth, first, scene)
     assert abs(shifted["mean"] - 100 * 5 / 128) < 0.1 and shifted["lost"] == 0 and abs(shifted["motion"] - 1) < 1e-2
@@ -1690,6 +1691,8 @@ def test_a_shifted_video_has_the_error_of_its_shift_and_an_empty_one_has_lost_al
     still = measure(first.expand_as(truth), truth, first, scene)
     assert abs(still["copying"] - 1) < 1e-4 and still["motion"] == 0
     assert abs(still["psnr"] - 10 * math.log10(4 / (first - truth).square().mean())) < 1e-3
+    frames = [v[:, :, t] for v in (first.expand_as(truth), truth) for t in (0, 4, 8)]
+    assert abs(still["ssim"] - np.mean([ssim(a, b).mean() for a, b in zip(frames[:3], frames[3:])])) < 1e-6
     dim = measure(0.5 * truth - 0.5, truth, first, scene)
     assert abs(dim["sharp"] - 0.5) < 1e-4
 
@@ -3787,7 +3790,7 @@ def test_a_camera_sees_planes_of_known_depth_where_geometry_has_them():
 
 def test_what_is_magnified_hides_without_holes_and_ground_does_not_hide_itself():
     depth = np.ones((128, 128))
-    depth[40:88, 40:88] = 0.35                                          # a square near the camera, 7 times as large then
+    depth[40:88, 40:88] = 0.35                                          # near the camera, 7 times as large then
     tracks, visible = camera(depth, 9, (0, 0, 0.3), grid=50, focal=128)
     cells = ((np.arange(50) + 0.5) / 50 * 128).astype(int)
     behind = depth[np.ix_(cells, cells)].reshape(-1) == 1
@@ -5348,8 +5351,9 @@ def masses(video, colours):
 def measure(video, truth, first, scene):
     """A piece of video beside the true one, as numbers. End-point errors are in percent of the width, one per object
     and frame in which at least half of it can be seen; it is lost (percent of those) if less than a quarter of its mass
-    is there. No error is over 30, a lost object's is 30. PSNR in dB. As shares of the truth's: the first object's
-    colour, sharpness, and how far objects go. copying: the share of what only `first`, the first frame, has."""
+    is there. No error is over 30, a lost object's is 30. PSNR in dB, SSIM of every 4th frame. As shares of the truth's:
+    the first object's colour, sharpness, and how far objects go. copying: the share of what only `first`, the first
+    frame, has."""
     mass, where = masses(video, scene["colour"])
     true_mass, true_where = masses(truth, scene["colour"])
     seen = scene["present"][:, None] & (true_mass > 0.5 * true_mass.amax(1, keepdim=True)) & (true_mass > 1)
@@ -5360,8 +5364,10 @@ def measure(video, truth, first, scene):
     for v, place in (video, where), (truth, true_where):
         move.append(place.diff(dim=1).norm(dim=-1)[there].sum())
         edge.append(sum(v.diff(dim=d).abs().mean() for d in (3, 4)))
+    every_4th = [v[:, :, ::4].transpose(1, 2).flatten(0, 1) for v in (video, truth)]
     numbers = {"median": error.median(), "mean": error.mean(), "lost": 100 * lost[seen].float().mean(),
-               "psnr": td.psnr(video, truth), "colour": mass[..., 0].sum() / true_mass[..., 0].sum(),
+               "psnr": td.psnr(video, truth), "ssim": ssim(*every_4th).mean(),
+               "colour": mass[..., 0].sum() / true_mass[..., 0].sum(),
                "sharp": edge[0] / edge[1], "motion": move[0] / move[1],
                "copying": ((video - truth) * (first - truth)).sum() / (first - truth).square().sum()}
     return {name: float(number) for name, number in numbers.items()}    # tensors kept would scatter the heap
