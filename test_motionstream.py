@@ -60,7 +60,7 @@ import motionstream
 import sample
 import train_distill as td
 from assets import UserError, encoders, world
-from assets.flags import camera_move, drag_path
+from assets.flags import camera_move, drag_path, read_tracks
 from assets.page import named
 from assets.tracks import MOVES, camera, camera_tracks, load_depth
 from assets.video import recorder
@@ -3992,6 +3992,20 @@ def test_drags_and_pins_are_tracks_along_lines():
     (here / "out.mp4").unlink()
 
 
+def test_a_grid_of_points_goes_where_one_would():
+    here = workplace()[1]
+    words = "--image", "x", "--drag", "20,16 -> 28,16", "--pin", "9,9", "--grid", "3x5", "--frames", "9"
+    flags = sample.parse_flags(words)
+    tracks, visible, *_ = read_tracks(flags, (48, 32), 8)
+    assert tracks.shape == (9, 18, 2) and visible.all()
+    assert {*map(tuple, tracks[0, :9].tolist())} == {(x, y) for x in (15, 20, 25) for y in (11, 16, 21)}
+    assert np.array_equal(tracks[-1, :9], tracks[0, :9] + (8, 0)) and np.array_equal(tracks[-1, 9:], tracks[0, 9:])
+    for grid in "0x5", "3", "3x0", "100x1", "axb":
+        assert_error(sample.UserError, f"{grid!r} is not like 3x20", sample.parse_flags, ["--image", "x", "--grid", grid])
+    code, _, err = sampled("--image", here / "image.png", "--tracks", here / "tracks.npy", "--grid", "3x5")
+    assert code == 2 and err == "error: --grid belongs to --drag and --pin\n", err
+
+
 def test_a_picture_keeps_the_last_frame():
     with folder() as here:
         with sample.picture_file(here / "x.png") as append:
@@ -4527,11 +4541,29 @@ def interrupted():
         return took
 
 
+def appearing(path, seconds=10):
+    """The frames of a video that is soon whole."""
+    until = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < until, f"no {path.name} after {seconds} s"
+        time.sleep(0.02)
+    return frames_of(path)
+
+
 def recorded(page, on, frames, **changes):
     """Record or not from now on, while so many frames are seen: the status in the end."""
     page.control([(9, 8)], record=on, **changes)
     page.watch(frames)
     return page.status()
+
+
+def until_recorded(page, name, **changes):
+    """Record until the page says that half a second is in the file called `name`."""
+    for _ in range(50):
+        said = recorded(page, True, 4, **changes)["recorded"]
+        if said.startswith(f"{name}.mp4, ") and float(said.split()[1]) >= 0.5:
+            return
+    raise AssertionError(said)
 
 
 def test_the_page_records_what_is_seen_when_it_asks_into_files_that_are_not_there():
@@ -4548,16 +4580,12 @@ def test_the_page_records_what_is_seen_when_it_asks_into_files_that_are_not_ther
             assert status["record"] and re.fullmatch(r"recording-2\.mp4, 0\.[2-9] s", status["recorded"]), status
             assert not (mine / "recording-2.mp4").exists()
             page.control([(9, 8)], record=False, pause=True)    # it ends in a pause as well
-            until = time.monotonic() + 5
-            while not (mine / "recording-2.mp4").exists():
-                assert time.monotonic() < until
-                time.sleep(0.02)
-            assert 40 <= len(frames_of(mine / "recording-2.mp4")) <= int(page.status()["frame"]) - begun + 14
-            recorded(page, True, 20, take=1)                    # another take, recorded from its image on
-            recorded(page, True, 20, take=2)                    # and another one
+            assert 40 <= len(appearing(mine / "recording-2.mp4")) <= int(page.status()["frame"]) - begun + 14
+            until_recorded(page, "recording-4", take=1)         # another take, recorded from its image on
+            until_recorded(page, "recording-5", take=2)         # and another one
             status = recorded(page, False, 30, take=2)
             assert status["recorded"].startswith("recording-5.mp4, ") and not status["record"], status
-            recorded(page, True, 20, take=2)                    # recorded when the program ends
+            until_recorded(page, "recording-6", take=2)         # recorded when the program ends
         names = {file.name for file in mine.iterdir()}
         videos, takes = ({f"recording{i}{end}" for i in numbers} for end, numbers in (
             (".mp4", ("", "-2", "-4", "-5", "-6")), (".take.npz", ("-3", "-4", "-5"))))
@@ -4803,7 +4831,7 @@ def test_in_a_browser_a_button_and_a_key_record_and_the_page_says_into_what():
         for kind in "keyDown", "keyUp":
             browser("Input.dispatchKeyEvent", type=kind, key="v")
         browser.until("/^recording[.]mp4, [0-9.]+ s$/.test($('recorded').textContent)")
-        assert browser.run(pressed) == "false" and len(frames_of(mine / "recording.mp4")) > 5
+        assert browser.run(pressed) == "false" and len(appearing(mine / "recording.mp4")) > 5
         assert browser.run("document.documentElement.scrollWidth") == 390
         browser.run("$('prompt').focus()")
         for kind in "keyDown", "keyUp":

@@ -39,6 +39,15 @@ def drag_path(text):
     return np.array(re.findall(r"-?[\d.]+", text.replace("->", " ")), float).reshape(-1, 2)
 
 
+def point_grid(text):
+    """A flag's type: "3x20", 3x3 points 20 pixels apart, as offsets (9, 2) from the middle one."""
+    if not re.fullmatch(r"[1-9]\d?x[1-9]\d{0,3}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 3x20, 3x3 points 20 pixels apart")
+    side, apart = map(int, text.split("x"))
+    axis = (np.arange(side) - (side - 1) / 2) * apart
+    return np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2)
+
+
 def camera_move(text):
     """A flag's type: a camera's move and, if wanted, how far, "right:0.3", as arguments of `camera`."""
     name, _, amount = text.partition(":")
@@ -64,6 +73,8 @@ def track_flags(parser):
     either("--tracks", help=".npz and others, see the top of sample.py; or - for standard input; default: none", **file)
     either("--drag", "--pin", dest="tracks", type=drag_path, action="append", metavar="'X,Y -> X,Y'",
            help="instead of --tracks, as often as wanted: where a point of the image goes, or that it stays")
+    parser.add_argument("--grid", type=point_grid, metavar="NxP",
+                        help="of each --drag and --pin: N by N points, P pixels apart, instead of one")
     either("--depth", help="instead of --tracks, with --camera: .npy (H, W), or a grey picture, bright is near", **file)
     parser.add_argument("--save-tracks", help="write the tracks as used, .npz, for --tracks", **file)
     add = parser.add_argument_group("what a --tracks FILE does not say itself").add_argument
@@ -88,6 +99,7 @@ def check_track_flags(args):
          "--interactive also --tracks, --depth and --frames"),
         (args.tracks == STDIN and sys.stdin is None, "--tracks - reads standard input, which is closed"),
         (told and not file, "--tracks-layout, --tracks-units, --tracks-size and --visibility belong to --tracks FILE"),
+        (args.grid is not None and not isinstance(args.tracks, list), "--grid belongs to --drag and --pin"),
         (bool(args.depth) != bool(args.camera), "--depth and --camera need each other"),
         (args.focal and not args.depth, "--focal belongs to --depth"),
         (args.save_tracks and (live or not (args.tracks or args.depth)),
@@ -106,4 +118,7 @@ def read_tracks(args, size, grid):
     frames = args.frames or 81
     if args.depth:
         return camera_tracks(args.depth, size, frames, grid, args.camera, args.focal)
-    return follow(starting_inside(args.tracks if isinstance(args.tracks, list) else [], size), frames)
+    paths = starting_inside(args.tracks if isinstance(args.tracks, list) else [], size)
+    if args.grid is not None:
+        paths = [path + offset for path in paths for offset in args.grid]
+    return follow(paths, frames)
