@@ -5613,9 +5613,11 @@ def decoders_row(run, **_):
     return {"times": wan / small}
 
 
-def attention_row(run, layer, model="student", **settings):
+def attention_row(run, layer, model="student", distil=None, **settings):
     """Where a layer's self-attention goes once the cache is full: in percent, to the sink, to the window and to the
-    chunk itself. Means over a stream's passes (the clean ones too), clips, heads and tokens."""
+    chunk itself. Means over a stream's passes (the clean ones too), clips, heads and tokens. distil: of a student of a
+    short distillation."""
+    run = distil_briefly(run, **distil) if distil else run
     (scene, motion), c, passes, attend = new_case(**settings), run.config, [], motionstream.attend
 
     def watched(q, k, v):
@@ -5722,7 +5724,8 @@ def experiments(run, clip):
                 None, "crossing"))),
             "objects": (clip | {"points": "dense"}, grid(objects=(1, 2, 3, 6))),
             "attention": (clip | {"measure": attention_row, "frames": 2 * td.CLIP},
-                          grid(model=("causal", "student"), layer=range(run.config.num_layers))),
+                          grid(model=("causal", "student"), layer=range(run.config.num_layers))
+                          + grid(distil=(DRAWN_MEMORY,), layer=range(run.config.num_layers))),
             "speed": (clip | {"measure": speed_row, "clips": 1, "frames": 600}, grid(chunk=(1, 3, 5, 7)) + grid(
                 sink=(0, 2, 3)) + grid(window=(2, 4, None)) + grid(sigmas=steps)),
             "words": (clip | {"measure": words_row, "clips": 2 * run.eval_clips}, words),
