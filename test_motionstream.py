@@ -46,7 +46,6 @@ from types import SimpleNamespace
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait awake slow each other down on shared cores
 
 import imageio.v2 as imageio
-import imageio_ffmpeg
 import numpy as np
 import torch
 import torch.nn as nn
@@ -63,7 +62,7 @@ from assets import UserError, encoders, world
 from assets.flags import camera_move, drag_path, read_tracks
 from assets.page import named
 from assets.tracks import MOVES, camera, camera_tracks, load_depth
-from assets.video import recorder
+from assets.video import count_frames, recorder
 from assets.world import embed_words
 from motionstream import (PRESETS, KVCache, MotionStream, SelfAttention, TrackHead, add_noise, apply_rope, by_chunk,
                           euler, find_config, guided_velocity, image_and_mask, joint_guidance, rollout, rope_table,
@@ -3891,21 +3890,22 @@ def test_a_video_is_there_whole_or_not_at_all():
     frame = np.zeros((256, 256, 3), np.uint8)
 
     def fail(count, broken):
-        patch = unittest.mock.patch.object(imageio_ffmpeg, "count_frames_and_secs", count)
-        with patch, sample.video_file(here / "out.mp4", 16) as append:
+        with unittest.mock.patch("assets.video.count_frames", count), sample.video_file(here / "out.mp4", 16) as append:
             for _ in range(3):
                 append(frame)
             assert not broken
 
     with folder() as here:
         damaged = "out.mp4: cannot be written after 3 frames (not all frames can be read back)"
-        assert_error(sample.UserError, damaged, fail, lambda path: (2, 1), False)
-        failed = unittest.mock.Mock(side_effect=RuntimeError("not a video"))
-        assert_error(sample.UserError, damaged, fail, failed, False)
-        assert_error(AssertionError, "", fail, lambda path: (3, 1), True)
+        assert_error(sample.UserError, damaged, fail, lambda path: 2, False)
+        assert_error(AssertionError, "", fail, lambda path: 3, True)
         assert not list(here.iterdir())
-        fail(imageio_ffmpeg.count_frames_and_secs, False)
-        assert [file.name for file in here.iterdir()] == ["out.mp4"]
+        fail(count_frames, False)
+        assert [file.name for file in here.iterdir()] == ["out.mp4"] and count_frames(here / "out.mp4") == 3
+        whole = (here / "out.mp4").read_bytes()
+        for damaged in b"", b"no video", whole[:-40], whole[:400]:
+            (here / "out.mp4").write_bytes(damaged)
+            assert count_frames(here / "out.mp4") < 3, len(damaged)
 
 
 def test_similarity_is_that_of_scikit_image():
@@ -4606,7 +4606,7 @@ def test_a_recording_from_the_image_on_can_be_replayed_and_one_begun_later_is_a_
             recorded(page, True, 20)
         assert {file.name for file in mine.iterdir()} == {"x.mp4", "x.take.npz", "x-2.mp4"}
         one, two = (frames_of(mine / f"{name}.mp4") for name in ("x", "x-2"))
-        assert 28 <= len(one) < 45 and 19 <= len(two) < 35, (len(one), len(two))
+        assert 28 <= len(one) < 90 and 19 <= len(two) < 90, (len(one), len(two))
         code, _, err = sampled("--replay", mine / "x.take.npz", *models, "--out", mine / "y.mp4")
         assert code == 0 and np.array_equal(frames_of(mine / "y.mp4"), one), err
 

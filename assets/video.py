@@ -5,6 +5,8 @@ import contextlib
 import itertools
 import math
 import os
+import re
+import subprocess
 
 import imageio.v2 as imageio
 import imageio_ffmpeg
@@ -26,6 +28,13 @@ def enlarge(frame, factor):
     return frame.repeat(factor, 0).repeat(factor, 1)
 
 
+def count_frames(path):
+    """How many frames a video file holds, which are not decoded; 0 if it cannot be read."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", path, "-map", "0:v:0", "-c", "copy", "-f", "null", "-"]
+    told = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).stderr
+    return int((re.findall(rb"frame= *(\d+)", told) or [0])[-1])
+
+
 @contextlib.contextmanager
 def video_file(path, fps):
     """`with video_file(path, fps) as append`: append(frame), uint8 (H, W, 3), goes to a temporary file beside `path`,
@@ -44,10 +53,7 @@ def video_file(path, fps):
                                     output_params=["-preset", "veryfast", "-movflags", "+faststart"])
         with writer:
             yield append
-        there = None
-        with contextlib.suppress(RuntimeError):                 # a failed encoding is silent
-            there = imageio_ffmpeg.count_frames_and_secs(part)[0]
-        if there != count:
+        if count_frames(part) != count:                 # a failed encoding is silent
             raise OSError(0, "not all frames can be read back")
         os.replace(part, path)
     except BrokenPipeError:                             # of what is printed meanwhile: imageio has a kind of its own
