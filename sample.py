@@ -767,11 +767,11 @@ def run(argv):
     pixels = fit_image(image, config.size)
     if args.interactive:
         return serve(args, image, *load_models(args, weights, config, pixels))
-    if not args.tracks:
-        print("note: no --tracks, nothing is specified")
     if tracks_fps and tracks_fps != (args.fps or config.fps):
         print(f"note: the tracks are at {tracks_fps:g} frames/s, the model at {config.fps}; they are not resampled")
     motion = given = fit_tracks(arrays, image.size, frames or 0, config, args.seed)
+    if not (live or motion.visible.any()):
+        print("note: no track is seen in the video, nothing is specified")
     models, taken, noted = load_models(args, weights, config, pixels), [], []
     if live:
         given = fitted(read_lines(sys.stdin.buffer, noted, image.size, config, args.prompt), image.size, config, taken)

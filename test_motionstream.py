@@ -3174,11 +3174,12 @@ def test_what_cannot_be_trained_is_refused_in_one_line():
                              ("--memory needs --stage distill", "--memory", "drawn", "--stage", "eval"),
                              ("argument --memory: 3,1,1 is not like c3s1w1, chunk 1 to 12", "--memory", "3,1,1"),
                              ("argument --memory: c13s1w1 is not like", "--memory", "c13s1w1"),
-                             ("--length 9: for --data, whole chunks", "--length", "9", "--data", data),
+                             ("--length 9: needs --data, and whole chunks", "--length", "9", "--data", data),
                              ("--clips needs --stage eval", "--clips", "3", "--stage", "vae"),
                              ("--adversarial needs --stage decoder", "--adversarial", "1"),
-                             ("--length 81: for --data, whole chunks", "--length", "81"),
-                             ("--length 80: for --data, whole chunks", "--length", "80", "--data", data),
+                             ("--tflops needs --dry-run", "--tflops", "4"),
+                             ("--length 81: needs --data, and whole chunks", "--length", "81"),
+                             ("--length 80: needs --data, and whole chunks", "--length", "80", "--data", data),
                              ("mask.safetensors: takes the image as a clip with a mask", "--weights", mask),
                              ("s.safetensors: holds a student", "--weights", student),
                              ("wan.safetensors: give --vae FILE", "--weights", wan, "--data", data),
@@ -3539,7 +3540,7 @@ def bad_inputs(here):
     flags = ("--frames 0", "--frames 1.5", "--seed -1", "--steps 0", "--chunk 0", "--window -1", "--fps inf",
              "--w-text 1", "--dtype float8", "--device abacus", "--sampler magic", "--out out.avi", "--colour red",
              "--drag 1,2", "--interactive --out x.png", "--camera in", "--focal 9", "--tracks-units km",
-             "--tracks-size 3", "--save-tracks out.txt")
+             "--tracks-size 3", "--save-tracks out.txt", "--port 9")
     return cases | {flag: flag.split() for flag in flags}
 
 

@@ -902,13 +902,11 @@ class Run:
 
 def memory(text):
     """A flag's type: "c3s1w1" to chunk 3, sink 1, window 1 (wfull: all), as a dict; "drawn": see draw_rollout."""
-    if text == "drawn":
-        return text
-    found = re.fullmatch(r"c([1-9]|1[0-2])s(\d+)w(\d+|full)", text)        # 12 latents are the shortest clip
+    found = re.fullmatch(r"c([1-9]|1[0-2])s(\d+)w(\d+|full)|drawn", text)      # 12 latents are the shortest clip
     if not found:
         raise argparse.ArgumentTypeError(f"{text} is not like c3s1w1, chunk 1 to 12, and not drawn")
-    chunk, sink, window = found.groups()
-    return {"chunk": int(chunk), "sink": int(sink), "window": None if window == "full" else int(window)}
+    c, s, w = found.groups()
+    return {"chunk": int(c), "sink": int(s), "window": None if w == "full" else int(w)} if c else text
 
 
 def parse_flags(argv):
@@ -955,7 +953,9 @@ def check_flags(parser, args):
             if getattr(args, name) != parser.get_default(name):
                 parser.error(f"--{name.replace('_', '-')} needs --stage {stages[-1]}")
     if args.length and (args.length < CLIP or (args.length + 3) % 12 or not (args.data or args.dry_run)):
-        parser.error(f"--length {args.length}: for --data, whole chunks of 12, the first of 9: 45, 57, 69, 81, …")
+        parser.error(f"--length {args.length}: needs --data, and whole chunks of 12, the first of 9: 45, 57, 69, …")
+    if args.tflops != parser.get_default("tflops") and not args.dry_run:
+        parser.error("--tflops needs --dry-run")
     if args.data and (args.stage in ("vae", "eval", "experiments") or not args.data.is_dir()):
         parser.error(f"--data {args.data}: {'not for this --stage' if args.data.is_dir() else 'no such folder'}")
     args.image_encoder = args.image_encoder or args.text_encoder

@@ -102,6 +102,8 @@ def check_track_flags(args):
         (args.grid is not None and not isinstance(args.tracks, list), "--grid belongs to --drag and --pin"),
         (bool(args.depth) != bool(args.camera), "--depth and --camera need each other"),
         (args.focal and not args.depth, "--focal belongs to --depth"),
+        (not args.interactive and (args.host, args.port) != ("127.0.0.1", 8765),
+         "--host and --port belong to --interactive"),
         (args.save_tracks and (live or not (args.tracks or args.depth)),
          "--save-tracks needs --tracks FILE, --drag, --pin or --depth; streams are kept as .take.npz"),
     ]:
