@@ -1444,7 +1444,7 @@ def wan_video(vae, frames, seed=0):
 
 
 @with_diffusers
-def test_the_wan_vae_gives_the_bits_of_diffusers_from_either_layout():
+def test_the_wan_vae_gives_what_diffusers_gives_from_either_layout():
     from diffusers import AutoencoderKLWan
     with folder() as here, torch.no_grad():
         for seed, (version, config) in enumerate((("2.1", WAN21), ("2.2", WAN22))):
@@ -1469,7 +1469,8 @@ def test_the_wan_vae_gives_the_bits_of_diffusers_from_either_layout():
             x, x_theirs = vae.decode(z)[0], theirs.decode(z * std + mean).sample
             assert z.shape == (1, config.latent_channels, 3, 2, 3) and x.shape == video.shape
             assert 0.1 < x.std() and (x.abs() == 1).float().mean() < 0.5
-            assert z.equal(z_theirs) and x.equal(x_theirs), ((z - z_theirs).abs().max(), (x - x_theirs).abs().max())
+            assert_near(z, z_theirs, 1e-5)              # the bits, on some processors
+            assert_near(x, x_theirs, 1e-5)
 
 
 @with_diffusers
