@@ -2224,12 +2224,12 @@ def test_a_student_is_trained_with_the_memory_that_is_asked_for():
 
     with folder() as here, unittest.mock.patch.object(MotionStream, "new_caches", record), \
             unittest.mock.patch.object(td, "KVCache", side_effect=KVCache) as cache:
-        own_clips(here / "data", frames=69)
+        own_clips(here / "data", ("a",), 69)
         for name, wanted, more in (("c2s3wfull", (2, 3, None), ("--rollout", "8")), ("c1s1w2", (1, 1, 2), ()),
                                    ("c5s1w1", (5, 1, 1), ()), ("c12s1w1", (12, 1, 1), ())):
             flags = own_flags(here, here / "data", "--memory", name, *more, "--out", str(here / "runs" / name))
             (here / "runs" / name).mkdir(parents=True)
-            saved(here / "runs" / name / "teacher.safetensors", new_model(causal=False))
+            saved(here / "runs" / name / "teacher.safetensors", new_model(causal=False, steps=3))
             with quiet() as (_, err):
                 for stage, steps in ("causal", "8"), ("distill", "2"):
                     assert td.main([*flags, "--stage", stage, "--steps", steps]) is None, (name, err.getvalue())
@@ -3033,6 +3033,9 @@ def test_clips_prompts_are_encoded_for_wans_weights():
             files, _ = encoded([*flags, "--image-encoder", here / "encoders"])
             assert load.call_count == 1, "CLIP, for both"
         assert load_file(files[0])["clip"].equal(a["clip"]) and not load_file(files[0])["text"].equal(a["text"])
+        save_file({"prompt": rand(3, 4096), "clip": (rows := rand(257, 32))}, data / "a.safetensors")
+        files, _ = encoded([*flags, "--image-encoder", here / "encoders"])
+        assert load_file(files[0])["clip"][0].equal(rows), "those of the file"
 
 
 def test_broken_clips_are_named_and_too_many_end_it():
