@@ -4625,7 +4625,7 @@ def test_a_recording_has_each_frame_seen_while_it_is_on_and_keeps_nothing_else()
             for i in range(50):
                 taken.append("what a chunk was given"), seen.append(np.full((64, 64, 3), 5 * i, np.uint8))
                 record(i in range(20, 30) or i > 44)
-                assert len(taken) <= 10 and not seen
+                assert not taken and not seen
             with unittest.mock.patch.object(os, "access", lambda *_: False):
                 record(False), seen.append(np.zeros((64, 64, 3), np.uint8)), record(True)
                 assert not seen and "not writable" in live.status["recorded"]
