@@ -2048,6 +2048,60 @@ def test_the_optimizer_moves_every_parameter_of_the_model_itself():
             assert_near(average, (a + b) / 2, 1e-5)                 # update 10 counts 1 - 10 / (10 + 10)
 
 
+def test_muon_is_that_of_torch_which_is_in_bfloat16():
+    def updated(make):
+        """Two matrices after five steps, and what the optimizer keeps."""
+        matrices = [nn.Parameter(rand(*shape)) for shape in ((24, 40), (40, 24))]
+        optimizer = make(matrices)
+        for i in range(5):
+            for n, p in enumerate(matrices):
+                p.grad = rand(*p.shape, seed=10 * i + n + 1)
+            optimizer.step()
+        return matrices, optimizer.state_dict()["state"]
+
+    settings = {"lr": 0.03, "weight_decay": 0.1}
+    theirs, their_state = updated(lambda p: torch.optim.Muon(p, **settings))
+    for dtype, tolerance in (torch.bfloat16, 1e-6), (torch.float32, 1e-2):
+        ours, state = updated(lambda p: td.Muon(p, dtype=dtype, **settings))
+        for n in range(2):
+            assert_near(ours[n], theirs[n], tolerance)
+            assert_near(state[n]["momentum_buffer"], their_state[n]["momentum_buffer"], 1e-6)
+
+
+def test_muons_iteration_is_in_the_dtype_that_is_given():
+    """The polynomial of each singular value, in float64."""
+    matrix = rand(24, 40)
+    u, values, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    values = values / values.norm()
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values ** 3 + 2.0315 * values ** 5
+    exact = u * values @ v
+    error = {}
+    for dtype in torch.bfloat16, torch.float32:
+        made = td.orthogonal(matrix, dtype)
+        assert made.dtype == dtype
+        assert td.orthogonal(matrix.T, dtype).T.equal(made)
+        error[dtype] = (made - exact).abs().max().item() / exact.abs().max().item()
+    assert error[torch.float32] < 1e-5 < error[torch.bfloat16] < 0.1, error
+    singular = torch.linalg.svdvals(td.orthogonal(matrix, torch.float32))
+    assert 0.6 < singular.min() and singular.max() < 1.3, singular
+
+
+def test_matrix_products_are_in_the_dtype_that_the_processor_is_faster_in():
+    for slower, dtype in (13.0, torch.float32), (0.9, torch.float32), (0.5, torch.bfloat16):
+        seconds = {torch.float32: 0.002, torch.bfloat16: 0.002 * slower}
+        with unittest.mock.patch.object(td, "matmul_seconds", seconds.get):
+            decide = td.compute_dtype.__wrapped__
+            assert decide("cpu") == decide(torch.device("cpu")) == dtype
+            assert decide("cuda:0") == torch.bfloat16
+        with unittest.mock.patch.object(td, "compute_dtype", lambda device: dtype):
+            run = td.Run(td.parse_flags(["--device", "cpu"]))
+            with run.autocast():
+                assert (rand(4, 4) @ rand(4, 4)).dtype == dtype
+            assert "dtype" not in run.settings("vae")
+    assert td.matmul_seconds(torch.float32) > 0
+
+
 def on_tracks(model):
     """Conditions whose tracks come from the model's own head."""
     tracks, visible, ids = new_tracks(5, 9)
@@ -2361,7 +2415,8 @@ def toy_training(here, stop_at=None, nan_at=None, steps=6, save_every=300, batch
         return {"loss": loss, "grad": optimizer.step(loss, i)}
 
     clock = itertools.count(0, 301 if save_every == 1 else 0)
-    run = SimpleNamespace(out=here, seed=1, batches=batches, settings=lambda _: {"data": "toy", "seed": 1} | settings)
+    run = SimpleNamespace(out=here, seed=1, dtype=torch.float32, batches=batches,
+                          settings=lambda _: {"data": "toy", "seed": 1} | settings)
     with quiet() as (out, _), unittest.mock.patch.object(td.time, "time", lambda: next(clock)), \
             keeping_gradients(toy_training.gradients):
         td.train(run, "toy", steps, optimizer.parts(), step)
@@ -2397,8 +2452,8 @@ def vae_gradients():
 
 
 def assert_same_gradients(ours, theirs):
-    """To 1e-5 of the largest of each parameter's, but 1e-3 after an update by Muon, which rounds to bfloat16: sums in
-    another order may round to the other side."""
+    """To 1e-5 of the largest of each parameter's, but 1e-3 after an update by Muon, which may round to bfloat16: sums
+    in another order may round to the other side."""
     for update, (left, right) in enumerate(zip(ours, theirs, strict=True)):
         for a, b in zip(left, right, strict=True):
             error = ((a - b).abs().max() / a.abs().max()).item()
@@ -2834,6 +2889,7 @@ def test_processes_wait_equally_often_whatever_each_has_to_make():
         states = [(torch.zeros(1), sigma) for sigma in (*PRESETS["tiny"].sigmas, 0)]
         with folder() as here, quiet(), unittest.mock.patch.multiple(
                 td, PROCESSES=2, RANK=rank, mean_processes=waits.append, keep=lambda file, tensors: waits.append(file),
+                compute_dtype=lambda _: torch.float32,
                 film_clips=lambda *_: lambda i: {}, draw_batch=lambda *_: (torch.zeros(1, 1, 1), {}, {}),
                 track_features=lambda _: None, euler=lambda *_: states), \
                 unittest.mock.patch.object(td.Run, "model", model):

@@ -96,6 +96,29 @@ def mean_processes(tensor):
     return tensor.div_(PROCESSES)
 
 
+def matmul_seconds(dtype):
+    """What a small matrix product takes on the CPU under autocast to `dtype`; the first of some, which warms up the
+    threads, is seldom the quickest."""
+    matrix, seconds = torch.zeros(256, 256), []
+    for _ in range(4):
+        started = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            matrix @ matrix
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+@functools.cache
+def compute_dtype(device):
+    """What matrix products are computed in on a device ("cpu", "cuda:0"): bfloat16 or, on a CPU that is not clearly
+    faster in it, float32. Without AVX-512 or AMX, bfloat16 is 10 times slower. All processes must ask at first, and
+    get the same."""
+    if torch.device(device).type != "cpu":
+        return torch.bfloat16
+    ratio = torch.tensor(matmul_seconds(torch.bfloat16) / matmul_seconds(torch.float32))
+    return torch.bfloat16 if mean_processes(ratio) < 0.8 else torch.float32
+
+
 def ends_update(i, batches):
     """Whether the processes are at the end of an update when each has done its step, here i, of the next PROCESSES."""
     return (i - RANK + PROCESSES) % batches == 0
@@ -135,6 +158,46 @@ def recomputed(block, *inputs):
     return torch.utils.checkpoint.checkpoint(Block.forward, block, *inputs, cache, write, use_reentrant=False)
 
 
+def orthogonal(matrix, dtype):
+    """Nearly U V^T of a matrix U S V^T (rows, columns): a Newton-Schulz iteration in `dtype` that brings all singular
+    values which are not tiny between 0.7 and 1.2 in five steps (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+    """
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.to(dtype)
+    x = x.T if tall else x
+    x = x / x.norm().clamp(min=1e-7)                    # no singular value above 1
+    for _ in range(5):
+        gram = x @ x.T
+        gram = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.addmm(x, gram, x, beta=3.4445)
+    return x.T if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """torch.optim.Muon with its constants, but in a dtype that is given: there it is bfloat16, in which many CPUs are
+    slow. Parameters are matrices (rows, columns), or DTensors of them."""
+
+    def __init__(self, parameters, lr, weight_decay, dtype):
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": 0.95})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        """An update by Nesterov's momentum of the gradients, made orthogonal."""
+        for group in self.param_groups:
+            rate, momentum = group["lr"], group["momentum"]
+            for p in group["params"]:
+                state = self.state[p]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                average = state["momentum_buffer"]
+                average.lerp_(p.grad, 1 - momentum)
+                update = orthogonal(p.grad.lerp(average, momentum), self.dtype)
+                rows, columns = p.shape
+                p.mul_(1 - rate * group["weight_decay"])
+                p.add_(update, alpha=-rate * max(1, rows / columns) ** 0.5)
+
+
 class Optimizer:
     """Muon on hidden matrices (kernels viewed as matrices; None: on none), AdamW on the rest; ema > 0: running average.
     An update follows the mean gradient of `batches` steps, which the processes share, as they do a MotionStream, its
@@ -153,7 +216,8 @@ class Optimizer:
         rest = [p for p in self.parameters if id(p) not in set(map(id, hidden))]
         self.optimizers = [torch.optim.AdamW(rest, lr=adam, betas=betas, weight_decay=0.01)]
         if muon:
-            self.optimizers.insert(0, torch.optim.Muon([view for view, _ in self.views], lr=muon, weight_decay=0.01))
+            dtype = compute_dtype(self.parameters[0].device)
+            self.optimizers.insert(0, Muon([view for view, _ in self.views], muon, weight_decay=0.01, dtype=dtype))
         self.rates, self.steps = [rate for rate in (muon, adam) if rate], steps
 
     def step(self, loss, i, every=1, clip=1.0):
@@ -235,6 +299,7 @@ def train(run, stage, steps, parts, step, average=None):
                 raise UserError(f"{stage}, step {i}: {e}; stopped before anything moved") from None
             bar.set_postfix(numbers)
             numbers = {"stage": stage, "step": i, **numbers, "seconds": round(time.time() - started, 3)}
+            numbers["dtype"] = str(run.dtype)[6:]                      # after "torch."
             log.write(json.dumps(numbers) + "\n")
             if ends_update(i, run.batches):
                 stopped, due = mean_processes(torch.tensor([len(stop) > 0, time.time() - saved_at > 300]).float())
@@ -852,6 +917,7 @@ class Run:
             torch.zeros(1, device=self.device)
         except (RuntimeError, AssertionError):
             raise UserError(f"--device {self.device}: not available here") from None
+        self.dtype = compute_dtype(self.device)             # not a setting: a training may go on elsewhere
 
     def path(self, name):
         """The weights called `name`: those given, this run's or, where eval finds no run, the shipped ones."""
@@ -874,8 +940,10 @@ class Run:
         return {"batches": self.batches, "checkpointing": self.args.checkpointing}
 
     def autocast(self):
-        """bfloat16, on the CPU too. No cache of weights: torch before 2.11 hands those without a graph to all."""
-        return torch.autocast(torch.device(self.device).type, torch.bfloat16, cache_enabled=False)
+        """See compute_dtype. No cache of weights: torch before 2.11 hands those without a graph to all."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(torch.device(self.device).type, self.dtype, cache_enabled=False)
 
     def check(self, stage):
         """Refuse a stage whose forerunners are missing or damaged, or of another memory, before it starts."""
@@ -978,6 +1046,7 @@ def main(argv=None):
             return dry_run(run)
         run.out.mkdir(parents=True, exist_ok=True)
         print(f"{'the shipped weights' if run.shipped else run.out}: {run.config}")
+        print(f"matrix products on {run.device} are in {str(run.dtype)[6:]}")
         for (stage, train_stage), accumulate in zip(STAGES.items(), run.recipe.accumulate):
             done = stage == "decoder" or run.path(WEIGHTS[stage]).exists()
             if args.stage == stage or args.stage == "all" and not done:
