@@ -1,0 +1,971 @@
+"""The drawn world that the tiny model is trained on and measured in. Not part of the method.
+
+Discs, polygons, stars, blobs and faces, plain or textured, move over plain or textured grounds,
+under a moving camera and changing light, and all true tracks are known. Nothing is downloaded.
+
+    python -m extras.world --out clips/drawn --clips 5000     writes a folder of clips
+
+    scene = new_scenes(batch, frames, rng)            what happens, drawn at random
+    video = render(scene, size)                       (B, 3, T, size, size) in [-1, 1]
+    tracks, visible = scene_tracks(scene, size, rng)  (B, T, N, 2) in pixels, (B, T, N)
+    group = track_groups(scene)                       (N,): each track's object, -1 the ground
+
+Positions and radii are in units of the picture's width, times in frames; the camera looks at
+[0, 1] x [0, 1] of a ground that covers [-0.5, 1.5] x [-0.5, 1.5]. A texture of an object covers
+EXTENT radii to each side of its centre.
+
+B clips, K object slots, T frames, P tracks on each object, N = K * P + GRID * GRID tracks.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import functools
+import json
+import math
+import multiprocessing
+import os
+import pathlib
+import re
+import sys
+import zlib
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+OBJECTS = 3                  # object slots, at least
+GRID = 8                     # tracks on the ground per side
+EXTENT = 1.2                 # how far an object's texture reaches, in radii
+TRIES = 4                    # draws of the objects' paths, of which one is taken
+DISC, POLYGON, STAR, BLOB = range(4)
+WAVES = 6                    # harmonics of a blob's outline
+LIGHT = {                    # the RGB gains that the light tends to
+    "steady": (1, 1, 1),
+    "fading": (0.35, 0.35, 0.4),
+    "warming": (1.1, 0.8, 0.5),
+}
+MOTION = ("steady", "spinning", "pulsing")
+
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """What differs between the textured world and the older, simple one."""
+    points: int              # tracks on each object; the first is its centre
+    object_pixels: int       # per side of an object's texture
+    ground_pixels: int       # per side of the ground's
+    steady_motion: float     # share of the clips whose shapes neither spin nor pulse
+    turn_frames: int         # frames of a full turn of what spins
+
+
+STYLES = {
+    "textured": Style(points=16, object_pixels=96, ground_pixels=512,
+                      steady_motion=0.5, turn_frames=120),
+    "simple": Style(points=8, object_pixels=40, ground_pixels=256,
+                    steady_motion=0.6, turn_frames=60),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What can be asked of `new_scenes`. None: at random."""
+    style: str = "textured"         # "simple": the older world, smooth grounds, smaller objects
+    texture: tuple = (0.0, 1.0)     # range of a clip's amount of texture; (0, 0): all is plain
+    objects: int | None = None      # how many there are; more than OBJECTS: more slots
+    camera: bool | None = None      # does it move
+    attributes: tuple = (None, None)   # indices into LIGHT and MOTION
+    moving: bool = False            # no object rests
+    flat: bool = False              # plain discs and squares on smooth grey, unlike most clips
+
+
+# ------------------------------------------------------------------------------------------------
+# Scenes
+
+def new_scenes(batch, frames, rng, **options):
+    """Draw `batch` scenes of `frames` frames: a dict of all that `render` and `scene_tracks` need.
+    rng: a torch.Generator. options: the fields of `Options`."""
+    options = Options(**options)
+    style = STYLES[options.style]
+    light = draw_attribute(batch, options.attributes[0], len(LIGHT), 0.6, rng)
+    motion = draw_attribute(batch, options.attributes[1], len(MOTION), style.steady_motion, rng)
+    slots = max(options.objects or 0, OBJECTS)
+    present = torch.randint(1, OBJECTS + 1, (batch, 1), generator=rng)
+    if options.objects is not None:
+        present = torch.full_like(present, options.objects)
+    present = torch.arange(slots) < present                           # (B, K)
+    if options.style == "simple":
+        looks = simple_objects(batch, slots, options.flat, rng)
+        apart = torch.zeros(batch, slots)
+    else:
+        grounds, amount = draw_grounds(batch, options, rng)
+        looks = draw_objects(present, motion == 1, grounds, amount, options, rng)
+        apart = looks["radius"]
+    position = draw_positions(frames, apart, options.moving, rng)     # (B, K, T, 2)
+    pan, zoom = draw_camera(batch, frames, options.camera, rng)
+    if options.style == "simple":
+        grounds = simple_grounds(batch, options.flat, rng)
+    t = torch.arange(frames)
+    # a state that tells what comes next
+    ramp = 1 - torch.exp(-t / 16)
+    gains = torch.tensor([*LIGHT.values()])[light][:, None]           # (B, 1, 3)
+    turning = (motion == 1)[:, None] * t
+    pulsing = (motion == 2)[:, None] * torch.sin(t * (2 * math.pi / 24))
+    return looks | {
+        "position": position,
+        "present": present,
+        "pan": pan,
+        "zoom": zoom,
+        "gains": 1 + ramp[:, None] * (gains - 1),                     # (B, T, 3)
+        "spin": turning * (2 * math.pi / style.turn_frames),          # (B, T)
+        "pulse": 1 + 0.22 * pulsing,                                  # (B, T)
+        "backdrop": grounds,
+        "caption": [caption(a, b) for a, b in zip(light, motion)],
+        "points": draw_points(looks["shape"], style.points, rng),
+    }
+
+
+def caption(light, motion):
+    """What neither the first frame nor a few tracks tell, in words."""
+    return f"{[*LIGHT][light]} light, {MOTION[motion]} shapes"
+
+
+def embed_words(text, text_dim=64, text_len=8):
+    """A prompt for the tiny model, (1, L, text_dim): each word is random numbers seeded by its own
+    letters, the same in every process. At most text_len words; their order is not seen."""
+    words = re.findall(r"\w+", text.lower())[:text_len]
+    rows = torch.zeros(1, len(words), text_dim)
+    for i, word in enumerate(words):
+        seed = torch.Generator().manual_seed(zlib.crc32(word.encode()))
+        rows[0, i] = torch.randn(text_dim, generator=seed)
+    return rows
+
+
+def draw_attribute(batch, value, count, steady, rng):
+    """(B,) indices below `count`: `value`, or at random, in a share `steady` of the clips 0."""
+    if value is not None:
+        return torch.full((batch,), value)
+    changes = torch.rand(batch, generator=rng) > steady
+    return changes * torch.randint(1, count, (batch,), generator=rng)
+
+
+def smooth_path(batch, frames, step, knot, rng):
+    """(batch, frames, 2): a Catmull-Rom curve through a random walk of `step` (batch, 1, 1) a
+    knot, one every `knot` frames, reflected into [0, 1]; starts anywhere."""
+    count = (frames - 1) // knot + 4
+    walk = torch.randn(batch, count, 2, generator=rng) * step
+    walk = (torch.rand(batch, 1, 2, generator=rng) + walk.cumsum(1)) % 2
+    knots = 1 - (1 - walk).abs()
+    t = torch.arange(frames) / knot
+    i = t.long()
+    u = (t % 1)[:, None]
+    a = knots[:, i]
+    b = knots[:, i + 1]
+    c = knots[:, i + 2]
+    d = knots[:, i + 3]
+    cubic = 3 * (b - c) + d - a
+    square = 2 * a - 5 * b + 4 * c - d
+    return b + 0.5 * u * (c - a + u * (square + u * cubic))
+
+
+def draw_positions(frames, apart, moving, rng):
+    """The objects' paths (B, K, frames, 2). apart (B, K): how much room each wants at the start."""
+    batch, slots = apart.shape
+    speed = torch.rand(TRIES * batch * slots, 1, 1, generator=rng)
+    if moving:
+        speed = 0.2 + 0.8 * speed
+    else:
+        speed = 1.12 * speed - 0.12                                   # some rest
+    step = 0.5 * speed.clamp(min=0) ** 1.5
+    paths = smooth_path(len(speed), frames, step, 14, rng)
+    paths = 0.12 + 0.76 * paths.view(TRIES, batch, slots, frames, 2)
+    start = paths[:, :, :, 0]
+    gap = torch.cdist(start, start) - apart[:, :, None] - apart[:, None]
+    gap = gap + 9 * torch.eye(slots)
+    # of several draws that whose objects start farthest apart: what another covers in the image
+    # cannot be known later
+    best = gap.amin((2, 3)).argmax(0)
+    return paths[best, torch.arange(batch)]
+
+
+def draw_camera(batch, frames, camera, rng):
+    """The camera's pan (B, frames, 2) and zoom (B, frames, 1): at rest unless it moves."""
+    if camera is None:
+        moves = torch.rand(batch, 1, 1, generator=rng) < 0.3
+    else:
+        moves = torch.tensor(camera)
+    moves = moves.float()
+    path = smooth_path(batch * 2, frames, torch.tensor(0.35), 30, rng)
+    path = path.view(batch, 2, frames, 2)
+    pan = moves * 0.5 * (path[:, 0] - 0.5)
+    zoom = torch.exp(moves * 0.5 * (path[:, 1, :, :1] - 0.5))
+    return pan, zoom
+
+
+# ------------------------------------------------------------------------------------------------
+# Outlines. A shape is (kind, sides, waves): kind and sides (..., 1, 1) integers, waves
+# (..., WAVES, 2) the cosine and sine coefficients of a blob's outline, from the constant on.
+
+def outline(shape, angle):
+    """The radius of an outline at `angle` (..., h, w), at most 1."""
+    kind, sides, waves = shape
+    sector = 2 * math.pi / sides
+    polygon = torch.cos(sector / 2) / torch.cos(angle % sector - sector / 2)
+    star = 1 - 0.55 * (1 - (2 * (angle % sector) / sector - 1).abs())
+    radius = torch.where(kind == POLYGON, polygon, star)
+    radius = torch.where(kind == DISC, torch.ones_like(angle), radius)
+    if (kind == BLOB).any():
+        radius = torch.where(kind == BLOB, blob_outline(waves, angle), radius)
+    return radius
+
+
+def blob_outline(waves, angle):
+    """The radius (..., h, w) of a wavy outline."""
+    radius = torch.zeros_like(angle)
+    for m in range(WAVES):
+        cosine = waves[..., m, 0, None, None]
+        sine = waves[..., m, 1, None, None]
+        radius = radius + cosine * torch.cos(m * angle) + sine * torch.sin(m * angle)
+    return radius
+
+
+def draw_waves(rng):
+    """(WAVES, 2): an outline between an ellipse and an amoeba, of largest radius 1."""
+    sizes = torch.tensor([0, 0, uniform(0.05, 0.2, rng), 0.12, 0.08, 0.06])
+    sizes[3:] *= uniform(0, 1, rng) ** 2
+    phase = 2 * math.pi * torch.rand(WAVES, generator=rng)
+    waves = torch.stack([sizes * phase.cos(), sizes * phase.sin()], -1)
+    waves[0, 0] = 1
+    return waves / largest_radius(waves)
+
+
+def head_waves(tilt):
+    """(WAVES, 2): the egg of a head, tilted by `tilt`."""
+    waves = torch.zeros(WAVES, 2)
+    waves[0, 0] = 1
+    waves[2, 0] = -0.1 * math.cos(2 * tilt)
+    waves[2, 1] = -0.1 * math.sin(2 * tilt)
+    return waves / largest_radius(waves)
+
+
+def largest_radius(waves):
+    angle = torch.linspace(0, 2 * math.pi, 180)[None]
+    return blob_outline(waves, angle).max()
+
+
+def draw_points(shape, count, rng):
+    """Where tracks sit on objects of a shape, in radii: (B, K, count, 2). The centre, then all
+    over."""
+    batch, slots = shape[0].shape[:2]
+    draw = torch.rand(2, batch, slots, count, generator=rng)
+    angle = 2 * math.pi * draw[0]
+    edge = outline(shape, angle[:, :, None])[:, :, 0]
+    radius = 0.9 * edge * draw[1].sqrt()
+    points = radius[..., None] * torch.stack([torch.cos(angle), torch.sin(angle)], -1)
+    points[:, :, 0] = 0
+    return points
+
+
+def polar(width):
+    """x, y, radius and angle of the pixels of an object's texture, in radii: (width, width)."""
+    axis = torch.linspace(-EXTENT, EXTENT, width)
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    return x, y, (y ** 2 + x ** 2).sqrt(), torch.atan2(y, x)
+
+
+def distinct_colours(batch, slots, rng):
+    """(B, K, 3): strong colours of different hues within a clip."""
+    first = torch.rand(batch, 1, generator=rng)
+    place = torch.arange(slots) + 0.5 * torch.rand(batch, slots, generator=rng) - 0.25
+    hue = (first + place / slots) % 1
+    saturation = 0.7 + 0.3 * torch.rand(batch, slots, 1, generator=rng)
+    value = 0.7 + 0.3 * torch.rand(batch, slots, 1, generator=rng)
+    ramp = (torch.tensor([5.0, 3.0, 1.0]) + 6 * hue[..., None]) % 6   # HSV to RGB
+    return value * (1 - saturation * torch.minimum(ramp, 4 - ramp).clamp(0, 1))
+
+
+# ------------------------------------------------------------------------------------------------
+# Textures: (3, width, width) in [0, 1]
+
+def uniform(low, high, rng):
+    return low + (high - low) * torch.rand((), generator=rng).item()
+
+
+def chance(share, rng):
+    return torch.rand((), generator=rng).item() < share
+
+
+def choose(options, rng):
+    return options[torch.randint(len(options), (), generator=rng).item()]
+
+
+def draw_palette(rng):
+    """(6, 3): colours that go together, from almost equal to wild."""
+    spread = uniform(0.08, 0.4, rng)
+    base = torch.rand(3, generator=rng)
+    grey = base.mean()
+    base = torch.lerp(base, grey, uniform(0, 1, rng))
+    brightness = torch.randn(6, 1, generator=rng)
+    tint = torch.randn(6, 3, generator=rng)
+    return (base + spread * (0.7 * brightness + 0.7 * tint)).clamp(0, 1)
+
+
+def leaves(width, palette, rng):
+    """Dead leaves: discs that cover one another, their radii by a power law, as in photographs
+    (Lee, Mumford and Huang 2001)."""
+    smallest = width * uniform(0.005, 0.03, rng)
+    largest = width * uniform(0.06, 0.25, rng)
+    mean_area = 2 * math.pi * smallest ** 2 * math.log(largest / smallest)
+    count = int(min(2 * width ** 2 / mean_area, 2000))
+    u = torch.rand(count, generator=rng)
+    radius = smallest / (1 - u * (1 - (smallest / largest) ** 2)).sqrt()
+    centre = width * torch.rand(count, 2, generator=rng)
+    boxes = torch.cat([centre - radius[:, None], centre + radius[:, None]], 1)
+    colours = palette[torch.randint(len(palette), (count,), generator=rng)]
+    colours = colours + 0.06 * torch.randn(count, 3, generator=rng)
+    picture = Image.new("RGB", (width, width), rgb_bytes(palette[0]))
+    pen = ImageDraw.Draw(picture)
+    fills = (colours.clamp(0, 1) * 255).int().tolist()
+    for box, fill in zip(boxes.tolist(), fills):
+        pen.ellipse(box, fill=tuple(fill))
+    return from_picture(picture)
+
+
+def rgb_bytes(colour):
+    """A colour as Pillow wants it."""
+    return tuple((colour.clamp(0, 1) * 255).int().tolist())
+
+
+def from_picture(picture):
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+
+
+@functools.lru_cache(4)
+def frequencies(width):
+    """(width, width // 2 + 1): distance from the zero frequency, in cycles a picture."""
+    down = torch.fft.fftfreq(width)[:, None] * width
+    across = torch.fft.rfftfreq(width)[None] * width
+    return (down ** 2 + across ** 2).sqrt().clamp(min=1)
+
+
+def waves_noise(width, channels, power, rng):
+    """(channels, width, width): noise of spectrum 1 / frequency ** power, standard deviation 1."""
+    decay = frequencies(width) ** -power
+    spectrum = torch.randn(channels, *decay.shape, 2, generator=rng)
+    field = torch.fft.irfft2(torch.view_as_complex(spectrum) * decay, s=(width, width))
+    field = field - field.mean((1, 2), keepdim=True)
+    return field / field.std((1, 2), keepdim=True)
+
+
+def noise(width, palette, rng):
+    """Clouds in two of the palette's directions."""
+    field = waves_noise(width, 2, uniform(0.9, 1.8, rng), rng)
+    steps = palette[1:3] - palette[0]
+    return palette[0][:, None, None] + torch.einsum("khw,kc->chw", 0.6 * field, steps)
+
+
+def plane(width, rng):
+    """(2, width, width): coordinates in [-1, 1], turned by a random angle."""
+    axis = torch.linspace(-1, 1, width)
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    angle = uniform(0, 2 * math.pi, rng)
+    return turn(torch.stack([x, y], -1), torch.tensor(angle)).movedim(-1, 0)
+
+
+def two_colours(mask, palette):
+    """The palette's first two colours, mixed by mask (width, width) in [0, 1]."""
+    return torch.lerp(palette[0][:, None, None], palette[1][:, None, None], mask)
+
+
+def stripes(width, palette, rng):
+    """Stripes, soft or sharp, straight or winding."""
+    u, _ = plane(width, rng)
+    bend = uniform(0, 0.12, rng) * chance(0.5, rng)
+    if bend > 0:
+        u = u + bend * waves_noise(width, 1, 2.5, rng)[0]
+    count = uniform(2, 10, rng)
+    wave = torch.sin(math.pi * count * u + uniform(0, 6, rng))
+    return two_colours(torch.sigmoid(uniform(1, 12, rng) * wave), palette)
+
+
+def checks(width, palette, rng):
+    """A board of checks, soft or sharp."""
+    u, v = plane(width, rng)
+    count = uniform(2, 8, rng)
+    wave = torch.sin(math.pi * count * u) * torch.sin(math.pi * count * v)
+    return two_colours(torch.sigmoid(uniform(3, 30, rng) * wave), palette)
+
+
+def shading(width, palette, rng):
+    """A gradient from one side to the other or from a spot outwards."""
+    u, v = plane(width, rng)
+    ramp = 0.5 + 0.5 * u
+    if chance(0.5, rng):
+        spot = uniform(-0.7, 0.7, rng)
+        ramp = torch.exp(-((u - spot) ** 2 + v ** 2) / uniform(0.2, 1, rng))
+    return two_colours(ramp, palette)
+
+
+KINDS = (leaves, leaves, leaves, noise, noise, stripes, checks, shading)
+
+
+def draw_texture(width, rng):
+    """(3, width, width) in [0, 1]: one texture or two in regions, perhaps shaded and grained."""
+    texture = choose(KINDS, rng)(width, draw_palette(rng), rng)
+    if chance(0.35, rng):
+        other = choose(KINDS, rng)(width, draw_palette(rng), rng)
+        border = waves_noise(width, 1, uniform(1.8, 3, rng), rng)
+        region = torch.sigmoid(uniform(2, 40, rng) * border)
+        texture = torch.lerp(texture, other, region)
+    if chance(0.5, rng):
+        u, _ = plane(width, rng)
+        texture = texture * (1 + uniform(0, 0.4, rng) * u)
+    if chance(0.3, rng):
+        grain = waves_noise(width, 1, 0.8, rng)
+        texture = texture + uniform(0.02, 0.08, rng) * grain
+    return texture.clamp(0, 1)
+
+
+def vary(texture, rng):
+    """The texture flipped, turned by quarters and with its colour channels permuted at random."""
+    if chance(0.5, rng):
+        texture = texture.flip(2)
+    texture = texture.rot90(choose(range(4), rng), (1, 2))
+    return texture[torch.randperm(3, generator=rng)]
+
+
+def smooth_ground(width, flat, rng):
+    """(3, width, width): a plain ground, one colour that changes little and slowly."""
+    base = uniform(0.2, 0.8, rng) + torch.zeros(3, 1, 1)
+    cells = choose((2, 3, 8), rng)
+    change = torch.randn(1, cells, cells, generator=rng).expand(3, -1, -1)
+    if not flat:
+        base = base + uniform(0, 0.2, rng) * torch.randn(3, 1, 1, generator=rng)
+        change = change + 0.5 * torch.randn(3, cells, cells, generator=rng)
+    colours = base + uniform(0, 0.12, rng) * change
+    # drawn at a quarter of the width: nothing in it is finer
+    small = F.interpolate(colours[None], size=width // 4, mode="bicubic", align_corners=True)
+    return F.interpolate(small, size=width, mode="bilinear")[0].clamp(0, 1)
+
+
+def draw_grounds(batch, options, rng):
+    """(B, 3, width, width) in [0, 1], and each clip's amount of texture (B,)."""
+    low, high = options.texture
+    amount = low + (high - low) * torch.rand(batch, generator=rng)
+    if options.flat:
+        amount = torch.zeros(batch)
+    width = STYLES["textured"].ground_pixels
+    grounds = torch.empty(batch, 3, width, width)
+    for b in range(batch):
+        ground = smooth_ground(width, options.flat, rng)
+        if amount[b] > 0:
+            texture = draw_texture(width, rng)
+            # two pixels of it are one of a frame of 128: blurred a little, it does not flicker
+            texture = F.avg_pool2d(F.pad(texture, (0, 1, 0, 1), mode="replicate"), 2, stride=1)
+            ground = torch.lerp(ground, texture, amount[b])
+        grounds[b] = ground
+    return grounds, amount
+
+
+# ------------------------------------------------------------------------------------------------
+# Objects
+
+def draw_objects(present, spins, grounds, amount, options, rng):
+    """Looks of objects: texture (B, K, 4, width, width) RGBA, colour (B, K, 3), radius (B, K),
+    shape, see `outline`, and face (B, K) bool: which are faces.
+    present (B, K) and spins (B,) bool. Ground and amount: see `draw_grounds`."""
+    batch, slots = present.shape
+    width = STYLES["textured"].object_pixels
+    texture = torch.zeros(batch, slots, 4, width, width)
+    colour = distinct_colours(batch, slots, rng)
+    radius = 0.10 + 0.15 * torch.rand(batch, slots, generator=rng)
+    kind = torch.zeros(batch, slots, 1, 1).long()
+    sides = 3 + torch.randint(4, (batch, slots, 1, 1), generator=rng)
+    waves = torch.zeros(batch, slots, WAVES, 2)
+    face = torch.zeros(batch, slots).bool()
+    plain = options.flat or options.texture[1] == 0
+    for b, k in present.nonzero().tolist():
+        face[b, k] = chance(0.22, rng) and not plain
+        tilt = uniform(-0.3, 0.3, rng)
+        kind[b, k] = draw_kind(options.flat, spins[b], rng)
+        waves[b, k] = draw_waves(rng)
+        if face[b, k]:
+            kind[b, k] = BLOB
+            waves[b, k] = head_waves(tilt)
+            radius[b, k] = radius[b, k].clamp(min=0.15)
+        if options.flat:
+            sides[b, k] = 4
+        elif kind[b, k] == STAR:
+            sides[b, k] = sides[b, k].clamp(min=4)
+        elif not face[b, k]:
+            colour[b, k] = weaken(colour[b, k], rng)
+        if face[b, k]:
+            rgb = draw_face(width, tilt, rng)
+        else:
+            rgb = draw_skin(colour[b, k], grounds[b], amount[b].item(), width, rng)
+        shape = (kind[b, k], sides[b, k], waves[b, k])
+        rim = 0.3 * chance(0.35, rng) * (not options.flat)
+        texture[b, k] = cut_out(rgb, shape, radius[b, k], rim)
+    shape = (kind, sides, waves)
+    return {"texture": texture, "colour": colour, "radius": radius, "shape": shape, "face": face}
+
+
+def draw_kind(flat, spins, rng):
+    """The kind of an object's outline. What spins is no disc: nobody could see it."""
+    if flat:
+        return choose((DISC, POLYGON), rng)
+    kinds = (POLYGON, POLYGON, STAR, STAR, BLOB, BLOB, BLOB)
+    if not spins:
+        kinds = (DISC, DISC, *kinds)
+    return choose(kinds, rng)
+
+
+def weaken(colour, rng):
+    """The colour (3,), perhaps mixed with a grey."""
+    grey = torch.full((3,), uniform(0, 1, rng))
+    return torch.lerp(colour, grey, uniform(0, 0.7, rng) * chance(0.5, rng))
+
+
+def draw_skin(colour, ground, amount, width, rng):
+    """(3, width, width) in [0, 1]: what an object that is no face shows: its colour, a texture, or
+    a piece of the ground cut out and varied. amount: how much texture the clip has."""
+    rgb = colour[:, None, None].expand(-1, width, width)
+    if not chance(0.8 * min(1, 2 * amount), rng):
+        return rgb
+    if chance(0.25, rng):
+        corner = torch.randint(ground.shape[1] - width, (2,), generator=rng).tolist()
+        piece = ground[:, corner[0]:corner[0] + width, corner[1]:corner[1] + width]
+        return vary(piece, rng)
+    texture = draw_texture(width, rng)
+    if chance(0.4, rng):
+        # its brightness on the object's colour
+        grey = texture.mean(0)
+        texture = rgb * (1 + 1.5 * (grey - grey.mean()))
+    return texture.clamp(0, 1)
+
+
+def cut_out(rgb, shape, radius, rim):
+    """RGBA (4, width, width): rgb inside the outline, its edge about a pixel of 128 wide.
+    rim: how wide its dark edge is, in radii, 0 for none. radius: of the object, in widths."""
+    width = rgb.shape[-1]
+    _, _, distance, angle = polar(width)
+    inside = outline(shape, angle) - distance
+    step = 2 * EXTENT / (width - 1)
+    slope = torch.stack(torch.gradient(inside, spacing=step)).norm(dim=0)
+    inside = inside / slope.clamp(1, 4)               # along the outline's normal, in radii
+    pixel = max(1 / (128 * radius), step)
+    alpha = (0.5 + inside / pixel).clamp(0, 1)
+    if rim > 0:
+        rgb = rgb * (1 - 0.7 * (0.5 + (0.3 * rim - inside) / pixel).clamp(0, 1))
+    return torch.cat([rgb, alpha[None]])
+
+
+SKINS = ((255, 224, 196), (241, 194, 150), (224, 172, 125), (176, 120, 78), (120, 78, 50),
+         (255, 214, 90), (150, 205, 120), (140, 180, 235))
+HAIRS = ((30, 24, 20), (80, 48, 24), (140, 88, 40), (225, 185, 95), (190, 70, 30), (160, 160, 165),
+         (200, 60, 140), (60, 90, 190))
+
+
+class Face:
+    """A pen that draws in radii, x to the right and y down, from the centre of the head."""
+
+    def __init__(self, width, ground):
+        self.width = width
+        self.picture = Image.new("RGB", (width, width), ground)
+        self.pen = ImageDraw.Draw(self.picture)
+
+    def at(self, *values):
+        return [(value / EXTENT + 1) / 2 * self.width for value in values]
+
+    def thick(self, value):
+        return max(1, round(value / EXTENT / 2 * self.width))
+
+    def ellipse(self, x, y, rx, ry, fill):
+        self.pen.ellipse(self.at(x - rx, y - ry, x + rx, y + ry), fill=fill)
+
+    def line(self, points, thickness, fill):
+        self.pen.line(self.at(*points), fill=fill, width=self.thick(thickness), joint="curve")
+
+    def polygon(self, points, fill):
+        self.pen.polygon(self.at(*points), fill=fill)
+
+    def arc(self, box, angles, thickness, fill):
+        self.pen.arc(self.at(*box), *angles, fill=fill, width=self.thick(thickness))
+
+    def chord(self, box, angles, fill):
+        self.pen.chord(self.at(*box), *angles, fill=fill)
+
+
+def draw_face(width, tilt, rng):
+    """(3, width, width): a cartoon's face, turned by `tilt`; the head is cut out elsewhere."""
+    skin = choose(SKINS, rng)
+    hair = choose(HAIRS, rng)
+    dark = tuple(int(0.65 * channel) for channel in skin)
+    face = Face(4 * width, skin)
+    if chance(0.15, rng):                                             # a beard
+        face.chord((-0.9, -0.2, 0.9, 1.3), (0, 180), hair)
+    draw_hair(face, hair, rng)
+    apart = uniform(0.29, 0.36, rng)
+    draw_eyes(face, apart, rng)
+    slant = uniform(-0.12, 0.12, rng)
+    for side in (-1, 1):
+        brow = (side * (apart - 0.18), -0.42 - slant, side * (apart + 0.2), -0.42 + slant)
+        face.line(brow, 0.1, tuple(channel // 2 for channel in hair))
+        if chance(0.2, rng):                                          # a cheek
+            face.ellipse(side * 0.5, 0.25, 0.15, 0.11, (235, 120, 110))
+    draw_nose(face, dark, rng)
+    draw_mouth(face, rng)
+    picture = face.picture.rotate(-math.degrees(tilt), Image.BILINEAR, fillcolor=hair)
+    return from_picture(picture.resize((width, width), Image.BOX))
+
+
+def draw_hair(face, hair, rng):
+    style = choose(("cap", "long", "parting", "cap", "long", "bald"), rng)
+    if style == "bald":
+        return
+    if style == "long":
+        for side in (-1, 1):
+            face.ellipse(side * 0.98, 0.1, 0.38, 1.1, hair)
+    if style == "parting":
+        side = choose((-1, 1), rng)
+        face.polygon((side * 1.2, -1.2, side * 1.2, 0.1, side * 0.7, -0.35, -side * 0.4, -0.7,
+                      -side * 0.75, -0.2, -side * 1.2, -0.1, -side * 1.2, -1.2), hair)
+    else:
+        low = uniform(-0.62, -0.5, rng)
+        face.ellipse(0, low - 0.6, 1.1, 0.6, hair)
+        for side in (-1, 1):
+            face.ellipse(side * 0.85, -0.5, 0.25, 0.4, hair)
+
+
+def draw_eyes(face, apart, rng):
+    height = uniform(0.15, 0.22, rng)
+    iris = choose(((70, 110, 180), (90, 60, 30), (60, 130, 70), (20, 20, 20)), rng)
+    look = uniform(-0.07, 0.07, rng)
+    glasses = chance(0.15, rng)
+    for side in (-1, 1):
+        x = side * apart
+        y = -0.12
+        face.ellipse(x, y, 0.23, height + 0.03, (40, 30, 30))
+        face.ellipse(x, y, 0.2, height, (255, 255, 255))
+        face.ellipse(x + look, y, 0.13, 0.13, iris)
+        face.ellipse(x + look, y, 0.08, 0.08, (10, 10, 10))
+        face.ellipse(x + look - 0.04, y - 0.05, 0.035, 0.035, (255, 255, 255))
+        if glasses:
+            face.arc((x - 0.32, y - 0.32, x + 0.32, y + 0.32), (0, 360), 0.07, (20, 20, 25))
+            face.line((side * 0.03, y, side * (apart - 0.3), y), 0.06, (20, 20, 25))
+
+
+def draw_nose(face, dark, rng):
+    nose = choose(("line", "ball", "wedge"), rng)
+    side = choose((-1, 1), rng)
+    if nose == "line":
+        face.line((0, -0.02, side * 0.12, 0.24, -side * 0.04, 0.26), 0.07, dark)
+    elif nose == "ball":
+        face.ellipse(0, 0.18, 0.13, 0.1, dark)
+    else:
+        face.polygon((0, -0.05, 0.13, 0.25, -0.13, 0.25), dark)
+
+
+def draw_mouth(face, rng):
+    mouth = choose(("smile", "laugh", "line", "round", "frown"), rng)
+    wide = uniform(0.25, 0.38, rng)
+    red = (165, 40, 45)
+    if mouth == "smile":
+        face.arc((-wide, 0.2, wide, 0.66), (15, 165), 0.09, red)
+    elif mouth == "laugh":
+        face.chord((-wide, 0.2, wide, 0.8), (0, 180), (110, 20, 30))
+        face.chord((-wide, 0.38, wide, 0.62), (180, 360), (255, 255, 255))
+    elif mouth == "line":
+        face.line((-wide, 0.52, wide, uniform(0.45, 0.58, rng)), 0.09, red)
+    elif mouth == "round":
+        face.ellipse(0, 0.54, 0.16, 0.16, (110, 20, 30))
+    else:
+        face.arc((-wide, 0.46, wide, 0.9), (195, 345), 0.09, red)
+
+
+# ------------------------------------------------------------------------------------------------
+# The simple style: what the first tiny models were trained on, kept as a held-out world. Its draws
+# follow one another as they did then: the same rng gives the same scenes.
+
+def simple_objects(batch, slots, flat, rng):
+    """As `draw_objects`."""
+    def draw(*shape):
+        return torch.rand(batch, slots, *shape, generator=rng)
+
+    kind = (draw(1, 1) * 3).long()
+    sides = 3 + (draw(1, 1) * 4).long()
+    if flat:
+        kind = (draw(1, 1) * 2).long()
+        sides = torch.full((batch, slots, 1, 1), 4)
+    sides = torch.where(kind == STAR, sides.clamp(min=4), sides)
+    shape = (kind, sides, torch.zeros(batch, slots, WAVES, 2))
+    colour = distinct_colours(batch, slots, rng)
+    x, y, radius, angle = polar(STYLES["simple"].object_pixels)
+    edge = outline(shape, angle.expand(batch, slots, -1, -1)) - radius
+    turned = 2 * math.pi * draw(1, 1)
+    period = 4 + 5 * draw(1, 1)
+    wave = torch.sin(period * (x * torch.cos(turned) + y * torch.sin(turned)))
+    cross = wave * torch.sin(period * (y * torch.cos(turned) - x * torch.sin(turned)))
+    pattern = draw(1, 1)
+    strength = 0.45 * draw(1, 1)
+    shade = torch.where(pattern < 0.6, cross, 1 - 2 * radius)
+    shade = torch.where(pattern < 0.35, wave, shade)
+    shade = torch.where(pattern > 0.8, torch.zeros_like(shade), shade) * strength * (not flat)
+    rim = 0.6 * torch.sigmoid((0.12 - edge) * 30) * (draw(1, 1) < 0.4)
+    shade = shade - rim * (not flat)
+    rgb = (colour[..., None, None] * (1 + shade[:, :, None])).clamp(0, 1)
+    texture = torch.cat([rgb, torch.sigmoid(edge[:, :, None] * 30)], 2)
+    size = torch.rand(batch, slots, generator=rng)
+    radius = 0.07 + 0.105 * size
+    if flat:
+        radius = 0.08 + 0.05 * size
+    face = torch.zeros(batch, slots).bool()
+    return {"texture": texture, "colour": colour, "radius": radius, "shape": shape, "face": face}
+
+
+def simple_grounds(batch, flat, rng):
+    """(B, 3, width, width) in [0, 1]: smooth, rather grey, half of them textured a little."""
+    width = STYLES["simple"].ground_pixels
+    grey = 0.25 + 0.5 * torch.rand(batch, 1, 1, 1, generator=rng)
+    grey = grey + 0.12 * torch.randn(batch, 1, 8, 8, generator=rng)
+    tint = 0.06 * torch.randn(batch, 3, 8, 8, generator=rng) * (not flat)
+    smooth = F.interpolate(grey + tint, size=(width, width), mode="bicubic", align_corners=True)
+    axis = torch.linspace(-0.5, 1.5, width)
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    turned = 6.3 * torch.rand(batch, 1, 1, 1, generator=rng)
+    period = 20 + 30 * torch.rand(batch, 1, 1, 1, generator=rng)
+    wave = torch.sin(period * (x * torch.cos(turned) + y * torch.sin(turned)))
+    striped = torch.rand(batch, 1, 1, 1, generator=rng) < 0.5
+    wave = wave * torch.where(striped, 1.0, torch.sin(period * (y - x)))
+    amount = 0.07 * torch.rand(batch, 1, 1, 1, generator=rng)
+    amount = amount * (torch.rand(batch, 1, 1, 1, generator=rng) < 0.5)
+    return (smooth + amount * wave * (not flat)).clamp(0, 1)
+
+
+# ------------------------------------------------------------------------------------------------
+# Pictures and tracks
+
+def turn(points, angle):
+    """Rotate (..., 2) by `angle` (...)."""
+    cosine = torch.cos(angle)
+    sine = torch.sin(angle)
+    x, y = points.unbind(-1)
+    return torch.stack([cosine * x - sine * y, sine * x + cosine * y], -1)
+
+
+def render(scene, size, start=0, stop=None):
+    """Frames start to stop of the scenes: video (B, 3, T, size, size) in [-1, 1]."""
+    span = slice(start, stop)
+    clips = len(scene["pan"])
+    # one clip at a time stays in the processor's cache
+    return torch.stack([render_clip(scene, b, size, span) for b in range(clips)])
+
+
+def render_clip(scene, b, size, span):
+    """Frames `span` of scene `b`: video (3, T, size, size) in [-1, 1]."""
+    pan = scene["pan"][b, span]                                       # (T, 2)
+    zoom = scene["zoom"][b, span]                                     # (T, 1)
+    frames = render_ground(scene["backdrop"][b], pan, zoom, size)     # (T, 3, size, size)
+    for k in range(int(scene["present"][b].sum())):
+        centre = (scene["position"][b, k, span] - pan - 0.5) * zoom + 0.5
+        reach = EXTENT * scene["radius"][b, k] * scene["pulse"][b, span, None] * zoom
+        paste(frames, scene["texture"][b, k], centre * size, reach * size, scene["spin"][b, span])
+    frames *= scene["gains"][b, span, :, None, None]
+    return frames.clamp_(0, 1).transpose(0, 1) * 2 - 1
+
+
+def render_ground(ground, pan, zoom, size):
+    """The ground (3, width, width) as the camera sees it: (T, 3, size, size)."""
+    T = len(pan)
+    still = bool((pan == pan[0]).all() and (zoom == zoom[0]).all())
+    if still:
+        pan = pan[:1]
+        zoom = zoom[:1]
+    scale = torch.eye(2) / (2 * zoom[..., None])                      # (T or 1, 2, 2)
+    affine = torch.cat([scale, pan[..., None]], 2)
+    grid = F.affine_grid(affine, [len(pan), 1, size, size], align_corners=False)
+    ground = ground.expand(len(pan), -1, -1, -1)
+    frames = F.grid_sample(ground, grid, padding_mode="border", align_corners=False)
+    if still:
+        frames = frames.repeat(T, 1, 1, 1)
+    return frames
+
+
+def paste(frames, texture, centre, reach, angle):
+    """Draw an object into frames (T, 3, size, size), in place, touching only a square round it.
+    texture (4, width, width) RGBA. centre (T, 2) and reach (T, 1), half its width, in pixels of
+    the frames. angle (T,)."""
+    T, _, size, _ = frames.shape
+    while texture.shape[-1] > 48 and texture.shape[-1] > 4 * reach.max():
+        texture = F.avg_pool2d(texture, 2)              # finer than pixels: it would flicker
+    corners = math.sqrt(2) if angle.any() else 1.0
+    side = min(size, math.ceil(2 * corners * reach.max().item()) + 2)
+    corner = (centre - side / 2).floor().clamp(0, size - side)        # (T, 2)
+    pixels = corner[..., None] + torch.arange(side) + 0.5             # (T, 2, side)
+    offset = (pixels - centre[..., None]) / reach[..., None]
+    x = offset[:, 0, None, :]                                         # (T, 1, side)
+    y = offset[:, 1, :, None]                                         # (T, side, 1)
+    cosine = torch.cos(angle)[:, None, None]
+    sine = torch.sin(angle)[:, None, None]
+    grid = torch.stack([cosine * x + sine * y, cosine * y - sine * x], -1)   # (T, side, side, 2)
+    rgba = F.grid_sample(texture.expand(T, -1, -1, -1), grid, align_corners=False)
+    corner = corner.long().tolist()
+    for t in range(T):
+        left, top = corner[t]
+        square = frames[t, :, top:top + side, left:left + side]
+        square.lerp_(rgba[t, :3], rgba[t, 3:])
+
+
+def scene_tracks(scene, size, rng):
+    """The true tracks of the scenes and when they can be seen: (B, T, N, 2) pixels, (B, T, N) bool.
+    P on each object, in their order, then GRID * GRID on the ground, a grid at some frame."""
+    position = scene["position"]
+    pan = scene["pan"]
+    zoom = scene["zoom"]
+    B, K, T, _ = position.shape
+    P = scene["points"].shape[2]
+    scale = scene["radius"][:, :, None] * scene["pulse"][:, None]     # (B, K, T)
+    angle = scene["spin"][:, None, :, None].expand(-1, K, -1, P)
+    offset = turn(scene["points"][:, :, None], angle)                 # (B, K, T, P, 2)
+    on_objects = position[:, :, :, None] + scale[..., None, None] * offset
+    on_objects = on_objects.transpose(1, 2).flatten(2, 3)             # (B, T, K * P, 2)
+    axis = (torch.arange(GRID) + 0.5) / GRID - 0.5
+    grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).view(1, -1, 2)
+    late = torch.randint(0, T, (B,), generator=rng)
+    when = late * (torch.rand(B, generator=rng) < 0.3)
+    rows = torch.arange(B)
+    on_ground = grid / zoom[rows, when][:, None] + pan[rows, when][:, None] + 0.5
+    world = torch.cat([on_objects, on_ground[:, None].expand(-1, T, -1, -1)], 2)
+    there = scene["present"].repeat_interleave(P, 1)                  # (B, K * P)
+    there = torch.cat([there, torch.ones(B, GRID * GRID).bool()], 1)
+    visible = there[:, None] & ~covered(scene, world)                 # (B, T, N)
+    tracks = ((world - pan[:, :, None] - 0.5) * zoom[:, :, None] + 0.5) * size
+    return tracks, visible & ((tracks >= 0) & (tracks < size)).all(-1)
+
+
+def covered(scene, world):
+    """Which of the places `world` (B, T, N, 2), of tracks in their order, an object nearer to the
+    camera hides: (B, T, N) bool."""
+    group = track_groups(scene)
+    hidden = torch.zeros(world.shape[:3]).bool()
+    for k in range(scene["present"].shape[1]):                        # later ones are in front
+        scale = scene["radius"][:, k, None] * scene["pulse"]          # (B, T)
+        local = (world - scene["position"][:, k, :, None]) / scale[..., None, None]
+        local = turn(local, -scene["spin"][..., None])
+        shape = [part[:, k] for part in scene["shape"]]
+        edge = outline(shape, torch.atan2(local[..., 1], local[..., 0]))
+        inside = (local.norm(dim=-1) < edge) & scene["present"][:, k, None, None]
+        hidden |= inside & (group < k)
+    return hidden
+
+
+def track_groups(scene):
+    """(N,) int64: the object that each track is on, -1 the ground."""
+    _, K, P, _ = scene["points"].shape
+    on_objects = torch.arange(K).repeat_interleave(P)
+    return torch.cat([on_objects, torch.full((GRID * GRID,), -1)])
+
+
+# ------------------------------------------------------------------------------------------------
+# A folder of clips
+
+def write_clips(folder, count, frames=45, size=128, seed=0, workers=1, **options):
+    """Write clips 0000000.safetensors to `count` of them into `folder`; those that are there stay.
+
+    A file holds video (3, frames, size, size) uint8, tracks (track_frames, N, 2) float32 in pixels,
+    visible (track_frames, N) bool, group (N,) int64 and text (L, 64) float32; its metadata the
+    caption. options: the fields of `Options`, and track_frames, as many as frames unless given:
+    tracks may outlast the frames. A clip depends on all this and its number only.
+    ValueError: the folder holds clips that were made with other settings."""
+    track_frames = options.pop("track_frames", None) or frames
+    if track_frames < frames:
+        raise ValueError(f"{track_frames} frames of tracks for {frames} frames: give as many")
+    settings = {"frames": frames, "track_frames": track_frames, "size": size, "seed": seed}
+    settings["options"] = dataclasses.asdict(Options(**options))
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = []
+    for i in range(count):
+        if not clip_path(folder, i).exists():
+            missing.append(i)
+    if len(missing) < count:
+        there = next(i for i in range(count) if i not in set(missing[:count]))
+        check_settings(clip_path(folder, there), settings)
+    write = functools.partial(write_clip, folder, settings)
+    if workers == 1:
+        for i in tqdm(missing, "draw clips", disable=not missing):
+            write(i)
+        return
+    with concurrent.futures.ProcessPoolExecutor(
+            workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        done = pool.map(write, missing, chunksize=4)
+        for _ in tqdm(done, "draw clips", len(missing), disable=not missing):
+            pass
+
+
+def clip_path(folder, index):
+    return folder / f"{index:07d}.safetensors"
+
+
+def check_settings(path, settings):
+    """ValueError unless the clip `path` was made with `settings`."""
+    try:
+        with safe_open(path, "pt") as file:
+            found = file.metadata()["world"]
+    except (SafetensorError, KeyError, TypeError):
+        raise ValueError(f"{path}: not a clip of this world; choose another folder") from None
+    if found != json.dumps(settings):
+        raise ValueError(f"{path}: made with other settings, {found}; choose another folder")
+
+
+def write_clip(folder, settings, index):
+    """Draw clip `index` and write it: all of the file or nothing."""
+    rng = torch.Generator().manual_seed(settings["seed"] * 10_000_019 + index)
+    size = settings["size"]
+    scene = new_scenes(1, settings["track_frames"], rng, **settings["options"])
+    tracks, visible = scene_tracks(scene, size, rng)
+    video = render(scene, size, 0, settings["frames"])[0]
+    clip = {
+        "video": ((video + 1) * 127.5).round().byte(),
+        "tracks": tracks[0],
+        "visible": visible[0],
+        "group": track_groups(scene),
+        "text": embed_words(scene["caption"][0])[0],
+    }
+    clip = {name: value.contiguous() for name, value in clip.items()}
+    path = clip_path(folder, index)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    metadata = {"caption": scene["caption"][0], "world": json.dumps(settings)}
+    save_file(clip, temporary, metadata)
+    os.replace(temporary, path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Draw a folder of clips with their true tracks.")
+    parser.add_argument("--out", required=True, metavar="FOLDER")
+    parser.add_argument("--clips", type=int, required=True, metavar="N", help="how many")
+    parser.add_argument("--frames", type=int, default=45, help="of each clip; 1: images")
+    parser.add_argument("--track-frames", type=int, metavar="N",
+                        help="frames of the tracks, which may outlast the clip's (default: as many)")
+    parser.add_argument("--size", type=int, default=128, help="pixels per side")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--style", choices=STYLES, default="textured")
+    parser.add_argument("--texture", type=float, nargs=2, default=(0, 1), metavar=("LOW", "HIGH"),
+                        help="range of a clip's amount of texture, 0 plain to 1 (default: 0 1)")
+    parser.add_argument("--objects", type=int, help="in each clip (default: 1 to 3)")
+    args = parser.parse_args()
+    try:
+        write_clips(args.out, args.clips, args.frames, args.size, args.seed, args.workers,
+                    track_frames=args.track_frames, style=args.style,
+                    texture=tuple(args.texture), objects=args.objects)
+    except (OSError, ValueError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
