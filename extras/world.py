@@ -30,17 +30,16 @@ import re
 import sys
 import zlib
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from extras.textures import EXTENT, chance, choose, draw_face, draw_texture, smooth_ground, soften
+from extras.textures import uniform, vary
+
 OBJECTS = 3                  # object slots, at least
 GRID = 8                     # tracks on the ground per side
-EXTENT = 1.2                 # how far an object's texture reaches, in radii
 TRIES = 4                    # draws of the objects' paths, of which one is taken
 DISC, POLYGON, STAR, BLOB = range(4)
 WAVES = 6                    # harmonics of a blob's outline
@@ -80,6 +79,13 @@ class Options:
     attributes: tuple = (None, None)   # indices into LIGHT and MOTION
     moving: bool = False            # no object rests
     flat: bool = False              # plain discs and squares on smooth grey, unlike most clips
+
+    def __post_init__(self):
+        if self.style not in STYLES:
+            raise ValueError(f"style {self.style!r}: give one of {', '.join(STYLES)}")
+        low, high = self.texture
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"texture from {low} to {high}: give a range within 0 to 1")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -269,13 +275,6 @@ def draw_points(shape, count, rng):
     return points
 
 
-def polar(width):
-    """x, y, radius and angle of the pixels of an object's texture, in radii: (width, width)."""
-    axis = torch.linspace(-EXTENT, EXTENT, width)
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-    return x, y, (y ** 2 + x ** 2).sqrt(), torch.atan2(y, x)
-
-
 def distinct_colours(batch, slots, rng):
     """(B, K, 3): strong colours of different hues within a clip."""
     first = torch.rand(batch, 1, generator=rng)
@@ -288,168 +287,7 @@ def distinct_colours(batch, slots, rng):
 
 
 # ------------------------------------------------------------------------------------------------
-# Textures: (3, width, width) in [0, 1]
-
-def uniform(low, high, rng):
-    return low + (high - low) * torch.rand((), generator=rng).item()
-
-
-def chance(share, rng):
-    return torch.rand((), generator=rng).item() < share
-
-
-def choose(options, rng):
-    return options[torch.randint(len(options), (), generator=rng).item()]
-
-
-def draw_palette(rng):
-    """(6, 3): colours that go together, from almost equal to wild."""
-    spread = uniform(0.08, 0.4, rng)
-    base = torch.rand(3, generator=rng)
-    grey = base.mean()
-    base = torch.lerp(base, grey, uniform(0, 1, rng))
-    brightness = torch.randn(6, 1, generator=rng)
-    tint = torch.randn(6, 3, generator=rng)
-    return (base + spread * (0.7 * brightness + 0.7 * tint)).clamp(0, 1)
-
-
-def leaves(width, palette, rng):
-    """Dead leaves: discs that cover one another, their radii by a power law, as in photographs
-    (Lee, Mumford and Huang 2001)."""
-    smallest = width * uniform(0.005, 0.03, rng)
-    largest = width * uniform(0.06, 0.25, rng)
-    mean_area = 2 * math.pi * smallest ** 2 * math.log(largest / smallest)
-    count = int(min(2 * width ** 2 / mean_area, 2000))
-    u = torch.rand(count, generator=rng)
-    radius = smallest / (1 - u * (1 - (smallest / largest) ** 2)).sqrt()
-    centre = width * torch.rand(count, 2, generator=rng)
-    boxes = torch.cat([centre - radius[:, None], centre + radius[:, None]], 1)
-    colours = palette[torch.randint(len(palette), (count,), generator=rng)]
-    colours = colours + 0.06 * torch.randn(count, 3, generator=rng)
-    picture = Image.new("RGB", (width, width), rgb_bytes(palette[0]))
-    pen = ImageDraw.Draw(picture)
-    fills = (colours.clamp(0, 1) * 255).int().tolist()
-    for box, fill in zip(boxes.tolist(), fills):
-        pen.ellipse(box, fill=tuple(fill))
-    return from_picture(picture)
-
-
-def rgb_bytes(colour):
-    """A colour as Pillow wants it."""
-    return tuple((colour.clamp(0, 1) * 255).int().tolist())
-
-
-def from_picture(picture):
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
-
-
-@functools.lru_cache(4)
-def frequencies(width):
-    """(width, width // 2 + 1): distance from the zero frequency, in cycles a picture."""
-    down = torch.fft.fftfreq(width)[:, None] * width
-    across = torch.fft.rfftfreq(width)[None] * width
-    return (down ** 2 + across ** 2).sqrt().clamp(min=1)
-
-
-def waves_noise(width, channels, power, rng):
-    """(channels, width, width): noise of spectrum 1 / frequency ** power, standard deviation 1."""
-    decay = frequencies(width) ** -power
-    spectrum = torch.randn(channels, *decay.shape, 2, generator=rng)
-    field = torch.fft.irfft2(torch.view_as_complex(spectrum) * decay, s=(width, width))
-    field = field - field.mean((1, 2), keepdim=True)
-    return field / field.std((1, 2), keepdim=True)
-
-
-def noise(width, palette, rng):
-    """Clouds in two of the palette's directions."""
-    field = waves_noise(width, 2, uniform(0.9, 1.8, rng), rng)
-    steps = palette[1:3] - palette[0]
-    return palette[0][:, None, None] + torch.einsum("khw,kc->chw", 0.6 * field, steps)
-
-
-def plane(width, rng):
-    """(2, width, width): coordinates in [-1, 1], turned by a random angle."""
-    axis = torch.linspace(-1, 1, width)
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-    angle = uniform(0, 2 * math.pi, rng)
-    return turn(torch.stack([x, y], -1), torch.tensor(angle)).movedim(-1, 0)
-
-
-def two_colours(mask, palette):
-    """The palette's first two colours, mixed by mask (width, width) in [0, 1]."""
-    return torch.lerp(palette[0][:, None, None], palette[1][:, None, None], mask)
-
-
-def stripes(width, palette, rng):
-    """Stripes, soft or sharp, straight or winding."""
-    u, _ = plane(width, rng)
-    bend = uniform(0, 0.12, rng) * chance(0.5, rng)
-    if bend > 0:
-        u = u + bend * waves_noise(width, 1, 2.5, rng)[0]
-    count = uniform(2, 10, rng)
-    wave = torch.sin(math.pi * count * u + uniform(0, 6, rng))
-    return two_colours(torch.sigmoid(uniform(1, 12, rng) * wave), palette)
-
-
-def checks(width, palette, rng):
-    """A board of checks, soft or sharp."""
-    u, v = plane(width, rng)
-    count = uniform(2, 8, rng)
-    wave = torch.sin(math.pi * count * u) * torch.sin(math.pi * count * v)
-    return two_colours(torch.sigmoid(uniform(3, 30, rng) * wave), palette)
-
-
-def shading(width, palette, rng):
-    """A gradient from one side to the other or from a spot outwards."""
-    u, v = plane(width, rng)
-    ramp = 0.5 + 0.5 * u
-    if chance(0.5, rng):
-        spot = uniform(-0.7, 0.7, rng)
-        ramp = torch.exp(-((u - spot) ** 2 + v ** 2) / uniform(0.2, 1, rng))
-    return two_colours(ramp, palette)
-
-
-KINDS = (leaves, leaves, leaves, noise, noise, stripes, checks, shading)
-
-
-def draw_texture(width, rng):
-    """(3, width, width) in [0, 1]: one texture or two in regions, perhaps shaded and grained."""
-    texture = choose(KINDS, rng)(width, draw_palette(rng), rng)
-    if chance(0.35, rng):
-        other = choose(KINDS, rng)(width, draw_palette(rng), rng)
-        border = waves_noise(width, 1, uniform(1.8, 3, rng), rng)
-        region = torch.sigmoid(uniform(2, 40, rng) * border)
-        texture = torch.lerp(texture, other, region)
-    if chance(0.5, rng):
-        u, _ = plane(width, rng)
-        texture = texture * (1 + uniform(0, 0.4, rng) * u)
-    if chance(0.3, rng):
-        grain = waves_noise(width, 1, 0.8, rng)
-        texture = texture + uniform(0.02, 0.08, rng) * grain
-    return texture.clamp(0, 1)
-
-
-def vary(texture, rng):
-    """The texture flipped, turned by quarters and with its colour channels permuted at random."""
-    if chance(0.5, rng):
-        texture = texture.flip(2)
-    texture = texture.rot90(choose(range(4), rng), (1, 2))
-    return texture[torch.randperm(3, generator=rng)]
-
-
-def smooth_ground(width, flat, rng):
-    """(3, width, width): a plain ground, one colour that changes little and slowly."""
-    base = uniform(0.2, 0.8, rng) + torch.zeros(3, 1, 1)
-    cells = choose((2, 3, 8), rng)
-    change = torch.randn(1, cells, cells, generator=rng).expand(3, -1, -1)
-    if not flat:
-        base = base + uniform(0, 0.2, rng) * torch.randn(3, 1, 1, generator=rng)
-        change = change + 0.5 * torch.randn(3, cells, cells, generator=rng)
-    colours = base + uniform(0, 0.12, rng) * change
-    # drawn at a quarter of the width: nothing in it is finer
-    small = F.interpolate(colours[None], size=width // 4, mode="bicubic", align_corners=True)
-    return F.interpolate(small, size=width, mode="bilinear")[0].clamp(0, 1)
-
+# Looks
 
 def draw_grounds(batch, options, rng):
     """(B, 3, width, width) in [0, 1], and each clip's amount of texture (B,)."""
@@ -460,23 +298,18 @@ def draw_grounds(batch, options, rng):
     width = STYLES["textured"].ground_pixels
     grounds = torch.empty(batch, 3, width, width)
     for b in range(batch):
-        ground = smooth_ground(width, options.flat, rng)
+        grounds[b] = smooth_ground(width, options.flat, rng)
         if amount[b] > 0:
-            texture = draw_texture(width, rng)
-            # two pixels of it are one of a frame of 128: blurred a little, it does not flicker
-            texture = F.avg_pool2d(F.pad(texture, (0, 1, 0, 1), mode="replicate"), 2, stride=1)
-            ground = torch.lerp(ground, texture, amount[b])
-        grounds[b] = ground
+            texture = soften(draw_texture(width, rng))
+            grounds[b].lerp_(texture, amount[b])
     return grounds, amount
 
-
-# ------------------------------------------------------------------------------------------------
-# Objects
 
 def draw_objects(present, spins, grounds, amount, options, rng):
     """Looks of objects: texture (B, K, 4, width, width) RGBA, colour (B, K, 3), radius (B, K),
     shape, see `outline`, and face (B, K) bool: which are faces.
-    present (B, K) and spins (B,) bool. Ground and amount: see `draw_grounds`."""
+    present (B, K) and spins (B,) bool: which objects there are, in which clips they spin.
+    grounds and amount: see `draw_grounds`."""
     batch, slots = present.shape
     width = STYLES["textured"].object_pixels
     texture = torch.zeros(batch, slots, 4, width, width)
@@ -484,31 +317,29 @@ def draw_objects(present, spins, grounds, amount, options, rng):
     radius = 0.10 + 0.15 * torch.rand(batch, slots, generator=rng)
     kind = torch.zeros(batch, slots, 1, 1).long()
     sides = 3 + torch.randint(4, (batch, slots, 1, 1), generator=rng)
+    if options.flat:
+        sides = torch.full_like(sides, 4)
     waves = torch.zeros(batch, slots, WAVES, 2)
     face = torch.zeros(batch, slots).bool()
     plain = options.flat or options.texture[1] == 0
     for b, k in present.nonzero().tolist():
-        face[b, k] = chance(0.22, rng) and not plain
-        tilt = uniform(-0.3, 0.3, rng)
-        kind[b, k] = draw_kind(options.flat, spins[b], rng)
-        waves[b, k] = draw_waves(rng)
+        face[b, k] = not plain and chance(0.22, rng)
         if face[b, k]:
+            tilt = uniform(-0.3, 0.3, rng)
             kind[b, k] = BLOB
             waves[b, k] = head_waves(tilt)
-            radius[b, k] = radius[b, k].clamp(min=0.15)
-        if options.flat:
-            sides[b, k] = 4
-        elif kind[b, k] == STAR:
-            sides[b, k] = sides[b, k].clamp(min=4)
-        elif not face[b, k]:
-            colour[b, k] = weaken(colour[b, k], rng)
-        if face[b, k]:
+            radius[b, k].clamp_(min=0.15)
             rgb = draw_face(width, tilt, rng)
         else:
+            kind[b, k] = draw_kind(options.flat, spins[b], rng)
+            waves[b, k] = draw_waves(rng)
+            if not options.flat:
+                colour[b, k] = weaken(colour[b, k], rng)
             rgb = draw_skin(colour[b, k], grounds[b], amount[b].item(), width, rng)
-        shape = (kind[b, k], sides[b, k], waves[b, k])
-        rim = 0.3 * chance(0.35, rng) * (not options.flat)
-        texture[b, k] = cut_out(rgb, shape, radius[b, k], rim)
+        if kind[b, k] == STAR:
+            sides[b, k].clamp_(min=4)
+        rim = 0.09 * chance(0.35, rng) * (not options.flat)
+        texture[b, k] = cut_out(rgb, (kind[b, k], sides[b, k], waves[b, k]), radius[b, k], rim)
     shape = (kind, sides, waves)
     return {"texture": texture, "colour": colour, "radius": radius, "shape": shape, "face": face}
 
@@ -519,7 +350,7 @@ def draw_kind(flat, spins, rng):
         return choose((DISC, POLYGON), rng)
     kinds = (POLYGON, POLYGON, STAR, STAR, BLOB, BLOB, BLOB)
     if not spins:
-        kinds = (DISC, DISC, *kinds)
+        kinds = kinds + (DISC, DISC)
     return choose(kinds, rng)
 
 
@@ -536,9 +367,9 @@ def draw_skin(colour, ground, amount, width, rng):
     if not chance(0.8 * min(1, 2 * amount), rng):
         return rgb
     if chance(0.25, rng):
-        corner = torch.randint(ground.shape[1] - width, (2,), generator=rng).tolist()
-        piece = ground[:, corner[0]:corner[0] + width, corner[1]:corner[1] + width]
-        return vary(piece, rng)
+        top = choose(range(ground.shape[1] - width), rng)
+        left = choose(range(ground.shape[2] - width), rng)
+        return vary(ground[:, top:top + width, left:left + width], rng)
     texture = draw_texture(width, rng)
     if chance(0.4, rng):
         # its brightness on the object's colour
@@ -551,139 +382,18 @@ def cut_out(rgb, shape, radius, rim):
     """RGBA (4, width, width): rgb inside the outline, its edge about a pixel of 128 wide.
     rim: how wide its dark edge is, in radii, 0 for none. radius: of the object, in widths."""
     width = rgb.shape[-1]
-    _, _, distance, angle = polar(width)
-    inside = outline(shape, angle) - distance
-    step = 2 * EXTENT / (width - 1)
+    step = 2 * EXTENT / width                                         # a texture's pixel, in radii
+    axis = step * (torch.arange(width) + 0.5) - EXTENT
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    inside = outline(shape, torch.atan2(y, x)) - torch.hypot(x, y)
     slope = torch.stack(torch.gradient(inside, spacing=step)).norm(dim=0)
-    inside = inside / slope.clamp(1, 4)               # along the outline's normal, in radii
+    inside = inside / slope.clamp(1, 4)                               # along the outline's normal
     pixel = max(1 / (128 * radius), step)
     alpha = (0.5 + inside / pixel).clamp(0, 1)
     if rim > 0:
-        rgb = rgb * (1 - 0.7 * (0.5 + (0.3 * rim - inside) / pixel).clamp(0, 1))
+        dark = (0.5 + (rim - inside) / pixel).clamp(0, 1)
+        rgb = rgb * (1 - 0.7 * dark)
     return torch.cat([rgb, alpha[None]])
-
-
-SKINS = ((255, 224, 196), (241, 194, 150), (224, 172, 125), (176, 120, 78), (120, 78, 50),
-         (255, 214, 90), (150, 205, 120), (140, 180, 235))
-HAIRS = ((30, 24, 20), (80, 48, 24), (140, 88, 40), (225, 185, 95), (190, 70, 30), (160, 160, 165),
-         (200, 60, 140), (60, 90, 190))
-
-
-class Face:
-    """A pen that draws in radii, x to the right and y down, from the centre of the head."""
-
-    def __init__(self, width, ground):
-        self.width = width
-        self.picture = Image.new("RGB", (width, width), ground)
-        self.pen = ImageDraw.Draw(self.picture)
-
-    def at(self, *values):
-        return [(value / EXTENT + 1) / 2 * self.width for value in values]
-
-    def thick(self, value):
-        return max(1, round(value / EXTENT / 2 * self.width))
-
-    def ellipse(self, x, y, rx, ry, fill):
-        self.pen.ellipse(self.at(x - rx, y - ry, x + rx, y + ry), fill=fill)
-
-    def line(self, points, thickness, fill):
-        self.pen.line(self.at(*points), fill=fill, width=self.thick(thickness), joint="curve")
-
-    def polygon(self, points, fill):
-        self.pen.polygon(self.at(*points), fill=fill)
-
-    def arc(self, box, angles, thickness, fill):
-        self.pen.arc(self.at(*box), *angles, fill=fill, width=self.thick(thickness))
-
-    def chord(self, box, angles, fill):
-        self.pen.chord(self.at(*box), *angles, fill=fill)
-
-
-def draw_face(width, tilt, rng):
-    """(3, width, width): a cartoon's face, turned by `tilt`; the head is cut out elsewhere."""
-    skin = choose(SKINS, rng)
-    hair = choose(HAIRS, rng)
-    dark = tuple(int(0.65 * channel) for channel in skin)
-    face = Face(4 * width, skin)
-    if chance(0.15, rng):                                             # a beard
-        face.chord((-0.9, -0.2, 0.9, 1.3), (0, 180), hair)
-    draw_hair(face, hair, rng)
-    apart = uniform(0.29, 0.36, rng)
-    draw_eyes(face, apart, rng)
-    slant = uniform(-0.12, 0.12, rng)
-    for side in (-1, 1):
-        brow = (side * (apart - 0.18), -0.42 - slant, side * (apart + 0.2), -0.42 + slant)
-        face.line(brow, 0.1, tuple(channel // 2 for channel in hair))
-        if chance(0.2, rng):                                          # a cheek
-            face.ellipse(side * 0.5, 0.25, 0.15, 0.11, (235, 120, 110))
-    draw_nose(face, dark, rng)
-    draw_mouth(face, rng)
-    picture = face.picture.rotate(-math.degrees(tilt), Image.BILINEAR, fillcolor=hair)
-    return from_picture(picture.resize((width, width), Image.BOX))
-
-
-def draw_hair(face, hair, rng):
-    style = choose(("cap", "long", "parting", "cap", "long", "bald"), rng)
-    if style == "bald":
-        return
-    if style == "long":
-        for side in (-1, 1):
-            face.ellipse(side * 0.98, 0.1, 0.38, 1.1, hair)
-    if style == "parting":
-        side = choose((-1, 1), rng)
-        face.polygon((side * 1.2, -1.2, side * 1.2, 0.1, side * 0.7, -0.35, -side * 0.4, -0.7,
-                      -side * 0.75, -0.2, -side * 1.2, -0.1, -side * 1.2, -1.2), hair)
-    else:
-        low = uniform(-0.62, -0.5, rng)
-        face.ellipse(0, low - 0.6, 1.1, 0.6, hair)
-        for side in (-1, 1):
-            face.ellipse(side * 0.85, -0.5, 0.25, 0.4, hair)
-
-
-def draw_eyes(face, apart, rng):
-    height = uniform(0.15, 0.22, rng)
-    iris = choose(((70, 110, 180), (90, 60, 30), (60, 130, 70), (20, 20, 20)), rng)
-    look = uniform(-0.07, 0.07, rng)
-    glasses = chance(0.15, rng)
-    for side in (-1, 1):
-        x = side * apart
-        y = -0.12
-        face.ellipse(x, y, 0.23, height + 0.03, (40, 30, 30))
-        face.ellipse(x, y, 0.2, height, (255, 255, 255))
-        face.ellipse(x + look, y, 0.13, 0.13, iris)
-        face.ellipse(x + look, y, 0.08, 0.08, (10, 10, 10))
-        face.ellipse(x + look - 0.04, y - 0.05, 0.035, 0.035, (255, 255, 255))
-        if glasses:
-            face.arc((x - 0.32, y - 0.32, x + 0.32, y + 0.32), (0, 360), 0.07, (20, 20, 25))
-            face.line((side * 0.03, y, side * (apart - 0.3), y), 0.06, (20, 20, 25))
-
-
-def draw_nose(face, dark, rng):
-    nose = choose(("line", "ball", "wedge"), rng)
-    side = choose((-1, 1), rng)
-    if nose == "line":
-        face.line((0, -0.02, side * 0.12, 0.24, -side * 0.04, 0.26), 0.07, dark)
-    elif nose == "ball":
-        face.ellipse(0, 0.18, 0.13, 0.1, dark)
-    else:
-        face.polygon((0, -0.05, 0.13, 0.25, -0.13, 0.25), dark)
-
-
-def draw_mouth(face, rng):
-    mouth = choose(("smile", "laugh", "line", "round", "frown"), rng)
-    wide = uniform(0.25, 0.38, rng)
-    red = (165, 40, 45)
-    if mouth == "smile":
-        face.arc((-wide, 0.2, wide, 0.66), (15, 165), 0.09, red)
-    elif mouth == "laugh":
-        face.chord((-wide, 0.2, wide, 0.8), (0, 180), (110, 20, 30))
-        face.chord((-wide, 0.38, wide, 0.62), (180, 360), (255, 255, 255))
-    elif mouth == "line":
-        face.line((-wide, 0.52, wide, uniform(0.45, 0.58, rng)), 0.09, red)
-    elif mouth == "round":
-        face.ellipse(0, 0.54, 0.16, 0.16, (110, 20, 30))
-    else:
-        face.arc((-wide, 0.46, wide, 0.9), (195, 345), 0.09, red)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -703,8 +413,11 @@ def simple_objects(batch, slots, flat, rng):
     sides = torch.where(kind == STAR, sides.clamp(min=4), sides)
     shape = (kind, sides, torch.zeros(batch, slots, WAVES, 2))
     colour = distinct_colours(batch, slots, rng)
-    x, y, radius, angle = polar(STYLES["simple"].object_pixels)
-    edge = outline(shape, angle.expand(batch, slots, -1, -1)) - radius
+    axis = torch.linspace(-EXTENT, EXTENT, STYLES["simple"].object_pixels)
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    radius = (y ** 2 + x ** 2).sqrt()
+    angle = torch.atan2(y, x).expand(batch, slots, -1, -1)
+    edge = outline(shape, angle) - radius
     turned = 2 * math.pi * draw(1, 1)
     period = 4 + 5 * draw(1, 1)
     wave = torch.sin(period * (x * torch.cos(turned) + y * torch.sin(turned)))
@@ -759,39 +472,45 @@ def turn(points, angle):
 def render(scene, size, start=0, stop=None):
     """Frames start to stop of the scenes: video (B, 3, T, size, size) in [-1, 1]."""
     span = slice(start, stop)
-    clips = len(scene["pan"])
-    # one clip at a time stays in the processor's cache
-    return torch.stack([render_clip(scene, b, size, span) for b in range(clips)])
+    clips, T, _ = scene["pan"][:, span].shape
+    video = torch.empty(clips, 3, T, size, size)
+    for b in range(clips):                      # one clip at a time stays in the processor's cache
+        render_clip(scene, b, span, video[b].transpose(0, 1))
+    return video
 
 
-def render_clip(scene, b, size, span):
-    """Frames `span` of scene `b`: video (3, T, size, size) in [-1, 1]."""
+def render_clip(scene, b, span, frames):
+    """Draw frames `span` of scene `b` into `frames` (T, 3, size, size), in [-1, 1]."""
+    size = frames.shape[-1]
     pan = scene["pan"][b, span]                                       # (T, 2)
     zoom = scene["zoom"][b, span]                                     # (T, 1)
-    frames = render_ground(scene["backdrop"][b], pan, zoom, size)     # (T, 3, size, size)
+    frames.copy_(render_ground(scene["backdrop"][b], pan, zoom, size))
     for k in range(int(scene["present"][b].sum())):
-        centre = (scene["position"][b, k, span] - pan - 0.5) * zoom + 0.5
-        reach = EXTENT * scene["radius"][b, k] * scene["pulse"][b, span, None] * zoom
-        paste(frames, scene["texture"][b, k], centre * size, reach * size, scene["spin"][b, span])
-    frames *= scene["gains"][b, span, :, None, None]
-    return frames.clamp_(0, 1).transpose(0, 1) * 2 - 1
+        texture = scene["texture"][b, k]
+        centre = size * ((scene["position"][b, k, span] - pan - 0.5) * zoom + 0.5)
+        reach = size * EXTENT * scene["radius"][b, k]
+        while texture.shape[-1] > max(48, 5 * reach):
+            texture = F.avg_pool2d(texture, 2)          # finer than pixels: it would flicker
+        reach = reach * scene["pulse"][b, span, None] * zoom          # (T, 1)
+        paste(frames, texture, centre, reach, scene["spin"][b, span])
+    frames.mul_(scene["gains"][b, span, :, None, None]).clamp_(0, 1)
+    frames.mul_(2).sub_(1)
 
 
 def render_ground(ground, pan, zoom, size):
-    """The ground (3, width, width) as the camera sees it: (T, 3, size, size)."""
-    T = len(pan)
-    still = bool((pan == pan[0]).all() and (zoom == zoom[0]).all())
-    if still:
+    """The ground (3, width, width) as the camera sees it: (T, 3, size, size), or (1, ...) if the
+    camera is at rest."""
+    if (pan == pan[0]).all() and (zoom == zoom[0]).all():
         pan = pan[:1]
         zoom = zoom[:1]
-    scale = torch.eye(2) / (2 * zoom[..., None])                      # (T or 1, 2, 2)
-    affine = torch.cat([scale, pan[..., None]], 2)
-    grid = F.affine_grid(affine, [len(pan), 1, size, size], align_corners=False)
-    ground = ground.expand(len(pan), -1, -1, -1)
-    frames = F.grid_sample(ground, grid, padding_mode="border", align_corners=False)
-    if still:
-        frames = frames.repeat(T, 1, 1, 1)
-    return frames
+    T = len(pan)
+    axis = (torch.arange(size) + 0.5) / size - 0.5
+    place = axis / zoom[..., None] + pan[..., None]                   # (T, 2, size)
+    x = place[:, 0, None, :].expand(T, size, size)
+    y = place[:, 1, :, None].expand(T, size, size)
+    grid = torch.stack([x, y], -1)                      # in widths: the ground's own [-1, 1]
+    ground = ground.expand(T, -1, -1, -1)
+    return F.grid_sample(ground, grid, padding_mode="border", align_corners=False)
 
 
 def paste(frames, texture, centre, reach, angle):
@@ -799,8 +518,6 @@ def paste(frames, texture, centre, reach, angle):
     texture (4, width, width) RGBA. centre (T, 2) and reach (T, 1), half its width, in pixels of
     the frames. angle (T,)."""
     T, _, size, _ = frames.shape
-    while texture.shape[-1] > 48 and texture.shape[-1] > 4 * reach.max():
-        texture = F.avg_pool2d(texture, 2)              # finer than pixels: it would flicker
     corners = math.sqrt(2) if angle.any() else 1.0
     side = min(size, math.ceil(2 * corners * reach.max().item()) + 2)
     corner = (centre - side / 2).floor().clamp(0, size - side)        # (T, 2)
@@ -857,7 +574,8 @@ def covered(scene, world):
         local = turn(local, -scene["spin"][..., None])
         shape = [part[:, k] for part in scene["shape"]]
         edge = outline(shape, torch.atan2(local[..., 1], local[..., 0]))
-        inside = (local.norm(dim=-1) < edge) & scene["present"][:, k, None, None]
+        inside = torch.hypot(local[..., 0], local[..., 1]) < edge
+        inside &= scene["present"][:, k, None, None]
         hidden |= inside & (group < k)
     return hidden
 
@@ -879,25 +597,26 @@ def write_clips(folder, count, frames=45, size=128, seed=0, workers=1, **options
     visible (track_frames, N) bool, group (N,) int64 and text (L, 64) float32; its metadata the
     caption. options: the fields of `Options`, and track_frames, as many as frames unless given:
     tracks may outlast the frames. A clip depends on all this and its number only.
-    ValueError: the folder holds clips that were made with other settings."""
+    ValueError: the folder holds clips of other settings, which its world.json says."""
     track_frames = options.pop("track_frames", None) or frames
     if track_frames < frames:
         raise ValueError(f"{track_frames} frames of tracks for {frames} frames: give as many")
+    for name, value in (("frames", frames), ("size", size), ("workers", workers)):
+        if value < 1:
+            raise ValueError(f"{name} {value}: give at least 1")
     settings = {"frames": frames, "track_frames": track_frames, "size": size, "seed": seed}
     settings["options"] = dataclasses.asdict(Options(**options))
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    missing = []
-    for i in range(count):
-        if not clip_path(folder, i).exists():
-            missing.append(i)
-    if len(missing) < count:
-        there = next(i for i in range(count) if i not in set(missing[:count]))
-        check_settings(clip_path(folder, there), settings)
+    keep_settings(folder / "world.json", json.dumps(settings))
+    missing = [i for i in range(count) if not clip_path(folder, i).exists()]
     write = functools.partial(write_clip, folder, settings)
     if workers == 1:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
         for i in tqdm(missing, "draw clips", disable=not missing):
             write(i)
+        torch.set_num_threads(threads)
         return
     with concurrent.futures.ProcessPoolExecutor(
             workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
@@ -910,15 +629,13 @@ def clip_path(folder, index):
     return folder / f"{index:07d}.safetensors"
 
 
-def check_settings(path, settings):
-    """ValueError unless the clip `path` was made with `settings`."""
-    try:
-        with safe_open(path, "pt") as file:
-            found = file.metadata()["world"]
-    except (SafetensorError, KeyError, TypeError):
-        raise ValueError(f"{path}: not a clip of this world; choose another folder") from None
-    if found != json.dumps(settings):
-        raise ValueError(f"{path}: made with other settings, {found}; choose another folder")
+def keep_settings(path, settings):
+    """Write the text `settings` into the file `path`. ValueError: another text is there."""
+    if not path.exists():
+        path.write_text(settings)
+    found = path.read_text()
+    if found != settings:
+        raise ValueError(f"{path.parent} holds clips of other settings, {found}; choose another")
 
 
 def write_clip(folder, settings, index):
@@ -938,18 +655,17 @@ def write_clip(folder, settings, index):
     clip = {name: value.contiguous() for name, value in clip.items()}
     path = clip_path(folder, index)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    metadata = {"caption": scene["caption"][0], "world": json.dumps(settings)}
-    save_file(clip, temporary, metadata)
+    save_file(clip, temporary, {"caption": scene["caption"][0]})
     os.replace(temporary, path)
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description="Draw a folder of clips with their true tracks.")
     parser.add_argument("--out", required=True, metavar="FOLDER")
     parser.add_argument("--clips", type=int, required=True, metavar="N", help="how many")
     parser.add_argument("--frames", type=int, default=45, help="of each clip; 1: images")
     parser.add_argument("--track-frames", type=int, metavar="N",
-                        help="frames of the tracks, which may outlast the clip's (default: as many)")
+                        help="of the tracks, which may outlast the clip's (default: as many)")
     parser.add_argument("--size", type=int, default=128, help="pixels per side")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
@@ -957,7 +673,7 @@ def main():
     parser.add_argument("--texture", type=float, nargs=2, default=(0, 1), metavar=("LOW", "HIGH"),
                         help="range of a clip's amount of texture, 0 plain to 1 (default: 0 1)")
     parser.add_argument("--objects", type=int, help="in each clip (default: 1 to 3)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         write_clips(args.out, args.clips, args.frames, args.size, args.seed, args.workers,
                     track_frames=args.track_frames, style=args.style,
