@@ -301,3 +301,5 @@ def test_what_is_wrong_is_said_in_one_line():
             line = error_of(*flags, *wrong)
             assert line.startswith("error: ") and line.count("\n") == 1, line
             assert says in line, line
+        (pathlib.Path(folder) / "world.json").write_text("damaged")
+        assert "world.json: damaged" in error_of(*flags)

@@ -27,6 +27,7 @@ import multiprocessing
 import os
 import pathlib
 import re
+import signal
 import sys
 import zlib
 
@@ -114,24 +115,30 @@ def new_scenes(batch, frames, rng, **options):
     pan, zoom = draw_camera(batch, frames, options.camera, rng)
     if options.style == "simple":
         grounds = simple_grounds(batch, options.flat, rng)
-    t = torch.arange(frames)
-    # a state that tells what comes next
-    ramp = 1 - torch.exp(-t / 16)
-    gains = torch.tensor([*LIGHT.values()])[light][:, None]           # (B, 1, 3)
-    turning = (motion == 1)[:, None] * t
-    pulsing = (motion == 2)[:, None] * torch.sin(t * (2 * math.pi / 24))
     return looks | {
         "position": position,
         "present": present,
         "pan": pan,
         "zoom": zoom,
-        "gains": 1 + ramp[:, None] * (gains - 1),                     # (B, T, 3)
-        "spin": turning * (2 * math.pi / style.turn_frames),          # (B, T)
-        "pulse": 1 + 0.22 * pulsing,                                  # (B, T)
+        "gains": light_gains(light, frames),
+        "spin": (motion == 1)[:, None] * torch.arange(frames) * (2 * math.pi / style.turn_frames),
+        "pulse": 1 + (motion == 2)[:, None] * beat(frames),
         "backdrop": grounds,
         "caption": [caption(a, b) for a, b in zip(light, motion)],
         "points": draw_points(looks["shape"], style.points, rng),
     }
+
+
+def light_gains(light, frames):
+    """(B, frames, 3): what each colour channel is multiplied by."""
+    ramp = 1 - torch.exp(-torch.arange(frames) / 16)       # a state that tells what comes next
+    goal = torch.tensor([*LIGHT.values()])[light]                     # (B, 3)
+    return 1 + ramp[:, None] * (goal[:, None] - 1)
+
+
+def beat(frames):
+    """(frames,): by how much what pulses grows and shrinks."""
+    return 0.22 * torch.sin(torch.arange(frames) * (2 * math.pi / 24))
 
 
 def caption(light, motion):
@@ -270,7 +277,9 @@ def draw_points(shape, count, rng):
     angle = 2 * math.pi * draw[0]
     edge = outline(shape, angle[:, :, None])[:, :, 0]
     radius = 0.9 * edge * draw[1].sqrt()
-    points = radius[..., None] * torch.stack([torch.cos(angle), torch.sin(angle)], -1)
+    x = radius * torch.cos(angle)
+    y = radius * torch.sin(angle)
+    points = torch.stack([x, y], -1)
     points[:, :, 0] = 0
     return points
 
@@ -282,8 +291,10 @@ def distinct_colours(batch, slots, rng):
     hue = (first + place / slots) % 1
     saturation = 0.7 + 0.3 * torch.rand(batch, slots, 1, generator=rng)
     value = 0.7 + 0.3 * torch.rand(batch, slots, 1, generator=rng)
-    ramp = (torch.tensor([5.0, 3.0, 1.0]) + 6 * hue[..., None]) % 6   # HSV to RGB
-    return value * (1 - saturation * torch.minimum(ramp, 4 - ramp).clamp(0, 1))
+    ramp = torch.tensor([5.0, 3.0, 1.0]) + 6 * hue[..., None]         # HSV to RGB
+    ramp = ramp % 6
+    ramp = torch.minimum(ramp, 4 - ramp).clamp(0, 1)
+    return value * (1 - saturation * ramp)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -312,36 +323,45 @@ def draw_objects(present, spins, grounds, amount, options, rng):
     grounds and amount: see `draw_grounds`."""
     batch, slots = present.shape
     width = STYLES["textured"].object_pixels
-    texture = torch.zeros(batch, slots, 4, width, width)
-    colour = distinct_colours(batch, slots, rng)
-    radius = 0.10 + 0.15 * torch.rand(batch, slots, generator=rng)
-    kind = torch.zeros(batch, slots, 1, 1).long()
-    sides = 3 + torch.randint(4, (batch, slots, 1, 1), generator=rng)
+    colour = distinct_colours(batch, slots, rng).flatten(0, 1)        # (B * K, 3)
+    count = len(colour)
+    radius = 0.10 + 0.15 * torch.rand(count, generator=rng)
+    kind = torch.zeros(count, 1, 1).long()
+    sides = 3 + torch.randint(4, (count, 1, 1), generator=rng)
     if options.flat:
         sides = torch.full_like(sides, 4)
-    waves = torch.zeros(batch, slots, WAVES, 2)
-    face = torch.zeros(batch, slots).bool()
+    waves = torch.zeros(count, WAVES, 2)
+    face = torch.zeros(count).bool()
+    texture = torch.zeros(count, 4, width, width)
     plain = options.flat or options.texture[1] == 0
-    for b, k in present.nonzero().tolist():
-        face[b, k] = not plain and chance(0.22, rng)
-        if face[b, k]:
+    for i in present.flatten().nonzero().flatten().tolist():
+        b = i // slots
+        face[i] = not plain and chance(0.22, rng)
+        if face[i]:
             tilt = uniform(-0.3, 0.3, rng)
-            kind[b, k] = BLOB
-            waves[b, k] = head_waves(tilt)
-            radius[b, k].clamp_(min=0.15)
+            kind[i] = BLOB
+            waves[i] = head_waves(tilt)
+            radius[i].clamp_(min=0.15)
             rgb = draw_face(width, tilt, rng)
         else:
-            kind[b, k] = draw_kind(options.flat, spins[b], rng)
-            waves[b, k] = draw_waves(rng)
+            kind[i] = draw_kind(options.flat, spins[b], rng)
+            waves[i] = draw_waves(rng)
             if not options.flat:
-                colour[b, k] = weaken(colour[b, k], rng)
-            rgb = draw_skin(colour[b, k], grounds[b], amount[b].item(), width, rng)
-        if kind[b, k] == STAR:
-            sides[b, k].clamp_(min=4)
+                colour[i] = weaken(colour[i], rng)
+            rgb = draw_skin(colour[i], grounds[b], amount[b], width, rng)
+        if kind[i] == STAR:
+            sides[i].clamp_(min=4)
         rim = 0.09 * chance(0.35, rng) * (not options.flat)
-        texture[b, k] = cut_out(rgb, (kind[b, k], sides[b, k], waves[b, k]), radius[b, k], rim)
+        own = (kind[i], sides[i], waves[i])
+        texture[i] = cut_out(rgb, own, radius[i], rim)
     shape = (kind, sides, waves)
-    return {"texture": texture, "colour": colour, "radius": radius, "shape": shape, "face": face}
+    return {
+        "texture": texture.unflatten(0, (batch, slots)),
+        "colour": colour.unflatten(0, (batch, slots)),
+        "radius": radius.unflatten(0, (batch, slots)),
+        "shape": tuple(part.unflatten(0, (batch, slots)) for part in shape),
+        "face": face.unflatten(0, (batch, slots)),
+    }
 
 
 def draw_kind(flat, spins, rng):
@@ -364,7 +384,7 @@ def draw_skin(colour, ground, amount, width, rng):
     """(3, width, width) in [0, 1]: what an object that is no face shows: its colour, a texture, or
     a piece of the ground cut out and varied. amount: how much texture the clip has."""
     rgb = colour[:, None, None].expand(-1, width, width)
-    if not chance(0.8 * min(1, 2 * amount), rng):
+    if not chance(0.8 * min(1, 2 * amount.item()), rng):
         return rgb
     if chance(0.25, rng):
         top = choose(range(ground.shape[1] - width), rng)
@@ -420,17 +440,21 @@ def simple_objects(batch, slots, flat, rng):
     edge = outline(shape, angle) - radius
     turned = 2 * math.pi * draw(1, 1)
     period = 4 + 5 * draw(1, 1)
-    wave = torch.sin(period * (x * torch.cos(turned) + y * torch.sin(turned)))
-    cross = wave * torch.sin(period * (y * torch.cos(turned) - x * torch.sin(turned)))
+    cosine = torch.cos(turned)
+    sine = torch.sin(turned)
+    wave = torch.sin(period * (x * cosine + y * sine))
+    cross = wave * torch.sin(period * (y * cosine - x * sine))
     pattern = draw(1, 1)
     strength = 0.45 * draw(1, 1)
     shade = torch.where(pattern < 0.6, cross, 1 - 2 * radius)
     shade = torch.where(pattern < 0.35, wave, shade)
     shade = torch.where(pattern > 0.8, torch.zeros_like(shade), shade) * strength * (not flat)
-    rim = 0.6 * torch.sigmoid((0.12 - edge) * 30) * (draw(1, 1) < 0.4)
+    rim = 0.6 * torch.sigmoid((0.12 - edge) * 30)
+    rim = rim * (draw(1, 1) < 0.4)
     shade = shade - rim * (not flat)
-    rgb = (colour[..., None, None] * (1 + shade[:, :, None])).clamp(0, 1)
-    texture = torch.cat([rgb, torch.sigmoid(edge[:, :, None] * 30)], 2)
+    rgb = colour[..., None, None] * (1 + shade[:, :, None])           # (B, K, 3, width, width)
+    alpha = torch.sigmoid(edge * 30)
+    texture = torch.cat([rgb.clamp(0, 1), alpha[:, :, None]], 2)
     size = torch.rand(batch, slots, generator=rng)
     radius = 0.07 + 0.105 * size
     if flat:
@@ -550,12 +574,14 @@ def scene_tracks(scene, size, rng):
     on_objects = position[:, :, :, None] + scale[..., None, None] * offset
     on_objects = on_objects.transpose(1, 2).flatten(2, 3)             # (B, T, K * P, 2)
     axis = (torch.arange(GRID) + 0.5) / GRID - 0.5
-    grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).view(1, -1, 2)
+    grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)
+    grid = grid.view(1, -1, 2)                                        # (1, GRID ** 2, 2)
     late = torch.randint(0, T, (B,), generator=rng)
     when = late * (torch.rand(B, generator=rng) < 0.3)
     rows = torch.arange(B)
     on_ground = grid / zoom[rows, when][:, None] + pan[rows, when][:, None] + 0.5
-    world = torch.cat([on_objects, on_ground[:, None].expand(-1, T, -1, -1)], 2)
+    on_ground = on_ground[:, None].expand(-1, T, -1, -1)
+    world = torch.cat([on_objects, on_ground], 2)                     # (B, T, N, 2)
     there = scene["present"].repeat_interleave(P, 1)                  # (B, K * P)
     there = torch.cat([there, torch.ones(B, GRID * GRID).bool()], 1)
     visible = there[:, None] & ~covered(scene, world)                 # (B, T, N)
@@ -570,11 +596,11 @@ def covered(scene, world):
     hidden = torch.zeros(world.shape[:3]).bool()
     for k in range(scene["present"].shape[1]):                        # later ones are in front
         scale = scene["radius"][:, k, None] * scene["pulse"]          # (B, T)
-        local = (world - scene["position"][:, k, :, None]) / scale[..., None, None]
-        local = turn(local, -scene["spin"][..., None])
+        local = world - scene["position"][:, k, :, None]
+        local = turn(local / scale[..., None, None], -scene["spin"][..., None])
+        x, y = local.unbind(-1)
         shape = [part[:, k] for part in scene["shape"]]
-        edge = outline(shape, torch.atan2(local[..., 1], local[..., 0]))
-        inside = torch.hypot(local[..., 0], local[..., 1]) < edge
+        inside = torch.hypot(x, y) < outline(shape, torch.atan2(y, x))
         inside &= scene["present"][:, k, None, None]
         hidden |= inside & (group < k)
     return hidden
@@ -608,7 +634,7 @@ def write_clips(folder, count, frames=45, size=128, seed=0, workers=1, **options
     settings["options"] = dataclasses.asdict(Options(**options))
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    keep_settings(folder / "world.json", json.dumps(settings))
+    keep_settings(folder / "world.json", settings)
     missing = [i for i in range(count) if not clip_path(folder, i).exists()]
     write = functools.partial(write_clip, folder, settings)
     if workers == 1:
@@ -619,10 +645,15 @@ def write_clips(folder, count, frames=45, size=128, seed=0, workers=1, **options
         torch.set_num_threads(threads)
         return
     with concurrent.futures.ProcessPoolExecutor(
-            workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+            workers, multiprocessing.get_context("spawn"), start_worker) as pool:
         done = pool.map(write, missing, chunksize=4)
         for _ in tqdm(done, "draw clips", len(missing), disable=not missing):
             pass
+
+
+def start_worker():
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)       # Ctrl-C: what is being drawn is finished
 
 
 def clip_path(folder, index):
@@ -630,11 +661,15 @@ def clip_path(folder, index):
 
 
 def keep_settings(path, settings):
-    """Write the text `settings` into the file `path`. ValueError: another text is there."""
+    """Write `settings` into the file `path`. ValueError: others are there."""
+    text = json.dumps(settings)
     if not path.exists():
-        path.write_text(settings)
-    found = path.read_text()
-    if found != settings:
+        path.write_text(text)
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        raise ValueError(f"{path}: damaged; choose another folder") from None
+    if found != json.loads(text):
         raise ValueError(f"{path.parent} holds clips of other settings, {found}; choose another")
 
 
@@ -681,6 +716,9 @@ def main(argv=None):
     except (OSError, ValueError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":
