@@ -1,0 +1,1 @@
+"""What users also want and readers of the method need not meet."""
