@@ -220,11 +220,12 @@ class SelfAttention(nn.Module):
         q = self.norm_q(self.q(x)).unflatten(2, heads)         # (B, L, N, K)
         k = self.norm_k(self.k(x)).unflatten(2, heads)
         v = self.v(x).unflatten(2, heads)
+        k = k.type_as(v)                                       # autocast leaves norms in float32: one dtype in the cache
         keys, values = cache.read(k, v) if cache is not None else (k, v)
         if write:
             cache.write(k, v)
         q, keys = apply_rope(q, rope[-q.shape[1]:]), apply_rope(keys, rope)      # the new tokens are the last ones
-        return self.o(attend(q, keys.type_as(values), values))
+        return self.o(attend(q, keys, values))
 
 
 class CrossAttention(nn.Module):

@@ -66,7 +66,7 @@ from assets.video import count_frames, recorder
 from assets.world import embed_words
 from motionstream import (PRESETS, KVCache, MotionStream, SelfAttention, TrackHead, add_noise, apply_rope, by_chunk,
                           euler, find_config, guided_velocity, image_and_mask, joint_guidance, rollout, rope_table,
-                          save_pretrained, schedule, sinusoid, to_x0, track_features, track_ids, with_first, write)
+                          save_pretrained, schedule, sinusoid, to_x0, track_features, track_ids, with_first, write, shift_sigma)
 from sample import Recomputing
 from vae import RMSNorm as ChannelNorm
 from vae import (STATISTICS, CausalConv, TinyVAE, TinyVAEConfig, WanVAE, WanVAEConfig, fill, load_vae,
@@ -1987,14 +1987,14 @@ def test_critic_steps_and_guidance_of_a_brief_distillation_reach_its_losses():
         def made(model, noise, conditions, first, exit_step, grad):
             return iter(noise.split(3, 2))
 
-        def dmd(x0, teacher, critic, conditions, first, guidance, weight):
+        def dmd(x0, teacher, critic, conditions, first, guidance, shift, weight):
             x, sigma = x0[:, :, :3], torch.full((len(x0),), 0.7)
             part = next(by_chunk(conditions, 3))
             real, plain = guided_velocity(teacher, x, sigma, part, guidance), teacher(x, sigma, **part)
             calls.append("plain" if real.equal(plain) else "guided")
             return torch.zeros(())
 
-        def critic(x0, critic, conditions):
+        def critic(x0, critic, conditions, shift):
             calls.append("critic")
             return torch.zeros(())
 
@@ -2132,20 +2132,70 @@ def test_dmd_gradient_is_critic_minus_teacher_normalised():
     torch.manual_seed(0)
     x0, first = (2 + rand(4, 3, 5, 2, 2)).requires_grad_(True), rand(4, 3, 1, 2, 2, seed=1)
     data, made = rand(4, 3, 5, 2, 2, seed=2), rand(4, 3, 5, 2, 2, seed=3)
-    td.dmd_loss(x0, gaussian(data, 0), gaussian(made, 0), {}, None, (0, 0)).backward()   # point masses: real is data
+    td.dmd_loss(x0, gaussian(data, 0), gaussian(made, 0), {}, None, (0, 0), 5.0).backward()   # point masses: real is data
     distance = (x0 - data).abs().mean((1, 2, 3, 4), keepdim=True)
     assert_near(x0.grad, ((made - data) / distance).detach() / x0.numel(), 1e-4)
     x0.grad = None
-    td.dmd_loss(x0, gaussian(data, 0), gaussian(made, 0), {}, first, (0, 0)).backward()
+    td.dmd_loss(x0, gaussian(data, 0), gaussian(made, 0), {}, first, (0, 0), 5.0).backward()
     assert x0.grad[:, :, 0].abs().max() < 1e-7 and x0.grad[:, :, 1:].abs().min() > 0       # the image gives frame 0
 
     mean = torch.tensor(2.0, requires_grad=True)                # a generator N(mean, 1), data N(-1, 1), an exact critic
     for _ in range(150):
         x0 = mean + torch.randn(8, 1, 1, 4, 4)
-        td.dmd_loss(x0, gaussian(-1, 1), gaussian(mean.detach(), 1), {}, None, (0, 0)).backward()
+        td.dmd_loss(x0, gaussian(-1, 1), gaussian(mean.detach(), 1), {}, None, (0, 0), 5.0).backward()
         mean.data -= 0.1 * mean.grad
         mean.grad = None
     assert abs(mean + 1) < 0.1, mean
+
+
+def test_generator_and_critic_are_scored_at_the_noise_levels_of_the_config():
+    """A recipe's shift reaches both losses, and both draw from one distribution (uniform, shifted, clamped)."""
+    seen, x0, given = [], rand(4000, 1, 2, 1, 1), {"tracks": torch.zeros(4000, 1, 2, 1, 1)}
+
+    def net(x, sigma, tracks=None):
+        seen.append(sigma[:, -1])
+        return x * 0
+
+    for shift in 1.0, 8.0:
+        seen.clear()
+        td.dmd_loss(x0, net, net, given, x0[:, :, :1], (0, 0), shift)
+        td.critic_loss(x0, net, given, shift)
+        expected = shift_sigma((torch.arange(4000) + 0.5) / 4000, shift).clamp(0.02, 0.98)
+        for sigma in seen:
+            assert (sigma.sort().values - expected).abs().max() < 0.05, shift
+
+
+def test_the_cache_holds_keys_and_values_in_one_dtype():
+    model, (noise, given, first) = new_model(), clip_of(6)
+    caches = model.new_caches()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(noise[:, :, :3], torch.zeros(2), given["text"], tracks=given["tracks"][:, :, :3], caches=caches, write=True)
+    assert {tensor.dtype for cache in caches for chunk in cache.chunks for tensor in chunk} == {torch.bfloat16}
+
+
+def test_text_is_dropped_for_the_teacher_and_for_nobody_else():
+    with folder() as here, quiet():
+        run = td.Run(td.parse_flags(["--smoke", "--out", str(here)]))
+        pool = [here / "clip.safetensors"]
+        td.keep(pool[0], {"latents": rand(8, 16, 12, 16, 16), "tracks": rand(8, 45, 88, 2),
+                          "visible": torch.ones(8, 45, 88).bool(), "text": torch.ones(8, 4, 64)})
+        _, given, _ = td.draw_batch(run, pool, 200)
+        assert given["text"].all()
+        kept = []
+
+        def loss(model, x0, sigma, conditions, emphasis):
+            kept.extend(conditions["text"].flatten(1).all(1).tolist())
+            return sum(p.sum() for p in model.parameters()) * 1e-9
+
+        def train_only(run, stage, steps, parts, step, average):
+            for i in range(steps):
+                step(i)
+
+        with unittest.mock.patch.multiple(td, kept=lambda *_: pool, flow_loss=loss, train=train_only):
+            run.args.stage = "teacher"
+            run.steps["teacher"], run.recipe.batch = 4, 10
+            td.train_teacher(run)
+        assert 0.01 < 1 - sum(kept) / len(kept) < 0.3, len(kept)
 
 
 def test_a_reward_scales_each_clips_own_gradient():
@@ -2153,7 +2203,7 @@ def test_a_reward_scales_each_clips_own_gradient():
     for weight in 1.0, torch.ones(3), torch.tensor([1.0, 0.0, math.exp(0.5 / 0.25)]):
         torch.manual_seed(0)
         x0 = rand(3, 2, 4, 2, 2).requires_grad_(True)
-        td.dmd_loss(x0, gaussian(1, 0.5), gaussian(0, 1), {}, None, (0, 0), weight).backward()
+        td.dmd_loss(x0, gaussian(1, 0.5), gaussian(0, 1), {}, None, (0, 0), 5.0, weight).backward()
         grads.append(x0.grad)
     assert grads[0].equal(grads[1]) and not grads[2][1].any()
     assert_near(grads[2][0], grads[0][0], 1e-6)
@@ -2225,7 +2275,7 @@ def test_half_of_the_rollouts_are_longer_than_the_teachers_clip_and_say_nothing_
             assert conditions["tracks"].shape[2] == noise.shape[2] and first.shape[2] == 1
             return iter(noise.split(3, 2))
 
-        def loss(x0, critic, conditions):
+        def loss(x0, critic, conditions, shift):
             judged.append((x0.shape[2], conditions["tracks"].shape[2]))
             return sum(p.sum() for p in critic.parameters()) * 1.0
 
@@ -2251,7 +2301,7 @@ def test_rollouts_under_drawn_memory_are_judged_as_whole_clips():
         yield from noise.split(c.chunk, 2)
         tail.append(noise[:, :, -11:].clone())
 
-    def loss(x0, critic, conditions):
+    def loss(x0, critic, conditions, shift):
         assert x0.shape[2] == 12 and x0[:, :, 1:].equal(tail[-1]), memories[-1]
         return sum(p.sum() for p in critic.parameters()) * 1.0
 
@@ -2312,9 +2362,9 @@ def test_dmd_loss_moves_the_generator_only_and_critic_loss_the_critic_only():
         loss(torch.cat(list(chunks), 2)).backward()
         return [net for net in nets if any(p.grad is not None and p.grad.any() for p in net.parameters())]
 
-    assert moved(lambda x0: td.dmd_loss(x0, teacher, critic, given, first, (3.0, 1.5))) == [generator]
+    assert moved(lambda x0: td.dmd_loss(x0, teacher, critic, given, first, (3.0, 1.5), 5.0)) == [generator]
     assert calls == [(teacher, 6), (critic, 2)]                 # three evaluations guide the teacher, none the critic
-    assert moved(lambda x0: td.critic_loss(x0, critic, given)) == [critic] and calls == [(critic, 2)]
+    assert moved(lambda x0: td.critic_loss(x0, critic, given, 5.0)) == [critic] and calls == [(critic, 2)]
 
 
 def test_flow_loss_is_zero_for_the_exact_velocity_and_leaves_the_image_out():
@@ -3358,11 +3408,11 @@ def test_pieces_of_the_model_run_from_their_own_source():
 def test_dmd_loss_and_the_vae_run_from_their_own_source():
     model, (x0, given, first) = new_model(), clip_of(3)
     needs = vars(lifted("motionstream.py", *FLOW, "joint_guidance", "guided_velocity"))
-    own = lifted("train_distill.py", "dmd_loss", **needs)
+    own = lifted("train_distill.py", "score_sigma", "dmd_loss", **needs)
     values = []
     for loss in td.dmd_loss, own.dmd_loss:
         torch.manual_seed(0)
-        values.append(loss(x0, model, new_model(1), given, first, (3.0, 1.5)))
+        values.append(loss(x0, model, new_model(1), given, first, (3.0, 1.5), 5.0))
     assert values[0].equal(values[1]) and values[0] > 0
 
     own = lifted("vae.py", "FRAMES", "TinyVAEConfig", "TINY", "conv", "MemBlock", "Repack",

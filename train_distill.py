@@ -604,8 +604,8 @@ def pick(pool, batch, frames=None):
 
 
 def draw_batch(run, pool, batch, frames=None, dense=False, known=None):
-    """Random clips of the pool, of `frames` latents, with all tracks (dense) or as a user might have painted them, a
-    tenth without text: their first `known` latents (B, C, F, h, w), the conditions but for tracks, and the points that
+    """Random clips of the pool, of `frames` latents, with all tracks (dense) or as a user might have painted them:
+    their first `known` latents (B, C, F, h, w), the conditions but for tracks, and the points that
     the track head takes."""
     clips = pick(pool, batch, known or frames)
     latents = clips["latents"].float()
@@ -613,7 +613,6 @@ def draw_batch(run, pool, batch, frames=None, dense=False, known=None):
     tracks, visible = clips["tracks"][:, :length], clips["visible"][:, :length]
     visible = thinned(visible, not dense) if run.args.data else visible if dense else painted(visible)
     given = {key: clips[key].float() for key in ("text", "clip") if key in clips}
-    given["text"] = given["text"] * (torch.rand(batch, 1, 1) > 0.1)
     if run.config.image_dim:
         given["image"] = image_channels(latents[:, :, :1], (length + 3) // 4)
     points = {"tracks": tracks, "visible": visible, "ids": track_ids(tracks, visible, run.config)}
@@ -667,6 +666,8 @@ def train_teacher(run):
         x0, given, points = draw_batch(run, pool, *((batch, None) if long else (2 * batch, 6)), dense)
         sigma = draw_sigma(len(x0), run.config.shift, r.at_sigma_1).to(run.device)
         keep = (torch.rand(len(x0), 1, 1, 1, 1) > 0.1).to(run.device)        # the rest is without any motion input
+        given["text"] = given["text"] * (torch.rand(len(x0), 1, 1) > 0.1).to(run.device)     # the teacher alone: ODE
+        # pairs and distillation have their prompt, as in the paper
         with run.autocast():
             loss = flow_loss(model, x0, sigma, given | {"tracks": keep * track_features(model, **points)}, r.emphasis)
         numbers = {"loss": loss, "grad": optimizer.step(loss, i)}
@@ -754,13 +755,19 @@ def train_causal(run):
 # Stage 4: Self-Forcing with distribution matching (eq. 3, 4). Generator: the student. Teacher: the real score, guided.
 # Critic: the fake score, which learns what the generator makes now.
 
-def dmd_loss(x0, teacher, critic, conditions, first, guidance, weight=1.0, shift=5.0):
+def score_sigma(batch, shift, device):
+    """Noise levels (B,) at which generator and critic are scored: uniform, shifted, clamped to [0.02, 0.98], one
+    distribution for both, as in CausVid and Self-Forcing (model/dmd.py): the critic learns where it is asked."""
+    return shift_sigma(torch.rand(batch, device=device), shift).clamp(0.02, 0.98)
+
+
+def dmd_loss(x0, teacher, critic, conditions, first, guidance, shift, weight=1.0):
     """The generator's loss on its own latents x0 (B, C, F, h, w): its gradient is (critic - teacher), both as x0
     predicted from x0 noised to one random sigma a clip, over the mean distance of x0 to the teacher (DMD eq. 7, 8).
-    Where the image gives frame 0, both agree with it and the gradient is zero. weight (B,): how much a clip counts,
-    exp(reward / beta) in Re-DMD (Reward Forcing eq. 11)."""
+    Where the image gives frame 0, both agree with it and the gradient is zero. shift: of the noise levels, see
+    score_sigma. weight (B,): how much a clip counts, exp(reward / beta) in Re-DMD (Reward Forcing eq. 11)."""
     with torch.no_grad():
-        sigma = shift_sigma(torch.rand(len(x0), device=x0.device), shift).clamp(0.02, 0.98)
+        sigma = score_sigma(len(x0), shift, x0.device)
         x_t, level = with_first(add_noise(x0, torch.randn_like(x0), sigma), sigma, first)
         real = to_x0(x_t, guided_velocity(teacher, x_t, level, conditions, guidance), level)
         fake = to_x0(x_t, critic(x_t, level, **conditions), level)
@@ -769,9 +776,10 @@ def dmd_loss(x0, teacher, critic, conditions, first, guidance, weight=1.0, shift
     return 0.5 * F.mse_loss(x0, x0.detach() - direction)
 
 
-def critic_loss(x0, critic, conditions, shift=5.0):
-    """The critic's loss: rectified flow on the generator's own latents, without guidance."""
-    sigma = draw_sigma(len(x0), shift, 0.0).to(x0.device)
+def critic_loss(x0, critic, conditions, shift):
+    """The critic's loss: rectified flow on the generator's own latents, without guidance, at the noise levels of
+    score_sigma."""
+    sigma = score_sigma(len(x0), shift, x0.device)
     return flow_loss(critic, x0.detach(), sigma, conditions)
 
 
@@ -839,11 +847,12 @@ def train_student(run):
                 if reward:
                     numbers["reward"] = (score := reward(vae.decode(x0.detach())[0].float(), batch)).mean()
                     weight = torch.exp(score / run.args.beta)
-                loss = dmd_loss(x0, teacher, critic, conditions, first, run.config.guidance, weight)
+                c = run.config
+                loss = dmd_loss(x0, teacher, critic, conditions, first, c.guidance, c.shift, weight)
             numbers |= {"loss_g": loss, "grad_g": optimizer_g.step(loss, i, run.recipe.critic_steps), "std": x0.std()}
         x0, conditions, _ = generate(i, grad=False)
         with run.autocast():
-            loss = critic_loss(x0, critic, conditions)
+            loss = critic_loss(x0, critic, conditions, run.config.shift)
         return numbers | {"loss_c": loss, "grad_c": optimizer_c.step(loss, i)}
 
     parts = optimizer_g.parts("generator") | optimizer_c.parts("critic")
