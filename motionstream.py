@@ -61,6 +61,17 @@ def with_first(x_t, sigma, first):
     return x_t, sigma
 
 
+def linear_part(sigma, std):
+    """What of the velocity needs no network, for latents whose channels have the standard deviations std (1, C, 1, 1, 1):
+    the best linear guess from x_t alone, and the variance of x_t, both (B, C, 1 or F, 1, 1), for sigma (B,) or (B, F).
+    With D that variance, v = guess x_t + std / sqrt(D) network(x_t / sqrt(D)) has a network whose input and target both
+    have unit variance: EDM's preconditioning (Karras et al. 2022, section 5), of rectified flow, channel by channel."""
+    sigma = per_frame(sigma).float()
+    variance = (1 - sigma) ** 2 * std ** 2 + sigma ** 2
+    guess = (sigma - (1 - sigma) * std ** 2) / variance
+    return guess, variance
+
+
 def joint_guidance(v_full, v_notext, v_nomotion, w_text, w_motion):
     """Text and motion guidance in one (eq. 2): three velocities to one. Both weights 0: v_full, no guidance."""
     if w_text == w_motion == 0:
@@ -104,13 +115,19 @@ class Config:
     stride: int = 8             # pixels per latent pixel, of the VAE
     size: tuple = (480, 832)    # height, width of the video in pixels
     fps: int = 16
-    tracks: str = "random"      # how a track gets its ID, see track_ids
+    tracks: str = "random"      # how a track gets its ID, see track_ids; "copy": see copy_along_tracks too
+    latent_std: tuple = ()      # of each channel of the latents; given: see linear_part
     prompt: str | None = None   # what to say when the user says nothing, None = the null text
 
     @property
     def image_dim(self):
         """Input channels for the image, see image_channels. 0: it is the clean latent frame 0, see with_first."""
         return self.in_dim - self.out_dim - self.track_dim
+
+    @property
+    def copy_dim(self):
+        """Of the track_dim channels, those that copy_along_tracks fills; the track head fills the others."""
+        return self.out_dim + 2 if self.tracks == "copy" else 0
 
 
 PRESETS = {
@@ -119,9 +136,9 @@ PRESETS = {
     "wan2.1-14b": Config(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
     "wan2.2-5b": Config(dim=3072, ffn_dim=14336, num_heads=24, in_dim=48, out_dim=48, stride=16,
                         size=(704, 1280), fps=24),
-    "tiny": Config(dim=192, ffn_dim=576, num_heads=3, num_layers=5, in_dim=48, track_dim=32, text_dim=64, text_len=8,
-                   steps=15, guidance=(1.0, 1.5), size=(128, 128), tracks="start",
-                   prompt="steady light, steady shapes"),
+    "tiny": Config(dim=192, ffn_dim=576, num_heads=3, num_layers=5, in_dim=96 + 130 + 96, out_dim=96,
+                   track_dim=32 + 98, text_dim=64, text_len=8, steps=15, guidance=(1.0, 0.0), size=(128, 128),
+                   tracks="copy", prompt="steady light, steady shapes"),
 }
 
 
@@ -285,10 +302,14 @@ class Head(nn.Module):
         self.norm = nn.LayerNorm(c.dim, c.eps, elementwise_affine=False)
         self.head = nn.Linear(c.dim, math.prod(c.patch_size) * c.out_dim)
         self.modulation = nn.Parameter(torch.empty(1, 2, c.dim))
+        if c.copy_dim:
+            self.gate = nn.Linear(c.dim, math.prod(c.patch_size) * 2)
 
     def forward(self, x, time):
+        """Patches of the velocity and, of weights that copy, of the two shares that mix_copies takes, else None."""
         shift, scale = (self.modulation + time.unsqueeze(2)).unsqueeze(2).unbind(3)     # (B, 1 or F, 1, D) each
-        return self.head(self.norm(x) * (1 + scale) + shift)
+        y = self.norm(x) * (1 + scale) + shift
+        return self.head(y), self.gate(y) if hasattr(self, "gate") else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -331,27 +352,109 @@ class TrackHead(nn.Module):
 
 def track_ids(tracks, visible, config, generator=None):
     """IDs (B, N) in [0, 2**32) for tracks (B, T, N, 2), as config.tracks says: "random", the paper's; or "start", the
-    pixel (y << 16) + x where the track is first seen, so that tracks that start near have similar vectors."""
+    pixel (y << 16) + x where the track is first seen, so that tracks that start near have similar vectors; "copy", that
+    point in sixteenths of a pixel, which tells copy_along_tracks where in frame 0 to look."""
     B, T, N, _ = tracks.shape
     if config.tracks == "random":
         return torch.randint(0, 2 ** 32, (B, N), generator=generator).to(tracks.device)
     first = visible.int().argmax(1)[:, None, :, None].expand(-1, 1, -1, 2)
-    x, y = tracks.gather(1, first)[:, 0].nan_to_num(0).clamp(0, 2 ** 16 - 1).long().unbind(-1)
+    start = tracks.gather(1, first)[:, 0].nan_to_num(0)
+    if config.tracks == "copy":
+        start = (start * SIXTEENTHS).round()
+    x, y = start.clamp(0, 2 ** 16 - 1).long().unbind(-1)
     return (y << 16) + x
 
 
-def track_features(model, tracks, visible, ids):
-    """model.track_head for one chunk or clip. If IDs are start points, every cell of frame 0 holds the ID of its own
+def track_features(model, tracks, visible, ids, copied=None):
+    """What the model takes as `tracks`, for one chunk or clip: (B, track_dim, F, h, w), from model.track_head and, of
+    weights that copy, from copy_along_tracks. If IDs are start points, every cell of frame 0 holds the ID of its own
     pixel: a map in which later frames can look up what a track has moved there."""
     c, (B, T, _, _) = model.config, tracks.shape
-    if c.tracks == "start" and T % 4 == 1:
+    if c.tracks != "random" and T % 4 == 1:
         y, x = (grid.flatten() for grid in torch.meshgrid(*(torch.arange(0, side, c.stride) for side in c.size),
                                                           indexing="ij"))
         cells = torch.stack([x, y], -1).to(tracks).expand(B, T, -1, -1)
         at_zero = (torch.arange(T, device=tracks.device) == 0)[:, None].expand(B, T, len(x))
+        unit = SIXTEENTHS if c.tracks == "copy" else 1
         tracks, visible = torch.cat([tracks, cells], 2), torch.cat([visible, at_zero], 2)
-        ids = torch.cat([ids, ((y << 16) + x).to(ids).expand(B, -1)], 1)
-    return model.track_head(tracks, visible, ids, *c.size)
+        ids = torch.cat([ids, ((unit * y << 16) + unit * x).to(ids).expand(B, -1)], 1)
+    features = model.track_head(tracks, visible, ids, *c.size)
+    if not c.copy_dim:
+        return features
+    assert copied is not None, "these weights copy along tracks: give copied=copy_along_tracks(…)"
+    return torch.cat([features, copied.to(features.dtype)], 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Copying along tracks: not in the paper. A track says where a piece of frame 0 is now; so that piece, as latents, can be
+# handed to the model where it is now, beside the ID (after Wan-Move, which copies first-frame features along tracks).
+# The tiny model, which has no room to learn what an ID means by looking, is given this; weights of Wan are not.
+
+SIXTEENTHS = 16         # of a pixel, in which IDs count where a track starts
+COPY_CELL = 4           # pixels per side of the squares that follow one track
+
+
+def nearest_track(tracks, visible, height, width):
+    """The visible track nearest to each square of COPY_CELL pixels: its number, int64, 0 if none is visible, and its
+    distance in pixels, infinite if none is. Both (B, T, rows, columns). tracks (B, T, N, 2); height, width in pixels."""
+    B, T, N, _ = tracks.shape
+    rows, columns = height // COPY_CELL, width // COPY_CELL
+    if N == 0:
+        nobody = torch.zeros(B, T, rows, columns, dtype=torch.long, device=tracks.device)
+        return nobody, nobody + math.inf
+    y = (torch.arange(rows, device=tracks.device) + 0.5) * COPY_CELL
+    x = (torch.arange(columns, device=tracks.device) + 0.5) * COPY_CELL
+    centre = torch.cartesian_prod(y, x).flip(1)                                         # (rows columns, 2), x first
+    hidden = ~visible[:, :, None]                                                       # (B, T, 1, N)
+    distance = torch.cdist(centre.expand(B, T, -1, -1), tracks.nan_to_num(0))           # (B, T, rows columns, N)
+    distance, number = distance.masked_fill(hidden, math.inf).min(3)
+    return number.view(B, T, rows, columns), distance.view(B, T, rows, columns)
+
+
+def warp_along_tracks(image, tracks, visible, ids):
+    """Frame 0 as the tracks move it: each square of COPY_CELL pixels shows what the track nearest to it brings along, or,
+    where none is visible, what was there in frame 0. image (B, 3, H, W); ids (B, N), of track_ids under "copy": to
+    video (B, 3, T, H, W), and the distance (B, T, rows, columns) in pixels to that track, infinite if there is none."""
+    B, _, H, W = image.shape
+    T = tracks.shape[1]
+    number, distance = nearest_track(tracks, visible, H, W)
+    start = torch.stack([ids & 0xFFFF, ids >> 16], -1) / SIXTEENTHS                     # (B, N, 2) pixels
+    back = (start[:, None] - tracks.nan_to_num(0)).round().long()                       # (B, T, N, 2)
+    if back.shape[2] == 0:
+        back = back.new_zeros(B, T, 1, 2)
+    back = back.gather(2, number.flatten(2)[..., None].expand(-1, -1, -1, 2)).view(*number.shape, 2)
+    back = back.masked_fill(distance.isinf()[..., None], 0)
+    back = back.repeat_interleave(COPY_CELL, 2).repeat_interleave(COPY_CELL, 3)         # (B, T, H, W, 2)
+    x = (torch.arange(W, device=image.device) + back[..., 0]).clamp(0, W - 1)
+    y = (torch.arange(H, device=image.device)[:, None] + back[..., 1]).clamp(0, H - 1)
+    pixels = (y * W + x).flatten(1)[:, None].expand(-1, 3, -1)                          # (B, 3, T H W)
+    return image.flatten(2).gather(2, pixels).view(B, 3, T, H, W), distance
+
+
+@torch.no_grad()
+def copy_along_tracks(vae, image, tracks, visible, ids):
+    """What track_features takes as `copied`: the latents of warp_along_tracks, and how near the nearest track is, as
+    exp(-d / 8) and exp(-d / 32) of its distance d in pixels. (B, C + 2, F, h, w). vae: one without memory between
+    latents (LinearVAE). image (B, 3, H, W) in [-1, 1]: frame 0 of the clip. The rest is as for track_features: frames
+    start a clip (T % 4 == 1) or go on with it, and frame 0, where nothing has moved yet, is the image itself."""
+    T = tracks.shape[1]
+    video, distance = warp_along_tracks(image, tracks, visible, ids)
+    if T % 4 == 1:
+        video[:, :, 0] = image
+        distance[:, 0] = 0
+        latents = vae.encode(video)
+        distance = torch.cat([distance[:, :1].expand(-1, 3, -1, -1), distance], 1)      # as the VAE packs frame 0
+    else:
+        latents = vae.encode(torch.cat([video[:, :, :1], video], 2))[:, :, 1:]          # a frame 0 that is not looked at
+    near = torch.stack([torch.exp(-distance / 8), torch.exp(-distance / 32)], 1)        # (B, 2, 4 F, rows, columns)
+    cells = vae.stride // COPY_CELL
+    return torch.cat([latents, F.avg_pool3d(near, (4, cells, cells))], 1)
+
+
+def mix_copies(shares, copied, still):
+    """What the copies say that x0 is: shares (B, 2, F, h, w), of the model's head, of the latents moved along the tracks
+    and of the image's own, as at frame 0 (B, C, F, h, w each)."""
+    return shares[:, :1] * copied + shares[:, 1:] * still
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -374,7 +477,7 @@ class MotionStream(nn.Module):
                       nn.Linear(c.clip_dim, c.dim), nn.LayerNorm(c.dim)]
             self.img_emb = nn.ModuleDict({"proj": nn.Sequential(*layers)})
         if c.track_dim:
-            self.track_head = TrackHead(out_channels=c.track_dim, stride=c.stride)
+            self.track_head = TrackHead(out_channels=c.track_dim - c.copy_dim, stride=c.stride)
         if not self.head.head.weight.is_meta:
             init_weights(self)
 
@@ -386,10 +489,14 @@ class MotionStream(nn.Module):
     def forward(self, x, sigma, text, *, tracks=None, image=None, clip=None, caches=None, write=False):
         """Velocity (B, out_dim, F, h, w) float32 of the noised latents x at sigma (B,) or (B, F).
 
-        text (B, L, text_dim), None = null text; tracks (B, track_dim, F, h, w) from track_head, None = all hidden;
+        text (B, L, text_dim), None = null text; tracks (B, track_dim, F, h, w) from track_features, None = all hidden;
         image: the image's channels, None = zeros; clip (B, 257, clip_dim). caches=None: bidirectional; else attends
         to what the caches hold, then to itself; only write=True changes them."""
-        c = self.config
+        c, x_t = self.config, x
+        if c.latent_std:
+            std = torch.tensor(c.latent_std, device=x.device).view(1, -1, 1, 1, 1)
+            guess, variance = linear_part(sigma, std)
+            x = x_t / variance.sqrt()
         x = torch.cat([x, *self.extra_channels(x, tracks, image)], 1).to(self.patch_embedding.weight.dtype)
         x = self.patch_embedding(x)                                        # (B, D, F, h / 2, w / 2)
         frames, h, w = x.shape[2:]
@@ -406,10 +513,22 @@ class MotionStream(nn.Module):
         for block, cache in zip(self.blocks, caches or [None] * c.num_layers):
             x = block(x, modulation, rope, text, clip, cache, write)
         with torch.autocast(x.device.type, enabled=False):
-            x = self.head(x, time)                                         # (B, F, h w / 4, 4 out_dim)
-        p, q = c.patch_size[1:]
-        x = x.view(len(x), frames, h, w, p, q, c.out_dim)
-        return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)  # (B, out_dim, F, h p, w q)
+            velocity, shares = self.head(x, time)                          # (B, F, h w / 4, 4 out_dim), and 4 * 2
+        velocity = self.unpatchify(velocity, frames, h, w)
+        if c.latent_std:
+            velocity = guess * x_t + std / variance.sqrt() * velocity
+        if shares is not None and tracks is not None:
+            copied = tracks[:, -c.copy_dim:-2]
+            still = torch.zeros_like(copied) if image is None else image
+            copies = mix_copies(self.unpatchify(shares, frames, h, w), copied, still)
+            velocity = velocity - per_frame(sigma).float() / variance * copies
+        return velocity
+
+    def unpatchify(self, x, frames, h, w):
+        """Tokens of patches (B, F, h w, p q C) to (B, C, F, h p, w q)."""
+        p, q = self.config.patch_size[1:]
+        x = x.view(len(x), frames, h, w, p, q, -1)
+        return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
     def extra_channels(self, x, tracks, image):
         """What the patch embedding sees beside the noisy latents: tracks, then image; zeros for what is not given."""
@@ -517,6 +636,9 @@ def init_weights(model):
         nn.init.normal_(layer.weight, std=0.02)
     nn.init.xavier_uniform_(model.patch_embedding.weight.flatten(1))
     nn.init.zeros_(model.head.head.weight)
+    if model.config.copy_dim:               # a fresh model believes its copies
+        nn.init.zeros_(model.head.gate.weight)
+        model.head.gate.bias.data = torch.tensor([0.8, 0.2]).repeat(len(model.head.gate.bias) // 2)
     for module in (*model.blocks, model.head):
         nn.init.normal_(module.modulation, std=model.config.dim ** -0.5)
 
@@ -703,8 +825,11 @@ def add_track_slot(tensors, config, metadata, file, overrides):
     return replace(config, **overrides)
 
 
-def image_channels(first, frames):
-    """The image latent as channels of a clip of `frames` latents: at frame 0, zeros after it (figure 2)."""
+def image_channels(first, frames, still=False):
+    """The image latent as channels of a clip of `frames` latents: at frame 0, zeros after it (figure 2), or at all of
+    them (still=True: what weights that copy fall back on where nothing moves)."""
+    if still:
+        return first.expand(-1, -1, frames, -1, -1)
     return F.pad(first, (0, 0, 0, 0, 0, frames - 1))
 
 

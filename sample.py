@@ -15,6 +15,7 @@ are those of motionstream.py.
 import argparse
 import collections
 import contextlib
+import functools
 import http.server
 import io
 import itertools
@@ -50,7 +51,7 @@ from assets.page import TOKEN, Handler, clock
 from assets.tracks import check_tracks, follow, load_tracks
 from assets.video import enlarge, enlargement, picture_file, recorder, video_file
 from assets.world import embed_words
-from motionstream import (SELF_FORCING, MotionStream, euler, find_config, image_and_mask, image_channels,
+from motionstream import (SELF_FORCING, MotionStream, copy_along_tracks, euler, find_config, image_and_mask, image_channels,
                           read_weights, rollout, schedule, track_features, track_ids, write)
 from vae import VAE_FILES, load_vae, read_tensors
 
@@ -84,6 +85,8 @@ def has_mask(config):
 def image_inputs(config, first, frames):
     """How weights take the image: (channels of a clip of `frames` latents, clean latent frame 0), None what they do
     not take. first (B, C, 1, h, w): its latent; with a mask (B, C, frames, h, w), those of a clip grey after it."""
+    if config.copy_dim:                                 # at every frame: what the model falls back on
+        return image_channels(first, frames, still=True), first
     channels = image_channels(first, frames) if config.image_dim else None
     channels = image_and_mask(first[:, :, :frames]) if has_mask(config) else channels
     clean = first[:, :, :1] if channels is None or config.out_dim == 48 else None       # Wan 2.2 5B may take both
@@ -102,17 +105,19 @@ def pieces(motion, text, chunk):
                      None if control is None else control[:, :, latent:latent + chunk]), text
 
 
-def conditions(model, first, motion, text=None, clip=None):
+def conditions(model, first, motion, text=None, clip=None, copy=None):
     """The model's keyword arguments chunk by chunk, each made when asked for. motion: Motion, or an iterator of what
-    `pieces` would yield, for control and text that change while it streams."""
+    `pieces` would yield, for control and text that change while it streams. copy: for weights that copy, a function of
+    tracks, visible and ids, `copy_along_tracks` with the first two arguments given."""
     c = model.config
     image = image_inputs(c, first, c.chunk)[0]
     for part, text in pieces(motion, text, c.chunk) if isinstance(motion, Motion) else motion:
         features = part.control
         if c.track_dim and features is None:
-            features = track_features(model, *(tensor.to(first.device) for tensor in part[:3]))
+            points = [tensor.to(first.device) for tensor in part[:3]]
+            features = track_features(model, *points, copied=copy(*points) if copy else None)
         yield {"text": text, "tracks": features, "image": image, "clip": clip}
-        image = None                                    # it is in the cache now
+        image = image if c.copy_dim else None           # else it is in the cache now
 
 
 class Recomputing:
@@ -139,24 +144,25 @@ class Recomputing:
 
 
 @torch.inference_mode()
-def stream(model, first, motion, text=None, seed=0, clip=None, recompute=False):
+def stream(model, first, motion, text=None, seed=0, clip=None, recompute=False, copy=None):
     """The student: clean latents (B, C, chunk, h, w), one chunk after the other, at constant memory.
-    first (B, C, 1, h, w): the image's latent. The noise levels are the model's own. motion, text: see `conditions`.
+    first (B, C, 1, h, w): the image's latent. The noise levels are the model's own. motion, text, copy: see `conditions`.
     recompute: when the text changes, what is remembered is written again with it, see Recomputing."""
     generator = torch.Generator().manual_seed(seed)     # on the CPU: the same noise whatever the device
     shape = (*first.shape[:2], model.config.chunk, *first.shape[3:])
     noise = (torch.randn(shape, generator=generator).to(first) for _ in itertools.count())
     _, clean = image_inputs(model.config, first, 1)
-    given = conditions(model, first, motion, text, clip)
+    given = conditions(model, first, motion, text, clip, copy)
     yield from rollout(Recomputing(model) if recompute else model, noise, given, clean, generator=generator)
 
 
 @torch.inference_mode()
-def sample_teacher(model, first, motion, frames, text=None, seed=0, null_text=None, clip=None):
+def sample_teacher(model, first, motion, frames, text=None, seed=0, null_text=None, clip=None, copy=None):
     """The teacher: whole chunks that cover `frames`, made all at once, then handed out one by one as `stream` does.
     null_text: what "without text" means, see guided_velocity. Noise levels and guidance are the model's own."""
     c, count = model.config, latent_frames(frames, model.config)
-    tracks = [piece["tracks"] for piece in itertools.islice(conditions(model, first, motion, text), count // c.chunk)]
+    given = conditions(model, first, motion, text, copy=copy)
+    tracks = [piece["tracks"] for piece in itertools.islice(given, count // c.chunk)]
     image, clean = image_inputs(c, first, count)
     noise = torch.randn((*first.shape[:2], count, *first.shape[3:]), generator=torch.Generator().manual_seed(seed))
     given = {"text": text, "tracks": torch.cat(tracks, 2) if c.track_dim else None, "image": image, "clip": clip}
@@ -268,7 +274,7 @@ def save_tracks(path, arrays, ids, size, config, fps):
     tracks, visible, *_ = arrays
     data = {"tracks": tracks, "visibility": visible, "width": size[0], "height": size[1], "fps": fps,
             "format": "motionstream"}
-    write_arrays(path, data if config.tracks == "start" else data | {"ids": ids.numpy()})
+    write_arrays(path, data if config.tracks != "random" else data | {"ids": ids.numpy()})
 
 
 def fit_tracks(arrays, image_size, frames, config, seed, note=print):
@@ -286,9 +292,9 @@ def fit_tracks(arrays, image_size, frames, config, seed, note=print):
     if lost:
         note(f"note: {lost} of {visible.sum()} visible track points lie outside the video and are hidden")
     visible = visible & inside
-    if ids is not None and config.tracks == "start":
+    if ids is not None and config.tracks != "random":
         note("note: with these weights a track's ID is the pixel where it starts; the file's ids are not used")
-    if ids is None or config.tracks == "start":
+    if ids is None or config.tracks != "random":
         ids = track_ids(tracks, visible, config, torch.Generator().manual_seed(seed))
     else:
         ids = torch.from_numpy(ids.astype(np.int64))[None]
@@ -401,7 +407,7 @@ def save_take(path, taken, frames, image, args, model, vae, encoded):
         hidden = np.full((len(tracks) - 1, 2), np.nan, np.float32)
         parts.append(np.stack([paths.get(start, hidden) for start in starts], 1))
     tracks, ids = np.concatenate(parts), [zlib.crc32(np.float32(start)) for start in starts]
-    if c.tracks == "start":
+    if c.tracks != "random":
         tracks[0], ids = starts, None
     arrays = {"tracks": tracks, "visibility": ~np.isnan(tracks[..., 0]), "ids": ids, "image": np.asarray(image),
               "width": image.width, "height": image.height, "models": checksum(model, vae, encoded),
@@ -723,10 +729,11 @@ def generate(args, frames, image, motion, model, vae, encoded):
         motion = motion._replace(control=draw_control(vae, motion, c, frames))
     grey = 4 * latent_frames(frames, c) - 4 if has_mask(c) else 0
     first = vae.encode(F.pad(image[:, :, None], (0, 0, 0, 0, 0, grey)).to(device))
+    copy = functools.partial(copy_along_tracks, vae, image.to(device)) if c.copy_dim else None
     if args.sampler == "stream":
-        latents = stream(model, first, motion, text, args.seed, clip=clip, recompute=args.recompute)
+        latents = stream(model, first, motion, text, args.seed, clip, args.recompute, copy)
     else:
-        latents = sample_teacher(model, first, motion, frames, text, args.seed, null_text=null_text, clip=clip)
+        latents = sample_teacher(model, first, motion, frames, text, args.seed, null_text, clip, copy)
     yield from itertools.islice(decode_frames(vae, latents), frames)
 
 

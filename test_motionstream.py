@@ -65,6 +65,7 @@ from assets.tracks import MOVES, camera, camera_tracks, load_depth
 from assets.video import count_frames, recorder
 from assets.world import embed_words
 from motionstream import (PRESETS, KVCache, MotionStream, SelfAttention, TrackHead, add_noise, apply_rope, by_chunk,
+                          copy_along_tracks,
                           euler, find_config, guided_velocity, image_and_mask, joint_guidance, rollout, rope_table,
                           save_pretrained, schedule, sinusoid, to_x0, track_features, track_ids, with_first, write, shift_sigma)
 from sample import Recomputing
@@ -78,7 +79,7 @@ HERE = Path(__file__).resolve().parent
 # Small models and helpers. Head dimension 20: RoPE splits it 8 / 6 / 6, unequal as in Wan's 44 / 42 / 42.
 
 SMALL = replace(PRESETS["tiny"], dim=40, ffn_dim=80, num_heads=2, num_layers=2, in_dim=12, out_dim=4, track_dim=8,
-                text_dim=12, text_len=5, size=(32, 48), causal=True)
+                text_dim=12, text_len=5, size=(32, 48), causal=True, tracks="start", guidance=(1.0, 1.5))
 SMALL_VAE = TinyVAEConfig(latent_channels=4, patch=4, pad="front", stem=8, encoder=((12, 1, 4, 2),),
                           decoder=((12, 2, 4, 2), (8, 1, 1, 1)), tail=8)
 TAEW21, TAEW22 = TinyVAEConfig(), TinyVAEConfig(latent_channels=48, patch=2)
@@ -5405,7 +5406,9 @@ def play(run, name, scene, points, text, later=None, **overrides):
         yield vae.decode(vae.encode(world.film(scene, td.SIZE).to(run.device)))[0].cpu()
         return
     model, state = run.model(name, **overrides), None
-    first = vae.encode(world.film(scene, td.SIZE, 0, 1).to(run.device))
+    image = world.film(scene, td.SIZE, 0, 1).to(run.device)
+    first = vae.encode(image)
+    copy = functools.partial(copy_along_tracks, vae, image[:, :, 0]) if model.config.copy_dim else None
     tracks, visible = (points[key].to(run.device) for key in ("tracks", "visible"))
     motion = sample.Motion(tracks, visible, track_ids(tracks, visible, model.config))
     text = None if text is None else text.expand(len(first), -1, -1).to(run.device)
@@ -5414,9 +5417,9 @@ def play(run, name, scene, points, text, later=None, **overrides):
         motion = ((part, both[4 * chunk * i >= T / 2])
                   for i, (part, _) in enumerate(sample.pieces(motion, None, chunk)))
     if name == "teacher":
-        chunks = sample.sample_teacher(model, first, motion, T, text, run.seed)
+        chunks = sample.sample_teacher(model, first, motion, T, text, run.seed, copy=copy)
     else:
-        chunks = sample.stream(model, first, motion, text, run.seed)
+        chunks = sample.stream(model, first, motion, text, run.seed, copy=copy)
     for latents in chunks:
         video, state = vae.decode(latents, state)
         yield video.cpu()
@@ -5893,9 +5896,11 @@ def x0_errors(run, model, pool, batch):
     """How far a teacher's x0 is from the truth when it sees pure noise, with all tracks and with none, as numbers."""
     torch.manual_seed(0)
     x0, given, points = td.draw_batch(run, pool, batch, dense=True)
+    ones, vae = torch.ones(len(x0), device=run.device), run.vae()
+    weight = td.latent_weight(vae, model.config, ones)
     with torch.no_grad(), run.autocast():
-        features, ones = track_features(model, **points), torch.ones(len(x0), device=run.device)
-        return {name: td.flow_loss(model, x0, ones, given | {"tracks": tracks})
+        features = td.motion_features(model, vae, points)
+        return {name: td.flow_loss(model, x0, ones, given | {"tracks": tracks}, td.clean_first(model.config, x0), 1.0, weight)
                 for name, tracks in (("x0_tracks", features), ("x0_none", 0 * features))}
 
 

@@ -53,13 +53,14 @@ from tqdm import tqdm
 from assets import UserError, naming
 from assets.encoders import image_encoder, listing, text_encoder
 from assets.tracks import load_tracks
-from assets.world import OBJECTS, POINTS, embed_words, film, new_scenes, scene_tracks
-from motionstream import (PRESETS, Block, KVCache, MotionStream, add_noise, by_chunk, euler, guided_velocity,
-                          image_channels, rollout, save_pretrained, schedule, shift_sigma, to_x0, track_features,
+from assets.world import embed_words
+from extras.world import new_scenes, render, scene_tracks, track_groups
+from motionstream import (PRESETS, Block, KVCache, MotionStream, add_noise, by_chunk, copy_along_tracks, euler,
+                          guided_velocity, image_channels, linear_part, rollout, save_pretrained, schedule, shift_sigma, to_x0, track_features,
                           track_ids, with_first, write)
 from sample import (ASSETS, UMT5_DIM, Parser, fit_image, fit_tracks, has_mask, hold_signals, inspect, load_image,
                     number, open_vae, read_encoded)
-from vae import TINY, TinyVAE, TinyVAEConfig, WanVAE, read_tensors
+from vae import FRAMES, LinearVAE, TinyVAE, TinyVAEConfig, WanVAE, read_tensors
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What every stage shares: optimizer, running average, the loop with its log and checkpoints, files and pictures.
@@ -72,10 +73,10 @@ RANK, LOCAL, PROCESSES = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("
 # The numbers of a training: for the tiny model ours, for Wan's the paper's (1.3B; section 4.1, appendix D), if known.
 # Rates are Muon's and AdamW's (None: AdamW on all), steps are of `batch` clips and, like accumulate, by stage.
 RECIPES = {
-    "tiny": {"clip": CLIP, "batch": 4, "accumulate": (1, 1, 1, 1, 1), "steps": (2000, 10_000, 800, 1200, 1000),
+    "tiny": {"clip": CLIP, "batch": 4, "accumulate": (1, 1, 1, 1, 1), "steps": (400, 6000, 800, 1200, 1000),
              "teacher": (0.015, 3e-3), "causal": (2e-3, 1e-3), "generator": (1e-3, 1e-4), "critic": (2e-3, 2e-4),
              "decoder": (5e-3, 2e-3), "discriminator": (0.01, 1e-3), "critic_steps": 5,
-             "clips": (256, 5120, 480), "at_sigma_1": 0.5, "emphasis": 4.0, "worn": True},
+             "clips": (256, 4096, 480), "at_sigma_1": 0.5, "emphasis": 4.0, "worn": True},
     "paper": {"clip": 81, "batch": 1, "accumulate": (1, 128, 128, 64, 1), "clips": (0, 0, 4000), "worn": False,
               "steps": (0, 614_400, 256_000, 128_000, 200_000), "at_sigma_1": 0.0, "emphasis": 0.0,
               "teacher": (None, 1e-5), "causal": (None, 2e-6), "generator": (None, 2e-6), "critic": (None, 4e-7),
@@ -332,44 +333,81 @@ def reconstruction_loss(output, video):
     return error.abs().mean() + 4 * error.square().mean() + sum(error.diff(dim=d).abs().mean() for d in (3, 4))
 
 
-def drawn_crops(run):
-    """A function that draws crops of filmed scenes, of three the one where most happens: (8, 3, 17, 64, 64)."""
+def drawn_videos(run):
+    """The videos that a VAE is trained on: (n, 3, CLIP, SIZE, SIZE) uint8."""
     rng = torch.Generator().manual_seed(seed_of(run.seed, "vae"))
-    videos = torch.cat([((film(new_scenes(8, CLIP, rng), SIZE) + 1) * 127.5).round().byte()     # (n, 3, T, H, W)
-                        for _ in tqdm(range(0, run.vae_clips, 8), "film for the vae")])
+    videos = []
+    for _ in tqdm(range(0, run.vae_clips, 8), "render for the vae"):
+        video = render(new_scenes(8, CLIP, rng), SIZE)
+        videos.append(((video + 1) * 127.5).round().byte())
+    return torch.cat(videos)
 
+
+def draw_crops(videos, count=8):
+    """Crops of drawn videos, of three the one where most happens: (count, 3, 17, 64, 64) in [-1, 1]."""
     def crop():
         n, t, y, x = (int(torch.randint(limit, ())) for limit in (len(videos), CLIP - 16, SIZE - 63, SIZE - 63))
         return videos[n, :, t:t + 17, y:y + 64, x:x + 64]
 
-    def crops():
-        chosen = [max((crop() for _ in range(3)), key=lambda c: c[:, ::8].float().var()) for _ in range(8)]
-        return torch.stack(chosen).to(run.device).float() / 127.5 - 1
-    return crops
+    chosen = [max((crop() for _ in range(3)), key=lambda c: c[:, ::8].float().var()) for _ in range(count)]
+    return torch.stack(chosen).float() / 127.5 - 1
+
+
+def principal_components(vae, videos):
+    """Give a LinearVAE the principal components of its cells, in the middle of its windows, to start from. Cells in
+    which something is to be seen count more. videos (n, 3, T, H, W) uint8; T: every 4 frames are a cell's."""
+    side, channels, overlap = vae.stride, vae.config.latent_channels, vae.config.overlap
+    moment, total = 0, 0
+    for video in videos:
+        x = video[:, :video.shape[1] // FRAMES * FRAMES].float() / 127.5 - 1
+        x = x.unflatten(1, (-1, FRAMES)).unflatten(3, (-1, side)).unflatten(5, (-1, side))   # (3, F, 4, h, 8, w, 8)
+        cells = x.permute(1, 3, 5, 0, 2, 4, 6).flatten(0, 2)                           # (F h w, 3, 4, 8, 8)
+        spread = cells.flatten(2).var(2).mean(1)
+        weight = (spread / 0.05).clamp(0.1, 5)
+        flat = cells.flatten(1)                                                        # (F h w, 768)
+        moment = moment + (flat * weight[:, None]).T @ flat
+        total = total + weight.sum()
+    _, vectors = torch.linalg.eigh(moment / total)
+    basis = vectors.flip(1)[:, :channels].T.reshape(channels, 3 * FRAMES, side, side)
+    inner = slice(overlap, overlap + side)
+    with torch.no_grad():
+        for layer in vae.encoder, vae.decoder:
+            layer.weight.zero_()
+            layer.bias.zero_()
+            layer.weight[:, :, inner, inner] = basis
+
+
+def normalise_latents(vae, videos):
+    """Fold into a LinearVAE's weights that its latents have, by channel, a standard deviation (about 0) that is the
+    square root of what the channel is worth in pixels, scaled to 1 in the mean and kept within 0.6 to 2: the coarse
+    channels, which come first out of the noise, are the larger ones. videos (n, 3, T, H, W) uint8."""
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(video[None, :, :CLIP].float() / 127.5 - 1) for video in videos])
+        std = latents.square().mean((0, 2, 3, 4)).sqrt()
+        worth = (std * vae.decoder.weight.flatten(1).norm(dim=1)).sqrt()
+        wanted = (worth / worth.square().mean().sqrt()).clamp(0.6, 2)
+        gain = wanted / std
+        vae.encoder.bias *= gain
+        vae.encoder.weight *= gain.view(-1, 1, 1, 1)
+        vae.decoder.weight /= gain.view(-1, 1, 1, 1)
+        vae.latent_std.copy_(wanted)
 
 
 def train_vae(run):
-    """Reconstruction alone. The latent is made unit variance per channel by a BatchNorm without weights, which is
-    folded into the encoder's last convolution when training ends; noise on the latent keeps it smooth."""
-    vae, crops = TinyVAE(TINY).to(run.device), drawn_crops(run)
-    norm = nn.BatchNorm3d(TINY.latent_channels, affine=False, momentum=0.05).to(run.device)
-    optimizer = Optimizer(vae, muon=5e-3, adam=2e-3, steps=run.steps["vae"] // run.batches, batches=run.batches)
+    """The linear code, from principal components on, by reconstruction alone."""
+    vae, videos = LinearVAE().to(run.device), drawn_videos(run)
+    principal_components(vae, videos[:64])
+    optimizer = Optimizer(vae, muon=None, adam=3e-4, steps=run.steps["vae"] // run.batches, batches=run.batches)
 
     def step(i):
-        video = crops()
-        with run.autocast():
-            latents = norm(vae.encode(video))
-            output, _ = vae.decode_frames(latents + 0.05 * torch.randn_like(latents))
-        loss = reconstruction_loss(output, video)
+        video = draw_crops(videos).to(run.device)
+        output, _ = vae.decode_frames(vae.encode(video))
+        error = output - video
+        loss = error.square().mean() + 0.1 * sum(error.diff(dim=d).square().mean() for d in (3, 4))
         return {"loss": loss, "psnr": psnr(output.detach(), video), "grad": optimizer.step(loss, i)}
 
-    train(run, "vae", run.steps["vae"], {"norm": norm, **optimizer.parts()}, step)
-    for statistic in norm.running_mean, norm.running_var:
-        mean_processes(statistic)
-    with torch.no_grad():
-        last, std = vae.encoder[-1], (norm.running_var + norm.eps).sqrt()
-        last.weight /= std.view(-1, 1, 1, 1)
-        last.bias.copy_((last.bias - norm.running_mean) / std)
+    train(run, "vae", run.steps["vae"], optimizer.parts(), step)
+    normalise_latents(vae, videos[:64].to(run.device))
     save_pretrained(vae, run.path("vae"), torch.float16, **vae.metadata())
 
 
@@ -400,7 +438,8 @@ def train_decoder(run):
     config = TinyVAEConfig(given.config.latent_channels, given.stride // 8) if wan else given.config
     vae, discriminator, cells = TinyVAE(config), TinyVAE(DISCRIMINATOR), 144 // given.stride
     vae.encoder, discriminator.decoder = vae.encoder if wan else given.encoder, nn.Identity()
-    source = own_clips(run, pictures=False) if wan else drawn_crops(run)
+    videos = None if wan else drawn_videos(run)
+    source = own_clips(run, pictures=False) if wan else lambda: draw_crops(videos).to(run.device)
 
     def batch():
         if not wan:
@@ -554,25 +593,36 @@ def film_clips(run, name):
     def piece(i):
         rng = torch.Generator().manual_seed(seed_of(run.seed, name, i))
         scenes = new_scenes(each, run.longest if images else CLIP, rng)
-        with run.autocast():
-            latents = vae.encode(film(scenes, SIZE, 0, 1 if images else None).to(run.device))
+        video = render(scenes, SIZE, 0, 1 if images else None)
+        latents = vae.encode(video.to(run.device))
         tracks, visible = scene_tracks(scenes, SIZE, rng)
         text = torch.cat([embed_words(caption, run.config) for caption in scenes["caption"]])
-        return {"latents": latents.half(), "tracks": tracks, "visible": visible, "text": text}
+        return {"latents": latents.half(), "first": ((video[:, :, 0] + 1) * 127.5).round().byte(), "tracks": tracks,
+                "visible": visible, "group": track_groups(scenes).expand(each, -1).contiguous(), "text": text}
     return piece
 
 
-def painted(visible):
+def random_subset(mask, count, preference=0):
+    """Of each row of a mask (B, N), `count` (B, 1) true places at random, all if there are fewer. preference (B, N):
+    added to the random order, lower ones are chosen rather."""
+    order = torch.rand(mask.shape) + preference + 9 * ~mask                             # those that are not true come last
+    rank = order.argsort(1).argsort(1)
+    return mask & (rank < count)
+
+
+def painted(visible, group):
     """What of the true tracks (B, T, N) a user might have painted: from nothing and a single drag to the dense grid,
-    some starting and ending in the middle, and a fifth of the clips with a pause in all of them (section 3.1)."""
+    some starting and ending in the middle, and a fifth of the clips with a pause in all of them (section 3.1).
+    group (B, N): each track's object, whose first track is its centre, and -1 the ground."""
     B, T, N = visible.shape
-    order = torch.rand(B, OBJECTS, POINTS)
-    order[:, :, 0] -= 0.5 * torch.rand(B, OBJECTS)                                 # rather the centre than the rim
-    count = torch.tensor([0, 1, 2, 4, 8, 8, 8, 8])[torch.randint(0, 8, (B, OBJECTS, 1))]
-    objects = order.argsort(2).argsort(2) < count
+    keep = torch.zeros(B, N, dtype=torch.bool)
+    for number in range(int(group.max()) + 1):
+        mine = group == number
+        centre = mine & (mine.cumsum(1) == 1)
+        count = torch.tensor([0, 1, 1, 2, 4, 8, 16, 16])[torch.randint(0, 8, (B, 1))]
+        keep |= random_subset(mine, count, -0.5 * torch.rand(B, 1) * centre)           # rather the centre than the rim
     count = torch.tensor([0, 0, 1, 4, 9, 32, 64])[torch.randint(0, 7, (B, 1))]
-    ground = torch.rand(B, N - OBJECTS * POINTS).argsort(1).argsort(1) < count
-    keep = torch.cat([objects.flatten(1), ground], 1)
+    keep |= random_subset(group < 0, count)
     t = torch.arange(T)[:, None]
     ends = torch.randint(0, T, (2, B, 1, N)).sort(0).values
     part = torch.rand(B, 1, N) < 0.15
@@ -611,17 +661,52 @@ def draw_batch(run, pool, batch, frames=None, dense=False, known=None):
     latents = clips["latents"].float()
     length = 4 * (frames or latents.shape[2]) - 3
     tracks, visible = clips["tracks"][:, :length], clips["visible"][:, :length]
-    visible = thinned(visible, not dense) if run.args.data else visible if dense else painted(visible)
+    true = visible
+    if run.args.data:
+        visible = thinned(visible, not dense)
+    elif not dense:
+        visible = painted(visible, clips["group"])
     given = {key: clips[key].float() for key in ("text", "clip") if key in clips}
     if run.config.image_dim:
-        given["image"] = image_channels(latents[:, :, :1], (length + 3) // 4)
+        given["image"] = image_channels(latents[:, :, :1], (length + 3) // 4, still=run.config.copy_dim > 0)
     points = {"tracks": tracks, "visible": visible, "ids": track_ids(tracks, visible, run.config)}
+    if run.config.copy_dim:
+        points["ids"] = track_ids(tracks, true, run.config)             # where it was in frame 0, whenever it is drawn
+        points["image"] = clips["first"].float() / 127.5 - 1
+        points["touched"] = touched_cells(tracks, true & (clips["group"] >= 0)[:, None], run.config)
     return latents.to(run.device), *({k: v.to(run.device) for k, v in part.items()} for part in (given, points))
 
 
-def clean_first(x0, conditions):
-    """What with_first takes of clips x0: their first latent, None for models that have it as channels."""
-    return None if "image" in conditions else x0[:, :, :1]
+def clean_first(config, x0):
+    """What with_first takes of clips x0: their first latent, None for models that have it as channels instead."""
+    return x0[:, :, :1] if config.image_dim == 0 or config.copy_dim else None
+
+
+def touched_cells(tracks, visible, config):
+    """Where on the latent grid tracks are, or beside: (B, F, h, w) of 0 and 1, for a clip's tracks (B, T, N, 2)."""
+    h, w = (side // config.stride for side in config.size)
+    x, y = (tracks / config.stride).long().unbind(-1)
+    x, y = x.clamp(0, w - 1), y.clamp(0, h - 1)
+    cell = torch.where(visible, y * w + x, h * w)                                       # (B, T, N)
+    touched = torch.zeros(*cell.shape[:2], h * w + 1).scatter_(2, cell, 1.0)[..., :-1]
+    touched = F.pad(touched, (0, 0, 3, 0)).unflatten(1, (-1, 4)).amax(2)                # (B, F, h w)
+    return F.max_pool2d(touched.unflatten(2, (h, w)), 3, 1, 1)
+
+
+def motion_features(model, vae, points):
+    """track_features of the points of draw_batch, for a clip or a rollout."""
+    own = [points[key] for key in ("tracks", "visible", "ids")]
+    copied = copy_along_tracks(vae, points["image"], *own) if model.config.copy_dim else None
+    return track_features(model, *own, copied)
+
+
+def latent_weight(vae, config, sigma):
+    """By which the squared errors of the velocity are multiplied so that they are those of pixels, and those of the
+    network behind linear_part: (B, C, 1, 1, 1), or 1 for latents of unit variance. sigma (B,)."""
+    if not config.latent_std:
+        return 1.0
+    _, variance = linear_part(sigma, torch.tensor(config.latent_std, device=sigma.device).view(1, -1, 1, 1, 1))
+    return variance * vae.pixel_weight().view(1, -1, 1, 1, 1) ** 2
 
 
 # Stage 2: the teacher.
@@ -632,17 +717,26 @@ def draw_sigma(batch, shift, share_at_one):
     return torch.where(torch.rand(batch) < share_at_one, torch.ones(batch), sigma)
 
 
-def flow_loss(model, x0, sigma, conditions, emphasis=0.0):
-    """Rectified flow: mean squared error of the velocity at sigma (B,), the first frame given (appendix D). Cells that
-    a track touches, and those beside them, count 1 + emphasis: most of a picture is ground that stays where it is.
-    (The weight depends on the conditions alone, so the minimum is the same.)"""
-    noise, first = torch.randn_like(x0), clean_first(x0, conditions)
+def flow_loss(model, x0, sigma, conditions, first, cell_weight=1.0, channel_weight=1.0):
+    """Rectified flow: mean squared error of the velocity at sigma (B,) (appendix D); the image's latent is given as
+    first (B, C, 1, h, w), which then does not count, or None. cell_weight (B, F, h, w), channel_weight (B, C, 1, 1, 1),
+    see latent_weight: how much each error counts. (They depend on the conditions alone: the minimum is the same.)"""
+    noise = torch.randn_like(x0)
     x_t, level = with_first(add_noise(x0, noise, sigma), sigma, first)
-    error = (model(x_t, level, **conditions) - (noise - x0)).square().mean(1)             # (B, F, h, w)
-    touched = (conditions["tracks"].detach() != 0).any(1).float()
-    weight = 1 + emphasis * F.max_pool2d(touched, 3, 1, 1)
+    error = (model(x_t, level, **conditions) - (noise - x0)).square()
+    error = (error * channel_weight).mean(1)                                            # (B, F, h, w)
+    weight = torch.ones_like(error) * cell_weight
     start = 0 if first is None else 1
     return (error * weight)[:, start:].sum() / weight[:, start:].sum()
+
+
+def cells_that_count(points, conditions, emphasis):
+    """Most of a picture is ground that stays where it is: cells that a track touches, and those beside them, count
+    1 + emphasis, (B, F, h, w). Where objects are known, all of theirs, whatever is given to the model."""
+    touched = points.get("touched")
+    if touched is None:
+        touched = F.max_pool2d((conditions["tracks"].detach() != 0).any(1).float(), 3, 1, 1)
+    return 1 + emphasis * touched
 
 
 def train_teacher(run):
@@ -657,6 +751,8 @@ def train_teacher(run):
         fresh, pool = pool[:max(held, 1)], pool[held:]
     else:
         fresh = kept(run, "fresh", "vae", 24, film_clips)
+    vae = run.vae()
+    run.config = replace(run.config, latent_std=tuple(vae.latent_std.tolist())) if run.config.copy_dim else run.config
     model = run.model("start", **vars(run.config)) if run.start else MotionStream(run.config).to(run.device)
     model.requires_grad_(True).track_head.requires_grad_(not (run.start and run.start.head))
     optimizer = Optimizer(model, *r.teacher, steps=run.steps["teacher"] // run.batches, ema=0.99, **run.shared())
@@ -669,7 +765,9 @@ def train_teacher(run):
         given["text"] = given["text"] * (torch.rand(len(x0), 1, 1) > 0.1).to(run.device)     # the teacher alone: ODE
         # pairs and distillation have their prompt, as in the paper
         with run.autocast():
-            loss = flow_loss(model, x0, sigma, given | {"tracks": keep * track_features(model, **points)}, r.emphasis)
+            conditions = given | {"tracks": keep * motion_features(model, vae, points)}
+            loss = flow_loss(model, x0, sigma, conditions, clean_first(run.config, x0),
+                             cells_that_count(points, conditions, r.emphasis), latent_weight(vae, run.config, sigma))
         numbers = {"loss": loss, "grad": optimizer.step(loss, i)}
         if (i - RANK + PROCESSES) % (200 * run.batches) == 0:
             numbers |= x0_errors(run, optimizer.average, fresh, 6 * batch)
@@ -686,18 +784,21 @@ CONTEXTS = ((0, 1), (1, 0), (2, 1), (1, 2), (1, None))      # (sink, window) in 
 def sample_trajectories(pool, run, name):
     """For `kept`: ODE trajectories of the guided teacher on clips of the pool, the states at the student's noise levels
     and the end, (B, 1 + levels, C, F, h, w) float16, and what the teacher was given."""
-    teacher, wanted = run.model("teacher"), {*run.config.sigmas}
+    teacher, wanted, vae = run.model("teacher"), {*run.config.sigmas}, run.vae()
 
     @torch.no_grad()
     def piece(i):
         torch.manual_seed(seed_of(run.seed, name, i))
         x0, given, points = draw_batch(run, pool, 2 * run.recipe.batch)
         with run.autocast():
-            conditions = given | {"tracks": track_features(teacher, **points)}
-            states = [x for x, sigma in euler(teacher, torch.randn_like(x0), conditions, clean_first(x0, given))
+            conditions = given | {"tracks": motion_features(teacher, vae, points)}
+            states = [x for x, sigma in euler(teacher, torch.randn_like(x0), conditions, clean_first(run.config, x0))
                       if sigma in wanted or sigma == 0]
         assert len(states) == len(wanted) + 1, f"{len(states) - 1} of {wanted} lie on the teacher's schedule"
-        return {"states": torch.stack(states, 1).half(), **given, **points}
+        points["image"] = points.get("image", torch.zeros(len(x0), 0))
+        points["image"] = ((points["image"] + 1) * 127.5).round().byte()
+        points.pop("touched", None)
+        return {"states": torch.stack(states, 1).half(), **given, **{f"points.{k}": v for k, v in points.items()}}
     return piece
 
 
@@ -712,19 +813,20 @@ def worn(x0, chunk):
     return torch.where((inside[:, None, None] & late).to(x0.device), x0[:, :, :1], x0)
 
 
-def causal_loss(model, states, x0, memory, conditions, context):
+def causal_loss(model, states, x0, memory, conditions, context, channel_weight=1.0):
     """Regression through the caches: each chunk predicts its clean end from its own state at a drawn noise level, and
     from what a cache of `context` (sink, window) holds of the clean chunks of `memory`, which is x0 or worn.
-    states: one (B, C, F, h, w) a level."""
+    states: one (B, C, F, h, w) a level. channel_weight (1, C, 1, 1, 1): how much each channel's error counts."""
     caches = [KVCache(*context) for _ in model.blocks]
     chunk, sigmas, loss = model.config.chunk, model.config.sigmas, 0.0
     for start, part in zip(range(0, x0.shape[2], chunk), by_chunk(conditions, chunk)):
         now = slice(start, start + chunk)
         target, level = x0[:, :, now], int(torch.randint(0, len(sigmas), ()))
         sigma = torch.full((len(x0),), sigmas[level], device=x0.device)
-        first = clean_first(target, conditions) if start == 0 else None
+        first = clean_first(model.config, target) if start == 0 else None
         x_t, sigma = with_first(states[level][:, :, now], sigma, first)
-        loss = loss + (to_x0(x_t, model(x_t, sigma, caches=caches, **part), sigma) - target).square().sum()
+        error = to_x0(x_t, model(x_t, sigma, caches=caches, **part), sigma) - target
+        loss = loss + (error.square() * channel_weight).sum()
         with torch.no_grad():
             model(memory[:, :, now], torch.zeros_like(sigma), caches=caches, write=True, **part)
     return loss / x0.numel()
@@ -734,7 +836,8 @@ def train_causal(run):
     """Student from teacher, on the teacher's ODE trajectories."""
     pool, r = kept(run, "pool", "vae", run.clips, film_clips), run.recipe       # in all processes: they wait for it
     trajectories = kept(run, "trajectories", "teacher", run.trajectories, functools.partial(sample_trajectories, pool))
-    student = run.model("teacher", causal=True, **run.memory).requires_grad_(True)
+    student, vae = run.model("teacher", causal=True, **run.memory).requires_grad_(True), run.vae()
+    weight = latent_weight(vae, student.config, torch.ones(1, device=run.device))       # of x0, the velocity's at 1
     student.track_head.requires_grad_(False)                                # frozen after the teacher (appendix D)
     contexts = 3 * ((run.config.sink, run.config.window),) + CONTEXTS
     optimizer = Optimizer(student, *r.causal, steps=run.steps["causal"] // run.batches, ema=0.98, **run.shared())
@@ -745,8 +848,11 @@ def train_causal(run):
         context = contexts[int(torch.randint(0, len(contexts), ()))]
         with run.autocast():
             conditions = {key: batch[key] for key in ("text", "image", "clip") if key in batch}
-            conditions["tracks"] = track_features(student, *(batch[key] for key in ("tracks", "visible", "ids")))
-            loss = causal_loss(student, states, x0, worn(x0, run.config.chunk) if r.worn else x0, conditions, context)
+            points = {key.removeprefix("points."): batch[key] for key in batch if key.startswith("points.")}
+            points["image"] = points["image"].float() / 127.5 - 1
+            conditions["tracks"] = motion_features(student, vae, points)
+            memory = worn(x0, run.config.chunk) if r.worn else x0
+            loss = causal_loss(student, states, x0, memory, conditions, context, weight)
         return {"loss": loss, "grad": optimizer.step(loss, i)}
 
     train(run, "causal", run.steps["causal"], optimizer.parts(), step, optimizer.average)
@@ -761,11 +867,12 @@ def score_sigma(batch, shift, device):
     return shift_sigma(torch.rand(batch, device=device), shift).clamp(0.02, 0.98)
 
 
-def dmd_loss(x0, teacher, critic, conditions, first, guidance, shift, weight=1.0):
+def dmd_loss(x0, teacher, critic, conditions, first, guidance, shift, weight=1.0, channel_weight=1.0):
     """The generator's loss on its own latents x0 (B, C, F, h, w): its gradient is (critic - teacher), both as x0
     predicted from x0 noised to one random sigma a clip, over the mean distance of x0 to the teacher (DMD eq. 7, 8).
     Where the image gives frame 0, both agree with it and the gradient is zero. shift: of the noise levels, see
-    score_sigma. weight (B,): how much a clip counts, exp(reward / beta) in Re-DMD (Reward Forcing eq. 11)."""
+    score_sigma. weight (B,): how much a clip counts, exp(reward / beta) in Re-DMD (Reward Forcing eq. 11).
+    channel_weight (1, C, 1, 1, 1): how much each channel counts."""
     with torch.no_grad():
         sigma = score_sigma(len(x0), shift, x0.device)
         x_t, level = with_first(add_noise(x0, torch.randn_like(x0), sigma), sigma, first)
@@ -773,14 +880,14 @@ def dmd_loss(x0, teacher, critic, conditions, first, guidance, shift, weight=1.0
         fake = to_x0(x_t, critic(x_t, level, **conditions), level)
         distance = (x0 - real).abs().mean((1, 2, 3, 4)) / weight
         direction = (fake - real) / distance.view(-1, 1, 1, 1, 1)
-    return 0.5 * F.mse_loss(x0, x0.detach() - direction)
+    return 0.5 * ((x0 - (x0.detach() - direction)).square() * channel_weight).mean()
 
 
-def critic_loss(x0, critic, conditions, shift):
+def critic_loss(x0, critic, conditions, first, shift, channel_weight=lambda sigma: 1.0):
     """The critic's loss: rectified flow on the generator's own latents, without guidance, at the noise levels of
-    score_sigma."""
+    score_sigma. first: see flow_loss. channel_weight: its, as a function of sigma."""
     sigma = score_sigma(len(x0), shift, x0.device)
-    return flow_loss(critic, x0.detach(), sigma, conditions)
+    return flow_loss(critic, x0.detach(), sigma, conditions, first, 1.0, channel_weight(sigma))
 
 
 DRAWN = tuple(itertools.product((1, 3, 5), (0, 1, 2, 3), (1, 2, 4)))    # chunk, sink, window, with --memory drawn
@@ -820,6 +927,7 @@ def train_student(run):
     generator, critic = run.model("causal", **run.memory), run.model("teacher")
     for model in generator, critic:
         model.requires_grad_(True).track_head.requires_grad_(False)
+    worth = functools.partial(latent_weight, vae, teacher.config)
     known, updates, betas = run.known, run.steps["distill"] // run.batches // run.recipe.critic_steps, (0.0, 0.99)
     optimizer_g = Optimizer(generator, *run.recipe.generator, betas, updates, ema=0.98, **run.shared())
     optimizer_c = Optimizer(critic, *run.recipe.critic, betas, **run.shared())
@@ -830,29 +938,31 @@ def train_student(run):
         given["text"] = given["text"] if chunks == known or run.args.data else neutral.expand_as(given["text"])
         generator.config = replace(generator.config, **memory)
         with run.autocast():
-            conditions = given | {"tracks": track_features(generator, **points)}
+            conditions = given | {"tracks": motion_features(generator, vae, points)}
             noise = torch.randn(*first.shape[:2], frames, *first.shape[3:], device=run.device)
-            clean = clean_first(first, given)
+            clean = clean_first(run.config, first)
             made = rollout(generator, noise, conditions, clean, exit_step=exit_step, grad=grad)
             x0, points = last_clip(made, known * run.config.chunk, first if chunks > known else clean, points)
             given = next(by_chunk(given, x0.shape[2]))
-            return x0, given | {"tracks": track_features(generator, **points)}, given | points
+            return x0, given | {"tracks": motion_features(generator, vae, points)}, given | points
 
     def step(i):
         numbers = {}
         if i // run.batches % run.recipe.critic_steps == 0:
             x0, conditions, batch = generate(i, grad=True)
             with run.autocast():
-                first, weight = clean_first(x0.detach(), conditions), 1.0
+                first, weight = clean_first(run.config, x0.detach()), 1.0
                 if reward:
                     numbers["reward"] = (score := reward(vae.decode(x0.detach())[0].float(), batch)).mean()
                     weight = torch.exp(score / run.args.beta)
                 c = run.config
-                loss = dmd_loss(x0, teacher, critic, conditions, first, c.guidance, c.shift, weight)
+                loss = dmd_loss(x0, teacher, critic, conditions, first, c.guidance, c.shift, weight,
+                                worth(torch.ones(1, device=x0.device)))
             numbers |= {"loss_g": loss, "grad_g": optimizer_g.step(loss, i, run.recipe.critic_steps), "std": x0.std()}
         x0, conditions, _ = generate(i, grad=False)
         with run.autocast():
-            loss = critic_loss(x0, critic, conditions, run.config.shift)
+            first = clean_first(run.config, x0.detach())
+            loss = critic_loss(x0, critic, conditions, first, run.config.shift, worth)
         return numbers | {"loss_c": loss, "grad_c": optimizer_c.step(loss, i)}
 
     parts = optimizer_g.parts("generator") | optimizer_c.parts("critic")

@@ -1,5 +1,6 @@
 """Video autoencoders: pixels to latents and back, streamed, with the state in the caller's hands.
 
+`LinearVAE` is the tiny model's own: one linear map each way, which moves exactly and costs next to nothing.
 `TinyVAE` has the layout and the parameter names of TAEHV (github.com/madebyollin/taehv, MIT), so its public files for
 Wan (`taew2_1`, `taew2_2`) load into the same class as the tiny model's own weights. Its convolutions are 2-D:
 `MemBlock` sees the previous frame, `Repack` packs frames into channels and unpacks them. `WanVAE` is that of Wan 2.1
@@ -152,12 +153,84 @@ class TinyVAE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path):
-        """As `load_vae`, which must find a tiny VAE."""
-        return load_vae(path, cls)
+        """As `load_vae`, which must find a tiny VAE: this class, or `LinearVAE`, as the tiny model ships it."""
+        return load_vae(path, (cls, LinearVAE))
 
     def metadata(self):
         """What a safetensors file says of itself: {"format": …, "config": JSON}."""
         return {"format": "tiny-vae", "config": json.dumps(asdict(self.config))}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A linear code of windows of pixels.
+
+@dataclass
+class LinearVAEConfig:
+    """The code of the tiny model."""
+    latent_channels: int = 96
+    stride: int = 8             # pixels per side of a latent pixel's cell
+    overlap: int = 4            # pixels by which its window reaches beyond the cell, so that cells leave no seams
+
+
+class LinearVAE(nn.Module):
+    """Windows of 16x16 pixels by 4 frames, one every 8 pixels, to `latent_channels` numbers, linearly, and back.
+
+    No photograph of compression, but two things a small convolutional code lacks: what moves in the picture moves in
+    the code in the same way, everywhere, so that codes of moved pixels are exact (see `copy_along_tracks`), and decoding
+    is one matrix product. There is no state: a latent frame is its own four frames. Frame 0 stands behind three copies
+    of itself. Training starts from the principal components of cells (train_distill.py, stage vae)."""
+
+    def __init__(self, config=LinearVAEConfig()):
+        super().__init__()
+        self.config = config
+        self.stride = config.stride
+        pixels = 3 * FRAMES
+        window = config.stride + 2 * config.overlap
+        self.encoder = nn.Conv2d(pixels, config.latent_channels, window, config.stride)
+        self.decoder = nn.ConvTranspose2d(config.latent_channels, pixels, window, config.stride)
+        self.register_buffer("latent_std", torch.ones(config.latent_channels))      # of the codes of typical video
+
+    def encode(self, video):
+        """Video (B, 3, T, H, W) in [-1, 1], T = 1 + 4 (F - 1), to latents (B, C, F, h, w). An image is T = 1."""
+        B, _, T, H, W = video.shape
+        assert T % FRAMES == 1, f"a clip has 1 + {FRAMES} k frames, this one has {T}"
+        assert H % self.stride == W % self.stride == 0, f"{W}x{H} pixels do not divide by {self.stride}"
+        before = video[:, :, :1].expand(-1, -1, FRAMES - 1, -1, -1)
+        x = torch.cat([before, video], 2).unflatten(2, (-1, FRAMES))               # (B, 3, F, 4, H, W)
+        x = x.transpose(1, 2).flatten(0, 1).flatten(1, 2)                          # (B F, 12, H, W)
+        x = F.pad(x, [self.config.overlap] * 4, mode="replicate")
+        return self.encoder(x).unflatten(0, (B, -1)).transpose(1, 2)               # (B, C, F, h, w)
+
+    def decode_frames(self, latents, state=None):
+        """As `decode`, without the limit to [-1, 1]."""
+        B = len(latents)
+        z = latents.transpose(1, 2).flatten(0, 1)                                  # (B F, C, h, w)
+        z = F.pad(z, [1] * 4, mode="replicate")                                    # so that the rim has all its windows
+        rim = self.stride + self.config.overlap
+        x = self.decoder(z)[..., rim:-rim, rim:-rim]                               # (B F, 12, H, W)
+        x = x.unflatten(1, (3, FRAMES)).unflatten(0, (B, -1))                      # (B, F, 3, 4, H, W)
+        video = x.transpose(1, 2).flatten(2, 3)                                    # (B, 3, 4 F, H, W)
+        return video[:, :, FRAMES - 1 if state is None else 0:], []
+
+    def decode(self, latents, state=None):
+        """Latents (B, C, F, h, w) to video (B, 3, T, H, W) in [-1, 1], and the state that continues it: an empty list.
+        state=None starts a clip: T = 4F - 3. Otherwise T = 4F."""
+        video, state = self.decode_frames(latents, state)
+        return video.clamp(-1, 1), state
+
+    def pixel_weight(self):
+        """(C,): how much an error in each channel is worth in pixels, 1 in the root mean square."""
+        size = self.decoder.weight.detach().flatten(1).norm(dim=1)
+        return size / size.square().mean().sqrt()
+
+    @classmethod
+    def from_pretrained(cls, path):
+        """As `load_vae`, which must find a linear VAE."""
+        return load_vae(path, cls)
+
+    def metadata(self):
+        """What a safetensors file says of itself: {"format": …, "config": JSON}."""
+        return {"format": "linear-vae", "config": json.dumps(asdict(self.config))}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -371,19 +444,22 @@ VAE_FILES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth", "vae/diffusion_pytorch_model.sa
 
 
 def load_vae(path, kind=None):
-    """The VAE in a .safetensors or .pth file, or a folder as Wan and diffusers publish it: `TinyVAE` or `WanVAE`, in
-    float32 and eval mode. Its own metadata, else the tensors, tell which and how wide. Raises ValueError, one line
+    """The VAE in a .safetensors or .pth file, or a folder as Wan and diffusers publish it: `TinyVAE`, `LinearVAE` or
+    `WanVAE`, in float32 and eval mode. Its own metadata, else the tensors, tell which and how wide. Raises ValueError, one line
     naming the file, if it does not fit or is not of the class `kind`."""
     path = Path(path)
     if path.is_dir():
         path = next((path / name for name in VAE_FILES if (path / name).is_file()), path / VAE_FILES[0])
     tensors, metadata = read_tensors(path)
-    tensors, own = wan_names(tensors), metadata.get("format") == "tiny-vae"
-    config = read_config(TinyVAEConfig, metadata, path) if own else config_from_tensors(tensors, path)
+    tensors = wan_names(tensors)
+    own = {"tiny-vae": TinyVAEConfig, "linear-vae": LinearVAEConfig}.get(metadata.get("format"))
+    config = read_config(own, metadata, path) if own else config_from_tensors(tensors, path)
+    build = {TinyVAEConfig: TinyVAE, LinearVAEConfig: LinearVAE, WanVAEConfig: WanVAE}[type(config)]
     with torch.device("meta"):
-        vae = WanVAE(config) if isinstance(config, WanVAEConfig) else TinyVAE(config)
-    if kind not in (None, type(vae)):
-        raise ValueError(f"{path}: a {type(vae).__name__}, not a {kind.__name__}; load_vae opens both")
+        vae = build(config)
+    if kind and not isinstance(vae, kind):
+        wanted = kind if isinstance(kind, type) else kind[0]
+        raise ValueError(f"{path}: a {type(vae).__name__}, not a {wanted.__name__}; load_vae opens both")
     return fill(vae, tensors, path, lambda name: torch.float32)
 
 
