@@ -8,8 +8,7 @@ its EXIF rotation), and if wanted
     width, height       of the picture that the pixels belong to, if it is not the image itself
     ids (N,)            which vector each track has (see track_ids); fps: only compared with the model's
 Without visibility, NaN is hidden. Files of trackers and of other programs are read too, see the README. In place of
---tracks: --drag and --pin, --depth and --camera, or `--tracks -`, a tracker that runs meanwhile, see read_lines. Shapes
-are those of motionstream.py.
+--tracks: --drag and --pin, or --depth and --camera. Shapes are those of motionstream.py.
 """
 
 import argparse
@@ -18,10 +17,8 @@ import contextlib
 import http.server
 import io
 import itertools
-import json
 import math
 import os
-import select
 import signal
 import socket
 import sys
@@ -43,11 +40,10 @@ from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 from assets import UserError, naming
-from assets.arrays import read_arrays
 from assets.encoders import image_encoder, kept_rows, text_encoder
-from assets.flags import STDIN, Parser, check_track_flags, number, read_tracks, track_flags
+from assets.flags import Parser, check_track_flags, number, read_tracks, track_flags
 from assets.page import TOKEN, Handler, clock
-from assets.tracks import check_tracks, follow, load_tracks
+from assets.tracks import follow, load_tracks
 from assets.video import enlarge, enlargement, picture_file, recorder, video_file
 from assets.world import embed_words
 from motionstream import (SELF_FORCING, MotionStream, euler, find_config, image_and_mask, image_channels,
@@ -115,40 +111,17 @@ def conditions(model, first, motion, text=None, clip=None):
         image = None                                    # it is in the cache now
 
 
-class Recomputing:
-    """A model for `rollout` that, when the text changes, also rewrites what the caches hold (after LongLive, arXiv
-    2509.22622): the window's chunks go through the clean pass again with the new text, oldest first, behind the sink.
-    The sink stays, for it holds the image. With a sink_decay below 1 it also holds, under the old text, what has left
-    the window. Use one object for one rollout."""
-
-    def __init__(self, model):
-        self.model, self.config, self.new_caches, self.text = model, model.config, model.new_caches, None
-        self.passes = collections.deque(maxlen=model.config.window)       # those that wrote the window, without text
-
-    def __call__(self, x, sigma, text, *, caches, write=False, **given):
-        if text is not self.text and (text is None or self.text is None or not text.equal(self.text)):
-            for cache in caches:
-                cache.chunks = cache.chunks[:cache.sink]
-            with torch.no_grad():
-                for clean in self.passes:
-                    self.model(text=text, caches=caches, write=True, **clean)
-        self.text = text
-        if write and len(caches[0].chunks) >= caches[0].sink:
-            self.passes.append({"x": x, "sigma": sigma, **given})
-        return self.model(x, sigma, text, caches=caches, write=write, **given)
-
-
 @torch.inference_mode()
-def stream(model, first, motion, text=None, seed=0, clip=None, recompute=False):
+def stream(model, first, motion, text=None, seed=0, clip=None):
     """The student: clean latents (B, C, chunk, h, w), one chunk after the other, at constant memory.
     first (B, C, 1, h, w): the image's latent. The noise levels are the model's own. motion, text: see `conditions`.
-    recompute: when the text changes, what is remembered is written again with it, see Recomputing."""
+    """
     generator = torch.Generator().manual_seed(seed)     # on the CPU: the same noise whatever the device
     shape = (*first.shape[:2], model.config.chunk, *first.shape[3:])
     noise = (torch.randn(shape, generator=generator).to(first) for _ in itertools.count())
     _, clean = image_inputs(model.config, first, 1)
     given = conditions(model, first, motion, text, clip)
-    yield from rollout(Recomputing(model) if recompute else model, noise, given, clean, generator=generator)
+    yield from rollout(model, noise, given, clean, generator=generator)
 
 
 @torch.inference_mode()
@@ -223,45 +196,6 @@ def fit_image(image, size):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Tracks, in the video.
-
-def arriving(file, noted):
-    """The lines of an open file or pipe, bytes, as they come, until it ends or something is noted meanwhile."""
-    rest = b""
-    while not noted:
-        if select.select([file], [], [], 0.1)[0]:       # so that a tracker that says nothing does not hold us
-            data = os.read(file.fileno(), 2 ** 16)
-            *lines, rest = (rest + data).split(b"\n")
-            yield from lines
-            if not data:
-                yield rest
-                return
-
-
-def read_lines(file, noted, size, config, prompt):
-    """What each chunk is given, for `fitted`, by a tracker that runs meanwhile: a line of JSON for each chunk, with a
-    list of points for each of its frames, [x, y] in pixels of the image of `size` (width, height) or null where hidden,
-    the same points in the same order in every line."""
-    lines = arriving(file, noted)
-    prompt, starts = (config.prompt if prompt is None else prompt) or "", None
-    for count, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        with naming(f"standard input, line {count}", "not a JSON list of frames, lists of points, [x, y] or null"):
-            tracks = np.array([[(math.nan, math.nan) if point is None else point for point in frame]
-                               for frame in json.loads(line)])
-            shape = (4 * config.chunk - 3 * (starts is None), len(tracks[0] if starts is None else starts), 2)
-            starts = tracks[0] if starts is None else starts
-            if tracks.shape != shape:
-                raise UserError(f"has {tracks.shape} frames, points, x and y, expected {shape}")
-            tracks = np.concatenate([starts[None], tracks])
-            tracks, visible = check_tracks(tracks, ~np.isnan(tracks).any(-1), size)
-        visible = fit_tracks((tracks, visible, None), size, 0, config, 0, note=lambda _: None).visible[0].numpy()
-        tracks[~visible] = math.nan                     # where it is cropped away, too
-        tracks[0] = starts = tracks[visible.argmax(0), range(len(starts))]
-        yield tracks[:, visible.any(0)], prompt
-    if starts is None:
-        raise UserError("standard input: no line came")
-
 
 def save_tracks(path, arrays, ids, size, config, fps):
     """Write the tracks as they were used, on the image of `size` (width, height): --tracks reads them as they are."""
@@ -368,77 +302,18 @@ def draw_control(vae, motion, config, frames):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Takes: what a recorded stream was given, kept in a file, and given again.
+# Interactive: a page that paints tracks. Requests only replace values of `live`; the main thread alone runs the model.
+# assets/page.py speaks with the browser.
 
-SETTINGS = ("seed", "steps", "chunk", "sink", "window", "fps", "dtype", "frames", "recompute")    # a take's flags
-
-
-def fitted(given, size, config, taken):
-    """What each chunk is given, by a page or a tracker that runs meanwhile, as `stream` wants it: (tracks, prompt) to
-    (Motion, prompt). tracks (1 + T, N, 2) float32 in pixels of the image of `size` (width, height), NaN where hidden;
-    the first row, where each track starts, only tells its ID. Appends what it was to `taken`."""
+def fitted(given, size, config):
+    """What each chunk is given, by the page, as `stream` wants it: (tracks, prompt) to (Motion, prompt). tracks
+    (1 + T, N, 2) float32 in pixels of the image of `size` (width, height), NaN where hidden; the first row, where each
+    track starts, only tells its ID."""
     for tracks, prompt in given:
-        taken.append((tracks, prompt))
         ids = np.array([zlib.crc32(start) for start in np.ascontiguousarray(tracks[0])])       # as good as random
         motion = fit_tracks((tracks, ~np.isnan(tracks[..., 0]), ids), size, 0, config, 0, note=lambda _: None)
         yield Motion(motion.tracks[:, 1:], motion.visible[:, 1:], motion.ids), prompt
 
-
-def checksum(model, vae, encoded):
-    """A number that tells models apart, and encoded images: of the first numbers of each tensor."""
-    tensors = [*model.state_dict().values(), *vae.state_dict().values(), *(t for t in encoded[2:] if t is not None)]
-    return zlib.crc32(b"".join(t.flatten()[:64].bfloat16().float().cpu().numpy() for t in tensors))
-
-
-def save_take(path, taken, frames, image, args, model, vae, encoded):
-    """What a take was given, for --replay; its tracks are good for --tracks too. Where the start is the ID, a point
-    first seen later is visible in frame 0 too: that tells its ID and changes nothing, for there every cell holds its
-    own pixel's ID already."""
-    c, parts = model.config, []
-    starts = [*dict.fromkeys(tuple(start) for tracks, _ in taken for start in tracks[0])] or [(math.nan, math.nan)]
-    for tracks, _ in taken:
-        paths = dict(zip(map(tuple, tracks[0]), tracks[1:].swapaxes(0, 1)))             # start: (T, 2)
-        hidden = np.full((len(tracks) - 1, 2), np.nan, np.float32)
-        parts.append(np.stack([paths.get(start, hidden) for start in starts], 1))
-    tracks, ids = np.concatenate(parts), [zlib.crc32(np.float32(start)) for start in starts]
-    if c.tracks == "start":
-        tracks[0], ids = starts, None
-    arrays = {"tracks": tracks, "visibility": ~np.isnan(tracks[..., 0]), "ids": ids, "image": np.asarray(image),
-              "width": image.width, "height": image.height, "models": checksum(model, vae, encoded),
-              "prompts": [prompt for _, prompt in taken],
-              "seed": args.seed, "steps": args.steps, "chunk": c.chunk, "sink": c.sink, "window": c.window,
-              "fps": args.fps or c.fps, "dtype": args.dtype, "frames": frames, "recompute": args.recompute}
-    write_arrays(path, {name: array for name, array in arrays.items() if array is not None})
-
-
-def load_take(path, argv):
-    """What save_take wrote, and flags that change it: (flags, image, take: prompts by chunk, that chunk, models)."""
-    with naming(path, "damaged, or not what --interactive and --tracks - write; give a .take.npz"):
-        take = read_arrays(path, ("tracks", "image", "prompts", "models", *SETTINGS))
-        if not take["prompts"].size or not take["image"].size:
-            raise UserError("holds no prompts or no image")
-        flags = [f"--tracks={path}", "--tracks-layout=tn", "--tracks-units=px",
-                 *(f"--{name}={take[name].item()}" for name in SETTINGS if name in take)]
-        take = SimpleNamespace(prompts=[*map(str, take["prompts"])], chunk=parse_flags(["--image=", *flags]).chunk,
-                               models=take["models"].item(), image=Image.fromarray(take["image"]).convert("RGB"))
-    args = parse_flags([*flags, *argv])
-    if args.interactive or args.tracks != path:
-        raise UserError(f"{path}: is given again as it was; drop --interactive, --tracks and the like")
-    return args, take.image, take
-
-
-def replayed(take, args, motion, model, vae, encoded):
-    """What each chunk is given, (Motion, prompt), of a take, by the models it was made with."""
-    if checksum(model, vae, encoded) != take.models:
-        raise UserError(f"{args.replay}: was made with other models; give its own by --weights, --vae and the like")
-    for i, (part, _) in enumerate(pieces(motion, None, model.config.chunk)):
-        prompt = take.prompts[min(i * model.config.chunk // take.chunk, len(take.prompts) - 1)]
-        yield part, prompt if args.prompt is None else args.prompt
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Interactive: a page that paints tracks. Requests only replace values of `live`; the main thread alone runs the model.
-# assets/page.py speaks with the browser.
 
 def painted(live, take, config):
     """What each chunk is given, for `fitted`, of points painted while it streams: lines from where they were to where
@@ -464,15 +339,14 @@ def painted(live, take, config):
 @torch.inference_mode()
 def perform(live, args, model, vae, encoded):
     """One take: the stream from live.image on, until another take is asked for or it is over."""
-    c, image, control, taken = live.config, live.image, live.control, []
+    c, image, control = live.config, live.image, live.control
     more = c.chunk // control["chunk"]                              # chunks remembered, so that as many frames are
     c = model.config = replace(c, chunk=control["chunk"], sink=more * c.sink, window=c.window and more * c.window)
     pixels, live.status["image"] = fit_image(image, c.size), image.size
     live.queues, live.frame = ((collections.deque(), collections.deque()),
                                (next(live.count), 0, to_frames(pixels[:, :, None])[0]))
-    given = fitted(painted(live, control["take"], c), image.size, c, taken)
-    with recorder(live, args.out or RECORDING, taken, lambda path, frames: save_take(
-            path, taken, frames, image, args, model, vae, encoded)) as live.record:
+    given = fitted(painted(live, control["take"], c), image.size, c)
+    with recorder(live, args.out or RECORDING) as live.record:
         for frame in generate(args, None, pixels, given, model, vae, encoded):
             if live.begun:                                          # it is the first of its chunk
                 live.status["latency"], live.begun = time.monotonic() - live.begun, None
@@ -514,9 +388,8 @@ def parse_flags(argv):
     """The command line. Flags with argparse.SUPPRESS are only there if given; the model's own value holds otherwise."""
     parser = Parser(description="One image and some tracks in, a video out.", allow_abbrev=False)
     file = {"type": Path, "metavar": "FILE"}
-    add, first = parser.add_argument, parser.add_mutually_exclusive_group(required=True).add_argument
-    first("--image", help="first frame, any picture file", **file)
-    first("--replay", help="a .take.npz, as --interactive and --tracks - write, again; flags change it", **file)
+    add = parser.add_argument
+    add("--image", required=True, help="first frame, any picture file", **file)
     track_flags(parser)
     add("--prompt", metavar="TEXT", help="what the image and the tracks do not say; default: the model's own")
     add("--out", help=".mp4, or .png for the last frame; default: out.mp4, with --interactive: none", **file)
@@ -538,10 +411,9 @@ def parse_flags(argv):
     add = parser.add_argument_group("the papers' measures, printed in the end").add_argument
     add("--reference", help="a video that starts with the image: PSNR and SSIM beside it", **file)
     add("--found", help="tracks that a tracker found in an earlier --out of the same call: end-point error", **file)
-    add("--lpips", help="weights of LPIPS, see the README", **file)
+    add("--lpips", choices=("alex", "vgg"), help="LPIPS too, by the package lpips")
     add = parser.add_argument_group("sampling").add_argument
     add("--sampler", choices=("stream", "teacher"), help="default: what the weights are")
-    add("--control", choices=("sinusoid", "rgb"), help="tracks by the trained head, or drawn if there is none")
     add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, metavar="N", help="of all noise (default: %(default)s)")
     add("--steps", type=number(int, 1, 1000), metavar="N", help="noise levels per chunk; default: the model's")
     sampler_flags(parser)
@@ -555,8 +427,6 @@ def sampler_flags(parser):
     add("--chunk", type=number(int, 1, 1000), help="latent frames generated together", **given)
     add("--sink", type=number(int, 0, 10 ** 6), help="chunks from the start that are remembered for ever", **given)
     add("--window", type=number(int, 0, 10 ** 6), help="latest chunks that are remembered besides", **given)
-    add("--recompute", type=number(int, 0, 1), nargs="?", const=1, default=0, metavar="1",
-        help="a new prompt on the page is also run over the window's chunks; 0: not, the default")
     add = parser.add_argument_group("only --sampler teacher; guidance as in eq. 2, both 0: none").add_argument
     add("--w-text", type=number(float, 0, 100), help="weight of the text; default: the model's", **given)
     add("--w-motion", type=number(float, 0, 100), help="weight of the tracks; default: the model's", **given)
@@ -586,11 +456,12 @@ TEACHERS = {(1536, False): (8.0, 6.0), (1536, True): (3.0, 6.0), (5120, True): (
 
 
 def settle(args, weights, frames):
-    """The config to sample with: the weights' own or their family's, changed by the flags. Fills in --sampler and
-    --control; refuses flags that these weights have no use for, and conditions that they lack."""
+    """The config to sample with: the weights' own or their family's, changed by the flags. Fills in --sampler, and
+    args.control, whether tracks go to the trained head or are drawn; refuses flags that these weights have no use for,
+    and conditions that they lack."""
     c, own = weights.config, weights.own
     args.sampler = args.sampler or ("stream" if c.causal else "teacher")
-    args.control = args.control or ("sinusoid" if weights.head or c.track_dim != c.out_dim else "rgb")
+    args.control = "sinusoid" if weights.head or c.track_dim != c.out_dim else "rgb"
     args.text_encoder = args.text_encoder or (weights.path if (weights.path / "text_encoder").is_dir() else None)
     streams, said = args.sampler == "stream", args.prompt is not None or args.prompt_embeds
     if not own:
@@ -624,19 +495,16 @@ def refuse(args, weights, c, frames):
     for condition, cure in [
         (weights.own and streams != c.causal,
          f"holds a {'student, use --sampler stream' if c.causal else 'teacher, use --sampler teacher'}"),
-        ((args.interactive or args.replay or args.tracks == STDIN) and not (streams and c.track_dim and not drawn),
-         "--interactive, --replay and --tracks - need a trained student"),
+        (args.interactive and not (streams and c.track_dim and not drawn), "--interactive needs a trained student"),
         *((flag in args, f"--{flag.replace('_', '-')} belongs to --sampler {'teacher' if streams else 'stream'}")
           for flag in (("w_text", "w_motion", "negative_prompt") if streams else ("chunk", "sink", "window"))),
-        (args.recompute and not streams, "--recompute belongs to --sampler stream"),
         (streams and c.window is None and frames > HISTORY and "window" not in args,
          f"trained to remember {HISTORY} frames, all of them; add --sink 1 --window 5 for more"),
         (streams and has_mask(c), "takes the image as a clip with a mask, which cannot stream; use --sampler teacher"),
         (not c.track_dim and (args.tracks or "w_motion" in args),
          "has no input for tracks; take Fun-Control, or drop --tracks, --w-motion"),
-        (args.tracks and drawn and c.track_dim != c.out_dim,
-         f"takes no drawn tracks, its input for them has {c.track_dim} channels; drop --control"),
-        (args.tracks and not drawn and not weights.head, "has no trained track head; --control rgb draws the tracks"),
+        (args.tracks and not drawn and not weights.head,
+         f"has no trained track head, and its input for tracks has {c.track_dim} channels, none for a drawn video"),
         (not umt5 and (embeds or encoder), "reads words, give it --prompt and nothing encoded"),
         (umt5 and prompt and not encoder, "reads no words, which --text-encoder encodes; or give --prompt-embeds"),
         (args.image_encoder and not c.clip_dim, "has no image branch, drop --image-encoder"),
@@ -724,7 +592,7 @@ def generate(args, frames, image, motion, model, vae, encoded):
     grey = 4 * latent_frames(frames, c) - 4 if has_mask(c) else 0
     first = vae.encode(F.pad(image[:, :, None], (0, 0, 0, 0, 0, grey)).to(device))
     if args.sampler == "stream":
-        latents = stream(model, first, motion, text, args.seed, clip=clip, recompute=args.recompute)
+        latents = stream(model, first, motion, text, args.seed, clip=clip)
     else:
         latents = sample_teacher(model, first, motion, frames, text, args.seed, null_text=null_text, clip=clip)
     yield from itertools.islice(decode_frames(vae, latents), frames)
@@ -751,9 +619,8 @@ def write_video(append, frames, total, motion, factor, noted):
 def run(argv):
     """The program. Returns the exit code."""
     args = parse_flags(argv)
-    args, image, take = load_take(args.replay, argv) if args.replay else (args, load_image(args.image), None)
+    image = load_image(args.image)
     check_track_flags(args)
-    live = args.interactive or args.tracks == STDIN
     args.out = args.out or (None if args.interactive else Path("out.mp4"))
     check_output(args.out, args, (".mp4",) if args.interactive else (".mp4", ".png"))
     check_output(args.save_tracks, args, (".npz",))
@@ -762,22 +629,18 @@ def run(argv):
     grid = 50 if weights.config.text_dim == UMT5_DIM else 8             # as in the papers' training, and in ours
     *arrays, tracks_fps = read_tracks(args, image.size, grid)
     args.tracks = args.tracks or args.depth             # from here on: whether there are tracks
-    frames = args.frames or (None if live else len(arrays[0]))
+    frames = args.frames or (None if args.interactive else len(arrays[0]))
     config = settle(args, weights, frames or MOST_FRAMES)
     pixels = fit_image(image, config.size)
     if args.interactive:
         return serve(args, image, *load_models(args, weights, config, pixels))
     if tracks_fps and tracks_fps != (args.fps or config.fps):
         print(f"note: the tracks are at {tracks_fps:g} frames/s, the model at {config.fps}; they are not resampled")
-    motion = given = fit_tracks(arrays, image.size, frames or 0, config, args.seed)
-    if not (live or motion.visible.any()):
+    motion = fit_tracks(arrays, image.size, frames, config, args.seed)
+    if not motion.visible.any():
         print("note: no track is seen in the video, nothing is specified")
-    models, taken, noted = load_models(args, weights, config, pixels), [], []
-    if live:
-        given = fitted(read_lines(sys.stdin.buffer, noted, image.size, config, args.prompt), image.size, config, taken)
-    elif take:
-        given = replayed(take, args, motion, *models)
-    pictures = generate(args, frames, pixels, given, *models)
+    models, noted = load_models(args, weights, config, pixels), []
+    pictures = generate(args, frames, pixels, motion, *models)
     factor = enlargement(config.size)
     if args.reference or args.found or args.lpips:
         from test_motionstream import compared          # where all is measured
@@ -786,11 +649,9 @@ def run(argv):
             pictures = compared(pictures, args.reference, config, motion, found, factor, args.lpips)
     opened = video_file(args.out, args.fps or config.fps) if args.out.suffix == ".mp4" else picture_file(args.out)
     with opened as append:
-        count = write_video(append, pictures, frames, motion if args.overlay else None, factor, noted)
+        write_video(append, pictures, frames, motion if args.overlay else None, factor, noted)
     if args.save_tracks:
         save_tracks(args.save_tracks, arrays, motion.ids[0], image.size, config, tracks_fps or args.fps or config.fps)
-    if taken:
-        save_take(args.out.with_suffix(".take.npz"), taken, count, image, args, *models)
     print(args.out)
     return 128 + noted[0] if noted else 0
 

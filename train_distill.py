@@ -1014,7 +1014,7 @@ def parse_flags(argv):
     parser.add_argument("--rollout", type=number(int, 1, 100), help="longest, in chunks, of distillation (16)")
     parser.add_argument("--memory", type=memory, help="the student's chunk, sink, window (c3s1w1); drawn: many")
     parser.add_argument("--adversarial", type=number(float, 0, 100), default=0.01, help="weight of a decoder's (0.01)")
-    parser.add_argument("--perceptual", help="LPIPS's weights, for a decoder (none)")
+    parser.add_argument("--perceptual", choices=["alex", "vgg"], help="LPIPS in a decoder's loss (none)")
     parser.add_argument("--tracks", choices=["random", "start"], help="how tracks get their IDs (tiny: start)")
     return check_flags(parser, parser.parse_args(argv))
 

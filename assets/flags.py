@@ -2,16 +2,12 @@
 
 import argparse
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 
 from assets import UserError
 from assets.tracks import MOVES, camera_tracks, follow, load_tracks, starting_inside
-
-STDIN = Path("-")           # as --tracks: a line of JSON for each chunk, see read_lines in sample.py
-
 
 class Parser(argparse.ArgumentParser):
     """Its errors are one line, like all others."""
@@ -70,7 +66,7 @@ def picture_size(text):
 def track_flags(parser):
     """The flags about tracks."""
     file, either = {"type": Path, "metavar": "FILE"}, parser.add_mutually_exclusive_group().add_argument
-    either("--tracks", help=".npz and others, see the top of sample.py; or - for standard input; default: none", **file)
+    either("--tracks", help=".npz and others, see the top of sample.py; default: none", **file)
     either("--drag", "--pin", dest="tracks", type=drag_path, action="append", metavar="'X,Y -> X,Y'",
            help="instead of --tracks, as often as wanted: where a point of the image goes, or that it stays")
     parser.add_argument("--grid", type=point_grid, metavar="NxP",
@@ -90,22 +86,21 @@ def track_flags(parser):
 
 def check_track_flags(args):
     """Refuse flags about tracks that do not go together."""
-    live, file = args.interactive or args.tracks == STDIN, isinstance(args.tracks, Path) and args.tracks != STDIN
+    live, file = args.interactive, isinstance(args.tracks, Path)
     told = args.tracks_layout != "auto" or args.tracks_units != "auto" or args.tracks_size or args.visibility
     for wrong, cure in [
-        (live and (args.overlay or args.reference or args.found or args.lpips)
-         or args.interactive and (args.tracks or args.depth or args.frames),
-         "--interactive and --tracks - know no tracks beforehand: drop --overlay, --reference and the like, with "
-         "--interactive also --tracks, --depth and --frames"),
-        (args.tracks == STDIN and sys.stdin is None, "--tracks - reads standard input, which is closed"),
+        (live and (args.overlay or args.reference or args.found or args.lpips or args.tracks or args.depth
+                   or args.frames),
+         "--interactive knows no tracks beforehand: drop --overlay, --reference and the like, --tracks, --depth and "
+         "--frames"),
         (told and not file, "--tracks-layout, --tracks-units, --tracks-size and --visibility belong to --tracks FILE"),
         (args.grid is not None and not isinstance(args.tracks, list), "--grid belongs to --drag and --pin"),
         (bool(args.depth) != bool(args.camera), "--depth and --camera need each other"),
         (args.focal and not args.depth, "--focal belongs to --depth"),
-        (not args.interactive and (args.host, args.port) != ("127.0.0.1", 8765),
+        (not live and (args.host, args.port) != ("127.0.0.1", 8765),
          "--host and --port belong to --interactive"),
         (args.save_tracks and (live or not (args.tracks or args.depth)),
-         "--save-tracks needs --tracks FILE, --drag, --pin or --depth; streams are kept as .take.npz"),
+         "--save-tracks needs --tracks FILE, --drag, --pin or --depth"),
     ]:
         if wrong:
             raise UserError(cure)
@@ -114,7 +109,7 @@ def check_track_flags(args):
 def read_tracks(args, size, grid):
     """The tracks that the flags name, on the image of `size` (width, height): what load_tracks returns. grid: points a
     side that a camera sees."""
-    if isinstance(args.tracks, Path) and args.tracks != STDIN:
+    if isinstance(args.tracks, Path):
         return load_tracks(args.tracks, size, args.tracks_layout, args.tracks_units, args.tracks_size, args.visibility,
                            args.frames)
     frames = args.frames or 81

@@ -74,18 +74,16 @@ def picture_file(path):
 
 
 def unused(path):
-    """The path of a video, or the first of path-2, path-3, … if there is such a video, or such a take."""
+    """The path of a video, or the first of path-2, path-3, … if there is such a video."""
     numbered = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
-    return next(new for new in itertools.chain([path], numbered)
-                if not (new.exists() or new.with_suffix(".take.npz").exists()))
+    return next(new for new in itertools.chain([path], numbered) if not new.exists())
 
 
 @contextlib.contextmanager
-def recorder(live, out, taken, save):
+def recorder(live, out):
     """`with recorder(…) as record`: record(on), to be called often, puts what has been seen of a take in a video while
-    it is on: a new one each time, whole when it ends. Those from the take's beginning are kept by save(path, frames)
-    too; else what was `taken` is forgotten, so that memory stays. out: the first one's path, or what names are made of.
-    """
+    it is on: a new one each time, whole when it ends. out: the path of the first one that begins with a take, or what
+    names are made of."""
     append, path, count, whole = None, None, 0, True
 
     def record(on):
@@ -101,16 +99,13 @@ def recorder(live, out, taken, save):
             append(enlarge(frame, enlargement(frame.shape[:2])))
             live.status["recorded"] = f"{path.name}, {count / fps:.1f} s"
         if on:
-            if not whole:
-                taken.clear()                           # nobody will ask for it
             return
         if count:
             files.close()
-            if whole:
-                save(path.with_suffix(".take.npz"), count)
-            print(f"{path}: {count} frames" + f", again by --replay {path.with_suffix('.take.npz')}" * whole)
-        count, whole = 0, whole and not taken
-        taken.clear(), seen.clear()
+            print(f"{path}: {count} frames")
+        whole = whole and not (count or seen)           # whether nothing of the take has been seen yet
+        count = 0
+        seen.clear()
 
     with contextlib.ExitStack() as files:
         yield record
