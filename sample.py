@@ -14,15 +14,14 @@ Without visibility, NaN is hidden. Files of trackers and of other programs are r
 import argparse
 import collections
 import contextlib
-import http.server
 import io
 import itertools
 import math
 import os
+import re
 import signal
-import socket
+import subprocess
 import sys
-import threading
 import time
 import warnings
 import zlib
@@ -33,20 +32,17 @@ from typing import NamedTuple
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads wait awake, but briefly: the video encoder needs the cores
 
+import imageio.v2 as imageio
+import imageio_ffmpeg
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-from assets import UserError, naming
-from assets.encoders import image_encoder, kept_rows, text_encoder
-from assets.flags import Parser, check_track_flags, number, read_tracks, track_flags
-from assets.page import TOKEN, Handler, clock
-from assets.tracks import follow, load_tracks
-from assets.video import enlarge, enlargement, picture_file, recorder, video_file
-from assets.world import embed_words
-from motionstream import (SELF_FORCING, MotionStream, euler, find_config, image_and_mask, image_channels,
+from extras.encoders import image_encoder, kept_rows, text_encoder
+from extras.tracks import MOVES, camera_move, camera_tracks, load_tracks, picture_size
+from motionstream import (SELF_FORCING, MotionStream, UserError, euler, find_config, image_and_mask, image_channels,
                           read_weights, rollout, schedule, track_features, track_ids, write)
 from vae import VAE_FILES, load_vae, read_tensors
 
@@ -55,8 +51,8 @@ UMT5_DIM, CLIP_ROWS = 4096, 257     # of an encoded text, and of an encoded imag
 NEGATIVE_PROMPT = (         # of Wan, what guidance leads away from
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
     "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
-RECORDING = Path("recording.mp4")   # what the page records, without --out
 MOST_FRAMES = 1_000_000
+SHORTEST_SIDE = 256         # pixels of a written video; smaller ones are enlarged
 TRAIL = 12                  # frames that a track's trail lasts in --overlay
 HISTORY = 81                # frames that weights without a window, which forget nothing, saw in training
 
@@ -157,6 +153,17 @@ def decode_frames(vae, latents):
         yield from to_frames(video)
 
 
+def embed_words(text, config):
+    """A prompt for the tiny model, (1, L, text_dim): each word is random numbers seeded by its own letters, the same in
+    every process. At most text_len words; their order is not seen. None: the null text."""
+    if text is None:
+        return None
+    words = re.findall(r"\w+", text.lower())[:config.text_len]
+    seeds = [torch.Generator().manual_seed(zlib.crc32(word.encode())) for word in words]
+    rows = [torch.randn(config.text_dim, generator=seed) for seed in seeds]
+    return torch.stack(rows)[None] if rows else torch.zeros(1, 0, config.text_dim)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading the image.
 
@@ -195,7 +202,58 @@ def fit_image(image, size):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Tracks, in the video.
+# Tracks: those that the flags name, and in the video.
+
+def drag_path(text):
+    """A flag's type: points of the image, "x,y -> x,y -> …", as (P, 2)."""
+    point = r"\s*-?\d{1,6}(\.\d*)?\s*,\s*-?\d{1,6}(\.\d*)?\s*"
+    if not re.fullmatch(f"{point}(->{point})*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not x,y -> x,y in pixels of the image")
+    return np.array(re.findall(r"-?[\d.]+", text.replace("->", " ")), float).reshape(-1, 2)
+
+
+def point_grid(text):
+    """A flag's type: "3x20", 3x3 points 20 pixels apart, as offsets (9, 2) from the middle one."""
+    if not re.fullmatch(r"[1-9]\d?x[1-9]\d{0,3}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 3x20, 3x3 points 20 pixels apart")
+    side, apart = map(int, text.split("x"))
+    axis = (np.arange(side) - (side - 1) / 2) * apart
+    return np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2)
+
+
+def starting_inside(paths, size):
+    """The paths, each points (P, 2), if every one starts inside the image of `size` (width, height)."""
+    for points in paths:
+        if not ((points[0] >= 0) & (points[0] < size)).all():
+            flag, start = "--pin" if len(points) == 1 else "--drag", ",".join(f"{value:g}" for value in points[0])
+            raise UserError(f"{flag} {start}: outside the image, which has {size[0]}x{size[1]} pixels")
+    return paths
+
+
+def follow(paths, frames):
+    """Tracks that follow paths, each points (P, 2), in `frames` frames: each stretch takes as long; one point alone is
+    pinned."""
+    tracks = np.zeros((frames, len(paths), 2), np.float32)
+    for n, points in enumerate(paths):
+        times = np.linspace(0, len(points) - 1, frames)
+        tracks[:, n] = np.stack([np.interp(times, range(len(points)), axis) for axis in points.T], 1)
+    return tracks, np.ones(tracks.shape[:2], bool), None, None
+
+
+def read_tracks(args, size, grid):
+    """The tracks that the flags name, on the image of `size` (width, height): what load_tracks returns. grid: points a
+    side that a camera sees."""
+    if isinstance(args.tracks, Path):
+        return load_tracks(args.tracks, size, args.tracks_layout, args.tracks_units, args.tracks_size, args.visibility,
+                           args.frames)
+    frames = args.frames or 81
+    if args.depth:
+        return camera_tracks(args.depth, size, frames, grid, args.camera, args.focal)
+    paths = starting_inside(args.tracks if isinstance(args.tracks, list) else [], size)
+    if args.grid is not None:
+        paths = [path + offset for path in paths for offset in args.grid]
+    return follow(paths, frames)
+
 
 def save_tracks(path, arrays, ids, size, config, fps):
     """Write the tracks as they were used, on the image of `size` (width, height): --tracks reads them as they are."""
@@ -231,6 +289,61 @@ def fit_tracks(arrays, image_size, frames, config, seed, note=print):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Writing the video, and pictures of it.
+
+def enlargement(size):
+    """How many pixels wide each pixel of a video of `size` (height, width) is written."""
+    return math.ceil(SHORTEST_SIDE / min(size))
+
+
+def enlarge(frame, factor):
+    """A frame (H, W, 3), each pixel as a square of `factor` by `factor`."""
+    return frame.repeat(factor, 0).repeat(factor, 1)
+
+
+def count_frames(path):
+    """How many frames a video file holds, which are not decoded; 0 if it cannot be read."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", path, "-map", "0:v:0", "-c", "copy", "-f", "null", "-"]
+    told = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).stderr
+    return int((re.findall(rb"frame= *(\d+)", told) or [0])[-1])
+
+
+@contextlib.contextmanager
+def video_file(path, fps):
+    """`with video_file(path, fps) as append`: append(frame), uint8 (H, W, 3), goes to a temporary file beside `path`,
+    which takes its place when the block ends and all frames can be read back. If the block ends in an exception,
+    nothing is left behind."""
+    part, count = path.absolute().with_name(f".{path.stem}.{os.getpid()}{path.suffix}"), 0
+
+    def append(frame):
+        nonlocal count
+        writer.append_data(frame)
+        count += 1
+
+    try:
+        writer = imageio.get_writer(part, fps=fps, codec="libx264", quality=7, macro_block_size=2,
+                                    ffmpeg_log_level="quiet",
+                                    output_params=["-preset", "veryfast", "-movflags", "+faststart"])
+        with writer:
+            yield append
+        if count_frames(part) != count:                 # a failed encoding is silent
+            raise OSError(0, "not all frames can be read back")
+        os.replace(part, path)
+    except BrokenPipeError:                             # of what is printed meanwhile: imageio has a kind of its own
+        raise
+    except OSError as e:                                # if ffmpeg has gone, its reason has gone with it
+        raise UserError(f"{path}: cannot be written after {count} frames ({e.strerror or 'ffmpeg has ended'}); is the "
+                        "disk full, or the folder not writable?") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def picture_file(path):
+    """As video_file, for the last frame alone: an edited picture."""
+    last = collections.deque(maxlen=1)
+    yield last.append
+    write(path, lambda part: Image.fromarray(last[0]).save(part, "png"))
+
 
 @contextlib.contextmanager
 def hold_signals(noted=None):
@@ -302,87 +415,68 @@ def draw_control(vae, motion, config, frames):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Interactive: a page that paints tracks. Requests only replace values of `live`; the main thread alone runs the model.
-# assets/page.py speaks with the browser.
-
-def fitted(given, size, config):
-    """What each chunk is given, by the page, as `stream` wants it: (tracks, prompt) to (Motion, prompt). tracks
-    (1 + T, N, 2) float32 in pixels of the image of `size` (width, height), NaN where hidden; the first row, where each
-    track starts, only tells its ID."""
-    for tracks, prompt in given:
-        ids = np.array([zlib.crc32(start) for start in np.ascontiguousarray(tracks[0])])       # as good as random
-        motion = fit_tracks((tracks, ~np.isnan(tracks[..., 0]), ids), size, 0, config, 0, note=lambda _: None)
-        yield Motion(motion.tracks[:, 1:], motion.visible[:, 1:], motion.ids), prompt
-
-
-def painted(live, take, config):
-    """What each chunk is given, for `fitted`, of points painted while it streams: lines from where they were to where
-    they are when the chunk has to be begun, until another take is asked for."""
-    last, later = {}, 0
-    while True:
-        time.sleep(0.004)
-        if live.stop or live.control["take"] != take:
-            return
-        live.record(live.control["record"])
-        if not live.runs or live.tick + len(live.queues[0]) / live.status["fps"] - time.monotonic() > live.lead:
-            continue
-        live.obeyed, live.begun, lines = live.control, time.monotonic(), {}
-        for x, y, *start, from_x, from_y in live.obeyed["points"]:
-            begin = last.get(tuple(start), (from_x, from_y)) if later else start
-            lines[tuple(start)] = np.array([begin, (x, y)])
-        tracks, *_ = follow(lines.values(), 4 * config.chunk + (1 if later else -3))
-        last, starts = dict(zip(lines, tracks[-1])), np.float32([*lines]).reshape(1, -1, 2)
-        yield np.concatenate([starts, tracks[later:]]), live.obeyed["prompt"]
-        later = 1
-
-
-@torch.inference_mode()
-def perform(live, args, model, vae, encoded):
-    """One take: the stream from live.image on, until another take is asked for or it is over."""
-    c, image, control = live.config, live.image, live.control
-    more = c.chunk // control["chunk"]                              # chunks remembered, so that as many frames are
-    c = model.config = replace(c, chunk=control["chunk"], sink=more * c.sink, window=c.window and more * c.window)
-    pixels, live.status["image"] = fit_image(image, c.size), image.size
-    live.queues, live.frame = ((collections.deque(), collections.deque()),
-                               (next(live.count), 0, to_frames(pixels[:, :, None])[0]))
-    given = fitted(painted(live, control["take"], c), image.size, c)
-    with recorder(live, args.out or RECORDING) as live.record:
-        for frame in generate(args, None, pixels, given, model, vae, encoded):
-            if live.begun:                                          # it is the first of its chunk
-                live.status["latency"], live.begun = time.monotonic() - live.begun, None
-                live.lead = max(1.2 * live.status["latency"], 0.8 * live.lead)
-            live.queues[0].append((next(live.count), live.obeyed["seq"], frame))
-
-
-def serve(args, image, model, vae, encoded):
-    """--interactive: prints the page's address, then streams to it until Ctrl-C."""
-    c, prompt = model.config, model.config.prompt if args.prompt is None else args.prompt
-    with hold_signals() as noted:
-        live = SimpleNamespace(
-            control={"seq": 0, "take": 0, "chunk": c.chunk, "pause": True, "record": bool(args.out),
-                     "prompt": prompt or "", "points": []},
-            status={"size": c.size, "image": image.size, "latency": 0.0, "fps": args.fps or c.fps,
-                    "words": c.text_dim != UMT5_DIM, "chunks": sorted({1, c.chunk}), "recorded": ""},
-            frame=(0, 0, to_frames(fit_image(image, c.size)[:, :, None])[0]), count=itertools.count(1), queues=((), ()),
-            config=c, image=image, out=args.out, stop=noted, lock=threading.Lock(), runs=False, watched=-math.inf,
-            tick=0.0, lead=0.0, begun=None, load_image=load_image)
-        with naming(f"--host {args.host} --port {args.port}", "not an address of this machine"):
-            server = http.server.ThreadingHTTPServer((args.host, args.port), Handler)
-        server.live, live.hosts = live, [args.host.lower(), "localhost"]
-        if args.host == "0.0.0.0":                                  # all addresses of this machine; and its name
-            live.hosts.append(socket.gethostname().lower())
-        if args.host != "127.0.0.1":
-            print(f"warning: whoever reaches {args.host} and sees the address can steer this program")
-        print(f"http://{args.host}:{server.server_port}/{TOKEN}/", flush=True)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        threading.Thread(target=clock, args=(live,), daemon=True).start()
-        while not noted:
-            perform(live, args, model, vae, encoded)
-        return 0
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # The program.
+
+class Parser(argparse.ArgumentParser):
+    """Its errors are one line, like all others."""
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def number(kind, least, most):
+    """A flag's type: an int or float from `least` to `most`."""
+    def parse(text):
+        value = kind(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
+        return value
+    parse.__name__ = "whole number" if kind is int else "number"
+    return parse
+
+
+def track_flags(parser):
+    """The flags about tracks."""
+    file, either = {"type": Path, "metavar": "FILE"}, parser.add_mutually_exclusive_group().add_argument
+    either("--tracks", help=".npz and others, see the top of sample.py; default: none", **file)
+    either("--drag", "--pin", dest="tracks", type=drag_path, action="append", metavar="'X,Y -> X,Y'",
+           help="instead of --tracks, as often as wanted: where a point of the image goes, or that it stays")
+    parser.add_argument("--grid", type=point_grid, metavar="NxP",
+                        help="of each --drag and --pin: N by N points, P pixels apart, instead of one")
+    either("--depth", help="instead of --tracks, with --camera: .npy (H, W), or a grey picture, bright is near", **file)
+    parser.add_argument("--save-tracks", help="write the tracks as used, .npz, for --tracks", **file)
+    add = parser.add_argument_group("what a --tracks FILE does not say itself").add_argument
+    add("--tracks-layout", choices=("auto", "tn", "nt"), default="auto", help="frames first, or tracks; auto: by names")
+    add("--tracks-units", choices=("auto", "px", "01"), default="auto", help="pixels, or shares of the picture")
+    add("--tracks-size", type=picture_size, metavar="WxH", help="of the video they belong to; default: the image's")
+    add("--visibility", help="an .npy, laid out as the tracks; default: the one beside an .npy of tracks", **file)
+    add = parser.add_argument_group("only --depth").add_argument
+    add("--camera", type=camera_move, metavar="MOVE",
+        help=f"{', '.join(MOVES)}; with an amount if wanted, as right:0.3, in median depths, degrees, or times")
+    add("--focal", type=number(float, 1, 10 ** 6), metavar="F", help="in pixels of the image; default: its longer side")
+
+
+def check_track_flags(args):
+    """Refuse flags about tracks that do not go together."""
+    live, file = args.interactive, isinstance(args.tracks, Path)
+    told = args.tracks_layout != "auto" or args.tracks_units != "auto" or args.tracks_size or args.visibility
+    for wrong, cure in [
+        (live and (args.overlay or args.reference or args.found or args.lpips or args.tracks or args.depth
+                   or args.frames),
+         "--interactive knows no tracks beforehand: drop --overlay, --reference and the like, --tracks, --depth and "
+         "--frames"),
+        (told and not file, "--tracks-layout, --tracks-units, --tracks-size and --visibility belong to --tracks FILE"),
+        (args.grid is not None and not isinstance(args.tracks, list), "--grid belongs to --drag and --pin"),
+        (bool(args.depth) != bool(args.camera), "--depth and --camera need each other"),
+        (args.focal and not args.depth, "--focal belongs to --depth"),
+        (not live and (args.host, args.port) != ("127.0.0.1", 8765),
+         "--host and --port belong to --interactive"),
+        (args.save_tracks and (live or not (args.tracks or args.depth)),
+         "--save-tracks needs --tracks FILE, --drag, --pin or --depth"),
+    ]:
+        if wrong:
+            raise UserError(cure)
+
 
 def parse_flags(argv):
     """The command line. Flags with argparse.SUPPRESS are only there if given; the model's own value holds otherwise."""
@@ -633,6 +727,7 @@ def run(argv):
     config = settle(args, weights, frames or MOST_FRAMES)
     pixels = fit_image(image, config.size)
     if args.interactive:
+        from extras.page import serve
         return serve(args, image, *load_models(args, weights, config, pixels))
     if tracks_fps and tracks_fps != (args.fps or config.fps):
         print(f"note: the tracks are at {tracks_fps:g} frames/s, the model at {config.fps}; they are not resampled")

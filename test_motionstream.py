@@ -55,18 +55,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+import extras.page
 import motionstream
 import sample
 import train_distill as td
-from assets import UserError, encoders, world
-from assets.flags import camera_move, drag_path, read_tracks
-from assets.page import named
-from assets.tracks import MOVES, camera, camera_tracks, load_depth
-from assets.video import count_frames, recorder
-from assets.world import embed_words
-from motionstream import (PRESETS, KVCache, MotionStream, SelfAttention, TrackHead, add_noise, apply_rope, by_chunk,
+from extras import encoders, world
+from extras.page import named, recorder
+from extras.tracks import MOVES, camera, camera_move, camera_tracks, load_depth
+from motionstream import (PRESETS, KVCache, MotionStream, SelfAttention, TrackHead, UserError, add_noise, apply_rope, by_chunk,
                           euler, find_config, guided_velocity, image_and_mask, joint_guidance, rollout, rope_table,
                           save_pretrained, schedule, sinusoid, to_x0, track_features, track_ids, with_first, write, shift_sigma)
+from sample import count_frames, drag_path, embed_words, read_tracks
 from vae import RMSNorm as ChannelNorm
 from vae import STATISTICS, CausalConv, TinyVAE, TinyVAEConfig, WanVAE, WanVAEConfig, load_vae
 
@@ -710,7 +709,7 @@ def test_weights_that_do_not_fit_are_refused_in_one_line_that_names_the_file():
 
 def test_words_are_the_same_in_every_process():
     ours = embed_words("Fading light, spinning shapes", SMALL)
-    code = ("from assets.world import *; from motionstream import Config; "
+    code = ("from sample import embed_words; from motionstream import Config; "
             "print(embed_words('fading LIGHT spinning shapes', Config(text_dim=12)).tolist())")
     theirs = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True).stdout
     assert ours.shape == (1, 4, 12) and ours.tolist() == ast.literal_eval(theirs)
@@ -1545,81 +1544,10 @@ def test_every_file_opens_as_the_vae_it_holds_or_is_refused_in_one_line():
 # ----------------------------------------------------------------------------------------------------------------------
 # Training: the world, the tools, the losses.
 
-def centroid(weight):
-    """(T, H, W) to (T, 2), x and y in pixels; the middle of the first pixel is 0.5."""
-    axis = torch.arange(weight.shape[-1]) + 0.5
-    return torch.stack([(weight * a).sum((1, 2)) / weight.sum((1, 2)) for a in (axis, axis[:, None])], -1)
-
-
-def test_tracks_on_objects_lie_on_the_pixels():
-    axis = torch.linspace(-1.2, 1.2, world.TEXTURE)
-    for camera, motion in itertools.product((False, True), (0, 1, 2)):
-        scene = world.new_scenes(3, 45, seeded(motion), objects=1, camera=camera, attributes=(0, motion))
-        scene["backdrop"][:] = 0.5
-        for point in 0, 1:                                     # the centre, and one that turns and breathes with it
-            where = scene["points"][:, 0, point]               # paint nothing but a spot there
-            spot = torch.exp(-((axis - where[:, :1, None]) ** 2 + (axis[:, None] - where[:, 1:, None]) ** 2) / 0.02)
-            scene["texture"][:, 0] = torch.stack([spot * 0 + 1, spot * 0, spot * 0, spot], 1)
-            video, (tracks, visible) = world.film(scene, 128), world.scene_tracks(scene, 128, seeded())
-            checked = 0
-            for b in range(3):
-                xy = tracks[b, :, point]
-                whole = visible[b, :, point] & ((xy > 10) & (xy < 118)).all(-1)           # the spot is in the picture
-                error = (centroid(video[b, 0].clamp(min=0)) - xy)[whole].norm(dim=-1)
-                assert len(error) == 0 or error.max() < 0.7, (camera, motion, point, error.max())
-                checked += len(error)
-            assert checked > 30
-
-
-def test_tracks_on_the_ground_lie_on_the_pixels():
-    scene = world.new_scenes(3, 45, seeded(), objects=0, camera=True, attributes=(0, None))
-    axis = torch.linspace(0, 1, 256)                            # the colour of a place says where it is
-    x, y = torch.meshgrid(axis, axis, indexing="xy")
-    scene["backdrop"] = torch.stack([x, y, x * 0]).expand(3, -1, -1, -1)
-    video, (tracks, visible) = world.film(scene, 128), world.scene_tracks(scene, 128, seeded(1))
-    tracks, visible = tracks[:, :, -world.GRID ** 2:], visible[:, :, -world.GRID ** 2:]
-    assert visible.float().mean() > 0.5 and not visible.all() and tracks.std(1).max() > 5  # the camera moves them
-    for b in range(3):
-        seen = F.grid_sample(video[b].transpose(0, 1), tracks[b, :, None] / 64 - 1, align_corners=False)
-        place = (seen[:, :2, 0] + 1) / 2 * 256                  # (T, 2, N) in pixels, as the backdrop is 2 widths wide
-        for n in range(world.GRID ** 2):
-            mine = place[visible[b, :, n] & ((tracks[b, :, n] > 1) & (tracks[b, :, n] < 127)).all(-1), :, n]
-            assert len(mine) < 2 or (mine - mine.mean(0)).norm(dim=-1).max() < 0.7
-
-
-def test_a_track_is_visible_exactly_where_its_object_is_seen():
-    scene = world.new_scenes(12, 45, seeded(3), objects=3, camera=False, attributes=(0, 0), flat=True)
-    scene["backdrop"][:] = 0
-    video, (tracks, visible) = world.film(scene, 128), world.scene_tracks(scene, 128, seeded())
-    inside = ((tracks >= 0) & (tracks < 128)).all(-1)
-    assert not visible[~inside].any()
-    right, hidden = [], 0
-    for b, k in itertools.product(range(12), range(3)):
-        n = k * world.POINTS                                       # the centre of object k
-        here = tracks[b, :, n].long().clamp(0, 127)
-        pixel = video[b, :, torch.arange(45), here[:, 1], here[:, 0]].T / 2 + 0.5           # (T, 3)
-        own = (pixel - scene["colour"][b, k]).abs().amax(1) < 0.1
-        right += (own == visible[b, :, n])[inside[b, :, n]].tolist()
-        hidden += (inside & ~visible)[b, :, n].sum().item()
-    assert hidden > 20 and np.mean(right) > 0.97, (hidden, np.mean(right))
-    absent = world.scene_tracks(world.new_scenes(2, 9, seeded(), objects=1), 128, seeded())[1]
-    assert not absent[:, :, world.POINTS:world.OBJECTS * world.POINTS].any()
-
-
-def test_tracks_lie_on_their_object_and_all_over_it():
-    scene = world.new_scenes(64, 1, seeded(4))
-    points, (kind, sides) = scene["points"], scene["shape"]
-    edge = world.outline(kind[..., 0], sides[..., 0], torch.atan2(points[..., 1], points[..., 0]))
-    radius = points.norm(dim=-1) / edge                                                     # (B, K, POINTS)
-    assert (radius[:, :, 0] == 0).all() and (radius[:, :, 1:] < 0.91).all()
-    assert 0.55 < radius[:, :, 1:].mean() < 0.65 and radius.amax() > 0.85                   # 0.6: even over a disc
-    assert {0, 1, 2} == set(kind.flatten().tolist())
-
-
 def test_a_shifted_video_has_the_error_of_its_shift_and_an_empty_one_has_lost_all():
-    scene = world.new_scenes(4, 9, seeded(2), objects=2, camera=False, attributes=(0, 0), flat=True)
+    scene = world.new_scenes(4, 9, seeded(2), objects=2, camera=False, attributes=(0, 0), flat=True, style="simple")
     scene["backdrop"][:], scene["position"] = 0.5, 0.3 + 0.4 * scene["position"]           # far from the borders
-    truth = world.film(scene, 128)
+    truth = world.render(scene, 128)
     first = truth[:, :, :1]
     same = measure(truth, truth, first, scene)
     assert (same["median"], same["mean"], same["lost"], same["copying"]) == (0, 0, 0, 0) and same["psnr"] > 90
@@ -1644,15 +1572,14 @@ def test_a_case_says_and_does_what_its_name_says():
     def case(change=None, **options):
         return new_case("test", 2, 21, "dense", change, objects=2, **options)
 
-    (scene, told), n = case(), torch.arange(world.OBJECTS * world.POINTS)
+    (scene, told), n = case(), torch.arange(world.OBJECTS * td.POINTS)
     path, tracks, visible = scene["position"], told["tracks"], told["visible"]
     other, (jump, _) = case("other way"), case("teleport")
     assert_near((other[0]["position"] - path[:, :, :1])[:, :2, 1] * 1, (path[:, :, :1] - path)[:, :2, 1], 1e-4)
     step = jump["position"].diff(dim=2).norm(dim=-1)
     assert (step[:, :, 9] > 3 * step[:, :, :9].amax(2)).any() and step.shape[2] == 20
-    fast, slow = case(speed=2)[0]["position"], world.new_scenes(2, 42, seeded(td.seed_of("test")), objects=2,
-                                                                camera=False,
-                                                              attributes=(0, 0), moving=True)["position"]
+    options = {"objects": 2, "camera": False, "attributes": (0, 0), "moving": True, "style": "simple"}
+    fast, slow = case(speed=2)[0]["position"], world.new_scenes(2, 42, seeded(td.seed_of("test")), **options)["position"]
     assert fast.equal(slow[:, :, ::2])
     two = case("two ways")[1]["tracks"][:, :, n]
     assert two[:, :, n % 2 == 0].equal(tracks[:, :, n[n % 2 == 0]]) and not two.equal(tracks[:, :, n])
@@ -1669,7 +1596,7 @@ def test_a_case_says_and_does_what_its_name_says():
     assert late[:, 0].equal(visible[:, 0]) and not late[:, 1:13].any() and late[:, 13:].equal(visible[:, 13:])
     assert 0.4 < broken[:, 4:].sum() / visible[:, 4:].sum() < 0.6 and broken[:, :4].equal(visible[:, :4])
     drag = new_case("test", 2, 21, "drag", objects=2)[1]["visible"]
-    assert drag[:, :, n[n % world.POINTS == 0]].sum() == drag.sum() > 0 and drag.sum(2).max() <= 2
+    assert drag[:, :, n[n % td.POINTS == 0]].sum() == drag.sum() > 0 and drag.sum(2).max() <= 2
     assert not new_case("test", 2, 21, "none", objects=2)[1]["visible"].any()
 
 
@@ -1754,7 +1681,7 @@ def test_a_motion_appears_in_the_film_as_captioned_and_not_in_the_rigid_one():
             assert text.equal(embed_words(said, run.config)) and motion["visible"].sum(2).max() <= 1
             rigid = {"spin": 0 * scene["spin"], "pulse": torch.ones_like(scene["pulse"])}
             assert torch.ones(8).equal(scene["pulse"][:, 5]) == (kind == 1) and scene["spin"].any() == (kind == 1)
-            truth, rigid = world.film(scene, td.SIZE), world.film(scene | rigid, td.SIZE)
+            truth, rigid = world.render(scene, td.SIZE), world.render(scene | rigid, td.SIZE)
             video = share * truth + (1 - share) * rigid
             yield from (video + 0.1 * rand(*video.shape)).split(10, 2)
 
@@ -1951,22 +1878,6 @@ def test_critic_steps_and_guidance_of_a_brief_distillation_reach_its_losses():
             assert calls == 2 * expected, (how, calls)
 
 
-def test_objects_start_apart():
-    gaps = []
-    for tries in 1, world.TRIES:
-        with unittest.mock.patch.object(world, "TRIES", tries):
-            start = world.new_scenes(60, 5, seeded())["position"][:, :, 0]
-        gaps.append((torch.cdist(start, start) + 9 * torch.eye(3)).amin((1, 2)).mean())
-    assert start.shape == (60, 3, 2) and gaps[1] > 1.5 * gaps[0], gaps
-
-
-def test_paths_are_smooth_and_stay_near_the_picture():
-    path = world.smooth_path(200, 90, torch.tensor(0.5), 14, seeded())
-    assert path.shape == (200, 90, 2) and path.std() > 0.2
-    assert path.min() >= -0.126 and path.max() <= 1.126        # a Catmull-Rom curve overshoots its knots by an eighth
-    assert path.diff(dim=1).abs().max() < 0.2 and path.diff(dim=1).diff(dim=1).abs().max() < 0.05
-
-
 def test_painted_tracks_are_among_the_visible_ones():
     torch.manual_seed(0)
     visible = rand(64, 45, 88) > -1
@@ -2154,13 +2065,13 @@ def test_a_reward_scales_each_clips_own_gradient():
 
 
 def test_the_motion_reward_is_1_for_the_truth_and_0_for_a_picture_that_stands_still():
-    scene = world.new_scenes(6, 21, seeded(3), objects=2, camera=False, attributes=(0, 0), moving=True)
-    video, (tracks, visible) = world.film(scene, 64), world.scene_tracks(scene, 64, seeded())
+    scene = world.new_scenes(6, 21, seeded(3), objects=2, camera=False, attributes=(0, 0), moving=True, style="simple")
+    video, (tracks, visible) = world.render(scene, 64), world.scene_tracks(scene, 64, seeded())
     start = scene["position"][:, :, :1]
     back = scene | {"position": (2 * start - scene["position"]).clamp(0.05, 0.95)}
     batch = {"tracks": tracks, "visible": visible & (torch.arange(88) < 16)}          # on the objects
     truth, still = motion_reward(video, batch), motion_reward(video[:, :, :1].expand_as(video), batch)
-    other = motion_reward(world.film(back, 64), batch)
+    other = motion_reward(world.render(back, 64), batch)
     assert truth.shape == (6,) and truth.mean() > 0.5 and still.equal(torch.zeros(6)), (truth, still)
     assert (truth > other + 0.2).all() and motion_reward(rand(*video.shape), batch).max() < 0, (truth, other)
     assert motion_reward(video, batch | {"visible": visible & False}).equal(torch.zeros(6))      # nothing was asked
@@ -3095,7 +3006,7 @@ def trained(here, flags, stages):
 
 
 def test_every_stage_runs_on_clips_of_ones_own():
-    with folder() as here, unittest.mock.patch.object(td, "film", None):                # nothing is drawn
+    with folder() as here, unittest.mock.patch.object(td, "render", None):                # nothing is drawn
         flags = own_flags(here, own_clips(here / "data"))
         log, _ = trained(here, flags, ("teacher", "causal", "distill"))
         assert all(math.isfinite(row["grad_c" if stage == "distill" else "grad"]) for stage, row in log.items()), log
@@ -3893,18 +3804,18 @@ def test_a_tracks_file_is_never_unpickled_and_never_unpacked_beyond_the_limit():
         assert not (here / "made").exists()
         np.savez_compressed(here / "large.npz", tracks=np.zeros((999, 9, 2)))
         assert (here / "large.npz").stat().st_size < 9999
-        with unittest.mock.patch("assets.arrays.LIMIT", 9999):
+        with unittest.mock.patch("extras.arrays.LIMIT", 9999):
             assert_error(sample.UserError, "unpacks to", sample.load_tracks, here / "large.npz", (48, 32))
         for shape in (1_000_001, 1, 2), (9, 20_001, 2):
             np.save(here / "long.npy", np.zeros(shape, np.int8))
             found = f"{'has an array of' if shape[1] == 1 else 'tracks have shape'} {shape}, at most 1000000"
             assert_error(sample.UserError, found, sample.load_tracks, here / "long.npy", (48, 32))
-        with unittest.mock.patch("assets.arrays.LIMIT_TEXT", 99):
+        with unittest.mock.patch("extras.arrays.LIMIT_TEXT", 99):
             (here / "long.json").write_text("[" + "[1, 2], " * 99 + "[3, 4]]")
             assert_error(sample.UserError, "of others at most", sample.load_tracks, here / "long.json", (48, 32))
         uneven = [[[1, 2]] * 3000] + [[]] * 9000
         (here / "uneven.json").write_text(json.dumps(uneven))
-        with unittest.mock.patch("assets.arrays.LIMIT", 2 ** 20):
+        with unittest.mock.patch("extras.arrays.LIMIT", 2 ** 20):
             assert_error(sample.UserError, "has an array of (9001, 3000, 2)", sample.load_tracks, here / "uneven.json",
                          (48, 32))
 
@@ -3913,7 +3824,7 @@ def test_a_video_is_there_whole_or_not_at_all():
     frame = np.zeros((256, 256, 3), np.uint8)
 
     def fail(count, broken):
-        with unittest.mock.patch("assets.video.count_frames", count), sample.video_file(here / "out.mp4", 16) as append:
+        with unittest.mock.patch("sample.count_frames", count), sample.video_file(here / "out.mp4", 16) as append:
             for _ in range(3):
                 append(frame)
             assert not broken
@@ -4095,7 +4006,7 @@ def served(*flags):
     _, here = workplace()
     stop, good = [], ("--image", here / "image.png", "--weights", here / "student.safetensors", "--vae",
                       here / "vae.safetensors", "--interactive", "--port", "0", "--fps", "100")
-    stoppable = unittest.mock.patch.object(sample, "hold_signals", lambda: contextlib.nullcontext(stop))
+    stoppable = unittest.mock.patch.object(extras.page, "hold_signals", lambda: contextlib.nullcontext(stop))
     with quiet() as (out, err), stoppable:
         thread = threading.Thread(target=sample.main, args=([str(word) for word in (*good, *flags)],))
         thread.start()
@@ -4278,7 +4189,7 @@ def test_points_reach_the_track_head_on_lines_that_end_where_they_are_now():
 
 
 def test_a_restart_with_another_chunk_is_not_lost_while_a_take_begins():
-    real, lengths = sample.to_frames, []
+    real, lengths = extras.page.to_frames, []
 
     def slow(video):                                            # the first take begins; the page is quicker
         time.sleep(0.3)
@@ -4289,7 +4200,7 @@ def test_a_restart_with_another_chunk_is_not_lost_while_a_take_begins():
         return track_features(model, tracks, visible, ids)
 
     head = unittest.mock.patch.object(sample, "track_features", seen)
-    with unittest.mock.patch.object(sample, "to_frames", slow), head, served() as page:
+    with unittest.mock.patch.object(extras.page, "to_frames", slow), head, served() as page:
         page.control(take=1, chunk=1)
         page.watch(8)
     assert lengths[:3] == [1, 4, 4], lengths
@@ -4387,7 +4298,7 @@ def until_recorded(page, name, **changes):
 
 
 def test_the_page_records_what_is_seen_when_it_asks_into_files_that_are_not_there():
-    with folder() as mine, unittest.mock.patch.object(sample, "RECORDING", mine / "recording.mp4"):
+    with folder() as mine, unittest.mock.patch.object(extras.page, "RECORDING", mine / "recording.mp4"):
         (mine / "recording.mp4").write_text("mine")
         (mine / "recording-3.mp4").write_text("mine, too")
         with served("--seed", "3") as page:
@@ -4522,11 +4433,11 @@ def browsing(page, width=1280):
 
 
 def test_in_a_browser_one_object_goes_its_way_while_another_is_pinned():
-    scene = world.new_scenes(1, 1, seeded(3), objects=2, camera=False, attributes=(0, 0), flat=True)
+    scene = world.new_scenes(1, 1, seeded(3), objects=2, camera=False, attributes=(0, 0), flat=True, style="simple")
     scene["position"][0, :2, 0], scene["radius"][:] = torch.tensor([[0.3, 0.35], [0.7, 0.7]]), 0.13
     red, blue = colours = [colour.tolist() for colour in scene["colour"][0, :2]]
     with folder() as here:
-        Image.fromarray(sample.to_frames(world.film(scene, 384))[0]).save(here / "two.png")
+        Image.fromarray(sample.to_frames(world.render(scene, 384))[0]).save(here / "two.png")
         flags = ("--image", here / "two.png", "--weights", HERE / "assets/tiny.safetensors",
                  "--vae", HERE / "assets/tiny_vae.safetensors", "--fps", "24")
         with served(*flags) as page, browsing(page) as browser:
@@ -4590,7 +4501,7 @@ def test_in_a_browser_a_dragged_object_moves_again_and_again():
 
 
 def test_in_a_browser_a_button_and_a_key_record_and_the_page_says_into_what():
-    with folder() as mine, unittest.mock.patch.object(sample, "RECORDING", mine / "recording.mp4"), served() as page, \
+    with folder() as mine, unittest.mock.patch.object(extras.page, "RECORDING", mine / "recording.mp4"), served() as page, \
             browsing(page, 390) as browser:
         pressed = "$('record').getAttribute('aria-pressed')"
         assert browser.run(pressed) == "false" and browser.run("$('recorded').textContent") == ""
@@ -5056,13 +4967,13 @@ def play(run, name, scene, points, text, later=None, **overrides):
     given; "vae" is the truth through the VAE, "still" frame 0. overrides: fields of Config."""
     vae, T = load_vae(run.path(name)) if name == "decoder" else run.vae(), scene["pan"].shape[1]
     if name == "still":
-        yield world.film(scene, td.SIZE, 0, 1).expand(-1, -1, T, -1, -1)
+        yield world.render(scene, td.SIZE, 0, 1).expand(-1, -1, T, -1, -1)
         return
     if name in ("vae", "decoder"):
-        yield vae.decode(vae.encode(world.film(scene, td.SIZE).to(run.device)))[0].cpu()
+        yield vae.decode(vae.encode(world.render(scene, td.SIZE).to(run.device)))[0].cpu()
         return
     model, state = run.model(name, **overrides), None
-    first = vae.encode(world.film(scene, td.SIZE, 0, 1).to(run.device))
+    first = vae.encode(world.render(scene, td.SIZE, 0, 1).to(run.device))
     tracks, visible = (points[key].to(run.device) for key in ("tracks", "visible"))
     motion = sample.Motion(tracks, visible, track_ids(tracks, visible, model.config))
     text = None if text is None else text.expand(len(first), -1, -1).to(run.device)
@@ -5115,12 +5026,12 @@ def preview(run, stage):
     if run.args.data:
         return
     rng = torch.Generator().manual_seed(td.seed_of("preview"))
-    scene = world.new_scenes(2, td.CLIP, rng, objects=2)
+    scene = world.new_scenes(2, td.CLIP, rng, objects=2, style=td.STYLE)
     tracks, visible = world.scene_tracks(scene, td.SIZE, rng)
     n = torch.arange(tracks.shape[2])
-    centres = (n % world.POINTS == 0) & (n < world.OBJECTS * world.POINTS)
+    centres = (n % td.POINTS == 0) & (n < world.OBJECTS * td.POINTS)
     motion = {"tracks": tracks, "visible": visible & centres}
-    videos, text = [world.film(scene, td.SIZE)], torch.cat([embed_words(c, run.config) for c in scene["caption"]])
+    videos, text = [world.render(scene, td.SIZE)], torch.cat([embed_words(c, run.config) for c in scene["caption"]])
     models = [name for name in td.WEIGHTS.values() if run.path(name).exists()]
     videos += [torch.cat(list(play(run, name, scene, motion, text)), 2) for name in models]
     frames = torch.stack(videos, 1)[:, :, :, torch.linspace(0, td.CLIP - 1, 6).long()]         # (2, rows, 3, 6, H, W)
@@ -5178,7 +5089,7 @@ def new_case(seed, clips, frames, points="drag", change=None, speed=1, **options
     "jittered" (by 2 % of the width), "late" (nothing is said of frames 1 to 12), "broken" (half of the pieces of 4
     frames are missing)."""
     rng = torch.Generator().manual_seed(td.seed_of(seed))
-    options = {"camera": False, "attributes": (0, 0), "moving": True} | options
+    options = {"camera": False, "attributes": (0, 0), "moving": True, "style": td.STYLE} | options
     scene = world.new_scenes(clips, frames * speed, rng, **options)
     path, t = scene["position"][:, :, ::speed], torch.arange(frames)[:, None]
     back, jump = (2 * path[:, :, :1] - path).clamp(0.05, 0.95), torch.where(t < frames // 2, path, 1 - path)
@@ -5200,7 +5111,7 @@ def new_case(seed, clips, frames, points="drag", change=None, speed=1, **options
         tracks = tracks + 0.02 * td.SIZE * torch.randn(tracks.shape, generator=rng)
     gaps = torch.rand(clips, frames // 4 + 1, len(n), generator=rng).repeat_interleave(4, 1)[:, :frames] < 0.5
     silent = {"late": (t > 0) & (t < 13), "broken": (t > 3) & gaps}.get(change, t < 0)
-    centres = (n < path.shape[1] * world.POINTS) & (n % world.POINTS == 0)
+    centres = (n < path.shape[1] * td.POINTS) & (n % td.POINTS == 0)
     told = {"dense": n >= 0, "drag": centres, "none": n < 0}[points]
     return scene, {"tracks": tracks, "visible": visible & told & ~silent}
 
@@ -5211,12 +5122,12 @@ def eval_row(run, model="student", text=td.NEUTRAL, later=None, piece=None, **se
     later: the text of the second half, if it is another."""
     overrides = {key: settings.pop(key) for key in [*settings] if hasattr(run.config, key)}
     (scene, motion), piece = new_case(**settings), piece or settings["frames"]
-    first, start, rows, clock = world.film(scene, td.SIZE, 0, 1), 0, [], time.perf_counter()
+    first, start, rows, clock = world.render(scene, td.SIZE, 0, 1), 0, [], time.perf_counter()
     held, texts = first[:, :, :0], (embed_words(text, run.config), embed_words(later, run.config))
     for video in play(run, model, scene, motion, *texts, **overrides):
         seconds, held = time.perf_counter() - clock, torch.cat([held, video], 2)            # of the latest chunk
         while held.shape[2] >= piece and start + piece <= settings["frames"]:
-            truth = world.film(scene, td.SIZE, start, start + piece)
+            truth = world.render(scene, td.SIZE, start, start + piece)
             rows.append({"from": float(start), **measure(held[:, :, :piece], truth, first, scene), "seconds": seconds})
             start, held = start + piece, held[:, :, piece:]
         clock = time.perf_counter()
@@ -5407,8 +5318,8 @@ def words_row(run, model="teacher", text=None, guidance=None, **settings):
     film as captioned than to the same film with rigid objects, which neither spin nor pulse. share: where they lie
     between the two, 0 rigid, 1 as captioned. Clips whose two films are alike (40 dB), a spinning disc, do not count."""
     scene, motion = new_case(**settings)
-    truth = world.film(scene, td.SIZE)
-    rigid = world.film(scene | {"spin": 0 * scene["spin"], "pulse": 0 * scene["pulse"] + 1}, td.SIZE)
+    truth = world.render(scene, td.SIZE)
+    rigid = world.render(scene | {"spin": 0 * scene["spin"], "pulse": 0 * scene["pulse"] + 1}, td.SIZE)
     text = text or world.caption(*settings["attributes"])
     guided = {"guidance": guidance} if guidance else {}
     video = torch.cat([*play(run, model, scene, motion, embed_words(text, run.config), **guided)], 2)

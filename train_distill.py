@@ -1,4 +1,4 @@
-"""Train a tiny MotionStream from nothing, on video that assets/world.py draws: every stage of the paper, in order.
+"""Train a tiny MotionStream from nothing, on video that extras/world.py draws: every stage of the paper, in order.
 
     vae      a tiny video autoencoder
     teacher  bidirectional rectified flow, given the first frame, text and tracks
@@ -50,21 +50,22 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
-from assets import UserError, naming
-from assets.encoders import image_encoder, listing, text_encoder
-from assets.tracks import load_tracks
-from assets.world import OBJECTS, POINTS, embed_words, film, new_scenes, scene_tracks
-from motionstream import (PRESETS, Block, KVCache, MotionStream, add_noise, by_chunk, euler, guided_velocity,
-                          image_channels, rollout, save_pretrained, schedule, shift_sigma, to_x0, track_features,
-                          track_ids, with_first, write)
-from sample import (ASSETS, UMT5_DIM, Parser, fit_image, fit_tracks, has_mask, hold_signals, inspect, load_image,
-                    number, open_vae, read_encoded)
+from extras.encoders import image_encoder, listing, text_encoder
+from extras.tracks import load_tracks
+from extras.world import OBJECTS, STYLES, new_scenes, render, scene_tracks
+from motionstream import (PRESETS, Block, KVCache, MotionStream, UserError, add_noise, by_chunk, euler,
+                          guided_velocity, image_channels, naming, rollout, save_pretrained, schedule, shift_sigma,
+                          to_x0, track_features, track_ids, with_first, write)
+from sample import (ASSETS, UMT5_DIM, Parser, embed_words, fit_image, fit_tracks, has_mask, hold_signals, inspect,
+                    load_image, number, open_vae, read_encoded)
 from vae import TINY, TinyVAE, TinyVAEConfig, WanVAE, read_tensors
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What every stage shares: optimizer, running average, the loop with its log and checkpoints, files and pictures.
 
 NEUTRAL = PRESETS["tiny"].prompt
+STYLE = "simple"                         # of the drawn world
+POINTS = STYLES[STYLE].points            # tracks on each of its objects, the centre first
 TRACKS = 2500                            # of a clip of --data, at most: the paper's grid of 50x50
 SIZE, CLIP = 128, 45                     # pixels per side; frames of a clip: 12 latents, 4 chunks of 3
 RANK, LOCAL, PROCESSES = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
@@ -335,7 +336,7 @@ def reconstruction_loss(output, video):
 def drawn_crops(run):
     """A function that draws crops of filmed scenes, of three the one where most happens: (8, 3, 17, 64, 64)."""
     rng = torch.Generator().manual_seed(seed_of(run.seed, "vae"))
-    videos = torch.cat([((film(new_scenes(8, CLIP, rng), SIZE) + 1) * 127.5).round().byte()     # (n, 3, T, H, W)
+    videos = torch.cat([((render(new_scenes(8, CLIP, rng, style=STYLE), SIZE) + 1) * 127.5).round().byte()     # (n, 3, T, H, W)
                         for _ in tqdm(range(0, run.vae_clips, 8), "film for the vae")])
 
     def crop():
@@ -553,9 +554,9 @@ def film_clips(run, name):
     @torch.no_grad()
     def piece(i):
         rng = torch.Generator().manual_seed(seed_of(run.seed, name, i))
-        scenes = new_scenes(each, run.longest if images else CLIP, rng)
+        scenes = new_scenes(each, run.longest if images else CLIP, rng, style=STYLE)
         with run.autocast():
-            latents = vae.encode(film(scenes, SIZE, 0, 1 if images else None).to(run.device))
+            latents = vae.encode(render(scenes, SIZE, 0, 1 if images else None).to(run.device))
         tracks, visible = scene_tracks(scenes, SIZE, rng)
         text = torch.cat([embed_words(caption, run.config) for caption in scenes["caption"]])
         return {"latents": latents.half(), "tracks": tracks, "visible": visible, "text": text}
