@@ -192,7 +192,10 @@ class Muon(torch.optim.Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(p)
                 average = state["momentum_buffer"]
                 average.lerp_(p.grad, 1 - momentum)
-                update = orthogonal(p.grad.lerp(average, momentum), self.dtype)
+                update = p.grad.lerp(average, momentum)
+                if isinstance(update, DTensor):
+                    update = update.full_tensor()       # gathered once; each process makes all of it orthogonal
+                update = split(orthogonal(update, self.dtype), p)
                 rows, columns = p.shape
                 p.mul_(1 - rate * group["weight_decay"])
                 p.add_(update, alpha=-rate * max(1, rows / columns) ** 0.5)
@@ -201,7 +204,7 @@ class Muon(torch.optim.Optimizer):
 class Optimizer:
     """Muon on hidden matrices (kernels viewed as matrices; None: on none), AdamW on the rest; ema > 0: running average.
     An update follows the mean gradient of `batches` steps, which the processes share, as they do a MotionStream, its
-    average and the optimizers' states: see shard. Muon multiplies whole matrices, DTensor gathers them one by one."""
+    average and the optimizers' states: see shard. Muon multiplies whole matrices, which it gathers one by one."""
 
     def __init__(self, model, muon, adam, betas=(0.9, 0.99), steps=0, ema=0.0, batches=1, checkpointing=False):
         self.model, self.ema, self.batches, inner = model, ema, batches, ("blocks", "encoder", "decoder")
