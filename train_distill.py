@@ -109,14 +109,16 @@ def matmul_seconds(dtype):
 
 
 @functools.cache
-def compute_dtype(device):
-    """What matrix products are computed in on a device ("cpu", "cuda:0"): bfloat16 or, on a CPU that is not clearly
-    faster in it, float32. Without AVX-512 or AMX, bfloat16 is 10 times slower. All processes must ask at first, and
-    get the same."""
-    if torch.device(device).type != "cpu":
-        return torch.bfloat16
+def cpu_dtype():
+    """bfloat16 if the CPU is clearly faster in it, else float32: without AVX-512 or AMX it is 10 times slower. The same
+    in all processes, which have to ask together at first."""
     ratio = torch.tensor(matmul_seconds(torch.bfloat16) / matmul_seconds(torch.float32))
     return torch.bfloat16 if mean_processes(ratio) < 0.8 else torch.float32
+
+
+def compute_dtype(device):
+    """What matrix products are computed in on a device ("cpu", "cuda:0")."""
+    return cpu_dtype() if torch.device(device).type == "cpu" else torch.bfloat16
 
 
 def ends_update(i, batches):
