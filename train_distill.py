@@ -110,14 +110,16 @@ def matmul_seconds(dtype):
 
 
 @functools.cache
-def compute_dtype(device):
-    """What matrix products are computed in on a device ("cpu", "cuda:0"): bfloat16 or, on a CPU that is not clearly
-    faster in it, float32. Without AVX-512 or AMX, bfloat16 is 10 times slower. All processes must ask at first, and
-    get the same."""
-    if torch.device(device).type != "cpu":
-        return torch.bfloat16
+def cpu_dtype():
+    """bfloat16 if the CPU is clearly faster in it, else float32: without AVX-512 or AMX it is 10 times slower. The same
+    in all processes, which have to ask together at first."""
     ratio = torch.tensor(matmul_seconds(torch.bfloat16) / matmul_seconds(torch.float32))
     return torch.bfloat16 if mean_processes(ratio) < 0.8 else torch.float32
+
+
+def compute_dtype(device):
+    """What matrix products are computed in on a device ("cpu", "cuda:0")."""
+    return cpu_dtype() if torch.device(device).type == "cpu" else torch.bfloat16
 
 
 def ends_update(i, batches):
@@ -193,7 +195,10 @@ class Muon(torch.optim.Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(p)
                 average = state["momentum_buffer"]
                 average.lerp_(p.grad, 1 - momentum)
-                update = orthogonal(p.grad.lerp(average, momentum), self.dtype)
+                update = p.grad.lerp(average, momentum)
+                if isinstance(update, DTensor):
+                    update = update.full_tensor()       # gathered once; each process makes all of it orthogonal
+                update = split(orthogonal(update, self.dtype), p)
                 rows, columns = p.shape
                 p.mul_(1 - rate * group["weight_decay"])
                 p.add_(update, alpha=-rate * max(1, rows / columns) ** 0.5)
@@ -202,7 +207,7 @@ class Muon(torch.optim.Optimizer):
 class Optimizer:
     """Muon on hidden matrices (kernels viewed as matrices; None: on none), AdamW on the rest; ema > 0: running average.
     An update follows the mean gradient of `batches` steps, which the processes share, as they do a MotionStream, its
-    average and the optimizers' states: see shard. Muon multiplies whole matrices, DTensor gathers them one by one."""
+    average and the optimizers' states: see shard. Muon multiplies whole matrices, which it gathers one by one."""
 
     def __init__(self, model, muon, adam, betas=(0.9, 0.99), steps=0, ema=0.0, batches=1, checkpointing=False):
         self.model, self.ema, self.batches, inner = model, ema, batches, ("blocks", "encoder", "decoder")
