@@ -738,7 +738,7 @@ def run(argv):
     pictures = generate(args, frames, pixels, motion, *models)
     factor = enlargement(config.size)
     if args.reference or args.found or args.lpips:
-        from test_motionstream import compared          # where all is measured
+        from extras.evaluate import compared            # where all is measured
         found = args.found and load_tracks(args.found, [factor * side for side in config.size[::-1]])[:2]
         with user_errors():
             pictures = compared(pictures, args.reference, config, motion, found, factor, args.lpips)

@@ -22,7 +22,6 @@ import math
 import os
 import pickle
 import re
-import runpy
 import select
 import shlex
 import shutil
@@ -50,21 +49,24 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 
 import extras.page
 import motionstream
 import sample
 import train_distill as td
-from extras import encoders, world
+from extras import clips, decoder, encoders, evaluate, experiments, world
+from extras.evaluate import (compared, eval_row, find_reward, measure, measure_tables, motion_reward, new_case, play,
+                             ssim)
+from extras.experiments import (SHORT, Refreshed, attention_row, damaged, distil_briefly, drawn_tracks, encoding_row,
+                                speed_row, taught_row, words_row)
 from extras.page import named, recorder
 from extras.tracks import MOVES, camera, camera_move, camera_tracks, load_depth
 from motionstream import (PRESETS, KVCache, MotionStream, SelfAttention, TrackHead, UserError, add_noise, apply_rope, by_chunk,
                           euler, find_config, guided_velocity, image_and_mask, joint_guidance, rollout, rope_table,
-                          save_pretrained, schedule, sinusoid, to_x0, track_features, track_ids, with_first, write, shift_sigma)
+                          save_pretrained, schedule, sinusoid, to_x0, track_features, track_ids, with_first, shift_sigma)
 from sample import count_frames, drag_path, embed_words, read_tracks
 from vae import RMSNorm as ChannelNorm
 from vae import STATISTICS, CausalConv, TinyVAE, TinyVAEConfig, WanVAE, WanVAEConfig, load_vae
@@ -117,7 +119,11 @@ def new_vae(config=SMALL_VAE):
     return randomised(TinyVAE(config))
 
 
-small_scenes = unittest.mock.patch.object(td, "SIZE", 32)           # pixels per side of what is drawn
+@contextlib.contextmanager
+def small_scenes():
+    """What is drawn has 32 pixels per side in here."""
+    with unittest.mock.patch.object(td, "SIZE", 32), unittest.mock.patch.object(evaluate, "SIZE", 32):
+        yield
 
 
 def clip_of(frames, c=SMALL, seed=1):
@@ -1616,10 +1622,10 @@ def test_a_table_is_kept_row_by_row_and_measured_once():
                 raise KeyboardInterrupt
             return {"from": 0, "mean": settings["y"] + 0.5, "tenths": [{"from": 0, "mean": 1}, {"from": 9, "mean": 2}]}
 
-        with unittest.mock.patch.dict(globals(), tables=lambda run, stage: rows, eval_row=row):
+        with unittest.mock.patch.object(evaluate, "eval_row", row):
             for fail in 2, None, None:
                 with quiet() as (out, _), contextlib.suppress(KeyboardInterrupt):
-                    evaluate(run, "eval")
+                    measure_tables(run, "eval", rows)
         assert [call["y"] for call in calls] == [1, 2, 2, 4, 3] and calls[0] == {"x": 1, "y": 1}
         assert "| y 2 | 2.50 |" in out.getvalue() and (here / "eval.png").exists()
         assert "| b | ms |\n|---|---|\n| y 4 | 7.00 |" in out.getvalue()
@@ -1629,8 +1635,8 @@ def test_every_row_of_the_tables_can_be_played():
     class Toy:
         config, eval_clips, eval_frames = replace(PRESETS["tiny"], num_layers=1), 1, 45
 
-    for stage in "eval", "experiments":
-        for title, (common, rows) in tables(Toy, stage).items():
+    for tables in evaluate.tables(Toy), experiments.tables(Toy):
+        for title, (common, rows) in tables.items():
             for row in rows:
                 settings = {key: value for key, value in (common | row).items() if not hasattr(Toy.config, key)}
                 assert {"seed", "clips", "frames"} <= settings.keys()
@@ -1688,7 +1694,7 @@ def test_a_motion_appears_in_the_film_as_captioned_and_not_in_the_rigid_one():
             yield from (video + 0.1 * rand(*video.shape)).split(10, 2)
 
         for share, said in (1, world.caption(0, kind)), (0.25, td.NEUTRAL):
-            with unittest.mock.patch.dict(globals(), play=played):
+            with unittest.mock.patch.object(experiments, "play", played):
                 row = words_row(run, attributes=(0, kind), text=td.NEUTRAL if said == td.NEUTRAL else None, **case)
             assert row["appears"] == 100 * (share == 1) and abs(row["share"] - share) < 0.1, row
             assert 4 <= row["clips"] < 8 if kind == 1 else row["clips"] == 8, row          # discs may spin unseen
@@ -1697,7 +1703,7 @@ def test_a_motion_appears_in_the_film_as_captioned_and_not_in_the_rigid_one():
 def test_both_ways_to_encode_tracks_are_timed():
     model, vae, calls = new_model(size=(32, 32)), new_vae(), []
     run = SimpleNamespace(device="cpu", model=lambda name: model, vae=lambda: vae)
-    for by, where in ("vae", sample), ("head", sys.modules[__name__]):
+    for by, where in ("vae", sample), ("head", experiments):
         name = {"vae": "draw_control", "head": "track_features"}[by]
         real = getattr(where, name)
 
@@ -1707,7 +1713,7 @@ def test_both_ways_to_encode_tracks_are_timed():
             time.sleep(0.01 if by == "head" else 0.05)
             return torch.zeros(1)
 
-        with unittest.mock.patch.object(where, name, slowly), small_scenes:
+        with unittest.mock.patch.object(where, name, slowly), small_scenes():
             row = encoding_row(run, by, seed="x", clips=1, frames=21, points="dense")
         assert calls.count(by) == len(calls) == 9 and row["ms"] >= (10 if by == "head" else 50), (row, calls)
         calls.clear()
@@ -1715,8 +1721,8 @@ def test_both_ways_to_encode_tracks_are_timed():
 
 def test_a_brief_distillation_differs_in_what_its_row_says_and_is_not_trained_again():
     with folder() as here, quiet() as (out, _):
-        flags = ["--stage", "experiments", "--smoke", "--out", str(here), "--seed", "3", "--tracks", "random"]
-        run, trained = td.Run(td.parse_flags(flags)), []
+        flags = ["--smoke", "--out", str(here), "--seed", "3", "--tracks", "random"]
+        run, trained = evaluate.new_run(flags, "experiments"), []
 
         def train(short):
             assert torch.is_grad_enabled() and load_file(short.path("causal")).keys()
@@ -1745,7 +1751,7 @@ def test_a_brief_distillation_differs_in_what_its_row_says_and_is_not_trained_ag
                 assert len(trained) == len({one.out for one in trained}) and short is trained[-1]
                 count = len(trained)
                 assert distil_briefly(run, **how).out == short.out and len(trained) == count    # the weights are there
-            rows = [row["distil"] for row in tables(run, "experiments")["distillation, drag"][1] if "distil" in row]
+            rows = [row["distil"] for row in experiments.tables(run)["distillation, drag"][1] if "distil" in row]
             folders = {distil_briefly(run, **how).out for how in rows}
         assert len(folders) == len(rows) - 1 == 9, folders      # two rows are of the plain one
         assert settings(plain)["run.seed"] == 3 and plain.config == replace(run.config, sink_decay=1.0)
@@ -1757,7 +1763,7 @@ def test_a_brief_distillation_differs_in_what_its_row_says_and_is_not_trained_ag
 
 def test_a_brief_teacher_differs_in_what_its_row_says():
     with folder() as here, quiet(), unittest.mock.patch.dict(td.RECIPES["tiny"], clips=(8, 8, 8)):
-        run, trained = td.Run(td.parse_flags(["--stage", "experiments", "--out", str(here)])), []
+        run, trained = evaluate.new_run(["--out", str(here)], "experiments"), []
 
         def train(short):
             assert short.steps["teacher"] == 7 and short.path("vae") == run.path("vae") and short.recipe.emphasis == 0
@@ -1767,7 +1773,7 @@ def test_a_brief_teacher_differs_in_what_its_row_says():
 
         pick = td.pick
         with torch.no_grad(), unittest.mock.patch.object(td, "train_teacher", train), \
-                unittest.mock.patch.multiple(sys.modules[__name__], eval_row=lambda run, **row: (run.out, row)):
+                unittest.mock.patch.object(experiments, "eval_row", lambda run, **row: (run.out, row)):
             rows = [taught_row(run, {"steps": 7, **teach}, x=1, **drawn) for teach, drawn in (
                 ({}, {}), ({}, {"drawn": True}), ({"start": True}, {}), ({"start": True, "harm": True}, {}), ({}, {}))]
         recipes, teacher = td.RECIPES["tiny"], run.path("teacher")
@@ -1846,17 +1852,17 @@ def test_a_stream_is_as_fast_as_itself():
             time.sleep(sum(waits[key] for key in more))
             yield torch.zeros(1, 3, 4 * more["chunk"] if "chunk" in more else 24, 1, 1)
 
-    with unittest.mock.patch.multiple(sys.modules[__name__], play=played):
+    with unittest.mock.patch.object(experiments, "play", played):
         same, slow = (speed_row(run, 9, seed="x", clips=1, **more) for more in ({"chunk": 3}, {"sink": 2}))
     assert abs(same["chunk"] - 1) < 0.3 and abs(same["frame"] - 1) < 0.3, same
     assert 1.4 < slow["chunk"] < 2.6 and abs(slow["frame"] - slow["chunk"] / 2) < 0.1, slow
 
 
 def test_critic_steps_and_guidance_of_a_brief_distillation_reach_its_losses():
-    with folder() as here, quiet(), unittest.mock.patch.dict(SHORT, updates=2, images=8), small_scenes:
+    with folder() as here, quiet(), unittest.mock.patch.dict(SHORT, updates=2, images=8), small_scenes():
         before_distillation(here)
         shutil.copyfile(here / "causal.safetensors", here / "student.safetensors")
-        run = td.Run(td.parse_flags(["--stage", "experiments", "--out", str(here)]))
+        run = evaluate.new_run(["--out", str(here)], "experiments")
 
         def made(model, noise, conditions, first, exit_step, grad):
             return iter(noise.split(3, 2))
@@ -2099,7 +2105,7 @@ def before_distillation(here):
 
 
 def test_distillation_with_a_reward_and_an_ema_sink():
-    with folder() as here, quiet() as (_, err), without_pictures(), small_scenes:
+    with folder() as here, quiet() as (_, err), without_pictures(), small_scenes():
         before_distillation(here)
         (here / "mine.py").write_text(
             "def reward(video, batch):\n    return video[:, 0, 0, 0, 0] * 0 + len(batch['ids'])")
@@ -2128,7 +2134,7 @@ def test_the_end_of_a_long_rollout_is_judged_beside_the_image_it_began_with():
 
 
 def test_half_of_the_rollouts_are_longer_than_the_teachers_clip_and_say_nothing_of_light():
-    with folder() as here, quiet(), without_pictures(), small_scenes:
+    with folder() as here, quiet(), without_pictures(), small_scenes():
         before_distillation(here)
         lengths, texts, judged = [], [], []
 
@@ -2168,7 +2174,7 @@ def test_rollouts_under_drawn_memory_are_judged_as_whole_clips():
         assert x0.shape[2] == 12 and x0[:, :, 1:].equal(tail[-1]), memories[-1]
         return sum(p.sum() for p in critic.parameters()) * 1.0
 
-    with folder() as here, quiet(), without_pictures(), small_scenes:
+    with folder() as here, quiet(), without_pictures(), small_scenes():
         before_distillation(here)
         with unittest.mock.patch.multiple(td, rollout=made, critic_loss=loss, dmd_loss=lambda *_: torch.zeros(())), \
                 unittest.mock.patch.object(td.Optimizer, "step", lambda *_: 0.0), \
@@ -2425,22 +2431,14 @@ def test_two_processes_have_the_gradients_of_one_that_accumulates_two_steps():
         assert "resumed at step 12" in said
 
 
-@contextlib.contextmanager
 def without_pictures():
-    """train_distill.main draws no previews in here. (patch.dict would forget all modules that are imported inside.)"""
-    before = sys.modules.get("test_motionstream")
-    sys.modules["test_motionstream"] = SimpleNamespace(**globals() | {"preview": lambda *_: None})
-    try:
-        yield
-    finally:
-        sys.modules["test_motionstream"] = before
-        if before is None:
-            del sys.modules["test_motionstream"]
+    """train_distill.main draws no previews in here."""
+    return unittest.mock.patch.object(evaluate, "preview", lambda *_: None)
 
 
 def distilled(flags):
     """The gradients of a distillation on small_scenes in float32."""
-    with quiet(), keeping_gradients(gradients := []), without_pictures(), small_scenes, \
+    with quiet(), keeping_gradients(gradients := []), without_pictures(), small_scenes(), \
             unittest.mock.patch.object(td.Run, "autocast", lambda run: contextlib.nullcontext()):
         assert td.main(flags) is None
     return gradients
@@ -2505,21 +2503,21 @@ def test_adversarial_losses_are_the_hinge_and_move_one_network_each():
             return self.weight * video.mean((1, 2, 3, 4))
 
     videos = [torch.full((2, 3, 5, 4, 4), value, requires_grad=True) for value in (0.25, 0.5, -0.25)]
-    loss_g, loss_d = td.adversarial_losses(Mean(), *videos)
+    loss_g, loss_d = decoder.adversarial_losses(Mean(), *videos)
     assert loss_g == -2 * 0.5 and loss_d == (1 - 2 * 0.25) + (1 - 2 * 0.25)
-    assert td.adversarial_losses(Mean(), 4 * videos[0], videos[1], 4 * videos[2])[1] == 0       # both far enough
+    assert decoder.adversarial_losses(Mean(), 4 * videos[0], videos[1], 4 * videos[2])[1] == 0       # both far enough
 
-    decoder, discriminator = new_vae().requires_grad_(True), TinyVAE(td.DISCRIMINATOR)
-    output, _ = decoder.decode_frames(rand(2, 4, 2, 2, 2))
-    losses = td.adversarial_losses(discriminator, rand(*output.shape), output, output)
-    of_g, of_d = ([name for name, model in (("decoder", decoder), ("discriminator", discriminator)) if any(
+    ours, discriminator = new_vae().requires_grad_(True), TinyVAE(decoder.DISCRIMINATOR)
+    output, _ = ours.decode_frames(rand(2, 4, 2, 2, 2))
+    losses = decoder.adversarial_losses(discriminator, rand(*output.shape), output, output)
+    of_g, of_d = ([name for name, model in (("decoder", ours), ("discriminator", discriminator)) if any(
         grad is not None and grad.any() for grad in torch.autograd.grad(
             loss, [*model.parameters()], retain_graph=True, allow_unused=True))] for loss in losses)
     assert of_g == ["decoder"] and of_d == ["discriminator"], (of_g, of_d)
 
 
 def decoder_run(here, *more, code=0):
-    """--stage decoder in float32, on noise instead of drawn videos, or on encoded clips; the last line that was printed
+    """extras.decoder in float32, on noise instead of drawn videos, or on encoded clips; the last line that was printed
     as an error."""
     def noise(run):
         return lambda: torch.randn(4, 3, 9, 16, 16).clamp(-1, 1)
@@ -2527,10 +2525,10 @@ def decoder_run(here, *more, code=0):
     def clips(run, pictures):
         return sorted(run.args.data.glob("*.safetensors"))
 
-    with quiet() as (_, err), without_pictures(), \
+    with quiet() as (_, err), unittest.mock.patch.object(decoder, "preview", lambda *_: None), \
             unittest.mock.patch.multiple(td, drawn_crops=noise, own_clips=clips), \
             unittest.mock.patch.object(td.Run, "autocast", lambda run: contextlib.nullcontext()):
-        result = td.main(["--smoke", "--stage", "decoder", "--out", str(here), *map(str, more)])
+        result = decoder.main(["--smoke", "--out", str(here), *map(str, more)])
     assert result == (code or None), (result, err.getvalue())
     return err.getvalue().splitlines()[-1]
 
@@ -2577,9 +2575,9 @@ def wans_clips(here, h, w):
 def test_a_decoder_for_wans_vae_learns_what_wans_decodes_and_an_encoder_the_latents():
     narrow = TinyVAEConfig(16, 1, "end", 4, *(tuple((4, 1, *s[2:]) for s in part) for part in (TAEW21.encoder,
                                                                                                TAEW21.decoder)), 4)
-    seen, asked, losses, decode_frames = [], [], td.adversarial_losses, TinyVAE.decode_frames
+    seen, asked, losses, decode_frames = [], [], decoder.adversarial_losses, TinyVAE.decode_frames
     with folder() as here, unittest.mock.patch.multiple(
-            td, TinyVAEConfig=lambda *sizes: asked.append(sizes) or narrow,
+            decoder, TinyVAEConfig=lambda *sizes: asked.append(sizes) or narrow,
             adversarial_losses=lambda model, video, *more: seen.append(video) or losses(model, video, *more)), \
             unittest.mock.patch.object(TinyVAE, "decode_frames",
                                        lambda vae, latents: seen.append(latents) or decode_frames(vae, latents)):
@@ -2638,7 +2636,7 @@ def test_what_a_decoder_cannot_be_trained_with_is_refused_in_one_line():
             assert not [*(here / "bad").glob("decoder*")]
         with quiet() as (_, err):
             assert td.main(["--perceptual", "vgg", "--out", str(here)]) == 2
-        assert "--perceptual needs --stage decoder" in err.getvalue()
+        assert "unrecognized arguments: --perceptual vgg" in err.getvalue()
 
 
 class Perceptual(nn.Module):
@@ -2798,7 +2796,7 @@ def test_processes_share_what_is_made():
         files = td.kept(run, "pool", "vae", 60, lambda *_: lambda i: made.append(i) or {"a": torch.zeros(8)})
         assert made == [8, 32, 56] and len(files) == 8 and sum(file.exists() for file in files) == 3
         flags, own = own_flags(here, own_clips(here / "data", "abcd")), []
-        with unittest.mock.patch.object(td, "read_clip", lambda _, stem, caption: own.append(stem.name) or 1 / 0):
+        with unittest.mock.patch.object(clips, "read_clip", lambda _, stem, caption: own.append(stem.name) or 1 / 0):
             assert_error(td.UserError, "0 of 4 clips", encoded, flags)
         assert own == ["b"]
 
@@ -2907,7 +2905,7 @@ def test_own_clips_are_cropped_and_encoded_with_their_tracks():
 def test_own_clips_are_encoded_once_and_pictures_are_enough_to_distil():
     with folder() as here:
         flags, data = own_flags(here, own_clips(here / "data")), here / "data"
-        with unittest.mock.patch.object(td, "read_clip", wraps=td.read_clip) as read:
+        with unittest.mock.patch.object(clips, "read_clip", wraps=clips.read_clip) as read:
             files, _ = encoded(flags)
             again, _ = encoded(flags)
             assert read.call_count == 3 and files == again
@@ -2956,7 +2954,8 @@ def test_own_clips_are_encoded_once_and_pictures_are_enough_to_distil():
         assert_error(td.UserError, "0 of 0 clips can be used here", encoded, flags)
         (here / "runs/out").mkdir()
         saved(here / "runs/out" / "student.safetensors", new_model())   # of this run, whose VAE is elsewhere
-        measured = td.Run(td.parse_flags(["--stage", "eval", "--out", str(here / "runs/out")]))
+        with quiet():
+            measured = evaluate.new_run(["--out", str(here / "runs/out")], "eval")
         assert measured.path("student") == here / "runs/out" / "student.safetensors"
 
 
@@ -3128,12 +3127,13 @@ def test_what_cannot_be_trained_is_refused_in_one_line():
         student, small = saved(here / "s.safetensors", new_model()), saved(here / "small.safetensors", new_vae())
         teacher = saved(here / "t.safetensors", new_model(causal=False))
         for said, *flags in [("--reward needs --stage distill", "--reward", "motion", "--stage", "teacher"),
-                             ("--memory needs --stage distill", "--memory", "drawn", "--stage", "eval"),
+                             ("--memory needs --stage distill", "--memory", "drawn", "--stage", "teacher"),
                              ("argument --memory: 3,1,1 is not like c3s1w1, chunk 1 to 12", "--memory", "3,1,1"),
                              ("argument --memory: c13s1w1 is not like", "--memory", "c13s1w1"),
                              ("--length 9: needs --data, and whole chunks", "--length", "9", "--data", data),
-                             ("--clips needs --stage eval", "--clips", "3", "--stage", "vae"),
-                             ("--adversarial needs --stage decoder", "--adversarial", "1"),
+                             ("--stage: invalid choice: 'eval'", "--stage", "eval"),
+                             ("unrecognized arguments: --clips 3", "--clips", "3"),
+                             ("unrecognized arguments: --adversarial 1", "--adversarial", "1"),
                              ("--tflops needs --dry-run", "--tflops", "4"),
                              ("--length 81: needs --data, and whole chunks", "--length", "81"),
                              ("--length 80: needs --data, and whole chunks", "--length", "80", "--data", data),
@@ -3145,7 +3145,7 @@ def test_what_cannot_be_trained_is_refused_in_one_line():
                              ("no.safetensors: cannot be read (No such file", "--weights", here / "no.safetensors"),
                              ("no.safetensors: no such file", "--vae", here / "no.safetensors"),
                              ("small.safetensors: drop it, or --stage vae", "--vae", small, "--stage", "vae"),
-                             ("data: not for this --stage", "--data", data, "--stage", "eval"),
+                             ("data: not for this --stage", "--data", data, "--stage", "vae"),
                              ("none: no such folder", "--data", here / "none"),
                              ("encoded clips go to the folder clips beside", "--data", data, "--vae", small, "--out",
                               data / "x"),
@@ -3207,7 +3207,7 @@ def test_a_dry_run_tells_parameters_and_costs_and_makes_nothing():
     with FlopCounterMode(display=False) as counter, unittest.mock.patch.object(
             F, "scaled_dot_product_attention", lambda q, k, v: (q @ k.mT).softmax(-1) @ v):     # its own is not counted
         model(x, torch.ones(1), rand(1, 8, 64), clip=rand(1, 257, 40))
-    assert abs(counter.get_total_flops() / forward_flops(c, 6 * 64, 6 * 64) - 1) < 0.03
+    assert abs(counter.get_total_flops() / td.forward_flops(c, 6 * 64, 6 * 64) - 1) < 0.03
 
 
 @slow
@@ -4962,6 +4962,36 @@ def test_the_readmes_filter_takes_wide_clips_of_81_frames_at_16_a_second():
         assert (here / "out/a.txt").read_text() == "a a, one"
 
 
+def imports(path, inside):
+    """The modules of this project that a file imports at its top or, with inside=True, anywhere."""
+    tree = ast.parse(path.read_text())
+    found = set()
+    for node in ast.walk(tree) if inside else tree.body:
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
+    return {name for name in found if (HERE / f"{name.replace('.', '/')}.py").is_file()}
+
+
+def test_nothing_imports_a_test_and_imports_make_no_circle():
+    files = {path.relative_to(HERE).as_posix()[:-3].replace("/", "."): path
+             for path in (*HERE.glob("*.py"), *HERE.glob("extras/*.py"))}
+    tops = {}
+    for name, path in files.items():
+        if not name.rpartition(".")[2].startswith("test"):
+            tests = {other for other in imports(path, inside=True) if other.rpartition(".")[2].startswith("test")}
+            assert not tests, f"{name} imports {tests}"
+            tops[name] = imports(path, inside=False)
+    assert len(tops) > 10 and "motionstream" in tops["sample"], tops
+    while tops:                                                 # take away those that import nothing that is left
+        free = {name for name, others in tops.items() if not others & tops.keys()}
+        assert free, f"a circle of imports among {tops.keys()}"
+        for name in free:
+            del tops[name]
+    assert not [*(HERE / "assets").glob("*.py")], "assets holds data"
+
+
 def test_readme_table_points_at_the_code():
     rows = re.findall(r"\[`([\w.]+)`\]\(([\w/]+\.py)#L(\d+)\)", (HERE / "README.md").read_text())
     assert rows, "no link of the form [`name`](file.py#L123) in README.md"
@@ -4980,661 +5010,6 @@ def test_readme_line_counts_are_true():
     for file, count in rows:
         lines = len((HERE / file).read_text().splitlines())
         assert int(count.replace(",", "")) == lines, f"{file} has {lines} lines, the README says {count}"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Measuring: train_distill.py --stage eval and experiments. The claims of the README, not of the code.
-
-def play(run, name, scene, points, text, later=None, **overrides):
-    """The video (B, 3, T, SIZE, SIZE), in pieces, that "teacher", "causal" or "student" makes of the scene's first
-    frame, {"tracks", "visible"} and text (1 or B, L, text_dim), in the second half of a stream `later` if that is
-    given; "vae" is the truth through the VAE, "still" frame 0. overrides: fields of Config."""
-    vae, T = load_vae(run.path(name)) if name == "decoder" else run.vae(), scene["pan"].shape[1]
-    if name == "still":
-        yield world.render(scene, td.SIZE, 0, 1).expand(-1, -1, T, -1, -1)
-        return
-    if name in ("vae", "decoder"):
-        yield vae.decode(vae.encode(world.render(scene, td.SIZE).to(run.device)))[0].cpu()
-        return
-    model, state = run.model(name, **overrides), None
-    first = vae.encode(world.render(scene, td.SIZE, 0, 1).to(run.device))
-    tracks, visible = (points[key].to(run.device) for key in ("tracks", "visible"))
-    motion = sample.Motion(tracks, visible, track_ids(tracks, visible, model.config))
-    text = None if text is None else text.expand(len(first), -1, -1).to(run.device)
-    if later is not None:
-        chunk, both = model.config.chunk, (text, later.expand(len(first), -1, -1).to(run.device))
-        motion = ((part, both[4 * chunk * i >= T / 2])
-                  for i, (part, _) in enumerate(sample.pieces(motion, None, chunk)))
-    if name == "teacher":
-        chunks = sample.sample_teacher(model, first, motion, T, text, run.seed)
-    else:
-        chunks = sample.stream(model, first, motion, text, run.seed)
-    for latents in chunks:
-        video, state = vae.decode(latents, state)
-        yield video.cpu()
-
-
-def plot(path, curves, title, width=640, height=320):
-    """Lines {name: [(x, y)]} as a PNG, with the ranges written on it."""
-    page = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(page)
-    (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*sum(curves.values(), [])))
-    draw.rectangle((50, 30, width - 10, height - 30), outline="grey")
-    for x, y, text in (50, 8, title), (4, 30, f"{y1:.3g}"), (4, height - 42, f"{y0:.3g}"), \
-                      (50, height - 24, f"{x0:.0f}"), (width - 50, height - 24, f"{x1:.0f}"):
-        draw.text((x, y), text, fill="black")
-    right, up = (width - 60) / (x1 - x0 or 1), (height - 60) / (y1 - y0 or 1)
-    for i, (name, curve) in enumerate(curves.items()):
-        colour = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")[i % 6]
-        draw.line([(50 + right * (x - x0), height - 30 - up * (y - y0)) for x, y in curve], fill=colour, width=2)
-        draw.text((width - 150, 34 + 14 * i), name, fill=colour)
-    write(path, lambda temporary: page.save(temporary, "png"))
-
-
-def plot_stage(run, stage):
-    """Curves of a stage from stats.jsonl, each number averaged over 2 % of the stage."""
-    logged, curves = map(json.loads, open(run.out / "stats.jsonl")), {}
-    rows = [*{row["step"]: row for row in logged if row["stage"] == stage}.values()]    # after a crash, logged again
-    for name in "loss", "loss_c", "loss_g", "loss_d", "reward", "std", "x0_none", "x0_tracks":
-        values = [(row["step"], row[name]) for row in rows if name in row]
-        if values:
-            curves[name] = F.adaptive_avg_pool1d(torch.tensor(values).T, min(50, len(values))).T.tolist()
-    plot(run.out / f"{stage}.png", curves, f"{stage}: {len(rows)} steps")
-
-
-@torch.no_grad()
-def preview(run, stage):
-    """The stage's curves; unless it is of clips of one's own, six frames of a dragged scene in rows: truth, that
-    through the VAE, each model there is; then another scene."""
-    plot_stage(run, stage)
-    if run.args.data:
-        return
-    rng = torch.Generator().manual_seed(td.seed_of("preview"))
-    scene = world.new_scenes(2, td.CLIP, rng, objects=2, style=td.STYLE)
-    tracks, visible = world.scene_tracks(scene, td.SIZE, rng)
-    n = torch.arange(tracks.shape[2])
-    centres = (n % td.POINTS == 0) & (n < world.OBJECTS * td.POINTS)
-    motion = {"tracks": tracks, "visible": visible & centres}
-    videos, text = [world.render(scene, td.SIZE)], torch.cat([embed_words(c, run.config) for c in scene["caption"]])
-    models = [name for name in td.WEIGHTS.values() if run.path(name).exists()]
-    videos += [torch.cat(list(play(run, name, scene, motion, text)), 2) for name in models]
-    frames = torch.stack(videos, 1)[:, :, :, torch.linspace(0, td.CLIP - 1, 6).long()]         # (2, rows, 3, 6, H, W)
-    page = frames.permute(2, 0, 1, 4, 3, 5).flatten(4).flatten(1, 3)
-    page = Image.fromarray(sample.to_frames(page[None, :, None])[0])
-    write(run.out / f"{stage}_preview.png", lambda path: page.save(path, "png"))
-
-
-def masses(video, colours):
-    """How much of each colour (B, K, 3) is in a video, and where: mass (B, T, K) and centroid (B, T, K, 2) in pixels.
-    A pixel counts for the colour nearest to it in hue, by how colourful it is; greyish ones do not count."""
-    rgb = video.transpose(1, 2) / 2 + 0.5                                                   # (B, T, 3, H, W)
-    chroma = rgb - rgb.mean(2, keepdim=True)
-    strength = chroma.square().sum(2, keepdim=True).sqrt()               # norm(dim=2) takes 100 times as long
-    hues = F.normalize(colours - colours.mean(2, keepdim=True), dim=2)
-    match = torch.einsum("btchw,bkc->btkhw", chroma / strength.clamp(min=1e-12), hues)
-    nearest = (match == match.amax(2, keepdim=True)) & (match > 0.8)
-    weight = nearest * (strength - 0.15).clamp(min=0)                                       # (B, T, K, H, W)
-    mass, axis = weight.sum((3, 4)), torch.arange(video.shape[-1]) + 0.5
-    where = torch.stack([(weight.sum(3) * axis).sum(-1), (weight.sum(4) * axis).sum(-1)], -1)
-    return mass, where / mass.clamp(min=1e-6)[..., None]
-
-
-def measure(video, truth, first, scene):
-    """A piece of video beside the true one, as numbers. End-point errors are in percent of the width, one per object
-    and frame in which at least half of it can be seen; it is lost (percent of those) if less than a quarter of its mass
-    is there. No error is over 30, a lost object's is 30. PSNR in dB, SSIM of every 4th frame. As shares of the truth's:
-    the first object's colour, sharpness, and how far objects go. copying: the share of what only `first`, the first
-    frame, has."""
-    mass, where = masses(video, scene["colour"])
-    true_mass, true_where = masses(truth, scene["colour"])
-    seen = scene["present"][:, None] & (true_mass > 0.5 * true_mass.amax(1, keepdim=True)) & (true_mass > 1)
-    lost = mass < 0.25 * true_mass
-    error = torch.where(lost, 30.0, ((where - true_where).norm(dim=-1) * 100 / td.SIZE).clamp(max=30))[seen]
-    there = (seen & ~lost)[:, 1:] & ~lost[:, :-1]
-    move, edge = [], []
-    for v, place in (video, where), (truth, true_where):
-        move.append(place.diff(dim=1).norm(dim=-1)[there].sum())
-        edge.append(sum(v.diff(dim=d).abs().mean() for d in (3, 4)))
-    every_4th = [v[:, :, ::4].transpose(1, 2).flatten(0, 1) for v in (video, truth)]
-    numbers = {"median": error.median(), "mean": error.mean(), "lost": 100 * lost[seen].float().mean(),
-               "psnr": td.psnr(video, truth), "ssim": ssim(*every_4th).mean(),
-               "colour": mass[..., 0].sum() / true_mass[..., 0].sum(),
-               "sharp": edge[0] / edge[1], "motion": move[0] / move[1],
-               "copying": ((video - truth) * (first - truth)).sum() / (first - truth).square().sum()}
-    return {name: float(number) for name, number in numbers.items()}    # tensors kept would scatter the heap
-
-
-def new_case(seed, clips, frames, points="drag", change=None, speed=1, **options):
-    """Scenes of moving objects (options: see new_scenes), `speed` times as fast as in training, and {"tracks",
-    "visible"}. points: "dense" all, "drag" the centre of each object, "none". change: of the scene, "other way" (the
-    same first frame, objects go the opposite way), "teleport" (half-way, they jump to the opposite place), "crossing"
-    (the first two change places), "carried away" (the camera pans by its own width, and objects go with it), "dusk"
-    (the light changes in the second half alone); of tracks, "two ways" (every second one goes the opposite way),
-    "jittered" (by 2 % of the width), "late" (nothing is said of frames 1 to 12), "broken" (half of the pieces of 4
-    frames are missing)."""
-    rng = torch.Generator().manual_seed(td.seed_of(seed))
-    options = {"camera": False, "attributes": (0, 0), "moving": True, "style": td.STYLE} | options
-    scene = world.new_scenes(clips, frames * speed, rng, **options)
-    path, t = scene["position"][:, :, ::speed], torch.arange(frames)[:, None]
-    back, jump = (2 * path[:, :, :1] - path).clamp(0.05, 0.95), torch.where(t < frames // 2, path, 1 - path)
-    start, turn = path[:, :, :1], (1 - torch.cos(math.pi * t / (frames - 1))) / 2
-    cross = start.lerp(start[:, [1, 0, *range(2, path.shape[1])]], turn)
-    scene |= {key: scene[key][:, ::speed] for key in ("pan", "zoom", "gains", "spin", "pulse")}
-    if change == "carried away":
-        scene["pan"] = torch.cat([(1.5 * t / frames).clamp(max=1) - 0.5, 0 * t], 1).expand(clips, -1, -1)
-        path = path + scene["pan"][:, None]
-    if change == "dusk":
-        scene["gains"] = torch.cat([torch.ones(clips, frames // 2, 3), scene["gains"][:, :frames - frames // 2]], 1)
-    scene["position"] = {"other way": back, "teleport": jump, "crossing": cross}.get(change, path)
-    tracks, visible = world.scene_tracks(scene, td.SIZE, rng)
-    n = torch.arange(tracks.shape[2])
-    if change == "two ways":
-        opposite, _ = world.scene_tracks(scene | {"position": back}, td.SIZE, rng)
-        tracks = torch.where(n[:, None] % 2 == 1, opposite, tracks)
-    if change == "jittered":
-        tracks = tracks + 0.02 * td.SIZE * torch.randn(tracks.shape, generator=rng)
-    gaps = torch.rand(clips, frames // 4 + 1, len(n), generator=rng).repeat_interleave(4, 1)[:, :frames] < 0.5
-    silent = {"late": (t > 0) & (t < 13), "broken": (t > 3) & gaps}.get(change, t < 0)
-    centres = (n < path.shape[1] * td.POINTS) & (n % td.POINTS == 0)
-    told = {"dense": n >= 0, "drag": centres, "none": n < 0}[points]
-    return scene, {"tracks": tracks, "visible": visible & told & ~silent}
-
-
-def eval_row(run, model="student", text=td.NEUTRAL, later=None, piece=None, **settings):
-    """Play a case (settings: of new_case, and fields of Config) and measure it, `piece` frames at a time (None: all at
-    once). Of each number the mean, and that of each tenth; drift: the standard deviation of PSNR over the pieces.
-    later: the text of the second half, if it is another."""
-    overrides = {key: settings.pop(key) for key in [*settings] if hasattr(run.config, key)}
-    (scene, motion), piece = new_case(**settings), piece or settings["frames"]
-    first, start, rows, clock = world.render(scene, td.SIZE, 0, 1), 0, [], time.perf_counter()
-    held, texts = first[:, :, :0], (embed_words(text, run.config), embed_words(later, run.config))
-    for video in play(run, model, scene, motion, *texts, **overrides):
-        seconds, held = time.perf_counter() - clock, torch.cat([held, video], 2)            # of the latest chunk
-        while held.shape[2] >= piece and start + piece <= settings["frames"]:
-            truth = world.render(scene, td.SIZE, start, start + piece)
-            rows.append({"from": float(start), **measure(held[:, :, :piece], truth, first, scene), "seconds": seconds})
-            start, held = start + piece, held[:, :, piece:]
-        clock = time.perf_counter()
-    numbers = torch.tensor([[*row.values()] for row in rows])
-    tenths = [dict(zip(rows[0], [part[0, 0].item(), *part[:, 1:].nanmean(0).tolist()]))
-              for part in numbers.split(math.ceil(len(rows) / 10))]
-    mean = dict(zip(rows[0], numbers.nanmean(0).tolist()))
-    return mean | {"drift": numbers[:, [*mean].index("psnr")].std(correction=0).item(), "tenths": tenths}
-
-
-# Of a short distillation: the generator's updates, clips of each, images to draw from, chunks of the longest rollout.
-SHORT = {"updates": 50, "batch": 2, "images": 512, "rollout": 8}
-# Of the student for the tables of memory, which knows many: longer, but shorter than that of the shipped one.
-DRAWN_MEMORY = {"updates": 180, "batch": 4, "images": 5120, "rollout": 12, "memory": "drawn"}
-
-
-def brief_run(run, name, what, weights, flags):
-    """The Run, to be changed, of a short training with these flags in a folder of its own below run.out, named by
-    `what` is special about it. weights: those that it needs, copied from `run`."""
-    folder = run.out / f"{name}.{td.seed_of(what, *map(run.checksum, weights)):08x}"
-    flags = {"out": folder, "tracks": run.config.tracks, "device": run.device} | flags
-    words = [str(word) for flag, value in flags.items() for word in (f"--{flag.replace('_', '-')}", value)]
-    short = td.Run(td.parse_flags(words))
-    if td.PROCESSES > 1:
-        raise td.UserError("--stage experiments: it trains in one process, leave out torchrun")
-    folder.mkdir(parents=True, exist_ok=True)
-    for weight in weights:
-        shutil.copyfile(run.path(weight), folder / f"{weight}.safetensors")
-    return short
-
-
-def train_briefly(short, train, weights):
-    """Train what brief_run has set up, unless its weights are there."""
-    if not short.path(weights).exists():
-        started = time.time()
-        with torch.enable_grad():
-            train(short)
-        print(f"{short.out}: trained in {(time.time() - started) / 60:.1f} minutes")
-    return short
-
-
-def distil_briefly(run, critic_steps=5, guidance=None, seed=0, **flags):
-    """The Run of a short distillation of the causal student. critic_steps: the critic's for one of the generator;
-    guidance: (w_text, w_motion) of the real score, None: the teacher's own; seed: beside that of `run`; flags: what
-    is not as in SHORT, and of the command, sink_decay, reward, beta or memory."""
-    how = {name: flags.pop(name, value) for name, value in SHORT.items()}
-    updates = 1 if run.args.smoke else how["updates"]
-    flags |= {"stage": "distill", "steps": updates * critic_steps, "seed": run.seed + seed, "rollout": how["rollout"]}
-    what = how | flags | {"critic_steps": critic_steps, "guidance": guidance}
-    short = brief_run(run, "distilled", what, ("vae", "teacher", "causal"), flags)
-    short.recipe.batch, short.recipe.critic_steps = how["batch"], critic_steps
-    short.clips = min(run.clips, how["images"])
-    short.config = replace(short.config, guidance=guidance or run.config.guidance)
-    return train_briefly(short, td.train_student, "student")
-
-
-class Refreshed(KVCache):
-    """A cache whose sink is, every 25 chunks, the one just written."""
-    written = 0
-
-    def write(self, k, v):
-        super().write(k, v)
-        self.written += 1
-        if self.written % 25 == 0:
-            self.chunks[0] = self.chunks[-1]
-
-
-def distilled_row(run, distil, cache=KVCache, **settings):
-    """eval_row of the student of a short distillation `distil`, arguments of distil_briefly. cache: what remembers."""
-    short = distil_briefly(run, **distil)
-    with unittest.mock.patch.object(motionstream, "KVCache", cache):
-        return eval_row(short, **settings)
-
-
-def drawn_tracks(vae):
-    """A track head that draws the tracks instead, as dots of 5x5 pixels, and encodes them as a video, which is what
-    MotionStream's table 3 compares with: a dot has the colour of its ID, where the track starts."""
-    class DrawnTracks(TrackHead):
-        def forward(self, tracks, visible, ids, height, width):
-            (B, T, N, _), size = tracks.shape, torch.tensor([width, height])
-            colour = torch.stack([(ids & 0xFFFF) / width, (ids >> 16) / height, torch.ones(B, N)], -1)      # (B, N, 3)
-            inside = visible & ((tracks >= 0) & (tracks < size)).all(-1)
-            b, t, n = inside.nonzero(as_tuple=True)
-            x, y = (tracks[b, t, n].long() + 2).T
-            video = torch.zeros(B, T, height + 4, width + 4, 3)
-            for i, j in itertools.product(range(-2, 3), repeat=2):
-                video[b, t, y + i, x + j] = colour[b, n]
-            self.video = video if T % 4 == 1 else torch.cat([self.video, video], 1)     # a chunk goes on from the last
-            with torch.no_grad():
-                latents = vae.encode(self.video[:, :, 2:-2, 2:-2].permute(0, 4, 1, 2, 3) * 2 - 1)
-            return latents[:, :, -((T + 3) // 4):] + 0 * self.conv.weight.sum()     # a gradient for what is not used
-
-    return DrawnTracks
-
-
-def damaged(pick):
-    """td.pick with tracks as a bad tracker gives them, in three of four clips: jittered by 2 % of the width, or late,
-    nothing is said of frames 1 to 12, or broken, half of the pieces of 4 frames are missing."""
-    def picked(*args):
-        clips = pick(*args)
-        B, T, N = clips["visible"].shape
-        kind, t = torch.randint(0, 4, (B, 1, 1)), torch.arange(T)[:, None]
-        clips["tracks"] = clips["tracks"] + (kind == 1)[..., None] * 0.02 * td.SIZE * torch.randn(B, T, N, 2)
-        gaps = (torch.rand(B, T // 4 + 1, N) < 0.5).repeat_interleave(4, 1)[:, :T]
-        clips["visible"] &= ~((kind == 2) & (t > 0) & (t < 13) | (kind == 3) & (t > 3) & gaps)
-        return clips
-    return picked
-
-
-def teach_briefly(run, steps, start=False, harm=False):
-    """The Run of a short training of a teacher of the drawn world: from nothing, on dense tracks, by the track head
-    that motionstream has; or from the teacher of `run` (start) at the rates of the causal stage, on tracks as
-    they are or damaged (harm)."""
-    c, head, steps = run.config, motionstream.TrackHead, 1 if run.args.smoke else steps
-    flags = {"stage": "teacher", "steps": steps, "seed": run.seed, "vae": run.path("vae")}
-    flags |= {"weights": run.path("teacher")} if start else {}
-    what = [steps, start, harm, head.__name__, run.checksum("vae"), run.checksum("teacher")]
-    short = brief_run(run, "taught", what, (), flags)
-    short.clips, short.recipe.emphasis = min(run.clips, 512), 0.0       # no cell of a drawn video is empty
-    if start:
-        short.recipe.teacher = td.RECIPES["tiny"]["causal"]
-    else:
-        short.dense, short.config = 1, replace(c, track_dim=c.out_dim, in_dim=c.in_dim - c.track_dim + c.out_dim)
-    with unittest.mock.patch.object(td, "pick", damaged(td.pick) if harm else td.pick):
-        return train_briefly(short, td.train_teacher, "teacher")
-
-
-def taught_row(run, teach, drawn=False, **settings):
-    """eval_row of the teacher of a short training `teach`, arguments of teach_briefly; drawn: see drawn_tracks."""
-    with unittest.mock.patch.object(motionstream, "TrackHead", drawn_tracks(run.vae()) if drawn else TrackHead):
-        return eval_row(teach_briefly(run, **teach), model="teacher", **settings)
-
-
-def speed_row(run, frames, **settings):
-    """Time for a chunk and for a frame, decoded, as shares of those of the student as it is: of two streams in turn,
-    medians of 15 chunks, the first of them the sixth."""
-    overrides = {key: settings.pop(key) for key in [*settings] if hasattr(run.config, key)}
-    scene, motion = new_case(frames=frames, **settings)
-    streams = [play(run, "student", scene, motion, embed_words(td.NEUTRAL, run.config), **more)
-               for more in (overrides, {"chunk": run.config.chunk})]
-    seconds = []
-    for _ in range(20):
-        for stream in streams:
-            started = time.perf_counter()
-            count = next(stream).shape[2]
-            seconds.append((time.perf_counter() - started) * np.array([1, 1 / count]))
-    chunk, frame = np.median(np.array(seconds[10:]).reshape(15, 2, 2), 0).T
-    return {"chunk": chunk[0] / chunk[1], "frame": frame[0] / frame[1]}
-
-
-def decoders_row(run, **_):
-    """How many times longer the decoder of Wan 2.1 takes than that of taew2_1 for a chunk of 12 frames of 64x64 pixels,
-    in turn, medians of 5: random weights."""
-    latents, seconds, both = rand(1, 16, 3, 8, 8), [], [(vae, vae.decode(rand(1, 16, 3, 8, 8))[1]) for vae in (
-        WanVAE().eval(), TinyVAE(TinyVAEConfig()).eval())]
-    for _ in range(5):
-        for vae, state in both:
-            started = time.perf_counter()
-            vae.decode(latents, state)
-            seconds.append(time.perf_counter() - started)
-    wan, small = np.median(np.array(seconds).reshape(5, 2), 0)
-    return {"times": wan / small}
-
-
-def attention_row(run, layer, model="student", distil=None, **settings):
-    """Where a layer's self-attention goes once the cache is full: in percent, to the sink, to the window and to the
-    chunk itself. Means over a stream's passes (the clean ones too), clips, heads and tokens. distil: of a student of a
-    short distillation."""
-    run = distil_briefly(run, **distil) if distil else run
-    (scene, motion), c, passes, attend = new_case(**settings), run.config, [], motionstream.attend
-
-    def watched(q, k, v):
-        parts = [n * q.shape[1] for n in (c.sink, c.window, 1)]                 # tokens
-        if k.shape[1] == sum(parts):                                            # neither text nor a cache not yet full
-            scores = torch.einsum("blnk,bsnk->bnls", q.float(), k.float()) / math.sqrt(q.shape[3])
-            passes.append([part.sum(3).mean().item() for part in scores.softmax(3).split(parts, 3)])
-        return attend(q, k, v)
-
-    with unittest.mock.patch.object(motionstream, "attend", watched):
-        for _ in play(run, model, scene, motion, embed_words(td.NEUTRAL, run.config)):
-            pass
-    shares = 100 * torch.tensor(passes).view(-1, c.num_layers, 3)[:, layer].mean(0)
-    return dict(zip(("sink", "window", "itself"), shares.tolist()))
-
-
-def words_row(run, model="teacher", text=None, guidance=None, **settings):
-    """How often a motion that the caption names appears, in percent of the clips: those nearer, in mean square, to the
-    film as captioned than to the same film with rigid objects, which neither spin nor pulse. share: where they lie
-    between the two, 0 rigid, 1 as captioned. Clips whose two films are alike (40 dB), a spinning disc, do not count."""
-    scene, motion = new_case(**settings)
-    truth = world.render(scene, td.SIZE)
-    rigid = world.render(scene | {"spin": 0 * scene["spin"], "pulse": 0 * scene["pulse"] + 1}, td.SIZE)
-    text = text or world.caption(*settings["attributes"])
-    guided = {"guidance": guidance} if guidance else {}
-    video = torch.cat([*play(run, model, scene, motion, embed_words(text, run.config), **guided)], 2)
-    differs = (truth - rigid).square().sum((1, 2, 3, 4))
-    share = ((video - rigid) * (truth - rigid)).sum((1, 2, 3, 4)) / differs
-    share = share[differs / truth[0].numel() > 4e-4]                            # the mean square of 40 dB
-    return {"appears": 100 * (share > 0.5).float().mean().item(), "share": share.mean().item(), "clips": len(share)}
-
-
-def encoding_row(run, by, **settings):
-    """Milliseconds to encode the tracks of a clip: by "head" as the track head does, by "vae" as a drawn video."""
-    _, motion = new_case(**settings)
-    model, vae, seconds = run.model("student"), run.vae(), []
-    tracks, visible = (motion[key].to(run.device) for key in ("tracks", "visible"))
-    motion = sample.Motion(tracks, visible, track_ids(tracks, visible, model.config))
-    for _ in range(9):
-        started = time.perf_counter()
-        if by == "vae":
-            sample.draw_control(vae, motion, model.config, settings["frames"]).sum().item()     # waits for a GPU
-        else:
-            track_features(model, motion.tracks, motion.visible, motion.ids).sum().item()
-        seconds.append(time.perf_counter() - started)
-    return {"ms": 1000 * np.median(seconds)}
-
-
-def grid(**values):
-    """Every combination of the values, as dicts."""
-    return [dict(zip(values, row)) for row in itertools.product(*values.values())]
-
-
-def tables(run, stage):
-    """What a stage measures: {title: (what all rows have in common, [what each has besides])}: arguments of eval_row,
-    or of another function, "measure"."""
-    clip = {"seed": "eval 1 False", "clips": run.eval_clips, "frames": td.CLIP, "objects": 1}
-    if stage == "eval":
-        kinds = [{"objects": 1}, {"objects": 3, "seed": "eval 3 False"}, {"objects": 1, "change": "other way"},
-                 {"flat": True, "frames": 81, "seed": "eval 1 True"}, {"camera": True, "seed": "eval camera"}]
-        models = grid(model=("vae", "still"), points=("none",)) + grid(model=("teacher", "causal", "student"),
-                                                                       points=("dense", "drag", "none"))
-        following = [kind | model for kind in kinds for model in models
-                     if model["model"] != "teacher" or "flat" not in kind]
-        text = [{"seed": f"text {light} {motion}", "attributes": (light, motion), "text": prompt}
-                for light, motion in ((1, 0), (2, 0), (0, 1), (0, 2))           # the right one, the wrong one (1 for 2)
-                for prompt in (world.caption(light, motion), world.caption(-light % 3, -motion % 3), td.NEUTRAL, None)]
-        streams = [{"seed": f"stream {camera}", "camera": camera, "points": points, "sink": sink}
-                   for camera, points in ((False, "drag"), (True, "dense")) for sink in (1, 0)]
-        return {"following": (clip, following), "text": (clip | {"objects": 2, "piece": td.CLIP // 3}, text),
-                "streams": (clip | {"clips": 2, "frames": run.eval_frames, "piece": 12}, streams)}
-    return experiments(run, clip)
-
-
-def experiments(run, clip):
-    """The tables of the experiments, from `clip`, a case: MotionStream's table 4, figures 4, 6a and A2, and limits;
-    Reward Forcing's sinks; a scene that is carried away or changes its light; objects, attention, rigidity."""
-    frames = min(run.eval_frames, 20 * td.CLIP)                    # 20 times the training's length, in 30 pieces
-    stream = clip | {"seed": "stream False", "clips": math.ceil(run.eval_clips / 4), "frames": frames,
-                     "piece": math.ceil(frames / 30)}
-    teacher, sinks = clip | {"model": "teacher"}, grid(sink_decay=(1.0, 0.999, 0.99, 0.9, 0.5)) + grid(sink=(0,))
-    words = [{"seed": f"words {motion}", "attributes": (0, motion)} | case for motion in (1, 2) for case in
-             [*grid(model=("vae", "student")), *grid(guidance=[(0, 1.5), (1, 1.5)]),
-              *grid(model=("student", "teacher"), text=(td.NEUTRAL,))]]
-    half = stream | {"frames": math.ceil(frames / 2), "piece": math.ceil(frames / 60)}
-    drawn = {"measure": distilled_row, "distil": DRAWN_MEMORY}
-    moving = stream | drawn | {"seed": "stream True", "camera": True, "points": "dense"}
-    kept = grid(sink_decay=(1.0, 0.99, 0.9)) + [{"cache": Refreshed}]
-    dusk = {"attributes": (1, 0), "change": "dusk", "later": world.caption(1, 0)}
-    steps = [schedule(steps, run.config.shift) for steps in (1, 2, 4)]
-    return {"streams": (stream | drawn, sinks),
-            "moving camera": (moving, sinks),
-            "memory": (stream | drawn, grid(sink=(0, 1, 2, 3), window=(1, 2, 4))),
-            "memory of the shipped student": (stream, grid(sink=(0, 1, 2, 3), window=(1, 2, 4))),
-            "chunk": (stream | drawn, grid(chunk=(1, 5))),
-            "steps": (stream | drawn, grid(sigmas=steps)),
-            "carried away": (moving | {"change": "carried away", "camera": False}, kept),
-            "dusk": (half | drawn | dusk, kept),
-            "self-rollout": (stream, grid(model=("causal",))),
-            "guidance": (teacher, grid(guidance=[*itertools.product((0, 1, 2, 3), (0, 1, 1.5, 3))])),
-            "limits": (clip | {"points": "dense"}, grid(speed=(1, 2, 3, 4, 6, 8)) + grid(
-                change=("teleport", "two ways", "jittered", "late", "broken"))),
-            "crossing": (clip | {"objects": 2, "seed": "crossing"}, grid(points=("dense", "drag"), change=(
-                None, "crossing"))),
-            "objects": (clip | {"points": "dense"}, grid(objects=(1, 2, 3, 6))),
-            "attention": (clip | {"measure": attention_row, "frames": 2 * td.CLIP},
-                          grid(model=("causal", "student"), layer=range(run.config.num_layers))
-                          + grid(distil=(DRAWN_MEMORY,), layer=range(run.config.num_layers))),
-            "speed": (clip | {"measure": speed_row, "clips": 1, "frames": 600}, grid(chunk=(1, 3, 5, 7)) + grid(
-                sink=(0, 2, 3)) + grid(window=(2, 4, None)) + grid(sigmas=steps)),
-            "words": (clip | {"measure": words_row, "clips": 2 * run.eval_clips}, words),
-            **trainings(run, clip, half)}
-
-
-def trainings(run, clip, half):
-    """The tables of the experiments that have trainings of their own: short distillations, by both papers' settings;
-    teachers with damaged tracks, and with tracks as a drawn video. half: a stream."""
-    distillations = [*grid(seed=(0, 1), guidance=(None, (0, 0))), *grid(critic_steps=(1, 2)), {"sink_decay": 0.9},
-                     *grid(reward=("motion",), beta=(0.5, 2.0))]
-    students = [{"distil": how} for how in distillations]
-    students += [{"distil": {}, "sink_decay": 0.9}]                         # EMA-Sink in streaming alone
-    students += [{"measure": eval_row, "model": model} for model in ("causal", "student")]
-    harmed = [{"teach": {"steps": 200, "start": True, "harm": harm}, "change": change}
-              for harm in (False, True) for change in (None, "jittered", "late", "broken")]
-    taught = clip | {"measure": taught_row, "points": "dense"}
-    return {"distillation, dense": (clip | {"measure": distilled_row, "points": "dense"}, students),
-            "distillation, drag": (clip | {"measure": distilled_row}, students),
-            "distillation, stream": (half | {"measure": distilled_row}, students),
-            "damaged tracks": (taught, harmed),
-            "drawn tracks": (taught | {"teach": {"steps": 400}}, grid(drawn=(False, True))),
-            "encoding": (clip | {"measure": encoding_row, "clips": 1, "points": "dense"}, grid(by=("vae", "head"))),
-            "decoders": (clip | {"measure": decoders_row}, [{}])}
-
-
-@torch.no_grad()
-def evaluate(run, stage):
-    """Measure the tables of a stage and print them, draw the streams. Its .json, {settings: {title: {row: numbers}}},
-    keeps every row when it is done, and what it has is not measured again."""
-    run.check(stage)
-    path = run.out / f"{stage}.json"
-    settings = f"{run.settings(stage)}, {run.eval_clips} clips, {run.eval_frames} frames"
-    everything = json.loads(path.read_text() if path.exists() else "{}")
-    done = everything.setdefault(settings, {})
-    for title, (common, rows) in tables(run, stage).items():
-        results = done.setdefault(title, {})
-        for row in tqdm(rows, title):
-            label = ", ".join(f"{key} {getattr(value, '__name__', value)}" for key, value in row.items()
-                              if key not in ("seed", "measure"))
-            if label not in results:
-                case = {"measure": eval_row} | common | row
-                results[label] = case.pop("measure")(run, **case)
-                write(path, lambda temporary: temporary.write_text(json.dumps(everything, indent=1)))
-        names = [name for name in results[label] if name not in ("from", "tenths")]
-        print(f"\n| {title} | {' | '.join(names)} |\n{'|---' * len(names)}|---|")
-        for label, result in results.items():
-            print(f"| {label} |", " | ".join(f"{result[name]:.2f}" for name in names), "|")
-    curves = {label: [(t["from"], t["mean"]) for t in row["tenths"]] for label, row in done["streams"].items()}
-    plot(run.out / f"{stage}.png", curves, "end-point error, % of the width, over frames")
-
-
-def x0_errors(run, model, pool, batch):
-    """How far a teacher's x0 is from the truth when it sees pure noise, with all tracks and with none, as numbers."""
-    torch.manual_seed(0)
-    x0, given, points = td.draw_batch(run, pool, batch, dense=True)
-    with torch.no_grad(), run.autocast():
-        features, ones = track_features(model, **points), torch.ones(len(x0), device=run.device)
-        return {name: td.flow_loss(model, x0, ones, given | {"tracks": tracks})
-                for name, tracks in (("x0_tracks", features), ("x0_none", 0 * features))}
-
-
-def motion_reward(video, batch):
-    """How well the video (B, 3, T, H, W) follows the tracks in `batch`: (B,) in [-1, 1]. Where a track goes, the colour
-    should be that of its start. 1: it is everywhere; 0: a video that stands still does as well."""
-    B, _, T, H, W = video.shape
-    seen = batch["visible"] & batch["visible"][:, :1]
-    grid = (2 * batch["tracks"] / torch.tensor([W, H]).to(video) - 1).flatten(0, 1)[:, :, None]     # (B T, N, 1, 2)
-
-    def error(frames):
-        colours = F.grid_sample(frames.transpose(1, 2).flatten(0, 1), grid, align_corners=False).view(B, T, 3, -1)
-        return ((colours - colours[:, :1]).abs().mean(2) * seen).sum((1, 2)) / seen.sum((1, 2)).clamp(min=1)
-
-    still, error = error(video[:, :, :1].expand_as(video)), error(video)
-    return ((still - error) / (still + 0.1)).clamp(-1, 1)
-
-
-def find_reward(name):
-    """--reward: "motion", or a function of your own, FILE.py:FUNCTION, called as motion_reward is."""
-    file, _, function = name.rpartition(":")
-    try:
-        return runpy.run_path(file)[function] if file else {"motion": motion_reward}[name]
-    except Exception as e:                              # whatever the file does
-        raise td.UserError(f"--reward {name}: neither motion nor FILE.py:FUNCTION ({type(e).__name__}: {e})") from None
-
-
-def lpips_network(net):
-    """How different images (B, 3, H, W) in [-1, 1] look (Zhang et al. 2018, arXiv 1801.03924), by the package lpips:
-    a function of two of them. net: "alex" or "vgg"."""
-    try:
-        from lpips import LPIPS
-    except (ImportError, RuntimeError) as e:            # of torchvision, if it is not made for this torch
-        raise UserError(f"LPIPS: {str(e).splitlines()[0]}; pip install lpips") from None
-    return LPIPS(net=net, verbose=False).eval().requires_grad_(False)
-
-
-def open_lpips(net, device):
-    """The mean LPIPS of two videos (B, 3, T, H, W), of every fourth frame, from another one each step; None: 0."""
-    network = net and lpips_network(net).to(device)
-
-    def distance(a, b, step):
-        a, b = (video[:, :, step % 4::4].transpose(1, 2).flatten(0, 1) for video in (a, b))
-        return network(a, b).mean() if network else 0.0
-    return distance
-
-
-def ssim(a, b):
-    """Structural similarity (B,) of pictures (B, 3, H, W) in [-1, 1], by Gaussian windows of 11x11 pixels, sigma 1.5
-    (Wang et al. 2004)."""
-    bell = torch.exp(-torch.arange(-5, 6).double() ** 2 / 4.5)
-    row = (bell / bell.sum()).expand(3, 1, 1, 11)
-
-    def blur(x):
-        return F.conv2d(F.conv2d(x, row, groups=3), row.mT, groups=3)
-
-    a, b = a.double() / 2 + 0.5, b.double() / 2 + 0.5
-    mean_a, mean_b, aa, bb, ab = map(blur, (a, b, a * a, b * b, a * b))
-    near = (2 * mean_a * mean_b + 0.01 ** 2) / (mean_a ** 2 + mean_b ** 2 + 0.01 ** 2)
-    alike = (2 * (ab - mean_a * mean_b) + 0.03 ** 2) / (aa - mean_a ** 2 + bb - mean_b ** 2 + 0.03 ** 2)
-    return (near * alike).mean((1, 2, 3))
-
-
-def open_reference(path, config):
-    """The frames of a video, uint8 (H, W, 3), one by one; its frame rate is only compared. ValueError if there are
-    none."""
-    try:
-        reader = imageio.get_reader(path)
-        frames, fps = iter(reader), reader.get_meta_data().get("fps", config.fps)
-        frames = itertools.chain([next(frames)], frames)
-    except Exception as e:                                              # of a dozen kinds
-        raise ValueError(f"{path}: cannot be read as a video ({str(e).strip().splitlines()[0][:99]})") from None
-    if abs(fps - config.fps) > 0.1:
-        print(f"note: {path} is at {fps:g} frames/s, the model at {config.fps}; it is not resampled")
-    return frames
-
-
-def compared(frames, path, config, motion, found=None, factor=1, lpips=None):
-    """sample.py --reference, --found, --lpips: hands on the frames, uint8 (H, W, 3), and in the end prints how near
-    they are to those of the video `path`, cropped as the image is, as long as there are both: the mean PSNR, SSIM and,
-    with `lpips`, "alex" or "vgg", LPIPS of a frame; and the mean distance in pixels of tracks `found`, (T, N, 2) and whether a
-    tracker saw them (T, N), on a video enlarged by `factor`, from the visible ones of `motion`. Raises ValueError if a
-    file cannot be read or does not fit."""
-    if lpips and not path:
-        raise ValueError("--lpips belongs to --reference")
-    others = open_reference(path, config) if path else iter(())
-    if found and found[0].shape[1] != motion.tracks.shape[2]:
-        raise ValueError(f"--found: holds {found[0].shape[1]} tracks, {motion.tracks.shape[2]} were given")
-    distance = lpips and lpips_network(lpips)
-
-    def measured():
-        rows, told = [], []
-        for frame in frames:
-            for other in itertools.islice(others, 1):
-                truth = sample.fit_image(Image.fromarray(other).convert("RGB"), config.size)
-                made = torch.from_numpy(frame).permute(2, 0, 1)[None] / 127.5 - 1
-                rows.append({"PSNR": td.psnr(made, truth), "SSIM": ssim(made, truth).item()}
-                            | ({"LPIPS": distance(made, truth).item()} if distance else {}))
-            yield frame
-        for name in rows[0] if rows else ():
-            told.append(f"{name} {np.mean([row[name] for row in rows]):.4g}")
-        if found:
-            n = min(len(found[0]), motion.tracks.shape[1])
-            both = motion.visible[0, :n].numpy() & found[1][:n]
-            apart = np.linalg.norm(motion.tracks[0, :n].numpy() - found[0][:n] / factor, axis=-1)[both]
-            told.append(f"EPE {apart.mean():.4g} of {both.sum()} points" if len(apart) else "EPE of no point")
-        print(f"{len(rows)} frames of {path}: " * bool(path) + ", ".join(told))
-
-    return measured()
-
-
-def forward_flops(c, tokens, seen):
-    """Floating point operations of the blocks for `tokens` tokens that attend to `seen`, the rest of the model is below
-    a hundredth: two for each weight, and attention's two products."""
-    D, text = c.dim, c.text_len + 257 * (c.clip_dim > 0)
-    a_token = 2 * (6 * D * D + 2 * D * c.ffn_dim) + 4 * D * (seen + text)
-    return c.num_layers * (tokens * a_token + 4 * D * D * text)
-
-
-def dry_run(run):
-    """train_distill.py --dry-run: print what the training of `run` would be and take, on GPUs that keep up --tflops (40
-    % of an H100's 989 in bfloat16). The model is on the meta device, and nothing is written."""
-    c, r, frames, tflops = run.config, run.recipe, (run.recipe.clip + 3) // 4, run.args.tflops
-    with torch.device("meta"):
-        count = sum(p.numel() for p in MotionStream(c).parameters())
-    frame = math.prod(c.size) // (2 * c.stride) ** 2                                # tokens
-    most = run.known if c.window is None else c.sink + c.window                     # chunks in the cache
-    held = [min(i, most) * c.chunk for i in range(run.known)]
-    whole = forward_flops(c, frames * frame, frames * frame)
-    stream = sum(forward_flops(c, c.chunk * frame, (past + c.chunk) * frame) for past in held)
-    steps, guided = (len(c.sigmas) + 1) / 2, 3 if c.guidance[1] else 2 if c.guidance[0] else 1
-    costs = {                                                   # of a clip; a backward costs two forwards
-        "teacher": 3 * whole, "trajectories": guided * c.steps * whole, "causal": (3 + 1) * stream,
-        "distill": (steps + 1) * stream + 3 * whole + ((steps + 3) * stream + (guided + 1) * whole) / r.critic_steps}
-    clips = {stage: r.batch * n for stage, n in run.steps.items()} | {"trajectories": run.trajectories}
-    print(f"{c}\n{r}\n{count:,} parameters, {frame:,} tokens a latent frame, {frames} of them a clip")
-    print(f"the KV cache of a stream, chunk {c.chunk}, sink {c.sink}, window {c.window}: "
-          f"{c.num_layers * 2 * 2 * c.dim * most * c.chunk * frame / 2 ** 20:,.0f} MiB in bfloat16")
-    for stage, flops in costs.items():
-        print(f"{stage}: {clips[stage]:,} clips, {flops / 1e12:,.1f} TFLOP each")
-    for gpus in 1, 4, 8:
-        # float32: weights 4 bytes, gradients 4, AdamW 8, average 4; distillation's teacher has weights alone
-        teacher, distill = (size * count / gpus / 2 ** 30 for size in (20, 4 + 20 + 16))
-        days = ", ".join(f"{stage} {clips[stage] * flops / (1e12 * tflops * gpus * 86400):,.2g}"
-                         for stage, flops in costs.items())
-        print(f"{gpus} GPU{'s' * (gpus > 1)}: {teacher:.1f} GiB each to train the teacher, {distill:.1f} to distil, if "
-              f"all is sharded, without activations; days at {tflops:g} TFLOP/s each: {days}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
