@@ -620,10 +620,28 @@ def rollout(model, noise, conditions, first=None, sigmas=None, exit_step=None, g
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Weights. Nothing below is part of the method; the two imports are needed only here.
+# Weights. Nothing below is part of the method; these imports are needed only here.
 
+import contextlib
+import errno
 import os
 from pathlib import Path
+
+
+class UserError(ValueError):
+    """What the user can put right: one line that says what was found and what to do."""
+
+
+@contextlib.contextmanager
+def naming(what, cure):
+    """Whatever is wrong with `what`, which comes from outside, in one line."""
+    try:
+        yield
+    except UserError as e:
+        raise UserError(f"{what}: {e}") from None
+    except Exception as e:  # damaged headers, zip files and JSON raise ten kinds, and numpy's texts advise unpickling
+        told = getattr(e, "errno", None) not in (None, errno.EINVAL)    # that one comes of damaged zip files
+        raise UserError(f"{what}: {e.strerror if told else cure}") from None
 
 
 def init_weights(model):

@@ -8,25 +8,21 @@ its EXIF rotation), and if wanted
     width, height       of the picture that the pixels belong to, if it is not the image itself
     ids (N,)            which vector each track has (see track_ids); fps: only compared with the model's
 Without visibility, NaN is hidden. Files of trackers and of other programs are read too, see the README. In place of
---tracks: --drag and --pin, --depth and --camera, or `--tracks -`, a tracker that runs meanwhile, see read_lines. Shapes
-are those of motionstream.py.
+--tracks: --drag and --pin, or --depth and --camera. Shapes are those of motionstream.py.
 """
 
 import argparse
 import collections
 import contextlib
 import functools
-import http.server
 import io
 import itertools
-import json
 import math
 import os
-import select
+import re
 import signal
-import socket
+import subprocess
 import sys
-import threading
 import time
 import warnings
 import zlib
@@ -37,22 +33,18 @@ from typing import NamedTuple
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads wait awake, but briefly: the video encoder needs the cores
 
+import imageio.v2 as imageio
+import imageio_ffmpeg
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-from assets import UserError, naming
-from assets.arrays import read_arrays
-from assets.encoders import image_encoder, kept_rows, text_encoder
-from assets.flags import STDIN, Parser, check_track_flags, number, read_tracks, track_flags
-from assets.page import TOKEN, Handler, clock
-from assets.tracks import check_tracks, follow, load_tracks
-from assets.video import enlarge, enlargement, picture_file, recorder, video_file
-from assets.world import embed_words
-from motionstream import (SELF_FORCING, MotionStream, copy_along_tracks, euler, find_config, image_and_mask, image_channels,
-                          read_weights, rollout, schedule, track_features, track_ids, write)
+from extras.encoders import image_encoder, kept_rows, text_encoder
+from extras.tracks import MOVES, camera_move, camera_tracks, load_tracks, picture_size
+from motionstream import (SELF_FORCING, MotionStream, UserError, copy_along_tracks, euler, find_config,
+                          image_and_mask, image_channels, read_weights, rollout, schedule, track_features, track_ids, write)
 from vae import VAE_FILES, load_vae, read_tensors
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -60,8 +52,8 @@ UMT5_DIM, CLIP_ROWS = 4096, 257     # of an encoded text, and of an encoded imag
 NEGATIVE_PROMPT = (         # of Wan, what guidance leads away from
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
     "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
-RECORDING = Path("recording.mp4")   # what the page records, without --out
 MOST_FRAMES = 1_000_000
+SHORTEST_SIDE = 256         # pixels of a written video; smaller ones are enlarged
 TRAIL = 12                  # frames that a track's trail lasts in --overlay
 HISTORY = 81                # frames that weights without a window, which forget nothing, saw in training
 
@@ -120,40 +112,17 @@ def conditions(model, first, motion, text=None, clip=None, copy=None):
         image = image if c.copy_dim else None           # else it is in the cache now
 
 
-class Recomputing:
-    """A model for `rollout` that, when the text changes, also rewrites what the caches hold (after LongLive, arXiv
-    2509.22622): the window's chunks go through the clean pass again with the new text, oldest first, behind the sink.
-    The sink stays, for it holds the image. With a sink_decay below 1 it also holds, under the old text, what has left
-    the window. Use one object for one rollout."""
-
-    def __init__(self, model):
-        self.model, self.config, self.new_caches, self.text = model, model.config, model.new_caches, None
-        self.passes = collections.deque(maxlen=model.config.window)       # those that wrote the window, without text
-
-    def __call__(self, x, sigma, text, *, caches, write=False, **given):
-        if text is not self.text and (text is None or self.text is None or not text.equal(self.text)):
-            for cache in caches:
-                cache.chunks = cache.chunks[:cache.sink]
-            with torch.no_grad():
-                for clean in self.passes:
-                    self.model(text=text, caches=caches, write=True, **clean)
-        self.text = text
-        if write and len(caches[0].chunks) >= caches[0].sink:
-            self.passes.append({"x": x, "sigma": sigma, **given})
-        return self.model(x, sigma, text, caches=caches, write=write, **given)
-
-
 @torch.inference_mode()
-def stream(model, first, motion, text=None, seed=0, clip=None, recompute=False, copy=None):
+def stream(model, first, motion, text=None, seed=0, clip=None, copy=None):
     """The student: clean latents (B, C, chunk, h, w), one chunk after the other, at constant memory.
-    first (B, C, 1, h, w): the image's latent. The noise levels are the model's own. motion, text, copy: see `conditions`.
-    recompute: when the text changes, what is remembered is written again with it, see Recomputing."""
+    first (B, C, 1, h, w): the image's latent. The noise levels are the model's own. motion, text, copy: see
+    `conditions`."""
     generator = torch.Generator().manual_seed(seed)     # on the CPU: the same noise whatever the device
     shape = (*first.shape[:2], model.config.chunk, *first.shape[3:])
     noise = (torch.randn(shape, generator=generator).to(first) for _ in itertools.count())
     _, clean = image_inputs(model.config, first, 1)
     given = conditions(model, first, motion, text, clip, copy)
-    yield from rollout(Recomputing(model) if recompute else model, noise, given, clean, generator=generator)
+    yield from rollout(model, noise, given, clean, generator=generator)
 
 
 @torch.inference_mode()
@@ -188,6 +157,17 @@ def decode_frames(vae, latents):
     for chunk in latents:
         video, state = vae.decode(chunk, state)
         yield from to_frames(video)
+
+
+def embed_words(text, config):
+    """A prompt for the tiny model, (1, L, text_dim): each word is random numbers seeded by its own letters, the same in
+    every process. At most text_len words; their order is not seen. None: the null text."""
+    if text is None:
+        return None
+    words = re.findall(r"\w+", text.lower())[:config.text_len]
+    seeds = [torch.Generator().manual_seed(zlib.crc32(word.encode())) for word in words]
+    rows = [torch.randn(config.text_dim, generator=seed) for seed in seeds]
+    return torch.stack(rows)[None] if rows else torch.zeros(1, 0, config.text_dim)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -228,45 +208,57 @@ def fit_image(image, size):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Tracks, in the video.
+# Tracks: those that the flags name, and in the video.
 
-def arriving(file, noted):
-    """The lines of an open file or pipe, bytes, as they come, until it ends or something is noted meanwhile."""
-    rest = b""
-    while not noted:
-        if select.select([file], [], [], 0.1)[0]:       # so that a tracker that says nothing does not hold us
-            data = os.read(file.fileno(), 2 ** 16)
-            *lines, rest = (rest + data).split(b"\n")
-            yield from lines
-            if not data:
-                yield rest
-                return
+def drag_path(text):
+    """A flag's type: points of the image, "x,y -> x,y -> …", as (P, 2)."""
+    point = r"\s*-?\d{1,6}(\.\d*)?\s*,\s*-?\d{1,6}(\.\d*)?\s*"
+    if not re.fullmatch(f"{point}(->{point})*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not x,y -> x,y in pixels of the image")
+    return np.array(re.findall(r"-?[\d.]+", text.replace("->", " ")), float).reshape(-1, 2)
 
 
-def read_lines(file, noted, size, config, prompt):
-    """What each chunk is given, for `fitted`, by a tracker that runs meanwhile: a line of JSON for each chunk, with a
-    list of points for each of its frames, [x, y] in pixels of the image of `size` (width, height) or null where hidden,
-    the same points in the same order in every line."""
-    lines = arriving(file, noted)
-    prompt, starts = (config.prompt if prompt is None else prompt) or "", None
-    for count, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        with naming(f"standard input, line {count}", "not a JSON list of frames, lists of points, [x, y] or null"):
-            tracks = np.array([[(math.nan, math.nan) if point is None else point for point in frame]
-                               for frame in json.loads(line)])
-            shape = (4 * config.chunk - 3 * (starts is None), len(tracks[0] if starts is None else starts), 2)
-            starts = tracks[0] if starts is None else starts
-            if tracks.shape != shape:
-                raise UserError(f"has {tracks.shape} frames, points, x and y, expected {shape}")
-            tracks = np.concatenate([starts[None], tracks])
-            tracks, visible = check_tracks(tracks, ~np.isnan(tracks).any(-1), size)
-        visible = fit_tracks((tracks, visible, None), size, 0, config, 0, note=lambda _: None).visible[0].numpy()
-        tracks[~visible] = math.nan                     # where it is cropped away, too
-        tracks[0] = starts = tracks[visible.argmax(0), range(len(starts))]
-        yield tracks[:, visible.any(0)], prompt
-    if starts is None:
-        raise UserError("standard input: no line came")
+def point_grid(text):
+    """A flag's type: "3x20", 3x3 points 20 pixels apart, as offsets (9, 2) from the middle one."""
+    if not re.fullmatch(r"[1-9]\d?x[1-9]\d{0,3}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 3x20, 3x3 points 20 pixels apart")
+    side, apart = map(int, text.split("x"))
+    axis = (np.arange(side) - (side - 1) / 2) * apart
+    return np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2)
+
+
+def starting_inside(paths, size):
+    """The paths, each points (P, 2), if every one starts inside the image of `size` (width, height)."""
+    for points in paths:
+        if not ((points[0] >= 0) & (points[0] < size)).all():
+            flag, start = "--pin" if len(points) == 1 else "--drag", ",".join(f"{value:g}" for value in points[0])
+            raise UserError(f"{flag} {start}: outside the image, which has {size[0]}x{size[1]} pixels")
+    return paths
+
+
+def follow(paths, frames):
+    """Tracks that follow paths, each points (P, 2), in `frames` frames: each stretch takes as long; one point alone is
+    pinned."""
+    tracks = np.zeros((frames, len(paths), 2), np.float32)
+    for n, points in enumerate(paths):
+        times = np.linspace(0, len(points) - 1, frames)
+        tracks[:, n] = np.stack([np.interp(times, range(len(points)), axis) for axis in points.T], 1)
+    return tracks, np.ones(tracks.shape[:2], bool), None, None
+
+
+def read_tracks(args, size, grid):
+    """The tracks that the flags name, on the image of `size` (width, height): what load_tracks returns. grid: points a
+    side that a camera sees."""
+    if isinstance(args.tracks, Path):
+        return load_tracks(args.tracks, size, args.tracks_layout, args.tracks_units, args.tracks_size, args.visibility,
+                           args.frames)
+    frames = args.frames or 81
+    if args.depth:
+        return camera_tracks(args.depth, size, frames, grid, args.camera, args.focal)
+    paths = starting_inside(args.tracks if isinstance(args.tracks, list) else [], size)
+    if args.grid is not None:
+        paths = [path + offset for path in paths for offset in args.grid]
+    return follow(paths, frames)
 
 
 def save_tracks(path, arrays, ids, size, config, fps):
@@ -303,6 +295,61 @@ def fit_tracks(arrays, image_size, frames, config, seed, note=print):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Writing the video, and pictures of it.
+
+def enlargement(size):
+    """How many pixels wide each pixel of a video of `size` (height, width) is written."""
+    return math.ceil(SHORTEST_SIDE / min(size))
+
+
+def enlarge(frame, factor):
+    """A frame (H, W, 3), each pixel as a square of `factor` by `factor`."""
+    return frame.repeat(factor, 0).repeat(factor, 1)
+
+
+def count_frames(path):
+    """How many frames a video file holds, which are not decoded; 0 if it cannot be read."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", path, "-map", "0:v:0", "-c", "copy", "-f", "null", "-"]
+    told = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).stderr
+    return int((re.findall(rb"frame= *(\d+)", told) or [0])[-1])
+
+
+@contextlib.contextmanager
+def video_file(path, fps):
+    """`with video_file(path, fps) as append`: append(frame), uint8 (H, W, 3), goes to a temporary file beside `path`,
+    which takes its place when the block ends and all frames can be read back. If the block ends in an exception,
+    nothing is left behind."""
+    part, count = path.absolute().with_name(f".{path.stem}.{os.getpid()}{path.suffix}"), 0
+
+    def append(frame):
+        nonlocal count
+        writer.append_data(frame)
+        count += 1
+
+    try:
+        writer = imageio.get_writer(part, fps=fps, codec="libx264", quality=7, macro_block_size=2,
+                                    ffmpeg_log_level="quiet",
+                                    output_params=["-preset", "veryfast", "-movflags", "+faststart"])
+        with writer:
+            yield append
+        if count_frames(part) != count:                 # a failed encoding is silent
+            raise OSError(0, "not all frames can be read back")
+        os.replace(part, path)
+    except BrokenPipeError:                             # of what is printed meanwhile: imageio has a kind of its own
+        raise
+    except OSError as e:                                # if ffmpeg has gone, its reason has gone with it
+        raise UserError(f"{path}: cannot be written after {count} frames ({e.strerror or 'ffmpeg has ended'}); is the "
+                        "disk full, or the folder not writable?") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def picture_file(path):
+    """As video_file, for the last frame alone: an edited picture."""
+    last = collections.deque(maxlen=1)
+    yield last.append
+    write(path, lambda part: Image.fromarray(last[0]).save(part, "png"))
+
 
 @contextlib.contextmanager
 def hold_signals(noted=None):
@@ -374,155 +421,75 @@ def draw_control(vae, motion, config, frames):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Takes: what a recorded stream was given, kept in a file, and given again.
-
-SETTINGS = ("seed", "steps", "chunk", "sink", "window", "fps", "dtype", "frames", "recompute")    # a take's flags
-
-
-def fitted(given, size, config, taken):
-    """What each chunk is given, by a page or a tracker that runs meanwhile, as `stream` wants it: (tracks, prompt) to
-    (Motion, prompt). tracks (1 + T, N, 2) float32 in pixels of the image of `size` (width, height), NaN where hidden;
-    the first row, where each track starts, only tells its ID. Appends what it was to `taken`."""
-    for tracks, prompt in given:
-        taken.append((tracks, prompt))
-        ids = np.array([zlib.crc32(start) for start in np.ascontiguousarray(tracks[0])])       # as good as random
-        motion = fit_tracks((tracks, ~np.isnan(tracks[..., 0]), ids), size, 0, config, 0, note=lambda _: None)
-        yield Motion(motion.tracks[:, 1:], motion.visible[:, 1:], motion.ids), prompt
-
-
-def checksum(model, vae, encoded):
-    """A number that tells models apart, and encoded images: of the first numbers of each tensor."""
-    tensors = [*model.state_dict().values(), *vae.state_dict().values(), *(t for t in encoded[2:] if t is not None)]
-    return zlib.crc32(b"".join(t.flatten()[:64].bfloat16().float().cpu().numpy() for t in tensors))
-
-
-def save_take(path, taken, frames, image, args, model, vae, encoded):
-    """What a take was given, for --replay; its tracks are good for --tracks too. Where the start is the ID, a point
-    first seen later is visible in frame 0 too: that tells its ID and changes nothing, for there every cell holds its
-    own pixel's ID already."""
-    c, parts = model.config, []
-    starts = [*dict.fromkeys(tuple(start) for tracks, _ in taken for start in tracks[0])] or [(math.nan, math.nan)]
-    for tracks, _ in taken:
-        paths = dict(zip(map(tuple, tracks[0]), tracks[1:].swapaxes(0, 1)))             # start: (T, 2)
-        hidden = np.full((len(tracks) - 1, 2), np.nan, np.float32)
-        parts.append(np.stack([paths.get(start, hidden) for start in starts], 1))
-    tracks, ids = np.concatenate(parts), [zlib.crc32(np.float32(start)) for start in starts]
-    if c.tracks != "random":
-        tracks[0], ids = starts, None
-    arrays = {"tracks": tracks, "visibility": ~np.isnan(tracks[..., 0]), "ids": ids, "image": np.asarray(image),
-              "width": image.width, "height": image.height, "models": checksum(model, vae, encoded),
-              "prompts": [prompt for _, prompt in taken],
-              "seed": args.seed, "steps": args.steps, "chunk": c.chunk, "sink": c.sink, "window": c.window,
-              "fps": args.fps or c.fps, "dtype": args.dtype, "frames": frames, "recompute": args.recompute}
-    write_arrays(path, {name: array for name, array in arrays.items() if array is not None})
-
-
-def load_take(path, argv):
-    """What save_take wrote, and flags that change it: (flags, image, take: prompts by chunk, that chunk, models)."""
-    with naming(path, "damaged, or not what --interactive and --tracks - write; give a .take.npz"):
-        take = read_arrays(path, ("tracks", "image", "prompts", "models", *SETTINGS))
-        if not take["prompts"].size or not take["image"].size:
-            raise UserError("holds no prompts or no image")
-        flags = [f"--tracks={path}", "--tracks-layout=tn", "--tracks-units=px",
-                 *(f"--{name}={take[name].item()}" for name in SETTINGS if name in take)]
-        take = SimpleNamespace(prompts=[*map(str, take["prompts"])], chunk=parse_flags(["--image=", *flags]).chunk,
-                               models=take["models"].item(), image=Image.fromarray(take["image"]).convert("RGB"))
-    args = parse_flags([*flags, *argv])
-    if args.interactive or args.tracks != path:
-        raise UserError(f"{path}: is given again as it was; drop --interactive, --tracks and the like")
-    return args, take.image, take
-
-
-def replayed(take, args, motion, model, vae, encoded):
-    """What each chunk is given, (Motion, prompt), of a take, by the models it was made with."""
-    if checksum(model, vae, encoded) != take.models:
-        raise UserError(f"{args.replay}: was made with other models; give its own by --weights, --vae and the like")
-    for i, (part, _) in enumerate(pieces(motion, None, model.config.chunk)):
-        prompt = take.prompts[min(i * model.config.chunk // take.chunk, len(take.prompts) - 1)]
-        yield part, prompt if args.prompt is None else args.prompt
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Interactive: a page that paints tracks. Requests only replace values of `live`; the main thread alone runs the model.
-# assets/page.py speaks with the browser.
-
-def painted(live, take, config):
-    """What each chunk is given, for `fitted`, of points painted while it streams: lines from where they were to where
-    they are when the chunk has to be begun, until another take is asked for."""
-    last, later = {}, 0
-    while True:
-        time.sleep(0.004)
-        if live.stop or live.control["take"] != take:
-            return
-        live.record(live.control["record"])
-        if not live.runs or live.tick + len(live.queues[0]) / live.status["fps"] - time.monotonic() > live.lead:
-            continue
-        live.obeyed, live.begun, lines = live.control, time.monotonic(), {}
-        for x, y, *start, from_x, from_y in live.obeyed["points"]:
-            begin = last.get(tuple(start), (from_x, from_y)) if later else start
-            lines[tuple(start)] = np.array([begin, (x, y)])
-        tracks, *_ = follow(lines.values(), 4 * config.chunk + (1 if later else -3))
-        last, starts = dict(zip(lines, tracks[-1])), np.float32([*lines]).reshape(1, -1, 2)
-        yield np.concatenate([starts, tracks[later:]]), live.obeyed["prompt"]
-        later = 1
-
-
-@torch.inference_mode()
-def perform(live, args, model, vae, encoded):
-    """One take: the stream from live.image on, until another take is asked for or it is over."""
-    c, image, control, taken = live.config, live.image, live.control, []
-    more = c.chunk // control["chunk"]                              # chunks remembered, so that as many frames are
-    c = model.config = replace(c, chunk=control["chunk"], sink=more * c.sink, window=c.window and more * c.window)
-    pixels, live.status["image"] = fit_image(image, c.size), image.size
-    live.queues, live.frame = ((collections.deque(), collections.deque()),
-                               (next(live.count), 0, to_frames(pixels[:, :, None])[0]))
-    given = fitted(painted(live, control["take"], c), image.size, c, taken)
-    with recorder(live, args.out or RECORDING, taken, lambda path, frames: save_take(
-            path, taken, frames, image, args, model, vae, encoded)) as live.record:
-        for frame in generate(args, None, pixels, given, model, vae, encoded):
-            if live.begun:                                          # it is the first of its chunk
-                live.status["latency"], live.begun = time.monotonic() - live.begun, None
-                live.lead = max(1.2 * live.status["latency"], 0.8 * live.lead)
-            live.queues[0].append((next(live.count), live.obeyed["seq"], frame))
-
-
-def serve(args, image, model, vae, encoded):
-    """--interactive: prints the page's address, then streams to it until Ctrl-C."""
-    c, prompt = model.config, model.config.prompt if args.prompt is None else args.prompt
-    with hold_signals() as noted:
-        live = SimpleNamespace(
-            control={"seq": 0, "take": 0, "chunk": c.chunk, "pause": True, "record": bool(args.out),
-                     "prompt": prompt or "", "points": []},
-            status={"size": c.size, "image": image.size, "latency": 0.0, "fps": args.fps or c.fps,
-                    "words": c.text_dim != UMT5_DIM, "chunks": sorted({1, c.chunk}), "recorded": ""},
-            frame=(0, 0, to_frames(fit_image(image, c.size)[:, :, None])[0]), count=itertools.count(1), queues=((), ()),
-            config=c, image=image, out=args.out, stop=noted, lock=threading.Lock(), runs=False, watched=-math.inf,
-            tick=0.0, lead=0.0, begun=None, load_image=load_image)
-        with naming(f"--host {args.host} --port {args.port}", "not an address of this machine"):
-            server = http.server.ThreadingHTTPServer((args.host, args.port), Handler)
-        server.live, live.hosts = live, [args.host.lower(), "localhost"]
-        if args.host == "0.0.0.0":                                  # all addresses of this machine; and its name
-            live.hosts.append(socket.gethostname().lower())
-        if args.host != "127.0.0.1":
-            print(f"warning: whoever reaches {args.host} and sees the address can steer this program")
-        print(f"http://{args.host}:{server.server_port}/{TOKEN}/", flush=True)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        threading.Thread(target=clock, args=(live,), daemon=True).start()
-        while not noted:
-            perform(live, args, model, vae, encoded)
-        return 0
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # The program.
+
+class Parser(argparse.ArgumentParser):
+    """Its errors are one line, like all others."""
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def number(kind, least, most):
+    """A flag's type: an int or float from `least` to `most`."""
+    def parse(text):
+        value = kind(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
+        return value
+    parse.__name__ = "whole number" if kind is int else "number"
+    return parse
+
+
+def track_flags(parser):
+    """The flags about tracks."""
+    file, either = {"type": Path, "metavar": "FILE"}, parser.add_mutually_exclusive_group().add_argument
+    either("--tracks", help=".npz and others, see the top of sample.py; default: none", **file)
+    either("--drag", "--pin", dest="tracks", type=drag_path, action="append", metavar="'X,Y -> X,Y'",
+           help="instead of --tracks, as often as wanted: where a point of the image goes, or that it stays")
+    parser.add_argument("--grid", type=point_grid, metavar="NxP",
+                        help="of each --drag and --pin: N by N points, P pixels apart, instead of one")
+    either("--depth", help="instead of --tracks, with --camera: .npy (H, W), or a grey picture, bright is near", **file)
+    parser.add_argument("--save-tracks", help="write the tracks as used, .npz, for --tracks", **file)
+    add = parser.add_argument_group("what a --tracks FILE does not say itself").add_argument
+    add("--tracks-layout", choices=("auto", "tn", "nt"), default="auto", help="frames first, or tracks; auto: by names")
+    add("--tracks-units", choices=("auto", "px", "01"), default="auto", help="pixels, or shares of the picture")
+    add("--tracks-size", type=picture_size, metavar="WxH", help="of the video they belong to; default: the image's")
+    add("--visibility", help="an .npy, laid out as the tracks; default: the one beside an .npy of tracks", **file)
+    add = parser.add_argument_group("only --depth").add_argument
+    add("--camera", type=camera_move, metavar="MOVE",
+        help=f"{', '.join(MOVES)}; with an amount if wanted, as right:0.3, in median depths, degrees, or times")
+    add("--focal", type=number(float, 1, 10 ** 6), metavar="F", help="in pixels of the image; default: its longer side")
+
+
+def check_track_flags(args):
+    """Refuse flags about tracks that do not go together."""
+    live, file = args.interactive, isinstance(args.tracks, Path)
+    told = args.tracks_layout != "auto" or args.tracks_units != "auto" or args.tracks_size or args.visibility
+    for wrong, cure in [
+        (live and (args.overlay or args.reference or args.found or args.lpips or args.tracks or args.depth
+                   or args.frames),
+         "--interactive knows no tracks beforehand: drop --overlay, --reference and the like, --tracks, --depth and "
+         "--frames"),
+        (told and not file, "--tracks-layout, --tracks-units, --tracks-size and --visibility belong to --tracks FILE"),
+        (args.grid is not None and not isinstance(args.tracks, list), "--grid belongs to --drag and --pin"),
+        (bool(args.depth) != bool(args.camera), "--depth and --camera need each other"),
+        (args.focal and not args.depth, "--focal belongs to --depth"),
+        (not live and (args.host, args.port) != ("127.0.0.1", 8765),
+         "--host and --port belong to --interactive"),
+        (args.save_tracks and (live or not (args.tracks or args.depth)),
+         "--save-tracks needs --tracks FILE, --drag, --pin or --depth"),
+    ]:
+        if wrong:
+            raise UserError(cure)
+
 
 def parse_flags(argv):
     """The command line. Flags with argparse.SUPPRESS are only there if given; the model's own value holds otherwise."""
     parser = Parser(description="One image and some tracks in, a video out.", allow_abbrev=False)
     file = {"type": Path, "metavar": "FILE"}
-    add, first = parser.add_argument, parser.add_mutually_exclusive_group(required=True).add_argument
-    first("--image", help="first frame, any picture file", **file)
-    first("--replay", help="a .take.npz, as --interactive and --tracks - write, again; flags change it", **file)
+    add = parser.add_argument
+    add("--image", required=True, help="first frame, any picture file", **file)
     track_flags(parser)
     add("--prompt", metavar="TEXT", help="what the image and the tracks do not say; default: the model's own")
     add("--out", help=".mp4, or .png for the last frame; default: out.mp4, with --interactive: none", **file)
@@ -544,10 +511,9 @@ def parse_flags(argv):
     add = parser.add_argument_group("the papers' measures, printed in the end").add_argument
     add("--reference", help="a video that starts with the image: PSNR and SSIM beside it", **file)
     add("--found", help="tracks that a tracker found in an earlier --out of the same call: end-point error", **file)
-    add("--lpips", help="weights of LPIPS, see the README", **file)
+    add("--lpips", choices=("alex", "vgg"), help="LPIPS too, by the package lpips")
     add = parser.add_argument_group("sampling").add_argument
     add("--sampler", choices=("stream", "teacher"), help="default: what the weights are")
-    add("--control", choices=("sinusoid", "rgb"), help="tracks by the trained head, or drawn if there is none")
     add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, metavar="N", help="of all noise (default: %(default)s)")
     add("--steps", type=number(int, 1, 1000), metavar="N", help="noise levels per chunk; default: the model's")
     sampler_flags(parser)
@@ -561,8 +527,6 @@ def sampler_flags(parser):
     add("--chunk", type=number(int, 1, 1000), help="latent frames generated together", **given)
     add("--sink", type=number(int, 0, 10 ** 6), help="chunks from the start that are remembered for ever", **given)
     add("--window", type=number(int, 0, 10 ** 6), help="latest chunks that are remembered besides", **given)
-    add("--recompute", type=number(int, 0, 1), nargs="?", const=1, default=0, metavar="1",
-        help="a new prompt on the page is also run over the window's chunks; 0: not, the default")
     add = parser.add_argument_group("only --sampler teacher; guidance as in eq. 2, both 0: none").add_argument
     add("--w-text", type=number(float, 0, 100), help="weight of the text; default: the model's", **given)
     add("--w-motion", type=number(float, 0, 100), help="weight of the tracks; default: the model's", **given)
@@ -592,11 +556,12 @@ TEACHERS = {(1536, False): (8.0, 6.0), (1536, True): (3.0, 6.0), (5120, True): (
 
 
 def settle(args, weights, frames):
-    """The config to sample with: the weights' own or their family's, changed by the flags. Fills in --sampler and
-    --control; refuses flags that these weights have no use for, and conditions that they lack."""
+    """The config to sample with: the weights' own or their family's, changed by the flags. Fills in --sampler, and
+    args.control, whether tracks go to the trained head or are drawn; refuses flags that these weights have no use for,
+    and conditions that they lack."""
     c, own = weights.config, weights.own
     args.sampler = args.sampler or ("stream" if c.causal else "teacher")
-    args.control = args.control or ("sinusoid" if weights.head or c.track_dim != c.out_dim else "rgb")
+    args.control = "sinusoid" if weights.head or c.track_dim != c.out_dim else "rgb"
     args.text_encoder = args.text_encoder or (weights.path if (weights.path / "text_encoder").is_dir() else None)
     streams, said = args.sampler == "stream", args.prompt is not None or args.prompt_embeds
     if not own:
@@ -630,19 +595,16 @@ def refuse(args, weights, c, frames):
     for condition, cure in [
         (weights.own and streams != c.causal,
          f"holds a {'student, use --sampler stream' if c.causal else 'teacher, use --sampler teacher'}"),
-        ((args.interactive or args.replay or args.tracks == STDIN) and not (streams and c.track_dim and not drawn),
-         "--interactive, --replay and --tracks - need a trained student"),
+        (args.interactive and not (streams and c.track_dim and not drawn), "--interactive needs a trained student"),
         *((flag in args, f"--{flag.replace('_', '-')} belongs to --sampler {'teacher' if streams else 'stream'}")
           for flag in (("w_text", "w_motion", "negative_prompt") if streams else ("chunk", "sink", "window"))),
-        (args.recompute and not streams, "--recompute belongs to --sampler stream"),
         (streams and c.window is None and frames > HISTORY and "window" not in args,
          f"trained to remember {HISTORY} frames, all of them; add --sink 1 --window 5 for more"),
         (streams and has_mask(c), "takes the image as a clip with a mask, which cannot stream; use --sampler teacher"),
         (not c.track_dim and (args.tracks or "w_motion" in args),
          "has no input for tracks; take Fun-Control, or drop --tracks, --w-motion"),
-        (args.tracks and drawn and c.track_dim != c.out_dim,
-         f"takes no drawn tracks, its input for them has {c.track_dim} channels; drop --control"),
-        (args.tracks and not drawn and not weights.head, "has no trained track head; --control rgb draws the tracks"),
+        (args.tracks and not drawn and not weights.head,
+         f"has no trained track head, and its input for tracks has {c.track_dim} channels, none for a drawn video"),
         (not umt5 and (embeds or encoder), "reads words, give it --prompt and nothing encoded"),
         (umt5 and prompt and not encoder, "reads no words, which --text-encoder encodes; or give --prompt-embeds"),
         (args.image_encoder and not c.clip_dim, "has no image branch, drop --image-encoder"),
@@ -731,7 +693,7 @@ def generate(args, frames, image, motion, model, vae, encoded):
     first = vae.encode(F.pad(image[:, :, None], (0, 0, 0, 0, 0, grey)).to(device))
     copy = functools.partial(copy_along_tracks, vae, image.to(device)) if c.copy_dim else None
     if args.sampler == "stream":
-        latents = stream(model, first, motion, text, args.seed, clip, args.recompute, copy)
+        latents = stream(model, first, motion, text, args.seed, clip, copy)
     else:
         latents = sample_teacher(model, first, motion, frames, text, args.seed, null_text, clip, copy)
     yield from itertools.islice(decode_frames(vae, latents), frames)
@@ -758,9 +720,8 @@ def write_video(append, frames, total, motion, factor, noted):
 def run(argv):
     """The program. Returns the exit code."""
     args = parse_flags(argv)
-    args, image, take = load_take(args.replay, argv) if args.replay else (args, load_image(args.image), None)
+    image = load_image(args.image)
     check_track_flags(args)
-    live = args.interactive or args.tracks == STDIN
     args.out = args.out or (None if args.interactive else Path("out.mp4"))
     check_output(args.out, args, (".mp4",) if args.interactive else (".mp4", ".png"))
     check_output(args.save_tracks, args, (".npz",))
@@ -769,35 +730,30 @@ def run(argv):
     grid = 50 if weights.config.text_dim == UMT5_DIM else 8             # as in the papers' training, and in ours
     *arrays, tracks_fps = read_tracks(args, image.size, grid)
     args.tracks = args.tracks or args.depth             # from here on: whether there are tracks
-    frames = args.frames or (None if live else len(arrays[0]))
+    frames = args.frames or (None if args.interactive else len(arrays[0]))
     config = settle(args, weights, frames or MOST_FRAMES)
     pixels = fit_image(image, config.size)
     if args.interactive:
+        from extras.page import serve
         return serve(args, image, *load_models(args, weights, config, pixels))
     if tracks_fps and tracks_fps != (args.fps or config.fps):
         print(f"note: the tracks are at {tracks_fps:g} frames/s, the model at {config.fps}; they are not resampled")
-    motion = given = fit_tracks(arrays, image.size, frames or 0, config, args.seed)
-    if not (live or motion.visible.any()):
+    motion = fit_tracks(arrays, image.size, frames, config, args.seed)
+    if not motion.visible.any():
         print("note: no track is seen in the video, nothing is specified")
-    models, taken, noted = load_models(args, weights, config, pixels), [], []
-    if live:
-        given = fitted(read_lines(sys.stdin.buffer, noted, image.size, config, args.prompt), image.size, config, taken)
-    elif take:
-        given = replayed(take, args, motion, *models)
-    pictures = generate(args, frames, pixels, given, *models)
+    models, noted = load_models(args, weights, config, pixels), []
+    pictures = generate(args, frames, pixels, motion, *models)
     factor = enlargement(config.size)
     if args.reference or args.found or args.lpips:
-        from test_motionstream import compared          # where all is measured
+        from extras.evaluate import compared            # where all is measured
         found = args.found and load_tracks(args.found, [factor * side for side in config.size[::-1]])[:2]
         with user_errors():
             pictures = compared(pictures, args.reference, config, motion, found, factor, args.lpips)
     opened = video_file(args.out, args.fps or config.fps) if args.out.suffix == ".mp4" else picture_file(args.out)
     with opened as append:
-        count = write_video(append, pictures, frames, motion if args.overlay else None, factor, noted)
+        write_video(append, pictures, frames, motion if args.overlay else None, factor, noted)
     if args.save_tracks:
         save_tracks(args.save_tracks, arrays, motion.ids[0], image.size, config, tracks_fps or args.fps or config.fps)
-    if taken:
-        save_take(args.out.with_suffix(".take.npz"), taken, count, image, args, *models)
     print(args.out)
     return 128 + noted[0] if noted else 0
 

@@ -1,11 +1,9 @@
-"""Train a tiny MotionStream from nothing, on video that assets/world.py draws: every stage of the paper, in order.
+"""Train a tiny MotionStream from nothing, on video that extras/world.py draws: every stage of the paper, in order.
 
     vae      a tiny video autoencoder
     teacher  bidirectional rectified flow, given the first frame, text and tracks
     causal   the student: regression on the teacher's ODE trajectories, chunk by chunk through the KV cache
     distill  Self-Forcing DMD: the student rolls out as it will at inference, teacher and critic score the result
-    decoder  if it is named: the VAE's decoder again, or a tiny one for Wan's VAE, against a discriminator
-    eval     the README's numbers; experiments: the papers', in small; both are measured by test_motionstream.py
 
     python train_distill.py                  all of it, resumed where it stopped; --smoke: a few steps, to see it run
     python train_distill.py --stage teacher  one stage
@@ -17,10 +15,8 @@ a loss curve and a preview sheet for each stage.
 """
 
 import argparse
-import collections
 import contextlib
 import copy
-import csv
 import functools
 import itertools
 import json
@@ -38,29 +34,22 @@ from types import SimpleNamespace
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads wait awake, but briefly
 
-import imageio.v2 as imageio
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
-from assets import UserError, naming
-from assets.encoders import image_encoder, listing, text_encoder
-from assets.tracks import load_tracks
-from assets.world import embed_words
+from extras.encoders import listing
 from extras.world import new_scenes, render, scene_tracks, track_groups
-from motionstream import (PRESETS, Block, KVCache, MotionStream, add_noise, by_chunk, copy_along_tracks, euler,
-                          guided_velocity, image_channels, linear_part, rollout, save_pretrained, schedule, shift_sigma, to_x0, track_features,
-                          track_ids, with_first, write)
-from sample import (ASSETS, UMT5_DIM, Parser, fit_image, fit_tracks, has_mask, hold_signals, inspect, load_image,
-                    number, open_vae, read_encoded)
-from vae import FRAMES, LinearVAE, TinyVAE, TinyVAEConfig, WanVAE, read_tensors
+from motionstream import (PRESETS, Block, KVCache, MotionStream, UserError, add_noise, by_chunk, copy_along_tracks,
+                          euler, guided_velocity, image_channels, linear_part, rollout, save_pretrained, schedule,
+                          shift_sigma, to_x0, track_features, track_ids, with_first, write)
+from sample import ASSETS, UMT5_DIM, Parser, embed_words, has_mask, hold_signals, inspect, number, open_vae
+from vae import FRAMES, LinearVAE
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What every stage shares: optimizer, running average, the loop with its log and checkpoints, files and pictures.
@@ -73,14 +62,14 @@ RANK, LOCAL, PROCESSES = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("
 # The numbers of a training: for the tiny model ours, for Wan's the paper's (1.3B; section 4.1, appendix D), if known.
 # Rates are Muon's and AdamW's (None: AdamW on all), steps are of `batch` clips and, like accumulate, by stage.
 RECIPES = {
-    "tiny": {"clip": CLIP, "batch": 4, "accumulate": (1, 1, 1, 1, 1), "steps": (400, 6000, 800, 1200, 1000),
+    "tiny": {"clip": CLIP, "batch": 4, "accumulate": (1, 1, 1, 1), "steps": (400, 6000, 800, 1200),
              "teacher": (0.015, 3e-3), "causal": (2e-3, 1e-3), "generator": (1e-3, 1e-4), "critic": (2e-3, 2e-4),
-             "decoder": (5e-3, 2e-3), "discriminator": (0.01, 1e-3), "critic_steps": 5,
+             "critic_steps": 5,
              "clips": (256, 4096, 480), "at_sigma_1": 0.5, "emphasis": 4.0, "worn": True},
-    "paper": {"clip": 81, "batch": 1, "accumulate": (1, 128, 128, 64, 1), "clips": (0, 0, 4000), "worn": False,
-              "steps": (0, 614_400, 256_000, 128_000, 200_000), "at_sigma_1": 0.0, "emphasis": 0.0,
+    "paper": {"clip": 81, "batch": 1, "accumulate": (1, 128, 128, 64), "clips": (0, 0, 4000), "worn": False,
+              "steps": (0, 614_400, 256_000, 128_000), "at_sigma_1": 0.0, "emphasis": 0.0,
               "teacher": (None, 1e-5), "causal": (None, 2e-6), "generator": (None, 2e-6), "critic": (None, 4e-7),
-              "decoder": (None, 3e-4), "discriminator": (None, 3e-4), "critic_steps": 5}}
+              "critic_steps": 5}}
 # The teacher's second stage starts from the weights of the first: 800 updates, with pauses, the track head as it is.
 RECIPES["second"] = RECIPES["paper"] | {"teacher": (None, 1e-6), "steps": (0, 102_400, *RECIPES["paper"]["steps"][2:])}
 
@@ -110,14 +99,16 @@ def matmul_seconds(dtype):
 
 
 @functools.cache
-def compute_dtype(device):
-    """What matrix products are computed in on a device ("cpu", "cuda:0"): bfloat16 or, on a CPU that is not clearly
-    faster in it, float32. Without AVX-512 or AMX, bfloat16 is 10 times slower. All processes must ask at first, and
-    get the same."""
-    if torch.device(device).type != "cpu":
-        return torch.bfloat16
+def cpu_dtype():
+    """bfloat16 if the CPU is clearly faster in it, else float32: without AVX-512 or AMX it is 10 times slower. The same
+    in all processes, which have to ask together at first."""
     ratio = torch.tensor(matmul_seconds(torch.bfloat16) / matmul_seconds(torch.float32))
     return torch.bfloat16 if mean_processes(ratio) < 0.8 else torch.float32
+
+
+def compute_dtype(device):
+    """What matrix products are computed in on a device ("cpu", "cuda:0")."""
+    return cpu_dtype() if torch.device(device).type == "cpu" else torch.bfloat16
 
 
 def ends_update(i, batches):
@@ -193,7 +184,10 @@ class Muon(torch.optim.Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(p)
                 average = state["momentum_buffer"]
                 average.lerp_(p.grad, 1 - momentum)
-                update = orthogonal(p.grad.lerp(average, momentum), self.dtype)
+                update = p.grad.lerp(average, momentum)
+                if isinstance(update, DTensor):
+                    update = update.full_tensor()       # gathered once; each process makes all of it orthogonal
+                update = split(orthogonal(update, self.dtype), p)
                 rows, columns = p.shape
                 p.mul_(1 - rate * group["weight_decay"])
                 p.add_(update, alpha=-rate * max(1, rows / columns) ** 0.5)
@@ -202,7 +196,7 @@ class Muon(torch.optim.Optimizer):
 class Optimizer:
     """Muon on hidden matrices (kernels viewed as matrices; None: on none), AdamW on the rest; ema > 0: running average.
     An update follows the mean gradient of `batches` steps, which the processes share, as they do a MotionStream, its
-    average and the optimizers' states: see shard. Muon multiplies whole matrices, DTensor gathers them one by one."""
+    average and the optimizers' states: see shard. Muon multiplies whole matrices, which it gathers one by one."""
 
     def __init__(self, model, muon, adam, betas=(0.9, 0.99), steps=0, ema=0.0, batches=1, checkpointing=False):
         self.model, self.ema, self.batches, inner = model, ema, batches, ("blocks", "encoder", "decoder")
@@ -411,67 +405,6 @@ def train_vae(run):
     save_pretrained(vae, run.path("vae"), torch.float16, **vae.metadata())
 
 
-# The tiny VAE's decoder, against a discriminator (appendix A). That is an encoder with one channel: a score for every
-# 4x4 pixels of two frames and what is about them (PatchGAN, Isola et al. 2017).
-DISCRIMINATOR = TinyVAEConfig(latent_channels=1, patch=2, stem=32, encoder=((64, 1, 2, 2),))
-
-
-def adversarial_losses(discriminator, video, output, shown):
-    """The decoder's, by which its output should score high, and the discriminator's: true video should score 1 or more,
-    what is shown as false -1 or less. Neither has a gradient in the other network."""
-    discriminator.requires_grad_(False)
-    loss_g = -discriminator.encode(output).mean()
-    discriminator.requires_grad_(True)
-    true, false = discriminator.encode(video), discriminator.encode(shown.detach())
-    return loss_g, F.relu(1 - true).mean() + F.relu(1 + false).mean()
-
-
-def train_decoder(run):
-    """A decoder from nothing for the latents of a finished VAE: the tiny one, on drawn videos, or with --data Wan's, in
-    the layout of taew2_1, on what Wan's decoder makes of 144x144 pixels and 21 frames, while an encoder learns the
-    latents. Half of what is shown as false is from a replay buffer."""
-    from test_motionstream import open_lpips
-    given, wan = run.vae(), bool(run.args.data)
-    perceptual = open_lpips(run.args.perceptual, run.device)
-    if isinstance(given, WanVAE) != wan or wan != run.full:
-        raise UserError(f"{run.path('vae')}: Wan's needs --data and --weights, a tiny one takes neither")
-    config = TinyVAEConfig(given.config.latent_channels, given.stride // 8) if wan else given.config
-    vae, discriminator, cells = TinyVAE(config), TinyVAE(DISCRIMINATOR), 144 // given.stride
-    vae.encoder, discriminator.decoder = vae.encoder if wan else given.encoder, nn.Identity()
-    videos = None if wan else drawn_videos(run)
-    source = own_clips(run, pictures=False) if wan else lambda: draw_crops(videos).to(run.device)
-
-    def batch():
-        if not wan:
-            return given.encode(video := source()), video
-        latents = pick(source, 16, 6)["latents"]
-        y, x = (int(torch.randint(max(side - cells, 0) + 1, ())) for side in latents.shape[3:])
-        latents = latents[..., y:y + cells, x:x + cells].to(run.device).float()
-        return latents, given.decode(latents)[0]
-
-    discriminator.register_buffer("replay", torch.zeros(64, *batch()[1].shape[1:]).bfloat16())
-    shared = {"steps": run.steps["decoder"] // run.batches, "batches": run.batches}
-    optimizer = Optimizer(vae.to(run.device), *run.recipe.decoder, **shared)
-    optimizer_d = Optimizer(discriminator.to(run.device), *run.recipe.discriminator, **shared)
-
-    def step(i):
-        with run.autocast():
-            with torch.no_grad():
-                latents, video = batch()
-            output, _ = vae.decode_frames(latents)
-            rows = torch.randperm(64)[:len(output) // 2]
-            shown = torch.cat([discriminator.replay[rows], output[len(rows):]])
-            loss_g, loss_d = adversarial_losses(discriminator, video, output, shown)
-            loss = reconstruction_loss(output, video) + perceptual(output, video, i)
-            loss = loss + F.mse_loss(vae.encode(video), latents) if wan else loss
-        discriminator.replay[rows] = output[:len(rows)].detach().bfloat16()
-        return {"loss": loss, "loss_g": loss_g, "loss_d": loss_d, "psnr": psnr(output.detach(), video),
-                "grad": optimizer.step(loss + run.args.adversarial * loss_g, i), "grad_d": optimizer_d.step(loss_d, i)}
-
-    train(run, "decoder", run.steps["decoder"], optimizer.parts("decoder") | optimizer_d.parts("discriminator"), step)
-    save_pretrained(vae, run.path("decoder"), **vae.metadata())
-
-
 # Clips, filmed and encoded once, and the batches drawn from them.
 
 def keep(path, tensors):
@@ -498,90 +431,9 @@ def kept(run, name, source, count, make):
 
 
 def own_clips(run, pictures):
-    """The clips of --data as files, as of film_clips, encoded now or in an earlier run, a part by each process. What is
-    missing or broken is named and left out, up to a tenth of all. pictures: clips of a single frame will do."""
-    data, about, captions, files = run.args.data, collections.defaultdict(list), {}, {}
-    for table in data.glob("*.csv"):
-        with naming(table, "no csv in UTF-8 with columns video and caption"), open(table, encoding="utf-8-sig") as file:
-            captions |= {str(Path(row["video"]).with_suffix("")): row["caption"] for row in csv.DictReader(file)}
-    for name, *rest in listing(data):
-        about[str(Path(name).with_suffix(""))].append((Path(name).suffix, *rest))
-    stems = [stem for stem, found in about.items() if {kind for kind, *_ in found} & {".mp4", ".png", ".npz"}]
-    settings = [run.checksum("vae"), run.recipe.clip, run.longest, listing(run.args.text_encoder),
-                listing(run.args.image_encoder), run.config.size, run.config.text_dim, run.config.clip_dim]
-    for stem in stems:
-        if pictures or (data / f"{stem}.mp4").exists():
-            key = seed_of(*settings, about[stem], captions.get(stem))
-            files[stem] = run.out.parent / "clips" / f"{stem}.{key:08x}.safetensors"
-        elif RANK == 0:
-            print(f"left out: {data / stem}: has no video")
-    todo = [stem for stem in [*files][RANK::PROCESSES] if not files[stem].exists()]
-    encode = clip_encoder(run) if todo else None
-    for stem in tqdm(todo, "encode clips", disable=not todo):
-        try:
-            clip = read_clip(run, data / stem, captions.get(stem))
-        except Exception as e:                          # of a dozen kinds
-            print(f"left out: {data / stem}: {(str(e).strip() or repr(e)).splitlines()[0]}")
-            continue
-        keep(files[stem], encode(clip))
-    mean_processes(torch.zeros(1))                      # those of the others are there
-    there = [file for file in files.values() if file.exists()]
-    if not stems or len(there) < 0.9 * len(stems):
-        raise UserError(f"{data}: {len(there)} of {len(stems)} clips can be used here; a clip is a.mp4"
-                        f"{' or a.png' if pictures else ''}, a.npz and a.txt")
-    return there
-
-
-def clip_encoder(run):
-    """A function from what read_clip returns to what is kept of it: latents (1, C, F, h, w) float16, text (1, text_len,
-    text_dim) and, for an image branch, clip (1, 257, clip_dim). Each encoder is loaded when first needed, and once."""
-    c, args, vae = run.config, run.args, run.vae()
-    text_rows, image_rows = functools.cache(text_encoder), functools.cache(image_encoder)
-
-    @torch.no_grad()
-    def encode(clip):
-        video, prompt = clip.pop("video").to(run.device) / 127.5 - 1, clip.pop("prompt", None)
-        if prompt is not None:
-            words = c.text_dim != UMT5_DIM
-            rows = embed_words(prompt, c)[0] if words else text_rows(args.text_encoder, run.device)(prompt)
-            clip["text"] = F.pad(rows, (0, 0, 0, c.text_len - len(rows)))[None]
-        if c.clip_dim and "clip" not in clip:
-            clip["clip"] = image_rows(args.image_encoder, run.device)(video[:, :, 0])[None]
-        return clip | {"latents": vae.encode(video).half()}
-    return encode
-
-
-def read_clip(run, stem, caption):
-    """One clip of --data: its frames as the model sees them, "video" (1, 3, T, H, W) uint8, tracks as long as the
-    longest rollout, hidden ones up to TRACKS, and the prompt, or "text" and "clip" if they are encoded already. Raises
-    whatever is wrong with it."""
-    c, least = run.config, run.longest
-    video, picture, points, prompt, own = (Path(f"{stem}.{kind}") for kind in "mp4 png npz txt safetensors".split())
-    if video.exists():
-        with imageio.get_reader(video) as reader:
-            fps = reader.get_meta_data()["fps"]
-            images = [Image.fromarray(frame) for frame in itertools.islice(reader, run.recipe.clip)]
-        if fps != c.fps or len(images) < run.recipe.clip:
-            raise ValueError(f"{len(images)} frames at {fps:g} a second, {run.recipe.clip} at {c.fps} are wanted")
-    else:
-        images = [load_image(picture)]
-    with contextlib.redirect_stdout(None):              # points outside are no news
-        tracks, visible, *_ = load_tracks(points, images[0].size)
-        if len(tracks) < least:
-            raise ValueError(f"tracks of {len(tracks)} frames, {least} are wanted")
-        some = np.sort(np.random.default_rng(0).permutation(tracks.shape[1])[:TRACKS])
-        motion = fit_tracks((tracks[:least, some], visible[:least, some], None), images[0].size, least, c, 0)
-    frames, hidden = torch.stack([fit_image(image, c.size) for image in images], 2), TRACKS - len(some)
-    clip = {"video": ((frames + 1) * 127.5).round().byte(), "tracks": F.pad(motion.tracks, (0, 0, 0, hidden)),
-            "visible": F.pad(motion.visible, (0, hidden))}
-    if own.exists() and c.text_dim == UMT5_DIM:
-        given = SimpleNamespace(prompt=None, prompt_embeds=own, image_encoder=run.args.image_encoder, weights=stem)
-        held = c.clip_dim if "clip" in read_tensors(own)[0] else 0              # else clip_encoder sees the image
-        text, _, seen = read_encoded(given, replace(c, causal=True, clip_dim=held), frames[:, :, 0], run.device)
-        return clip | {"text": text} | ({"clip": seen} if held else {})
-    if c.text_dim == UMT5_DIM and not run.args.text_encoder:
-        raise ValueError("its prompt has to be encoded, give --text-encoder DIR")
-    return clip | {"prompt": caption if caption and not prompt.exists() else prompt.read_text(encoding="utf-8")}
+    """The clips of --data as files, as of film_clips, see encode_clips in extras/clips.py."""
+    from extras.clips import encode_clips
+    return encode_clips(run, pictures, RANK, PROCESSES, lambda: mean_processes(torch.zeros(1)))
 
 
 def film_clips(run, name):
@@ -616,8 +468,8 @@ def painted(visible, group):
     group (B, N): each track's object, whose first track is its centre, and -1 the ground."""
     B, T, N = visible.shape
     keep = torch.zeros(B, N, dtype=torch.bool)
-    for number in range(int(group.max()) + 1):
-        mine = group == number
+    for thing in range(int(group.max()) + 1):
+        mine = group == thing
         centre = mine & (mine.cumsum(1) == 1)
         count = torch.tensor([0, 1, 1, 2, 4, 8, 16, 16])[torch.randint(0, 8, (B, 1))]
         keep |= random_subset(mine, count, -0.5 * torch.rand(B, 1) * centre)           # rather the centre than the rim
@@ -739,12 +591,23 @@ def cells_that_count(points, conditions, emphasis):
     return 1 + emphasis * touched
 
 
+def x0_errors(run, model, pool, batch):
+    """How far a teacher's x0 is from the truth when it sees pure noise, with all tracks and with none, as numbers."""
+    torch.manual_seed(0)
+    x0, given, points = draw_batch(run, pool, batch, dense=True)
+    ones, vae, first = torch.ones(len(x0), device=run.device), run.vae(), clean_first(model.config, x0)
+    weight = latent_weight(vae, model.config, ones)
+    with torch.no_grad(), run.autocast():
+        features = motion_features(model, vae, points)
+        return {name: flow_loss(model, x0, ones, given | {"tracks": tracks}, first, 1.0, weight)
+                for name, tracks in (("x0_tracks", features), ("x0_none", 0 * features))}
+
+
 def train_teacher(run):
     """Bidirectional rectified flow on half and on whole clips, half of it at sigma 1. The first quarter sees all
     tracks, as in the paper's first stage: with dense tracks a model learns sooner what they are for. That is seen early
     in the error at sigma 1 with all tracks and with none, on clips never trained on, and not in the flow loss.
     From --weights without a track head, all of it is the paper's first stage; from those with one, the second."""
-    from test_motionstream import x0_errors
     pool, r, batch = kept(run, "pool", "vae", run.clips, film_clips), run.recipe, run.recipe.batch
     if run.args.data:
         held = len(pool) // 20                          # of fewer clips, one is trained on too
@@ -976,11 +839,10 @@ def train_student(run):
 OWN = {"distill": ("memory", "rollout", "reward", "beta", "sink_decay"), "causal": ("memory",),
        "decoder": ("adversarial", "perceptual")}
 MODELS = ("vae", "teacher", "causal", "student")
-STAGES = {"vae": train_vae, "teacher": train_teacher, "causal": train_causal, "distill": train_student,
-          "decoder": train_decoder}                                     # only if it is named
-WEIGHTS = dict(zip(STAGES, (*MODELS, "decoder")))
+STAGES = {"vae": train_vae, "teacher": train_teacher, "causal": train_causal, "distill": train_student}
+WEIGHTS = dict(zip(STAGES, MODELS))
 NEEDS = {stage: MODELS[:i] for i, stage in enumerate(STAGES)} | {
-    "decoder": ("vae",), "eval": MODELS, "experiments": MODELS}
+    "decoder": ("vae",), "eval": MODELS, "experiments": MODELS}         # the programs in extras
 SHIPPED = {"vae": "tiny_vae", "teacher": "tiny_teacher", "causal": "tiny_causal", "student": "tiny"}
 
 
@@ -1013,9 +875,11 @@ class Run:
     """The settings of one training, its folder, and the weights in it."""
 
     def __init__(self, args):
-        from test_motionstream import find_reward
         self.args, self.out, self.device, self.seed = args, Path(args.out), args.device, args.seed
-        self.reward, self.start = args.reward and find_reward(args.reward), args.weights and inspect(args.weights)
+        self.reward, self.start = None, args.weights and inspect(args.weights)
+        if args.reward:
+            from extras.evaluate import find_reward
+            self.reward = find_reward(args.reward)
         self.config, recipe = choose_config(args, self.start)
         self.memory = {name: getattr(self.config, name) for name in ("chunk", "sink", "window", "sink_decay")}
         self.recipe, self.full = SimpleNamespace(**RECIPES[recipe]), recipe != "tiny"
@@ -1026,11 +890,9 @@ class Run:
         self.longest = max(self.recipe.clip, 4 * self.config.chunk * args.rollout - 3)     # frames that tracks have
         self.data = (args.tracks, *listing(args.data))
         self.batches = PROCESSES * (args.accumulate or 1)
-        self.steps = dict(zip(STAGES, (4, 4, 3, 6, 4) if args.smoke else self.recipe.steps))
+        self.steps = dict(zip(STAGES, (4, 4, 3, 6) if args.smoke else self.recipe.steps))
         self.steps |= {args.stage: args.steps} if args.steps else {}
         self.vae_clips, self.clips, self.trajectories = (8, 16, 8) if args.smoke else self.recipe.clips
-        self.eval_clips = args.clips or (1 if args.smoke else 16)
-        self.eval_frames = args.frames or (33 if args.smoke else 10_000)
         self.shipped = args.stage in ("eval", "experiments") and not (self.out / "student.safetensors").exists()
         try:
             torch.zeros(1, device=self.device)
@@ -1051,7 +913,7 @@ class Run:
         """What a checkpoint of the stage depends on: another of these would make it a mixture."""
         names = ("seed", "tracks", "length", *OWN.get(stage, ()))
         own = {"start": self.args.weights and str(self.args.weights), "data": self.args.data and seed_of(*self.data)}
-        return {name: getattr(self.args, name) for name in names} | (own if stage in STAGES else {}) | {
+        return {name: getattr(self.args, name) for name in names} | (own if stage in (*STAGES, "decoder") else {}) | {
             "batches": self.batches, "weights": [*map(self.checksum, NEEDS[stage])]}
 
     def shared(self):
@@ -1098,14 +960,18 @@ def memory(text):
 
 def parse_flags(argv):
     """The command line."""
+    parser = new_parser(__doc__)
+    parser.add_argument("--stage", choices=["all", *STAGES], default="all", help="(all)")
+    return check_flags(parser, parser.parse_args(argv))
+
+
+def new_parser(description):
+    """The flags of a training but for its stage, which the programs in extras know."""
     count = number(int, 1, 10 ** 9)
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=["all", *STAGES, "eval", "experiments"], default="all", help="(all)")
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything, in some minutes")
     parser.add_argument("--out", default=None, help="folder to write to (runs/tiny; runs/smoke with --smoke)")
     parser.add_argument("--steps", type=count, help="steps of the one stage that is named")
-    parser.add_argument("--clips", type=count, help="of each kind that eval measures (16)")
-    parser.add_argument("--frames", type=count, help="length of the streams that eval measures (10000)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (0)")
     parser.add_argument("--device", default=f"cuda:{LOCAL}" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--accumulate", type=count, help="steps of each process for one update (1; Wan's: the paper's)")
@@ -1123,19 +989,15 @@ def parse_flags(argv):
     parser.add_argument("--sink-decay", type=number(float, 0, 1), default=1.0, help="below 1: EMA-Sink (1)")
     parser.add_argument("--rollout", type=number(int, 1, 100), help="longest, in chunks, of distillation (16)")
     parser.add_argument("--memory", type=memory, help="the student's chunk, sink, window (c3s1w1); drawn: many")
-    parser.add_argument("--adversarial", type=number(float, 0, 100), default=0.01, help="weight of a decoder's (0.01)")
-    parser.add_argument("--perceptual", help="LPIPS's weights, for a decoder (none)")
     parser.add_argument("--tracks", choices=["random", "start"], help="how tracks get their IDs (tiny: start)")
-    return check_flags(parser, parser.parse_args(argv))
+    return parser
 
 
 def check_flags(parser, args):
     """Refuse flags that do not go together; fill in those that depend on others."""
-    if args.steps and args.stage not in STAGES:
+    if args.steps and args.stage not in (*STAGES, "decoder"):
         parser.error("--steps needs --stage with one training stage")
-    for names, stages in ((OWN["distill"][2:], ("all", "distill")), (OWN["decoder"], ("decoder",)),
-                          (OWN["causal"], ("all", "causal", "distill")),
-                          (("clips", "frames"), ("all", "experiments", "eval"))):
+    for names, stages in ((OWN["distill"][2:], ("all", "distill")), (OWN["causal"], ("all", "causal", "distill"))):
         for name in names if args.stage not in stages else ():
             if getattr(args, name) != parser.get_default(name):
                 parser.error(f"--{name.replace('_', '-')} needs --stage {stages[-1]}")
@@ -1152,36 +1014,88 @@ def check_flags(parser, args):
     return args
 
 
-def main(argv=None):
-    """Run the stages that are not done yet. What the user can put right is one line and exit code 2."""
+def forward_flops(c, tokens, seen):
+    """Floating point operations of the blocks for `tokens` tokens that attend to `seen`, the rest of the model is below
+    a hundredth: two for each weight, and attention's two products."""
+    D, text = c.dim, c.text_len + 257 * (c.clip_dim > 0)
+    a_token = 2 * (6 * D * D + 2 * D * c.ffn_dim) + 4 * D * (seen + text)
+    return c.num_layers * (tokens * a_token + 4 * D * D * text)
+
+
+def dry_run(run):
+    """--dry-run: print what the training of `run` would be and take, on GPUs that keep up --tflops (40 % of an H100's
+    989 in bfloat16). The model is on the meta device, and nothing is written."""
+    c, r, frames, tflops = run.config, run.recipe, (run.recipe.clip + 3) // 4, run.args.tflops
+    with torch.device("meta"):
+        count = sum(p.numel() for p in MotionStream(c).parameters())
+    frame = math.prod(c.size) // (2 * c.stride) ** 2                                # tokens
+    most = run.known if c.window is None else c.sink + c.window                     # chunks in the cache
+    held = [min(i, most) * c.chunk for i in range(run.known)]
+    whole = forward_flops(c, frames * frame, frames * frame)
+    stream = sum(forward_flops(c, c.chunk * frame, (past + c.chunk) * frame) for past in held)
+    steps, guided = (len(c.sigmas) + 1) / 2, 3 if c.guidance[1] else 2 if c.guidance[0] else 1
+    costs = {                                                   # of a clip; a backward costs two forwards
+        "teacher": 3 * whole, "trajectories": guided * c.steps * whole, "causal": (3 + 1) * stream,
+        "distill": (steps + 1) * stream + 3 * whole + ((steps + 3) * stream + (guided + 1) * whole) / r.critic_steps}
+    clips = {stage: r.batch * n for stage, n in run.steps.items()} | {"trajectories": run.trajectories}
+    print(f"{c}\n{r}\n{count:,} parameters, {frame:,} tokens a latent frame, {frames} of them a clip")
+    print(f"the KV cache of a stream, chunk {c.chunk}, sink {c.sink}, window {c.window}: "
+          f"{c.num_layers * 2 * 2 * c.dim * most * c.chunk * frame / 2 ** 20:,.0f} MiB in bfloat16")
+    for stage, flops in costs.items():
+        print(f"{stage}: {clips[stage]:,} clips, {flops / 1e12:,.1f} TFLOP each")
+    for gpus in 1, 4, 8:
+        # float32: weights 4 bytes, gradients 4, AdamW 8, average 4; distillation's teacher has weights alone
+        teacher, distill = (size * count / gpus / 2 ** 30 for size in (20, 4 + 20 + 16))
+        days = ", ".join(f"{stage} {clips[stage] * flops / (1e12 * tflops * gpus * 86400):,.2g}"
+                         for stage, flops in costs.items())
+        print(f"{gpus} GPU{'s' * (gpus > 1)}: {teacher:.1f} GiB each to train the teacher, {distill:.1f} to distil, if "
+              f"all is sharded, without activations; days at {tflops:g} TFLOP/s each: {days}")
+
+
+def join_processes(device):
+    """Those that torchrun has started."""
+    if PROCESSES > 1:
+        dist.init_process_group(timeout=timedelta(hours=12))            # some may encode long after the others
+        dist.init_device_mesh(device.split(":")[0], (PROCESSES,))       # gloo, or nccl on the GPU of LOCAL_RANK
+
+
+def run_stages(argv):
+    """Run the stages that are not done yet."""
+    args = parse_flags(argv)
+    join_processes(args.device)
+    run = Run(args)
+    if args.dry_run:
+        return dry_run(run)
+    from extras.evaluate import preview
+    run.out.mkdir(parents=True, exist_ok=True)
+    print(f"{run.out}: {run.config}")
+    print(f"matrix products on {run.device} are in {str(run.dtype)[6:]}")
+    for (stage, train_stage), accumulate in zip(STAGES.items(), run.recipe.accumulate):
+        if args.stage == stage or args.stage == "all" and not run.path(WEIGHTS[stage]).exists():
+            run.check(stage)
+            run.batches = PROCESSES * (args.accumulate or max(accumulate // PROCESSES, 1))
+            torch.manual_seed(seed_of(run.seed, stage))             # of the weights that a stage begins with
+            train_stage(run)
+            if RANK == 0:
+                preview(run, stage)
+    if args.stage == "all" and RANK == 0 and not args.data:
+        print(f"measured by: python -m extras.evaluate --out {run.out}")
+
+
+def reported(work, *args):
+    """The exit code of work(*args). What the user can put right is one line and exit code 2."""
     try:
-        args = parse_flags(argv)
-        if PROCESSES > 1:
-            dist.init_process_group(timeout=timedelta(hours=12))            # some may encode long after the others
-            dist.init_device_mesh(args.device.split(":")[0], (PROCESSES,))  # gloo, or nccl on the GPU of LOCAL_RANK
-        run = Run(args)
-        from test_motionstream import dry_run, evaluate, preview         # what is promised is shown and measured there
-        if args.dry_run:
-            return dry_run(run)
-        run.out.mkdir(parents=True, exist_ok=True)
-        print(f"{'the shipped weights' if run.shipped else run.out}: {run.config}")
-        print(f"matrix products on {run.device} are in {str(run.dtype)[6:]}")
-        for (stage, train_stage), accumulate in zip(STAGES.items(), run.recipe.accumulate):
-            done = stage == "decoder" or run.path(WEIGHTS[stage]).exists()
-            if args.stage == stage or args.stage == "all" and not done:
-                run.check(stage)
-                run.batches = PROCESSES * (args.accumulate or max(accumulate // PROCESSES, 1))
-                torch.manual_seed(seed_of(run.seed, stage))             # of the weights that a stage begins with
-                train_stage(run)
-                if RANK == 0:
-                    preview(run, stage)
-        if args.stage not in STAGES and RANK == 0 and not args.data:
-            evaluate(run, args.stage.replace("all", "eval"))
+        return work(*args)
     except (UserError, OSError) as e:                   # a full disk, say, whatever was written: files are whole
         print(f"error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:                           # outside a training step: while filming, say
         return 130
+
+
+def main(argv=None):
+    """The program. Returns the exit code."""
+    return reported(run_stages, argv)
 
 
 if __name__ == "__main__":

@@ -131,6 +131,24 @@ def test_tracks_lie_on_their_object_and_all_over_it():
     assert 0.55 < there.mean() < 0.65 and there.max() > 0.85          # 0.6: even over a disc
 
 
+def test_objects_start_apart():
+    gaps = []
+    for tries in (1, world.TRIES):
+        with unittest.mock.patch.object(world, "TRIES", tries):
+            start = world.new_scenes(60, 5, seeded(), style="simple")["position"][:, :, 0]
+        between = torch.cdist(start, start) + 9 * torch.eye(3)
+        gaps.append(between.amin((1, 2)).mean())
+    assert start.shape == (60, 3, 2) and gaps[1] > 1.5 * gaps[0], gaps
+
+
+def test_paths_are_smooth_and_stay_near_the_picture():
+    path = world.smooth_path(200, 90, torch.tensor(0.5), 14, seeded())
+    assert path.shape == (200, 90, 2) and path.std() > 0.2
+    assert path.min() >= -0.126 and path.max() <= 1.126     # the curve overshoots by an eighth
+    speed = path.diff(dim=1)
+    assert speed.abs().max() < 0.2 and speed.diff(dim=1).abs().max() < 0.05
+
+
 def test_sizes_kinds_and_shares_are_those_of_the_world():
     scene = world.new_scenes(90, 2, seeded(5))
     there = scene["present"]

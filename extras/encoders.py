@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from assets import UserError
-from motionstream import write
+from motionstream import UserError, write
 from vae import read_tensors
 
 KINDS = (".mp4", ".png", ".npz", ".txt", ".csv", ".safetensors", ".json")   # of files that count in a folder

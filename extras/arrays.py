@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from assets import UserError
+from motionstream import UserError
 
 LIMIT = 2 ** 30             # bytes of a file, unpacked, and of each of its arrays as float32
 LONGEST = 1_000_000         # of an array's sides: frames

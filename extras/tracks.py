@@ -4,12 +4,14 @@ Names decide; shapes and numbers only refuse; nothing is transposed, scaled or s
 (T, N, 2), x to the right and y down, in pixels of a picture; visible (T, N) bool.
 """
 
+import argparse
 import math
+import re
 
 import numpy as np
 
-from assets import UserError, naming
-from assets.arrays import LONGEST, read_depth, read_file, read_npy
+from extras.arrays import LONGEST, read_depth, read_file, read_npy
+from motionstream import UserError, naming
 
 MOST = 20_000               # tracks; the most frames are LONGEST
 POSITIONS = {               # arrays by name: the order of their axes, and pixels or shares of the picture
@@ -36,7 +38,7 @@ def load_tracks(path, size, layout="auto", units="auto", own_size=None, visibili
             if {"array", *VISIBLE, *HIDDEN} & arrays.keys():
                 raise UserError(f"{path} has a visibility of its own; drop --visibility")
             arrays["visibility"] = read_npy(file)
-    with naming(path, CURE):
+    with naming(path, CURE), np.errstate(all="ignore"):       # what is too large for float32 has a message of its own
         tracks, seen, order, unit = by_name(arrays, kind)
         width, height, fps = (positive(name, arrays.get(name)) for name in ("width", "height", "fps"))
         there = (width or (own_size or size)[0], height or (own_size or size)[1])
@@ -174,30 +176,30 @@ def check_order(tracks, visible, frames):
 # ----------------------------------------------------------------------------------------------------------------------
 # Made: as load_tracks returns them.
 
-def starting_inside(paths, size):
-    """The paths, each points (P, 2), if every one starts inside the image of `size` (width, height)."""
-    for points in paths:
-        if not ((points[0] >= 0) & (points[0] < size)).all():
-            flag, start = "--pin" if len(points) == 1 else "--drag", ",".join(f"{value:g}" for value in points[0])
-            raise UserError(f"{flag} {start}: outside the image, which has {size[0]}x{size[1]} pixels")
-    return paths
-
-
-def follow(paths, frames):
-    """Tracks that follow paths, each points (P, 2), in `frames` frames: each stretch takes as long; one point alone is
-    pinned."""
-    tracks = np.zeros((frames, len(paths), 2), np.float32)
-    for n, points in enumerate(paths):
-        times = np.linspace(0, len(points) - 1, frames)
-        tracks[:, n] = np.stack([np.interp(times, range(len(points)), axis) for axis in points.T], 1)
-    return tracks, np.ones(tracks.shape[:2], bool), None, None
-
-
 MOVES = {                   # of a camera: what `camera` calls it, its value for an amount of 1, the usual amount
     "left": ("move", (-1, 0, 0), 0.2), "right": ("move", (1, 0, 0), 0.2), "up": ("move", (0, -1, 0), 0.2),
     "down": ("move", (0, 1, 0), 0.2), "in": ("move", (0, 0, 1), 0.3), "out": ("move", (0, 0, -1), 0.3),
     "orbit-left": ("orbit", -1, 15), "orbit-right": ("orbit", 1, 15), "zoom-in": ("zoom", 1, 1.5),
     "zoom-out": ("zoom", -1, 1.5)}
+
+
+def camera_move(text):
+    """A flag's type: a camera's move and, if wanted, how far, "right:0.3", as arguments of `camera`."""
+    name, _, amount = text.partition(":")
+    if name not in MOVES or not re.fullmatch(r"(\d{1,3}(\.\d*)?|\.\d+)?", amount) or amount and not float(amount):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(MOVES)}, with an amount if wanted, right:0.3")
+    kind, unit, usual = MOVES[name]
+    amount = float(amount or usual)
+    if kind == "zoom" and amount < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: a zoom is so many times, 1 or more")
+    return {kind: amount ** unit if kind == "zoom" else amount * np.array(unit)}
+
+
+def picture_size(text):
+    """A flag's type: "WxH" as (W, H)."""
+    if not re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, as 832x480")
+    return tuple(map(int, text.split("x")))
 
 
 def camera(depth, frames, move=(0, 0, 0), orbit=0, zoom=1, grid=8, focal=None):
@@ -236,7 +238,8 @@ def camera(depth, frames, move=(0, 0, 0), orbit=0, zoom=1, grid=8, focal=None):
 def load_depth(path, size):
     """The depth (H, W) > 0, as shares of the median of what is finite, of an image of `size` (width, height), of as
     many pixels or of more or fewer in the same ratio: from an .npy file, in any unit, or from a grey picture."""
-    with naming(path, "damaged, or neither an .npy file of depth (H, W) nor a grey picture"):
+    cure = "damaged, or neither an .npy file of depth (H, W) nor a grey picture"
+    with naming(path, cure), np.errstate(all="ignore"):
         depth = read_depth(path)
         if depth.dtype.kind not in "iuf" or depth.ndim != 2 or min(depth.shape) < 2:
             raise UserError(f"depth is {depth.dtype} {depth.shape}, expected numbers (H, W)")
