@@ -177,7 +177,7 @@ SMOKE = {"vae_steps": 4, "teacher_steps": 4, "causal_steps": 3, "distill_steps":
 NEUTRAL = PRESETS["tiny"].prompt
 WEIGHTS = {"vae": "vae", "teacher": "teacher", "causal": "causal", "distill": "student"}
 PREREQUISITES = {"vae": (), "teacher": ("vae",), "causal": ("vae", "teacher"),
-                 "distill": ("vae", "teacher", "causal")}
+                 "distill": ("vae", "teacher", "causal"), "decoder": ("vae",)}
 
 
 @dataclass(frozen=True)
@@ -257,9 +257,14 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 
 
+def default_device():
+    return f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu"
+
+
 def join_processes(device):
-    """Those that torchrun has started."""
+    """Those that torchrun has started. device: None is the default."""
     if PROCESSES > 1:
+        device = device or default_device()
         dist.init_process_group(timeout=timedelta(hours=12))    # some may encode long after others
         dist.init_device_mesh(device.split(":")[0], (PROCESSES,))   # gloo, or nccl on a GPU
 
@@ -559,7 +564,7 @@ def checkpoint_settings(run, stage):
     """What a checkpoint of the stage depends on: with another of these, going on would mix two
     trainings."""
     settings = {"seed": run.seed, "data": fingerprint(run.data), "start": str(run.files["start"])}
-    for name in PREREQUISITES.get(stage, ("vae",)):
+    for name in PREREQUISITES[stage]:
         settings[f"weights of {name}"] = run.checksum(name)
     settings |= asdict(run.config) | asdict(run.settings)
     settings.pop("tflops")
@@ -1029,13 +1034,19 @@ def normalise_latents(vae, videos):
         vae.latent_std.copy_(wanted)
 
 
+def psnr(a, b):
+    """Decibels between videos in [-1, 1]."""
+    return -10 * torch.log10((a - b).square().mean() / 4 + 1e-10)
+
+
 def reconstruction_error(output, video):
     """Mean squares of videos' (B, 3, T, H, W) pixels and, a tenth, of the differences between
     neighbours."""
     error = output - video
+    pixels = error.square().mean()
     down = error.diff(dim=3).square().mean()
     across = error.diff(dim=4).square().mean()
-    return error.square().mean() + 0.1 * (down + across)
+    return pixels + 0.1 * (down + across)
 
 
 def train_vae(run):
@@ -1055,8 +1066,7 @@ def train_vae(run):
         video = random_crops(files, s.vae_batch).to(run.device)
         output, _ = vae.decode_frames(vae.encode(video))
         loss = reconstruction_error(output, video)
-        loop.log(loss=loss, psnr=-10 * torch.log10((output - video).square().mean() / 4))
-        loop.log(grad=learner.step(loss, i))
+        loop.log(loss=loss, psnr=psnr(output, video), grad=learner.step(loss, i))
     whole = 4 * run.clip_latents - 3
     normalise_latents(vae, [video[:, :whole].to(run.device) for video in videos])
     save_pretrained(vae, run.path("vae"), torch.float16, **vae.metadata())
@@ -1089,10 +1099,8 @@ def flow_loss(model, x0, sigma, conditions, first, cell_weight=1.0, channel_weig
     error = (velocity - (noise - x0)).square() * channel_weight
     error = error.mean(1)                                       # (B, F, h, w)
     weight = torch.ones_like(error) * cell_weight
-    if first is not None:
-        error = error[:, 1:]
-        weight = weight[:, 1:]
-    return (error * weight).sum() / weight.sum()
+    start = 0 if first is None else 1
+    return (error * weight)[:, start:].sum() / weight[:, start:].sum()
 
 
 @torch.no_grad()
@@ -1753,7 +1761,7 @@ def resolve(flags):
     files = {name: out / f"{name}.safetensors" for name in WEIGHTS.values()}
     files["vae"] = flags.vae or files["vae"]
     files["start"] = flags.weights
-    device = flags.device or (f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu")
+    device = flags.device or default_device()
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError):
@@ -1803,7 +1811,7 @@ def show(run, stage):
 def run_stages(argv):
     """Run the stages that are not done yet."""
     flags = parse_flags(argv)
-    join_processes(flags.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    join_processes(flags.device)
     run = resolve(flags)
     if flags.dry_run:
         return dry_run(run)
