@@ -46,14 +46,14 @@ def test_adversarial_losses_are_the_hinge_and_move_one_network_each():
 def decoder_run(here, *more, code=0):
     """extras.decoder in float32, on noise instead of drawn videos, or on encoded clips; the last line that was printed
     as an error."""
-    def noise(run):
-        return lambda: torch.randn(4, 3, 9, 16, 16).clamp(-1, 1)
+    def noise(videos):
+        return torch.randn(4, 3, 9, 16, 16).clamp(-1, 1)
 
     def clips(run, pictures):
         return sorted(run.args.data.glob("*.safetensors"))
 
     with quiet() as (_, err), unittest.mock.patch.object(decoder, "preview", lambda *_: None), \
-            unittest.mock.patch.multiple(td, drawn_crops=noise, own_clips=clips), \
+            unittest.mock.patch.multiple(td, drawn_videos=lambda run: None, draw_crops=noise, own_clips=clips), \
             unittest.mock.patch.object(td.Run, "autocast", lambda run: contextlib.nullcontext()):
         result = decoder.main(["--smoke", "--out", str(here), *map(str, more)])
     assert result == (code or None), (result, err.getvalue())

@@ -51,7 +51,7 @@ def test_a_case_says_and_does_what_its_name_says():
     def case(change=None, **options):
         return new_case("test", 2, 21, "dense", change, objects=2, **options)
 
-    (scene, told), n = case(), torch.arange(world.OBJECTS * td.POINTS)
+    (scene, told), n = case(), torch.arange(world.OBJECTS * evaluate.POINTS)
     path, tracks, visible = scene["position"], told["tracks"], told["visible"]
     other, (jump, _) = case("other way"), case("teleport")
     assert_near((other[0]["position"] - path[:, :, :1])[:, :2, 1] * 1, (path[:, :, :1] - path)[:, :2, 1], 1e-4)
@@ -75,7 +75,7 @@ def test_a_case_says_and_does_what_its_name_says():
     assert late[:, 0].equal(visible[:, 0]) and not late[:, 1:13].any() and late[:, 13:].equal(visible[:, 13:])
     assert 0.4 < broken[:, 4:].sum() / visible[:, 4:].sum() < 0.6 and broken[:, :4].equal(visible[:, :4])
     drag = new_case("test", 2, 21, "drag", objects=2)[1]["visible"]
-    assert drag[:, :, n[n % td.POINTS == 0]].sum() == drag.sum() > 0 and drag.sum(2).max() <= 2
+    assert drag[:, :, n[n % evaluate.POINTS == 0]].sum() == drag.sum() > 0 and drag.sum(2).max() <= 2
     assert not new_case("test", 2, 21, "none", objects=2)[1]["visible"].any()
 
 

@@ -240,7 +240,7 @@ def test_nothing_is_made_while_paused_or_while_nobody_watches():
 def test_points_reach_the_track_head_on_lines_that_end_where_they_are_now():
     calls = []
 
-    def seen(model, tracks, visible, ids):
+    def seen(model, tracks, visible, ids, copied):
         calls.append((tracks[0].numpy(), visible.all().item(), ids[0].tolist()))
         return track_features(model, tracks, visible, ids)
 
@@ -268,7 +268,7 @@ def test_a_restart_with_another_chunk_is_not_lost_while_a_take_begins():
         time.sleep(0.3)
         return real(video)
 
-    def seen(model, tracks, visible, ids):
+    def seen(model, tracks, visible, ids, copied):
         lengths.append(tracks.shape[1])
         return track_features(model, tracks, visible, ids)
 
