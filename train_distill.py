@@ -921,10 +921,10 @@ class Run:
         return {"batches": self.batches, "checkpointing": self.args.checkpointing}
 
     def autocast(self):
-        """See compute_dtype. No cache of weights: torch before 2.11 hands those without a graph to all."""
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(torch.device(self.device).type, self.dtype, cache_enabled=False)
+        """bfloat16, unless compute_dtype says float32. No cache of weights: torch before 2.11 hands those without a
+        graph to all."""
+        kind = torch.device(self.device).type
+        return torch.autocast(kind, torch.bfloat16, self.dtype == torch.bfloat16, cache_enabled=False)
 
     def check(self, stage):
         """Refuse a stage whose forerunners are missing or damaged, or of another memory, before it starts."""
