@@ -2094,7 +2094,7 @@ def test_the_image_enters_as_clean_latent_frame_0_or_as_channels():
     first, motion = clip_of(3)[2][:1], sample.Motion(*new_tracks(21, 3, batch=1))
     for in_dim, as_channels in (12, False), (16, True):         # 4 noisy, 8 tracks, 4 image
         for sampler in "stream", "teacher":
-            model, seen = new_model(in_dim=in_dim, guidance=(0, 0)), []
+            model, seen = new_model(in_dim=in_dim, clean_first=not as_channels, guidance=(0, 0)), []
             model.register_forward_hook(lambda _, args, given, out: seen.append((*args, given.get("image"))),
                                         with_kwargs=True)
             chunks = (sample.stream(model, first, motion) if sampler == "stream" else
@@ -2126,7 +2126,7 @@ def test_ids_of_a_file_are_used_unless_start_points_are_the_ids():
     arrays = np.tile(np.float32([[9, 8], [24, 16]]), (5, 1, 1)), np.ones((5, 2), bool)
     for tracks, expected in ("random", [7, 3]), ("start", [(8 << 16) + 9, (16 << 16) + 24]):
         with quiet() as (out, _):
-            motion = sample.fit_tracks((*arrays, np.array([7, 3])), (48, 32), 5, replace(SMALL, tracks=tracks), 0)
+            motion = sample.fit_tracks((*arrays, np.array([7, 3])), (48, 32), 5, replace(SMALL, track_id_mode=tracks), 0)
         assert motion.ids.tolist() == [expected] and ("not used" in out.getvalue()) == (tracks == "start")
 
 
@@ -2361,7 +2361,7 @@ def test_each_family_takes_the_image_in_its_own_way():
             ({"in_dim": 48, "out_dim": 48}, wide, None, wide),
             ({"in_dim": 148, "out_dim": 48, "track_dim": 48}, wide_clip, image_and_mask(wide_clip),
              wide_clip[:, :, :1])):
-        found = sample.image_inputs(replace(STUB, **fields), given, 4)
+        found = sample.image_inputs(replace(STUB, **fields, clean_first=clean is not None), given, 4)
         for value, expected in zip(found, (channels, clean)):
             assert (value is None) == (expected is None) and (value is None or value.equal(expected)), fields
     assert "never learned" in settled("t2v.safetensors")[2] and "never learned" not in settled("i2v.safetensors")[2]
@@ -2413,9 +2413,9 @@ def test_guidance_leads_away_from_the_null_text():
         v = guided_velocity(model, noise, sigma, given, (w_text, w_motion), null)
         assert_near(v, joint_guidance(full, notext, nomotion, w_text, w_motion), 1e-5)
         assert count == [batch], "without a weight, the motion's evaluation is left out"
-    (x, level), *_ = euler(model, noise, given, None, (1.0,), (5.0, 0.0), null)
+    model.config = replace(model.config, steps=1, guidance=(5.0, 0.0))
+    (x, level), (x0, _) = euler(model, noise, given, None, null)
     assert x.equal(noise) and level == 1
-    *_, (x0, _) = euler(model, noise, given, None, (1.0,), (5.0, 0.0), null)
     assert_near(x0, noise - guided_velocity(model, noise, torch.ones(2), given, (5.0, 0.0), null), 1e-5)
 
 
