@@ -43,13 +43,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from motionstream import (Config, MotionStream, SELF_FORCING, UserError, copy_along_tracks, euler,
+from motionstream import (Config, MotionStream, UserError, copy_along_tracks, euler,
                           find_config, image_and_mask, image_channels, naming, read_weights, rollout,
                           schedule, track_features, track_ids, write)
 from vae import VAE_FILES, load_vae
 
 ASSETS = Path(__file__).resolve().parent / "assets"
-UMT5_DIM = 4096             # channels of a text that UMT5 encoded
 MOST_FRAMES = 1_000_000
 LARGEST = 2 ** 30           # bytes of a tracks file, unpacked
 SHORTEST_SIDE = 256         # pixels of a written video; smaller ones are enlarged
@@ -77,23 +76,18 @@ class Encoded:
     clip: torch.Tensor | None = None        # (B, 257, clip_dim): CLIP's features of the image
 
 
-def has_mask(config):
-    """Whether the image enters as a mask and a clip: Wan's image-to-video weights and Fun-InP."""
-    return config.image_dim not in (0, config.out_dim)
-
-
 def image_inputs(config, first, frames):
     """How weights take the image: (channels of a clip of `frames` latents, clean latent frame 0), None
     what they do not take. first (B, C, 1, h, w): its latent; with a mask (B, C, frames, h, w), those of
     a clip that is grey after it."""
-    if config.copy_dim:                     # at every frame: what the model falls back on
-        return image_channels(first, frames, still=True), first
-    if not config.image_dim:
-        return None, first
-    clean = first[:, :, :1] if config.out_dim == 48 else None       # Wan 2.2 5B takes both
-    if has_mask(config):
-        return image_and_mask(first), clean
-    return image_channels(first, frames), clean
+    channels = clean = None
+    if config.has_mask:
+        channels = image_and_mask(first)
+    elif config.image_dim:                  # weights that copy fall back on it in every frame
+        channels = image_channels(first, frames, still=config.copy_dim > 0)
+    if config.clean_first:
+        clean = first[:, :, :1]
+    return channels, clean
 
 
 def motion_by_chunk(motion, chunk):
@@ -118,7 +112,7 @@ def live_motion(points, starts, config):
     that were at starts (N, 2) in frame 0. T is 4 chunk - 3 for the first chunk, then 4 chunk."""
     points = torch.as_tensor(points, dtype=torch.float32)[None]             # (1, T, N, 2)
     starts = torch.as_tensor(starts, dtype=torch.float32)[None, None]       # (1, 1, N, 2)
-    if config.tracks == "random":           # but the same in every chunk
+    if config.track_id_mode == "random":           # but the same in every chunk
         drawn = [zlib.crc32(start.numpy().tobytes()) for start in starts[0, 0]]
         ids = torch.tensor([drawn], dtype=torch.int64)
     else:
@@ -187,7 +181,7 @@ def sample_teacher(model, vae, image, motion, encoded=Encoded(), seed=0):
     config = model.config
     count = latent_frames(motion.tracks.shape[1], config.chunk)
     image = image.to(next(model.parameters()).device)
-    grey = 4 * count - 4 if has_mask(config) else 0
+    grey = 4 * count - 4 if config.has_mask else 0
     first = vae.encode(F.pad(image[:, :, None], (0, 0, 0, 0, 0, grey)))
     channels, clean = image_inputs(config, first, count)
     copy = functools.partial(copy_along_tracks, vae, image) if config.copy_dim else None
@@ -399,12 +393,12 @@ def fit_tracks(tracks, image_size, frames, config, seed):
     if lost:
         notes.append(f"{lost} of {visible.sum()} visible track points lie outside the video and are hidden")
     visible = visible & inside
-    if tracks.ids is not None and tracks.id_mode == config.tracks:
+    if tracks.ids is not None and tracks.id_mode == config.track_id_mode:
         ids = torch.from_numpy(tracks.ids.astype(np.int64))[None]
     else:
         ids = track_ids(points, visible, config, torch.Generator().manual_seed(seed))
         if tracks.ids is not None:
-            notes.append(f"the IDs of these weights are of the kind {config.tracks!r}, not "
+            notes.append(f"the IDs of these weights are of the kind {config.track_id_mode!r}, not "
                          f"{tracks.id_mode!r}; the file's ids are not used")
     points = F.pad(points[:, :frames], (0, 0, 0, 0, 0, beyond))
     visible = F.pad(visible[:, :frames], (0, 0, 0, beyond))
@@ -689,12 +683,13 @@ class Job:
     prompts: list       # one for each chunk, the last one for all that follow
     moved: bool         # there are tracks
     drawn: bool         # which enter as a video of them, not through the track head
+    notes: list         # what the user is told
 
 
 def resolve(flags, weights, tracks):
     """The Job that the flags ask for. What they leave open is what a recording says, or the weights."""
     said = tracks.recorded
-    config = resolve_config(flags, weights, said)
+    config, notes = resolve_config(flags, weights, said)
     frames = flags.frames or said.get("frames", len(tracks.tracks))
     fps = flags.fps or said.get("fps", config.fps)
     seed = said.get("seed", 0) if flags.seed is None else flags.seed
@@ -713,34 +708,28 @@ def resolve(flags, weights, tracks):
     dtype = flags.dtype.replace("auto", usual)
     moved = bool(flags.tracks or flags.paths)
     drawn = moved and not weights.has_head and config.track_dim == config.out_dim
-    return Job(config, frames, fps, seed, device, dtype, prompts, moved, drawn)
-
-
-# How public weights are sampled, whose files do not say it. Teachers: shift and text guidance, by width and by whether
-# the image enters as channels, as their publishers advise for 480 lines; (5, 5) for all others.
-TEACHERS = {(1536, False): (8.0, 6.0), (1536, True): (3.0, 6.0), (5120, True): (3.0, 5.0)}
-
-
-def advice(config, sampler):
-    """The config of public weights as their publishers sample them, by "stream", "teacher" or, None, what they are."""
-    if sampler == "stream" or sampler is None and config.causal:
-        return replace(config, **SELF_FORCING)
-    shift, w_text = TEACHERS.get((config.dim, config.image_dim > 0), (5.0, 5.0))
-    return replace(config, causal=False, shift=shift, guidance=(w_text, 0.0))
+    if drawn:
+        notes.append(f"{weights.path}: takes tracks drawn as a control video, in a style that is ours and "
+                     "that no weights have proven")
+    return Job(config, frames, fps, seed, device, dtype, prompts, moved, drawn, notes)
 
 
 def resolve_config(flags, weights, said):
-    """How to sample: as the weights say, or advice on their family, changed by a recording, by flags."""
-    config = weights.config
+    """(How to sample, notes on it): as the weights say, or advice on their family, changed by what a
+    recording has `said`, and by flags."""
+    config, notes = weights.config, []
     if not weights.own:
-        config = advice(config, flags.sampler)
+        from extras.checkpoints import advice
+        usual = "stream" if config.causal else "teacher"
+        config, words = advice(config, flags.sampler or usual)
+        notes = [f"{weights.path}: {note}" for note in words]
     changes = dict(flags.settings or ())
     if said and config.causal:
         changes |= {name: said[name] for name in ("chunk", "sink", "window")}
     changes |= flags.memory or {}
     if flags.guidance:
         changes["guidance"] = flags.guidance
-    elif config.text_dim == UMT5_DIM and flags.prompt is None and not flags.prompt_embeds:
+    elif config.text_encoder == "umt5" and flags.prompt is None and not flags.prompt_embeds:
         changes["guidance"] = (0.0, config.guidance[1])     # there is no text
     config = replace(config, **changes)
     steps, usual = flags.steps, len(config.sigmas)
@@ -749,7 +738,7 @@ def resolve_config(flags, weights, said):
     if steps or "shift" in changes:
         sigmas = schedule(steps or usual, config.shift)
         config = replace(config, steps=steps or config.steps, sigmas=sigmas)
-    return config
+    return config, notes
 
 
 def refuse(job, flags, weights):
@@ -765,13 +754,13 @@ def refuse(job, flags, weights):
         (not streams and flags.memory, "--memory belongs to --sampler stream"),
         (streams and config.window is None and job.frames > HISTORY and not flags.memory,
          f"trained to remember {HISTORY} frames, all of them; add --memory c{config.chunk}s1w5 for more"),
-        (streams and has_mask(config),
+        (streams and config.has_mask,
          "takes the image as a clip with a mask, which cannot stream; use --sampler teacher"),
         (not config.track_dim and (job.moved or weight),
          "has no input for tracks; take Fun-Control, or drop --tracks, and give --guidance T,0"),
         (job.moved and not job.drawn and not weights.has_head, "has no trained track head, and its input "
          f"for tracks has {config.track_dim} channels, none for a drawn video"),
-        (config.text_dim != UMT5_DIM and encoded, "reads words, give it --prompt and nothing encoded"),
+        (config.text_encoder == "words" and encoded, "reads words, give it --prompt and nothing encoded"),
     ]:
         if wrong:
             raise UserError(f"{weights.path}: {cure}")
@@ -789,7 +778,7 @@ def open_vae(weights, path=None):
     """The VAE at `path`, else the tiny model's or, for Wan's weights, the one in their folder."""
     c, folder = weights.config, weights.path if weights.path.is_dir() else weights.path.parent
     places = [ASSETS / "tiny_vae.safetensors"]          # which would fit Wan's shapes
-    if c.text_dim == UMT5_DIM:
+    if c.text_encoder == "umt5":
         places = [folder / name for name in VAE_FILES[:3]]
     path = path or next(filter(Path.is_file, places), None)
     if path is None:
@@ -806,7 +795,7 @@ def open_vae(weights, path=None):
 def encode(job, flags, weights, image):
     """What the model reads besides the tracks, as Encoded. image (1, 3, H, W): what CLIP sees."""
     config, prompt = job.config, job.prompts[0]
-    if config.text_dim != UMT5_DIM:
+    if config.text_encoder == "words":
         text = embed_words(prompt, config)
         return Encoded(text if text is None else text.to(job.device))
     from extras import encoders
@@ -861,7 +850,7 @@ def generate(job, models, image, motion):
         frames = 4 * latent_frames(job.frames, config.chunk) - 3
         motion = replace(motion, control=render_control(models.vae, motion, config.size, frames))
     sampler = stream if config.causal else sample_teacher
-    if config.causal and len(set(job.prompts)) > 1 and config.text_dim != UMT5_DIM:
+    if config.causal and len(set(job.prompts)) > 1 and config.text_encoder == "words":
         motion = with_prompts(motion, job.prompts, config)
     videos = sampler(models.dit, models.vae, image, motion, models.encoded, job.seed)
     frames = itertools.chain.from_iterable(map(to_frames, videos))
@@ -884,7 +873,8 @@ def run(argv):
         tracks = drag_tracks(flags.paths or [], flags.grid, image.size, flags.frames or 81)
     job = resolve(flags, weights, tracks)
     refuse(job, flags, weights)
-    motion, notes = fit_tracks(tracks, image.size, job.frames, job.config, job.seed)
+    motion, lost = fit_tracks(tracks, image.size, job.frames, job.config, job.seed)
+    notes = job.notes + lost
     if tracks.fps not in (None, job.fps):
         notes.append(f"the tracks are at {tracks.fps:g} frames/s, the video at {job.fps:g}; they are not "
                      "resampled")
@@ -913,7 +903,7 @@ def reported(work, *args):
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except (ValueError, OSError) as e:      # OSError: a full disk, say
+    except (UserError, OSError) as e:       # OSError: a full disk, say
         print(f"error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
