@@ -309,6 +309,7 @@ def own_arrays(path):
 
 def own_tracks(arrays, size):
     """Arrays of a file that this project wrote to Tracks. Whatever is wrong with them raises."""
+    numbers = arrays["tracks"].dtype.kind in "iuf"
     tracks = arrays["tracks"].astype(np.float32)
     visible = arrays.get("visibility", ~np.isnan(tracks).any(-1)) > 0
     ids = arrays.get("ids", np.zeros(tracks.shape[1], int))
@@ -316,7 +317,7 @@ def own_tracks(arrays, size):
     T, N, _ = tracks.shape
     shapes = tracks.shape == (T, N, 2) and visible.shape == (T, N) and ids.shape == (N,)
     values = np.isfinite(tracks[visible]).all() and (ids >> 32 == 0).all() and (there > 0).all()
-    if not (T and shapes and values):
+    if not (T and numbers and shapes and values):
         raise ValueError("no tracks")
     tracks = np.nan_to_num(tracks).clip(-1e6, 1e6) * (np.array(size) / there).astype(np.float32)
     recorded = {}
@@ -376,14 +377,13 @@ def drag_tracks(paths, grid, size, frames):
 
 
 def fit_tracks(tracks, image_size, frames, config, seed):
-    """Tracks on the image (width, height) to (Motion in the model's video of `frames` frames, notes on
-    what is lost). They are moved and scaled as the image is, hidden where they are cropped away, and not
-    specified after their end."""
+    """Tracks on the image (width, height) to (Motion in the model's video, of whole chunks that cover
+    `frames`; notes on what is lost). They are moved and scaled as the image is, hidden where they are
+    cropped away, and not specified after their end."""
     notes = []
     given = len(tracks.tracks)
-    beyond = max(frames - given, 0)
-    if beyond:
-        notes.append(f"the tracks end after {given} frames, the last {beyond} are not specified")
+    if frames > given:
+        notes.append(f"the tracks end after {given} frames, the last {frames - given} are not specified")
     scale, left, top = crop(*image_size, config.size)
     moved = (tracks.tracks - np.float32((left, top))) * np.float32(scale)
     points = torch.from_numpy(moved)[None]                                  # (1, T, N, 2)
@@ -400,8 +400,10 @@ def fit_tracks(tracks, image_size, frames, config, seed):
         if tracks.ids is not None:
             notes.append(f"the IDs of these weights are of the kind {config.track_id_mode!r}, not "
                          f"{tracks.id_mode!r}; the file's ids are not used")
-    points = F.pad(points[:, :frames], (0, 0, 0, 0, 0, beyond))
-    visible = F.pad(visible[:, :frames], (0, 0, 0, beyond))
+    whole = 4 * latent_frames(frames, config.chunk) - 3
+    missing = max(whole - given, 0)
+    points = F.pad(points[:, :whole], (0, 0, 0, 0, 0, missing))
+    visible = F.pad(visible[:, :whole], (0, 0, 0, missing))
     if not visible.any():
         notes.append("no track is seen in the video, nothing is specified")
     return Motion(points, visible, ids), notes

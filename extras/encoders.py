@@ -150,7 +150,7 @@ def encode(sources, config, image, device, weights):
         rows = kept_rows(text_encoder, sources.text_encoder, device, texts)
         check_rows(rows, config, sources.text_encoder)
     else:
-        print(f"note: {weights}: gets no text at all, which Wan did not see in training; give --prompt")
+        print(f"note: {weights}: gets no text at all, which Wan did not see in training, and no guidance by it; give --prompt")
     if config.clip_dim and "clip" not in rows:
         if not sources.image_encoder:
             raise UserError(f"{weights}: reads the image by CLIP too; give --image-encoder")
