@@ -2489,9 +2489,10 @@ def test_guidance_leads_away_from_the_null_text():
         v = guided_velocity(model, noise, sigma, given, (w_text, w_motion), null)
         assert_near(v, joint_guidance(full, notext, nomotion, w_text, w_motion), 1e-5)
         assert count == [batch], "without a weight, the motion's evaluation is left out"
-    (x, level), *_ = euler(model, noise, given, None, (1.0,), (5.0, 0.0), null)
+    model.config = replace(model.config, steps=1, guidance=(5.0, 0.0))
+    (x, level), *_ = euler(model, noise, given, None, null)
     assert x.equal(noise) and level == 1
-    *_, (x0, _) = euler(model, noise, given, None, (1.0,), (5.0, 0.0), null)
+    *_, (x0, _) = euler(model, noise, given, None, null)
     assert_near(x0, noise - guided_velocity(model, noise, torch.ones(2), given, (5.0, 0.0), null), 1e-5)
 
 

@@ -93,7 +93,8 @@ def kept_rows(open_encoder, folder, device, what):
     if not path.is_file():
         CACHE.mkdir(parents=True, exist_ok=True)
         encode = open_encoder(folder, device)
-        write(path, save_file, {name: encode(value) for name, value in what.items()})
+        rows = {name: encode(value) for name, value in what.items()}
+        write(path, lambda part: save_file(rows, part))
     return read_tensors(path)[0]
 
 
