@@ -271,7 +271,7 @@ def save_checkpoint(folder, stage, step, settings, parts):
     path, states = folder / f"{stage}.{step:07}.checkpoint.pt", {k: whole(v.state_dict()) for k, v in parts.items()}
     if RANK > 0:
         return
-    write(path, functools.partial(torch.save, {"step": step, "settings": settings, **states}))
+    write(path, torch.save, {"step": step, "settings": settings, **states})
     for old in sorted(folder.glob(f"{stage}.*.checkpoint.pt"))[:-2]:
         old.unlink()
 

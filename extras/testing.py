@@ -381,7 +381,8 @@ def wan_workplace():
     weights("i2v", in_dim=36)
     weights("fun", in_dim=48, track_dim=16)
     weights("clip", in_dim=48, track_dim=16, clip_dim=32)
-    saved(path / "headed.safetensors", randomised(MotionStream(replace(STUB, in_dim=48, track_dim=16, size=(32, 48)))))
+    headed = replace(STUB, in_dim=48, track_dim=16, size=(32, 48), clean_first=False)
+    saved(path / "headed.safetensors", randomised(MotionStream(headed)))
     saved(path / "headless.safetensors", new_model(causal=False), lambda t: t["track_head.conv.weight"].zero_())
     saved(path / "vae.safetensors", new_vae(STUB_VAE))
     rows = {"prompt": rand(7, 4096), "negative": rand(9, 4096, seed=1).bfloat16(), "clip": rand(257, 32)}
