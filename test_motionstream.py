@@ -60,7 +60,7 @@ from motionstream import (PRESETS, KVCache, MotionStream, SelfAttention, TrackHe
                           image_and_mask, joint_guidance, rollout, rope_table, save_pretrained,
                           schedule, shift_sigma, sinusoid, to_x0, track_features, track_ids,
                           with_first)
-from sample import count_frames, drag_path, embed_words
+from sample import count_frames, embed_words
 from vae import (STATISTICS, CausalConv, ChannelNorm, LinearVAE, LinearVAEConfig, TinyVAE, WanVAE, WanVAEConfig,
                  load_vae)
 
@@ -2084,7 +2084,7 @@ def test_sampled_frames_depend_on_seed_tracks_and_memory_and_on_nothing_else():
 
 def test_the_stream_hands_the_track_head_the_whole_motion():
     model, motion = new_model(), sample.Motion(*new_tracks(28, 5))
-    parts = [part["tracks"] for part in sample.conditions(model, motion, sample.Encoded())]
+    parts = [part["tracks"] for part in sample.conditions(model, None, rand(2, 3, 32, 48), motion, sample.Encoded())]
     assert len(parts) == 3
     rest = 33 - 28                                              # 3 chunks of 3 latents are 33 frames
     tracks, visible = F.pad(motion.tracks, (0, 0, 0, 0, 0, rest)), F.pad(motion.visible, (0, 0, 0, rest))
@@ -2358,48 +2358,6 @@ def test_a_video_is_there_whole_or_not_at_all():
         for damaged in b"", b"no video", whole[:-40], whole[:400]:
             (here / "out.mp4").write_bytes(damaged)
             assert count_frames(here / "out.mp4") < 3, len(damaged)
-
-
-def test_drags_and_pins_are_tracks_along_lines():
-    paths = [drag_path(text) for text in ("10,20 -> 30,20 -> 30,10", " 5.5,7", "0,0->8,4")]
-    tracks = sample.follow(paths, 9)
-    assert tracks.shape == (9, 3, 2) and tracks.dtype == np.float32
-    assert tracks[:, 0].tolist() == [[10 + 5 * i, 20] for i in range(5)] + [[30, 20 - 2.5 * i] for i in range(1, 5)]
-    assert (tracks[:, 1] == (5.5, 7)).all() and (tracks[:, 2, 0] == range(9)).all()
-    assert sample.follow(paths, 1)[0].tolist() == [[10, 20], [5.5, 7], [0, 0]]
-    for text in "10", "1,2 -> 3", "1,2,3", "a,b", "1,nan", "1,2 ->", "1,9e9":
-        assert_error(sample.UserError, f"argument --drag/--pin: {text!r} is not x,y -> x,y", sample.parse_flags,
-                     ["--image", "x", "--drag", text])
-    _, here = workplace()
-    with unittest.mock.patch.object(sample, "fit_tracks", wraps=sample.fit_tracks) as fit:
-        flags = [word for word in command() if word not in ("--tracks", here / "tracks.npy")]
-        code, out, _ = sampled(*flags, "--drag", "10,20 -> 30,20", "--pin", "5,7", "--frames", 9, "--out",
-                               here / "out.png")
-    given = fit.call_args[0][0]
-    assert code == 0 and given.tracks.shape == (9, 2, 2) and given.visible.all(), out
-    (here / "out.png").unlink()
-    for flag, start, path in (("--pin", "48,20", "48,20"), ("--drag", "-1,20", "-1,20 -> 9,9"),
-                              ("--drag", "9,40.5", "9,40.5->9,9"), ("--pin", "480,300", "480,300")):
-        code, _, err = sampled(*flags, "--pin", "5,7", f"{flag}={path}")            # one that starts inside, too
-        assert code == 2 and err == f"error: {flag} {start}: outside the image, which has 48x40 pixels\n", err
-        assert not (here / "out.mp4").exists()
-    code, out, err = sampled(*flags, "--pin", "9,1", "--drag", "9,9 -> 99,9", "--frames", 9)     # 9,1 is cropped away
-    assert code == 0 and "visible track points lie outside the video" in out, (out, err)
-    (here / "out.mp4").unlink()
-
-
-def test_a_grid_of_points_goes_where_one_would():
-    here = workplace()[1]
-    flags = sample.parse_flags(["--image", "x", "--drag", "20,16 -> 28,16", "--pin", "9,9", "--grid", "3x5"])
-    given = sample.drag_tracks(flags.paths, flags.grid, (48, 32), 9)
-    tracks = given.tracks
-    assert tracks.shape == (9, 18, 2) and given.visible.all()
-    assert {*map(tuple, tracks[0, :9].tolist())} == {(x, y) for x in (15, 20, 25) for y in (11, 16, 21)}
-    assert np.array_equal(tracks[-1, :9], tracks[0, :9] + (8, 0)) and np.array_equal(tracks[-1, 9:], tracks[0, 9:])
-    for grid in "0x5", "3", "3x0", "100x1", "axb":
-        assert_error(sample.UserError, f"{grid!r} is not like 3x20", sample.parse_flags, ["--image", "x", "--grid", grid])
-    code, _, err = sampled("--image", here / "image.png", "--tracks", here / "tracks.npy", "--grid", "3x5")
-    assert code == 2 and err == "error: --grid belongs to --drag and --pin\n", err
 
 
 def test_a_picture_keeps_the_last_frame():

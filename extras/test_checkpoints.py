@@ -292,7 +292,7 @@ def test_the_sampler_is_the_flag_else_what_the_file_says():
         real = sample.inspect(wan_workplace()[1] / f"{weights}.safetensors")
         real = replace(real, config=replace(real.config, dim=1536))
         flags = sample.parse_flags(["--image", "x", "--prompt-embeds", "x"])
-        c = sample.resolve(flags, real, sample.drag_tracks([], None, (48, 32), 1)).config
+        c = sample.resolve(flags, real, sample.given_tracks(flags, (48, 32))).config
         assert (c.shift, c.guidance) == (shift, (w_text, 0))
     c = settled("t2v.safetensors", "--sampler", "stream", "--steps", 2, "--memory", "c3s1w1").config
     assert (c.causal, c.sink, c.window, c.sigmas) == (True, 1, 1, schedule(2, 5.0))

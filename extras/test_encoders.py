@@ -49,12 +49,12 @@ def test_encoded_texts_and_images_of_the_wrong_shape_are_refused():
                       {"prompt": torch.ones(5, 4096, dtype=torch.int64)}, {"negative": rand(5, 4095)},
                       {"clip": rand(256, 32)}, {"clip": rand(257, 31)}, {"clip": rand(257, 32) / 0}):
             save_file(good | wrong, here / "rows")
-            assert_error(UserError, f"{here / 'rows'}: {[*wrong][0]} ", encoders.encode, sources, c, None, "cpu", "x")
+            assert_error(UserError, f"{here / 'rows'}: {[*wrong][0]} ", encoders.encode, sources, c, None, "cpu")
         for tensors in {"a": rand(5, 4096), "b": rand(5, 4096)}, {}:
             save_file(tensors, here / "rows")
-            assert_error(UserError, "no prompt", encoders.encode, sources, c, None, "cpu", "x")
+            assert_error(UserError, "no prompt", encoders.encode, sources, c, None, "cpu")
         save_file(good, here / "rows")
-        text, null, clip = encoders.encode(sources, replace(c, text_len=513), None, "cpu", "x")
+        text, null, clip = encoders.encode(sources, replace(c, text_len=513), None, "cpu")
         assert text.equal(F.pad(good["prompt"], (0, 0, 0, 1))[None]) and null is None and clip.equal(good["clip"][None])
 
 

@@ -22,8 +22,8 @@ import sample
 from extras.testing import (HERE, STUB, assert_error, assert_near, command, folder, new_model,
                             quiet, rand, recipe, sampled, saved, wan_workplace, workplace)
 from extras import tracks as program
-from extras.tracks import (MOVES, camera, camera_move, camera_tracks, load_depth, load_tracks,
-                           render_control)
+from extras.tracks import (MOVES, camera, camera_move, camera_tracks, drag_tracks, follow, load_depth,
+                           load_tracks, read_path, render_control)
 from motionstream import UserError
 
 
@@ -313,6 +313,45 @@ def test_bad_tracks_end_in_one_line_and_exit_code_2():
     assert len(cases) > 45 and not wrong, "\n".join(wrong)
 
 
+def test_drags_and_pins_are_tracks_along_lines():
+    paths = [read_path(text) for text in ("10,20 -> 30,20 -> 30,10", " 5.5,7", "0,0->8,4")]
+    tracks = follow(paths, 9)
+    assert tracks.shape == (9, 3, 2) and tracks.dtype == np.float32
+    assert tracks[:, 0].tolist() == [[10 + 5 * i, 20] for i in range(5)] + [[30, 20 - 2.5 * i] for i in range(1, 5)]
+    assert (tracks[:, 1] == (5.5, 7)).all() and (tracks[:, 2, 0] == range(9)).all()
+    assert follow(paths, 1)[0].tolist() == [[10, 20], [5.5, 7], [0, 0]]
+    for text in "10", "1,2 -> 3", "1,2,3", "a,b", "1,nan", "1,2 ->", "1,9e9":
+        assert_error(UserError, f"--drag, --pin: {text!r} is not x,y -> x,y", drag_tracks, [text], None, (48, 32), 9)
+    _, here = workplace()
+    with unittest.mock.patch.object(sample, "fit_tracks", wraps=sample.fit_tracks) as fit:
+        flags = [word for word in command() if word not in ("--tracks", here / "tracks.npy")]
+        code, out, _ = sampled(*flags, "--drag", "10,20 -> 30,20", "--pin", "5,7", "--frames", 9, "--out",
+                               here / "out.png")
+    given = fit.call_args[0][0]
+    assert code == 0 and given.tracks.shape == (9, 2, 2) and given.visible.all(), out
+    (here / "out.png").unlink()
+    for flag, start, path in (("--pin", "48,20", "48,20"), ("--drag", "-1,20", "-1,20 -> 9,9"),
+                              ("--drag", "9,40.5", "9,40.5->9,9"), ("--pin", "480,300", "480,300")):
+        code, _, err = sampled(*flags, "--pin", "5,7", f"{flag}={path}")            # one that starts inside, too
+        assert code == 2 and err == f"error: {flag} {start}: outside the image, which has 48x40 pixels\n", err
+        assert not (here / "out.mp4").exists()
+    code, out, err = sampled(*flags, "--pin", "9,1", "--drag", "9,9 -> 99,9", "--frames", 9)     # 9,1 is cropped away
+    assert code == 0 and "visible track points lie outside the video" in out, (out, err)
+    (here / "out.mp4").unlink()
+
+
+def test_a_grid_of_points_goes_where_one_would():
+    here = workplace()[1]
+    tracks, visible = drag_tracks(["20,16 -> 28,16", "9,9"], "3x5", (48, 32), 9)
+    assert tracks.shape == (9, 18, 2) and visible.all()
+    assert {*map(tuple, tracks[0, :9].tolist())} == {(x, y) for x in (15, 20, 25) for y in (11, 16, 21)}
+    assert np.array_equal(tracks[-1, :9], tracks[0, :9] + (8, 0)) and np.array_equal(tracks[-1, 9:], tracks[0, 9:])
+    for grid in "0x5", "3", "3x0", "100x1", "axb":
+        assert_error(UserError, f"{grid!r} is not like 3x20", drag_tracks, ["9,9"], grid, (48, 32), 9)
+    code, _, err = sampled("--image", here / "image.png", "--tracks", here / "tracks.npy", "--grid", "3x5")
+    assert code == 2 and err == "error: --grid belongs to --drag and --pin\n", err
+
+
 MOVED = {   # a camera's move, of amount a: x, y, z of a point as it sees them at time t, d beyond a depth of 1
     "left": lambda x, y, d, a: (x + a, y, d + 1), "right": lambda x, y, d, a: (x - a, y, d + 1),
     "up": lambda x, y, d, a: (x, y + a, d + 1), "down": lambda x, y, d, a: (x, y - a, d + 1),
@@ -470,7 +509,7 @@ def test_tracks_are_drawn_where_they_are_and_not_where_they_are_hidden():
     assert not first.equal(second), "tracks differ in colour"
     model, control = new_model(causal=False), rand(1, 8, 6, 4, 6)
     motion = sample.Motion(at, visible, torch.zeros(1, 2).long(), control)
-    parts = [part["tracks"] for part in sample.conditions(model, motion, sample.Encoded())]
+    parts = [part["tracks"] for part in sample.conditions(model, None, rand(1, 3, 32, 48), motion, sample.Encoded())]
     assert torch.cat(parts, 2).equal(control) and [part.shape[2] for part in parts] == [3, 3]
 
 

@@ -395,7 +395,7 @@ def settled(weights, *more, frames=81):
     """The Job that sample.py makes of the flags and the weights."""
     flags = sample.parse_flags(["--image", "x.png", "--frames", str(frames), *map(str, more)])
     weights = sample.inspect(wan_workplace()[1] / weights)
-    job = sample.resolve(flags, weights, sample.drag_tracks([], None, (48, 40), 1))
+    job = sample.resolve(flags, weights, sample.given_tracks(sample.parse_flags(["--image", "x.png"]), (48, 40)))
     sample.refuse(job, flags, weights)
     return job
 
