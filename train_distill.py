@@ -33,7 +33,6 @@ extras/world.py draws such clips, python -m extras.clips makes them of your own 
 
 import argparse
 import ast
-import contextlib
 import copy
 import dataclasses
 import functools
@@ -64,11 +63,12 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from motionstream import (PRESETS, Block, Config, KVCache, MotionStream, UserError, add_noise,
-                          by_chunk, copy_along_tracks, euler, guided_velocity, image_channels,
+                          channel_std, copy_along_tracks, euler, guided_velocity, image_channels,
                           linear_part, naming, rollout, save_pretrained, schedule, shift_sigma,
-                          to_x0, track_features, track_ids, with_first, write)
-from sample import UMT5_DIM, Parser, embed_words, has_mask, hold_signals, inspect, number
-from vae import FRAMES, LinearVAE, load_vae
+                          split_conditions, to_x0, track_features, track_ids, with_first, write)
+from sample import (Parser, Weights, embed_words, guidance, hold_signals, inspect, memory, number,
+                    open_vae, reported)
+from vae import FRAMES, LinearVAE
 
 # --------------------------------------------------------------------------------------------------
 # The settings of a training. Sources: [P] the paper, [O] ours, found by trying on the tiny model.
@@ -232,20 +232,15 @@ class Run:
 
     def load_vae(self):
         """The VAE that made the latents."""
-        vae = load_vae(self.path("vae"))
-        found = (vae.config.latent_channels, vae.stride)
-        wanted = (self.config.out_dim, self.config.stride)
-        if found != wanted:
-            raise UserError(f"{self.path('vae')}: latents have {found[0]} channels and stride "
-                            f"{found[1]}, the model's have {wanted[0]} and {wanted[1]}; is this its VAE?")
-        return vae.to(self.device)
+        model = Weights(self.out, self.config, own=True, has_head=True)
+        return open_vae(model, self.path("vae")).to(self.device)
 
     def autocast(self):
-        """See compute_dtype. No cache of weights: torch before 2.11 hands those without a graph to
-        all."""
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(torch.device(self.device).type, self.dtype, cache_enabled=False)
+        """bfloat16, unless compute_dtype says float32. No cache of weights: torch before 2.11 hands
+        those without a graph to all."""
+        kind = torch.device(self.device).type
+        enabled = self.dtype == torch.bfloat16
+        return torch.autocast(kind, torch.bfloat16, enabled, cache_enabled=False)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -333,14 +328,15 @@ def seed_of(*what):
 
 
 def matmul_seconds(dtype):
-    """What a small matrix product takes on the CPU under autocast to `dtype`: the quickest of four,
-    as the first one warms up the threads."""
-    matrix = torch.zeros(256, 256)
+    """What a product of the tiny model's size, a clip's tokens by a layer of its FFN, takes on the CPU
+    under autocast to `dtype`: the best of three, of which the first warms up the threads."""
+    tokens = torch.zeros(768, 192)
+    weight = torch.zeros(576, 192)
     seconds = []
-    for _ in range(4):
+    for _ in range(3):
         started = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            matrix @ matrix
+            F.linear(tokens, weight)
         seconds.append(time.perf_counter() - started)
     return min(seconds)
 
@@ -943,9 +939,7 @@ def motion_features(model, vae, points):
 def clean_first(config, x0):
     """What with_first takes of clips x0 (B, C, F, h, w): their first latent, (B, C, 1, h, w); None
     for models that have it as channels instead."""
-    if config.image_dim and not config.copy_dim:
-        return None
-    return x0[:, :, :1]
+    return x0[:, :, :1] if config.clean_first else None
 
 
 def latent_weight(vae, config, sigma):
@@ -954,8 +948,7 @@ def latent_weight(vae, config, sigma):
     variance."""
     if not config.latent_std:
         return 1.0
-    std = torch.tensor(config.latent_std, device=sigma.device).view(1, -1, 1, 1, 1)
-    _, variance = linear_part(sigma, std)
+    _, variance = linear_part(sigma, channel_std(config, sigma.device))
     return variance * vae.pixel_weight().view(1, -1, 1, 1, 1) ** 2
 
 
@@ -1064,7 +1057,7 @@ def train_vae(run):
     loop = Loop(run, "vae", s.vae_steps, learner)
     for i in loop:
         video = random_crops(files, s.vae_batch).to(run.device)
-        output, _ = vae.decode_frames(vae.encode(video))
+        output, _ = vae.decode_unclamped(vae.encode(video))
         loss = reconstruction_error(output, video)
         loop.log(loss=loss, psnr=psnr(output, video), grad=learner.step(loss, i))
     whole = 4 * run.clip_latents - 3
@@ -1259,7 +1252,7 @@ def causal_loss(model, states, x0, past, conditions, context, channel_weight=1.0
     chunk = model.config.chunk
     sigmas = model.config.sigmas
     loss = 0.0
-    for start, part in zip(range(0, x0.shape[2], chunk), by_chunk(conditions, chunk)):
+    for start, part in zip(range(0, x0.shape[2], chunk), split_conditions(conditions, chunk)):
         now = slice(start, start + chunk)
         target = x0[:, :, now]
         level = int(torch.randint(0, len(sigmas), ()))
@@ -1403,7 +1396,7 @@ def roll_out(run, generator, vae, files, update, grad):
                        exit_step=exit_step, grad=grad)
         shown = clean if chunks == run.clip_chunks else first
         x0, points = judged_clip(made, run.clip_latents, shown, batch.points)
-        conditions = next(by_chunk(conditions, run.clip_latents))
+        conditions = next(split_conditions(conditions, run.clip_latents))
         tracks = motion_features(generator, vae, points)
     return x0, conditions | {"tracks": tracks}, points
 
@@ -1568,27 +1561,14 @@ class Flags:
     set: tuple = ()                     # of (name, value)
 
 
-def memory(text):
-    """A flag's type: "c3s1w1" to chunk 3, sink 1, window 1 (wfull: all), as a dict; "drawn"."""
+def student_memory(text):
+    """A flag's type: see sample.memory; or "drawn"."""
     if text == "drawn":
         return text
-    found = re.fullmatch(r"c([1-9]|1[0-2])s(\d+)w(\d+|full)", text)     # 12 latents, the least clip
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text} is not like c3s1w1, chunk 1 to 12, and not drawn")
-    chunk, sink, window = found.groups()
-    window = None if window == "full" else int(window)
-    return {"chunk": int(chunk), "sink": int(sink), "window": window}
-
-
-def guidance(text):
-    """A flag's type: "3,1.5" to (w_text, w_motion)."""
-    try:
-        weights = tuple(float(weight) for weight in text.split(","))
-    except ValueError:
-        weights = ()
-    if len(weights) != 2 or not all(0 <= weight <= 100 for weight in weights):
-        raise argparse.ArgumentTypeError(f"{text} is not like 3,1.5: of text and of motion, 0 to 100")
-    return weights
+    fields = memory(text)
+    if fields["chunk"] > 12:            # latents of the shortest clip
+        raise argparse.ArgumentTypeError(f"{text} is not chunk 1 to 12, and not drawn")
+    return fields
 
 
 def assignment(text):
@@ -1618,7 +1598,7 @@ def new_parser(description):
     add("--device", help="cpu, cuda:0, … (cuda if there is one)")
     add("--accumulate", type=count, help="steps of each process for an update (1; Wan's: the paper's)")
     add("--checkpointing", action="store_true", help="recompute blocks in the backward: less memory")
-    add("--memory", type=memory, help="the student's chunk, sink, window (c3s1w1); drawn: many")
+    add("--memory", type=student_memory, help="the student's chunk, sink, window (c3s1w1); drawn: many")
     add("--guidance", type=guidance, help="of text and motion, in trajectories and the real score")
     add("--rollout", type=number(int, 1, 100), help="longest, in chunks, of distillation (16)")
     add("--reward", help="to weight distillation by: motion, or FILE.py:FUNCTION (none)")
@@ -1685,7 +1665,7 @@ def assign_all(config, settings, assignments):
 
 
 def is_wan(config):
-    return config.text_dim == UMT5_DIM
+    return config.text_encoder == "umt5"
 
 
 def resolve_config(flags, start):
@@ -1736,7 +1716,7 @@ def refuse(flags, start, has_video):
     encoded = flags.data and not has_video
     for wrong, cure in [
         (start and config.causal, "holds a student; a training starts from a teacher"),
-        (start and has_mask(config),
+        (start and config.has_mask,
          "takes the image as a clip with a mask, which cannot stream; take Fun-Control or T2V"),
         ((start or encoded) and not flags.vae and not flags.dry_run,
          "give --vae FILE, which made its latents"),
@@ -1827,17 +1807,6 @@ def run_stages(argv):
             show(run, stage)
     if flags.stage == "all" and RANK == 0 and not run.data:
         print(f"measured by: python -m extras.evaluate --out {run.out}")
-
-
-def reported(work, *args):
-    """The exit code of work(*args). What the user can put right is one line and exit code 2."""
-    try:
-        return work(*args)
-    except (UserError, OSError) as e:       # a full disk, say, whatever was written: files are whole
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:               # outside a training step: while clips are drawn, say
-        return 130
 
 
 def main(argv=None):

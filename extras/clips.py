@@ -21,9 +21,8 @@ import itertools
 import os
 import sys
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import imageio.v2 as imageio
 import numpy as np
@@ -33,12 +32,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from extras.encoders import image_encoder, listing, text_encoder
-from extras.tracks import load_tracks
+from extras.encoders import image_encoder, listing, read_rows, text_encoder
 from motionstream import PRESETS, Config, UserError, naming, write
-from sample import (UMT5_DIM, Parser, embed_words, fit_image, fit_tracks, inspect, load_image, number,
-                    read_encoded)
-from vae import load_vae, read_tensors
+from sample import (Parser, Tracks, Weights, embed_words, fit_image, fit_tracks, inspect, load_image,
+                    number, open_vae, read_tracks, reported)
 
 MOST_TRACKS = 2500                          # of a clip: the paper's grid of 50x50
 RANK = int(os.environ.get("RANK", 0))
@@ -99,36 +96,31 @@ def read_motion(job, stem, size):
     """A clip's tracks (T', N, 2) and visibility (T', N) on its frames of `size` (width, height), as
     the model sees them; at most MOST_TRACKS, and as long as they are. ValueError if they are shorter
     than the clip."""
-    with contextlib.redirect_stdout(None):              # points outside are no news
-        tracks, visible, *_ = load_tracks(Path(f"{stem}.npz"), size)
-        length = len(tracks)
-        if length < job.frames:
-            raise ValueError(f"tracks of {length} frames, {job.frames} are wanted")
-        some = np.random.default_rng(0).permutation(tracks.shape[1])[:MOST_TRACKS]
-        some.sort()
-        arrays = (tracks[:, some], visible[:, some], None)
-        motion = fit_tracks(arrays, size, length, job.config, 0)
-    return motion.tracks[0], motion.visible[0]
+    with contextlib.redirect_stdout(None):              # doubts are no news
+        found = read_tracks(Path(f"{stem}.npz"), size)
+    length = len(found.tracks)
+    if length < job.frames:
+        raise ValueError(f"tracks of {length} frames, {job.frames} are wanted")
+    some = np.random.default_rng(0).permutation(found.tracks.shape[1])[:MOST_TRACKS]
+    some.sort()
+    some_tracks = Tracks(found.tracks[:, some], found.visible[:, some])
+    motion, _ = fit_tracks(some_tracks, size, length, job.config, 0)
+    return motion.tracks[0, :length], motion.visible[0, :length]
 
 
-def read_conditions(job, stem, caption, first):
+def read_conditions(job, stem, caption):
     """What a clip says beside its frames: {"prompt": a text}, or encoded, as its .safetensors has it,
-    {"text": (L, text_dim)} and, for an image branch, {"clip": (257, clip_dim)} of the frame `first`
-    (1, 3, H, W). ValueError if there is none."""
-    config = job.config
+    {"text": (L, text_dim)} and, for an image branch, {"clip": (257, clip_dim)}. Raises what is wrong
+    with it."""
+    wan = job.config.text_encoder == "umt5"
     given = Path(f"{stem}.safetensors")
-    if given.exists() and config.text_dim == UMT5_DIM:
-        names = read_tensors(given)[0]
-        held = config.clip_dim if "clip" in names else 0        # else the encoder sees the frame
-        flags = SimpleNamespace(prompt=None, prompt_embeds=given, weights=stem,
-                                image_encoder=job.image_encoder)
-        asked = replace(config, causal=True, clip_dim=held)
-        text, _, clip = read_encoded(flags, asked, first, job.device)
-        rows = {"text": text[0]}
-        if held:
-            rows["clip"] = clip[0]
-        return rows
-    if config.text_dim == UMT5_DIM and not job.text_encoder:
+    if wan and given.exists():
+        rows = read_rows(given, job.config)
+        found = {"text": rows["prompt"]}
+        if job.config.clip_dim and "clip" in rows:      # else the encoder sees the frame
+            found["clip"] = rows["clip"]
+        return found
+    if wan and not job.text_encoder:
         raise ValueError("its prompt has to be encoded, give --text-encoder DIR")
     own = Path(f"{stem}.txt")
     if caption and not own.exists():
@@ -148,7 +140,7 @@ def read_clip(job, stem, caption):
         "visible": visible,
         "group": torch.full((tracks.shape[1],), -1),            # what they are on is not known
     }
-    return clip | read_conditions(job, stem, caption, video[None, :, 0])
+    return clip | read_conditions(job, stem, caption)
 
 
 class Encoders:
@@ -159,7 +151,8 @@ class Encoders:
 
     @functools.cached_property
     def vae(self):
-        return load_vae(self.job.vae).to(self.job.device)
+        model = Weights(self.job.out, self.job.config, own=True, has_head=True)
+        return open_vae(model, self.job.vae).to(self.job.device)
 
     @functools.cached_property
     def text(self):
@@ -178,7 +171,7 @@ def encode_clip(job, encoders, clip):
     seen = video[None].to(job.device) / 127.5 - 1
     if "prompt" in clip:
         prompt = clip.pop("prompt")
-        if config.text_dim == UMT5_DIM:
+        if config.text_encoder == "umt5":
             clip["text"] = encoders.text(prompt)
         else:
             clip["text"] = embed_words(prompt, config)[0]
@@ -248,7 +241,7 @@ def parse_job(argv):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     flags = parser.parse_args(argv)
     config = inspect(flags.weights).config if flags.weights else PRESETS["tiny"]
-    wan = config.text_dim == UMT5_DIM
+    wan = config.text_encoder == "umt5"
     frames = flags.frames or (81 if wan else 45)
     for wrong, cure in [
         (not flags.folder.is_dir(), f"{flags.folder}: no such folder"),
@@ -266,19 +259,16 @@ def parse_job(argv):
                image_encoder_folder)
 
 
-def main(argv=None):
-    """The program. Returns the exit code."""
-    try:
-        job = parse_job(argv)
-        files = make_clips(job)
-    except (UserError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+def run(argv):
+    """The program."""
+    job = parse_job(argv)
+    files = make_clips(job)
     print(f"{job.out}: {len(files)} clips")
-    return 0
+
+
+def main(argv=None):
+    """`run`, with its errors as one line. Returns the exit code."""
+    return reported(run, argv)
 
 
 if __name__ == "__main__":

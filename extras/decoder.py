@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import train_distill as td
 from extras.evaluate import open_lpips
 from motionstream import UserError, save_pretrained
+from sample import number, reported
 from vae import LinearVAE, TinyVAE, TinyVAEConfig, WanVAE, load_vae
 
 PIXELS = 144                        # per side of what Wan's latents are decoded to [P]
@@ -121,7 +122,7 @@ def train_decoder(run, steps, adversarial, distance):
         with run.autocast():
             with torch.no_grad():
                 latents, video = draw(given, files, run.device)
-            output, _ = vae.decode_frames(latents)
+            output, _ = vae.decode_unclamped(latents)
             rows = torch.randperm(REPLAY)[:len(output) // 2]
             shown = torch.cat([discriminator.replay[rows], output[len(rows):]])
             loss_g, loss_d = adversarial_losses(discriminator, video, output, shown)
@@ -139,7 +140,7 @@ def train(argv):
     """What the command line says."""
     parser = td.new_parser(__doc__)
     add = parser.add_argument
-    add("--adversarial", type=td.number(float, 0, 100), default=0.01,
+    add("--adversarial", type=number(float, 0, 100), default=0.01,
         help="weight of the discriminator's loss (0.01)")
     add("--perceptual", choices=["alex", "vgg"], help="LPIPS in the loss too, by its package (none)")
     given = vars(parser.parse_args(argv))
@@ -163,7 +164,7 @@ def train(argv):
 
 def main(argv=None):
     """Train a decoder. Returns the exit code."""
-    return td.reported(train, argv)
+    return reported(train, argv)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import sample
 import train_distill as td
 from extras import world
 from extras.evaluate import eval_row, grid, measure_tables, new_case, new_run, play
+from extras.tracks import render_control
 from motionstream import KVCache, TrackHead, UserError, schedule, track_features, track_ids
 from sample import embed_words
 from vae import TinyVAE, TinyVAEConfig, WanVAE
@@ -33,7 +34,7 @@ def brief_run(run, name, what, weights, flags):
     """The Run, to be changed, of a short training with these flags in a folder of its own below run.out, named by
     `what` is special about it. weights: those that it needs, copied from `run`."""
     folder = run.out / f"{name}.{td.seed_of(what, *map(run.checksum, weights)):08x}"
-    flags = {"out": folder, "tracks": run.config.tracks, "device": run.device} | flags
+    flags = {"out": folder, "tracks": run.config.track_id_mode, "device": run.device} | flags
     words = [str(word) for flag, value in flags.items() for word in (f"--{flag.replace('_', '-')}", value)]
     short = td.Run(td.parse_flags(words))
     if td.PROCESSES > 1:
@@ -220,10 +221,11 @@ def encoding_row(run, by, **settings):
     model, vae, seconds = run.model("student"), run.vae(), []
     tracks, visible = (motion[key].to(run.device) for key in ("tracks", "visible"))
     motion = sample.Motion(tracks, visible, track_ids(tracks, visible, model.config))
+    frames = 4 * sample.latent_frames(settings["frames"], model.config.chunk) - 3
     for _ in range(9):
         started = time.perf_counter()
         if by == "vae":
-            sample.draw_control(vae, motion, model.config, settings["frames"]).sum().item()     # waits for a GPU
+            render_control(vae, motion, model.config.size, frames).sum().item()     # waits for a GPU
         else:
             track_features(model, motion.tracks, motion.visible, motion.ids).sum().item()
         seconds.append(time.perf_counter() - started)
