@@ -1110,7 +1110,7 @@ def told_by_shapes(tensors, file):
 
 def public_config(tensors, told, file):
     """The config of weights that say nothing of themselves: Wan 2.2 5B or one of Wan 2.1's family, by the width of its
-    latents; 128 channels a head; a clean first latent where no other input takes the image, and in Wan 2.2 always."""
+    latents; 128 channels a head; a clean first latent where no other input takes the image, and in 5B always."""
     like = Config()
     is_wan22 = told["out_dim"] == PRESETS["wan2.2-5b"].out_dim
     if is_wan22:

@@ -555,17 +555,17 @@ def test_hidden_tracks_copy_nothing_and_no_track_at_all_is_the_image_standing_st
 
 
 def test_a_square_follows_the_visible_track_nearest_to_its_centre():
-    tracks = torch.tensor([[3.0, 2.0], [30.0, 30.0]]).expand(1, 2, -1, -1)
+    tracks = torch.tensor([[3.0, 2.0], [42.0, 30.0]]).expand(1, 2, -1, -1)
     visible = torch.tensor([[[True, True], [False, True]]])
     number, distance = nearest_track(tracks, visible, 32, 48)
     assert number.shape == distance.shape == (1, 2, 8, 12)
     assert number[0, 0, 0, 0] == 0 and distance[0, 0, 0, 0] == 1                # centre (2, 2)
-    assert number[0, 0, 7, 7] == 1 and distance[0, 0, 7, 7] == 0
+    assert number[0, 0, 7, 10] == 1 and distance[0, 0, 7, 10] == 0
     assert (number[0, 1] == 1).all()                                            # the other one is hidden there
     later = tracks + torch.tensor([0.0, 0.0, 5.0, -9.0]).view(1, 1, 2, 2) * torch.arange(2).view(1, 2, 1, 1)
     image = torch.arange(32 * 48.0).expand(3, -1).view(1, 3, 32, 48)
     video, _ = warp_along_tracks(image, later, visible | True, track_ids(later, visible | True, COPYING))
-    assert video[0, 0, 1, 21, 35] == image[0, 0, 30, 30]                        # moved by (5, -9)
+    assert video[0, 0, 1, 21, 47] == image[0, 0, 30, 42]                        # moved by (5, -9)
     assert video[0, 0, 1, :8, :8].equal(image[0, 0, :8, :8])                    # what stays
 
 
