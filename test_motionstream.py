@@ -60,7 +60,7 @@ from motionstream import (PRESETS, Config, KVCache, MotionStream, SelfAttention,
                           image_and_mask, joint_guidance, linear_part, nearest_track, rollout, rope_table,
                           save_pretrained, schedule, shift_sigma, sinusoid, to_x0, track_features, track_ids,
                           warp_along_tracks, with_first, with_linear_part)
-from sample import count_frames, drag_path, embed_words, read_tracks
+from sample import count_frames, embed_words
 from vae import (STATISTICS, CausalConv, ChannelNorm, LinearVAE, LinearVAEConfig, TinyVAE, WanVAE,
                  WanVAEConfig, load_vae)
 
@@ -2314,15 +2314,15 @@ def test_dmd_loss_and_the_vae_run_from_their_own_source():
 
 def test_sample_writes_a_video_of_the_tracks_length():
     _, here = workplace()
-    rich = "--frames 20 --overlay --sink 0 --window 99 --chunk 2 --steps 1 --prompt fading"
-    teacher = f"--sampler teacher --weights {here / 'teacher.safetensors'} --w-text 2"
+    rich = "--frames 20 --overlay --memory c2s0w99 --steps 1 --prompt fading --set shift=3"
+    teacher = f"--sampler teacher --weights {here / 'teacher.safetensors'} --guidance 2,1"
     np.savez(here / "ids.npz", tracks=np.load(here / "tracks.npy"), ids=np.arange(3))
     for flags, frames in ("", 14), ("--frames 1", 1), (rich, 20), (teacher, 14), (f"--tracks {here / 'ids.npz'}", 14):
         code, out, err = sampled(*command(*flags.split()))
         assert code == 0 and out.splitlines()[-1] == str(here / "out.mp4"), (flags, out, err)
         video = imageio.mimread(here / "out.mp4", memtest=False)
         assert len(video) == frames and min(video[0].shape[:2]) >= 256, (len(video), video[0].shape)
-        assert ("ids are not used" in out) == ("ids" in flags)  # as SMALL takes them from the start points
+        assert ("ids are not used" in out) == ("ids" in flags)  # SMALL's are the start points
         (here / "out.mp4").unlink()
     assert not list(here.glob(".*")), "temporary files are left"
 
@@ -2330,12 +2330,12 @@ def test_sample_writes_a_video_of_the_tracks_length():
 def test_sampled_frames_depend_on_seed_tracks_and_memory_and_on_nothing_else():
     _, here = workplace()
     vae, motion = TinyVAE.from_pretrained(here / "vae.safetensors"), sample.Motion(*new_tracks(41, 3, batch=1))
-    moved = motion._replace(tracks=motion.tracks + (torch.arange(41) > 8)[:, None, None] * 8.0)
+    moved = replace(motion, tracks=motion.tracks + (torch.arange(41) > 8)[:, None, None] * 8.0)
 
     def frames(motion=motion, seed=0, **memory):
         model = MotionStream.from_pretrained(here / "student.safetensors", dtype=torch.float32, **memory)
-        latents = sample.stream(model, rand(1, 4, 1, 4, 6), motion, seed=seed)
-        return np.stack(list(itertools.islice(sample.decode_frames(vae, latents), 41)))
+        videos = sample.stream(model, vae, rand(1, 3, 32, 48).clamp(-1, 1), motion, seed=seed)
+        return np.concatenate(list(map(sample.to_frames, videos)))[:41]
 
     base = frames()
     assert base.shape == (41, 32, 48, 3) and (frames() == base).all()
@@ -2344,8 +2344,9 @@ def test_sampled_frames_depend_on_seed_tracks_and_memory_and_on_nothing_else():
 
 
 def test_the_stream_hands_the_track_head_the_whole_motion():
-    model, motion, first = new_model(), sample.Motion(*new_tracks(28, 5)), clip_of(3)[2]
-    parts = [part["tracks"] for part in itertools.islice(sample.conditions(model, first, motion, None), 3)]
+    model, motion = new_model(), sample.Motion(*new_tracks(28, 5))
+    parts = [part["tracks"] for part in sample.conditions(model, None, rand(2, 3, 32, 48), motion, sample.Encoded())]
+    assert len(parts) == 3
     rest = 33 - 28                                              # 3 chunks of 3 latents are 33 frames
     tracks, visible = F.pad(motion.tracks, (0, 0, 0, 0, 0, rest)), F.pad(motion.visible, (0, 0, 0, rest))
     assert_near(torch.cat(parts, 2), track_features(model, tracks, visible, motion.ids), 1e-6)
@@ -2353,13 +2354,14 @@ def test_the_stream_hands_the_track_head_the_whole_motion():
 
 def test_the_image_enters_as_clean_latent_frame_0_or_as_channels():
     first, motion = clip_of(3)[2][:1], sample.Motion(*new_tracks(21, 3, batch=1))
+    vae = SimpleNamespace(encode=lambda video: first, decode=lambda latents, state: (latents, state))
     for in_dim, as_channels in (12, False), (16, True):         # 4 noisy, 8 tracks, 4 image
         for sampler in "stream", "teacher":
             model, seen = new_model(in_dim=in_dim, clean_first=not as_channels, guidance=(0, 0)), []
             model.register_forward_hook(lambda _, args, given, out: seen.append((*args, given.get("image"))),
                                         with_kwargs=True)
-            chunks = (sample.stream(model, first, motion) if sampler == "stream" else
-                      sample.sample_teacher(model, first, motion, 21))
+            make = sample.stream if sampler == "stream" else sample.sample_teacher
+            chunks = make(model, vae, rand(1, 3, 32, 48), motion)
             assert [part.shape[2] for part in itertools.islice(chunks, 2)] == [3, 3]
             x, sigma, image = seen[0]
             assert x[:, :, :1].equal(first) != as_channels and sigma[0, 0] == (1 if as_channels else 0)
@@ -2377,24 +2379,132 @@ def test_the_image_and_its_tracks_are_cropped_alike():
         weight = sample.fit_image(Image.fromarray(pixels.astype(np.uint8)).convert("RGB"), c.size)[0, :1] + 1
         with quiet():
             tracks = np.tile(np.float32([spot, corner]), (5, 1, 1))
-            motion = sample.fit_tracks((tracks, np.ones((5, 2), bool), None), (width, height), 5, c, 0)
+            given = sample.Tracks(tracks, np.ones((5, 2), bool))
+            motion, _ = sample.fit_tracks(given, (width, height), 5, c, 0)
         found = torch.stack([(weight * axis).sum() / weight.sum() for axis in axes])
         assert (found - motion.tracks[0, 0, 0]).norm() < 0.7, (width, height, found, motion.tracks[0, 0, 0])
         assert motion.visible[0, 0].tolist() == [True, (width, height) == (96, 64)]       # else the corner is cut off
 
 
-def test_ids_of_a_file_are_used_unless_start_points_are_the_ids():
-    arrays = np.tile(np.float32([[9, 8], [24, 16]]), (5, 1, 1)), np.ones((5, 2), bool)
-    for tracks, expected in ("random", [7, 3]), ("start", [(8 << 16) + 9, (16 << 16) + 24]):
-        with quiet() as (out, _):
-            motion = sample.fit_tracks((*arrays, np.array([7, 3])), (48, 32), 5, replace(SMALL, track_id_mode=tracks), 0)
-        assert motion.ids.tolist() == [expected] and ("not used" in out.getvalue()) == (tracks == "start")
+def test_ids_of_a_file_are_used_if_they_are_of_the_kind_that_the_weights_know():
+    points, seen = np.tile(np.float32([[9, 8], [24, 16]]), (5, 1, 1)), np.ones((5, 2), bool)
+    starts = [(8 << 16) + 9, (16 << 16) + 24]
+    for mode, own, expected in (("random", "random", [7, 3]), ("start", "random", starts), ("start", "start", [7, 3])):
+        given = sample.Tracks(points, seen, np.array([7, 3]), own)
+        motion, notes = sample.fit_tracks(given, (48, 32), 5, replace(SMALL, track_id_mode=mode), 0)
+        assert motion.ids.tolist() == [expected], (mode, own)
+        assert any("not used" in note for note in notes) == (mode != own)
+
+
+def test_tracks_are_cut_to_whole_chunks_and_say_nothing_after_their_end():
+    given = sample.Tracks(np.full((12, 2, 2), 9, np.float32), np.ones((12, 2), bool))
+    for frames, whole, seen, note in (3, 9, 9, False), (9, 9, 9, False), (10, 21, 12, False), (15, 21, 12, True):
+        motion, notes = sample.fit_tracks(given, (48, 32), frames, SMALL, 0)
+        assert motion.tracks.shape == (1, whole, 2, 2) and motion.visible.sum() == 2 * seen
+        assert any("the last 3 are not specified" in text for text in notes) == note
+
+
+def test_live_motion_is_what_a_whole_clip_has_in_each_chunk():
+    points = rand(33, 3, 2).abs() * 9 + 3
+    points[12:20, 1] = math.nan
+    for mode in "random", "start", "copy":
+        config = replace(SMALL, track_id_mode=mode)
+        parts = [sample.live_motion(part, points[0], config) for part in points.split([9, 12, 12])]
+        assert torch.cat([part.tracks for part in parts], 1).nan_to_num(0).equal(points[None].nan_to_num(0))
+        assert torch.cat([part.visible for part in parts], 1).equal(~points[None, ..., 0].isnan())
+        assert all(part.ids.equal(parts[0].ids) for part in parts) and len({*parts[0].ids[0].tolist()}) == 3
+        if mode != "random":
+            assert parts[0].ids.equal(track_ids(points[None], parts[0].visible, config))
+
+
+def test_weights_that_copy_do_so_in_every_path():
+    config = replace(SMALL, in_dim=4 + 14 + 4, track_dim=14, track_id_mode="copy", latent_std=(1.0, 0.5, 0.4, 0.2))
+    vae = randomised(LinearVAE(LinearVAEConfig(latent_channels=4)))
+    image, motion = rand(1, 3, 32, 48).clamp(-1, 1), sample.Motion(*new_tracks(45, 3, batch=1))
+    motion = replace(motion, ids=track_ids(motion.tracks, motion.visible, config))
+    copied = copy_along_tracks(vae, image, motion.tracks, motion.visible, motion.ids)
+    for causal in True, False:
+        model, seen = randomised(MotionStream(replace(config, causal=causal, steps=1, guidance=(0, 0)))), []
+        model.register_forward_hook(lambda _, args, given, out: seen.append(given), with_kwargs=True)
+        make = sample.stream if causal else sample.sample_teacher
+        videos = torch.cat([*make(model, vae, image, motion)], 2)
+        assert videos.shape == (1, 3, 45, 32, 48)
+        steps = len(config.sigmas) + 1 if causal else 1
+        tracks = torch.cat([given["tracks"] for given in seen[::steps]], 2)
+        assert_near(tracks[:, -6:], copied, 1e-5)
+        assert all(given["image"] is not None for given in seen), "the still image is in every chunk"
+
+
+def recording(here, mode):
+    """A recording by hand, at chunk 1: (name of its files, the motion and prompt of each chunk)."""
+    weights = saved(here / f"{mode}.safetensors", new_model(track_id_mode=mode))
+    model = MotionStream.from_pretrained(weights, dtype=torch.float32, chunk=1, sink=2, window=2)
+    image = Image.fromarray((rand(50, 60, 3, seed=5).numpy() * 60 + 128).clip(0, 255).astype(np.uint8))
+    image.save(here / "recorded.png")
+    paths = np.float32(rand(13, 2, 2).numpy() * 5 + 25)
+    paths[:5, 1] = np.nan                                       # comes late
+    visible = ~np.isnan(paths[..., 0])
+    ids = np.array([3 << 16, (7 << 16) + 5])
+    prompts = ["", "fading light", "fading light", "red"]
+    pixels = sample.fit_image(image, SMALL.size)
+    vae = load_vae(workplace()[1] / "vae.safetensors")
+    motion, _ = sample.fit_tracks(sample.Tracks(np.nan_to_num(paths), visible, ids, mode), image.size, 13, model.config, 0)
+    parts = sample.motion_by_chunk(motion, 1)
+    given = [replace(part, text=sample.embed_words(prompt, SMALL)) for part, prompt in zip(parts, prompts)]
+    frames = np.concatenate([*map(sample.to_frames, sample.stream(model, vae, pixels, iter(given), seed=7))])
+    weights = sample.checksum(sample.Models(model, vae, sample.Encoded()))
+    arrays = {"tracks": paths, "visibility": visible, "ids": ids, "track_id_mode": mode, "prompts": prompts, "seed": 7,
+              "chunk": 1, "sink": 2, "window": 2, "steps": len(SMALL.sigmas), "fps": 12, "dtype": "float32",
+              "frames": 11, "weights": weights, "width": 60, "height": 50, "format": "motionstream"}
+    np.savez(here / "recorded.npz", **arrays)
+    return frames[:11], arrays
+
+
+def test_a_recording_plays_to_the_same_frames_unless_flags_say_otherwise():
+    made, fps = [], []
+    video_file = sample.video_file
+
+    @contextlib.contextmanager
+    def spied(path, rate):
+        fps.append(rate)
+        with video_file(path, rate) as append:
+            yield lambda frame: (made.append(frame[::8, ::8]), append(frame))
+
+    with folder() as here, unittest.mock.patch.object(sample, "video_file", spied):
+        for mode in "random", "start":
+            frames, arrays = recording(here, mode)
+            words = ["--image", here / "recorded.png", "--tracks", here / "recorded.npz", "--vae",
+                     workplace()[1] / "vae.safetensors", "--out", here / "x.mp4", "--weights"]
+            for more, same, note in ((), True, False), (("--prompt", "red"), False, False), (("--seed", 1), False, False), \
+                    (("--memory", "c1s1w1"), False, False), (("--prompt", "red", "--frames", 4), False, False):
+                made.clear()
+                code, out, err = sampled(*words, here / f"{mode}.safetensors", *more)
+                assert code == 0 and ("other weights" in out) == note, (out, err)
+                assert len(made) == (4 if "--frames" in more else 11) and fps[-1] == 12
+                assert np.array_equal(np.stack(made), frames) == same, (mode, more)
+            code, out, _ = sampled(*words, workplace()[1] / "student.safetensors")
+            assert code == 0 and "recorded with other weights" in out
+        for name in "chunk", "frames", "seed", "weights":
+            np.savez(here / "recorded.npz", **{key: value for key, value in arrays.items() if key != name})
+            code, _, err = sampled(*words, here / "start.safetensors")
+            assert code == 2 and "recorded.npz: damaged" in err, (name, err)
+
+
+def test_a_copy_without_extras_samples():
+    with folder() as here:
+        for name in "motionstream.py", "vae.py", "sample.py":
+            shutil.copy(HERE / name, here)
+        shutil.copytree(HERE / "assets", here / "assets")
+        command = [sys.executable, "sample.py", "--image", "assets/drag.png", "--tracks", "assets/drag.npz", "--frames", "9"]
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.endswith("\nout.mp4\n"), done.stderr
+        assert count_frames(here / "out.mp4") == 9
 
 
 def test_guidance_flags_reach_the_teacher():
     _, here = workplace()
     videos = []
-    for flags in "", "--w-text 1 --w-motion 1.5", "--w-text 9", "--w-motion 9":            # the first two are the same
+    for flags in "", "--guidance 1,1.5", "--guidance 9,1.5", "--guidance 1,9":             # the first two are the same
         teacher = "--sampler", "teacher", "--weights", here / "teacher.safetensors"
         assert sampled(*command(*teacher, *flags.split()))[0] == 0
         videos.append(np.stack(imageio.mimread(here / "out.mp4", memtest=False)))
@@ -2421,79 +2531,45 @@ def test_images_of_every_mode_come_out_right():
 def bad_inputs(here):
     """Name -> flags that must be refused. Files are written here."""
     good = np.load(here / "tracks.npy")
+    seen = np.ones(good.shape[:2], bool)
 
-    def npy(name, array):
-        np.save(here / name, array)
-        return "--tracks", here / name
-
-    def npz(name, **arrays):
-        np.savez(here / name, **arrays)
-        return "--tracks", here / name
+    def own(name, **arrays):
+        np.savez(here / f"{name}.npz", **{"tracks": good, "format": "motionstream"} | arrays)
+        return "--tracks", here / f"{name}.npz"
 
     def raw(flag, name, data):
         (here / name).write_bytes(data)
         return flag, here / name
 
-    def change(array, value, index=(3, 1, 0)):
-        array = array.copy()
-        array[index] = value
+    def change(value):
+        array = good.copy()
+        array[3, 1, 0] = value
         return array
 
-    def declares(shape):
-        file = io.BytesIO()
-        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
-        return file.getvalue() + bytes(64)
-
-    seen = np.ones(good.shape[:2], bool)
     student, vae, png = ((here / name).read_bytes() for name in ("student.safetensors", "vae.safetensors", "image.png"))
-    whole = npz("whole.npz", tracks=good, visibility=seen)[1].read_bytes()
+    whole = own("whole", visibility=seen)[1].read_bytes()
     cases = {
         "no image": ("--image", here / "none.png"),
         "a folder as image": ("--image", here),
         "text as image": raw("--image", "text.png", b"hello"),
         "half an image": raw("--image", "half.png", png[:len(png) // 2]),
         "no tracks file": ("--tracks", here / "none.npy"),
-        "noise as tracks": raw("--tracks", "noise.npy", bytes(99)),
-        "half an npy": raw("--tracks", "half.npy", (here / "tracks.npy").read_bytes()[:-20]),
         "half an npz": raw("--tracks", "half.npz", whole[:300]),
-        "terabytes": raw("--tracks", "huge.npy", declares((10 ** 6, 10 ** 6, 2))),
-        "negative shape": raw("--tracks", "negative.npy", declares((-1, 3, 2))),
-        "1-d tracks": npy("1d.npy", good[:, 0, 0]),
-        "3-d points": npy("3d.npy", np.zeros((14, 3, 3), np.float32)),
-        "no tracks in it": npy("zero.npy", good[:, :0]),
-        "no frames in it": npy("short.npy", good[:0]),
-        "swapped axes": npy("swapped.npy", good.transpose(1, 0, 2)),
-        "letters for a width": npz("letters.npz", tracks=good, width="ten", height=10),
-        "complex tracks": npy("complex.npy", good.astype(complex)),
-        "bool tracks": npy("bool.npy", good > 1),
-        "text in tracks": npy("letters.npy", good.astype(str)),
-        "objects in npy": npy("object.npy", good.astype(object)),
-        "objects in npz": npz("object.npz", tracks=good.astype(object)),
-        "tracks in 0..1": npy("unit.npy", good / 100),
-        "all outside": npy("outside.npy", good + 500),
-        "inf in npy": npy("inf.npy", change(good, -np.inf)),
-        "visible NaN": npz("nan.npz", tracks=change(good, np.nan), visibility=seen),
-        "visible inf": npz("inf.npz", tracks=change(good, np.inf), visibility=seen),
-        "visibility turned": npz("turned.npz", tracks=good, visibility=seen.T),
-        "logits": npz("logits.npz", tracks=good, visibility=seen * 3.0),
-        "seven ids": npz("ids.npz", tracks=good, ids=np.arange(7)),
-        "an id of 33 bits": npz("large.npz", tracks=good, ids=np.array([0, 1, 2 ** 32])),
-        "no width": npz("width.npz", tracks=good, width=0, height=10),
-        "other arrays": npz("other.npz", points=good),
-        "more frames than tracks": ("--frames", 3, "--visibility", here / "none.npy"),
-        "frames and tracks swapped": (*npy("six.npy", np.tile(good[:, :1], (1, 6, 1))), "--frames", 6),
-        "shares that are pixels": npz("points.npz", track_points=good),
-        "two kinds of tracks": npz("two.npz", tracks=good, pred_tracks=good),
-        "two visibilities": npz("seen.npz", tracks=good, visibility=seen, occluded=~seen),
-        "visibility twice": (*npz("twice.npz", tracks=good, visibility=seen), *raw("--visibility", "v.npy", b"")),
-        "a size of its own": (*npz("sized.npz", tracks=good, width=48, height=32), "--tracks-size", "32x48"),
-        "ATI's in tenths": npz("array.npz", array=np.full((3, 14, 1, 3), 10.0)),
-        "a pickle": raw("--tracks", "a.pkl", pickle.dumps({"points": [1, 2]})),
-        "weights as tracks": ("--tracks", here / "student.safetensors"),
-        "uneven JSON": raw("--tracks", "uneven.json", b"[[[1, 2], [3]]]"),
-        "deep JSON": raw("--tracks", "deep.json", b"[" * 99999),
-        "words in JSON": raw("--tracks", "words.json", b'[{"x": "a", "y": "b"}]'),
-        "depth of another shape": ("--depth", npy("depth.npy", np.ones((9, 9)))[1], "--camera", "in"),
+        "a damaged npz": raw("--tracks", "damaged.npz", whole.replace(b"tracks.npy", b"tracks.xyz", 1)),
+        "1-d tracks": own("1d", tracks=good[:, 0, 0]),
+        "3-d points": own("3d", tracks=np.zeros((14, 3, 3), np.float32)),
+        "no frames in it": own("short", tracks=good[:0]),
+        "letters for a width": own("letters", width="ten", height=10),
+        "text in tracks": own("text", tracks=good.astype(str)),
+        "objects": own("object", tracks=good.astype(object)),
+        "visible NaN": own("nan", tracks=change(np.nan), visibility=seen),
+        "visible inf": own("inf", tracks=change(np.inf)),
+        "visibility turned": own("turned", visibility=seen.T),
+        "seven ids": own("ids", ids=np.arange(7)),
+        "an id of 33 bits": own("large", ids=np.array([0, 1, 2 ** 32])),
+        "an id below 0": own("below", ids=np.array([0, 1, -1])),
+        "no width": own("width", width=0, height=10),
+        "a recording of nothing": own("recording", prompts=["a"]),
         "no weights": ("--weights", here / "none.safetensors"),
         "half the weights": raw("--weights", "half.safetensors", student[:-64]),
         "weights with a hole": ("--weights", saved(here / "less.safetensors", new_model(), lambda t: t.popitem())),
@@ -2505,10 +2581,10 @@ def bad_inputs(here):
         "a folder as output": ("--out", here),
         "over the input": ("--out", here / "image.png"),
     }
-    flags = ("--frames 0", "--frames 1.5", "--seed -1", "--steps 0", "--chunk 0", "--window -1", "--fps inf",
-             "--w-text 1", "--dtype float8", "--device abacus", "--sampler magic", "--out out.avi", "--colour red",
-             "--drag 1,2", "--interactive --out x.png", "--camera in", "--focal 9", "--tracks-units km",
-             "--tracks-size 3", "--save-tracks out.txt", "--port 9")
+    flags = ("--frames 0", "--frames 1.5", "--seed -1", "--steps 0", "--memory c0s1w1", "--memory c3s1w", "--memory c3",
+             "--fps inf", "--guidance 1,1", "--guidance 1", "--guidance x,y", "--guidance nan,1", "--set shift=0",
+             "--set shift", "--set dim=9", "--dtype float8", "--device abacus", "--sampler magic", "--out out.avi",
+             "--colour red", "--drag 1,2", "--drag 1,2->3,4", "--grid 3x3", "--negative-prompt red")
     return cases | {flag: flag.split() for flag in flags}
 
 
@@ -2543,47 +2619,6 @@ def test_a_video_is_there_whole_or_not_at_all():
         for damaged in b"", b"no video", whole[:-40], whole[:400]:
             (here / "out.mp4").write_bytes(damaged)
             assert count_frames(here / "out.mp4") < 3, len(damaged)
-
-
-def test_drags_and_pins_are_tracks_along_lines():
-    paths = [drag_path(text) for text in ("10,20 -> 30,20 -> 30,10", " 5.5,7", "0,0->8,4")]
-    tracks, visible, ids, fps = sample.follow(paths, 9)
-    assert tracks.shape == (9, 3, 2) and visible.all() and visible.shape == (9, 3) and ids is fps is None
-    assert tracks[:, 0].tolist() == [[10 + 5 * i, 20] for i in range(5)] + [[30, 20 - 2.5 * i] for i in range(1, 5)]
-    assert (tracks[:, 1] == (5.5, 7)).all() and (tracks[:, 2, 0] == range(9)).all()
-    assert sample.follow(paths, 1)[0][0].tolist() == [[10, 20], [5.5, 7], [0, 0]]
-    for text in "10", "1,2 -> 3", "1,2,3", "a,b", "1,nan", "1,2 ->", "1,9e9":
-        assert_error(sample.UserError, f"argument --drag/--pin: {text!r} is not x,y -> x,y", sample.parse_flags,
-                     ["--image", "x", "--drag", text])
-    _, here = workplace()
-    with unittest.mock.patch.object(sample, "fit_tracks", wraps=sample.fit_tracks) as fit:
-        flags = [word for word in command() if word not in ("--tracks", here / "tracks.npy")]
-        code, out, _ = sampled(*flags, "--drag", "10,20 -> 30,20", "--pin", "5,7", "--frames", 9, "--out",
-                               here / "out.png")
-    assert code == 0 and [shape.shape for shape in fit.call_args[0][0][:2]] == [(9, 2, 2), (9, 2)], out
-    (here / "out.png").unlink()
-    for flag, start, path in (("--pin", "48,20", "48,20"), ("--drag", "-1,20", "-1,20 -> 9,9"),
-                              ("--drag", "9,40.5", "9,40.5->9,9"), ("--pin", "480,300", "480,300")):
-        code, _, err = sampled(*flags, "--pin", "5,7", f"{flag}={path}")            # one that starts inside, too
-        assert code == 2 and err == f"error: {flag} {start}: outside the image, which has 48x40 pixels\n", err
-        assert not (here / "out.mp4").exists()
-    code, out, err = sampled(*flags, "--pin", "9,1", "--drag", "9,9 -> 99,9", "--frames", 9)     # 9,1 is cropped away
-    assert code == 0 and "visible track points lie outside the video" in out, (out, err)
-    (here / "out.mp4").unlink()
-
-
-def test_a_grid_of_points_goes_where_one_would():
-    here = workplace()[1]
-    words = "--image", "x", "--drag", "20,16 -> 28,16", "--pin", "9,9", "--grid", "3x5", "--frames", "9"
-    flags = sample.parse_flags(words)
-    tracks, visible, *_ = read_tracks(flags, (48, 32), 8)
-    assert tracks.shape == (9, 18, 2) and visible.all()
-    assert {*map(tuple, tracks[0, :9].tolist())} == {(x, y) for x in (15, 20, 25) for y in (11, 16, 21)}
-    assert np.array_equal(tracks[-1, :9], tracks[0, :9] + (8, 0)) and np.array_equal(tracks[-1, 9:], tracks[0, 9:])
-    for grid in "0x5", "3", "3x0", "100x1", "axb":
-        assert_error(sample.UserError, f"{grid!r} is not like 3x20", sample.parse_flags, ["--image", "x", "--grid", grid])
-    code, _, err = sampled("--image", here / "image.png", "--tracks", here / "tracks.npy", "--grid", "3x5")
-    assert code == 2 and err == "error: --grid belongs to --drag and --pin\n", err
 
 
 def test_a_picture_keeps_the_last_frame():
@@ -2622,10 +2657,11 @@ def test_each_family_takes_the_image_in_its_own_way():
             ({"in_dim": 48, "out_dim": 48}, wide, None, wide),
             ({"in_dim": 148, "out_dim": 48, "track_dim": 48}, wide_clip, image_and_mask(wide_clip),
              wide_clip[:, :, :1])):
-        found = sample.image_inputs(replace(STUB, **fields, clean_first=clean is not None), given, 4)
+        found = sample.image_inputs(replace(STUB, clean_first=clean is not None, **fields), given, 4)
         for value, expected in zip(found, (channels, clean)):
             assert (value is None) == (expected is None) and (value is None or value.equal(expected)), fields
-    assert "never learned" in settled("t2v.safetensors")[2] and "never learned" not in settled("i2v.safetensors")[2]
+    assert any("never learned" in note for note in settled("t2v.safetensors").notes)
+    assert not any("never learned" in note for note in settled("i2v.safetensors").notes)
 
 
 def test_weights_with_a_mask_see_the_image_and_then_grey():
@@ -2642,22 +2678,20 @@ def test_weights_with_a_mask_see_the_image_and_then_grey():
 
 def test_the_vae_beside_the_weights_is_theirs():
     _, here = wan_workplace()
-    beside, alone = SimpleNamespace(vae=None), sample.inspect(here / "t2v.safetensors")
     with folder() as repository:
         save_file(load_file(here / "t2v.safetensors"), repository / "diffusion_pytorch_model.safetensors")
         torch.save(randomised(WanVAE(WanVAEConfig(16, 8, 8))).state_dict(), repository / "Wan2.1_VAE.pth")
-        assert isinstance(sample.open_vae(beside, sample.inspect(repository)), WanVAE)
-    assert_error(sample.UserError, "give --vae PATH", sample.open_vae, beside, sample.inspect(here / "fun.safetensors"))
-    named = SimpleNamespace(vae=here / "vae.safetensors")
-    assert isinstance(sample.open_vae(named, alone), TinyVAE)
+        assert isinstance(sample.open_vae(sample.inspect(repository)), WanVAE)
+    assert_error(sample.UserError, "give --vae PATH", sample.open_vae, sample.inspect(here / "fun.safetensors"))
+    assert isinstance(sample.open_vae(sample.inspect(here / "t2v.safetensors"), here / "vae.safetensors"), TinyVAE)
 
 
 def test_tracks_go_to_a_trained_head_or_are_drawn():
     tracks = "--tracks", "t.npy"
-    for weights, control in ("fun", "rgb"), ("headed", "sinusoid"):
-        args, _, out = settled(f"{weights}.safetensors", *tracks)
-        assert args.control == control and ("drawn as a control video" in out) == (control == "rgb")
-    for weights, cure, flags in (("t2v", "drop --tracks", tracks), ("t2v", "drop --tracks", ("--w-motion", 1)),
+    for weights, drawn in ("fun", True), ("headed", False):
+        job = settled(f"{weights}.safetensors", *tracks)
+        assert job.drawn == drawn == any("drawn as a control video" in note for note in job.notes)
+    for weights, cure, flags in (("t2v", "drop --tracks", tracks), ("t2v", "drop --tracks", ("--guidance", "0,1")),
                                  ("headless", "no trained track head, and its input for tracks has 8", tracks)):
         assert_error(sample.UserError, cure, settled, f"{weights}.safetensors", *flags)
 
@@ -2675,8 +2709,9 @@ def test_guidance_leads_away_from_the_null_text():
         assert_near(v, joint_guidance(full, notext, nomotion, w_text, w_motion), 1e-5)
         assert count == [batch], "without a weight, the motion's evaluation is left out"
     model.config = replace(model.config, steps=1, guidance=(5.0, 0.0))
-    (x, level), (x0, _) = euler(model, noise, given, None, null)
+    (x, level), *_ = euler(model, noise, given, None, null)
     assert x.equal(noise) and level == 1
+    *_, (x0, _) = euler(model, noise, given, None, null)
     assert_near(x0, noise - guided_velocity(model, noise, torch.ones(2), given, (5.0, 0.0), null), 1e-5)
 
 

@@ -48,7 +48,7 @@ from extras.world import new_scenes, render, scene_tracks, track_groups
 from motionstream import (PRESETS, Block, KVCache, MotionStream, UserError, add_noise, split_conditions, copy_along_tracks,
                           euler, guided_velocity, image_channels, linear_part, rollout, save_pretrained, schedule,
                           shift_sigma, to_x0, track_features, track_ids, with_first, write)
-from sample import ASSETS, UMT5_DIM, Parser, embed_words, has_mask, hold_signals, inspect, number, open_vae
+from sample import ASSETS, Parser, embed_words, hold_signals, inspect, number, open_vae
 from vae import FRAMES, LinearVAE
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -850,10 +850,10 @@ def choose_config(args, start):
     """What is trained, by which of RECIPES: the tiny model, a preset (of a dry run), or the weights `start`, inspected:
     without a slot for tracks they get one, and Wan's are sampled as the paper says."""
     c = start.config if start else PRESETS[args.dry_run or "tiny"]
-    full = c.text_dim == UMT5_DIM
+    full = c.text_encoder == "umt5"
     for wrong, cure in [
         (start and c.causal, "holds a student; a training starts from a teacher"),
-        (start and has_mask(c), "takes the image as a clip with a mask, which cannot stream; take Fun-Control or T2V"),
+        (start and c.has_mask, "takes the image as a clip with a mask, which cannot stream; take Fun-Control or T2V"),
         ((start or args.data) and not args.vae and not args.dry_run, "give --vae FILE, which made its latents"),
         (args.data and not full and args.text_encoder, "the tiny model reads words; drop --text-encoder"),
         (args.data and (Path(args.out).resolve().parent / "clips").is_relative_to(args.data.resolve()),
@@ -942,7 +942,7 @@ class Run:
     def vae(self):
         """The trained VAE, or --vae."""
         like = SimpleNamespace(path=self.args.weights or self.out, config=self.config)
-        return open_vae(SimpleNamespace(vae=self.path("vae")), like).to(self.device)
+        return open_vae(like, self.path("vae")).to(self.device)
 
     def model(self, name, **overrides):
         """A trained model in float32, frozen."""

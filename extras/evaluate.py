@@ -5,7 +5,6 @@
 Scenes are drawn, from seeds that training never uses. The claims of the README, not of the code.
 """
 
-import functools
 import itertools
 import json
 import math
@@ -13,6 +12,7 @@ import runpy
 import sys
 import time
 import zlib
+from dataclasses import replace
 
 import imageio.v2 as imageio
 import numpy as np
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import sample
 from extras import world
-from motionstream import PRESETS, UserError, copy_along_tracks, track_ids, write
+from motionstream import PRESETS, UserError, track_ids, write
 from sample import embed_words
 from vae import load_vae
 
@@ -55,23 +55,17 @@ def play(run, name, scene, points, text, later=None, **overrides):
     if name in ("vae", "decoder"):
         yield vae.decode(vae.encode(world.render(scene, SIZE).to(run.device)))[0].cpu()
         return
-    model, state = run.model(name, **overrides), None
+    model = run.model(name, **overrides)
     image = world.render(scene, SIZE, 0, 1).to(run.device)
-    first = vae.encode(image)
-    copy = functools.partial(copy_along_tracks, vae, image[:, :, 0]) if model.config.copy_dim else None
     tracks, visible = (points[key].to(run.device) for key in ("tracks", "visible"))
     motion = sample.Motion(tracks, visible, track_ids(tracks, visible, model.config))
-    text = None if text is None else text.expand(len(first), -1, -1).to(run.device)
+    text = None if text is None else text.expand(len(image), -1, -1).to(run.device)
     if later is not None:
-        chunk, both = model.config.chunk, (text, later.expand(len(first), -1, -1).to(run.device))
-        motion = ((part, both[4 * chunk * i >= T / 2])
-                  for i, (part, _) in enumerate(sample.pieces(motion, None, chunk)))
-    if name == "teacher":
-        chunks = sample.sample_teacher(model, first, motion, T, text, run.seed, copy=copy)
-    else:
-        chunks = sample.stream(model, first, motion, text, run.seed, copy=copy)
-    for latents in chunks:
-        video, state = vae.decode(latents, state)
+        chunk, both = model.config.chunk, (text, later.expand(len(image), -1, -1).to(run.device))
+        motion = (replace(part, text=both[4 * chunk * i >= T / 2])
+                  for i, part in enumerate(sample.motion_by_chunk(motion, chunk)))
+    sampler = sample.sample_teacher if name == "teacher" else sample.stream
+    for video in sampler(model, vae, image[:, :, 0], motion, sample.Encoded(text), run.seed):
         yield video.cpu()
 
 

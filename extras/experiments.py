@@ -19,6 +19,7 @@ import sample
 import train_distill as td
 from extras import world
 from extras.evaluate import eval_row, grid, measure_tables, new_case, new_run, play
+from extras.tracks import render_control
 from motionstream import KVCache, TrackHead, UserError, schedule, track_features, track_ids
 from sample import embed_words
 from vae import TinyVAE, TinyVAEConfig, WanVAE
@@ -220,10 +221,11 @@ def encoding_row(run, by, **settings):
     model, vae, seconds = run.model("student"), run.vae(), []
     tracks, visible = (motion[key].to(run.device) for key in ("tracks", "visible"))
     motion = sample.Motion(tracks, visible, track_ids(tracks, visible, model.config))
+    frames = 4 * sample.latent_frames(settings["frames"], model.config.chunk) - 3
     for _ in range(9):
         started = time.perf_counter()
         if by == "vae":
-            sample.draw_control(vae, motion, model.config, settings["frames"]).sum().item()     # waits for a GPU
+            render_control(vae, motion, model.config.size, frames).sum().item()     # waits for a GPU
         else:
             track_features(model, motion.tracks, motion.visible, motion.ids).sum().item()
         seconds.append(time.perf_counter() - started)
