@@ -10,6 +10,7 @@ Where a formula is tested, it is written here a second time, plainly, in float64
 
 import ast
 import contextlib
+import copy
 import functools
 import importlib
 import importlib.util
@@ -333,6 +334,15 @@ def test_after_eviction_the_cache_holds_exactly_sink_and_last_window():
             assert keys.equal(torch.cat([*(part(j, tokens) for j in kept), part(99, 3)], 1)), (name, i)
             assert values.equal(-keys), (name, i)
             assert len(cache) == len(kept) * tokens             # constant from chunk sink + window on
+
+
+def test_a_copy_of_a_cache_stays_as_it_was():
+    cache = KVCache(1, 1)
+    for i in range(3):
+        kept = copy.copy(cache)                                 # as a block does that is computed twice
+        before = list(kept.chunks)
+        cache.write(rand(1, 2, 1, 4, seed=i), rand(1, 2, 1, 4, seed=i))
+        assert len(kept.chunks) == len(before) and all(a is b for a, b in zip(kept.chunks, before))
 
 
 def test_an_ema_sink_takes_up_what_leaves_the_window():
