@@ -2234,8 +2234,11 @@ def test_a_recording_plays_to_the_same_frames_unless_flags_say_otherwise():
                     break                                       # what flags do has been seen
         code, out, _ = sampled(*words, workplace()[1] / "student.safetensors", "--frames", 1)
         assert code == 0 and "recorded with other weights" in out
-        for name in "chunk", "frames", "seed", "weights":
-            np.savez(here / "recorded.npz", **{key: value for key, value in arrays.items() if key != name})
+        for name, value in ("chunk", 0), ("frames", None), ("seed", "x"), ("dtype", "int8"), ("prompts", []), ("weights", None):
+            damaged = arrays | {name: value}
+            if value is None:
+                damaged.pop(name)
+            np.savez(here / "recorded.npz", **damaged)
             code, _, err = sampled(*words, here / "start.safetensors")
             assert code == 2 and "recorded.npz: damaged" in err, (name, err)
 
