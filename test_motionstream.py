@@ -55,14 +55,14 @@ from extras.testing import (FAMILIES, HERE, SMALL, SMALL_VAE, STUB, STUB_VAE, TA
                             own_clips, own_flags, public, quiet, rand, randomised, same,
                             same_tensors, sampled, saved, seeded, settled, slow, small_scenes,
                             wan_sampled, wan_video, wan_workplace, workplace, write_layout)
-from motionstream import (PRESETS, KVCache, MotionStream, SelfAttention, TrackHead, UserError,
+from motionstream import (PRESETS, Config, KVCache, MotionStream, SelfAttention, TrackHead, UserError,
                           add_noise, apply_rope, copy_along_tracks, euler, find_config, guided_velocity,
-                          image_and_mask, joint_guidance, rollout, rope_table, save_pretrained,
-                          schedule, shift_sigma, sinusoid, to_x0, track_features, track_ids,
-                          with_first)
+                          image_and_mask, joint_guidance, linear_part, nearest_track, rollout, rope_table,
+                          save_pretrained, schedule, shift_sigma, sinusoid, to_x0, track_features, track_ids,
+                          warp_along_tracks, with_first, with_linear_part)
 from sample import count_frames, embed_words
-from vae import (STATISTICS, CausalConv, ChannelNorm, LinearVAE, LinearVAEConfig, TinyVAE, WanVAE, WanVAEConfig,
-                 load_vae)
+from vae import (STATISTICS, CausalConv, ChannelNorm, LinearVAE, LinearVAEConfig, TinyVAE, WanVAE,
+                 WanVAEConfig, load_vae)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Flow matching, guidance, sampling of the teacher.
@@ -468,6 +468,153 @@ def test_frame_0_is_a_map_of_start_pixels_if_those_are_the_ids():
     assert track_features(model, tracks, visible, ids).equal(model.track_head(tracks, visible, ids, 32, 48))
 
 
+def test_tracks_handed_to_the_model_as_points_are_refused_by_the_name_of_what_makes_features():
+    model, (noise, given, _) = new_model(), clip_of(3)
+    points = new_tracks(9, 8)[0]
+    assert_error(AssertionError, "see track_features", model, noise, torch.ones(2), given["text"], tracks=points)
+    assert_error(AssertionError, "condition image (2, 3, 3, 4, 6), expected (2, 0, 3, 4, 6)", model, noise,
+                 torch.ones(2), given["text"], image=noise[:, :3])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Copying along tracks: not in the paper.
+
+COPYING = replace(SMALL, track_id_mode="copy", in_dim=4 + 14 + 4, track_dim=8 + 4 + 2, latent_std=(0.5, 1.0, 1.5, 0.7))
+
+
+def linear_vae(channels=4):
+    return randomised(LinearVAE(LinearVAEConfig(channels)))
+
+
+def pan(frames, side=64, speed=1):
+    """A picture that moves to the right by `speed` pixels a frame, (1, 3, T, side, side), and true tracks of it: points
+    4 pixels apart, tracks (1, T, N, 2) and where they are visible."""
+    picture = F.interpolate(rand(1, 3, 16, 16), size=(2 * side, 2 * side), mode="bicubic").clamp(-1, 1)
+    left = [side // 2 - speed * t for t in range(frames)]
+    video = torch.stack([picture[..., :side, x:x + side] for x in left], 2)
+    point = torch.cartesian_prod(torch.arange(2.0, side, 4), torch.arange(2.0, side, 4)).flip(1)
+    tracks = point + speed * torch.arange(frames)[:, None, None] * torch.tensor([1.0, 0.0])
+    visible = (tracks < side).all(-1)
+    return video, tracks[None], visible[None]
+
+
+def test_copying_along_true_tracks_gives_the_latents_of_the_moved_picture():
+    vae = linear_vae()
+    for speed, frames in (1, 9), (4, 5), (-2, 9):
+        video, tracks, visible = pan(frames, speed=speed)
+        visible &= (tracks >= 0).all(-1)
+        order = torch.randperm(tracks.shape[2], generator=seeded())             # which must not matter
+        tracks, visible = tracks[:, :, order], visible[:, :, order]
+        ids = track_ids(tracks, visible, COPYING)
+        copied = copy_along_tracks(vae, video[:, :, 0], tracks, visible, ids)
+        latents = vae.encode(video)
+        assert copied.shape == (1, 4 + 2, *latents.shape[2:])
+        # columns whose window, 4 pixels wider than the cell, shows nothing that has come into the picture
+        columns = slice(2, None)
+        if speed > 2:
+            columns = slice(3, None)
+        if speed < 0:
+            columns = slice(None, -3)
+        assert_near(copied[:, :4, ..., columns], latents[..., columns], 1e-5)
+        still = vae.encode(video[:, :, :1]).expand_as(latents)
+        assert (latents - still)[:, :, 1:, :, columns].abs().mean() > 0.05, "nothing has moved"
+        assert_near(copied[:, :4, :1], latents[:, :, :1], 1e-6)                 # frame 0 is the image itself
+
+
+def test_copies_made_chunk_by_chunk_are_those_of_the_whole():
+    vae, (video, tracks, visible) = linear_vae(), pan(21)
+    visible &= rand(*visible.shape) > -0.5
+    ids = track_ids(tracks, visible, COPYING)
+    whole = copy_along_tracks(vae, video[:, :, 0], tracks, visible, ids)
+    parts = [copy_along_tracks(vae, video[:, :, 0], tracks[:, a:b], visible[:, a:b], ids)
+             for a, b in ((0, 9), (9, 13), (13, 21))]
+    assert whole.shape[2] == 6
+    assert_near(torch.cat(parts, 2), whole, 1e-6)
+
+
+def test_hidden_tracks_copy_nothing_and_no_track_at_all_is_the_image_standing_still():
+    vae, (video, tracks, visible) = linear_vae(), pan(9)
+    image = video[:, :, 0]
+    still = vae.encode(image[:, :, None]).expand(-1, -1, 3, -1, -1)
+    nothing = visible & False
+    nowhere = torch.full_like(tracks, math.nan)
+    for given in ((tracks, nothing), (nowhere, nothing), (tracks[:, :, :0], visible[:, :, :0])):
+        ids = track_ids(*given, COPYING)
+        copied = copy_along_tracks(vae, image, *given, ids)
+        assert_near(copied[:, :4], still, 1e-6)
+        assert (copied[:, 4:, 0] == 1).all() and (copied[:, 4:, 1:] == 0).all()     # near in frame 0, then nowhere
+        model = MotionStream(replace(COPYING, size=(64, 64)))
+        assert track_features(model, *given, ids, copied).shape == (1, 14, 3, 8, 8)
+
+    half = visible & (torch.arange(tracks.shape[2]) % 2 == 0)
+    ids = track_ids(tracks, visible, COPYING)
+    expected = copy_along_tracks(vae, image, tracks[:, :, ::2], visible[:, :, ::2], ids[:, ::2])
+    elsewhere = torch.where(half[..., None], tracks, 7.0)                       # positions of hidden ones do not count
+    assert copy_along_tracks(vae, image, elsewhere, half, ids).equal(expected)
+
+
+def test_a_square_follows_the_visible_track_nearest_to_its_centre():
+    tracks = torch.tensor([[3.0, 2.0], [30.0, 30.0]]).expand(1, 2, -1, -1)
+    visible = torch.tensor([[[True, True], [False, True]]])
+    number, distance = nearest_track(tracks, visible, 32, 48)
+    assert number.shape == distance.shape == (1, 2, 8, 12)
+    assert number[0, 0, 0, 0] == 0 and distance[0, 0, 0, 0] == 1                # centre (2, 2)
+    assert number[0, 0, 7, 7] == 1 and distance[0, 0, 7, 7] == 0
+    assert (number[0, 1] == 1).all()                                            # the other one is hidden there
+    later = tracks + torch.tensor([0.0, 0.0, 5.0, -9.0]).view(1, 1, 2, 2) * torch.arange(2).view(1, 2, 1, 1)
+    image = torch.arange(32 * 48.0).expand(3, -1).view(1, 3, 32, 48)
+    video, _ = warp_along_tracks(image, later, visible | True, track_ids(later, visible | True, COPYING))
+    assert video[0, 0, 1, 21, 35] == image[0, 0, 30, 30]                        # moved by (5, -9)
+    assert video[0, 0, 1, :8, :8].equal(image[0, 0, :8, :8])                    # what stays
+
+
+def test_a_fresh_model_believes_its_copies_and_where_there_are_none_the_image():
+    torch.manual_seed(0)
+    model = MotionStream(COPYING).eval()
+    x, ones = rand(2, 4, 3, 4, 6), torch.ones(2)
+    tracks, image = rand(2, 14, 3, 4, 6, seed=1), rand(2, 4, 3, 4, 6, seed=2)
+    with torch.no_grad():
+        x0 = to_x0(x, model(x, ones, None, tracks=tracks, image=image), ones)
+        assert_near(x0, 0.8 * tracks[:, 8:12] + 0.2 * image, 1e-5)
+        x0 = to_x0(x, model(x, ones, None, tracks=tracks), ones)
+        assert_near(x0, 0.8 * tracks[:, 8:12], 1e-5)
+        assert to_x0(x, model(x, ones, None, image=image), ones).abs().max() < 1e-6     # without tracks: the mean, 0
+    assert_error(AssertionError, "copied=copy_along_tracks", track_features, model, *new_tracks(9, 3))
+    model.config = replace(COPYING, latent_std=())
+    assert_error(AssertionError, "latent_std", model, x, ones, None, tracks=tracks)
+
+
+def test_the_linear_part_is_the_posterior_mean_of_gaussian_latents():
+    std, mean = torch.tensor([0.5, 1.0, 2.0]).view(1, -1, 1, 1, 1), rand(2, 3, 4, 2, 2)
+    x_t, sigma = rand(2, 3, 4, 2, 2, seed=1), torch.tensor([[0.0, 0.1, 0.5, 0.9], [1.0, 0.99, 0.3, 0.7]])
+    for b, c, f in itertools.product(range(2), range(3), range(4)):
+        s, d = sigma[b, f].item(), std[0, c].item()
+        mix = np.array([[1 - s, s], [-1, 1]])                       # (x0, noise) to (x_t, velocity)
+        covariance = mix @ np.diag([d ** 2, 1]) @ mix.T
+        middle = mean[b, c, f].double().numpy()
+        slope = covariance[1, 0] / covariance[0, 0]
+        expected = -middle + slope * (x_t[b, c, f].double().numpy() - (1 - s) * middle)
+        left = covariance[1, 1] - slope * covariance[1, 0]          # variance of the velocity, given x_t
+        given = with_linear_part(torch.zeros_like(x_t), x_t, sigma, std, mean)
+        assert_near(given[b, c, f].double(), torch.from_numpy(expected), 1e-5)
+        unit = with_linear_part(torch.ones_like(x_t), x_t, sigma, std, mean) - given
+        assert abs(unit[b, c, f].square().mean().item() - left) < 1e-5, "the network's target has variance 1"
+        assert abs(linear_part(sigma, std)[1][b, c, f].item() - covariance[0, 0]) < 1e-5
+    zero = with_linear_part(torch.zeros_like(x_t), x_t, sigma, std)
+    assert zero.equal(with_linear_part(torch.zeros_like(x_t), x_t, sigma, std, 0 * mean))
+
+
+def test_weights_that_copy_stream_and_later_tracks_do_not_change_past_frames():
+    model = randomised(MotionStream(COPYING))
+    noise, given, first = clip_of(8, COPYING)
+    given["image"] = first.expand(-1, -1, 8, -1, -1)
+    made = list(rollout(model, noise, given, first, generator=seeded()))
+    assert [x.shape[2] for x in made] == [3, 3, 2] and all(x.isfinite().all() for x in made)
+    other = given | {"tracks": given["tracks"] * (torch.arange(8) < 6).view(-1, 1, 1)}
+    again = list(rollout(model, noise, other, first, generator=seeded()))
+    assert all(a.equal(b) for a, b in zip(made[:2], again)) and not made[2].equal(again[2])
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The rollout.
 
@@ -609,6 +756,55 @@ def test_words_are_the_same_in_every_process():
     assert_near(ours[0, :, 0], torch.tensor([0.42179, 0.36915, 0.47959, -1.30741]), 1e-4)         # the shipped weights know these
     assert embed_words(None, SMALL) is None and embed_words("", SMALL).shape == (1, 0, 12)
     assert embed_words("a b c d e f g h i j", SMALL).shape == (1, 5, 12)
+
+
+def test_configs_of_older_files_are_read_in_todays_words():
+    def older(config, tracks):
+        fields = asdict(config) | {"tracks": tracks}
+        for name in "track_id_mode", "text_encoder", "clean_first":
+            fields.pop(name)
+        return json.dumps(fields)
+
+    wan22 = replace(SMALL, in_dim=48 + 8 + 52, out_dim=48)
+    channels = replace(SMALL, in_dim=16, clean_first=False)
+    for config, tracks in ((SMALL, "start"), (replace(SMALL, track_id_mode="random"), "random"), (COPYING, "copy"),
+                           (channels, "start"), (wan22, "start")):
+        with folder() as here:
+            saved(here / "a.safetensors", MotionStream(config), config=older(config, tracks))
+            assert MotionStream.from_pretrained(here / "a.safetensors").config == config
+    umt5 = replace(SMALL, text_dim=4096, text_encoder="umt5")
+    with folder() as here:
+        saved(here / "a.safetensors", MotionStream(umt5), config=older(umt5, "start"))
+        assert MotionStream.from_pretrained(here / "a.safetensors").config == umt5
+
+
+def test_a_tiny_model_of_48_channels_is_no_wan_22():
+    config = replace(SMALL, in_dim=48 + 8 + 48, out_dim=48, clean_first=False)
+    with folder() as here:
+        saved(here / "a.safetensors", randomised(MotionStream(config)))
+        assert MotionStream.from_pretrained(here / "a.safetensors").config == config
+    assert (config.latent_size, config.head_dim, config.image_dim, config.has_mask) == ((4, 6), 20, 48, False)
+    assert (COPYING.copy_dim, SMALL.copy_dim, replace(SMALL, in_dim=20).has_mask) == (6, 0, True)
+
+
+def test_wans_own_layout_and_ours_are_read_without_extras():
+    with folder() as here, unittest.mock.patch.dict(sys.modules, {"extras": None, "extras.checkpoints": None}):
+        (here / "sharded").mkdir()
+        index, one = shards(here / "sharded", public()), write_layout(here, "Wan 2.1 T2V", "Wan")
+        for path in one, one / "diffusion_pytorch_model.safetensors", index, here / "sharded":
+            assert same_tensors(MotionStream.from_pretrained(path), public()), path
+        save_file(randomised(WanVAE(WAN21)).state_dict(), here / "vae.safetensors")
+        assert isinstance(load_vae(here / "vae.safetensors"), WanVAE)
+        for name in "tiny", "tiny_teacher", "tiny_causal":
+            assert MotionStream.from_pretrained(HERE / f"assets/{name}.safetensors").config.text_encoder == "words"
+        load_vae(HERE / "assets/tiny_vae.safetensors")
+        save_file(in_diffusers_layout(public()), here / "other.safetensors")
+        try:
+            MotionStream.from_pretrained(here / "other.safetensors")
+        except ModuleNotFoundError as e:
+            assert "extras" in str(e)
+        else:
+            raise AssertionError("another layout was read without extras")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -982,6 +1178,65 @@ def test_no_latent_sees_the_future_with_front_padding():
             changed = (vae.encode(later) - before).abs().amax((0, 1, 3, 4)) > 1e-6         # by latent
             first = next(i for i in range(6) if 4 * i + sees >= frame)
             assert not changed[:first].any() and changed[first], (pad, frame)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The linear VAE.
+
+def test_the_linear_code_moves_with_the_picture():
+    vae, wide = linear_vae(), rand(1, 3, 9, 32, 96).clamp(-1, 1)
+    latents = vae.encode(wide)
+    assert latents.shape == (1, 4, 3, 4, 12) and vae.stride == 8
+    shifted = vae.encode(wide[..., 8:])                                         # by one cell
+    assert_near(shifted[..., 1:], latents[..., 2:], 1e-6)                       # but at the rim, which is repeated
+    assert not shifted[..., 0].equal(latents[..., 1])
+    later = wide.clone()
+    later[:, :, 5:9] += 0.5                                                     # latent 2 alone
+    changed = (vae.encode(later) - latents).abs().amax((0, 1, 3, 4))
+    assert changed[0] == changed[1] == 0 and changed[2] > 0.1
+    assert_error(AssertionError, "this one has 8", vae.encode, wide[:, :, :8])
+    assert_error(AssertionError, "95x32", vae.encode, wide[..., 1:])
+
+
+def test_a_linear_code_is_linear_and_decodes_in_pieces_as_the_whole():
+    vae, z = linear_vae(), rand(2, 4, 7, 3, 5)
+    whole, state = vae.decode_unclamped(z)
+    assert whole.shape == (2, 3, 25, 24, 40) and state == []
+    parts, state = [], None
+    for part in z.split([1, 3, 1, 2], 2):
+        video, state = vae.decode_unclamped(part, state)
+        parts.append(video)
+    assert_near(torch.cat(parts, 2), whole, 1e-6)
+    assert vae.decode(9 * z)[0].equal(vae.decode_unclamped(9 * z)[0].clamp(-1, 1)) and vae.decode(9 * z)[0].max() == 1
+    nothing = vae.decode_unclamped(0 * z)[0]
+    both = vae.decode_unclamped(z + 2 * z.flip(2))[0] - nothing
+    assert_near(both, whole + 2 * vae.decode_unclamped(z.flip(2))[0] - 3 * nothing, 1e-4)
+
+
+def test_a_linear_code_of_principal_components_gives_back_what_it_can_hold():
+    vae = LinearVAE(LinearVAEConfig(latent_channels=3 * 4 * 64)).requires_grad_(False)
+    for layer in vae.encoder, vae.decoder:                                      # every pixel of a cell: nothing is lost
+        layer.weight.zero_()
+        layer.bias.zero_()
+        layer.weight[:, :, 4:12, 4:12] = torch.eye(768).view(768, 12, 8, 8)
+    video = rand(1, 3, 9, 16, 24).clamp(-1, 1)
+    assert_near(vae.decode(vae.encode(video))[0], video, 1e-6)
+    assert_near(vae.pixel_weight(), torch.ones(768), 1e-6)
+
+
+def test_a_linear_vae_comes_back_from_its_file():
+    vae = linear_vae(5)
+    vae.latent_std.copy_(torch.arange(5) + 0.5)
+    with folder() as here:
+        path = here / "vae.safetensors"
+        save_file({name: t.contiguous() for name, t in vae.state_dict().items()}, path, vae.metadata())
+        for load in LinearVAE.from_pretrained, TinyVAE.from_pretrained, load_vae:
+            back = load(path)
+            assert back.config == vae.config and same(back.state_dict(), vae.state_dict())
+            assert back.latent_std.tolist() == [0.5, 1.5, 2.5, 3.5, 4.5] and not back.training
+        assert_error(UserError, "vae.safetensors: a LinearVAE, not a WanVAE", WanVAE.from_pretrained, path)
+        saved(path, new_vae())
+        assert_error(UserError, "vae.safetensors: a TinyVAE, not a LinearVAE", LinearVAE.from_pretrained, path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1863,7 +2118,7 @@ def test_every_stage_runs_from_weights_of_wan_in_the_papers_two_stages_of_the_te
     with folder() as here, unittest.mock.patch.multiple(
             td, thinned=lambda visible, pauses: masks.append(pauses) or thinned(visible, pauses), euler=few), \
             unittest.mock.patch.object(MotionStream, "forward", record):
-        data, c = full_clips(here, 32), replace(STUB, in_dim=32, clip_dim=32, size=(32, 48))
+        data, c = full_clips(here, 32), replace(STUB, in_dim=32, clip_dim=32, size=(32, 48), clean_first=False)
         saved(here / "wan.safetensors", randomised(MotionStream(c))), saved(here / "vae.safetensors", new_vae(STUB_VAE))
         flags = ["--smoke", "--data", str(data), "--weights", str(here / "wan.safetensors"), "--vae",
                  str(here / "vae.safetensors"), "--out", str(here / "out")]
@@ -2046,6 +2301,11 @@ def test_dmd_loss_and_the_vae_run_from_their_own_source():
     z = vae.encode(rand(1, 3, 9, 16, 16))
     assert z.equal(new_vae().encode(rand(1, 3, 9, 16, 16))) and vae.decode(z)[0].equal(new_vae().decode(z)[0])
     assert own.TinyVAE(own.TINY).stride == 8
+
+    own = lifted("vae.py", "FRAMES", "check_video", "LinearVAEConfig", "LinearVAE")
+    vae, video = randomised(own.LinearVAE(own.LinearVAEConfig(4))), rand(1, 3, 9, 16, 16)
+    z = vae.encode(video)
+    assert z.equal(linear_vae().encode(video)) and vae.decode(z)[0].equal(linear_vae().decode(z)[0])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
