@@ -1066,7 +1066,7 @@ def run_stages(argv):
     run = Run(args)
     if args.dry_run:
         return dry_run(run)
-    from extras.evaluate import preview
+    from extras.evaluate import Trained, preview
     run.out.mkdir(parents=True, exist_ok=True)
     print(f"{run.out}: {run.config}")
     print(f"matrix products on {run.device} are in {str(run.dtype)[6:]}")
@@ -1077,7 +1077,7 @@ def run_stages(argv):
             torch.manual_seed(seed_of(run.seed, stage))             # of the weights that a stage begins with
             train_stage(run)
             if RANK == 0:
-                preview(run, stage)
+                preview(Trained(run.out, run.device, vae_file=args.vae), stage, not args.data)
     if args.stage == "all" and RANK == 0 and not args.data:
         print(f"measured by: python -m extras.evaluate --out {run.out}")
 

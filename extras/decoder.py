@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import train_distill as td
-from extras.evaluate import open_lpips, preview
+from extras.evaluate import Trained, open_lpips, preview
 from motionstream import UserError, save_pretrained
 from vae import TinyVAE, TinyVAEConfig, WanVAE
 
@@ -104,7 +104,7 @@ def main(argv=None):
         torch.manual_seed(td.seed_of(run.seed, "decoder"))              # of the weights that it begins with
         train_decoder(run)
         if td.RANK == 0:
-            preview(run, "decoder")
+            preview(Trained(run.out, run.device, vae_file=run.args.vae), "decoder", not run.args.data)
     return td.reported(work)
 
 
