@@ -1,0 +1,305 @@
+"""Weights in other layouts than Wan's own names in safetensors, and how public weights are sampled."""
+
+import functools
+import inspect
+import math
+import re
+import subprocess
+import sys
+import unittest
+import unittest.mock
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+import sample
+from extras.testing import (FAMILIES, HERE, WAN21, WAN22, assert_error, assert_near,
+                            diffusers_config, folder, in_diffusers_layout, public, quiet, rand,
+                            randomised, same_tensors, settled, slow, wan_video, wan_workplace,
+                            write_layout)
+from motionstream import PRESETS, MotionStream, save_pretrained, schedule
+from vae import STATISTICS, WanVAE, WanVAEConfig, load_vae
+
+
+def with_diffusers(test):
+    """A test that says loudly that it skips where there is nothing to compare with."""
+    @functools.wraps(test)
+    def maybe():
+        try:
+            import diffusers  # noqa: F401
+        except ImportError:
+            raise unittest.SkipTest("DIFFUSERS IS NOT INSTALLED, nothing was compared: pip install diffusers") from None
+        test()
+    return maybe
+
+
+@with_diffusers
+def test_public_weights_give_what_diffusers_gives():
+    from diffusers import WanTransformer3DModel
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers as convert
+    small, large = torch.tensor([3.0, 17.5]), torch.tensor([833.33, 999.0])     # its angles are float32
+    per_frame = torch.tensor([[0.0, 12.5, 3.0], [0.0, 0.0, 19.0]])              # as TI2V has them
+    for family, (c, _) in FAMILIES.items():
+        names, theirs = in_diffusers_layout(public(family)), convert(dict(public(family)))
+        assert theirs.keys() == names.keys() and all(t is theirs[name] for name, t in names.items())
+        reference = WanTransformer3DModel(**diffusers_config(c)).eval().requires_grad_(False)
+        reference.load_state_dict(theirs)
+        models = []
+        for layout in "Wan", "Diffusers":
+            with folder() as here:
+                models.append(MotionStream.from_pretrained(write_layout(here, family, layout)))
+        x, text = rand(2, c.out_dim, 3, 4, 6), rand(2, 5, c.text_dim, seed=1)
+        tracks = rand(2, c.track_dim, 3, 4, 6, seed=2) if c.track_dim else None
+        image = rand(2, c.image_dim, 3, 4, 6, seed=3) if c.image_dim else None
+        clip = rand(2, 257, c.clip_dim, seed=4) if c.clip_dim else None
+        inputs = torch.cat([y for y in (x, tracks, image) if y is not None], 1)
+        for t, tolerance in (small, 1e-6), (large, 2e-5), (per_frame, 1e-6):
+            each = t if t.ndim == 1 else t.repeat_interleave(6, 1)              # or one a token
+            expected = reference(inputs, each, F.pad(text, (0, 0, 0, 512 - 5)), clip, return_dict=False)[0]
+            for model in models:
+                v = model(x, t.double() / 1000, text, tracks=tracks, image=image, clip=clip)
+                assert_near(v, expected, tolerance)
+
+
+@with_diffusers
+def test_a_written_file_is_one_that_diffusers_reads():
+    from diffusers import WanTransformer3DModel
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers as convert
+    with folder() as here:
+        family = "Wan 2.1 I2V, Fun-InP"
+        save_pretrained(MotionStream.from_pretrained(write_layout(here, family, "Wan")), here / "a.safetensors")
+        reference = WanTransformer3DModel(**diffusers_config(FAMILIES[family][0]))
+        reference.load_state_dict(convert(load_file(here / "a.safetensors")))
+        assert all(t.equal(reference.state_dict()[name]) for name, t in in_diffusers_layout(public(family)).items())
+
+
+def test_what_training_and_packing_put_around_names_is_taken_off():
+    with folder() as here:
+        for prefix in ("model.", "model.diffusion_model.", "module.", "_orig_mod.", "_fsdp_wrapped_module.",
+                       "_checkpoint_wrapped_module.", "module.model._orig_mod."):
+            save_file({prefix + name: t for name, t in public().items()}, here / "a.safetensors")
+            assert same_tensors(MotionStream.from_pretrained(here / "a.safetensors"), public()), prefix
+        inside = {re.sub(r"(blocks\.\d\.)", r"_fsdp_wrapped_module.\1_checkpoint_wrapped_module._orig_mod.", name): t
+                  for name, t in public().items()}
+        save_file(inside, here / "a.safetensors")
+        assert same_tensors(MotionStream.from_pretrained(here / "a.safetensors"), public())
+
+
+def test_checkpoints_of_self_forcing_and_causvid_are_students():
+    other = {name: t + 1 for name, t in public().items()}
+    named = {"model." + name: t for name, t in public().items()}
+    wrapped = {"model._fsdp_wrapped_module." + name: t for name, t in public().items()}
+    with folder() as here:
+        for content in ({"generator": other, "critic": other, "generator_ema": wrapped}, {"generator_ema": named},
+                        {"generator": named}, {"generator": named, "step": 600}):
+            for zipped in True, False:                          # False: the older kind of file, which cannot be mapped
+                torch.save(content, here / "a.pt", _use_new_zipfile_serialization=zipped)
+                model = MotionStream.from_pretrained(here / "a.pt")
+                assert same_tensors(model, public())
+                c = model.config
+                assert c.causal and (c.chunk, c.window, c.sink, c.size) == (3, None, 0, (480, 832))
+                assert np.allclose(c.sigmas, (1, 0.9375, 0.833333, 0.625), atol=1e-6)
+        assert MotionStream.from_pretrained(here / "a.pt", sink=1, window=2).config.window == 2
+        for content in public(), {"model": named, "step": 600}:     # which say nothing of a generator
+            torch.save(content, here / "flat.pth")
+            model = MotionStream.from_pretrained(here / "flat.pth")
+            assert same_tensors(model, public()) and not model.config.causal
+
+        class Code:
+            def __reduce__(self):
+                return Path.touch, (here / "it ran",)
+
+        for content in [1], {"generator": [1]}, {"model": {"a": 1}}, {"lora": named}, {"generator": Code()}:
+            torch.save(content, here / "odd.pt")
+            assert_error(ValueError, "odd.pt", MotionStream.from_pretrained, here / "odd.pt")
+        assert not (here / "it ran").exists()
+
+
+def test_files_that_are_something_else_are_told_by_what_they_are():
+    dit, vae = public(), randomised(WanVAE(WanVAEConfig(16, 4, 6))).state_dict()
+
+    class Code:
+        def __reduce__(self):
+            return Path.touch, (here / "it ran",)
+
+    with folder() as here:
+        save_file(dit, here / "dit.safetensors")
+        torch.save({"generator_ema": dit}, here / "dit.pt")
+        whole, zipped = (here / "dit.safetensors").read_bytes(), (here / "dit.pt").read_bytes()
+        pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5676070392\n"
+        for name, data, text in (("lfs", pointer, "this is a git-lfs pointer, run git lfs pull"),
+                                 ("page", b"<!DOCTYPE html><html>", "this is a web page (21 bytes)"),
+                                 ("gguf", b"GGUF" + bytes(99), "this is a GGUF file"),
+                                 ("empty", b"", "this is an empty file (0 bytes)"),
+                                 ("noise", b"\xff" * 999, "this is something unknown (999 bytes)"),
+                                 ("cut", whole[:-99], f"truncated: {len(whole) - 99} bytes of {len(whole)};"),
+                                 ("header", whole[:99], "truncated: 99 bytes of at least"),
+                                 ("half", zipped[:-99], f"this is a truncated .pt ({len(zipped) - 99} bytes)")):
+            for path in here / f"{name}.safetensors", here / f"{name}.pt":
+                path.write_bytes(data)
+                for load in MotionStream.from_pretrained, load_vae:
+                    assert_error(ValueError, f"{path}: {text}", load, path)
+        lora = {"diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.zeros(4, 256)}
+        text_encoder = {"encoder.block.0.layer_norm.weight": torch.ones(8)}
+        clip = {"visual.conv1.weight": torch.ones(8)}
+        for tensors, kind in (lora, "a LoRA"), (text_encoder, "a text encoder"), (clip, "a CLIP encoder"), (
+                {"x": torch.ones(3)}, "something unknown"):
+            save_file(tensors, here / "a.safetensors")
+            for load in MotionStream.from_pretrained, load_vae:
+                assert_error(ValueError, f"a.safetensors: this is {kind}; a whole ", load, here / "a.safetensors")
+        assert_error(ValueError, "this is a DiT; a whole VAE of Wan", load_vae, here / "dit.pt")
+        for tensors, load in (dit, MotionStream.from_pretrained), (vae, load_vae):
+            last = sorted(tensors)[-1]
+            save_file(tensors | {last: torch.full_like(tensors[last], math.nan)}, here / "a.safetensors")
+            assert_error(ValueError, f"a.safetensors: {last} holds NaN or infinity", load, here / "a.safetensors")
+        save_file(vae, here / "vae.safetensors")
+        assert_error(ValueError, "this is a VAE; a whole DiT of Wan", MotionStream.from_pretrained,
+                     here / "vae.safetensors")
+        for zipped in True, False:
+            torch.save({"generator": Code()}, here / "code.pt", _use_new_zipfile_serialization=zipped)
+            for load in MotionStream.from_pretrained, load_vae:
+                assert_error(ValueError, "a pickle of something else than tensors, refused", load, here / "code.pt")
+        assert not (here / "it ran").exists()
+
+
+LOADING = """
+import sys, threading, time
+import torch
+from safetensors.torch import load_file
+from motionstream import MotionStream
+
+def anonymous():                            # kB of memory that is no file's
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+def watch():
+    while True:
+        peak[0] = max(peak[0], anonymous())
+        time.sleep(0.002)
+
+before = anonymous()
+peak = [before]
+threading.Thread(target=watch, daemon=True).start()
+started = time.perf_counter()
+if sys.argv[2] == "copy":                   # a plain load_file only maps; read once, it has done what a load must
+    loaded = {name: t.clone() for name, t in load_file(sys.argv[1]).items()}
+else:
+    loaded = MotionStream.from_pretrained(sys.argv[1])
+print(time.perf_counter() - started, (peak[0] - before) * 1024)
+"""
+
+
+@slow
+def test_loading_wan_1_3b_takes_about_the_memory_of_its_file():
+    if not Path("/proc/self/status").exists():
+        raise unittest.SkipTest("NO /proc HERE, memory was not measured")
+    with torch.device("meta"):
+        shapes = {name: t.shape for name, t in MotionStream(PRESETS["motionstream-1.3b"]).state_dict().items()}
+    with folder() as here:
+        path = here / "a.safetensors"
+        save_file({name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}, path)
+        size = path.stat().st_size
+        for way in "copy", "from_pretrained":
+            runs = [subprocess.run([sys.executable, "-c", LOADING, path, way], cwd=HERE, check=True,
+                                   capture_output=True, text=True).stdout.split() for _ in range(5)]
+            seconds, peak = (sorted(map(float, column)) for column in zip(*runs))
+            print(f"{size / 1e9:.2f} GB by {way}: {seconds[2]:.2f} s ({seconds[0]:.2f} to {seconds[-1]:.2f}), "
+                  f"anonymous memory {peak[2] / size:.2f} of the file")
+        assert peak[-1] < 1.3 * size, (peak, size)
+
+
+# The arguments that give diffusers' class the sizes of WAN21 and WAN22.
+IN_DIFFUSERS = {"2.1": {"base_dim": 8, "z_dim": 16},
+                "2.2": {"base_dim": 8, "z_dim": 48, "decoder_base_dim": 12, "is_residual": True, "in_channels": 12,
+                        "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16}}
+
+
+def renamed_for_diffusers(tensors):
+    """Wan's names to diffusers', by its own converter, which does not know the stages of 2.2."""
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+    inner = {"residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm2", "residual.6": "conv2",
+             "shortcut": "conv_shortcut"}
+    if "encoder.downsamples.2.downsamples.0.residual.0.gamma" not in tensors:
+        return convert_wan_vae_to_diffusers(dict(tensors))
+    pattern = r"(\w+)\.(\w+)samples\.(\d)\.\2samples\.(\d)\.(.+)"
+    staged = {name: t for name, t in tensors.items() if "samples." in name}
+    result = convert_wan_vae_to_diffusers({name: t for name, t in tensors.items() if name not in staged})
+    for name, t in staged.items():
+        half, way, stage, block, layer = re.fullmatch(pattern, name).groups()
+        last = int(block) == {"down": 2, "up": 3}[way]
+        for ours, theirs in inner.items():
+            layer = layer.replace(ours, theirs)
+        result[f"{half}.{way}_blocks.{stage}." + (f"{way}sampler." if last else f"resnets.{block}.") + layer] = t
+    return result
+
+
+@with_diffusers
+def test_the_wan_vae_gives_what_diffusers_gives_from_either_layout():
+    from diffusers import AutoencoderKLWan
+    with folder() as here, torch.no_grad():
+        for seed, (version, config) in enumerate((("2.1", WAN21), ("2.2", WAN22))):
+            saved = randomised(WanVAE(config), seed).state_dict()
+            theirs = AutoencoderKLWan(**IN_DIFFUSERS[version]).eval()
+            theirs.load_state_dict(renamed_for_diffusers(saved))
+            (here / version / "vae").mkdir(parents=True)
+            (here / f"{version}-Wan").mkdir()
+            torch.save(saved, here / f"{version}-Wan" / f"Wan{version}_VAE.pth")
+            dit = here / f"{version}-Wan" / "diffusion_pytorch_model.safetensors"          # beside a .pth: not the VAE
+            save_file({"patch_embedding.weight": rand(3)}, dit)
+            save_file(saved, here / "original.safetensors")
+            save_file(theirs.state_dict(), here / version / "vae" / "diffusion_pytorch_model.safetensors")
+            for path in f"{version}-Wan", "original.safetensors", version, f"{version}/vae":
+                vae = WanVAE.from_pretrained(here / path)
+                assert vae.config == config and type(load_vae(here / path)) is WanVAE, path
+                assert vae.state_dict().keys() == saved.keys()
+                assert all(p.equal(saved[name]) for name, p in vae.state_dict().items()), path
+            mean, std = torch.tensor(STATISTICS[config.latent_channels]).view(2, 1, -1, 1, 1, 1)
+            video = wan_video(vae, 9)
+            z, z_theirs = vae.encode(video), (theirs.encode(video).latent_dist.mode() - mean) / std
+            x, x_theirs = vae.decode(z)[0], theirs.decode(z * std + mean).sample
+            assert z.shape == (1, config.latent_channels, 3, 2, 3) and x.shape == video.shape
+            assert 0.1 < x.std() and (x.abs() == 1).float().mean() < 0.5
+            assert_near(z, z_theirs, 1e-5)              # the bits, on some processors
+            assert_near(x, x_theirs, 1e-5)
+
+
+@with_diffusers
+def test_latents_are_normalised_as_diffusers_pipelines_do():
+    from diffusers import AutoencoderKLWan
+    defaults = inspect.signature(AutoencoderKLWan.__init__).parameters
+    assert STATISTICS[16] == tuple(tuple(defaults[name].default) for name in ("latents_mean", "latents_std"))
+
+
+def test_the_sampler_is_the_flag_else_what_the_file_says():
+    args, c, out = settled("self_forcing.pt")
+    assert args.sampler == "stream" and "Self-Forcing" in out and c.causal
+    assert (c.chunk, c.sink, c.window) == (3, 0, None) and len(c.sigmas) == 4
+    assert_near(torch.tensor(c.sigmas), torch.tensor([1, 0.9375, 2.5 / 3, 0.625]), 1e-6)
+    for weights, shift, w_text in ("t2v", 8, 6), ("fun", 3, 6):                     # 1536 wide, the real ones
+        args, c, out = settled(f"{weights}.safetensors")
+        assert args.sampler == "teacher" and not c.causal and c.steps == 50
+        assert (c.shift, c.guidance) == (5, (0, 0)), "no text: there is nothing to guide with"
+        assert "teacher, shift 5, text guidance 0" in out
+        real = sample.inspect(wan_workplace()[1] / f"{weights}.safetensors")
+        real.config = replace(real.config, dim=1536)
+        with quiet():
+            args = sample.parse_flags(["--image", "x", "--prompt-embeds", "x"])
+            c = sample.settle(args, real, 81)
+        assert (c.shift, c.guidance) == (shift, (w_text, 0))
+    args, c, _ = settled("t2v.safetensors", "--sampler", "stream", "--steps", 2, "--sink", 1, "--window", 1)
+    assert (c.causal, c.sink, c.window, c.sigmas) == (True, 1, 1, schedule(2, 5.0))
+    assert not settled("self_forcing.pt", "--sampler", "teacher")[1].causal
+    args, c, out = settled("headed.safetensors", "--steps", 3, "--prompt-embeds", "x", "--w-motion", 4)
+    assert args.sampler == "teacher" and out == "" and (c.steps, c.guidance) == (3, (3, 4))
+    assert_error(sample.UserError, "use --sampler teacher", settled, "headed.safetensors", "--sampler", "stream")
+
+
+def test_a_stream_that_remembers_all_ends_where_its_training_did():
+    settled("self_forcing.pt", frames=81)
+    for flags in ("--window", "99"), ("--window", "1"):
+        settled("self_forcing.pt", *flags, frames=500)
+    assert_error(sample.UserError, "81 frames, all of them; add --sink 1", settled, "self_forcing.pt", frames=82)
+    assert_error(sample.UserError, "--sampler teacher", settled, "i2v.safetensors", "--sampler", "stream")

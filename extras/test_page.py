@@ -1,0 +1,597 @@
+"""The page: who may ask what, controls, frames and recordings; in a browser too."""
+
+import contextlib
+import http.client
+import io
+import json
+import math
+import os
+import re
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+import unittest.mock
+from collections import deque
+from pathlib import Path
+from types import SimpleNamespace
+
+import imageio.v2 as imageio
+import numpy as np
+import torch
+from PIL import Image
+
+import extras.page
+import sample
+from extras import world
+from extras.page import named, recorder
+from extras.testing import HERE, assert_near, folder, quiet, seeded, slow, workplace
+from motionstream import track_features
+
+
+class Client:
+    """Speaks to the page's program as the page does; what differs is given."""
+
+    def __init__(self, address):
+        self.host, self.token = re.fullmatch(r"http://([^/]+)/([^/]+)/\n", address).groups()
+        self.open, self.seq, self.seen = http.client.HTTPConnection(self.host, timeout=10), 0, ""
+
+    def ask(self, name, body=None, path=None, **headers):
+        """Status, headers and body of an answer, on the open connection."""
+        headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.open.request("GET" if body is None else "POST", path or f"/{self.token}/{name}", body, headers)
+        answer = self.open.getresponse()
+        return answer.status, answer.headers, answer.read()
+
+    def control(self, points=(), **changes):
+        """Post a control; points are (x, y) now, and at the start and when grabbed if that is elsewhere."""
+        self.seq += 1
+        state = {"seq": self.seq, "take": 0, "chunk": 3, "pause": False, "prompt": "",
+                 "record": self.status()["record"], "points": [point * (6 // len(point)) for point in points]} | changes
+        code, _, _ = self.ask("control", json.dumps(state), Content_Type="application/json")
+        return code
+
+    def status(self):
+        return json.loads(self.ask("status")[2])
+
+    def watch(self, frames=1):
+        """See so many new frames: their numbers and what they obey."""
+        numbers, until = [], time.monotonic() + 10
+        while len(numbers) < frames:
+            assert time.monotonic() < until, "no frames come"
+            code, headers, _ = self.ask(f"frame/{self.seen}")
+            assert code == 200, code
+            if headers["Frame"] != self.seen:
+                self.seen = headers["Frame"]
+                numbers.append((int(self.seen), int(headers["Seq"])))
+        return numbers
+
+
+@contextlib.contextmanager
+def served(*flags):
+    """The program with the page, in a thread, and a client of it."""
+    _, here = workplace()
+    stop, good = [], ("--image", here / "image.png", "--weights", here / "student.safetensors", "--vae",
+                      here / "vae.safetensors", "--interactive", "--port", "0", "--fps", "100")
+    stoppable = unittest.mock.patch.object(extras.page, "hold_signals", lambda: contextlib.nullcontext(stop))
+    with quiet() as (out, err), stoppable:
+        thread = threading.Thread(target=sample.main, args=([str(word) for word in (*good, *flags)],))
+        thread.start()
+        try:
+            while "http" not in out.getvalue():
+                assert thread.is_alive(), err.getvalue()
+                time.sleep(0.01)
+            yield Client(out.getvalue().splitlines(True)[-1])
+        finally:
+            stop.append(signal.SIGINT)
+            thread.join(10)
+    assert not thread.is_alive() and not err.getvalue(), err.getvalue()
+
+
+def test_the_page_answers_only_those_who_know_its_address_and_nothing_else():
+    deep = b'{"points":' + b"[" * 30000 + b"]" * 30000 + b"}"
+    row, png = [1.0] * 6, (workplace()[1] / "image.png").read_bytes()
+    bomb = io.BytesIO()
+    Image.new("1", (9000, 9000)).save(bomb, "png")
+
+    def control(**changes):
+        state = {"seq": 1, "take": 0, "chunk": 3, "pause": True, "record": False, "prompt": "", "points": [row]}
+        return json.dumps(state | changes)
+
+    typed = {"Content_Type": "application/json"}
+    bad = [deep, b"", b"[]", b"{}", b"\xff", b"null", control(extra=1), control(seq="1"), control(seq=True),
+           control(seq=-1), control(chunk=2), control(pause=1), control(record=0), control(record="x.mp4"),
+           control(prompt="x" * 1001), control(points=[row[:5]]),
+           control(points=[row, [1]]), control(points=[["x"] * 6]), control(points=[row] * 257),
+           control(points=[[1e6] * 6]), control(points=[row[:5] + [math.nan]]), control(points=[row[:5] + [-math.inf]]),
+           control(points=[row]).replace("1.0", "1e999"), control(points=[row]).replace("1.0", "1" * 5000),
+           control(points=[[None] * 6]), control(points={"x": 1})]
+    with served() as page:
+        ours, token = page.host, page.token
+        cases = [
+            (200, {"name": ""}), (200, {"name": "status"}), (200, {"name": "frame/"}), (404, {"name": "favicon.ico"}),
+            (403, {"name": "", "path": "/"}), (403, {"name": "", "path": f"/{token[:-1]}/"}),
+            (403, {"name": "", "path": f"/{token}x/status"}),
+            (404, {"name": "../../../etc/passwd"}), (404, {"name": "%2e%2e/sample.py"}), (404, {"name": "control"}),
+            (421, {"name": "status", "Host": "evil.example"}), (421, {"name": "status", "Host": ours + ".evil"}),
+            (403, {"name": "status", "Origin": "http://evil.example"}), (403, {"name": "status", "Origin": "null"}),
+            (200, {"name": "status", "Origin": f"http://{ours}"}), (404, {"name": "status", "body": "{}"} | typed),
+            (415, {"name": "control", "body": control(), "Content_Type": "text/plain"}),
+            (415, {"name": "control", "body": control()}),
+            (413, {"name": "control", "body": b"{}", "Content_Length": "65537"} | typed),
+            (413, {"name": "control", "body": b"x", "Content_Length": "9" * 5000, "Content_Type": "image/png"}),
+            (400, {"name": "control", "body": b"", "Content_Length": "0" * 9 + "9" * 9} | typed),
+            (400, {"name": "control", "body": b"", "Content_Length": "0" * 5000} | typed),
+            (411, {"name": "control", "body": iter([b"{}"]), "Transfer_Encoding": "chunked"} | typed),
+            (411, {"name": "control", "body": b"", "Content_Length": "-1"} | typed),
+            (400, {"name": "control", "body": b"GIF89a", "Content_Type": "image/png"}),
+            (400, {"name": "control", "body": png[:50], "Content_Type": "image/png"}),
+            (413, {"name": "control", "body": bomb.getvalue(), "Content_Type": "image/png"}),
+            (200, {"name": "control", "body": png, "Content_Type": "image/png"}),
+            *((400, {"name": "control", "body": body} | typed) for body in bad),
+            (403, {"name": "control", "body": control(), "Origin": "http://evil.example"} | typed),
+            (200, {"name": "control", "body": control(), "Origin": f"http://{ours}"} | typed)]
+        for code, request in cases:
+            found, headers, body = page.ask(**request)
+            assert found == code, f"{found} instead of {code}: {str(request)[:200]}"
+            if code == 200:
+                assert "default-src 'none'" in headers["Content-Security-Policy"]
+                assert (headers["Cache-Control"], headers["X-Content-Type-Options"]) == ("no-store", "nosniff")
+        html = page.ask("")[2].decode()
+        assert "http" not in html.replace("http-equiv", "") and not re.search(r"\son\w+=|style=", html)
+        assert page.status()["seq"] == 1 and page.status()["points"] == [row]          # as the last one said, unharmed
+
+
+def test_a_page_for_all_addresses_answers_to_this_machines_own_and_to_no_other():
+    name = socket.gethostname().lower()
+    with served("--host", "0.0.0.0") as page:
+        port = page.host.rpartition(":")[2]
+        page.open = http.client.HTTPConnection(f"127.0.0.1:{port}", timeout=10)
+        for host, code in (("127.0.0.1", 200), ("localhost", 200), (name, 200), ("0.0.0.0", 200), ("evil.example", 421),
+                           (f"{name}.evil.example", 421), ("127.0.0.2", 421), ("", 421)):
+            assert page.ask("status", Host=f"{host}:{port}")[0] == code, host
+            assert page.ask("status", Host=host)[0] == 421, host            # a port that browsers do not leave out
+        assert page.ask("status", Host=f"127.0.0.1:{port}", Origin=f"http://{name}:{port}")[0] == 403
+        page.open = http.client.HTTPConnection(f"127.0.0.2:{port}", timeout=10)         # another of its addresses
+        assert page.ask("status", Host=f"127.0.0.2:{port}")[0] == 200
+    with served() as page:
+        port = page.host.rpartition(":")[2]
+        for host, code in ("127.0.0.1", 200), ("localhost", 200), (name, 421), ("0.0.0.0", 421), ("127.0.0.2", 421):
+            assert page.ask("status", Host=f"{host}:{port}")[0] == code, host
+    assert named(["a", "b"], 80) == ["a:80", "b:80", "a", "b"] and named(["a"], 8765) == ["a:8765"]
+
+
+def test_the_newest_control_wins_and_its_number_comes_with_the_frames():
+    with served() as page:
+        assert page.control([(9, 8)]) == 200 and page.watch(2)[-1][1] in (0, 1)
+        page.seq = 70
+        assert page.control([(20, 8)]) == 200                   # 71
+        page.seq = 6
+        assert page.control([(1, 1)]) == 200 and page.status()["seq"] == 71 and page.status()["points"][0][0] == 20
+        seen = page.watch(60)
+        assert [number for number, _ in seen] == sorted({number for number, _ in seen})
+        assert seen[-1][1] == 71 and [seq for _, seq in seen] == sorted(seq for _, seq in seen)
+        page.seq = 80
+        assert page.control([("20", "8")]) == 200 and page.status()["points"] == [[20.0, 8.0] * 3]     # as numbers
+        page.watch(30)
+
+
+def test_a_slow_page_skips_frames_and_delays_nobody():
+    with served() as page:
+        page.control()
+        page.watch(5)
+        slow = http.client.HTTPConnection(page.host)
+        slow.request("GET", f"/{page.token}/frame/")            # and never reads the answer
+        begun = time.monotonic()
+        seen = page.watch(60)
+        assert time.monotonic() - begun < 5 and seen[-1][0] - seen[0][0] < 80
+        answer = slow.getresponse()
+        assert answer.read() and int(answer.headers["Frame"]) < seen[0][0]
+        slow.request("GET", f"/{page.token}/frame/{answer.headers['Frame']}")
+        assert int(slow.getresponse().headers["Frame"]) >= seen[-1][0]
+
+
+def test_a_crowd_of_viewers_or_connections_is_turned_away():
+    with served() as page:
+        last, watch = page.ask("frame/")[1]["Frame"], "GET /{}/frame/{} HTTP/1.1\r\nHost: {}\r\n\r\n"
+        time.sleep(0.1)
+        before, crowd = threading.active_count(), []
+        for number in range(80):                    # half of them wait for a frame, which does not come: it is paused
+            crowd.append(socket.create_connection(page.host.split(":")))
+            if number % 2:
+                crowd[-1].sendall(watch.format(page.token, last, page.host).encode())
+            time.sleep(0.01)                        # else it queues for seconds, and the first time out
+        time.sleep(0.2)
+        gone = [one for one in select.select(crowd, [], [], 0)[0] if not one.recv(1)]       # they have been closed
+        assert threading.active_count() <= 65 and 80 - 64 <= len(gone) < 60, (threading.active_count(), len(gone))
+        assert page.status()["take"] == 0                           # who is there stays
+        for connection in crowd:
+            connection.close()
+        until = time.monotonic() + 4                                # a viewer waits for a second
+        while threading.active_count() > before and time.monotonic() < until:
+            time.sleep(0.05)
+        assert threading.active_count() <= before and page.status()["take"] == 0
+
+
+def test_nothing_is_made_while_paused_or_while_nobody_watches():
+    with served() as page:
+        assert page.status()["pause"] and page.status()["frame"] < 2 and page.ask("frame/")[1]["Frame"] in "01"
+        page.control()
+        page.watch(30)
+        page.control(pause=True)
+        time.sleep(0.2)
+        first = page.status()["frame"]
+        time.sleep(0.3)
+        assert page.status()["frame"] == first
+        page.control()
+        assert page.watch(20)[-1][0] >= first + 20              # not one was left out
+        time.sleep(2.4)                                         # nobody watches any more
+        first = page.status()["frame"]
+        time.sleep(0.3)
+        assert page.status()["frame"] == first
+
+
+def test_points_reach_the_track_head_on_lines_that_end_where_they_are_now():
+    calls = []
+
+    def seen(model, tracks, visible, ids, copied):
+        calls.append((tracks[0].numpy(), visible.all().item(), ids[0].tolist()))
+        return track_features(model, tracks, visible, ids)
+
+    start, far = (9.0, 12.0), (30.0, 20.0)                      # in the image, 48x40; the video is its middle, 48x32
+    with unittest.mock.patch.object(sample, "track_features", seen), served("--fps", "40") as page:
+        page.control([start])
+        page.watch(12)
+        page.control([(*far, *start, *start), (24.0, 30.0, 2.5, 20.0, 20.0, 30.0)])
+        page.watch(24)
+    assert all(visible for _, visible, _ in calls) and [len(tracks) for tracks, _, _ in calls[:3]] == [9, 12, 12]
+    assert np.allclose(calls[0][0], np.subtract(start, (0, 4)))
+    moved = next(i for i, call in enumerate(calls) if call[0].shape[1] == 2)
+    tracks, _, ids = calls[moved]
+    weight = (np.arange(12) + 1)[:, None] / 12
+    assert np.allclose(tracks[:, 0], start + weight * np.subtract(far, start) - (0, 4), atol=1e-4)
+    assert np.allclose(tracks[:, 1], (20, 26) + weight * (4, 0), atol=1e-4)             # from where it was grabbed
+    assert ids == [(8 << 16) + 9, (16 << 16) + 2]               # the pixels of frame 0
+    assert np.allclose(calls[moved + 1][0], [np.subtract(far, (0, 4)), (24, 26)])       # and there they stay
+
+
+def test_a_restart_with_another_chunk_is_not_lost_while_a_take_begins():
+    real, lengths = extras.page.to_frames, []
+
+    def slow(video):                                            # the first take begins; the page is quicker
+        time.sleep(0.3)
+        return real(video)
+
+    def seen(model, tracks, visible, ids, copied):
+        lengths.append(tracks.shape[1])
+        return track_features(model, tracks, visible, ids)
+
+    head = unittest.mock.patch.object(sample, "track_features", seen)
+    with unittest.mock.patch.object(extras.page, "to_frames", slow), head, served() as page:
+        page.control(take=1, chunk=1)
+        page.watch(8)
+    assert lengths[:3] == [1, 4, 4], lengths
+
+
+def frames_of(path):
+    """All frames of a video, (T, H, W, 3)."""
+    return np.stack(imageio.mimread(path, memtest=False))
+
+
+@slow
+def test_how_soon_a_drag_is_answered_and_that_memory_stays():
+    """Shipped weights at 24 frames per second, two viewers that stall, 50 drags at random times for either chunk."""
+    for chunk, most in (3, 2.0), (1, 1.0):
+        flags = "--image", HERE / "assets/drag.png", "--interactive", "--port", "0", "--fps", "24"
+        program = subprocess.Popen([sys.executable, HERE / "sample.py", *flags], stdout=subprocess.PIPE, text=True)
+        try:
+            page, rng = Client(next(line for line in program.stdout if line.startswith("http"))), seeded()
+            answers, starts, sizes = [], [], []
+            stalled = [http.client.HTTPConnection(page.host) for _ in range(2)]
+            for viewer in stalled:
+                viewer.request("GET", f"/{page.token}/frame/")
+            page.control([(115, 256)], take=1, chunk=chunk)
+            page.watch(48)
+            for _ in range(50):
+                point = (*(60 + 260 * torch.rand(2, generator=rng)).tolist(), 115, 256, 115, 256)
+                page.control([point], take=1, chunk=chunk)
+                begun = time.monotonic()
+                while page.watch()[0][1] < page.seq:
+                    pass
+                answers.append(time.monotonic() - begun)
+                starts.append(page.status()["latency"])
+                page.watch(int(torch.randint(2, 36, (), generator=rng)))
+                resident = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{program.pid}/status").read_text())
+                sizes.append(int(resident[1]) / 1e3)
+        finally:
+            program.kill()
+            program.stdout.close()
+        for what, times in ("drag to its first frame", answers), ("chunk's start to its first picture", starts):
+            print(f"chunk {chunk}, {what}: median {np.median(times):.3f} s, worst {max(times):.3f} s")
+        print(f"memory {sizes[0]:.0f} to {sizes[-1]:.0f} MB")
+        assert max(answers) < most and sizes[-1] < sizes[5] + 40
+
+
+def test_ctrl_c_ends_within_two_seconds_and_the_recording_is_whole():
+    seconds = []
+    while not seconds or seconds[-1] >= 2 and len(seconds) < 3:         # beside other jobs it may take longer
+        seconds.append(interrupted())
+    assert seconds[-1] < 2, seconds
+
+
+def interrupted():
+    """Seconds from Ctrl-C to the end of the program."""
+    with folder() as here:
+        flags = "--image", HERE / "assets/drag.png", "--interactive", "--port", "0", "--out", here / "out.mp4"
+        program = subprocess.Popen([sys.executable, HERE / "sample.py", *flags], stdout=subprocess.PIPE, text=True)
+        try:
+            page = Client(next(line for line in program.stdout if line.startswith("http")))
+            page.control([(115, 256)])
+            page.watch(20)
+            begun = time.monotonic()
+            program.send_signal(signal.SIGINT)
+            assert program.wait(20) == 0
+            took = time.monotonic() - begun
+        finally:
+            program.kill()
+            program.stdout.close()
+        assert int(page.seen) - 1 <= len(frames_of(here / "out.mp4"))      # 1 is the image
+        return took
+
+
+def appearing(path, seconds=10):
+    """The frames of a video that is soon whole."""
+    until = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < until, f"no {path.name} after {seconds} s"
+        time.sleep(0.02)
+    return frames_of(path)
+
+
+def recorded(page, on, frames, **changes):
+    """Record or not from now on, while so many frames are seen: the status in the end."""
+    page.control([(9, 8)], record=on, **changes)
+    page.watch(frames)
+    return page.status()
+
+
+def until_recorded(page, name, **changes):
+    """Record until the page says that half a second is in the file called `name`."""
+    for _ in range(50):
+        said = recorded(page, True, 4, **changes)["recorded"]
+        if said.startswith(f"{name}.mp4, ") and float(said.split()[1]) >= 0.5:
+            return
+    raise AssertionError(said)
+
+
+def test_the_page_records_what_is_seen_when_it_asks_into_files_that_are_not_there():
+    with folder() as mine, unittest.mock.patch.object(extras.page, "RECORDING", mine / "recording.mp4"):
+        (mine / "recording.mp4").write_text("mine")
+        (mine / "recording-3.mp4").write_text("mine, too")
+        with served("--seed", "3") as page:
+            before = recorded(page, False, 30)
+            assert not before["record"] and before["recorded"] == "" and len(list(mine.iterdir())) == 2
+            begun = int(page.seen)
+            status = recorded(page, True, 40)
+            assert status["record"] and re.fullmatch(r"recording-2\.mp4, 0\.[2-9] s", status["recorded"]), status
+            assert not (mine / "recording-2.mp4").exists()
+            page.control([(9, 8)], record=False, pause=True)    # it ends in a pause as well
+            assert 40 <= len(appearing(mine / "recording-2.mp4")) <= int(page.status()["frame"]) - begun + 14
+            until_recorded(page, "recording-4", take=1)         # another take, recorded from its image on
+            until_recorded(page, "recording-5", take=2)         # and another one
+            status = recorded(page, False, 30, take=2)
+            assert status["recorded"].startswith("recording-5.mp4, ") and not status["record"], status
+            until_recorded(page, "recording-6", take=2)         # recorded when the program ends
+        names = {file.name for file in mine.iterdir()}
+        assert names == {f"recording{i}.mp4" for i in ("", "-2", "-3", "-4", "-5", "-6")}, names
+        assert [(mine / f"recording{i}.mp4").read_text() for i in ("", "-3")] == ["mine", "mine, too"]
+        assert len(frames_of(mine / "recording-4.mp4")) >= 9 and len(frames_of(mine / "recording-5.mp4")) >= 9
+        assert len(frames_of(mine / "recording-6.mp4")) >= 9
+
+
+def test_a_recording_begun_later_is_a_whole_video_beside_the_first():
+    with folder() as mine:
+        with served("--out", mine / "x.mp4") as page:
+            assert recorded(page, True, 30)["record"] and not recorded(page, False, 20)["record"]
+            recorded(page, True, 20)
+        assert {file.name for file in mine.iterdir()} == {"x.mp4", "x-2.mp4"}
+        one, two = (frames_of(mine / f"{name}.mp4") for name in ("x", "x-2"))
+        assert 28 <= len(one) < 90 and 19 <= len(two) < 90, (len(one), len(two))
+
+
+def test_a_recording_has_each_frame_seen_while_it_is_on_and_keeps_nothing_else():
+    seen = deque()
+    with folder() as mine, quiet():
+        (mine / "x.mp4").write_text("of an earlier take, which a recording begun in mid-take is not to replace")
+        live = SimpleNamespace(queues=((), seen), status={"fps": 10, "recorded": ""}, out=mine / "x.mp4")
+        with recorder(live, mine / "x.mp4") as record:
+            for i in range(50):
+                seen.append(np.full((64, 64, 3), 5 * i, np.uint8))
+                record(i in range(20, 30) or i > 44)
+                assert not seen
+            with unittest.mock.patch.object(os, "access", lambda *_: False):
+                record(False), seen.append(np.zeros((64, 64, 3), np.uint8)), record(True)
+                assert not seen and "not writable" in live.status["recorded"]
+        assert (mine / "x.mp4").read_text().startswith("of an earlier")
+        for name, numbers in ("x-2", range(20, 31)), ("x-3", range(45, 50)):       # 30: before it was turned off
+            frames = frames_of(mine / f"{name}.mp4")
+            assert frames.shape[1:] == (256, 256, 3)
+            assert_near(torch.from_numpy(frames).float().mean((1, 2, 3)), 5.0 * torch.tensor([*numbers]), 0.02)
+
+
+class Browser:
+    """A headless Chromium, spoken to through a pipe (its DevTools protocol)."""
+
+    def __init__(self, here, program, width):
+        (ours, theirs), (answers, write) = os.pipe(), os.pipe()
+        flags = ("--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", f"--user-data-dir={here}")
+        line = f'exec "$0" "$@" 3<&{ours} 4>&{write}'           # it reads from 3 and writes to 4
+        self.process = subprocess.Popen(["bash", "-c", line, program, *flags, "about:blank"], pass_fds=(ours, write),
+                                        stderr=subprocess.DEVNULL)
+        os.close(ours), os.close(write)
+        self.out, self.into, self.count, self.rest, self.session = theirs, answers, 0, b"", {}
+        target = next(t for t in self("Target.getTargets")["targetInfos"] if t["type"] == "page")["targetId"]
+        self.session = {"sessionId": self("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        self("Emulation.setDeviceMetricsOverride", width=width, height=860, deviceScaleFactor=1, mobile=width < 600)
+
+    def __call__(self, method, **params):
+        self.count += 1
+        message = {"id": self.count, "method": method, "params": params} | self.session
+        os.write(self.out, json.dumps(message).encode() + b"\0")
+        while True:
+            while b"\0" not in self.rest:
+                self.rest += os.read(self.into, 2 ** 20)
+            message, self.rest = self.rest.split(b"\0", 1)
+            message = json.loads(message)
+            if message.get("id") == self.count:
+                return message["result"]
+
+    def run(self, script):
+        answer = self("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def until(self, script, seconds=10):
+        end = time.monotonic() + seconds
+        while not self.run(script):
+            assert time.monotonic() < end, f"never true: {script}"
+            time.sleep(0.05)
+
+    def drag(self, begin, end, steps=12):
+        """With the mouse, between two places that are fractions of the picture."""
+        left, top, width, height = self.run("(b => [b.x, b.y, b.width, b.height])(marks.getBoundingClientRect())")
+        way = np.linspace(begin, end, steps) * (width, height) + (left, top)
+        for kind, (x, y) in [("Pressed", way[0]), *(("Moved", at) for at in way), ("Released", way[-1])]:
+            self("Input.dispatchMouseEvent", type=f"mouse{kind}", x=x, y=y, button="left", buttons=1, clickCount=1)
+            time.sleep(0.05)
+
+
+LIME = """(() => { const [c, p] = [document.getElementById('video'), document.getElementById('video').getContext('2d')];
+  const d = p.getImageData(0, 0, c.width, c.height).data; let [n, x, y] = [0, 0, 0];
+  for (let i = 0; i < d.length; i += 4) if (d[i + 1] > 140 && d[i + 2] < 90) {
+    n++; x += i / 4 % c.width / c.width; y += Math.floor(i / 4 / c.width) / c.height; }
+  return [n, x / n, y / n]; })()"""     # how much lime there is in the picture, and where
+
+
+HUE = """(target => { const c = document.getElementById('video'), p = c.getContext('2d');
+  const d = p.getImageData(0, 0, c.width, c.height).data, chroma = v => v.map(a => a - (v[0] + v[1] + v[2]) / 3);
+  const hue = chroma(target), norm = v => Math.hypot(...v); let [n, x, y] = [0, 0, 0];
+  for (let i = 0; i < d.length; i += 4) {
+    const v = chroma([d[i], d[i + 1], d[i + 2]].map(a => a / 255)), near = hue.reduce((sum, a, k) => sum + a * v[k], 0);
+    const w = near > 0.8 * norm(v) * norm(hue) ? Math.max(norm(v) - 0.15, 0) : 0;
+    n += w; x += w * (i / 4 % c.width) / c.width; y += w * Math.floor(i / 4 / c.width) / c.height; }
+  return [n, x / n, y / n]; })"""       # how much of a colour's hue there is in the picture, and where
+
+
+@contextlib.contextmanager
+def browsing(page, width=1280):
+    program = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
+    if program is None:
+        raise unittest.SkipTest("NO BROWSER: the page was not tried; apt-get install chromium-headless-shell")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as here:
+        browser = Browser(here, program, width)
+        try:
+            browser("Page.navigate", url=f"http://{page.host}/{page.token}/")
+            browser.until("typeof view === 'object' && view !== null && seen !== ''")
+            yield browser
+        finally:
+            browser.process.kill()
+            browser.process.wait()
+
+
+def test_in_a_browser_one_object_goes_its_way_while_another_is_pinned():
+    scene = world.new_scenes(1, 1, seeded(3), objects=2, camera=False, attributes=(0, 0), flat=True, style="simple")
+    scene["position"][0, :2, 0], scene["radius"][:] = torch.tensor([[0.3, 0.35], [0.7, 0.7]]), 0.13
+    red, blue = colours = [colour.tolist() for colour in scene["colour"][0, :2]]
+    with folder() as here:
+        Image.fromarray(sample.to_frames(world.render(scene, 384))[0]).save(here / "two.png")
+        flags = ("--image", here / "two.png", "--weights", HERE / "assets/tiny.safetensors",
+                 "--vae", HERE / "assets/tiny_vae.safetensors", "--fps", "24")
+        with served(*flags) as page, browsing(page) as browser:
+            def where(colour):
+                return browser.run(f"{HUE}({colour})")
+
+            begin = [where(colour) for colour in colours]
+            assert math.dist(begin[0][1:], (0.3, 0.35)) < 0.04 and math.dist(begin[1][1:], (0.7, 0.7)) < 0.04, begin
+            browser.run("actions.pin()")
+            browser.drag((0.7, 0.7), (0.7, 0.7), 2)
+            browser.run("actions.drag()")
+            browser.drag((0.3, 0.35), (0.6, 0.35))                  # 30 % to the right
+            time.sleep(2)
+            moved, stayed = where(red), where(blue)
+            assert math.dist(moved[1:], (0.6, 0.35)) < 0.1 and moved[0] > begin[0][0] / 3, (begin, moved)
+            assert math.dist(stayed[1:], (0.7, 0.7)) < 0.06 and stayed[0] > begin[1][0] / 3, (begin, stayed)
+            assert sorted(group["kind"] for group in browser.run("groups")) == ["drag", "pin"]
+            browser.run("actions.clear(), actions.pin()")
+            browser.drag((0.7, 0.7), (0.7, 0.7), 2)
+            browser.run("actions.path()")
+            browser.drag((0.6, 0.35), (0.25, 0.35))                 # drawn now, gone along when it is played
+            time.sleep(1)
+            assert math.dist(where(red)[1:], moved[1:]) < 0.1
+            browser.run("actions.play()")
+            time.sleep(3)
+            moved, stayed = where(red), where(blue)
+            assert math.dist(moved[1:], (0.25, 0.35)) < 0.1 and moved[0] > begin[0][0] / 3, moved
+            assert math.dist(stayed[1:], (0.7, 0.7)) < 0.06, stayed
+
+
+def test_in_a_browser_a_dragged_object_moves_again_and_again():
+    flags = ("--image", HERE / "assets/drag.png", "--weights", HERE / "assets/tiny.safetensors",
+             "--vae", HERE / "assets/tiny_vae.safetensors", "--fps", "24")
+    with served(*flags) as page, browsing(page) as browser:
+        mass, x, y = browser.run(LIME)
+        assert abs(x - 0.3) < 0.05 and abs(y - 0.667) < 0.05, (x, y)
+        for goal in (0.6, 0.55), (0.35, 0.35):                  # the second one takes hold of what has moved
+            begin = browser.run("groups.length ? groups[0].points[0].p : [0.3, 0.667]")
+            browser.drag(begin, goal)
+            time.sleep(2)
+            now, x, y = browser.run(LIME)
+            assert math.dist((x, y), goal) < 0.12 and now > mass / 3, (goal, x, y, now, mass)
+        browser.run("actions.pause()")
+        browser.until("!dirty && !sending")
+        time.sleep(0.3)
+        first = page.status()
+        assert first["pause"] and len(first["points"]) == 1
+        browser.run("$('prompt').value = 'fading light', $('prompt').onchange({target: $('prompt')}), actions.pause()")
+        browser.until(f"+seen > {first['frame'] + 12}")
+        assert page.status()["prompt"] == "fading light"
+        browser.run("actions.camera(), moveCamera(0.1, 0)")
+        browser.until("!dirty && !sending")
+        assert 40 < len(page.status()["points"]) <= 65
+        browser("Page.reload")
+        browser.until("typeof view === 'object' && view !== null && groups.length === 1")
+        with browsing(page, 390) as other:                      # a second one, on a phone
+            assert other.run("document.documentElement.scrollWidth") == 390
+            other.run("actions.restart()")
+            other.until("!dirty && !sending")
+            assert page.status()["take"] == 1
+
+
+def test_in_a_browser_a_button_and_a_key_record_and_the_page_says_into_what():
+    with folder() as mine, unittest.mock.patch.object(extras.page, "RECORDING", mine / "recording.mp4"), served() as page, \
+            browsing(page, 390) as browser:
+        pressed = "$('record').getAttribute('aria-pressed')"
+        assert browser.run(pressed) == "false" and browser.run("$('recorded').textContent") == ""
+        browser.run("actions.pause()")
+        browser.run("$('record').click()")
+        browser.until("/^● recording[.]mp4, [0-9.]+ s$/.test($('recorded').textContent)")
+        assert browser.run(pressed) == "true" and page.status()["record"]
+        for kind in "keyDown", "keyUp":
+            browser("Input.dispatchKeyEvent", type=kind, key="v")
+        browser.until("/^recording[.]mp4, [0-9.]+ s$/.test($('recorded').textContent)")
+        assert browser.run(pressed) == "false" and len(appearing(mine / "recording.mp4")) > 5
+        assert browser.run("document.documentElement.scrollWidth") == 390
+        browser.run("$('prompt').focus()")
+        for kind in "keyDown", "keyUp":
+            browser("Input.dispatchKeyEvent", type=kind, key="v", text="v")
+        time.sleep(0.3)
+        assert "v" in browser.run("$('prompt').value") and browser.run(pressed) == "false"      # a letter of the prompt
+        page.seq = page.status()["seq"]
+        page.control([(9, 8)], record=True)
+        browser.until(f"{pressed} === 'true'")                  # another page did it

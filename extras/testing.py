@@ -1,0 +1,436 @@
+"""What the tests share: small models with random parameters, a user's folder, catching output."""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import io
+import json
+import os
+import re
+import signal
+import sys
+import tempfile
+import unittest
+import unittest.mock
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait awake slow each other down on shared cores
+
+import imageio.v2 as imageio
+import numpy as np
+import torch
+import torch.nn as nn
+from PIL import Image
+from safetensors.torch import save_file
+
+import sample
+import train_distill as td
+from extras import evaluate
+from motionstream import PRESETS, MotionStream
+from vae import TinyVAE, TinyVAEConfig, WanVAEConfig
+
+HERE = Path(__file__).resolve().parents[1]
+
+# Head dimension 20: RoPE splits it 8 / 6 / 6, unequal as in Wan's 44 / 42 / 42.
+SMALL = replace(PRESETS["tiny"], dim=40, ffn_dim=80, num_heads=2, num_layers=2, in_dim=12, out_dim=4, track_dim=8,
+                text_dim=12, text_len=5, size=(32, 48), causal=True, tracks="start", guidance=(1.0, 1.5))
+SMALL_VAE = TinyVAEConfig(latent_channels=4, patch=4, pad="front", stem=8, encoder=((12, 1, 4, 2),),
+                          decoder=((12, 2, 4, 2), (8, 1, 1, 1)), tail=8)
+TAEW21, TAEW22 = TinyVAEConfig(), TinyVAEConfig(latent_channels=48, patch=2)
+
+
+def slow(test):
+    """Only run with --slow. SkipTest is what pytest understands too."""
+    @functools.wraps(test)
+    def maybe():
+        if "--slow" not in sys.argv:
+            raise unittest.SkipTest("slow, run with --slow")
+        test()
+    return maybe
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def rand(*shape, seed=0):
+    return torch.randn(shape, generator=seeded(seed))
+
+
+def randomised(module, seed=0):
+    """Every parameter at random, in eval mode."""
+    rng = seeded(seed)
+    for name, p in module.named_parameters():
+        matrix = p.ndim > 1 and "modulation" not in name
+        p.data = torch.randn(p.shape, generator=rng) * (p[0].numel() ** -0.5 if matrix else 0.3)
+        p.data += "norm" in name and name.endswith("weight")
+    return module.eval().requires_grad_(False)
+
+
+def new_model(seed=0, **overrides):
+    return randomised(MotionStream(replace(SMALL, **overrides)), seed)
+
+
+def new_vae(config=SMALL_VAE):
+    return randomised(TinyVAE(config))
+
+
+@contextlib.contextmanager
+def small_scenes():
+    """What is drawn has 32 pixels per side in here."""
+    with unittest.mock.patch.object(td, "SIZE", 32), unittest.mock.patch.object(evaluate, "SIZE", 32):
+        yield
+
+
+def clip_of(frames, c=SMALL, seed=1):
+    """Noise, conditions and first latent of two clips."""
+    h, w = (side // c.stride for side in c.size)
+    text, tracks = rand(2, 3, c.text_dim, seed=seed), rand(2, c.track_dim, frames, h, w, seed=seed + 1)
+    noise, first = rand(2, c.out_dim, frames, h, w, seed=seed + 2), rand(2, c.out_dim, 1, h, w, seed=seed + 3)
+    return noise, {"text": text, "tracks": tracks}, first
+
+
+def assert_near(a, b, tolerance):
+    assert a.shape == b.shape, f"{tuple(a.shape)} is not {tuple(b.shape)}"
+    error = ((a - b).abs().max() / b.abs().max()).item()
+    assert error <= tolerance, f"relative error {error:.1e}, at most {tolerance:.0e}"
+
+
+def assert_error(kind, text, call, *args, **kwargs):
+    """call(…) raises `kind` and one line that holds `text`."""
+    try:
+        call(*args, **kwargs)
+    except kind as e:
+        assert text in f"{e}\n" and "\n" not in str(e).strip(), f"no line with {text!r}: {e}"
+    else:
+        raise AssertionError(f"nothing was raised; expected {kind.__name__} with {text!r}")
+
+
+@contextlib.contextmanager
+def folder():
+    with tempfile.TemporaryDirectory() as path:
+        yield Path(path)
+
+
+@contextlib.contextmanager
+def quiet():
+    """Catch what is printed, and put the signal handlers back."""
+    handlers = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+            yield out, err
+    finally:
+        for number, handler in handlers:
+            signal.signal(number, handler)
+
+
+def new_tracks(frames, count, batch=2):
+    """Tracks on 48 x 32 pixels, some of which leave the picture, with pauses, and IDs."""
+    tracks = torch.tensor([48, 32]) * (0.5 + 0.4 * rand(batch, frames, count, 2))
+    ids = torch.randint(0, 2 ** 32, (batch, count), generator=seeded())
+    return tracks, rand(batch, frames, count, seed=1) > -0.8, ids
+
+
+def saved(path, model, change=None, dtype=None, **meta):
+    """Write the model's weights; `change` edits the dict of tensors, `meta` the metadata."""
+    tensors = {name: t.to(dtype or t.dtype).contiguous() for name, t in model.state_dict().items()}
+    if change:
+        change(tensors)
+    own = (model.metadata() if isinstance(model, TinyVAE) else
+           {"format": "motionstream", "config": json.dumps(asdict(model.config))})
+    save_file(tensors, path, {**own, **meta})
+    return path
+
+
+# Public weights. Small models, but with Wan's heads of 128 channels, whose RoPE splits 44 / 42 / 42.
+WAN = replace(PRESETS["wan2.1-1.3b"], dim=256, ffn_dim=320, num_heads=2, num_layers=2, text_dim=24)
+FAMILIES = {                                    # and what they want of the image: nothing, its latent, a mask before it
+    "Wan 2.1 T2V": (WAN, "nothing"),
+    "Wan 2.1 I2V, Fun-InP": (replace(WAN, in_dim=36, clip_dim=40), "mask"),
+    "Wan 2.1 Fun-Control": (replace(WAN, in_dim=48, track_dim=16, clip_dim=40), "latent"),
+    "Wan 2.2 I2V A14B, one expert": (replace(WAN, in_dim=36), "mask"),
+    "Wan 2.2 Fun-Control A14B, one expert": (replace(WAN, in_dim=52, track_dim=16), "mask"),
+    "Wan 2.2 TI2V 5B": (replace(WAN, in_dim=48, out_dim=48, stride=16, size=(704, 1280), fps=24), "nothing"),
+    "Wan 2.2 Fun-Control 5B": (replace(WAN, in_dim=148, out_dim=48, track_dim=48, stride=16, size=(704, 1280), fps=24),
+                               "mask"),
+}
+
+
+@functools.cache
+def public(family="Wan 2.1 T2V"):
+    """{name: tensor} of a random model in Wan's layout, of sizes at which float32 agrees to the last digits."""
+    tensors, rng = {}, seeded()
+    for name, t in MotionStream(FAMILIES[family][0]).state_dict().items():
+        if name.startswith("track_head"):
+            continue
+        fan_in = t.shape[-1] if "modulation" in name else t[0].numel()
+        tensors[name] = torch.randn(t.shape, generator=rng) * (fan_in ** -0.5 if t.ndim > 1 else 0.02)
+        if t.ndim == 1 and name.endswith("weight"):             # of a norm
+            tensors[name] = 1 + 5 * tensors[name]
+    return tensors
+
+
+def in_diffusers_layout(tensors):
+    """The same tensors under the names of Diffusers' WanTransformer3DModel."""
+    attention = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k",
+                 "k_img": "add_k_proj", "v_img": "add_v_proj", "norm_k_img": "norm_added_k"}
+    names = {"patch_embedding": "patch_embedding", "head.head": "proj_out", "head.modulation": "scale_shift_table",
+             "time_projection.1": "condition_embedder.time_proj"}
+    for part in "text", "time":
+        for i, n in (0, 1), (2, 2):
+            names[f"{part}_embedding.{i}"] = f"condition_embedder.{part}_embedder.linear_{n}"
+    for i, name in (0, "norm1"), (1, "ff.net.0.proj"), (3, "ff.net.2"), (4, "norm2"):
+        names[f"img_emb.proj.{i}"] = f"condition_embedder.image_embedder.{name}"
+    for i in range(WAN.num_layers):
+        block = {"modulation": "scale_shift_table", "norm3": "norm2", "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2"}
+        for ours, theirs in ("self_attn", "attn1"), ("cross_attn", "attn2"):
+            block |= {f"{ours}.{name}": f"{theirs}.{other}" for name, other in attention.items()}
+        names |= {f"blocks.{i}.{name}": f"blocks.{i}.{other}" for name, other in block.items()}
+    ends = "", ".weight", ".bias"
+    names = {name + end: other + end for name, other in names.items() for end in ends}
+    return {names[name]: t for name, t in tensors.items()}
+
+
+def diffusers_config(c):
+    return {"patch_size": [1, 2, 2], "num_attention_heads": c.num_heads, "attention_head_dim": c.dim // c.num_heads,
+            "in_channels": c.in_dim, "out_channels": c.out_dim, "text_dim": c.text_dim, "freq_dim": c.freq_dim,
+            "ffn_dim": c.ffn_dim, "num_layers": c.num_layers, "cross_attn_norm": True, "eps": c.eps,
+            "qk_norm": "rms_norm_across_heads", "image_dim": c.clip_dim or None,
+            "added_kv_proj_dim": c.dim if c.clip_dim else None}
+
+
+def write_layout(here, family, layout):
+    """Weights as the public repositories have them; returns the folder to load."""
+    c, tensors = FAMILIES[family][0], public(family)
+    if layout == "Wan":
+        save_file(tensors, here / "diffusion_pytorch_model.safetensors")
+        stored = "dim", "eps", "ffn_dim", "freq_dim", "in_dim", "num_heads", "num_layers", "out_dim", "text_len"
+        (here / "config.json").write_text(json.dumps({name: getattr(c, name) for name in stored}))
+        return here
+    (here / "transformer").mkdir()
+    unused = {f"blocks.{i}.attn2.norm_added_q.weight": torch.zeros(c.dim) for i in range(2)} if c.clip_dim else {}
+    save_file(in_diffusers_layout(tensors) | unused, here / "transformer/diffusion_pytorch_model.safetensors")
+    (here / "transformer/config.json").write_text(json.dumps(diffusers_config(c)))
+    return here
+
+
+def same_tensors(model, tensors):
+    """Are the model's parameters, but for the track head's, these?"""
+    ours = {name: t for name, t in model.state_dict().items() if not name.startswith("track_head")}
+    return ours.keys() == tensors.keys() and all(t.equal(tensors[name].to(t.dtype)) for name, t in ours.items())
+
+
+# The VAE of Wan, small.
+WAN21, WAN22 = WanVAEConfig(16, 8, 8), WanVAEConfig(48, 8, 12, residual=True)
+
+
+def wan_video(vae, frames, seed=0):
+    return rand(1, 3, frames, 2 * vae.stride, 3 * vae.stride, seed=seed).clamp(-1, 1)
+
+
+def before_distillation(here):
+    """Weights of the stages before it, of a small model for small_scenes."""
+    fits = {"size": (32, 32), "text_dim": 64, "in_dim": 32, "out_dim": 16, "track_dim": 16}
+    saved(here / "vae.safetensors", new_vae(replace(SMALL_VAE, latent_channels=16)))
+    for name in "teacher", "causal":
+        saved(here / f"{name}.safetensors", new_model(causal=name == "causal", **fits))
+
+
+def same(a, b):
+    return all(p.equal(b[name]) for name, p in a.items())
+
+
+class Perceptual(nn.Module):
+    """Stands for lpips.LPIPS: the mean square of the difference, plus one, as (B, 1, 1, 1)."""
+
+    def __init__(self, net, verbose):
+        assert net in ("alex", "vgg") and not verbose
+        super().__init__()
+
+    def forward(self, a, b):
+        return 1 + (a - b).square().mean((1, 2, 3), keepdim=True)
+
+
+@contextlib.contextmanager
+def having_lpips(module):
+    """`import lpips` gives this in here; None: there is no such package. (patch.dict would forget all modules that are
+    imported inside.)"""
+    before = sys.modules.get("lpips")
+    sys.modules["lpips"] = module
+    try:
+        yield
+    finally:
+        sys.modules["lpips"] = before
+        if before is None:
+            del sys.modules["lpips"]
+
+
+def with_transformers(test):
+    """The test, which skips where that package or ftfy is missing."""
+    @functools.wraps(test)
+    def run():
+        for name in "ftfy", "tokenizers", "transformers":
+            if not importlib.util.find_spec(name):
+                raise unittest.SkipTest(f"{name.upper()} IS NOT INSTALLED, nothing was encoded")
+        import transformers
+        transformers.utils.logging.disable_progress_bar()
+        test()
+    return run
+
+
+def small_encoders(here, width=64):
+    """The encoders of a -Diffusers repository in small, with random parameters, as files; returns (UMT5, CLIP)."""
+    import tokenizers
+    import transformers
+    words = {word: i for i, word in enumerate("<pad> </s> <unk> a small red cat & dog runs".split())}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>",
+                                         unk_token="<unk>").save_pretrained(here / "tokenizer")
+    umt5 = randomised(transformers.UMT5EncoderModel(transformers.UMT5Config(
+        vocab_size=100, d_model=width, d_kv=16, d_ff=160, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu",
+        dropout_rate=0.0))).bfloat16()
+    clip = randomised(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=224,
+        patch_size=14)))
+    umt5.save_pretrained(here / "text_encoder")
+    clip.save_pretrained(here / "image_encoder")
+    return umt5, clip
+
+
+@functools.cache
+def ramp_video(blue, frames):
+    """The bytes of a video of 64x48 pixels."""
+    ramp = np.mgrid[:frames, :48, :64].sum(0)[..., None] * [2, 3, 1 + blue] % 256
+    with folder() as here:
+        imageio.mimwrite(here / "x.mp4", ramp.astype(np.uint8), fps=16, macro_block_size=2)
+        return (here / "x.mp4").read_bytes()
+
+
+def own_clips(here, names=("a", "sub/b", "c"), frames=45):
+    """A folder of clips as users have it: videos of 64x48 pixels, tracks, some of them hidden, and texts."""
+    for i, name in enumerate(names):
+        path = here / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Path(f"{path}.mp4").write_bytes(ramp_video(i % 3, frames))
+        tracks = rand(frames, 4 + i, 2, seed=i).numpy() * 6 + (32, 20)
+        tracks[:, 0] = (10, 1)                                      # is cropped away
+        np.savez(f"{path}.npz", tracks=tracks.astype(np.float32), visibility=rand(frames, 4 + i, seed=i).numpy() > 0)
+        Path(f"{path}.txt").write_text("fading light")
+    return here
+
+
+def own_flags(here, data, *more):
+    """Flags of a training of small models on the clips in `data`."""
+    start = saved(here / "start.safetensors", new_model(causal=False))
+    vae = saved(here / "encoder.safetensors", new_vae())
+    return ["--smoke", "--data", str(data), "--weights", str(start), "--vae", str(vae), "--out",
+            str(here / "runs" / "out"), *more]
+
+
+def sampled(*argv):
+    """Exit code, stdout and stderr of sample.py, run in this process."""
+    with quiet() as (out, err):
+        code = sample.main([str(word) for word in argv])
+    return code, out.getvalue(), err.getvalue()
+
+
+@functools.cache
+def workplace():
+    """A folder with small random models, an image and tracks, kept until the process ends."""
+    here = tempfile.TemporaryDirectory()
+    path = Path(here.name)
+    saved(path / "student.safetensors", new_model(), dtype=torch.float16)
+    saved(path / "teacher.safetensors", new_model(causal=False, steps=2), dtype=torch.float16)
+    saved(path / "vae.safetensors", new_vae(), dtype=torch.float16)
+    Image.fromarray((rand(40, 48, 3).numpy() * 60 + 128).clip(0, 255).astype(np.uint8)).save(path / "image.png")
+    t = np.linspace(0, 1, 14)[:, None]
+    np.save(path / "tracks.npy", np.stack([8 + 30 * t + [0, 3, 6], 20 + 10 * t + [0, 2, 4]], -1).astype(np.float32))
+    return here, path
+
+
+def command(*more):
+    """The flags of a good call, then more."""
+    good = {"image": "image.png", "tracks": "tracks.npy", "weights": "student.safetensors", "vae": "vae.safetensors",
+            "out": "out.mp4"}
+    return [word for flag, name in good.items() for word in (f"--{flag}", workplace()[1] / name)] + list(more)
+
+
+STUB = replace(PRESETS["wan2.1-1.3b"], dim=128, ffn_dim=64, num_heads=1, num_layers=1)     # reads text of 4096 channels
+STUB_VAE = TinyVAEConfig(latent_channels=16, patch=2, pad="front", stem=4, encoder=((4, 1, 2, 2), (4, 1, 2, 2)),
+                         decoder=((4, 1, 2, 2), (4, 1, 2, 2)), tail=4)
+
+
+@functools.cache
+def wan_workplace():
+    """A folder as users of Wan have it: weights that do not say how they are sampled, their VAE, what encoders made."""
+    here = tempfile.TemporaryDirectory()
+    path = Path(here.name)
+
+    def weights(name, **fields):
+        model = randomised(MotionStream(replace(STUB, **fields)))
+        tensors = {name: t for name, t in model.state_dict().items() if not name.startswith("track_head")}
+        save_file(tensors, path / f"{name}.safetensors")
+        return {f"model.{name}": t for name, t in tensors.items()}
+
+    torch.save({"generator_ema": weights("t2v")}, path / "self_forcing.pt")
+    weights("i2v", in_dim=36)
+    weights("fun", in_dim=48, track_dim=16)
+    weights("clip", in_dim=48, track_dim=16, clip_dim=32)
+    saved(path / "headed.safetensors", randomised(MotionStream(replace(STUB, in_dim=48, track_dim=16, size=(32, 48)))))
+    saved(path / "headless.safetensors", new_model(causal=False), lambda t: t["track_head.conv.weight"].zero_())
+    saved(path / "vae.safetensors", new_vae(STUB_VAE))
+    rows = {"prompt": rand(7, 4096), "negative": rand(9, 4096, seed=1).bfloat16(), "clip": rand(257, 32)}
+    save_file({"any": rows["prompt"]}, path / "prompt.safetensors")
+    save_file(rows, path / "encoded.safetensors")
+    return here, path
+
+
+def settled(weights, *more, frames=81):
+    """What sample.py makes of the flags and the weights: (args, config, what it printed)."""
+    args = sample.parse_flags(["--image", "x.png", *map(str, more)])
+    with quiet() as (out, _):
+        config = sample.settle(args, sample.inspect(wan_workplace()[1] / weights), frames)
+    return args, config, out.getvalue()
+
+
+@contextlib.contextmanager
+def small_pictures():
+    """Public weights make pictures of 48x32 pixels in here; encoders keep what they return in a folder of its own."""
+    inspect = sample.inspect
+
+    def smaller(path):
+        weights = inspect(path)
+        weights.config = weights.config if weights.own else replace(weights.config, size=(32, 48))
+        return weights
+
+    with unittest.mock.patch.object(sample, "inspect", smaller):
+        yield
+
+
+def wan_sampled(weights, *more):
+    """Exit code, stdout and stderr of sample.py with public weights, and what the DiT was called with each time."""
+    _, here = wan_workplace()
+    calls, forward = [], MotionStream.forward
+
+    def record(model, x, sigma, text, **given):
+        calls.append(SimpleNamespace(x=x, sigma=sigma, text=text, **given))
+        return forward(model, x, sigma, text, **given)
+
+    flags = {"image": workplace()[1] / "image.png", "weights": here / weights, "vae": here / "vae.safetensors",
+             "out": here / "out.mp4"}
+    (here / "out.mp4").unlink(missing_ok=True)
+    with small_pictures(), unittest.mock.patch.object(MotionStream, "forward", record):
+        result = sampled(*(word for flag, value in flags.items() for word in (f"--{flag}", value)), *more)
+    return *result, calls
+
+
+def recipe(word):
+    """The README's block of Python that has the word in it."""
+    block, = (code for code in re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+              if word in code)
+    return block
