@@ -42,10 +42,11 @@ from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 from extras.encoders import image_encoder, kept_rows, text_encoder
+from extras.checkpoints import SELF_FORCING, read_tensors
 from extras.tracks import MOVES, camera_move, camera_tracks, load_tracks, picture_size
-from motionstream import (SELF_FORCING, MotionStream, UserError, copy_along_tracks, euler, find_config,
+from motionstream import (MotionStream, UserError, copy_along_tracks, euler, find_config,
                           image_and_mask, image_channels, read_weights, rollout, schedule, track_features, track_ids, write)
-from vae import VAE_FILES, load_vae, read_tensors
+from vae import VAE_FILES, load_vae
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 UMT5_DIM, CLIP_ROWS = 4096, 257     # of an encoded text, and of an encoded image
@@ -81,7 +82,7 @@ def image_inputs(config, first, frames):
         return image_channels(first, frames, still=True), first
     channels = image_channels(first, frames) if config.image_dim else None
     channels = image_and_mask(first[:, :, :frames]) if has_mask(config) else channels
-    clean = first[:, :, :1] if channels is None or config.out_dim == 48 else None       # Wan 2.2 5B may take both
+    clean = first[:, :, :1] if config.clean_first else None                  # Wan 2.2 5B may take both
     return channels, clean
 
 
@@ -266,7 +267,7 @@ def save_tracks(path, arrays, ids, size, config, fps):
     tracks, visible, *_ = arrays
     data = {"tracks": tracks, "visibility": visible, "width": size[0], "height": size[1], "fps": fps,
             "format": "motionstream"}
-    write_arrays(path, data if config.tracks != "random" else data | {"ids": ids.numpy()})
+    write_arrays(path, data if config.track_id_mode != "random" else data | {"ids": ids.numpy()})
 
 
 def fit_tracks(arrays, image_size, frames, config, seed, note=print):
@@ -284,9 +285,9 @@ def fit_tracks(arrays, image_size, frames, config, seed, note=print):
     if lost:
         note(f"note: {lost} of {visible.sum()} visible track points lie outside the video and are hidden")
     visible = visible & inside
-    if ids is not None and config.tracks != "random":
+    if ids is not None and config.track_id_mode != "random":
         note("note: with these weights a track's ID is the pixel where it starts; the file's ids are not used")
-    if ids is None or config.tracks != "random":
+    if ids is None or config.track_id_mode != "random":
         ids = track_ids(tracks, visible, config, torch.Generator().manual_seed(seed))
     else:
         ids = torch.from_numpy(ids.astype(np.int64))[None]

@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 from extras.encoders import listing
 from extras.world import new_scenes, render, scene_tracks, track_groups
-from motionstream import (PRESETS, Block, KVCache, MotionStream, UserError, add_noise, by_chunk, copy_along_tracks,
+from motionstream import (PRESETS, Block, KVCache, MotionStream, UserError, add_noise, split_conditions, copy_along_tracks,
                           euler, guided_velocity, image_channels, linear_part, rollout, save_pretrained, schedule,
                           shift_sigma, to_x0, track_features, track_ids, with_first, write)
 from sample import ASSETS, UMT5_DIM, Parser, embed_words, has_mask, hold_signals, inspect, number, open_vae
@@ -271,7 +271,7 @@ def save_checkpoint(folder, stage, step, settings, parts):
     path, states = folder / f"{stage}.{step:07}.checkpoint.pt", {k: whole(v.state_dict()) for k, v in parts.items()}
     if RANK > 0:
         return
-    write(path, torch.save, {"step": step, "settings": settings, **states})
+    write(path, functools.partial(torch.save, {"step": step, "settings": settings, **states}))
     for old in sorted(folder.glob(f"{stage}.*.checkpoint.pt"))[:-2]:
         old.unlink()
 
@@ -395,7 +395,7 @@ def train_vae(run):
 
     def step(i):
         video = draw_crops(videos).to(run.device)
-        output, _ = vae.decode_frames(vae.encode(video))
+        output, _ = vae.decode_unclamped(vae.encode(video))
         error = output - video
         loss = error.square().mean() + 0.1 * sum(error.diff(dim=d).square().mean() for d in (3, 4))
         return {"loss": loss, "psnr": psnr(output.detach(), video), "grad": optimizer.step(loss, i)}
@@ -531,7 +531,7 @@ def draw_batch(run, pool, batch, frames=None, dense=False, known=None):
 
 def clean_first(config, x0):
     """What with_first takes of clips x0: their first latent, None for models that have it as channels instead."""
-    return x0[:, :, :1] if config.image_dim == 0 or config.copy_dim else None
+    return x0[:, :, :1] if config.clean_first else None
 
 
 def touched_cells(tracks, visible, config):
@@ -682,7 +682,7 @@ def causal_loss(model, states, x0, memory, conditions, context, channel_weight=1
     states: one (B, C, F, h, w) a level. channel_weight (1, C, 1, 1, 1): how much each channel's error counts."""
     caches = [KVCache(*context) for _ in model.blocks]
     chunk, sigmas, loss = model.config.chunk, model.config.sigmas, 0.0
-    for start, part in zip(range(0, x0.shape[2], chunk), by_chunk(conditions, chunk)):
+    for start, part in zip(range(0, x0.shape[2], chunk), split_conditions(conditions, chunk)):
         now = slice(start, start + chunk)
         target, level = x0[:, :, now], int(torch.randint(0, len(sigmas), ()))
         sigma = torch.full((len(x0),), sigmas[level], device=x0.device)
@@ -806,7 +806,7 @@ def train_student(run):
             clean = clean_first(run.config, first)
             made = rollout(generator, noise, conditions, clean, exit_step=exit_step, grad=grad)
             x0, points = last_clip(made, known * run.config.chunk, first if chunks > known else clean, points)
-            given = next(by_chunk(given, x0.shape[2]))
+            given = next(split_conditions(given, x0.shape[2]))
             return x0, given | {"tracks": motion_features(generator, vae, points)}, given | points
 
     def step(i):
@@ -867,7 +867,7 @@ def choose_config(args, start):
     if full:
         c = replace(c, shift=6.0, sigmas=schedule(3, 6.0), steps=48, guidance=(3.0, 1.5), chunk=3, sink=1, window=1)
     c = replace(c, **args.memory) if isinstance(args.memory, dict) else c
-    c = replace(c, tracks=args.tracks or c.tracks, sink_decay=args.sink_decay)
+    c = replace(c, track_id_mode=args.tracks or c.track_id_mode, sink_decay=args.sink_decay)
     return c, "tiny" if not full else "second" if start and start.head else "paper"
 
 
@@ -886,7 +886,7 @@ class Run:
         self.recipe.clip = args.length or self.recipe.clip
         self.dense = (0 if self.start.head else 1) if self.start else 1 / 4      # share of the teacher's steps
         self.known = (self.recipe.clip + 3) // 4 // self.config.chunk           # chunks of a clip
-        args.tracks, args.rollout = self.config.tracks, max(args.rollout or (0 if args.data else 16), self.known)
+        args.tracks, args.rollout = self.config.track_id_mode, max(args.rollout or (0 if args.data else 16), self.known)
         self.longest = max(self.recipe.clip, 4 * self.config.chunk * args.rollout - 3)     # frames that tracks have
         self.data = (args.tracks, *listing(args.data))
         self.batches = PROCESSES * (args.accumulate or 1)

@@ -22,7 +22,7 @@ from extras.encoders import image_encoder, listing, text_encoder
 from extras.tracks import load_tracks
 from motionstream import UserError, naming, write
 from sample import UMT5_DIM, embed_words, fit_image, fit_tracks, load_image, read_encoded
-from vae import read_tensors
+from extras.checkpoints import read_tensors
 
 TRACKS = 2500                            # of a clip, at most: the paper's grid of 50x50
 

@@ -67,7 +67,7 @@ def train_decoder(run):
         with run.autocast():
             with torch.no_grad():
                 latents, video = batch()
-            output, _ = vae.decode_frames(latents)
+            output, _ = vae.decode_unclamped(latents)
             rows = torch.randperm(64)[:len(output) // 2]
             shown = torch.cat([discriminator.replay[rows], output[len(rows):]])
             loss_g, loss_d = adversarial_losses(discriminator, video, output, shown)

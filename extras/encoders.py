@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from motionstream import UserError, write
-from vae import read_tensors
+from extras.checkpoints import read_tensors
 
 KINDS = (".mp4", ".png", ".npz", ".txt", ".csv", ".safetensors", ".json")   # of files that count in a folder
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "motionstream"

@@ -33,7 +33,7 @@ def brief_run(run, name, what, weights, flags):
     """The Run, to be changed, of a short training with these flags in a folder of its own below run.out, named by
     `what` is special about it. weights: those that it needs, copied from `run`."""
     folder = run.out / f"{name}.{td.seed_of(what, *map(run.checksum, weights)):08x}"
-    flags = {"out": folder, "tracks": run.config.tracks, "device": run.device} | flags
+    flags = {"out": folder, "tracks": run.config.track_id_mode, "device": run.device} | flags
     words = [str(word) for flag, value in flags.items() for word in (f"--{flag.replace('_', '-')}", value)]
     short = td.Run(td.parse_flags(words))
     if td.PROCESSES > 1:

@@ -87,6 +87,10 @@ def test_what_training_and_packing_put_around_names_is_taken_off():
                   for name, t in public().items()}
         save_file(inside, here / "a.safetensors")
         assert same_tensors(MotionStream.from_pretrained(here / "a.safetensors"), public())
+        twice = {"model." + name: t for name, t in public().items()} | {"blocks.0.norm3.bias": torch.zeros(256)}
+        save_file(twice, here / "a.safetensors")
+        assert_error(ValueError, "a.safetensors: holds blocks.0.norm3.bias twice", MotionStream.from_pretrained,
+                     here / "a.safetensors")
 
 
 def test_checkpoints_of_self_forcing_and_causvid_are_students():

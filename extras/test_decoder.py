@@ -35,7 +35,7 @@ def test_adversarial_losses_are_the_hinge_and_move_one_network_each():
     assert decoder.adversarial_losses(Mean(), 4 * videos[0], videos[1], 4 * videos[2])[1] == 0       # both far enough
 
     ours, discriminator = new_vae().requires_grad_(True), TinyVAE(decoder.DISCRIMINATOR)
-    output, _ = ours.decode_frames(rand(2, 4, 2, 2, 2))
+    output, _ = ours.decode_unclamped(rand(2, 4, 2, 2, 2))
     losses = decoder.adversarial_losses(discriminator, rand(*output.shape), output, output)
     of_g, of_d = ([name for name, model in (("decoder", ours), ("discriminator", discriminator)) if any(
         grad is not None and grad.any() for grad in torch.autograd.grad(
@@ -102,11 +102,11 @@ def wans_clips(here, h, w):
 def test_a_decoder_for_wans_vae_learns_what_wans_decodes_and_an_encoder_the_latents():
     narrow = TinyVAEConfig(16, 1, "end", 4, *(tuple((4, 1, *s[2:]) for s in part) for part in (TAEW21.encoder,
                                                                                                TAEW21.decoder)), 4)
-    seen, asked, losses, decode_frames = [], [], decoder.adversarial_losses, TinyVAE.decode_frames
+    seen, asked, losses, decode_frames = [], [], decoder.adversarial_losses, TinyVAE.decode_unclamped
     with folder() as here, unittest.mock.patch.multiple(
             decoder, TinyVAEConfig=lambda *sizes: asked.append(sizes) or narrow,
             adversarial_losses=lambda model, video, *more: seen.append(video) or losses(model, video, *more)), \
-            unittest.mock.patch.object(TinyVAE, "decode_frames",
+            unittest.mock.patch.object(TinyVAE, "decode_unclamped",
                                        lambda vae, latents: seen.append(latents) or decode_frames(vae, latents)):
         decoder_run(here / "out", *wans_clips(here, 2, 4), "--steps", "1")
         assert TinyVAEConfig(*asked[0]) == TAEW21
@@ -132,7 +132,7 @@ def test_of_wans_latents_144x144_pixels_of_21_frames_are_taken_wherever_they_fit
 
     crops, places = [], set()
     with folder() as here, unittest.mock.patch.object(WanVAE, "decode", decode), \
-            unittest.mock.patch.object(TinyVAE, "decode_frames", side_effect=Enough):
+            unittest.mock.patch.object(TinyVAE, "decode_unclamped", side_effect=Enough):
         flags = wans_clips(here, 20, 19)
         for seed in range(5):                                       # each draws two
             with contextlib.suppress(Enough):

@@ -22,7 +22,7 @@ from extras.experiments import (SHORT, Refreshed, attention_row, damaged, distil
                                 drawn_tracks, encoding_row, speed_row, taught_row, words_row)
 from extras.testing import (assert_error, assert_near, before_distillation, folder, new_model,
                             new_vae, quiet, rand, saved, small_scenes)
-from motionstream import PRESETS, TrackHead, apply_rope, by_chunk, guided_velocity
+from motionstream import PRESETS, TrackHead, apply_rope, split_conditions, guided_velocity
 from sample import embed_words
 
 
@@ -250,7 +250,7 @@ def test_critic_steps_and_guidance_of_a_brief_distillation_reach_its_losses():
 
         def dmd(x0, teacher, critic, conditions, first, guidance, shift, weight):
             x, sigma = x0[:, :, :3], torch.full((len(x0),), 0.7)
-            part = next(by_chunk(conditions, 3))
+            part = next(split_conditions(conditions, 3))
             real, plain = guided_velocity(teacher, x, sigma, part, guidance), teacher(x, sigma, **part)
             calls.append("plain" if real.equal(plain) else "guided")
             return torch.zeros(())

@@ -170,7 +170,7 @@ def test_damaged_files_of_tracks_end_in_one_line():
 
 def test_tracks_as_used_are_written_and_give_the_same_video():
     _, here = workplace()
-    saved(here / "random.safetensors", new_model(tracks="random"))
+    saved(here / "random.safetensors", new_model(track_id_mode="random"))
     flags = [word for word in command() if word not in ("--tracks", here / "tracks.npy")]
     np.save(here / "depth.npy", rand(40, 48).abs() + 1)
     kept = here / "kept.npz"

@@ -36,7 +36,7 @@ HERE = Path(__file__).resolve().parents[1]
 
 # Head dimension 20: RoPE splits it 8 / 6 / 6, unequal as in Wan's 44 / 42 / 42.
 SMALL = replace(PRESETS["tiny"], dim=40, ffn_dim=80, num_heads=2, num_layers=2, in_dim=12, out_dim=4, track_dim=8,
-                text_dim=12, text_len=5, size=(32, 48), causal=True, tracks="start", guidance=(1.0, 1.5))
+                text_dim=12, text_len=5, size=(32, 48), causal=True, track_id_mode="start", guidance=(1.0, 1.5))
 SMALL_VAE = TinyVAEConfig(latent_channels=4, patch=4, pad="front", stem=8, encoder=((12, 1, 4, 2),),
                           decoder=((12, 2, 4, 2), (8, 1, 1, 1)), tail=8)
 TAEW21, TAEW22 = TinyVAEConfig(), TinyVAEConfig(latent_channels=48, patch=2)
@@ -149,10 +149,10 @@ def saved(path, model, change=None, dtype=None, **meta):
 WAN = replace(PRESETS["wan2.1-1.3b"], dim=256, ffn_dim=320, num_heads=2, num_layers=2, text_dim=24)
 FAMILIES = {                                    # and what they want of the image: nothing, its latent, a mask before it
     "Wan 2.1 T2V": (WAN, "nothing"),
-    "Wan 2.1 I2V, Fun-InP": (replace(WAN, in_dim=36, clip_dim=40), "mask"),
-    "Wan 2.1 Fun-Control": (replace(WAN, in_dim=48, track_dim=16, clip_dim=40), "latent"),
-    "Wan 2.2 I2V A14B, one expert": (replace(WAN, in_dim=36), "mask"),
-    "Wan 2.2 Fun-Control A14B, one expert": (replace(WAN, in_dim=52, track_dim=16), "mask"),
+    "Wan 2.1 I2V, Fun-InP": (replace(WAN, in_dim=36, clip_dim=40, clean_first=False), "mask"),
+    "Wan 2.1 Fun-Control": (replace(WAN, in_dim=48, track_dim=16, clip_dim=40, clean_first=False), "latent"),
+    "Wan 2.2 I2V A14B, one expert": (replace(WAN, in_dim=36, clean_first=False), "mask"),
+    "Wan 2.2 Fun-Control A14B, one expert": (replace(WAN, in_dim=52, track_dim=16, clean_first=False), "mask"),
     "Wan 2.2 TI2V 5B": (replace(WAN, in_dim=48, out_dim=48, stride=16, size=(704, 1280), fps=24), "nothing"),
     "Wan 2.2 Fun-Control 5B": (replace(WAN, in_dim=148, out_dim=48, track_dim=48, stride=16, size=(704, 1280), fps=24),
                                "mask"),
