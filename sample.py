@@ -2,20 +2,24 @@
 
     python sample.py --image x.png --tracks t.npz
 
-Tracks are an .npz file with `tracks` (T, N, 2), x to the right and y down, in pixels of the image as it is seen (after
-its EXIF rotation), and if wanted
-    visibility (T, N)   0 or 1, or probabilities; hidden and "not specified" are the same
+Tracks are an .npz file with `tracks` (T, N, 2): where N points are in T frames, x to the right and y
+down, in pixels of the image as it is seen (after its EXIF rotation). What else it may hold:
+
+    visibility (T, N)   hidden and "not specified" are the same; without it, NaN is hidden
     width, height       of the picture that the pixels belong to, if it is not the image itself
-    ids (N,)            which vector each track has (see track_ids); fps: only compared with the model's
-Without visibility, NaN is hidden. Files of trackers and of other programs are read too, see the README. In place of
---tracks: --drag and --pin, or --depth and --camera. Shapes are those of motionstream.py.
+    ids (N,)            which vector each track has, see track_ids; track_id_mode: what kind they are
+    fps                 only compared with the model's
+    format              "motionstream": written by this project, so nothing in it is doubted
+
+A recording of the page is such a file with more in it, see Recording; it plays again to the same
+frames. Files of other programs are read by extras/tracks.py. In place of --tracks: --drag and --pin.
+Shapes are those of motionstream.py.
 """
 
 import argparse
 import collections
 import contextlib
 import functools
-import io
 import itertools
 import math
 import os
@@ -25,125 +29,197 @@ import subprocess
 import sys
 import time
 import warnings
+import zipfile
 import zlib
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import NamedTuple
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads wait awake, but briefly: the video encoder needs the cores
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")    # threads wait awake, but briefly: ffmpeg needs the cores
 
 import imageio.v2 as imageio
 import imageio_ffmpeg
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from extras.encoders import image_encoder, kept_rows, text_encoder
-from extras.checkpoints import SELF_FORCING, read_tensors
-from extras.tracks import MOVES, camera_move, camera_tracks, load_tracks, picture_size
-from motionstream import (MotionStream, UserError, copy_along_tracks, euler, find_config,
-                          image_and_mask, image_channels, read_weights, rollout, schedule, track_features, track_ids, write)
+from motionstream import (Config, MotionStream, UserError, copy_along_tracks, euler,
+                          find_config, image_and_mask, image_channels, naming, read_weights, rollout,
+                          schedule, track_features, track_ids, write)
 from vae import VAE_FILES, load_vae
 
 ASSETS = Path(__file__).resolve().parent / "assets"
-UMT5_DIM, CLIP_ROWS = 4096, 257     # of an encoded text, and of an encoded image
-NEGATIVE_PROMPT = (         # of Wan, what guidance leads away from
-    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
-    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
+UMT5_DIM = 4096             # channels of a text that UMT5 encoded
 MOST_FRAMES = 1_000_000
+LARGEST = 2 ** 30           # bytes of a tracks file, unpacked
 SHORTEST_SIDE = 256         # pixels of a written video; smaller ones are enlarged
-TRAIL = 12                  # frames that a track's trail lasts in --overlay
 HISTORY = 81                # frames that weights without a window, which forget nothing, saw in training
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The sampling itself. Copy this part to stream video in your own program.
+# --------------------------------------------------------------------------------------------------
+# Sampling. Copy this part to stream video in your own program.
 
-class Motion(NamedTuple):
-    """What shall move where, frame by frame, in pixels of the generated video."""
-    tracks: torch.Tensor    # (B, T, N, 2) float32
-    visible: torch.Tensor   # (B, T, N) bool
-    ids: torch.Tensor       # (B, N) int64
-    control: torch.Tensor | None = None     # (B, track_dim, F, h, w): goes where the track head's output would
+@dataclass(frozen=True)
+class Motion:
+    """What shall move where, in a clip or in one chunk, in pixels of the generated video."""
+    tracks: torch.Tensor                    # (B, T, N, 2) float32, x and y
+    visible: torch.Tensor                   # (B, T, N) bool
+    ids: torch.Tensor                       # (B, N) int64, see track_ids
+    control: torch.Tensor | None = None     # (B, track_dim, F, h, w): in place of the track head's
+    text: torch.Tensor | None = None        # (B, L, text_dim) of this chunk; None: that of Encoded
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What else the model reads, the same for the whole video."""
+    text: torch.Tensor | None = None        # (B, L, text_dim), None: the null text
+    null_text: torch.Tensor | None = None   # what guidance leads away from, None: zeros
+    clip: torch.Tensor | None = None        # (B, 257, clip_dim): CLIP's features of the image
 
 
 def has_mask(config):
-    """Whether the image channels are a mask and a clip: Wan's image-to-video weights and Fun-InP."""
+    """Whether the image enters as a mask and a clip: Wan's image-to-video weights and Fun-InP."""
     return config.image_dim not in (0, config.out_dim)
 
 
+def encode_image(vae, image, config, frames):
+    """The image (B, 3, H, W) in [-1, 1] to its latent (B, C, 1, h, w). For weights with a mask: the
+    latents (B, C, frames, h, w) of a clip that is grey after it."""
+    video = image[:, :, None]                                               # (B, 3, 1, H, W)
+    if has_mask(config):
+        video = F.pad(video, (0, 0, 0, 0, 0, 4 * frames - 4))
+    return vae.encode(video)
+
+
 def image_inputs(config, first, frames):
-    """How weights take the image: (channels of a clip of `frames` latents, clean latent frame 0), None what they do
-    not take. first (B, C, 1, h, w): its latent; with a mask (B, C, frames, h, w), those of a clip grey after it."""
-    if config.copy_dim:                                 # at every frame: what the model falls back on
+    """How weights take the image, by what encode_image made of it: (channels of a clip of `frames`
+    latents, clean latent frame 0), None what they do not take."""
+    if config.copy_dim:                     # at every frame: what the model falls back on
         return image_channels(first, frames, still=True), first
-    channels = image_channels(first, frames) if config.image_dim else None
-    channels = image_and_mask(first[:, :, :frames]) if has_mask(config) else channels
-    clean = first[:, :, :1] if config.clean_first else None                  # Wan 2.2 5B may take both
-    return channels, clean
+    if has_mask(config):
+        channels = image_and_mask(first[:, :, :frames])
+    elif config.image_dim:
+        channels = image_channels(first, frames)
+    else:
+        return None, first
+    if config.out_dim == 48:                # Wan 2.2 5B takes both
+        return channels, first[:, :, :1]
+    return channels, None
 
 
-def pieces(motion, text, chunk):
-    """What each chunk is given of a whole Motion: (its part, text). The first chunk has 4 chunk - 3 frames, the others
-    4 chunk. Nothing is specified where the last one reaches beyond the motion's end."""
+def motion_by_chunk(motion, chunk):
+    """A whole Motion to one for each chunk. The first has 4 chunk - 3 frames, the others 4 chunk;
+    nothing is specified where the last one reaches beyond the motion's end."""
     frames = motion.tracks.shape[1]
     for start in range(-3, frames, 4 * chunk):
-        stop, latent, control = start + 4 * chunk, (start + 3) // 4, motion.control
-        span, beyond = slice(max(start, 0), stop), max(stop - frames, 0)
-        yield Motion(F.pad(motion.tracks[:, span], (0, 0, 0, 0, 0, beyond)),
-                     F.pad(motion.visible[:, span], (0, 0, 0, beyond)), motion.ids,
-                     None if control is None else control[:, :, latent:latent + chunk]), text
+        span = slice(max(start, 0), start + 4 * chunk)
+        beyond = max(start + 4 * chunk - frames, 0)
+        control = motion.control
+        if control is not None:
+            latent = (start + 3) // 4
+            control = control[:, :, latent:latent + chunk]
+        tracks = F.pad(motion.tracks[:, span], (0, 0, 0, 0, 0, beyond))
+        visible = F.pad(motion.visible[:, span], (0, 0, 0, beyond))
+        yield replace(motion, tracks=tracks, visible=visible, control=control)
 
 
-def conditions(model, first, motion, text=None, clip=None, copy=None):
-    """The model's keyword arguments chunk by chunk, each made when asked for. motion: Motion, or an iterator of what
-    `pieces` would yield, for control and text that change while it streams. copy: for weights that copy, a function of
-    tracks, visible and ids, `copy_along_tracks` with the first two arguments given."""
-    c = model.config
-    image = image_inputs(c, first, c.chunk)[0]
-    for part, text in pieces(motion, text, c.chunk) if isinstance(motion, Motion) else motion:
-        features = part.control
-        if c.track_dim and features is None:
-            points = [tensor.to(first.device) for tensor in part[:3]]
-            features = track_features(model, *points, copied=copy(*points) if copy else None)
-        yield {"text": text, "tracks": features, "image": image, "clip": clip}
-        image = image if c.copy_dim else None           # else it is in the cache now
+def live_motion(points, starts, config):
+    """One chunk of a live stream: points (T, N, 2) in pixels of the video, NaN where hidden, of tracks
+    that were at starts (N, 2) in frame 0. T is 4 chunk - 3 for the first chunk, then 4 chunk."""
+    points = torch.as_tensor(points, dtype=torch.float32)[None]             # (1, T, N, 2)
+    starts = torch.as_tensor(starts, dtype=torch.float32)[None, None]       # (1, 1, N, 2)
+    if config.track_id_mode == "random":           # but the same in every chunk
+        drawn = [zlib.crc32(start.numpy().tobytes()) for start in starts[0, 0]]
+        ids = torch.tensor([drawn], dtype=torch.int64)
+    else:
+        ids = track_ids(starts, torch.ones_like(starts[..., 0], dtype=torch.bool), config)
+    return Motion(points, ~points.isnan().any(-1), ids)
+
+
+def track_inputs(model, motion, copy=None):
+    """What the model takes as `tracks` for one chunk: (B, track_dim, F, h, w), or None. copy: of weights
+    that copy, copy_along_tracks with its first two arguments given."""
+    if motion.control is not None or not model.config.track_dim:
+        return motion.control
+    device = next(model.parameters()).device
+    tracks, visible = motion.tracks.to(device), motion.visible.to(device)
+    ids = motion.ids.to(device)
+    copied = None
+    if copy:
+        copied = copy(tracks, visible, ids)
+    return track_features(model, tracks, visible, ids, copied)
+
+
+def conditions(model, motion, encoded, image=None, copy=None):
+    """The model's keyword arguments, chunk by chunk, each made when asked for. motion: a whole Motion,
+    or an iterator of one for each chunk. image: the channels of the first chunk, see image_inputs."""
+    config = model.config
+    if isinstance(motion, Motion):
+        motion = motion_by_chunk(motion, config.chunk)
+    for part in motion:
+        text = encoded.text
+        if part.text is not None:
+            text = part.text.to(next(model.parameters()).device)
+        tracks = track_inputs(model, part, copy)
+        yield {"text": text, "tracks": tracks, "image": image, "clip": encoded.clip}
+        if not config.copy_dim:
+            image = None                    # it is in the cache now
+
+
+def decode(vae, latents):
+    """Latents, an iterable of (B, C, f, h, w), to video, piece by piece: (B, 3, T, H, W) in [-1, 1]."""
+    state = None
+    for chunk in latents:
+        video, state = vae.decode(chunk, state)
+        yield video
 
 
 @torch.inference_mode()
-def stream(model, first, motion, text=None, seed=0, clip=None, copy=None):
-    """The student: clean latents (B, C, chunk, h, w), one chunk after the other, at constant memory.
-    first (B, C, 1, h, w): the image's latent. The noise levels are the model's own. motion, text, copy: see
-    `conditions`."""
-    generator = torch.Generator().manual_seed(seed)     # on the CPU: the same noise whatever the device
-    shape = (*first.shape[:2], model.config.chunk, *first.shape[3:])
+def stream(model, vae, image, motion, encoded=Encoded(), seed=0):
+    """The student: a video that goes on for as long as `motion` does, at constant memory. Yields its
+    chunks as soon as they are made, (B, 3, T, H, W) in [-1, 1]: 4 chunk - 3 frames, then 4 chunk.
+
+    image (B, 3, H, W) in [-1, 1], of the model's size, is frame 0, see fit_image. motion: a Motion, or
+    an iterator of one for each chunk (see live_motion), asked for the next just before it is made, so
+    that tracks and text can change while it streams. Memory and noise levels are the config's."""
+    config = model.config
+    image = image.to(next(model.parameters()).device)
+    first = encode_image(vae, image, config, config.chunk)
+    channels, clean = image_inputs(config, first, config.chunk)
+    copy = functools.partial(copy_along_tracks, vae, image) if config.copy_dim else None
+    generator = torch.Generator().manual_seed(seed)     # on the CPU: the same noise on every device
+    shape = (*first.shape[:2], config.chunk, *first.shape[3:])
     noise = (torch.randn(shape, generator=generator).to(first) for _ in itertools.count())
-    _, clean = image_inputs(model.config, first, 1)
-    given = conditions(model, first, motion, text, clip, copy)
-    yield from rollout(model, noise, given, clean, generator=generator)
+    given = conditions(model, motion, encoded, channels, copy)
+    yield from decode(vae, rollout(model, noise, given, clean, generator=generator))
 
 
 @torch.inference_mode()
-def sample_teacher(model, first, motion, frames, text=None, seed=0, null_text=None, clip=None, copy=None):
-    """The teacher: whole chunks that cover `frames`, made all at once, then handed out one by one as `stream` does.
-    null_text: what "without text" means, see guided_velocity. Noise levels and guidance are the model's own."""
-    c, count = model.config, latent_frames(frames, model.config)
-    given = conditions(model, first, motion, text, copy=copy)
-    tracks = [piece["tracks"] for piece in itertools.islice(given, count // c.chunk)]
-    image, clean = image_inputs(c, first, count)
-    noise = torch.randn((*first.shape[:2], count, *first.shape[3:]), generator=torch.Generator().manual_seed(seed))
-    given = {"text": text, "tracks": torch.cat(tracks, 2) if c.track_dim else None, "image": image, "clip": clip}
-    for x0, _ in euler(model, noise.to(first), given, clean, null_text=null_text):
-        pass                                            # the last of the trajectory is clean
-    yield from x0.split(c.chunk, 2)
+def sample_teacher(model, vae, image, motion, encoded=Encoded(), seed=0):
+    """The teacher: whole chunks that cover a whole Motion, made all at once, then handed out as `stream`
+    does. Steps and guidance are the config's."""
+    config = model.config
+    count = latent_frames(motion.tracks.shape[1], config.chunk)
+    image = image.to(next(model.parameters()).device)
+    first = encode_image(vae, image, config, count)
+    channels, clean = image_inputs(config, first, count)
+    copy = functools.partial(copy_along_tracks, vae, image) if config.copy_dim else None
+    tracks = None
+    if config.track_dim:
+        parts = motion_by_chunk(motion, config.chunk)
+        tracks = torch.cat([track_inputs(model, part, copy) for part in parts], 2)
+    given = {"text": encoded.text, "tracks": tracks, "image": channels, "clip": encoded.clip}
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn((*first.shape[:2], count, *first.shape[3:]), generator=generator).to(first)
+    for x0, _ in euler(model, noise, given, clean, null_text=encoded.null_text):
+        pass                                # the last of the trajectory is clean
+    yield from decode(vae, x0.split(config.chunk, 2))
 
 
-def latent_frames(frames, config):
+def latent_frames(frames, chunk):
     """How many latent frames the whole chunks have that cover `frames`."""
-    return math.ceil((frames + 3) / (4 * config.chunk)) * config.chunk
+    return math.ceil((frames + 3) / (4 * chunk)) * chunk
 
 
 def to_frames(video):
@@ -151,195 +227,274 @@ def to_frames(video):
     return ((video[0] + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
 
 
-@torch.inference_mode()
-def decode_frames(vae, latents):
-    """Latents of one video, an iterable of (1, C, f, h, w), to its frames, uint8 (H, W, 3), one by one."""
-    state = None
-    for chunk in latents:
-        video, state = vae.decode(chunk, state)
-        yield from to_frames(video)
-
-
 def embed_words(text, config):
-    """A prompt for the tiny model, (1, L, text_dim): each word is random numbers seeded by its own letters, the same in
-    every process. At most text_len words; their order is not seen. None: the null text."""
+    """A prompt for the tiny model, (1, L, text_dim): each word is random numbers seeded by its own
+    letters, the same in every process. At most text_len words; their order is not seen. None: the null
+    text."""
     if text is None:
         return None
-    words = re.findall(r"\w+", text.lower())[:config.text_len]
-    seeds = [torch.Generator().manual_seed(zlib.crc32(word.encode())) for word in words]
-    rows = [torch.randn(config.text_dim, generator=seed) for seed in seeds]
-    return torch.stack(rows)[None] if rows else torch.zeros(1, 0, config.text_dim)
+    rows = []
+    for word in re.findall(r"\w+", text.lower())[:config.text_len]:
+        seed = torch.Generator().manual_seed(zlib.crc32(word.encode()))
+        rows.append(torch.randn(config.text_dim, generator=seed))
+    if not rows:
+        return torch.zeros(1, 0, config.text_dim)
+    return torch.stack(rows)[None]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading the image.
+# --------------------------------------------------------------------------------------------------
+# The image.
 
 def load_image(path):
-    """A picture, a path or an open file, to RGB of 8 bits: turned as its EXIF says, transparent parts over white."""
+    """A picture, a path or an open file, to RGB of 8 bits: turned as its EXIF says, transparent parts
+    over white."""
     try:
         image = Image.open(path)
         image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode == "F":
             raise ValueError("floats without a known white")
-        if image.mode.startswith("I"):                  # 16 bits, which convert() would clip instead of scale
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+        if image.mode.startswith("I"):      # 16 bits, which convert() would clip instead of scale
+            levels = np.asarray(image).clip(0, 65535) / 257
+            image = Image.fromarray(levels.round().astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
         return image.convert("RGB")
-    except Exception as e:                              # Pillow's decoders raise a dozen kinds for damaged files
-        reason = getattr(e, "strerror", None) or "damaged, or not a picture; save it again as .png"
+    except Exception as e:                  # Pillow's decoders raise a dozen kinds for damaged files
+        reason = getattr(e, "strerror", None)
+        reason = reason or "damaged, or not a picture; save it again as .png"
         raise UserError(f"{path}: {reason}") from None
 
 
 def crop(width, height, size):
-    """Which part of a picture of width x height is scaled to `size` (height, width): (scale, left, top), left and top
-    in pixels of the picture. The part covers `size` and is centred."""
+    """Which part of a picture of width x height is scaled to `size` (height, width): (scale, left, top),
+    left and top in pixels of the picture. The part covers `size` and is centred."""
     scale = max(size[0] / height, size[1] / width)
-    return scale, max((width - size[1] / scale) / 2, 0), max((height - size[0] / scale) / 2, 0)
+    left = max((width - size[1] / scale) / 2, 0)
+    top = max((height - size[0] / scale) / 2, 0)
+    return scale, left, top
 
 
 def fit_image(image, size):
     """An RGB image to (1, 3, H, W) in [-1, 1], (H, W) = size."""
     _, left, top = crop(*image.size, size)
     box = (left, top, image.width - left, image.height - top)
-    pixels = np.array(image.resize(size[::-1], Image.Resampling.LANCZOS, box))
+    pixels = np.array(image.resize(size[::-1], Image.Resampling.LANCZOS, box))      # (H, W, 3)
     return torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tracks: those that the flags name, and in the video.
+# --------------------------------------------------------------------------------------------------
+# Tracks on the image.
+
+@dataclass(frozen=True)
+class Recording:
+    """What a recording of the page says besides its tracks: how to make the same frames again."""
+    prompts: tuple          # one for each chunk
+    seed: int
+    chunk: int
+    sink: int
+    window: int | None
+    steps: int
+    fps: float
+    dtype: str
+    frames: int
+    weights: int            # see checksum
+
+
+@dataclass(frozen=True)
+class Tracks:
+    """Where points of the image are in every frame, in pixels of the image."""
+    tracks: np.ndarray                  # (T, N, 2) float32, finite
+    visible: np.ndarray                 # (T, N) bool
+    ids: np.ndarray | None = None       # (N,) integers below 2**32
+    id_mode: str = "random"             # what kind of IDs they are, as in Config
+    fps: float | None = None
+    recording: Recording | None = None
+
+
+def read_tracks(path, size, frames=None):
+    """The Tracks in a file, for an image of `size` (width, height). frames: how many are wanted, which
+    may tell that a file of another program has its axes swapped. Raises UserError, naming the file."""
+    with naming(path, "damaged, or not what this project wrote; extras/tracks.py reads other files"):
+        arrays = own_arrays(path)
+        if arrays is not None:
+            return own_tracks(arrays, size)
+    from extras.tracks import load_tracks
+    return Tracks(**load_tracks(path, size, frames=frames))
+
+
+def own_arrays(path):
+    """The arrays in a file that this project wrote, None of any other. No pickle is loaded."""
+    if not zipfile.is_zipfile(path):
+        return None
+    with np.load(path) as file:
+        if "format" not in file.files or str(file["format"]) != "motionstream":
+            return None
+        if sum(entry.file_size for entry in file.zip.infolist()) > LARGEST:
+            raise UserError(f"unpacks to more than {LARGEST / 2 ** 30:g} GiB")
+        return dict(file)
+
+
+def own_tracks(arrays, size):
+    """Arrays of a file that this project wrote to Tracks. Whatever is wrong with them raises."""
+    tracks = arrays["tracks"].astype(np.float32)
+    visible = arrays.get("visibility", ~np.isnan(tracks).any(-1)) > 0
+    ids = arrays.get("ids")
+    width = arrays.get("width", size[0])
+    height = arrays.get("height", size[1])
+    T, N, _ = tracks.shape
+    good = T > 0 and tracks.shape == (T, N, 2) and visible.shape == (T, N)
+    good = good and np.isfinite(tracks[visible]).all() and min(width, height) > 0
+    if ids is not None:
+        good = good and ids.shape == (N,) and ids.dtype.kind in "iu"
+        good = good and (ids >= 0).all() and (ids < 2 ** 32).all()
+    if not good:
+        raise ValueError("no tracks")
+    scale = (np.array(size) / np.array((width, height))).astype(np.float32)
+    tracks = np.nan_to_num(tracks).clip(-1e6, 1e6) * scale
+    mode = str(arrays.get("track_id_mode", "random"))
+    fps = float(arrays["fps"]) if "fps" in arrays else None
+    return Tracks(tracks, visible, ids, mode, fps, own_recording(arrays))
+
+
+def own_recording(arrays):
+    """The Recording that the arrays of a file hold, if they do."""
+    if "prompts" not in arrays:
+        return None
+    values = {}
+    for field in fields(Recording):
+        values[field.name] = arrays[field.name].tolist()
+    values["prompts"] = tuple(prompt or None for prompt in values["prompts"])
+    if values["window"] < 0:                # all
+        values["window"] = None
+    return Recording(**values)
+
 
 def drag_path(text):
     """A flag's type: points of the image, "x,y -> x,y -> …", as (P, 2)."""
     point = r"\s*-?\d{1,6}(\.\d*)?\s*,\s*-?\d{1,6}(\.\d*)?\s*"
     if not re.fullmatch(f"{point}(->{point})*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not x,y -> x,y in pixels of the image")
-    return np.array(re.findall(r"-?[\d.]+", text.replace("->", " ")), float).reshape(-1, 2)
+    numbers = re.findall(r"-?[\d.]+", text.replace("->", " "))
+    return np.array(numbers, float).reshape(-1, 2)
 
 
 def point_grid(text):
     """A flag's type: "3x20", 3x3 points 20 pixels apart, as offsets (9, 2) from the middle one."""
-    if not re.fullmatch(r"[1-9]\d?x[1-9]\d{0,3}", text):
+    found = re.fullmatch(r"([1-9]\d?)x([1-9]\d{0,3})", text)
+    if not found:
         raise argparse.ArgumentTypeError(f"{text!r} is not like 3x20, 3x3 points 20 pixels apart")
-    side, apart = map(int, text.split("x"))
+    side, apart = int(found[1]), int(found[2])
     axis = (np.arange(side) - (side - 1) / 2) * apart
     return np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2)
 
 
-def starting_inside(paths, size):
-    """The paths, each points (P, 2), if every one starts inside the image of `size` (width, height)."""
-    for points in paths:
-        if not ((points[0] >= 0) & (points[0] < size)).all():
-            flag, start = "--pin" if len(points) == 1 else "--drag", ",".join(f"{value:g}" for value in points[0])
-            raise UserError(f"{flag} {start}: outside the image, which has {size[0]}x{size[1]} pixels")
-    return paths
-
-
 def follow(paths, frames):
-    """Tracks that follow paths, each points (P, 2), in `frames` frames: each stretch takes as long; one point alone is
-    pinned."""
+    """Tracks (frames, N, 2) float32 along N paths, each points (P, 2): each stretch takes as long; one
+    point alone is pinned."""
     tracks = np.zeros((frames, len(paths), 2), np.float32)
     for n, points in enumerate(paths):
         times = np.linspace(0, len(points) - 1, frames)
-        tracks[:, n] = np.stack([np.interp(times, range(len(points)), axis) for axis in points.T], 1)
-    return tracks, np.ones(tracks.shape[:2], bool), None, None
+        for axis in 0, 1:
+            tracks[:, n, axis] = np.interp(times, range(len(points)), points[:, axis])
+    return tracks
 
 
-def read_tracks(args, size, grid):
-    """The tracks that the flags name, on the image of `size` (width, height): what load_tracks returns. grid: points a
-    side that a camera sees."""
-    if isinstance(args.tracks, Path):
-        return load_tracks(args.tracks, size, args.tracks_layout, args.tracks_units, args.tracks_size, args.visibility,
-                           args.frames)
-    frames = args.frames or 81
-    if args.depth:
-        return camera_tracks(args.depth, size, frames, grid, args.camera, args.focal)
-    paths = starting_inside(args.tracks if isinstance(args.tracks, list) else [], size)
-    if args.grid is not None:
-        paths = [path + offset for path in paths for offset in args.grid]
-    return follow(paths, frames)
+def drag_tracks(paths, grid, size, frames):
+    """The Tracks of --drag and --pin, each a path (P, 2) that must start inside the image of `size`
+    (width, height). grid: offsets of the points that go along with it, or None."""
+    for points in paths:
+        start = points[0]
+        if not ((start >= 0) & (start < size)).all():
+            flag = "--pin" if len(points) == 1 else "--drag"
+            place = f"{start[0]:g},{start[1]:g}"
+            raise UserError(f"{flag} {place}: outside the image, which has {size[0]}x{size[1]} pixels")
+    if grid is not None:
+        paths = [points + offset for points in paths for offset in grid]
+    tracks = follow(paths, frames)
+    return Tracks(tracks, np.ones(tracks.shape[:2], bool))
 
 
-def save_tracks(path, arrays, ids, size, config, fps):
-    """Write the tracks as they were used, on the image of `size` (width, height): --tracks reads them as they are."""
-    tracks, visible, *_ = arrays
-    data = {"tracks": tracks, "visibility": visible, "width": size[0], "height": size[1], "fps": fps,
-            "format": "motionstream"}
-    write_arrays(path, data if config.track_id_mode != "random" else data | {"ids": ids.numpy()})
-
-
-def fit_tracks(arrays, image_size, frames, config, seed, note=print):
-    """Tracks on the image (width, height) to Motion in the model's video, for `frames` frames or more: moved and
-    scaled as the image is, hidden where cropped away, not specified after their end. note: takes what is lost so."""
-    tracks, visible, ids = arrays
-    beyond = max(frames - len(tracks), 0)
+def fit_tracks(tracks, image_size, frames, config, seed):
+    """Tracks on the image (width, height) to (Motion in the model's video of `frames` frames, notes on
+    what is lost). They are moved and scaled as the image is, hidden where they are cropped away, and not
+    specified after their end."""
+    notes = []
+    given = len(tracks.tracks)
+    beyond = max(frames - given, 0)
     if beyond:
-        note(f"note: the tracks end after {len(tracks)} frames, the last {beyond} are not specified")
+        notes.append(f"the tracks end after {given} frames, the last {beyond} are not specified")
     scale, left, top = crop(*image_size, config.size)
-    tracks = torch.from_numpy((tracks - np.float32((left, top))) * np.float32(scale))[None]
-    visible = torch.from_numpy(visible)[None]
-    inside = ((tracks >= 0) & (tracks < torch.tensor(config.size[::-1]))).all(-1)
+    moved = (tracks.tracks - np.float32((left, top))) * np.float32(scale)
+    points = torch.from_numpy(moved)[None]                                  # (1, T, N, 2)
+    visible = torch.from_numpy(tracks.visible)[None]                        # (1, T, N)
+    inside = ((points >= 0) & (points < torch.tensor(config.size[::-1]))).all(-1)
     lost = (visible & ~inside).sum()
     if lost:
-        note(f"note: {lost} of {visible.sum()} visible track points lie outside the video and are hidden")
+        notes.append(f"{lost} of {visible.sum()} visible track points lie outside the video and are hidden")
     visible = visible & inside
-    if ids is not None and config.track_id_mode != "random":
-        note("note: with these weights a track's ID is the pixel where it starts; the file's ids are not used")
-    if ids is None or config.track_id_mode != "random":
-        ids = track_ids(tracks, visible, config, torch.Generator().manual_seed(seed))
+    if tracks.ids is not None and tracks.id_mode == config.track_id_mode:
+        ids = torch.from_numpy(tracks.ids.astype(np.int64))[None]
     else:
-        ids = torch.from_numpy(ids.astype(np.int64))[None]
-    return Motion(F.pad(tracks, (0, 0, 0, 0, 0, beyond)), F.pad(visible, (0, 0, 0, beyond)), ids)
+        ids = track_ids(points, visible, config, torch.Generator().manual_seed(seed))
+        if tracks.ids is not None:
+            notes.append(f"the IDs of these weights are of the kind {config.track_id_mode!r}, not "
+                         f"{tracks.id_mode!r}; the file's ids are not used")
+    points = F.pad(points[:, :frames], (0, 0, 0, 0, 0, beyond))
+    visible = F.pad(visible[:, :frames], (0, 0, 0, beyond))
+    if not visible.any():
+        notes.append("no track is seen in the video, nothing is specified")
+    return Motion(points, visible, ids), notes
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Writing the video, and pictures of it.
+# --------------------------------------------------------------------------------------------------
+# Writing the video.
 
-def enlargement(size):
-    """How many pixels wide each pixel of a video of `size` (height, width) is written."""
-    return math.ceil(SHORTEST_SIDE / min(size))
-
-
-def enlarge(frame, factor):
-    """A frame (H, W, 3), each pixel as a square of `factor` by `factor`."""
+def enlarge(frame):
+    """A frame (H, W, 3), each pixel as a square of so many that no side is below SHORTEST_SIDE."""
+    factor = math.ceil(SHORTEST_SIDE / min(frame.shape[:2]))
     return frame.repeat(factor, 0).repeat(factor, 1)
 
 
 def count_frames(path):
     """How many frames a video file holds, which are not decoded; 0 if it cannot be read."""
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", path, "-map", "0:v:0", "-c", "copy", "-f", "null", "-"]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", path, "-map", "0:v:0", "-c", "copy"]
+    command += ["-f", "null", "-"]
     told = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).stderr
-    return int((re.findall(rb"frame= *(\d+)", told) or [0])[-1])
+    counts = re.findall(rb"frame= *(\d+)", told)
+    return int(counts[-1]) if counts else 0
 
 
 @contextlib.contextmanager
 def video_file(path, fps):
-    """`with video_file(path, fps) as append`: append(frame), uint8 (H, W, 3), goes to a temporary file beside `path`,
-    which takes its place when the block ends and all frames can be read back. If the block ends in an exception,
-    nothing is left behind."""
-    part, count = path.absolute().with_name(f".{path.stem}.{os.getpid()}{path.suffix}"), 0
+    """`with video_file(path, fps) as append`: append(frame), uint8 (H, W, 3), goes to a temporary file
+    beside `path`, which takes its place when the block ends and all frames can be read back. If the
+    block ends in an exception, nothing is left behind."""
+    part = path.absolute().with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    count = 0
 
     def append(frame):
         nonlocal count
         writer.append_data(frame)
         count += 1
 
+    options = ["-preset", "veryfast", "-movflags", "+faststart"]
     try:
         writer = imageio.get_writer(part, fps=fps, codec="libx264", quality=7, macro_block_size=2,
-                                    ffmpeg_log_level="quiet",
-                                    output_params=["-preset", "veryfast", "-movflags", "+faststart"])
+                                    ffmpeg_log_level="quiet", output_params=options)
         with writer:
             yield append
-        if count_frames(part) != count:                 # a failed encoding is silent
+        if count_frames(part) != count:     # a failed encoding is silent
             raise OSError(0, "not all frames can be read back")
         os.replace(part, path)
-    except BrokenPipeError:                             # of what is printed meanwhile: imageio has a kind of its own
+    except BrokenPipeError:                 # of what is printed meanwhile: imageio has its own kind
         raise
-    except OSError as e:                                # if ffmpeg has gone, its reason has gone with it
-        raise UserError(f"{path}: cannot be written after {count} frames ({e.strerror or 'ffmpeg has ended'}); is the "
-                        "disk full, or the folder not writable?") from None
+    except OSError as e:                    # if ffmpeg has gone, its reason has gone with it
+        reason = e.strerror or "ffmpeg has ended"
+        raise UserError(f"{path}: cannot be written after {count} frames ({reason}); is the disk full, "
+                        "or the folder not writable?") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -353,16 +508,19 @@ def picture_file(path):
 
 
 @contextlib.contextmanager
-def hold_signals(noted=None):
-    """The first Ctrl-C or SIGTERM is only noted, in the list that this yields; the second one ends the program."""
-    noted = [] if noted is None else noted
+def hold_signals():
+    """The first Ctrl-C or SIGTERM is only noted, in the list that this yields; the second one ends the
+    program."""
+    noted = []
 
     def handle(signum, _):
         if noted:
             raise KeyboardInterrupt
         noted.append(signum)
 
-    before = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before = {}
+    for signum in signal.SIGINT, signal.SIGTERM:
+        before[signum] = signal.signal(signum, handle)
     try:
         yield noted
     finally:
@@ -370,59 +528,47 @@ def hold_signals(noted=None):
             signal.signal(signum, handler)
 
 
-def write_arrays(path, arrays):
-    """An .npz file, whole or not there."""
-    data = io.BytesIO()
-    np.savez(data, **arrays)
-    write(path, lambda part: part.write_bytes(data.getbuffer()))
-
-
-def check_output(path, args, kinds):
-    """Refuse a path for output, if there is one, that cannot be right, or is that of a file that is read."""
-    if path is None:
-        return
-    inputs = [there for flag, there in vars(args).items()
-              if isinstance(there, Path) and flag not in ("out", "save_tracks")]
-    for wrong, what in ((path.suffix not in kinds, f"choose a name that ends in {' or '.join(kinds)}"),
-                        (not os.access(path.parent, os.W_OK), f"the folder {path.parent} is missing or not writable"),
-                        (os.path.isdir(path), "is a folder"),
-                        (path.exists() and any(there.exists() and path.samefile(there) for there in inputs),
-                         "is a file that is read; choose another name")):
+def check_output(path, endings, inputs):
+    """Refuse a path for output that cannot be right, or is one of the files that are read."""
+    there = [file for file in inputs if file and file.exists()]
+    faults = [
+        (path.suffix not in endings, f"choose a name that ends in {' or '.join(endings)}"),
+        (not os.access(path.parent, os.W_OK), f"the folder {path.parent} is missing or not writable"),
+        (path.is_dir(), "is a folder"),
+        (path.exists() and any(map(path.samefile, there)), "is a file that is read; choose another name"),
+    ]
+    for wrong, cure in faults:
         if wrong:
-            raise UserError(f"{path}: {what}")
+            raise UserError(f"{path}: {cure}")
 
 
-def draw_tracks(frame, motion, stop, factor):
-    """The frame (H, W, 3), number stop - 1 of a video and enlarged by `factor`, with the tracks that are visible in it:
-    trails that widen towards it, and a dot; edged in black, to be seen on any colour."""
-    tracks, visible = (tensor[0, max(stop - TRAIL, 0):stop].numpy() for tensor in motion[:2])
-    visible, picture = visible & visible[-1], Image.fromarray(frame)
-    pen, unit, (steps, count) = ImageDraw.Draw(picture), min(picture.size) / 128, visible.shape
-    colours = [f"hsv({360 * n / count},90%,100%)" for n in range(count)]
-    points = tracks * factor
-    segments = np.argwhere(visible[:-1] & visible[1:])
-    for edge in (2, 0):
-        for t, n in segments:
-            width = round(unit * (0.5 + (t + 1) / steps)) + edge
-            pen.line([*points[t, n], *points[t + 1, n]], "black" if edge else colours[n], width)
-    for n in np.flatnonzero(visible[-1]):
-        pen.ellipse([*(points[-1, n] - 2 * unit), *(points[-1, n] + 2 * unit)], colours[n], "black")
-    return np.array(picture)
+def with_overlay(frames, motion):
+    """Frames, enlarged, with the tracks of a Motion drawn on them."""
+    from extras.tracks import render_tracks
+    for number, frame in enumerate(frames):
+        large = enlarge(frame)
+        yield render_tracks(large, motion, number, len(large) // len(frame))
 
 
-@torch.inference_mode()
-def draw_control(vae, motion, config, frames):
-    """Latents (1, C, F, h, w) of the tracks as a video, for a slot that expects one: drawn on black as --overlay draws
-    them, a choice that was not tried on Fun-Control's weights. F: whole chunks that cover `frames`."""
-    video = np.zeros((4 * latent_frames(frames, config) - 3, *config.size, 3), np.uint8)
-    for i in range(min(len(video), motion.tracks.shape[1])):
-        video[i] = draw_tracks(video[i], motion, i + 1, 1)
-    pixels = torch.from_numpy(video).permute(3, 0, 1, 2)[None].to(next(vae.parameters()).device)
-    return vae.encode(pixels / 127.5 - 1)
+def write_frames(append, frames, total):
+    """Append frames, `total` of them, to a video while they come. Returns the signal that ended it
+    early, or 0: from the first frame on, Ctrl-C keeps what there is."""
+    started = time.perf_counter()
+    frames = itertools.chain([next(frames)], frames)
+    first_after = time.perf_counter() - started
+    with hold_signals() as noted:
+        for count, frame in enumerate(tqdm(frames, total=total, unit=" frames", disable=None), 1):
+            append(frame)
+            if noted:
+                break
+    seconds = time.perf_counter() - started
+    print(f"{count} of {total} frames in {seconds:.2f} s, {count / seconds:.1f} frames/s, the first "
+          f"after {first_after:.2f} s")
+    return sum(noted)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The program.
+# --------------------------------------------------------------------------------------------------
+# The command line.
 
 class Parser(argparse.ArgumentParser):
     """Its errors are one line, like all others."""
@@ -442,113 +588,190 @@ def number(kind, least, most):
     return parse
 
 
-def track_flags(parser):
-    """The flags about tracks."""
-    file, either = {"type": Path, "metavar": "FILE"}, parser.add_mutually_exclusive_group().add_argument
-    either("--tracks", help=".npz and others, see the top of sample.py; default: none", **file)
-    either("--drag", "--pin", dest="tracks", type=drag_path, action="append", metavar="'X,Y -> X,Y'",
-           help="instead of --tracks, as often as wanted: where a point of the image goes, or that it stays")
-    parser.add_argument("--grid", type=point_grid, metavar="NxP",
-                        help="of each --drag and --pin: N by N points, P pixels apart, instead of one")
-    either("--depth", help="instead of --tracks, with --camera: .npy (H, W), or a grey picture, bright is near", **file)
-    parser.add_argument("--save-tracks", help="write the tracks as used, .npz, for --tracks", **file)
-    add = parser.add_argument_group("what a --tracks FILE does not say itself").add_argument
-    add("--tracks-layout", choices=("auto", "tn", "nt"), default="auto", help="frames first, or tracks; auto: by names")
-    add("--tracks-units", choices=("auto", "px", "01"), default="auto", help="pixels, or shares of the picture")
-    add("--tracks-size", type=picture_size, metavar="WxH", help="of the video they belong to; default: the image's")
-    add("--visibility", help="an .npy, laid out as the tracks; default: the one beside an .npy of tracks", **file)
-    add = parser.add_argument_group("only --depth").add_argument
-    add("--camera", type=camera_move, metavar="MOVE",
-        help=f"{', '.join(MOVES)}; with an amount if wanted, as right:0.3, in median depths, degrees, or times")
-    add("--focal", type=number(float, 1, 10 ** 6), metavar="F", help="in pixels of the image; default: its longer side")
+def memory(text):
+    """A flag's type: "c3s1w1" to what the student remembers, as fields of Config: 3 latent frames in a
+    chunk, 1 chunk as sink, 1 as window; wfull: all."""
+    found = re.fullmatch(r"c([1-9]\d{0,2})s(\d{1,6})w(\d{1,6}|full)", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is not like c3s1w1 or c3s1wfull, chunk 1 to 999")
+    chunk, sink, window = found.groups()
+    window = None if window == "full" else int(window)
+    return {"chunk": int(chunk), "sink": int(sink), "window": window}
 
 
-def check_track_flags(args):
-    """Refuse flags about tracks that do not go together."""
-    live, file = args.interactive, isinstance(args.tracks, Path)
-    told = args.tracks_layout != "auto" or args.tracks_units != "auto" or args.tracks_size or args.visibility
-    for wrong, cure in [
-        (live and (args.overlay or args.reference or args.found or args.lpips or args.tracks or args.depth
-                   or args.frames),
-         "--interactive knows no tracks beforehand: drop --overlay, --reference and the like, --tracks, --depth and "
-         "--frames"),
-        (told and not file, "--tracks-layout, --tracks-units, --tracks-size and --visibility belong to --tracks FILE"),
-        (args.grid is not None and not isinstance(args.tracks, list), "--grid belongs to --drag and --pin"),
-        (bool(args.depth) != bool(args.camera), "--depth and --camera need each other"),
-        (args.focal and not args.depth, "--focal belongs to --depth"),
-        (not live and (args.host, args.port) != ("127.0.0.1", 8765),
-         "--host and --port belong to --interactive"),
-        (args.save_tracks and (live or not (args.tracks or args.depth)),
-         "--save-tracks needs --tracks FILE, --drag, --pin or --depth"),
-    ]:
-        if wrong:
-            raise UserError(cure)
+def guidance(text):
+    """A flag's type: "3,1.5" to (w_text, w_motion), see joint_guidance."""
+    weights = tuple(map(float, text.split(",")))
+    if len(weights) != 2 or not all(0 <= weight <= 100 for weight in weights):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 3,1.5: weights of text and of tracks, 0 to 100")
+    return weights
 
 
-def parse_flags(argv):
-    """The command line. Flags with argparse.SUPPRESS are only there if given; the model's own value holds otherwise."""
-    parser = Parser(description="One image and some tracks in, a video out.", allow_abbrev=False)
+def picture_size(text):
+    """A flag's type: "WxH" as (W, H)."""
+    if not re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, as 832x480")
+    width, height = text.split("x")
+    return int(width), int(height)
+
+
+SETTINGS = {                # fields of Config that --set changes, and how their values are read
+    "shift": number(float, 0.01, 100),
+    "sink_decay": number(float, 0, 1),
+    "size": lambda text: picture_size(text)[::-1],
+    "num_heads": number(int, 1, 1000),
+}
+
+
+def setting(text):
+    """A flag's type: "shift=3" to ("shift", 3.0)."""
+    name, _, value = text.partition("=")
+    if name not in SETTINGS:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(SETTINGS)}")
+    try:
+        return name, SETTINGS[name](value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: not a number") from None
+
+
+@dataclass(frozen=True)
+class Flags:
+    """The command line as it was typed, None where nothing was said."""
+    image: Path
+    tracks: Path | None
+    paths: list | None          # of --drag and --pin, each (P, 2)
+    grid: np.ndarray | None
+    prompt: str | None
+    out: Path
+    frames: int | None
+    fps: float | None
+    overlay: bool
+    weights: Path | None
+    vae: Path | None
+    device: str
+    dtype: str
+    text_encoder: Path | None
+    image_encoder: Path | None
+    negative_prompt: str | None
+    prompt_embeds: Path | None
+    sampler: str | None
+    seed: int | None
+    steps: int | None
+    memory: dict | None
+    guidance: tuple | None
+    settings: list | None       # of --set, each (field, value)
+
+
+def add_flags(parser):
+    """What is said of a video, here and on the page."""
     file = {"type": Path, "metavar": "FILE"}
     add = parser.add_argument
     add("--image", required=True, help="first frame, any picture file", **file)
-    track_flags(parser)
-    add("--prompt", metavar="TEXT", help="what the image and the tracks do not say; default: the model's own")
-    add("--out", help=".mp4, or .png for the last frame; default: out.mp4, with --interactive: none", **file)
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--tracks", help=".npz and others, see the top of sample.py; default: none", **file)
+    either("--drag", "--pin", dest="paths", type=drag_path, action="append", metavar="'X,Y -> X,Y'",
+           help="instead: where a point of the image goes, or that it stays; as often as wanted")
+    add("--grid", type=point_grid, metavar="NxP",
+        help="of each --drag and --pin: N by N points, P pixels apart, instead of one")
+    add("--prompt", metavar="TEXT", help="what image and tracks do not say; default: the model's own")
+    add("--out", default="out.mp4", help=".mp4, or .png for the last frame; default: out.mp4", **file)
     add("--frames", type=number(int, 1, MOST_FRAMES), metavar="N", help="default: those of the tracks, or 81")
-    add("--fps", type=number(float, 0.1, 1000), metavar="F", help="frames per second of the file; default: the model's")
+    add("--fps", type=number(float, 0.1, 1000), metavar="F", help="of the file; default: the model's")
     add("--overlay", action="store_true", help="draw the tracks on the video")
-    add("--interactive", action="store_true", help="paint tracks on a page while it streams")
-    add("--host", default="127.0.0.1", help="of the page: an address of this machine (default: %(default)s)")
-    add("--port", type=number(int, 0, 65535), default=8765, metavar="N", help="of the page (default: %(default)s)")
+
     add = parser.add_argument_group("model").add_argument
     add("--weights", help="a Wan DiT, file or folder; default: the tiny model in assets/", **file)
     add("--vae", help="default: the tiny model's, or the one in the folder of --weights", **file)
     add("--device", default="auto", help="cpu, cuda, …; default: cuda if there is one")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="auto: float32 on the CPU")
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    add("--dtype", default="auto", choices=dtypes, help="auto: float32 on the CPU, else bfloat16")
     add("--text-encoder", help="a -Diffusers repository with Wan's; default: --weights, if it is one", **file)
     add("--image-encoder", help="the same of CLIP; default: that of --text-encoder", **file)
-    add("--negative-prompt", default=argparse.SUPPRESS, metavar="TEXT", help="guidance avoids it; default: Wan's")
-    add("--prompt-embeds", help="instead of encoders: what they return, see the README", **file)
-    add = parser.add_argument_group("the papers' measures, printed in the end").add_argument
-    add("--reference", help="a video that starts with the image: PSNR and SSIM beside it", **file)
-    add("--found", help="tracks that a tracker found in an earlier --out of the same call: end-point error", **file)
-    add("--lpips", choices=("alex", "vgg"), help="LPIPS too, by the package lpips")
-    add = parser.add_argument_group("sampling").add_argument
+    add("--negative-prompt", metavar="TEXT", help="guidance avoids it; default: Wan's")
+    add("--prompt-embeds", help="instead of encoders: what they return, see docs/weights.md", **file)
+
+    add = parser.add_argument_group("sampling; defaults are the model's").add_argument
     add("--sampler", choices=("stream", "teacher"), help="default: what the weights are")
-    add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, metavar="N", help="of all noise (default: %(default)s)")
-    add("--steps", type=number(int, 1, 1000), metavar="N", help="noise levels per chunk; default: the model's")
-    sampler_flags(parser)
-    return parser.parse_args(argv)
+    add("--seed", type=number(int, 0, 2 ** 63 - 1), metavar="N", help="of all noise; default: 0")
+    add("--steps", type=number(int, 1, 1000), metavar="N", help="noise levels of a chunk, or of the teacher")
+    add("--memory", type=memory, metavar="cNsNwN",
+        help="of a stream: latent frames a chunk, chunks of sink and window; wfull: all")
+    add("--guidance", type=guidance, metavar="T,M",
+        help="of the teacher: weights of text and of tracks, eq. 2; 0,0: none")
+    add("--set", dest="settings", type=setting, action="append", metavar="FIELD=VALUE",
+        help=f"another field of Config: {', '.join(SETTINGS)}")
 
 
-def sampler_flags(parser):
-    """Those that only one sampler has."""
-    given = {"default": argparse.SUPPRESS, "metavar": "N"}
-    add = parser.add_argument_group("only --sampler stream; defaults are the model's").add_argument
-    add("--chunk", type=number(int, 1, 1000), help="latent frames generated together", **given)
-    add("--sink", type=number(int, 0, 10 ** 6), help="chunks from the start that are remembered for ever", **given)
-    add("--window", type=number(int, 0, 10 ** 6), help="latest chunks that are remembered besides", **given)
-    add = parser.add_argument_group("only --sampler teacher; guidance as in eq. 2, both 0: none").add_argument
-    add("--w-text", type=number(float, 0, 100), help="weight of the text; default: the model's", **given)
-    add("--w-motion", type=number(float, 0, 100), help="weight of the tracks; default: the model's", **given)
+def parse_flags(argv, parser=None):
+    """The command line as Flags. parser: one that has add_flags' flags and others, which are ignored."""
+    if parser is None:
+        parser = Parser(description="One image and some tracks in, a video out. To draw the tracks while it "
+                        "streams: python -m extras.page", allow_abbrev=False)
+        add_flags(parser)
+    given = vars(parser.parse_args(argv))
+    return Flags(**{field.name: given[field.name] for field in fields(Flags)})
 
 
-@contextlib.contextmanager
-def user_errors():
-    """What is wrong with a file, as what the user can put right."""
-    try:
-        yield
-    except ValueError as e:
-        raise UserError(str(e).splitlines()[0]) from None
+# --------------------------------------------------------------------------------------------------
+# What is made, of what.
+
+@dataclass(frozen=True)
+class Weights:
+    """What a file or folder of weights tells."""
+    path: Path
+    config: Config
+    own: bool           # it says how it is sampled
+    has_head: bool      # for tracks, not all zeros
 
 
-@user_errors()
 def inspect(path):
-    """What a file or folder tells: path, config, own (it says how it is sampled), head (of tracks, not all zeros)."""
+    """The Weights at a path, which are not read yet."""
     tensors, metadata, file = read_weights(path)
-    config, head = find_config(tensors, metadata, file), tensors.get("track_head.conv.weight")
-    own = metadata.get("format") == "motionstream"
-    return SimpleNamespace(path=path, config=config, own=own, head=head is not None and bool(head.any()))
+    config = find_config(tensors, metadata, file)
+    head = tensors.get("track_head.conv.weight")
+    has_head = head is not None and bool(head.any())
+    return Weights(path, config, metadata.get("format") == "motionstream", has_head)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is made, with everything decided."""
+    config: Config      # how the model is sampled; causal: by the stream, else by the teacher
+    frames: int
+    fps: float          # of the file
+    seed: int
+    device: torch.device
+    dtype: str
+    prompts: tuple      # one for each chunk, the last one for all that follow
+    drawn: bool         # tracks enter as a video of them, not through the track head
+
+
+def resolve(flags, weights, tracks):
+    """The Job that the flags ask for. What they leave open is what a recording says, or the weights."""
+    recording = tracks.recording
+    config = job_config(flags, weights, recording)
+    frames = flags.frames or len(tracks.tracks)
+    fps = flags.fps or config.fps
+    seed = flags.seed or 0
+    device = find_device(flags.device)
+    dtype = flags.dtype
+    prompts = (config.prompt if flags.prompt is None else flags.prompt,)
+    if recording:
+        frames = flags.frames or recording.frames
+        fps = flags.fps or recording.fps
+        seed = recording.seed if flags.seed is None else flags.seed
+        dtype = recording.dtype if dtype == "auto" else dtype
+        if flags.prompt is None:
+            prompts = recorded_prompts(recording, config.chunk, frames)
+    if dtype == "auto":
+        dtype = "float32" if device.type == "cpu" else "bfloat16"
+    drawn = not weights.has_head and config.track_dim == config.out_dim
+    return Job(config, frames, fps, seed, device, dtype, prompts, drawn and has_tracks(flags))
+
+
+def has_tracks(flags):
+    """Whether the flags say where anything goes."""
+    return bool(flags.tracks or flags.paths)
 
 
 # How public weights are sampled, whose files do not say it. Teachers: shift and text guidance, by width and by whether
@@ -556,224 +779,243 @@ def inspect(path):
 TEACHERS = {(1536, False): (8.0, 6.0), (1536, True): (3.0, 6.0), (5120, True): (3.0, 5.0)}
 
 
-def settle(args, weights, frames):
-    """The config to sample with: the weights' own or their family's, changed by the flags. Fills in --sampler, and
-    args.control, whether tracks go to the trained head or are drawn; refuses flags that these weights have no use for,
-    and conditions that they lack."""
-    c, own = weights.config, weights.own
-    args.sampler = args.sampler or ("stream" if c.causal else "teacher")
-    args.control = "sinusoid" if weights.head or c.track_dim != c.out_dim else "rgb"
-    args.text_encoder = args.text_encoder or (weights.path if (weights.path / "text_encoder").is_dir() else None)
-    streams, said = args.sampler == "stream", args.prompt is not None or args.prompt_embeds
-    if not own:
-        shift, w_text = TEACHERS.get((c.dim, c.image_dim > 0), (5.0, 5.0))
-        c = replace(c, **SELF_FORCING if streams else {"causal": False, "shift": shift, "guidance": (w_text, 0.0)})
-    if args.steps:
-        c = replace(c, steps=args.steps, sigmas=schedule(args.steps, c.shift))
-    w_text = getattr(args, "w_text", c.guidance[0] if said or c.text_dim != UMT5_DIM else 0.0)
-    c = replace(c, guidance=(w_text, getattr(args, "w_motion", c.guidance[1])))
-    c = replace(c, **{flag: getattr(args, flag) for flag in ("chunk", "sink", "window") if flag in args})
-    refuse(args, weights, c, frames)
-    args.image_encoder = args.image_encoder or args.text_encoder
-    how = "as Self-Forcing" if streams else f"shift {c.shift:g}, text guidance {c.guidance[0]:g}"
-    for condition, note in [
-        (not own, f"does not say how it is sampled: {args.sampler}, {how}"),
-        (not (own or c.image_dim or c.out_dim == 48),
-         "never learned to take an image; it enters as a clean first latent, at sigma 0"),
-        (args.tracks and args.control == "rgb",
-         "takes tracks drawn as a control video, in a style that is ours and that no weights have proven"),
-        (c.text_dim == UMT5_DIM and not said, "gets no text at all, which Wan did not see in training; give --prompt"),
-    ]:
-        if condition:
-            print(f"note: {weights.path}: {note}")
-    return c
+def advice(config, sampler):
+    """The config of public weights as their publishers sample them, by "stream", "teacher" or, None, what they are."""
+    from extras.checkpoints import SELF_FORCING
+    if sampler == "stream" or sampler is None and config.causal:
+        return replace(config, **SELF_FORCING)
+    shift, w_text = TEACHERS.get((config.dim, config.image_dim > 0), (5.0, 5.0))
+    return replace(config, causal=False, shift=shift, guidance=(w_text, 0.0))
 
 
-def refuse(args, weights, c, frames):
-    """Raise UserError, what to do, for the first of these conditions that is true. c: the config to sample with."""
-    streams, drawn, umt5 = args.sampler == "stream", args.control == "rgb", c.text_dim == UMT5_DIM
-    prompt, embeds, encoder = args.prompt is not None, args.prompt_embeds, args.text_encoder
-    for condition, cure in [
-        (weights.own and streams != c.causal,
-         f"holds a {'student, use --sampler stream' if c.causal else 'teacher, use --sampler teacher'}"),
-        (args.interactive and not (streams and c.track_dim and not drawn), "--interactive needs a trained student"),
-        *((flag in args, f"--{flag.replace('_', '-')} belongs to --sampler {'teacher' if streams else 'stream'}")
-          for flag in (("w_text", "w_motion", "negative_prompt") if streams else ("chunk", "sink", "window"))),
-        (streams and c.window is None and frames > HISTORY and "window" not in args,
-         f"trained to remember {HISTORY} frames, all of them; add --sink 1 --window 5 for more"),
-        (streams and has_mask(c), "takes the image as a clip with a mask, which cannot stream; use --sampler teacher"),
-        (not c.track_dim and (args.tracks or "w_motion" in args),
-         "has no input for tracks; take Fun-Control, or drop --tracks, --w-motion"),
-        (args.tracks and not drawn and not weights.head,
-         f"has no trained track head, and its input for tracks has {c.track_dim} channels, none for a drawn video"),
-        (not umt5 and (embeds or encoder), "reads words, give it --prompt and nothing encoded"),
-        (umt5 and prompt and not encoder, "reads no words, which --text-encoder encodes; or give --prompt-embeds"),
-        (args.image_encoder and not c.clip_dim, "has no image branch, drop --image-encoder"),
-        (prompt and embeds, "takes one text; drop --prompt or --prompt-embeds"),
-        (umt5 and not (prompt or embeds) and "w_text" in args, "there is no text; give --prompt"),
-    ]:
-        if condition:
+def job_config(flags, weights, recording):
+    """The config to sample with: the weights' own or their family's, changed by recording and flags."""
+    config = weights.config
+    if not weights.own:
+        config = advice(config, flags.sampler)
+    changes = dict(flags.settings or ())
+    if recording and config.causal:
+        changes |= {"chunk": recording.chunk, "sink": recording.sink, "window": recording.window}
+    changes |= flags.memory or {}
+    if flags.guidance:
+        changes["guidance"] = flags.guidance
+    elif config.text_dim == UMT5_DIM and flags.prompt is None and not flags.prompt_embeds:
+        changes["guidance"] = (0.0, config.guidance[1])     # there is no text
+    config = replace(config, **changes)
+    steps = flags.steps
+    if recording and config.causal and recording.steps != len(config.sigmas):
+        steps = steps or recording.steps
+    if steps or "shift" in changes:
+        sigmas = schedule(steps or len(config.sigmas), config.shift)
+        config = replace(config, steps=steps or config.steps, sigmas=sigmas)
+    return config
+
+
+def recorded_prompts(recording, chunk, frames):
+    """The prompt of each chunk of `chunk` latent frames: that of the recorded one in which it begins."""
+    prompts = []
+    for start in range(0, latent_frames(frames, chunk), chunk):
+        number = min(start // recording.chunk, len(recording.prompts) - 1)
+        prompts.append(recording.prompts[number])
+    return tuple(prompts)
+
+
+def find_device(name):
+    """The device of that name; auto: cuda if there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {name}: not available here") from None
+
+
+def refuse(job, flags, weights):
+    """Raise UserError, what to do, for the first of these that is true."""
+    config = job.config
+    streams = config.causal
+    sampler = "stream" if streams else "teacher"
+    step = 2 * config.stride                            # pixels of a token
+    encoded = flags.prompt_embeds or flags.text_encoder or flags.image_encoder
+    faults = [
+        (weights.own and flags.sampler not in (None, sampler),
+         f"holds a {'student' if streams else 'teacher'}, use --sampler {sampler}"),
+        (streams and flags.guidance, "--guidance belongs to --sampler teacher"),
+        (streams and flags.negative_prompt is not None, "--negative-prompt belongs to --sampler teacher"),
+        (not streams and flags.memory, "--memory belongs to --sampler stream"),
+        (streams and config.window is None and job.frames > HISTORY and not flags.memory,
+         f"trained to remember {HISTORY} frames, all of them; add --memory c{config.chunk}s1w5 for more"),
+        (streams and has_mask(config),
+         "takes the image as a clip with a mask, which cannot stream; use --sampler teacher"),
+        (not config.track_dim and (has_tracks(flags) or flags.guidance and flags.guidance[1]),
+         "has no input for tracks; take Fun-Control, or drop --tracks, and the weight of --guidance T,M"),
+        (has_tracks(flags) and not job.drawn and not weights.has_head,
+         f"has no trained track head, and its input for tracks has {config.track_dim} channels, none "
+         "for a drawn video"),
+        (config.text_dim != UMT5_DIM and encoded, "reads words, give it --prompt and nothing encoded"),
+        (config.size[0] % step or config.size[1] % step, f"size: width and height must divide by {step}"),
+    ]
+    for wrong, cure in faults:
+        if wrong:
             raise UserError(f"{weights.path}: {cure}")
 
 
-def read_encoded(args, c, image, device):
-    """(text, null_text, clip), each (1, L, channels) float32, zeros after its end, or None. null_text is what guidance
-    leads away from; clip is of the image (1, 3, H, W)."""
-    if c.text_dim != UMT5_DIM:
-        return embed_words(c.prompt if args.prompt is None else args.prompt, c), None, None
-    tensors, source, rows = {}, args.prompt_embeds or args.text_encoder, []
-    sources = {"prompt": source, "negative": source, "clip": source}
-    if args.prompt is not None:
-        texts = {"prompt": args.prompt, "negative": getattr(args, "negative_prompt", NEGATIVE_PROMPT)}
-        tensors = kept_rows(text_encoder, args.text_encoder, device, texts)
-    elif args.prompt_embeds:
-        tensors = read_tensors(source)[0]
-        tensors = tensors if len(tensors) > 1 else {"prompt": tensor for tensor in tensors.values()}
-        if "prompt" not in tensors:
-            raise ValueError(f"{source}: holds {', '.join(tensors)[:80] or 'nothing'}, and no prompt")
-    if c.clip_dim and "clip" not in tensors:
-        if not args.image_encoder:
-            raise UserError(f"{args.weights}: reads the image by CLIP too; give --image-encoder")
-        tensors = tensors | kept_rows(image_encoder, args.image_encoder, device, {"clip": image})
-        sources["clip"] = args.image_encoder
-    for name, least, most, channels in (("prompt", 1, c.text_len, UMT5_DIM), ("negative", 1, c.text_len, UMT5_DIM),
-                                        ("clip", CLIP_ROWS, CLIP_ROWS, c.clip_dim)):
-        t = tensors.get(name) if channels else None
-        if t is not None and (t.shape[1:] != (channels,) or not least <= len(t) <= most or not t.is_floating_point()
-                              or not t.isfinite().all()):
-            raise ValueError(f"{sources[name]}: {name} is {t.dtype} {(*t.shape,)}, expected finite floats "
-                             f"(L, {channels}), {least} <= L <= {most}")
-        rows.append(None if t is None else F.pad(t.float(), (0, 0, 0, most - len(t)))[None])
-    if rows[1] is None and not c.causal and c.guidance[0]:
-        print("note: guidance leads away from rows of zeros; --prompt-embeds holds no tensor named negative")
-    return rows
+@dataclass(frozen=True)
+class Models:
+    """The networks, on one device, and what was encoded for them."""
+    dit: MotionStream
+    vae: torch.nn.Module
+    encoded: Encoded
 
 
-def open_vae(args, weights):
-    """The VAE that the flags name, else the tiny model's or, for Wan's weights, the one in their folder."""
-    c, folder = weights.config, weights.path if weights.path.is_dir() else weights.path.parent
-    own, wan = [ASSETS / "tiny_vae.safetensors"], [folder / name for name in VAE_FILES[:3]]     # tiny fits Wan's shapes
-    path = args.vae or next(filter(Path.is_file, wan if c.text_dim == UMT5_DIM else own), None)
+def open_vae(weights, path=None):
+    """The VAE at `path`, else the tiny model's or, for Wan's weights, the one in their folder."""
+    config = weights.config
+    folder = weights.path if weights.path.is_dir() else weights.path.parent
+    places = [ASSETS / "tiny_vae.safetensors"]
+    if config.text_dim == UMT5_DIM:                     # tiny ones fit Wan's shapes
+        places = [folder / name for name in VAE_FILES[:3]]
     if path is None:
-        raise UserError(f"{weights.path}: give --vae PATH; there is no {' or '.join(VAE_FILES[:3])} in its folder")
+        path = next(filter(Path.is_file, places), None)
+    if path is None:
+        raise UserError(f"{weights.path}: give --vae PATH; there is no {' or '.join(VAE_FILES[:3])} in "
+                        "its folder")
     vae = load_vae(path)
-    if (vae.config.latent_channels, vae.stride) != (c.out_dim, c.stride):
-        raise UserError(f"{path}: latents have {vae.config.latent_channels} channels and stride {vae.stride}, "
-                        f"those of {weights.path} have {c.out_dim} and {c.stride}; is this its VAE?")
+    channels = vae.config.latent_channels
+    if (channels, vae.stride) != (config.out_dim, config.stride):
+        raise UserError(f"{path}: latents have {channels} channels and stride {vae.stride}, those of "
+                        f"{weights.path} have {config.out_dim} and {config.stride}; is this its VAE?")
     return vae
 
 
-@user_errors()
-def load_models(args, weights, config, image):
-    """The DiT, the VAE and what the DiT reads besides, see read_encoded."""
-    name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {name}: not available here") from None
-    dtype = args.dtype if args.dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
-    vae, encoded = open_vae(args, weights).to(device), read_encoded(args, config, image, device)
-    model = MotionStream.from_pretrained(weights.path, dtype=getattr(torch, dtype), device=device, **vars(config))
-    c = model.config
-    memory = f"c{c.chunk}s{c.sink}w{'full' if c.window is None else c.window}" if c.causal else "whole clip"
-    print(f"{weights.path.name}: {c.size[1]}x{c.size[0]} pixels, {args.sampler}, {memory}, "
-          f"{len(c.sigmas) if c.causal else c.steps} steps, seed {args.seed}, {device}, {dtype}")
-    return model, vae, [t.to(device) if t is not None else None for t in encoded]
+def encode_inputs(job, flags, weights, image):
+    """What the model reads besides the tracks. image (1, 3, H, W): what CLIP sees."""
+    config = job.config
+    prompt = job.prompts[0]
+    if config.text_dim != UMT5_DIM:
+        text = embed_words(prompt, config)
+        return Encoded(text if text is None else text.to(job.device))
+    from extras import encoders
+    text_encoder = flags.text_encoder
+    if text_encoder is None and (weights.path / "text_encoder").is_dir():
+        text_encoder = weights.path                     # a whole repository
+    image_encoder = flags.image_encoder
+    if config.clip_dim:
+        image_encoder = image_encoder or text_encoder
+    sources = encoders.Sources(prompt, flags.negative_prompt, flags.prompt_embeds, text_encoder, image_encoder)
+    return Encoded(*encoders.encode(sources, config, image, job.device, weights.path))
 
 
-def generate(args, frames, image, motion, model, vae, encoded):
-    """`frames` frames of the video, None: all, uint8 (H, W, 3), one by one, as the flags say. motion: Motion, or an
-    iterator of (Motion, prompt) for each chunk; an encoded text is that of all."""
-    c, device, (text, null_text, clip) = model.config, next(model.parameters()).device, encoded
-    if not isinstance(motion, Motion):
-        motion = ((part, text if c.text_dim == UMT5_DIM else embed_words(prompt, c).to(device))
-                  for part, prompt in motion)
-    elif args.control == "rgb" and args.tracks:
-        motion = motion._replace(control=draw_control(vae, motion, c, frames))
-    grey = 4 * latent_frames(frames, c) - 4 if has_mask(c) else 0
-    first = vae.encode(F.pad(image[:, :, None], (0, 0, 0, 0, 0, grey)).to(device))
-    copy = functools.partial(copy_along_tracks, vae, image.to(device)) if c.copy_dim else None
-    if args.sampler == "stream":
-        latents = stream(model, first, motion, text, args.seed, clip, copy)
-    else:
-        latents = sample_teacher(model, first, motion, frames, text, args.seed, null_text, clip, copy)
-    yield from itertools.islice(decode_frames(vae, latents), frames)
+def load_models(job, flags, weights, image):
+    """The Models of a Job. image (1, 3, H, W) in [-1, 1]. Encoders are gone before the DiT is there."""
+    vae = open_vae(weights, flags.vae).to(job.device)
+    encoded = encode_inputs(job, flags, weights, image)
+    dtype = getattr(torch, job.dtype)
+    dit = MotionStream.from_pretrained(weights.path, dtype=dtype, device=job.device, **vars(job.config))
+    return Models(dit, vae, encoded)
 
 
-def write_video(append, frames, total, motion, factor, noted):
-    """Append `total` frames, enlarged by `factor`, to a video while they come; with the tracks of `motion`, unless it
-    is None, drawn on them. Returns how many there are; a signal that ended it early is in the list `noted`."""
-    started = time.perf_counter()
-    frames = itertools.chain([next(frames)], frames)    # the first one now: from there on Ctrl-C keeps what there is
-    first_after = time.perf_counter() - started
-    with hold_signals(noted):
-        for count, frame in enumerate(tqdm(frames, total=total, unit=" frames", disable=None), 1):
-            frame = enlarge(frame, factor)
-            append(frame if motion is None else draw_tracks(frame, motion, count, factor))
-            if noted:
-                break
-    seconds = time.perf_counter() - started
-    print(f"{count} of {total or count} frames in {seconds:.2f} s, {count / seconds:.1f} frames/s, the first after "
-          f"{first_after:.2f} s")
-    return count
+def checksum(models):
+    """A number that tells models apart, and encoded images: of the first numbers of each tensor."""
+    tensors = [*models.dit.state_dict().values(), *models.vae.state_dict().values()]
+    if models.encoded.clip is not None:
+        tensors.append(models.encoded.clip)
+    starts = [tensor.flatten()[:64].bfloat16().float().cpu().numpy() for tensor in tensors]
+    return zlib.crc32(b"".join(start.tobytes() for start in starts))
+
+
+def with_prompts(motion, prompts, config):
+    """A whole Motion to one for each chunk, each with the text of its prompt."""
+    prompts = itertools.chain(prompts, itertools.repeat(prompts[-1]))
+    for part, prompt in zip(motion_by_chunk(motion, config.chunk), prompts):
+        yield replace(part, text=embed_words(prompt, config))
+
+
+@torch.inference_mode()
+def generate(job, models, image, motion):
+    """The video's frames, uint8 (H, W, 3), one by one: job.frames of them, None: as many as `motion`
+    says. image and motion: see `stream`."""
+    config = models.dit.config
+    if job.drawn:
+        from extras.tracks import render_control
+        frames = 4 * latent_frames(job.frames, config.chunk) - 3
+        motion = replace(motion, control=render_control(models.vae, motion, config.size, frames))
+    sampler = stream if config.causal else sample_teacher
+    if config.causal and len(set(job.prompts)) > 1 and config.text_dim != UMT5_DIM:
+        motion = with_prompts(motion, job.prompts, config)
+    videos = sampler(models.dit, models.vae, image, motion, models.encoded, job.seed)
+    frames = itertools.chain.from_iterable(map(to_frames, videos))
+    yield from itertools.islice(frames, job.frames)
+
+
+def describe(job, weights):
+    """What is about to be made, in a line."""
+    c = job.config
+    sampler, memory, steps = "teacher", "whole clip", c.steps
+    if c.causal:
+        window = "full" if c.window is None else c.window
+        sampler, memory, steps = "stream", f"c{c.chunk}s{c.sink}w{window}", len(c.sigmas)
+    return (f"{weights.path.name}: {c.size[1]}x{c.size[0]} pixels, {sampler}, {memory}, {steps} steps, "
+            f"seed {job.seed}, {job.device}, {job.dtype}")
 
 
 def run(argv):
     """The program. Returns the exit code."""
-    args = parse_flags(argv)
-    image = load_image(args.image)
-    check_track_flags(args)
-    args.out = args.out or (None if args.interactive else Path("out.mp4"))
-    check_output(args.out, args, (".mp4",) if args.interactive else (".mp4", ".png"))
-    check_output(args.save_tracks, args, (".npz",))
-    tiny = ASSETS / ("tiny_teacher.safetensors" if args.sampler == "teacher" else "tiny.safetensors")
-    weights = inspect(args.weights or tiny)
-    grid = 50 if weights.config.text_dim == UMT5_DIM else 8             # as in the papers' training, and in ours
-    *arrays, tracks_fps = read_tracks(args, image.size, grid)
-    args.tracks = args.tracks or args.depth             # from here on: whether there are tracks
-    frames = args.frames or (None if args.interactive else len(arrays[0]))
-    config = settle(args, weights, frames or MOST_FRAMES)
-    pixels = fit_image(image, config.size)
-    if args.interactive:
-        from extras.page import serve
-        return serve(args, image, *load_models(args, weights, config, pixels))
-    if tracks_fps and tracks_fps != (args.fps or config.fps):
-        print(f"note: the tracks are at {tracks_fps:g} frames/s, the model at {config.fps}; they are not resampled")
-    motion = fit_tracks(arrays, image.size, frames, config, args.seed)
-    if not motion.visible.any():
-        print("note: no track is seen in the video, nothing is specified")
-    models, noted = load_models(args, weights, config, pixels), []
-    pictures = generate(args, frames, pixels, motion, *models)
-    factor = enlargement(config.size)
-    if args.reference or args.found or args.lpips:
-        from extras.evaluate import compared            # where all is measured
-        found = args.found and load_tracks(args.found, [factor * side for side in config.size[::-1]])[:2]
-        with user_errors():
-            pictures = compared(pictures, args.reference, config, motion, found, factor, args.lpips)
-    opened = video_file(args.out, args.fps or config.fps) if args.out.suffix == ".mp4" else picture_file(args.out)
+    flags = parse_flags(argv)
+    if flags.grid is not None and not flags.paths:
+        raise UserError("--grid belongs to --drag and --pin")
+    image = load_image(flags.image)
+    inputs = [value for value in vars(flags).values() if isinstance(value, Path)]
+    inputs.remove(flags.out)
+    check_output(flags.out, (".mp4", ".png"), inputs)
+    shipped = "tiny_teacher" if flags.sampler == "teacher" else "tiny"
+    weights = inspect(flags.weights or ASSETS / f"{shipped}.safetensors")
+    if flags.tracks:
+        tracks = read_tracks(flags.tracks, image.size, flags.frames)
+    else:
+        tracks = drag_tracks(flags.paths or [], flags.grid, image.size, flags.frames or 81)
+    job = resolve(flags, weights, tracks)
+    refuse(job, flags, weights)
+    motion, notes = fit_tracks(tracks, image.size, job.frames, job.config, job.seed)
+    if tracks.fps not in (None, job.fps):
+        notes.append(f"the tracks are at {tracks.fps:g} frames/s, the video at {job.fps:g}; they are not resampled")
+    pixels = fit_image(image, job.config.size)
+    models = load_models(job, flags, weights, pixels)
+    if tracks.recording and tracks.recording.weights != checksum(models):
+        notes.append("recorded with other weights")
+    for note in notes:
+        print(f"note: {note}")
+    print(describe(job, weights))
+    frames = generate(job, models, pixels, motion)
+    frames = with_overlay(frames, motion) if flags.overlay else map(enlarge, frames)
+    opened = picture_file(flags.out) if flags.out.suffix == ".png" else video_file(flags.out, job.fps)
     with opened as append:
-        write_video(append, pictures, frames, motion if args.overlay else None, factor, noted)
-    if args.save_tracks:
-        save_tracks(args.save_tracks, arrays, motion.ids[0], image.size, config, tracks_fps or args.fps or config.fps)
-    print(args.out)
-    return 128 + noted[0] if noted else 0
+        stopped = write_frames(append, frames, job.frames)
+    print(flags.out)
+    return 128 + stopped if stopped else 0
+
+
+def reported(work, *args):
+    """The exit code of work(*args), a program: 2 and one line for what the user can put right, 130 if it
+    is interrupted, 141 if who read what it prints has gone, as | head -1 does."""
+    try:
+        code = work(*args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except (ValueError, OSError) as e:      # OSError: a full disk, say
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 def main(argv=None):
-    """`run`, with its errors as one line and an exit code: 2 what the user can put right, 130 interrupted."""
-    warnings.filterwarnings("ignore", module="PIL")     # about damaged pictures; what is left unreadable gets our line
-    try:
-        code = run(sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:                             # who read what is printed has gone: | head -1
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except (UserError, OSError) as e:                   # a full disk, say, while a page is recorded
-        print(f"error: {e}", file=sys.stderr)
-    except KeyboardInterrupt:
-        return 130
-    return 2
+    """`run`, with its errors as one line and an exit code."""
+    warnings.filterwarnings("ignore", module="PIL")     # of damaged pictures; ours is said if it matters
+    return reported(run, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

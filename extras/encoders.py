@@ -1,11 +1,12 @@
-"""Prompts by UMT5-XXL, and the image by CLIP, as Wan's weights read them. Both run in the package transformers, from
-the folders of a -Diffusers repository; what they return can be kept on disk.
+"""Prompts by UMT5-XXL, and the image by CLIP, as Wan's weights read them. Both run in the package
+transformers, from the folders of a -Diffusers repository; what they return is kept on disk.
 """
 
 import hashlib
 import html
 import importlib
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,72 +16,189 @@ from safetensors.torch import save_file
 from motionstream import UserError, write
 from extras.checkpoints import read_tensors
 
-KINDS = (".mp4", ".png", ".npz", ".txt", ".csv", ".safetensors", ".json")   # of files that count in a folder
+KINDS = (".mp4", ".png", ".npz", ".txt", ".csv", ".safetensors", ".json")   # files that count in a folder
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "motionstream"
+CLIP_ROWS = 257             # of an encoded image
+NEGATIVE_PROMPT = (         # of Wan, what guidance leads away from
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
+    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
 
+
+# --------------------------------------------------------------------------------------------------
+# The encoders.
 
 def pretrained(name, folder, **options):
-    """What transformers calls `name`, from its folder in a -Diffusers repository. The network is not asked."""
+    """What transformers calls `name`, from its folder in a -Diffusers repository. The network is not
+    asked. Raises UserError."""
     try:
-        importlib.import_module("ftfy")                 # which text_encoder needs, before anything is loaded
+        importlib.import_module("ftfy")     # which text_encoder needs, before anything is loaded
         import transformers
         return getattr(transformers, name).from_pretrained(folder, local_files_only=True, **options)
     except ImportError as e:
         raise UserError(f"{folder}: {e}; pip install transformers ftfy") from None
-    except Exception as e:                              # of a dozen kinds
-        raise UserError(f"{folder}: no whole {name} ({str(e).strip().splitlines()[0][:99]}); give the -Diffusers "
-                        "repository that has it") from None
+    except Exception as e:                  # of a dozen kinds
+        reason = str(e).strip().splitlines()[0][:99]
+        raise UserError(f"{folder}: no whole {name} ({reason}); give the -Diffusers repository that "
+                        "has it") from None
 
 
 def text_encoder(folder, device):
-    """A function from a text to its rows (L, 4096), one for each token, the end of the sentence included, L <= 512.
-    Cleaned as in Wan: mended by ftfy, HTML entities resolved, white space collapsed. (It pads and masks, which is the
-    same.)"""
+    """A function from a text to its rows (L, 4096), one for each token, the end of the sentence
+    included, L <= 512. Cleaned as in Wan: mended by ftfy, HTML entities resolved, white space
+    collapsed. (Wan pads and masks, which is the same.)"""
     tokenizer = pretrained("AutoTokenizer", folder / "tokenizer")
     from ftfy import fix_text
     encoder = pretrained("UMT5EncoderModel", folder / "text_encoder", dtype=torch.bfloat16).to(device)
-    if not (encoder.shared.weight.any() and encoder.encoder.embed_tokens.weight.equal(encoder.shared.weight)):
+    table = encoder.shared.weight
+    if not (table.any() and encoder.encoder.embed_tokens.weight.equal(table)):
         raise UserError(f"{folder}: its table of tokens is empty once loaded, pip install -U transformers")
 
     @torch.inference_mode()
     def encode(text):
-        text = " ".join(html.unescape(html.unescape(fix_text(text))).split())
-        tokens = tokenizer(text, truncation=True, max_length=512, return_tensors="pt").input_ids.to(device)
-        return encoder(tokens).last_hidden_state[0].cpu()
+        text = html.unescape(html.unescape(fix_text(text)))
+        text = " ".join(text.split())
+        tokens = tokenizer(text, truncation=True, max_length=512, return_tensors="pt")
+        return encoder(tokens.input_ids.to(device)).last_hidden_state[0].cpu()
 
     return encode
 
 
 def image_encoder(folder, device):
-    """A function from an image (1, 3, H, W) in [-1, 1] to rows (257, C): the last layer but one of CLIP, which sees it
-    squeezed to 224x224, as in Wan."""
+    """A function from an image (1, 3, H, W) in [-1, 1] to rows (257, C): the last layer but one of CLIP,
+    which sees it squeezed to 224x224, as in Wan."""
     if folder is None:
         raise UserError("the weights read the image by CLIP too; give --image-encoder DIR")
     encoder = pretrained("CLIPVisionModel", folder / "image_encoder", dtype=torch.float32).to(device)
-    statistics = torch.tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]])
-    mean, std = statistics.view(2, 3, 1, 1).to(device)
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073], device=device).view(1, 3, 1, 1)    # CLIP's own
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711], device=device).view(1, 3, 1, 1)
 
     @torch.inference_mode()
     def encode(image):
-        x = (F.interpolate(image.to(device), (224, 224), mode="bicubic") / 2 + 0.5 - mean) / std
-        return encoder(x, output_hidden_states=True).hidden_states[-2][0].cpu()
+        small = F.interpolate(image.to(device), (224, 224), mode="bicubic")
+        seen = (small / 2 + 0.5 - mean) / std
+        return encoder(seen, output_hidden_states=True).hidden_states[-2][0].cpu()
 
     return encode
 
 
 def kept_rows(open_encoder, folder, device, what):
-    """{name: rows} of {name: text or image} by open_encoder(folder, device), now or in an earlier run: kept in a file
-    that is named by `what`, and by what the files of the encoder are called, how large and how old they are."""
-    key = [(name, x.numpy().tobytes() if torch.is_tensor(x) else x) for name, x in what.items()]
-    path = CACHE / f"{hashlib.sha256(repr(key + listing(folder)).encode()).hexdigest()[:32]}.safetensors"
+    """{name: rows} of {name: text or image} by open_encoder(folder, device), now or in an earlier run:
+    kept in a file that is named by `what`, and by what the encoder's files are called, how large and
+    how old they are."""
+    key = listing(folder)
+    for name, value in what.items():
+        key.append((name, value.numpy().tobytes() if torch.is_tensor(value) else value))
+    number = hashlib.sha256(repr(key).encode()).hexdigest()[:32]
+    path = CACHE / f"{number}.safetensors"
     if not path.is_file():
         CACHE.mkdir(parents=True, exist_ok=True)
         encode = open_encoder(folder, device)
-        write(path, save_file, {name: encode(x) for name, x in what.items()})
+        write(path, save_file, {name: encode(value) for name, value in what.items()})
     return read_tensors(path)[0]
 
 
 def listing(folder):
-    """The files of KINDS in a folder, [(path in it, size, age)]: tells if one is another by now. None: no files."""
-    files = [file for file in sorted(folder.rglob("*")) if file.suffix in KINDS and file.is_file()] if folder else []
-    return [(f"{file.relative_to(folder)}", file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    """The files of KINDS in a folder, [(path in it, size, age)]: tells if one is another by now. None:
+    no files."""
+    files = []
+    for file in sorted(folder.rglob("*")) if folder else ():
+        if file.suffix in KINDS and file.is_file():
+            about = file.stat()
+            files.append((str(file.relative_to(folder)), about.st_size, about.st_mtime_ns))
+    return files
+
+
+# --------------------------------------------------------------------------------------------------
+# What the weights read.
+
+@dataclass(frozen=True)
+class Sources:
+    """What is to be encoded, by what: the flags of sample.py."""
+    prompt: str | None = None
+    negative_prompt: str | None = None      # None: NEGATIVE_PROMPT
+    prompt_embeds: Path | None = None       # a file of what encoders returned, instead
+    text_encoder: Path | None = None
+    image_encoder: Path | None = None
+
+
+def refuse(sources, config, weights):
+    """Raise UserError, what to do, if the weights at the path `weights` cannot use these Sources."""
+    text = sources.prompt is not None
+    faults = [
+        (text and not sources.text_encoder,
+         "reads no words, which --text-encoder encodes; or give --prompt-embeds"),
+        (text and sources.prompt_embeds, "takes one text; drop --prompt or --prompt-embeds"),
+        (sources.image_encoder and not config.clip_dim, "has no image branch, drop --image-encoder"),
+        (config.guidance[0] and not text and not sources.prompt_embeds, "there is no text; give --prompt"),
+    ]
+    for wrong, cure in faults:
+        if wrong:
+            raise UserError(f"{weights}: {cure}")
+
+
+def encode(sources, config, image, device, weights):
+    """(text, null_text, clip) for weights with Wan's encoders, each (1, L, channels) float32, zeros
+    after its end, or None. null_text is what guidance leads away from; clip is of the image
+    (1, 3, H, W). weights: their path, named in errors."""
+    refuse(sources, config, weights)
+    rows = {}
+    if sources.prompt_embeds:
+        rows = read_rows(sources.prompt_embeds, config)
+    elif sources.prompt is not None:
+        negative = NEGATIVE_PROMPT if sources.negative_prompt is None else sources.negative_prompt
+        texts = {"prompt": sources.prompt, "negative": negative}
+        rows = kept_rows(text_encoder, sources.text_encoder, device, texts)
+        check_rows(rows, config, sources.text_encoder)
+    else:
+        print(f"note: {weights}: gets no text at all, which Wan did not see in training; give --prompt")
+    if config.clip_dim and "clip" not in rows:
+        if not sources.image_encoder:
+            raise UserError(f"{weights}: reads the image by CLIP too; give --image-encoder")
+        seen = kept_rows(image_encoder, sources.image_encoder, device, {"clip": image})
+        check_rows(seen, config, sources.image_encoder)
+        rows = rows | seen
+    if "prompt" in rows and "negative" not in rows and not config.causal and config.guidance[0]:
+        print("note: guidance leads away from rows of zeros; --prompt-embeds holds no tensor named negative")
+    return padded(rows, config, device)
+
+
+def padded(rows, config, device):
+    """(text, null_text, clip) of rows by name, as `encode` returns them."""
+    lengths = {"prompt": config.text_len, "negative": config.text_len}
+    if config.clip_dim:
+        lengths["clip"] = CLIP_ROWS
+    tensors = []
+    for name in "prompt", "negative", "clip":
+        tensor = None
+        if name in rows and name in lengths:
+            tensor = rows[name].float()                                     # (L, channels)
+            tensor = F.pad(tensor, (0, 0, 0, lengths[name] - len(tensor)))[None].to(device)
+        tensors.append(tensor)
+    return tensors
+
+
+def read_rows(path, config):
+    """The rows by name in a file of --prompt-embeds: `prompt`, if wanted `negative` and `clip`; one
+    tensor alone is the prompt. Raises UserError, naming the file."""
+    rows = read_tensors(path)[0]
+    if len(rows) == 1:
+        rows = {"prompt": tensor for tensor in rows.values()}
+    if "prompt" not in rows:
+        raise UserError(f"{path}: holds {', '.join(rows)[:80] or 'nothing'}, and no prompt")
+    check_rows(rows, config, path)
+    return rows
+
+
+def check_rows(rows, config, path):
+    """Raise UserError, naming the file or folder they are from, if rows do not fit the weights."""
+    shapes = {"prompt": (1, config.text_len, config.text_dim),              # least, most, channels
+              "negative": (1, config.text_len, config.text_dim)}
+    if config.clip_dim:
+        shapes["clip"] = (CLIP_ROWS, CLIP_ROWS, config.clip_dim)
+    for name in shapes.keys() & rows.keys():
+        tensor = rows[name]
+        least, most, channels = shapes[name]
+        fits = tensor.is_floating_point() and tensor.ndim == 2 and tensor.shape[1] == channels
+        if not (fits and least <= len(tensor) <= most and tensor.isfinite().all()):
+            raise UserError(f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, expected finite floats "
+                            f"(L, {channels}), {least} <= L <= {most}")

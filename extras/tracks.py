@@ -1,60 +1,220 @@
-"""Tracks: where points of a picture are in every frame. Read from files, or made: drags and pins, a moving camera.
+"""Tracks from other programs, cameras from depth, tracks drawn on pictures.
 
-Names decide; shapes and numbers only refuse; nothing is transposed, scaled or swapped on a guess. Shapes: tracks
+    python -m extras.tracks FILE --image x.png --out t.npz              what another program wrote
+    python -m extras.tracks --image x.png --drag "9,9 -> 40,9" --out t.npz
+    python -m extras.tracks --image x.png --depth d.npy --camera right:0.3 --out t.npz
+
+writes a file for --tracks of sample.py, in which nothing is left to doubt.
+
+Names decide what a file's arrays are; shapes and numbers only refuse; nothing is transposed, scaled or
+swapped on a guess. Sizes are checked before there is an array, and no pickle is loaded. Shapes: tracks
 (T, N, 2), x to the right and y down, in pixels of a picture; visible (T, N) bool.
 """
 
 import argparse
+import contextlib
+import io
+import json
 import math
 import re
+import sys
+import warnings
+import zipfile
+from pathlib import Path
 
 import numpy as np
+import torch
+from PIL import Image, ImageDraw
 
-from extras.arrays import LONGEST, read_depth, read_file, read_npy
-from motionstream import UserError, naming
+from motionstream import UserError, naming, write
 
-MOST = 20_000               # tracks; the most frames are LONGEST
+LIMIT = 2 ** 30             # bytes of a file, unpacked, and of each of its arrays as float32
+LONGEST = 1_000_000         # of an array's sides: frames
+MOST = 20_000               # tracks
+LIMIT_TEXT = 2 ** 25        # bytes; as Python's lists it takes twenty times as many
+TRAIL = 12                  # frames that a track's trail lasts when it is drawn
 POSITIONS = {               # arrays by name: the order of their axes, and pixels or shares of the picture
-    "tracks": ("tn", "px"), "pred_tracks": ("tn", "px"), "track_path": ("tn", "px"), "track_points": ("tn", "01"),
-    "points": ("nt", "01"), "array": ("nt", "px")}
-VISIBLE, HIDDEN = ("visibility", "pred_visibility", "track_visibility", "visibles"), ("occluded", "occlusion")
+    "tracks": ("tn", "px"), "pred_tracks": ("tn", "px"), "track_path": ("tn", "px"),
+    "track_points": ("tn", "01"), "points": ("nt", "01"), "array": ("nt", "px")}
+VISIBLE = ("visibility", "pred_visibility", "track_visibility", "visibles")
+HIDDEN = ("occluded", "occlusion")
 KNOWN = (*POSITIONS, *VISIBLE, *HIDDEN, "width", "height", "fps", "ids", "track_ids", "format")
 CURE = "damaged, or not numbers; write it with numpy.savez(path, tracks=tracks), (T, N, 2) float32"
+TOOL = "python -m extras.tracks"            # where the flags are that messages name
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Arrays from files that may come from anywhere. Whatever is wrong raises; call this within `naming`.
+
+def read_file(path):
+    """What a file holds: "npy", "npz" or "json", and arrays by name, None for those that are not KNOWN.
+    An .npy file has one, named tracks. ATI's .pth are bytes, which torch takes out, and which are an
+    .npz file."""
+    with open(path, "rb") as file:
+        head = file.read(6)
+        if head == np.lib.format.MAGIC_PREFIX:
+            return "npy", {"tracks": read_npy(file)}
+    is_zip = head[:2] == b"PK"
+    if not is_zip and head[:1] != b"\x80":              # nor a pickle
+        return "json", read_json(path)
+    check_unpacked(path)
+    if is_zip and not any(name.endswith("data.pkl") for name in zipfile.ZipFile(path).namelist()):
+        return "npz", read_arrays(path)
+    packed = None
+    with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):  # which advise unpickling
+        packed = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(packed, bytes):
+        raise UserError("is a pickle, which may run code and is not opened; the README says how to make "
+                        "an .npz of it")
+    return "npz", read_arrays(io.BytesIO(packed))
+
+
+def check_unpacked(file):
+    """Refuse what is too large, or would be when unpacked. file: a path, or a whole file in memory."""
+    if isinstance(file, io.BytesIO):
+        size = len(file.getbuffer())
+    else:
+        size = file.stat().st_size
+    with contextlib.suppress(Exception):    # no zip file, or a damaged one: the reader says it
+        entries = zipfile.ZipFile(file).infolist()
+        size = max(size, sum(entry.file_size for entry in entries))
+    if size > LIMIT:
+        raise UserError(f"unpacks to {size / 2 ** 30:.1f} GiB, at most {LIMIT / 2 ** 30:.0f}")
+
+
+def check_size(shape, itemsize):
+    """Refuse an array that is too large, before there is one."""
+    if max(shape, default=0) > LONGEST or math.prod(shape) * max(itemsize, 4) > LIMIT:
+        raise UserError(f"has an array of {shape}, at most {LONGEST} a side and {LIMIT / 2 ** 30:g} GiB "
+                        "are read")
+
+
+def read_npy(file):
+    """The array in an open .npy file."""
+    numpy = np.lib.format                   # its functions
+    with warnings.catch_warnings(action="ignore"):      # of headers by Python 2
+        file.seek(0)
+        read_header = numpy.read_array_header_2_0
+        if numpy.read_magic(file) == (1, 0):
+            read_header = numpy.read_array_header_1_0
+        shape, _, dtype = read_header(file)
+        check_size(shape, dtype.itemsize)
+        file.seek(0)
+        return numpy.read_array(file, allow_pickle=False)
+
+
+def read_arrays(file):
+    """The arrays of an .npz file by name, None for those that are not KNOWN. file: a path, or one in
+    memory."""
+    check_unpacked(file)
+    arrays = {}
+    with zipfile.ZipFile(file) as entries:
+        for entry in entries.infolist():
+            name = entry.filename.removesuffix(".npy")
+            if name not in KNOWN:
+                arrays[name] = None
+                continue
+            with entries.open(entry) as array:
+                arrays[name] = read_npy(array)
+    return arrays
+
+
+def read_json(path):
+    """{"tracks": ..., "width": ...} as arrays by name, or the tracks alone: see read_paths."""
+    with open(path, "rb") as file:
+        data = file.read(LIMIT_TEXT + 1)
+    if len(data) > LIMIT_TEXT:
+        raise UserError(f"is no .npy or .npz file, and of others at most {LIMIT_TEXT / 2 ** 20:.0f} MiB "
+                        "are read")
+    given = parse(data.decode())
+    if not isinstance(given, dict):
+        given = {"tracks": given}
+    arrays = {name: np.asarray(value) for name, value in given.items() if name in KNOWN[1:]}
+    unknown = dict.fromkeys(given.keys() - arrays.keys())
+    if "tracks" in given:
+        arrays["tracks"] = read_paths(given["tracks"])
+    return unknown | arrays
+
+
+def read_paths(paths):
+    """Tracks as lists of points, {"x": x, "y": y} or [x, y] or null, or one such list, to (N, T, 2), NaN
+    where null and after the end of the shorter ones. Each may be text in its turn."""
+    paths = parse(paths)
+    first = next((point for point in paths if point is not None), None)
+    is_pair = isinstance(first, list) and first and isinstance(first[0], (int, float))
+    if isinstance(first, dict) or is_pair:  # one track alone
+        paths = [paths]
+    paths = [parse(path) for path in paths]
+    longest = max(map(len, paths))
+    check_size((len(paths), longest, 2), 8)
+    tracks = np.full((len(paths), longest, 2), np.nan)
+    for n, path in enumerate(paths):
+        if path:
+            tracks[n, :len(path)] = read_points(path, n)
+    return tracks
+
+
+def read_points(path, number):
+    """One track of a JSON file, a list of T points, to (T, 2)."""
+    points = []
+    for point in path:
+        if isinstance(point, dict):
+            point = [point["x"], point["y"]]
+        elif point is None:
+            point = [math.nan, math.nan]
+        points.append(point)
+    points = np.array(points)
+    if points.shape != (len(path), 2) or points.dtype.kind not in "if":
+        raise UserError(f'track {number} is no list of points, each {{"x": x, "y": y}}, [x, y] or null')
+    return points
+
+
+def parse(text):
+    """JSON, single quotes tolerated; what is no text is left as it is."""
+    if not isinstance(text, str):
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return json.loads(text.replace("'", '"'))
+
+
+# --------------------------------------------------------------------------------------------------
 # Files of tracks.
 
 def load_tracks(path, size, layout="auto", units="auto", own_size=None, visibility=None, frames=None):
-    """A tracks file for an image of `size` (width, height), to: tracks (T, N, 2) float32 in pixels of that image,
-    finite, visible (T, N) bool, ids (N,) int64, fps; the last two None if the file does not say. For what names do not
-    tell: layout "tn" or "nt"; units "px" or "01"; own_size (width, height) of the picture that the tracks belong to;
-    visibility, another file; frames, how many there shall be, which may show that the axes are swapped."""
+    """A tracks file for an image of `size` (width, height), as a dict: tracks (T, N, 2) float32 in pixels
+    of that image, finite, visible (T, N) bool, ids (N,) and fps, None if the file does not say.
+
+    For what names do not tell: layout "tn" or "nt"; units "px" or "01"; own_size (width, height) of the
+    picture that the tracks belong to; visibility, another file; frames, how many there shall be, which
+    may show that the axes are swapped. Raises UserError, naming the file and the flag."""
     with naming(path, CURE):
-        kind, arrays = read_file(path, KNOWN)
-    beside = visibility or (find_visibility(path) if kind == "npy" else None)
+        kind, arrays = read_file(path)
+    beside = visibility
+    if kind == "npy" and not visibility:
+        beside = find_visibility(path)
     if beside:
-        with naming(beside, "damaged, or no .npy file of 0 and 1, (T, N)"), open(beside, "rb") as file:
-            if {"array", *VISIBLE, *HIDDEN} & arrays.keys():
-                raise UserError(f"{path} has a visibility of its own; drop --visibility")
-            arrays["visibility"] = read_npy(file)
-    with naming(path, CURE), np.errstate(all="ignore"):       # what is too large for float32 has a message of its own
-        tracks, seen, order, unit = by_name(arrays, kind)
-        width, height, fps = (positive(name, arrays.get(name)) for name in ("width", "height", "fps"))
-        there = (width or (own_size or size)[0], height or (own_size or size)[1])
-        if own_size and there != own_size:
-            raise UserError(f"says that it is for a picture of {there[0]:g}x{there[1]:g}; drop --tracks-size")
+        arrays["visibility"] = read_visibility(beside, path, arrays)
+    with naming(path, CURE), np.errstate(all="ignore"):     # too large for float32 has its own message
         if str(arrays.get("format")) == "motionstream":     # written here: nothing is left to doubt
-            layout, units = (flag if flag != "auto" else own for flag, own in ((layout, "tn"), (units, "px")))
+            layout = layout.replace("auto", "tn")
+            units = units.replace("auto", "px")
+        tracks, seen, order, unit = by_name(arrays, kind)
+        there = picture_of(arrays, size, own_size)
         tracks, seen = arrange(tracks, seen, order if layout == "auto" else layout)
-        tracks, visible = check_tracks(tracks, seen, there, unit if units == "auto" else units, units != "auto")
-        if (order, layout) == ("tn", "auto") and (seen is None or "visibles" in arrays):    # TAPIR's, too, are (N, T)
-            check_order(tracks, visible, frames)
+        told = seen is not None and "visibles" not in arrays    # TAPIR's, too, are (N, T)
+        tracks, visible = check_tracks(tracks, seen, there, unit if units == "auto" else units)
+        if units == "auto":
+            doubt_tracks(tracks, visible, there, unit)
+        if layout == "auto" and order == "tn" and not told:
+            doubt_order(tracks, visible, frames)
         ids = arrays.get("ids", arrays.get("track_ids"))
-        if ids is not None and (ids.dtype.kind not in "iu" or ids.shape != tracks.shape[1:2] or ids.min() < 0
-                                or ids.max() >= 2 ** 32):
-            raise UserError(f"ids are {ids.dtype} {ids.shape}, expected a whole number below 2**32 for each track")
-        return tracks * (np.array(size) / there).astype(np.float32), visible, ids, fps
+        if ids is not None:
+            check_ids(ids, tracks.shape[1])
+        scale = (np.array(size) / there).astype(np.float32)
+        fps = positive("fps", arrays.get("fps"))
+        return {"tracks": tracks * scale, "visible": visible, "ids": ids, "fps": fps}
 
 
 def find_visibility(path):
@@ -66,13 +226,33 @@ def find_visibility(path):
             return beside
 
 
+def read_visibility(file, path, arrays):
+    """The array in a file of visibility alone, for the tracks at `path`, which hold `arrays`."""
+    with naming(file, "damaged, or no .npy file of 0 and 1, (T, N)"), open(file, "rb") as opened:
+        if {"array", *VISIBLE, *HIDDEN} & arrays.keys():
+            raise UserError(f"{path} has a visibility of its own; drop --visibility")
+        return read_npy(opened)
+
+
 def positive(name, value):
     """A number that a file holds, if it does."""
     if value is None:
         return None
     if value.size != 1 or not 0 < value.item() < math.inf:
-        raise UserError(f"{name} must be one positive number, it is {np.array2string(value, threshold=4)}")
+        given = np.array2string(value, threshold=4)
+        raise UserError(f"{name} must be one positive number, it is {given}")
     return value.item()
+
+
+def picture_of(arrays, size, own_size=None):
+    """(width, height) of the picture that a file's tracks are on: what the file says, else `own_size`
+    of --size, else `size`."""
+    usual = own_size or size
+    width = positive("width", arrays.get("width")) or usual[0]
+    height = positive("height", arrays.get("height")) or usual[1]
+    if own_size and (width, height) != own_size:
+        raise UserError(f"says that it is for a picture of {width:g}x{height:g}; drop --size")
+    return width, height
 
 
 def by_name(arrays, kind):
@@ -82,55 +262,80 @@ def by_name(arrays, kind):
     found = [name for name in POSITIONS if name in arrays and (hidden or name != "points")]
     if not found:
         raise UserError(f"has no array named tracks, only: {', '.join(arrays)}"[:200])
-    (order, unit), positions = POSITIONS[found[0]], arrays[found[0]]
     if len(found) > 1 or len(seen) > 1 or found == ["array"] and seen:
         raise UserError(f"holds {', '.join(found + seen)}: which are meant? Save those alone")
+    positions = arrays[found[0]]
+    order, unit = POSITIONS[found[0]]
     if positions.dtype.kind not in "iuf" or positions.dtype.itemsize > 8:
         raise UserError(f"{found[0]} are {positions.dtype} {positions.shape}, expected numbers (T, N, 2)")
-    if found != ["array"]:
-        visibility = 1 - arrays[seen[0]] if hidden else arrays[seen[0]] if seen else None
-        return positions, visibility, "nt" if hidden or kind == "json" else order, unit
-    if positions.ndim != 4 or positions.shape[2] != 1 or positions.shape[3] not in (3, 4):
-        raise UserError(f"array is {positions.shape}, expected (N, T, 1, 3), as ATI writes it")
-    scale = positions[..., 2].max()                     # x, y and visibility are in eighths
+    if found == ["array"]:
+        arrays.setdefault("fps", np.array(24))          # which ATI's are
+        positions, visibility = from_ati(positions)
+        return positions, visibility, order, unit
+    if hidden or kind == "json":
+        order = "nt"
+    visibility = None
+    if hidden:
+        visibility = 1 - arrays[seen[0]]
+    elif seen:
+        visibility = arrays[seen[0]]
+    return positions, visibility, order, unit
+
+
+def from_ati(array):
+    """ATI's (N, T, 1, 3), x, y and visibility in eighths of a pixel, to (N, T, 2) and (N, T)."""
+    if array.ndim != 4 or array.shape[2] != 1 or array.shape[3] not in (3, 4):
+        raise UserError(f"array is {array.shape}, expected (N, T, 1, 3), as ATI writes it")
+    scale = array[..., 2].max()
     if scale not in (1, 8):
-        raise UserError(f"visibility, the third channel of array, reaches {scale}, expected 8, as ATI writes it, or 1")
-    arrays.setdefault("fps", np.array(24))              # which ATI's are
-    positions = positions[:, :, 0].astype(np.float32) / np.float32(scale)
-    return positions[..., :2], positions[..., 2], order, unit
+        raise UserError(f"visibility, the third channel of array, reaches {scale}, expected 8, as ATI "
+                        "writes it, or 1")
+    array = array[:, :, 0].astype(np.float32) / np.float32(scale)
+    return array[..., :2], array[..., 2]
 
 
 def arrange(tracks, visibility, order):
-    """What a file holds in `order`, "tn" or "nt", as (T, N, 2) and (T, N) or None. A leading 1 is a batch of one;
-    (T, 2) is one track; a third channel is visibility if all of it is 0 or 1."""
-    tracks = tracks[0] if tracks.ndim == 4 and len(tracks) == 1 else tracks
+    """What a file holds in `order`, "tn" or "nt", as (T, N, 2) and (T, N) or None. A leading 1 is a batch
+    of one; (T, 2) is one track; a third channel is visibility if all of it is 0 or 1."""
+    if tracks.ndim == 4 and len(tracks) == 1:
+        tracks = tracks[0]
     if visibility is not None:
         while visibility.ndim > 2 and len(visibility) == 1:
             visibility = visibility[0]
-        visibility = visibility[..., 0] if visibility.ndim == 3 and visibility.shape[2] == 1 else visibility
-    elif tracks.ndim == 3 and tracks.shape[2] == 3 and tracks[..., 2].any() and np.isin(tracks[..., 2], (0, 1)).all():
-        tracks, visibility = tracks[..., :2], tracks[..., 2]
+        if visibility.ndim == 3 and visibility.shape[2] == 1:
+            visibility = visibility[..., 0]
+    elif tracks.ndim == 3 and tracks.shape[2] == 3:
+        third = tracks[..., 2]
+        if third.any() and np.isin(third, (0, 1)).all():
+            tracks, visibility = tracks[..., :2], third
     if tracks.ndim == 2:
-        visibility = visibility[:, None] if visibility is not None and visibility.ndim == 1 else visibility
-        return tracks[:, None], visibility
+        tracks = tracks[:, None]
+        if visibility is not None and visibility.ndim == 1:
+            visibility = visibility[:, None]
+        return tracks, visibility
     if order == "nt" and tracks.ndim == 3:
-        return tracks.swapaxes(0, 1), visibility if visibility is None else visibility.T
+        tracks = tracks.swapaxes(0, 1)
+        if visibility is not None:
+            visibility = visibility.T
     return tracks, visibility
 
 
-def check_tracks(tracks, visibility, size, unit="px", certain=False):
-    """Tracks (T, N, 2) as float32, finite and in pixels, and visible (T, N) bool: as the file says, else wherever the
-    position is not NaN. unit: "px" or "01". Refused is what cannot be on a picture of `size` (width, height), frame by
-    frame; if the unit is not certain, also what is unlikely to be in it."""
+def check_tracks(tracks, visibility, size, unit="px"):
+    """Tracks (T, N, 2) as float32, finite and in pixels, and visible (T, N) bool: as the file says, else
+    wherever the position is not NaN. unit: "px" or "01", shares of a picture of `size` (width, height).
+    Refused is what cannot be, frame by frame."""
     shape = tracks.shape
     if tracks.dtype.kind not in "iuf" or tracks.ndim != 3 or shape[2] != 2 or 0 in shape:
-        raise UserError(f"tracks are {tracks.dtype} {shape}, expected numbers (T, N, 2): frames, tracks, x and y")
+        raise UserError(f"tracks are {tracks.dtype} {shape}, expected numbers (T, N, 2): frames, tracks, "
+                        "x and y")
     if shape[0] > LONGEST or shape[1] > MOST:
         raise UserError(f"tracks have shape {shape}, at most {LONGEST} frames and {MOST} tracks are read")
     if visibility is not None and visibility.shape != shape[:2]:
-        raise UserError(f"visibility has shape {visibility.shape}, expected {shape[:2]}, as tracks are {shape}")
+        raise UserError(f"visibility has shape {visibility.shape}, expected {shape[:2]}, as tracks are "
+                        f"{shape}")
     tracks = tracks.astype(np.float32)
-    visibility = ~np.isnan(tracks).any(-1) if visibility is None else visibility
+    if visibility is None:
+        visibility = ~np.isnan(tracks).any(-1)
     if not ((visibility >= 0) & (visibility <= 1)).all():
         raise UserError("visibility must lie in 0..1; are these logits? Save visibility > 0")
     if not np.isin(visibility, (0, 1)).all():
@@ -138,124 +343,343 @@ def check_tracks(tracks, visibility, size, unit="px", certain=False):
     visible = visibility > 0.5
     wrong = np.argwhere(visible & ~(abs(tracks) < 1e6).all(-1))
     if len(wrong):
-        raise UserError(f"{len(wrong)} visible points are NaN, infinite or beyond a million pixels, the first is frame "
-                        f"{wrong[0][0]} of track {wrong[0][1]}; set their visibility to 0")
-    farthest = abs(tracks[visible]).max(initial=0)
-    if unit == "01" and farthest > 1.5:
-        raise UserError(f"positions reach {farthest:g} and must be shares of the picture, 0..1; pass --tracks-units px")
-    if unit == "px" and not certain and visible.any() and farthest <= 1:
-        raise UserError("all positions lie in [-1, 1] and must be pixels; for shares of the picture, 0..1, in a file, "
-                        "pass --tracks-units 01")
-    tracks = tracks * np.float32(size) if unit == "01" else tracks
-    start = tracks[0][visible[0]]                       # (n, 2)
-    outside, turned = (((points < 0) | (points > size)).any(1).sum() for points in (start, start[:, ::-1]))
-    if not certain and 2 * outside > len(start):
-        raise UserError(f"{outside} of {len(start)} points of frame 0 lie outside the picture of {size[0]:.0f}x"
-                        f"{size[1]:.0f} pixels: "
-                        + ("is the order y, x? Then save tracks[..., ::-1]" if 2 * turned <= len(start) else
-                           "with a file, pass --tracks-size WxH if they are for another, --tracks-units px if they are "
-                           "right"))
+        frame, track = wrong[0]
+        raise UserError(f"{len(wrong)} visible points are NaN, infinite or beyond a million pixels, the "
+                        f"first is frame {frame} of track {track}; set their visibility to 0")
+    if unit == "01":
+        farthest = abs(tracks[visible]).max(initial=0)
+        if farthest > 1.5:
+            raise UserError(f"positions reach {farthest:g} and must be shares of the picture, 0..1; "
+                            f"if they are pixels: {TOOL} --units px")
+        tracks = tracks * np.float32(size)
     return np.nan_to_num(tracks).clip(-1e6, 1e6), visible
 
 
-def check_order(tracks, visible, frames):
-    """Refuse tracks that look like (N, T, 2): a net for files that do not tell, not a proof. frames: how many are
-    wanted, or None."""
-    part = np.where(visible[..., None], tracks, math.nan)[:999, :999]
-    steps = [np.linalg.norm(np.diff(part, axis=axis), axis=-1) for axis in (0, 1)]      # in time; from track to track
-    steps = [np.median(step[~np.isnan(step)]) if not np.isnan(step).all() else math.nan for step in steps]
+def check_ids(ids, count):
+    """Refuse IDs that are not a whole number below 2**32 for each of `count` tracks."""
+    whole = ids.dtype.kind in "iu" and ids.shape == (count,)
+    if not whole or ids.min() < 0 or ids.max() >= 2 ** 32:
+        raise UserError(f"ids are {ids.dtype} {ids.shape}, expected a whole number below 2**32 for each "
+                        "track")
+
+
+def doubt_tracks(tracks, visible, size, unit):
+    """Refuse tracks in pixels that are unlikely to be on a picture of `size` (width, height)."""
+    farthest = abs(tracks[visible]).max(initial=0)
+    if unit == "px" and visible.any() and farthest <= 1:
+        raise UserError("all positions lie in [-1, 1] and must be pixels; if they are shares of the "
+                        f"picture, 0..1: {TOOL} --units 01")
+    start = tracks[0][visible[0]]                       # (n, 2)
+    outside = ((start < 0) | (start > size)).any(1).sum()
+    if 2 * outside <= len(start):
+        return
+    turned = start[:, ::-1]
+    turned_outside = ((turned < 0) | (turned > size)).any(1).sum()
+    cure = f"if they are for another: {TOOL} --size WxH; if they are right: --units px"
+    if 2 * turned_outside <= len(start):
+        cure = "is the order y, x? Then save tracks[..., ::-1]"
+    raise UserError(f"{outside} of {len(start)} points of frame 0 lie outside the picture of "
+                    f"{size[0]:.0f}x{size[1]:.0f} pixels: {cure}")
+
+
+def doubt_order(tracks, visible, frames):
+    """Refuse tracks that look like (N, T, 2): a net for files that do not tell, not a proof. frames: how
+    many are wanted, or None."""
     T, N = visible.shape
-    for wrong, why in ((T < 5 <= N, f"they have {T} frames"),
-                       (5 <= N == frames != T, f"--frames is {N}"),
-                       (min(T, N) >= 3 and steps[0] > max(1, 10 * steps[1]), "they jump from frame to frame")):
-        if wrong:
-            raise UserError(f"shape {tracks.shape} looks like (N, T, 2), as {why}: pass --tracks-layout nt, or tn if "
-                            "it is right")
+    part = np.where(visible[..., None], tracks, math.nan)[:999, :999]
+    in_time = usual_step(part, 0)
+    across = usual_step(part, 1)
+    doubts = [
+        (T < 5 <= N, f"they have {T} frames"),
+        (5 <= N == frames != T, f"--frames is {N}"),
+        (min(T, N) >= 3 and in_time > max(1, 10 * across), "they jump from frame to frame"),
+    ]
+    for doubtful, why in doubts:
+        if doubtful:
+            raise UserError(f"shape {tracks.shape} looks like (N, T, 2), as {why}: {TOOL} --layout nt, or "
+                            "tn if it is right")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Made: as load_tracks returns them.
+def usual_step(tracks, axis):
+    """The median distance of neighbours along an axis of (T, N, 2), NaN if none are seen."""
+    steps = np.linalg.norm(np.diff(tracks, axis=axis), axis=-1)
+    steps = steps[~np.isnan(steps)]
+    return np.median(steps) if steps.size else math.nan
 
-MOVES = {                   # of a camera: what `camera` calls it, its value for an amount of 1, the usual amount
-    "left": ("move", (-1, 0, 0), 0.2), "right": ("move", (1, 0, 0), 0.2), "up": ("move", (0, -1, 0), 0.2),
-    "down": ("move", (0, 1, 0), 0.2), "in": ("move", (0, 0, 1), 0.3), "out": ("move", (0, 0, -1), 0.3),
-    "orbit-left": ("orbit", -1, 15), "orbit-right": ("orbit", 1, 15), "zoom-in": ("zoom", 1, 1.5),
-    "zoom-out": ("zoom", -1, 1.5)}
+
+def write_tracks(path, arrays):
+    """A dict of arrays as an .npz file, whole or not there, for --tracks of sample.py: `tracks`
+    (T, N, 2) float32 in pixels of a picture of `width` and `height`, `visibility` (T, N) bool, and what
+    else is known. It says that it was written here, so it is read without a doubt."""
+    data = io.BytesIO()
+    np.savez(data, format="motionstream", **arrays)
+    write(path, lambda part: part.write_bytes(data.getbuffer()))
+
+
+# --------------------------------------------------------------------------------------------------
+# A camera that moves in a still scene of known depth.
+
+MOVES = {                   # what `camera` calls it, its value for an amount of 1, the usual amount
+    "left": ("move", (-1, 0, 0), 0.2), "right": ("move", (1, 0, 0), 0.2),
+    "up": ("move", (0, -1, 0), 0.2), "down": ("move", (0, 1, 0), 0.2),
+    "in": ("move", (0, 0, 1), 0.3), "out": ("move", (0, 0, -1), 0.3),
+    "orbit-left": ("orbit", -1, 15), "orbit-right": ("orbit", 1, 15),
+    "zoom-in": ("zoom", 1, 1.5), "zoom-out": ("zoom", -1, 1.5)}
 
 
 def camera_move(text):
     """A flag's type: a camera's move and, if wanted, how far, "right:0.3", as arguments of `camera`."""
     name, _, amount = text.partition(":")
-    if name not in MOVES or not re.fullmatch(r"(\d{1,3}(\.\d*)?|\.\d+)?", amount) or amount and not float(amount):
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(MOVES)}, with an amount if wanted, right:0.3")
+    good = name in MOVES and re.fullmatch(r"(\d{1,3}(\.\d*)?|\.\d+)?", amount)
+    if not good or amount and not float(amount):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(MOVES)}, with an amount if "
+                                         "wanted, right:0.3")
     kind, unit, usual = MOVES[name]
     amount = float(amount or usual)
-    if kind == "zoom" and amount < 1:
+    if kind != "zoom":
+        return {kind: amount * np.array(unit)}
+    if amount < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: a zoom is so many times, 1 or more")
-    return {kind: amount ** unit if kind == "zoom" else amount * np.array(unit)}
+    return {kind: amount ** unit}
 
 
-def picture_size(text):
-    """A flag's type: "WxH" as (W, H)."""
-    if not re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, as 832x480")
-    return tuple(map(int, text.split("x")))
+def scene_points(depth, rows, columns, focal):
+    """Where a camera sees the pixels at rows and columns of depth (H, W): (n, 3), x to the right, y down
+    and z ahead, in the unit of depth."""
+    H, W = depth.shape
+    x, y = np.meshgrid(columns + 0.5, rows + 0.5)
+    z = np.float64(depth[np.ix_(rows, columns)])
+    return np.stack([(x - W / 2) * z / focal, (y - H / 2) * z / focal, z], -1).reshape(-1, 3)
+
+
+def move_camera(scene, move, orbit):
+    """Points (n, 3) as seen by a camera that has moved, and has gone round the point ahead at depth 1,
+    `orbit` degrees to the right."""
+    pivot = np.array([0, 0, 1])
+    cosine = np.cos(np.radians(orbit))
+    sine = np.sin(np.radians(orbit))
+    turn = np.array([[cosine, 0, -sine], [0, 1, 0], [sine, 0, cosine]])
+    return (scene - move - pivot) @ turn + pivot
+
+
+def nearest_in_cell(xy, z, inside, size, cell):
+    """How near the nearest point is in the square of `cell` pixels in which each point (n, 2) lies: a
+    coarse picture of what is in front. size: (height, width) of the picture."""
+    H, W = size
+    x, y = np.where(inside[:, None], xy // cell, 0).astype(int).T
+    number = np.where(inside, y * W + x, H * W)         # what is outside goes to a square of its own
+    nearest = np.full(H * W + 1, np.inf)
+    np.minimum.at(nearest, number, z)
+    return nearest[number]
 
 
 def camera(depth, frames, move=(0, 0, 0), orbit=0, zoom=1, grid=8, focal=None):
-    """What a camera that moves sees of a still scene of depth (H, W) > 0: tracks (frames, grid * grid, 2) in pixels of
-    depth, and visible, False outside the picture and behind what is nearer. In the end it has moved by (x, y, z), to
-    the right, down and ahead, in the unit of depth, has gone round the point ahead at depth 1, `orbit` degrees to the
-    right, and magnifies `zoom` times. focal: in pixels; default: the longer side."""
+    """What a camera that moves sees of a still scene of depth (H, W) > 0: tracks (frames, grid * grid, 2)
+    in pixels of depth, and visible, False outside the picture and behind what is nearer. In the end it
+    has moved by (x, y, z), to the right, down and ahead, in the unit of depth, has gone round the point
+    ahead at depth 1, `orbit` degrees to the right, and magnifies `zoom` times. focal: in pixels;
+    default: the longer side."""
     H, W = depth.shape
-    focal, centre, pivot = focal or max(H, W), np.array([W, H]) / 2, np.array([0, 0, 1])
-    step = -(-max(H, W) // 512)                         # what may hide points is looked at so coarsely
-    scene, tracks, visible, slope = [], [], [], None
-    for rows, columns in ([((np.arange(grid) + 0.5) / grid * side).astype(int) for side in (H, W)],
-                          [np.arange(0, side, step) for side in (H, W)]):
-        x, y = np.meshgrid(columns + 0.5, rows + 0.5)
-        z = np.float64(depth[np.ix_(rows, columns)])
-        scene.append(np.stack([(x - W / 2) * z / focal, (y - H / 2) * z / focal, z], -1).reshape(-1, 3))
-    scene = np.concatenate(scene)
+    focal = focal or max(H, W)
+    count = grid * grid
+    step = math.ceil(max(H, W) / 512)                   # so coarsely what may hide points is looked at
+    rows, columns = [((np.arange(grid) + 0.5) / grid * side).astype(int) for side in (H, W)]
+    tracked = scene_points(depth, rows, columns, focal)
+    hiding = scene_points(depth, np.arange(0, H, step), np.arange(0, W, step), focal)
+    scene = np.concatenate([tracked, hiding])           # (n, 3)
+    tracks, visible = [], []
+    slope = None
     for t in np.linspace(0, 1, frames):
-        c, s = np.cos(np.radians(t * orbit)), np.sin(np.radians(t * orbit))
-        points = scene - t * np.array(move)
-        points = (points - pivot) @ np.array([[c, 0, -s], [0, 1, 0], [s, 0, c]]) + pivot
+        magnified = zoom ** t
+        points = move_camera(scene, t * np.array(move), t * orbit)
         z = np.maximum(points[:, 2], 1e-6)              # that near or behind the camera: not seen
-        xy = points[:, :2] / z[:, None] * focal * zoom ** t + centre
+        xy = points[:, :2] / z[:, None] * focal * magnified + np.array([W, H]) / 2
         inside = ((xy >= 0) & (xy < (W, H))).all(1) & (points[:, 2] >= z)
-        larger = np.quantile(scene[inside, 2] / z[inside], 0.99) * zoom ** t if inside.any() else 1
-        x, y = np.where(inside[:, None], xy // (4 * step * max(larger, 1)), 0).astype(int).T
-        cell = np.where(inside, y * W + x, H * W)
-        nearest = np.full(H * W + 1, np.inf)
-        np.minimum.at(nearest, cell, z)                 # a coarse picture of what is in front, without holes
-        slope = np.clip(z / nearest[cell], 1, 1.25) if slope is None else slope         # of a surface within a cell
-        tracks.append(xy[:grid * grid])
-        visible.append((inside & (z < 1.05 * slope * nearest[cell]))[:grid * grid])
+        larger = 1                                      # than in frame 0, so that squares have no holes
+        if inside.any():
+            larger = max(np.quantile(scene[inside, 2] / z[inside], 0.99) * magnified, 1)
+        nearest = nearest_in_cell(xy, z, inside, (H, W), 4 * step * larger)
+        if slope is None:
+            slope = np.clip(z / nearest, 1, 1.25)       # of a surface within a square
+        tracks.append(xy[:count])
+        visible.append((inside & (z < 1.05 * slope * nearest))[:count])
     return np.stack(tracks), np.stack(visible)
 
 
+def read_depth(path):
+    """The depth (H, W) in an .npy file, as it is, or of a grey picture, as such pictures are mostly made:
+    one over the brightness, so that bright is near."""
+    with open(path, "rb") as file:
+        if file.read(6) == np.lib.format.MAGIC_PREFIX:
+            depth = read_npy(file)
+            if depth.ndim == 3 and len(depth) == 1:
+                depth = depth[0]
+            return depth
+    with Image.open(path) as picture:
+        if picture.mode[0] not in "IFL" or picture.mode == "LA":
+            picture = picture.convert("RGB")
+        grey = np.asarray(picture)
+    if grey.ndim == 3:
+        if (grey != grey[..., :1]).any():
+            raise UserError("is in colour; save depth as .npy, or as a grey picture")
+        grey = grey[..., 0]
+    if not grey.max() > 0:
+        raise UserError("is black")
+    print(f"note: {path}: bright is read as near, depth as one over brightness, black 20 times as far as "
+          "the brightest")
+    return grey.max() / np.maximum(grey, grey.max() / 20)
+
+
 def load_depth(path, size):
-    """The depth (H, W) > 0, as shares of the median of what is finite, of an image of `size` (width, height), of as
-    many pixels or of more or fewer in the same ratio: from an .npy file, in any unit, or from a grey picture."""
+    """The depth (H, W) > 0, as shares of the median of what is finite, of an image of `size` (width,
+    height), of as many pixels or of more or fewer in the same ratio: from an .npy file, in any unit, or
+    from a grey picture. Raises UserError, naming the file."""
     cure = "damaged, or neither an .npy file of depth (H, W) nor a grey picture"
     with naming(path, cure), np.errstate(all="ignore"):
         depth = read_depth(path)
         if depth.dtype.kind not in "iuf" or depth.ndim != 2 or min(depth.shape) < 2:
             raise UserError(f"depth is {depth.dtype} {depth.shape}, expected numbers (H, W)")
-        (H, W), wrong, far = depth.shape, (~(depth > 0)).sum(), np.isinf(depth)
+        H, W = depth.shape
+        wrong = (~(depth > 0)).sum()
+        far = np.isinf(depth)
         if wrong or far.all():
-            raise UserError(f"{wrong or depth.size} of {depth.size} depths are not above 0, or all are infinite; is it "
-                            "inverse depth? Save 1 / depth, and numpy.inf for the sky")
+            raise UserError(f"{wrong or depth.size} of {depth.size} depths are not above 0, or all are "
+                            "infinite; is it inverse depth? Save 1 / depth, and numpy.inf for the sky")
         if abs(W * size[1] - H * size[0]) > W + H:
-            raise UserError(f"is {W}x{H}, its image {size[0]}x{size[1]}: not the same shape; resize it to the image")
+            raise UserError(f"is {W}x{H}, its image {size[0]}x{size[1]}: not the same shape; resize it to "
+                            "the image")
         return np.minimum(depth / np.median(depth[~far]).astype(np.float64), 1000)
 
 
 def camera_tracks(path, size, frames, grid, move, focal=None):
-    """The tracks that `camera` sees of an image of `size` (width, height) by a file of its depth. move: arguments of
-    `camera`; focal in pixels of the image."""
+    """(tracks, visible) that `camera` sees of an image of `size` (width, height) by a file of its depth.
+    move: arguments of `camera`; focal in pixels of the image."""
     depth = load_depth(path, size)
     scale = size[0] / depth.shape[1]
-    tracks, visible = camera(depth, frames, grid=grid, focal=focal and focal / scale, **move)
-    return (tracks * scale).clip(-1e6, 1e6).astype(np.float32), visible, None, None
+    focal = focal and focal / scale
+    tracks, visible = camera(depth, frames, grid=grid, focal=focal, **move)
+    return (tracks * scale).clip(-1e6, 1e6).astype(np.float32), visible
+
+
+# --------------------------------------------------------------------------------------------------
+# Tracks drawn on pictures.
+
+def render_tracks(frame, motion, number, factor=1):
+    """Frame `number` (H, W, 3) of a video, enlarged by `factor`, with the tracks of a Motion that are
+    visible in it: trails that widen towards it, and a dot; edged in black, to be seen on any colour."""
+    span = slice(max(number + 1 - TRAIL, 0), number + 1)
+    points = motion.tracks[0, span].numpy() * factor                        # (steps, N, 2)
+    visible = motion.visible[0, span].numpy()
+    visible = visible & visible[-1]
+    steps, count = visible.shape
+    picture = Image.fromarray(frame)
+    pen = ImageDraw.Draw(picture)
+    unit = min(picture.size) / 128
+    colours = [f"hsv({360 * n / count},90%,100%)" for n in range(count)]
+    segments = np.argwhere(visible[:-1] & visible[1:])
+    for edge in 2, 0:
+        for t, n in segments:
+            width = round(unit * (0.5 + (t + 1) / steps)) + edge
+            colour = "black" if edge else colours[n]
+            pen.line([*points[t, n], *points[t + 1, n]], colour, width)
+    for n in np.flatnonzero(visible[-1]):
+        corners = [*(points[-1, n] - 2 * unit), *(points[-1, n] + 2 * unit)]
+        pen.ellipse(corners, colours[n], "black")
+    return np.array(picture)
+
+
+@torch.inference_mode()
+def render_control(vae, motion, size, frames):
+    """Latents (1, C, F, h, w) of the tracks of a Motion as a video of `size` (height, width), T = `frames`
+    = 1 + 4 (F - 1), for a slot that expects one: drawn on black as --overlay draws them, a choice that
+    was not tried on Fun-Control's weights."""
+    video = np.zeros((frames, *size, 3), np.uint8)
+    for number in range(min(frames, motion.tracks.shape[1])):
+        video[number] = render_tracks(video[number], motion, number)
+    pixels = torch.from_numpy(video).permute(3, 0, 1, 2)[None]              # (1, 3, T, H, W)
+    return vae.encode(pixels.to(next(vae.parameters()).device) / 127.5 - 1)
+
+
+# --------------------------------------------------------------------------------------------------
+# The command.
+
+def new_parser():
+    """The flags."""
+    from sample import MOST_FRAMES, Parser, drag_path, number, picture_size, point_grid
+    parser = Parser(prog="python -m extras.tracks", description="Tracks for --tracks of sample.py.")
+    file = {"type": Path, "metavar": "FILE"}
+    add = parser.add_argument
+    add("tracks", nargs="?", type=Path, metavar="FILE", help="tracks as another program wrote them")
+    add("--image", required=True, help="that the tracks are for", **file)
+    add("--out", required=True, help=".npz", **file)
+    add("--frames", type=number(int, 1, MOST_FRAMES), metavar="N", help="of what is made here; default: 81")
+    add("--drag", "--pin", dest="paths", type=drag_path, action="append", metavar="'X,Y -> X,Y'",
+        help="where a point of the image goes, or that it stays; as often as wanted")
+    add("--grid", type=point_grid, metavar="NxP",
+        help="of each --drag and --pin: N by N points, P pixels apart, instead of one")
+    add = parser.add_argument_group("what a FILE does not say itself").add_argument
+    add("--layout", choices=("auto", "tn", "nt"), default="auto", help="frames first, or tracks; auto: by names")
+    add("--units", choices=("auto", "px", "01"), default="auto", help="pixels, or shares of the picture")
+    add("--size", type=picture_size, metavar="WxH", help="of the video they belong to; default: the image's")
+    add("--visibility", help="an .npy, laid out as the tracks; default: the one beside an .npy of tracks", **file)
+    add = parser.add_argument_group("a camera").add_argument
+    add("--depth", help=".npy (H, W), or a grey picture, bright is near", **file)
+    add("--camera", type=camera_move, metavar="MOVE",
+        help=f"{', '.join(MOVES)}; with an amount if wanted, as right:0.3: median depths, degrees, or times")
+    add("--focal", type=number(float, 1, 10 ** 6), metavar="F", help="in pixels; default: the longer side")
+    add("--points", type=number(int, 1, 100), default=8, metavar="N",
+        help="N by N points of the scene (8, as the tiny model knows; 50 for weights of Wan's kind)")
+    return parser
+
+
+def parse_flags(argv):
+    """The command line. Flags that do not go together are refused."""
+    given = new_parser().parse_args(argv)
+    kinds = bool(given.tracks) + bool(given.paths) + bool(given.depth)
+    told = given.layout != "auto" or given.units != "auto" or given.size or given.visibility
+    faults = [
+        (bool(given.depth) != bool(given.camera), "--depth and --camera need each other"),
+        (given.focal and not given.depth, "--focal belongs to --depth"),
+        (given.grid is not None and not given.paths, "--grid belongs to --drag and --pin"),
+        (told and not given.tracks, "--layout, --units, --size and --visibility belong to a FILE"),
+        (kinds != 1, "give one of FILE, --drag and --pin, or --depth with --camera"),
+    ]
+    for wrong, cure in faults:
+        if wrong:
+            raise UserError(cure)
+    return given
+
+
+def run(argv):
+    """Write the tracks that the command line asks for. Returns the exit code."""
+    from sample import check_output, drag_tracks, load_image
+    given = parse_flags(argv)
+    image = load_image(given.image)
+    inputs = [given.image, given.tracks, given.depth, given.visibility]
+    check_output(given.out, (".npz",), inputs)
+    frames = given.frames or 81
+    arrays = {"width": image.width, "height": image.height}
+    if given.tracks:
+        found = load_tracks(given.tracks, image.size, given.layout, given.units, given.size,
+                            given.visibility, given.frames)
+        tracks, visible = found["tracks"], found["visible"]
+        arrays |= {name: found[name] for name in ("ids", "fps") if found[name] is not None}
+    elif given.depth:
+        tracks, visible = camera_tracks(given.depth, image.size, frames, given.points, given.camera,
+                                        given.focal)
+    else:
+        dragged = drag_tracks(given.paths, given.grid, image.size, frames)
+        tracks, visible = dragged.tracks, dragged.visible
+    write_tracks(given.out, arrays | {"tracks": tracks, "visibility": visible})
+    print(f"{given.out}: {tracks.shape[1]} tracks of {len(tracks)} frames")
+    return 0
+
+
+def main(argv=None):
+    """`run`, with its errors as one line and an exit code."""
+    from sample import reported
+    return reported(run, sys.argv[1:] if argv is None else argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
