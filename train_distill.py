@@ -1,22 +1,41 @@
-"""Train a tiny MotionStream from nothing, on video that extras/world.py draws: every stage of the paper, in order.
+"""Train a tiny MotionStream from nothing, on video that is drawn: every stage of the paper, in order.
 
     vae      a tiny video autoencoder
     teacher  bidirectional rectified flow, given the first frame, text and tracks
-    causal   the student: regression on the teacher's ODE trajectories, chunk by chunk through the KV cache
-    distill  Self-Forcing DMD: the student rolls out as it will at inference, teacher and critic score the result
+    causal   the student: regression on the teacher's ODE trajectories, chunk by chunk, through the
+             KV cache
+    distill  Self-Forcing DMD: the student rolls out as it will at inference, teacher and critic
+             score the result
 
-    python train_distill.py                  all of it, resumed where it stopped; --smoke: a few steps, to see it run
+    python train_distill.py                  all of it, resumed where it stopped
+    python train_distill.py --smoke          a few steps of everything, to see it run
     python train_distill.py --stage teacher  one stage
-    python train_distill.py --data FOLDER --weights DIR --vae FILE    on your own clips, from Wan's weights, see README
-    torchrun --nproc-per-node 2 train_distill.py    in two processes, which share the steps and the weights
+    python train_distill.py --data FOLDER --vae FILE --weights DIR    on a folder of clips, from Wan's
+    torchrun --nproc-per-node 2 train_distill.py    in two processes
 
-Shapes are those of motionstream.py. Everything is written under --out (runs/tiny): weights, checkpoints, stats.jsonl,
-a loss curve and a preview sheet for each stage.
+Everything is written under --out (runs/tiny): weights, checkpoints, stats.jsonl. Shapes are those of
+motionstream.py. The paper is MotionStream, arXiv 2511.01266.
+
+A data set is a folder of clips, of which NAME.safetensors is one:
+
+    video    uint8 (3, T, H, W)      pixels at the model's size, T = 1 + 4 (F - 1); or, encoded,
+    latents  float16 (C, F, h, w)    as the model sees them; F = 1 is enough for the stage distill
+    first    uint8 (3, H, W)         beside latents: frame 0, for models that copy along tracks
+    tracks   float32 (T', N, 2)      pixels, x first; T' >= T: tracks may outlast the frames
+    visible  bool (T', N)
+    group    int64 (N)               the object that a track is on, its first track the centre;
+                                     -1: the ground, or not known
+    text     float (L, text_dim)     not padded
+    clip     float (257, clip_dim)   CLIP's features of frame 0, for weights with an image branch
+
+extras/world.py draws such clips, python -m extras.clips makes them of your own videos.
 """
 
 import argparse
+import ast
 import contextlib
 import copy
+import dataclasses
 import functools
 import itertools
 import json
@@ -27,56 +46,222 @@ import re
 import sys
 import time
 import zlib
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads wait awake, but briefly
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")    # threads wait awake, but briefly
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from extras.encoders import listing
-from extras.world import new_scenes, render, scene_tracks, track_groups
-from motionstream import (PRESETS, Block, KVCache, MotionStream, UserError, add_noise, split_conditions, copy_along_tracks,
-                          euler, guided_velocity, image_channels, linear_part, rollout, save_pretrained, schedule,
-                          shift_sigma, to_x0, track_features, track_ids, with_first, write)
-from sample import ASSETS, UMT5_DIM, Parser, embed_words, has_mask, hold_signals, inspect, number, open_vae
-from vae import FRAMES, LinearVAE
+from motionstream import (PRESETS, Block, Config, KVCache, MotionStream, UserError, add_noise,
+                          split_conditions, copy_along_tracks, euler, guided_velocity, image_channels,
+                          linear_part, naming, rollout, save_pretrained, schedule, shift_sigma,
+                          to_x0, track_features, track_ids, with_first, write)
+from sample import UMT5_DIM, Parser, embed_words, has_mask, hold_signals, inspect, number
+from vae import FRAMES, LinearVAE, load_vae
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What every stage shares: optimizer, running average, the loop with its log and checkpoints, files and pictures.
+# --------------------------------------------------------------------------------------------------
+# The settings of a training. Sources: [P] the paper, [O] ours, found by trying on the tiny model.
+
+@dataclass(frozen=True)
+class Learning:
+    """How one network learns."""
+    muon: float | None              # Muon's rate, on the hidden matrices; None: AdamW on everything
+    adam: float                     # AdamW's, on the rest
+    betas: tuple = (0.9, 0.99)      # AdamW's [O]
+    ema: float = 0.0                # of the running average of the weights, 0: none
+    weight_decay: float = 0.01      # [O]
+    clip_norm: float = 1.0          # of the gradient [O]
+    warm_up: int = 20               # updates over which the rate rises [O]
+    decay: float = 0.4              # share of the updates, the last, over which it falls to 0 [O]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The numbers of a training. The defaults are those of the tiny model [O].
+
+    A step is a forward and a backward of `batch` clips in one process. An update follows the mean
+    gradient of STAGE_accumulate steps, of all processes together."""
+    # data
+    clip_frames: int = 45           # 12 latents, 4 chunks of 3
+    batch: int = 4                  # clips of a step
+    clips: int = 4096               # drawn for teacher and distillation
+    trajectories: int = 480         # of the teacher, for the stage causal
+    vae_clips: int = 256            # drawn for the vae
+    vae_batch: int = 8              # crops of a step
+    # how long
+    vae_steps: int = 400
+    teacher_steps: int = 6000
+    causal_steps: int = 800
+    distill_steps: int = 1200
+    vae_accumulate: int = 1
+    teacher_accumulate: int = 1
+    causal_accumulate: int = 1
+    distill_accumulate: int = 1
+    # how fast
+    vae: Learning = Learning(None, 3e-4)
+    teacher: Learning = Learning(0.015, 3e-3, ema=0.99)
+    causal: Learning = Learning(2e-3, 1e-3, ema=0.98)
+    generator: Learning = Learning(1e-3, 1e-4, betas=(0.0, 0.99), ema=0.98)
+    critic: Learning = Learning(2e-3, 2e-4, betas=(0.0, 0.99))
+    # teacher
+    dense_share: float = 0.25       # of the steps, the first, that see all tracks
+    whole_every: int = 4            # one update in so many sees whole clips, the others short ones,
+    short_latents: int = 6          # of so many latents, and twice as many clips
+    p_pure_noise: float = 0.5       # clips at sigma 1, where only the conditions help
+    track_weight: float = 4.0       # cells that a track touches count 1 + this in the loss
+    p_no_text: float = 0.1          # clips with the null text, for guidance (section 3.1) [P]
+    p_no_tracks: float = 0.1        # clips without tracks, the same
+    # causal
+    corrupt_context: bool = True    # see corrupt_context
+    # distill
+    critic_steps: int = 5           # critic updates for one of the generator (appendix D) [P]
+    rollout: int = 16               # chunks of the longest rollout; fewer than a clip's: a clip's
+    neutral_long_rollouts: bool = True      # text of those beyond a clip: a light would have faded
+    drawn_memory: bool = False      # chunk, sink, window of each rollout drawn, see draw_rollout
+    beta: float = 0.5               # a clip weighs exp(reward / beta) (Reward Forcing, eq. 11)
+    # dry run
+    tflops: float = 396             # a GPU's per second: 40 % of an H100's 989 in bfloat16
+
+
+TINY = Settings()
+
+# For weights of Wan (1.3B): appendix D [P], where nothing else is said.
+PAPER = Settings(
+    clip_frames=81,                 # section 4.1
+    batch=1,
+    clips=0,                        # they come from --data
+    trajectories=4000,
+    vae_clips=0,
+    vae_steps=0,
+    teacher_steps=4800 * 128,       # stage 1 of the teacher: updates, of 128 clips
+    causal_steps=2000 * 128,
+    distill_steps=400 * 5 * 64,     # 400 updates of the generator, as we read it
+    teacher_accumulate=128,
+    causal_accumulate=128,
+    distill_accumulate=64,
+    teacher=Learning(None, 1e-5, ema=0.99),
+    causal=Learning(None, 2e-6, ema=0.98),
+    generator=Learning(None, 2e-6, betas=(0.0, 0.99), ema=0.98),
+    critic=Learning(None, 4e-7, betas=(0.0, 0.99)),
+    dense_share=1.0,                # stage 1: no pauses
+    whole_every=1,
+    p_pure_noise=0.0,
+    track_weight=0.0,
+    corrupt_context=False,
+    rollout=0,
+    neutral_long_rollouts=False,
+)
+
+# Stage 2 of the teacher starts from weights of stage 1: with pauses, the track head as it is.
+PAPER_STAGE_2 = replace(
+    PAPER,
+    teacher=replace(PAPER.teacher, adam=1e-6),
+    teacher_steps=800 * 128,
+    dense_share=0.0,
+)
+
+SMOKE = {"vae_steps": 4, "teacher_steps": 4, "causal_steps": 3, "distill_steps": 6,
+         "vae_clips": 8, "clips": 16, "trajectories": 8}
 
 NEUTRAL = PRESETS["tiny"].prompt
-TRACKS = 2500                            # of a clip of --data, at most: the paper's grid of 50x50
-SIZE, CLIP = 128, 45                     # pixels per side; frames of a clip: 12 latents, 4 chunks of 3
-RANK, LOCAL, PROCESSES = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-
-# The numbers of a training: for the tiny model ours, for Wan's the paper's (1.3B; section 4.1, appendix D), if known.
-# Rates are Muon's and AdamW's (None: AdamW on all), steps are of `batch` clips and, like accumulate, by stage.
-RECIPES = {
-    "tiny": {"clip": CLIP, "batch": 4, "accumulate": (1, 1, 1, 1), "steps": (400, 6000, 800, 1200),
-             "teacher": (0.015, 3e-3), "causal": (2e-3, 1e-3), "generator": (1e-3, 1e-4), "critic": (2e-3, 2e-4),
-             "critic_steps": 5,
-             "clips": (256, 4096, 480), "at_sigma_1": 0.5, "emphasis": 4.0, "worn": True},
-    "paper": {"clip": 81, "batch": 1, "accumulate": (1, 128, 128, 64), "clips": (0, 0, 4000), "worn": False,
-              "steps": (0, 614_400, 256_000, 128_000), "at_sigma_1": 0.0, "emphasis": 0.0,
-              "teacher": (None, 1e-5), "causal": (None, 2e-6), "generator": (None, 2e-6), "critic": (None, 4e-7),
-              "critic_steps": 5}}
-# The teacher's second stage starts from the weights of the first: 800 updates, with pauses, the track head as it is.
-RECIPES["second"] = RECIPES["paper"] | {"teacher": (None, 1e-6), "steps": (0, 102_400, *RECIPES["paper"]["steps"][2:])}
+WEIGHTS = {"vae": "vae", "teacher": "teacher", "causal": "causal", "distill": "student"}
+PREREQUISITES = {"vae": (), "teacher": ("vae",), "causal": ("vae", "teacher"),
+                 "distill": ("vae", "teacher", "causal")}
 
 
-def seed_of(*what):
-    """A seed for torch from anything printable, the same in every process."""
-    return zlib.crc32(" ".join(map(str, what)).encode())
+@dataclass(frozen=True)
+class Run:
+    """One training, resolved once from the flags and the weights that they name, see `resolve`."""
+    out: Path                       # the folder that all is written to
+    seed: int
+    device: str
+    dtype: torch.dtype              # of matrix products, see compute_dtype; not a setting
+    config: Config                  # of the model, and of how it is sampled
+    settings: Settings
+    files: dict                     # of the weights called vae, teacher, causal, student, start
+    data: Path | None = None        # a folder of clips, None: they are drawn
+    start: object = None            # what --weights holds, see sample.inspect
+    reward: object = None           # a function of a video and what it was made from, to (B,)
+    checkpointing: bool = False     # see recompute_blocks
+
+    @property
+    def clip_latents(self):
+        return (self.settings.clip_frames + 3) // 4
+
+    @property
+    def clip_chunks(self):
+        return self.clip_latents // self.config.chunk
+
+    @property
+    def longest_rollout(self):
+        """In chunks."""
+        return max(self.settings.rollout, self.clip_chunks)
+
+    @property
+    def track_frames(self):
+        """Frames that the tracks of all clips must have: a clip's and the longest rollout's."""
+        return max(self.settings.clip_frames, 4 * self.config.chunk * self.longest_rollout - 3)
+
+    @property
+    def memory(self):
+        """What the student is trained to remember: fields of Config."""
+        names = ("chunk", "sink", "window", "sink_decay")
+        return {name: getattr(self.config, name) for name in names}
+
+    def path(self, name):
+        return Path(self.files[name])
+
+    def checksum(self, name):
+        return zlib.crc32(self.path(name).read_bytes())
+
+    def load(self, name, **overrides):
+        """A trained MotionStream in float32, frozen. overrides: fields of Config."""
+        return MotionStream.from_pretrained(
+            self.path(name), dtype=torch.float32, device=self.device, **overrides)
+
+    def load_vae(self):
+        """The VAE that made the latents."""
+        vae = load_vae(self.path("vae"))
+        found = (vae.config.latent_channels, vae.stride)
+        wanted = (self.config.out_dim, self.config.stride)
+        if found != wanted:
+            raise UserError(f"{self.path('vae')}: latents have {found[0]} channels and stride "
+                            f"{found[1]}, the model's have {wanted[0]} and {wanted[1]}; is this its VAE?")
+        return vae.to(self.device)
+
+    def autocast(self):
+        """See compute_dtype. No cache of weights: torch before 2.11 hands those without a graph to
+        all."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(torch.device(self.device).type, self.dtype, cache_enabled=False)
+
+
+# --------------------------------------------------------------------------------------------------
+# Processes. torchrun starts PROCESSES of this program: they share the steps of an update, what is to
+# be made of clips, and the parameters of every MotionStream (FSDP2).
+
+RANK = int(os.environ.get("RANK", 0))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_processes(device):
+    """Those that torchrun has started."""
+    if PROCESSES > 1:
+        dist.init_process_group(timeout=timedelta(hours=12))    # some may encode long after others
+        dist.init_device_mesh(device.split(":")[0], (PROCESSES,))   # gloo, or nccl on a GPU
 
 
 def mean_processes(tensor):
@@ -86,24 +271,82 @@ def mean_processes(tensor):
     return tensor.div_(PROCESSES)
 
 
+def wait_for_all():
+    mean_processes(torch.zeros(1))
+
+
+def ends_update(i, accumulate):
+    """Whether the processes, which do PROCESSES steps at a time, are at the end of an update when
+    this one has done its step i."""
+    return (i - RANK + PROCESSES) % accumulate == 0
+
+
+def shard(model):
+    """Divide a MotionStream's parameters among the processes, in place; a VAE stays whole in all.
+    While a block runs, its own are gathered, in float32, which autocast rounds as in one process;
+    while the model runs, the rest."""
+    if PROCESSES == 1 or not isinstance(model, MotionStream):
+        return model
+    mesh = dist.init_device_mesh(next(model.parameters()).device.type, (PROCESSES,))
+    parts = [*model.blocks, model.track_head, model]
+    for part in parts:
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)    # an average has no backward
+    fully_shard.state(model)._lazy_init()       # else the track head, run first, would be the root
+    return model
+
+
+def gathered(state):
+    """A state dict, or a value in one, with sharded tensors whole: on process 0's CPU; in others,
+    without data."""
+    if isinstance(state, dict):
+        return {name: gathered(value) for name, value in state.items()}
+    if not isinstance(state, DTensor):
+        return state
+    whole = state.full_tensor()
+    return whole.to("cpu" if RANK == 0 else "meta")
+
+
+def scattered(state, like):
+    """The reverse: each process keeps its shards, as in `like`, a parameter or a dict of what has
+    the same names."""
+    if isinstance(state, dict):
+        parts = {}
+        for name, value in state.items():
+            parts[name] = scattered(value, like[name] if isinstance(like, dict) else like)
+        return parts
+    if not isinstance(like, DTensor) or state.ndim == 0:        # a count of updates is no shard
+        return state
+    return distribute_tensor(state, like.device_mesh, like.placements, src_data_rank=None)
+
+
+# --------------------------------------------------------------------------------------------------
+# Learning: from a loss to an update.
+
+def seed_of(*what):
+    """A seed for torch from anything printable, the same in every process."""
+    return zlib.crc32(" ".join(map(str, what)).encode())
+
+
 def matmul_seconds(dtype):
-    """What a product of the tiny model's size, a clip's tokens by a layer of its FFN, takes on the CPU under autocast to
-    `dtype`: the best of three, of which the first warms up the threads."""
-    tokens, weight, seconds = torch.zeros(768, 192), torch.zeros(576, 192), []
-    for _ in range(3):
+    """What a small matrix product takes on the CPU under autocast to `dtype`: the quickest of four,
+    as the first one warms up the threads."""
+    matrix = torch.zeros(256, 256)
+    seconds = []
+    for _ in range(4):
         started = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            F.linear(tokens, weight)
+            matrix @ matrix
         seconds.append(time.perf_counter() - started)
     return min(seconds)
 
 
 @functools.cache
 def cpu_dtype():
-    """bfloat16 if the CPU is clearly faster in it, else float32: without AVX-512 or AMX it is 10 times slower. The same
-    in all processes, which have to ask together at first."""
-    ratio = torch.tensor(matmul_seconds(torch.bfloat16) / matmul_seconds(torch.float32))
-    return torch.bfloat16 if mean_processes(ratio) < 0.8 else torch.float32
+    """bfloat16 if the CPU is clearly faster in it, else float32: without AVX-512 or AMX it is 10
+    times slower. The same in all processes, which have to ask together at first."""
+    ratio = matmul_seconds(torch.bfloat16) / matmul_seconds(torch.float32)
+    ratio = mean_processes(torch.tensor(ratio))
+    return torch.bfloat16 if ratio < 0.8 else torch.float32
 
 
 def compute_dtype(device):
@@ -111,53 +354,31 @@ def compute_dtype(device):
     return cpu_dtype() if torch.device(device).type == "cpu" else torch.bfloat16
 
 
-def ends_update(i, batches):
-    """Whether the processes are at the end of an update when each has done its step, here i, of the next PROCESSES."""
-    return (i - RANK + PROCESSES) % batches == 0
-
-
-def shard(model):
-    """Divide a MotionStream's parameters among the processes, in place (FSDP2); a VAE stays whole in all. While a block
-    runs, its own are gathered, in float32, which autocast rounds as in one process; while the model runs, the rest."""
-    if PROCESSES > 1 and isinstance(model, MotionStream):
-        mesh = dist.init_device_mesh(next(model.parameters()).device.type, (PROCESSES,))
-        for part in *model.blocks, model.track_head, model:
-            fully_shard(part, mesh=mesh, reshard_after_forward=True)    # the root too: an average has no backward
-        fully_shard.state(model)._lazy_init()       # else the track head, which runs first, would be taken for the root
-    return model
-
-
-def whole(state):
-    """A state dict, or a value in one, with sharded tensors gathered: on process 0's CPU; in others, without data."""
-    if isinstance(state, dict):
-        return {name: whole(value) for name, value in state.items()}
-    return state.full_tensor().to("cpu" if RANK == 0 else "meta") if isinstance(state, DTensor) else state
-
-
-def split(state, like):
-    """The reverse: each process keeps its shards, as in `like`, a parameter or a dict of what has the same names."""
-    if isinstance(state, dict):
-        return {name: split(value, like[name] if isinstance(like, dict) else like) for name, value in state.items()}
-    place = isinstance(like, DTensor) and state.ndim and (like.device_mesh, like.placements)    # not a count
-    return distribute_tensor(state, *place, src_data_rank=None) if place else state
+def recompute_blocks(model):
+    """Let each block of a MotionStream keep its inputs only, and compute the rest again in the
+    backward: less memory, a third more time."""
+    for block in model.blocks:
+        block.forward = recomputed.__get__(block)
 
 
 def recomputed(block, *inputs):
-    """Block.forward that keeps its inputs only, and computes the rest again in the backward: from a copy of the cache,
-    which has been written to by then. Only passes without a graph write."""
-    *inputs, cache, write = inputs
-    cache = cache if write else copy.copy(cache)
-    return torch.utils.checkpoint.checkpoint(Block.forward, block, *inputs, cache, write, use_reentrant=False)
+    """Block.forward for recompute_blocks. By the time of the backward the cache has been written to,
+    so it is given a copy. (Only passes without a graph write.)"""
+    *inputs, cache, writes = inputs
+    if not writes:
+        cache = copy.copy(cache)
+    return checkpoint(Block.forward, block, *inputs, cache, writes, use_reentrant=False)
 
 
 def orthogonal(matrix, dtype):
-    """Nearly U V^T of a matrix U S V^T (rows, columns): a Newton-Schulz iteration in `dtype` that brings all singular
-    values which are not tiny between 0.7 and 1.2 in five steps (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
-    """
+    """Nearly U V^T of a matrix U S V^T (rows, columns): a Newton-Schulz iteration in `dtype` that
+    brings all singular values which are not tiny between 0.7 and 1.2 in five steps (Jordan et al.
+    2024, kellerjordan.github.io/posts/muon)."""
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.to(dtype)
-    x = x.T if tall else x
-    x = x / x.norm().clamp(min=1e-7)                    # no singular value above 1
+    if tall:
+        x = x.T
+    x = x / x.norm().clamp(min=1e-7)            # no singular value above 1
     for _ in range(5):
         gram = x @ x.T
         gram = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
@@ -166,8 +387,9 @@ def orthogonal(matrix, dtype):
 
 
 class Muon(torch.optim.Optimizer):
-    """torch.optim.Muon with its constants, but in a dtype that is given: there it is bfloat16, in which many CPUs are
-    slow. Parameters are matrices (rows, columns), or DTensors of them."""
+    """torch.optim.Muon with its constants, but with kernels too, as matrices (output, the rest), and
+    in a dtype that is given: there it is bfloat16, in which many CPUs are slow. Parameters may be
+    DTensors of matrices."""
 
     def __init__(self, parameters, lr, weight_decay, dtype):
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": 0.95})
@@ -177,192 +399,611 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         """An update by Nesterov's momentum of the gradients, made orthogonal."""
         for group in self.param_groups:
-            rate, momentum = group["lr"], group["momentum"]
             for p in group["params"]:
-                state = self.state[p]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                average = state["momentum_buffer"]
-                average.lerp_(p.grad, 1 - momentum)
-                update = p.grad.lerp(average, momentum)
-                if isinstance(update, DTensor):
-                    update = update.full_tensor()       # gathered once; each process makes all of it orthogonal
-                update = split(orthogonal(update, self.dtype), p)
-                rows, columns = p.shape
-                p.mul_(1 - rate * group["weight_decay"])
-                p.add_(update, alpha=-rate * max(1, rows / columns) ** 0.5)
+                self.step_of(p, group["lr"], group["momentum"], group["weight_decay"])
+
+    def step_of(self, p, rate, momentum, weight_decay):
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        average = state["momentum_buffer"]
+        average.lerp_(p.grad, 1 - momentum)
+        update = p.grad.lerp(average, momentum)
+        if isinstance(update, DTensor):
+            update = update.full_tensor()       # gathered once; each process makes all of it
+        matrix = update.flatten(1)              # (rows, columns)
+        rows, columns = matrix.shape
+        update = orthogonal(matrix, self.dtype).reshape(update.shape)
+        update = scattered(update, p)
+        p.mul_(1 - rate * weight_decay)
+        p.add_(update, alpha=-rate * max(1, rows / columns) ** 0.5)
 
 
-class Optimizer:
-    """Muon on hidden matrices (kernels viewed as matrices; None: on none), AdamW on the rest; ema > 0: running average.
-    An update follows the mean gradient of `batches` steps, which the processes share, as they do a MotionStream, its
-    average and the optimizers' states: see shard. Muon multiplies whole matrices, which it gathers one by one."""
+class Learner:
+    """A network, its optimizers, and the running average of its weights.
 
-    def __init__(self, model, muon, adam, betas=(0.9, 0.99), steps=0, ema=0.0, batches=1, checkpointing=False):
-        self.model, self.ema, self.batches, inner = model, ema, batches, ("blocks", "encoder", "decoder")
-        self.average = shard(copy.deepcopy(model).requires_grad_(False)) if ema else nn.Module()
-        self.sharded = isinstance(shard(model), FSDPModule)
-        for block in model.blocks if checkpointing else ():
-            block.forward = recomputed.__get__(block)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        hidden = [p for name, p in model.named_parameters() if muon and name.split(".")[0] in inner
-                  and p.requires_grad and name.endswith("weight") and p.ndim > 1]
-        self.views = [(nn.Parameter(p.data.flatten(1)), p) for p in hidden]     # they share memory with the model
-        rest = [p for p in self.parameters if id(p) not in set(map(id, hidden))]
-        self.optimizers = [torch.optim.AdamW(rest, lr=adam, betas=betas, weight_decay=0.01)]
-        if muon:
-            dtype = compute_dtype(self.parameters[0].device)
-            self.optimizers.insert(0, Muon([view for view, _ in self.views], muon, weight_decay=0.01, dtype=dtype))
-        self.rates, self.steps = [rate for rate in (muon, adam) if rate], steps
+    how: Learning. updates: how many there will be, for the rate, 0: it stays. An update follows the
+    mean gradient of `accumulate` steps, which the processes share, as they do the network's
+    parameters, average and optimizer states, see `shard`."""
 
-    def step(self, loss, i, every=1, clip=1.0):
-        """Backward of step i; after the last of an update, clip and update, one in `every` updates of the stage. The
-        learning rate warms up over 20 updates and falls to 0 over the last 40 % of `steps` (0: it stays). Returns the
-        gradient norm, None without an update; FloatingPointError, before anything moves, if it is not finite."""
-        (loss * PROCESSES / self.batches).backward()                    # the mean of the processes is taken below
-        if not ends_update(i, self.batches):
+    def __init__(self, name, model, how, *, updates=0, accumulate=1):
+        self.name = name
+        self.how = how
+        self.updates = updates
+        self.accumulate = accumulate
+        self.average = None
+        if how.ema:
+            self.average = shard(copy.deepcopy(model).requires_grad_(False))
+        self.model = shard(model)
+        self.sharded = isinstance(model, FSDPModule)
+        self.optimizers = self.build_optimizers()
+
+    def build_optimizers(self):
+        """[(optimizer, its rate)]: Muon for hidden matrices, AdamW for the rest."""
+        hidden = []
+        rest = []
+        for name, p in self.model.named_parameters():
+            inner = name.startswith(("blocks.", "encoder.", "decoder."))
+            matrix = inner and name.endswith("weight") and p.ndim > 1
+            if p.requires_grad:
+                group = hidden if matrix and self.how.muon else rest
+                group.append(p)
+        decay = self.how.weight_decay
+        optimizers = []
+        if hidden:
+            muon = Muon(hidden, self.how.muon, decay, compute_dtype(hidden[0].device))
+            optimizers.append((muon, self.how.muon))
+        adam = torch.optim.AdamW(rest, self.how.adam, self.how.betas, weight_decay=decay)
+        optimizers.append((adam, self.how.adam))
+        return optimizers
+
+    def parameters(self):
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def step(self, loss, i, every=1):
+        """Backward of step i; after the last of an update, clip and move. every: only one in so many
+        updates of the stage is one of this network. Returns the gradient's norm, None without an
+        update. UserError, before anything moves, if it is not finite."""
+        (loss * PROCESSES / self.accumulate).backward()     # the mean of processes is taken below
+        if not ends_update(i, self.accumulate):
             return None
-        for p in () if self.sharded else self.parameters:
-            mean_processes(p.grad)
-        count, norm = i // self.batches // every, nn.utils.clip_grad_norm_(self.parameters, clip)
-        norm = norm.full_tensor() if self.sharded else norm
+        norm = self.clip_gradient()
         if not norm.isfinite():
-            raise FloatingPointError(f"loss {loss.item()}, gradient norm {norm.item()}")
-        scale = min(1.0, (count + 1) / 20, (self.steps - count) / (0.4 * self.steps) if self.steps else 1.0)
-        for view, p in self.views:
-            view.grad = p.grad.flatten(1)
-        for optimizer, rate in zip(self.optimizers, self.rates):
-            optimizer.param_groups[0]["lr"] = rate * scale
+            raise UserError(f"{self.name}, step {i}: loss {loss.item()}, gradient norm "
+                            f"{norm.item()}; stopped before anything moved")
+        count = i // self.accumulate // every
+        for optimizer, rate in self.optimizers:
+            optimizer.param_groups[0]["lr"] = rate * self.rate_factor(count)
             optimizer.step()
         self.model.zero_grad()
-        if self.ema:
-            pairs = list(self.average.parameters()), [p.detach() for p in self.model.parameters()]
-            torch._foreach_lerp_(*pairs, 1 - min(self.ema, count / (count + 10)))
+        self.update_average(count)
         return norm
 
-    def parts(self, name=""):
-        """What a checkpoint needs of it."""
-        optimizers = {f"{name} optimizer {i}": optimizer for i, optimizer in enumerate(self.optimizers)}
-        return {f"{name} model": self.model, f"{name} average": self.average, **optimizers}
+    def clip_gradient(self):
+        """Make the gradient that of all processes, and no longer than how.clip_norm. Returns its
+        norm before."""
+        parameters = self.parameters()
+        if not self.sharded:
+            for p in parameters:
+                mean_processes(p.grad)
+        norm = nn.utils.clip_grad_norm_(parameters, self.how.clip_norm)
+        return norm.full_tensor() if self.sharded else norm
 
+    def rate_factor(self, count):
+        """Of the learning rate at update `count`: rises, stays at 1, falls."""
+        factor = min(1.0, (count + 1) / self.how.warm_up)
+        if self.updates:
+            factor = min(factor, (self.updates - count) / (self.how.decay * self.updates))
+        return factor
+
+    @torch.no_grad()
+    def update_average(self, count):
+        """Early on it is the mean of the latest tenth rather than of what the weights began as."""
+        if self.average is None:
+            return
+        share = 1 - min(self.how.ema, count / (count + 10))
+        torch._foreach_lerp_([*self.average.parameters()], [*self.model.parameters()], share)
+
+    def parts(self):
+        """What a checkpoint needs of it: {name: object with a state dict}."""
+        parts = {f"{self.name} model": self.model}
+        if self.average is not None:
+            parts[f"{self.name} average"] = self.average
+        for optimizer, _ in self.optimizers:
+            parts[f"{self.name} {type(optimizer).__name__}"] = optimizer
+        return parts
+
+
+# --------------------------------------------------------------------------------------------------
+# The loop of a stage, its log and its checkpoints.
 
 def load_checkpoint(folder, stage, settings, parts):
     """Put the newest checkpoint of the stage that is whole into `parts`; the step to go on with."""
     for path in sorted(folder.glob(f"{stage}.*.checkpoint.pt"), reverse=True):
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
-            was, step = saved.pop("settings"), saved.pop("step")
+            was = saved.pop("settings")
+            step = saved.pop("step")
         except (OSError, EOFError, RuntimeError, KeyError, pickle.UnpicklingError) as e:
             print(f"{path}: damaged ({type(e).__name__}), going back to the one before it")
             continue
-        changed = [f"{key} {was.get(key)}, now {value}" for key, value in settings.items() if was.get(key) != value]
+        changed = [f"{name} {was.get(name)}, now {value}"
+                   for name, value in settings.items() if was.get(name) != value]
         if changed:
-            raise UserError(f"{path}: is of other settings ({'; '.join(changed)}); choose another --out or remove it")
+            raise UserError(f"{path}: is of other settings ({'; '.join(changed)}); choose another "
+                            "--out or remove it")
         for name, part in parts.items():
-            parameters = {} if isinstance(part, nn.Module) else dict(enumerate(part.param_groups[0]["params"]))
-            part.load_state_dict(split(saved[name], part.state_dict() | {"state": parameters}))
+            like = part.state_dict()
+            if isinstance(part, torch.optim.Optimizer):
+                like["state"] = dict(enumerate(part.param_groups[0]["params"]))
+            part.load_state_dict(scattered(saved[name], like))
         print(f"{path.name}: resumed at step {step}")
         return step
     return 0
 
 
 def save_checkpoint(folder, stage, step, settings, parts):
-    """To a file of its own, whole, so that any number of processes can go on; the newest two of a stage stay."""
-    path, states = folder / f"{stage}.{step:07}.checkpoint.pt", {k: whole(v.state_dict()) for k, v in parts.items()}
+    """To a file of its own, whole, so that any number of processes can go on; the newest two of a
+    stage stay."""
+    saved = {"step": step, "settings": settings}
+    for name, part in parts.items():
+        saved[name] = gathered(part.state_dict())
     if RANK > 0:
         return
-    write(path, functools.partial(torch.save, {"step": step, "settings": settings, **states}))
+    write(folder / f"{stage}.{step:07}.checkpoint.pt", functools.partial(torch.save, saved))
     for old in sorted(folder.glob(f"{stage}.*.checkpoint.pt"))[:-2]:
         old.unlink()
 
 
-def train(run, stage, steps, parts, step, average=None):
-    """Call step(i) for i < steps: a dict of numbers to log. `parts` {name: object with state_dict} is what a resumed
-    run needs besides; random numbers are drawn anew from (seed, stage, i) each step, so that resuming changes nothing.
-    Ctrl-C and SIGTERM finish the step, save, and exit with 130 or 143. In the end, `average` is saved as weights."""
-    steps = max(steps - steps % run.batches, run.batches)       # whole updates: processes would wait in vain
-    settings = {"steps": steps, **run.settings(stage)}
-    begin, saved_at = load_checkpoint(run.out, stage, settings, parts), time.time()
-    with hold_signals() as stop, open(run.out / "stats.jsonl" if RANK == 0 else os.devnull, "a", buffering=1) as log:
-        bar = tqdm(range(begin + RANK, steps, PROCESSES), stage, disable=RANK > 0)
-        for i in bar:
-            torch.manual_seed(seed_of(run.seed, stage, i))
-            started = time.time()
-            try:
-                numbers = {k: round(torch.as_tensor(v).item(), 5) for k, v in step(i).items() if v is not None}
-            except FloatingPointError as e:
-                raise UserError(f"{stage}, step {i}: {e}; stopped before anything moved") from None
-            bar.set_postfix(numbers)
-            numbers = {"stage": stage, "step": i, **numbers, "seconds": round(time.time() - started, 3)}
-            numbers["dtype"] = str(run.dtype)[6:]                      # after "torch."
-            log.write(json.dumps(numbers) + "\n")
-            if ends_update(i, run.batches):
-                stopped, due = mean_processes(torch.tensor([len(stop) > 0, time.time() - saved_at > 300]).float())
-                if stopped or due:
-                    save_checkpoint(run.out, stage, i - RANK + PROCESSES, settings, parts)
-                    saved_at = time.time()
-                if stopped:
-                    raise SystemExit(128 + (stop or [15])[0])          # SIGTERM, which another process got
-        save_checkpoint(run.out, stage, steps, settings, parts)
-    if average:
-        tensors = whole(average.state_dict())
-        if RANK == 0:
-            with torch.device("meta"):
-                plain = MotionStream(average.config)                   # one that is not sharded
-            plain.load_state_dict(tensors, assign=True)
-            save_pretrained(plain, run.path(WEIGHTS[stage]), torch.float16)
-        mean_processes(torch.zeros(1))                                 # the others go on when the file is there
+def checkpoint_settings(run, stage):
+    """What a checkpoint of the stage depends on: with another of these, going on would mix two
+    trainings."""
+    settings = {"seed": run.seed, "data": fingerprint(run.data), "start": str(run.files["start"])}
+    for name in PREREQUISITES.get(stage, ("vae",)):
+        settings[f"weights of {name}"] = run.checksum(name)
+    settings |= asdict(run.config) | asdict(run.settings)
+    settings.pop("tflops")
+    return settings
 
 
+class Loop:
+    """The steps of a stage: `for i in Loop(…)` goes on where the newest checkpoint stopped.
+
+    Random numbers are drawn anew from (seed, stage, i) each step, so that resuming changes nothing.
+    A step's numbers are those given to `log`. When the caller is done with a step, its line is
+    written, and at the end of an update, if five minutes have gone or a signal came, a checkpoint.
+    Ctrl-C and SIGTERM exit after it, with 130 or 143."""
+
+    def __init__(self, run, stage, steps, *learners):
+        self.run = run
+        self.stage = stage
+        self.accumulate = learners[0].accumulate
+        self.steps = max(steps - steps % self.accumulate, self.accumulate)      # whole updates
+        self.settings = {"steps": self.steps} | checkpoint_settings(run, stage)
+        self.parts = {}
+        for learner in learners:
+            self.parts |= learner.parts()
+
+    def __iter__(self):
+        begin = load_checkpoint(self.run.out, self.stage, self.settings, self.parts)
+        self.saved_at = time.time()
+        file = self.run.out / "stats.jsonl" if RANK == 0 else os.devnull
+        with hold_signals() as stop, open(file, "a", buffering=1) as file:
+            mine = range(begin + RANK, self.steps, PROCESSES)
+            bar = tqdm(mine, self.stage, disable=RANK > 0)
+            for i in bar:
+                torch.manual_seed(seed_of(self.run.seed, self.stage, i))
+                self.numbers = {}
+                started = time.time()
+                yield i
+                bar.set_postfix(self.numbers)
+                seconds = round(time.time() - started, 3)
+                row = {"stage": self.stage, "step": i, **self.numbers, "seconds": seconds,
+                       "dtype": str(self.run.dtype)[6:]}                        # after "torch."
+                file.write(json.dumps(row) + "\n")
+                if ends_update(i, self.accumulate):
+                    self.save_if_due(i - RANK + PROCESSES, stop)
+            self.save(self.steps)
+
+    def log(self, **numbers):
+        """Numbers of this step; None: not in this step."""
+        for name, value in numbers.items():
+            if value is not None:
+                self.numbers[name] = round(torch.as_tensor(value).item(), 5)
+
+    def save_if_due(self, step, stop):
+        """The processes do the same, whichever got the signal in the list `stop`."""
+        told = [len(stop) > 0, time.time() - self.saved_at > 300]
+        stopped, due = mean_processes(torch.tensor(told).float())
+        if stopped or due:
+            self.save(step)
+        if stopped:
+            signum = stop[0] if stop else 15            # SIGTERM, which another process got
+            raise SystemExit(128 + signum)
+
+    def save(self, step):
+        save_checkpoint(self.run.out, self.stage, step, self.settings, self.parts)
+        self.saved_at = time.time()
+
+
+def save_weights(run, stage, model):
+    """What a stage leaves behind, a MotionStream, in float16. All processes go on when it is there."""
+    tensors = gathered(model.state_dict())
+    if RANK == 0:
+        with torch.device("meta"):
+            plain = MotionStream(model.config)          # one that is not sharded
+        plain.load_state_dict(tensors, assign=True)
+        save_pretrained(plain, run.path(WEIGHTS[stage]), torch.float16)
+    wait_for_all()
+
+
+# --------------------------------------------------------------------------------------------------
+# Clips: a folder of files, and the batches drawn from it.
+
+@dataclass(frozen=True)
+class Batch:
+    """Clips as the networks are given them."""
+    latents: torch.Tensor       # (B, C, F, h, w), float32
+    conditions: dict            # what a model takes as it is: text and, if it reads them, image, clip
+    points: dict                # what motion_features takes: tracks (B, T, N, 2), visible, ids; image
+    touched: torch.Tensor       # (B, F, h, w): 1 at cells of an object or a track and beside, else 0
+
+
+def fingerprint(folder):
+    """Of the clips in a folder: their names, sizes and ages. None: of no folder."""
+    files = sorted(folder.rglob("*.safetensors")) if folder else []
+    about = [(str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns)
+             for file in files]
+    return seed_of(about)
+
+
+def read_header(file):
+    """({name: shape}, metadata) of a clip."""
+    with naming(file, "damaged, or no clip; python -m extras.clips writes clips"):
+        with safe_open(file, "pt") as clip:
+            shapes = {name: tuple(clip.get_slice(name).get_shape()) for name in clip.keys()}
+            return shapes, clip.metadata() or {}
+
+
+def clip_latents(shapes):
+    """How many latents a clip has, or would have if it were encoded."""
+    if "latents" in shapes:
+        return shapes["latents"][1]
+    return (shapes["video"][1] + 3) // 4
+
+
+def check_clip(file, shapes, config, track_frames):
+    """Raise UserError, one line, if a model of `config` cannot be trained on a clip."""
+    height, width = config.size
+    kind = "latents" if "latents" in shapes else "video"
+    frames = shapes.get(kind, (0, 0))[1]
+    count = shapes.get("tracks", (0, 0, 0))[1]
+    expected = {
+        "video": (3, frames, height, width),
+        "latents": (config.out_dim, frames, height // config.stride, width // config.stride),
+        "tracks": (max(track_frames, shapes.get("tracks", (0,))[0]), count, 2),
+        "visible": (shapes.get("tracks", (0,))[0], count),
+        "group": (count,),
+        "text": (min(shapes.get("text", (0,))[0], config.text_len), config.text_dim),
+    }
+    needed = [kind, "tracks", "visible", "group", "text"]
+    if config.copy_dim and kind == "latents":
+        needed.append("first")
+        expected["first"] = (3, height, width)
+    if config.clip_dim:
+        needed.append("clip")
+        expected["clip"] = (257, config.clip_dim)
+    for name in needed:
+        if shapes.get(name) != expected[name]:
+            found = shapes.get(name, "missing")
+            raise UserError(f"{file}: {name} is {found}, expected {expected[name]}; see the top of "
+                            "train_distill.py")
+
+
+def open_clips(folder, config, frames, track_frames):
+    """The files of the clips in a folder that have `frames` latents or more, with tracks of
+    `track_frames` video frames. UserError, one line, if one of them is wrong, or none is left."""
+    files = sorted(folder.rglob("*.safetensors"))
+    long_enough = []
+    for file in files:
+        shapes, _ = read_header(file)
+        check_clip(file, shapes, config, track_frames)
+        if clip_latents(shapes) >= frames:
+            long_enough.append(file)
+    if not long_enough:
+        raise UserError(f"{folder}: {len(files)} clips, none of {4 * frames - 3} frames")
+    return long_enough
+
+
+def write_clip(path, tensors):
+    """A dict of tensors as a file, whole or not there, in a folder that need not be there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, functools.partial(save_file, {name: value.contiguous().cpu() for name, value in tensors.items()}))
+
+
+def rendered_clips(run, name, count, encode=None):
+    """Files of clips of the drawn world, drawn now or in an earlier run. The only function here that
+    knows of it. encode: see encode_video; with it they hold latents, else video."""
+    from extras.world import write_clips
+    made_by = run.checksum("vae") if encode else None
+    settings = {
+        "frames": run.settings.clip_frames,
+        "track_frames": run.track_frames,
+        "size": run.config.size[0],
+        "seed": seed_of(run.seed, name),
+        "text_dim": run.config.text_dim,
+    }
+    folder = run.out / f"{name}.{seed_of(made_by, settings):08x}"
+    if RANK == 0:                       # which uses as many processes as it may use threads
+        write_clips(folder, count, encode=encode, workers=torch.get_num_threads(), **settings)
+    wait_for_all()
+    return sorted(folder.glob("*.safetensors"))[:count]
+
+
+@torch.no_grad()
+def encode_video(vae, video):
+    """uint8 (3, T, H, W) to float16 (C, F, h, w)."""
+    device = next(vae.parameters()).device
+    video = video[None].to(device) / 127.5 - 1
+    return vae.encode(video)[0].half().cpu()
+
+
+def encode_clips(run, files):
+    """The same clips with latents in place of video, encoded now or in an earlier run, a part by
+    each process. Clips that have latents already stay as they are."""
+    folder = run.out / f"latents.{seed_of(run.checksum('vae'), fingerprint(run.data)):08x}"
+    made = []
+    missing = {}
+    for file in files:
+        shapes, metadata = read_header(file)
+        if "latents" not in shapes:
+            encoded = folder / file.relative_to(run.data)
+            made.append(encoded)
+            if not encoded.exists():
+                missing[encoded] = file
+        else:
+            made.append(file)
+            if metadata.get("vae", str(run.checksum("vae"))) != str(run.checksum("vae")):
+                raise UserError(f"{file}: its latents are of another VAE than {run.path('vae')}")
+    mine = [*missing][RANK::PROCESSES]
+    vae = run.load_vae() if mine else None
+    for path in tqdm(mine, "encode clips", disable=not mine):
+        clip = load_file(missing[path])
+        video = clip.pop("video")
+        length = 4 * ((video.shape[1] + 3) // 4) - 3
+        clip["first"] = video[:, 0]
+        clip["latents"] = encode_video(vae, video[:, :length])
+        write_clip(path, clip)
+    wait_for_all()
+    return made
+
+
+def training_clips(run, frames):
+    """Files of the clips that all stages but the first are trained on, of `frames` latents or more,
+    encoded."""
+    if run.data:
+        files = open_clips(run.data, run.config, frames, run.track_frames)
+        return encode_clips(run, files)
+    encode = functools.partial(encode_video, run.load_vae().cpu())
+    return rendered_clips(run, "clips", run.settings.clips, encode)
+
+
+def read_clip(file, frames=None, track_frames=None):
+    """{name: tensor}: a clip's first `frames` latents, and tracks of `track_frames` video frames;
+    None: all. What is beyond is not read."""
+    clip = {}
+    with safe_open(file, "pt") as opened:
+        for name in opened.keys():
+            tensor = opened.get_slice(name)
+            if name == "latents":
+                clip[name] = tensor[:, :frames]
+            elif name in ("tracks", "visible"):
+                clip[name] = tensor[:track_frames]
+            elif name != "video":
+                clip[name] = tensor[:]
+    return clip
+
+
+def stack(tensors, fill=0):
+    """Tensors of clips to one (B, …); where some are shorter along an axis, `fill` follows."""
+    shape = [max(lengths) for lengths in zip(*[tensor.shape for tensor in tensors])]
+    batch = tensors[0].new_full((len(tensors), *shape), fill)
+    for row, tensor in zip(batch, tensors):
+        row[tuple(slice(length) for length in tensor.shape)] = tensor
+    return batch
+
+
+def pick(files, count, frames=None, track_frames=None):
+    """Random clips, {name: (count, …)}; see read_clip. Texts are padded with zeros, tracks with
+    hidden ones."""
+    chosen = torch.randint(0, len(files), (count,)).tolist()
+    clips = [read_clip(files[i], frames, track_frames) for i in chosen]
+    batch = {}
+    for name in clips[0]:
+        fill = -1 if name == "group" else 0
+        batch[name] = stack([clip[name] for clip in clips], fill)
+    return batch
+
+
+def random_subset(mask, count, preference=0):
+    """Of each row of a mask (B, N), `count` (B, 1) true places at random, all if there are fewer.
+    preference (B, N): added to the random order, lower ones are chosen rather."""
+    order = torch.rand(mask.shape) + preference + 9 * ~mask     # those that are not true come last
+    place = order.argsort(1).argsort(1)                         # in that order
+    return mask & (place < count)
+
+
+def user_tracks(visible, group):
+    """What of the true tracks (B, T, N) a user might have drawn: from nothing and a single drag to
+    the dense grid, some starting and ending in the middle, and a fifth of the clips with a pause in
+    all of them (section 3.1). group (B, N): each track's object, its first track the centre, and -1
+    the ground."""
+    B, T, N = visible.shape
+    keep = torch.zeros(B, N, dtype=torch.bool)
+    for thing in range(int(group.max()) + 1):
+        mine = group == thing
+        centre = mine & (mine.cumsum(1) == 1)
+        count = torch.tensor([0, 1, 1, 2, 4, 8, 16, 16])[torch.randint(0, 8, (B, 1))]
+        rather = -0.5 * torch.rand(B, 1) * centre               # the centre than the rim
+        keep |= random_subset(mine, count, rather)
+    count = torch.tensor([0, 0, 1, 4, 9, 32, 64])[torch.randint(0, 7, (B, 1))]
+    keep |= random_subset(group < 0, count)
+    t = torch.arange(T)[:, None]
+    ends = torch.randint(0, T, (2, B, 1, N)).sort(0).values
+    whole = torch.rand(B, 1, N) >= 0.15
+    shown = whole | (t >= ends[0]) & (t <= ends[1])             # (B, T, N)
+    begin = torch.randint(1, T, (B, 1, 1))
+    length = torch.randint(4, 17, (B, 1, 1))
+    pause = (t >= begin) & (t < begin + length)                 # (B, T, 1)
+    pause = pause & (torch.rand(B, 1, 1) < 0.2)
+    return visible & keep[:, None] & shown & ~pause
+
+
+def dense_subset(visible, pauses):
+    """Of true tracks (B, T, N) 1,000 to 2,500, or all if there are fewer (section 4.1: a grid of
+    50x50); with pauses, none in a fifth of the chunks of 12 frames but the first (section 3.1,
+    appendix D)."""
+    B, T, _ = visible.shape
+    count = torch.randint(1000, 2501, (B, 1))
+    keep = random_subset(visible.any(1), count)                 # (B, N)
+    chunk = (torch.arange(T) + 3) // 12
+    shown = (torch.rand(B, T, 1) >= 0.2 * pauses)[:, chunk]
+    shown = shown | (chunk == 0)[:, None]                       # (B, T, 1)
+    return visible & keep[:, None] & shown
+
+
+def touched_cells(tracks, visible, config):
+    """Cells of the latent grid where tracks (B, T, N, 2) are visible, and those beside them:
+    (B, F, h, w) of 0 and 1."""
+    h = config.size[0] // config.stride
+    w = config.size[1] // config.stride
+    x, y = (tracks / config.stride).nan_to_num(0).long().unbind(-1)     # (B, T, N) each
+    x = x.clamp(0, w - 1)
+    y = y.clamp(0, h - 1)
+    cell = torch.where(visible, y * w + x, h * w)               # hidden ones: one beyond the grid
+    touched = torch.zeros(*cell.shape[:2], h * w + 1).scatter_(2, cell, 1.0)
+    touched = touched[..., :-1]                                 # (B, T, h w)
+    touched = F.pad(touched, (0, 0, 3, 0)).unflatten(1, (-1, 4)).amax(2)    # (B, F, h w)
+    return F.max_pool2d(touched.unflatten(2, (h, w)), 3, 1, 1)
+
+
+def draw_batch(run, files, count, frames, *, dense=False, first_only=False):
+    """Random clips, a Batch of `count`, with conditions for `frames` latents: all of their tracks
+    (dense), or as a user might have drawn them. first_only: no latents but the image's."""
+    config = run.config
+    latents_read = 1 if first_only else frames
+    clips = pick(files, count, latents_read, 4 * frames - 3)
+    latents = clips["latents"].float()
+    tracks = clips["tracks"]
+    true = clips["visible"]
+    on_object = clips["group"] >= 0                             # (B, N)
+    visible = true
+    if not on_object.any():
+        visible = dense_subset(true, pauses=not dense)
+    elif not dense:
+        visible = user_tracks(true, clips["group"])
+    conditions = {name: clips[name].float() for name in ("text", "clip") if name in clips}
+    if config.image_dim:
+        still = config.copy_dim > 0
+        conditions["image"] = image_channels(latents[:, :, :1], frames, still)
+    points = {"tracks": tracks, "visible": visible}
+    if config.copy_dim:
+        points["ids"] = track_ids(tracks, true, config)         # where it was in frame 0, if hidden
+        points["image"] = clips["first"].float() / 127.5 - 1
+    else:
+        points["ids"] = track_ids(tracks, visible, config)
+    counted = true & on_object[:, None] if on_object.any() else visible
+    touched = touched_cells(tracks, counted, config)
+    return to_device(run.device, Batch(latents, conditions, points, touched))
+
+
+def to_device(device, batch):
+    return Batch(
+        batch.latents.to(device),
+        {name: value.to(device) for name, value in batch.conditions.items()},
+        {name: value.to(device) for name, value in batch.points.items()},
+        batch.touched.to(device),
+    )
+
+
+def motion_features(model, vae, points):
+    """track_features of a Batch's points: (B, track_dim, F, h, w)."""
+    own = [points[name] for name in ("tracks", "visible", "ids")]
+    copied = None
+    if model.config.copy_dim:
+        copied = copy_along_tracks(vae, points["image"], *own)
+    return track_features(model, *own, copied)
+
+
+def clean_first(config, x0):
+    """What with_first takes of clips x0 (B, C, F, h, w): their first latent, (B, C, 1, h, w); None
+    for models that have it as channels instead."""
+    if config.image_dim and not config.copy_dim:
+        return None
+    return x0[:, :, :1]
+
+
+def latent_weight(vae, config, sigma):
+    """What the squared errors of the velocity at sigma (B,) are multiplied by, so that they are those
+    of pixels and of the network behind linear_part: (B, C, 1, 1, 1); 1 for latents of unit
+    variance."""
+    if not config.latent_std:
+        return 1.0
+    std = torch.tensor(config.latent_std, device=sigma.device).view(1, -1, 1, 1, 1)
+    _, variance = linear_part(sigma, std)
+    return variance * vae.pixel_weight().view(1, -1, 1, 1, 1) ** 2
+
+
+# --------------------------------------------------------------------------------------------------
 # Stage 1: the tiny VAE.
 
-def psnr(a, b):
-    """Decibels between videos in [-1, 1]."""
-    return -10 * math.log10((a - b).square().mean().item() / 4 + 1e-10)
+CROP = 64               # pixels per side
+CROP_FRAMES = 17
 
 
-def reconstruction_loss(output, video):
-    """Of pixels, and of their differences, in videos (B, 3, T, H, W)."""
-    error = output.float() - video
-    return error.abs().mean() + 4 * error.square().mean() + sum(error.diff(dim=d).abs().mean() for d in (3, 4))
+def random_crop(files):
+    """A crop of a clip's video: uint8 (3, 17, 64, 64), or what there is."""
+    file = files[int(torch.randint(len(files), ()))]
+    with safe_open(file, "pt") as clip:
+        video = clip.get_slice("video")
+        _, frames, height, width = video.get_shape()
+        t = int(torch.randint(max(frames - CROP_FRAMES, 0) + 1, ()))
+        y = int(torch.randint(max(height - CROP, 0) + 1, ()))
+        x = int(torch.randint(max(width - CROP, 0) + 1, ()))
+        return video[:, t:t + CROP_FRAMES, y:y + CROP, x:x + CROP]
 
 
-def drawn_videos(run):
-    """The videos that a VAE is trained on: (n, 3, CLIP, SIZE, SIZE) uint8."""
-    rng = torch.Generator().manual_seed(seed_of(run.seed, "vae"))
-    videos = []
-    for _ in tqdm(range(0, run.vae_clips, 8), "render for the vae"):
-        video = render(new_scenes(8, CLIP, rng), SIZE)
-        videos.append(((video + 1) * 127.5).round().byte())
-    return torch.cat(videos)
-
-
-def draw_crops(videos, count=8):
-    """Crops of drawn videos, of three the one where most happens: (count, 3, 17, 64, 64) in [-1, 1]."""
-    def crop():
-        n, t, y, x = (int(torch.randint(limit, ())) for limit in (len(videos), CLIP - 16, SIZE - 63, SIZE - 63))
-        return videos[n, :, t:t + 17, y:y + 64, x:x + 64]
-
-    chosen = [max((crop() for _ in range(3)), key=lambda c: c[:, ::8].float().var()) for _ in range(count)]
-    return torch.stack(chosen).float() / 127.5 - 1
+def random_crops(files, count):
+    """(count, 3, 17, 64, 64) in [-1, 1]: of three random crops each, that with most to be seen."""
+    crops = []
+    for _ in range(count):
+        three = [random_crop(files) for _ in range(3)]
+        crops.append(max(three, key=lambda crop: crop[:, ::8].float().var()))
+    return torch.stack(crops).float() / 127.5 - 1
 
 
 def principal_components(vae, videos):
-    """Give a LinearVAE the principal components of its cells, in the middle of its windows, to start from. Cells in
-    which something is to be seen count more. videos (n, 3, T, H, W) uint8; T: every 4 frames are a cell's."""
-    side, channels, overlap = vae.stride, vae.config.latent_channels, vae.config.overlap
-    moment, total = 0, 0
+    """Give a LinearVAE the principal components of its cells, in the middle of its windows, to start
+    from. Cells in which something is to be seen count more. videos: of (3, T, H, W) uint8, in which
+    every 4 frames are a cell's."""
+    side = vae.stride
+    channels = vae.config.latent_channels
+    moment = 0
+    total = 0
     for video in videos:
-        x = video[:, :video.shape[1] // FRAMES * FRAMES].float() / 127.5 - 1
-        x = x.unflatten(1, (-1, FRAMES)).unflatten(3, (-1, side)).unflatten(5, (-1, side))   # (3, F, 4, h, 8, w, 8)
-        cells = x.permute(1, 3, 5, 0, 2, 4, 6).flatten(0, 2)                           # (F h w, 3, 4, 8, 8)
+        whole = video.shape[1] // FRAMES * FRAMES
+        x = video[:, :whole].float() / 127.5 - 1
+        x = x.unflatten(1, (-1, FRAMES)).unflatten(3, (-1, side)).unflatten(5, (-1, side))
+        cells = x.permute(1, 3, 5, 0, 2, 4, 6)                  # (F, h, w, 3, 4, 8, 8)
+        cells = cells.flatten(0, 2)                             # (F h w, 3, 4, 8, 8)
         spread = cells.flatten(2).var(2).mean(1)
         weight = (spread / 0.05).clamp(0.1, 5)
-        flat = cells.flatten(1)                                                        # (F h w, 768)
+        flat = cells.flatten(1)                                 # (F h w, 768)
         moment = moment + (flat * weight[:, None]).T @ flat
         total = total + weight.sum()
-    _, vectors = torch.linalg.eigh(moment / total)
+    _, vectors = torch.linalg.eigh(moment / total)              # the largest come last
     basis = vectors.flip(1)[:, :channels].T.reshape(channels, 3 * FRAMES, side, side)
+    overlap = vae.config.overlap
     inner = slice(overlap, overlap + side)
     with torch.no_grad():
         for layer in vae.encoder, vae.decoder:
@@ -372,12 +1013,13 @@ def principal_components(vae, videos):
 
 
 def normalise_latents(vae, videos):
-    """Fold into a LinearVAE's weights that its latents have, by channel, a standard deviation (about 0) that is the
-    square root of what the channel is worth in pixels, scaled to 1 in the mean and kept within 0.6 to 2: the coarse
-    channels, which come first out of the noise, are the larger ones. videos (n, 3, T, H, W) uint8."""
+    """Fold into a LinearVAE's weights that its latents have, by channel, a standard deviation (about
+    0) that is the square root of what the channel is worth in pixels, scaled to 1 in the mean and
+    kept within 0.6 to 2: the coarse channels, which come first out of the noise, are the larger ones.
+    videos: of (3, T, H, W) uint8, T = 1 + 4 k."""
     with torch.no_grad():
-        latents = torch.cat([vae.encode(video[None, :, :CLIP].float() / 127.5 - 1) for video in videos])
-        std = latents.square().mean((0, 2, 3, 4)).sqrt()
+        latents = [vae.encode(video[None].float() / 127.5 - 1) for video in videos]
+        std = torch.cat(latents).square().mean((0, 2, 3, 4)).sqrt()
         worth = (std * vae.decoder.weight.flatten(1).norm(dim=1)).sqrt()
         wanted = (worth / worth.square().mean().sqrt()).clamp(0.6, 2)
         gain = wanted / std
@@ -387,698 +1029,795 @@ def normalise_latents(vae, videos):
         vae.latent_std.copy_(wanted)
 
 
+def reconstruction_error(output, video):
+    """Mean squares of videos' (B, 3, T, H, W) pixels and, a tenth, of the differences between
+    neighbours."""
+    error = output - video
+    down = error.diff(dim=3).square().mean()
+    across = error.diff(dim=4).square().mean()
+    return error.square().mean() + 0.1 * (down + across)
+
+
 def train_vae(run):
-    """The linear code, from principal components on, by reconstruction alone."""
-    vae, videos = LinearVAE().to(run.device), drawn_videos(run)
-    principal_components(vae, videos[:64])
-    optimizer = Optimizer(vae, muon=None, adam=3e-4, steps=run.steps["vae"] // run.batches, batches=run.batches)
-
-    def step(i):
-        video = draw_crops(videos).to(run.device)
+    """Stage 1. The linear code, from principal components on, by reconstruction alone."""
+    s = run.settings
+    if run.data:
+        files = open_clips(run.data, run.config, run.clip_latents, run.track_frames)
+    else:
+        files = rendered_clips(run, "videos", s.vae_clips)
+    videos = [load_file(file)["video"] for file in files[:64]]
+    vae = LinearVAE().to(run.device)
+    principal_components(vae, videos)
+    learner = Learner("vae", vae, s.vae, updates=s.vae_steps // s.vae_accumulate,
+                      accumulate=s.vae_accumulate)
+    loop = Loop(run, "vae", s.vae_steps, learner)
+    for i in loop:
+        video = random_crops(files, s.vae_batch).to(run.device)
         output, _ = vae.decode_unclamped(vae.encode(video))
-        error = output - video
-        loss = error.square().mean() + 0.1 * sum(error.diff(dim=d).square().mean() for d in (3, 4))
-        return {"loss": loss, "psnr": psnr(output.detach(), video), "grad": optimizer.step(loss, i)}
-
-    train(run, "vae", run.steps["vae"], optimizer.parts(), step)
-    normalise_latents(vae, videos[:64].to(run.device))
+        loss = reconstruction_error(output, video)
+        loop.log(loss=loss, psnr=-10 * torch.log10((output - video).square().mean() / 4))
+        loop.log(grad=learner.step(loss, i))
+    whole = 4 * run.clip_latents - 3
+    normalise_latents(vae, [video[:, :whole].to(run.device) for video in videos])
     save_pretrained(vae, run.path("vae"), torch.float16, **vae.metadata())
 
 
-# Clips, filmed and encoded once, and the batches drawn from them.
-
-def keep(path, tensors):
-    """A dict of tensors as a file, in a folder that need not be there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, save_file, {name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
-
-
-def kept(run, name, source, count, make):
-    """Files of `count` clips, several in each: make(run, name) is a function from i to some clips from the i-th on, a
-    dict of tensors. In a folder named by the weights `source`, which make them, the seed, the length and the
-    data; the processes share the work, and a file that is there is not made again. Clips of --data: see own_clips."""
-    if run.args.data and make is film_clips:
-        return own_clips(run, pictures=name.startswith("images"))
-    each, frames = 2 * run.recipe.batch, run.longest if name.startswith("images") else run.recipe.clip
-    folder = run.out / f"{name}.{seed_of(run.checksum(source), run.seed, each, frames, *run.data):08x}"
-    files = {folder / f"{i:07}.safetensors": i for i in range(0, count, each)}
-    todo = [file for file in [*files][RANK::PROCESSES] if not file.exists()]
-    piece = make(run, name) if todo else None
-    for file in tqdm(todo, f"{name}, by {each}", disable=not todo):
-        keep(file, piece(files[file]))
-    mean_processes(torch.zeros(1))                      # those of the others are there
-    return [*files]
-
-
-def own_clips(run, pictures):
-    """The clips of --data as files, as of film_clips, see encode_clips in extras/clips.py."""
-    from extras.clips import encode_clips
-    return encode_clips(run, pictures, RANK, PROCESSES, lambda: mean_processes(torch.zeros(1)))
-
-
-def film_clips(run, name):
-    """For `kept`: clips, filmed and encoded, {"latents" (B, C, F, h, w) float16, "tracks", "visible", "text"}. For
-    "images…", which distillation starts from, F is 1 and the tracks are as long as its longest rollout."""
-    vae, images, each = run.vae(), name.startswith("images"), 2 * run.recipe.batch
-
-    @torch.no_grad()
-    def piece(i):
-        rng = torch.Generator().manual_seed(seed_of(run.seed, name, i))
-        scenes = new_scenes(each, run.longest if images else CLIP, rng)
-        video = render(scenes, SIZE, 0, 1 if images else None)
-        latents = vae.encode(video.to(run.device))
-        tracks, visible = scene_tracks(scenes, SIZE, rng)
-        text = torch.cat([embed_words(caption, run.config) for caption in scenes["caption"]])
-        return {"latents": latents.half(), "first": ((video[:, :, 0] + 1) * 127.5).round().byte(), "tracks": tracks,
-                "visible": visible, "group": track_groups(scenes).expand(each, -1).contiguous(), "text": text}
-    return piece
-
-
-def random_subset(mask, count, preference=0):
-    """Of each row of a mask (B, N), `count` (B, 1) true places at random, all if there are fewer. preference (B, N):
-    added to the random order, lower ones are chosen rather."""
-    order = torch.rand(mask.shape) + preference + 9 * ~mask                             # those that are not true come last
-    rank = order.argsort(1).argsort(1)
-    return mask & (rank < count)
-
-
-def painted(visible, group):
-    """What of the true tracks (B, T, N) a user might have painted: from nothing and a single drag to the dense grid,
-    some starting and ending in the middle, and a fifth of the clips with a pause in all of them (section 3.1).
-    group (B, N): each track's object, whose first track is its centre, and -1 the ground."""
-    B, T, N = visible.shape
-    keep = torch.zeros(B, N, dtype=torch.bool)
-    for thing in range(int(group.max()) + 1):
-        mine = group == thing
-        centre = mine & (mine.cumsum(1) == 1)
-        count = torch.tensor([0, 1, 1, 2, 4, 8, 16, 16])[torch.randint(0, 8, (B, 1))]
-        keep |= random_subset(mine, count, -0.5 * torch.rand(B, 1) * centre)           # rather the centre than the rim
-    count = torch.tensor([0, 0, 1, 4, 9, 32, 64])[torch.randint(0, 7, (B, 1))]
-    keep |= random_subset(group < 0, count)
-    t = torch.arange(T)[:, None]
-    ends = torch.randint(0, T, (2, B, 1, N)).sort(0).values
-    part = torch.rand(B, 1, N) < 0.15
-    begin, length = torch.randint(1, T, (B, 1, 1)), torch.randint(4, 17, (B, 1, 1))
-    pause = (t >= begin) & (t < begin + length) & (torch.rand(B, 1, 1) < 0.2)
-    return visible & keep[:, None] & ((t >= ends[0]) & (t <= ends[1]) | ~part) & ~pause
-
-
-def thinned(visible, pauses):
-    """Of true tracks (B, T, N) 1,000 to 2,500, or all if there are fewer; with pauses, none in a fifth of the chunks of
-    12 frames but the first (section 3.1, appendix D)."""
-    B, T, N = visible.shape
-    order = torch.rand(B, 1, N) + ~visible.any(1, keepdim=True)                    # those that are never seen come last
-    keep = order.argsort(2).argsort(2) < torch.randint(1000, TRACKS + 1, (B, 1, 1))
-    chunk = (torch.arange(T) + 3) // 12
-    shown = (torch.rand(B, T, 1) >= 0.2 * pauses)[:, chunk] | (chunk == 0)[:, None]
-    return visible & keep & shown
-
-
-def pick(pool, batch, frames=None):
-    """Random clips of a pool of files, {name: (batch, …)}, latents of `frames` frames (None: all)."""
-    clips = []
-    for file in torch.randint(0, len(pool), (batch,)):
-        clip = load_file(pool[file])
-        row = torch.randint(0, len(next(iter(clip.values()))), (1,))
-        clip |= {"latents": clip["latents"][:, :, :frames]} if "latents" in clip else {}
-        clips.append({name: tensor[row] for name, tensor in clip.items()})
-    return {name: torch.cat([clip[name] for clip in clips]) for name in clips[0]}
-
-
-def draw_batch(run, pool, batch, frames=None, dense=False, known=None):
-    """Random clips of the pool, of `frames` latents, with all tracks (dense) or as a user might have painted them:
-    their first `known` latents (B, C, F, h, w), the conditions but for tracks, and the points that
-    the track head takes."""
-    clips = pick(pool, batch, known or frames)
-    latents = clips["latents"].float()
-    length = 4 * (frames or latents.shape[2]) - 3
-    tracks, visible = clips["tracks"][:, :length], clips["visible"][:, :length]
-    true = visible
-    if run.args.data:
-        visible = thinned(visible, not dense)
-    elif not dense:
-        visible = painted(visible, clips["group"])
-    given = {key: clips[key].float() for key in ("text", "clip") if key in clips}
-    if run.config.image_dim:
-        given["image"] = image_channels(latents[:, :, :1], (length + 3) // 4, still=run.config.copy_dim > 0)
-    points = {"tracks": tracks, "visible": visible, "ids": track_ids(tracks, visible, run.config)}
-    if run.config.copy_dim:
-        points["ids"] = track_ids(tracks, true, run.config)             # where it was in frame 0, whenever it is drawn
-        points["image"] = clips["first"].float() / 127.5 - 1
-        points["touched"] = touched_cells(tracks, true & (clips["group"] >= 0)[:, None], run.config)
-    return latents.to(run.device), *({k: v.to(run.device) for k, v in part.items()} for part in (given, points))
-
-
-def clean_first(config, x0):
-    """What with_first takes of clips x0: their first latent, None for models that have it as channels instead."""
-    return x0[:, :, :1] if config.clean_first else None
-
-
-def touched_cells(tracks, visible, config):
-    """Where on the latent grid tracks are, or beside: (B, F, h, w) of 0 and 1, for a clip's tracks (B, T, N, 2)."""
-    h, w = (side // config.stride for side in config.size)
-    x, y = (tracks / config.stride).long().unbind(-1)
-    x, y = x.clamp(0, w - 1), y.clamp(0, h - 1)
-    cell = torch.where(visible, y * w + x, h * w)                                       # (B, T, N)
-    touched = torch.zeros(*cell.shape[:2], h * w + 1).scatter_(2, cell, 1.0)[..., :-1]
-    touched = F.pad(touched, (0, 0, 3, 0)).unflatten(1, (-1, 4)).amax(2)                # (B, F, h w)
-    return F.max_pool2d(touched.unflatten(2, (h, w)), 3, 1, 1)
-
-
-def motion_features(model, vae, points):
-    """track_features of the points of draw_batch, for a clip or a rollout."""
-    own = [points[key] for key in ("tracks", "visible", "ids")]
-    copied = copy_along_tracks(vae, points["image"], *own) if model.config.copy_dim else None
-    return track_features(model, *own, copied)
-
-
-def latent_weight(vae, config, sigma):
-    """By which the squared errors of the velocity are multiplied so that they are those of pixels, and those of the
-    network behind linear_part: (B, C, 1, 1, 1), or 1 for latents of unit variance. sigma (B,)."""
-    if not config.latent_std:
-        return 1.0
-    _, variance = linear_part(sigma, torch.tensor(config.latent_std, device=sigma.device).view(1, -1, 1, 1, 1))
-    return variance * vae.pixel_weight().view(1, -1, 1, 1, 1) ** 2
-
-
+# --------------------------------------------------------------------------------------------------
 # Stage 2: the teacher.
 
-def draw_sigma(batch, shift, share_at_one):
-    """Noise levels (B,): logit-normal, shifted; a share of them at exactly 1, where only the conditions help."""
+def draw_sigma(batch, shift, p_pure_noise):
+    """Noise levels (B,): logit-normal, shifted (appendix D); a share of them exactly 1."""
     sigma = shift_sigma(torch.randn(batch).sigmoid(), shift)
-    return torch.where(torch.rand(batch) < share_at_one, torch.ones(batch), sigma)
+    pure = torch.rand(batch) < p_pure_noise
+    return torch.where(pure, torch.ones(batch), sigma)
+
+
+def drop(value, share):
+    """A condition (B, …), in a share of the clips zeros."""
+    keep = torch.rand(len(value), *[1] * (value.ndim - 1)) > share
+    return value * keep.to(value.device)
 
 
 def flow_loss(model, x0, sigma, conditions, first, cell_weight=1.0, channel_weight=1.0):
-    """Rectified flow: mean squared error of the velocity at sigma (B,) (appendix D); the image's latent is given as
-    first (B, C, 1, h, w), which then does not count, or None. cell_weight (B, F, h, w), channel_weight (B, C, 1, 1, 1),
-    see latent_weight: how much each error counts. (They depend on the conditions alone: the minimum is the same.)"""
+    """Rectified flow (appendix D): mean squared error of the velocity of x0 (B, C, F, h, w), noised to
+    sigma (B,). first (B, C, 1, h, w): the image, clean, which then does not count; None: it is among
+    the conditions. cell_weight (B, F, h, w), channel_weight (B, C, 1, 1, 1): how much an error counts.
+    (They depend on the conditions alone: the minimum is the same.)"""
     noise = torch.randn_like(x0)
     x_t, level = with_first(add_noise(x0, noise, sigma), sigma, first)
-    error = (model(x_t, level, **conditions) - (noise - x0)).square()
-    error = (error * channel_weight).mean(1)                                            # (B, F, h, w)
+    velocity = model(x_t, level, **conditions)
+    error = (velocity - (noise - x0)).square() * channel_weight
+    error = error.mean(1)                                       # (B, F, h, w)
     weight = torch.ones_like(error) * cell_weight
-    start = 0 if first is None else 1
-    return (error * weight)[:, start:].sum() / weight[:, start:].sum()
+    if first is not None:
+        error = error[:, 1:]
+        weight = weight[:, 1:]
+    return (error * weight).sum() / weight.sum()
 
 
-def cells_that_count(points, conditions, emphasis):
-    """Most of a picture is ground that stays where it is: cells that a track touches, and those beside them, count
-    1 + emphasis, (B, F, h, w). Where objects are known, all of theirs, whatever is given to the model."""
-    touched = points.get("touched")
-    if touched is None:
-        touched = F.max_pool2d((conditions["tracks"].detach() != 0).any(1).float(), 3, 1, 1)
-    return 1 + emphasis * touched
-
-
-def x0_errors(run, model, pool, batch):
-    """How far a teacher's x0 is from the truth when it sees pure noise, with all tracks and with none, as numbers."""
+@torch.no_grad()
+def x0_errors(run, model, vae, files):
+    """How far a teacher's x0 is from the truth when it sees pure noise, with all tracks and with
+    none."""
     torch.manual_seed(0)
-    x0, given, points = draw_batch(run, pool, batch, dense=True)
-    ones, vae, first = torch.ones(len(x0), device=run.device), run.vae(), clean_first(model.config, x0)
-    weight = latent_weight(vae, model.config, ones)
-    with torch.no_grad(), run.autocast():
-        features = motion_features(model, vae, points)
-        return {name: flow_loss(model, x0, ones, given | {"tracks": tracks}, first, 1.0, weight)
-                for name, tracks in (("x0_tracks", features), ("x0_none", 0 * features))}
+    batch = draw_batch(run, files, 6 * run.settings.batch, run.clip_latents, dense=True)
+    x0 = batch.latents
+    sigma = torch.ones(len(x0), device=run.device)
+    first = clean_first(model.config, x0)
+    weight = latent_weight(vae, model.config, sigma)
+    errors = {}
+    with run.autocast():
+        tracks = motion_features(model, vae, batch.points)
+        for name, given in ("x0_tracks", tracks), ("x0_none", torch.zeros_like(tracks)):
+            conditions = batch.conditions | {"tracks": given}
+            errors[name] = flow_loss(model, x0, sigma, conditions, first, 1.0, weight)
+    return errors
+
+
+def starting_teacher(run, vae):
+    """A new model for the latents of `vae`, or that of --weights, to be trained. A track head that
+    comes with it stays as it is."""
+    config = run.config
+    if config.copy_dim:
+        config = replace(config, latent_std=tuple(vae.latent_std.tolist()))
+    if not run.start:
+        return MotionStream(config).to(run.device)
+    model = run.load("start", **vars(config)).requires_grad_(True)
+    model.track_head.requires_grad_(not run.start.head)
+    return model
 
 
 def train_teacher(run):
-    """Bidirectional rectified flow on half and on whole clips, half of it at sigma 1. The first quarter sees all
-    tracks, as in the paper's first stage: with dense tracks a model learns sooner what they are for. That is seen early
-    in the error at sigma 1 with all tracks and with none, on clips never trained on, and not in the flow loss.
-    From --weights without a track head, all of it is the paper's first stage; from those with one, the second."""
-    pool, r, batch = kept(run, "pool", "vae", run.clips, film_clips), run.recipe, run.recipe.batch
-    if run.args.data:
-        held = len(pool) // 20                          # of fewer clips, one is trained on too
-        fresh, pool = pool[:max(held, 1)], pool[held:]
-    else:
-        fresh = kept(run, "fresh", "vae", 24, film_clips)
-    vae = run.vae()
-    run.config = replace(run.config, latent_std=tuple(vae.latent_std.tolist())) if run.config.copy_dim else run.config
-    model = run.model("start", **vars(run.config)) if run.start else MotionStream(run.config).to(run.device)
-    model.requires_grad_(True).track_head.requires_grad_(not (run.start and run.start.head))
-    optimizer = Optimizer(model, *r.teacher, steps=run.steps["teacher"] // run.batches, ema=0.99, **run.shared())
+    """Stage 2. Rectified flow on whole clips and short ones, given the image, text and tracks.
 
-    def step(i):
-        dense, long = i < int(run.dense * run.steps["teacher"]), run.full or i // run.batches % 4 == 0
-        x0, given, points = draw_batch(run, pool, *((batch, None) if long else (2 * batch, 6)), dense)
-        sigma = draw_sigma(len(x0), run.config.shift, r.at_sigma_1).to(run.device)
-        keep = (torch.rand(len(x0), 1, 1, 1, 1) > 0.1).to(run.device)        # the rest is without any motion input
-        given["text"] = given["text"] * (torch.rand(len(x0), 1, 1) > 0.1).to(run.device)     # the teacher alone: ODE
-        # pairs and distillation have their prompt, as in the paper
+    All tracks at first, as in the paper's first stage: so a model learns sooner what they are for.
+    That shows early in x0_errors, on clips held back, and not in the flow loss."""
+    s = run.settings
+    files = training_clips(run, run.clip_latents)
+    held_back = files[:max(len(files) // 20, 1)]
+    files = files[len(files) // 20:]                # of fewer than 20, one is trained on too
+    vae = run.load_vae()
+    model = starting_teacher(run, vae)
+    learner = Learner("teacher", model, s.teacher, updates=s.teacher_steps // s.teacher_accumulate,
+                      accumulate=s.teacher_accumulate)
+    if run.checkpointing:
+        recompute_blocks(model)
+    loop = Loop(run, "teacher", s.teacher_steps, learner)
+    for i in loop:
+        dense = i < int(s.dense_share * s.teacher_steps)
+        if i // s.teacher_accumulate % s.whole_every == 0:
+            batch = draw_batch(run, files, s.batch, run.clip_latents, dense=dense)
+        else:
+            batch = draw_batch(run, files, 2 * s.batch, s.short_latents, dense=dense)
+        x0 = batch.latents
+        sigma = draw_sigma(len(x0), run.config.shift, s.p_pure_noise).to(run.device)
         with run.autocast():
-            conditions = given | {"tracks": keep * motion_features(model, vae, points)}
+            tracks = drop(motion_features(model, vae, batch.points), s.p_no_tracks)
+            text = drop(batch.conditions["text"], s.p_no_text)
+            conditions = batch.conditions | {"tracks": tracks, "text": text}
             loss = flow_loss(model, x0, sigma, conditions, clean_first(run.config, x0),
-                             cells_that_count(points, conditions, r.emphasis), latent_weight(vae, run.config, sigma))
-        numbers = {"loss": loss, "grad": optimizer.step(loss, i)}
-        if (i - RANK + PROCESSES) % (200 * run.batches) == 0:
-            numbers |= x0_errors(run, optimizer.average, fresh, 6 * batch)
-        return numbers
-
-    train(run, "teacher", run.steps["teacher"], optimizer.parts(), step, optimizer.average)
-
-
-# Stage 3: causal initialisation. The teacher becomes a student that sees only what the cache holds (section 3.2).
-
-CONTEXTS = ((0, 1), (1, 0), (2, 1), (1, 2), (1, None))      # (sink, window) in chunks, drawn beside the model's own
+                             cell_weight=1 + s.track_weight * batch.touched,
+                             channel_weight=latent_weight(vae, model.config, sigma))
+        loop.log(loss=loss, grad=learner.step(loss, i))
+        if (i - RANK + PROCESSES) % (200 * s.teacher_accumulate) == 0:
+            loop.log(**x0_errors(run, learner.average, vae, held_back))
+    save_weights(run, "teacher", learner.average)
 
 
-def sample_trajectories(pool, run, name):
-    """For `kept`: ODE trajectories of the guided teacher on clips of the pool, the states at the student's noise levels
-    and the end, (B, 1 + levels, C, F, h, w) float16, and what the teacher was given."""
-    teacher, wanted, vae = run.model("teacher"), {*run.config.sigmas}, run.vae()
+# --------------------------------------------------------------------------------------------------
+# Stage 3: causal initialisation. The teacher becomes a student that sees only what the cache holds
+# (section 3.2).
 
-    @torch.no_grad()
-    def piece(i):
-        torch.manual_seed(seed_of(run.seed, name, i))
-        x0, given, points = draw_batch(run, pool, 2 * run.recipe.batch)
-        with run.autocast():
-            conditions = given | {"tracks": motion_features(teacher, vae, points)}
-            states = [x for x, sigma in euler(teacher, torch.randn_like(x0), conditions, clean_first(run.config, x0))
-                      if sigma in wanted or sigma == 0]
-        assert len(states) == len(wanted) + 1, f"{len(states) - 1} of {wanted} lie on the teacher's schedule"
-        points["image"] = points.get("image", torch.zeros(len(x0), 0))
-        points["image"] = ((points["image"] + 1) * 127.5).round().byte()
-        points.pop("touched", None)
-        return {"states": torch.stack(states, 1).half(), **given, **{f"points.{k}": v for k, v in points.items()}}
-    return piece
+CONTEXTS = ((0, 1), (1, 0), (2, 1), (1, 2), (1, None))      # (sink, window), beside the model's own
 
 
-def worn(x0, chunk):
-    """Clean latents as a memory gone wrong: in half of the clips, a rectangle of all chunks but the first shows frame 0
-    again, so that what left it is back and what came is gone. It is meant to teach the student not to pass that on."""
+@torch.no_grad()
+def teacher_trajectories(run, teacher, vae, batch):
+    """ODE trajectories of the guided teacher, the states at the student's noise levels, then the end:
+    (B, levels + 1, C, F, h, w)."""
+    wanted = {*run.config.sigmas, 0.0}
+    noise = torch.randn_like(batch.latents)
+    with run.autocast():
+        conditions = batch.conditions | {"tracks": motion_features(teacher, vae, batch.points)}
+        trajectory = euler(teacher, noise, conditions, clean_first(run.config, batch.latents))
+        states = [x_t for x_t, sigma in trajectory if sigma in wanted]
+    assert len(states) == len(wanted), (
+        f"{len(states) - 1} of {run.config.sigmas} lie on the teacher's schedule")
+    return torch.stack(states, 1)
+
+
+def make_trajectories(run, files):
+    """Files of trajectories, one each, and of what the teacher was given; made now or in an earlier
+    run, a part by each process. They are named by what they were made from."""
+    s = run.settings
+    each = 2 * s.batch
+    source = [run.checksum("vae"), run.checksum("teacher"), fingerprint(run.data), run.seed, each]
+    folder = run.out / f"trajectories.{seed_of(source, run.config, s.clip_frames):08x}"
+    made = [folder / f"{i:07}.safetensors" for i in range(-(-s.trajectories // each) * each)]
+    starts = [i for i in range(0, len(made), each) if not all(map(Path.exists, made[i:i + each]))]
+    mine = starts[RANK::PROCESSES]
+    if mine:
+        teacher = run.load("teacher", guidance=run.config.guidance)
+        vae = run.load_vae()
+    for start in tqdm(mine, f"trajectories, by {each}", disable=not mine):
+        torch.manual_seed(seed_of(run.seed, "trajectories", start))
+        batch = draw_batch(run, files, each, run.clip_latents)
+        clips = {"states": teacher_trajectories(run, teacher, vae, batch).half()}
+        clips |= batch.conditions
+        clips |= {f"points.{name}": value for name, value in batch.points.items()}
+        for row, path in enumerate(made[start:start + each]):
+            write_clip(path, {name: value[row] for name, value in clips.items()})
+    wait_for_all()
+    return made
+
+
+def draw_trajectories(run, files, count):
+    """(states, points, conditions) of random trajectories; see make_trajectories."""
+    clips = pick(files, count)
+    clips = {name: value.to(run.device) for name, value in clips.items()}
+    states = clips.pop("states").float()                        # (B, levels + 1, C, F, h, w)
+    points = {}
+    conditions = {}
+    for name, value in clips.items():
+        if name.startswith("points."):
+            points[name.removeprefix("points.")] = value
+        else:
+            conditions[name] = value
+    return states, points, conditions
+
+
+def corrupt_context(x0, chunk):
+    """Corrupted-context augmentation: clean latents (B, C, F, h, w) as a memory gone wrong. In half of
+    the clips, a rectangle of all chunks but the first shows frame 0 again, so that what left it is
+    back and what came is gone. It is meant to teach the student not to pass that on."""
     B, _, frames, h, w = x0.shape
-    low, high = torch.rand(2, 2, B, 1, 1).sort(0).values
-    y, x = torch.arange(h)[:, None] / h, torch.arange(w) / w
-    inside = (low[0] <= y) & (y < high[0]) & (low[1] <= x) & (x < high[1]) & (torch.rand(B, 1, 1) < 0.5)
+    low, high = torch.rand(2, 2, B, 1, 1).sort(0).values        # each of rows and columns
+    y = torch.arange(h)[:, None] / h
+    x = torch.arange(w) / w
+    inside = (low[0] <= y) & (y < high[0]) & (low[1] <= x) & (x < high[1])      # (B, h, w)
+    inside = inside & (torch.rand(B, 1, 1) < 0.5)
     late = torch.arange(frames)[:, None, None] >= chunk
-    return torch.where((inside[:, None, None] & late).to(x0.device), x0[:, :, :1], x0)
+    corrupt = (inside[:, None, None] & late).to(x0.device)      # (B, 1, F, h, w)
+    return torch.where(corrupt, x0[:, :, :1], x0)
 
 
-def causal_loss(model, states, x0, memory, conditions, context, channel_weight=1.0):
-    """Regression through the caches: each chunk predicts its clean end from its own state at a drawn noise level, and
-    from what a cache of `context` (sink, window) holds of the clean chunks of `memory`, which is x0 or worn.
-    states: one (B, C, F, h, w) a level. channel_weight (1, C, 1, 1, 1): how much each channel's error counts."""
+def causal_loss(model, states, x0, past, conditions, context, channel_weight=1.0):
+    """Regression through the KV cache (section 3.2): each chunk predicts its clean end, x0
+    (B, C, F, h, w), from its own state at a random noise level, and from what a cache of `context`
+    (sink, window) holds of the chunks of `past`, which is x0, or x0 corrupted.
+    states: one (B, C, F, h, w) for each of the model's noise levels. channel_weight (1, C, 1, 1, 1):
+    how much an error counts."""
     caches = [KVCache(*context) for _ in model.blocks]
-    chunk, sigmas, loss = model.config.chunk, model.config.sigmas, 0.0
+    chunk = model.config.chunk
+    sigmas = model.config.sigmas
+    loss = 0.0
     for start, part in zip(range(0, x0.shape[2], chunk), split_conditions(conditions, chunk)):
         now = slice(start, start + chunk)
-        target, level = x0[:, :, now], int(torch.randint(0, len(sigmas), ()))
+        target = x0[:, :, now]
+        level = int(torch.randint(0, len(sigmas), ()))
         sigma = torch.full((len(x0),), sigmas[level], device=x0.device)
         first = clean_first(model.config, target) if start == 0 else None
         x_t, sigma = with_first(states[level][:, :, now], sigma, first)
-        error = to_x0(x_t, model(x_t, sigma, caches=caches, **part), sigma) - target
-        loss = loss + (error.square() * channel_weight).sum()
-        with torch.no_grad():
-            model(memory[:, :, now], torch.zeros_like(sigma), caches=caches, write=True, **part)
+        predicted = to_x0(x_t, model(x_t, sigma, caches=caches, **part), sigma)
+        loss = loss + ((predicted - target).square() * channel_weight).sum()
+        with torch.no_grad():           # the clean pass is the only one that writes
+            clean = torch.zeros_like(sigma)
+            model(past[:, :, now], clean, caches=caches, write=True, **part)
     return loss / x0.numel()
 
 
 def train_causal(run):
-    """Student from teacher, on the teacher's ODE trajectories."""
-    pool, r = kept(run, "pool", "vae", run.clips, film_clips), run.recipe       # in all processes: they wait for it
-    trajectories = kept(run, "trajectories", "teacher", run.trajectories, functools.partial(sample_trajectories, pool))
-    student, vae = run.model("teacher", causal=True, **run.memory).requires_grad_(True), run.vae()
-    weight = latent_weight(vae, student.config, torch.ones(1, device=run.device))       # of x0, the velocity's at 1
-    student.track_head.requires_grad_(False)                                # frozen after the teacher (appendix D)
-    contexts = 3 * ((run.config.sink, run.config.window),) + CONTEXTS
-    optimizer = Optimizer(student, *r.causal, steps=run.steps["causal"] // run.batches, ema=0.98, **run.shared())
-
-    def step(i):
-        batch = {key: value.to(run.device) for key, value in pick(trajectories, r.batch).items()}
-        *states, x0 = batch["states"].float().unbind(1)
+    """Stage 3. The student from the teacher, on the teacher's ODE trajectories."""
+    s = run.settings
+    files = training_clips(run, run.clip_latents)       # in all processes: they wait for each other
+    files = make_trajectories(run, files)
+    vae = run.load_vae()
+    student = run.load("teacher", causal=True, **run.memory)
+    student.requires_grad_(True)
+    student.track_head.requires_grad_(False)            # frozen after the teacher (appendix D)
+    weight = latent_weight(vae, student.config, torch.ones(1, device=run.device))
+    own = (run.config.sink, run.config.window)
+    contexts = (own, own, own) + CONTEXTS
+    learner = Learner("causal", student, s.causal, updates=s.causal_steps // s.causal_accumulate,
+                      accumulate=s.causal_accumulate)
+    if run.checkpointing:
+        recompute_blocks(student)
+    loop = Loop(run, "causal", s.causal_steps, learner)
+    for i in loop:
+        states, points, conditions = draw_trajectories(run, files, s.batch)
+        *states, x0 = states.unbind(1)                  # each (B, C, F, h, w)
         context = contexts[int(torch.randint(0, len(contexts), ()))]
         with run.autocast():
-            conditions = {key: batch[key] for key in ("text", "image", "clip") if key in batch}
-            points = {key.removeprefix("points."): batch[key] for key in batch if key.startswith("points.")}
-            points["image"] = points["image"].float() / 127.5 - 1
             conditions["tracks"] = motion_features(student, vae, points)
-            memory = worn(x0, run.config.chunk) if r.worn else x0
-            loss = causal_loss(student, states, x0, memory, conditions, context, weight)
-        return {"loss": loss, "grad": optimizer.step(loss, i)}
+            past = corrupt_context(x0, run.config.chunk) if s.corrupt_context else x0
+            loss = causal_loss(student, states, x0, past, conditions, context, weight)
+        loop.log(loss=loss, grad=learner.step(loss, i))
+    save_weights(run, "causal", learner.average)
 
-    train(run, "causal", run.steps["causal"], optimizer.parts(), step, optimizer.average)
 
-
-# Stage 4: Self-Forcing with distribution matching (eq. 3, 4). Generator: the student. Teacher: the real score, guided.
-# Critic: the fake score, which learns what the generator makes now.
+# --------------------------------------------------------------------------------------------------
+# Stage 4: Self-Forcing with distribution matching (eq. 3, 4). Generator: the student. Teacher: the
+# real score, under guidance. Critic: the fake score, which learns what the generator makes now.
 
 def score_sigma(batch, shift, device):
-    """Noise levels (B,) at which generator and critic are scored: uniform, shifted, clamped to [0.02, 0.98], one
-    distribution for both, as in CausVid and Self-Forcing (model/dmd.py): the critic learns where it is asked."""
+    """Noise levels (B,) at which generator and critic are scored: uniform, shifted, clamped to
+    [0.02, 0.98], one distribution for both, as in CausVid and Self-Forcing (model/dmd.py): the critic
+    learns where it is asked."""
     return shift_sigma(torch.rand(batch, device=device), shift).clamp(0.02, 0.98)
 
 
-def dmd_loss(x0, teacher, critic, conditions, first, guidance, shift, weight=1.0, channel_weight=1.0):
-    """The generator's loss on its own latents x0 (B, C, F, h, w): its gradient is (critic - teacher), both as x0
-    predicted from x0 noised to one random sigma a clip, over the mean distance of x0 to the teacher (DMD eq. 7, 8).
-    Where the image gives frame 0, both agree with it and the gradient is zero. shift: of the noise levels, see
-    score_sigma. weight (B,): how much a clip counts, exp(reward / beta) in Re-DMD (Reward Forcing eq. 11).
-    channel_weight (1, C, 1, 1, 1): how much each channel counts."""
+def dmd_loss(x0, teacher, critic, conditions, first, shift, weight=1.0):
+    """The generator's loss on its own latents x0 (B, C, F, h, w), eq. 3: its gradient is
+    (fake - real) / mean |x0 - real|, where real and fake are what teacher, under its config's
+    guidance, and critic predict as x0, from x0 noised to one sigma a clip (DMD eq. 7, 8).
+    first (B, C, 1, h, w): the image, on which both agree, so that its gradient is zero; None: it is
+    among the conditions. shift: of the noise levels, see score_sigma. weight: broadcast over x0, how
+    much a clip or a channel counts."""
     with torch.no_grad():
         sigma = score_sigma(len(x0), shift, x0.device)
         x_t, level = with_first(add_noise(x0, torch.randn_like(x0), sigma), sigma, first)
-        real = to_x0(x_t, guided_velocity(teacher, x_t, level, conditions, guidance), level)
+        velocity = guided_velocity(teacher, x_t, level, conditions, teacher.config.guidance)
+        real = to_x0(x_t, velocity, level)
         fake = to_x0(x_t, critic(x_t, level, **conditions), level)
-        distance = (x0 - real).abs().mean((1, 2, 3, 4)) / weight
-        direction = (fake - real) / distance.view(-1, 1, 1, 1, 1)
-    return 0.5 * ((x0 - (x0.detach() - direction)).square() * channel_weight).mean()
+        distance = (x0 - real).abs().mean((1, 2, 3, 4), keepdim=True)
+        direction = (fake - real) / distance
+        target = x0 - direction
+    return 0.5 * ((x0 - target).square() * weight).mean()
 
 
 def critic_loss(x0, critic, conditions, first, shift, channel_weight=lambda sigma: 1.0):
-    """The critic's loss: rectified flow on the generator's own latents, without guidance, at the noise levels of
-    score_sigma. first: see flow_loss. channel_weight: its, as a function of sigma."""
+    """The critic's loss (eq. 4): rectified flow on the generator's own latents x0 (B, C, F, h, w),
+    without guidance, at the noise levels of score_sigma. first: see flow_loss. channel_weight: its
+    argument, as a function of sigma (B,)."""
     sigma = score_sigma(len(x0), shift, x0.device)
-    return flow_loss(critic, x0.detach(), sigma, conditions, first, 1.0, channel_weight(sigma))
+    weight = channel_weight(sigma)
+    return flow_loss(critic, x0.detach(), sigma, conditions, first, channel_weight=weight)
 
 
-DRAWN = tuple(itertools.product((1, 3, 5), (0, 1, 2, 3), (1, 2, 4)))    # chunk, sink, window, with --memory drawn
+MEMORIES = tuple(itertools.product((1, 3, 5), (0, 1, 2, 3), (1, 2, 4)))     # chunk, sink, window
 
 
-def last_clip(chunks, frames, first, points):
-    """The end of a rollout, an iterator of chunks, as a clip that the teacher can judge: the image (B, C, 1, h, w),
-    then its last `frames` latents without their first (first=None: with it), with the tracks of these. After more than
-    that, time jumps behind the image: the teacher says what should be there, whatever the student passed on."""
+def draw_rollout(run, update, grad):
+    """Of the rollouts of an update, the same in all processes, which would wait in vain else: how
+    many chunks, half of the time more than a clip has; the step at which it ends; its memory, fields
+    of Config."""
+    config = run.config
+    rng = torch.Generator().manual_seed(seed_of(run.seed, update, grad))
+    least = 2 * run.clip_chunks - run.longest_rollout
+    chunks = int(torch.randint(least, run.longest_rollout + 1, (), generator=rng))
+    exit_step = int(torch.randint(0, len(config.sigmas), (), generator=rng))
+    drawn = MEMORIES[int(torch.randint(0, len(MEMORIES), (), generator=rng))]
+    memory = run.memory
+    if run.settings.drawn_memory:
+        memory = memory | dict(zip(("chunk", "sink", "window"), drawn))
+    return max(run.clip_chunks, chunks), exit_step, memory
+
+
+def judged_clip(chunks, frames, first, points):
+    """The end of a rollout, an iterator of chunks, as a clip that the teacher can judge: the image
+    (B, C, 1, h, w), then its last `frames` latents without their first (first=None: with it), and the
+    points of these. After a rollout longer than that, time jumps behind the image: the teacher says
+    what should be there, whatever the student passed on."""
     held = []
     for chunk in chunks:
         held.append(chunk)
         while sum(x.shape[2] for x in held[1:]) >= frames:
             held.pop(0)                                 # and its graph
     x0 = torch.cat(held, 2)[:, :, -frames:]
-    x0 = x0 if first is None else torch.cat([first, x0[:, :, 1:]], 2)
+    if first is not None:
+        x0 = torch.cat([first, x0[:, :, 1:]], 2)
     times = torch.arange(4 * x0.shape[2] - 3)
     times[1:] += points["tracks"].shape[1] - len(times)
-    return x0, points | {key: points[key][:, times] for key in ("tracks", "visible")}
+    cut = {name: points[name][:, times] for name in ("tracks", "visible")}
+    return x0, points | cut
 
 
-def draw_rollout(run, i, grad):
-    """Of the rollout of step i, the same in all processes, which would wait in vain else: its chunks, half of the time
-    more than the teacher's clip has, the step at which it ends, and its memory, fields of Config."""
-    rng, c = torch.Generator().manual_seed(seed_of(run.seed, i // run.batches, grad)), run.config
-    chunks = int(torch.randint(2 * run.known - run.args.rollout, run.args.rollout + 1, (), generator=rng))
-    exit_step = int(torch.randint(0, len(c.sigmas), (), generator=rng))
-    drawn = dict(zip(("chunk", "sink", "window"), DRAWN[int(torch.randint(0, len(DRAWN), (), generator=rng))]))
-    return max(run.known, chunks), exit_step, run.memory | (drawn if run.args.memory == "drawn" else {})
+def roll_out(run, generator, vae, files, update, grad):
+    """What the generator makes of the first frames of clips, as it will at inference, see rollout:
+    (x0 (B, C, F, h, w), a clip as judged_clip has it; its conditions; its points). grad: whether x0
+    has a graph, that of the last denoising step of each chunk."""
+    s = run.settings
+    config = run.config
+    chunks, exit_step, memory = draw_rollout(run, update, grad)
+    frames = chunks * config.chunk
+    batch = draw_batch(run, files, s.batch, frames, first_only=True)
+    first = batch.latents                               # (B, C, 1, h, w)
+    conditions = batch.conditions
+    if chunks > run.clip_chunks and s.neutral_long_rollouts:
+        text = embed_words(NEUTRAL, config).to(run.device)
+        conditions["text"] = text.expand(len(first), -1, -1)
+    generator.config = replace(generator.config, **memory)
+    noise = torch.randn(*first.shape[:2], frames, *first.shape[3:], device=run.device)
+    clean = clean_first(config, first)
+    with run.autocast():
+        tracks = motion_features(generator, vae, batch.points)
+        made = rollout(generator, noise, conditions | {"tracks": tracks}, clean,
+                       exit_step=exit_step, grad=grad)
+        shown = clean if chunks == run.clip_chunks else first
+        x0, points = judged_clip(made, run.clip_latents, shown, batch.points)
+        conditions = next(split_conditions(conditions, run.clip_latents))
+        tracks = motion_features(generator, vae, points)
+    return x0, conditions | {"tracks": tracks}, points
+
+
+def reward_weight(run, vae, x0, conditions, points):
+    """(exp(reward / beta) of each clip, (B, 1, 1, 1, 1), the mean reward): Re-DMD (Reward Forcing,
+    eq. 11); 1 and None without a reward."""
+    if not run.reward:
+        return 1.0, None
+    video, _ = vae.decode(x0.detach())
+    told = {name: value for name, value in conditions.items() if name != "tracks"}
+    reward = run.reward(video.float(), told | points)           # (B,)
+    weight = torch.exp(reward / run.settings.beta)
+    return weight.view(-1, 1, 1, 1, 1), reward.mean()
 
 
 def train_student(run):
-    """A generator update every critic_steps critic updates, each on a new rollout, see draw_rollout. Those longer than
-    the teacher's clip, see last_clip, have neutral text if scenes are drawn: a light would have faded."""
-    pool, reward = kept(run, f"images{run.args.rollout}", "vae", run.clips, film_clips), run.reward
-    teacher, vae, neutral = shard(run.model("teacher")), run.vae(), embed_words(NEUTRAL, run.config).to(run.device)
-    generator, critic = run.model("causal", **run.memory), run.model("teacher")
+    """Stage 4. One update of the generator for critic_steps of the critic, each on a new rollout."""
+    s = run.settings
+    shift = run.config.shift
+    files = training_clips(run, frames=1)
+    vae = run.load_vae()
+    teacher = shard(run.load("teacher", guidance=run.config.guidance))
+    generator = run.load("causal", **run.memory)
+    critic = run.load("teacher")
     for model in generator, critic:
-        model.requires_grad_(True).track_head.requires_grad_(False)
-    worth = functools.partial(latent_weight, vae, teacher.config)
-    known, updates, betas = run.known, run.steps["distill"] // run.batches // run.recipe.critic_steps, (0.0, 0.99)
-    optimizer_g = Optimizer(generator, *run.recipe.generator, betas, updates, ema=0.98, **run.shared())
-    optimizer_c = Optimizer(critic, *run.recipe.critic, betas, **run.shared())
-
-    def generate(i, grad):
-        chunks, exit_step, memory = draw_rollout(run, i, grad)
-        first, given, points = draw_batch(run, pool, run.recipe.batch, frames := chunks * run.config.chunk, known=1)
-        given["text"] = given["text"] if chunks == known or run.args.data else neutral.expand_as(given["text"])
-        generator.config = replace(generator.config, **memory)
-        with run.autocast():
-            conditions = given | {"tracks": motion_features(generator, vae, points)}
-            noise = torch.randn(*first.shape[:2], frames, *first.shape[3:], device=run.device)
-            clean = clean_first(run.config, first)
-            made = rollout(generator, noise, conditions, clean, exit_step=exit_step, grad=grad)
-            x0, points = last_clip(made, known * run.config.chunk, first if chunks > known else clean, points)
-            given = next(split_conditions(given, x0.shape[2]))
-            return x0, given | {"tracks": motion_features(generator, vae, points)}, given | points
-
-    def step(i):
-        numbers = {}
-        if i // run.batches % run.recipe.critic_steps == 0:
-            x0, conditions, batch = generate(i, grad=True)
+        model.requires_grad_(True)
+        model.track_head.requires_grad_(False)          # frozen after the teacher (appendix D)
+    updates = s.distill_steps // s.distill_accumulate // s.critic_steps
+    learner_g = Learner("generator", generator, s.generator, updates=updates,
+                        accumulate=s.distill_accumulate)
+    learner_c = Learner("critic", critic, s.critic, accumulate=s.distill_accumulate)
+    if run.checkpointing:
+        recompute_blocks(generator)
+        recompute_blocks(critic)
+    channel_weight = functools.partial(latent_weight, vae, teacher.config)
+    of_x0 = channel_weight(torch.ones(1, device=run.device))    # the velocity's at sigma 1
+    loop = Loop(run, "distill", s.distill_steps, learner_g, learner_c)
+    for i in loop:
+        update = i // s.distill_accumulate
+        if update % s.critic_steps == 0:
+            x0, conditions, points = roll_out(run, generator, vae, files, update, grad=True)
             with run.autocast():
-                first, weight = clean_first(run.config, x0.detach()), 1.0
-                if reward:
-                    numbers["reward"] = (score := reward(vae.decode(x0.detach())[0].float(), batch)).mean()
-                    weight = torch.exp(score / run.args.beta)
-                c = run.config
-                loss = dmd_loss(x0, teacher, critic, conditions, first, c.guidance, c.shift, weight,
-                                worth(torch.ones(1, device=x0.device)))
-            numbers |= {"loss_g": loss, "grad_g": optimizer_g.step(loss, i, run.recipe.critic_steps), "std": x0.std()}
-        x0, conditions, _ = generate(i, grad=False)
+                weight, reward = reward_weight(run, vae, x0, conditions, points)
+                first = clean_first(run.config, x0.detach())
+                loss = dmd_loss(x0, teacher, critic, conditions, first, shift, weight * of_x0)
+            loop.log(reward=reward, loss_g=loss, std=x0.std())
+            loop.log(grad_g=learner_g.step(loss, i, every=s.critic_steps))
+        x0, conditions, _ = roll_out(run, generator, vae, files, update, grad=False)
         with run.autocast():
-            first = clean_first(run.config, x0.detach())
-            loss = critic_loss(x0, critic, conditions, first, run.config.shift, worth)
-        return numbers | {"loss_c": loss, "grad_c": optimizer_c.step(loss, i)}
-
-    parts = optimizer_g.parts("generator") | optimizer_c.parts("critic")
-    train(run, "distill", run.steps["distill"], parts, step, optimizer_g.average)
+            first = clean_first(run.config, x0)
+            loss = critic_loss(x0, critic, conditions, first, shift, channel_weight)
+        loop.log(loss_c=loss, grad_c=learner_c.step(loss, i))
+    save_weights(run, "distill", learner_g.average)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The command.
+STAGES = {"vae": train_vae, "teacher": train_teacher, "causal": train_causal,
+          "distill": train_student}
 
-# Flags of a single stage, what there is to train, and which of it a stage leaves behind and starts from.
-OWN = {"distill": ("memory", "rollout", "reward", "beta", "sink_decay"), "causal": ("memory",),
-       "decoder": ("adversarial", "perceptual")}
-MODELS = ("vae", "teacher", "causal", "student")
-STAGES = {"vae": train_vae, "teacher": train_teacher, "causal": train_causal, "distill": train_student}
-WEIGHTS = dict(zip(STAGES, MODELS))
-NEEDS = {stage: MODELS[:i] for i, stage in enumerate(STAGES)} | {
-    "decoder": ("vae",), "eval": MODELS, "experiments": MODELS}         # the programs in extras
-SHIPPED = {"vae": "tiny_vae", "teacher": "tiny_teacher", "causal": "tiny_causal", "student": "tiny"}
+# --------------------------------------------------------------------------------------------------
+# A dry run.
 
-
-def choose_config(args, start):
-    """What is trained, by which of RECIPES: the tiny model, a preset (of a dry run), or the weights `start`, inspected:
-    without a slot for tracks they get one, and Wan's are sampled as the paper says."""
-    c = start.config if start else PRESETS[args.dry_run or "tiny"]
-    full = c.text_dim == UMT5_DIM
-    for wrong, cure in [
-        (start and c.causal, "holds a student; a training starts from a teacher"),
-        (start and has_mask(c), "takes the image as a clip with a mask, which cannot stream; take Fun-Control or T2V"),
-        ((start or args.data) and not args.vae and not args.dry_run, "give --vae FILE, which made its latents"),
-        (args.data and not full and args.text_encoder, "the tiny model reads words; drop --text-encoder"),
-        (args.data and (Path(args.out).resolve().parent / "clips").is_relative_to(args.data.resolve()),
-         f"encoded clips go to the folder clips beside --out, {args.out}, here in --data {args.data}; choose another"),
-        (start and full and not args.data and not args.dry_run, "give --data FOLDER; the clips drawn here are small"),
-    ]:
-        if wrong:
-            raise UserError(f"{start.path if start else args.data}: {cure}")
-    if start and not c.track_dim:
-        c = replace(c, track_dim=c.out_dim, in_dim=c.in_dim + c.out_dim)
-    if full:
-        c = replace(c, shift=6.0, sigmas=schedule(3, 6.0), steps=48, guidance=(3.0, 1.5), chunk=3, sink=1, window=1)
-    c = replace(c, **args.memory) if isinstance(args.memory, dict) else c
-    c = replace(c, track_id_mode=args.tracks or c.track_id_mode, sink_decay=args.sink_decay)
-    return c, "tiny" if not full else "second" if start and start.head else "paper"
+def forward_flops(config, tokens, seen):
+    """Floating point operations of the blocks for `tokens` tokens that attend to `seen`: two for each
+    weight, and attention's two products. The rest of the model is below a hundredth."""
+    D = config.dim
+    text = config.text_len
+    if config.clip_dim:
+        text += 257
+    weights = 2 * (6 * D * D + 2 * D * config.ffn_dim)
+    attention = 4 * D * (seen + text)
+    of_text = 4 * D * D * text
+    return config.num_layers * (tokens * (weights + attention) + of_text)
 
 
-class Run:
-    """The settings of one training, its folder, and the weights in it."""
-
-    def __init__(self, args):
-        self.args, self.out, self.device, self.seed = args, Path(args.out), args.device, args.seed
-        self.reward, self.start = None, args.weights and inspect(args.weights)
-        if args.reward:
-            from extras.evaluate import find_reward
-            self.reward = find_reward(args.reward)
-        self.config, recipe = choose_config(args, self.start)
-        self.memory = {name: getattr(self.config, name) for name in ("chunk", "sink", "window", "sink_decay")}
-        self.recipe, self.full = SimpleNamespace(**RECIPES[recipe]), recipe != "tiny"
-        self.recipe.clip = args.length or self.recipe.clip
-        self.dense = (0 if self.start.head else 1) if self.start else 1 / 4      # share of the teacher's steps
-        self.known = (self.recipe.clip + 3) // 4 // self.config.chunk           # chunks of a clip
-        args.tracks, args.rollout = self.config.track_id_mode, max(args.rollout or (0 if args.data else 16), self.known)
-        self.longest = max(self.recipe.clip, 4 * self.config.chunk * args.rollout - 3)     # frames that tracks have
-        self.data = (args.tracks, *listing(args.data))
-        self.batches = PROCESSES * (args.accumulate or 1)
-        self.steps = dict(zip(STAGES, (4, 4, 3, 6) if args.smoke else self.recipe.steps))
-        self.steps |= {args.stage: args.steps} if args.steps else {}
-        self.vae_clips, self.clips, self.trajectories = (8, 16, 8) if args.smoke else self.recipe.clips
-        self.shipped = args.stage in ("eval", "experiments") and not (self.out / "student.safetensors").exists()
-        try:
-            torch.zeros(1, device=self.device)
-        except (RuntimeError, AssertionError):
-            raise UserError(f"--device {self.device}: not available here") from None
-        self.dtype = compute_dtype(self.device)             # not a setting: a training may go on elsewhere
-
-    def path(self, name):
-        """The weights called `name`: those given, this run's or, where eval finds no run, the shipped ones."""
-        given = {"vae": self.args.vae, "start": self.args.weights}.get(name)
-        return given or (ASSETS / f"{SHIPPED[name]}.safetensors" if self.shipped else self.out / f"{name}.safetensors")
-
-    def checksum(self, name):
-        """Of the weights called `name`."""
-        return zlib.crc32(self.path(name).read_bytes())
-
-    def settings(self, stage):
-        """What a checkpoint of the stage depends on: another of these would make it a mixture."""
-        names = ("seed", "tracks", "length", *OWN.get(stage, ()))
-        own = {"start": self.args.weights and str(self.args.weights), "data": self.args.data and seed_of(*self.data)}
-        return {name: getattr(self.args, name) for name in names} | (own if stage in (*STAGES, "decoder") else {}) | {
-            "batches": self.batches, "weights": [*map(self.checksum, NEEDS[stage])]}
-
-    def shared(self):
-        """What all optimizers of a stage are told."""
-        return {"batches": self.batches, "checkpointing": self.args.checkpointing}
-
-    def autocast(self):
-        """bfloat16, unless compute_dtype says float32. No cache of weights: torch before 2.11 hands those without a
-        graph to all."""
-        kind = torch.device(self.device).type
-        return torch.autocast(kind, torch.bfloat16, self.dtype == torch.bfloat16, cache_enabled=False)
-
-    def check(self, stage):
-        """Refuse a stage whose forerunners are missing or damaged, or of another memory, before it starts."""
-        for name in NEEDS[stage]:
-            try:
-                self.vae() if name == "vae" else self.model(name)
-            except ValueError as e:
-                cure = f"; --stage {next(s for s, w in WEIGHTS.items() if w == name)} makes it"
-                raise UserError(f"{e}{'' if self.path(name) == self.args.vae else cure}") from None
-        was = vars(inspect(self.path("causal")).config) if stage == "distill" and not self.args.memory else self.memory
-        was = {name: was[name] for name in ("chunk", "sink", "window")}
-        if not was.items() <= self.memory.items():
-            raise UserError(f"{self.path('causal')}: was trained with {was}; say by --memory what the student gets")
-
-    def vae(self):
-        """The trained VAE, or --vae."""
-        like = SimpleNamespace(path=self.args.weights or self.out, config=self.config)
-        return open_vae(SimpleNamespace(vae=self.path("vae")), like).to(self.device)
-
-    def model(self, name, **overrides):
-        """A trained model in float32, frozen."""
-        return MotionStream.from_pretrained(self.path(name), dtype=torch.float32, device=self.device, **overrides)
+def chunks_held(config, clip_chunks):
+    """How many chunks the KV cache holds before each chunk of a clip."""
+    most = clip_chunks if config.window is None else config.sink + config.window
+    return [min(i, most) for i in range(clip_chunks)]
 
 
-def memory(text):
-    """A flag's type: "c3s1w1" to chunk 3, sink 1, window 1 (wfull: all), as a dict; "drawn": see draw_rollout."""
-    found = re.fullmatch(r"c([1-9]|1[0-2])s(\d+)w(\d+|full)|drawn", text)      # 12 latents are the shortest clip
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text} is not like c3s1w1, chunk 1 to 12, and not drawn")
-    c, s, w = found.groups()
-    return {"chunk": int(c), "sink": int(s), "window": None if w == "full" else int(w)} if c else text
-
-
-def parse_flags(argv):
-    """The command line."""
-    parser = new_parser(__doc__)
-    parser.add_argument("--stage", choices=["all", *STAGES], default="all", help="(all)")
-    return check_flags(parser, parser.parse_args(argv))
-
-
-def new_parser(description):
-    """The flags of a training but for its stage, which the programs in extras know."""
-    count = number(int, 1, 10 ** 9)
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="a few steps of everything, in some minutes")
-    parser.add_argument("--out", default=None, help="folder to write to (runs/tiny; runs/smoke with --smoke)")
-    parser.add_argument("--steps", type=count, help="steps of the one stage that is named")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (0)")
-    parser.add_argument("--device", default=f"cuda:{LOCAL}" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--accumulate", type=count, help="steps of each process for one update (1; Wan's: the paper's)")
-    parser.add_argument("--checkpointing", action="store_true", help="recompute blocks in the backward: less memory")
-    parser.add_argument("--data", type=Path, help="a folder of your own clips, see the README (none: they are drawn)")
-    parser.add_argument("--length", type=count, help="frames of a clip of --data (45; Wan's: 81)")
-    parser.add_argument("--text-encoder", type=Path, help="a -Diffusers repository with Wan's, for the clips' prompts")
-    parser.add_argument("--image-encoder", type=Path, help="the same of CLIP; default: that of --text-encoder")
-    parser.add_argument("--weights", type=Path, help="what the teacher starts from: a Wan DiT, or a teacher made here")
-    parser.add_argument("--vae", type=Path, help="a finished VAE's file; the stage vae is left out")
-    parser.add_argument("--dry-run", nargs="?", choices=PRESETS, const="tiny", help="print what it would take, no more")
-    parser.add_argument("--tflops", type=number(float, 1, 1e6), default=396, help="of a GPU, for --dry-run (396)")
-    parser.add_argument("--reward", help="to weight distillation by: motion, or FILE.py:FUNCTION (none)")
-    parser.add_argument("--beta", type=number(float, 0.01, 100), default=0.5, help="weight is exp(reward / beta) (0.5)")
-    parser.add_argument("--sink-decay", type=number(float, 0, 1), default=1.0, help="below 1: EMA-Sink (1)")
-    parser.add_argument("--rollout", type=number(int, 1, 100), help="longest, in chunks, of distillation (16)")
-    parser.add_argument("--memory", type=memory, help="the student's chunk, sink, window (c3s1w1); drawn: many")
-    parser.add_argument("--tracks", choices=["random", "start"], help="how tracks get their IDs (tiny: start)")
-    return parser
-
-
-def check_flags(parser, args):
-    """Refuse flags that do not go together; fill in those that depend on others."""
-    if args.steps and args.stage not in (*STAGES, "decoder"):
-        parser.error("--steps needs --stage with one training stage")
-    for names, stages in ((OWN["distill"][2:], ("all", "distill")), (OWN["causal"], ("all", "causal", "distill"))):
-        for name in names if args.stage not in stages else ():
-            if getattr(args, name) != parser.get_default(name):
-                parser.error(f"--{name.replace('_', '-')} needs --stage {stages[-1]}")
-    if args.length and (args.length < CLIP or (args.length + 3) % 12 or not (args.data or args.dry_run)):
-        parser.error(f"--length {args.length}: needs --data, and whole chunks of 12, the first of 9: 45, 57, 69, …")
-    if args.tflops != parser.get_default("tflops") and not args.dry_run:
-        parser.error("--tflops needs --dry-run")
-    if args.data and (args.stage in ("vae", "eval", "experiments") or not args.data.is_dir()):
-        parser.error(f"--data {args.data}: {'not for this --stage' if args.data.is_dir() else 'no such folder'}")
-    args.image_encoder = args.image_encoder or args.text_encoder
-    if args.vae and (args.stage == "vae" or not args.vae.is_file()):
-        parser.error(f"--vae {args.vae}: {'drop it, or --stage vae' if args.vae.is_file() else 'no such file'}")
-    args.out = args.out or ("runs/smoke" if args.smoke else "runs/tiny")
-    return args
-
-
-def forward_flops(c, tokens, seen):
-    """Floating point operations of the blocks for `tokens` tokens that attend to `seen`, the rest of the model is below
-    a hundredth: two for each weight, and attention's two products."""
-    D, text = c.dim, c.text_len + 257 * (c.clip_dim > 0)
-    a_token = 2 * (6 * D * D + 2 * D * c.ffn_dim) + 4 * D * (seen + text)
-    return c.num_layers * (tokens * a_token + 4 * D * D * text)
+def clip_flops(run):
+    """{stage: floating point operations for one clip}. A backward costs two forwards."""
+    config = run.config
+    frame = math.prod(config.size) // (2 * config.stride) ** 2              # tokens
+    tokens = run.clip_latents * frame
+    whole = forward_flops(config, tokens, tokens)
+    chunk = config.chunk * frame
+    stream = 0                              # a forward of a clip, chunk by chunk
+    for held in chunks_held(config, run.clip_chunks):
+        stream += forward_flops(config, chunk, (held + 1) * chunk)
+    guided = 1                              # forwards of the teacher for one velocity
+    if config.guidance[0]:
+        guided = 2
+    if config.guidance[1]:
+        guided = 3
+    steps = (len(config.sigmas) + 1) / 2    # of a rollout, in the mean
+    critic = (steps + 1) * stream + 3 * whole
+    generator = (steps + 3) * stream + (guided + 1) * whole
+    return {
+        "teacher": 3 * whole,
+        "trajectories": guided * config.steps * whole,
+        "causal": (3 + 1) * stream,
+        "distill": critic + generator / run.settings.critic_steps,
+    }
 
 
 def dry_run(run):
-    """--dry-run: print what the training of `run` would be and take, on GPUs that keep up --tflops (40 % of an H100's
-    989 in bfloat16). The model is on the meta device, and nothing is written."""
-    c, r, frames, tflops = run.config, run.recipe, (run.recipe.clip + 3) // 4, run.args.tflops
+    """Print what the training of `run` would be and take. The model is on the meta device, and
+    nothing is written."""
+    config = run.config
+    s = run.settings
     with torch.device("meta"):
-        count = sum(p.numel() for p in MotionStream(c).parameters())
-    frame = math.prod(c.size) // (2 * c.stride) ** 2                                # tokens
-    most = run.known if c.window is None else c.sink + c.window                     # chunks in the cache
-    held = [min(i, most) * c.chunk for i in range(run.known)]
-    whole = forward_flops(c, frames * frame, frames * frame)
-    stream = sum(forward_flops(c, c.chunk * frame, (past + c.chunk) * frame) for past in held)
-    steps, guided = (len(c.sigmas) + 1) / 2, 3 if c.guidance[1] else 2 if c.guidance[0] else 1
-    costs = {                                                   # of a clip; a backward costs two forwards
-        "teacher": 3 * whole, "trajectories": guided * c.steps * whole, "causal": (3 + 1) * stream,
-        "distill": (steps + 1) * stream + 3 * whole + ((steps + 3) * stream + (guided + 1) * whole) / r.critic_steps}
-    clips = {stage: r.batch * n for stage, n in run.steps.items()} | {"trajectories": run.trajectories}
-    print(f"{c}\n{r}\n{count:,} parameters, {frame:,} tokens a latent frame, {frames} of them a clip")
-    print(f"the KV cache of a stream, chunk {c.chunk}, sink {c.sink}, window {c.window}: "
-          f"{c.num_layers * 2 * 2 * c.dim * most * c.chunk * frame / 2 ** 20:,.0f} MiB in bfloat16")
-    for stage, flops in costs.items():
-        print(f"{stage}: {clips[stage]:,} clips, {flops / 1e12:,.1f} TFLOP each")
-    for gpus in 1, 4, 8:
-        # float32: weights 4 bytes, gradients 4, AdamW 8, average 4; distillation's teacher has weights alone
-        teacher, distill = (size * count / gpus / 2 ** 30 for size in (20, 4 + 20 + 16))
-        days = ", ".join(f"{stage} {clips[stage] * flops / (1e12 * tflops * gpus * 86400):,.2g}"
-                         for stage, flops in costs.items())
-        print(f"{gpus} GPU{'s' * (gpus > 1)}: {teacher:.1f} GiB each to train the teacher, {distill:.1f} to distil, if "
-              f"all is sharded, without activations; days at {tflops:g} TFLOP/s each: {days}")
+        count = sum(p.numel() for p in MotionStream(config).parameters())
+    frame = math.prod(config.size) // (2 * config.stride) ** 2
+    most = chunks_held(config, 10 ** 6)[-1] if config.window is not None else run.clip_chunks
+    cache = config.num_layers * 2 * 2 * config.dim * most * config.chunk * frame / 2 ** 20
+    for name, value in (asdict(config) | asdict(s)).items():
+        print(f"{name} = {value}")
+    print(f"\n{count:,} parameters, {frame:,} tokens a latent frame, {run.clip_latents} of them a clip")
+    print(f"the KV cache of a stream, chunk {config.chunk}, sink {config.sink}, window "
+          f"{config.window}: {cache:,.0f} MiB in bfloat16\n")
+    clips = {"teacher": s.batch * s.teacher_steps, "trajectories": s.trajectories,
+             "causal": s.batch * s.causal_steps, "distill": s.batch * s.distill_steps}
+    print(f"days at {s.tflops:g} TFLOP/s a GPU")
+    print("| stage | clips | TFLOP a clip | 1 GPU | 4 GPUs | 8 GPUs |\n|---|---|---|---|---|---|")
+    for stage, flops in clip_flops(run).items():
+        days = clips[stage] * flops / (1e12 * s.tflops * 86400)
+        cells = [f"{days / gpus:,.2g}" for gpus in (1, 4, 8)]
+        print(f"| {stage} | {clips[stage]:,} | {flops / 1e12:,.1f} | {' | '.join(cells)} |")
+    # float32: weights 4 bytes, gradients 4, AdamW's state 8, average 4; two networks in
+    # distillation, of which the critic has no average, and a teacher that is weights alone
+    print("\nGiB a GPU if all is sharded, without activations\n"
+          "| stage | 1 GPU | 4 GPUs | 8 GPUs |\n|---|---|---|---|")
+    for stage, size in ("teacher", 20), ("distill", 20 + 16 + 4):
+        cells = [f"{size * count / gpus / 2 ** 30:.1f}" for gpus in (1, 4, 8)]
+        print(f"| {stage} | {' | '.join(cells)} |")
 
 
-def join_processes(device):
-    """Those that torchrun has started."""
-    if PROCESSES > 1:
-        dist.init_process_group(timeout=timedelta(hours=12))            # some may encode long after the others
-        dist.init_device_mesh(device.split(":")[0], (PROCESSES,))       # gloo, or nccl on the GPU of LOCAL_RANK
+# --------------------------------------------------------------------------------------------------
+# The command.
+
+@dataclass(frozen=True)
+class Flags:
+    """The command line as typed; None: not given."""
+    stage: str = "all"
+    smoke: bool = False
+    out: Path | None = None
+    data: Path | None = None
+    weights: Path | None = None
+    vae: Path | None = None
+    steps: int | None = None
+    seed: int = 0
+    device: str | None = None
+    accumulate: int | None = None
+    checkpointing: bool = False
+    memory: object = None               # fields of Config, or "drawn"
+    guidance: tuple | None = None
+    rollout: int | None = None
+    reward: str | None = None
+    dry_run: str | None = None
+    set: tuple = ()                     # of (name, value)
+
+
+def memory(text):
+    """A flag's type: "c3s1w1" to chunk 3, sink 1, window 1 (wfull: all), as a dict; "drawn"."""
+    if text == "drawn":
+        return text
+    found = re.fullmatch(r"c([1-9]|1[0-2])s(\d+)w(\d+|full)", text)     # 12 latents, the least clip
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text} is not like c3s1w1, chunk 1 to 12, and not drawn")
+    chunk, sink, window = found.groups()
+    window = None if window == "full" else int(window)
+    return {"chunk": int(chunk), "sink": int(sink), "window": window}
+
+
+def guidance(text):
+    """A flag's type: "3,1.5" to (w_text, w_motion)."""
+    try:
+        weights = tuple(float(weight) for weight in text.split(","))
+    except ValueError:
+        weights = ()
+    if len(weights) != 2 or not all(0 <= weight <= 100 for weight in weights):
+        raise argparse.ArgumentTypeError(f"{text} is not like 3,1.5: of text and of motion, 0 to 100")
+    return weights
+
+
+def assignment(text):
+    """A flag's type: "batch=2" or "teacher.adam=1e-4" to (name, value)."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text} is not like field=value")
+    try:
+        value = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        pass                            # a word
+    return name, value
+
+
+def new_parser(description):
+    """The flags of a training but for its stage, which programs in extras know."""
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    count = number(int, 1, 10 ** 9)
+    add = parser.add_argument
+    add("--smoke", action="store_true", help="a few steps of everything, in some minutes")
+    add("--out", type=Path, help="folder to write to (runs/tiny; runs/smoke with --smoke)")
+    add("--data", type=Path, help="a folder of clips, see above (none: they are drawn)")
+    add("--weights", type=Path, help="the teacher's start: a Wan DiT, or a teacher made here")
+    add("--vae", type=Path, help="a finished VAE's file; the stage vae is left out")
+    add("--steps", type=count, help="steps of the one stage that is named")
+    add("--seed", type=int, default=0, help="of everything random (0)")
+    add("--device", help="cpu, cuda:0, … (cuda if there is one)")
+    add("--accumulate", type=count, help="steps of each process for an update (1; Wan's: the paper's)")
+    add("--checkpointing", action="store_true", help="recompute blocks in the backward: less memory")
+    add("--memory", type=memory, help="the student's chunk, sink, window (c3s1w1); drawn: many")
+    add("--guidance", type=guidance, help="of text and motion, in trajectories and the real score")
+    add("--rollout", type=number(int, 1, 100), help="longest, in chunks, of distillation (16)")
+    add("--reward", help="to weight distillation by: motion, or FILE.py:FUNCTION (none)")
+    add("--dry-run", nargs="?", choices=PRESETS, const="tiny", help="print what it would take")
+    add("--set", type=assignment, action="append", default=[], metavar="FIELD=VALUE",
+        help="another of the Settings or of the model's Config, as often as wanted")
+    return parser
+
+
+def parse_flags(argv):
+    """The command line to Flags. UserError, one line, for what cannot be."""
+    parser = new_parser(__doc__)
+    parser.add_argument("--stage", choices=["all", *STAGES], default="all", help="(all)")
+    return check_flags(Flags(**vars(parser.parse_args(argv))))
+
+
+def check_flags(flags):
+    """The same flags, if they go together. UserError, one line, if not."""
+    stage = flags.stage
+    distills = stage in ("all", "distill")
+    streams = stage in ("all", "causal", "distill")
+    for wrong, cure in [
+        (flags.steps and stage not in STAGES, "--steps needs --stage with one training stage"),
+        (flags.reward and not distills, "--reward needs --stage distill"),
+        (flags.memory and not streams, "--memory needs --stage causal or distill"),
+        (flags.data and not flags.data.is_dir(), f"--data {flags.data}: no such folder"),
+        (flags.vae and stage == "vae", f"--vae {flags.vae}: drop it, or --stage vae"),
+        (flags.vae and not flags.vae.is_file(), f"--vae {flags.vae}: no such file"),
+    ]:
+        if wrong:
+            raise UserError(cure)
+    return flags
+
+
+def assign(thing, name, value):
+    """A frozen dataclass with one field, "a" or "a.b", of another value, of the same type."""
+    name, _, inner = name.partition(".")
+    now = getattr(thing, name)
+    if inner and dataclasses.is_dataclass(now) and hasattr(now, inner):
+        return replace(thing, **{name: assign(now, inner, value)})
+    number_for_number = isinstance(now, (int, float)) and isinstance(value, (int, float))
+    same = isinstance(value, type(now)) or now is None or value is None or number_for_number
+    if inner or dataclasses.is_dataclass(now) or not same:
+        raise UserError(f"--set {name}={value}: it is {now} now")
+    return replace(thing, **{name: value})
+
+
+def assign_all(config, settings, assignments):
+    """(config, settings) with those of --set."""
+    for name, value in assignments:
+        field = name.partition(".")[0]
+        if field in vars(settings):
+            settings = assign(settings, name, value)
+        elif field in vars(config):
+            config = assign(config, name, value)
+        else:
+            known = ", ".join([*vars(settings), *vars(config)])
+            raise UserError(f"--set {name}: no such field; there are {known}")
+    frames = settings.clip_frames
+    if frames < 45 or (frames + 3) % 12:
+        raise UserError(f"--set clip_frames={frames}: needs whole chunks of 12, the first of 9: "
+                        "45, 57, 69, …")
+    return config, settings
+
+
+def is_wan(config):
+    return config.text_dim == UMT5_DIM
+
+
+def resolve_config(flags, start):
+    """The config of what is trained: the tiny model's, a preset's, or that of the weights `start`:
+    without a slot for tracks they get one, and Wan's are sampled as the paper says."""
+    config = start.config if start else PRESETS[flags.dry_run or "tiny"]
+    if start and not config.track_dim:
+        slot = config.out_dim
+        config = replace(config, track_dim=slot, in_dim=config.in_dim + slot)
+    if is_wan(config):
+        config = replace(config, shift=6.0, sigmas=schedule(3, 6.0), steps=48, guidance=(3.0, 1.5),
+                         chunk=3, sink=1, window=1)
+    if isinstance(flags.memory, dict):
+        config = replace(config, **flags.memory)
+    if flags.guidance:
+        config = replace(config, guidance=flags.guidance)
+    return config
+
+
+def resolve_settings(flags, start, config):
+    """The settings: of the tiny model or of the paper, then as the flags say."""
+    settings = PAPER if is_wan(config) else TINY
+    if is_wan(config) and start and start.head:
+        settings = PAPER_STAGE_2
+    if start:
+        settings = replace(settings, dense_share=0.0 if start.head else 1.0)
+    if flags.data:
+        settings = replace(settings, rollout=0, neutral_long_rollouts=False)
+    if flags.smoke:
+        settings = replace(settings, **SMOKE)
+    if flags.rollout:
+        settings = replace(settings, rollout=flags.rollout)
+    if flags.memory == "drawn":
+        settings = replace(settings, drawn_memory=True)
+    if flags.steps:
+        settings = replace(settings, **{f"{flags.stage}_steps": flags.steps})
+    for stage in STAGES:
+        name = f"{stage}_accumulate"
+        each = flags.accumulate or max(getattr(settings, name) // PROCESSES, 1)
+        settings = replace(settings, **{name: PROCESSES * each})
+    return settings
+
+
+def refuse(flags, start, has_video):
+    """UserError, one line, for weights and clips that cannot be trained on. has_video: the clips of
+    --data can be encoded."""
+    config = start.config if start else None
+    encoded = flags.data and not has_video
+    for wrong, cure in [
+        (start and config.causal, "holds a student; a training starts from a teacher"),
+        (start and has_mask(config),
+         "takes the image as a clip with a mask, which cannot stream; take Fun-Control or T2V"),
+        ((start or encoded) and not flags.vae and not flags.dry_run,
+         "give --vae FILE, which made its latents"),
+        (start and is_wan(config) and not flags.data and not flags.dry_run,
+         "give --data FOLDER; the clips drawn here are small"),
+        (encoded and flags.stage == "vae", "holds latents; the stage vae needs clips with video"),
+    ]:
+        if wrong:
+            raise UserError(f"{start.path if start else flags.data}: {cure}")
+
+
+def resolve(flags):
+    """Flags, and the weights that they name, to the Run."""
+    start = inspect(flags.weights) if flags.weights else None
+    first_clip = next(flags.data.rglob("*.safetensors"), None) if flags.data else None
+    has_video = first_clip is not None and "video" in read_header(first_clip)[0]
+    refuse(flags, start, has_video)
+    config = resolve_config(flags, start)
+    settings = resolve_settings(flags, start, config)
+    config, settings = assign_all(config, settings, flags.set)
+    out = flags.out or Path("runs/smoke" if flags.smoke else "runs/tiny")
+    files = {name: out / f"{name}.safetensors" for name in WEIGHTS.values()}
+    files["vae"] = flags.vae or files["vae"]
+    files["start"] = flags.weights
+    device = flags.device or (f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {device}: not available here") from None
+    reward = None
+    if flags.reward:
+        from extras.evaluate import find_reward
+        reward = find_reward(flags.reward)
+    return Run(out, flags.seed, device, compute_dtype(device), config, settings, files, flags.data,
+               start, reward, flags.checkpointing)
+
+
+def check_prerequisites(run, stage):
+    """Refuse a stage whose prerequisite weights are missing or damaged, or of another memory, before
+    it starts."""
+    for name in PREREQUISITES[stage]:
+        try:
+            if name == "vae":
+                run.load_vae()
+            else:
+                run.load(name)
+        except ValueError as e:
+            made_by = next(stage for stage, made in WEIGHTS.items() if made == name)
+            given = run.path(name) != run.out / f"{name}.safetensors"
+            raise UserError(str(e) if given else f"{e}; --stage {made_by} makes it") from None
+    if stage == "distill":
+        config = inspect(run.path("causal")).config
+        was = {name: getattr(config, name) for name in ("chunk", "sink", "window")}
+        if not was.items() <= run.memory.items():
+            raise UserError(f"{run.path('causal')}: was trained with {was}; say by --memory what the "
+                            "student gets")
+
+
+def show(run, stage):
+    """The stage's curves and a preview, by extras, if they are there."""
+    if RANK > 0:
+        return
+    try:
+        from extras.evaluate import Trained, preview
+    except ImportError:
+        print(f"{run.out / 'stats.jsonl'} has the numbers; extras/evaluate.py draws curves of them")
+        return
+    trained = Trained(run.out, run.device, vae_file=run.path("vae"))
+    preview(trained, stage, drawn=run.data is None)
 
 
 def run_stages(argv):
     """Run the stages that are not done yet."""
-    args = parse_flags(argv)
-    join_processes(args.device)
-    run = Run(args)
-    if args.dry_run:
+    flags = parse_flags(argv)
+    join_processes(flags.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    run = resolve(flags)
+    if flags.dry_run:
         return dry_run(run)
-    from extras.evaluate import Trained, preview
     run.out.mkdir(parents=True, exist_ok=True)
-    print(f"{run.out}: {run.config}")
+    print(f"{run.out}: {run.config}\n{run.settings}")
     print(f"matrix products on {run.device} are in {str(run.dtype)[6:]}")
-    for (stage, train_stage), accumulate in zip(STAGES.items(), run.recipe.accumulate):
-        if args.stage == stage or args.stage == "all" and not run.path(WEIGHTS[stage]).exists():
-            run.check(stage)
-            run.batches = PROCESSES * (args.accumulate or max(accumulate // PROCESSES, 1))
-            torch.manual_seed(seed_of(run.seed, stage))             # of the weights that a stage begins with
+    for stage, train_stage in STAGES.items():
+        missing = not run.path(WEIGHTS[stage]).exists()
+        if flags.stage == stage or (flags.stage == "all" and missing):
+            check_prerequisites(run, stage)
+            torch.manual_seed(seed_of(run.seed, stage))     # of weights that a stage begins with
             train_stage(run)
-            if RANK == 0:
-                preview(Trained(run.out, run.device, vae_file=args.vae), stage, not args.data)
-    if args.stage == "all" and RANK == 0 and not args.data:
+            show(run, stage)
+    if flags.stage == "all" and RANK == 0 and not run.data:
         print(f"measured by: python -m extras.evaluate --out {run.out}")
 
 
@@ -1086,10 +1825,10 @@ def reported(work, *args):
     """The exit code of work(*args). What the user can put right is one line and exit code 2."""
     try:
         return work(*args)
-    except (UserError, OSError) as e:                   # a full disk, say, whatever was written: files are whole
+    except (UserError, OSError) as e:       # a full disk, say, whatever was written: files are whole
         print(f"error: {e}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:                           # outside a training step: while filming, say
+    except KeyboardInterrupt:               # outside a training step: while clips are drawn, say
         return 130
 
 

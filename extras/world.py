@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 from extras.textures import EXTENT, chance, choose, draw_face, draw_texture, smooth_ground, soften
 from extras.textures import uniform, vary
+from motionstream import UserError
 
 OBJECTS = 3                  # object slots, at least
 GRID = 8                     # tracks on the ground per side
@@ -616,44 +617,68 @@ def track_groups(scene):
 # ------------------------------------------------------------------------------------------------
 # A folder of clips
 
-def write_clips(folder, count, frames=45, size=128, seed=0, workers=1, **options):
+@dataclasses.dataclass(frozen=True)
+class Clips:
+    """What a folder of drawn clips is made of, beside the fields of `Options`."""
+    frames: int = 45                # of each clip; 1: images
+    track_frames: int | None = None     # of the tracks, which may outlast the clip's; None: as many
+    size: int = 128                 # pixels per side
+    seed: int = 0
+    text_dim: int = 64              # numbers for each word of the caption
+
+    def __post_init__(self):
+        for name in ("frames", "size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} {getattr(self, name)}: give at least 1")
+        if self.track_frames is not None and self.track_frames < self.frames:
+            raise UserError(f"{self.track_frames} frames of tracks for {self.frames} frames: give "
+                            "as many")
+
+
+def write_clips(folder, count, encode=None, workers=1, **settings):
     """Write clips 0000000.safetensors to `count` of them into `folder`; those that are there stay.
 
     A file holds video (3, frames, size, size) uint8, tracks (track_frames, N, 2) float32 in pixels,
-    visible (track_frames, N) bool, group (N,) int64 and text (L, 64) float32; its metadata the
-    caption. options: the fields of `Options`, and track_frames, as many as frames unless given:
-    tracks may outlast the frames. A clip depends on all this and its number only.
-    ValueError: the folder holds clips of other settings, which its world.json says."""
-    track_frames = options.pop("track_frames", None) or frames
-    if track_frames < frames:
-        raise ValueError(f"{track_frames} frames of tracks for {frames} frames: give as many")
-    for name, value in (("frames", frames), ("size", size), ("workers", workers)):
-        if value < 1:
-            raise ValueError(f"{name} {value}: give at least 1")
-    settings = {"frames": frames, "track_frames": track_frames, "size": size, "seed": seed}
-    settings["options"] = dataclasses.asdict(Options(**options))
+    visible (track_frames, N) bool, group (N,) int64 and text (L, text_dim) float32; its metadata
+    the caption. encode: a function from video, as it is kept, to latents (C, F, h, w), which can be
+    pickled if there are several workers, processes; then a file holds latents and first, frame 0
+    (3, size, size), in place of video. settings: the fields of `Clips` and of `Options`. A clip
+    depends on all this and its number only.
+    UserError: settings that cannot be, or the folder holds clips of others, see its world.json."""
+    if workers < 1:
+        raise UserError(f"workers {workers}: give at least 1")
+    names = [field.name for field in dataclasses.fields(Clips)]
+    clips = Clips(**{name: settings.pop(name) for name in names if name in settings})
+    options = Options(**settings)
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    keep_settings(folder / "world.json", settings)
+    told = dataclasses.asdict(clips) | {"options": dataclasses.asdict(options)}
+    keep_settings(folder / "world.json", told | {"encoded": encode is not None})
     missing = [i for i in range(count) if not clip_path(folder, i).exists()]
-    write = functools.partial(write_clip, folder, settings)
-    if workers == 1:
+    write = functools.partial(write_clip, folder, clips, options)
+    if workers == 1 or len(missing) < 2:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         for i in tqdm(missing, "draw clips", disable=not missing):
-            write(i)
+            write(encode, i)
         torch.set_num_threads(threads)
         return
     with concurrent.futures.ProcessPoolExecutor(
-            workers, multiprocessing.get_context("spawn"), start_worker) as pool:
-        done = pool.map(write, missing, chunksize=4)
-        for _ in tqdm(done, "draw clips", len(missing), disable=not missing):
+            workers, multiprocessing.get_context("spawn"), start_worker, [encode]) as pool:
+        done = pool.map(functools.partial(write_in_worker, write), missing, chunksize=4)
+        for _ in tqdm(done, "draw clips", len(missing)):
             pass
 
 
-def start_worker():
+def start_worker(encode):
+    """Keep what is handed to a worker once, not with every clip."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)       # Ctrl-C: what is being drawn is finished
+    start_worker.encode = encode
+
+
+def write_in_worker(write, index):
+    write(start_worker.encode, index)
 
 
 def clip_path(folder, index):
@@ -661,36 +686,40 @@ def clip_path(folder, index):
 
 
 def keep_settings(path, settings):
-    """Write `settings` into the file `path`. ValueError: others are there."""
+    """Write `settings` into the file `path`. UserError: others are there."""
     text = json.dumps(settings)
     if not path.exists():
         path.write_text(text)
     try:
         found = json.loads(path.read_text())
     except ValueError:
-        raise ValueError(f"{path}: damaged; choose another folder") from None
+        raise UserError(f"{path}: damaged; choose another folder") from None
     if found != json.loads(text):
-        raise ValueError(f"{path.parent} holds clips of other settings, {found}; choose another")
+        raise UserError(f"{path.parent} holds clips of other settings, {found}; choose another")
 
 
-def write_clip(folder, settings, index):
+def write_clip(folder, clips, options, encode, index):
     """Draw clip `index` and write it: all of the file or nothing."""
-    rng = torch.Generator().manual_seed(settings["seed"] * 10_000_019 + index)
-    size = settings["size"]
-    scene = new_scenes(1, settings["track_frames"], rng, **settings["options"])
-    tracks, visible = scene_tracks(scene, size, rng)
-    video = render(scene, size, 0, settings["frames"])[0]
+    rng = torch.Generator().manual_seed(clips.seed * 10_000_019 + index)
+    scene = new_scenes(1, clips.track_frames or clips.frames, rng, **dataclasses.asdict(options))
+    tracks, visible = scene_tracks(scene, clips.size, rng)
+    video = render(scene, clips.size, 0, clips.frames)[0]
+    video = ((video + 1) * 127.5).round().byte()
     clip = {
-        "video": ((video + 1) * 127.5).round().byte(),
         "tracks": tracks[0],
         "visible": visible[0],
         "group": track_groups(scene),
-        "text": embed_words(scene["caption"][0])[0],
+        "text": embed_words(scene["caption"][0], clips.text_dim)[0],
     }
+    if encode is None:
+        clip["video"] = video
+    else:
+        clip["latents"] = encode(video)
+        clip["first"] = video[:, 0]
     clip = {name: value.contiguous() for name, value in clip.items()}
     path = clip_path(folder, index)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(clip, temporary, {"caption": scene["caption"][0]})
+    save_file(clip, temporary, {"format": "motionstream clip", "caption": scene["caption"][0]})
     os.replace(temporary, path)
 
 
@@ -710,9 +739,9 @@ def main(argv=None):
     parser.add_argument("--objects", type=int, help="in each clip (default: 1 to 3)")
     args = parser.parse_args(argv)
     try:
-        write_clips(args.out, args.clips, args.frames, args.size, args.seed, args.workers,
-                    track_frames=args.track_frames, style=args.style,
-                    texture=tuple(args.texture), objects=args.objects)
+        write_clips(args.out, args.clips, workers=args.workers, frames=args.frames,
+                    track_frames=args.track_frames, size=args.size, seed=args.seed,
+                    style=args.style, texture=tuple(args.texture), objects=args.objects)
     except (OSError, ValueError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
