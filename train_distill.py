@@ -1796,7 +1796,7 @@ def show(run, stage):
     except ImportError:
         print(f"{run.out / 'stats.jsonl'} has the numbers; extras/evaluate.py draws curves of them")
         return
-    trained = Trained(run.out, run.device, vae_file=run.path("vae"))
+    trained = Trained(run.out, run.device, files={"vae": run.path("vae")})
     preview(trained, stage, drawn=run.data is None)
 
 

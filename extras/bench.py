@@ -7,7 +7,6 @@
 Times are medians over chunks, once the cache is full. Nothing else should run meanwhile.
 """
 
-import functools
 import itertools
 import platform
 import re
@@ -20,10 +19,11 @@ from pathlib import Path
 import torch
 
 import sample
-from motionstream import FLOAT32, PRESETS, MotionStream, UserError, copy_along_tracks, schedule, track_ids
+from motionstream import FLOAT32, PRESETS, MotionStream, schedule, track_ids
 from sample import Parser, number
 from vae import LinearVAE, LinearVAEConfig, TinyVAE, TinyVAEConfig, WanVAE, WanVAEConfig
 
+CLIP_ROWS = 257         # of an image that CLIP encoded
 GRID = 8                # tracks per side of the picture
 PAST = 6                # chunks held by a cache that holds all: the last of 81 frames has as many before it
 
@@ -59,7 +59,7 @@ def new_vae(config, decoder, device):
     channels = config.out_dim
     if config.copy_dim:
         vae = LinearVAE(LinearVAEConfig(channels, config.stride))
-    elif decoder == "tiny" or config.text_dim != sample.UMT5_DIM:
+    elif decoder == "tiny" or config.text_encoder == "words":
         vae = TinyVAE(TinyVAEConfig(channels, config.stride // 8))
     elif config.stride == 16:
         vae = WanVAE(WanVAEConfig(48, 160, 256, residual=True))
@@ -129,7 +129,7 @@ def chunk_rows(model, vae, text, repeats):
     if config.copy_dim:
         conditions["image"] = noise
     if config.clip_dim:
-        conditions["clip"] = torch.randn(1, sample.CLIP_ROWS, config.clip_dim, device=device)
+        conditions["clip"] = torch.randn(1, CLIP_ROWS, config.clip_dim, device=device)
     caches = full_caches(model, conditions, noise)
     _, state = vae.decode(noise)
 
@@ -186,13 +186,11 @@ def program_rows(model, vae, text, repeats):
 
 def stream_frames(model, vae, image, motion, text):
     """Frames, uint8 (H, W, 3), one by one, as sample.py makes them."""
-    config = model.config
-    first = vae.encode(image[:, :, None])
-    copy = functools.partial(copy_along_tracks, vae, image) if config.copy_dim else None
     clip = None
-    if config.clip_dim:
-        clip = torch.randn(1, sample.CLIP_ROWS, config.clip_dim, device=image.device)
-    return sample.decode_frames(vae, sample.stream(model, first, motion, text, 0, clip, copy))
+    if model.config.clip_dim:
+        clip = torch.randn(1, CLIP_ROWS, model.config.clip_dim, device=image.device)
+    for video in sample.stream(model, vae, image, motion, sample.Encoded(text, clip=clip)):
+        yield from sample.to_frames(video)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -275,12 +273,9 @@ def config_of(args):
 
 @torch.inference_mode()
 def run(argv):
-    """Measure, and print the table."""
+    """Measure, and print the table. Returns the exit code."""
     args = parse_flags(argv)
-    try:
-        device = torch.zeros(1, device=args.device).device
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {args.device}: not available here") from None
+    device = sample.find_device(args.device)
     config = config_of(args)
     torch.manual_seed(0)
     model = new_model(config, device, getattr(torch, args.dtype))
@@ -295,18 +290,12 @@ def run(argv):
     rows, caches = chunk_rows(model, vae, text, args.repeats)
     rows += program_rows(model, vae, text, args.repeats)
     print_table(rows, memory_rows(model, vae, caches, device))
+    return 0
 
 
 def main(argv=None):
-    """The program. Returns the exit code."""
-    try:
-        run(sys.argv[1:] if argv is None else argv)
-        return 0
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    """`run`, with its errors as one line and an exit code."""
+    return sample.reported(run, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def main(argv=None):
         torch.manual_seed(td.seed_of(run.seed, "decoder"))              # of the weights that it begins with
         train_decoder(run)
         if td.RANK == 0:
-            preview(Trained(run.out, run.device, vae_file=run.args.vae), "decoder", not run.args.data)
+            preview(Trained(run.out, run.device, files={"vae": run.path("vae")}), "decoder", not run.args.data)
     return td.reported(work)
 
 

@@ -17,7 +17,7 @@ import runpy
 import sys
 import time
 import zlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -31,8 +31,7 @@ import sample
 from extras import measures, world
 from extras.cases import NEUTRAL, Case, new_clips
 from extras.measures import lpips_network, open_lpips, psnr, ssim
-from extras.tracks import load_tracks
-from motionstream import PRESETS, Config, MotionStream, UserError, copy_along_tracks, track_ids, write
+from motionstream import PRESETS, Config, MotionStream, UserError, track_ids, write
 from sample import ASSETS, Parser, embed_words, number
 from vae import load_vae
 
@@ -52,16 +51,11 @@ class Trained:
     folder: Path
     device: str = "cpu"
     seed: int = 0               # of all noise
-    shipped: bool = False       # those in assets instead; the folder is only written to
-    vae_file: Path | None = None    # a VAE that is elsewhere
+    files: dict = field(default_factory=dict)       # {name: path} of models that lie elsewhere
 
     def path(self, name):
         """The file of one of MODELS, or of "decoder"."""
-        if name == "vae" and self.vae_file:
-            return self.vae_file
-        if self.shipped and name in SHIPPED:
-            return ASSETS / f"{SHIPPED[name]}.safetensors"
-        return self.folder / f"{name}.safetensors"
+        return Path(self.files.get(name, self.folder / f"{name}.safetensors"))
 
     def checksum(self, name):
         """Of the file of that name."""
@@ -87,10 +81,10 @@ class Trained:
         """Those of MODELS that there are. UserError if one cannot be opened."""
         found = [name for name in MODELS if self.path(name).exists()]
         for name in found:
-            try:
-                self.vae() if name == "vae" else self.model(name)
-            except ValueError as e:
-                raise UserError(str(e)) from None
+            if name == "vae":
+                self.vae()
+            else:
+                self.model(name)
         return found
 
 
@@ -98,54 +92,37 @@ def play(trained, name, clips, text=None, later=None, kind=MotionStream, **overr
     """The video (B, 3, T, H, W), in pieces, that a model makes of the first frames of `clips`, their tracks and a text
     (1 or B, L, text_dim). name: "teacher", "causal", "student"; "vae" and "decoder" are the truth through the VAE,
     "still" is frame 0. later: the text of the second half of a stream. kind, overrides: see Trained.model."""
-    image = clips.frames(0, 1)
     if name == "still":
-        yield image.expand(-1, -1, clips.length, -1, -1)
-        return
+        return iter([clips.frames(0, 1).expand(-1, -1, clips.length, -1, -1)])
     if name in ("vae", "decoder"):
         vae = trained.vae(name)
         latents = vae.encode(clips.frames().to(trained.device))
-        yield vae.decode(latents)[0].cpu()
-        return
-    vae = trained.vae()
+        return iter([vae.decode(latents)[0].cpu()])
     model = trained.model(name, kind, **overrides)
-    state = None
-    for latents in stream_latents(trained, model, vae, clips, text, later):
-        video, state = vae.decode(latents, state)
-        yield video.cpu()
+    return videos_of(model, trained.vae(), clips, text, later, trained.seed)
 
 
-def stream_latents(trained, model, vae, clips, text, later):
-    """What `play` decodes: latents chunk by chunk, of a student or a teacher."""
-    image = clips.frames(0, 1).to(trained.device)
-    first = vae.encode(image)
-    tracks = clips.tracks.to(trained.device)
-    visible = clips.visible.to(trained.device)
-    ids = track_ids(tracks, visible, model.config)
-    motion = sample.Motion(tracks, visible, ids)
-    copy = None
-    if model.config.copy_dim:
-        copy = functools.partial(copy_along_tracks, vae, image[:, :, 0])
-    text = for_all(text, first)
-    if not model.config.causal:
-        return sample.sample_teacher(model, first, motion, clips.length, text, trained.seed, copy=copy)
+def videos_of(model, vae, clips, text=None, later=None, seed=0):
+    """The same by a model that is open."""
+    image = clips.frames(0, 1)[:, :, 0]                         # (B, 3, H, W)
+    ids = track_ids(clips.tracks, clips.visible, model.config)
+    motion = sample.Motion(clips.tracks, clips.visible, ids)
+    device = next(model.parameters()).device
+    if text is not None:
+        text = text.expand(len(image), -1, -1).to(device)
     if later is not None:
-        motion = with_texts(motion, text, for_all(later, first), model.config.chunk)
-    return sample.stream(model, first, motion, text, trained.seed, copy=copy)
-
-
-def for_all(text, first):
-    """A text (1 or B, L, text_dim), or None, for each of the images `first` (B, …)."""
-    if text is None:
-        return None
-    return text.expand(len(first), -1, -1).to(first.device)
+        later = later.expand(len(image), -1, -1)
+        motion = with_texts(motion, text, later, model.config.chunk)
+    sampler = sample.stream if model.config.causal else sample.sample_teacher
+    for video in sampler(model, vae, image, motion, sample.Encoded(text), seed):
+        yield video.cpu()
 
 
 def with_texts(motion, text, later, chunk):
     """A Motion chunk by chunk, each with its text: `later` from the chunk on that lies in the second half."""
     half = motion.tracks.shape[1] / 2
-    for i, (part, _) in enumerate(sample.pieces(motion, None, chunk)):
-        yield part, later if 4 * chunk * i >= half else text
+    for i, part in enumerate(sample.motion_by_chunk(motion, chunk)):
+        yield replace(part, text=later if 4 * chunk * i >= half else text)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -588,22 +565,23 @@ def compare(made, real, net=None):
     return means, len(rows)
 
 
-def end_point_error(given, found, size, image_size=None):
+def end_point_error(given, found, size, image_size):
     """The mean distance, in pixels of a video of `size` (width, height), of the points that a tracker found in it, a
-    file, from those that it was told to show, another file: (mean, how many). Points count that both say are visible.
-    The given ones are on an image of image_size (width, height), else of the size that their file says."""
-    tracks, visible, *_ = load_tracks(found, size)
-    on_image = image_size or size
-    told, told_visible, *_ = load_tracks(given, on_image)
-    if tracks.shape[1] != told.shape[1]:
-        raise UserError(f"{found}: holds {tracks.shape[1]} tracks, {told.shape[1]} were given")
-    scale, left, top = sample.crop(*on_image, size[::-1])
-    told = (told - np.float32((left, top))) * np.float32(scale)
-    inside = ((told >= 0) & (told < size)).all(-1)
-    count = min(len(told), len(tracks))
-    both = (told_visible & inside)[:count] & visible[:count]
-    apart = np.linalg.norm(told[:count] - tracks[:count], axis=-1)[both]
-    return (apart.mean() if len(apart) else math.nan), len(apart)
+    file, from those that it was told to show, a file in pixels of the image of image_size (width, height): (mean, how
+    many). Points count that both say are visible."""
+    seen = sample.read_tracks(found, size)
+    told = sample.read_tracks(given, image_size)
+    if seen.tracks.shape[1] != told.tracks.shape[1]:
+        raise UserError(f"{found}: holds {seen.tracks.shape[1]} tracks, {told.tracks.shape[1]} were given")
+    scale, left, top = sample.crop(*image_size, size[::-1])
+    places = (told.tracks - np.float32((left, top))) * np.float32(scale)
+    inside = ((places >= 0) & (places < size)).all(-1)
+    count = min(len(places), len(seen.tracks))
+    both = (told.visible & inside)[:count] & seen.visible[:count]
+    apart = np.linalg.norm(places[:count] - seen.tracks[:count], axis=-1)[both]
+    if not len(apart):
+        return math.nan, 0
+    return apart.mean(), len(apart)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -633,13 +611,13 @@ def new_parser(description):
 
 def open_trained(folder, device="cpu", seed=0):
     """The models of a training in a folder, the shipped ones if it has no student. UserError: no such device."""
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {device}: not available here") from None
-    trained = Trained(folder, device, seed, shipped=not (folder / "student.safetensors").exists())
+    sample.find_device(device)
+    files = {}
+    if not (folder / "student.safetensors").exists():
+        files = {name: ASSETS / f"{shipped}.safetensors" for name, shipped in SHIPPED.items()}
+    trained = Trained(folder, device, seed, files)
     folder.mkdir(parents=True, exist_ok=True)
-    print(f"{'the shipped weights' if trained.shipped else folder}: {trained.config}")
+    print(f"{'the shipped weights' if files else folder}: {trained.config}")
     return trained
 
 
@@ -684,7 +662,9 @@ def run_compare(argv):
     if args.tracks:
         frames, _ = open_video(args.made)
         height, width, _ = next(frames).shape
-        image_size = sample.load_image(args.image).size if args.image else None
+        image_size = (width, height)
+        if args.image:
+            image_size = sample.load_image(args.image).size
         error, count = end_point_error(args.tracks, args.found, (width, height), image_size)
         told.append(f"EPE {error:.4g} of {count} points")
     print(", ".join(told))
@@ -693,20 +673,18 @@ def run_compare(argv):
 COMMANDS = {"curves": run_curves, "compare": run_compare}
 
 
-def main(argv=None):
+def run(argv):
     """The program. Returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        if argv and argv[0] in COMMANDS:
-            COMMANDS[argv[0]](argv[1:])
-        else:
-            run_tables(argv)
-        return 0
-    except (UserError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    if argv and argv[0] in COMMANDS:
+        COMMANDS[argv[0]](argv[1:])
+    else:
+        run_tables(argv)
+    return 0
+
+
+def main(argv=None):
+    """`run`, with its errors as one line and an exit code."""
+    return sample.reported(run, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

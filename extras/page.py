@@ -21,12 +21,10 @@ import json
 import math
 import os
 import secrets
-import signal
 import socket
 import sys
 import threading
 import time
-import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -36,8 +34,9 @@ import torch
 from PIL import Image
 
 import sample
-from motionstream import Config, UserError, naming, track_ids, write
-from sample import Motion, enlarge, enlargement, fit_image, fit_tracks, hold_signals, to_frames, video_file
+from motionstream import Config, UserError, naming, write
+from sample import (Tracks, embed_words, enlarge, fit_image, fit_tracks, hold_signals, live_motion, number,
+                    to_frames, video_file)
 
 RECORDING = Path("recording.mp4")   # what is recorded, without --out
 PORT = 8765
@@ -77,12 +76,13 @@ class Take:
 class Live:
     """What a page can read and replace, and what the clock shows it."""
     image: Image.Image      # that the next take starts from
+    config: Config          # how the model streams, at the chunk that the flags say
     control: dict           # the newest one, see read_control
     status: dict            # what a page is told besides
     frame: Shown            # the one that is seen
-    hosts: list             # names of this server
     stop: list              # of signals: not empty once the program ends
     out: Path | None = None         # of the first recording that begins with the image; None: it has been used
+    hosts: list = field(default_factory=list)       # names of this server
     take: Take | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
     count: itertools.count = field(default_factory=lambda: itertools.count(1))      # of frames
@@ -286,23 +286,29 @@ def glide(points, last, frames, begins):
     return starts, tracks.astype(np.float32)
 
 
-def fit_chunk(starts, tracks, size, config):
-    """Points of a chunk, see glide, on an image of `size` (width, height), as Motion in the model's video. The ID of a
-    point tells which pixel of frame 0 it moves, wherever it is by now; with random IDs, it is a number made of that."""
+def fit_chunk(starts, tracks, prompt, size, config):
+    """Points of a chunk, see glide, on an image of `size` (width, height), as sample.Motion in the model's video, with
+    the words of a prompt, if the model reads words. The ID of a point tells which pixel of frame 0 it moves, wherever
+    that is by now; with random IDs, it is a number made of that."""
     motion = fit(tracks, size, config)
-    start = np.array(starts, np.float32).reshape(1, -1, 2)
-    if config.tracks == "random":
-        ids = torch.tensor([[zlib.crc32(place.tobytes()) for place in start[0]]], dtype=torch.int64)
-    else:
-        place = fit(start, size, config).tracks                         # (1, 1, N, 2)
-        ids = track_ids(place, torch.ones(place.shape[:3], dtype=torch.bool), config)
-    return Motion(motion.tracks, motion.visible, ids)
+    start = fit(np.array(starts, np.float32).reshape(1, -1, 2), size, config)
+    ids = live_motion(motion.tracks[0], start.tracks[0, 0], config).ids
+    text = None
+    if reads_words(config):
+        text = embed_words(prompt, config)
+    return replace(motion, ids=ids, text=text)
 
 
 def fit(tracks, size, config):
-    """Tracks (T, N, 2) on an image of `size` (width, height), all of them visible, in the model's video."""
+    """Tracks (T, N, 2) on an image of `size` (width, height), hidden where they leave it, as Motion."""
     visible = np.ones(tracks.shape[:2], bool)
-    return fit_tracks((tracks, visible, None), size, len(tracks), config, 0, note=lambda _: None)
+    motion, _ = fit_tracks(Tracks(tracks, visible), size, len(tracks), config, seed=0)
+    return motion
+
+
+def reads_words(config):
+    """Whether the prompt can change while it streams."""
+    return config.text_encoder == "words"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -358,7 +364,7 @@ class Recorder:
     def put(self, frame):
         """Append a frame to it."""
         self.count += 1
-        self.append(enlarge(frame, enlargement(frame.shape[:2])))
+        self.append(enlarge(frame))
         told = f"{self.path.name}, {self.count / self.live.status['fps']:.1f} s"
         if self.chunks is None:
             told += ", the video alone"
@@ -436,7 +442,7 @@ def join_chunks(chunks):
 # The program.
 
 def chunks_to_make(live, take, recorder):
-    """What each chunk is given, (Motion, prompt), as soon as it has to be begun, until the take is over."""
+    """What each chunk is given, a Motion, as soon as it has to be begun, until the take is over."""
     last = {}
     while wait_for_chunk(live, take, recorder):
         begins = take.obeyed is None
@@ -446,9 +452,10 @@ def chunks_to_make(live, take, recorder):
         frames = 4 * take.config.chunk - (3 if begins else 0)
         starts, tracks = glide(points, last, frames, begins)
         last = {(start_x, start_y): (x, y) for x, y, start_x, start_y, *_ in points}
-        motion = fit_chunk(starts, tracks, take.image.size, take.config)
-        recorder.keep(Given(starts, motion.ids[0].numpy(), tracks, take.obeyed["prompt"]))
-        yield motion, take.obeyed["prompt"]
+        prompt = take.obeyed["prompt"]
+        motion = fit_chunk(starts, tracks, prompt, take.image.size, take.config)
+        recorder.keep(Given(starts, motion.ids[0].numpy(), tracks, prompt))
+        yield motion
 
 
 def wait_for_chunk(live, take, recorder):
@@ -471,17 +478,19 @@ def with_chunk(config, chunk):
 
 
 @torch.inference_mode()
-def perform(live, job):
-    """One take: the stream from live.image on, until another take is asked for or the program ends."""
+def perform(live, job, models, out):
+    """One take: the stream from live.image on, until another take is asked for or the program ends. out: what the names
+    of recordings are made of, None: RECORDING."""
     control = live.control
-    config = with_chunk(job.config, control["chunk"])
+    config = with_chunk(live.config, control["chunk"])
     take = Take(control["take"], live.image, config)
     pixels = fit_image(take.image, config.size)
     live.status["image"] = take.image.size
     live.take = take
     live.frame = Shown(next(live.count), 0, to_frames(pixels[:, :, None])[0])
-    with Recorder(live, take, job.out or RECORDING, job.recorded(config)) as recorder:
-        for frame in job.frames(config, pixels, chunks_to_make(live, take, recorder)):
+    models.dit.config = config
+    with Recorder(live, take, out or RECORDING, settings_of(job, models)) as recorder:
+        for frame in sample.generate(job, models, pixels, chunks_to_make(live, take, recorder)):
             if take.begun:                              # it is the first of its chunk
                 live.status["latency"] = time.monotonic() - take.begun
                 live.lead = max(1.2 * live.status["latency"], 0.8 * live.lead)
@@ -489,116 +498,92 @@ def perform(live, job):
             take.made.append(Shown(next(live.count), take.obeyed["seq"], frame))
 
 
-def serve(job, host, port):
-    """Print the page's address, then stream to it until Ctrl-C."""
-    config = job.config
-    first = Shown(0, 0, to_frames(fit_image(job.image, config.size)[:, :, None])[0])
-    control = {"seq": 0, "take": 0, "chunk": config.chunk, "pause": True, "record": job.out is not None,
-               "prompt": job.prompt, "points": []}
-    status = {"size": config.size, "image": job.image.size, "latency": 0.0, "fps": job.fps, "words": job.words,
-              "chunks": sorted({1, config.chunk}), "recorded": ""}
-    hosts = [host.lower(), "localhost"]
+def settings_of(job, models):
+    """What a recording says besides what its chunks were given."""
+    config = models.dit.config
+    window = -1 if config.window is None else config.window
+    return {"track_id_mode": config.track_id_mode, "seed": job.seed, "chunk": config.chunk, "sink": config.sink,
+            "window": window, "steps": len(config.sigmas), "fps": job.fps, "dtype": job.dtype,
+            "weights": sample.checksum(models)}
+
+
+def serve(live, address):
+    """Answer browsers, in threads of their own, from now on. address: (host, port). Prints where."""
+    host, port = address
+    with naming(f"--host {host} --port {port}", "not an address of this machine"):
+        server = http.server.ThreadingHTTPServer(address, Handler)
+    server.live = live
+    live.hosts = [host.lower(), "localhost"]
     if host == "0.0.0.0":                               # all addresses of this machine; and its name
-        hosts.append(socket.gethostname().lower())
+        live.hosts.append(socket.gethostname().lower())
+    if host != "127.0.0.1":
+        print(f"warning: whoever reaches {host} and sees the address can steer this program")
+    print(f"http://{host}:{server.server_port}/{TOKEN}/", flush=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=clock, args=(live,), daemon=True).start()
+
+
+def parse_flags(argv):
+    """The command line: sample.Flags, and (host, port). UserError for what is known beforehand and what the page asks
+    for instead."""
+    parser = sample.Parser(prog="python -m extras.page", description="Draw tracks on a video while it streams.",
+                           allow_abbrev=False)
+    sample.add_flags(parser)
+    add = parser.add_argument_group("page").add_argument
+    add("--host", default="127.0.0.1", help="an address of this machine (127.0.0.1)")
+    add("--port", type=number(int, 0, 65535), default=PORT, metavar="N", help=f"({PORT})")
+    parser.set_defaults(out=None)
+    flags = sample.parse_flags(argv, parser)
+    address = parser.parse_args(argv)
+    for given, name in ((flags.tracks or flags.paths, "--tracks, --drag and --pin"), (flags.grid is not None, "--grid"),
+                        (flags.frames, "--frames"), (flags.overlay, "--overlay"),
+                        (flags.sampler == "teacher", "--sampler teacher")):
+        if given:
+            raise UserError(f"the page streams for as long as it is open, and tracks are drawn there: drop {name}")
+    return flags, (address.host, address.port)
+
+
+def check_out(flags):
+    """UserError unless a recording can be written where --out says, and replaces no file that is read."""
+    inputs = [value for name, value in vars(flags).items() if isinstance(value, Path) and name != "out"]
+    sample.check_output(flags.out, (".mp4",), inputs)
+    for ending in (".png", ".npz"):
+        sample.check_output(flags.out.with_suffix(ending), (ending,), inputs)
+
+
+def run(argv):
+    """The program. Returns the exit code."""
+    flags, address = parse_flags(argv)
+    image = sample.load_image(flags.image)
+    if flags.out:
+        check_out(flags)
+    weights = sample.inspect(flags.weights or sample.ASSETS / "tiny.safetensors")
+    nothing = np.zeros((sample.MOST_FRAMES, 0, 2), np.float32)
+    job = sample.resolve(flags, weights, Tracks(nothing, nothing[..., 0] > 0))
+    sample.refuse(job, flags, weights)
+    config = job.config
+    if not (config.causal and config.track_dim and weights.has_head):
+        raise UserError(f"{weights.path}: the page needs a trained student, which streams and follows tracks")
+    pixels = fit_image(image, config.size)
+    models = sample.load_models(job, flags, weights, pixels)
+    print(sample.describe(job, weights))
+    job = replace(job, frames=None)
+    control = {"seq": 0, "take": 0, "chunk": config.chunk, "pause": True, "record": flags.out is not None,
+               "prompt": job.prompts[0] or "", "points": []}
+    status = {"size": config.size, "image": image.size, "latency": 0.0, "fps": job.fps, "words": reads_words(config),
+              "chunks": sorted({1, config.chunk}), "recorded": ""}
     with hold_signals() as noted:
-        live = Live(job.image, control, status, first, hosts, noted, job.out)
-        with naming(f"--host {host} --port {port}", "not an address of this machine"):
-            server = http.server.ThreadingHTTPServer((host, port), Handler)
-        server.live = live
-        if host != "127.0.0.1":
-            print(f"warning: whoever reaches {host} and sees the address can steer this program")
-        print(f"http://{host}:{server.server_port}/{TOKEN}/", flush=True)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        threading.Thread(target=clock, args=(live,), daemon=True).start()
+        first = Shown(0, 0, to_frames(pixels[:, :, None])[0])
+        live = Live(image, config, control, status, first, noted, flags.out)
+        serve(live, address)
         while not noted:
-            perform(live, job)
-
-
-# What sample.py is asked for.
-
-@dataclass(frozen=True)
-class Job:
-    """What the flags say, and the models."""
-    args: object
-    image: Image.Image
-    models: tuple           # DiT, VAE, encoded text and image
-    out: Path | None
-
-    @property
-    def config(self):
-        """The config to stream with, at the chunk that the flags say."""
-        return self.args.config
-
-    @property
-    def fps(self):
-        """Frames per second that are seen."""
-        return self.args.fps or self.config.fps
-
-    @property
-    def words(self):
-        """Whether the model reads words, which may change while it streams."""
-        return self.config.text_dim != sample.UMT5_DIM
-
-    @property
-    def prompt(self):
-        """The text to begin with."""
-        prompt = self.config.prompt if self.args.prompt is None else self.args.prompt
-        return prompt or ""
-
-    def frames(self, config, pixels, given):
-        """The stream's frames, uint8 (H, W, 3). given: (Motion, prompt) for each chunk."""
-        model, *others = self.models
-        model.config = config
-        return sample.generate(self.args, None, pixels, given, model, *others)
-
-    def recorded(self, config):
-        """What a recording says besides what its chunks were given."""
-        model, vae, encoded = self.models
-        window = -1 if config.window is None else config.window
-        dtype = str(model.blocks[0].ffn[0].weight.dtype).removeprefix("torch.")
-        return {"track_id_mode": config.tracks, "seed": self.args.seed, "chunk": config.chunk, "sink": config.sink,
-                "window": window, "steps": len(config.sigmas), "fps": self.fps, "dtype": dtype,
-                "weights": checksum(model, vae, encoded)}
-
-
-def checksum(model, vae, encoded):
-    """A number that tells models apart, and encoded images: of the first numbers of each tensor."""
-    tensors = [*model.state_dict().values(), *vae.state_dict().values()]
-    tensors += [tensor for tensor in encoded[2:] if tensor is not None]
-    return zlib.crc32(b"".join(t.flatten()[:64].bfloat16().float().cpu().numpy() for t in tensors))
-
-
-def open_job(argv):
-    """What the flags say, with the models loaded: (Job, host, port)."""
-    args = sample.parse_flags([*argv, "--interactive"])
-    sample.check_track_flags(args)
-    image = sample.load_image(args.image)
-    for ending in (".mp4", ".png", ".npz"):
-        if args.out and args.out.suffix == ".mp4":
-            sample.check_output(args.out.with_suffix(ending), args, (ending,))
-        else:
-            sample.check_output(args.out, args, (".mp4",))
-    weights = sample.inspect(args.weights or sample.ASSETS / "tiny.safetensors")
-    args.config = sample.settle(args, weights, sample.MOST_FRAMES)
-    models = sample.load_models(args, weights, args.config, fit_image(image, args.config.size))
-    return Job(args, image, models, args.out), args.host, args.port
+            perform(live, job, models, flags.out)
+    return 0
 
 
 def main(argv=None):
-    """The program, with its errors as one line and an exit code: 2 what the user can put right, 130 interrupted."""
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        serve(*open_job(argv))
-        sys.stdout.flush()
-        return 0
-    except BrokenPipeError:                             # who read what is printed has gone: | head -1
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except (UserError, OSError) as e:                   # a full disk, say, while a page is recorded
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    """`run`, with its errors as one line and an exit code."""
+    return sample.reported(run, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":
