@@ -2,18 +2,17 @@
 
     python sample.py --image x.png --tracks t.npz
 
-Tracks are an .npz file with `tracks` (T, N, 2): where N points are in T frames, x to the right and y
-down, in pixels of the image as it is seen (after its EXIF rotation). What else it may hold:
+t.npz holds `tracks` (T, N, 2): where N points are in T frames, x to the right and y down, in pixels of
+the image as it is seen (after its EXIF rotation); and if wanted
 
     visibility (T, N)   hidden and "not specified" are the same; without it, NaN is hidden
     width, height       of the picture that the pixels belong to, if it is not the image itself
-    ids (N,)            which vector each track has, see track_ids; track_id_mode: what kind they are
+    ids (N,)            which vector each track has, see track_ids; track_id_mode: their kind
     fps                 only compared with the model's
     format              "motionstream": written by this project, so nothing in it is doubted
 
-A recording of the page is such a file with more in it, see Recording; it plays again to the same
-frames. Files of other programs are read by extras/tracks.py. In place of --tracks: --drag and --pin.
-Shapes are those of motionstream.py.
+A recording of the page has RECORDED and `prompts`, one for each chunk, besides, and plays again to the
+same frames. extras/tracks.py reads files of other programs. In place of --tracks: --drag, --pin.
 """
 
 import argparse
@@ -31,7 +30,7 @@ import time
 import warnings
 import zipfile
 import zlib
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")    # threads wait awake, but briefly: ffmpeg needs the cores
@@ -50,7 +49,6 @@ from motionstream import (Config, MotionStream, UserError, copy_along_tracks, eu
 from vae import VAE_FILES, load_vae
 
 ASSETS = Path(__file__).resolve().parent / "assets"
-UMT5_DIM = 4096             # channels of a text that UMT5 encoded
 MOST_FRAMES = 1_000_000
 LARGEST = 2 ** 30           # bytes of a tracks file, unpacked
 SHORTEST_SIDE = 256         # pixels of a written video; smaller ones are enlarged
@@ -78,34 +76,18 @@ class Encoded:
     clip: torch.Tensor | None = None        # (B, 257, clip_dim): CLIP's features of the image
 
 
-def has_mask(config):
-    """Whether the image enters as a mask and a clip: Wan's image-to-video weights and Fun-InP."""
-    return config.image_dim not in (0, config.out_dim)
-
-
-def encode_image(vae, image, config, frames):
-    """The image (B, 3, H, W) in [-1, 1] to its latent (B, C, 1, h, w). For weights with a mask: the
-    latents (B, C, frames, h, w) of a clip that is grey after it."""
-    video = image[:, :, None]                                               # (B, 3, 1, H, W)
-    if has_mask(config):
-        video = F.pad(video, (0, 0, 0, 0, 0, 4 * frames - 4))
-    return vae.encode(video)
-
-
 def image_inputs(config, first, frames):
-    """How weights take the image, by what encode_image made of it: (channels of a clip of `frames`
-    latents, clean latent frame 0), None what they do not take."""
-    if config.copy_dim:                     # at every frame: what the model falls back on
-        return image_channels(first, frames, still=True), first
-    if has_mask(config):
-        channels = image_and_mask(first[:, :, :frames])
-    elif config.image_dim:
-        channels = image_channels(first, frames)
-    else:
-        return None, first
-    if config.out_dim == 48:                # Wan 2.2 5B takes both
-        return channels, first[:, :, :1]
-    return channels, None
+    """How weights take the image: (channels of a clip of `frames` latents, clean latent frame 0), None
+    what they do not take. first (B, C, 1, h, w): its latent; with a mask (B, C, frames, h, w), those of
+    a clip that is grey after it."""
+    channels = clean = None
+    if config.has_mask:
+        channels = image_and_mask(first)
+    elif config.image_dim:                  # weights that copy fall back on it in every frame
+        channels = image_channels(first, frames, still=config.copy_dim > 0)
+    if config.clean_first:
+        clean = first[:, :, :1]
+    return channels, clean
 
 
 def motion_by_chunk(motion, chunk):
@@ -113,15 +95,16 @@ def motion_by_chunk(motion, chunk):
     nothing is specified where the last one reaches beyond the motion's end."""
     frames = motion.tracks.shape[1]
     for start in range(-3, frames, 4 * chunk):
-        span = slice(max(start, 0), start + 4 * chunk)
-        beyond = max(start + 4 * chunk - frames, 0)
-        control = motion.control
-        if control is not None:
-            latent = (start + 3) // 4
-            control = control[:, :, latent:latent + chunk]
+        stop = start + 4 * chunk
+        span = slice(max(start, 0), stop)
+        beyond = max(stop - frames, 0)
         tracks = F.pad(motion.tracks[:, span], (0, 0, 0, 0, 0, beyond))
         visible = F.pad(motion.visible[:, span], (0, 0, 0, beyond))
-        yield replace(motion, tracks=tracks, visible=visible, control=control)
+        part = replace(motion, tracks=tracks, visible=visible)
+        if motion.control is not None:
+            latents = slice((start + 3) // 4, (stop + 3) // 4)
+            part = replace(part, control=motion.control[:, :, latents])
+        yield part
 
 
 def live_motion(points, starts, config):
@@ -143,12 +126,8 @@ def track_inputs(model, motion, copy=None):
     if motion.control is not None or not model.config.track_dim:
         return motion.control
     device = next(model.parameters()).device
-    tracks, visible = motion.tracks.to(device), motion.visible.to(device)
-    ids = motion.ids.to(device)
-    copied = None
-    if copy:
-        copied = copy(tracks, visible, ids)
-    return track_features(model, tracks, visible, ids, copied)
+    points = [tensor.to(device) for tensor in (motion.tracks, motion.visible, motion.ids)]
+    return track_features(model, *points, copied=copy(*points) if copy else None)
 
 
 def conditions(model, motion, encoded, image=None, copy=None):
@@ -185,7 +164,7 @@ def stream(model, vae, image, motion, encoded=Encoded(), seed=0):
     that tracks and text can change while it streams. Memory and noise levels are the config's."""
     config = model.config
     image = image.to(next(model.parameters()).device)
-    first = encode_image(vae, image, config, config.chunk)
+    first = vae.encode(image[:, :, None])                                   # (B, C, 1, h, w)
     channels, clean = image_inputs(config, first, config.chunk)
     copy = functools.partial(copy_along_tracks, vae, image) if config.copy_dim else None
     generator = torch.Generator().manual_seed(seed)     # on the CPU: the same noise on every device
@@ -202,7 +181,8 @@ def sample_teacher(model, vae, image, motion, encoded=Encoded(), seed=0):
     config = model.config
     count = latent_frames(motion.tracks.shape[1], config.chunk)
     image = image.to(next(model.parameters()).device)
-    first = encode_image(vae, image, config, count)
+    grey = 4 * count - 4 if config.has_mask else 0
+    first = vae.encode(F.pad(image[:, :, None], (0, 0, 0, 0, 0, grey)))
     channels, clean = image_inputs(config, first, count)
     copy = functools.partial(copy_along_tracks, vae, image) if config.copy_dim else None
     tracks = None
@@ -288,19 +268,9 @@ def fit_image(image, size):
 # --------------------------------------------------------------------------------------------------
 # Tracks on the image.
 
-@dataclass(frozen=True)
-class Recording:
-    """What a recording of the page says besides its tracks: how to make the same frames again."""
-    prompts: tuple          # one for each chunk
-    seed: int
-    chunk: int
-    sink: int
-    window: int | None
-    steps: int
-    fps: float
-    dtype: str
-    frames: int
-    weights: int            # see checksum
+# What a recording says of how its frames were made; window -1: all; weights: see checksum.
+RECORDED = {"seed": int, "chunk": int, "sink": int, "window": int, "steps": int, "fps": float,
+            "dtype": str, "frames": int, "weights": int}
 
 
 @dataclass(frozen=True)
@@ -311,7 +281,7 @@ class Tracks:
     ids: np.ndarray | None = None       # (N,) integers below 2**32
     id_mode: str = "random"             # what kind of IDs they are, as in Config
     fps: float | None = None
-    recording: Recording | None = None
+    recorded: dict = field(default_factory=dict)    # RECORDED and prompts, of a recording
 
 
 def read_tracks(path, size, frames=None):
@@ -341,35 +311,23 @@ def own_tracks(arrays, size):
     """Arrays of a file that this project wrote to Tracks. Whatever is wrong with them raises."""
     tracks = arrays["tracks"].astype(np.float32)
     visible = arrays.get("visibility", ~np.isnan(tracks).any(-1)) > 0
-    ids = arrays.get("ids")
-    width = arrays.get("width", size[0])
-    height = arrays.get("height", size[1])
+    ids = arrays.get("ids", np.zeros(tracks.shape[1], int))
+    there = np.array([arrays.get("width", size[0]), arrays.get("height", size[1])], float)
     T, N, _ = tracks.shape
-    good = T > 0 and tracks.shape == (T, N, 2) and visible.shape == (T, N)
-    good = good and np.isfinite(tracks[visible]).all() and min(width, height) > 0
-    if ids is not None:
-        good = good and ids.shape == (N,) and ids.dtype.kind in "iu"
-        good = good and (ids >= 0).all() and (ids < 2 ** 32).all()
-    if not good:
+    shapes = tracks.shape == (T, N, 2) and visible.shape == (T, N) and ids.shape == (N,)
+    values = np.isfinite(tracks[visible]).all() and (ids >> 32 == 0).all() and (there > 0).all()
+    if not (T and shapes and values):
         raise ValueError("no tracks")
-    scale = (np.array(size) / np.array((width, height))).astype(np.float32)
-    tracks = np.nan_to_num(tracks).clip(-1e6, 1e6) * scale
-    mode = str(arrays.get("track_id_mode", "random"))
+    tracks = np.nan_to_num(tracks).clip(-1e6, 1e6) * (np.array(size) / there).astype(np.float32)
+    recorded = {}
+    if "prompts" in arrays:
+        recorded = {name: kind(arrays[name]) for name, kind in RECORDED.items()}
+        recorded["prompts"] = [prompt or None for prompt in arrays["prompts"].tolist()]
+        if recorded["window"] < 0:
+            recorded["window"] = None
     fps = float(arrays["fps"]) if "fps" in arrays else None
-    return Tracks(tracks, visible, ids, mode, fps, own_recording(arrays))
-
-
-def own_recording(arrays):
-    """The Recording that the arrays of a file hold, if they do."""
-    if "prompts" not in arrays:
-        return None
-    values = {}
-    for field in fields(Recording):
-        values[field.name] = arrays[field.name].tolist()
-    values["prompts"] = tuple(prompt or None for prompt in values["prompts"])
-    if values["window"] < 0:                # all
-        values["window"] = None
-    return Recording(**values)
+    mode = str(arrays.get("track_id_mode", "random"))
+    return Tracks(tracks, visible, ids if "ids" in arrays else None, mode, fps, recorded)
 
 
 def drag_path(text):
@@ -607,31 +565,15 @@ def guidance(text):
     return weights
 
 
-def picture_size(text):
-    """A flag's type: "WxH" as (W, H)."""
-    if not re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, as 832x480")
-    width, height = text.split("x")
-    return int(width), int(height)
-
-
-SETTINGS = {                # fields of Config that --set changes, and how their values are read
-    "shift": number(float, 0.01, 100),
-    "sink_decay": number(float, 0, 1),
-    "size": lambda text: picture_size(text)[::-1],
-    "num_heads": number(int, 1, 1000),
-}
+SETTINGS = {"shift": number(float, 0.01, 100), "sink_decay": number(float, 0, 1)}
 
 
 def setting(text):
-    """A flag's type: "shift=3" to ("shift", 3.0)."""
+    """A flag's type: "shift=3" to ("shift", 3.0), a field of Config."""
     name, _, value = text.partition("=")
     if name not in SETTINGS:
         raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(SETTINGS)}")
-    try:
-        return name, SETTINGS[name](value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: not a number") from None
+    return name, SETTINGS[name](value)
 
 
 @dataclass(frozen=True)
@@ -640,7 +582,7 @@ class Flags:
     image: Path
     tracks: Path | None
     paths: list | None          # of --drag and --pin, each (P, 2)
-    grid: np.ndarray | None
+    grid: np.ndarray | None     # offsets of points, see point_grid
     prompt: str | None
     out: Path
     frames: int | None
@@ -657,59 +599,55 @@ class Flags:
     sampler: str | None
     seed: int | None
     steps: int | None
-    memory: dict | None
+    memory: dict | None         # fields of Config, as those of settings
     guidance: tuple | None
     settings: list | None       # of --set, each (field, value)
 
 
 def add_flags(parser):
-    """What is said of a video, here and on the page."""
-    file = {"type": Path, "metavar": "FILE"}
+    """The flags, which extras/page.py has too."""
+    file, whole = {"type": Path, "metavar": "FILE"}, {"type": number(int, 1, MOST_FRAMES), "metavar": "N"}
     add = parser.add_argument
     add("--image", required=True, help="first frame, any picture file", **file)
     either = parser.add_mutually_exclusive_group().add_argument
     either("--tracks", help=".npz and others, see the top of sample.py; default: none", **file)
     either("--drag", "--pin", dest="paths", type=drag_path, action="append", metavar="'X,Y -> X,Y'",
            help="instead: where a point of the image goes, or that it stays; as often as wanted")
-    add("--grid", type=point_grid, metavar="NxP",
-        help="of each --drag and --pin: N by N points, P pixels apart, instead of one")
+    add("--grid", type=point_grid, metavar="NxP", help="each of those N by N points, P pixels apart")
     add("--prompt", metavar="TEXT", help="what image and tracks do not say; default: the model's own")
     add("--out", default="out.mp4", help=".mp4, or .png for the last frame; default: out.mp4", **file)
-    add("--frames", type=number(int, 1, MOST_FRAMES), metavar="N", help="default: those of the tracks, or 81")
+    add("--frames", help="default: those of the tracks, or 81", **whole)
     add("--fps", type=number(float, 0.1, 1000), metavar="F", help="of the file; default: the model's")
     add("--overlay", action="store_true", help="draw the tracks on the video")
-
     add = parser.add_argument_group("model").add_argument
     add("--weights", help="a Wan DiT, file or folder; default: the tiny model in assets/", **file)
     add("--vae", help="default: the tiny model's, or the one in the folder of --weights", **file)
     add("--device", default="auto", help="cpu, cuda, …; default: cuda if there is one")
     dtypes = ("auto", "float32", "bfloat16", "float16")
     add("--dtype", default="auto", choices=dtypes, help="auto: float32 on the CPU, else bfloat16")
-    add("--text-encoder", help="a -Diffusers repository with Wan's; default: --weights, if it is one", **file)
+    add("--text-encoder", help="a -Diffusers repository with it; default: --weights, if it is one", **file)
     add("--image-encoder", help="the same of CLIP; default: that of --text-encoder", **file)
     add("--negative-prompt", metavar="TEXT", help="guidance avoids it; default: Wan's")
     add("--prompt-embeds", help="instead of encoders: what they return, see docs/weights.md", **file)
-
     add = parser.add_argument_group("sampling; defaults are the model's").add_argument
     add("--sampler", choices=("stream", "teacher"), help="default: what the weights are")
     add("--seed", type=number(int, 0, 2 ** 63 - 1), metavar="N", help="of all noise; default: 0")
-    add("--steps", type=number(int, 1, 1000), metavar="N", help="noise levels of a chunk, or of the teacher")
-    add("--memory", type=memory, metavar="cNsNwN",
-        help="of a stream: latent frames a chunk, chunks of sink and window; wfull: all")
-    add("--guidance", type=guidance, metavar="T,M",
-        help="of the teacher: weights of text and of tracks, eq. 2; 0,0: none")
+    add("--steps", type=number(int, 1, 1000), metavar="N", help="noise levels, of the student or the teacher")
+    add("--memory", type=memory, metavar="cNsNwN", help="of the student: latent frames in a chunk, chunks "
+        "at the start and latest chunks that are remembered; wfull: all")
+    add("--guidance", type=guidance, metavar="T,M", help="of the teacher: weights of text and tracks (eq. 2)")
     add("--set", dest="settings", type=setting, action="append", metavar="FIELD=VALUE",
-        help=f"another field of Config: {', '.join(SETTINGS)}")
+        help=f"other fields of Config: {', '.join(SETTINGS)}")
 
 
 def parse_flags(argv, parser=None):
-    """The command line as Flags. parser: one that has add_flags' flags and others, which are ignored."""
+    """The command line as Flags. parser: one that has other flags too, which are ignored here."""
     if parser is None:
-        parser = Parser(description="One image and some tracks in, a video out. To draw the tracks while it "
+        parser = Parser(description="One image and some tracks in, a video out. To draw tracks while it "
                         "streams: python -m extras.page", allow_abbrev=False)
         add_flags(parser)
     given = vars(parser.parse_args(argv))
-    return Flags(**{field.name: given[field.name] for field in fields(Flags)})
+    return Flags(**{flag.name: given[flag.name] for flag in fields(Flags)})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -725,12 +663,12 @@ class Weights:
 
 
 def inspect(path):
-    """The Weights at a path, which are not read yet."""
+    """The Weights at a path."""
     tensors, metadata, file = read_weights(path)
-    config = find_config(tensors, metadata, file)
     head = tensors.get("track_head.conv.weight")
-    has_head = head is not None and bool(head.any())
-    return Weights(path, config, metadata.get("format") == "motionstream", has_head)
+    config = find_config(tensors, metadata, file)
+    own = metadata.get("format") == "motionstream"
+    return Weights(path, config, own, head is not None and bool(head.any()))
 
 
 @dataclass(frozen=True)
@@ -742,120 +680,88 @@ class Job:
     seed: int
     device: torch.device
     dtype: str
-    prompts: tuple      # one for each chunk, the last one for all that follow
-    drawn: bool         # tracks enter as a video of them, not through the track head
+    prompts: list       # one for each chunk, the last one for all that follow
+    moved: bool         # there are tracks
+    drawn: bool         # which enter as a video of them, not through the track head
+    notes: list         # what the user is told
 
 
 def resolve(flags, weights, tracks):
     """The Job that the flags ask for. What they leave open is what a recording says, or the weights."""
-    recording = tracks.recording
-    config = job_config(flags, weights, recording)
-    frames = flags.frames or len(tracks.tracks)
-    fps = flags.fps or config.fps
-    seed = flags.seed or 0
-    device = find_device(flags.device)
-    dtype = flags.dtype
-    prompts = (config.prompt if flags.prompt is None else flags.prompt,)
-    if recording:
-        frames = flags.frames or recording.frames
-        fps = flags.fps or recording.fps
-        seed = recording.seed if flags.seed is None else flags.seed
-        dtype = recording.dtype if dtype == "auto" else dtype
-        if flags.prompt is None:
-            prompts = recorded_prompts(recording, config.chunk, frames)
-    if dtype == "auto":
-        dtype = "float32" if device.type == "cpu" else "bfloat16"
-    drawn = not weights.has_head and config.track_dim == config.out_dim
-    return Job(config, frames, fps, seed, device, dtype, prompts, drawn and has_tracks(flags))
+    said = tracks.recorded
+    config, notes = resolve_config(flags, weights, said)
+    frames = flags.frames or said.get("frames", len(tracks.tracks))
+    fps = flags.fps or said.get("fps", config.fps)
+    seed = said.get("seed", 0) if flags.seed is None else flags.seed
+    prompts = [config.prompt if flags.prompt is None else flags.prompt]
+    if said and flags.prompt is None:
+        starts = range(0, latent_frames(frames, config.chunk), config.chunk)
+        last = len(said["prompts"]) - 1
+        prompts = [said["prompts"][min(start // said["chunk"], last)] for start in starts]
+    name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = flags.device.replace("auto", name)
+    try:
+        device = torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {name}: not available here") from None
+    usual = said.get("dtype", "float32" if device.type == "cpu" else "bfloat16")
+    dtype = flags.dtype.replace("auto", usual)
+    moved = bool(flags.tracks or flags.paths)
+    drawn = moved and not weights.has_head and config.track_dim == config.out_dim
+    if drawn:
+        notes.append(f"{weights.path}: takes tracks drawn as a control video, in a style that is ours and "
+                     "that no weights have proven")
+    return Job(config, frames, fps, seed, device, dtype, prompts, moved, drawn, notes)
 
 
-def has_tracks(flags):
-    """Whether the flags say where anything goes."""
-    return bool(flags.tracks or flags.paths)
-
-
-# How public weights are sampled, whose files do not say it. Teachers: shift and text guidance, by width and by whether
-# the image enters as channels, as their publishers advise for 480 lines; (5, 5) for all others.
-TEACHERS = {(1536, False): (8.0, 6.0), (1536, True): (3.0, 6.0), (5120, True): (3.0, 5.0)}
-
-
-def advice(config, sampler):
-    """The config of public weights as their publishers sample them, by "stream", "teacher" or, None, what they are."""
-    from extras.checkpoints import SELF_FORCING
-    if sampler == "stream" or sampler is None and config.causal:
-        return replace(config, **SELF_FORCING)
-    shift, w_text = TEACHERS.get((config.dim, config.image_dim > 0), (5.0, 5.0))
-    return replace(config, causal=False, shift=shift, guidance=(w_text, 0.0))
-
-
-def job_config(flags, weights, recording):
-    """The config to sample with: the weights' own or their family's, changed by recording and flags."""
-    config = weights.config
+def resolve_config(flags, weights, said):
+    """(How to sample, notes on it): as the weights say, or advice on their family, changed by what a
+    recording has `said`, and by flags."""
+    config, notes = weights.config, []
     if not weights.own:
-        config = advice(config, flags.sampler)
+        from extras.checkpoints import advice
+        usual = "stream" if config.causal else "teacher"
+        config, words = advice(config, flags.sampler or usual)
+        notes = [f"{weights.path}: {note}" for note in words]
     changes = dict(flags.settings or ())
-    if recording and config.causal:
-        changes |= {"chunk": recording.chunk, "sink": recording.sink, "window": recording.window}
+    if said and config.causal:
+        changes |= {name: said[name] for name in ("chunk", "sink", "window")}
     changes |= flags.memory or {}
     if flags.guidance:
         changes["guidance"] = flags.guidance
-    elif config.text_dim == UMT5_DIM and flags.prompt is None and not flags.prompt_embeds:
+    elif config.text_encoder == "umt5" and flags.prompt is None and not flags.prompt_embeds:
         changes["guidance"] = (0.0, config.guidance[1])     # there is no text
     config = replace(config, **changes)
-    steps = flags.steps
-    if recording and config.causal and recording.steps != len(config.sigmas):
-        steps = steps or recording.steps
+    steps, usual = flags.steps, len(config.sigmas)
+    if said and config.causal and said["steps"] != usual:
+        steps = steps or said["steps"]
     if steps or "shift" in changes:
-        sigmas = schedule(steps or len(config.sigmas), config.shift)
+        sigmas = schedule(steps or usual, config.shift)
         config = replace(config, steps=steps or config.steps, sigmas=sigmas)
-    return config
-
-
-def recorded_prompts(recording, chunk, frames):
-    """The prompt of each chunk of `chunk` latent frames: that of the recorded one in which it begins."""
-    prompts = []
-    for start in range(0, latent_frames(frames, chunk), chunk):
-        number = min(start // recording.chunk, len(recording.prompts) - 1)
-        prompts.append(recording.prompts[number])
-    return tuple(prompts)
-
-
-def find_device(name):
-    """The device of that name; auto: cuda if there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {name}: not available here") from None
+    return config, notes
 
 
 def refuse(job, flags, weights):
     """Raise UserError, what to do, for the first of these that is true."""
-    config = job.config
-    streams = config.causal
-    sampler = "stream" if streams else "teacher"
-    step = 2 * config.stride                            # pixels of a token
+    config, streams = job.config, job.config.causal
+    sampler, kind = ("stream", "student") if streams else ("teacher", "teacher")
     encoded = flags.prompt_embeds or flags.text_encoder or flags.image_encoder
-    faults = [
-        (weights.own and flags.sampler not in (None, sampler),
-         f"holds a {'student' if streams else 'teacher'}, use --sampler {sampler}"),
+    weight = flags.guidance and flags.guidance[1]
+    for wrong, cure in [
+        (weights.own and flags.sampler not in (None, sampler), f"holds a {kind}, use --sampler {sampler}"),
         (streams and flags.guidance, "--guidance belongs to --sampler teacher"),
         (streams and flags.negative_prompt is not None, "--negative-prompt belongs to --sampler teacher"),
         (not streams and flags.memory, "--memory belongs to --sampler stream"),
         (streams and config.window is None and job.frames > HISTORY and not flags.memory,
          f"trained to remember {HISTORY} frames, all of them; add --memory c{config.chunk}s1w5 for more"),
-        (streams and has_mask(config),
+        (streams and config.has_mask,
          "takes the image as a clip with a mask, which cannot stream; use --sampler teacher"),
-        (not config.track_dim and (has_tracks(flags) or flags.guidance and flags.guidance[1]),
-         "has no input for tracks; take Fun-Control, or drop --tracks, and the weight of --guidance T,M"),
-        (has_tracks(flags) and not job.drawn and not weights.has_head,
-         f"has no trained track head, and its input for tracks has {config.track_dim} channels, none "
-         "for a drawn video"),
-        (config.text_dim != UMT5_DIM and encoded, "reads words, give it --prompt and nothing encoded"),
-        (config.size[0] % step or config.size[1] % step, f"size: width and height must divide by {step}"),
-    ]
-    for wrong, cure in faults:
+        (not config.track_dim and (job.moved or weight),
+         "has no input for tracks; take Fun-Control, or drop --tracks, and give --guidance T,0"),
+        (job.moved and not job.drawn and not weights.has_head, "has no trained track head, and its input "
+         f"for tracks has {config.track_dim} channels, none for a drawn video"),
+        (config.text_encoder == "words" and encoded, "reads words, give it --prompt and nothing encoded"),
+    ]:
         if wrong:
             raise UserError(f"{weights.path}: {cure}")
 
@@ -870,48 +776,51 @@ class Models:
 
 def open_vae(weights, path=None):
     """The VAE at `path`, else the tiny model's or, for Wan's weights, the one in their folder."""
-    config = weights.config
-    folder = weights.path if weights.path.is_dir() else weights.path.parent
-    places = [ASSETS / "tiny_vae.safetensors"]
-    if config.text_dim == UMT5_DIM:                     # tiny ones fit Wan's shapes
+    c, folder = weights.config, weights.path if weights.path.is_dir() else weights.path.parent
+    places = [ASSETS / "tiny_vae.safetensors"]          # which would fit Wan's shapes
+    if c.text_encoder == "umt5":
         places = [folder / name for name in VAE_FILES[:3]]
+    path = path or next(filter(Path.is_file, places), None)
     if path is None:
-        path = next(filter(Path.is_file, places), None)
-    if path is None:
-        raise UserError(f"{weights.path}: give --vae PATH; there is no {' or '.join(VAE_FILES[:3])} in "
-                        "its folder")
+        names = " or ".join(VAE_FILES[:3])
+        raise UserError(f"{weights.path}: give --vae PATH; there is no {names} in its folder")
     vae = load_vae(path)
     channels = vae.config.latent_channels
-    if (channels, vae.stride) != (config.out_dim, config.stride):
+    if (channels, vae.stride) != (c.out_dim, c.stride):
         raise UserError(f"{path}: latents have {channels} channels and stride {vae.stride}, those of "
-                        f"{weights.path} have {config.out_dim} and {config.stride}; is this its VAE?")
+                        f"{weights.path} have {c.out_dim} and {c.stride}; is this its VAE?")
     return vae
 
 
-def encode_inputs(job, flags, weights, image):
-    """What the model reads besides the tracks. image (1, 3, H, W): what CLIP sees."""
-    config = job.config
-    prompt = job.prompts[0]
-    if config.text_dim != UMT5_DIM:
+def encode(job, flags, weights, image):
+    """What the model reads besides the tracks, as Encoded. image (1, 3, H, W): what CLIP sees."""
+    config, prompt = job.config, job.prompts[0]
+    if config.text_encoder == "words":
         text = embed_words(prompt, config)
         return Encoded(text if text is None else text.to(job.device))
     from extras import encoders
-    text_encoder = flags.text_encoder
+    text_encoder, image_encoder = flags.text_encoder, flags.image_encoder
     if text_encoder is None and (weights.path / "text_encoder").is_dir():
         text_encoder = weights.path                     # a whole repository
-    image_encoder = flags.image_encoder
     if config.clip_dim:
         image_encoder = image_encoder or text_encoder
-    sources = encoders.Sources(prompt, flags.negative_prompt, flags.prompt_embeds, text_encoder, image_encoder)
+    sources = encoders.Sources(prompt, flags.negative_prompt, flags.prompt_embeds, text_encoder,
+                               image_encoder)
     return Encoded(*encoders.encode(sources, config, image, job.device, weights.path))
 
 
 def load_models(job, flags, weights, image):
     """The Models of a Job. image (1, 3, H, W) in [-1, 1]. Encoders are gone before the DiT is there."""
     vae = open_vae(weights, flags.vae).to(job.device)
-    encoded = encode_inputs(job, flags, weights, image)
-    dtype = getattr(torch, job.dtype)
-    dit = MotionStream.from_pretrained(weights.path, dtype=dtype, device=job.device, **vars(job.config))
+    encoded = encode(job, flags, weights, image)
+    dit = MotionStream.from_pretrained(weights.path, dtype=getattr(torch, job.dtype), device=job.device,
+                                       **vars(job.config))
+    c, how = dit.config, f"teacher, whole clip, {dit.config.steps} steps"
+    if c.causal:
+        window = "full" if c.window is None else c.window
+        how = f"stream, c{c.chunk}s{c.sink}w{window}, {len(c.sigmas)} steps"
+    print(f"{weights.path.name}: {c.size[1]}x{c.size[0]} pixels, {how}, seed {job.seed}, {job.device}, "
+          f"{job.dtype}")
     return Models(dit, vae, encoded)
 
 
@@ -933,30 +842,19 @@ def with_prompts(motion, prompts, config):
 
 @torch.inference_mode()
 def generate(job, models, image, motion):
-    """The video's frames, uint8 (H, W, 3), one by one: job.frames of them, None: as many as `motion`
-    says. image and motion: see `stream`."""
+    """The video's frames, uint8 (H, W, 3), one by one: job.frames of them; None: as long as `motion`
+    goes on. image and motion: see `stream`."""
     config = models.dit.config
     if job.drawn:
         from extras.tracks import render_control
         frames = 4 * latent_frames(job.frames, config.chunk) - 3
         motion = replace(motion, control=render_control(models.vae, motion, config.size, frames))
     sampler = stream if config.causal else sample_teacher
-    if config.causal and len(set(job.prompts)) > 1 and config.text_dim != UMT5_DIM:
+    if config.causal and len(set(job.prompts)) > 1 and config.text_encoder == "words":
         motion = with_prompts(motion, job.prompts, config)
     videos = sampler(models.dit, models.vae, image, motion, models.encoded, job.seed)
     frames = itertools.chain.from_iterable(map(to_frames, videos))
     yield from itertools.islice(frames, job.frames)
-
-
-def describe(job, weights):
-    """What is about to be made, in a line."""
-    c = job.config
-    sampler, memory, steps = "teacher", "whole clip", c.steps
-    if c.causal:
-        window = "full" if c.window is None else c.window
-        sampler, memory, steps = "stream", f"c{c.chunk}s{c.sink}w{window}", len(c.sigmas)
-    return (f"{weights.path.name}: {c.size[1]}x{c.size[0]} pixels, {sampler}, {memory}, {steps} steps, "
-            f"seed {job.seed}, {job.device}, {job.dtype}")
 
 
 def run(argv):
@@ -965,9 +863,8 @@ def run(argv):
     if flags.grid is not None and not flags.paths:
         raise UserError("--grid belongs to --drag and --pin")
     image = load_image(flags.image)
-    inputs = [value for value in vars(flags).values() if isinstance(value, Path)]
-    inputs.remove(flags.out)
-    check_output(flags.out, (".mp4", ".png"), inputs)
+    read = {name: value for name, value in vars(flags).items() if isinstance(value, Path) and name != "out"}
+    check_output(flags.out, (".mp4", ".png"), read.values())
     shipped = "tiny_teacher" if flags.sampler == "teacher" else "tiny"
     weights = inspect(flags.weights or ASSETS / f"{shipped}.safetensors")
     if flags.tracks:
@@ -976,20 +873,21 @@ def run(argv):
         tracks = drag_tracks(flags.paths or [], flags.grid, image.size, flags.frames or 81)
     job = resolve(flags, weights, tracks)
     refuse(job, flags, weights)
-    motion, notes = fit_tracks(tracks, image.size, job.frames, job.config, job.seed)
+    motion, lost = fit_tracks(tracks, image.size, job.frames, job.config, job.seed)
+    notes = job.notes + lost
     if tracks.fps not in (None, job.fps):
-        notes.append(f"the tracks are at {tracks.fps:g} frames/s, the video at {job.fps:g}; they are not resampled")
+        notes.append(f"the tracks are at {tracks.fps:g} frames/s, the video at {job.fps:g}; they are not "
+                     "resampled")
     pixels = fit_image(image, job.config.size)
     models = load_models(job, flags, weights, pixels)
-    if tracks.recording and tracks.recording.weights != checksum(models):
-        notes.append("recorded with other weights")
+    if tracks.recorded and tracks.recorded["weights"] != checksum(models):
+        notes.append("it was recorded with other weights")
     for note in notes:
         print(f"note: {note}")
-    print(describe(job, weights))
     frames = generate(job, models, pixels, motion)
     frames = with_overlay(frames, motion) if flags.overlay else map(enlarge, frames)
-    opened = picture_file(flags.out) if flags.out.suffix == ".png" else video_file(flags.out, job.fps)
-    with opened as append:
+    is_picture = flags.out.suffix == ".png"
+    with picture_file(flags.out) if is_picture else video_file(flags.out, job.fps) as append:
         stopped = write_frames(append, frames, job.frames)
     print(flags.out)
     return 128 + stopped if stopped else 0
@@ -1005,7 +903,7 @@ def reported(work, *args):
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except (ValueError, OSError) as e:      # OSError: a full disk, say
+    except (UserError, OSError) as e:       # OSError: a full disk, say
         print(f"error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

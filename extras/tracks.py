@@ -603,9 +603,17 @@ def render_control(vae, motion, size, frames):
 # --------------------------------------------------------------------------------------------------
 # The command.
 
+def picture_size(text):
+    """A flag's type: "WxH" as (W, H)."""
+    if not re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, as 832x480")
+    width, height = text.split("x")
+    return int(width), int(height)
+
+
 def new_parser():
     """The flags."""
-    from sample import MOST_FRAMES, Parser, drag_path, number, picture_size, point_grid
+    from sample import MOST_FRAMES, Parser, drag_path, number, point_grid
     parser = Parser(prog="python -m extras.tracks", description="Tracks for --tracks of sample.py.")
     file = {"type": Path, "metavar": "FILE"}
     add = parser.add_argument
