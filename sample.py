@@ -400,8 +400,9 @@ def fit_tracks(tracks, image_size, frames, config, seed):
         if tracks.ids is not None:
             notes.append(f"the IDs of these weights are of the kind {config.track_id_mode!r}, not "
                          f"{tracks.id_mode!r}; the file's ids are not used")
-    points = F.pad(points[:, :frames], (0, 0, 0, 0, 0, beyond))
-    visible = F.pad(visible[:, :frames], (0, 0, 0, beyond))
+    whole = 4 * latent_frames(frames, config.chunk) - 3     # the last chunk may know what comes after it
+    points = F.pad(points[:, :whole], (0, 0, 0, 0, 0, beyond))
+    visible = F.pad(visible[:, :whole], (0, 0, 0, beyond))
     if not visible.any():
         notes.append("no track is seen in the video, nothing is specified")
     return Motion(points, visible, ids), notes
