@@ -67,7 +67,7 @@ from motionstream import (PRESETS, Block, Config, KVCache, MotionStream, UserErr
                           split_conditions, copy_along_tracks, euler, guided_velocity, image_channels,
                           linear_part, naming, rollout, save_pretrained, schedule, shift_sigma,
                           to_x0, track_features, track_ids, with_first, write)
-from sample import UMT5_DIM, Parser, embed_words, has_mask, hold_signals, inspect, number
+from sample import Parser, embed_words, hold_signals, inspect, number
 from vae import FRAMES, LinearVAE, load_vae
 
 # --------------------------------------------------------------------------------------------------
@@ -1123,7 +1123,7 @@ def starting_teacher(run, vae):
     if not run.start:
         return MotionStream(config).to(run.device)
     model = run.load("start", **vars(config)).requires_grad_(True)
-    model.track_head.requires_grad_(not run.start.head)
+    model.track_head.requires_grad_(not run.start.has_head)
     return model
 
 
@@ -1677,7 +1677,7 @@ def assign_all(config, settings, assignments):
 
 
 def is_wan(config):
-    return config.text_dim == UMT5_DIM
+    return config.text_encoder == "umt5"
 
 
 def resolve_config(flags, start):
@@ -1700,10 +1700,10 @@ def resolve_config(flags, start):
 def resolve_settings(flags, start, config):
     """The settings: of the tiny model or of the paper, then as the flags say."""
     settings = PAPER if is_wan(config) else TINY
-    if is_wan(config) and start and start.head:
+    if is_wan(config) and start and start.has_head:
         settings = PAPER_STAGE_2
     if start:
-        settings = replace(settings, dense_share=0.0 if start.head else 1.0)
+        settings = replace(settings, dense_share=0.0 if start.has_head else 1.0)
     if flags.data:
         settings = replace(settings, rollout=0, neutral_long_rollouts=False)
     if flags.smoke:
@@ -1728,7 +1728,7 @@ def refuse(flags, start, has_video):
     encoded = flags.data and not has_video
     for wrong, cure in [
         (start and config.causal, "holds a student; a training starts from a teacher"),
-        (start and has_mask(config),
+        (start and config.has_mask,
          "takes the image as a clip with a mask, which cannot stream; take Fun-Control or T2V"),
         ((start or encoded) and not flags.vae and not flags.dry_run,
          "give --vae FILE, which made its latents"),
