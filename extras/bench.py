@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 import sample
+from extras.evaluate import check_device
 from motionstream import FLOAT32, PRESETS, MotionStream, schedule, track_ids
 from sample import Parser, number
 from vae import LinearVAE, LinearVAEConfig, TinyVAE, TinyVAEConfig, WanVAE, WanVAEConfig
@@ -275,7 +276,8 @@ def config_of(args):
 def run(argv):
     """Measure, and print the table. Returns the exit code."""
     args = parse_flags(argv)
-    device = sample.find_device(args.device)
+    check_device(args.device)
+    device = torch.device(args.device)
     config = config_of(args)
     torch.manual_seed(0)
     model = new_model(config, device, getattr(torch, args.dtype))

@@ -611,7 +611,7 @@ def new_parser(description):
 
 def open_trained(folder, device="cpu", seed=0):
     """The models of a training in a folder, the shipped ones if it has no student. UserError: no such device."""
-    sample.find_device(device)
+    check_device(device)
     files = {}
     if not (folder / "student.safetensors").exists():
         files = {name: ASSETS / f"{shipped}.safetensors" for name, shipped in SHIPPED.items()}
@@ -619,6 +619,14 @@ def open_trained(folder, device="cpu", seed=0):
     folder.mkdir(parents=True, exist_ok=True)
     print(f"{'the shipped weights' if files else folder}: {trained.config}")
     return trained
+
+
+def check_device(name):
+    """UserError unless there is a device of that name."""
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {name}: not available here") from None
 
 
 def weights_of(trained):

@@ -566,7 +566,8 @@ def run(argv):
         raise UserError(f"{weights.path}: the page needs a trained student, which streams and follows tracks")
     pixels = fit_image(image, config.size)
     models = sample.load_models(job, flags, weights, pixels)
-    print(sample.describe(job, weights))
+    for note in job.notes:
+        print(f"note: {note}")
     job = replace(job, frames=None)
     control = {"seq": 0, "take": 0, "chunk": config.chunk, "pause": True, "record": flags.out is not None,
                "prompt": job.prompts[0] or "", "points": []}
