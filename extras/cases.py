@@ -83,7 +83,7 @@ class Case:
     points: str = "drag"        # "dense": all tracks; "drag": the centre of each object; "none"
     change: str | None = None   # of CHANGES
     speed: int = 1              # as fast as in training, times this
-    size: int = SIZE
+    width: int = SIZE           # pixels per side
     photographs: Path | None = None     # a folder of pictures: cut-outs of photographs instead of scenes
     options: dict = field(default_factory=dict)     # of extras.world, where they are not USUAL
 
@@ -105,14 +105,14 @@ def new_clips(case):
     scene["position"] = scene["position"][:, :, ::case.speed]
     change, of_tracks = CHANGES[case.change]
     scene = change(scene)
-    tracks, visible = world.scene_tracks(scene, case.size, rng)
-    tracks, visible = of_tracks(scene, tracks, visible, case.size, rng)
+    tracks, visible = world.scene_tracks(scene, case.width, rng)
+    tracks, visible = of_tracks(scene, tracks, visible, case.width, rng)
     visible = visible & asked(scene, case.points)
     by_colour = options["style"] == "simple" and not case.photographs
     plain = by_colour or options.get("flat", False) or options.get("texture") == (0, 0)
     tracks = tracks[:, :case.frames]
     visible = visible[:, :case.frames]
-    return Clips(scene, tracks, visible, case.size, by_colour, plain and not case.photographs)
+    return Clips(scene, tracks, visible, case.width, by_colour, plain and not case.photographs)
 
 
 def asked(scene, points):

@@ -402,7 +402,7 @@ def measure_tables(trained, stage, what, tables):
         for row in tqdm(rows, title):
             label = label_of(row)
             case = {"measure": eval_row} | common | row
-            if label in results or case.get("model", "vae") not in (*names, "still"):
+            if label in results or case.get("model", "student") not in (*names, "still"):
                 continue
             for key in ("set", "at"):
                 case.pop(key, None)
