@@ -194,6 +194,7 @@ class Run:
     start: object = None            # what --weights holds, see sample.inspect
     reward: object = None           # a function of a video and what it was made from, to (B,)
     checkpointing: bool = False     # see recompute_blocks
+    network: type = MotionStream    # what a teacher from nothing is
 
     @property
     def clip_latents(self):
@@ -1121,7 +1122,7 @@ def starting_teacher(run, vae):
     if config.copy_dim:
         config = replace(config, latent_std=tuple(vae.latent_std.tolist()))
     if not run.start:
-        return MotionStream(config).to(run.device)
+        return run.network(config).to(run.device)
     model = run.load("start", **vars(config)).requires_grad_(True)
     model.track_head.requires_grad_(not run.start.has_head)
     return model
