@@ -251,9 +251,7 @@ def parse_flags(argv):
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the DiT (float32)")
     add("--decoder", choices=("own", "tiny"), default="own", help="the family's VAE, or one as small as TAEHV (own)")
     add("--steps", type=number(int, 1, 100), help="passes of the DiT for a chunk (the preset's)")
-    add("--chunk", type=number(int, 1, 1000), help="latent frames made together (the preset's)")
-    add("--sink", type=number(int, 0, 1000), help="chunks that are remembered for ever (the preset's)")
-    add("--window", type=number(int, 0, 1000), help="latest chunks remembered besides (the preset's)")
+    add("--memory", type=sample.memory, metavar="cNsNwN", help="chunk, sink, window, as for sample.py (the preset's)")
     add("--repeats", type=number(int, 1, 10_000), default=15, help="chunks that are timed (15)")
     add("--compile", action="store_true", help="compile the DiT's blocks")
     return parser.parse_args(argv)
@@ -262,9 +260,7 @@ def parse_flags(argv):
 def config_of(args):
     """The preset as a student, with what the flags say."""
     config = replace(PRESETS[args.preset], causal=True)
-    for name in ("chunk", "sink", "window"):
-        if getattr(args, name) is not None:
-            config = replace(config, **{name: getattr(args, name)})
+    config = replace(config, **args.memory or {})
     if args.steps:
         config = replace(config, sigmas=schedule(args.steps, config.shift))
     if config.copy_dim:

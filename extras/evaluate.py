@@ -471,7 +471,7 @@ def plot_stage(folder, stage):
     for name in PLOTTED:
         values = [(row["step"], row[name]) for row in rows.values() if name in row]
         if values:
-            means = F.adaptive_avg_pool1d(torch.tensor(values).T, min(50, len(values)))
+            means = F.adaptive_avg_pool1d(torch.tensor(values, dtype=torch.float32).T, min(50, len(values)))
             curves[name] = means.T.tolist()
     if curves:
         plot(folder / f"{stage}.png", curves, f"{stage}: {len(rows)} steps")

@@ -128,41 +128,53 @@ def damaged_folder(folder, size):
     return copy
 
 
-def distil_briefly(trained, how):
-    """The student of a short Distillation, as Trained."""
-    teacher = trained.model("teacher")
-    guidance = teacher.config.guidance if how.guidance is None else how.guidance
+def distillation_run(trained, how):
+    """The Run of a Distillation, but for its clips."""
+    guidance = how.guidance
+    if guidance is None:
+        guidance = trained.model("teacher").config.guidance
     config = replace(trained.model("causal").config, guidance=guidance, sink_decay=how.sink_decay)
     settings = replace(
         td.TINY, batch=how.batch, distill_steps=how.updates * how.critic_steps, critic_steps=how.critic_steps,
         rollout=how.rollout, drawn_memory=how.drawn_memory, beta=how.beta)
     reward = find_reward(how.reward) if how.reward else None
     trained = replace(trained, seed=trained.seed + how.seed)
-    run = brief_run(trained, "student", how, config, settings, reward=reward)
+    return brief_run(trained, "student", how, config, settings, reward=reward)
+
+
+def distil_briefly(trained, how):
+    """The student of a Distillation, as Trained."""
+    run = distillation_run(trained, how)
     if not run.path("student").exists():
-        run = replace(run, data=clips_folder(trained, how.clips))
+        run = replace(run, data=clips_folder(replace(trained, seed=run.seed), how.clips))
     return train_briefly(run, "student", td.train_student)
 
 
-def teach_briefly(trained, how):
-    """The teacher of a short Lesson, as Trained."""
+def lesson_run(trained, how):
+    """The Run of a Lesson, but for its clips."""
     config = trained.model("teacher").config
-    settings = replace(td.TINY, teacher_steps=how.steps, rollout=0, track_weight=0.0)   # no cell of a drawn video is empty
+    settings = replace(td.TINY, teacher_steps=how.steps, rollout=0)
+    settings = replace(settings, track_weight=0.0)              # no cell of a drawn video is empty
     more = {}
     if how.start:
         more["start"] = sample.inspect(trained.path("teacher"))
         settings = replace(settings, teacher=td.TINY.causal, dense_share=0.0)
     else:
-        slot = config.in_dim - config.track_dim + config.out_dim
-        config = replace(config, track_id_mode="start", track_dim=config.out_dim, in_dim=slot, latent_std=())
+        inputs = config.in_dim - config.track_dim + config.out_dim
+        config = replace(config, track_id_mode="start", track_dim=config.out_dim, in_dim=inputs, latent_std=())
         settings = replace(settings, dense_share=1.0)
     if how.drawn:
         more["network"] = drawing(trained.vae())
-    run = brief_run(trained, "teacher", how, config, settings, **more)
+    return brief_run(trained, "teacher", how, config, settings, **more)
+
+
+def teach_briefly(trained, how):
+    """The teacher of a Lesson, as Trained."""
+    run = lesson_run(trained, how)
     if not run.path("teacher").exists():
         folder = clips_folder(trained, how.clips)
         if how.harm:
-            folder = damaged_folder(folder, config.size[0])
+            folder = damaged_folder(folder, run.config.size[0])
         run = replace(run, data=folder)
     return train_briefly(run, "teacher", td.train_teacher)
 
