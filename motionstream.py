@@ -908,14 +908,14 @@ def naming(what, cure):
         raise UserError(f"{what}: {reason}") from None
 
 
-def write(path, save):
-    """Call save(temporary path), then rename: a file is whole or not there. OSError, one line that names it, if it
-    cannot be written."""
+def write(path, save, *args):
+    """Call save(*args, temporary path), then rename: a file is whole or not there. OSError, one line that names it, if
+    it cannot be written."""
     from safetensors import SafetensorError
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        save(temporary)
+        save(*args, temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -18,7 +18,6 @@ same frames. extras/tracks.py reads files of other programs. In place of --track
 import argparse
 import collections
 import contextlib
-import functools
 import itertools
 import math
 import os
@@ -120,30 +119,34 @@ def live_motion(points, starts, config):
     return Motion(points, ~points.isnan().any(-1), ids)
 
 
-def track_inputs(model, motion, copy=None):
-    """What the model takes as `tracks` for one chunk: (B, track_dim, F, h, w), or None. copy: of weights
-    that copy, copy_along_tracks with its first two arguments given."""
+def track_inputs(model, vae, image, motion):
+    """What the model takes as `tracks` for one chunk: (B, track_dim, F, h, w), or None."""
     if motion.control is not None or not model.config.track_dim:
         return motion.control
-    device = next(model.parameters()).device
-    points = [tensor.to(device) for tensor in (motion.tracks, motion.visible, motion.ids)]
-    return track_features(model, *points, copied=copy(*points) if copy else None)
+    points = [tensor.to(image.device) for tensor in (motion.tracks, motion.visible, motion.ids)]
+    copied = None
+    if model.config.copy_dim:
+        copied = copy_along_tracks(vae, image, *points)
+    return track_features(model, *points, copied)
 
 
-def conditions(model, motion, encoded, image=None, copy=None):
-    """The model's keyword arguments, chunk by chunk, each made when asked for. motion: a whole Motion,
-    or an iterator of one for each chunk. image: the channels of the first chunk, see image_inputs."""
-    config = model.config
+def conditions(model, vae, image, motion, encoded, channels=None):
+    """The model's keyword arguments, chunk by chunk, each made when asked for. motion: a whole Motion, or
+    an iterator of one for each chunk. channels: the image's, of the first chunk, see image_inputs."""
     if isinstance(motion, Motion):
-        motion = motion_by_chunk(motion, config.chunk)
+        motion = motion_by_chunk(motion, model.config.chunk)
     for part in motion:
-        text = encoded.text
-        if part.text is not None:
-            text = part.text.to(next(model.parameters()).device)
-        tracks = track_inputs(model, part, copy)
-        yield {"text": text, "tracks": tracks, "image": image, "clip": encoded.clip}
-        if not config.copy_dim:
-            image = None                    # it is in the cache now
+        text = encoded.text if part.text is None else part.text.to(image.device)
+        tracks = track_inputs(model, vae, image, part)
+        yield {"text": text, "tracks": tracks, "image": channels, "clip": encoded.clip}
+        if not model.config.copy_dim:
+            channels = None                 # they are in the cache now
+
+
+def draw_noise(first, frames, generator):
+    """Noise (B, C, frames, h, w) for the image's latent; drawn on the CPU, the same on every device."""
+    B, C, _, h, w = first.shape
+    return torch.randn((B, C, frames, h, w), generator=generator).to(first)
 
 
 def decode(vae, latents):
@@ -166,11 +169,9 @@ def stream(model, vae, image, motion, encoded=Encoded(), seed=0):
     image = image.to(next(model.parameters()).device)
     first = vae.encode(image[:, :, None])                                   # (B, C, 1, h, w)
     channels, clean = image_inputs(config, first, config.chunk)
-    copy = functools.partial(copy_along_tracks, vae, image) if config.copy_dim else None
-    generator = torch.Generator().manual_seed(seed)     # on the CPU: the same noise on every device
-    shape = (*first.shape[:2], config.chunk, *first.shape[3:])
-    noise = (torch.randn(shape, generator=generator).to(first) for _ in itertools.count())
-    given = conditions(model, motion, encoded, channels, copy)
+    generator = torch.Generator().manual_seed(seed)
+    noise = (draw_noise(first, config.chunk, generator) for _ in itertools.count())
+    given = conditions(model, vae, image, motion, encoded, channels)
     yield from decode(vae, rollout(model, noise, given, clean, generator=generator))
 
 
@@ -184,14 +185,11 @@ def sample_teacher(model, vae, image, motion, encoded=Encoded(), seed=0):
     grey = 4 * count - 4 if config.has_mask else 0
     first = vae.encode(F.pad(image[:, :, None], (0, 0, 0, 0, 0, grey)))
     channels, clean = image_inputs(config, first, count)
-    copy = functools.partial(copy_along_tracks, vae, image) if config.copy_dim else None
-    tracks = None
+    given = {"text": encoded.text, "image": channels, "clip": encoded.clip}
     if config.track_dim:
         parts = motion_by_chunk(motion, config.chunk)
-        tracks = torch.cat([track_inputs(model, part, copy) for part in parts], 2)
-    given = {"text": encoded.text, "tracks": tracks, "image": channels, "clip": encoded.clip}
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn((*first.shape[:2], count, *first.shape[3:]), generator=generator).to(first)
+        given["tracks"] = torch.cat([track_inputs(model, vae, image, part) for part in parts], 2)
+    noise = draw_noise(first, count, torch.Generator().manual_seed(seed))
     for x0, _ in euler(model, noise, given, clean, null_text=encoded.null_text):
         pass                                # the last of the trajectory is clean
     yield from decode(vae, x0.split(config.chunk, 2))
@@ -295,6 +293,19 @@ def read_tracks(path, size, frames=None):
     return Tracks(**load_tracks(path, size, frames=frames))
 
 
+def given_tracks(flags, size):
+    """The Tracks that the flags name, on the image of `size` (width, height)."""
+    frames = flags.frames or 81
+    if flags.grid and not flags.paths:
+        raise UserError("--grid belongs to --drag and --pin")
+    if flags.tracks:
+        return read_tracks(flags.tracks, size, flags.frames)
+    if flags.paths:
+        from extras.tracks import drag_tracks
+        return Tracks(*drag_tracks(flags.paths, flags.grid, size, frames))
+    return Tracks(np.zeros((frames, 0, 2), np.float32), np.zeros((frames, 0), bool))
+
+
 def own_arrays(path):
     """The arrays in a file that this project wrote, None of any other. No pickle is loaded."""
     if not zipfile.is_zipfile(path):
@@ -309,6 +320,7 @@ def own_arrays(path):
 
 def own_tracks(arrays, size):
     """Arrays of a file that this project wrote to Tracks. Whatever is wrong with them raises."""
+    numbers = arrays["tracks"].dtype.kind in "iuf"
     tracks = arrays["tracks"].astype(np.float32)
     visible = arrays.get("visibility", ~np.isnan(tracks).any(-1)) > 0
     ids = arrays.get("ids", np.zeros(tracks.shape[1], int))
@@ -316,7 +328,7 @@ def own_tracks(arrays, size):
     T, N, _ = tracks.shape
     shapes = tracks.shape == (T, N, 2) and visible.shape == (T, N) and ids.shape == (N,)
     values = np.isfinite(tracks[visible]).all() and (ids >> 32 == 0).all() and (there > 0).all()
-    if not (T and shapes and values):
+    if not (T and numbers and shapes and values):
         raise ValueError("no tracks")
     tracks = np.nan_to_num(tracks).clip(-1e6, 1e6) * (np.array(size) / there).astype(np.float32)
     recorded = {}
@@ -330,60 +342,14 @@ def own_tracks(arrays, size):
     return Tracks(tracks, visible, ids if "ids" in arrays else None, mode, fps, recorded)
 
 
-def drag_path(text):
-    """A flag's type: points of the image, "x,y -> x,y -> …", as (P, 2)."""
-    point = r"\s*-?\d{1,6}(\.\d*)?\s*,\s*-?\d{1,6}(\.\d*)?\s*"
-    if not re.fullmatch(f"{point}(->{point})*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not x,y -> x,y in pixels of the image")
-    numbers = re.findall(r"-?[\d.]+", text.replace("->", " "))
-    return np.array(numbers, float).reshape(-1, 2)
-
-
-def point_grid(text):
-    """A flag's type: "3x20", 3x3 points 20 pixels apart, as offsets (9, 2) from the middle one."""
-    found = re.fullmatch(r"([1-9]\d?)x([1-9]\d{0,3})", text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is not like 3x20, 3x3 points 20 pixels apart")
-    side, apart = int(found[1]), int(found[2])
-    axis = (np.arange(side) - (side - 1) / 2) * apart
-    return np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2)
-
-
-def follow(paths, frames):
-    """Tracks (frames, N, 2) float32 along N paths, each points (P, 2): each stretch takes as long; one
-    point alone is pinned."""
-    tracks = np.zeros((frames, len(paths), 2), np.float32)
-    for n, points in enumerate(paths):
-        times = np.linspace(0, len(points) - 1, frames)
-        for axis in 0, 1:
-            tracks[:, n, axis] = np.interp(times, range(len(points)), points[:, axis])
-    return tracks
-
-
-def drag_tracks(paths, grid, size, frames):
-    """The Tracks of --drag and --pin, each a path (P, 2) that must start inside the image of `size`
-    (width, height). grid: offsets of the points that go along with it, or None."""
-    for points in paths:
-        start = points[0]
-        if not ((start >= 0) & (start < size)).all():
-            flag = "--pin" if len(points) == 1 else "--drag"
-            place = f"{start[0]:g},{start[1]:g}"
-            raise UserError(f"{flag} {place}: outside the image, which has {size[0]}x{size[1]} pixels")
-    if grid is not None:
-        paths = [points + offset for points in paths for offset in grid]
-    tracks = follow(paths, frames)
-    return Tracks(tracks, np.ones(tracks.shape[:2], bool))
-
-
 def fit_tracks(tracks, image_size, frames, config, seed):
-    """Tracks on the image (width, height) to (Motion in the model's video of `frames` frames, notes on
-    what is lost). They are moved and scaled as the image is, hidden where they are cropped away, and not
-    specified after their end."""
+    """Tracks on the image (width, height) to (Motion in the model's video, of whole chunks that cover
+    `frames`; notes on what is lost). They are moved and scaled as the image is, hidden where they are
+    cropped away, and not specified after their end."""
     notes = []
     given = len(tracks.tracks)
-    beyond = max(frames - given, 0)
-    if beyond:
-        notes.append(f"the tracks end after {given} frames, the last {beyond} are not specified")
+    if frames > given:
+        notes.append(f"the tracks end after {given} frames, the last {frames - given} are not specified")
     scale, left, top = crop(*image_size, config.size)
     moved = (tracks.tracks - np.float32((left, top))) * np.float32(scale)
     points = torch.from_numpy(moved)[None]                                  # (1, T, N, 2)
@@ -400,9 +366,10 @@ def fit_tracks(tracks, image_size, frames, config, seed):
         if tracks.ids is not None:
             notes.append(f"the IDs of these weights are of the kind {config.track_id_mode!r}, not "
                          f"{tracks.id_mode!r}; the file's ids are not used")
-    whole = 4 * latent_frames(frames, config.chunk) - 3     # the last chunk may know what comes after it
-    points = F.pad(points[:, :whole], (0, 0, 0, 0, 0, beyond))
-    visible = F.pad(visible[:, :whole], (0, 0, 0, beyond))
+    whole = 4 * latent_frames(frames, config.chunk) - 3
+    missing = max(whole - given, 0)
+    points = F.pad(points[:, :whole], (0, 0, 0, 0, 0, missing))
+    visible = F.pad(visible[:, :whole], (0, 0, 0, missing))
     if not visible.any():
         notes.append("no track is seen in the video, nothing is specified")
     return Motion(points, visible, ids), notes
@@ -422,8 +389,8 @@ def count_frames(path):
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", path, "-map", "0:v:0", "-c", "copy"]
     command += ["-f", "null", "-"]
     told = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).stderr
-    counts = re.findall(rb"frame= *(\d+)", told)
-    return int(counts[-1]) if counts else 0
+    counts = re.findall(rb"frame= *(\d+)", told) or [0]
+    return int(counts[-1])
 
 
 @contextlib.contextmanager
@@ -501,17 +468,9 @@ def check_output(path, endings, inputs):
             raise UserError(f"{path}: {cure}")
 
 
-def with_overlay(frames, motion):
-    """Frames, enlarged, with the tracks of a Motion drawn on them."""
-    from extras.tracks import render_tracks
-    for number, frame in enumerate(frames):
-        large = enlarge(frame)
-        yield render_tracks(large, motion, number, len(large) // len(frame))
-
-
 def write_frames(append, frames, total):
-    """Append frames, `total` of them, to a video while they come. Returns the signal that ended it
-    early, or 0: from the first frame on, Ctrl-C keeps what there is."""
+    """Append frames, `total` of them, to a video while they come. Returns the exit code: 128 and the
+    signal that ended it early, or 0. From the first frame on, Ctrl-C keeps what there is."""
     started = time.perf_counter()
     frames = itertools.chain([next(frames)], frames)
     first_after = time.perf_counter() - started
@@ -523,7 +482,7 @@ def write_frames(append, frames, total):
     seconds = time.perf_counter() - started
     print(f"{count} of {total} frames in {seconds:.2f} s, {count / seconds:.1f} frames/s, the first "
           f"after {first_after:.2f} s")
-    return sum(noted)
+    return sum(128 + signum for signum in noted)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -543,7 +502,7 @@ def number(kind, least, most):
         if not least <= value <= most:
             raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
         return value
-    parse.__name__ = "whole number" if kind is int else "number"
+    parse.__name__ = {int: "whole number", float: "number"}[kind]      # argparse says it
     return parse
 
 
@@ -554,8 +513,10 @@ def memory(text):
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} is not like c3s1w1 or c3s1wfull, chunk 1 to 999")
     chunk, sink, window = found.groups()
-    window = None if window == "full" else int(window)
-    return {"chunk": int(chunk), "sink": int(sink), "window": window}
+    fields = {"chunk": int(chunk), "sink": int(sink), "window": None}
+    if window != "full":
+        fields["window"] = int(window)
+    return fields
 
 
 def guidance(text):
@@ -582,8 +543,8 @@ class Flags:
     """The command line as it was typed, None where nothing was said."""
     image: Path
     tracks: Path | None
-    paths: list | None          # of --drag and --pin, each (P, 2)
-    grid: np.ndarray | None     # offsets of points, see point_grid
+    paths: list | None          # of --drag and --pin, texts
+    grid: str | None
     prompt: str | None
     out: Path
     frames: int | None
@@ -612,9 +573,9 @@ def add_flags(parser):
     add("--image", required=True, help="first frame, any picture file", **file)
     either = parser.add_mutually_exclusive_group().add_argument
     either("--tracks", help=".npz and others, see the top of sample.py; default: none", **file)
-    either("--drag", "--pin", dest="paths", type=drag_path, action="append", metavar="'X,Y -> X,Y'",
+    either("--drag", "--pin", dest="paths", action="append", metavar="'X,Y -> X,Y'",
            help="instead: where a point of the image goes, or that it stays; as often as wanted")
-    add("--grid", type=point_grid, metavar="NxP", help="each of those N by N points, P pixels apart")
+    add("--grid", metavar="NxP", help="each of those N by N points, P pixels apart")
     add("--prompt", metavar="TEXT", help="what image and tracks do not say; default: the model's own")
     add("--out", default="out.mp4", help=".mp4, or .png for the last frame; default: out.mp4", **file)
     add("--frames", help="default: those of the tracks, or 81", **whole)
@@ -745,7 +706,7 @@ def resolve_config(flags, weights, said):
 def refuse(job, flags, weights):
     """Raise UserError, what to do, for the first of these that is true."""
     config, streams = job.config, job.config.causal
-    sampler, kind = ("stream", "student") if streams else ("teacher", "teacher")
+    kind, sampler = ("student", "stream") if streams else ("teacher", "teacher")
     encoded = flags.prompt_embeds or flags.text_encoder or flags.image_encoder
     weight = flags.guidance and flags.guidance[1]
     for wrong, cure in [
@@ -777,9 +738,10 @@ class Models:
 
 def open_vae(weights, path=None):
     """The VAE at `path`, else the tiny model's or, for Wan's weights, the one in their folder."""
-    c, folder = weights.config, weights.path if weights.path.is_dir() else weights.path.parent
+    c = weights.config
     places = [ASSETS / "tiny_vae.safetensors"]          # which would fit Wan's shapes
     if c.text_encoder == "umt5":
+        folder = weights.path if weights.path.is_dir() else weights.path.parent
         places = [folder / name for name in VAE_FILES[:3]]
     path = path or next(filter(Path.is_file, places), None)
     if path is None:
@@ -793,33 +755,22 @@ def open_vae(weights, path=None):
     return vae
 
 
-def encode(job, flags, weights, image):
-    """What the model reads besides the tracks, as Encoded. image (1, 3, H, W): what CLIP sees."""
-    config, prompt = job.config, job.prompts[0]
-    if config.text_encoder == "words":
-        text = embed_words(prompt, config)
-        return Encoded(text if text is None else text.to(job.device))
-    from extras import encoders
-    text_encoder, image_encoder = flags.text_encoder, flags.image_encoder
-    if text_encoder is None and (weights.path / "text_encoder").is_dir():
-        text_encoder = weights.path                     # a whole repository
-    if config.clip_dim:
-        image_encoder = image_encoder or text_encoder
-    sources = encoders.Sources(prompt, flags.negative_prompt, flags.prompt_embeds, text_encoder,
-                               image_encoder)
-    return Encoded(*encoders.encode(sources, config, image, job.device, weights.path))
-
-
 def load_models(job, flags, weights, image):
     """The Models of a Job. image (1, 3, H, W) in [-1, 1]. Encoders are gone before the DiT is there."""
     vae = open_vae(weights, flags.vae).to(job.device)
-    encoded = encode(job, flags, weights, image)
+    if job.config.text_encoder == "words":
+        text = embed_words(job.prompts[0], job.config)
+        encoded = Encoded(text if text is None else text.to(job.device))
+    else:
+        from extras import encoders
+        sources = encoders.Sources(job.prompts[0], flags.negative_prompt, flags.prompt_embeds,
+                                   flags.text_encoder, flags.image_encoder, weights.path)
+        encoded = Encoded(*encoders.encode(sources, job.config, image, job.device))
     dit = MotionStream.from_pretrained(weights.path, dtype=getattr(torch, job.dtype), device=job.device,
                                        **vars(job.config))
     c, how = dit.config, f"teacher, whole clip, {dit.config.steps} steps"
     if c.causal:
-        window = "full" if c.window is None else c.window
-        how = f"stream, c{c.chunk}s{c.sink}w{window}, {len(c.sigmas)} steps"
+        how = f"stream, c{c.chunk}s{c.sink}w{c.window}, {len(c.sigmas)} steps".replace("None", "full")
     print(f"{weights.path.name}: {c.size[1]}x{c.size[0]} pixels, {how}, seed {job.seed}, {job.device}, "
           f"{job.dtype}")
     return Models(dit, vae, encoded)
@@ -827,11 +778,11 @@ def load_models(job, flags, weights, image):
 
 def checksum(models):
     """A number that tells models apart, and encoded images: of the first numbers of each tensor."""
-    tensors = [*models.dit.state_dict().values(), *models.vae.state_dict().values()]
+    tensors = list(models.dit.state_dict().values()) + list(models.vae.state_dict().values())
     if models.encoded.clip is not None:
         tensors.append(models.encoded.clip)
-    starts = [tensor.flatten()[:64].bfloat16().float().cpu().numpy() for tensor in tensors]
-    return zlib.crc32(b"".join(start.tobytes() for start in starts))
+    starts = [tensor.flatten()[:64].bfloat16().float().cpu() for tensor in tensors]
+    return zlib.crc32(torch.cat(starts).numpy().tobytes())
 
 
 def with_prompts(motion, prompts, config):
@@ -859,19 +810,14 @@ def generate(job, models, image, motion):
 
 
 def run(argv):
-    """The program. Returns the exit code."""
+    """The program. Returns the exit code. argv: None, that of the command line."""
     flags = parse_flags(argv)
-    if flags.grid is not None and not flags.paths:
-        raise UserError("--grid belongs to --drag and --pin")
     image = load_image(flags.image)
-    read = {name: value for name, value in vars(flags).items() if isinstance(value, Path) and name != "out"}
-    check_output(flags.out, (".mp4", ".png"), read.values())
-    shipped = "tiny_teacher" if flags.sampler == "teacher" else "tiny"
-    weights = inspect(flags.weights or ASSETS / f"{shipped}.safetensors")
-    if flags.tracks:
-        tracks = read_tracks(flags.tracks, image.size, flags.frames)
-    else:
-        tracks = drag_tracks(flags.paths or [], flags.grid, image.size, flags.frames or 81)
+    read = [value for name, value in vars(flags).items() if name != "out" and isinstance(value, Path)]
+    check_output(flags.out, (".mp4", ".png"), read)
+    shipped = {"teacher": "tiny_teacher.safetensors"}.get(flags.sampler, "tiny.safetensors")
+    weights = inspect(flags.weights or ASSETS / shipped)
+    tracks = given_tracks(flags, image.size)
     job = resolve(flags, weights, tracks)
     refuse(job, flags, weights)
     motion, lost = fit_tracks(tracks, image.size, job.frames, job.config, job.seed)
@@ -885,13 +831,15 @@ def run(argv):
         notes.append("it was recorded with other weights")
     for note in notes:
         print(f"note: {note}")
-    frames = generate(job, models, pixels, motion)
-    frames = with_overlay(frames, motion) if flags.overlay else map(enlarge, frames)
+    frames = map(enlarge, generate(job, models, pixels, motion))
+    if flags.overlay:
+        from extras.tracks import overlaid
+        frames = overlaid(frames, motion, job.config.size)
     is_picture = flags.out.suffix == ".png"
     with picture_file(flags.out) if is_picture else video_file(flags.out, job.fps) as append:
-        stopped = write_frames(append, frames, job.frames)
+        code = write_frames(append, frames, job.frames)
     print(flags.out)
-    return 128 + stopped if stopped else 0
+    return code
 
 
 def reported(work, *args):
@@ -913,8 +861,8 @@ def reported(work, *args):
 
 def main(argv=None):
     """`run`, with its errors as one line and an exit code."""
-    warnings.filterwarnings("ignore", module="PIL")     # of damaged pictures; ours is said if it matters
-    return reported(run, sys.argv[1:] if argv is None else argv)
+    warnings.filterwarnings("ignore", module="PIL")     # of damaged pictures; errors are said anyway
+    return reported(run, argv)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,7 @@ import csv
 import functools
 import itertools
 import zlib
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import imageio.v2 as imageio
 import numpy as np
@@ -18,11 +16,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from extras.encoders import image_encoder, listing, text_encoder
-from extras.tracks import load_tracks
+from extras.encoders import image_encoder, listing, padded, read_rows, text_encoder
 from motionstream import UserError, naming, write
-from sample import UMT5_DIM, embed_words, fit_image, fit_tracks, load_image, read_encoded
-from extras.checkpoints import read_tensors
+from sample import Tracks, embed_words, fit_image, fit_tracks, load_image, read_tracks
 
 TRACKS = 2500                            # of a clip, at most: the paper's grid of 50x50
 
@@ -84,7 +80,7 @@ def clip_encoder(run):
     def encode(clip):
         video, prompt = clip.pop("video").to(run.device) / 127.5 - 1, clip.pop("prompt", None)
         if prompt is not None:
-            words = c.text_dim != UMT5_DIM
+            words = c.text_encoder == "words"
             rows = embed_words(prompt, c)[0] if words else text_rows(args.text_encoder, run.device)(prompt)
             clip["text"] = F.pad(rows, (0, 0, 0, c.text_len - len(rows)))[None]
         if c.clip_dim and "clip" not in clip:
@@ -108,19 +104,19 @@ def read_clip(run, stem, caption):
     else:
         images = [load_image(picture)]
     with contextlib.redirect_stdout(None):              # points outside are no news
-        tracks, visible, *_ = load_tracks(points, images[0].size)
+        given = read_tracks(points, images[0].size)
+        tracks, visible = given.tracks, given.visible
         if len(tracks) < least:
             raise ValueError(f"tracks of {len(tracks)} frames, {least} are wanted")
         some = np.sort(np.random.default_rng(0).permutation(tracks.shape[1])[:TRACKS])
-        motion = fit_tracks((tracks[:least, some], visible[:least, some], None), images[0].size, least, c, 0)
+        kept = Tracks(tracks[:least, some], visible[:least, some])
+        motion, _ = fit_tracks(kept, images[0].size, least, c, 0)
     frames, hidden = torch.stack([fit_image(image, c.size) for image in images], 2), TRACKS - len(some)
     clip = {"video": ((frames + 1) * 127.5).round().byte(), "tracks": F.pad(motion.tracks, (0, 0, 0, hidden)),
             "visible": F.pad(motion.visible, (0, hidden))}
-    if own.exists() and c.text_dim == UMT5_DIM:
-        given = SimpleNamespace(prompt=None, prompt_embeds=own, image_encoder=run.args.image_encoder, weights=stem)
-        held = c.clip_dim if "clip" in read_tensors(own)[0] else 0              # else clip_encoder sees the image
-        text, _, seen = read_encoded(given, replace(c, causal=True, clip_dim=held), frames[:, :, 0], run.device)
-        return clip | {"text": text} | ({"clip": seen} if held else {})
-    if c.text_dim == UMT5_DIM and not run.args.text_encoder:
+    if own.exists() and c.text_encoder == "umt5":
+        text, _, seen = padded(read_rows(own, c), c, run.device)
+        return clip | {"text": text} | ({"clip": seen} if seen is not None else {})     # else clip_encoder sees the image
+    if c.text_encoder == "umt5" and not run.args.text_encoder:
         raise ValueError("its prompt has to be encoded, give --text-encoder DIR")
     return clip | {"prompt": caption if caption and not prompt.exists() else prompt.read_text(encoding="utf-8")}

@@ -6,7 +6,7 @@ import hashlib
 import html
 import importlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -93,7 +93,8 @@ def kept_rows(open_encoder, folder, device, what):
     if not path.is_file():
         CACHE.mkdir(parents=True, exist_ok=True)
         encode = open_encoder(folder, device)
-        write(path, save_file, {name: encode(value) for name, value in what.items()})
+        rows = {name: encode(value) for name, value in what.items()}
+        write(path, lambda part: save_file(rows, part))
     return read_tensors(path)[0]
 
 
@@ -117,15 +118,23 @@ class Sources:
     prompt: str | None = None
     negative_prompt: str | None = None      # None: NEGATIVE_PROMPT
     prompt_embeds: Path | None = None       # a file of what encoders returned, instead
-    text_encoder: Path | None = None
-    image_encoder: Path | None = None
+    text_encoder: Path | None = None        # None: weights, if that is a whole repository
+    image_encoder: Path | None = None       # None: that of the text
+    weights: Path = Path("weights")         # that read it all, named in errors
 
 
-def refuse(sources, config, weights):
-    """Raise UserError, what to do, if the weights at the path `weights` cannot use these Sources."""
+def complete(sources):
+    """Sources with the folders of encoders that are not named."""
+    if sources.text_encoder is None and (sources.weights / "text_encoder").is_dir():
+        sources = replace(sources, text_encoder=sources.weights)
+    return replace(sources, image_encoder=sources.image_encoder or sources.text_encoder)
+
+
+def refuse(sources, config):
+    """Raise UserError, what to do, if weights of this config cannot use these Sources."""
     text = sources.prompt is not None
     faults = [
-        (text and not sources.text_encoder,
+        (text and not complete(sources).text_encoder,
          "reads no words, which --text-encoder encodes; or give --prompt-embeds"),
         (text and sources.prompt_embeds, "takes one text; drop --prompt or --prompt-embeds"),
         (sources.image_encoder and not config.clip_dim, "has no image branch, drop --image-encoder"),
@@ -133,14 +142,15 @@ def refuse(sources, config, weights):
     ]
     for wrong, cure in faults:
         if wrong:
-            raise UserError(f"{weights}: {cure}")
+            raise UserError(f"{sources.weights}: {cure}")
 
 
-def encode(sources, config, image, device, weights):
+def encode(sources, config, image, device):
     """(text, null_text, clip) for weights with Wan's encoders, each (1, L, channels) float32, zeros
     after its end, or None. null_text is what guidance leads away from; clip is of the image
-    (1, 3, H, W). weights: their path, named in errors."""
-    refuse(sources, config, weights)
+    (1, 3, H, W)."""
+    refuse(sources, config)
+    sources, weights = complete(sources), sources.weights
     rows = {}
     if sources.prompt_embeds:
         rows = read_rows(sources.prompt_embeds, config)
@@ -150,7 +160,7 @@ def encode(sources, config, image, device, weights):
         rows = kept_rows(text_encoder, sources.text_encoder, device, texts)
         check_rows(rows, config, sources.text_encoder)
     else:
-        print(f"note: {weights}: gets no text at all, which Wan did not see in training; give --prompt")
+        print(f"note: {weights}: gets no text at all, which Wan did not see in training, and no guidance by it; give --prompt")
     if config.clip_dim and "clip" not in rows:
         if not sources.image_encoder:
             raise UserError(f"{weights}: reads the image by CLIP too; give --image-encoder")

@@ -35,8 +35,8 @@ from PIL import Image
 
 import sample
 from motionstream import Config, UserError, naming, write
-from sample import (Tracks, embed_words, enlarge, fit_image, fit_tracks, hold_signals, live_motion, number,
-                    to_frames, video_file)
+from sample import (Tracks, crop, embed_words, enlarge, fit_image, hold_signals, live_motion, number, to_frames,
+                    video_file)
 
 RECORDING = Path("recording.mp4")   # what is recorded, without --out
 PORT = 8765
@@ -287,23 +287,23 @@ def glide(points, last, frames, begins):
 
 
 def fit_chunk(starts, tracks, prompt, size, config):
-    """Points of a chunk, see glide, on an image of `size` (width, height), as sample.Motion in the model's video, with
-    the words of a prompt, if the model reads words. The ID of a point tells which pixel of frame 0 it moves, wherever
-    that is by now; with random IDs, it is a number made of that."""
-    motion = fit(tracks, size, config)
-    start = fit(np.array(starts, np.float32).reshape(1, -1, 2), size, config)
-    ids = live_motion(motion.tracks[0], start.tracks[0, 0], config).ids
-    text = None
+    """Points of a chunk, see glide, on an image of `size` (width, height), as sample.Motion in the model's video: hidden
+    where they leave it, with the words of a prompt, if the model reads words. The ID of a point tells which pixel of
+    frame 0 it moves, wherever that is by now; with random IDs, it is a number made of that."""
+    points = to_video(tracks, size, config)
+    outside = ((points < 0) | (points >= config.size[::-1])).any(-1)
+    points[outside] = np.nan
+    begun = np.array(starts, np.float32).reshape(-1, 2)
+    motion = live_motion(points, to_video(begun, size, config), config)
     if reads_words(config):
-        text = embed_words(prompt, config)
-    return replace(motion, ids=ids, text=text)
-
-
-def fit(tracks, size, config):
-    """Tracks (T, N, 2) on an image of `size` (width, height), hidden where they leave it, as Motion."""
-    visible = np.ones(tracks.shape[:2], bool)
-    motion, _ = fit_tracks(Tracks(tracks, visible), size, len(tracks), config, seed=0)
+        motion = replace(motion, text=embed_words(prompt, config))
     return motion
+
+
+def to_video(points, size, config):
+    """Points (…, 2) float32 on an image of `size` (width, height), where sample.fit_tracks puts them in the video."""
+    scale, left, top = crop(*size, config.size)
+    return (points - np.float32((left, top))) * np.float32(scale)
 
 
 def reads_words(config):

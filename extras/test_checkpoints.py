@@ -278,32 +278,33 @@ def test_latents_are_normalised_as_diffusers_pipelines_do():
 
 
 def test_the_sampler_is_the_flag_else_what_the_file_says():
-    args, c, out = settled("self_forcing.pt")
-    assert args.sampler == "stream" and "Self-Forcing" in out and c.causal
+    job = settled("self_forcing.pt")
+    c = job.config
+    assert "Self-Forcing" in job.notes[0] and c.causal
     assert (c.chunk, c.sink, c.window) == (3, 0, None) and len(c.sigmas) == 4
     assert_near(torch.tensor(c.sigmas), torch.tensor([1, 0.9375, 2.5 / 3, 0.625]), 1e-6)
     for weights, shift, w_text in ("t2v", 8, 6), ("fun", 3, 6):                     # 1536 wide, the real ones
-        args, c, out = settled(f"{weights}.safetensors")
-        assert args.sampler == "teacher" and not c.causal and c.steps == 50
+        job = settled(f"{weights}.safetensors")
+        c = job.config
+        assert not c.causal and c.steps == 50
         assert (c.shift, c.guidance) == (5, (0, 0)), "no text: there is nothing to guide with"
-        assert "teacher, shift 5, text guidance 0" in out
+        assert "teacher, shift 5, text guidance 5" in job.notes[0]
         real = sample.inspect(wan_workplace()[1] / f"{weights}.safetensors")
-        real.config = replace(real.config, dim=1536)
-        with quiet():
-            args = sample.parse_flags(["--image", "x", "--prompt-embeds", "x"])
-            c = sample.settle(args, real, 81)
+        real = replace(real, config=replace(real.config, dim=1536))
+        flags = sample.parse_flags(["--image", "x", "--prompt-embeds", "x"])
+        c = sample.resolve(flags, real, sample.given_tracks(flags, (48, 32))).config
         assert (c.shift, c.guidance) == (shift, (w_text, 0))
-    args, c, _ = settled("t2v.safetensors", "--sampler", "stream", "--steps", 2, "--sink", 1, "--window", 1)
+    c = settled("t2v.safetensors", "--sampler", "stream", "--steps", 2, "--memory", "c3s1w1").config
     assert (c.causal, c.sink, c.window, c.sigmas) == (True, 1, 1, schedule(2, 5.0))
-    assert not settled("self_forcing.pt", "--sampler", "teacher")[1].causal
-    args, c, out = settled("headed.safetensors", "--steps", 3, "--prompt-embeds", "x", "--w-motion", 4)
-    assert args.sampler == "teacher" and out == "" and (c.steps, c.guidance) == (3, (3, 4))
+    assert not settled("self_forcing.pt", "--sampler", "teacher").config.causal
+    job = settled("headed.safetensors", "--steps", 3, "--prompt-embeds", "x", "--guidance", "3,4")
+    assert not job.notes and (job.config.causal, job.config.steps, job.config.guidance) == (False, 3, (3, 4))
     assert_error(sample.UserError, "use --sampler teacher", settled, "headed.safetensors", "--sampler", "stream")
 
 
 def test_a_stream_that_remembers_all_ends_where_its_training_did():
     settled("self_forcing.pt", frames=81)
-    for flags in ("--window", "99"), ("--window", "1"):
-        settled("self_forcing.pt", *flags, frames=500)
-    assert_error(sample.UserError, "81 frames, all of them; add --sink 1", settled, "self_forcing.pt", frames=82)
+    for memory in "c3s0w99", "c3s1w1", "c3s0wfull":
+        settled("self_forcing.pt", "--memory", memory, frames=500)
+    assert_error(sample.UserError, "81 frames, all of them; add --memory c3s1w5", settled, "self_forcing.pt", frames=82)
     assert_error(sample.UserError, "--sampler teacher", settled, "i2v.safetensors", "--sampler", "stream")

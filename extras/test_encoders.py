@@ -19,7 +19,7 @@ import sample
 from extras import encoders
 from extras.testing import (STUB, assert_error, assert_near, folder, quiet, rand, small_encoders,
                             wan_sampled, wan_workplace, with_transformers, workplace)
-from motionstream import MotionStream
+from motionstream import MotionStream, UserError
 
 
 def test_encoded_texts_reach_the_teacher_padded_with_zeros():
@@ -40,21 +40,21 @@ def test_encoded_texts_reach_the_teacher_padded_with_zeros():
 
 
 def test_encoded_texts_and_images_of_the_wrong_shape_are_refused():
-    c, args = replace(STUB, clip_dim=32, causal=True), SimpleNamespace(prompt=None)
+    c = replace(STUB, clip_dim=32, causal=True)
     with folder() as here:
-        args.prompt_embeds = here / "rows"
+        sources = encoders.Sources(prompt_embeds=here / "rows")
         good = {"prompt": rand(512, 4096), "clip": rand(257, 32)}
         for wrong in ({"prompt": rand(513, 4096)}, {"prompt": rand(5, 4095)}, {"prompt": rand(1, 5, 4096)},
                       {"prompt": rand(0, 4096)}, {"prompt": rand(5, 4096) / 0}, {"prompt": rand(4096)},
                       {"prompt": torch.ones(5, 4096, dtype=torch.int64)}, {"negative": rand(5, 4095)},
                       {"clip": rand(256, 32)}, {"clip": rand(257, 31)}, {"clip": rand(257, 32) / 0}):
-            save_file(good | wrong, args.prompt_embeds)
-            assert_error(ValueError, f"{here / 'rows'}: {[*wrong][0]} ", sample.read_encoded, args, c, None, "cpu")
+            save_file(good | wrong, here / "rows")
+            assert_error(UserError, f"{here / 'rows'}: {[*wrong][0]} ", encoders.encode, sources, c, None, "cpu")
         for tensors in {"a": rand(5, 4096), "b": rand(5, 4096)}, {}:
-            save_file(tensors, args.prompt_embeds)
-            assert_error(ValueError, "no prompt", sample.read_encoded, args, c, None, "cpu")
-        save_file(good, args.prompt_embeds)
-        text, null, clip = sample.read_encoded(args, replace(c, text_len=513), None, "cpu")
+            save_file(tensors, here / "rows")
+            assert_error(UserError, "no prompt", encoders.encode, sources, c, None, "cpu")
+        save_file(good, here / "rows")
+        text, null, clip = encoders.encode(sources, replace(c, text_len=513), None, "cpu")
         assert text.equal(F.pad(good["prompt"], (0, 0, 0, 1))[None]) and null is None and clip.equal(good["clip"][None])
 
 
@@ -88,13 +88,13 @@ def test_prompts_are_encoded_as_wan_does_it():
         tensors = load_file(here / "text_encoder/model.safetensors")
         save_file(tensors | {"shared.weight": 0 * tensors["shared.weight"]}, here / "text_encoder/model.safetensors",
                   {"format": "pt"})
-        assert_error(sample.UserError, "pip install -U transformers", encoders.text_encoder, here, "cpu")
+        assert_error(UserError, "pip install -U transformers", encoders.text_encoder, here, "cpu")
         for part in "text_encoder", "tokenizer":
             for file in (here / part).iterdir():
                 file.unlink()
             with quiet():
-                assert_error(sample.UserError, f"{here / part}: no whole", encoders.text_encoder, here, "cpu")
-    assert len(sample.NEGATIVE_PROMPT.split("，")) == 28 and sample.NEGATIVE_PROMPT.endswith("倒着走")
+                assert_error(UserError, f"{here / part}: no whole", encoders.text_encoder, here, "cpu")
+    assert len(encoders.NEGATIVE_PROMPT.split("，")) == 28 and encoders.NEGATIVE_PROMPT.endswith("倒着走")
 
 
 @with_transformers
@@ -154,7 +154,7 @@ def test_a_prompt_and_an_image_reach_weights_with_both_encoders_which_are_gone_b
         code, out, err, (call,) = wan_sampled("clip.safetensors", *flags, "--tracks", workplace()[1] / "tracks.npy")
         assert code == 0 and "drawn as a control video" in out, (out, err)
         assert len(loaded) == 3 and there == [None] * 3, "an encoder is in memory beside the DiT"
-        words = map(encoders.text_encoder(at, "cpu"), ("a red cat", sample.NEGATIVE_PROMPT))
+        words = map(encoders.text_encoder(at, "cpu"), ("a red cat", encoders.NEGATIVE_PROMPT))
         for row, word in zip(call.text, words):
             assert row.shape == (512, 4096) and row[len(word):].count_nonzero() == 0
             assert row[:len(word)].equal(word.float())
@@ -184,13 +184,12 @@ def test_what_public_weights_lack_is_said_before_they_load():
                  "ftfy") else "No module named 'ftfy'; pip install transformers ftfy"),
              ("t2v", "--image-encoder", here): "no image branch",
              ("self_forcing", "--negative-prompt", "red"): "--negative-prompt belongs to --sampler teacher",
-             ("headless", *encoder): "reads words", ("t2v", "--w-text", 2): "there is no text",
-             ("t2v", "--interactive"): "a trained student", ("headed", "--interactive"): "a trained student",
+             ("headless", *encoder): "reads words", ("t2v", "--guidance", "2,0"): "there is no text",
              ("t2v", *tracks): "drop --tracks",
              ("t2v", "--prompt-embeds", here / "t2v.safetensors"): "and no prompt",
              ("t2v", "--prompt-embeds", here / "none.safetensors"): "none.safetensors",
              ("t2v", "--vae", workplace()[1] / "vae.safetensors"): "is this its VAE",
-             ("t2v", "--frames", 90, "--sampler", "stream"): "--window",
+             ("t2v", "--frames", 90, "--sampler", "stream"): "--memory",
              ("headless", *embeds): "reads words"}
     refuse = unittest.mock.Mock(side_effect=AssertionError("the model was loaded"))
     with unittest.mock.patch.object(MotionStream, "from_pretrained", refuse):

@@ -21,7 +21,9 @@ from PIL import Image
 import sample
 from extras.testing import (HERE, STUB, assert_error, assert_near, command, folder, new_model,
                             quiet, rand, recipe, sampled, saved, wan_workplace, workplace)
-from extras.tracks import MOVES, camera, camera_move, camera_tracks, load_depth
+from extras import tracks as program
+from extras.tracks import (MOVES, camera, camera_move, camera_tracks, drag_tracks, follow, load_depth,
+                           load_tracks, read_path, render_control)
 from motionstream import UserError
 
 
@@ -66,7 +68,7 @@ def test_one_motion_in_every_format_reads_as_the_same_tracks():
         xy, seen, written = motion_files(here)
         for name, (path, tells) in written.items():
             with quiet() as (out, _):
-                tracks, visible, ids, fps = sample.load_tracks(path, (48, 32))
+                tracks, visible, ids, fps = load_tracks(path, (48, 32)).values()
             assert np.array_equal(visible, seen if tells else np.ones_like(seen)), name
             assert abs(tracks - xy)[visible].max() < 1e-5 and tracks.dtype == np.float32, name
             assert ids is None and fps == (24 if "ati" in name or "old" in name else None), name
@@ -74,17 +76,17 @@ def test_one_motion_in_every_format_reads_as_the_same_tracks():
         assert len(written) == 21
         paths = [[{"x": 1, "y": 2}], [{"x": 3, "y": 4}, {"x": 5, "y": 6}]]
         (here / "short.json").write_text(json.dumps(paths))
-        tracks, visible, *_ = sample.load_tracks(here / "short.json", (48, 32))
+        tracks, visible, *_ = load_tracks(here / "short.json", (48, 32)).values()
         assert visible.tolist() == [[True, True], [False, True]]
         assert tracks[visible].tolist() == [[1, 2], [3, 4], [5, 6]]
         for name, one in ("one.npy", xy[:, 0]), ("one.json", xy[:, 0].tolist()):
             np.save(here / name, one) if name == "one.npy" else (here / name).write_text(json.dumps(one))
-            assert np.array_equal(sample.load_tracks(here / name, (48, 32))[0], xy[:, :1]), name
+            assert np.array_equal(load_tracks(here / name, (48, 32))["tracks"], xy[:, :1]), name
 
 
 def test_what_a_file_of_tracks_does_not_tell_the_flags_do():
     x, t = np.arange(12) * 3.0 + 5, np.arange(7) * 1.5
-    xy, turned = np.stack([x + t[:, None], 0 * x + t[:, None] + 3], -1), "--tracks-layout nt"
+    xy, turned = np.stack([x + t[:, None], 0 * x + t[:, None] + 3], -1), "--layout nt"
     with folder() as here:
         np.save(here / "turned.npy", xy.swapaxes(0, 1))
         np.save(here / "shares.npy", xy / (48, 32))
@@ -93,28 +95,28 @@ def test_what_a_file_of_tracks_does_not_tell_the_flags_do():
         np.save(here / "hidden.npy", seen := rand(7, 12).numpy() > 0)
         np.save(here / "yx.npy", xy[..., ::-1] + (0, 9))
         np.save(here / "fast.npy", xy[:, :4] / 40 + (20 * t)[:, None, None] % 90)
-        for name, refused, more in (("shares.npy", "pass --tracks-units 01", {"units": "01"}),
-                                    ("video.npz", "pass --tracks-size WxH", {"own_size": (432, 192)})):
-            assert_error(UserError, refused, sample.load_tracks, here / name, (48, 32))
-            tracks, visible, *_ = sample.load_tracks(here / name, (48, 32), **more)
+        for name, refused, more in (("shares.npy", "extras.tracks --units 01", {"units": "01"}),
+                                    ("video.npz", "extras.tracks --size WxH", {"own_size": (432, 192)})):
+            assert_error(UserError, refused, load_tracks, here / name, (48, 32))
+            tracks, visible, *_ = load_tracks(here / name, (48, 32), **more).values()
             assert visible.all() and abs(tracks - xy).max() < 1e-4, name
-        assert np.array_equal(sample.load_tracks(here / "turned.npy", (48, 32), layout="nt")[0], xy.astype(np.float32))
-        assert_error(UserError, turned, sample.load_tracks, here / "turned.npy", (48, 32), frames=7)
-        assert_error(UserError, turned, sample.load_tracks, here / "fast.npy", (900, 900))
-        assert sample.load_tracks(here / "fast.npy", (900, 900), layout="tn")[0].shape == (7, 4, 2)
-        assert_error(UserError, "is the order y, x?", sample.load_tracks, here / "yx.npy", (48, 16))
-        visible = sample.load_tracks(here / "good.npy", (48, 32), visibility=here / "hidden.npy")[1]
+        assert np.array_equal(load_tracks(here / "turned.npy", (48, 32), layout="nt")["tracks"], xy.astype(np.float32))
+        assert_error(UserError, turned, load_tracks, here / "turned.npy", (48, 32), frames=7)
+        assert_error(UserError, turned, load_tracks, here / "fast.npy", (900, 900))
+        assert load_tracks(here / "fast.npy", (900, 900), layout="tn")["tracks"].shape == (7, 4, 2)
+        assert_error(UserError, "is the order y, x?", load_tracks, here / "yx.npy", (48, 16))
+        visible = load_tracks(here / "good.npy", (48, 32), visibility=here / "hidden.npy")["visible"]
         assert np.array_equal(visible, seen)
         whole = rand(12, 7, 2).numpy() * 6 + (24, 16)
         for seen, refused in ("visibility", False), ("visibles", True), (None, True):  # by names
             np.savez(here / "jump.npz", tracks=whole, **{seen: np.ones((12, 7), bool)} if seen else {})
             if refused:
-                assert_error(UserError, turned, sample.load_tracks, here / "jump.npz", (48, 32), frames=7)
+                assert_error(UserError, turned, load_tracks, here / "jump.npz", (48, 32), frames=7)
             else:
-                assert sample.load_tracks(here / "jump.npz", (48, 32), frames=7)[0].shape == (12, 7, 2)
+                assert load_tracks(here / "jump.npz", (48, 32), frames=7)["tracks"].shape == (12, 7, 2)
         for certain in xy[..., ::-1], xy / 99, xy + 99:                 # what was written here is not doubted
             np.savez(here / "certain.npz", tracks=certain, format="motionstream")
-            assert np.array_equal(sample.load_tracks(here / "certain.npz", (48, 32))[0], np.float32(certain))
+            assert np.array_equal(load_tracks(here / "certain.npz", (48, 32))["tracks"], np.float32(certain))
 
 
 def test_refused_tracks_are_refused_for_what_is_wrong_with_them():
@@ -127,16 +129,16 @@ def test_refused_tracks_are_refused_for_what_is_wrong_with_them():
                 ("array is (3, 9, 3), expected (N, T, 1, 3)", {"array": ati[:, :, 0]}, {}),
                 ("has a visibility of its own", {"tracks": xy, "visibility": seen}, {"visibility": here / "v.npy"}),
                 ("has a visibility of its own", {"array": ati}, {"visibility": here / "v.npy"}),
-                ("pass --tracks-units px", {"track_points": xy / 10}, {}),
-                ("is for a picture of 48x32; drop --tracks-size", {"tracks": xy, "width": 48}, {"own_size": (9, 32)}),
+                ("extras.tracks --units px", {"track_points": xy / 10}, {}),
+                ("is for a picture of 48x32; drop --size", {"tracks": xy, "width": 48}, {"own_size": (9, 32)}),
                 ("holds tracks, pred_tracks: which", {"tracks": xy, "pred_tracks": xy}, {}),
                 ("holds tracks, visibility, visibles: which", {"tracks": xy, "visibility": seen, "visibles": seen}, {}),
                 ("has no array named tracks, only: points", {"points": xy}, {})):
             np.savez(here / "x.npz", **arrays)
-            assert_error(UserError, cure, sample.load_tracks, here / "x.npz", (48, 32), **more)
+            assert_error(UserError, cure, load_tracks, here / "x.npz", (48, 32), **more)
         for text in "[[[1, 2, 3], [4, 5, 6]]]", "[[[true, false]]]", "[[1, null]]":
             (here / "x.json").write_text(text)
-            assert_error(UserError, "track 0 is no list of points", sample.load_tracks, here / "x.json", (48, 32))
+            assert_error(UserError, "track 0 is no list of points", load_tracks, here / "x.json", (48, 32))
 
 
 def test_damaged_files_of_tracks_end_in_one_line():
@@ -151,7 +153,7 @@ def test_damaged_files_of_tracks_end_in_one_line():
                 path.write_bytes(data)
                 try:
                     with quiet():
-                        sample.load_tracks(path, (48, 32))
+                        load_tracks(path, (48, 32))
                 except UserError as e:
                     told = str(e).startswith(f"{path}: ") and "\n" not in str(e) and "Invalid argument" not in str(e)
                     problems += [] if told else [f"{name}: {e}"]
@@ -164,17 +166,24 @@ def test_damaged_files_of_tracks_end_in_one_line():
         (here / "old.npy").write_bytes(whole.replace(b"(9, 3, 2)", b"(9L,3, 2)"))                       # Python 2's
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
-            assert sample.load_tracks(here / "old.npy", (48, 32))[0].shape == (9, 3, 2) and not warned
+            assert load_tracks(here / "old.npy", (48, 32))["tracks"].shape == (9, 3, 2) and not warned
     assert count > 200 and not problems, "\n".join(problems)
 
 
-def test_tracks_as_used_are_written_and_give_the_same_video():
+def converted(*words):
+    """Exit code, stdout and stderr of python -m extras.tracks, run in this process."""
+    with quiet() as (out, err):
+        code = program.main([str(word) for word in words])
+    return code, out.getvalue(), err.getvalue()
+
+
+def test_a_converted_file_gives_the_video_of_what_it_was_made_of():
     _, here = workplace()
     saved(here / "random.safetensors", new_model(track_id_mode="random"))
     flags = [word for word in command() if word not in ("--tracks", here / "tracks.npy")]
     np.save(here / "depth.npy", rand(40, 48).abs() + 1)
     kept = here / "kept.npz"
-    before, videos = sorted(here.iterdir()), []
+    before, image = sorted(here.iterdir()), ("--image", here / "image.png")
 
     def video(*more):
         code, out, err = sampled(*flags, *more)
@@ -182,28 +191,165 @@ def test_tracks_as_used_are_written_and_give_the_same_video():
         frames = np.stack(imageio.mimread(here / "out.mp4", memtest=False))
         (here / "out.mp4").unlink()
         return frames
-    for given, kinds in ((("--drag=30,20 -> -9,20", "--pin=1,1", "--frames", 10), ("student", "random")),
-                         (("--tracks", here / "tracks.npy"), ("random",)),
-                         (("--depth", here / "depth.npy", "--camera", "right:0.5", "--frames", 9), ("student",))):
-        for weights in kinds:
+
+    drags = "--drag=30,20 -> -9,20", "--pin=1,1", "--frames", 10
+    for program_flags, sample_flags in ((drags, drags), ((here / "tracks.npy",), ("--tracks", here / "tracks.npy"))):
+        code, out, err = converted(*program_flags, *image, "--out", kept)
+        assert code == 0 and out.startswith(f"{kept}: "), err
+        with np.load(kept) as arrays:
+            assert {*arrays} == {"tracks", "visibility", "width", "height", "format"}
+            assert arrays["width"] == 48 and arrays["height"] == 40 and arrays["visibility"].dtype == bool
+        for weights in "student", "random":
             more = "--weights", here / f"{weights}.safetensors", "--seed", 3
-            videos.append(first := video(*given, *more, "--save-tracks", kept))
-            with np.load(kept) as arrays:
-                assert {*arrays} == {"tracks", "visibility", "width", "height", "fps", "format"} | (
-                    {"ids"} if weights == "random" else set())
-                assert arrays["width"] == 48 and arrays["height"] == 40 and arrays["visibility"].dtype == bool
-            assert np.array_equal(first, video("--tracks", kept, *more)), (given, weights)
-            copy = kept.read_bytes()
-            code, _, err = sampled(*flags, "--tracks", kept, "--save-tracks", kept)
-            assert code == 2 and "is a file that is read" in err and kept.read_bytes() == copy
-            kept.unlink()
-    assert len(videos) == 4 and (videos[0][:9] != videos[3]).any() and sorted(here.iterdir()) == before
-    for more, cure in ((("--save-tracks", kept), "--save-tracks needs"),
-                       (("--tracks-size", "4x3"), "belong to --tracks"),
-                       (("--interactive", "--depth", "d.npy", "--camera", "in"), "drop --overlay, --reference and the like, --tr"),
-                       (("--depth", "d.npy", "--camera", "in", "--pin", "1,2"), "not allowed with argument --depth")):
-        code, _, err = sampled(*flags, *more)
-        assert code == 2 and cure in err, (more, err)
+            assert np.array_equal(video(*sample_flags, *more), video("--tracks", kept, *more)), (program_flags, weights)
+        copy = kept.read_bytes()
+        code, _, err = converted(kept, *image, "--out", kept)
+        assert code == 2 and "is a file that is read" in err and kept.read_bytes() == copy
+        code, _, err = converted(kept, *image, "--out", here / "again.npz")
+        assert code == 0, err
+        with np.load(kept) as one, np.load(here / "again.npz") as other:
+            assert all(np.array_equal(one[name], other[name]) for name in one)
+        (here / "again.npz").unlink()
+    code, _, err = converted("--depth", here / "depth.npy", "--camera", "right:0.5", "--frames", 9, *image, "--out", kept)
+    assert code == 0 and sample.read_tracks(kept, (48, 40)).tracks.shape == (9, 64, 2), err
+    kept.unlink()
+    assert sorted(here.iterdir()) == before
+
+
+def bad_tracks(here):
+    """Name -> flags that must be refused, by sample.py too if the first is --tracks. Files are written here."""
+    good = np.load(here / "tracks.npy")
+
+    def npy(name, array):
+        np.save(here / name, array)
+        return "--tracks", here / name
+
+    def npz(name, **arrays):
+        np.savez(here / name, **arrays)
+        return "--tracks", here / name
+
+    def raw(flag, name, data):
+        (here / name).write_bytes(data)
+        return flag, here / name
+
+    def change(array, value, index=(3, 1, 0)):
+        array = array.copy()
+        array[index] = value
+        return array
+
+    def declares(shape):
+        file = io.BytesIO()
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        return file.getvalue() + bytes(64)
+
+    seen = np.ones(good.shape[:2], bool)
+    whole = npz("whole.npz", tracks=good, visibility=seen)[1].read_bytes()
+    cases = {
+        "noise as tracks": raw("--tracks", "noise.npy", bytes(99)),
+        "half an npy": raw("--tracks", "half.npy", (here / "tracks.npy").read_bytes()[:-20]),
+        "half an npz": raw("--tracks", "half.npz", whole[:300]),
+        "terabytes": raw("--tracks", "huge.npy", declares((10 ** 6, 10 ** 6, 2))),
+        "negative shape": raw("--tracks", "negative.npy", declares((-1, 3, 2))),
+        "1-d tracks": npy("1d.npy", good[:, 0, 0]),
+        "3-d points": npy("3d.npy", np.zeros((14, 3, 3), np.float32)),
+        "no tracks in it": npy("zero.npy", good[:, :0]),
+        "no frames in it": npy("short.npy", good[:0]),
+        "swapped axes": npy("swapped.npy", good.transpose(1, 0, 2)),
+        "letters for a width": npz("letters.npz", tracks=good, width="ten", height=10),
+        "complex tracks": npy("complex.npy", good.astype(complex)),
+        "bool tracks": npy("bool.npy", good > 1),
+        "text in tracks": npy("letters.npy", good.astype(str)),
+        "objects in npy": npy("object.npy", good.astype(object)),
+        "objects in npz": npz("object.npz", tracks=good.astype(object)),
+        "tracks in 0..1": npy("unit.npy", good / 100),
+        "all outside": npy("outside.npy", good + 500),
+        "inf in npy": npy("inf.npy", change(good, -np.inf)),
+        "visible NaN": npz("nan.npz", tracks=change(good, np.nan), visibility=seen),
+        "visible inf": npz("inf.npz", tracks=change(good, np.inf), visibility=seen),
+        "visibility turned": npz("turned.npz", tracks=good, visibility=seen.T),
+        "logits": npz("logits.npz", tracks=good, visibility=seen * 3.0),
+        "seven ids": npz("ids.npz", tracks=good, ids=np.arange(7)),
+        "an id of 33 bits": npz("large.npz", tracks=good, ids=np.array([0, 1, 2 ** 32])),
+        "no width": npz("width.npz", tracks=good, width=0, height=10),
+        "other arrays": npz("other.npz", points=good),
+        "no visibility there": ("--tracks", here / "tracks.npy", "--visibility", here / "none.npy"),
+        "frames and tracks swapped": (*npy("six.npy", np.tile(good[:, :1], (1, 6, 1))), "--frames", 6),
+        "shares that are pixels": npz("points.npz", track_points=good),
+        "two kinds of tracks": npz("two.npz", tracks=good, pred_tracks=good),
+        "two visibilities": npz("seen.npz", tracks=good, visibility=seen, occluded=~seen),
+        "visibility twice": (*npz("twice.npz", tracks=good, visibility=seen), *raw("--visibility", "v.npy", b"")),
+        "a size of its own": (*npz("sized.npz", tracks=good, width=48, height=32), "--size", "32x48"),
+        "ATI's in tenths": npz("array.npz", array=np.full((3, 14, 1, 3), 10.0)),
+        "a pickle": raw("--tracks", "a.pkl", pickle.dumps({"points": [1, 2]})),
+        "weights as tracks": ("--tracks", here / "student.safetensors"),
+        "uneven JSON": raw("--tracks", "uneven.json", b"[[[1, 2], [3]]]"),
+        "deep JSON": raw("--tracks", "deep.json", b"[" * 99999),
+        "words in JSON": raw("--tracks", "words.json", b'[{"x": "a", "y": "b"}]'),
+    }
+    np.save(here / "depth.npy", np.ones((9, 9)))
+    depth = "--depth", here / "depth.npy"
+    flags = ("--camera in", "--focal 9", "--drag 1,2 --units km", "--drag 1,2 --units px", "--drag 1,2 --size 3x3", "",
+             "--drag 99,2", "--grid 3x3", "--drag 1,2 --frames 0")
+    return (cases | {flag: flag.split(" ", 1) if "->" in flag else flag.split() for flag in flags} | {
+        "depth of another shape": (*depth, "--camera", "in"), "no camera": depth,
+        "depth and drags": (*depth, "--camera", "in", "--drag", "1,2")})
+
+
+def test_bad_tracks_end_in_one_line_and_exit_code_2():
+    _, here = workplace()
+    cases, wrong = bad_tracks(here), []
+    before = sorted(here.iterdir())
+    for name, flags in cases.items():
+        programs = [(converted, (*flags, "--image", here / "image.png", "--out", here / "kept.npz"))]
+        if flags and flags[0] == "--tracks":
+            programs = [(converted, (*flags[1:], *programs[0][1][-4:]))]
+            if len(flags) == 2 or flags[2] == "--frames":
+                programs.append((sampled, command(*flags)))
+        for call, words in programs:
+            code, _, err = call(*words)
+            if code != 2 or not re.fullmatch(r"error: [^\n]+\n", err) or sorted(here.iterdir()) != before:
+                wrong.append(f"{name}: code {code}, {err!r}, files {sorted(set(here.iterdir()) - set(before))}")
+                (here / "kept.npz").unlink(missing_ok=True)
+    assert len(cases) > 45 and not wrong, "\n".join(wrong)
+
+
+def test_drags_and_pins_are_tracks_along_lines():
+    paths = [read_path(text) for text in ("10,20 -> 30,20 -> 30,10", " 5.5,7", "0,0->8,4")]
+    tracks = follow(paths, 9)
+    assert tracks.shape == (9, 3, 2) and tracks.dtype == np.float32
+    assert tracks[:, 0].tolist() == [[10 + 5 * i, 20] for i in range(5)] + [[30, 20 - 2.5 * i] for i in range(1, 5)]
+    assert (tracks[:, 1] == (5.5, 7)).all() and (tracks[:, 2, 0] == range(9)).all()
+    assert follow(paths, 1)[0].tolist() == [[10, 20], [5.5, 7], [0, 0]]
+    for text in "10", "1,2 -> 3", "1,2,3", "a,b", "1,nan", "1,2 ->", "1,9e9":
+        assert_error(UserError, f"--drag, --pin: {text!r} is not x,y -> x,y", drag_tracks, [text], None, (48, 32), 9)
+    _, here = workplace()
+    with unittest.mock.patch.object(sample, "fit_tracks", wraps=sample.fit_tracks) as fit:
+        flags = [word for word in command() if word not in ("--tracks", here / "tracks.npy")]
+        code, out, _ = sampled(*flags, "--drag", "10,20 -> 30,20", "--pin", "5,7", "--frames", 9, "--out",
+                               here / "out.png")
+    given = fit.call_args[0][0]
+    assert code == 0 and given.tracks.shape == (9, 2, 2) and given.visible.all(), out
+    (here / "out.png").unlink()
+    for flag, start, path in (("--pin", "48,20", "48,20"), ("--drag", "-1,20", "-1,20 -> 9,9"),
+                              ("--drag", "9,40.5", "9,40.5->9,9"), ("--pin", "480,300", "480,300")):
+        code, _, err = sampled(*flags, "--pin", "5,7", f"{flag}={path}")            # one that starts inside, too
+        assert code == 2 and err == f"error: {flag} {start}: outside the image, which has 48x40 pixels\n", err
+        assert not (here / "out.mp4").exists()
+    code, out, err = sampled(*flags, "--pin", "9,1", "--drag", "9,9 -> 99,9", "--frames", 9)     # 9,1 is cropped away
+    assert code == 0 and "visible track points lie outside the video" in out, (out, err)
+    (here / "out.mp4").unlink()
+
+
+def test_a_grid_of_points_goes_where_one_would():
+    here = workplace()[1]
+    tracks, visible = drag_tracks(["20,16 -> 28,16", "9,9"], "3x5", (48, 32), 9)
+    assert tracks.shape == (9, 18, 2) and visible.all()
+    assert {*map(tuple, tracks[0, :9].tolist())} == {(x, y) for x in (15, 20, 25) for y in (11, 16, 21)}
+    assert np.array_equal(tracks[-1, :9], tracks[0, :9] + (8, 0)) and np.array_equal(tracks[-1, 9:], tracks[0, 9:])
+    for grid in "0x5", "3", "3x0", "100x1", "axb":
+        assert_error(UserError, f"{grid!r} is not like 3x20", drag_tracks, ["9,9"], grid, (48, 32), 9)
+    code, _, err = sampled("--image", here / "image.png", "--tracks", here / "tracks.npy", "--grid", "3x5")
+    assert code == 2 and err == "error: --grid belongs to --drag and --pin\n", err
 
 
 MOVED = {   # a camera's move, of amount a: x, y, z of a point as it sees them at time t, d beyond a depth of 1
@@ -245,14 +391,8 @@ def test_a_camera_sees_planes_of_known_depth_where_geometry_has_them():
             hidden += behind.sum()
         assert hidden or "zoom" in name or name == "out", name
     assert {"zoom-in", "zoom-out", *MOVED} == {*MOVES}
-    stop = unittest.mock.Mock(side_effect=UserError("stop"))
-    for weights, grid in (workplace()[1] / "student.safetensors", 8), (wan_workplace()[1] / "t2v.safetensors", 50):
-        with unittest.mock.patch.object(sample, "read_tracks", stop):
-            code, _, err = sampled("--image", workplace()[1] / "image.png", "--weights", weights, "--depth", "d.npy",
-                                   "--camera", "in", "--out", workplace()[1] / "out.mp4")
-        assert code == 2 and stop.call_args[0][2] == grid, err
     for text in "forward", "right:0", "right:-1", "right:nan", "right:1:2":
-        assert_error(UserError, "is none of left", sample.parse_flags, ["--image", "x", "--camera", text])
+        assert_error(UserError, "is none of left", program.parse_flags, ["--image", "x", "--out", "y", "--camera", text])
 
 
 def test_what_is_magnified_hides_without_holes_and_ground_does_not_hide_itself():
@@ -332,25 +472,25 @@ def test_a_tracks_file_is_never_unpickled_and_never_unpacked_beyond_the_limit():
         torch.save(Payload(here / "made"), here / "code.pth")
         (here / "code.pkl").write_bytes(pickle.dumps(Payload(here / "made")))
         for name in "code.pth", "code.pkl":
-            assert_error(sample.UserError, "is a pickle", sample.load_tracks, here / name, (48, 32))
+            assert_error(UserError, "is a pickle", load_tracks, here / name, (48, 32))
         for name in "code.npy", "code.npz":
-            assert_error(sample.UserError, "not numbers", sample.load_tracks, here / name, (48, 32))
+            assert_error(UserError, "not numbers", load_tracks, here / name, (48, 32))
         assert not (here / "made").exists()
         np.savez_compressed(here / "large.npz", tracks=np.zeros((999, 9, 2)))
         assert (here / "large.npz").stat().st_size < 9999
-        with unittest.mock.patch("extras.arrays.LIMIT", 9999):
-            assert_error(sample.UserError, "unpacks to", sample.load_tracks, here / "large.npz", (48, 32))
+        with unittest.mock.patch("extras.tracks.LIMIT", 9999):
+            assert_error(UserError, "unpacks to", load_tracks, here / "large.npz", (48, 32))
         for shape in (1_000_001, 1, 2), (9, 20_001, 2):
             np.save(here / "long.npy", np.zeros(shape, np.int8))
             found = f"{'has an array of' if shape[1] == 1 else 'tracks have shape'} {shape}, at most 1000000"
-            assert_error(sample.UserError, found, sample.load_tracks, here / "long.npy", (48, 32))
-        with unittest.mock.patch("extras.arrays.LIMIT_TEXT", 99):
+            assert_error(UserError, found, load_tracks, here / "long.npy", (48, 32))
+        with unittest.mock.patch("extras.tracks.LIMIT_TEXT", 99):
             (here / "long.json").write_text("[" + "[1, 2], " * 99 + "[3, 4]]")
-            assert_error(sample.UserError, "of others at most", sample.load_tracks, here / "long.json", (48, 32))
+            assert_error(UserError, "of others at most", load_tracks, here / "long.json", (48, 32))
         uneven = [[[1, 2]] * 3000] + [[]] * 9000
         (here / "uneven.json").write_text(json.dumps(uneven))
-        with unittest.mock.patch("extras.arrays.LIMIT", 2 ** 20):
-            assert_error(sample.UserError, "has an array of (9001, 3000, 2)", sample.load_tracks, here / "uneven.json",
+        with unittest.mock.patch("extras.tracks.LIMIT", 2 ** 20):
+            assert_error(UserError, "has an array of (9001, 3000, 2)", load_tracks, here / "uneven.json",
                          (48, 32))
 
 
@@ -360,7 +500,7 @@ def test_tracks_are_drawn_where_they_are_and_not_where_they_are_hidden():
     visible = torch.ones(1, 14, 2, dtype=torch.bool)
     visible[:, 5:, 1] = False
     c = replace(STUB, size=(96, 128), chunk=3)
-    video = sample.draw_control(vae, sample.Motion(at, visible, None), c, 14)
+    video = render_control(vae, sample.Motion(at, visible, None), c.size, 21)
     assert video.shape == (1, 3, 21, 96, 128) and video.min() == -1 and video.max() == 1
     lit = (video[0] > -1).any(0)                                                     # (T, H, W)
     assert lit[:14, 20, 30].all() and lit[:5, 60, 70].all() and not lit[5, 60, 70]
@@ -368,8 +508,8 @@ def test_tracks_are_drawn_where_they_are_and_not_where_they_are_hidden():
     first, second = (video[0, :, 0, y, x] for x, y in ((30, 20), (70, 60)))
     assert not first.equal(second), "tracks differ in colour"
     model, control = new_model(causal=False), rand(1, 8, 6, 4, 6)
-    parts = [part["tracks"] for part in sample.conditions(
-        model, rand(1, 4, 1, 4, 6), sample.Motion(at, visible, torch.zeros(1, 2).long(), control), None)]
+    motion = sample.Motion(at, visible, torch.zeros(1, 2).long(), control)
+    parts = [part["tracks"] for part in sample.conditions(model, None, rand(1, 3, 32, 48), motion, sample.Encoded())]
     assert torch.cat(parts, 2).equal(control) and [part.shape[2] for part in parts] == [3, 3]
 
 
@@ -379,13 +519,13 @@ def test_the_readmes_lines_make_files_of_tracks():
     xy, seen = np.round(rand(6, 1, 2).numpy() * 6 + (24, 16)), np.arange(6)[:, None] > 1
     with folder() as here, contextlib.chdir(here):
         exec(block)
-        tracks, visible, *_ = sample.load_tracks(Path("circle.npz"), (384, 384))
+        tracks, visible, *_ = load_tracks(Path("circle.npz"), (384, 384)).values()
         assert tracks.shape == (81, 1, 2) and visible.all() and abs(tracks[0, 0] - (105, 250)).max() < 1e-4
         tap = {"NAME": {"points": xy.swapaxes(0, 1) / (48, 32), "occluded": ~seen.T}}
         Path("a.pkl").write_bytes(pickle.dumps(tap))
         Path("a.txt").write_text("".join(f"{x:g},{y:g}\n" for x, y in xy[:, 0] / (48, 32) * 256))
         for code, expected in zip(rows, (seen, np.ones_like(seen)), strict=True):
             exec(code, {"np": np})
-            tracks, visible, *_ = sample.load_tracks(Path("t.npz"), (48, 32))
+            tracks, visible, *_ = load_tracks(Path("t.npz"), (48, 32)).values()
             assert np.array_equal(visible, expected) and abs(tracks - xy).max() < 1e-2, code
             Path("t.npz").unlink()

@@ -381,7 +381,8 @@ def wan_workplace():
     weights("i2v", in_dim=36)
     weights("fun", in_dim=48, track_dim=16)
     weights("clip", in_dim=48, track_dim=16, clip_dim=32)
-    saved(path / "headed.safetensors", randomised(MotionStream(replace(STUB, in_dim=48, track_dim=16, size=(32, 48)))))
+    headed = replace(STUB, in_dim=48, track_dim=16, size=(32, 48), clean_first=False)
+    saved(path / "headed.safetensors", randomised(MotionStream(headed)))
     saved(path / "headless.safetensors", new_model(causal=False), lambda t: t["track_head.conv.weight"].zero_())
     saved(path / "vae.safetensors", new_vae(STUB_VAE))
     rows = {"prompt": rand(7, 4096), "negative": rand(9, 4096, seed=1).bfloat16(), "clip": rand(257, 32)}
@@ -391,11 +392,12 @@ def wan_workplace():
 
 
 def settled(weights, *more, frames=81):
-    """What sample.py makes of the flags and the weights: (args, config, what it printed)."""
-    args = sample.parse_flags(["--image", "x.png", *map(str, more)])
-    with quiet() as (out, _):
-        config = sample.settle(args, sample.inspect(wan_workplace()[1] / weights), frames)
-    return args, config, out.getvalue()
+    """The Job that sample.py makes of the flags and the weights."""
+    flags = sample.parse_flags(["--image", "x.png", "--frames", str(frames), *map(str, more)])
+    weights = sample.inspect(wan_workplace()[1] / weights)
+    job = sample.resolve(flags, weights, sample.given_tracks(sample.parse_flags(["--image", "x.png"]), (48, 40)))
+    sample.refuse(job, flags, weights)
+    return job
 
 
 @contextlib.contextmanager
@@ -405,8 +407,9 @@ def small_pictures():
 
     def smaller(path):
         weights = inspect(path)
-        weights.config = weights.config if weights.own else replace(weights.config, size=(32, 48))
-        return weights
+        if weights.own:
+            return weights
+        return replace(weights, config=replace(weights.config, size=(32, 48)))
 
     with unittest.mock.patch.object(sample, "inspect", smaller):
         yield

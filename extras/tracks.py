@@ -417,6 +417,54 @@ def write_tracks(path, arrays):
 
 
 # --------------------------------------------------------------------------------------------------
+# Points that are dragged.
+
+def read_path(text):
+    """Points of the image, "x,y -> x,y -> …", as (P, 2)."""
+    point = r"\s*-?\d{1,6}(\.\d*)?\s*,\s*-?\d{1,6}(\.\d*)?\s*"
+    if not re.fullmatch(f"{point}(->{point})*", text):
+        raise UserError(f"--drag, --pin: {text!r} is not x,y -> x,y in pixels of the image")
+    numbers = re.findall(r"-?[\d.]+", text.replace("->", " "))
+    return np.array(numbers, float).reshape(-1, 2)
+
+
+def read_grid(text):
+    """"3x20", 3x3 points 20 pixels apart, as offsets (9, 2) from the middle one."""
+    found = re.fullmatch(r"([1-9]\d?)x([1-9]\d{0,3})", text)
+    if not found:
+        raise UserError(f"--grid: {text!r} is not like 3x20, 3x3 points 20 pixels apart")
+    side, apart = int(found[1]), int(found[2])
+    axis = (np.arange(side) - (side - 1) / 2) * apart
+    return np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2)
+
+
+def follow(paths, frames):
+    """Tracks (frames, N, 2) float32 along N paths, each points (P, 2): each stretch takes as long; one
+    point alone is pinned."""
+    tracks = np.zeros((frames, len(paths), 2), np.float32)
+    for n, points in enumerate(paths):
+        times = np.linspace(0, len(points) - 1, frames)
+        for axis in 0, 1:
+            tracks[:, n, axis] = np.interp(times, range(len(points)), points[:, axis])
+    return tracks
+
+
+def drag_tracks(texts, grid, size, frames):
+    """(tracks, visible) of --drag and --pin, texts as for read_path, each of which must start inside the
+    image of `size` (width, height). grid: as for read_grid, what goes along with each; or None."""
+    paths = [read_path(text) for text in texts]
+    for points in paths:
+        x, y = points[0]
+        if not (0 <= x < size[0] and 0 <= y < size[1]):
+            flag = "--pin" if len(points) == 1 else "--drag"
+            raise UserError(f"{flag} {x:g},{y:g}: outside the image, which has {size[0]}x{size[1]} pixels")
+    if grid:
+        paths = [points + offset for points in paths for offset in read_grid(grid)]
+    tracks = follow(paths, frames)
+    return tracks, np.ones(tracks.shape[:2], bool)
+
+
+# --------------------------------------------------------------------------------------------------
 # A camera that moves in a still scene of known depth.
 
 MOVES = {                   # what `camera` calls it, its value for an amount of 1, the usual amount
@@ -588,6 +636,12 @@ def render_tracks(frame, motion, number, factor=1):
     return np.array(picture)
 
 
+def overlaid(frames, motion, size):
+    """Frames of a video of `size` (height, width), which may be enlarged, with the tracks of its Motion."""
+    for number, frame in enumerate(frames):
+        yield render_tracks(frame, motion, number, len(frame) // size[0])
+
+
 @torch.inference_mode()
 def render_control(vae, motion, size, frames):
     """Latents (1, C, F, h, w) of the tracks of a Motion as a video of `size` (height, width), T = `frames`
@@ -613,7 +667,7 @@ def picture_size(text):
 
 def new_parser():
     """The flags."""
-    from sample import MOST_FRAMES, Parser, drag_path, number, point_grid
+    from sample import MOST_FRAMES, Parser, number
     parser = Parser(prog="python -m extras.tracks", description="Tracks for --tracks of sample.py.")
     file = {"type": Path, "metavar": "FILE"}
     add = parser.add_argument
@@ -621,10 +675,9 @@ def new_parser():
     add("--image", required=True, help="that the tracks are for", **file)
     add("--out", required=True, help=".npz", **file)
     add("--frames", type=number(int, 1, MOST_FRAMES), metavar="N", help="of what is made here; default: 81")
-    add("--drag", "--pin", dest="paths", type=drag_path, action="append", metavar="'X,Y -> X,Y'",
+    add("--drag", "--pin", dest="paths", action="append", metavar="'X,Y -> X,Y'",
         help="where a point of the image goes, or that it stays; as often as wanted")
-    add("--grid", type=point_grid, metavar="NxP",
-        help="of each --drag and --pin: N by N points, P pixels apart, instead of one")
+    add("--grid", metavar="NxP", help="each of those N by N points, P pixels apart")
     add = parser.add_argument_group("what a FILE does not say itself").add_argument
     add("--layout", choices=("auto", "tn", "nt"), default="auto", help="frames first, or tracks; auto: by names")
     add("--units", choices=("auto", "px", "01"), default="auto", help="pixels, or shares of the picture")
@@ -648,7 +701,7 @@ def parse_flags(argv):
     faults = [
         (bool(given.depth) != bool(given.camera), "--depth and --camera need each other"),
         (given.focal and not given.depth, "--focal belongs to --depth"),
-        (given.grid is not None and not given.paths, "--grid belongs to --drag and --pin"),
+        (given.grid and not given.paths, "--grid belongs to --drag and --pin"),
         (told and not given.tracks, "--layout, --units, --size and --visibility belong to a FILE"),
         (kinds != 1, "give one of FILE, --drag and --pin, or --depth with --camera"),
     ]
@@ -660,7 +713,7 @@ def parse_flags(argv):
 
 def run(argv):
     """Write the tracks that the command line asks for. Returns the exit code."""
-    from sample import check_output, drag_tracks, load_image
+    from sample import check_output, load_image
     given = parse_flags(argv)
     image = load_image(given.image)
     inputs = [given.image, given.tracks, given.depth, given.visibility]
@@ -676,8 +729,7 @@ def run(argv):
         tracks, visible = camera_tracks(given.depth, image.size, frames, given.points, given.camera,
                                         given.focal)
     else:
-        dragged = drag_tracks(given.paths, given.grid, image.size, frames)
-        tracks, visible = dragged.tracks, dragged.visible
+        tracks, visible = drag_tracks(given.paths, given.grid, image.size, frames)
     write_tracks(given.out, arrays | {"tracks": tracks, "visibility": visible})
     print(f"{given.out}: {tracks.shape[1]} tracks of {len(tracks)} frames")
     return 0
@@ -686,7 +738,7 @@ def run(argv):
 def main(argv=None):
     """`run`, with its errors as one line and an exit code."""
     from sample import reported
-    return reported(run, sys.argv[1:] if argv is None else argv)
+    return reported(run, argv)
 
 
 if __name__ == "__main__":
