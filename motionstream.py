@@ -535,9 +535,10 @@ def nearest_track(tracks, visible, height, width):
     x = (torch.arange(columns, device=tracks.device) + 0.5) * COPY_CELL
     centre = torch.cartesian_prod(y, x).flip(1)                         # (rows columns, 2), x first
     centre = centre.expand(B, T, -1, -1)
-    distances = torch.cdist(centre, tracks.nan_to_num(0))               # (B, T, rows columns, N)
-    distances = distances.masked_fill(~visible[:, :, None], math.inf)
-    distance, number = distances.min(3)                                 # (B, T, rows columns)
+    # pair by pair: as a matrix product, the last bits of a distance would depend on how many tracks there are
+    distance = torch.cdist(centre, tracks.nan_to_num(0), compute_mode="donot_use_mm_for_euclid_dist")
+    distance = distance.masked_fill(~visible[:, :, None], math.inf)
+    distance, number = distance.min(3)                                      # (B, T, rows columns)
     return number.unflatten(2, (rows, columns)), distance.unflatten(2, (rows, columns))
 
 
