@@ -337,7 +337,7 @@ def matmul_seconds(dtype):
     for _ in range(3):
         started = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            matrix @ matrix
+            F.linear(tokens, weight)
         seconds.append(time.perf_counter() - started)
     return min(seconds)
 
