@@ -194,6 +194,7 @@ class Run:
     start: object = None            # what --weights holds, see sample.inspect
     reward: object = None           # a function of a video and what it was made from, to (B,)
     checkpointing: bool = False     # see recompute_blocks
+    network: type = MotionStream    # what a teacher from nothing is
 
     @property
     def clip_latents(self):
@@ -551,7 +552,7 @@ def save_checkpoint(folder, stage, step, settings, parts):
         saved[name] = gathered(part.state_dict())
     if RANK > 0:
         return
-    write(folder / f"{stage}.{step:07}.checkpoint.pt", torch.save, saved)
+    write(folder / f"{stage}.{step:07}.checkpoint.pt", functools.partial(torch.save, saved))
     for old in sorted(folder.glob(f"{stage}.*.checkpoint.pt"))[:-2]:
         old.unlink()
 
@@ -723,7 +724,7 @@ def open_clips(folder, config, frames, track_frames):
 def write_clip(path, tensors):
     """A dict of tensors as a file, whole or not there, in a folder that need not be there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, save_file, {name: value.contiguous().cpu() for name, value in tensors.items()})
+    write(path, functools.partial(save_file, {name: value.contiguous().cpu() for name, value in tensors.items()}))
 
 
 def rendered_clips(run, name, count, encode=None):
@@ -1117,7 +1118,7 @@ def starting_teacher(run, vae):
     if config.copy_dim:
         config = replace(config, latent_std=tuple(vae.latent_std.tolist()))
     if not run.start:
-        return MotionStream(config).to(run.device)
+        return run.network(config).to(run.device)
     model = run.load("start", **vars(config)).requires_grad_(True)
     model.track_head.requires_grad_(not run.start.has_head)
     return model
@@ -1772,7 +1773,7 @@ def show(run, stage):
     except ImportError:
         print(f"{run.out / 'stats.jsonl'} has the numbers; extras/evaluate.py draws curves of them")
         return
-    trained = Trained(run.out, run.device, vae_file=run.path("vae"))
+    trained = Trained(run.out, run.device, files={"vae": run.path("vae")})
     preview(trained, stage, drawn=run.data is None)
 
 

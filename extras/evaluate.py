@@ -1,10 +1,15 @@
 """Measure: the README's numbers, previews and curves of a training, rewards, a video beside another.
 
-    python -m extras.evaluate --clips 12        the README's tables, of runs/tiny or else of the shipped weights
+    python -m extras.evaluate --clips 12            the tables, of the models in runs/tiny or else of the shipped ones
+    python -m extras.evaluate --photographs DIR     and how photographs survive: a piece of one moves over another
+    python -m extras.evaluate curves runs/tiny      the curves of each stage once more
+    python -m extras.evaluate compare out.mp4 real.mp4
 
-Scenes are drawn, from seeds that training never uses. The claims of the README, not of the code.
+Scenes are drawn from seeds that training never uses. These are the claims of the README, not of the code.
 """
 
+import argparse
+import functools
 import itertools
 import json
 import math
@@ -12,7 +17,8 @@ import runpy
 import sys
 import time
 import zlib
-from dataclasses import replace
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 
 import imageio.v2 as imageio
 import numpy as np
@@ -22,165 +28,280 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import sample
-from extras import world
-from motionstream import PRESETS, UserError, track_ids, write
-from sample import embed_words
+from extras import measures, world
+from extras.cases import NEUTRAL, Case, new_clips
+from extras.measures import lpips_network, open_lpips, psnr, ssim
+from motionstream import PRESETS, Config, MotionStream, UserError, track_ids, write
+from sample import ASSETS, Parser, embed_words, number
 from vae import load_vae
 
-SIZE, CLIP = 128, 45                    # pixels per side and frames of a clip, as in training
-STYLE = "simple"                        # of the drawn world
-POINTS = world.STYLES[STYLE].points     # tracks on each object, the centre first
-NEUTRAL = PRESETS["tiny"].prompt
-MODELS = ("vae", "teacher", "causal", "student", "decoder")     # in the order of the stages
+CLIP = 45                       # frames of a clip, as in training
+REACH = 30                      # percent of the width: no object is looked for farther from where it should be
+
+MODELS = ("vae", "teacher", "causal", "student")       # in the order of the stages
+SHIPPED = {"vae": "tiny_vae", "teacher": "tiny_teacher", "causal": "tiny_causal", "student": "tiny"}
 
 
-def seed_of(*what):
-    """A seed for torch from anything printable, the same in every process."""
-    return zlib.crc32(" ".join(map(str, what)).encode())
+# ----------------------------------------------------------------------------------------------------------------------
+# What is measured.
+
+@dataclass(frozen=True)
+class Trained:
+    """The finished models of a training: NAME.safetensors in a folder, opened when they are asked for."""
+    folder: Path
+    device: str = "cpu"
+    seed: int = 0               # of all noise
+    files: dict = field(default_factory=dict)       # {name: path} of models that lie elsewhere
+
+    def path(self, name):
+        """The file of one of MODELS, or of "decoder"."""
+        return Path(self.files.get(name, self.folder / f"{name}.safetensors"))
+
+    def checksum(self, name):
+        """Of the file of that name."""
+        return zlib.crc32(self.path(name).read_bytes())
+
+    def vae(self, name="vae"):
+        """The VAE; "decoder": one with a decoder of its own."""
+        return load_vae(self.path(name)).to(self.device)
+
+    def model(self, name, kind=MotionStream, **overrides):
+        """A DiT in float32, frozen. overrides: fields of Config; kind: a subclass of MotionStream."""
+        return kind.from_pretrained(self.path(name), dtype=torch.float32, device=self.device, **overrides)
+
+    @functools.cached_property
+    def config(self):
+        """The config of the latest model there is."""
+        for name in reversed(MODELS):
+            if name != "vae" and self.path(name).exists():
+                return self.model(name).config
+        return PRESETS["tiny"]
+
+    def names(self):
+        """Those of MODELS that there are. UserError if one cannot be opened."""
+        found = [name for name in MODELS if self.path(name).exists()]
+        for name in found:
+            if name == "vae":
+                self.vae()
+            else:
+                self.model(name)
+        return found
 
 
-def psnr(a, b):
-    """Decibels between videos in [-1, 1]."""
-    return -10 * math.log10((a - b).square().mean().item() / 4 + 1e-10)
-
-
-def play(run, name, scene, points, text, later=None, **overrides):
-    """The video (B, 3, T, SIZE, SIZE), in pieces, that "teacher", "causal" or "student" makes of the scene's first
-    frame, {"tracks", "visible"} and text (1 or B, L, text_dim), in the second half of a stream `later` if that is
-    given; "vae" is the truth through the VAE, "still" frame 0. overrides: fields of Config."""
-    vae, T = load_vae(run.path(name)) if name == "decoder" else run.vae(), scene["pan"].shape[1]
+def play(trained, name, clips, text=None, later=None, kind=MotionStream, **overrides):
+    """The video (B, 3, T, H, W), in pieces, that a model makes of the first frames of `clips`, their tracks and a text
+    (1 or B, L, text_dim). name: "teacher", "causal", "student"; "vae" and "decoder" are the truth through the VAE,
+    "still" is frame 0. later: the text of the second half of a stream. kind, overrides: see Trained.model."""
     if name == "still":
-        yield world.render(scene, SIZE, 0, 1).expand(-1, -1, T, -1, -1)
-        return
+        return iter([clips.frames(0, 1).expand(-1, -1, clips.length, -1, -1)])
     if name in ("vae", "decoder"):
-        yield vae.decode(vae.encode(world.render(scene, SIZE).to(run.device)))[0].cpu()
-        return
-    model = run.model(name, **overrides)
-    image = world.render(scene, SIZE, 0, 1).to(run.device)
-    tracks, visible = (points[key].to(run.device) for key in ("tracks", "visible"))
-    motion = sample.Motion(tracks, visible, track_ids(tracks, visible, model.config))
-    text = None if text is None else text.expand(len(image), -1, -1).to(run.device)
+        vae = trained.vae(name)
+        latents = vae.encode(clips.frames().to(trained.device))
+        return iter([vae.decode(latents)[0].cpu()])
+    model = trained.model(name, kind, **overrides)
+    return videos_of(model, trained.vae(), clips, text, later, trained.seed)
+
+
+def videos_of(model, vae, clips, text=None, later=None, seed=0):
+    """The same by a model that is open."""
+    image = clips.frames(0, 1)[:, :, 0]                         # (B, 3, H, W)
+    ids = track_ids(clips.tracks, clips.visible, model.config)
+    motion = sample.Motion(clips.tracks, clips.visible, ids)
+    device = next(model.parameters()).device
+    if text is not None:
+        text = text.expand(len(image), -1, -1).to(device)
     if later is not None:
-        chunk, both = model.config.chunk, (text, later.expand(len(image), -1, -1).to(run.device))
-        motion = (replace(part, text=both[4 * chunk * i >= T / 2])
-                  for i, part in enumerate(sample.motion_by_chunk(motion, chunk)))
-    sampler = sample.sample_teacher if name == "teacher" else sample.stream
-    for video in sampler(model, vae, image[:, :, 0], motion, sample.Encoded(text), run.seed):
+        later = later.expand(len(image), -1, -1)
+        motion = with_texts(motion, text, later, model.config.chunk)
+    sampler = sample.stream if model.config.causal else sample.sample_teacher
+    for video in sampler(model, vae, image, motion, sample.Encoded(text), seed):
         yield video.cpu()
 
 
-def masses(video, colours):
-    """How much of each colour (B, K, 3) is in a video, and where: mass (B, T, K) and centroid (B, T, K, 2) in pixels.
-    A pixel counts for the colour nearest to it in hue, by how colourful it is; greyish ones do not count."""
-    rgb = video.transpose(1, 2) / 2 + 0.5                                                   # (B, T, 3, H, W)
-    chroma = rgb - rgb.mean(2, keepdim=True)
-    strength = chroma.square().sum(2, keepdim=True).sqrt()               # norm(dim=2) takes 100 times as long
-    hues = F.normalize(colours - colours.mean(2, keepdim=True), dim=2)
-    match = torch.einsum("btchw,bkc->btkhw", chroma / strength.clamp(min=1e-12), hues)
-    nearest = (match == match.amax(2, keepdim=True)) & (match > 0.8)
-    weight = nearest * (strength - 0.15).clamp(min=0)                                       # (B, T, K, H, W)
-    mass, axis = weight.sum((3, 4)), torch.arange(video.shape[-1]) + 0.5
-    where = torch.stack([(weight.sum(3) * axis).sum(-1), (weight.sum(4) * axis).sum(-1)], -1)
-    return mass, where / mass.clamp(min=1e-6)[..., None]
+def with_texts(motion, text, later, chunk):
+    """A Motion chunk by chunk, each with its text: `later` from the chunk on that lies in the second half."""
+    half = motion.tracks.shape[1] / 2
+    for i, part in enumerate(sample.motion_by_chunk(motion, chunk)):
+        yield replace(part, text=later if 4 * chunk * i >= half else text)
 
 
-def ssim(a, b):
-    """Structural similarity (B,) of pictures (B, 3, H, W) in [-1, 1], by Gaussian windows of 11x11 pixels, sigma 1.5
-    (Wang et al. 2004)."""
-    bell = torch.exp(-torch.arange(-5, 6).double() ** 2 / 4.5)
-    row = (bell / bell.sum()).expand(3, 1, 1, 11)
+# ----------------------------------------------------------------------------------------------------------------------
+# How it is measured.
 
-    def blur(x):
-        return F.conv2d(F.conv2d(x, row, groups=3), row.mT, groups=3)
-
-    a, b = a.double() / 2 + 0.5, b.double() / 2 + 0.5
-    mean_a, mean_b, aa, bb, ab = map(blur, (a, b, a * a, b * b, a * b))
-    near = (2 * mean_a * mean_b + 0.01 ** 2) / (mean_a ** 2 + mean_b ** 2 + 0.01 ** 2)
-    alike = (2 * (ab - mean_a * mean_b) + 0.03 ** 2) / (aa - mean_a ** 2 + bb - mean_b ** 2 + 0.03 ** 2)
-    return (near * alike).mean((1, 2, 3))
-
-
-def measure(video, truth, first, scene):
-    """A piece of video beside the true one, as numbers. End-point errors are in percent of the width, one per object
-    and frame in which at least half of it can be seen; it is lost (percent of those) if less than a quarter of its mass
-    is there. No error is over 30, a lost object's is 30. PSNR in dB, SSIM of every 4th frame. As shares of the truth's:
-    the first object's colour, sharpness, and how far objects go. copying: the share of what only `first`, the first
-    frame, has."""
-    mass, where = masses(video, scene["colour"])
-    true_mass, true_where = masses(truth, scene["colour"])
-    seen = scene["present"][:, None] & (true_mass > 0.5 * true_mass.amax(1, keepdim=True)) & (true_mass > 1)
+def places_by_colour(video, truth, clips):
+    """Where objects are and were to be, by their hues: places (B, T, K, 2) in pixels, true ones, which are lost (less
+    than a quarter of their colour is there) and which can be seen in the truth (at least half), (B, T, K) bool; and the
+    mass of the first object's colour as a share of the truth's."""
+    mass, place = measures.colour_mass(video, clips.scene["colour"])
+    true_mass, true_place = measures.colour_mass(truth, clips.scene["colour"])
+    seen = clips.present[:, None] & (true_mass > 0.5 * true_mass.amax(1, keepdim=True)) & (true_mass > 1)
     lost = mass < 0.25 * true_mass
-    error = torch.where(lost, 30.0, ((where - true_where).norm(dim=-1) * 100 / SIZE).clamp(max=30))[seen]
-    there = (seen & ~lost)[:, 1:] & ~lost[:, :-1]
-    move, edge = [], []
-    for v, place in (video, where), (truth, true_where):
-        move.append(place.diff(dim=1).norm(dim=-1)[there].sum())
-        edge.append(sum(v.diff(dim=d).abs().mean() for d in (3, 4)))
-    every_4th = [v[:, :, ::4].transpose(1, 2).flatten(0, 1) for v in (video, truth)]
-    numbers = {"median": error.median(), "mean": error.mean(), "lost": 100 * lost[seen].float().mean(),
-               "psnr": psnr(video, truth), "ssim": ssim(*every_4th).mean(),
-               "colour": mass[..., 0].sum() / true_mass[..., 0].sum(),
-               "sharp": edge[0] / edge[1], "motion": move[0] / move[1],
-               "copying": ((video - truth) * (first - truth)).sum() / (first - truth).square().sum()}
+    colour = (mass[..., 0].sum() / true_mass[..., 0].sum()).item()
+    return place, true_place, lost, seen, colour
+
+
+def places_by_shift(video, truth, ground, outlines, clips):
+    """As places_by_colour, by what objects show: each is where the whole shift puts it that makes the truth inside its
+    outline most like the video. It is lost if even there three quarters of what tells it from the ground are missing."""
+    B, K, T, H, W = outlines.shape
+    reach = REACH * clips.size // 100
+
+    def each(v):                                                # (B, 3, T, H, W) to (B K T, 3, H, W)
+        return v.transpose(1, 2)[:, None].expand(-1, K, -1, -1, -1, -1).flatten(0, 2)
+
+    mask = outlines.flatten(0, 2)
+    shift, error = measures.best_shift(each(video), each(truth), mask, reach)
+    area = mask.sum((1, 2))
+    apart = ((each(ground) - each(truth)).square().mean(1) * mask).sum((1, 2)) / area.clamp(min=1)
+    lost = (error > 0.75 * apart).view(B, K, T).transpose(1, 2)
+    shift = shift.view(B, K, T, 2).transpose(1, 2)              # (B, T, K, 2)
+    area = area.view(B, K, T).transpose(1, 2)
+    seen = clips.present[:, None] & (area > 0.5 * area.amax(1, keepdim=True)) & (area > 20)
+    true_place = measures.centroid(outlines.float()).transpose(1, 2)
+    return true_place + shift, true_place, lost, seen, math.nan
+
+
+def overlaps(video, truth, ground, outlines, clips):
+    """The mean overlap with their outlines, wherever they were found, of discs and of other objects, each in at least
+    half of its largest size; NaN without any."""
+    found = {True: [], False: []}
+    for k in range(clips.present.shape[1]):
+        mask = outlines[:, k]                                   # (B, T, H, W)
+        pixels = measures.object_pixels(video, truth, ground, mask)
+        overlap = measures.best_overlap(pixels.flatten(0, 1), mask.flatten(0, 1)).view(mask.shape[:2])
+        area = mask.sum((2, 3))
+        seen = clips.present[:, k, None] & (area > 0.5 * area.amax(1, keepdim=True)) & (area > 20)
+        for kind in found:
+            found[kind].append(overlap[seen & (clips.discs[:, k, None] == kind)])
+    return {"disc": torch.cat(found[True]).mean().item(), "shape": torch.cat(found[False]).mean().item()}
+
+
+def measure(video, first, clips, start):
+    """A piece of video, from frame `start` on, beside the true one, as numbers. first: the true frame 0.
+
+    median, mean, lost: end-point errors in percent of the width, one per object and frame in which at least half of it
+    can be seen; no error is over 30, that of an object that is lost (percent of those) is 30. psnr, objects, ground: in
+    dB, of all and of pixels inside and outside of objects. ssim: of every 4th frame. As shares of the truth's: sharp,
+    the strength of edges; colour, that of the first object's hue; chroma, how colourful objects are; motion, how far
+    they go. edges: the correlation of edges, 1 at best. disc, shape: overlap with the true outline, of objects of one
+    colour. copying: the share of what only frame 0 has."""
+    stop = start + video.shape[2]
+    truth = clips.frames(start, stop)
+    ground = clips.ground(start, stop)
+    outlines = clips.outlines(start, stop)
+    inside = outlines.any(1)
+    if clips.by_colour:
+        place, true_place, lost, seen, colour = places_by_colour(video, truth, clips)
+    else:
+        place, true_place, lost, seen, colour = places_by_shift(video, truth, ground, outlines, clips)
+    error = (place - true_place).norm(dim=-1) * 100 / clips.size
+    error = error.masked_fill(lost, REACH).clamp(max=REACH)[seen]
+    there = seen[:, 1:] & ~lost[:, 1:] & ~lost[:, :-1]
+    moved = place.diff(dim=1).norm(dim=-1)[there].sum()
+    true_moved = true_place.diff(dim=1).norm(dim=-1)[there].sum()
+    numbers = {
+        "median": error.median(), "mean": error.mean(), "lost": 100 * lost[seen].float().mean(),
+        "psnr": psnr(video, truth), "objects": psnr(video, truth, inside), "ground": psnr(video, truth, ~inside),
+        "ssim": measures.video_ssim(video, truth), "sharp": measures.sharpness(video, truth),
+        "edges": measures.edge_correlation(video, truth), "colour": colour,
+        "chroma": measures.colourfulness(video, truth, inside), "motion": moved / true_moved,
+        "copying": ((video - truth) * (first - truth)).sum() / (first - truth).square().sum()}
+    if clips.plain:
+        numbers |= overlaps(video, truth, ground, outlines, clips)
     return {name: float(number) for name, number in numbers.items()}    # tensors kept would scatter the heap
 
 
-def new_case(seed, clips, frames, points="drag", change=None, speed=1, **options):
-    """Scenes of moving objects (options: see new_scenes), `speed` times as fast as in training, and {"tracks",
-    "visible"}. points: "dense" all, "drag" the centre of each object, "none". change: of the scene, "other way" (the
-    same first frame, objects go the opposite way), "teleport" (half-way, they jump to the opposite place), "crossing"
-    (the first two change places), "carried away" (the camera pans by its own width, and objects go with it), "dusk"
-    (the light changes in the second half alone); of tracks, "two ways" (every second one goes the opposite way),
-    "jittered" (by 2 % of the width), "late" (nothing is said of frames 1 to 12), "broken" (half of the pieces of 4
-    frames are missing)."""
-    rng = torch.Generator().manual_seed(seed_of(seed))
-    options = {"camera": False, "attributes": (0, 0), "moving": True, "style": STYLE} | options
-    scene = world.new_scenes(clips, frames * speed, rng, **options)
-    path, t = scene["position"][:, :, ::speed], torch.arange(frames)[:, None]
-    back, jump = (2 * path[:, :, :1] - path).clamp(0.05, 0.95), torch.where(t < frames // 2, path, 1 - path)
-    start, turn = path[:, :, :1], (1 - torch.cos(math.pi * t / (frames - 1))) / 2
-    cross = start.lerp(start[:, [1, 0, *range(2, path.shape[1])]], turn)
-    scene |= {key: scene[key][:, ::speed] for key in ("pan", "zoom", "gains", "spin", "pulse")}
-    if change == "carried away":
-        scene["pan"] = torch.cat([(1.5 * t / frames).clamp(max=1) - 0.5, 0 * t], 1).expand(clips, -1, -1)
-        path = path + scene["pan"][:, None]
-    if change == "dusk":
-        scene["gains"] = torch.cat([torch.ones(clips, frames // 2, 3), scene["gains"][:, :frames - frames // 2]], 1)
-    scene["position"] = {"other way": back, "teleport": jump, "crossing": cross}.get(change, path)
-    tracks, visible = world.scene_tracks(scene, SIZE, rng)
-    n = torch.arange(tracks.shape[2])
-    if change == "two ways":
-        opposite, _ = world.scene_tracks(scene | {"position": back}, SIZE, rng)
-        tracks = torch.where(n[:, None] % 2 == 1, opposite, tracks)
-    if change == "jittered":
-        tracks = tracks + 0.02 * SIZE * torch.randn(tracks.shape, generator=rng)
-    gaps = torch.rand(clips, frames // 4 + 1, len(n), generator=rng).repeat_interleave(4, 1)[:, :frames] < 0.5
-    silent = {"late": (t > 0) & (t < 13), "broken": (t > 3) & gaps}.get(change, t < 0)
-    centres = (n < path.shape[1] * POINTS) & (n % POINTS == 0)
-    told = {"dense": n >= 0, "drag": centres, "none": n < 0}[points]
-    return scene, {"tracks": tracks, "visible": visible & told & ~silent}
+def settings_of(what, settings):
+    """Those of the settings that are fields of a dataclass, taken out of them."""
+    names = {one.name for one in fields(what)}
+    return {name: settings.pop(name) for name in [*settings] if name in names}
 
 
-def eval_row(run, model="student", text=NEUTRAL, later=None, piece=None, **settings):
-    """Play a case (settings: of new_case, and fields of Config) and measure it, `piece` frames at a time (None: all at
-    once). Of each number the mean, and that of each tenth; drift: the standard deviation of PSNR over the pieces.
-    later: the text of the second half, if it is another."""
-    overrides = {key: settings.pop(key) for key in [*settings] if hasattr(run.config, key)}
-    (scene, motion), piece = new_case(**settings), piece or settings["frames"]
-    first, start, rows, clock = world.render(scene, SIZE, 0, 1), 0, [], time.perf_counter()
-    held, texts = first[:, :, :0], (embed_words(text, run.config), embed_words(later, run.config))
-    for video in play(run, model, scene, motion, *texts, **overrides):
-        seconds, held = time.perf_counter() - clock, torch.cat([held, video], 2)            # of the latest chunk
-        while held.shape[2] >= piece and start + piece <= settings["frames"]:
-            truth = world.render(scene, SIZE, start, start + piece)
-            rows.append({"from": float(start), **measure(held[:, :, :piece], truth, first, scene), "seconds": seconds})
-            start, held = start + piece, held[:, :, piece:]
+def case_of(settings):
+    """The Case that settings describe, fields of it and of world.Options, which are taken out of them."""
+    options = settings_of(world.Options, settings)
+    return Case(options=options, **settings_of(Case, settings))
+
+
+def eval_row(trained, model="student", text=NEUTRAL, later=None, piece=None, after=0, kind=MotionStream, **settings):
+    """Play a case and measure it, `piece` frames at a time (None: all at once), from frame `after` on. settings: fields
+    of Case, of world.Options, of Config. Of each number the mean, and that of each tenth; drift: the standard deviation
+    of PSNR over the pieces. later: the text of the second half, if it is another. text "caption": the scenes' own."""
+    clips = new_clips(case_of(settings))
+    overrides = settings_of(Config, settings)
+    if settings:
+        raise TypeError(f"no such settings: {settings}")
+    text = text_of(text, clips, trained.config)
+    later = embed_words(later, trained.config)
+    piece = piece or clips.length - after
+    first = clips.frames(0, 1)
+    held = first[:, :, :0]
+    start = 0
+    rows = []
+    clock = time.perf_counter()
+    for video in play(trained, model, clips, text, later, kind, **overrides):
+        seconds = time.perf_counter() - clock                   # of the latest chunk
+        held = torch.cat([held, video], 2)
+        if start < after:
+            skipped = min(after - start, held.shape[2])
+            held = held[:, :, skipped:]
+            start += skipped
+        while start >= after and held.shape[2] >= piece and start + piece <= clips.length:
+            numbers = measure(held[:, :, :piece], first, clips, start)
+            rows.append({"from": float(start), **numbers, "seconds": seconds})
+            held = held[:, :, piece:]
+            start += piece
         clock = time.perf_counter()
+    return summary(rows)
+
+
+def text_of(text, clips, config):
+    """A text for the model; "caption": each scene's own."""
+    if text != "caption":
+        return embed_words(text, config)
+    return torch.cat([embed_words(caption, config) for caption in clips.scene["caption"]])
+
+
+def summary(rows):
+    """Rows of numbers, the first of them "from", to the mean of each number, "drift" and "tenths"."""
+    names = [*rows[0]]
     numbers = torch.tensor([[*row.values()] for row in rows])
-    tenths = [dict(zip(rows[0], [part[0, 0].item(), *part[:, 1:].nanmean(0).tolist()]))
-              for part in numbers.split(math.ceil(len(rows) / 10))]
-    mean = dict(zip(rows[0], numbers.nanmean(0).tolist()))
-    return mean | {"drift": numbers[:, [*mean].index("psnr")].std(correction=0).item(), "tenths": tenths}
+    mean = dict(zip(names, numbers.nanmean(0).tolist()))
+    mean["drift"] = numbers[:, names.index("psnr")].std(correction=0).item()
+    mean["tenths"] = []
+    for part in numbers.split(math.ceil(len(rows) / 10)):
+        tenth = dict(zip(names, part.nanmean(0).tolist()))
+        mean["tenths"].append(tenth | {"from": part[0, 0].item()})
+    return mean
+
+
+def caption_row(trained, model, attributes, points="drag", **settings):
+    """How much nearer to the truth the right caption brings a video than the opposite one, in dB: of all pixels, and of
+    objects. attributes: indices into world.LIGHT and MOTION, of which one is not 0."""
+    light, motion = attributes
+    right = world.caption(light, motion)
+    wrong = world.caption(-light % 3, -motion % 3)              # 1 for 2
+    case = settings | {"model": model, "attributes": attributes, "points": points}
+    rows = [eval_row(trained, text=text, **case) for text in (right, wrong)]
+    numbers = {}
+    for name in ("psnr", "objects"):
+        numbers[name] = rows[0][name]
+        numbers[f"{name} gained"] = rows[0][name] - rows[1][name]
+    return numbers
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The tables.
+
+# What training never showed, by the options of extras.world: the world of the first tiny models, the one of today
+# without and with texture, and discs and squares of one colour on smooth grey.
+SETS = {
+    "old world": {"seed": "held old", "style": "simple", "objects": 2},
+    "plain": {"seed": "held plain", "style": "textured", "texture": (0, 0), "objects": 2},
+    "textured": {"seed": "held textured", "style": "textured", "texture": (0, 1), "objects": 2},
+    "flat": {"seed": "held flat", "style": "textured", "flat": True, "objects": 1},
+}
+AT = {"2 s": {"frames": CLIP, "after": CLIP - 12}, "10 s": {"frames": 165, "after": 153}}   # at 16 frames a second
 
 
 def grid(**values):
@@ -188,220 +309,390 @@ def grid(**values):
     return [dict(zip(values, row)) for row in itertools.product(*values.values())]
 
 
-def tables(run):
+def tables(config, count, frames, photographs=None):
     """What is measured: {title: (what all rows have in common, [what each has besides])}: arguments of eval_row, or of
-    another function, "measure"."""
-    clip = {"seed": "eval 1 False", "clips": run.eval_clips, "frames": CLIP, "objects": 1}
-    kinds = [{"objects": 1}, {"objects": 3, "seed": "eval 3 False"}, {"objects": 1, "change": "other way"},
-             {"flat": True, "frames": 81, "seed": "eval 1 True"}, {"camera": True, "seed": "eval camera"}]
-    models = grid(model=("vae", "still"), points=("none",)) + grid(model=("teacher", "causal", "student"),
-                                                                   points=("dense", "drag", "none"))
-    following = [kind | model for kind in kinds for model in models
-                 if model["model"] != "teacher" or "flat" not in kind]
-    text = [{"seed": f"text {light} {motion}", "attributes": (light, motion), "text": prompt}
-            for light, motion in ((1, 0), (2, 0), (0, 1), (0, 2))           # the right one, the wrong one (1 for 2)
-            for prompt in (world.caption(light, motion), world.caption(-light % 3, -motion % 3), NEUTRAL, None)]
+    another function, "measure". count: clips of each kind; frames: of the streams."""
+    clip = {"seed": "eval 1 False", "clips": count, "frames": CLIP, "objects": 1}
     streams = [{"seed": f"stream {camera}", "camera": camera, "points": points, "sink": sink}
                for camera, points in ((False, "drag"), (True, "dense")) for sink in (1, 0)]
-    return {"following": (clip, following), "text": (clip | {"objects": 2, "piece": CLIP // 3}, text),
-            "streams": (clip | {"clips": 2, "frames": run.eval_frames, "piece": 12}, streams)}
+    return {"following": (clip, following_rows()),
+            "pictures": ({"clips": count, "drawn": AT["10 s"]["frames"]}, picture_rows(photographs)),
+            "text": (clip | {"objects": 2, "piece": CLIP // 3}, text_rows()),
+            "captions": (clip | {"measure": caption_row}, caption_rows()),
+            "streams": (clip | {"clips": 2, "frames": frames, "piece": 12}, streams)}
+
+
+def following_rows():
+    """Kinds of scenes by models by what they are told."""
+    kinds = [{"objects": 1}, {"objects": 3, "seed": "eval 3 False"}, {"objects": 1, "change": "other way"},
+             {"flat": True, "frames": 81, "seed": "eval 1 True"}, {"camera": True, "seed": "eval camera"}]
+    models = grid(model=("vae", "still"), points=("none",))
+    models += grid(model=("teacher", "causal", "student"), points=("dense", "drag", "none"))
+    rows = []
+    for kind in kinds:
+        for model in models:
+            if model["model"] != "teacher" or "flat" not in kind:
+                rows.append(kind | model)
+    return rows
+
+
+def picture_rows(photographs):
+    """SETS, and photographs if there are any, by models, 2 and 10 seconds after the image. A teacher makes no more than
+    its clip."""
+    sets = dict(SETS)
+    if photographs:
+        sets["photographs"] = {"seed": "held photographs", "photographs": photographs}
+    rows = []
+    for name, what in sets.items():
+        for model in ("vae", "still", "teacher", "student"):
+            given = ("none",) if model in ("vae", "still") else ("dense", "drag")
+            for points, at in itertools.product(given, AT):
+                if (model, at) != ("teacher", "10 s"):
+                    row = {"set": name, "model": model, "points": points, "at": at}
+                    rows.append(row | what | AT[at])
+    return rows
+
+
+def text_rows():
+    """Scenes whose light or shapes change, by the right text, the wrong one, the neutral one and none."""
+    rows = []
+    for light, motion in ((1, 0), (2, 0), (0, 1), (0, 2)):
+        right = world.caption(light, motion)
+        wrong = world.caption(-light % 3, -motion % 3)
+        for text in (right, wrong, NEUTRAL, None):
+            rows.append({"seed": f"text {light} {motion}", "attributes": (light, motion), "text": text})
+    return rows
+
+
+def caption_rows():
+    """The same scenes in both styles, by a centre track alone."""
+    rows = []
+    for style, attributes, model in itertools.product(
+            ("simple", "textured"), ((1, 0), (2, 0), (0, 1), (0, 2)), ("teacher", "student")):
+        rows.append({"seed": f"caption {attributes}", "style": style, "attributes": attributes, "model": model})
+    return rows
+
+
+HIDDEN = ("seed", "measure", "clips", "drawn", "after", "frames", "photographs")     # of a row, where "set" says it
+
+
+def label_of(row):
+    """What a row is called."""
+    words = []
+    for key, value in row.items():
+        if "set" in row and (key in HIDDEN or key in SETS.get(row["set"], ())):
+            continue
+        if key not in ("seed", "measure"):
+            words.append(f"{key} {getattr(value, '__name__', value)}")
+    return ", ".join(words)
 
 
 @torch.no_grad()
-def measure_tables(run, stage, tables):
-    """Measure tables and print them, draw the streams. `stage`.json, {settings: {title: {row: numbers}}}, keeps every
-    row when it is done, and what it has is not measured again."""
-    run.check(stage)
-    path = run.out / f"{stage}.json"
-    settings = f"{run.settings(stage)}, {run.eval_clips} clips, {run.eval_frames} frames"
-    everything = json.loads(path.read_text() if path.exists() else "{}")
-    done = everything.setdefault(settings, {})
+def measure_tables(trained, stage, what, tables):
+    """Measure tables and print them, draw the streams. `stage`.json, {what: {title: {row: numbers}}}, keeps every row
+    when it is done, and what it has is not measured again. what: says which weights and how much of them."""
+    names = trained.names()
+    path = trained.folder / f"{stage}.json"
+    everything = {}
+    if path.exists():
+        everything = json.loads(path.read_text())
+    done = everything.setdefault(what, {})
     for title, (common, rows) in tables.items():
         results = done.setdefault(title, {})
         for row in tqdm(rows, title):
-            label = ", ".join(f"{key} {getattr(value, '__name__', value)}" for key, value in row.items()
-                              if key not in ("seed", "measure"))
-            if label not in results:
-                case = {"measure": eval_row} | common | row
-                results[label] = case.pop("measure")(run, **case)
-                write(path, lambda temporary: temporary.write_text(json.dumps(everything, indent=1)))
-        names = [name for name in results[label] if name not in ("from", "tenths")]
-        print(f"\n| {title} | {' | '.join(names)} |\n{'|---' * len(names)}|---|")
-        for label, result in results.items():
-            print(f"| {label} |", " | ".join(f"{result[name]:.2f}" for name in names), "|")
-    curves = {label: [(t["from"], t["mean"]) for t in row["tenths"]] for label, row in done["streams"].items()}
-    plot(run.out / f"{stage}.png", curves, "end-point error, % of the width, over frames")
+            label = label_of(row)
+            case = {"measure": eval_row} | common | row
+            if label in results or case.get("model", "student") not in (*names, "still"):
+                continue
+            for key in ("set", "at"):
+                case.pop(key, None)
+            results[label] = case.pop("measure")(trained, **case)
+            write(path, lambda temporary: temporary.write_text(json.dumps(everything, indent=1)))
+        print_table(title, results)
+    curves = {}
+    for label, row in done["streams"].items():
+        curves[label] = [(tenth["from"], tenth["mean"]) for tenth in row["tenths"]]
+    if curves:
+        plot(trained.folder / f"{stage}.png", curves, "end-point error, % of the width, over frames")
+
+
+def print_table(title, results):
+    """{row: {name: number}}, in Markdown."""
+    if not results:
+        return
+    names = []
+    for row in results.values():
+        names += [name for name in row if name not in ("from", "tenths", *names)]
+    print(f"\n| {title} | {' | '.join(names)} |\n{'|---' * len(names)}|---|")
+    for label, row in results.items():
+        cells = [f"{row[name]:.2f}" if name in row else "" for name in names]
+        print(f"| {label} | {' | '.join(cells)} |")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Curves and previews of a training.
+
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
 
 
 def plot(path, curves, title, width=640, height=320):
     """Lines {name: [(x, y)]} as a PNG, with the ranges written on it."""
     page = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(page)
-    (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*sum(curves.values(), [])))
+    points = np.array([point for curve in curves.values() for point in curve])
+    x0, y0 = points.min(0)
+    x1, y1 = points.max(0)
     draw.rectangle((50, 30, width - 10, height - 30), outline="grey")
-    for x, y, text in (50, 8, title), (4, 30, f"{y1:.3g}"), (4, height - 42, f"{y0:.3g}"), \
-                      (50, height - 24, f"{x0:.0f}"), (width - 50, height - 24, f"{x1:.0f}"):
-        draw.text((x, y), text, fill="black")
-    right, up = (width - 60) / (x1 - x0 or 1), (height - 60) / (y1 - y0 or 1)
+    draw.text((50, 8), title, "black")
+    draw.text((4, 30), f"{y1:.3g}", "black")
+    draw.text((4, height - 42), f"{y0:.3g}", "black")
+    draw.text((50, height - 24), f"{x0:.0f}", "black")
+    draw.text((width - 50, height - 24), f"{x1:.0f}", "black")
+    right = (width - 60) / (x1 - x0 or 1)
+    up = (height - 60) / (y1 - y0 or 1)
     for i, (name, curve) in enumerate(curves.items()):
-        colour = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")[i % 6]
-        draw.line([(50 + right * (x - x0), height - 30 - up * (y - y0)) for x, y in curve], fill=colour, width=2)
-        draw.text((width - 150, 34 + 14 * i), name, fill=colour)
+        line = [(50 + right * (x - x0), height - 30 - up * (y - y0)) for x, y in curve]
+        draw.line(line, COLOURS[i % len(COLOURS)], width=2)
+        draw.text((width - 150, 34 + 14 * i), name, COLOURS[i % len(COLOURS)])
     write(path, lambda temporary: page.save(temporary, "png"))
 
 
-def plot_stage(run, stage):
-    """Curves of a stage from stats.jsonl, each number averaged over 2 % of the stage."""
-    logged, curves = map(json.loads, open(run.out / "stats.jsonl")), {}
-    rows = [*{row["step"]: row for row in logged if row["stage"] == stage}.values()]    # after a crash, logged again
-    for name in "loss", "loss_c", "loss_g", "loss_d", "reward", "std", "x0_none", "x0_tracks":
-        values = [(row["step"], row[name]) for row in rows if name in row]
+PLOTTED = ("loss", "loss_c", "loss_g", "loss_d", "reward", "std", "x0_none", "x0_tracks")
+
+
+def plot_stage(folder, stage):
+    """Curves of a stage from stats.jsonl in the folder of a training, each number averaged over 2 % of the stage."""
+    rows = {}
+    for line in open(folder / "stats.jsonl"):
+        row = json.loads(line)
+        if row["stage"] == stage:
+            rows[row["step"]] = row                             # after a crash, logged again
+    curves = {}
+    for name in PLOTTED:
+        values = [(row["step"], row[name]) for row in rows.values() if name in row]
         if values:
-            curves[name] = F.adaptive_avg_pool1d(torch.tensor(values).T, min(50, len(values))).T.tolist()
-    plot(run.out / f"{stage}.png", curves, f"{stage}: {len(rows)} steps")
+            means = F.adaptive_avg_pool1d(torch.tensor(values, dtype=torch.float32).T, min(50, len(values)))
+            curves[name] = means.T.tolist()
+    if curves:
+        plot(folder / f"{stage}.png", curves, f"{stage}: {len(rows)} steps")
 
 
 @torch.no_grad()
-def preview(run, stage):
-    """The stage's curves; unless it is of clips of one's own, six frames of a dragged scene in rows: truth, that
-    through the VAE, each model there is; then another scene."""
-    plot_stage(run, stage)
-    if run.args.data:
+def preview(trained, stage, drawn=True):
+    """The curves of a stage that has just been trained, and, of a training on the drawn world, six frames of a dragged
+    scene in rows: truth, that through the VAE, each model there is; then another scene."""
+    plot_stage(trained.folder, stage)
+    if not drawn:
         return
-    rng = torch.Generator().manual_seed(seed_of("preview"))
-    scene = world.new_scenes(2, CLIP, rng, objects=2, style=STYLE)
-    tracks, visible = world.scene_tracks(scene, SIZE, rng)
-    n = torch.arange(tracks.shape[2])
-    centres = (n % POINTS == 0) & (n < world.OBJECTS * POINTS)
-    motion = {"tracks": tracks, "visible": visible & centres}
-    videos, text = [world.render(scene, SIZE)], torch.cat([embed_words(c, run.config) for c in scene["caption"]])
-    models = [name for name in MODELS if run.path(name).exists()]
-    videos += [torch.cat(list(play(run, name, scene, motion, text)), 2) for name in models]
-    frames = torch.stack(videos, 1)[:, :, :, torch.linspace(0, CLIP - 1, 6).long()]         # (2, rows, 3, 6, H, W)
-    page = frames.permute(2, 0, 1, 4, 3, 5).flatten(4).flatten(1, 3)
+    clips = new_clips(Case("preview", 2, CLIP, options={"objects": 2, "attributes": (None, None)}))
+    text = text_of("caption", clips, trained.config)
+    videos = [clips.frames()]
+    for name in (*MODELS, "decoder"):
+        if trained.path(name).exists():
+            videos.append(torch.cat([*play(trained, name, clips, text)], 2))
+    shown = torch.linspace(0, CLIP - 1, 6).long()
+    frames = torch.stack(videos, 1)[:, :, :, shown]             # (2, rows, 3, 6, H, W)
+    page = frames.permute(2, 0, 1, 4, 3, 5).flatten(4).flatten(1, 3)        # (3, 2 rows H, 6 W)
     page = Image.fromarray(sample.to_frames(page[None, :, None])[0])
-    write(run.out / f"{stage}_preview.png", lambda path: page.save(path, "png"))
+    write(trained.folder / f"{stage}_preview.png", lambda path: page.save(path, "png"))
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rewards of distillation.
 
 def motion_reward(video, batch):
     """How well the video (B, 3, T, H, W) follows the tracks in `batch`: (B,) in [-1, 1]. Where a track goes, the colour
     should be that of its start. 1: it is everywhere; 0: a video that stands still does as well."""
     B, _, T, H, W = video.shape
-    seen = batch["visible"] & batch["visible"][:, :1]
-    grid = (2 * batch["tracks"] / torch.tensor([W, H]).to(video) - 1).flatten(0, 1)[:, :, None]     # (B T, N, 1, 2)
+    seen = batch["visible"] & batch["visible"][:, :1]           # (B, T, N)
+    size = torch.tensor([W, H]).to(video)
+    places = (2 * batch["tracks"] / size - 1).flatten(0, 1)[:, :, None]     # (B T, N, 1, 2)
 
     def error(frames):
-        colours = F.grid_sample(frames.transpose(1, 2).flatten(0, 1), grid, align_corners=False).view(B, T, 3, -1)
-        return ((colours - colours[:, :1]).abs().mean(2) * seen).sum((1, 2)) / seen.sum((1, 2)).clamp(min=1)
+        colours = F.grid_sample(frames.transpose(1, 2).flatten(0, 1), places, align_corners=False)
+        colours = colours.view(B, T, 3, -1)
+        apart = (colours - colours[:, :1]).abs().mean(2)        # (B, T, N)
+        return (apart * seen).sum((1, 2)) / seen.sum((1, 2)).clamp(min=1)
 
-    still, error = error(video[:, :, :1].expand_as(video)), error(video)
-    return ((still - error) / (still + 0.1)).clamp(-1, 1)
+    still = error(video[:, :, :1].expand_as(video))
+    return ((still - error(video)) / (still + 0.1)).clamp(-1, 1)
 
 
 def find_reward(name):
-    """--reward: "motion", or a function of your own, FILE.py:FUNCTION, called as motion_reward is."""
+    """--reward: "motion", or a function of your own, FILE.py:FUNCTION, called as motion_reward is. UserError if it is
+    neither."""
     file, _, function = name.rpartition(":")
     try:
-        return runpy.run_path(file)[function] if file else {"motion": motion_reward}[name]
+        if not file:
+            return {"motion": motion_reward}[name]
+        return runpy.run_path(file)[function]
     except Exception as e:                              # whatever the file does
         raise UserError(f"--reward {name}: neither motion nor FILE.py:FUNCTION ({type(e).__name__}: {e})") from None
 
 
-def lpips_network(net):
-    """How different images (B, 3, H, W) in [-1, 1] look (Zhang et al. 2018, arXiv 1801.03924), by the package lpips:
-    a function of two of them. net: "alex" or "vgg"."""
-    try:
-        from lpips import LPIPS
-    except (ImportError, RuntimeError) as e:            # of torchvision, if it is not made for this torch
-        raise UserError(f"LPIPS: {str(e).splitlines()[0]}; pip install lpips") from None
-    return LPIPS(net=net, verbose=False).eval().requires_grad_(False)
+# ----------------------------------------------------------------------------------------------------------------------
+# Two videos.
 
-
-def open_lpips(net, device):
-    """The mean LPIPS of two videos (B, 3, T, H, W), of every fourth frame, from another one each step; None: 0."""
-    network = net and lpips_network(net).to(device)
-
-    def distance(a, b, step):
-        a, b = (video[:, :, step % 4::4].transpose(1, 2).flatten(0, 1) for video in (a, b))
-        return network(a, b).mean() if network else 0.0
-    return distance
-
-
-def open_reference(path, config):
-    """The frames of a video, uint8 (H, W, 3), one by one; its frame rate is only compared. ValueError if there are
-    none."""
+def open_video(path):
+    """(the frames of a video, uint8 (H, W, 3), one by one; its frames per second). UserError if there are none."""
     try:
         reader = imageio.get_reader(path)
-        frames, fps = iter(reader), reader.get_meta_data().get("fps", config.fps)
-        frames = itertools.chain([next(frames)], frames)
-    except Exception as e:                                              # of a dozen kinds
-        raise ValueError(f"{path}: cannot be read as a video ({str(e).strip().splitlines()[0][:99]})") from None
-    if abs(fps - config.fps) > 0.1:
-        print(f"note: {path} is at {fps:g} frames/s, the model at {config.fps}; it is not resampled")
-    return frames
+        frames = iter(reader)
+        first = next(frames)
+        return itertools.chain([first], frames), reader.get_meta_data().get("fps")
+    except Exception as e:                              # of a dozen kinds
+        reason = str(e).strip().splitlines() or [type(e).__name__]
+        raise UserError(f"{path}: cannot be read as a video ({reason[0][:99]})") from None
 
 
-def compared(frames, path, config, motion, found=None, factor=1, lpips=None):
-    """sample.py --reference, --found, --lpips: hands on the frames, uint8 (H, W, 3), and in the end prints how near
-    they are to those of the video `path`, cropped as the image is, as long as there are both: the mean PSNR, SSIM and,
-    with `lpips`, "alex" or "vgg", LPIPS of a frame; and the mean distance in pixels of tracks `found`, (T, N, 2) and whether a
-    tracker saw them (T, N), on a video enlarged by `factor`, from the visible ones of `motion`. Raises ValueError if a
-    file cannot be read or does not fit."""
-    if lpips and not path:
-        raise ValueError("--lpips belongs to --reference")
-    others = open_reference(path, config) if path else iter(())
-    if found and found[0].shape[1] != motion.tracks.shape[2]:
-        raise ValueError(f"--found: holds {found[0].shape[1]} tracks, {motion.tracks.shape[2]} were given")
-    distance = lpips and lpips_network(lpips)
-
-    def measured():
-        rows, told = [], []
-        for frame in frames:
-            for other in itertools.islice(others, 1):
-                truth = sample.fit_image(Image.fromarray(other).convert("RGB"), config.size)
-                made = torch.from_numpy(frame).permute(2, 0, 1)[None] / 127.5 - 1
-                rows.append({"PSNR": psnr(made, truth), "SSIM": ssim(made, truth).item()}
-                            | ({"LPIPS": distance(made, truth).item()} if distance else {}))
-            yield frame
-        for name in rows[0] if rows else ():
-            told.append(f"{name} {np.mean([row[name] for row in rows]):.4g}")
-        if found:
-            n = min(len(found[0]), motion.tracks.shape[1])
-            both = motion.visible[0, :n].numpy() & found[1][:n]
-            apart = np.linalg.norm(motion.tracks[0, :n].numpy() - found[0][:n] / factor, axis=-1)[both]
-            told.append(f"EPE {apart.mean():.4g} of {both.sum()} points" if len(apart) else "EPE of no point")
-        print(f"{len(rows)} frames of {path}: " * bool(path) + ", ".join(told))
-
-    return measured()
+def compare(made, real, net=None):
+    """The mean PSNR, SSIM and, with `net` ("alex" or "vgg"), LPIPS of the frames of two videos, paths, as long as there
+    are both: ({name: number}, how many frames). The second is scaled and cropped as the first one's image was."""
+    frames, fps = open_video(made)
+    others, other_fps = open_video(real)
+    if abs(fps - other_fps) > 0.1:
+        print(f"note: {made} is at {fps:g} frames/s, {real} at {other_fps:g}; they are not resampled")
+    distance = lpips_network(net) if net else None
+    rows = []
+    for frame, other in zip(frames, others):
+        truth = sample.fit_image(Image.fromarray(other).convert("RGB"), frame.shape[:2])
+        video = torch.from_numpy(frame).permute(2, 0, 1)[None] / 127.5 - 1
+        row = {"PSNR": psnr(video, truth), "SSIM": ssim(video, truth).item()}
+        if distance:
+            row["LPIPS"] = distance(video, truth).item()
+        rows.append(row)
+    means = {name: np.mean([row[name] for row in rows]) for name in rows[0]}
+    return means, len(rows)
 
 
-def new_run(argv, stage, description=__doc__):
-    """The Run whose weights are measured; those that are shipped, where --out has none."""
-    from train_distill import PROCESSES, Run, check_flags, new_parser
-    if PROCESSES > 1:
-        raise UserError("it is measured in one process, leave out torchrun")
-    parser = new_parser(description)
-    count = sample.number(int, 1, 10 ** 9)
-    parser.add_argument("--clips", type=count, help="of each kind that is measured (16)")
-    parser.add_argument("--frames", type=count, help="length of the streams that are measured (10000)")
-    parser.set_defaults(stage=stage)
-    args = check_flags(parser, parser.parse_args(argv))
-    run = Run(args)
-    run.eval_clips = args.clips or (1 if args.smoke else 16)
-    run.eval_frames = args.frames or (33 if args.smoke else 10_000)
-    run.out.mkdir(parents=True, exist_ok=True)
-    print(f"{'the shipped weights' if run.shipped else run.out}: {run.config}")
-    return run
+def end_point_error(given, found, size, image_size):
+    """The mean distance, in pixels of a video of `size` (width, height), of the points that a tracker found in it, a
+    file, from those that it was told to show, a file in pixels of the image of image_size (width, height): (mean, how
+    many). Points count that both say are visible."""
+    seen = sample.read_tracks(found, size)
+    told = sample.read_tracks(given, image_size)
+    if seen.tracks.shape[1] != told.tracks.shape[1]:
+        raise UserError(f"{found}: holds {seen.tracks.shape[1]} tracks, {told.tracks.shape[1]} were given")
+    scale, left, top = sample.crop(*image_size, size[::-1])
+    places = (told.tracks - np.float32((left, top))) * np.float32(scale)
+    inside = ((places >= 0) & (places < size)).all(-1)
+    count = min(len(places), len(seen.tracks))
+    both = (told.visible & inside)[:count] & seen.visible[:count]
+    apart = np.linalg.norm(places[:count] - seen.tracks[:count], axis=-1)[both]
+    if not len(apart):
+        return math.nan, 0
+    return apart.mean(), len(apart)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command.
+
+def run_tables(argv):
+    """Measure the tables."""
+    parser = new_parser(__doc__)
+    parser.add_argument("--photographs", type=Path, metavar="DIR", help="a folder of pictures, for one more set (none)")
+    args = parser.parse_args(argv)
+    trained = open_trained(args.out, args.device, args.seed)
+    what = f"{weights_of(trained)}, {args.clips} clips, {args.frames} frames"
+    measure_tables(trained, "eval", what, tables(trained.config, args.clips, args.frames, args.photographs))
+
+
+def new_parser(description):
+    """The flags of what measures trained models."""
+    count = number(int, 1, 10 ** 9)
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder of a training, and of the results")
+    parser.add_argument("--clips", type=count, default=16, help="of each kind that is measured (16)")
+    parser.add_argument("--frames", type=count, default=10_000, help="length of the streams that are measured (10000)")
+    parser.add_argument("--seed", type=int, default=0, help="of all noise (0)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
+
+
+def open_trained(folder, device="cpu", seed=0):
+    """The models of a training in a folder, the shipped ones if it has no student. UserError: no such device."""
+    check_device(device)
+    files = {}
+    if not (folder / "student.safetensors").exists():
+        files = {name: ASSETS / f"{shipped}.safetensors" for name, shipped in SHIPPED.items()}
+    trained = Trained(folder, device, seed, files)
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"{'the shipped weights' if files else folder}: {trained.config}")
+    return trained
+
+
+def check_device(name):
+    """UserError unless there is a device of that name."""
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {name}: not available here") from None
+
+
+def weights_of(trained):
+    """A line that tells trained models, and the seed, from others."""
+    sums = [f"{name} {trained.checksum(name):08x}" for name in trained.names()]
+    return f"seed {trained.seed}, {', '.join(sums)}"
+
+
+def run_curves(argv):
+    """Draw the curves of every stage that a training has logged."""
+    parser = Parser(description=run_curves.__doc__, prog="python -m extras.evaluate curves")
+    parser.add_argument("folder", type=Path, help="of the training")
+    folder = parser.parse_args(argv).folder
+    log = folder / "stats.jsonl"
+    if not log.is_file():
+        raise UserError(f"{log}: no such file; give the folder of a training")
+    for stage in sorted({json.loads(line)["stage"] for line in open(log)}):
+        plot_stage(folder, stage)
+        print(folder / f"{stage}.png")
+
+
+def run_compare(argv):
+    """Compare two videos frame by frame, and tracks that were asked for with those that a tracker found."""
+    parser = Parser(description=run_compare.__doc__, prog="python -m extras.evaluate compare")
+    parser.add_argument("made", type=Path, help="a video that was made")
+    parser.add_argument("real", type=Path, nargs="?", help="what it should look like")
+    parser.add_argument("--lpips", choices=("alex", "vgg"), help="LPIPS too, by the package lpips")
+    parser.add_argument("--tracks", type=Path, metavar="FILE", help="that it was told to follow, with --found")
+    parser.add_argument("--found", type=Path, metavar="FILE", help="what a tracker found in it, in its pixels")
+    parser.add_argument("--image", type=Path, metavar="FILE", help="that it started from, whose pixels --tracks are in")
+    args = parser.parse_args(argv)
+    if bool(args.tracks) != bool(args.found):
+        raise UserError("--tracks and --found need each other")
+    if args.lpips and not args.real:
+        raise UserError("--lpips needs a second video")
+    told = []
+    if args.real:
+        numbers, count = compare(args.made, args.real, args.lpips)
+        told.append(f"{count} frames of {args.real}")
+        told += [f"{name} {number:.4g}" for name, number in numbers.items()]
+    if args.tracks:
+        frames, _ = open_video(args.made)
+        height, width, _ = next(frames).shape
+        image_size = (width, height)
+        if args.image:
+            image_size = sample.load_image(args.image).size
+        error, count = end_point_error(args.tracks, args.found, (width, height), image_size)
+        told.append(f"EPE {error:.4g} of {count} points")
+    print(", ".join(told))
+
+
+COMMANDS = {"curves": run_curves, "compare": run_compare}
+
+
+def run(argv):
+    """The program. Returns the exit code."""
+    if argv and argv[0] in COMMANDS:
+        COMMANDS[argv[0]](argv[1:])
+    else:
+        run_tables(argv)
+    return 0
 
 
 def main(argv=None):
-    """Measure the README's tables."""
-    from train_distill import reported
-
-    def work():
-        run = new_run(argv, "eval")
-        measure_tables(run, "eval", tables(run))
-    return reported(work)
+    """`run`, with its errors as one line and an exit code."""
+    return sample.reported(run, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

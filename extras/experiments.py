@@ -1,74 +1,186 @@
 """The papers' experiments, in small, on drawn scenes: streams and their memory, guidance, short trainings.
 
     python -m extras.experiments --clips 12     hours; a row that is done is not measured again
+
+MotionStream's table 4, figures 4, 6a and A2, and limits; Reward Forcing's sinks; scenes that are carried away or change
+their light; objects, attention, rigidity; short distillations and teachers.
 """
 
+import functools
 import itertools
 import math
-import shutil
 import sys
 import time
-import unittest.mock
-from dataclasses import replace
+from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
-import motionstream
 import sample
 import train_distill as td
 from extras import world
-from extras.evaluate import eval_row, grid, measure_tables, new_case, new_run, play
+from extras.cases import CHANGES, NEUTRAL, new_clips, seed_of
+from extras.evaluate import (CLIP, MODELS, Trained, case_of, eval_row, find_reward, grid, measure_tables, new_parser,
+                             open_trained, play, settings_of, videos_of, weights_of)
 from extras.tracks import render_control
-from motionstream import KVCache, TrackHead, UserError, schedule, track_features, track_ids
+from motionstream import (Config, KVCache, MotionStream, TrackHead, UserError, apply_rope, schedule, track_ids)
 from sample import embed_words
 from vae import TinyVAE, TinyVAEConfig, WanVAE
 
-# Of a short distillation: the generator's updates, clips of each, images to draw from, chunks of the longest rollout.
-SHORT = {"updates": 50, "batch": 2, "images": 512, "rollout": 8}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Short trainings. Each is in a folder of its own, named by what is special about it, and done only once.
+
+class Brief:
+    """Settings of a short training: says only what is not as usual."""
+
+    def __str__(self):
+        usual = type(self)()
+        words = []
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if value != getattr(usual, one.name):
+                words.append(f"{one.name} {value}")
+        return " ".join(words) or "as usual"
+
+
+@dataclass(frozen=True)
+class Distillation(Brief):
+    """Of the causal student."""
+    updates: int = 50               # of the generator
+    batch: int = 2
+    clips: int = 512                # to draw from
+    rollout: int = 8                # the longest, in chunks
+    critic_steps: int = 5           # the critic's updates for one of the generator
+    guidance: tuple | None = None   # of the real score; None: the teacher's own
+    drawn_memory: bool = False      # chunk, sink and window of every rollout at random
+    sink_decay: float = 1.0
+    reward: str | None = None
+    beta: float = 0.5
+    seed: int = 0                   # beside that of all noise
+
+
 # Of the student for the tables of memory, which knows many: longer, but shorter than that of the shipped one.
-DRAWN_MEMORY = {"updates": 180, "batch": 4, "images": 5120, "rollout": 12, "memory": "drawn"}
+MANY_MEMORIES = Distillation(updates=180, batch=4, clips=5120, rollout=12, drawn_memory=True)
 
 
-def brief_run(run, name, what, weights, flags):
-    """The Run, to be changed, of a short training with these flags in a folder of its own below run.out, named by
-    `what` is special about it. weights: those that it needs, copied from `run`."""
-    folder = run.out / f"{name}.{td.seed_of(what, *map(run.checksum, weights)):08x}"
-    flags = {"out": folder, "tracks": run.config.track_id_mode, "device": run.device} | flags
-    words = [str(word) for flag, value in flags.items() for word in (f"--{flag.replace('_', '-')}", value)]
-    short = td.Run(td.parse_flags(words))
+@dataclass(frozen=True)
+class Lesson(Brief):
+    """Of a teacher: from nothing, on dense tracks; or from the trained one, at the rates of the causal student."""
+    steps: int = 400
+    start: bool = False             # from the trained one
+    harm: bool = False              # on damaged tracks
+    drawn: bool = False             # tracks are drawn as a video, see DrawnTracks
+    clips: int = 512
+
+
+def brief_run(trained, made, how, config, settings, **more):
+    """The Run of a short training of `made`, "teacher" or "student". how: what is special about it. more: fields of Run
+    besides; "start" is what the trained teacher's file holds."""
     if td.PROCESSES > 1:
         raise UserError("experiments train in one process, leave out torchrun")
+    sums = [trained.checksum(name) for name in MODELS[:MODELS.index(made)]]
+    folder = trained.folder / f"{made}.{seed_of(asdict(how), trained.seed, *sums):08x}"
     folder.mkdir(parents=True, exist_ok=True)
-    for weight in weights:
-        shutil.copyfile(run.path(weight), folder / f"{weight}.safetensors")
-    return short
+    files = {name: trained.path(name) for name in MODELS}
+    files["start"] = trained.path("teacher") if more.get("start") else None
+    files[made] = folder / f"{made}.safetensors"
+    dtype = td.compute_dtype(trained.device)
+    return td.Run(folder, trained.seed, trained.device, dtype, config, settings, files, **more)
 
 
-def train_briefly(short, train, weights):
-    """Train what brief_run has set up, unless its weights are there."""
-    if not short.path(weights).exists():
+def train_briefly(run, made, train):
+    """Train what brief_run has set up, unless its weights are there. Returns it, with what it was made from, as Trained."""
+    if not run.path(made).exists():
         started = time.time()
+        torch.manual_seed(seed_of(run.seed, made))              # of the weights that it begins with
         with torch.enable_grad():
-            train(short)
-        print(f"{short.out}: trained in {(time.time() - started) / 60:.1f} minutes")
-    return short
+            train(run)
+        print(f"{run.out}: trained in {(time.time() - started) / 60:.1f} minutes")
+    return Trained(run.out, run.device, run.seed, {name: run.path(name) for name in MODELS})
 
 
-def distil_briefly(run, critic_steps=5, guidance=None, seed=0, **flags):
-    """The Run of a short distillation of the causal student. critic_steps: the critic's for one of the generator;
-    guidance: (w_text, w_motion) of the real score, None: the teacher's own; seed: beside that of `run`; flags: what
-    is not as in SHORT, and of the command, sink_decay, reward, beta or memory."""
-    how = {name: flags.pop(name, value) for name, value in SHORT.items()}
-    updates = 1 if run.args.smoke else how["updates"]
-    flags |= {"stage": "distill", "steps": updates * critic_steps, "seed": run.seed + seed, "rollout": how["rollout"]}
-    what = how | flags | {"critic_steps": critic_steps, "guidance": guidance}
-    short = brief_run(run, "distilled", what, ("vae", "teacher", "causal"), flags)
-    short.recipe.batch, short.recipe.critic_steps = how["batch"], critic_steps
-    short.clips = min(run.clips, how["images"])
-    short.config = replace(short.config, guidance=guidance or run.config.guidance)
-    return train_briefly(short, td.train_student, "student")
+def clips_folder(trained, count):
+    """A folder of clips of the drawn world, encoded by the VAE of `trained`, with tracks as long as the longest
+    rollout: drawn once, for all short trainings."""
+    settings = replace(td.TINY, clips=count, rollout=MANY_MEMORIES.rollout)
+    files = {name: trained.path(name) for name in MODELS}
+    dtype = td.compute_dtype(trained.device)
+    run = td.Run(trained.folder, trained.seed, trained.device, dtype, trained.config, settings, files)
+    encode = functools.partial(td.encode_video, trained.vae().cpu())
+    return td.rendered_clips(run, f"clips{count}", count, encode)[0].parent
 
+
+def damaged_folder(folder, size):
+    """A copy of a folder of clips with tracks as a bad tracker gives them, in three of four: jittered by 2 % of the
+    width, late (nothing is said of frames 1 to 12), or broken (half of the pieces of 4 frames are missing)."""
+    copy = folder.with_name(f"{folder.name}.damaged")
+    for file in sorted(folder.glob("*.safetensors")):
+        if (copy / file.name).exists():
+            continue
+        clip = load_file(file)
+        rng = torch.Generator().manual_seed(seed_of("damage", file.name))
+        kind = (None, "jittered", "late", "broken")[int(torch.randint(0, 4, (), generator=rng))]
+        _, change = CHANGES[kind]
+        tracks, visible = change(None, clip["tracks"][None], clip["visible"][None], size, rng)
+        td.write_clip(copy / file.name, clip | {"tracks": tracks[0], "visible": visible[0]})
+    return copy
+
+
+def distillation_run(trained, how):
+    """The Run of a Distillation, but for its clips."""
+    guidance = how.guidance
+    if guidance is None:
+        guidance = trained.model("teacher").config.guidance
+    config = replace(trained.model("causal").config, guidance=guidance, sink_decay=how.sink_decay)
+    settings = replace(
+        td.TINY, batch=how.batch, distill_steps=how.updates * how.critic_steps, critic_steps=how.critic_steps,
+        rollout=how.rollout, drawn_memory=how.drawn_memory, beta=how.beta)
+    reward = find_reward(how.reward) if how.reward else None
+    trained = replace(trained, seed=trained.seed + how.seed)
+    return brief_run(trained, "student", how, config, settings, reward=reward)
+
+
+def distil_briefly(trained, how):
+    """The student of a Distillation, as Trained."""
+    run = distillation_run(trained, how)
+    if not run.path("student").exists():
+        run = replace(run, data=clips_folder(replace(trained, seed=run.seed), how.clips))
+    return train_briefly(run, "student", td.train_student)
+
+
+def lesson_run(trained, how):
+    """The Run of a Lesson, but for its clips."""
+    config = trained.model("teacher").config
+    settings = replace(td.TINY, teacher_steps=how.steps, rollout=0)
+    settings = replace(settings, track_weight=0.0)              # no cell of a drawn video is empty
+    more = {}
+    if how.start:
+        more["start"] = sample.inspect(trained.path("teacher"))
+        settings = replace(settings, teacher=td.TINY.causal, dense_share=0.0)
+    else:
+        inputs = config.in_dim - config.track_dim + config.out_dim
+        config = replace(config, track_id_mode="start", track_dim=config.out_dim, in_dim=inputs, latent_std=())
+        settings = replace(settings, dense_share=1.0)
+    if how.drawn:
+        more["network"] = drawing(trained.vae())
+    return brief_run(trained, "teacher", how, config, settings, **more)
+
+
+def teach_briefly(trained, how):
+    """The teacher of a Lesson, as Trained."""
+    run = lesson_run(trained, how)
+    if not run.path("teacher").exists():
+        folder = clips_folder(trained, how.clips)
+        if how.harm:
+            folder = damaged_folder(folder, run.config.size[0])
+        run = replace(run, data=folder)
+    return train_briefly(run, "teacher", td.train_teacher)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Networks that differ.
 
 class Refreshed(KVCache):
     """A cache whose sink is, every 25 chunks, the one just written."""
@@ -81,224 +193,287 @@ class Refreshed(KVCache):
             self.chunks[0] = self.chunks[-1]
 
 
-def distilled_row(run, distil, cache=KVCache, **settings):
-    """eval_row of the student of a short distillation `distil`, arguments of distil_briefly. cache: what remembers."""
-    short = distil_briefly(run, **distil)
-    with unittest.mock.patch.object(motionstream, "KVCache", cache):
-        return eval_row(short, **settings)
+class RefreshedStudent(MotionStream):
+    """A student with such caches."""
+
+    def new_caches(self):
+        config = self.config
+        return [Refreshed(config.sink, config.window, config.sink_decay) for _ in self.blocks]
 
 
-def drawn_tracks(vae):
+class DrawnTracks(TrackHead):
     """A track head that draws the tracks instead, as dots of 5x5 pixels, and encodes them as a video, which is what
     MotionStream's table 3 compares with: a dot has the colour of its ID, where the track starts."""
-    class DrawnTracks(TrackHead):
-        def forward(self, tracks, visible, ids, height, width):
-            (B, T, N, _), size = tracks.shape, torch.tensor([width, height])
-            colour = torch.stack([(ids & 0xFFFF) / width, (ids >> 16) / height, torch.ones(B, N)], -1)      # (B, N, 3)
-            inside = visible & ((tracks >= 0) & (tracks < size)).all(-1)
-            b, t, n = inside.nonzero(as_tuple=True)
-            x, y = (tracks[b, t, n].long() + 2).T
-            video = torch.zeros(B, T, height + 4, width + 4, 3)
-            for i, j in itertools.product(range(-2, 3), repeat=2):
-                video[b, t, y + i, x + j] = colour[b, n]
-            self.video = video if T % 4 == 1 else torch.cat([self.video, video], 1)     # a chunk goes on from the last
-            with torch.no_grad():
-                latents = vae.encode(self.video[:, :, 2:-2, 2:-2].permute(0, 4, 1, 2, 3) * 2 - 1)
-            return latents[:, :, -((T + 3) // 4):] + 0 * self.conv.weight.sum()     # a gradient for what is not used
 
-    return DrawnTracks
+    def __init__(self, vae, out_channels, stride):
+        super().__init__(out_channels=out_channels, stride=stride)
+        self.others = [vae]                 # a list: its parameters are not this module's
+        self.video = None                   # of the chunks before
 
+    def forward(self, tracks, visible, ids, height, width):
+        frames = tracks.shape[1]
+        video = self.draw(tracks, visible, ids, height, width)
+        if frames % 4 == 0:                                             # a chunk goes on from the last
+            video = torch.cat([self.video, video], 2)
+        self.video = video
+        with torch.no_grad():
+            latents = self.others[0].encode(video)
+        latents = latents[:, :, -((frames + 3) // 4):]
+        return latents + 0 * self.conv.weight.sum()                     # a gradient for what is not used
 
-def damaged(pick):
-    """td.pick with tracks as a bad tracker gives them, in three of four clips: jittered by 2 % of the width, or late,
-    nothing is said of frames 1 to 12, or broken, half of the pieces of 4 frames are missing."""
-    def picked(*args):
-        clips = pick(*args)
-        B, T, N = clips["visible"].shape
-        kind, t = torch.randint(0, 4, (B, 1, 1)), torch.arange(T)[:, None]
-        clips["tracks"] = clips["tracks"] + (kind == 1)[..., None] * 0.02 * td.SIZE * torch.randn(B, T, N, 2)
-        gaps = (torch.rand(B, T // 4 + 1, N) < 0.5).repeat_interleave(4, 1)[:, :T]
-        clips["visible"] &= ~((kind == 2) & (t > 0) & (t < 13) | (kind == 3) & (t > 3) & gaps)
-        return clips
-    return picked
-
-
-def teach_briefly(run, steps, start=False, harm=False):
-    """The Run of a short training of a teacher of the drawn world: from nothing, on dense tracks, by the track head
-    that motionstream has; or from the teacher of `run` (start) at the rates of the causal stage, on tracks as
-    they are or damaged (harm)."""
-    c, head, steps = run.config, motionstream.TrackHead, 1 if run.args.smoke else steps
-    flags = {"stage": "teacher", "steps": steps, "seed": run.seed, "vae": run.path("vae")}
-    flags |= {"weights": run.path("teacher")} if start else {}
-    what = [steps, start, harm, head.__name__, run.checksum("vae"), run.checksum("teacher")]
-    short = brief_run(run, "taught", what, (), flags)
-    short.clips, short.recipe.emphasis = min(run.clips, 512), 0.0       # no cell of a drawn video is empty
-    if start:
-        short.recipe.teacher = td.RECIPES["tiny"]["causal"]
-    else:
-        short.dense, short.config = 1, replace(c, track_dim=c.out_dim, in_dim=c.in_dim - c.track_dim + c.out_dim)
-    with unittest.mock.patch.object(td, "pick", damaged(td.pick) if harm else td.pick):
-        return train_briefly(short, td.train_teacher, "teacher")
+    def draw(self, tracks, visible, ids, height, width):
+        """(B, 3, T, H, W) in [-1, 1], black where no track is."""
+        B, T, N, _ = tracks.shape
+        x = (ids & 0xFFFF) / width
+        y = (ids >> 16) / height
+        colour = torch.stack([x, y, torch.ones_like(x)], -1)            # (B, N, 3)
+        size = torch.tensor([width, height], device=tracks.device)
+        inside = visible & ((tracks >= 0) & (tracks < size)).all(-1)
+        b, t, n = inside.nonzero(as_tuple=True)
+        column, row = (tracks[b, t, n].long() + 2).unbind(1)
+        video = torch.zeros(B, T, height + 4, width + 4, 3, device=tracks.device)
+        for i, j in itertools.product(range(-2, 3), repeat=2):
+            video[b, t, row + i, column + j] = colour[b, n]
+        return video[:, :, 2:-2, 2:-2].permute(0, 4, 1, 2, 3) * 2 - 1
 
 
-def taught_row(run, teach, drawn=False, **settings):
-    """eval_row of the teacher of a short training `teach`, arguments of teach_briefly; drawn: see drawn_tracks."""
-    with unittest.mock.patch.object(motionstream, "TrackHead", drawn_tracks(run.vae()) if drawn else TrackHead):
-        return eval_row(teach_briefly(run, **teach), model="teacher", **settings)
+def drawing(vae):
+    """A class of MotionStreams whose track heads are DrawnTracks."""
+    class DrawingTeacher(MotionStream):
+        def __init__(self, config):
+            super().__init__(config)
+            self.track_head = DrawnTracks(vae, config.track_dim, config.stride)
+
+    return DrawingTeacher
 
 
-def speed_row(run, frames, **settings):
+# ----------------------------------------------------------------------------------------------------------------------
+# What a row measures.
+
+def distilled_row(trained, distil, **settings):
+    """eval_row of the student of a short Distillation."""
+    return eval_row(distil_briefly(trained, distil), **settings)
+
+
+def taught_row(trained, teach, **settings):
+    """eval_row of the teacher of a short Lesson."""
+    kind = drawing(trained.vae()) if teach.drawn else MotionStream
+    return eval_row(teach_briefly(trained, teach), model="teacher", kind=kind, **settings)
+
+
+def speed_row(trained, **settings):
     """Time for a chunk and for a frame, decoded, as shares of those of the student as it is: of two streams in turn,
     medians of 15 chunks, the first of them the sixth."""
-    overrides = {key: settings.pop(key) for key in [*settings] if hasattr(run.config, key)}
-    scene, motion = new_case(frames=frames, **settings)
-    streams = [play(run, "student", scene, motion, embed_words(td.NEUTRAL, run.config), **more)
-               for more in (overrides, {"chunk": run.config.chunk})]
-    seconds = []
-    for _ in range(20):
-        for stream in streams:
+    overrides = settings_of(Config, settings)
+    clips = new_clips(case_of(settings))
+    text = embed_words(NEUTRAL, trained.config)
+    changed = play(trained, "student", clips, text, **overrides)
+    usual = play(trained, "student", clips, text, chunk=trained.config.chunk)
+    chunks = np.zeros((20, 2))
+    frames = np.zeros((20, 2))
+    for i in range(20):
+        for j, stream in enumerate((changed, usual)):
             started = time.perf_counter()
             count = next(stream).shape[2]
-            seconds.append((time.perf_counter() - started) * np.array([1, 1 / count]))
-    chunk, frame = np.median(np.array(seconds[10:]).reshape(15, 2, 2), 0).T
+            chunks[i, j] = time.perf_counter() - started
+            frames[i, j] = chunks[i, j] / count
+    chunk = np.median(chunks[5:], 0)
+    frame = np.median(frames[5:], 0)
     return {"chunk": chunk[0] / chunk[1], "frame": frame[0] / frame[1]}
 
 
-def decoders_row(run, **_):
+def decoders_row(trained, **_):
     """How many times longer the decoder of Wan 2.1 takes than that of taew2_1 for a chunk of 12 frames of 64x64 pixels,
     in turn, medians of 5: random weights."""
     latents = torch.randn(1, 16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    seconds, both = [], [(vae, vae.decode(latents)[1]) for vae in (WanVAE().eval(), TinyVAE(TinyVAEConfig()).eval())]
-    for _ in range(5):
-        for vae, state in both:
+    vaes = [WanVAE().eval(), TinyVAE(TinyVAEConfig()).eval()]
+    states = [vae.decode(latents)[1] for vae in vaes]
+    seconds = np.zeros((5, 2))
+    for i in range(5):
+        for j, vae in enumerate(vaes):
             started = time.perf_counter()
-            vae.decode(latents, state)
-            seconds.append(time.perf_counter() - started)
-    wan, small = np.median(np.array(seconds).reshape(5, 2), 0)
+            vae.decode(latents, states[j])
+            seconds[i, j] = time.perf_counter() - started
+    wan, small = np.median(seconds, 0)
     return {"times": wan / small}
 
 
-def attention_row(run, layer, model="student", distil=None, **settings):
+def attention_row(trained, layer, model="student", distil=None, **settings):
     """Where a layer's self-attention goes once the cache is full: in percent, to the sink, to the window and to the
-    chunk itself. Means over a stream's passes (the clean ones too), clips, heads and tokens. distil: of a student of a
-    short distillation."""
-    run = distil_briefly(run, **distil) if distil else run
-    (scene, motion), c, passes, attend = new_case(**settings), run.config, [], motionstream.attend
+    chunk itself. Means over a stream's passes (the clean ones too), clips, heads and tokens. distil: of the student of a
+    short Distillation."""
+    if distil:
+        trained = distil_briefly(trained, distil)
+    clips = new_clips(case_of(settings))
+    network = trained.model(model)
+    passes = []
 
-    def watched(q, k, v):
-        parts = [n * q.shape[1] for n in (c.sink, c.window, 1)]                 # tokens
-        if k.shape[1] == sum(parts):                                            # neither text nor a cache not yet full
-            scores = torch.einsum("blnk,bsnk->bnls", q.float(), k.float()) / math.sqrt(q.shape[3])
-            passes.append([part.sum(3).mean().item() for part in scores.softmax(3).split(parts, 3)])
-        return attend(q, k, v)
+    def watch(attention, inputs):
+        x, rope, cache, _ = inputs
+        if len(cache.chunks) == network.config.sink + network.config.window:
+            passes.append(attention_shares(attention, x, rope, cache))
 
-    with unittest.mock.patch.object(motionstream, "attend", watched):
-        for _ in play(run, model, scene, motion, embed_words(td.NEUTRAL, run.config)):
-            pass
-    shares = 100 * torch.tensor(passes).view(-1, c.num_layers, 3)[:, layer].mean(0)
+    network.blocks[layer].self_attn.register_forward_pre_hook(watch)
+    for _ in videos_of(network, trained.vae(), clips, embed_words(NEUTRAL, network.config), seed=trained.seed):
+        pass
+    shares = 100 * torch.stack(passes).mean(0)
     return dict(zip(("sink", "window", "itself"), shares.tolist()))
 
 
-def words_row(run, model="teacher", text=None, guidance=None, **settings):
+def attention_shares(attention, x, rope, cache):
+    """What SelfAttention's softmax gives to sink, window and the chunk x (B, L, D) itself: (3,), of sum 1."""
+    heads = (attention.num_heads, -1)
+    q = attention.norm_q(attention.q(x)).unflatten(2, heads)            # (B, L, N, K)
+    k = attention.norm_k(attention.k(x)).unflatten(2, heads)
+    keys, _ = cache.read(k, k)
+    q = apply_rope(q, rope[-q.shape[1]:])
+    keys = apply_rope(keys, rope)
+    scores = torch.einsum("blnk,bsnk->bnls", q.float(), keys.float()) / math.sqrt(q.shape[3])
+    length = x.shape[1]
+    parts = scores.softmax(3).split((cache.sink * length, cache.window * length, length), 3)
+    return torch.stack([part.sum(3).mean() for part in parts])
+
+
+def words_row(trained, model="teacher", text=None, guidance=None, **settings):
     """How often a motion that the caption names appears, in percent of the clips: those nearer, in mean square, to the
-    film as captioned than to the same film with rigid objects, which neither spin nor pulse. share: where they lie
-    between the two, 0 rigid, 1 as captioned. Clips whose two films are alike (40 dB), a spinning disc, do not count."""
-    scene, motion = new_case(**settings)
-    truth = world.render(scene, td.SIZE)
-    rigid = world.render(scene | {"spin": 0 * scene["spin"], "pulse": 0 * scene["pulse"] + 1}, td.SIZE)
-    text = text or world.caption(*settings["attributes"])
+    video as captioned than to the same one with rigid objects, which neither spin nor pulse. share: where they lie
+    between the two, 0 rigid, 1 as captioned. Clips whose two videos are alike (40 dB), a spinning disc, do not count."""
+    attributes = settings["attributes"]
+    clips = new_clips(case_of(settings))
+    scene = clips.scene
+    truth = clips.frames()
+    still = {"spin": torch.zeros_like(scene["spin"]), "pulse": torch.ones_like(scene["pulse"])}
+    rigid = world.render(scene | still, clips.size, 0, clips.length)
+    words = embed_words(text or world.caption(*attributes), trained.config)
     guided = {"guidance": guidance} if guidance else {}
-    video = torch.cat([*play(run, model, scene, motion, embed_words(text, run.config), **guided)], 2)
+    video = torch.cat([*play(trained, model, clips, words, **guided)], 2)
     differs = (truth - rigid).square().sum((1, 2, 3, 4))
     share = ((video - rigid) * (truth - rigid)).sum((1, 2, 3, 4)) / differs
-    share = share[differs / truth[0].numel() > 4e-4]                            # the mean square of 40 dB
-    return {"appears": 100 * (share > 0.5).float().mean().item(), "share": share.mean().item(), "clips": len(share)}
+    share = share[differs / truth[0].numel() > 4e-4]                    # the mean square of 40 dB
+    appears = 100 * (share > 0.5).float().mean()
+    return {"appears": appears.item(), "share": share.mean().item(), "clips": len(share)}
 
 
-def encoding_row(run, by, **settings):
+def encoding_row(trained, by, **settings):
     """Milliseconds to encode the tracks of a clip: by "head" as the track head does, by "vae" as a drawn video."""
-    _, motion = new_case(**settings)
-    model, vae, seconds = run.model("student"), run.vae(), []
-    tracks, visible = (motion[key].to(run.device) for key in ("tracks", "visible"))
-    motion = sample.Motion(tracks, visible, track_ids(tracks, visible, model.config))
-    frames = 4 * sample.latent_frames(settings["frames"], model.config.chunk) - 3
+    clips = new_clips(case_of(settings))
+    model = trained.model("student")
+    vae = trained.vae()
+    tracks = clips.tracks.to(trained.device)
+    visible = clips.visible.to(trained.device)
+    ids = track_ids(tracks, visible, model.config)
+    motion = sample.Motion(tracks, visible, ids)
+
+    def encode():
+        if by == "vae":
+            return render_control(vae, motion, model.config.size, clips.length)
+        return model.track_head(tracks, visible, ids, *model.config.size)
+
+    seconds = []
     for _ in range(9):
         started = time.perf_counter()
-        if by == "vae":
-            render_control(vae, motion, model.config.size, frames).sum().item()     # waits for a GPU
-        else:
-            track_features(model, motion.tracks, motion.visible, motion.ids).sum().item()
+        encode().sum().item()                                           # waits for a GPU
         seconds.append(time.perf_counter() - started)
     return {"ms": 1000 * np.median(seconds)}
 
 
-def tables(run):
-    """The tables of the experiments, as in evaluate.py: MotionStream's table 4, figures 4, 6a and A2, and limits;
-    Reward Forcing's sinks; a scene that is carried away or changes its light; objects, attention, rigidity."""
-    clip = {"seed": "eval 1 False", "clips": run.eval_clips, "frames": td.CLIP, "objects": 1}
-    frames = min(run.eval_frames, 20 * td.CLIP)                    # 20 times the training's length, in 30 pieces
-    stream = clip | {"seed": "stream False", "clips": math.ceil(run.eval_clips / 4), "frames": frames,
-                     "piece": math.ceil(frames / 30)}
-    teacher, sinks = clip | {"model": "teacher"}, grid(sink_decay=(1.0, 0.999, 0.99, 0.9, 0.5)) + grid(sink=(0,))
-    words = [{"seed": f"words {motion}", "attributes": (0, motion)} | case for motion in (1, 2) for case in
-             [*grid(model=("vae", "student")), *grid(guidance=[(0, 1.5), (1, 1.5)]),
-              *grid(model=("student", "teacher"), text=(td.NEUTRAL,))]]
+# ----------------------------------------------------------------------------------------------------------------------
+# The tables.
+
+def tables(config, count, frames):
+    """As in evaluate.py. count: clips of each kind; frames: of the streams."""
+    clip = {"seed": "eval 1 False", "clips": count, "frames": CLIP, "objects": 1}
+    frames = min(frames, 20 * CLIP)                                     # 20 times the training's length
+    stream = clip | {"seed": "stream False", "clips": math.ceil(count / 4), "frames": frames}
+    stream |= {"piece": math.ceil(frames / 30)}
     half = stream | {"frames": math.ceil(frames / 2), "piece": math.ceil(frames / 60)}
-    drawn = {"measure": distilled_row, "distil": DRAWN_MEMORY}
+    return memory_tables(config, stream, half) | clip_tables(config, clip) | training_tables(clip, half)
+
+
+def memory_tables(config, stream, half):
+    """Of streams: what is remembered, how much is made at once, in how many steps."""
+    drawn = {"measure": distilled_row, "distil": MANY_MEMORIES}
     moving = stream | drawn | {"seed": "stream True", "camera": True, "points": "dense"}
-    kept = grid(sink_decay=(1.0, 0.99, 0.9)) + [{"cache": Refreshed}]
+    sinks = grid(sink_decay=(1.0, 0.999, 0.99, 0.9, 0.5)) + grid(sink=(0,))
+    kept = grid(sink_decay=(1.0, 0.99, 0.9)) + [{"kind": RefreshedStudent}]
     dusk = {"attributes": (1, 0), "change": "dusk", "later": world.caption(1, 0)}
-    steps = [schedule(steps, run.config.shift) for steps in (1, 2, 4)]
     return {"streams": (stream | drawn, sinks),
             "moving camera": (moving, sinks),
             "memory": (stream | drawn, grid(sink=(0, 1, 2, 3), window=(1, 2, 4))),
             "memory of the shipped student": (stream, grid(sink=(0, 1, 2, 3), window=(1, 2, 4))),
             "chunk": (stream | drawn, grid(chunk=(1, 5))),
-            "steps": (stream | drawn, grid(sigmas=steps)),
+            "steps": (stream | drawn, grid(sigmas=step_counts(config))),
             "carried away": (moving | {"change": "carried away", "camera": False}, kept),
             "dusk": (half | drawn | dusk, kept),
-            "self-rollout": (stream, grid(model=("causal",))),
-            "guidance": (teacher, grid(guidance=[*itertools.product((0, 1, 2, 3), (0, 1, 1.5, 3))])),
-            "limits": (clip | {"points": "dense"}, grid(speed=(1, 2, 3, 4, 6, 8)) + grid(
-                change=("teleport", "two ways", "jittered", "late", "broken"))),
-            "crossing": (clip | {"objects": 2, "seed": "crossing"}, grid(points=("dense", "drag"), change=(
-                None, "crossing"))),
-            "objects": (clip | {"points": "dense"}, grid(objects=(1, 2, 3, 6))),
-            "attention": (clip | {"measure": attention_row, "frames": 2 * td.CLIP},
-                          grid(model=("causal", "student"), layer=range(run.config.num_layers))
-                          + grid(distil=(DRAWN_MEMORY,), layer=range(run.config.num_layers))),
-            "speed": (clip | {"measure": speed_row, "clips": 1, "frames": 600}, grid(chunk=(1, 3, 5, 7)) + grid(
-                sink=(0, 2, 3)) + grid(window=(2, 4, None)) + grid(sigmas=steps)),
-            "words": (clip | {"measure": words_row, "clips": 2 * run.eval_clips}, words),
-            **trainings(run, clip, half)}
+            "self-rollout": (stream, grid(model=("causal",)))}
 
 
-def trainings(run, clip, half):
-    """The tables of the experiments that have trainings of their own: short distillations, by both papers' settings;
-    teachers with damaged tracks, and with tracks as a drawn video. half: a stream."""
-    distillations = [*grid(seed=(0, 1), guidance=(None, (0, 0))), *grid(critic_steps=(1, 2)), {"sink_decay": 0.9},
-                     *grid(reward=("motion",), beta=(0.5, 2.0))]
-    students = [{"distil": how} for how in distillations]
-    students += [{"distil": {}, "sink_decay": 0.9}]                         # EMA-Sink in streaming alone
+def step_counts(config):
+    """Schedules of 1, 2 and 4 steps."""
+    return [schedule(steps, config.shift) for steps in (1, 2, 4)]
+
+
+def clip_tables(config, clip):
+    """Of clips: guidance, limits, objects, attention, speed, words."""
+    dense = clip | {"points": "dense"}
+    changes = ("teleport", "two ways", "jittered", "late", "broken")
+    crossing = clip | {"objects": 2, "seed": "crossing"}
+    layers = range(config.num_layers)
+    watched = grid(model=("causal", "student"), layer=layers) + grid(distil=(MANY_MEMORIES,), layer=layers)
+    timed = grid(chunk=(1, 3, 5, 7)) + grid(sink=(0, 2, 3)) + grid(window=(2, 4, None))
+    timed += grid(sigmas=step_counts(config))
+    weights = itertools.product((0, 1, 2, 3), (0, 1, 1.5, 3))
+    said = []
+    for motion in (1, 2):
+        scenes = {"seed": f"words {motion}", "attributes": (0, motion)}
+        rows = grid(model=("vae", "student")) + grid(guidance=[(0, 1.5), (1, 1.5)])
+        rows += grid(model=("student", "teacher"), text=(NEUTRAL,))
+        said += [scenes | row for row in rows]
+    return {"guidance": (clip | {"model": "teacher"}, grid(guidance=[*weights])),
+            "limits": (dense, grid(speed=(1, 2, 3, 4, 6, 8)) + grid(change=changes)),
+            "crossing": (crossing, grid(points=("dense", "drag"), change=(None, "crossing"))),
+            "objects": (dense, grid(objects=(1, 2, 3, 6))),
+            "attention": (clip | {"measure": attention_row, "frames": 2 * CLIP}, watched),
+            "speed": (clip | {"measure": speed_row, "clips": 1, "frames": 600}, timed),
+            "words": (clip | {"measure": words_row, "clips": 2 * clip["clips"]}, said)}
+
+
+def training_tables(clip, half):
+    """Of short trainings: distillations, by both papers' settings; teachers with damaged tracks, and with tracks as a
+    drawn video. half: a stream."""
+    ways = [Distillation(seed=seed, guidance=guidance) for seed in (0, 1) for guidance in (None, (0, 0))]
+    ways += [Distillation(critic_steps=steps) for steps in (1, 2)]
+    ways += [Distillation(sink_decay=0.9)]
+    ways += [Distillation(reward="motion", beta=beta) for beta in (0.5, 2.0)]
+    students = [{"distil": how} for how in ways]
+    students += [{"distil": Distillation(), "sink_decay": 0.9}]         # EMA-Sink in streaming alone
     students += [{"measure": eval_row, "model": model} for model in ("causal", "student")]
-    harmed = [{"teach": {"steps": 200, "start": True, "harm": harm}, "change": change}
+    harmed = [{"teach": Lesson(200, start=True, harm=harm), "change": change}
               for harm in (False, True) for change in (None, "jittered", "late", "broken")]
-    taught = clip | {"measure": taught_row, "points": "dense"}
-    return {"distillation, dense": (clip | {"measure": distilled_row, "points": "dense"}, students),
+    drawn = [{"teach": Lesson(drawn=drawn)} for drawn in (False, True)]
+    dense = clip | {"points": "dense"}
+    taught = dense | {"measure": taught_row}
+    return {"distillation, dense": (dense | {"measure": distilled_row}, students),
             "distillation, drag": (clip | {"measure": distilled_row}, students),
             "distillation, stream": (half | {"measure": distilled_row}, students),
             "damaged tracks": (taught, harmed),
-            "drawn tracks": (taught | {"teach": {"steps": 400}}, grid(drawn=(False, True))),
-            "encoding": (clip | {"measure": encoding_row, "clips": 1, "points": "dense"}, grid(by=("vae", "head"))),
+            "drawn tracks": (taught, drawn),
+            "encoding": (dense | {"measure": encoding_row, "clips": 1}, grid(by=("vae", "head"))),
             "decoders": (clip | {"measure": decoders_row}, [{}])}
 
 
+def run(argv):
+    """Measure the tables of the experiments. Returns the exit code."""
+    args = new_parser(__doc__).parse_args(argv)
+    trained = open_trained(args.out, args.device, args.seed)
+    what = f"{weights_of(trained)}, {args.clips} clips, {args.frames} frames"
+    measure_tables(trained, "experiments", what, tables(trained.config, args.clips, args.frames))
+    return 0
+
+
 def main(argv=None):
-    """Measure the tables of the experiments."""
-    def work():
-        run = new_run(argv, "experiments", __doc__)
-        measure_tables(run, "experiments", tables(run))
-    return td.reported(work)
+    """`run`, with its errors as one line and an exit code."""
+    return sample.reported(run, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,14 @@
-"""The page that paints tracks while a video streams, and what it records.
+"""The page: draw tracks in a browser on a video while it streams, and record it.
 
-Requests only read and replace values of `live`; the main thread alone runs the model. What may be asked over HTTP, and
+    python -m extras.page --image x.png
+
+It prints an address; whoever opens it can drag, pin, draw paths and move the camera. Flags are those of sample.py, but
+for what is known beforehand (tracks, frames); --host and --port say where the page is served.
+
+A recording that begins with the image is three files: NAME.mp4, NAME.png, the image, and NAME.npz, what each chunk was
+given. `python sample.py --image NAME.png --tracks NAME.npz` makes the same frames again, see save_recording.
+
+Requests only read and replace values of `Live`; the main thread alone runs the model. What may be asked over HTTP, and
 what is refused, is in Handler.
 """
 
@@ -14,233 +22,570 @@ import math
 import os
 import secrets
 import socket
+import sys
 import threading
 import time
-import zlib
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
-from motionstream import naming
-from sample import (UMT5_DIM, Motion, enlarge, enlargement, fit_image, fit_tracks, follow, generate, hold_signals,
-                    load_image, to_frames, video_file)
+import sample
+from motionstream import Config, UserError, naming, write
+from sample import (Tracks, crop, embed_words, enlarge, fit_image, hold_signals, live_motion, number, to_frames,
+                    video_file)
 
 RECORDING = Path("recording.mp4")   # what is recorded, without --out
-TOKEN, NONCE = secrets.token_urlsafe(16), secrets.token_urlsafe(16)
-HEADERS = {"Cache-Control": "no-store", "Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff",
-           "Content-Security-Policy": f"default-src 'none'; script-src 'nonce-{NONCE}'; style-src 'nonce-{NONCE}'; "
-           "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"}
+PORT = 8765
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the threads share.
+
+class Shown(NamedTuple):
+    """A frame of a video."""
+    number: int             # rises, over all takes
+    seq: int                # of the control that it obeys
+    pixels: np.ndarray      # uint8 (H, W, 3)
+
+
+class Given(NamedTuple):
+    """What a chunk was given, in pixels of the image."""
+    starts: list            # (x, y) of each point: where in frame 0 is what it moves
+    ids: np.ndarray         # (N,) int64, as the model got them
+    tracks: np.ndarray      # (T, N, 2) float32
+    prompt: str
+
+
+@dataclass
+class Take:
+    """A stream from an image on."""
+    number: int
+    image: Image.Image
+    config: Config
+    made: collections.deque = field(default_factory=collections.deque)      # of Shown, not seen yet
+    seen: collections.deque = field(default_factory=collections.deque)      # of frames, for the recorder
+    obeyed: dict | None = None      # the control that the latest chunk was begun with
+    begun: float | None = None      # when that was, until its first picture is there
+
+
+@dataclass
+class Live:
+    """What a page can read and replace, and what the clock shows it."""
+    image: Image.Image      # that the next take starts from
+    config: Config          # how the model streams, at the chunk that the flags say
+    control: dict           # the newest one, see read_control
+    status: dict            # what a page is told besides
+    frame: Shown            # the one that is seen
+    stop: list              # of signals: not empty once the program ends
+    out: Path | None = None         # of the first recording that begins with the image; None: it has been used
+    hosts: list = field(default_factory=list)       # names of this server
+    take: Take | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    count: itertools.count = field(default_factory=lambda: itertools.count(1))      # of frames
+    watched: float = -math.inf      # when a page last asked for a frame
+    runs: bool = False      # somebody watches, and it is not paused
+    tick: float = 0.0       # when the next frame is to be seen
+    lead: float = 0.0       # seconds that a chunk has to be begun beforehand
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a browser may ask.
+
+TOKEN = secrets.token_urlsafe(16)
+NONCE = secrets.token_urlsafe(16)
+HEADERS = {
+    "Cache-Control": "no-store", "Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy":
+        f"default-src 'none'; script-src 'nonce-{NONCE}'; style-src 'nonce-{NONCE}'; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"}
 MOST = {"application/json": 2 ** 16, "image/png": 2 ** 23, "image/jpeg": 2 ** 23}      # bytes that may be posted
+MOST_POINTS = 256
+MOST_PIXELS = 2 ** 25       # of an image
 PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8").replace("NONCE", NONCE).encode()
 KINDS = {"seq": int, "take": int, "chunk": int, "pause": bool, "record": bool, "prompt": str, "points": list}
 
 
 def read_control(data, chunks, reach):
-    """The page's JSON, checked: {"seq": rises with every post, "take": another one starts anew, "chunk", "pause",
-    "record", "prompt", "points": [[x, y, x and y in frame 0, and when grabbed], …] in pixels of the image, below
-    `reach`}."""
+    """The page's JSON, checked: {"seq": rises with every post, "take": another one starts anew, "chunk": one of
+    `chunks`, "pause", "record", "prompt", "points": [[x, y, x and y in frame 0, and when grabbed], …] in pixels of the
+    image, below `reach`}. Whatever is wrong raises."""
     control = json.loads(data, parse_constant=float)
     points = np.array(control["points"], np.float64)
-    if ({name: type(value) for name, value in control.items()} != KINDS or control["chunk"] not in chunks
-            or points.shape not in ((0,), (len(points), 6)) or len(points) > 256 or not (abs(points) < reach).all()
-            or len(control["prompt"]) > 1000 or not 0 < control["seq"] < 2 ** 53):
+    kinds = {name: type(value) for name, value in control.items()}
+    right = (
+        kinds == KINDS
+        and control["chunk"] in chunks
+        and points.shape in ((0,), (len(points), 6))
+        and len(points) <= MOST_POINTS
+        and (abs(points) < reach).all()                 # False for NaN
+        and len(control["prompt"]) <= 1000
+        and 0 < control["seq"] < 2 ** 53)
+    if not right:
         raise ValueError("not what the page sends")
     return control | {"points": points.tolist()}
 
 
 def named(names, port):
     """The Host headers that name a server: a name of it and its port, which browsers leave out if it is 80."""
-    return [f"{name}:{port}" for name in names] + [*names] * (port == 80)
+    hosts = [f"{name}:{port}" for name in names]
+    return hosts + list(names) if port == 80 else hosts
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """What is asked for and posted, if it comes with the token and from this page; everything else is refused."""
-    protocol_version, timeout, disable_nagle_algorithm = "HTTP/1.1", 5, True        # seconds that a socket may stall
+    protocol_version = "HTTP/1.1"
+    timeout = 5                     # seconds that a socket may stall
+    disable_nagle_algorithm = True
 
     def handle(self):
-        with contextlib.suppress(OSError):                          # the other side has gone, or stalls
-            if threading.active_count() < 64:                       # one for each connection
+        """One connection, in a thread of its own."""
+        with contextlib.suppress(OSError):              # the other side has gone, or stalls
+            if threading.active_count() < 64:
                 super().handle()
 
     def log_message(self, *_):
         """Print nothing of what strangers send."""
 
-    def answer(self):
-        """Who may ask: whoever names one of our hosts, no other page as origin, and the token. And for what."""
-        live, host, (token, _, path) = self.server.live, self.headers.get("Host", ""), self.path[1:].partition("/")
-        hosts = named((*live.hosts, self.connection.getsockname()[0]), self.server.server_port)
-        ours = self.headers.get("Origin") in (None, f"http://{host}")
-        ours = ours and secrets.compare_digest(token.encode(), TOKEN.encode())
-        name, _, seen = f"{self.command} {path}".partition("/")
-        state = live.control | live.status | {"frame": live.frame[0]}
-        asked = {"GET ": lambda *_: ("text/html; charset=utf-8", PAGE), "POST control": self.post,
-                 "GET status": lambda *_: ("application/json", json.dumps(state).encode()),
-                 "GET frame": self.newest}.get(name, lambda *_: 404)
-        answer = 421 if host not in hosts else asked(live, seen) if ours else 403
-        if isinstance(answer, int):
-            return self.send_error(answer)
-        kind, body, *more = answer
+    def refusal(self):
+        """The code with which a request is refused, else None: it has to name one of our hosts, to know the token, and
+        to come from no other page."""
+        host = self.headers.get("Host", "")
+        names = [*self.server.live.hosts, self.connection.getsockname()[0]]
+        if host not in named(names, self.server.server_port):
+            return 421
+        token = self.path[1:].partition("/")[0]
+        from_page = self.headers.get("Origin") in (None, f"http://{host}")
+        if not from_page or not secrets.compare_digest(token.encode(), TOKEN.encode()):
+            return 403
+        return None
+
+    def do_GET(self):
+        """The page, its state, or the newest frame."""
+        refused = self.refusal()
+        path = self.path[1:].partition("/")[2]
+        name, _, seen = path.partition("/")
+        if refused:
+            self.send_error(refused)
+        elif path == "":
+            self.reply("text/html; charset=utf-8", PAGE)
+        elif name == "status":
+            live = self.server.live
+            state = live.control | live.status | {"frame": live.frame.number}
+            self.reply("application/json", json.dumps(state).encode())
+        elif name == "frame":
+            self.reply_frame(seen)
+        else:
+            self.send_error(404)
+
+    def do_POST(self):
+        """A control, which counts if it is the newest, or an image for the next take."""
+        refused = self.refusal()
+        if not refused and self.path.partition("/")[2].partition("/")[2] != "control":
+            refused = 404
+        refused = refused or self.refused_body()
+        if refused:
+            return self.send_error(refused)
+        data = self.rfile.read(int(self.headers["Content-Length"][:9]))
+        try:
+            if self.headers.get_content_type() == "application/json":
+                self.obey(data)
+            else:
+                self.open_image(data)
+        except OverflowError:
+            return self.send_error(413)
+        except Exception:                               # wrong data raise a dozen kinds
+            return self.send_error(400)
+        return self.reply("application/json", b"{}")
+
+    def refused_body(self):
+        """The code with which what is posted is refused before it is read, else None."""
+        kind = self.headers.get_content_type()
+        length = self.headers.get("Content-Length", "")
+        if kind not in MOST:
+            return 415
+        if not length.isdecimal():
+            return 411
+        if int(length[:9]) > MOST[kind]:
+            return 413
+        return None
+
+    def obey(self, data):
+        """Take a control, unless a newer one has come."""
+        live = self.server.live
+        control = read_control(data, live.status["chunks"], 3 * max(live.image.size))
+        with live.lock:
+            if control["seq"] > live.control["seq"]:
+                live.control = control
+
+    def open_image(self, data):
+        """Take an image. OverflowError: it has too many pixels."""
+        size = Image.open(io.BytesIO(data), formats=["PNG", "JPEG"]).size
+        if math.prod(size) > MOST_PIXELS:
+            raise OverflowError
+        self.server.live.image = sample.load_image(io.BytesIO(data))
+
+    def reply_frame(self, seen):
+        """The newest frame, as soon as it is not the one that the page has seen: a slow page skips some."""
+        live = self.server.live
+        live.watched = time.monotonic()
+        until = live.watched + 1
+        while str(live.frame.number) == seen and time.monotonic() < until and not live.stop:
+            time.sleep(0.004)
+        shown = live.frame
+        jpeg = io.BytesIO()
+        Image.fromarray(shown.pixels).save(jpeg, "jpeg", quality=92, subsampling=0)
+        self.reply("image/jpeg", jpeg.getvalue(), {"Frame": shown.number, "Seq": shown.seq})
+
+    def reply(self, kind, body, more=None):
+        """An answer with a body of that kind."""
+        headers = HEADERS | (more or {}) | {"Content-Type": kind, "Content-Length": len(body)}
         self.send_response(200)
-        for header in (*HEADERS.items(), *more, ("Content-Type", kind), ("Content-Length", len(body))):
-            self.send_header(*header)
+        for name, value in headers.items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
-
-    do_GET = do_POST = answer
-
-    def newest(self, live, seen):
-        """The newest frame, as soon as it is not the one that the page has seen: a slow page skips some."""
-        live.watched, jpeg = time.monotonic(), io.BytesIO()
-        while str(live.frame[0]) == seen and time.monotonic() < live.watched + 1 and not live.stop:
-            time.sleep(0.004)
-        number, seq, frame = live.frame
-        Image.fromarray(frame).save(jpeg, "jpeg", quality=92, subsampling=0)
-        return "image/jpeg", jpeg.getvalue(), ("Frame", number), ("Seq", seq)
-
-    def post(self, live, _):
-        """A control, which counts if it is the newest, or an image for the next take."""
-        kind, length = self.headers.get_content_type(), self.headers.get("Content-Length", "")
-        if kind not in MOST or not length.isdecimal() or int(length[:9]) > MOST[kind]:
-            return 415 if kind not in MOST else 413 if length.isdecimal() else 411
-        data = self.rfile.read(int(length[:9]))
-        try:
-            if kind == "application/json":
-                control = read_control(data, live.status["chunks"], 3 * max(live.image.size))
-                with live.lock:
-                    live.control = max(live.control, control, key=lambda control: control["seq"])
-            elif math.prod(Image.open(io.BytesIO(data), formats=["PNG", "JPEG"]).size) > 2 ** 25:
-                return 413
-            else:
-                live.image = live.load_image(io.BytesIO(data))
-        except Exception:                                           # wrong data raise a dozen kinds
-            return 400
-        return "application/json", b"{}"
 
 
 def clock(live):
     """Lets one frame after the other be seen, at the clip's rate, while somebody watches and it is not paused."""
     while not live.stop:
-        (queue, seen), live.runs = live.queues, time.monotonic() - live.watched < 2 and not live.control["pause"]
-        if queue and live.runs:
-            live.frame, live.tick = queue.popleft(), max(live.tick, time.monotonic()) + 1 / live.status["fps"]
-            seen.append(live.frame[2])
+        take = live.take
+        live.runs = time.monotonic() - live.watched < 2 and not live.control["pause"]
+        if take and take.made and live.runs:
+            live.frame = take.made.popleft()
+            live.tick = max(live.tick, time.monotonic()) + 1 / live.status["fps"]
+            take.seen.append(live.frame.pixels)
         time.sleep(max(live.tick - time.monotonic(), 0.002))
 
 
-def unused(path):
-    """The path of a video, or the first of path-2, path-3, … if there is such a video."""
-    numbered = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
-    return next(new for new in itertools.chain([path], numbered) if not new.exists())
+# ----------------------------------------------------------------------------------------------------------------------
+# From points to what the model gets.
+
+def glide(points, last, frames, begins):
+    """Where points are in the next `frames` frames: on lines from where they were to where they are now.
+
+    points: rows of a control, see read_control. last: {start: where it was asked to be at the end of the chunk before};
+    one that was not there yet begins where it was grabbed or, in the first chunk of a take (begins), at its start.
+    Returns (starts, a sorted list of (x, y), which names the points; tracks (frames, N, 2) float32)."""
+    begin = {}
+    end = {}
+    for x, y, start_x, start_y, grabbed_x, grabbed_y in points:
+        start = (start_x, start_y)
+        end[start] = (x, y)
+        begin[start] = start if begins else last.get(start, (grabbed_x, grabbed_y))
+    starts = sorted(end)
+    one = np.array([begin[start] for start in starts]).reshape(-1, 2)
+    other = np.array([end[start] for start in starts]).reshape(-1, 2)
+    share = np.linspace(0, 1, frames) if begins else np.arange(1, frames + 1) / frames
+    share = share[:, None, None]
+    tracks = (1 - share) * one + share * other                          # (frames, N, 2)
+    return starts, tracks.astype(np.float32)
 
 
-@contextlib.contextmanager
-def recorder(live, out):
-    """`with recorder(…) as record`: record(on), to be called often, puts what has been seen of a take in a video while
-    it is on: a new one each time, whole when it ends. out: the path of the first one that begins with a take, or what
-    names are made of."""
-    append, path, count, whole = None, None, 0, True
+def fit_chunk(starts, tracks, prompt, size, config):
+    """Points of a chunk, see glide, on an image of `size` (width, height), as sample.Motion in the model's video: hidden
+    where they leave it, with the words of a prompt, if the model reads words. The ID of a point tells which pixel of
+    frame 0 it moves, wherever that is by now; with random IDs, it is a number made of that."""
+    points = to_video(tracks, size, config)
+    outside = ((points < 0) | (points >= config.size[::-1])).any(-1)
+    points[outside] = np.nan
+    begun = np.array(starts, np.float32).reshape(-1, 2)
+    motion = live_motion(points, to_video(begun, size, config), config)
+    if reads_words(config):
+        motion = replace(motion, text=embed_words(prompt, config))
+    return motion
 
-    def record(on):
-        nonlocal append, path, count, whole
-        (_, seen), fps = live.queues, live.status["fps"]
-        if on and not os.access(out.absolute().parent, os.W_OK):
-            on, live.status["recorded"] = False, "the folder is not writable, nothing is recorded"
-        while seen and (on or count):                   # those before it was turned off are recorded, too
-            if not count:
-                path, live.out = live.out if live.out and whole else unused(out), None
-                append = files.enter_context(video_file(path, fps))
-            frame, count = seen.popleft(), count + 1
-            append(enlarge(frame, enlargement(frame.shape[:2])))
-            live.status["recorded"] = f"{path.name}, {count / fps:.1f} s"
+
+def to_video(points, size, config):
+    """Points (…, 2) float32 on an image of `size` (width, height), where sample.fit_tracks puts them in the video."""
+    scale, left, top = crop(*size, config.size)
+    return (points - np.float32((left, top))) * np.float32(scale)
+
+
+def reads_words(config):
+    """Whether the prompt can change while it streams."""
+    return config.text_encoder == "words"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Recordings.
+
+class Recorder:
+    """Puts what has been seen of a take into videos, while that is wanted: a new one each time, whole when it ends.
+
+    A video that begins with the image can be made again: what its chunks were given is kept as long as that is possible,
+    and saved beside it. out: what the names of videos are made of; settings: see save_recording."""
+
+    def __init__(self, live, take, out, settings):
+        self.live = live
+        self.take = take
+        self.out = out
+        self.settings = settings
+        self.chunks = []            # of Given; None: it is too late for a video that begins with the image
+        self.count = 0              # frames in the video that is open
+        self.path = None            # of it
+        self.files = contextlib.ExitStack()
+        self.append = None
+
+    def keep(self, given):
+        """Note what the next chunk is given."""
+        if self.chunks is not None:
+            self.chunks.append(given)
+
+    def record(self, on):
+        """To be called often: what has been seen since then goes into a video, or into none."""
+        seen = self.take.seen
+        if on and not os.access(self.out.absolute().parent, os.W_OK):
+            self.live.status["recorded"] = "the folder is not writable, nothing is recorded"
+            on = False
+        while seen and (on or self.count):              # those before it was turned off are recorded, too
+            if not self.count:
+                self.begin()
+            self.put(seen.popleft())
         if on:
             return
-        if count:
-            files.close()
-            print(f"{path}: {count} frames")
-        whole = whole and not (count or seen)           # whether nothing of the take has been seen yet
-        count = 0
+        if seen or self.count:
+            self.finish()
+            self.chunks = None
         seen.clear()
 
-    with contextlib.ExitStack() as files:
-        yield record
-        record(False)
+    def begin(self):
+        """Open a video."""
+        self.path = unused(self.out)
+        if self.live.out and self.chunks is not None:
+            self.path = self.live.out
+            self.live.out = None
+        self.append = self.files.enter_context(video_file(self.path, self.live.status["fps"]))
 
+    def put(self, frame):
+        """Append a frame to it."""
+        self.count += 1
+        self.append(enlarge(frame))
+        told = f"{self.path.name}, {self.count / self.live.status['fps']:.1f} s"
+        if self.chunks is None:
+            told += ", the video alone"
+        self.live.status["recorded"] = told
 
-def fitted(given, size, config):
-    """What each chunk is given, by the page, as `stream` wants it: (tracks, prompt) to (Motion, prompt). tracks
-    (1 + T, N, 2) float32 in pixels of the image of `size` (width, height), NaN where hidden; the first row, where each
-    track starts, only tells its ID."""
-    for tracks, prompt in given:
-        ids = np.array([zlib.crc32(start) for start in np.ascontiguousarray(tracks[0])])       # as good as random
-        motion = fit_tracks((tracks, ~np.isnan(tracks[..., 0]), ids), size, 0, config, 0, note=lambda _: None)
-        yield Motion(motion.tracks[:, 1:], motion.visible[:, 1:], motion.ids), prompt
-
-
-def painted(live, take, config):
-    """What each chunk is given, for `fitted`, of points painted while it streams: lines from where they were to where
-    they are when the chunk has to be begun, until another take is asked for."""
-    last, later = {}, 0
-    while True:
-        time.sleep(0.004)
-        if live.stop or live.control["take"] != take:
+    def finish(self):
+        """Close the video, if one is open, and save what it was made from."""
+        if not self.count:
             return
-        live.record(live.control["record"])
-        if not live.runs or live.tick + len(live.queues[0]) / live.status["fps"] - time.monotonic() > live.lead:
-            continue
-        live.obeyed, live.begun, lines = live.control, time.monotonic(), {}
-        for x, y, *start, from_x, from_y in live.obeyed["points"]:
-            begin = last.get(tuple(start), (from_x, from_y)) if later else start
-            lines[tuple(start)] = np.array([begin, (x, y)])
-        tracks, *_ = follow(lines.values(), 4 * config.chunk + (1 if later else -3))
-        last, starts = dict(zip(lines, tracks[-1])), np.float32([*lines]).reshape(1, -1, 2)
-        yield np.concatenate([starts, tracks[later:]]), live.obeyed["prompt"]
-        later = 1
+        self.files.close()
+        if self.chunks is None:
+            print(f"{self.path}: {self.count} frames; it begins after the image, there is the video alone")
+        else:
+            save_recording(self.path, self.take.image, self.chunks, self.settings | {"frames": self.count})
+            files = f"--image {self.path.with_suffix('.png')} --tracks {self.path.with_suffix('.npz')}"
+            print(f"{self.path}: {self.count} frames; sample.py {files} makes them again")
+        self.count = 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        """The take is over: an open video is finished, or none of it is left behind if something went wrong."""
+        if kind is None:
+            self.record(False)
+        self.files.__exit__(kind, error, trace)
+
+
+def unused(path):
+    """The path of a video, or the first of path-2, path-3, … of which no file of a recording is there."""
+    for number in itertools.count(1):
+        new = path.with_stem(f"{path.stem}-{number}") if number > 1 else path
+        if not any(new.with_suffix(ending).exists() for ending in (".mp4", ".png", ".npz")):
+            return new
+
+
+def save_recording(path, image, chunks, settings):
+    """Write NAME.png and NAME.npz beside the video NAME.mp4.
+
+    The .npz is a file of tracks: tracks (T, N, 2) float32 in pixels of the image, T frames of whole chunks, NaN where a
+    point was not there; visibility (T, N); ids (N,) int64 as the model got them. And it says how the stream was made:
+    prompts, one a chunk, and `settings`: track_id_mode, seed, chunk, sink, window (-1: all), steps, fps, dtype, frames,
+    weights (a checksum). chunks: of Given."""
+    tracks, ids = join_chunks(chunks)
+    arrays = settings | {
+        "tracks": tracks, "visibility": ~np.isnan(tracks[..., 0]), "ids": ids,
+        "prompts": [chunk.prompt for chunk in chunks], "width": image.width, "height": image.height,
+        "format": "motionstream"}
+    data = io.BytesIO()
+    np.savez(data, **arrays)
+    write(path.with_suffix(".npz"), lambda part: part.write_bytes(data.getbuffer()))
+    write(path.with_suffix(".png"), lambda part: image.save(part, "png"))
+
+
+def join_chunks(chunks):
+    """What chunks were given, one column a point, in the order in which the model got them: tracks (T, N, 2), NaN where a
+    point was not there, and ids (N,). Without any point there is one column, of nothing."""
+    id_of = {}
+    for chunk in chunks:
+        id_of.update(zip(chunk.starts, chunk.ids.tolist()))
+    starts = sorted(id_of)
+    column = {start: n for n, start in enumerate(starts)}
+    frames = sum(len(chunk.tracks) for chunk in chunks)
+    tracks = np.full((frames, max(len(starts), 1), 2), np.nan, np.float32)
+    begin = 0
+    for chunk in chunks:
+        end = begin + len(chunk.tracks)
+        tracks[begin:end, [column[start] for start in chunk.starts]] = chunk.tracks
+        begin = end
+    ids = [id_of[start] for start in starts] or [0]
+    return tracks, np.array(ids, np.int64)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The program.
+
+def chunks_to_make(live, take, recorder):
+    """What each chunk is given, a Motion, as soon as it has to be begun, until the take is over."""
+    last = {}
+    while wait_for_chunk(live, take, recorder):
+        begins = take.obeyed is None
+        take.obeyed = live.control
+        take.begun = time.monotonic()
+        points = take.obeyed["points"]
+        frames = 4 * take.config.chunk - (3 if begins else 0)
+        starts, tracks = glide(points, last, frames, begins)
+        last = {(start_x, start_y): (x, y) for x, y, start_x, start_y, *_ in points}
+        prompt = take.obeyed["prompt"]
+        motion = fit_chunk(starts, tracks, prompt, take.image.size, take.config)
+        recorder.keep(Given(starts, motion.ids[0].numpy(), tracks, prompt))
+        yield motion
+
+
+def wait_for_chunk(live, take, recorder):
+    """True as soon as the next chunk has to be begun, so that its first picture is there in time; False if another take
+    is asked for, or the program ends."""
+    while not live.stop and live.control["take"] == take.number:
+        recorder.record(live.control["record"])
+        left = live.tick + len(take.made) / live.status["fps"] - time.monotonic()
+        if live.runs and left <= live.lead:
+            return True
+        time.sleep(0.004)
+    return False
+
+
+def with_chunk(config, chunk):
+    """The config with another chunk, and so many chunks remembered that they are as many frames."""
+    more = config.chunk // chunk
+    window = None if config.window is None else more * config.window
+    return replace(config, chunk=chunk, sink=more * config.sink, window=window)
 
 
 @torch.inference_mode()
-def perform(live, args, model, vae, encoded):
-    """One take: the stream from live.image on, until another take is asked for or it is over."""
-    c, image, control = live.config, live.image, live.control
-    more = c.chunk // control["chunk"]                              # chunks remembered, so that as many frames are
-    c = model.config = replace(c, chunk=control["chunk"], sink=more * c.sink, window=c.window and more * c.window)
-    pixels, live.status["image"] = fit_image(image, c.size), image.size
-    live.queues, live.frame = ((collections.deque(), collections.deque()),
-                               (next(live.count), 0, to_frames(pixels[:, :, None])[0]))
-    given = fitted(painted(live, control["take"], c), image.size, c)
-    with recorder(live, args.out or RECORDING) as live.record:
-        for frame in generate(args, None, pixels, given, model, vae, encoded):
-            if live.begun:                                          # it is the first of its chunk
-                live.status["latency"], live.begun = time.monotonic() - live.begun, None
+def perform(live, job, models, out):
+    """One take: the stream from live.image on, until another take is asked for or the program ends. out: what the names
+    of recordings are made of, None: RECORDING."""
+    control = live.control
+    config = with_chunk(live.config, control["chunk"])
+    take = Take(control["take"], live.image, config)
+    pixels = fit_image(take.image, config.size)
+    live.status["image"] = take.image.size
+    live.take = take
+    live.frame = Shown(next(live.count), 0, to_frames(pixels[:, :, None])[0])
+    models.dit.config = config
+    with Recorder(live, take, out or RECORDING, settings_of(job, models)) as recorder:
+        for frame in sample.generate(job, models, pixels, chunks_to_make(live, take, recorder)):
+            if take.begun:                              # it is the first of its chunk
+                live.status["latency"] = time.monotonic() - take.begun
                 live.lead = max(1.2 * live.status["latency"], 0.8 * live.lead)
-            live.queues[0].append((next(live.count), live.obeyed["seq"], frame))
+                take.begun = None
+            take.made.append(Shown(next(live.count), take.obeyed["seq"], frame))
 
 
-def serve(args, image, model, vae, encoded):
-    """--interactive: prints the page's address, then streams to it until Ctrl-C."""
-    c, prompt = model.config, model.config.prompt if args.prompt is None else args.prompt
+def settings_of(job, models):
+    """What a recording says besides what its chunks were given."""
+    config = models.dit.config
+    window = -1 if config.window is None else config.window
+    return {"track_id_mode": config.track_id_mode, "seed": job.seed, "chunk": config.chunk, "sink": config.sink,
+            "window": window, "steps": len(config.sigmas), "fps": job.fps, "dtype": job.dtype,
+            "weights": sample.checksum(models)}
+
+
+def serve(live, address):
+    """Answer browsers, in threads of their own, from now on. address: (host, port). Prints where."""
+    host, port = address
+    with naming(f"--host {host} --port {port}", "not an address of this machine"):
+        server = http.server.ThreadingHTTPServer(address, Handler)
+    server.live = live
+    live.hosts = [host.lower(), "localhost"]
+    if host == "0.0.0.0":                               # all addresses of this machine; and its name
+        live.hosts.append(socket.gethostname().lower())
+    if host != "127.0.0.1":
+        print(f"warning: whoever reaches {host} and sees the address can steer this program")
+    print(f"http://{host}:{server.server_port}/{TOKEN}/", flush=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=clock, args=(live,), daemon=True).start()
+
+
+def parse_flags(argv):
+    """The command line: sample.Flags, and (host, port). UserError for what is known beforehand and what the page asks
+    for instead."""
+    parser = sample.Parser(prog="python -m extras.page", description="Draw tracks on a video while it streams.",
+                           allow_abbrev=False)
+    sample.add_flags(parser)
+    add = parser.add_argument_group("page").add_argument
+    add("--host", default="127.0.0.1", help="an address of this machine (127.0.0.1)")
+    add("--port", type=number(int, 0, 65535), default=PORT, metavar="N", help=f"({PORT})")
+    parser.set_defaults(out=None)
+    flags = sample.parse_flags(argv, parser)
+    address = parser.parse_args(argv)
+    for given, name in ((flags.tracks or flags.paths, "--tracks, --drag and --pin"), (flags.grid is not None, "--grid"),
+                        (flags.frames, "--frames"), (flags.overlay, "--overlay"),
+                        (flags.sampler == "teacher", "--sampler teacher")):
+        if given:
+            raise UserError(f"the page streams for as long as it is open, and tracks are drawn there: drop {name}")
+    return flags, (address.host, address.port)
+
+
+def check_out(flags):
+    """UserError unless a recording can be written where --out says, and replaces no file that is read."""
+    inputs = [value for name, value in vars(flags).items() if isinstance(value, Path) and name != "out"]
+    sample.check_output(flags.out, (".mp4",), inputs)
+    for ending in (".png", ".npz"):
+        sample.check_output(flags.out.with_suffix(ending), (ending,), inputs)
+
+
+def run(argv):
+    """The program. Returns the exit code."""
+    flags, address = parse_flags(argv)
+    image = sample.load_image(flags.image)
+    if flags.out:
+        check_out(flags)
+    weights = sample.inspect(flags.weights or sample.ASSETS / "tiny.safetensors")
+    nothing = np.zeros((sample.MOST_FRAMES, 0, 2), np.float32)
+    job = sample.resolve(flags, weights, Tracks(nothing, nothing[..., 0] > 0))
+    sample.refuse(job, flags, weights)
+    config = job.config
+    if not (config.causal and config.track_dim and weights.has_head):
+        raise UserError(f"{weights.path}: the page needs a trained student, which streams and follows tracks")
+    pixels = fit_image(image, config.size)
+    models = sample.load_models(job, flags, weights, pixels)
+    for note in job.notes:
+        print(f"note: {note}")
+    job = replace(job, frames=None)
+    control = {"seq": 0, "take": 0, "chunk": config.chunk, "pause": True, "record": flags.out is not None,
+               "prompt": job.prompts[0] or "", "points": []}
+    status = {"size": config.size, "image": image.size, "latency": 0.0, "fps": job.fps, "words": reads_words(config),
+              "chunks": sorted({1, config.chunk}), "recorded": ""}
     with hold_signals() as noted:
-        live = SimpleNamespace(
-            control={"seq": 0, "take": 0, "chunk": c.chunk, "pause": True, "record": bool(args.out),
-                     "prompt": prompt or "", "points": []},
-            status={"size": c.size, "image": image.size, "latency": 0.0, "fps": args.fps or c.fps,
-                    "words": c.text_dim != UMT5_DIM, "chunks": sorted({1, c.chunk}), "recorded": ""},
-            frame=(0, 0, to_frames(fit_image(image, c.size)[:, :, None])[0]), count=itertools.count(1), queues=((), ()),
-            config=c, image=image, out=args.out, stop=noted, lock=threading.Lock(), runs=False, watched=-math.inf,
-            tick=0.0, lead=0.0, begun=None, load_image=load_image)
-        with naming(f"--host {args.host} --port {args.port}", "not an address of this machine"):
-            server = http.server.ThreadingHTTPServer((args.host, args.port), Handler)
-        server.live, live.hosts = live, [args.host.lower(), "localhost"]
-        if args.host == "0.0.0.0":                                  # all addresses of this machine; and its name
-            live.hosts.append(socket.gethostname().lower())
-        if args.host != "127.0.0.1":
-            print(f"warning: whoever reaches {args.host} and sees the address can steer this program")
-        print(f"http://{args.host}:{server.server_port}/{TOKEN}/", flush=True)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        threading.Thread(target=clock, args=(live,), daemon=True).start()
+        first = Shown(0, 0, to_frames(pixels[:, :, None])[0])
+        live = Live(image, config, control, status, first, noted, flags.out)
+        serve(live, address)
         while not noted:
-            perform(live, args, model, vae, encoded)
-        return 0
+            perform(live, job, models, flags.out)
+    return 0
+
+
+def main(argv=None):
+    """`run`, with its errors as one line and an exit code."""
+    return sample.reported(run, sys.argv[1:] if argv is None else argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -18,7 +18,6 @@ import threading
 import time
 import unittest
 import unittest.mock
-from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,9 +29,11 @@ from PIL import Image
 import extras.page
 import sample
 from extras import world
-from extras.page import named, recorder
-from extras.testing import HERE, assert_near, folder, quiet, seeded, slow, workplace
-from motionstream import track_features
+from extras.page import Given, Recorder, Take, glide, join_chunks, named
+from extras.testing import (HERE, assert_near, folder, new_model, new_vae, quiet, rand, randomised, sampled, saved, seeded,
+                            slow, workplace)
+from motionstream import save_pretrained, track_features
+from vae import LinearVAE, LinearVAEConfig
 
 
 class Client:
@@ -75,22 +76,24 @@ class Client:
 
 @contextlib.contextmanager
 def served(*flags):
-    """The program with the page, in a thread, and a client of it."""
+    """The program, in a thread, and a client of it."""
     _, here = workplace()
-    stop, good = [], ("--image", here / "image.png", "--weights", here / "student.safetensors", "--vae",
-                      here / "vae.safetensors", "--interactive", "--port", "0", "--fps", "100")
+    stop = []
+    usual = ("--image", here / "image.png", "--weights", here / "student.safetensors", "--vae",
+             here / "vae.safetensors", "--port", "0", "--fps", "100")
+    words = [str(word) for word in (*usual, *flags)]
     stoppable = unittest.mock.patch.object(extras.page, "hold_signals", lambda: contextlib.nullcontext(stop))
     with quiet() as (out, err), stoppable:
-        thread = threading.Thread(target=sample.main, args=([str(word) for word in (*good, *flags)],))
+        thread = threading.Thread(target=extras.page.main, args=(words,))
         thread.start()
         try:
             while "http" not in out.getvalue():
                 assert thread.is_alive(), err.getvalue()
                 time.sleep(0.01)
-            yield Client(out.getvalue().splitlines(True)[-1])
+            yield Client(next(line for line in out.getvalue().splitlines(True) if line.startswith("http")))
         finally:
             stop.append(signal.SIGINT)
-            thread.join(10)
+            thread.join(20)
     assert not thread.is_alive() and not err.getvalue(), err.getvalue()
 
 
@@ -192,7 +195,7 @@ def test_a_slow_page_skips_frames_and_delays_nobody():
         seen = page.watch(60)
         assert time.monotonic() - begun < 5 and seen[-1][0] - seen[0][0] < 80
         answer = slow.getresponse()
-        assert answer.read() and int(answer.headers["Frame"]) < seen[0][0]
+        assert answer.read() and int(answer.headers["Frame"]) <= seen[-1][0] - 40
         slow.request("GET", f"/{page.token}/frame/{answer.headers['Frame']}")
         assert int(slow.getresponse().headers["Frame"]) >= seen[-1][0]
 
@@ -253,12 +256,12 @@ def test_points_reach_the_track_head_on_lines_that_end_where_they_are_now():
     assert all(visible for _, visible, _ in calls) and [len(tracks) for tracks, _, _ in calls[:3]] == [9, 12, 12]
     assert np.allclose(calls[0][0], np.subtract(start, (0, 4)))
     moved = next(i for i, call in enumerate(calls) if call[0].shape[1] == 2)
-    tracks, _, ids = calls[moved]
+    tracks, _, ids = calls[moved]                              # in the order of their starts
     weight = (np.arange(12) + 1)[:, None] / 12
-    assert np.allclose(tracks[:, 0], start + weight * np.subtract(far, start) - (0, 4), atol=1e-4)
-    assert np.allclose(tracks[:, 1], (20, 26) + weight * (4, 0), atol=1e-4)             # from where it was grabbed
-    assert ids == [(8 << 16) + 9, (16 << 16) + 2]               # the pixels of frame 0
-    assert np.allclose(calls[moved + 1][0], [np.subtract(far, (0, 4)), (24, 26)])       # and there they stay
+    assert np.allclose(tracks[:, 1], start + weight * np.subtract(far, start) - (0, 4), atol=1e-4)
+    assert np.allclose(tracks[:, 0], (20, 26) + weight * (4, 0), atol=1e-4)             # from where it was grabbed
+    assert ids == [(16 << 16) + 2, (8 << 16) + 9]               # the pixels of frame 0
+    assert np.allclose(calls[moved + 1][0], [(24, 26), np.subtract(far, (0, 4))])       # and there they stay
 
 
 def test_a_restart_with_another_chunk_is_not_lost_while_a_take_begins():
@@ -279,6 +282,12 @@ def test_a_restart_with_another_chunk_is_not_lost_while_a_take_begins():
     assert lengths[:3] == [1, 4, 4], lengths
 
 
+def started(*flags):
+    """The program, as a process of its own."""
+    command = [sys.executable, "-m", "extras.page", *map(str, flags)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=HERE)
+
+
 def frames_of(path):
     """All frames of a video, (T, H, W, 3)."""
     return np.stack(imageio.mimread(path, memtest=False))
@@ -288,8 +297,7 @@ def frames_of(path):
 def test_how_soon_a_drag_is_answered_and_that_memory_stays():
     """Shipped weights at 24 frames per second, two viewers that stall, 50 drags at random times for either chunk."""
     for chunk, most in (3, 2.0), (1, 1.0):
-        flags = "--image", HERE / "assets/drag.png", "--interactive", "--port", "0", "--fps", "24"
-        program = subprocess.Popen([sys.executable, HERE / "sample.py", *flags], stdout=subprocess.PIPE, text=True)
+        program = started("--image", HERE / "assets/drag.png", "--port", "0", "--fps", "24")
         try:
             page, rng = Client(next(line for line in program.stdout if line.startswith("http"))), seeded()
             answers, starts, sizes = [], [], []
@@ -328,8 +336,7 @@ def test_ctrl_c_ends_within_two_seconds_and_the_recording_is_whole():
 def interrupted():
     """Seconds from Ctrl-C to the end of the program."""
     with folder() as here:
-        flags = "--image", HERE / "assets/drag.png", "--interactive", "--port", "0", "--out", here / "out.mp4"
-        program = subprocess.Popen([sys.executable, HERE / "sample.py", *flags], stdout=subprocess.PIPE, text=True)
+        program = started("--image", HERE / "assets/drag.png", "--port", "0", "--out", here / "out.mp4")
         try:
             page = Client(next(line for line in program.stdout if line.startswith("http")))
             page.control([(115, 256)])
@@ -373,26 +380,28 @@ def until_recorded(page, name, **changes):
 def test_the_page_records_what_is_seen_when_it_asks_into_files_that_are_not_there():
     with folder() as mine, unittest.mock.patch.object(extras.page, "RECORDING", mine / "recording.mp4"):
         (mine / "recording.mp4").write_text("mine")
-        (mine / "recording-3.mp4").write_text("mine, too")
+        (mine / "recording-3.npz").write_text("mine, too")
         with served("--seed", "3") as page:
             before = recorded(page, False, 30)
             assert not before["record"] and before["recorded"] == "" and len(list(mine.iterdir())) == 2
             begun = int(page.seen)
             status = recorded(page, True, 40)
-            assert status["record"] and re.fullmatch(r"recording-2\.mp4, 0\.[2-9] s", status["recorded"]), status
+            assert status["record"] and re.fullmatch(r"recording-2\.mp4, 0\.[2-9] s, the video alone", status["recorded"])
             assert not (mine / "recording-2.mp4").exists()
             page.control([(9, 8)], record=False, pause=True)    # it ends in a pause as well
             assert 40 <= len(appearing(mine / "recording-2.mp4")) <= int(page.status()["frame"]) - begun + 14
             until_recorded(page, "recording-4", take=1)         # another take, recorded from its image on
             until_recorded(page, "recording-5", take=2)         # and another one
             status = recorded(page, False, 30, take=2)
-            assert status["recorded"].startswith("recording-5.mp4, ") and not status["record"], status
+            assert re.fullmatch(r"recording-5\.mp4, [\d.]+ s", status["recorded"]) and not status["record"], status
             until_recorded(page, "recording-6", take=2)         # recorded when the program ends
         names = {file.name for file in mine.iterdir()}
-        assert names == {f"recording{i}.mp4" for i in ("", "-2", "-3", "-4", "-5", "-6")}, names
-        assert [(mine / f"recording{i}.mp4").read_text() for i in ("", "-3")] == ["mine", "mine, too"]
-        assert len(frames_of(mine / "recording-4.mp4")) >= 9 and len(frames_of(mine / "recording-5.mp4")) >= 9
-        assert len(frames_of(mine / "recording-6.mp4")) >= 9
+        videos = {f"recording{i}.mp4" for i in ("", "-2", "-4", "-5", "-6")}
+        beside = {f"recording{i}{ending}" for i in ("-4", "-5") for ending in (".png", ".npz")}
+        assert names == videos | beside | {"recording-3.npz"}, names
+        assert [(mine / name).read_text() for name in ("recording.mp4", "recording-3.npz")] == ["mine", "mine, too"]
+        for i in 4, 5, 6:
+            assert len(frames_of(mine / f"recording-{i}.mp4")) >= 9
 
 
 def test_a_recording_begun_later_is_a_whole_video_beside_the_first():
@@ -400,29 +409,212 @@ def test_a_recording_begun_later_is_a_whole_video_beside_the_first():
         with served("--out", mine / "x.mp4") as page:
             assert recorded(page, True, 30)["record"] and not recorded(page, False, 20)["record"]
             recorded(page, True, 20)
-        assert {file.name for file in mine.iterdir()} == {"x.mp4", "x-2.mp4"}
+        assert {file.name for file in mine.iterdir()} == {"x.mp4", "x.png", "x.npz", "x-2.mp4"}
         one, two = (frames_of(mine / f"{name}.mp4") for name in ("x", "x-2"))
         assert 28 <= len(one) < 90 and 19 <= len(two) < 90, (len(one), len(two))
 
 
+def new_recorder(mine, **status):
+    """A Recorder of a take that nothing was seen of yet."""
+    live = SimpleNamespace(status={"fps": 10, "recorded": ""} | status, out=mine / "x.mp4")
+    image = Image.new("RGB", (40, 30), "teal")
+    return Recorder(live, Take(0, image, None), mine / "x.mp4", {"seed": 1})
+
+
 def test_a_recording_has_each_frame_seen_while_it_is_on_and_keeps_nothing_else():
-    seen = deque()
-    with folder() as mine, quiet():
+    with folder() as mine, quiet() as (out, _):
         (mine / "x.mp4").write_text("of an earlier take, which a recording begun in mid-take is not to replace")
-        live = SimpleNamespace(queues=((), seen), status={"fps": 10, "recorded": ""}, out=mine / "x.mp4")
-        with recorder(live, mine / "x.mp4") as record:
+        with new_recorder(mine) as recorder:
+            seen = recorder.take.seen
             for i in range(50):
+                recorder.keep("what a chunk was given")
                 seen.append(np.full((64, 64, 3), 5 * i, np.uint8))
-                record(i in range(20, 30) or i > 44)
-                assert not seen
+                recorder.record(i in range(20, 30) or i > 44)
+                assert not seen and recorder.chunks is None
             with unittest.mock.patch.object(os, "access", lambda *_: False):
-                record(False), seen.append(np.zeros((64, 64, 3), np.uint8)), record(True)
-                assert not seen and "not writable" in live.status["recorded"]
-        assert (mine / "x.mp4").read_text().startswith("of an earlier")
+                recorder.record(False)
+                seen.append(np.zeros((64, 64, 3), np.uint8))
+                recorder.record(True)
+                assert not seen and "not writable" in recorder.live.status["recorded"]
+        assert "again" not in out.getvalue() and out.getvalue().count("there is the video alone") == 2
+        assert (mine / "x.mp4").read_text().startswith("of an earlier") and not [*mine.glob("*.npz")]
         for name, numbers in ("x-2", range(20, 31)), ("x-3", range(45, 50)):       # 30: before it was turned off
             frames = frames_of(mine / f"{name}.mp4")
             assert frames.shape[1:] == (256, 256, 3)
             assert_near(torch.from_numpy(frames).float().mean((1, 2, 3)), 5.0 * torch.tensor([*numbers]), 0.02)
+
+
+def test_a_recording_that_cannot_be_written_leaves_nothing_behind():
+    with folder() as mine, quiet():
+        try:
+            with new_recorder(mine) as recorder:
+                recorder.take.seen.append(np.zeros((64, 64, 3), np.uint8))
+                recorder.record(True)
+                raise OSError("the disk is full")
+        except OSError:
+            pass
+        assert not [*mine.iterdir()]
+
+
+def test_a_line_ends_where_the_point_is_now_and_begins_where_it_was():
+    rows = [[30, 8, 5, 6, 7, 8], [1, 2, 3, 4, 3, 4]]
+    starts, tracks = glide(rows, {}, 9, begins=True)
+    assert starts == [(3, 4), (5, 6)] and tracks.shape == (9, 2, 2) and tracks.dtype == np.float32
+    assert np.array_equal(tracks[[0, -1]], np.float32([[[3, 4], [5, 6]], [[1, 2], [30, 8]]]))       # in frame 0 at its start
+    starts, tracks = glide(rows, {(3, 4): (1, 6)}, 12, begins=False)
+    assert np.allclose(tracks[:, 0], np.stack([np.ones(12), 6 - 4 * np.arange(1, 13) / 12], 1))     # from where it was
+    assert np.allclose(tracks[2, 1], (7 + 23 / 4, 8))                   # a new one: from where it was grabbed
+    starts, tracks = glide([], {}, 4, begins=False)
+    assert starts == [] and tracks.shape == (4, 0, 2)
+
+
+def test_chunks_are_joined_with_one_column_a_point_in_the_order_of_their_starts():
+    def chunk(starts, length):
+        ids = np.array([int(x) for x, _ in starts], np.int64)
+        tracks = np.float32(starts)[None] + np.arange(length)[:, None, None]
+        return Given(starts, ids, tracks.astype(np.float32), "")
+
+    tracks, ids = join_chunks([chunk([(5.0, 0.0)], 1), chunk([(2.0, 9.0), (5.0, 0.0)], 4), chunk([(2.0, 9.0)], 4)])
+    assert ids.tolist() == [2, 5] and ids.dtype == np.int64 and tracks.shape == (9, 2, 2) and tracks.dtype == np.float32
+    there = ~np.isnan(tracks[..., 0])
+    assert there[:, 0].tolist() == [False] + [True] * 8 and there[:, 1].tolist() == [True] * 5 + [False] * 4
+    assert tracks[4].tolist() == [[5, 12], [8, 3]]
+    tracks, ids = join_chunks([Given([], np.zeros(0, np.int64), np.zeros((4, 0, 2), np.float32), "")])
+    assert tracks.shape == (4, 1, 2) and np.isnan(tracks).all() and ids.tolist() == [0]
+
+
+def new_weights(here, mode):
+    """Weights whose tracks have IDs of that kind, as flags."""
+    if mode == "copy":
+        vae = randomised(LinearVAE(LinearVAEConfig(4, 8, 4)))
+        save_pretrained(vae, here / "vae.safetensors", **vae.metadata())
+        model = new_model(track_id_mode=mode, track_dim=8 + 6, in_dim=4 + 14 + 4, latent_std=(1.0, 0.9, 0.8, 0.7))
+    else:
+        saved(here / "vae.safetensors", new_vae())
+        model = new_model(track_id_mode=mode)
+    saved(here / "model.safetensors", model)
+    return "--weights", here / "model.safetensors", "--vae", here / "vae.safetensors"
+
+
+def played(recording, *flags):
+    """The raw frames that sample.py makes of a recording, (T, H, W, 3), and what it prints. recording: NAME.npz."""
+    kept = []
+
+    def keep(path, fps):
+        return contextlib.nullcontext(kept.append)
+
+    words = ["--image", recording.with_suffix(".png"), "--tracks", recording, *flags]
+    with unittest.mock.patch.object(sample, "video_file", keep), \
+            unittest.mock.patch.object(sample, "enlarge", lambda frame, *_: frame):
+        code, out, err = sampled(*words)
+    assert code == 0, err
+    return np.stack(kept), out
+
+
+class KeptFrames:
+    """Raw frames of recordings, by the names of their files, while the page records in here."""
+
+    def __enter__(self):
+        frames = self.frames = {}
+        put = Recorder.put
+
+        def put_and_keep(recorder, frame):
+            put(recorder, frame)
+            frames.setdefault(recorder.path.stem, []).append(frame)
+
+        self.patch = unittest.mock.patch.object(Recorder, "put", put_and_keep)
+        self.patch.start()
+        return self
+
+    def __exit__(self, *_):
+        self.patch.stop()
+
+
+def record_three(page):
+    """Record three takes: with points that come and go and a prompt that changes; of another image at chunk 1; without
+    any point. Then the rest of one, from its middle on."""
+    late = 25.1, 11.9, 29.0, 20.0
+    page.control([(9.3, 8.2)])
+    page.watch(15)
+    page.control([(20.1, 15.7, 9.3, 8.2, 9.3, 8.2), (30.3, 20.2, *late)], prompt="fading light")
+    page.watch(20)
+    page.control([(31.2, 22.4, *late), (30.0, 22.0, *late)], prompt="fading light")     # two of one start: the last counts
+    page.watch(20)
+    picture = io.BytesIO()
+    pixels = (rand(70, 60, 3, seed=5).numpy() * 60 + 128).clip(0, 255)
+    Image.fromarray(pixels.astype(np.uint8)).save(picture, "png")
+    assert page.ask("control", picture.getvalue(), Content_Type="image/png")[0] == 200
+    page.control([(31.2, 22.4)], take=1, chunk=1)
+    page.watch(20)
+    page.control([(35.2, 22.4, 31.2, 22.4, 31.2, 22.4), (3, 3), (150, 20, 20, 20, 20, 20)], take=1, chunk=1,
+                 prompt="spinning shapes")                      # one outside of the video, one that leaves it
+    page.watch(20)
+    page.control(take=2)
+    page.watch(20)
+    page.control([(9.3, 8.2)], take=3, record=False)
+    page.watch(10)
+    page.control([(9.3, 8.2)], take=3, record=True)
+    page.watch(15)
+
+
+def test_a_recording_is_played_again_to_the_same_raw_frames():
+    for mode in "start", "random", "copy":
+        with folder() as here, KeptFrames() as kept:
+            weights = new_weights(here, mode)
+            with served(*weights, "--out", here / "take.mp4", "--prompt", "", "--fps", "60", "--seed", "3") as page:
+                record_three(page)
+            assert not (here / "take-4.npz").exists() and (here / "take-4.mp4").exists()
+            for name in "take", "take-2", "take-3":
+                shown = np.stack(kept.frames[name])
+                frames, out = played(here / f"{name}.npz", *weights)
+                assert np.array_equal(frames, shown), (mode, name, frames.shape, shown.shape)
+                assert "other weights" not in out and "resampled" not in out, out
+                assert len(frames_of(here / f"{name}.mp4")) == len(shown)
+            told = np.load(here / "take-2.npz")
+            assert (told["chunk"], told["sink"], told["window"], told["fps"], told["seed"]) == (1, 3, 3, 60, 3)
+            assert set(np.load(here / "take.npz")["prompts"]) == {"", "fading light"}
+            with Image.open(here / "take.png") as image:
+                assert np.array_equal(np.asarray(image), np.asarray(sample.load_image(workplace()[1] / "image.png")))
+            first = np.stack(kept.frames["take"])
+            for flags in ("--prompt", "spinning"), ("--seed", 4), ("--memory", "c3s0w1"):
+                other, _ = played(here / "take.npz", *weights, *flags)
+                assert other.shape == first.shape and not np.array_equal(other, first), flags
+            saved(here / "model.safetensors", new_model(seed=1, **vars(inspected(here))))
+            assert "other weights" in played(here / "take.npz", *weights)[1]
+
+
+def inspected(here):
+    return sample.inspect(here / "model.safetensors").config
+
+
+def test_what_was_dragged_away_can_be_dragged_on_by_weights_that_copy():
+    config = SimpleNamespace(track_id_mode="copy", size=(32, 48), text_encoder="words", text_len=5, text_dim=12, chunk=3)
+    config = new_model(track_id_mode="copy", track_dim=14, in_dim=22, latent_std=(1.0,) * 4).config
+    start, now = (9.3, 8.2), (30.0, 20.0)                       # in the image, 48x40; the video is its middle
+    for chunk in range(2):                                      # where it is by now changes nothing
+        motion = extras.page.fit_chunk([start], np.float32([[now]] * 12), "", (48, 40), config)
+        x, y = motion.ids[0, 0].item() & 0xFFFF, motion.ids[0, 0].item() >> 16
+        assert (x, y) == (round(16 * 9.3), round(16 * 4.2)), (x, y)
+
+
+def test_flags_that_the_page_has_no_use_for_and_files_that_it_would_overwrite_are_refused():
+    _, here = workplace()
+    image = here / "image.png"
+    for flags, cure in (
+        (("--image", image, "--tracks", here / "tracks.npy"), "drop --tracks, --drag and --pin"),
+        (("--image", image, "--drag", "1,2 -> 3,4"), "drop --tracks, --drag and --pin"),
+        (("--image", image, "--frames", "9"), "drop --frames"), (("--image", image, "--overlay"), "drop --overlay"),
+        (("--image", image, "--sampler", "teacher"), "drop --sampler teacher"),
+        (("--image", image, "--out", here / "image.mp4"), "image.png: is a file that is read"),
+        (("--image", image, "--out", here / "x.png"), "choose a name that ends in .mp4"),
+        (("--image", image, "--weights", here / "teacher.safetensors", "--vae", here / "vae.safetensors"),
+         "the page needs a trained student"),
+        (("--image", image, "--host", "300.0.0.1", "--weights", here / "student.safetensors", "--vae",
+          here / "vae.safetensors"), "--host 300.0.0.1 --port 8765: not an address of this machine"),
+    ):
+        with quiet() as (_, err):
+            assert extras.page.main([str(word) for word in flags]) == 2
+        assert cure in err.getvalue() and err.getvalue().count("\n") == 1, (flags, err.getvalue())
 
 
 class Browser:
