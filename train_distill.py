@@ -724,7 +724,8 @@ def open_clips(folder, config, frames, track_frames):
 def write_clip(path, tensors):
     """A dict of tensors as a file, whole or not there, in a folder that need not be there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, functools.partial(save_file, {name: value.contiguous().cpu() for name, value in tensors.items()}))
+    tensors = {name: value.contiguous().cpu() for name, value in tensors.items()}
+    write(path, functools.partial(save_file, tensors))
 
 
 def rendered_clips(run, name, count, encode=None):
