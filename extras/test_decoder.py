@@ -19,7 +19,7 @@ from extras import decoder
 from extras.testing import (SMALL_VAE, STUB, TAEW21, Perceptual, assert_error, folder, having_lpips,
                             new_vae, quiet, rand, randomised, same, saved)
 from motionstream import MotionStream
-from vae import TinyVAE, TinyVAEConfig, WanVAE, WanVAEConfig, load_vae
+from vae import LinearVAE, TinyVAE, TinyVAEConfig, WanVAE, WanVAEConfig, load_vae
 
 
 def test_adversarial_losses_are_the_hinge_and_move_one_network_each():
@@ -46,15 +46,11 @@ def test_adversarial_losses_are_the_hinge_and_move_one_network_each():
 def decoder_run(here, *more, code=0):
     """extras.decoder in float32, on noise instead of drawn videos, or on encoded clips; the last line that was printed
     as an error."""
-    def noise(videos):
+    def noise(files, count):
         return torch.randn(4, 3, 9, 16, 16).clamp(-1, 1)
 
-    def clips(run, pictures):
-        return sorted(run.args.data.glob("*.safetensors"))
-
-    with quiet() as (_, err), unittest.mock.patch.object(decoder, "preview", lambda *_: None), \
-            unittest.mock.patch.multiple(td, drawn_videos=lambda run: None, draw_crops=noise, own_clips=clips), \
-            unittest.mock.patch.object(td.Run, "autocast", lambda run: contextlib.nullcontext()):
+    with quiet() as (_, err), unittest.mock.patch.multiple(
+            td, show=lambda *_: None, rendered_clips=lambda *_: None, random_crops=noise, cpu_dtype=lambda: torch.float32):
         result = decoder.main(["--smoke", "--out", str(here), *map(str, more)])
     assert result == (code or None), (result, err.getvalue())
     return err.getvalue().splitlines()[-1]
@@ -68,18 +64,18 @@ def test_a_decoder_is_trained_for_the_latents_of_a_tiny_vae_and_resumes_to_the_b
         ours, given = load_vae(one / "decoder.safetensors"), new_vae(small)
         assert ours.metadata() == given.metadata() and same(given.encoder.state_dict(), ours.encoder.state_dict())
         assert not any(p.equal(q) for p, q in zip(ours.decoder.parameters(), given.decoder.parameters()))
-        step = td.Optimizer.step
+        step = td.Learner.step
 
-        def stop(optimizer, loss, i):
-            if i == 1 and optimizer.model.config.latent_channels == 16:
+        def stop(learner, loss, i):
+            if i == 1 and learner.name == "decoder":
                 os.kill(os.getpid(), signal.SIGTERM)
-            return step(optimizer, loss, i)
+            return step(learner, loss, i)
 
-        with unittest.mock.patch.object(td.Optimizer, "step", stop):
+        with unittest.mock.patch.object(td.Learner, "step", stop):
             assert_error(SystemExit, "143", decoder_run, two, *flags)
         decoder_run(two, *flags)
         whole, resumed = (torch.load(path / "decoder.0000003.checkpoint.pt") for path in (one, two))
-        for part in "decoder model", "discriminator model", "discriminator average":
+        for part in "decoder model", "discriminator model":
             assert same(whole[part], resumed[part]), part
         assert whole["discriminator model"]["replay"].flatten(1).any(1).sum() == 6              # half of three batches
         assert len((two / "stats.jsonl").read_text().splitlines()) == 3
@@ -95,7 +91,9 @@ def wans_clips(here, h, w):
     latents[:, 0], latents[:, 1] = torch.arange(h)[:, None], torch.arange(w)
     (here / "latents").mkdir()
     for i, clip in enumerate(latents.half()):
-        save_file({"latents": clip[None].contiguous()}, here / "latents" / f"{i}.safetensors")
+        save_file({"latents": clip.contiguous(), "tracks": torch.zeros(81, 1, 2), "visible": torch.ones(81, 1).bool(),
+                   "group": torch.zeros(1).long(), "text": torch.zeros(1, 4096)},
+                  here / "latents" / f"{i}.safetensors")
     return ["--vae", here / "wan.pth", "--data", here / "latents", "--weights", start]
 
 
@@ -112,7 +110,7 @@ def test_a_decoder_for_wans_vae_learns_what_wans_decodes_and_an_encoder_the_late
         assert TinyVAEConfig(*asked[0]) == TAEW21
         ours, (latents, video) = load_vae(here / "out" / "decoder.safetensors"), seen
         assert latents.shape == (16, 16, 6, 2, 4) and video.shape == (16, 3, 21, 16, 32)
-        clips = [load_file(file)["latents"][0, :, :6].float() for file in (here / "latents").iterdir()]
+        clips = [load_file(file)["latents"][:, :6].float() for file in (here / "latents").iterdir()]
         assert all(any(z.equal(clip) for clip in clips) for z in latents)
         with torch.no_grad():
             assert video.equal(load_vae(here / "wan.pth").decode(latents)[0])
@@ -149,11 +147,13 @@ def test_of_wans_latents_144x144_pixels_of_21_frames_are_taken_wherever_they_fit
 def test_what_a_decoder_cannot_be_trained_with_is_refused_in_one_line():
     with folder() as here:
         flags = wans_clips(here, 2, 1)
+        linear = saved(here / "linear.safetensors", LinearVAE(), **LinearVAE().metadata())
         tiny = saved(here / "tiny.safetensors", new_vae(replace(SMALL_VAE, latent_channels=16)))
         for said, *more in [("tiny.safetensors: Wan's needs --data and --weights", "--vae", tiny, *flags[2:]),
                             ("wan.pth: Wan's needs --data and --weights, a tiny one", *flags[:2]),
                             ("wan.pth: Wan's needs --data and --weights, a tiny one", *flags[:4]),
-                            ("vae.safetensors: cannot be read (No such file or directory); --stage vae makes it",),
+                            ("vae.safetensors: cannot be read (No such file or directory); --vae FILE names another",),
+                            ("linear.safetensors: a linear code", "--vae", linear),
                             ("LPIPS: ", "--vae", tiny, "--perceptual", "alex"),
                             ("--perceptual: invalid choice: 'net'", "--vae", tiny, "--perceptual", "net"),
                             ("--adversarial: -1 is not between 0 and 100", "--adversarial", "-1")]:

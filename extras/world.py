@@ -719,7 +719,7 @@ def write_clip(folder, clips, options, encode, index):
     clip = {name: value.contiguous() for name, value in clip.items()}
     path = clip_path(folder, index)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(clip, temporary, {"format": "motionstream clip", "caption": scene["caption"][0]})
+    save_file(clip, temporary, {"caption": scene["caption"][0]})
     os.replace(temporary, path)
 
 
