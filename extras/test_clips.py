@@ -182,7 +182,7 @@ def test_broken_clips_are_named_and_too_many_end_it():
         assert_error(td.UserError, "8 of 10 clips can be used here", encoded, flags)
 
 
-def test_the_readmes_filter_takes_wide_clips_of_81_frames_at_16_a_second():
+def test_the_filter_in_docs_takes_wide_clips_of_81_frames_at_16_a_second():
     with folder() as here, unittest.mock.patch.object(sys, "argv", ["x", str(here), str(here / "out")]):
         (here / "out").mkdir()
         rows = ["video,caption,aesthetic score,motion score,temporal consistency score,camera motion,frame,fps,seconds"]
@@ -192,7 +192,7 @@ def test_the_readmes_filter_takes_wide_clips_of_81_frames_at_16_a_second():
             rows.append(f"{name}.mp4,\"a {name}, one\",5,1,1,static,{frames},30,{frames / 30:.2f}")
         (here / "OpenVid-1M.csv").write_text("\n".join([*rows, "gone.mp4,b,5,1,1,static,200,30,7"]))
         for _ in range(2):                                          # again: what is there stays
-            exec(recipe("OpenVid-1M.csv"), {})
+            exec(recipe("training.md", "OpenVid-1M.csv"), {})
         assert {file.name for file in (here / "out").iterdir()} == {"a.mp4", "a.txt"}
         frames = imageio.mimread(here / "out/a.mp4", memtest=False)
         assert len(frames) == 81 and imageio.get_reader(here / "out/a.mp4").get_meta_data()["fps"] == 16

@@ -64,8 +64,8 @@ def read_file(path):
     with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):  # which advise unpickling
         packed = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(packed, bytes):
-        raise UserError("is a pickle, which may run code and is not opened; the README says how to make "
-                        "an .npz of it")
+        raise UserError("is a pickle, which may run code and is not opened; docs/tracks.md says how to "
+                        "make an .npz of it")
     return "npz", read_arrays(io.BytesIO(packed))
 
 
