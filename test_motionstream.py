@@ -2816,12 +2816,12 @@ def test_the_readme_and_docs_name_what_the_code_has():
 def test_what_the_readme_breaks_is_there():
     commands = re.findall(r"`(sed -i '[^']+' (\w+\.py))`", (HERE / "README.md").read_text())
     assert len(commands) == 2, commands
-    for command, file in commands:
+    for line, file in commands:
         with folder() as here:
             shutil.copy(HERE / file, here)
-            subprocess.run(shlex.split(command), cwd=here, check=True)
+            subprocess.run(shlex.split(line), cwd=here, check=True)
             changed = (here / file).read_text()
-            assert changed != (HERE / file).read_text(), f"{command} changes nothing"
+            assert changed != (HERE / file).read_text(), f"{line} changes nothing"
             compile(changed, file, "exec")
 
 
