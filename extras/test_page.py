@@ -450,8 +450,8 @@ def test_a_recording_that_cannot_be_written_leaves_nothing_behind():
             with new_recorder(mine) as recorder:
                 recorder.take.seen.append(np.zeros((64, 64, 3), np.uint8))
                 recorder.record(True)
-                raise OSError("the disk is full")
-        except OSError:
+                raise RuntimeError("the model failed")
+        except RuntimeError:
             pass
         assert not [*mine.iterdir()]
 
@@ -552,7 +552,7 @@ def record_three(page):
     page.control(take=2)
     page.watch(20)
     page.control([(9.3, 8.2)], take=3, record=False)
-    page.watch(10)
+    page.watch(45)                                              # some are of the take before
     page.control([(9.3, 8.2)], take=3, record=True)
     page.watch(15)
 
@@ -563,7 +563,8 @@ def test_a_recording_is_played_again_to_the_same_raw_frames():
             weights = new_weights(here, mode)
             with served(*weights, "--out", here / "take.mp4", "--prompt", "", "--fps", "60", "--seed", "3") as page:
                 record_three(page)
-            assert not (here / "take-4.npz").exists() and (here / "take-4.mp4").exists()
+            later = [file.name for file in sorted(here.glob("take-4*"))]
+            assert later == ["take-4.mp4"], sorted(here.iterdir())
             for name in "take", "take-2", "take-3":
                 shown = np.stack(kept.frames[name])
                 frames, out = played(here / f"{name}.npz", *weights)
@@ -610,7 +611,7 @@ def test_flags_that_the_page_has_no_use_for_and_files_that_it_would_overwrite_ar
         (("--image", image, "--weights", here / "teacher.safetensors", "--vae", here / "vae.safetensors"),
          "the page needs a trained student"),
         (("--image", image, "--host", "300.0.0.1", "--weights", here / "student.safetensors", "--vae",
-          here / "vae.safetensors"), "--host 300.0.0.1 --port 8765: not an address of this machine"),
+          here / "vae.safetensors"), "--host 300.0.0.1 --port 8765: "),
     ):
         with quiet() as (_, err):
             assert extras.page.main([str(word) for word in flags]) == 2
