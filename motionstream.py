@@ -88,7 +88,7 @@ class Config:
     ffn_dim: int = 8960
     num_heads: int = 12
     num_layers: int = 30
-    in_dim: int = 16            # channels into the patch embedding: noisy latents, then tracks, then image
+    in_dim: int = 16            # channels into the patch embedding: noisy latents, tracks, image
     out_dim: int = 16           # channels of the latents
     track_dim: int = 0          # channels of the tracks' features, 0 = no slot for tracks
     text_dim: int = 4096
@@ -99,15 +99,15 @@ class Config:
     eps: float = 1e-6
     # what it reads
     text_encoder: str = "umt5"          # or "words": the tiny model's own vectors
-    track_id_mode: str = "random"       # "random", "start" or "copy": how a track gets its ID, see track_ids
+    track_id_mode: str = "random"       # "random", "start" or "copy": a track's ID, see track_ids
     clean_first: bool = True            # latent frame 0 is the image, at sigma 0: see with_first
     latent_std: tuple = ()              # of each channel of the latents; given: see linear_part
     # sampling
     causal: bool = False        # True: a student that streams; False: a bidirectional teacher
     shift: float = 5.0
-    sigmas: tuple = schedule(3, 5.0)    # the student's noise levels; the paper does not give its three
+    sigmas: tuple = schedule(3, 5.0)    # the student's noise levels; the paper's are not known
     steps: int = 50             # the teacher's Euler steps
-    guidance: tuple = (3.0, 1.5)        # its w_text and w_motion (section 3.1), also as the real score of distillation
+    guidance: tuple = (3.0, 1.5)        # its w_text, w_motion (section 3.1), also as the real score
     chunk: int = 3              # latent frames generated together
     sink: int = 1               # chunks at the start that are never evicted
     window: int | None = 1      # latest chunks kept besides, None = all
@@ -143,10 +143,10 @@ class Config:
         """Of the track_dim channels, those that copy_along_tracks fills; the track head fills the others."""
         if self.track_id_mode != "copy":
             return 0
-        return self.out_dim + NEARNESS
+        return self.out_dim + len(NEAR)
 
 
-NEARNESS = 2        # channels beside copied latents: how near the nearest track is
+NEAR = (8, 32)      # pixels over which the nearness of a track, given beside copied latents, falls to 1 / e
 
 PRESETS = {
     "wan2.1-1.3b": Config(),
@@ -228,7 +228,7 @@ class KVCache:
 
     def write(self, k, v):
         """Append a clean chunk, without its graph; of a full cache, the oldest chunk behind the sink is evicted."""
-        self.chunks = self.chunks + [(k.detach(), v.detach())]      # a new list: a copy of the cache keeps the old one
+        self.chunks = self.chunks + [(k.detach(), v.detach())]      # a new list: copies of the cache keep theirs
         if self.window is None or len(self.chunks) <= self.sink + self.window:
             return
         evicted = self.chunks.pop(self.sink)
@@ -339,7 +339,8 @@ class Block(nn.Module):
         self.norm3 = nn.LayerNorm(c.dim, c.eps)
         self.cross_attn = CrossAttention(c.dim, c.num_heads, c.eps, c.clip_dim > 0)
         self.norm2 = nn.LayerNorm(c.dim, c.eps, elementwise_affine=False)
-        self.ffn = nn.Sequential(nn.Linear(c.dim, c.ffn_dim), nn.GELU("tanh"), nn.Linear(c.ffn_dim, c.dim))
+        self.ffn = nn.Sequential(
+            nn.Linear(c.dim, c.ffn_dim), nn.GELU("tanh"), nn.Linear(c.ffn_dim, c.dim))
         self.modulation = nn.Parameter(torch.empty(1, 6, c.dim))
 
     def forward(self, x, time, rope, text, image=None, cache=None, write=False):
@@ -409,7 +410,7 @@ class TrackHead(nn.Module):
         super().__init__()
         self.id_dim = id_dim
         self.stride = stride
-        self.conv = nn.Conv3d(FRAMES * id_dim, out_channels, 1, bias=False)   # a bias would fill the empty cells
+        self.conv = nn.Conv3d(FRAMES * id_dim, out_channels, 1, bias=False)     # a bias would fill empty cells
 
     def forward(self, tracks, visible, ids, height, width):
         """Tracks of a clip, or of a chunk that continues one, to (B, out_channels, F, h, w).
@@ -422,27 +423,32 @@ class TrackHead(nn.Module):
         assert fits, f"{width}x{height} does not divide by {self.stride}"
         h, w = height // self.stride, width // self.stride
 
-        order = ids.argsort(1)                  # lowest ID first: from here on a track's place is its rank
+        # Lowest ID first: from here on a track's place is its rank.
+        order = ids.argsort(1)
         ids = ids.gather(1, order)
         visible = visible.gather(2, order[:, None].expand(B, T, N))
         tracks = tracks.gather(2, order[:, None, :, None].expand(B, T, N, 2))
 
-        x, y = (tracks / self.stride).nan_to_num(0).long().unbind(-1)       # (B, T, N) each
+        # The lowest rank in each cell, N where there is no track. Hidden ones go to a cell of their own.
+        x, y = (tracks / self.stride).nan_to_num(0).long().unbind(-1)   # (B, T, N) each
         hidden = ~(visible & inside_picture(tracks, height, width))
-        cell = (y * w + x).masked_fill(hidden, h * w)                       # hidden ones go to a cell of their own
+        cell = (y * w + x).masked_fill(hidden, h * w)
         rank = torch.arange(N, device=ids.device).expand(B, T, N)
-        lowest = rank.new_full((B, T, h * w + 1), N).scatter_reduce(2, cell, rank, "amin")
-        lowest = lowest[..., :-1].reshape(B, T * h * w, 1)                  # rank N: no track is in this cell
+        lowest = rank.new_full((B, T, h * w + 1), N)
+        lowest = lowest.scatter_reduce(2, cell, rank, "amin")[..., :-1]
+        lowest = lowest.reshape(B, T * h * w, 1)
 
-        halves = torch.stack([ids >> 16, ids & 0xFFFF], -1)                 # (B, N, 2)
-        vectors = sinusoid(halves, self.id_dim // 2).flatten(2)             # (B, N, id_dim)
-        vectors = F.pad(vectors, (0, 0, 0, 1))                              # zeros for rank N
-        volume = vectors.gather(1, lowest.expand(-1, -1, self.id_dim))      # (B, T h w, id_dim)
+        # Its vector, zeros for N.
+        halves = torch.stack([ids >> 16, ids & 0xFFFF], -1)             # (B, N, 2)
+        vectors = sinusoid(halves, self.id_dim // 2).flatten(2)         # (B, N, id_dim)
+        vectors = F.pad(vectors, (0, 0, 0, 1))
+        volume = vectors.gather(1, lowest.expand(-1, -1, self.id_dim))  # (B, T h w, id_dim)
         volume = volume.view(B, T, h, w, self.id_dim)
 
-        volume = F.pad(volume, (0, 0, 0, 0, 0, 0, -T % FRAMES, 0))            # three empty frames before frame 0
-        volume = volume.unflatten(1, (-1, FRAMES))                            # (B, F, 4, h, w, id_dim)
-        volume = volume.permute(0, 2, 5, 1, 3, 4).flatten(1, 2)             # (B, 4 id_dim, F, h, w)
+        # Four frames to the channels; before frame 0 there are three empty ones.
+        volume = F.pad(volume, (0, 0, 0, 0, 0, 0, -T % FRAMES, 0))
+        volume = volume.unflatten(1, (-1, FRAMES))                      # (B, F, 4, h, w, id_dim)
+        volume = volume.permute(0, 2, 5, 1, 3, 4).flatten(1, 2)         # (B, 4 id_dim, F, h, w)
         return self.conv(volume.to(self.conv.weight.dtype))
 
 
@@ -458,9 +464,9 @@ def track_ids(tracks, visible, config, generator=None):
     B, T, N, _ = tracks.shape
     if config.track_id_mode == "random":
         return torch.randint(0, 2 ** 32, (B, N), generator=generator).to(tracks.device)
-    first = visible.int().argmax(1)                                     # (B, N), the first frame that sees it
+    first = visible.int().argmax(1)                         # (B, N), the first frame that sees it
     first = first[:, None, :, None].expand(B, 1, N, 2)
-    start = tracks.gather(1, first)[:, 0].nan_to_num(0)                 # (B, N, 2)
+    start = tracks.gather(1, first)[:, 0].nan_to_num(0)     # (B, N, 2)
     if config.track_id_mode == "copy":
         start = (start * SIXTEENTHS).round()
     x, y = start.clamp(0, 2 ** 16 - 1).long().unbind(-1)
@@ -527,7 +533,7 @@ def nearest_track(tracks, visible, height, width):
         return number, torch.full_like(number, math.inf, dtype=tracks.dtype)
     y = (torch.arange(rows, device=tracks.device) + 0.5) * COPY_CELL
     x = (torch.arange(columns, device=tracks.device) + 0.5) * COPY_CELL
-    centre = torch.cartesian_prod(y, x).flip(1)                             # (rows columns, 2), x first
+    centre = torch.cartesian_prod(y, x).flip(1)                         # (rows columns, 2), x first
     centre = centre.expand(B, T, -1, -1)
     # pair by pair: as a matrix product, the last bits of a distance would depend on how many tracks there are
     distance = torch.cdist(centre, tracks.nan_to_num(0), compute_mode="donot_use_mm_for_euclid_dist")
@@ -544,11 +550,11 @@ def way_back(tracks, ids, number, distance):
     B, T, N, _ = tracks.shape
     if N == 0:
         return number.new_zeros(*number.shape, 2)
-    start = torch.stack([ids & 0xFFFF, ids >> 16], -1) / SIXTEENTHS         # (B, N, 2) pixels
-    back = (start[:, None] - tracks.nan_to_num(0)).round().long()           # (B, T, N, 2)
-    number = number.flatten(2)[..., None].expand(-1, -1, -1, 2)             # (B, T, rows columns, 2)
-    back = back.gather(2, number).view(*distance.shape, 2)                  # (B, T, rows, columns, 2)
-    return back.masked_fill(distance.isinf()[..., None], 0)
+    start = torch.stack([ids & 0xFFFF, ids >> 16], -1) / SIXTEENTHS     # (B, N, 2) pixels
+    of_track = (start[:, None] - tracks.nan_to_num(0)).round().long()   # (B, T, N, 2)
+    index = number.flatten(2)[..., None].expand(-1, -1, -1, 2)          # (B, T, rows columns, 2)
+    of_square = of_track.gather(2, index).view(*number.shape, 2)        # (B, T, rows, columns, 2)
+    return of_square.masked_fill(distance.isinf()[..., None], 0)
 
 
 def warp_along_tracks(image, tracks, visible, ids):
@@ -561,11 +567,11 @@ def warp_along_tracks(image, tracks, visible, ids):
     T = tracks.shape[1]
     number, distance = nearest_track(tracks, visible, H, W)
     back = way_back(tracks, ids, number, distance)
-    back = back.repeat_interleave(COPY_CELL, 2).repeat_interleave(COPY_CELL, 3)     # (B, T, H, W, 2)
-    x = torch.arange(W, device=image.device) + back[..., 0]                         # (B, T, H, W)
+    back = back.repeat_interleave(COPY_CELL, 2).repeat_interleave(COPY_CELL, 3)   # of pixels: (B, T, H, W, 2)
+    x = torch.arange(W, device=image.device) + back[..., 0]                       # (B, T, H, W)
     y = torch.arange(H, device=image.device)[:, None] + back[..., 1]
     source = y.clamp(0, H - 1) * W + x.clamp(0, W - 1)
-    source = source.flatten(1)[:, None].expand(-1, 3, -1)                           # (B, 3, T H W)
+    source = source.flatten(1)[:, None].expand(-1, 3, -1)                         # (B, 3, T H W)
     video = image.flatten(2).gather(2, source).view(B, 3, T, H, W)
     return video, distance
 
@@ -573,24 +579,24 @@ def warp_along_tracks(image, tracks, visible, ids):
 @torch.no_grad()
 def copy_along_tracks(vae, image, tracks, visible, ids):
     """What track_features takes as `copied`, (B, C + 2, F, h, w): the latents of warp_along_tracks, and how near the
-    nearest track is, exp(-d / 8) and exp(-d / 32) of its distance d in pixels.
+    nearest track is: exp(-d / 8) and exp(-d / 32) of its distance d in pixels, see NEAR.
 
-    vae: one without memory between latents (LinearVAE). image (B, 3, H, W) in [-1, 1]: frame 0 of the clip, which in
-    frame 0, where nothing has moved yet, is itself. The others are as for track_features: T % 4 == 1 starts a clip,
-    T % 4 == 0 continues one, and chunks joined equal the whole."""
+    vae: one without memory between latents (LinearVAE). image (B, 3, H, W) in [-1, 1]: frame 0, which is shown as it is
+    in frame 0 itself. The others are as for track_features: T % 4 == 1 starts a clip, T % 4 == 0 continues one, and
+    chunks joined equal the whole."""
     video, distance = warp_along_tracks(image, tracks, visible, ids)
     if tracks.shape[1] % FRAMES == 1:
         video[:, :, 0] = image
         distance[:, 0] = 0
         latents = vae.encode(video)
         before = distance[:, :1].expand(-1, FRAMES - 1, -1, -1)
-        distance = torch.cat([before, distance], 1)                             # as the VAE packs frame 0
+        distance = torch.cat([before, distance], 1)             # as the VAE packs frame 0
     else:
-        video = torch.cat([video[:, :, :1], video], 2)                          # behind a frame 0 that is not looked at
+        video = torch.cat([video[:, :, :1], video], 2)          # behind a frame 0 that is not looked at
         latents = vae.encode(video)[:, :, 1:]
-    near = torch.stack([torch.exp(-distance / 8), torch.exp(-distance / 32)], 1)    # (B, 2, 4 F, rows, columns)
+    near = torch.stack([torch.exp(-distance / pixels) for pixels in NEAR], 1)
     squares = vae.stride // COPY_CELL
-    near = F.avg_pool3d(near, (FRAMES, squares, squares))                       # (B, 2, F, h, w)
+    near = F.avg_pool3d(near, (FRAMES, squares, squares))       # (B, 2, F, h, w)
     return torch.cat([latents, near], 1)
 
 
@@ -663,14 +669,17 @@ class MotionStream(nn.Module):
         super().__init__()
         self.config = c = config
         self.patch_embedding = nn.Conv3d(c.in_dim, c.dim, c.patch_size, c.patch_size)
-        self.text_embedding = nn.Sequential(nn.Linear(c.text_dim, c.dim), nn.GELU("tanh"), nn.Linear(c.dim, c.dim))
-        self.time_embedding = nn.Sequential(nn.Linear(c.freq_dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim))
+        self.text_embedding = nn.Sequential(
+            nn.Linear(c.text_dim, c.dim), nn.GELU("tanh"), nn.Linear(c.dim, c.dim))
+        self.time_embedding = nn.Sequential(
+            nn.Linear(c.freq_dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 6 * c.dim))
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
         self.head = Head(c)
         if c.clip_dim:
-            proj = nn.Sequential(nn.LayerNorm(c.clip_dim), nn.Linear(c.clip_dim, c.clip_dim), nn.GELU(),
-                                 nn.Linear(c.clip_dim, c.dim), nn.LayerNorm(c.dim))
+            proj = nn.Sequential(
+                nn.LayerNorm(c.clip_dim), nn.Linear(c.clip_dim, c.clip_dim), nn.GELU(),
+                nn.Linear(c.clip_dim, c.dim), nn.LayerNorm(c.dim))
             self.img_emb = nn.ModuleDict({"proj": proj})
         if c.track_dim:
             self.track_head = TrackHead(out_channels=c.track_dim - c.copy_dim, stride=c.stride)
@@ -689,29 +698,31 @@ class MotionStream(nn.Module):
         image: the image's channels, None = zeros; clip (B, 257, clip_dim). caches=None: bidirectional; else attends
         to what the caches hold, then to itself; only write=True changes them."""
         c = self.config
-        y = self.patch_embedding(self.input_channels(x, sigma, tracks, image))      # (B, D, F, h / 2, w / 2)
-        frames, height, width = y.shape[2:]                                         # of the grid of tokens
-        y = y.flatten(3).permute(0, 2, 3, 1).float()                                # (B, F, h w / 4, D)
+        B = len(x)
+        tokens = self.patch_embedding(self.input_channels(x, sigma, tracks, image))
+        frames, height, width = tokens.shape[2:]                        # F, h / 2, w / 2
+        tokens = tokens.flatten(3).permute(0, 2, 3, 1).float()          # (B, F, h w / 4, D)
 
-        held = 0                                                                    # latent frames in the cache
+        held = 0                                                        # latent frames in the cache
         if caches is None:
             caches = [None] * c.num_layers
         else:
             held = len(caches[0]) // (height * width)
         rope = rope_table(held + frames, height, width, c.head_dim, x.device)
 
-        with torch.autocast(x.device.type, enabled=False):      # time is precise to the last bit that counts
-            time = self.time_embedding(sinusoid(1000 * sigma.reshape(len(x), -1), c.freq_dim))      # (B, 1 or F, D)
-            modulation = self.time_projection(time).unflatten(-1, (6, -1))          # (B, 1 or F, 6, D)
-        text = self.embed_text(text, len(x))
+        with torch.autocast(x.device.type, enabled=False):              # time is precise to the last bit that counts
+            time = sinusoid(1000 * sigma.reshape(B, -1), c.freq_dim)
+            time = self.time_embedding(time)                            # (B, 1 or F, D)
+            modulation = self.time_projection(time).unflatten(-1, (6, -1))
+        text = self.embed_text(text, B)
         if clip is not None:
             clip = self.img_emb["proj"](clip.to(text.dtype))
         for block, cache in zip(self.blocks, caches):
-            y = block(y, modulation, rope, text, clip, cache, write)
+            tokens = block(tokens, modulation, rope, text, clip, cache, write)
         with torch.autocast(x.device.type, enabled=False):
-            patches, shares = self.head(y, time)                                    # (B, F, h w / 4, 4 out_dim)
+            patches, shares = self.head(tokens, time)                   # (B, F, h w / 4, 4 out_dim)
 
-        output = self.unpatchify(patches, height, width)                            # (B, out_dim, F, h, w)
+        output = self.unpatchify(patches, height, width)                # (B, out_dim, F, h, w)
         if not c.latent_std:
             assert shares is None, "weights that copy need config.latent_std, of the VAE"
             return output
@@ -753,8 +764,9 @@ class MotionStream(nn.Module):
         them, and height and width of the grid of tokens. None where nothing is copied."""
         if shares is None or tracks is None:
             return None
+        c = self.config
         shares = self.unpatchify(shares, *grid)                         # (B, 2, F, h, w)
-        copied = tracks[:, -self.config.copy_dim:-NEARNESS]             # (B, C, F, h, w)
+        copied = tracks[:, -c.copy_dim:][:, :c.out_dim]                 # (B, C, F, h, w)
         still = image
         if image is None:
             still = torch.zeros_like(copied)
@@ -787,7 +799,7 @@ def init_weights(model):
     if model.config.copy_dim:
         gate = model.head.gate
         nn.init.zeros_(gate.weight)
-        gate.bias.data = torch.tensor([0.8, 0.2]).repeat(len(gate.bias) // 2)       # moved along the tracks, still
+        gate.bias.data = torch.tensor([0.8, 0.2]).repeat(len(gate.bias) // 2)   # moved by tracks, still
     for module in (*model.blocks, model.head):
         nn.init.normal_(module.modulation, std=model.config.dim ** -0.5)
 
@@ -837,7 +849,8 @@ def euler(model, noise, conditions, first=None, null_text=None):
         levels = x.new_full((len(x),), sigma, dtype=torch.float64)
         x, levels = with_first(x, levels, first)
         yield x, sigma
-        x = x + (following - sigma) * guided_velocity(model, x, levels, conditions, c.guidance, null_text)
+        velocity = guided_velocity(model, x, levels, conditions, c.guidance, null_text)
+        x = x + (following - sigma) * velocity
     x, _ = with_first(x, levels, first)
     yield x, 0.0
 
@@ -878,9 +891,10 @@ def rollout(model, noise, conditions, first=None, exit_step=None, grad=False, ge
                 velocity = model(x, levels, caches=caches, **condition)
                 x0 = to_x0(x, velocity, levels)
             if i < last:
-                device = getattr(generator, "device", x.device)         # the same numbers wherever the model is
+                device = getattr(generator, "device", x.device)     # the same numbers wherever the model is
                 fresh = torch.randn(x.shape, generator=generator, device=device).to(x)
-                x = add_noise(x0, fresh, x.new_full((len(x),), c.sigmas[i + 1], dtype=torch.float64))
+                following = x.new_full((len(x),), c.sigmas[i + 1], dtype=torch.float64)
+                x = add_noise(x0, fresh, following)
         yield x0                                        # shown before it is remembered
         with torch.no_grad():                           # the clean pass is the only one that writes
             model(x0.detach(), torch.zeros_like(levels), caches=caches, write=True, **condition)
@@ -903,7 +917,7 @@ def naming(what, cure):
         raise UserError(f"{what}: {e}") from None
     except Exception as e:      # damaged files raise ten kinds, and numpy's texts advise unpickling
         reason = cure
-        if getattr(e, "errno", None) not in (None, errno.EINVAL):       # EINVAL comes of damaged zip files
+        if getattr(e, "errno", None) not in (None, errno.EINVAL):   # EINVAL: of damaged zip files
             reason = e.strerror
         raise UserError(f"{what}: {reason}") from None
 
@@ -919,7 +933,7 @@ def write(path, save, *args):
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as e:       # torch's and safetensors' words for a full disk
+    except (OSError, RuntimeError, SafetensorError) as e:   # torch's and safetensors' words for a full disk
         reason = str(e).splitlines()[0]
         raise OSError(f"{path}: {reason}; is the disk full, or the folder not writable?") from e
     finally:
@@ -986,7 +1000,8 @@ def shards_of(file):
     files = [file.with_name(name) for name in sorted(names)]
     missing = [each.name for each in files if not each.is_file()]
     if missing or not files:
-        raise UserError(f"{file}: {len(missing)} of {len(files)} shards are missing: {', '.join(missing[:5])}")
+        some = ", ".join(missing[:5])
+        raise UserError(f"{file}: {len(missing)} of {len(files)} shards are missing: {some}")
     return files
 
 
@@ -1016,13 +1031,13 @@ def saved_config(cls, metadata, file):
     try:
         fields = with_tuples(json.loads(metadata["config"]))
         if cls is Config:
-            fields = renamed(fields)
+            fields = upgraded(fields)
         return cls(**fields)
     except (KeyError, ValueError, TypeError, AttributeError) as e:
         raise UserError(f"{file}: the config in it cannot be read ({e}); written by another version?") from None
 
 
-def renamed(fields):
+def upgraded(fields):
     """Fields of a Config as older files have them, which called track_id_mode `tracks` and left to the widths what
     text_encoder and clean_first say, in today's words."""
     if "tracks" not in fields:
@@ -1057,8 +1072,8 @@ def find_config(tensors, metadata, file):
         for name in "num_heads", "text_len", "eps":
             if name in said:
                 config = replace(config, **{name: said[name]})
-        if "config" in metadata:                    # what extras/checkpoints.py knows besides
-            config = replace(config, **with_tuples(json.loads(metadata["config"])))
+        known = json.loads(metadata.get("motionstream.config", "{}"))       # by extras/checkpoints.py
+        config = replace(config, **with_tuples(known))
     for name, value in told.items():
         if said.get(name, value) != value:
             raise UserError(f"{file}: {name} is {value} by its tensors, but {said[name]} in {source}")
@@ -1096,7 +1111,7 @@ def told_by_shapes(tensors, file):
 
 def public_config(tensors, told, file):
     """The config of weights that say nothing of themselves: Wan 2.2 5B or one of Wan 2.1's family, by the width of its
-    latents; 128 channels a head; a clean first latent where no other input takes the image, and in Wan 2.2 always."""
+    latents; 128 channels a head; a clean first latent where no other input takes the image, and in 5B always."""
     like = Config()
     is_wan22 = told["out_dim"] == PRESETS["wan2.2-5b"].out_dim
     if is_wan22:
@@ -1152,7 +1167,7 @@ def fill(model, tensors, path, dtype_of, device="cpu"):
                             "take this model's file in bfloat16 or float16")
     check_names(model, tensors, path)
     for name, tensor in tensors.items():
-        if not torch.stack(tensor.aminmax()).isfinite().all():          # 20 times as fast as tensor.isfinite()
+        if not torch.stack(tensor.aminmax()).isfinite().all():      # 20 times as fast as tensor.isfinite()
             raise UserError(f"{path}: {name} holds NaN or infinity; download it again")
         tensors[name] = tensor.to(device, dtype_of(name), copy=True)
     model.load_state_dict(tensors, assign=True)
@@ -1165,7 +1180,8 @@ def check_names(model, tensors, path):
     common = expected.keys() & tensors.keys()
     faults = {"missing": expected.keys() - common,
               "unknown": tensors.keys() - common,
-              "of another shape": {name for name in common if tensors[name].shape != expected[name].shape}}
+              "of another shape": {name for name in common
+                                   if tensors[name].shape != expected[name].shape}}
     told = []
     for fault, names in faults.items():
         if names:

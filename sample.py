@@ -269,6 +269,7 @@ def fit_image(image, size):
 # What a recording says of how its frames were made; window -1: all; weights: see checksum.
 RECORDED = {"seed": int, "chunk": int, "sink": int, "window": int, "steps": int, "fps": float,
             "dtype": str, "frames": int, "weights": int}
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -331,15 +332,22 @@ def own_tracks(arrays, size):
     if not (T and numbers and shapes and values):
         raise ValueError("no tracks")
     tracks = np.nan_to_num(tracks).clip(-1e6, 1e6) * (np.array(size) / there).astype(np.float32)
-    recorded = {}
-    if "prompts" in arrays:
-        recorded = {name: kind(arrays[name]) for name, kind in RECORDED.items()}
-        recorded["prompts"] = [prompt or None for prompt in arrays["prompts"].tolist()]
-        if recorded["window"] < 0:
-            recorded["window"] = None
+    recorded = own_recording(arrays) if "prompts" in arrays else {}
     fps = float(arrays["fps"]) if "fps" in arrays else None
     mode = str(arrays.get("track_id_mode", "random"))
     return Tracks(tracks, visible, ids if "ids" in arrays else None, mode, fps, recorded)
+
+
+def own_recording(arrays):
+    """What the arrays of a recording say besides its tracks. Whatever is wrong with them raises."""
+    said = {name: kind(arrays[name]) for name, kind in RECORDED.items()}
+    said["prompts"] = [prompt or None for prompt in arrays["prompts"].tolist()]
+    least = min(said["chunk"], said["frames"], said["steps"], len(said["prompts"]), said["sink"] + 1)
+    if least < 1 or said["dtype"] not in DTYPES:
+        raise ValueError("no recording")
+    if said["window"] < 0:
+        said["window"] = None
+    return said
 
 
 def fit_tracks(tracks, image_size, frames, config, seed):
@@ -568,7 +576,7 @@ class Flags:
 
 def add_flags(parser):
     """The flags, which extras/page.py has too."""
-    file, whole = {"type": Path, "metavar": "FILE"}, {"type": number(int, 1, MOST_FRAMES), "metavar": "N"}
+    file = {"type": Path, "metavar": "FILE"}
     add = parser.add_argument
     add("--image", required=True, help="first frame, any picture file", **file)
     either = parser.add_mutually_exclusive_group().add_argument
@@ -578,15 +586,15 @@ def add_flags(parser):
     add("--grid", metavar="NxP", help="each of those N by N points, P pixels apart")
     add("--prompt", metavar="TEXT", help="what image and tracks do not say; default: the model's own")
     add("--out", default="out.mp4", help=".mp4, or .png for the last frame; default: out.mp4", **file)
-    add("--frames", help="default: those of the tracks, or 81", **whole)
+    frames = number(int, 1, MOST_FRAMES)
+    add("--frames", type=frames, metavar="N", help="default: those of the tracks, or 81")
     add("--fps", type=number(float, 0.1, 1000), metavar="F", help="of the file; default: the model's")
     add("--overlay", action="store_true", help="draw the tracks on the video")
     add = parser.add_argument_group("model").add_argument
     add("--weights", help="a Wan DiT, file or folder; default: the tiny model in assets/", **file)
     add("--vae", help="default: the tiny model's, or the one in the folder of --weights", **file)
     add("--device", default="auto", help="cpu, cuda, …; default: cuda if there is one")
-    dtypes = ("auto", "float32", "bfloat16", "float16")
-    add("--dtype", default="auto", choices=dtypes, help="auto: float32 on the CPU, else bfloat16")
+    add("--dtype", default="auto", choices=("auto", *DTYPES), help="auto: float32 on the CPU, else bfloat16")
     add("--text-encoder", help="a -Diffusers repository with it; default: --weights, if it is one", **file)
     add("--image-encoder", help="the same of CLIP; default: that of --text-encoder", **file)
     add("--negative-prompt", metavar="TEXT", help="guidance avoids it; default: Wan's")
@@ -660,14 +668,10 @@ def resolve(flags, weights, tracks):
         starts = range(0, latent_frames(frames, config.chunk), config.chunk)
         last = len(said["prompts"]) - 1
         prompts = [said["prompts"][min(start // said["chunk"], last)] for start in starts]
-    name = "cuda" if torch.cuda.is_available() else "cpu"
-    name = flags.device.replace("auto", name)
-    try:
-        device = torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {name}: not available here") from None
-    usual = said.get("dtype", "float32" if device.type == "cpu" else "bfloat16")
-    dtype = flags.dtype.replace("auto", usual)
+    device = find_device(flags.device)
+    dtype = flags.dtype
+    if dtype == "auto":
+        dtype = said.get("dtype", "float32" if device.type == "cpu" else "bfloat16")
     moved = bool(flags.tracks or flags.paths)
     drawn = moved and not weights.has_head and config.track_dim == config.out_dim
     if drawn:
@@ -676,14 +680,24 @@ def resolve(flags, weights, tracks):
     return Job(config, frames, fps, seed, device, dtype, prompts, moved, drawn, notes)
 
 
+def find_device(name):
+    """The device of that name; auto: cuda if there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {name}: not available here") from None
+
+
 def resolve_config(flags, weights, said):
     """(How to sample, notes on it): as the weights say, or advice on their family, changed by what a
     recording has `said`, and by flags."""
     config, notes = weights.config, []
     if not weights.own:
         from extras.checkpoints import advice
-        usual = "stream" if config.causal else "teacher"
-        config, words = advice(config, flags.sampler or usual)
+        own = "stream" if config.causal else "teacher"
+        config, words = advice(config, flags.sampler or own)
         notes = [f"{weights.path}: {note}" for note in words]
     changes = dict(flags.settings or ())
     if said and config.causal:
@@ -694,11 +708,11 @@ def resolve_config(flags, weights, said):
     elif config.text_encoder == "umt5" and flags.prompt is None and not flags.prompt_embeds:
         changes["guidance"] = (0.0, config.guidance[1])     # there is no text
     config = replace(config, **changes)
-    steps, usual = flags.steps, len(config.sigmas)
-    if said and config.causal and said["steps"] != usual:
+    steps = flags.steps
+    if said and config.causal and said["steps"] != len(config.sigmas):
         steps = steps or said["steps"]
     if steps or "shift" in changes:
-        sigmas = schedule(steps or usual, config.shift)
+        sigmas = schedule(steps or len(config.sigmas), config.shift)
         config = replace(config, steps=steps or config.steps, sigmas=sigmas)
     return config, notes
 

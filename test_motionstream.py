@@ -10,6 +10,7 @@ Where a formula is tested, it is written here a second time, plainly, in float64
 
 import ast
 import contextlib
+import copy
 import functools
 import importlib
 import importlib.util
@@ -335,6 +336,15 @@ def test_after_eviction_the_cache_holds_exactly_sink_and_last_window():
             assert len(cache) == len(kept) * tokens             # constant from chunk sink + window on
 
 
+def test_a_copy_of_a_cache_stays_as_it_was():
+    cache = KVCache(1, 1)
+    for i in range(3):
+        kept = copy.copy(cache)                                 # as a block does that is computed twice
+        before = list(kept.chunks)
+        cache.write(rand(1, 2, 1, 4, seed=i), rand(1, 2, 1, 4, seed=i))
+        assert len(kept.chunks) == len(before) and all(a is b for a, b in zip(kept.chunks, before))
+
+
 def test_an_ema_sink_takes_up_what_leaves_the_window():
     chunks = [(rand(1, 4, 2, 4, seed=i), rand(1, 4, 2, 4, seed=50 + i)) for i in range(6)]
     for sink, window, decay in (1, 1, 0.9), (2, 1, 0.5), (1, 2, 0.0), (0, 1, 0.5), (1, 1, 1.0):
@@ -518,7 +528,8 @@ def test_copying_along_true_tracks_gives_the_latents_of_the_moved_picture():
         assert_near(copied[:, :4, ..., columns], latents[..., columns], 1e-5)
         still = vae.encode(video[:, :, :1]).expand_as(latents)
         assert (latents - still)[:, :, 1:, :, columns].abs().mean() > 0.05, "nothing has moved"
-        assert_near(copied[:, :4, :1], latents[:, :, :1], 1e-6)                 # frame 0 is the image itself
+        for first in copied, copy_along_tracks(vae, video[:, :, 0], tracks + 9, visible, ids):
+            assert_near(first[:, :4, :1], latents[:, :, :1], 1e-6)              # frame 0 is the image itself
 
 
 def test_copies_made_chunk_by_chunk_are_those_of_the_whole():
@@ -554,17 +565,17 @@ def test_hidden_tracks_copy_nothing_and_no_track_at_all_is_the_image_standing_st
 
 
 def test_a_square_follows_the_visible_track_nearest_to_its_centre():
-    tracks = torch.tensor([[3.0, 2.0], [30.0, 30.0]]).expand(1, 2, -1, -1)
+    tracks = torch.tensor([[3.0, 2.0], [42.0, 30.0]]).expand(1, 2, -1, -1)
     visible = torch.tensor([[[True, True], [False, True]]])
     number, distance = nearest_track(tracks, visible, 32, 48)
     assert number.shape == distance.shape == (1, 2, 8, 12)
     assert number[0, 0, 0, 0] == 0 and distance[0, 0, 0, 0] == 1                # centre (2, 2)
-    assert number[0, 0, 7, 7] == 1 and distance[0, 0, 7, 7] == 0
+    assert number[0, 0, 7, 10] == 1 and distance[0, 0, 7, 10] == 0
     assert (number[0, 1] == 1).all()                                            # the other one is hidden there
     later = tracks + torch.tensor([0.0, 0.0, 5.0, -9.0]).view(1, 1, 2, 2) * torch.arange(2).view(1, 2, 1, 1)
     image = torch.arange(32 * 48.0).expand(3, -1).view(1, 3, 32, 48)
     video, _ = warp_along_tracks(image, later, visible | True, track_ids(later, visible | True, COPYING))
-    assert video[0, 0, 1, 21, 35] == image[0, 0, 30, 30]                        # moved by (5, -9)
+    assert video[0, 0, 1, 21, 47] == image[0, 0, 30, 42]                        # moved by (5, -9)
     assert video[0, 0, 1, :8, :8].equal(image[0, 0, :8, :8])                    # what stays
 
 
@@ -2403,6 +2414,17 @@ def test_tracks_are_cut_to_whole_chunks_and_say_nothing_after_their_end():
         assert any("the last 3 are not specified" in text for text in notes) == note
 
 
+def test_tracks_of_another_size_are_scaled_to_the_image_and_nan_is_hidden():
+    points = rand(5, 2, 2).numpy() * 9 + 20
+    points[3, 1] = np.nan
+    with folder() as here:
+        np.savez(here / "t.npz", tracks=points, width=96, height=40, fps=8, format="motionstream")
+        given = sample.read_tracks(here / "t.npz", (48, 40))
+    expected = np.float32(points[:3] * (0.5, 1))
+    assert abs(given.tracks[:3] - expected).max() < 1e-5 and given.tracks.dtype == np.float32 and given.fps == 8
+    assert np.argwhere(~given.visible).tolist() == [[3, 1]] and np.isfinite(given.tracks).all() and given.ids is None
+
+
 def test_live_motion_is_what_a_whole_clip_has_in_each_chunk():
     points = rand(33, 3, 2).abs() * 9 + 3
     points[12:20, 1] = math.nan
@@ -2474,17 +2496,20 @@ def test_a_recording_plays_to_the_same_frames_unless_flags_say_otherwise():
             frames, arrays = recording(here, mode)
             words = ["--image", here / "recorded.png", "--tracks", here / "recorded.npz", "--vae",
                      workplace()[1] / "vae.safetensors", "--out", here / "x.mp4", "--weights"]
-            for more, same, note in ((), True, False), (("--prompt", "red"), False, False), (("--seed", 1), False, False), \
-                    (("--memory", "c1s1w1"), False, False), (("--prompt", "red", "--frames", 4), False, False):
+            for more in (), ("--prompt", "red"), ("--seed", 1), ("--memory", "c1s1w1"):
                 made.clear()
                 code, out, err = sampled(*words, here / f"{mode}.safetensors", *more)
-                assert code == 0 and ("other weights" in out) == note, (out, err)
-                assert len(made) == (4 if "--frames" in more else 11) and fps[-1] == 12
-                assert np.array_equal(np.stack(made), frames) == same, (mode, more)
-            code, out, _ = sampled(*words, workplace()[1] / "student.safetensors")
-            assert code == 0 and "recorded with other weights" in out
-        for name in "chunk", "frames", "seed", "weights":
-            np.savez(here / "recorded.npz", **{key: value for key, value in arrays.items() if key != name})
+                assert code == 0 and "other weights" not in out and len(made) == 11 and fps[-1] == 12, (out, err)
+                assert np.array_equal(np.stack(made), frames) == (not more), (mode, more)
+                if mode == "start":
+                    break                                       # what flags do has been seen
+        code, out, _ = sampled(*words, workplace()[1] / "student.safetensors", "--frames", 1)
+        assert code == 0 and "recorded with other weights" in out
+        for name, value in ("chunk", 0), ("frames", None), ("seed", "x"), ("dtype", "int8"), ("prompts", []), ("weights", None):
+            damaged = arrays | {name: value}
+            if value is None:
+                damaged.pop(name)
+            np.savez(here / "recorded.npz", **damaged)
             code, _, err = sampled(*words, here / "start.safetensors")
             assert code == 2 and "recorded.npz: damaged" in err, (name, err)
 

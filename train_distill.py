@@ -33,7 +33,6 @@ extras/world.py draws such clips, python -m extras.clips makes them of your own 
 
 import argparse
 import ast
-import contextlib
 import copy
 import dataclasses
 import functools
@@ -64,11 +63,12 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from motionstream import (PRESETS, Block, Config, KVCache, MotionStream, UserError, add_noise,
-                          split_conditions, copy_along_tracks, euler, guided_velocity, image_channels,
+                          channel_std, copy_along_tracks, euler, guided_velocity, image_channels,
                           linear_part, naming, rollout, save_pretrained, schedule, shift_sigma,
-                          to_x0, track_features, track_ids, with_first, write)
-from sample import Parser, embed_words, hold_signals, inspect, number
-from vae import FRAMES, LinearVAE, load_vae
+                          split_conditions, to_x0, track_features, track_ids, with_first, write)
+from sample import (Parser, Weights, embed_words, guidance, hold_signals, inspect, memory, number,
+                    open_vae, reported)
+from vae import FRAMES, LinearVAE
 
 # --------------------------------------------------------------------------------------------------
 # The settings of a training. Sources: [P] the paper, [O] ours, found by trying on the tiny model.
@@ -177,7 +177,7 @@ SMOKE = {"vae_steps": 4, "teacher_steps": 4, "causal_steps": 3, "distill_steps":
 NEUTRAL = PRESETS["tiny"].prompt
 WEIGHTS = {"vae": "vae", "teacher": "teacher", "causal": "causal", "distill": "student"}
 PREREQUISITES = {"vae": (), "teacher": ("vae",), "causal": ("vae", "teacher"),
-                 "distill": ("vae", "teacher", "causal")}
+                 "distill": ("vae", "teacher", "causal"), "decoder": ("vae",)}
 
 
 @dataclass(frozen=True)
@@ -233,20 +233,15 @@ class Run:
 
     def load_vae(self):
         """The VAE that made the latents."""
-        vae = load_vae(self.path("vae"))
-        found = (vae.config.latent_channels, vae.stride)
-        wanted = (self.config.out_dim, self.config.stride)
-        if found != wanted:
-            raise UserError(f"{self.path('vae')}: latents have {found[0]} channels and stride "
-                            f"{found[1]}, the model's have {wanted[0]} and {wanted[1]}; is this its VAE?")
-        return vae.to(self.device)
+        model = Weights(self.out, self.config, own=True, has_head=True)
+        return open_vae(model, self.path("vae")).to(self.device)
 
     def autocast(self):
-        """See compute_dtype. No cache of weights: torch before 2.11 hands those without a graph to
-        all."""
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(torch.device(self.device).type, self.dtype, cache_enabled=False)
+        """bfloat16, unless compute_dtype says float32. No cache of weights: torch before 2.11 hands
+        those without a graph to all."""
+        kind = torch.device(self.device).type
+        enabled = self.dtype == torch.bfloat16
+        return torch.autocast(kind, torch.bfloat16, enabled, cache_enabled=False)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -258,9 +253,14 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 
 
+def default_device():
+    return f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu"
+
+
 def join_processes(device):
-    """Those that torchrun has started."""
+    """Those that torchrun has started. device: None is the default."""
     if PROCESSES > 1:
+        device = device or default_device()
         dist.init_process_group(timeout=timedelta(hours=12))    # some may encode long after others
         dist.init_device_mesh(device.split(":")[0], (PROCESSES,))   # gloo, or nccl on a GPU
 
@@ -329,14 +329,15 @@ def seed_of(*what):
 
 
 def matmul_seconds(dtype):
-    """What a small matrix product takes on the CPU under autocast to `dtype`: the quickest of four,
-    as the first one warms up the threads."""
-    matrix = torch.zeros(256, 256)
+    """What a product of the tiny model's size, a clip's tokens by a layer of its FFN, takes on the CPU
+    under autocast to `dtype`: the best of three, of which the first warms up the threads."""
+    tokens = torch.zeros(768, 192)
+    weight = torch.zeros(576, 192)
     seconds = []
-    for _ in range(4):
+    for _ in range(3):
         started = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            matrix @ matrix
+            F.linear(tokens, weight)
         seconds.append(time.perf_counter() - started)
     return min(seconds)
 
@@ -560,7 +561,7 @@ def checkpoint_settings(run, stage):
     """What a checkpoint of the stage depends on: with another of these, going on would mix two
     trainings."""
     settings = {"seed": run.seed, "data": fingerprint(run.data), "start": str(run.files["start"])}
-    for name in PREREQUISITES.get(stage, ("vae",)):
+    for name in PREREQUISITES[stage]:
         settings[f"weights of {name}"] = run.checksum(name)
     settings |= asdict(run.config) | asdict(run.settings)
     settings.pop("tflops")
@@ -939,9 +940,7 @@ def motion_features(model, vae, points):
 def clean_first(config, x0):
     """What with_first takes of clips x0 (B, C, F, h, w): their first latent, (B, C, 1, h, w); None
     for models that have it as channels instead."""
-    if config.image_dim and not config.copy_dim:
-        return None
-    return x0[:, :, :1]
+    return x0[:, :, :1] if config.clean_first else None
 
 
 def latent_weight(vae, config, sigma):
@@ -950,8 +949,7 @@ def latent_weight(vae, config, sigma):
     variance."""
     if not config.latent_std:
         return 1.0
-    std = torch.tensor(config.latent_std, device=sigma.device).view(1, -1, 1, 1, 1)
-    _, variance = linear_part(sigma, std)
+    _, variance = linear_part(sigma, channel_std(config, sigma.device))
     return variance * vae.pixel_weight().view(1, -1, 1, 1, 1) ** 2
 
 
@@ -1030,13 +1028,19 @@ def normalise_latents(vae, videos):
         vae.latent_std.copy_(wanted)
 
 
+def psnr(a, b):
+    """Decibels between videos in [-1, 1]."""
+    return -10 * torch.log10((a - b).square().mean() / 4 + 1e-10)
+
+
 def reconstruction_error(output, video):
     """Mean squares of videos' (B, 3, T, H, W) pixels and, a tenth, of the differences between
     neighbours."""
     error = output - video
+    pixels = error.square().mean()
     down = error.diff(dim=3).square().mean()
     across = error.diff(dim=4).square().mean()
-    return error.square().mean() + 0.1 * (down + across)
+    return pixels + 0.1 * (down + across)
 
 
 def train_vae(run):
@@ -1056,8 +1060,7 @@ def train_vae(run):
         video = random_crops(files, s.vae_batch).to(run.device)
         output, _ = vae.decode_unclamped(vae.encode(video))
         loss = reconstruction_error(output, video)
-        loop.log(loss=loss, psnr=-10 * torch.log10((output - video).square().mean() / 4))
-        loop.log(grad=learner.step(loss, i))
+        loop.log(loss=loss, psnr=psnr(output, video), grad=learner.step(loss, i))
     whole = 4 * run.clip_latents - 3
     normalise_latents(vae, [video[:, :whole].to(run.device) for video in videos])
     save_pretrained(vae, run.path("vae"), torch.float16, **vae.metadata())
@@ -1090,10 +1093,8 @@ def flow_loss(model, x0, sigma, conditions, first, cell_weight=1.0, channel_weig
     error = (velocity - (noise - x0)).square() * channel_weight
     error = error.mean(1)                                       # (B, F, h, w)
     weight = torch.ones_like(error) * cell_weight
-    if first is not None:
-        error = error[:, 1:]
-        weight = weight[:, 1:]
-    return (error * weight).sum() / weight.sum()
+    start = 0 if first is None else 1
+    return (error * weight)[:, start:].sum() / weight[:, start:].sum()
 
 
 @torch.no_grad()
@@ -1561,27 +1562,14 @@ class Flags:
     set: tuple = ()                     # of (name, value)
 
 
-def memory(text):
-    """A flag's type: "c3s1w1" to chunk 3, sink 1, window 1 (wfull: all), as a dict; "drawn"."""
+def student_memory(text):
+    """A flag's type: see sample.memory; or "drawn"."""
     if text == "drawn":
         return text
-    found = re.fullmatch(r"c([1-9]|1[0-2])s(\d+)w(\d+|full)", text)     # 12 latents, the least clip
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text} is not like c3s1w1, chunk 1 to 12, and not drawn")
-    chunk, sink, window = found.groups()
-    window = None if window == "full" else int(window)
-    return {"chunk": int(chunk), "sink": int(sink), "window": window}
-
-
-def guidance(text):
-    """A flag's type: "3,1.5" to (w_text, w_motion)."""
-    try:
-        weights = tuple(float(weight) for weight in text.split(","))
-    except ValueError:
-        weights = ()
-    if len(weights) != 2 or not all(0 <= weight <= 100 for weight in weights):
-        raise argparse.ArgumentTypeError(f"{text} is not like 3,1.5: of text and of motion, 0 to 100")
-    return weights
+    fields = memory(text)
+    if fields["chunk"] > 12:            # latents of the shortest clip
+        raise argparse.ArgumentTypeError(f"{text} is not chunk 1 to 12, and not drawn")
+    return fields
 
 
 def assignment(text):
@@ -1611,7 +1599,7 @@ def new_parser(description):
     add("--device", help="cpu, cuda:0, … (cuda if there is one)")
     add("--accumulate", type=count, help="steps of each process for an update (1; Wan's: the paper's)")
     add("--checkpointing", action="store_true", help="recompute blocks in the backward: less memory")
-    add("--memory", type=memory, help="the student's chunk, sink, window (c3s1w1); drawn: many")
+    add("--memory", type=student_memory, help="the student's chunk, sink, window (c3s1w1); drawn: many")
     add("--guidance", type=guidance, help="of text and motion, in trajectories and the real score")
     add("--rollout", type=number(int, 1, 100), help="longest, in chunks, of distillation (16)")
     add("--reward", help="to weight distillation by: motion, or FILE.py:FUNCTION (none)")
@@ -1754,7 +1742,7 @@ def resolve(flags):
     files = {name: out / f"{name}.safetensors" for name in WEIGHTS.values()}
     files["vae"] = flags.vae or files["vae"]
     files["start"] = flags.weights
-    device = flags.device or (f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu")
+    device = flags.device or default_device()
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError):
@@ -1804,7 +1792,7 @@ def show(run, stage):
 def run_stages(argv):
     """Run the stages that are not done yet."""
     flags = parse_flags(argv)
-    join_processes(flags.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    join_processes(flags.device)
     run = resolve(flags)
     if flags.dry_run:
         return dry_run(run)
@@ -1820,17 +1808,6 @@ def run_stages(argv):
             show(run, stage)
     if flags.stage == "all" and RANK == 0 and not run.data:
         print(f"measured by: python -m extras.evaluate --out {run.out}")
-
-
-def reported(work, *args):
-    """The exit code of work(*args). What the user can put right is one line and exit code 2."""
-    try:
-        return work(*args)
-    except (UserError, OSError) as e:       # a full disk, say, whatever was written: files are whole
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:               # outside a training step: while clips are drawn, say
-        return 130
 
 
 def main(argv=None):

@@ -37,7 +37,7 @@ class LinearVAEConfig:
     """The code of the tiny model."""
     latent_channels: int = 96
     stride: int = 8             # pixels per side of a latent pixel's cell
-    overlap: int = 4            # pixels by which its window reaches beyond the cell, so that cells leave no seams
+    overlap: int = 4            # pixels by which its window reaches beyond the cell: no seams
 
 
 class LinearVAE(nn.Module):
@@ -56,29 +56,29 @@ class LinearVAE(nn.Module):
         window = config.stride + 2 * config.overlap
         self.encoder = nn.Conv2d(pixels, config.latent_channels, window, config.stride)
         self.decoder = nn.ConvTranspose2d(config.latent_channels, pixels, window, config.stride)
-        self.register_buffer("latent_std", torch.ones(config.latent_channels))      # of the codes of typical video
+        self.register_buffer("latent_std", torch.ones(config.latent_channels))  # of typical video
 
     def encode(self, video):
         """Video (B, 3, T, H, W) in [-1, 1], T = 1 + 4 (F - 1), to latents (B, C, F, h, w). An image is T = 1.
         AssertionError if T is another, or H or W do not divide by the stride."""
         check_video(video, self.stride)
         before = video[:, :, :1].expand(-1, -1, FRAMES - 1, -1, -1)
-        x = torch.cat([before, video], 2).unflatten(2, (-1, FRAMES))               # (B, 3, F, 4, H, W)
-        x = x.transpose(1, 2).flatten(0, 1).flatten(1, 2)                          # (B F, 12, H, W)
+        x = torch.cat([before, video], 2).unflatten(2, (-1, FRAMES))        # (B, 3, F, 4, H, W)
+        x = x.transpose(1, 2).flatten(0, 1).flatten(1, 2)                   # (B F, 12, H, W)
         x = F.pad(x, [self.config.overlap] * 4, mode="replicate")
-        z = self.encoder(x)                                                        # (B F, C, h, w)
-        return z.unflatten(0, (len(video), -1)).transpose(1, 2)                    # (B, C, F, h, w)
+        z = self.encoder(x)                                                 # (B F, C, h, w)
+        return z.unflatten(0, (len(video), -1)).transpose(1, 2)             # (B, C, F, h, w)
 
     def decode_unclamped(self, latents, state=None):
         """As `decode`, without the limit to [-1, 1]: what a reconstruction loss is computed on."""
-        z = latents.transpose(1, 2).flatten(0, 1)                                  # (B F, C, h, w)
-        z = F.pad(z, [1] * 4, mode="replicate")                                    # so that the rim has all its windows
+        z = latents.transpose(1, 2).flatten(0, 1)                           # (B F, C, h, w)
+        z = F.pad(z, [1] * 4, mode="replicate")                             # the rim has all its windows
         rim = self.stride + self.config.overlap
-        x = self.decoder(z)[..., rim:-rim, rim:-rim]                               # (B F, 12, H, W)
-        x = x.unflatten(1, (3, FRAMES)).unflatten(0, (len(latents), -1))           # (B, F, 3, 4, H, W)
-        video = x.transpose(1, 2).flatten(2, 3)                                    # (B, 3, 4 F, H, W)
-        if state is None:
-            video = video[:, :, FRAMES - 1:]                                       # a clip starts with a single frame
+        x = self.decoder(z)[..., rim:-rim, rim:-rim]                        # (B F, 12, H, W)
+        x = x.unflatten(1, (3, FRAMES)).unflatten(0, (len(latents), -1))    # (B, F, 3, 4, H, W)
+        video = x.transpose(1, 2).flatten(2, 3)                             # (B, 3, 4 F, H, W)
+        if state is None:                                                   # a clip starts with one frame
+            video = video[:, :, FRAMES - 1:]
         return video, []
 
     def decode(self, latents, state=None):
@@ -161,7 +161,7 @@ class Repack(nn.Module):
 
 def build_encoder(c):
     """Config to nn.Sequential, indices as in TAEHV's files."""
-    layers = [conv(3 * c.patch ** 2, c.stem), nn.ReLU()]
+    layers = nn.Sequential(conv(3 * c.patch ** 2, c.stem), nn.ReLU())
     width = c.stem
     for out, blocks, time, space in c.encoder:
         layers.append(Repack(width, pack=time))
@@ -169,12 +169,12 @@ def build_encoder(c):
         layers.extend(MemBlock(out) for _ in range(blocks))
         width = out
     layers.append(conv(width, c.latent_channels))
-    return nn.Sequential(*layers)
+    return layers
 
 
 def build_decoder(c):
     """Config to nn.Sequential, indices as in TAEHV's files. Layer 0 has no weights: the limit in `decode_unclamped`."""
-    layers = [nn.Identity(), conv(c.latent_channels, c.decoder[0][0]), nn.ReLU()]
+    layers = nn.Sequential(nn.Identity(), conv(c.latent_channels, c.decoder[0][0]), nn.ReLU())
     widths = [stage[0] for stage in c.decoder] + [c.tail]
     for (width, blocks, time, space), out in zip(c.decoder, widths[1:]):
         layers.extend(MemBlock(width) for _ in range(blocks))
@@ -183,7 +183,7 @@ def build_decoder(c):
         layers.append(conv(width, out, bias=False))
     layers.append(nn.ReLU())
     layers.append(conv(c.tail, 3 * c.patch ** 2))
-    return nn.Sequential(*layers)
+    return layers
 
 
 def run_layers(layers, x, state, still):
@@ -221,7 +221,7 @@ class TinyVAE(nn.Module):
         """As LinearVAE's, (B, 3, T, H, W) to (B, C, F, h, w). `piece` latent frames are computed at a time, which
         bounds memory and changes nothing."""
         check_video(video, self.stride)
-        x = video.transpose(1, 2) / 2 + 0.5                                     # (B, T, 3, H, W) in [0, 1]
+        x = video.transpose(1, 2) / 2 + 0.5             # (B, T, 3, H, W) in [0, 1]
         front = self.config.pad == "front"
         if front:
             x = torch.cat([x[:, :1].expand(-1, FRAMES - 1, -1, -1, -1), x], 1)
@@ -237,11 +237,11 @@ class TinyVAE(nn.Module):
 
     def decode_unclamped(self, latents, state=None):
         """As `decode`, without the limit to [-1, 1]: what a reconstruction loss is computed on."""
-        x = 3 * torch.tanh(latents.transpose(1, 2) / 3)                         # soft limit at 3 standard deviations
+        x = 3 * torch.tanh(latents.transpose(1, 2) / 3)         # soft limit at 3 standard deviations
         x, memory = run_layers(self.decoder, x, state, self.config.pad == "front")
         video = F.pixel_shuffle(x, self.config.patch).transpose(1, 2) * 2 - 1
-        if state is None:
-            video = video[:, :, FRAMES - 1:]                                    # a clip starts with a single frame
+        if state is None:                                       # a clip starts with one frame
+            video = video[:, :, FRAMES - 1:]
         return video, memory
 
     def decode(self, latents, state=None):
@@ -271,7 +271,7 @@ class WanVAEConfig:
     latent_channels: int = 16
     encoder: int = 96
     decoder: int = 96
-    residual: bool = False      # Wan 2.2: 2x2 pixels are folded into channels, and each stage has a shortcut
+    residual: bool = False      # Wan 2.2: 2x2 pixels are folded into channels, stages have shortcuts
 
 
 # Mean and standard deviation of each latent channel, by the number of channels: of Wan 2.2's wan/modules/vae2_1.py and
@@ -281,15 +281,20 @@ STATISTICS = {
           0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
          (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
           3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)),
-    48: ((-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
-          0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
-          -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723,
-          -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667),
-         (0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
-          0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
-          0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
-          0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744)),
+    48: ((-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557,
+          -0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825,
+          -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+          -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230,
+          -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748,
+          0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667),
+         (0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013,
+          0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165, 0.8454, 0.4978,
+          0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+          0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093,
+          0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887,
+          0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744)),
 }
+
 
 class CausalConv(nn.Conv3d):
     """A convolution that sees past frames and no future ones. Before a clip all is zero."""
@@ -316,9 +321,9 @@ class TimeConv(CausalConv):
 
     def forward(self, x, state, memory):
         if state is None:
-            seen = x                                    # by the next piece: frame 0 where T is halved,
+            seen = x                    # what the next piece sees: frame 0 where T is halved, else zeros
             if self.past == 2:
-                seen = torch.zeros_like(x).expand(-1, -1, 2, -1, -1)        # zeros where it is doubled
+                seen = torch.zeros_like(x).expand(-1, -1, 2, -1, -1)
             memory.append(seen)
             return x
         y = super().forward(x, state, memory)
@@ -351,7 +356,7 @@ class ChannelNorm(nn.Module):
 
     def __init__(self, width, dims=3):
         super().__init__()
-        self.gamma = nn.Parameter(torch.ones(width, *[1] * dims))
+        self.gamma = nn.Parameter(torch.ones((width,) + (1,) * dims))
 
     def forward(self, x):
         return F.normalize(x, dim=1) * x.shape[1] ** 0.5 * self.gamma
@@ -362,8 +367,9 @@ class ResBlock(nn.Module):
 
     def __init__(self, inputs, width):
         super().__init__()
-        self.residual = Causal(ChannelNorm(inputs), nn.SiLU(), CausalConv(inputs, width),
-                               ChannelNorm(width), nn.SiLU(), nn.Identity(), CausalConv(width, width))
+        self.residual = Causal(
+            ChannelNorm(inputs), nn.SiLU(), CausalConv(inputs, width),
+            ChannelNorm(width), nn.SiLU(), nn.Identity(), CausalConv(width, width))
         self.shortcut = nn.Identity()
         if inputs != width:
             self.shortcut = nn.Conv3d(inputs, width, 1)
@@ -403,7 +409,7 @@ class DownStage(Causal):
 
     def forward(self, x, state, memory):
         y = super().forward(x, state, memory)
-        if state is None:                                               # frame 0 of a clip is a single frame
+        if state is None:                                       # frame 0 of a clip is a single frame
             x = F.pad(x, (0, 0, 0, 0, self.time - 1, 0))
         x = F.avg_pool3d(x, (1, self.space, self.space))
         x = x.unflatten(2, (-1, self.time)).transpose(2, 3)             # (B, C, t, T, H, W)
@@ -429,14 +435,15 @@ class UpStage(Causal):
         x = x.unflatten(1, fold)                                        # (B, C, t, p, q, T, H, W)
         x = x.permute(0, 1, 5, 2, 6, 3, 7, 4)                           # (B, C, T, t, H, p, W, q)
         x = x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
-        if state is None:                                               # frame 0 of a clip stays a single frame
+        if state is None:                                       # frame 0 of a clip stays a single frame
             x = x[:, :, self.time - 1:]
         return y + x
 
 
 def downsample(width, time):
     """Halve H and W and, if time is 2, then T."""
-    layers = OrderedDict(resample=PerFrame(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, width, 3, 2)))
+    halve = PerFrame(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, width, 3, 2))
+    layers = OrderedDict(resample=halve)
     if time == 2:
         layers["time_conv"] = TimeConv(width, 2)
     return Causal(layers)
@@ -447,7 +454,8 @@ def upsample(width, outputs, time):
     layers = OrderedDict()
     if time == 2:
         layers["time_conv"] = TimeConv(width, 1)
-    layers["resample"] = PerFrame(nn.Upsample(scale_factor=2), nn.Conv2d(width, outputs, 3, padding=1))
+    double = PerFrame(nn.Upsample(scale_factor=2), nn.Conv2d(width, outputs, 3, padding=1))
+    layers["resample"] = double
     return Causal(layers)
 
 
@@ -470,8 +478,8 @@ def build_wan_encoder(c):
     """From pixels to mean and log variance of the latents."""
     pixels = 12 if c.residual else 3
     width = c.encoder
-    layers = []
-    for multiple, time, space in (1, 1, 2), (2, 2, 2), (4, 2, 2), (4, 1, 1):       # of the width; strides
+    layers = Causal()
+    for multiple, time, space in (1, 1, 2), (2, 2, 2), (4, 2, 2), (4, 1, 1):   # of the width; strides
         stage = res_blocks(width, c.encoder * multiple, 2)
         width = c.encoder * multiple
         if space == 2:
@@ -479,7 +487,7 @@ def build_wan_encoder(c):
         if c.residual:
             stage = [DownStage(stage, time, space)]
         layers.extend(stage)
-    return Causal(OrderedDict(conv1=CausalConv(pixels, c.encoder), downsamples=Causal(*layers),
+    return Causal(OrderedDict(conv1=CausalConv(pixels, c.encoder), downsamples=layers,
                               middle=middle(width), head=head(width, 2 * c.latent_channels)))
 
 
@@ -488,20 +496,20 @@ def build_wan_decoder(c):
     pixels = 12 if c.residual else 3
     wide = 4 * c.decoder
     width = wide
-    layers = []
-    for multiple, time, space in (4, 2, 2), (4, 2, 2), (2, 1, 2), (1, 1, 1):       # of the width; strides
+    layers = Causal()
+    for multiple, time, space in (4, 2, 2), (4, 2, 2), (2, 1, 2), (1, 1, 1):   # of the width; strides
         out = c.decoder * multiple
         stage = res_blocks(width, out, 3)
         width = out
         if space == 2 and not c.residual:
-            width = out // 2                            # Wan 2.1 halves the channels with the upsampling
+            width = out // 2                # Wan 2.1 halves the channels with the upsampling
         if space == 2:
             stage.append(upsample(out, width, time))
         if c.residual:
             stage = [UpStage(stage, out, time, space)]
         layers.extend(stage)
     return Causal(OrderedDict(conv1=CausalConv(c.latent_channels, wide), middle=middle(wide),
-                              upsamples=Causal(*layers), head=head(width, pixels)))
+                              upsamples=layers, head=head(width, pixels)))
 
 
 def columns_first(video, fold):
@@ -538,7 +546,7 @@ class WanVAE(nn.Module):
             x = columns_first(frames, nn.PixelUnshuffle(self.stride // 8))
             memory = []
             z = self.conv1(self.encoder(x, state, memory))
-            z = z[:, :self.config.latent_channels]                              # without the log variance
+            z = z[:, :self.config.latent_channels]              # without the log variance
             latents.append((z - mean) / std)
             state = memory
         return torch.cat(latents, 2)
@@ -551,7 +559,7 @@ class WanVAE(nn.Module):
         assert found == wanted, f"latents of this VAE have {wanted} channels, these have {found}"
         mean, std = self.statistics(latents)
         if state is not None:
-            state = list(state)                                                 # the caller's is not modified
+            state = list(state)                                 # the caller's is not modified
         video = []
         for z in latents.split(1, 2):
             memory = []
@@ -569,8 +577,9 @@ class WanVAE(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # Files. What is used of motionstream.py is imported where it is needed, so that all above lifts out with torch alone.
 
+# In a folder. Beside a .pth, the last is Wan's DiT.
 VAE_FILES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth", "vae/diffusion_pytorch_model.safetensors",
-             "diffusion_pytorch_model.safetensors")     # in a folder; beside a .pth, the last is Wan's DiT
+             "diffusion_pytorch_model.safetensors")
 
 # A tensor that files of each class have: the first layer of LinearVAE, TinyVAE and WanVAE.
 VAE_MARKS = ("encoder.weight", "encoder.0.weight", "encoder.conv1.weight")
@@ -598,7 +607,8 @@ def load_vae(path, kind=None):
         vae = CLASSES[type(config)](config)
     if kind and not isinstance(vae, kind):
         wanted = kind if isinstance(kind, type) else kind[0]
-        raise UserError(f"{path}: a {type(vae).__name__}, not a {wanted.__name__}; load_vae opens both")
+        found = type(vae).__name__
+        raise UserError(f"{path}: a {found}, not a {wanted.__name__}; load_vae opens both")
     return fill(vae, tensors, path, lambda name: torch.float32)
 
 
@@ -629,11 +639,12 @@ def config_from_shapes(tensors, path):
 def taehv_config(shapes):
     """Config of a public file of TAEHV for Wan, by the shapes of its layers."""
     encoder = []
-    for layer, time in (3, 2), (8, 2), (13, 1):             # the convolution that halves the size, and its time stride
+    for layer, time in (3, 2), (8, 2), (13, 1):     # the convolution that halves the size; time stride
         encoder.append((shapes[f"encoder.{layer}"][0], 3, time, 2))
     decoder = []
-    for layer, time in (7, 1), (13, 2), (19, 2):            # the Repack, and into how many frames
+    for layer, time in (7, 1), (13, 2), (19, 2):    # the Repack; time stride
         decoder.append((shapes[f"decoder.{layer}.conv"][1], 3, time, 2))
-    return TinyVAEConfig(latent_channels=shapes["encoder.17"][0], patch=math.isqrt(shapes["encoder.0"][1] // 3),
-                         pad="end", stem=shapes["encoder.0"][0], encoder=tuple(encoder), decoder=tuple(decoder),
-                         tail=shapes["decoder.22"][1])
+    return TinyVAEConfig(
+        latent_channels=shapes["encoder.17"][0], patch=math.isqrt(shapes["encoder.0"][1] // 3),
+        pad="end", stem=shapes["encoder.0"][0], encoder=tuple(encoder), decoder=tuple(decoder),
+        tail=shapes["decoder.22"][1])

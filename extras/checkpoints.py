@@ -104,7 +104,8 @@ def read(path):
     """A file, one of several shards, their index or a repository's folder to ({Wan's name: tensor}, metadata).
 
     Tensors are mapped where the file allows it, and no pickle's code is ever run. Of a student of Self-Forcing,
-    metadata["config"] says as JSON how it is sampled. UserError, one line that names the file and says what it is."""
+    metadata["motionstream.config"] tells as JSON how it is sampled. UserError, one line that names the file and says
+    what it is."""
     path = Path(path)
     if path.is_dir():
         path = file_in(path)
@@ -161,7 +162,7 @@ def read_pickle(path):
         if key in tensors:
             tensors = tensors[key]
             if key != "model":
-                metadata["config"] = json.dumps(SELF_FORCING)
+                metadata["motionstream.config"] = json.dumps(SELF_FORCING)
             break
     if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
         raise ValueError("no tensors by name")
@@ -172,7 +173,7 @@ def read_pickle(path):
 # Names.
 
 def with_wan_names(tensors):
-    """The tensors, in pairs of Wan's name and tensor, whatever the file called them."""
+    """Pairs of Wan's name and tensor, whatever the file calls them."""
     name_of = wan_dit_name
     if "quant_conv.weight" in tensors:                      # Diffusers' VAE; Wan's own has no other names
         name_of = wan21_vae_name

@@ -1,111 +1,170 @@
-"""A tiny decoder from nothing for the latents of a finished VAE, trained against a discriminator (MotionStream, appendix A).
+"""A tiny decoder from nothing for the latents of a finished VAE, against a discriminator (appendix A).
 
     python -m extras.decoder --vae assets/tiny_vae.safetensors --out runs/decoder
-    python -m extras.decoder --vae FILE --data FOLDER --weights DIR      for Wan's VAE, on your own clips
+    python -m extras.decoder --vae FILE --data FOLDER --weights DIR      for Wan's VAE, on a folder of clips
 
 Other flags are those of train_distill.py. It writes decoder.safetensors, a whole VAE, for --vae.
 """
 
 import sys
+from dataclasses import replace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import train_distill as td
-from extras.evaluate import Trained, open_lpips, preview
+from extras.evaluate import open_lpips
 from motionstream import UserError, save_pretrained
-from vae import TinyVAE, TinyVAEConfig, WanVAE
+from sample import number, reported
+from vae import LinearVAE, TinyVAE, TinyVAEConfig, WanVAE, load_vae
 
-# Steps, and rates of Muon (None: AdamW on all) and AdamW: of a tiny VAE's decoder, and as the paper's, of Wan's.
-RECIPES = {False: {"steps": 1000, "decoder": (5e-3, 2e-3), "discriminator": (0.01, 1e-3)},
-           True: {"steps": 200_000, "decoder": (None, 3e-4), "discriminator": (None, 3e-4)}}
+PIXELS = 144                        # per side of what Wan's latents are decoded to [P]
+LATENTS = 6                         # 21 frames [P]
+REPLAY = 64                         # clips that the replay buffer holds
 
-# An encoder with one channel: a score for every 4x4 pixels of two frames and what is about them (PatchGAN, Isola et al.
-# 2017).
+# Steps, and how decoder and discriminator learn: of a tiny VAE [O], and of Wan's [P].
+TINY_STEPS = 1000
+TINY = (td.Learning(5e-3, 2e-3), td.Learning(0.01, 1e-3))
+WAN_STEPS = 200_000
+WAN = (td.Learning(None, 3e-4), td.Learning(None, 3e-4))
+
+# An encoder with one channel: a score for every 4x4 pixels of two frames and what is about them
+# (PatchGAN, Isola et al. 2017).
 DISCRIMINATOR = TinyVAEConfig(latent_channels=1, patch=2, stem=32, encoder=((64, 1, 2, 2),))
 
 
 def adversarial_losses(discriminator, video, output, shown):
-    """The decoder's, by which its output should score high, and the discriminator's: true video should score 1 or more,
-    what is shown as false -1 or less. Neither has a gradient in the other network."""
+    """(The decoder's, by which its output should score high, the discriminator's: true video should
+    score 1 or more, what is shown as false -1 or less.) Neither has a gradient in the other network.
+    All videos are (B, 3, T, H, W)."""
     discriminator.requires_grad_(False)
     loss_g = -discriminator.encode(output).mean()
     discriminator.requires_grad_(True)
-    true, false = discriminator.encode(video), discriminator.encode(shown.detach())
-    return loss_g, F.relu(1 - true).mean() + F.relu(1 + false).mean()
+    true = discriminator.encode(video)
+    false = discriminator.encode(shown.detach())
+    loss_d = F.relu(1 - true).mean() + F.relu(1 + false).mean()
+    return loss_g, loss_d
 
 
-def train_decoder(run):
-    """A decoder from nothing for the latents of a finished VAE: the tiny one, on drawn videos, or with --data Wan's, in
-    the layout of taew2_1, on what Wan's decoder makes of 144x144 pixels and 21 frames, while an encoder learns the
-    latents. Half of what is shown as false is from a replay buffer."""
-    given, wan, recipe = run.vae(), bool(run.args.data), RECIPES[run.full]
-    perceptual = open_lpips(run.args.perceptual, run.device)
-    if isinstance(given, WanVAE) != wan or wan != run.full:
+def reconstruction_loss(output, video):
+    """Of pixels, and of the differences between neighbours, in videos (B, 3, T, H, W)."""
+    error = output.float() - video
+    differences = error.diff(dim=3).abs().mean() + error.diff(dim=4).abs().mean()
+    return error.abs().mean() + 4 * error.square().mean() + differences
+
+
+def draw_tiny(given, files, device):
+    """(Latents by the finished VAE, video) of random crops of the clips' videos."""
+    video = td.random_crops(files, 8).to(device)
+    return given.encode(video), video
+
+
+def draw_wan(given, files, device):
+    """(Latents, what the finished VAE decodes them to) of random pieces of clips."""
+    latents = td.pick(files, 16, LATENTS)["latents"]
+    cells = PIXELS // given.stride
+    y = int(torch.randint(max(latents.shape[3] - cells, 0) + 1, ()))
+    x = int(torch.randint(max(latents.shape[4] - cells, 0) + 1, ()))
+    latents = latents[..., y:y + cells, x:x + cells].to(device).float()
+    return latents, given.decode(latents)[0]
+
+
+def open_vae(run):
+    """The finished VAE. UserError if there is none whose decoder could be replaced."""
+    path = run.path("vae")
+    try:
+        vae = load_vae(path)
+    except ValueError as e:
+        raise UserError(f"{e}; --vae FILE names another") from None
+    if isinstance(vae, LinearVAE):
+        raise UserError(f"{path}: a linear code, whose decoder is one product; give a TinyVAE or Wan's")
+    return vae.to(run.device)
+
+
+def new_networks(given, wan):
+    """(A VAE whose decoder is new, with the encoder of the finished one, or, for Wan's latents, a new
+    one too; the discriminator)."""
+    if wan:
+        vae = TinyVAE(TinyVAEConfig(given.config.latent_channels, given.stride // 8))
+    else:
+        vae = TinyVAE(given.config)
+        vae.encoder = given.encoder
+    discriminator = TinyVAE(DISCRIMINATOR)
+    discriminator.decoder = nn.Identity()
+    return vae, discriminator
+
+
+def train_decoder(run, steps, adversarial, distance):
+    """A decoder from nothing for the latents of a finished VAE: the tiny one, on drawn videos, or
+    with --data Wan's, in the layout of taew2_1, on what Wan's decoder makes of 144x144 pixels and 21
+    frames, while an encoder learns the latents. Half of what is shown as false is from a replay
+    buffer. adversarial: weight of the discriminator's loss. distance: see open_lpips."""
+    given = open_vae(run)
+    wan = isinstance(given, WanVAE)
+    if wan != td.is_wan(run.config) or wan != bool(run.data):
         raise UserError(f"{run.path('vae')}: Wan's needs --data and --weights, a tiny one takes neither")
-    config = TinyVAEConfig(given.config.latent_channels, given.stride // 8) if wan else given.config
-    vae, discriminator, cells = TinyVAE(config), TinyVAE(DISCRIMINATOR), 144 // given.stride
-    vae.encoder, discriminator.decoder = vae.encoder if wan else given.encoder, nn.Identity()
-    videos = None if wan else td.drawn_videos(run)
-    source = td.own_clips(run, pictures=False) if wan else lambda: td.draw_crops(videos).to(run.device)
-
-    def batch():
-        if not wan:
-            return given.encode(video := source()), video
-        latents = td.pick(source, 16, 6)["latents"]
-        y, x = (int(torch.randint(max(side - cells, 0) + 1, ())) for side in latents.shape[3:])
-        latents = latents[..., y:y + cells, x:x + cells].to(run.device).float()
-        return latents, given.decode(latents)[0]
-
-    discriminator.register_buffer("replay", torch.zeros(64, *batch()[1].shape[1:]).bfloat16())
-    shared = {"steps": run.steps["decoder"] // run.batches, "batches": run.batches}
-    optimizer = td.Optimizer(vae.to(run.device), *recipe["decoder"], **shared)
-    optimizer_d = td.Optimizer(discriminator.to(run.device), *recipe["discriminator"], **shared)
-
-    def step(i):
+    if wan:
+        files = td.training_clips(run, LATENTS)
+    else:
+        files = td.rendered_clips(run, "videos", run.settings.vae_clips)
+    draw = draw_wan if wan else draw_tiny
+    how, how_d = WAN if wan else TINY
+    vae, discriminator = new_networks(given, wan)
+    _, video = draw(given, files, run.device)
+    discriminator.register_buffer("replay", torch.zeros(REPLAY, *video.shape[1:]).bfloat16())
+    count = {"accumulate": run.settings.vae_accumulate}
+    count["updates"] = steps // count["accumulate"]
+    learner = td.Learner("decoder", vae.to(run.device), how, **count)
+    learner_d = td.Learner("discriminator", discriminator.to(run.device), how_d, **count)
+    loop = td.Loop(run, "decoder", steps, learner, learner_d)
+    for i in loop:
         with run.autocast():
             with torch.no_grad():
-                latents, video = batch()
+                latents, video = draw(given, files, run.device)
             output, _ = vae.decode_unclamped(latents)
-            rows = torch.randperm(64)[:len(output) // 2]
+            rows = torch.randperm(REPLAY)[:len(output) // 2]
             shown = torch.cat([discriminator.replay[rows], output[len(rows):]])
             loss_g, loss_d = adversarial_losses(discriminator, video, output, shown)
-            loss = td.reconstruction_loss(output, video) + perceptual(output, video, i)
-            loss = loss + F.mse_loss(vae.encode(video), latents) if wan else loss
+            loss = reconstruction_loss(output, video) + distance(output, video, i)
+            if wan:
+                loss = loss + F.mse_loss(vae.encode(video), latents)
         discriminator.replay[rows] = output[:len(rows)].detach().bfloat16()
-        return {"loss": loss, "loss_g": loss_g, "loss_d": loss_d, "psnr": td.psnr(output.detach(), video),
-                "grad": optimizer.step(loss + run.args.adversarial * loss_g, i), "grad_d": optimizer_d.step(loss_d, i)}
-
-    td.train(run, "decoder", run.steps["decoder"], optimizer.parts("decoder") | optimizer_d.parts("discriminator"), step)
+        loop.log(loss=loss, loss_g=loss_g, loss_d=loss_d, psnr=td.psnr(output.detach(), video))
+        loop.log(grad=learner.step(loss + adversarial * loss_g, i))
+        loop.log(grad_d=learner_d.step(loss_d, i))
     save_pretrained(vae, run.path("decoder"), **vae.metadata())
 
 
-def new_run(argv):
-    """The Run of such a training."""
+def train(argv):
+    """What the command line says."""
     parser = td.new_parser(__doc__)
-    weight = td.number(float, 0, 100)
-    parser.add_argument("--adversarial", type=weight, default=0.01, help="weight of the discriminator's loss (0.01)")
-    parser.add_argument("--perceptual", choices=["alex", "vgg"], help="LPIPS in the loss too, by its package (none)")
-    parser.set_defaults(stage="decoder")
-    args = td.check_flags(parser, parser.parse_args(argv))
-    td.join_processes(args.device)
-    run = td.Run(args)
-    run.steps.setdefault("decoder", 4 if args.smoke else RECIPES[run.full]["steps"])
-    return run
+    add = parser.add_argument
+    add("--adversarial", type=number(float, 0, 100), default=0.01,
+        help="weight of the discriminator's loss (0.01)")
+    add("--perceptual", choices=["alex", "vgg"], help="LPIPS in the loss too, by its package (none)")
+    given = vars(parser.parse_args(argv))
+    adversarial = given.pop("adversarial")
+    perceptual = given.pop("perceptual")
+    steps = given.pop("steps")
+    flags = td.check_flags(td.Flags(stage="decoder", **given))
+    td.join_processes(flags.device)
+    run = td.resolve(flags)
+    run = replace(run, files=run.files | {"decoder": run.out / "decoder.safetensors"})
+    if steps is None and flags.smoke:
+        steps = 4
+    if steps is None:
+        steps = WAN_STEPS if td.is_wan(run.config) else TINY_STEPS
+    run.out.mkdir(parents=True, exist_ok=True)
+    distance = open_lpips(perceptual, run.device)
+    torch.manual_seed(td.seed_of(run.seed, "decoder"))          # of the weights that it begins with
+    train_decoder(run, steps, adversarial, distance)
+    td.show(run, "decoder")
 
 
 def main(argv=None):
-    """Train a decoder."""
-    def work():
-        run = new_run(argv)
-        run.out.mkdir(parents=True, exist_ok=True)
-        run.check("decoder")
-        torch.manual_seed(td.seed_of(run.seed, "decoder"))              # of the weights that it begins with
-        train_decoder(run)
-        if td.RANK == 0:
-            preview(Trained(run.out, run.device, files={"vae": run.path("vae")}), "decoder", not run.args.data)
-    return td.reported(work)
+    """Train a decoder. Returns the exit code."""
+    return reported(train, argv)
 
 
 if __name__ == "__main__":

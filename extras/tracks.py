@@ -629,10 +629,10 @@ def render_tracks(frame, motion, number, factor=1):
         for t, n in segments:
             width = round(unit * (0.5 + (t + 1) / steps)) + edge
             colour = "black" if edge else colours[n]
-            pen.line([*points[t, n], *points[t + 1, n]], colour, width)
+            pen.line(points[t:t + 2, n].flatten().tolist(), colour, width)
     for n in np.flatnonzero(visible[-1]):
-        corners = [*(points[-1, n] - 2 * unit), *(points[-1, n] + 2 * unit)]
-        pen.ellipse(corners, colours[n], "black")
+        corners = np.stack([points[-1, n] - 2 * unit, points[-1, n] + 2 * unit])
+        pen.ellipse(corners.flatten().tolist(), colours[n], "black")
     return np.array(picture)
 
 
