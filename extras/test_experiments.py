@@ -33,7 +33,7 @@ def small(here, **fits):
 
 def test_every_row_of_the_tables_can_be_played():
     config = replace(PRESETS["tiny"], num_layers=1)
-    for tables in evaluate.tables(config, 1, 45), experiments.tables(config, 1, 45):
+    for tables in evaluate.tables(1, 45), experiments.tables(config, 1, 45):
         for title, (common, rows) in tables.items():
             assert len({label_of(row) for row in rows}) == len(rows), title
             for row in rows:
