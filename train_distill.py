@@ -1387,8 +1387,8 @@ def roll_out(run, generator, vae, files, update, grad):
         made = rollout(generator, noise, conditions | {"tracks": tracks}, clean,
                        exit_step=exit_step, grad=grad)
         shown = clean if chunks == run.clip_chunks else first
-        x0, points = judged_clip(made, run.clip_latents, shown, batch.points)
-        conditions = next(split_conditions(conditions, run.clip_latents))
+        x0, points = judged_clip(made, run.clip_chunks * config.chunk, shown, batch.points)
+        conditions = next(split_conditions(conditions, x0.shape[2]))
         tracks = motion_features(generator, vae, points)
     return x0, conditions | {"tracks": tracks}, points
 
