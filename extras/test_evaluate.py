@@ -65,7 +65,7 @@ def test_a_shifted_video_has_the_error_of_its_shift_and_an_empty_one_has_lost_al
 
 
 def test_by_what_they_show_objects_are_found_where_they_are_and_lost_where_they_are_not():
-    clips = flat_clips(style="textured", far=False, objects=1, flat=False, texture=(1, 1))
+    clips = flat_clips(2, 5, style="textured", far=False, objects=1, flat=False, texture=(1, 1))
     truth = clips.frames()
     ground = clips.ground(0, clips.length)
     first = truth[:, :, :1]
