@@ -650,6 +650,11 @@ class Batch:
     points: dict                # what motion_features takes: tracks (B, T, N, 2), visible, ids; image
     touched: torch.Tensor       # (B, F, h, w): 1 at cells of an object or a track and beside, else 0
 
+    def to(self, device):
+        conditions = {name: value.to(device) for name, value in self.conditions.items()}
+        points = {name: value.to(device) for name, value in self.points.items()}
+        return Batch(self.latents.to(device), conditions, points, self.touched.to(device))
+
 
 def fingerprint(folder):
     """Of the clips in a folder: their names, sizes and ages. None: of no folder."""
@@ -677,29 +682,28 @@ def clip_latents(shapes):
 def check_clip(file, shapes, config, track_frames):
     """Raise UserError, one line, if a model of `config` cannot be trained on a clip."""
     height, width = config.size
-    kind = "latents" if "latents" in shapes else "video"
-    frames = shapes.get(kind, (0, 0))[1]
-    count = shapes.get("tracks", (0, 0, 0))[1]
-    expected = {
-        "video": (3, frames, height, width),
-        "latents": (config.out_dim, frames, height // config.stride, width // config.stride),
-        "tracks": (max(track_frames, shapes.get("tracks", (0,))[0]), count, 2),
-        "visible": (shapes.get("tracks", (0,))[0], count),
-        "group": (count,),
-        "text": (min(shapes.get("text", (0,))[0], config.text_len), config.text_dim),
-    }
-    needed = [kind, "tracks", "visible", "group", "text"]
-    if config.copy_dim and kind == "latents":
-        needed.append("first")
+    h, w = config.latent_size
+    expected = {"tracks": (None, None, 2), "visible": (None, None), "group": (None,),
+                "text": (None, config.text_dim)}        # None: whatever
+    if "latents" in shapes:
+        expected["latents"] = (config.out_dim, None, h, w)
+    else:
+        expected["video"] = (3, None, height, width)
+    if "latents" in shapes and config.copy_dim:
         expected["first"] = (3, height, width)
     if config.clip_dim:
-        needed.append("clip")
         expected["clip"] = (257, config.clip_dim)
-    for name in needed:
-        if shapes.get(name) != expected[name]:
-            found = shapes.get(name, "missing")
-            raise UserError(f"{file}: {name} is {found}, expected {expected[name]}; see the top of "
+    for name, shape in expected.items():
+        found = shapes.get(name, ())
+        fits = [side in (None, own) for own, side in zip(found, shape)]
+        if len(found) != len(shape) or not all(fits):
+            raise UserError(f"{file}: {name} is {found or 'missing'}, expected {shape}; see the top of "
                             "train_distill.py")
+    if shapes["tracks"][0] < track_frames:
+        raise UserError(f"{file}: tracks of {shapes['tracks'][0]} frames, {track_frames} are wanted; "
+                        "see --rollout")
+    if shapes["text"][0] > config.text_len:
+        raise UserError(f"{file}: text of {shapes['text'][0]} rows, at most {config.text_len}")
 
 
 def open_clips(folder, config, frames, track_frames):
@@ -720,7 +724,8 @@ def open_clips(folder, config, frames, track_frames):
 def write_clip(path, tensors):
     """A dict of tensors as a file, whole or not there, in a folder that need not be there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, functools.partial(save_file, {name: value.contiguous().cpu() for name, value in tensors.items()}))
+    tensors = {name: value.contiguous().cpu() for name, value in tensors.items()}
+    write(path, functools.partial(save_file, tensors))
 
 
 def rendered_clips(run, name, count, encode=None):
@@ -751,26 +756,26 @@ def encode_video(vae, video):
 
 
 def encode_clips(run, files):
-    """The same clips with latents in place of video, encoded now or in an earlier run, a part by
-    each process. Clips that have latents already stay as they are."""
-    folder = run.out / f"latents.{seed_of(run.checksum('vae'), fingerprint(run.data)):08x}"
+    """The same clips with latents in place of video, encoded now or in an earlier run, a part by each
+    process. Clips that have latents stay as they are: of this VAE, or UserError."""
+    checksum = str(run.checksum("vae"))
+    folder = run.out / f"latents.{seed_of(checksum, fingerprint(run.data)):08x}"
     made = []
-    missing = {}
+    sources = {}
     for file in files:
         shapes, metadata = read_header(file)
         if "latents" not in shapes:
-            encoded = folder / file.relative_to(run.data)
-            made.append(encoded)
-            if not encoded.exists():
-                missing[encoded] = file
-        else:
+            path = folder / file.relative_to(run.data)
+            sources[path] = file
+            made.append(path)
+        elif metadata.get("vae", checksum) == checksum:
             made.append(file)
-            if metadata.get("vae", str(run.checksum("vae"))) != str(run.checksum("vae")):
-                raise UserError(f"{file}: its latents are of another VAE than {run.path('vae')}")
-    mine = [*missing][RANK::PROCESSES]
-    vae = run.load_vae() if mine else None
-    for path in tqdm(mine, "encode clips", disable=not mine):
-        clip = load_file(missing[path])
+        else:
+            raise UserError(f"{file}: its latents are of another VAE than {run.path('vae')}")
+    missing = [path for path in sources if not path.exists()]
+    vae = run.load_vae()
+    for path in tqdm(missing[RANK::PROCESSES], "encode clips", disable=not missing):
+        clip = load_file(sources[path])
         video = clip.pop("video")
         length = 4 * ((video.shape[1] + 3) // 4) - 3
         clip["first"] = video[:, 0]
@@ -916,16 +921,7 @@ def draw_batch(run, files, count, frames, *, dense=False, first_only=False):
         points["ids"] = track_ids(tracks, visible, config)
     counted = true & on_object[:, None] if on_object.any() else visible
     touched = touched_cells(tracks, counted, config)
-    return to_device(run.device, Batch(latents, conditions, points, touched))
-
-
-def to_device(device, batch):
-    return Batch(
-        batch.latents.to(device),
-        {name: value.to(device) for name, value in batch.conditions.items()},
-        {name: value.to(device) for name, value in batch.points.items()},
-        batch.touched.to(device),
-    )
+    return Batch(latents, conditions, points, touched).to(run.device)
 
 
 def motion_features(model, vae, points):
@@ -1195,13 +1191,13 @@ def make_trajectories(run, files):
     each = 2 * s.batch
     source = [run.checksum("vae"), run.checksum("teacher"), fingerprint(run.data), run.seed, each]
     folder = run.out / f"trajectories.{seed_of(source, run.config, s.clip_frames):08x}"
-    made = [folder / f"{i:07}.safetensors" for i in range(-(-s.trajectories // each) * each)]
-    starts = [i for i in range(0, len(made), each) if not all(map(Path.exists, made[i:i + each]))]
-    mine = starts[RANK::PROCESSES]
-    if mine:
-        teacher = run.load("teacher", guidance=run.config.guidance)
-        vae = run.load_vae()
-    for start in tqdm(mine, f"trajectories, by {each}", disable=not mine):
+    count = math.ceil(s.trajectories / each) * each
+    made = [folder / f"{i:07}.safetensors" for i in range(count)]
+    starts = range(0, len(made), each)
+    missing = [i for i in starts if not made[i + each - 1].exists()]
+    teacher = run.load("teacher", guidance=run.config.guidance)
+    vae = run.load_vae()
+    for start in tqdm(missing[RANK::PROCESSES], f"trajectories, by {each}", disable=not missing):
         torch.manual_seed(seed_of(run.seed, "trajectories", start))
         batch = draw_batch(run, files, each, run.clip_latents)
         clips = {"states": teacher_trajectories(run, teacher, vae, batch).half()}
@@ -1215,17 +1211,12 @@ def make_trajectories(run, files):
 
 def draw_trajectories(run, files, count):
     """(states, points, conditions) of random trajectories; see make_trajectories."""
-    clips = pick(files, count)
-    clips = {name: value.to(run.device) for name, value in clips.items()}
+    clips = {name: value.to(run.device) for name, value in pick(files, count).items()}
     states = clips.pop("states").float()                        # (B, levels + 1, C, F, h, w)
     points = {}
-    conditions = {}
-    for name, value in clips.items():
-        if name.startswith("points."):
-            points[name.removeprefix("points.")] = value
-        else:
-            conditions[name] = value
-    return states, points, conditions
+    for name in [name for name in clips if name.startswith("points.")]:
+        points[name.removeprefix("points.")] = clips.pop(name)
+    return states, points, clips
 
 
 def corrupt_context(x0, chunk):
@@ -1396,8 +1387,8 @@ def roll_out(run, generator, vae, files, update, grad):
         made = rollout(generator, noise, conditions | {"tracks": tracks}, clean,
                        exit_step=exit_step, grad=grad)
         shown = clean if chunks == run.clip_chunks else first
-        x0, points = judged_clip(made, run.clip_latents, shown, batch.points)
-        conditions = next(split_conditions(conditions, run.clip_latents))
+        x0, points = judged_clip(made, run.clip_chunks * config.chunk, shown, batch.points)
+        conditions = next(split_conditions(conditions, x0.shape[2]))
         tracks = motion_features(generator, vae, points)
     return x0, conditions | {"tracks": tracks}, points
 
@@ -1634,30 +1625,28 @@ def check_flags(flags):
     return flags
 
 
-def assign(thing, name, value):
-    """A frozen dataclass with one field, "a" or "a.b", of another value, of the same type."""
-    name, _, inner = name.partition(".")
+def assign(thing, path, value):
+    """A frozen dataclass with the field "a", or "a.b", of another value. UserError if there is no such
+    field, or the value is of another type."""
+    name, _, inner = path.partition(".")
+    if name not in vars(thing):
+        raise UserError(f"--set {path}: no such field; there are {', '.join(vars(thing))}")
     now = getattr(thing, name)
-    if inner and dataclasses.is_dataclass(now) and hasattr(now, inner):
+    if dataclasses.is_dataclass(now):
         return replace(thing, **{name: assign(now, inner, value)})
-    number_for_number = isinstance(now, (int, float)) and isinstance(value, (int, float))
-    same = isinstance(value, type(now)) or now is None or value is None or number_for_number
-    if inner or dataclasses.is_dataclass(now) or not same:
-        raise UserError(f"--set {name}={value}: it is {now} now")
+    numbers = isinstance(now, (int, float)) and isinstance(value, (int, float))
+    if not (numbers or now is None or value is None or isinstance(value, type(now))):
+        raise UserError(f"--set {path}={value}: it is {now} now")
     return replace(thing, **{name: value})
 
 
 def assign_all(config, settings, assignments):
     """(config, settings) with those of --set."""
-    for name, value in assignments:
-        field = name.partition(".")[0]
-        if field in vars(settings):
-            settings = assign(settings, name, value)
-        elif field in vars(config):
-            config = assign(config, name, value)
+    for path, value in assignments:
+        if path.partition(".")[0] in vars(config):
+            config = assign(config, path, value)
         else:
-            known = ", ".join([*vars(settings), *vars(config)])
-            raise UserError(f"--set {name}: no such field; there are {known}")
+            settings = assign(settings, path, value)
     frames = settings.clip_frames
     if frames < 45 or (frames + 3) % 12:
         raise UserError(f"--set clip_frames={frames}: needs whole chunks of 12, the first of 9: "

@@ -118,6 +118,7 @@ def train_decoder(run, steps, adversarial, distance):
     learner = td.Learner("decoder", vae.to(run.device), how, **count)
     learner_d = td.Learner("discriminator", discriminator.to(run.device), how_d, **count)
     loop = td.Loop(run, "decoder", steps, learner, learner_d)
+    loop.settings["adversarial"] = adversarial
     for i in loop:
         with run.autocast():
             with torch.no_grad():
