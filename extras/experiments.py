@@ -260,15 +260,20 @@ def drawing(vae):
 # ----------------------------------------------------------------------------------------------------------------------
 # What a row measures.
 
-def distilled_row(trained, distil, **settings):
-    """eval_row of the student of a short Distillation."""
-    return eval_row(distil_briefly(trained, distil), **settings)
+def distilled_row(trained, distil, refreshed=False, **settings):
+    """eval_row of the student of a short Distillation; refreshed: with caches that are, see Refreshed."""
+    student = distil_briefly(trained, distil)
+    if refreshed:
+        student = replace(student, network=RefreshedStudent)
+    return eval_row(student, **settings)
 
 
 def taught_row(trained, teach, **settings):
     """eval_row of the teacher of a short Lesson."""
-    kind = drawing(trained.vae()) if teach.drawn else MotionStream
-    return eval_row(teach_briefly(trained, teach), model="teacher", kind=kind, **settings)
+    taught = teach_briefly(trained, teach)
+    if teach.drawn:
+        taught = replace(taught, network=drawing(trained.vae()))
+    return eval_row(taught, model="teacher", **settings)
 
 
 def speed_row(trained, **settings):
@@ -415,7 +420,7 @@ def memory_tables(config, stream, half):
     sinks = grid(sink_decay=(1.0, 0.999, 0.99, 0.9, 0.5))
     sinks += grid(sink=(0,))
     kept = grid(sink_decay=(1.0, 0.99, 0.9))
-    kept += [{"kind": RefreshedStudent}]
+    kept += [{"refreshed": True}]
     held = grid(sink=(0, 1, 2, 3), window=(1, 2, 4))
     dusk = {"attributes": (1, 0), "change": "dusk", "later": world.caption(1, 0)}
     return {"streams": (stream | drawn, sinks),
