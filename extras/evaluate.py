@@ -52,6 +52,7 @@ class Trained:
     device: str = "cpu"
     seed: int = 0               # of all noise
     files: dict = field(default_factory=dict)       # {name: path} of models that lie elsewhere
+    network: type = MotionStream        # or a subclass: what DiTs are
 
     def path(self, name):
         """The file of one of MODELS, or of "decoder"."""
@@ -65,9 +66,10 @@ class Trained:
         """The VAE; "decoder": one with a decoder of its own."""
         return load_vae(self.path(name)).to(self.device)
 
-    def model(self, name, kind=MotionStream, **overrides):
-        """A DiT in float32, frozen. overrides: fields of Config; kind: a subclass of MotionStream."""
-        return kind.from_pretrained(self.path(name), dtype=torch.float32, device=self.device, **overrides)
+    def model(self, name, **overrides):
+        """A DiT in float32, frozen. overrides: fields of Config."""
+        path = self.path(name)
+        return self.network.from_pretrained(path, dtype=torch.float32, device=self.device, **overrides)
 
     @functools.cached_property
     def config(self):
@@ -88,10 +90,10 @@ class Trained:
         return found
 
 
-def play(trained, name, clips, text=None, later=None, kind=MotionStream, **overrides):
+def play(trained, name, clips, text=None, later=None, **overrides):
     """The video (B, 3, T, H, W), in pieces, that a model makes of the first frames of `clips`, their tracks and a text
     (1 or B, L, text_dim). name: "teacher", "causal", "student"; "vae" and "decoder" are the truth through the VAE,
-    "still" is frame 0. later: the text of the second half of a stream. kind, overrides: see Trained.model."""
+    "still" is frame 0. later: the text of the second half of a stream. overrides: fields of Config."""
     if name == "still":
         image = clips.frames(0, 1)
         return iter([image.expand(-1, -1, clips.length, -1, -1)])
@@ -99,7 +101,7 @@ def play(trained, name, clips, text=None, later=None, kind=MotionStream, **overr
         vae = trained.vae(name)
         latents = vae.encode(clips.frames().to(trained.device))
         return iter([vae.decode(latents)[0].cpu()])
-    model = trained.model(name, kind, **overrides)
+    model = trained.model(name, **overrides)
     return videos_of(model, trained.vae(), clips, text, later, trained.seed)
 
 
@@ -262,7 +264,7 @@ def case_of(settings):
     return Case(options=options, **settings_of(Case, settings))
 
 
-def eval_row(trained, model="student", text=NEUTRAL, later=None, piece=None, after=0, kind=MotionStream, **settings):
+def eval_row(trained, model="student", text=NEUTRAL, later=None, piece=None, after=0, **settings):
     """Play a case and measure it, `piece` frames at a time (None: all at once), from frame `after` on. settings: fields
     of Case, of world.Options, of Config. Of each number the mean, and that of each tenth; drift: the standard deviation
     of PSNR over the pieces. later: the text of the second half, if it is another. text "caption": the scenes' own."""
@@ -278,7 +280,7 @@ def eval_row(trained, model="student", text=NEUTRAL, later=None, piece=None, aft
     start = 0
     rows = []
     clock = time.perf_counter()
-    for video in play(trained, model, clips, text, later, kind, **overrides):
+    for video in play(trained, model, clips, text, later, **overrides):
         seconds = time.perf_counter() - clock                   # of the latest chunk
         held = torch.cat([held, video], 2)
         if start < after:

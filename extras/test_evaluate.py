@@ -236,7 +236,7 @@ def test_photographs_are_scenes_in_which_the_middle_of_one_moves_over_the_next()
 
 def stub(model, vae, **more):
     """Stands for Trained."""
-    opened = {"model": lambda name, kind=MotionStream, **overrides: model, "vae": lambda name="vae": vae}
+    opened = {"model": lambda name, **overrides: model, "vae": lambda name="vae": vae}
     return SimpleNamespace(config=model.config, device="cpu", seed=0, **opened | more)
 
 

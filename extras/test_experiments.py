@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import time
+import unittest.mock
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -245,21 +246,18 @@ def test_a_refreshed_sink_is_the_chunk_just_written_every_25th_time():
 
 
 def test_a_stream_is_as_fast_as_itself():
-    class Waiting(MotionStream):
-        def forward(self, x, sigma, text, **given):
-            time.sleep(0.002 + 0.004 * (self.config.sink == 2))
-            return x
+    trained = SimpleNamespace(config=PRESETS["tiny"])
+    waits = {"chunk": 0.01, "sink": 0.02}
 
-    class Stub(Trained):
-        def model(self, name, kind=MotionStream, **overrides):
-            return super().model(name, Waiting, **overrides)
+    def played(trained, name, clips, text, **more):
+        while True:
+            time.sleep(sum(waits[key] for key in more))
+            yield torch.zeros(1, 3, 4 * more["chunk"] if "chunk" in more else 24, 1, 1)
 
-    with folder() as here:
-        small(here)
-        case = CASE | {"frames": 300}
-        same, slow = (experiments.speed_row(Stub(here), **case, **more) for more in ({"chunk": 3}, {"sink": 2}))
+    with unittest.mock.patch.object(experiments, "play", played):
+        same, slow = (experiments.speed_row(trained, **CASE, **more) for more in ({"chunk": 3}, {"sink": 2}))
     assert abs(same["chunk"] - 1) < 0.3 and abs(same["frame"] - 1) < 0.3, same
-    assert slow["chunk"] > 1.3, slow
+    assert 1.4 < slow["chunk"] < 2.6 and abs(slow["frame"] - slow["chunk"] / 2) < 0.1, slow
 
 
 def test_settings_of_a_brief_training_say_only_what_is_not_as_usual():
