@@ -1504,7 +1504,7 @@ def dry_run(run):
     with torch.device("meta"):
         count = sum(p.numel() for p in MotionStream(config).parameters())
     frame = math.prod(config.size) // (2 * config.stride) ** 2
-    most = chunks_held(config, 10 ** 6)[-1] if config.window is not None else run.clip_chunks
+    most = run.clip_chunks if config.window is None else config.sink + config.window
     cache = config.num_layers * 2 * 2 * config.dim * most * config.chunk * frame / 2 ** 20
     for name, value in (asdict(config) | asdict(s)).items():
         print(f"{name} = {value}")
@@ -1708,11 +1708,11 @@ def refuse(flags, start, has_video):
         (start and config.causal, "holds a student; a training starts from a teacher"),
         (start and config.has_mask,
          "takes the image as a clip with a mask, which cannot stream; take Fun-Control or T2V"),
+        (encoded and flags.stage == "vae", "holds latents; the stage vae needs clips with video"),
         ((start or encoded) and not flags.vae and not flags.dry_run,
          "give --vae FILE, which made its latents"),
         (start and is_wan(config) and not flags.data and not flags.dry_run,
          "give --data FOLDER; the clips drawn here are small"),
-        (encoded and flags.stage == "vae", "holds latents; the stage vae needs clips with video"),
     ]:
         if wrong:
             raise UserError(f"{start.path if start else flags.data}: {cure}")
