@@ -158,7 +158,7 @@ PRESETS = {
     "tiny": Config(dim=192, ffn_dim=576, num_heads=3, num_layers=5,
                    in_dim=96 + 130 + 96, out_dim=96, track_dim=32 + 98,
                    text_dim=64, text_len=8, text_encoder="words", track_id_mode="copy",
-                   steps=15, guidance=(1.0, 0.0), size=(128, 128), prompt="steady light, steady shapes"),
+                   steps=15, guidance=(1.5, 0.0), size=(128, 128), prompt="steady light, steady shapes"),
 }
 
 

@@ -257,7 +257,7 @@ def crop(width, height, size):
 
 def fit_image(image, size):
     """An RGB image to (1, 3, H, W) in [-1, 1], (H, W) = size."""
-    _, left, top = crop(*image.size, size)
+    _, left, top = crop(image.width, image.height, size)
     box = (left, top, image.width - left, image.height - top)
     pixels = np.array(image.resize(size[::-1], Image.Resampling.LANCZOS, box))      # (H, W, 3)
     return torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
@@ -594,7 +594,7 @@ def add_flags(parser):
     add("--weights", help="a Wan DiT, file or folder; default: the tiny model in assets/", **file)
     add("--vae", help="default: the tiny model's, or the one in the folder of --weights", **file)
     add("--device", default="auto", help="cpu, cuda, …; default: cuda if there is one")
-    add("--dtype", default="auto", choices=("auto", *DTYPES), help="auto: float32 on the CPU, else bfloat16")
+    add("--dtype", default="auto", choices=("auto",) + DTYPES, help="auto: float32 on the CPU, else bfloat16")
     add("--text-encoder", help="a -Diffusers repository with it; default: --weights, if it is one", **file)
     add("--image-encoder", help="the same of CLIP; default: that of --text-encoder", **file)
     add("--negative-prompt", metavar="TEXT", help="guidance avoids it; default: Wan's")

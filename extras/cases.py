@@ -35,7 +35,7 @@ class Clips:
 
     tracks (B, T, N, 2) in pixels and visible (B, T, N): what the models are told, of `length` frames."""
 
-    def __init__(self, scene, tracks, visible, size=SIZE, by_colour=True, plain=True):
+    def __init__(self, scene, tracks, visible, size=SIZE, by_colour=False, plain=False):
         self.scene = scene
         self.tracks = tracks
         self.visible = visible
@@ -48,25 +48,31 @@ class Clips:
 
     def frames(self, start=0, stop=None):
         """The true video (B, 3, stop - start, H, W)."""
-        return world.render(self.scene, self.size, start, self.length if stop is None else stop)
+        if stop is None:
+            stop = self.length
+        return world.render(self.scene, self.size, start, stop)
 
     def ground(self, start, stop):
         """The same without any object."""
         nothing = torch.zeros_like(self.present)
-        return world.render(self.scene | {"present": nothing}, self.size, start, stop)
+        empty = self.scene | {"present": nothing}
+        return world.render(empty, self.size, start, stop)
 
     def outlines(self, start, stop):
         """Where each object is seen: (B, K, T, H, W) bool."""
         count = self.present.shape[1]
-        parts = [self.three_outlines(begin, start, stop) for begin in range(0, count, 3)]
-        return torch.cat(parts, 1)[:, :count] & self.present[:, :, None, None, None]
+        parts = []
+        for begin in range(0, count, 3):
+            parts.append(self.three_outlines(begin, start, stop))
+        masks = torch.cat(parts, 1)[:, :count]
+        return masks & self.present[:, :, None, None, None]
 
     def three_outlines(self, begin, start, stop):
         """Those of objects `begin` and the next two, rendered in pure red, green and blue, all else in black."""
         texture = self.scene["texture"].clone()                 # (B, K, 4, width, width)
         texture[:, :, :3] = 0
-        for channel, k in enumerate(range(begin, min(begin + 3, texture.shape[1]))):
-            texture[:, k, channel] = 1
+        for channel in range(min(3, texture.shape[1] - begin)):
+            texture[:, begin + channel, channel] = 1
         black = torch.zeros_like(self.scene["backdrop"])
         steady = torch.ones_like(self.scene["gains"])
         scene = self.scene | {"texture": texture, "backdrop": black, "gains": steady}
@@ -108,11 +114,14 @@ def new_clips(case):
     tracks, visible = world.scene_tracks(scene, case.width, rng)
     tracks, visible = of_tracks(scene, tracks, visible, case.width, rng)
     visible = visible & asked(scene, case.points)
-    by_colour = options["style"] == "simple" and not case.photographs
-    plain = by_colour or options.get("flat", False) or options.get("texture") == (0, 0)
     tracks = tracks[:, :case.frames]
     visible = visible[:, :case.frames]
-    return Clips(scene, tracks, visible, case.width, by_colour, plain and not case.photographs)
+    clips = Clips(scene, tracks, visible, case.width)
+    if not case.photographs:
+        clips.by_colour = options["style"] == "simple"
+        clips.plain = clips.by_colour or options.get("flat", False)
+        clips.plain = clips.plain or options.get("texture") == (0, 0)
+    return clips
 
 
 def asked(scene, points):
@@ -170,8 +179,10 @@ def carried_away(scene):
     clips, _, count, _ = scene["position"].shape
     t = torch.arange(count)
     across = (1.5 * t / count).clamp(max=1) - 0.5
-    pan = torch.stack([across, torch.zeros(count)], 1).expand(clips, -1, -1)    # (B, T, 2)
-    return scene | {"pan": pan, "position": scene["position"] + pan[:, None]}
+    pan = torch.stack([across, torch.zeros(count)], 1)
+    pan = pan.expand(clips, -1, -1)                             # (B, T, 2)
+    position = scene["position"] + pan[:, None]
+    return scene | {"pan": pan, "position": position}
 
 
 def dusk(scene):
@@ -212,10 +223,17 @@ def broken(scene, tracks, visible, size, rng):
 
 
 CHANGES = {
-    None: (same_scene, same_tracks), "other way": (other_way, same_tracks), "teleport": (teleport, same_tracks),
-    "crossing": (crossing, same_tracks), "carried away": (carried_away, same_tracks), "dusk": (dusk, same_tracks),
-    "two ways": (same_scene, two_ways), "jittered": (same_scene, jittered), "late": (same_scene, late),
-    "broken": (same_scene, broken)}
+    None: (same_scene, same_tracks),
+    "other way": (other_way, same_tracks),
+    "teleport": (teleport, same_tracks),
+    "crossing": (crossing, same_tracks),
+    "carried away": (carried_away, same_tracks),
+    "dusk": (dusk, same_tracks),
+    "two ways": (same_scene, two_ways),
+    "jittered": (same_scene, jittered),
+    "late": (same_scene, late),
+    "broken": (same_scene, broken),
+}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -232,12 +250,21 @@ def photograph_scenes(folder, clips, frames, rng):
     if len(paths) < 2:
         raise UserError(f"{folder}: holds {len(paths)} photographs ({', '.join(ENDINGS)}), two at least are needed")
     images = [sample.load_image(path) for path in paths]
-    pairs = [(images[i % len(images)], images[(i + 1 + i // len(images)) % len(images)]) for i in range(clips)]
-    disc = (torch.full((1, 1), world.DISC), torch.ones(1, 1).long(), torch.zeros(world.WAVES, 2))
+    kind = torch.full((1, 1), world.DISC)
+    sides = torch.ones_like(kind)
+    waves = torch.zeros(world.WAVES, 2)
     radius = DIAMETER / 2
-    cuts = [world.cut_out(cut_of(piece), disc, radius, 0) for piece, _ in pairs]
-    shape = tuple(part.expand(clips, 1, *part.shape) for part in disc)
-    position = world.draw_positions(frames, torch.full((clips, 1), radius), True, rng)
+    cuts = []
+    grounds = []
+    for i in range(clips):
+        round_number, number = divmod(i, len(images))
+        other = (number + 1 + round_number) % len(images)
+        piece = cut_of(images[number])
+        cuts.append(world.cut_out(piece, (kind, sides, waves), radius, rim=0))
+        grounds.append(ground_of(images[other]))
+    shape = tuple(part.expand(clips, 1, *part.shape) for part in (kind, sides, waves))
+    apart = torch.full((clips, 1), radius)
+    position = world.draw_positions(frames, apart, True, rng)
     return {
         "texture": torch.stack(cuts)[:, None],                  # (B, 1, 4, width, width)
         "colour": torch.full((clips, 1, 3), 0.5),
@@ -250,7 +277,7 @@ def photograph_scenes(folder, clips, frames, rng):
         "gains": torch.ones(clips, frames, 3),
         "spin": torch.zeros(clips, frames),
         "pulse": torch.ones(clips, frames),
-        "backdrop": torch.stack([ground_of(image) for _, image in pairs]),
+        "backdrop": torch.stack(grounds),
         "points": world.draw_points(shape, world.STYLES["textured"].points, rng),
         "caption": [NEUTRAL] * clips,
     }

@@ -168,7 +168,8 @@ def encode(sources, config, image, device):
         check_rows(seen, config, sources.image_encoder)
         rows = rows | seen
     if "prompt" in rows and "negative" not in rows and not config.causal and config.guidance[0]:
-        print("note: guidance leads away from rows of zeros; --prompt-embeds holds no tensor named negative")
+        print("note: guidance leads away from rows of zeros; --prompt-embeds holds no tensor named "
+              "negative")
     return padded(rows, config, device)
 
 

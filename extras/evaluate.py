@@ -52,6 +52,7 @@ class Trained:
     device: str = "cpu"
     seed: int = 0               # of all noise
     files: dict = field(default_factory=dict)       # {name: path} of models that lie elsewhere
+    network: type = MotionStream        # or a subclass: what DiTs are
 
     def path(self, name):
         """The file of one of MODELS, or of "decoder"."""
@@ -65,9 +66,10 @@ class Trained:
         """The VAE; "decoder": one with a decoder of its own."""
         return load_vae(self.path(name)).to(self.device)
 
-    def model(self, name, kind=MotionStream, **overrides):
-        """A DiT in float32, frozen. overrides: fields of Config; kind: a subclass of MotionStream."""
-        return kind.from_pretrained(self.path(name), dtype=torch.float32, device=self.device, **overrides)
+    def model(self, name, **overrides):
+        """A DiT in float32, frozen. overrides: fields of Config."""
+        path = self.path(name)
+        return self.network.from_pretrained(path, dtype=torch.float32, device=self.device, **overrides)
 
     @functools.cached_property
     def config(self):
@@ -88,17 +90,18 @@ class Trained:
         return found
 
 
-def play(trained, name, clips, text=None, later=None, kind=MotionStream, **overrides):
+def play(trained, name, clips, text=None, later=None, **overrides):
     """The video (B, 3, T, H, W), in pieces, that a model makes of the first frames of `clips`, their tracks and a text
     (1 or B, L, text_dim). name: "teacher", "causal", "student"; "vae" and "decoder" are the truth through the VAE,
-    "still" is frame 0. later: the text of the second half of a stream. kind, overrides: see Trained.model."""
+    "still" is frame 0. later: the text of the second half of a stream. overrides: fields of Config."""
     if name == "still":
-        return iter([clips.frames(0, 1).expand(-1, -1, clips.length, -1, -1)])
+        image = clips.frames(0, 1)
+        return iter([image.expand(-1, -1, clips.length, -1, -1)])
     if name in ("vae", "decoder"):
         vae = trained.vae(name)
         latents = vae.encode(clips.frames().to(trained.device))
         return iter([vae.decode(latents)[0].cpu()])
-    model = trained.model(name, kind, **overrides)
+    model = trained.model(name, **overrides)
     return videos_of(model, trained.vae(), clips, text, later, trained.seed)
 
 
@@ -128,52 +131,87 @@ def with_texts(motion, text, later, chunk):
 # ----------------------------------------------------------------------------------------------------------------------
 # How it is measured.
 
+@dataclass(frozen=True)
+class Places:
+    """Where objects are in a piece of video, (B, T, K, 2) in pixels, and of each, (B, T, K):"""
+    found: torch.Tensor
+    true: torch.Tensor          # where they should be
+    lost: torch.Tensor          # it is hardly there
+    seen: torch.Tensor          # at least half of its largest size can be seen in the truth
+    colour: float = math.nan    # how much there is of the first one's colour, as a share of the truth's
+
+
+def half_seen(size, least, present):
+    """Whether each object's size (B, T, K) is half of its largest and more than `least`, and it is there at all."""
+    largest = size.amax(1, keepdim=True)
+    return present[:, None] & (size > 0.5 * largest) & (size > least)
+
+
 def places_by_colour(video, truth, clips):
-    """Where objects are and were to be, by their hues: places (B, T, K, 2) in pixels, true ones, which are lost (less
-    than a quarter of their colour is there) and which can be seen in the truth (at least half), (B, T, K) bool; and the
-    mass of the first object's colour as a share of the truth's."""
-    mass, place = measures.colour_mass(video, clips.scene["colour"])
-    true_mass, true_place = measures.colour_mass(truth, clips.scene["colour"])
-    seen = clips.present[:, None] & (true_mass > 0.5 * true_mass.amax(1, keepdim=True)) & (true_mass > 1)
+    """Places by objects' hues. An object is lost if less than a quarter of its colour is there."""
+    mass, found = measures.colour_mass(video, clips.scene["colour"])
+    true_mass, true = measures.colour_mass(truth, clips.scene["colour"])
     lost = mass < 0.25 * true_mass
-    colour = (mass[..., 0].sum() / true_mass[..., 0].sum()).item()
-    return place, true_place, lost, seen, colour
+    seen = half_seen(true_mass, 1, clips.present)
+    colour = mass[..., 0].sum() / true_mass[..., 0].sum()
+    return Places(found, true, lost, seen, colour.item())
 
 
 def places_by_shift(video, truth, ground, outlines, clips):
-    """As places_by_colour, by what objects show: each is where the whole shift puts it that makes the truth inside its
-    outline most like the video. It is lost if even there three quarters of what tells it from the ground are missing."""
+    """Places by what objects show: each is where the whole shift puts it that makes the truth inside its outline most
+    like the video. It is lost if even there three quarters of what tells it from the ground are missing."""
+    used = int(clips.present.sum(1).max())                      # slots without an object come last
+    outlines = outlines[:, :used]                               # (B, K, T, H, W)
     B, K, T, H, W = outlines.shape
     reach = REACH * clips.size // 100
 
     def each(v):                                                # (B, 3, T, H, W) to (B K T, 3, H, W)
-        return v.transpose(1, 2)[:, None].expand(-1, K, -1, -1, -1, -1).flatten(0, 2)
+        frames = v.transpose(1, 2)[:, None]
+        return frames.expand(-1, K, -1, -1, -1, -1).flatten(0, 2)
+
+    def by_frame(x):                                            # (B K T, …) to (B, T, K, …)
+        return x.unflatten(0, (B, K, T)).transpose(1, 2)
 
     mask = outlines.flatten(0, 2)
-    shift, error = measures.best_shift(each(video), each(truth), mask, reach)
     area = mask.sum((1, 2))
-    apart = ((each(ground) - each(truth)).square().mean(1) * mask).sum((1, 2)) / area.clamp(min=1)
-    lost = (error > 0.75 * apart).view(B, K, T).transpose(1, 2)
-    shift = shift.view(B, K, T, 2).transpose(1, 2)              # (B, T, K, 2)
-    area = area.view(B, K, T).transpose(1, 2)
-    seen = clips.present[:, None] & (area > 0.5 * area.amax(1, keepdim=True)) & (area > 20)
-    true_place = measures.centroid(outlines.float()).transpose(1, 2)
-    return true_place + shift, true_place, lost, seen, math.nan
+    shift, error = measures.best_shift(each(video), each(truth), mask, reach)
+    apart = (each(ground) - each(truth)).square().mean(1) * mask
+    apart = apart.sum((1, 2)) / area.clamp(min=1)
+    lost = by_frame(error > 0.75 * apart)
+    seen = half_seen(by_frame(area), 20, clips.present[:, :used])
+    true = by_frame(measures.centroid(mask.float()))
+    return Places(true + by_frame(shift), true, lost, seen)
 
 
 def overlaps(video, truth, ground, outlines, clips):
-    """The mean overlap with their outlines, wherever they were found, of discs and of other objects, each in at least
-    half of its largest size; NaN without any."""
-    found = {True: [], False: []}
-    for k in range(clips.present.shape[1]):
+    """{"disc", "shape"}: the mean overlap with their outlines, wherever they were found, of discs and of other objects,
+    where they can be seen; NaN without any."""
+    of_discs = []
+    of_others = []
+    area = outlines.sum((3, 4)).transpose(1, 2)                 # (B, T, K)
+    seen = half_seen(area, 20, clips.present)
+    for k in range(int(clips.present.sum(1).max())):
         mask = outlines[:, k]                                   # (B, T, H, W)
         pixels = measures.object_pixels(video, truth, ground, mask)
-        overlap = measures.best_overlap(pixels.flatten(0, 1), mask.flatten(0, 1)).view(mask.shape[:2])
-        area = mask.sum((2, 3))
-        seen = clips.present[:, k, None] & (area > 0.5 * area.amax(1, keepdim=True)) & (area > 20)
-        for kind in found:
-            found[kind].append(overlap[seen & (clips.discs[:, k, None] == kind)])
-    return {"disc": torch.cat(found[True]).mean().item(), "shape": torch.cat(found[False]).mean().item()}
+        overlap = measures.best_overlap(pixels.flatten(0, 1), mask.flatten(0, 1))
+        overlap = overlap.view(seen.shape[:2])
+        disc = clips.discs[:, k, None]
+        of_discs.append(overlap[seen[:, :, k] & disc])
+        of_others.append(overlap[seen[:, :, k] & ~disc])
+    return {"disc": torch.cat(of_discs).mean(), "shape": torch.cat(of_others).mean()}
+
+
+def following(places, size):
+    """{"median", "mean", "lost", "motion"}, see measure."""
+    seen = places.seen
+    error = (places.found - places.true).norm(dim=-1) * 100 / size
+    error = error.masked_fill(places.lost, REACH).clamp(max=REACH)[seen]
+    there = seen & ~places.lost
+    there = there[:, 1:] & ~places.lost[:, :-1]
+    moved = places.found.diff(dim=1).norm(dim=-1)[there].sum()
+    true_moved = places.true.diff(dim=1).norm(dim=-1)[there].sum()
+    lost = 100 * places.lost[seen].float().mean()
+    return {"median": error.median(), "mean": error.mean(), "lost": lost, "motion": moved / true_moved}
 
 
 def measure(video, first, clips, start):
@@ -191,21 +229,21 @@ def measure(video, first, clips, start):
     outlines = clips.outlines(start, stop)
     inside = outlines.any(1)
     if clips.by_colour:
-        place, true_place, lost, seen, colour = places_by_colour(video, truth, clips)
+        places = places_by_colour(video, truth, clips)
     else:
-        place, true_place, lost, seen, colour = places_by_shift(video, truth, ground, outlines, clips)
-    error = (place - true_place).norm(dim=-1) * 100 / clips.size
-    error = error.masked_fill(lost, REACH).clamp(max=REACH)[seen]
-    there = seen[:, 1:] & ~lost[:, 1:] & ~lost[:, :-1]
-    moved = place.diff(dim=1).norm(dim=-1)[there].sum()
-    true_moved = true_place.diff(dim=1).norm(dim=-1)[there].sum()
-    numbers = {
-        "median": error.median(), "mean": error.mean(), "lost": 100 * lost[seen].float().mean(),
-        "psnr": psnr(video, truth), "objects": psnr(video, truth, inside), "ground": psnr(video, truth, ~inside),
-        "ssim": measures.video_ssim(video, truth), "sharp": measures.sharpness(video, truth),
-        "edges": measures.edge_correlation(video, truth), "colour": colour,
-        "chroma": measures.colourfulness(video, truth, inside), "motion": moved / true_moved,
-        "copying": ((video - truth) * (first - truth)).sum() / (first - truth).square().sum()}
+        places = places_by_shift(video, truth, ground, outlines, clips)
+    gone = first - truth
+    numbers = following(places, clips.size) | {
+        "psnr": psnr(video, truth),
+        "objects": psnr(video, truth, inside),
+        "ground": psnr(video, truth, ~inside),
+        "ssim": measures.video_ssim(video, truth),
+        "sharp": measures.sharpness(video, truth),
+        "edges": measures.edge_correlation(video, truth),
+        "colour": places.colour,
+        "chroma": measures.colourfulness(video, truth, inside),
+        "copying": ((video - truth) * gone).sum() / gone.square().sum(),
+    }
     if clips.plain:
         numbers |= overlaps(video, truth, ground, outlines, clips)
     return {name: float(number) for name, number in numbers.items()}    # tensors kept would scatter the heap
@@ -213,8 +251,11 @@ def measure(video, first, clips, start):
 
 def settings_of(what, settings):
     """Those of the settings that are fields of a dataclass, taken out of them."""
-    names = {one.name for one in fields(what)}
-    return {name: settings.pop(name) for name in [*settings] if name in names}
+    found = {}
+    for one in fields(what):
+        if one.name in settings:
+            found[one.name] = settings.pop(one.name)
+    return found
 
 
 def case_of(settings):
@@ -223,7 +264,7 @@ def case_of(settings):
     return Case(options=options, **settings_of(Case, settings))
 
 
-def eval_row(trained, model="student", text=NEUTRAL, later=None, piece=None, after=0, kind=MotionStream, **settings):
+def eval_row(trained, model="student", text=NEUTRAL, later=None, piece=None, after=0, **settings):
     """Play a case and measure it, `piece` frames at a time (None: all at once), from frame `after` on. settings: fields
     of Case, of world.Options, of Config. Of each number the mean, and that of each tenth; drift: the standard deviation
     of PSNR over the pieces. later: the text of the second half, if it is another. text "caption": the scenes' own."""
@@ -239,7 +280,7 @@ def eval_row(trained, model="student", text=NEUTRAL, later=None, piece=None, aft
     start = 0
     rows = []
     clock = time.perf_counter()
-    for video in play(trained, model, clips, text, later, kind, **overrides):
+    for video in play(trained, model, clips, text, later, **overrides):
         seconds = time.perf_counter() - clock                   # of the latest chunk
         held = torch.cat([held, video], 2)
         if start < after:
@@ -259,15 +300,17 @@ def text_of(text, clips, config):
     """A text for the model; "caption": each scene's own."""
     if text != "caption":
         return embed_words(text, config)
-    return torch.cat([embed_words(caption, config) for caption in clips.scene["caption"]])
+    captions = clips.scene["caption"]
+    return torch.cat([embed_words(caption, config) for caption in captions])
 
 
 def summary(rows):
     """Rows of numbers, the first of them "from", to the mean of each number, "drift" and "tenths"."""
-    names = [*rows[0]]
-    numbers = torch.tensor([[*row.values()] for row in rows])
+    names = list(rows[0])
+    numbers = torch.tensor([list(row.values()) for row in rows])
     mean = dict(zip(names, numbers.nanmean(0).tolist()))
-    mean["drift"] = numbers[:, names.index("psnr")].std(correction=0).item()
+    psnrs = numbers[:, names.index("psnr")]
+    mean["drift"] = psnrs.std(correction=0).item()
     mean["tenths"] = []
     for part in numbers.split(math.ceil(len(rows) / 10)):
         tenth = dict(zip(names, part.nanmean(0).tolist()))
@@ -301,31 +344,42 @@ SETS = {
     "textured": {"seed": "held textured", "style": "textured", "texture": (0, 1), "objects": 2},
     "flat": {"seed": "held flat", "style": "textured", "flat": True, "objects": 1},
 }
-AT = {"2 s": {"frames": CLIP, "after": CLIP - 12}, "10 s": {"frames": 165, "after": 153}}   # at 16 frames a second
+AT = {                          # the last 12 frames, at 16 a second
+    "2 s": {"frames": CLIP, "after": CLIP - 12},
+    "10 s": {"frames": 165, "after": 153},
+}
 
 
 def grid(**values):
     """Every combination of the values, as dicts."""
-    return [dict(zip(values, row)) for row in itertools.product(*values.values())]
+    rows = itertools.product(*values.values())
+    return [dict(zip(values, row)) for row in rows]
 
 
-def tables(config, count, frames, photographs=None):
+def tables(count, frames, photographs=None):
     """What is measured: {title: (what all rows have in common, [what each has besides])}: arguments of eval_row, or of
     another function, "measure". count: clips of each kind; frames: of the streams."""
     clip = {"seed": "eval 1 False", "clips": count, "frames": CLIP, "objects": 1}
-    streams = [{"seed": f"stream {camera}", "camera": camera, "points": points, "sink": sink}
-               for camera, points in ((False, "drag"), (True, "dense")) for sink in (1, 0)]
-    return {"following": (clip, following_rows()),
-            "pictures": ({"clips": count, "drawn": AT["10 s"]["frames"]}, picture_rows(photographs)),
-            "text": (clip | {"objects": 2, "piece": CLIP // 3}, text_rows()),
-            "captions": (clip | {"measure": caption_row}, caption_rows()),
-            "streams": (clip | {"clips": 2, "frames": frames, "piece": 12}, streams)}
+    picture = {"clips": count, "drawn": AT["10 s"]["frames"]}
+    text = clip | {"objects": 2, "piece": CLIP // 3}
+    caption = clip | {"measure": caption_row}
+    stream = clip | {"clips": 2, "frames": frames, "piece": 12}
+    still = {"seed": "stream False", "camera": False, "points": "drag"}
+    moving = {"seed": "stream True", "camera": True, "points": "dense"}
+    streams = [camera | {"sink": sink} for camera in (still, moving) for sink in (1, 0)]
+    return {"following": (clip, following_rows()), "pictures": (picture, picture_rows(photographs)),
+            "text": (text, text_rows()), "captions": (caption, caption_rows()), "streams": (stream, streams)}
 
 
 def following_rows():
     """Kinds of scenes by models by what they are told."""
-    kinds = [{"objects": 1}, {"objects": 3, "seed": "eval 3 False"}, {"objects": 1, "change": "other way"},
-             {"flat": True, "frames": 81, "seed": "eval 1 True"}, {"camera": True, "seed": "eval camera"}]
+    kinds = [
+        {"objects": 1},
+        {"objects": 3, "seed": "eval 3 False"},
+        {"objects": 1, "change": "other way"},
+        {"flat": True, "frames": 81, "seed": "eval 1 True"},
+        {"camera": True, "seed": "eval camera"},
+    ]
     models = grid(model=("vae", "still"), points=("none",))
     models += grid(model=("teacher", "causal", "student"), points=("dense", "drag", "none"))
     rows = []
@@ -353,23 +407,26 @@ def picture_rows(photographs):
     return rows
 
 
+CHANGING = ((1, 0), (2, 0), (0, 1), (0, 2))     # light and motion: indices into world.LIGHT and MOTION
+
+
 def text_rows():
     """Scenes whose light or shapes change, by the right text, the wrong one, the neutral one and none."""
     rows = []
-    for light, motion in ((1, 0), (2, 0), (0, 1), (0, 2)):
+    for light, motion in CHANGING:
         right = world.caption(light, motion)
         wrong = world.caption(-light % 3, -motion % 3)
         for text in (right, wrong, NEUTRAL, None):
-            rows.append({"seed": f"text {light} {motion}", "attributes": (light, motion), "text": text})
+            scenes = {"seed": f"text {light} {motion}", "attributes": (light, motion)}
+            rows.append(scenes | {"text": text})
     return rows
 
 
 def caption_rows():
     """The same scenes in both styles, by a centre track alone."""
     rows = []
-    for style, attributes, model in itertools.product(
-            ("simple", "textured"), ((1, 0), (2, 0), (0, 1), (0, 2)), ("teacher", "student")):
-        rows.append({"seed": f"caption {attributes}", "style": style, "attributes": attributes, "model": model})
+    for row in grid(style=("simple", "textured"), attributes=CHANGING, model=("teacher", "student")):
+        rows.append({"seed": f"caption {row['attributes']}"} | row)
     return rows
 
 
@@ -407,7 +464,8 @@ def measure_tables(trained, stage, what, tables):
             for key in ("set", "at"):
                 case.pop(key, None)
             results[label] = case.pop("measure")(trained, **case)
-            write(path, lambda temporary: temporary.write_text(json.dumps(everything, indent=1)))
+            text = json.dumps(everything, indent=1)
+            write(path, lambda temporary: temporary.write_text(text))
         print_table(title, results)
     curves = {}
     for label, row in done["streams"].items():
@@ -471,7 +529,8 @@ def plot_stage(folder, stage):
     for name in PLOTTED:
         values = [(row["step"], row[name]) for row in rows.values() if name in row]
         if values:
-            means = F.adaptive_avg_pool1d(torch.tensor(values, dtype=torch.float32).T, min(50, len(values)))
+            points = torch.tensor(values, dtype=torch.float32)
+            means = F.adaptive_avg_pool1d(points.T, min(50, len(values)))
             curves[name] = means.T.tolist()
     if curves:
         plot(folder / f"{stage}.png", curves, f"{stage}: {len(rows)} steps")
@@ -484,12 +543,14 @@ def preview(trained, stage, drawn=True):
     plot_stage(trained.folder, stage)
     if not drawn:
         return
-    clips = new_clips(Case("preview", 2, CLIP, options={"objects": 2, "attributes": (None, None)}))
+    options = {"objects": 2, "attributes": (None, None)}
+    clips = new_clips(Case("preview", 2, CLIP, options=options))
     text = text_of("caption", clips, trained.config)
     videos = [clips.frames()]
     for name in (*MODELS, "decoder"):
         if trained.path(name).exists():
-            videos.append(torch.cat([*play(trained, name, clips, text)], 2))
+            pieces = list(play(trained, name, clips, text))
+            videos.append(torch.cat(pieces, 2))
     shown = torch.linspace(0, CLIP - 1, 6).long()
     frames = torch.stack(videos, 1)[:, :, :, shown]             # (2, rows, 3, 6, H, W)
     page = frames.permute(2, 0, 1, 4, 3, 5).flatten(4).flatten(1, 3)        # (3, 2 rows H, 6 W)
@@ -509,13 +570,16 @@ def motion_reward(video, batch):
     places = (2 * batch["tracks"] / size - 1).flatten(0, 1)[:, :, None]     # (B T, N, 1, 2)
 
     def error(frames):
-        colours = F.grid_sample(frames.transpose(1, 2).flatten(0, 1), places, align_corners=False)
+        pictures = frames.transpose(1, 2).flatten(0, 1)
+        colours = F.grid_sample(pictures, places, align_corners=False)
         colours = colours.view(B, T, 3, -1)
         apart = (colours - colours[:, :1]).abs().mean(2)        # (B, T, N)
-        return (apart * seen).sum((1, 2)) / seen.sum((1, 2)).clamp(min=1)
+        count = seen.sum((1, 2)).clamp(min=1)
+        return (apart * seen).sum((1, 2)) / count
 
     still = error(video[:, :, :1].expand_as(video))
-    return ((still - error(video)) / (still + 0.1)).clamp(-1, 1)
+    gain = still - error(video)
+    return (gain / (still + 0.1)).clamp(-1, 1)
 
 
 def find_reward(name):
@@ -561,7 +625,9 @@ def compare(made, real, net=None):
         if distance:
             row["LPIPS"] = distance(video, truth).item()
         rows.append(row)
-    means = {name: np.mean([row[name] for row in rows]) for name in rows[0]}
+    means = {}
+    for name in rows[0]:
+        means[name] = np.mean([row[name] for row in rows])
     return means, len(rows)
 
 
@@ -594,7 +660,7 @@ def run_tables(argv):
     args = parser.parse_args(argv)
     trained = open_trained(args.out, args.device, args.seed)
     what = f"{weights_of(trained)}, {args.clips} clips, {args.frames} frames"
-    measure_tables(trained, "eval", what, tables(trained.config, args.clips, args.frames, args.photographs))
+    measure_tables(trained, "eval", what, tables(args.clips, args.frames, args.photographs))
 
 
 def new_parser(description):

@@ -121,10 +121,13 @@ def damaged_folder(folder, size):
             continue
         clip = load_file(file)
         rng = torch.Generator().manual_seed(seed_of("damage", file.name))
-        kind = (None, "jittered", "late", "broken")[int(torch.randint(0, 4, (), generator=rng))]
-        _, change = CHANGES[kind]
-        tracks, visible = change(None, clip["tracks"][None], clip["visible"][None], size, rng)
-        td.write_clip(copy / file.name, clip | {"tracks": tracks[0], "visible": visible[0]})
+        number = int(torch.randint(0, 4, (), generator=rng))
+        _, change = CHANGES[(None, "jittered", "late", "broken")[number]]
+        tracks = clip["tracks"][None]                                   # (1, T, N, 2)
+        visible = clip["visible"][None]
+        tracks, visible = change(None, tracks, visible, size, rng)
+        clip |= {"tracks": tracks[0], "visible": visible[0]}
+        td.write_clip(copy / file.name, clip)
     return copy
 
 
@@ -135,8 +138,13 @@ def distillation_run(trained, how):
         guidance = trained.model("teacher").config.guidance
     config = replace(trained.model("causal").config, guidance=guidance, sink_decay=how.sink_decay)
     settings = replace(
-        td.TINY, batch=how.batch, distill_steps=how.updates * how.critic_steps, critic_steps=how.critic_steps,
-        rollout=how.rollout, drawn_memory=how.drawn_memory, beta=how.beta)
+        td.TINY,
+        batch=how.batch,
+        distill_steps=how.updates * how.critic_steps,
+        critic_steps=how.critic_steps,
+        rollout=how.rollout,
+        drawn_memory=how.drawn_memory,
+        beta=how.beta)
     reward = find_reward(how.reward) if how.reward else None
     trained = replace(trained, seed=trained.seed + how.seed)
     return brief_run(trained, "student", how, config, settings, reward=reward)
@@ -232,9 +240,11 @@ class DrawnTracks(TrackHead):
         b, t, n = inside.nonzero(as_tuple=True)
         column, row = (tracks[b, t, n].long() + 2).unbind(1)
         video = torch.zeros(B, T, height + 4, width + 4, 3, device=tracks.device)
-        for i, j in itertools.product(range(-2, 3), repeat=2):
-            video[b, t, row + i, column + j] = colour[b, n]
-        return video[:, :, 2:-2, 2:-2].permute(0, 4, 1, 2, 3) * 2 - 1
+        for i in range(-2, 3):
+            for j in range(-2, 3):
+                video[b, t, row + i, column + j] = colour[b, n]
+        video = video[:, :, 2:-2, 2:-2].permute(0, 4, 1, 2, 3)
+        return video * 2 - 1
 
 
 def drawing(vae):
@@ -250,15 +260,20 @@ def drawing(vae):
 # ----------------------------------------------------------------------------------------------------------------------
 # What a row measures.
 
-def distilled_row(trained, distil, **settings):
-    """eval_row of the student of a short Distillation."""
-    return eval_row(distil_briefly(trained, distil), **settings)
+def distilled_row(trained, distil, refreshed=False, **settings):
+    """eval_row of the student of a short Distillation; refreshed: with caches that are, see Refreshed."""
+    student = distil_briefly(trained, distil)
+    if refreshed:
+        student = replace(student, network=RefreshedStudent)
+    return eval_row(student, **settings)
 
 
 def taught_row(trained, teach, **settings):
     """eval_row of the teacher of a short Lesson."""
-    kind = drawing(trained.vae()) if teach.drawn else MotionStream
-    return eval_row(teach_briefly(trained, teach), model="teacher", kind=kind, **settings)
+    taught = teach_briefly(trained, teach)
+    if teach.drawn:
+        taught = replace(taught, network=drawing(trained.vae()))
+    return eval_row(taught, model="teacher", **settings)
 
 
 def speed_row(trained, **settings):
@@ -285,7 +300,7 @@ def speed_row(trained, **settings):
 def decoders_row(trained, **_):
     """How many times longer the decoder of Wan 2.1 takes than that of taew2_1 for a chunk of 12 frames of 64x64 pixels,
     in turn, medians of 5: random weights."""
-    latents = torch.randn(1, 16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    latents = torch.zeros(1, 16, 3, 8, 8)
     vaes = [WanVAE().eval(), TinyVAE(TinyVAEConfig()).eval()]
     states = [vae.decode(latents)[1] for vae in vaes]
     seconds = np.zeros((5, 2))
@@ -314,8 +329,9 @@ def attention_row(trained, layer, model="student", distil=None, **settings):
             passes.append(attention_shares(attention, x, rope, cache))
 
     network.blocks[layer].self_attn.register_forward_pre_hook(watch)
-    for _ in videos_of(network, trained.vae(), clips, embed_words(NEUTRAL, network.config), seed=trained.seed):
-        pass
+    text = embed_words(NEUTRAL, network.config)
+    for _ in videos_of(network, trained.vae(), clips, text, seed=trained.seed):
+        pass                                                            # watch is called meanwhile
     shares = 100 * torch.stack(passes).mean(0)
     return dict(zip(("sink", "window", "itself"), shares.tolist()))
 
@@ -328,9 +344,11 @@ def attention_shares(attention, x, rope, cache):
     keys, _ = cache.read(k, k)
     q = apply_rope(q, rope[-q.shape[1]:])
     keys = apply_rope(keys, rope)
-    scores = torch.einsum("blnk,bsnk->bnls", q.float(), keys.float()) / math.sqrt(q.shape[3])
+    scores = torch.einsum("blnk,bsnk->bnls", q.float(), keys.float())
+    scores = scores / math.sqrt(q.shape[3])
     length = x.shape[1]
-    parts = scores.softmax(3).split((cache.sink * length, cache.window * length, length), 3)
+    counts = (cache.sink * length, cache.window * length, length)
+    parts = scores.softmax(3).split(counts, 3)                          # (B, N, L, count) each
     return torch.stack([part.sum(3).mean() for part in parts])
 
 
@@ -342,13 +360,16 @@ def words_row(trained, model="teacher", text=None, guidance=None, **settings):
     clips = new_clips(case_of(settings))
     scene = clips.scene
     truth = clips.frames()
-    still = {"spin": torch.zeros_like(scene["spin"]), "pulse": torch.ones_like(scene["pulse"])}
-    rigid = world.render(scene | still, clips.size, 0, clips.length)
+    no_spin = torch.zeros_like(scene["spin"])
+    no_pulse = torch.ones_like(scene["pulse"])
+    rigid = scene | {"spin": no_spin, "pulse": no_pulse}
+    rigid = world.render(rigid, clips.size, 0, clips.length)
     words = embed_words(text or world.caption(*attributes), trained.config)
     guided = {"guidance": guidance} if guidance else {}
-    video = torch.cat([*play(trained, model, clips, words, **guided)], 2)
-    differs = (truth - rigid).square().sum((1, 2, 3, 4))
-    share = ((video - rigid) * (truth - rigid)).sum((1, 2, 3, 4)) / differs
+    video = torch.cat(list(play(trained, model, clips, words, **guided)), 2)
+    way = truth - rigid
+    differs = way.square().sum((1, 2, 3, 4))
+    share = ((video - rigid) * way).sum((1, 2, 3, 4)) / differs
     share = share[differs / truth[0].numel() > 4e-4]                    # the mean square of 40 dB
     appears = 100 * (share > 0.5).float().mean()
     return {"appears": appears.item(), "share": share.mean().item(), "clips": len(share)}
@@ -384,23 +405,28 @@ def tables(config, count, frames):
     """As in evaluate.py. count: clips of each kind; frames: of the streams."""
     clip = {"seed": "eval 1 False", "clips": count, "frames": CLIP, "objects": 1}
     frames = min(frames, 20 * CLIP)                                     # 20 times the training's length
-    stream = clip | {"seed": "stream False", "clips": math.ceil(count / 4), "frames": frames}
-    stream |= {"piece": math.ceil(frames / 30)}
+    stream = clip | {"seed": "stream False", "clips": math.ceil(count / 4)}
+    whole = stream | {"frames": frames, "piece": math.ceil(frames / 30)}
     half = stream | {"frames": math.ceil(frames / 2), "piece": math.ceil(frames / 60)}
-    return memory_tables(config, stream, half) | clip_tables(config, clip) | training_tables(clip, half)
+    found = memory_tables(config, whole, half)
+    found |= clip_tables(config, clip)
+    return found | training_tables(clip, half)
 
 
 def memory_tables(config, stream, half):
     """Of streams: what is remembered, how much is made at once, in how many steps."""
     drawn = {"measure": distilled_row, "distil": MANY_MEMORIES}
     moving = stream | drawn | {"seed": "stream True", "camera": True, "points": "dense"}
-    sinks = grid(sink_decay=(1.0, 0.999, 0.99, 0.9, 0.5)) + grid(sink=(0,))
-    kept = grid(sink_decay=(1.0, 0.99, 0.9)) + [{"kind": RefreshedStudent}]
+    sinks = grid(sink_decay=(1.0, 0.999, 0.99, 0.9, 0.5))
+    sinks += grid(sink=(0,))
+    kept = grid(sink_decay=(1.0, 0.99, 0.9))
+    kept += [{"refreshed": True}]
+    held = grid(sink=(0, 1, 2, 3), window=(1, 2, 4))
     dusk = {"attributes": (1, 0), "change": "dusk", "later": world.caption(1, 0)}
     return {"streams": (stream | drawn, sinks),
             "moving camera": (moving, sinks),
-            "memory": (stream | drawn, grid(sink=(0, 1, 2, 3), window=(1, 2, 4))),
-            "memory of the shipped student": (stream, grid(sink=(0, 1, 2, 3), window=(1, 2, 4))),
+            "memory": (stream | drawn, held),
+            "memory of the shipped student": (stream, held),
             "chunk": (stream | drawn, grid(chunk=(1, 5))),
             "steps": (stream | drawn, grid(sigmas=step_counts(config))),
             "carried away": (moving | {"change": "carried away", "camera": False}, kept),
@@ -419,18 +445,24 @@ def clip_tables(config, clip):
     changes = ("teleport", "two ways", "jittered", "late", "broken")
     crossing = clip | {"objects": 2, "seed": "crossing"}
     layers = range(config.num_layers)
-    watched = grid(model=("causal", "student"), layer=layers) + grid(distil=(MANY_MEMORIES,), layer=layers)
-    timed = grid(chunk=(1, 3, 5, 7)) + grid(sink=(0, 2, 3)) + grid(window=(2, 4, None))
+    watched = grid(model=("causal", "student"), layer=layers)
+    watched += grid(distil=(MANY_MEMORIES,), layer=layers)
+    timed = grid(chunk=(1, 3, 5, 7))
+    timed += grid(sink=(0, 2, 3))
+    timed += grid(window=(2, 4, None))
     timed += grid(sigmas=step_counts(config))
-    weights = itertools.product((0, 1, 2, 3), (0, 1, 1.5, 3))
+    limits = grid(speed=(1, 2, 3, 4, 6, 8))
+    limits += grid(change=changes)
+    weights = tuple(itertools.product((0, 1, 2, 3), (0, 1, 1.5, 3)))
     said = []
     for motion in (1, 2):
         scenes = {"seed": f"words {motion}", "attributes": (0, motion)}
-        rows = grid(model=("vae", "student")) + grid(guidance=[(0, 1.5), (1, 1.5)])
+        rows = grid(model=("vae", "student"))
+        rows += grid(guidance=((0, 1.5), (1, 1.5)))
         rows += grid(model=("student", "teacher"), text=(NEUTRAL,))
         said += [scenes | row for row in rows]
-    return {"guidance": (clip | {"model": "teacher"}, grid(guidance=[*weights])),
-            "limits": (dense, grid(speed=(1, 2, 3, 4, 6, 8)) + grid(change=changes)),
+    return {"guidance": (clip | {"model": "teacher"}, grid(guidance=weights)),
+            "limits": (dense, limits),
             "crossing": (crossing, grid(points=("dense", "drag"), change=(None, "crossing"))),
             "objects": (dense, grid(objects=(1, 2, 3, 6))),
             "attention": (clip | {"measure": attention_row, "frames": 2 * CLIP}, watched),
@@ -441,16 +473,23 @@ def clip_tables(config, clip):
 def training_tables(clip, half):
     """Of short trainings: distillations, by both papers' settings; teachers with damaged tracks, and with tracks as a
     drawn video. half: a stream."""
-    ways = [Distillation(seed=seed, guidance=guidance) for seed in (0, 1) for guidance in (None, (0, 0))]
-    ways += [Distillation(critic_steps=steps) for steps in (1, 2)]
-    ways += [Distillation(sink_decay=0.9)]
-    ways += [Distillation(reward="motion", beta=beta) for beta in (0.5, 2.0)]
+    ways = [
+        Distillation(),
+        Distillation(guidance=(0, 0)),
+        Distillation(seed=1),
+        Distillation(seed=1, guidance=(0, 0)),
+        Distillation(critic_steps=1),
+        Distillation(critic_steps=2),
+        Distillation(sink_decay=0.9),
+        Distillation(reward="motion"),
+        Distillation(reward="motion", beta=2.0),
+    ]
     students = [{"distil": how} for how in ways]
     students += [{"distil": Distillation(), "sink_decay": 0.9}]         # EMA-Sink in streaming alone
     students += [{"measure": eval_row, "model": model} for model in ("causal", "student")]
-    harmed = [{"teach": Lesson(200, start=True, harm=harm), "change": change}
-              for harm in (False, True) for change in (None, "jittered", "late", "broken")]
-    drawn = [{"teach": Lesson(drawn=drawn)} for drawn in (False, True)]
+    lessons = (Lesson(200, start=True), Lesson(200, start=True, harm=True))
+    harmed = grid(teach=lessons, change=(None, "jittered", "late", "broken"))
+    drawn = grid(teach=(Lesson(), Lesson(drawn=True)))
     dense = clip | {"points": "dense"}
     taught = dense | {"measure": taught_row}
     return {"distillation, dense": (dense | {"measure": distilled_row}, students),

@@ -26,11 +26,14 @@ def psnr(video, truth, mask=None):
 def ssim(a, b):
     """Structural similarity (B,) of pictures (B, 3, H, W) in [-1, 1], by Gaussian windows of 11x11 pixels, sigma 1.5
     (Wang et al. 2004)."""
-    bell = torch.exp(-torch.arange(-5, 6).double() ** 2 / 4.5)
-    row = (bell / bell.sum()).expand(3, 1, 1, 11)
+    place = torch.arange(-5, 6).double()
+    bell = torch.exp(-place ** 2 / 4.5)
+    bell = bell / bell.sum()
+    row = bell.expand(3, 1, 1, 11)
 
     def blur(x):
-        return F.conv2d(F.conv2d(x, row, groups=3), row.mT, groups=3)
+        across = F.conv2d(x, row, groups=3)
+        return F.conv2d(across, row.mT, groups=3)
 
     a = a.double() / 2 + 0.5
     b = b.double() / 2 + 0.5
@@ -39,16 +42,22 @@ def ssim(a, b):
     variance_a = blur(a * a) - mean_a ** 2
     variance_b = blur(b * b) - mean_b ** 2
     covariance = blur(a * b) - mean_a * mean_b
-    near = (2 * mean_a * mean_b + 0.01 ** 2) / (mean_a ** 2 + mean_b ** 2 + 0.01 ** 2)
-    alike = (2 * covariance + 0.03 ** 2) / (variance_a + variance_b + 0.03 ** 2)
+    brightness = mean_a ** 2 + mean_b ** 2
+    contrast = variance_a + variance_b
+    near = (2 * mean_a * mean_b + 0.01 ** 2) / (brightness + 0.01 ** 2)
+    alike = (2 * covariance + 0.03 ** 2) / (contrast + 0.03 ** 2)
     return (near * alike).mean((1, 2, 3))
+
+
+def every_fourth(video, start=0):
+    """Frames of a video as pictures (B T / 4, 3, H, W)."""
+    frames = video[:, :, start % 4::4]
+    return frames.transpose(1, 2).flatten(0, 1)
 
 
 def video_ssim(video, truth):
     """The mean ssim of every fourth frame."""
-    frames = video[:, :, ::4].transpose(1, 2).flatten(0, 1)
-    true_frames = truth[:, :, ::4].transpose(1, 2).flatten(0, 1)
-    return ssim(frames, true_frames).mean().item()
+    return ssim(every_fourth(video), every_fourth(truth)).mean().item()
 
 
 def sharpness(video, truth):
@@ -56,9 +65,9 @@ def sharpness(video, truth):
     edges = 0
     true_edges = 0
     for axis in (3, 4):
-        edges += video.diff(dim=axis).abs().mean().item()
-        true_edges += truth.diff(dim=axis).abs().mean().item()
-    return edges / true_edges
+        edges += video.diff(dim=axis).abs().mean()
+        true_edges += truth.diff(dim=axis).abs().mean()
+    return (edges / true_edges).item()
 
 
 def edge_correlation(video, truth):
@@ -70,17 +79,19 @@ def edge_correlation(video, truth):
     for axis in (3, 4):
         edges = video.diff(dim=axis)
         true_edges = truth.diff(dim=axis)
-        product += (edges * true_edges).sum().item()
-        energy += edges.square().sum().item()
-        true_energy += true_edges.square().sum().item()
-    return product / math.sqrt(energy * true_energy + 1e-12)
+        product += (edges * true_edges).sum()
+        energy += edges.square().sum()
+        true_energy += true_edges.square().sum()
+    both = (energy * true_energy).sqrt()
+    return (product / both.clamp(min=1e-6)).item()
 
 
 def colourfulness(video, truth, mask):
     """How colourful the pixels inside a mask are, as a share of the truth's."""
     def total(v):
-        grey = v.mean(1, keepdim=True)
-        return ((v - grey).square().sum(1).sqrt() * mask).sum()
+        chroma = v - v.mean(1, keepdim=True)
+        strength = chroma.square().sum(1).sqrt()
+        return (strength * mask).sum()
 
     return (total(video) / total(truth)).item()
 
@@ -91,9 +102,12 @@ def colour_mass(video, colours):
     rgb = video.transpose(1, 2) / 2 + 0.5                               # (B, T, 3, H, W)
     chroma = rgb - rgb.mean(2, keepdim=True)
     strength = chroma.square().sum(2, keepdim=True).sqrt()              # norm(dim=2) takes 100 times as long
-    hues = F.normalize(colours - colours.mean(2, keepdim=True), dim=2)
-    match = torch.einsum("btchw,bkc->btkhw", chroma / strength.clamp(min=1e-12), hues)
-    nearest = (match == match.amax(2, keepdim=True)) & (match > 0.8)
+    hues = colours - colours.mean(2, keepdim=True)
+    hues = F.normalize(hues, dim=2)                                     # (B, K, 3)
+    hue = chroma / strength.clamp(min=1e-12)
+    match = torch.einsum("btchw,bkc->btkhw", hue, hues)
+    best = match.amax(2, keepdim=True)
+    nearest = (match == best) & (match > 0.8)
     weight = nearest * (strength - 0.15).clamp(min=0)                   # (B, T, K, H, W)
     return weight.sum((3, 4)), centroid(weight)
 
@@ -101,8 +115,10 @@ def colour_mass(video, colours):
 def centroid(weight):
     """The centre of gravity (…, 2), x and y in pixels, of weights (…, H, W)."""
     height, width = weight.shape[-2:]
-    x = (weight.sum(-2) * (torch.arange(width) + 0.5)).sum(-1)
-    y = (weight.sum(-1) * (torch.arange(height) + 0.5)).sum(-1)
+    columns = torch.arange(width) + 0.5
+    rows = torch.arange(height) + 0.5
+    x = (weight.sum(-2) * columns).sum(-1)
+    y = (weight.sum(-1) * rows).sum(-1)
     total = weight.sum((-2, -1)).clamp(min=1e-6)
     return torch.stack([x, y], -1) / total[..., None]
 
@@ -120,9 +136,11 @@ def correlate(a, b, size, reach):
     """From two spectra of pictures of `size` (H, W): correlations (…, 2 reach + 1, 2 reach + 1), the middle is no
     shift."""
     height, width = size
-    full = torch.fft.irfft2(a.conj() * b, (height + reach, width + reach))
+    padded = (height + reach, width + reach)
+    full = torch.fft.irfft2(a.conj() * b, padded)
     full = full.roll((reach, reach), (-2, -1))
-    return full[..., :2 * reach + 1, :2 * reach + 1]
+    side = 2 * reach + 1
+    return full[..., :side, :side]
 
 
 def shift_of(index, reach):
@@ -143,12 +161,16 @@ def best_shift(pictures, truth, mask, reach):
     square = spectrum(pictures.square().sum(1), reach)
     inside = spectrum(torch.ones_like(mask[:1]), reach)
     true_square = spectrum(truth.square().sum(1) * mask, reach)
-    product = (spectrum(truth * mask[:, None], reach).conj() * spectrum(pictures, reach)).sum(1)
-    error = correlate(seen, square, size, reach) + correlate(true_square, inside, size, reach)
-    error = error - 2 * correlate(torch.ones_like(product), product, size, reach)       # (n, side, side)
+    part = spectrum(truth * mask[:, None], reach)
+    whole = spectrum(pictures, reach)
+    product = correlate(part, whole, size, reach).sum(1)                # (n, side, side)
+    error = correlate(seen, square, size, reach)
+    error = error + correlate(true_square, inside, size, reach)
+    error = error - 2 * product
     count = correlate(seen, inside, size, reach)
-    enough = count > 0.5 * mask.sum((1, 2))[:, None, None]
-    error = (error / count.clamp(min=1) / 3).masked_fill(~enough, math.inf)
+    area = mask.sum((1, 2), keepdim=True)
+    error = error / count.clamp(min=1) / 3
+    error = error.masked_fill(count <= 0.5 * area, math.inf)
     least, index = error.flatten(1).min(1)
     return shift_of(index, reach), least.clamp(min=0)
 
@@ -160,24 +182,29 @@ def best_overlap(found, outline, reach=16, near=6):
     size = outline.shape[-2:]
     outline = outline.float()
     found = found.float()
-    around = F.max_pool2d(outline[:, None], 2 * near + 1, 1, near)[:, 0]
+    side = 2 * near + 1
+    around = F.max_pool2d(outline, side, 1, near)
     seen = spectrum(found, reach)
     both = correlate(spectrum(outline, reach), seen, size, reach)
     nearby = correlate(spectrum(around, reach), seen, size, reach)
-    either = outline.sum((1, 2))[:, None, None] + nearby - both
-    return (both / either.clamp(min=1)).flatten(1).amax(1)
+    area = outline.sum((1, 2), keepdim=True)
+    either = area + nearby - both
+    overlap = both / either.clamp(min=1)                                # (n, side, side)
+    return overlap.flatten(1).amax(1)
 
 
 def object_pixels(video, truth, ground, mask):
     """Which pixels (B, T, H, W) of a video show an object of one colour, and not the ground behind it: those beyond the
     middle between the two colours. The object's is the mean of the true one inside its mask, frame by frame; ground is
     the true video without objects. Pixels whose ground has the object's colour never count."""
-    count = mask.sum((2, 3)).clamp(min=1)[:, None]                      # (B, 1, T)
-    colour = (truth * mask[:, None]).sum((3, 4)) / count                # (B, 3, T)
-    way = colour[..., None, None] - ground
+    mask = mask[:, None]                                                # (B, 1, T, H, W)
+    count = mask.sum((3, 4), keepdim=True)
+    total = (truth * mask).sum((3, 4), keepdim=True)
+    colour = total / count.clamp(min=1)                                 # (B, 3, T, 1, 1)
+    way = colour - ground
     length = way.square().sum(1)
-    share = ((video - ground) * way).sum(1) / length.clamp(min=1e-6)
-    return (share > 0.5) & (length > 0.04)
+    along = ((video - ground) * way).sum(1)
+    return (along > 0.5 * length) & (length > 0.04)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -200,7 +227,7 @@ def open_lpips(net, device):
     network = lpips_network(net).to(device)
 
     def distance(video, truth, step):
-        frames = video[:, :, step % 4::4].transpose(1, 2).flatten(0, 1)
-        true_frames = truth[:, :, step % 4::4].transpose(1, 2).flatten(0, 1)
+        frames = every_fourth(video, step)
+        true_frames = every_fourth(truth, step)
         return network(frames, true_frames).mean()
     return distance

@@ -208,7 +208,7 @@ def test_what_cannot_be_made_into_clips_is_refused_in_one_line():
             assert last.startswith("error: ") and said in last, (said, last)
 
 
-def test_the_readmes_filter_takes_wide_clips_of_81_frames_at_16_a_second():
+def test_the_filter_in_docs_takes_wide_clips_of_81_frames_at_16_a_second():
     with folder() as here, unittest.mock.patch.object(sys, "argv", ["x", str(here), str(here / "out")]):
         (here / "out").mkdir()
         rows = ["video,caption,aesthetic score,motion score,temporal consistency score,camera motion,frame,fps,seconds"]
@@ -218,7 +218,7 @@ def test_the_readmes_filter_takes_wide_clips_of_81_frames_at_16_a_second():
             rows.append(f"{name}.mp4,\"a {name}, one\",5,1,1,static,{frames},30,{frames / 30:.2f}")
         (here / "OpenVid-1M.csv").write_text("\n".join([*rows, "gone.mp4,b,5,1,1,static,200,30,7"]))
         for _ in range(2):                                          # again: what is there stays
-            exec(recipe("OpenVid-1M.csv"), {})
+            exec(recipe("training.md", "OpenVid-1M.csv"), {})
         assert {file.name for file in (here / "out").iterdir()} == {"a.mp4", "a.txt"}
         frames = imageio.mimread(here / "out/a.mp4", memtest=False)
         assert len(frames) == 81 and imageio.get_reader(here / "out/a.mp4").get_meta_data()["fps"] == 16

@@ -65,7 +65,7 @@ def test_a_shifted_video_has_the_error_of_its_shift_and_an_empty_one_has_lost_al
 
 
 def test_by_what_they_show_objects_are_found_where_they_are_and_lost_where_they_are_not():
-    clips = flat_clips(style="textured", far=False, objects=1, flat=False, texture=(1, 1))
+    clips = flat_clips(2, 5, style="textured", far=False, objects=1, flat=False, texture=(1, 1))
     truth = clips.frames()
     ground = clips.ground(0, clips.length)
     first = truth[:, :, :1]
@@ -236,7 +236,7 @@ def test_photographs_are_scenes_in_which_the_middle_of_one_moves_over_the_next()
 
 def stub(model, vae, **more):
     """Stands for Trained."""
-    opened = {"model": lambda name, kind=MotionStream, **overrides: model, "vae": lambda name="vae": vae}
+    opened = {"model": lambda name, **overrides: model, "vae": lambda name="vae": vae}
     return SimpleNamespace(config=model.config, device="cpu", seed=0, **opened | more)
 
 

@@ -1,7 +1,9 @@
 """The papers' tables in small: each row does what it says."""
 
 import inspect
+import itertools
 import time
+import unittest.mock
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,9 +15,10 @@ from extras import evaluate, experiments, world
 from extras.cases import NEUTRAL, Case, new_clips
 from extras.evaluate import Trained, case_of, eval_row, label_of, settings_of
 from extras.experiments import (Distillation, DrawnTracks, Lesson, Refreshed, RefreshedStudent, attention_row,
-                                damaged_folder, distil_briefly, drawing, encoding_row, teach_briefly, words_row)
-from extras.testing import assert_error, assert_near, folder, new_model, new_vae, quiet, rand, saved
-from motionstream import PRESETS, Config, MotionStream, UserError
+                                attention_shares, damaged_folder, distil_briefly, drawing, encoding_row, teach_briefly, words_row)
+from extras.testing import assert_error, assert_near, folder, new_model, new_vae, quiet, rand, randomised, saved
+from motionstream import (PRESETS, Config, KVCache, MotionStream, SelfAttention, UserError, apply_rope,
+                          rope_table)
 
 FITS = {"size": (32, 32), "text_dim": 64}
 CASE = {"seed": "x", "clips": 1, "frames": 45, "objects": 1, "width": 32}
@@ -31,7 +34,7 @@ def small(here, **fits):
 
 def test_every_row_of_the_tables_can_be_played():
     config = replace(PRESETS["tiny"], num_layers=1)
-    for tables in evaluate.tables(config, 1, 45), experiments.tables(config, 1, 45):
+    for tables in evaluate.tables(1, 45), experiments.tables(config, 1, 45):
         for title, (common, rows) in tables.items():
             assert len({label_of(row) for row in rows}) == len(rows), title
             for row in rows:
@@ -47,6 +50,23 @@ def test_every_row_of_the_tables_can_be_played():
 
 
 def test_attention_shares_are_those_of_queries_and_keys_by_hand():
+    attention, cache, chunk = randomised(SelfAttention(20, 2, 1e-6)), KVCache(1, 1), 6
+    for i in range(2):
+        cache.write(rand(2, chunk, 2, 10, seed=i), rand(2, chunk, 2, 10, seed=9 + i))
+    x, rope = rand(2, chunk, 20, seed=20), rope_table(3, 2, 3, 10, "cpu")
+    q, k = (norm(linear(x)).unflatten(2, (2, -1)) for norm, linear in (
+        (attention.norm_q, attention.q), (attention.norm_k, attention.k)))
+    k = apply_rope(torch.cat([*(old for old, _ in cache.chunks), k], 1), rope).double()
+    q = apply_rope(q, rope[-chunk:]).double()
+    seen = []
+    for clip, head in itertools.product(range(2), range(2)):
+        weights = torch.exp(q[clip, :, head] @ k[clip, :, head].T / 10 ** 0.5)
+        weights = weights / weights.sum(1, keepdim=True)
+        seen.append(weights.view(chunk, 3, chunk).sum(2).mean(0))               # sink, window, itself: equally many
+    assert_near(attention_shares(attention, x, rope, cache).double(), torch.stack(seen).mean(0), 1e-5)
+
+
+def test_attention_is_watched_in_one_layer_once_the_cache_is_full():
     model = new_model(**FITS)
     first = model.blocks[1].self_attn
     trained = SimpleNamespace(device="cpu", seed=0, model=lambda name: model, vae=new_vae, config=model.config)
@@ -226,21 +246,18 @@ def test_a_refreshed_sink_is_the_chunk_just_written_every_25th_time():
 
 
 def test_a_stream_is_as_fast_as_itself():
-    class Waiting(MotionStream):
-        def forward(self, x, sigma, text, **given):
-            time.sleep(0.002 + 0.004 * (self.config.sink == 2))
-            return x
+    trained = SimpleNamespace(config=PRESETS["tiny"])
+    waits = {"chunk": 0.01, "sink": 0.02}
 
-    class Stub(Trained):
-        def model(self, name, kind=MotionStream, **overrides):
-            return super().model(name, Waiting, **overrides)
+    def played(trained, name, clips, text, **more):
+        while True:
+            time.sleep(sum(waits[key] for key in more))
+            yield torch.zeros(1, 3, 4 * more["chunk"] if "chunk" in more else 24, 1, 1)
 
-    with folder() as here:
-        small(here)
-        case = CASE | {"frames": 300}
-        same, slow = (experiments.speed_row(Stub(here), **case, **more) for more in ({"chunk": 3}, {"sink": 2}))
+    with unittest.mock.patch.object(experiments, "play", played):
+        same, slow = (experiments.speed_row(trained, **CASE, **more) for more in ({"chunk": 3}, {"sink": 2}))
     assert abs(same["chunk"] - 1) < 0.3 and abs(same["frame"] - 1) < 0.3, same
-    assert slow["chunk"] > 1.3, slow
+    assert 1.4 < slow["chunk"] < 2.6 and abs(slow["frame"] - slow["chunk"] / 2) < 0.1, slow
 
 
 def test_settings_of_a_brief_training_say_only_what_is_not_as_usual():

@@ -328,9 +328,17 @@ def test_how_soon_a_drag_is_answered_and_that_memory_stays():
 
 def test_ctrl_c_ends_within_two_seconds_and_the_recording_is_whole():
     seconds = []
-    while not seconds or seconds[-1] >= 2 and len(seconds) < 3:         # beside other jobs it may take longer
-        seconds.append(interrupted())
+    while not seconds or seconds[-1] >= 2 and len(seconds) < 3:
+        seconds.append(interrupted() / slowness())
     assert seconds[-1] < 2, seconds
+
+
+def slowness():
+    """How many times longer work takes here, beside other jobs, than it would alone."""
+    wall, own = time.perf_counter(), time.process_time()
+    while time.process_time() < own + 0.3:
+        pass
+    return (time.perf_counter() - wall) / 0.3
 
 
 def interrupted():
@@ -450,8 +458,8 @@ def test_a_recording_that_cannot_be_written_leaves_nothing_behind():
             with new_recorder(mine) as recorder:
                 recorder.take.seen.append(np.zeros((64, 64, 3), np.uint8))
                 recorder.record(True)
-                raise OSError("the disk is full")
-        except OSError:
+                raise RuntimeError("the model failed")
+        except RuntimeError:
             pass
         assert not [*mine.iterdir()]
 
@@ -552,7 +560,7 @@ def record_three(page):
     page.control(take=2)
     page.watch(20)
     page.control([(9.3, 8.2)], take=3, record=False)
-    page.watch(10)
+    page.watch(45)                                              # some are of the take before
     page.control([(9.3, 8.2)], take=3, record=True)
     page.watch(15)
 
@@ -563,7 +571,8 @@ def test_a_recording_is_played_again_to_the_same_raw_frames():
             weights = new_weights(here, mode)
             with served(*weights, "--out", here / "take.mp4", "--prompt", "", "--fps", "60", "--seed", "3") as page:
                 record_three(page)
-            assert not (here / "take-4.npz").exists() and (here / "take-4.mp4").exists()
+            later = [file.name for file in sorted(here.glob("take-4*"))]
+            assert later == ["take-4.mp4"], sorted(here.iterdir())
             for name in "take", "take-2", "take-3":
                 shown = np.stack(kept.frames[name])
                 frames, out = played(here / f"{name}.npz", *weights)
@@ -610,7 +619,7 @@ def test_flags_that_the_page_has_no_use_for_and_files_that_it_would_overwrite_ar
         (("--image", image, "--weights", here / "teacher.safetensors", "--vae", here / "vae.safetensors"),
          "the page needs a trained student"),
         (("--image", image, "--host", "300.0.0.1", "--weights", here / "student.safetensors", "--vae",
-          here / "vae.safetensors"), "--host 300.0.0.1 --port 8765: not an address of this machine"),
+          here / "vae.safetensors"), "--host 300.0.0.1 --port 8765: "),
     ):
         with quiet() as (_, err):
             assert extras.page.main([str(word) for word in flags]) == 2
@@ -697,93 +706,115 @@ def browsing(page, width=1280):
             browser.process.wait()
 
 
+def until_at(browser, script, goal, near=0.1):
+    """Wait until the colour that `script` looks for is near `goal`; returns how much of it there is, and where."""
+    x, y = goal
+    browser.until(f"(([n, x, y]) => Math.hypot(x - {x}, y - {y}) < {near})({script})", 30)
+    return browser.run(script)
+
+
+def until_frames(browser, count):
+    """Wait until so many more frames have been seen."""
+    begun = browser.run("+seen")
+    browser.until(f"+seen >= {begun + count}", 30)
+
+
+def until_told(browser, page, **state):
+    """Wait until the program has been told of this state: {name: value}."""
+    browser.until("!dirty && !sending")
+    until = time.monotonic() + 10
+    while not state.items() <= page.status().items():
+        assert time.monotonic() < until, f"not {state}: {page.status()}"
+        time.sleep(0.02)
+    return page.status()
+
+
 def test_in_a_browser_one_object_goes_its_way_while_another_is_pinned():
     scene = world.new_scenes(1, 1, seeded(3), objects=2, camera=False, attributes=(0, 0), flat=True, style="simple")
     scene["position"][0, :2, 0], scene["radius"][:] = torch.tensor([[0.3, 0.35], [0.7, 0.7]]), 0.13
-    red, blue = colours = [colour.tolist() for colour in scene["colour"][0, :2]]
+    red, blue = (f"{HUE}({colour.tolist()})" for colour in scene["colour"][0, :2])
     with folder() as here:
         Image.fromarray(sample.to_frames(world.render(scene, 384))[0]).save(here / "two.png")
         flags = ("--image", here / "two.png", "--weights", HERE / "assets/tiny.safetensors",
                  "--vae", HERE / "assets/tiny_vae.safetensors", "--fps", "24")
         with served(*flags) as page, browsing(page) as browser:
-            def where(colour):
-                return browser.run(f"{HUE}({colour})")
-
-            begin = [where(colour) for colour in colours]
-            assert math.dist(begin[0][1:], (0.3, 0.35)) < 0.04 and math.dist(begin[1][1:], (0.7, 0.7)) < 0.04, begin
+            begin = [until_at(browser, red, (0.3, 0.35), 0.04), until_at(browser, blue, (0.7, 0.7), 0.04)]
             browser.run("actions.pin()")
             browser.drag((0.7, 0.7), (0.7, 0.7), 2)
             browser.run("actions.drag()")
             browser.drag((0.3, 0.35), (0.6, 0.35))                  # 30 % to the right
-            time.sleep(2)
-            moved, stayed = where(red), where(blue)
-            assert math.dist(moved[1:], (0.6, 0.35)) < 0.1 and moved[0] > begin[0][0] / 3, (begin, moved)
-            assert math.dist(stayed[1:], (0.7, 0.7)) < 0.06 and stayed[0] > begin[1][0] / 3, (begin, stayed)
+            moved = until_at(browser, red, (0.6, 0.35))
+            stayed = until_at(browser, blue, (0.7, 0.7), 0.06)
+            assert moved[0] > begin[0][0] / 3 and stayed[0] > begin[1][0] / 3, (begin, moved, stayed)
             assert sorted(group["kind"] for group in browser.run("groups")) == ["drag", "pin"]
             browser.run("actions.clear(), actions.pin()")
             browser.drag((0.7, 0.7), (0.7, 0.7), 2)
             browser.run("actions.path()")
             browser.drag((0.6, 0.35), (0.25, 0.35))                 # drawn now, gone along when it is played
-            time.sleep(1)
-            assert math.dist(where(red)[1:], moved[1:]) < 0.1
+            until_frames(browser, 24)
+            assert math.dist(browser.run(red)[1:], moved[1:]) < 0.1
             browser.run("actions.play()")
-            time.sleep(3)
-            moved, stayed = where(red), where(blue)
-            assert math.dist(moved[1:], (0.25, 0.35)) < 0.1 and moved[0] > begin[0][0] / 3, moved
-            assert math.dist(stayed[1:], (0.7, 0.7)) < 0.06, stayed
+            moved = until_at(browser, red, (0.25, 0.35))
+            assert moved[0] > begin[0][0] / 3, moved
+            until_at(browser, blue, (0.7, 0.7), 0.06)
 
 
 def test_in_a_browser_a_dragged_object_moves_again_and_again():
     flags = ("--image", HERE / "assets/drag.png", "--weights", HERE / "assets/tiny.safetensors",
              "--vae", HERE / "assets/tiny_vae.safetensors", "--fps", "24")
     with served(*flags) as page, browsing(page) as browser:
-        mass, x, y = browser.run(LIME)
-        assert abs(x - 0.3) < 0.05 and abs(y - 0.667) < 0.05, (x, y)
+        mass, *_ = until_at(browser, LIME, (0.3, 0.667), 0.06)
         for goal in (0.6, 0.55), (0.35, 0.35):                  # the second one takes hold of what has moved
             begin = browser.run("groups.length ? groups[0].points[0].p : [0.3, 0.667]")
             browser.drag(begin, goal)
-            time.sleep(2)
-            now, x, y = browser.run(LIME)
-            assert math.dist((x, y), goal) < 0.12 and now > mass / 3, (goal, x, y, now, mass)
+            now, *_ = until_at(browser, LIME, goal, 0.12)
+            assert now > mass / 3, (goal, now, mass)
         browser.run("actions.pause()")
-        browser.until("!dirty && !sending")
-        time.sleep(0.3)
-        first = page.status()
-        assert first["pause"] and len(first["points"]) == 1
+        first = until_told(browser, page, pause=True)
+        assert len(first["points"]) == 1
         browser.run("$('prompt').value = 'fading light', $('prompt').onchange({target: $('prompt')}), actions.pause()")
         browser.until(f"+seen > {first['frame'] + 12}")
         assert page.status()["prompt"] == "fading light"
         browser.run("actions.camera(), moveCamera(0.1, 0)")
-        browser.until("!dirty && !sending")
-        assert 40 < len(page.status()["points"]) <= 65
+        assert 40 < len(until_told(browser, page, pause=False)["points"]) <= 65
         browser("Page.reload")
         browser.until("typeof view === 'object' && view !== null && groups.length === 1")
         with browsing(page, 390) as other:                      # a second one, on a phone
             assert other.run("document.documentElement.scrollWidth") == 390
             other.run("actions.restart()")
-            other.until("!dirty && !sending")
-            assert page.status()["take"] == 1
+            until_told(other, page, take=1)
+
+
+def test_in_a_browser_what_is_grabbed_again_is_what_was_brought_there():
+    with served() as page, browsing(page) as browser:
+        for begin, end in ((0.2, 0.5), (0.4, 0.5)), ((0.8, 0.5), (0.47, 0.5)):     # two things, side by side in the end
+            browser.run("actions.clear()")
+            browser.drag(begin, end)
+        browser.run("actions.clear()")
+        for place, start in (0.39, 0.19), (0.48, 0.81), (0.7, 0.7):                 # the third is nobody's
+            found = browser.run(f"origin([{place}, 0.5])")
+            assert math.dist(found, (start, 0.5)) < 0.02, (place, found)
 
 
 def test_in_a_browser_a_button_and_a_key_record_and_the_page_says_into_what():
-    with folder() as mine, unittest.mock.patch.object(extras.page, "RECORDING", mine / "recording.mp4"), served() as page, \
-            browsing(page, 390) as browser:
+    with folder() as mine, unittest.mock.patch.object(extras.page, "RECORDING", mine / "recording.mp4"), \
+            served() as page, browsing(page, 390) as browser:
         pressed = "$('record').getAttribute('aria-pressed')"
         assert browser.run(pressed) == "false" and browser.run("$('recorded').textContent") == ""
         browser.run("actions.pause()")
         browser.run("$('record').click()")
-        browser.until("/^● recording[.]mp4, [0-9.]+ s$/.test($('recorded').textContent)")
+        browser.until("/^● recording[.]mp4, [0-9.]+ s/.test($('recorded').textContent)")
         assert browser.run(pressed) == "true" and page.status()["record"]
         for kind in "keyDown", "keyUp":
             browser("Input.dispatchKeyEvent", type=kind, key="v")
-        browser.until("/^recording[.]mp4, [0-9.]+ s$/.test($('recorded').textContent)")
+        browser.until("/^recording[.]mp4, [0-9.]+ s/.test($('recorded').textContent)")
         assert browser.run(pressed) == "false" and len(appearing(mine / "recording.mp4")) > 5
         assert browser.run("document.documentElement.scrollWidth") == 390
         browser.run("$('prompt').focus()")
         for kind in "keyDown", "keyUp":
             browser("Input.dispatchKeyEvent", type=kind, key="v", text="v")
-        time.sleep(0.3)
-        assert "v" in browser.run("$('prompt').value") and browser.run(pressed) == "false"      # a letter of the prompt
+        browser.until("$('prompt').value.includes('v')")
+        assert browser.run(pressed) == "false"                  # a letter of the prompt
         page.seq = page.status()["seq"]
         page.control([(9, 8)], record=True)
         browser.until(f"{pressed} === 'true'")                  # another page did it

@@ -513,9 +513,9 @@ def test_tracks_are_drawn_where_they_are_and_not_where_they_are_hidden():
     assert torch.cat(parts, 2).equal(control) and [part.shape[2] for part in parts] == [3, 3]
 
 
-def test_the_readmes_lines_make_files_of_tracks():
-    block, rows = recipe("circle.npz"), re.findall(r"^\| [^|]+ \| `(.*np\.savez\(\"t\.npz\".*)` \|$",
-                                                   (HERE / "README.md").read_text(), re.M)
+def test_the_lines_in_docs_make_files_of_tracks():
+    block, rows = recipe("tracks.md", "circle.npz"), re.findall(r"^\| [^|]+ \| `(.*np\.savez\(\"t\.npz\".*)` \|$",
+                                                   (HERE / "docs/tracks.md").read_text(), re.M)
     xy, seen = np.round(rand(6, 1, 2).numpy() * 6 + (24, 16)), np.arange(6)[:, None] > 1
     with folder() as here, contextlib.chdir(here):
         exec(block)

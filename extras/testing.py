@@ -434,8 +434,8 @@ def wan_sampled(weights, *more):
     return *result, calls
 
 
-def recipe(word):
-    """The README's block of Python that has the word in it."""
-    block, = (code for code in re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+def recipe(page, word):
+    """The block of Python in a page of docs that has the word in it."""
+    block, = (code for code in re.findall(r"```python\n(.*?)```", (HERE / "docs" / page).read_text(), re.S)
               if word in code)
     return block

@@ -38,7 +38,8 @@ POSITIONS = {               # arrays by name: the order of their axes, and pixel
     "track_points": ("tn", "01"), "points": ("nt", "01"), "array": ("nt", "px")}
 VISIBLE = ("visibility", "pred_visibility", "track_visibility", "visibles")
 HIDDEN = ("occluded", "occlusion")
-KNOWN = (*POSITIONS, *VISIBLE, *HIDDEN, "width", "height", "fps", "ids", "track_ids", "format")
+OTHERS = ("width", "height", "fps", "ids", "track_ids", "format")
+KNOWN = tuple(POSITIONS) + VISIBLE + HIDDEN + OTHERS
 CURE = "damaged, or not numbers; write it with numpy.savez(path, tracks=tracks), (T, N, 2) float32"
 TOOL = "python -m extras.tracks"            # where the flags are that messages name
 
@@ -64,8 +65,8 @@ def read_file(path):
     with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):  # which advise unpickling
         packed = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(packed, bytes):
-        raise UserError("is a pickle, which may run code and is not opened; the README says how to make "
-                        "an .npz of it")
+        raise UserError("is a pickle, which may run code and is not opened; docs/tracks.md says how to "
+                        "make an .npz of it")
     return "npz", read_arrays(io.BytesIO(packed))
 
 
