@@ -41,7 +41,6 @@ import json
 import math
 import os
 import pickle
-import re
 import sys
 import time
 import zlib

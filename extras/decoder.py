@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import train_distill as td
-from extras.evaluate import open_lpips
+from extras.measures import open_lpips
 from motionstream import UserError, save_pretrained
 from sample import number, reported
 from vae import LinearVAE, TinyVAE, TinyVAEConfig, WanVAE, load_vae

@@ -30,7 +30,7 @@ from tqdm import tqdm
 import sample
 from extras import measures, world
 from extras.cases import NEUTRAL, Case, new_clips
-from extras.measures import lpips_network, open_lpips, psnr, ssim
+from extras.measures import lpips_network, psnr, ssim
 from motionstream import PRESETS, Config, MotionStream, UserError, track_ids, write
 from sample import ASSETS, Parser, embed_words, number
 from vae import load_vae

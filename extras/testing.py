@@ -27,8 +27,6 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import sample
-import train_distill as td
-from extras import evaluate
 from motionstream import PRESETS, MotionStream
 from vae import TinyVAE, TinyVAEConfig, WanVAEConfig
 
