@@ -634,7 +634,7 @@ class Browser:
         flags = ("--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", f"--user-data-dir={here}")
         line = f'exec "$0" "$@" 3<&{ours} 4>&{write}'           # it reads from 3 and writes to 4
         self.process = subprocess.Popen(["bash", "-c", line, program, *flags, "about:blank"], pass_fds=(ours, write),
-                                        stderr=subprocess.DEVNULL)
+                                        stderr=subprocess.DEVNULL, start_new_session=True)
         os.close(ours), os.close(write)
         self.out, self.into, self.count, self.rest, self.session = theirs, answers, 0, b"", {}
         target = next(t for t in self("Target.getTargets")["targetInfos"] if t["type"] == "page")["targetId"]
@@ -702,7 +702,7 @@ def browsing(page, width=1280):
             browser.until("typeof view === 'object' && view !== null && seen !== ''")
             yield browser
         finally:
-            browser.process.kill()
+            os.killpg(browser.process.pid, signal.SIGKILL)      # all of its processes, which would go on drawing
             browser.process.wait()
 
 
@@ -752,7 +752,7 @@ def test_in_a_browser_one_object_goes_its_way_while_another_is_pinned():
             browser.run("actions.path()")
             browser.drag((0.6, 0.35), (0.25, 0.35))                 # drawn now, gone along when it is played
             until_frames(browser, 24)
-            assert math.dist(browser.run(red)[1:], moved[1:]) < 0.1
+            until_at(browser, red, (0.6, 0.35))                     # it waits where it was dragged to
             browser.run("actions.play()")
             moved = until_at(browser, red, (0.25, 0.35))
             assert moved[0] > begin[0][0] / 3, moved
