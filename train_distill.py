@@ -288,7 +288,7 @@ def shard(model):
     if PROCESSES == 1 or not isinstance(model, MotionStream):
         return model
     mesh = dist.init_device_mesh(next(model.parameters()).device.type, (PROCESSES,))
-    parts = [*model.blocks, model.track_head, model]
+    parts = list(model.blocks) + [model.track_head, model]
     for part in parts:
         fully_shard(part, mesh=mesh, reshard_after_forward=True)    # an average has no backward
     fully_shard.state(model)._lazy_init()       # else the track head, run first, would be the root
@@ -503,7 +503,7 @@ class Learner:
         if self.average is None:
             return
         share = 1 - min(self.how.ema, count / (count + 10))
-        torch._foreach_lerp_([*self.average.parameters()], [*self.model.parameters()], share)
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), share)
 
     def parts(self):
         """What a checkpoint needs of it: {name: object with a state dict}."""
@@ -812,8 +812,9 @@ def read_clip(file, frames=None, track_frames=None):
 
 def stack(tensors, fill=0):
     """Tensors of clips to one (B, …); where some are shorter along an axis, `fill` follows."""
-    shape = [max(lengths) for lengths in zip(*[tensor.shape for tensor in tensors])]
-    batch = tensors[0].new_full((len(tensors), *shape), fill)
+    lengths = zip(*[tensor.shape for tensor in tensors])
+    shape = [len(tensors)] + list(map(max, lengths))
+    batch = tensors[0].new_full(shape, fill)
     for row, tensor in zip(batch, tensors):
         row[tuple(slice(length) for length in tensor.shape)] = tensor
     return batch
@@ -1073,7 +1074,8 @@ def draw_sigma(batch, shift, p_pure_noise):
 
 def drop(value, share):
     """A condition (B, …), in a share of the clips zeros."""
-    keep = torch.rand(len(value), *[1] * (value.ndim - 1)) > share
+    shape = [len(value)] + [1] * (value.ndim - 1)
+    keep = torch.rand(shape) > share
     return value * keep.to(value.device)
 
 
@@ -1172,7 +1174,7 @@ CONTEXTS = ((0, 1), (1, 0), (2, 1), (1, 2), (1, None))      # (sink, window), be
 def teacher_trajectories(run, teacher, vae, batch):
     """ODE trajectories of the guided teacher, the states at the student's noise levels, then the end:
     (B, levels + 1, C, F, h, w)."""
-    wanted = {*run.config.sigmas, 0.0}
+    wanted = run.config.sigmas + (0.0,)
     noise = torch.randn_like(batch.latents)
     with run.autocast():
         conditions = batch.conditions | {"tracks": motion_features(teacher, vae, batch.points)}
