@@ -2329,6 +2329,7 @@ def test_what_cannot_be_trained_is_refused_in_one_line():
                              ("--set rate: no such field; there are muon, adam", "--set", "teacher.rate=3"),
                              ("--set batch=many: it is 4 now", "--set", "batch=many"),
                              ("--set clip_frames=80: needs whole chunks", "--set", "clip_frames=80"),
+                             ("50 steps of the teacher: the student's noise levels", "--set", "steps=50"),
                              ("--stage: invalid choice: 'eval'", "--stage", "eval"),
                              ("unrecognized arguments: --clips 3", "--clips", "3"),
                              ("unrecognized arguments: --adversarial 1", "--adversarial", "1"),

@@ -253,6 +253,7 @@ PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def default_device():
+    """The GPU of this process, "cuda:0", or "cpu"."""
     return f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu"
 
 
@@ -272,6 +273,7 @@ def mean_processes(tensor):
 
 
 def wait_for_all():
+    """Return when all processes have come here."""
     mean_processes(torch.zeros(1))
 
 
@@ -1656,6 +1658,7 @@ def assign_all(config, settings, assignments):
 
 
 def is_wan(config):
+    """Whether a model is of Wan's kind, with its text encoder, and not the tiny one."""
     return config.text_encoder == "umt5"
 
 
@@ -1728,6 +1731,10 @@ def resolve(flags):
     config = resolve_config(flags, start)
     settings = resolve_settings(flags, start, config)
     config, settings = assign_all(config, settings, flags.set)
+    on_schedule = set(config.sigmas) <= set(schedule(config.steps, config.shift))
+    if flags.stage in ("all", "causal") and not on_schedule:
+        raise UserError(f"{config.steps} steps of the teacher: the student's noise levels "
+                        f"{config.sigmas} are not among its own; choose another number")
     out = flags.out or Path("runs/smoke" if flags.smoke else "runs/tiny")
     files = {name: out / f"{name}.safetensors" for name in WEIGHTS.values()}
     files["vae"] = flags.vae or files["vae"]
