@@ -557,21 +557,33 @@ def way_back(tracks, ids, number, distance):
     return of_square.masked_fill(distance.isinf()[..., None], 0)
 
 
+def from_outside(back, height, width):
+    """Which squares were, wholly or in part, outside the picture in frame 0: back (B, T, rows, columns, 2) of way_back
+    to (B, T, rows, columns) bool."""
+    rows, columns = back.shape[2:4]
+    x = COPY_CELL * torch.arange(columns, device=back.device) + back[..., 0]
+    y = COPY_CELL * torch.arange(rows, device=back.device)[:, None] + back[..., 1]
+    return (x < 0) | (y < 0) | (x > width - COPY_CELL) | (y > height - COPY_CELL)
+
+
 def warp_along_tracks(image, tracks, visible, ids):
     """Frame 0 as the tracks move it: each square of COPY_CELL pixels shows what the visible track nearest to it brings
-    along or, where none is visible, what was there in frame 0.
+    along or, where none is visible or it would bring what lay outside the picture, what was there in frame 0.
 
     image (B, 3, H, W); tracks (B, T, N, 2), visible (B, T, N); ids (B, N) of track_ids under "copy".
-    Returns video (B, 3, T, H, W) and the distance (B, T, rows, columns) in pixels to that track, infinite if none."""
+    Returns video (B, 3, T, H, W) and the distance (B, T, rows, columns) in pixels to the track that a square follows,
+    infinite if it follows none."""
     B, _, H, W = image.shape
     T = tracks.shape[1]
     number, distance = nearest_track(tracks, visible, H, W)
     back = way_back(tracks, ids, number, distance)
+    outside = from_outside(back, H, W)
+    back = back.masked_fill(outside[..., None], 0)
+    distance = distance.masked_fill(outside, math.inf)
     back = back.repeat_interleave(COPY_CELL, 2).repeat_interleave(COPY_CELL, 3)   # of pixels: (B, T, H, W, 2)
     x = torch.arange(W, device=image.device) + back[..., 0]                       # (B, T, H, W)
     y = torch.arange(H, device=image.device)[:, None] + back[..., 1]
-    source = y.clamp(0, H - 1) * W + x.clamp(0, W - 1)
-    source = source.flatten(1)[:, None].expand(-1, 3, -1)                         # (B, 3, T H W)
+    source = (y * W + x).flatten(1)[:, None].expand(-1, 3, -1)                    # (B, 3, T H W)
     video = image.flatten(2).gather(2, source).view(B, 3, T, H, W)
     return video, distance
 

@@ -570,9 +570,11 @@ def test_a_square_follows_the_visible_track_nearest_to_its_centre():
     assert (number[0, 1] == 1).all()                                            # the other one is hidden there
     later = tracks + torch.tensor([0.0, 0.0, 5.0, -9.0]).view(1, 1, 2, 2) * torch.arange(2).view(1, 2, 1, 1)
     image = torch.arange(32 * 48.0).expand(3, -1).view(1, 3, 32, 48)
-    video, _ = warp_along_tracks(image, later, visible | True, track_ids(later, visible | True, COPYING))
-    assert video[0, 0, 1, 21, 47] == image[0, 0, 30, 42]                        # moved by (5, -9)
+    video, distance = warp_along_tracks(image, later, visible | True, track_ids(later, visible | True, COPYING))
+    assert video[0, 0, 1, 17, 47] == image[0, 0, 26, 42]                        # moved by (5, -9)
     assert video[0, 0, 1, :8, :8].equal(image[0, 0, :8, :8])                    # what stays
+    assert video[0, 0, 1, 28:, 40:].equal(image[0, 0, 28:, 40:])                # would come from below the picture
+    assert distance[0, 1, 7, 10:].isinf().all() and distance[0, 1, 4, 10:].isfinite().all()
 
 
 def test_a_fresh_model_believes_its_copies_and_where_there_are_none_the_image():
@@ -2303,9 +2305,9 @@ def test_every_stage_runs_from_weights_of_wan_in_the_papers_two_stages_of_the_te
 
 def test_settings_are_set_by_name_and_by_type():
     run = td.resolve(td.parse_flags(["--set", "batch=2", "--set", "teacher.adam=1e-4", "--set", "track_weight=1",
-                                     "--set", "shift=3", "--set", "corrupt_context=False", "--guidance", "2,0.5"]))
+                                     "--set", "eps=1e-5", "--set", "corrupt_context=False", "--guidance", "2,0.5"]))
     assert (run.settings.batch, run.settings.teacher.adam, run.settings.track_weight) == (2, 1e-4, 1)
-    assert (run.config.shift, run.config.guidance, run.settings.corrupt_context) == (3, (2.0, 0.5), False)
+    assert (run.config.eps, run.config.guidance, run.settings.corrupt_context) == (1e-5, (2.0, 0.5), False)
     assert run.settings.teacher.muon == td.TINY.teacher.muon
     assert {**vars(run.settings), "batch": 4, "teacher": 0, "track_weight": 4.0, "corrupt_context": True} == \
         {**vars(td.TINY), "teacher": 0}
