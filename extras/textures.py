@@ -16,7 +16,8 @@ EXTENT = 1.2                 # how far an object's texture reaches from its cent
 
 
 def uniform(low, high, rng):
-    return low + (high - low) * torch.rand((), generator=rng).item()
+    share = torch.rand((), generator=rng).item()
+    return low + (high - low) * share
 
 
 def chance(share, rng):
@@ -24,16 +25,20 @@ def chance(share, rng):
 
 
 def choose(options, rng):
-    return options[torch.randint(len(options), (), generator=rng).item()]
+    number = torch.randint(len(options), (), generator=rng)
+    return options[number.item()]
 
 
 def draw_palette(rng):
     """(6, 3): colours that go together, from almost equal to wild, most of them greyish, as in
     photographs."""
     base = torch.rand(3, generator=rng)
-    base = torch.lerp(base, base.mean(), uniform(0, 1, rng))
-    brightness = uniform(0.06, 0.3, rng) * torch.randn(6, 1, generator=rng)
-    tint = uniform(0.02, 0.25, rng) * torch.randn(6, 3, generator=rng)
+    greyness = uniform(0, 1, rng)
+    base = torch.lerp(base, base.mean(), greyness)
+    spread = uniform(0.06, 0.3, rng)
+    brightness = spread * torch.randn(6, 1, generator=rng)
+    spread = uniform(0.02, 0.25, rng)
+    tint = spread * torch.randn(6, 3, generator=rng)
     return (base + brightness + tint).clamp(0, 1)
 
 
@@ -48,8 +53,10 @@ def plane(width, rng):
     axis = torch.linspace(-1, 1, width)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     angle = uniform(0, 2 * math.pi, rng)
-    u = x * math.cos(angle) + y * math.sin(angle)
-    v = y * math.cos(angle) - x * math.sin(angle)
+    cosine = math.cos(angle)
+    sine = math.sin(angle)
+    u = x * cosine + y * sine
+    v = y * cosine - x * sine
     return u, v
 
 
@@ -86,31 +93,37 @@ def leaves(width, palette, rng):
     u = u * (1 - (smallest / largest) ** 2)
     radius = smallest / (1 - u).sqrt()                                # (count, 1)
     centre = width * torch.rand(count, 2, generator=rng)
-    boxes = torch.cat([centre - radius, centre + radius], 1)
+    top_left = centre - radius
+    bottom_right = centre + radius
+    boxes = torch.cat([top_left, bottom_right], 1)                    # (count, 4)
     which = torch.randint(len(palette), (count,), generator=rng)
-    colours = palette[which] + 0.06 * torch.randn(count, 3, generator=rng)
-    colours = to_bytes(torch.cat([palette[:1], colours]))
-    picture = Image.new("RGB", (width, width), tuple(colours[0]))
+    change = torch.randn(count, 3, generator=rng)
+    colours = palette[which] + 0.06 * change
+    ground = to_bytes(palette[0])
+    picture = Image.new("RGB", (width, width), tuple(ground))
     pen = ImageDraw.Draw(picture)
-    for box, colour in zip(boxes.tolist(), colours[1:]):
+    for box, colour in zip(boxes.tolist(), to_bytes(colours)):
         pen.ellipse(box, fill=tuple(colour))
     return from_picture(picture)
 
 
 def to_bytes(colours):
     """Colours as Pillow wants them, lists of 0 to 255."""
-    return (colours.clamp(0, 1) * 255).int().tolist()
+    levels = colours.clamp(0, 1) * 255
+    return levels.int().tolist()
 
 
 def from_picture(picture):
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+    pixels = torch.from_numpy(np.array(picture))                      # (width, width, 3)
+    return pixels.permute(2, 0, 1).float() / 255
 
 
 def clouds(width, palette, rng):
     """1 / f noise in two of the palette's directions."""
-    field = power_noise(width, 2, uniform(0.9, 1.8, rng), rng)
+    power = uniform(0.9, 1.8, rng)
+    one, other = power_noise(width, 2, power, rng)
     first, second, third = palette[:3, :, None, None]
-    along = (second - first) * field[0] + (third - first) * field[1]
+    along = (second - first) * one + (third - first) * other
     return first + 0.6 * along
 
 
@@ -118,9 +131,14 @@ def stripes(width, palette, rng):
     """Stripes, soft or sharp, straight or winding."""
     u, _ = plane(width, rng)
     if chance(0.5, rng):
-        u = u + uniform(0, 0.12, rng) * power_noise(width, 1, 2.5, rng)[0]
-    wave = torch.sin(math.pi * uniform(2, 10, rng) * u + uniform(0, 6, rng))
-    return two_colours(torch.sigmoid(uniform(1, 12, rng) * wave), palette)
+        reach = uniform(0, 0.12, rng)
+        winding = power_noise(width, 1, 2.5, rng)
+        u = u + reach * winding[0]
+    count = math.pi * uniform(2, 10, rng)
+    start = uniform(0, 6, rng)
+    wave = torch.sin(count * u + start)
+    contrast = uniform(1, 12, rng)
+    return two_colours(torch.sigmoid(contrast * wave), palette)
 
 
 def checks(width, palette, rng):
@@ -128,36 +146,50 @@ def checks(width, palette, rng):
     u, v = plane(width, rng)
     count = math.pi * uniform(2, 8, rng)
     wave = torch.sin(count * u) * torch.sin(count * v)
-    return two_colours(torch.sigmoid(uniform(3, 30, rng) * wave), palette)
+    contrast = uniform(3, 30, rng)
+    return two_colours(torch.sigmoid(contrast * wave), palette)
 
 
 def shading(width, palette, rng):
     """A gradient from one side to the other or from a spot outwards."""
     u, v = plane(width, rng)
     if chance(0.5, rng):
-        return two_colours(0.5 + 0.5 * u, palette).clamp(0, 1)
+        shaded = two_colours(0.5 + 0.5 * u, palette)
+        return shaded.clamp(0, 1)
     u = u - uniform(-0.7, 0.7, rng)
-    spot = torch.exp(-(u ** 2 + v ** 2) / uniform(0.2, 1, rng))
+    size = uniform(0.2, 1, rng)
+    spot = torch.exp(-(u ** 2 + v ** 2) / size)
     return two_colours(spot, palette)
 
 
 KINDS = (leaves, leaves, leaves, clouds, clouds, stripes, checks, shading)
 
 
+def draw_kind(width, rng):
+    """A texture of one of KINDS."""
+    kind = choose(KINDS, rng)
+    palette = draw_palette(rng)
+    return kind(width, palette, rng)
+
+
 def draw_texture(width, rng):
     """One texture or two in regions, perhaps shaded and grained."""
-    texture = choose(KINDS, rng)(width, draw_palette(rng), rng)
+    texture = draw_kind(width, rng)
     if chance(0.35, rng):
-        other = choose(KINDS, rng)(width, draw_palette(rng), rng)
-        border = power_noise(width, 1, uniform(1.8, 3, rng), rng)
-        region = torch.sigmoid(uniform(2, 40, rng) * border)
+        other = draw_kind(width, rng)
+        power = uniform(1.8, 3, rng)
+        border = power_noise(width, 1, power, rng)
+        contrast = uniform(2, 40, rng)
+        region = torch.sigmoid(contrast * border)
         texture = torch.lerp(texture, other, region)
     if chance(0.5, rng):
         u, _ = plane(width, rng)
-        texture = texture * (1 + uniform(0, 0.4, rng) * u)
+        strength = uniform(0, 0.4, rng)
+        texture = texture * (1 + strength * u)
     if chance(0.3, rng):
         grain = power_noise(width, 1, 0.8, rng)
-        texture = texture + uniform(0.02, 0.08, rng) * grain
+        strength = uniform(0.02, 0.08, rng)
+        texture = texture + strength * grain
     return texture.clamp(0, 1)
 
 
@@ -165,7 +197,8 @@ def vary(texture, rng):
     """The texture flipped, turned by quarters and with its colour channels permuted at random."""
     if chance(0.5, rng):
         texture = texture.flip(2)
-    texture = texture.rot90(choose(range(4), rng), (1, 2))
+    quarters = choose(range(4), rng)
+    texture = texture.rot90(quarters, (1, 2))
     return texture[torch.randperm(3, generator=rng)]
 
 
@@ -180,7 +213,8 @@ def soften(texture):
 def cubic_weights(cells, width):
     """(width, cells): what a smooth curve through `cells` values is at `width` places."""
     values = torch.eye(cells)[None, None]
-    weights = F.interpolate(values, size=(width, cells), mode="bicubic", align_corners=True)
+    size = (width, cells)
+    weights = F.interpolate(values, size=size, mode="bicubic", align_corners=True)
     return weights[0, 0]
 
 
@@ -190,12 +224,15 @@ def smooth_ground(width, grey, rng):
     cells = choose((2, 3, 8), rng)
     change = torch.randn(1, cells, cells, generator=rng)
     if not grey:
-        base = base + uniform(0, 0.2, rng) * torch.randn(3, 1, 1, generator=rng)
-        change = change + 0.5 * torch.randn(3, cells, cells, generator=rng)
+        strength = uniform(0, 0.2, rng)
+        base = base + strength * torch.randn(3, 1, 1, generator=rng)
+        tint = torch.randn(3, cells, cells, generator=rng)
+        change = change + 0.5 * tint
     colours = base + uniform(0, 0.12, rng) * change
     weights = cubic_weights(cells, width)
     ground = weights @ colours @ weights.T
-    return ground.clamp(0, 1).expand(3, -1, -1)
+    ground = ground.clamp(0, 1)
+    return ground.expand(3, -1, -1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -222,21 +259,25 @@ class Face:
 
     def disc(self, x, y, rx, ry, fill):
         box = (x - rx, y - ry, x + rx, y + ry)
-        self.pen.ellipse(self.pixels(box), fill=fill)
+        corners = self.pixels(box)
+        self.pen.ellipse(corners, fill=fill)
 
     def polygon(self, points, fill):
         self.pen.polygon(self.pixels(points), fill=fill)
 
     def chord(self, box, start, end, fill):
-        self.pen.chord(self.pixels(box), start, end, fill=fill)
+        corners = self.pixels(box)
+        self.pen.chord(corners, start, end, fill=fill)
 
     def line(self, points, thickness, fill):
         thickness = round(thickness * self.scale)
-        self.pen.line(self.pixels(points), fill, thickness, joint="curve")
+        corners = self.pixels(points)
+        self.pen.line(corners, fill, thickness, joint="curve")
 
     def arc(self, box, start, end, thickness, fill):
         thickness = round(thickness * self.scale)
-        self.pen.arc(self.pixels(box), start, end, fill, thickness)
+        corners = self.pixels(box)
+        self.pen.arc(corners, start, end, fill, thickness)
 
 
 def draw_face(width, tilt, rng):
@@ -258,17 +299,26 @@ def draw_face(width, tilt, rng):
 
 
 def darker(colour, share):
-    return tuple(int(share * channel) for channel in ImageColor.getrgb(colour))
+    red, green, blue = ImageColor.getrgb(colour)
+    return int(share * red), int(share * green), int(share * blue)
 
 
 def draw_hair(face, hair, rng):
     style = choose(("cap", "cap", "long", "long", "parting", "bald"), rng)
     if style == "parting":
         side = choose((-1, 1), rng)
-        face.polygon((side * 1.2, -1.2, side * 1.2, 0.1, side * 0.7, -0.35, -side * 0.4, -0.7,
-                      -side * 0.75, -0.2, -side * 1.2, -0.1, -side * 1.2, -1.2), hair)
+        face.polygon((
+            side * 1.2, -1.2,
+            side * 1.2, 0.1,
+            side * 0.7, -0.35,
+            -side * 0.4, -0.7,
+            -side * 0.75, -0.2,
+            -side * 1.2, -0.1,
+            -side * 1.2, -1.2,
+        ), hair)
     if style in ("cap", "long"):
-        face.disc(0, uniform(-1.22, -1.1, rng), 1.1, 0.6, hair)
+        y = uniform(-1.22, -1.1, rng)
+        face.disc(0, y, 1.1, 0.6, hair)
         face.disc(-0.85, -0.5, 0.25, 0.4, hair)
         face.disc(0.85, -0.5, 0.25, 0.4, hair)
     if style == "long":
@@ -308,7 +358,9 @@ def draw_nose(face, colour, rng):
     nose = choose(("line", "ball", "wedge"), rng)
     if nose == "line":
         side = choose((-1, 1), rng)
-        face.line((0, -0.02, side * 0.12, 0.24, -side * 0.04, 0.26), 0.07, colour)
+        tip = (side * 0.12, 0.24)
+        wing = (-side * 0.04, 0.26)
+        face.line((0, -0.02) + tip + wing, 0.07, colour)
     if nose == "ball":
         face.disc(0, 0.18, 0.13, 0.1, colour)
     if nose == "wedge":
@@ -324,7 +376,8 @@ def draw_mouth(face, rng):
         face.chord((-wide, 0.2, wide, 0.8), 0, 180, MAROON)
         face.chord((-wide, 0.38, wide, 0.62), 180, 360, "white")
     if mouth == "line":
-        face.line((-wide, 0.52, wide, uniform(0.45, 0.58, rng)), 0.09, RED)
+        right = uniform(0.45, 0.58, rng)
+        face.line((-wide, 0.52, wide, right), 0.09, RED)
     if mouth == "round":
         face.disc(0, 0.54, 0.16, 0.16, MAROON)
     if mouth == "frown":

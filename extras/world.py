@@ -122,7 +122,7 @@ def new_scenes(batch, frames, rng, **options):
         "pan": pan,
         "zoom": zoom,
         "gains": light_gains(light, frames),
-        "spin": (motion == 1)[:, None] * torch.arange(frames) * (2 * math.pi / style.turn_frames),
+        "spin": (motion == 1)[:, None] * turning(frames, style.turn_frames),
         "pulse": 1 + (motion == 2)[:, None] * beat(frames),
         "backdrop": grounds,
         "caption": [caption(a, b) for a, b in zip(light, motion)],
@@ -137,9 +137,17 @@ def light_gains(light, frames):
     return 1 + ramp[:, None] * (goal[:, None] - 1)
 
 
+def turning(frames, turn_frames):
+    """(frames,): by how much what spins has turned, a full turn every `turn_frames` frames."""
+    step = 2 * math.pi / turn_frames
+    return torch.arange(frames) * step
+
+
 def beat(frames):
     """(frames,): by how much what pulses grows and shrinks."""
-    return 0.22 * torch.sin(torch.arange(frames) * (2 * math.pi / 24))
+    step = 2 * math.pi / 24
+    phase = torch.arange(frames) * step
+    return 0.22 * torch.sin(phase)
 
 
 def caption(light, motion):
@@ -171,7 +179,8 @@ def smooth_path(batch, frames, step, knot, rng):
     knot, one every `knot` frames, reflected into [0, 1]; starts anywhere."""
     count = (frames - 1) // knot + 4
     walk = torch.randn(batch, count, 2, generator=rng) * step
-    walk = (torch.rand(batch, 1, 2, generator=rng) + walk.cumsum(1)) % 2
+    start = torch.rand(batch, 1, 2, generator=rng)
+    walk = (start + walk.cumsum(1)) % 2
     knots = 1 - (1 - walk).abs()
     t = torch.arange(frames) / knot
     i = t.long()
@@ -228,7 +237,8 @@ def outline(shape, angle):
     kind, sides, waves = shape
     sector = 2 * math.pi / sides
     polygon = torch.cos(sector / 2) / torch.cos(angle % sector - sector / 2)
-    star = 1 - 0.55 * (1 - (2 * (angle % sector) / sector - 1).abs())
+    tip = (2 * (angle % sector) / sector - 1).abs()                   # 1 at a tip, 0 between two
+    star = 1 - 0.55 * (1 - tip)
     radius = torch.where(kind == POLYGON, polygon, star)
     radius = torch.where(kind == DISC, torch.ones_like(angle), radius)
     if (kind == BLOB).any():
@@ -242,16 +252,20 @@ def blob_outline(waves, angle):
     for m in range(WAVES):
         cosine = waves[..., m, 0, None, None]
         sine = waves[..., m, 1, None, None]
-        radius = radius + cosine * torch.cos(m * angle) + sine * torch.sin(m * angle)
+        radius = radius + cosine * torch.cos(m * angle)
+        radius = radius + sine * torch.sin(m * angle)
     return radius
 
 
 def draw_waves(rng):
     """(WAVES, 2): an outline between an ellipse and an amoeba, of largest radius 1."""
-    sizes = torch.tensor([0, 0, uniform(0.05, 0.2, rng), 0.12, 0.08, 0.06])
+    ellipse = uniform(0.05, 0.2, rng)
+    sizes = torch.tensor([0, 0, ellipse, 0.12, 0.08, 0.06])
     sizes[3:] *= uniform(0, 1, rng) ** 2
     phase = 2 * math.pi * torch.rand(WAVES, generator=rng)
-    waves = torch.stack([sizes * phase.cos(), sizes * phase.sin()], -1)
+    cosine = sizes * phase.cos()
+    sine = sizes * phase.sin()
+    waves = torch.stack([cosine, sine], -1)
     waves[0, 0] = 1
     return waves / largest_radius(waves)
 
@@ -288,7 +302,8 @@ def draw_points(shape, count, rng):
 def distinct_colours(batch, slots, rng):
     """(B, K, 3): strong colours of different hues within a clip."""
     first = torch.rand(batch, 1, generator=rng)
-    place = torch.arange(slots) + 0.5 * torch.rand(batch, slots, generator=rng) - 0.25
+    jitter = 0.5 * torch.rand(batch, slots, generator=rng)
+    place = torch.arange(slots) + jitter - 0.25
     hue = (first + place / slots) % 1
     saturation = 0.7 + 0.3 * torch.rand(batch, slots, 1, generator=rng)
     value = 0.7 + 0.3 * torch.rand(batch, slots, 1, generator=rng)
@@ -353,8 +368,7 @@ def draw_objects(present, spins, grounds, amount, options, rng):
         if kind[i] == STAR:
             sides[i].clamp_(min=4)
         rim = 0.09 * chance(0.35, rng) * (not options.flat)
-        own = (kind[i], sides[i], waves[i])
-        texture[i] = cut_out(rgb, own, radius[i], rim)
+        texture[i] = cut_out(rgb, (kind[i], sides[i], waves[i]), radius[i], rim)
     shape = (kind, sides, waves)
     return {
         "texture": texture.unflatten(0, (batch, slots)),
@@ -378,7 +392,8 @@ def draw_kind(flat, spins, rng):
 def weaken(colour, rng):
     """The colour (3,), perhaps mixed with a grey."""
     grey = torch.full((3,), uniform(0, 1, rng))
-    return torch.lerp(colour, grey, uniform(0, 0.7, rng) * chance(0.5, rng))
+    share = uniform(0, 0.7, rng) * chance(0.5, rng)
+    return torch.lerp(colour, grey, share)
 
 
 def draw_skin(colour, ground, amount, width, rng):
@@ -406,8 +421,10 @@ def cut_out(rgb, shape, radius, rim):
     step = 2 * EXTENT / width                                         # a texture's pixel, in radii
     axis = step * (torch.arange(width) + 0.5) - EXTENT
     y, x = torch.meshgrid(axis, axis, indexing="ij")
-    inside = outline(shape, torch.atan2(y, x)) - torch.hypot(x, y)
-    slope = torch.stack(torch.gradient(inside, spacing=step)).norm(dim=0)
+    angle = torch.atan2(y, x)
+    inside = outline(shape, angle) - torch.hypot(x, y)
+    gradient = torch.stack(torch.gradient(inside, spacing=step))      # (2, width, width)
+    slope = gradient.norm(dim=0)
     inside = inside / slope.clamp(1, 4)                               # along the outline's normal
     pixel = max(1 / (128 * radius), step)
     alpha = (0.5 + inside / pixel).clamp(0, 1)
@@ -454,8 +471,9 @@ def simple_objects(batch, slots, flat, rng):
     rim = rim * (draw(1, 1) < 0.4)
     shade = shade - rim * (not flat)
     rgb = colour[..., None, None] * (1 + shade[:, :, None])           # (B, K, 3, width, width)
+    rgb = rgb.clamp(0, 1)
     alpha = torch.sigmoid(edge * 30)
-    texture = torch.cat([rgb.clamp(0, 1), alpha[:, :, None]], 2)
+    texture = torch.cat([rgb, alpha[:, :, None]], 2)
     size = torch.rand(batch, slots, generator=rng)
     radius = 0.07 + 0.105 * size
     if flat:
@@ -470,17 +488,22 @@ def simple_grounds(batch, flat, rng):
     grey = 0.25 + 0.5 * torch.rand(batch, 1, 1, 1, generator=rng)
     grey = grey + 0.12 * torch.randn(batch, 1, 8, 8, generator=rng)
     tint = 0.06 * torch.randn(batch, 3, 8, 8, generator=rng) * (not flat)
-    smooth = F.interpolate(grey + tint, size=(width, width), mode="bicubic", align_corners=True)
+    colours = grey + tint
+    smooth = F.interpolate(colours, size=(width, width), mode="bicubic", align_corners=True)
     axis = torch.linspace(-0.5, 1.5, width)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     turned = 6.3 * torch.rand(batch, 1, 1, 1, generator=rng)
     period = 20 + 30 * torch.rand(batch, 1, 1, 1, generator=rng)
-    wave = torch.sin(period * (x * torch.cos(turned) + y * torch.sin(turned)))
+    across = x * torch.cos(turned) + y * torch.sin(turned)
+    wave = torch.sin(period * across)
     striped = torch.rand(batch, 1, 1, 1, generator=rng) < 0.5
-    wave = wave * torch.where(striped, 1.0, torch.sin(period * (y - x)))
+    crossing = torch.sin(period * (y - x))
+    wave = wave * torch.where(striped, 1.0, crossing)
     amount = 0.07 * torch.rand(batch, 1, 1, 1, generator=rng)
-    amount = amount * (torch.rand(batch, 1, 1, 1, generator=rng) < 0.5)
-    return (smooth + amount * wave * (not flat)).clamp(0, 1)
+    textured = torch.rand(batch, 1, 1, 1, generator=rng) < 0.5
+    amount = amount * textured
+    ground = smooth + amount * wave * (not flat)
+    return ground.clamp(0, 1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -491,7 +514,9 @@ def turn(points, angle):
     cosine = torch.cos(angle)
     sine = torch.sin(angle)
     x, y = points.unbind(-1)
-    return torch.stack([cosine * x - sine * y, sine * x + cosine * y], -1)
+    turned_x = cosine * x - sine * y
+    turned_y = sine * x + cosine * y
+    return torch.stack([turned_x, turned_y], -1)
 
 
 def render(scene, size, start=0, stop=None):
@@ -512,20 +537,23 @@ def render_clip(scene, b, span, frames):
     frames.copy_(render_ground(scene["backdrop"][b], pan, zoom, size))
     for k in range(int(scene["present"][b].sum())):
         texture = scene["texture"][b, k]
-        centre = size * ((scene["position"][b, k, span] - pan - 0.5) * zoom + 0.5)
+        position = scene["position"][b, k, span]                      # (T, 2)
+        centre = size * ((position - pan - 0.5) * zoom + 0.5)
         reach = size * EXTENT * scene["radius"][b, k]
         while texture.shape[-1] > max(48, 5 * reach):
             texture = F.avg_pool2d(texture, 2)          # finer than pixels: it would flicker
         reach = reach * scene["pulse"][b, span, None] * zoom          # (T, 1)
         paste(frames, texture, centre, reach, scene["spin"][b, span])
-    frames.mul_(scene["gains"][b, span, :, None, None]).clamp_(0, 1)
+    gains = scene["gains"][b, span]                                   # (T, 3)
+    frames.mul_(gains[:, :, None, None]).clamp_(0, 1)
     frames.mul_(2).sub_(1)
 
 
 def render_ground(ground, pan, zoom, size):
     """The ground (3, width, width) as the camera sees it: (T, 3, size, size), or (1, ...) if the
     camera is at rest."""
-    if (pan == pan[0]).all() and (zoom == zoom[0]).all():
+    rests = (pan == pan[0]).all() and (zoom == zoom[0]).all()
+    if rests:
         pan = pan[:1]
         zoom = zoom[:1]
     T = len(pan)
@@ -544,7 +572,8 @@ def paste(frames, texture, centre, reach, angle):
     the frames. angle (T,)."""
     T, _, size, _ = frames.shape
     corners = math.sqrt(2) if angle.any() else 1.0
-    side = min(size, math.ceil(2 * corners * reach.max().item()) + 2)
+    largest = 2 * corners * reach.max().item()
+    side = min(size, math.ceil(largest) + 2)
     corner = (centre - side / 2).floor().clamp(0, size - side)        # (T, 2)
     pixels = corner[..., None] + torch.arange(side) + 0.5             # (T, 2, side)
     offset = (pixels - centre[..., None]) / reach[..., None]
@@ -552,8 +581,11 @@ def paste(frames, texture, centre, reach, angle):
     y = offset[:, 1, :, None]                                         # (T, side, 1)
     cosine = torch.cos(angle)[:, None, None]
     sine = torch.sin(angle)[:, None, None]
-    grid = torch.stack([cosine * x + sine * y, cosine * y - sine * x], -1)   # (T, side, side, 2)
-    rgba = F.grid_sample(texture.expand(T, -1, -1, -1), grid, align_corners=False)
+    grid_x = cosine * x + sine * y
+    grid_y = cosine * y - sine * x
+    grid = torch.stack([grid_x, grid_y], -1)                          # (T, side, side, 2)
+    texture = texture.expand(T, -1, -1, -1)
+    rgba = F.grid_sample(texture, grid, align_corners=False)
     corner = corner.long().tolist()
     for t in range(T):
         left, top = corner[t]
@@ -580,14 +612,19 @@ def scene_tracks(scene, size, rng):
     late = torch.randint(0, T, (B,), generator=rng)
     when = late * (torch.rand(B, generator=rng) < 0.3)
     rows = torch.arange(B)
-    on_ground = grid / zoom[rows, when][:, None] + pan[rows, when][:, None] + 0.5
+    then_zoom = zoom[rows, when][:, None]                             # (B, 1, 1)
+    then_pan = pan[rows, when][:, None]                               # (B, 1, 2)
+    on_ground = grid / then_zoom + then_pan + 0.5
     on_ground = on_ground[:, None].expand(-1, T, -1, -1)
     world = torch.cat([on_objects, on_ground], 2)                     # (B, T, N, 2)
     there = scene["present"].repeat_interleave(P, 1)                  # (B, K * P)
-    there = torch.cat([there, torch.ones(B, GRID * GRID).bool()], 1)
+    always = torch.ones(B, GRID * GRID).bool()
+    there = torch.cat([there, always], 1)
     visible = there[:, None] & ~covered(scene, world)                 # (B, T, N)
-    tracks = ((world - pan[:, :, None] - 0.5) * zoom[:, :, None] + 0.5) * size
-    return tracks, visible & ((tracks >= 0) & (tracks < size)).all(-1)
+    seen = (world - pan[:, :, None] - 0.5) * zoom[:, :, None]
+    tracks = (seen + 0.5) * size
+    inside = ((tracks >= 0) & (tracks < size)).all(-1)
+    return tracks, visible & inside
 
 
 def covered(scene, world):
@@ -598,10 +635,11 @@ def covered(scene, world):
     for k in range(scene["present"].shape[1]):                        # later ones are in front
         scale = scene["radius"][:, k, None] * scene["pulse"]          # (B, T)
         local = world - scene["position"][:, k, :, None]
-        local = turn(local / scale[..., None, None], -scene["spin"][..., None])
-        x, y = local.unbind(-1)
+        local = local / scale[..., None, None]
+        x, y = turn(local, -scene["spin"][..., None]).unbind(-1)
         shape = [part[:, k] for part in scene["shape"]]
-        inside = torch.hypot(x, y) < outline(shape, torch.atan2(y, x))
+        edge = outline(shape, torch.atan2(y, x))
+        inside = torch.hypot(x, y) < edge
         inside &= scene["present"][:, k, None, None]
         hidden |= inside & (group < k)
     return hidden
@@ -611,7 +649,8 @@ def track_groups(scene):
     """(N,) int64: the object that each track is on, -1 the ground."""
     _, K, P, _ = scene["points"].shape
     on_objects = torch.arange(K).repeat_interleave(P)
-    return torch.cat([on_objects, torch.full((GRID * GRID,), -1)])
+    on_ground = torch.full((GRID * GRID,), -1)
+    return torch.cat([on_objects, on_ground])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -734,7 +773,8 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--style", choices=STYLES, default="textured")
-    parser.add_argument("--texture", type=float, nargs=2, default=(0, 1), metavar=("LOW", "HIGH"),
+    parser.add_argument("--texture", type=float, nargs=2, default=(0, 1),
+                        metavar=("LOW", "HIGH"),
                         help="range of a clip's amount of texture, 0 plain to 1 (default: 0 1)")
     parser.add_argument("--objects", type=int, help="in each clip (default: 1 to 3)")
     args = parser.parse_args(argv)
