@@ -4,6 +4,7 @@ import contextlib
 import math
 import re
 import unittest
+import unittest.mock
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,67 +18,117 @@ from extras.cases import Case, Clips, new_clips, seed_of
 from extras.evaluate import (Trained, compare, end_point_error, eval_row, find_reward, label_of, measure,
                              measure_tables, motion_reward, play)
 from extras.measures import ssim
-from extras.testing import (HERE, Perceptual, assert_error, assert_near, folder, having_lpips, new_model, new_vae, quiet,
-                            rand, saved, seeded)
+from extras.testing import (HERE, Perceptual, assert_error, assert_near, folder, having_lpips, new_model,
+                            new_vae, quiet, rand, saved, seeded)
 from motionstream import MotionStream, UserError
 
-TINY_FILES = {"vae": HERE / "assets/tiny_vae.safetensors", "student": HERE / "assets/tiny.safetensors"}
 
-
-def flat_clips(count=4, frames=9, style="simple", far=True, **options):
-    """Clips of two discs or squares each, far from the borders, on grey."""
-    usual = {"objects": 2, "camera": False, "attributes": (0, 0), "flat": True, "style": style}
-    scene = world.new_scenes(count, frames, seeded(2), **usual | options)
-    if far:
-        scene["backdrop"][:] = 0.5
-        scene["position"] = 0.3 + 0.4 * scene["position"]
+def draw_clips(scene, **options):
     tracks, visible = world.scene_tracks(scene, 128, seeded())
-    return Clips(scene, tracks, visible, by_colour=style == "simple", plain=usual["flat"] and options.get("flat", True))
+    return Clips(scene, tracks, visible, **options)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def flat_clips(count=2, frames=7, objects=2):
+    """Clips of discs or squares of one colour, far from the borders, on grey."""
+    scene = world.new_scenes(count, frames, seeded(2), objects=objects, camera=False,
+                             attributes=(0, 0), flat=True, style="simple")
+    scene["backdrop"][:] = 0.5
+    scene["position"] = 0.3 + 0.4 * scene["position"]
+    return draw_clips(scene, by_colour=True, plain=True)
+
+
+# ----------------------------------------------------------------------------------------------------
 # Measures.
 
-def test_a_shifted_video_has_the_error_of_its_shift_and_an_empty_one_has_lost_all():
+def measured(clips, change):
+    """The numbers of the truth after a change."""
+    truth = clips.frames()
+    return measure(change(truth), truth[:, :, :1], clips, 0)
+
+
+def test_the_truth_measures_perfect():
+    numbers = measured(flat_clips(), lambda truth: truth)
+    for name in "median", "mean", "lost", "copying":
+        assert numbers[name] == 0, name
+    for name in "psnr", "objects", "ground":
+        assert numbers[name] > 90, name
+    assert abs(numbers["ssim"] - 1) < 1e-6
+    for name in "colour", "chroma", "sharp", "motion", "edges", "disc", "shape":
+        assert abs(numbers[name] - 1) < 0.05, (name, numbers[name])
+
+
+def test_a_shifted_video_has_the_error_of_its_shift():
+    clips = flat_clips()
+    numbers = measured(clips, lambda truth: truth.roll((3, 4), (3, 4)))
+    assert abs(numbers["mean"] - 100 * 5 / 128) < 0.1
+    assert numbers["lost"] == 0
+    assert abs(numbers["motion"] - 1) < 1e-2
+    assert numbers["edges"] < 0.5
+    assert abs(numbers["sharp"] - 1) < 0.01
+    assert numbers["disc"] > 0.9
+    far = measured(clips, lambda truth: truth.roll(64, 4))
+    assert 29 < far["median"] <= 30                 # half the width away: no error is over 30 %
+
+
+def test_an_empty_video_has_lost_all():
+    numbers = measured(flat_clips(), lambda truth: 0 * truth)
+    assert numbers["mean"] == 30
+    assert numbers["lost"] == 100
+    assert numbers["colour"] == 0
+    assert numbers["chroma"] == 0
+    assert numbers["sharp"] < 0.1
+
+
+def test_a_video_that_stands_still_copies_and_does_not_move():
     clips = flat_clips()
     truth = clips.frames()
     first = truth[:, :, :1]
-    same = measure(truth, first, clips, 0)
-    assert (same["median"], same["mean"], same["lost"], same["copying"]) == (0, 0, 0, 0)
-    assert min(same["psnr"], same["objects"], same["ground"]) > 90 and abs(same["ssim"] - 1) < 1e-6
-    for name in ("colour", "chroma", "sharp", "motion", "edges", "disc", "shape"):
-        assert abs(same[name] - 1) < 0.05, (name, same[name])
-    shifted = measure(truth.roll((3, 4), (3, 4)), first, clips, 0)
-    assert abs(shifted["mean"] - 100 * 5 / 128) < 0.1 and shifted["lost"] == 0 and abs(shifted["motion"] - 1) < 1e-2
-    assert shifted["edges"] < 0.5 and abs(shifted["sharp"] - 1) < 0.01 and shifted["disc"] > 0.9
-    far = measure(truth.roll(64, 4), first, clips, 0)
-    assert 29 < far["median"] <= 30                             # half the width away: no error counts more than 30 %
-    gone = measure(truth * 0, first, clips, 0)
-    assert (gone["mean"], gone["lost"], gone["colour"], gone["chroma"]) == (30, 100, 0, 0)
-    assert 0 < gone["sharp"] + 1 < 1.1
-    still = measure(first.expand_as(truth), first, clips, 0)
-    assert abs(still["copying"] - 1) < 1e-4 and still["motion"] == 0
-    assert abs(still["psnr"] - 10 * math.log10(4 / (first - truth).square().mean())) < 1e-3
-    assert still["ground"] > still["objects"] + 3
-    dim = measure(0.5 * truth - 0.5, first, clips, 0)
-    assert abs(dim["sharp"] - 0.5) < 1e-4
-    assert measure(truth[:, :, 3:6], first, clips, 3)["psnr"] > 90      # a piece is compared with its own frames
+    numbers = measured(clips, lambda truth: truth[:, :, :1].expand_as(truth))
+    assert abs(numbers["copying"] - 1) < 1e-4
+    assert numbers["motion"] == 0
+    error = (first - truth).square().mean()
+    assert abs(numbers["psnr"] - 10 * math.log10(4 / error)) < 1e-3
+    assert numbers["ground"] > numbers["objects"] + 3
+
+
+def test_half_the_contrast_is_half_as_sharp():
+    numbers = measured(flat_clips(), lambda truth: 0.5 * truth - 0.5)
+    assert abs(numbers["sharp"] - 0.5) < 1e-4
+
+
+def test_a_piece_is_compared_with_its_own_frames():
+    clips = flat_clips()
+    truth = clips.frames()
+    numbers = measure(truth[:, :, 3:6], truth[:, :, :1], clips, 3)
+    assert numbers["psnr"] > 90
+
+
+def blurred(video):
+    """Every pixel the mean of 3x3."""
+    frames = video.transpose(1, 2).flatten(0, 1)                        # (B T, 3, H, W)
+    frames = F.avg_pool2d(frames, 3, 1, 1)
+    return frames.unflatten(0, (len(video), -1)).transpose(1, 2)
 
 
 def test_by_what_they_show_objects_are_found_where_they_are_and_lost_where_they_are_not():
-    clips = flat_clips(2, 5, style="textured", far=False, objects=1, flat=False, texture=(1, 1))
-    truth = clips.frames()
-    ground = clips.ground(0, clips.length)
-    first = truth[:, :, :1]
-    same = measure(truth, first, clips, 0)
-    assert (same["median"], same["lost"]) == (0, 0) and "disc" not in same and math.isnan(same["colour"])
-    moved = measure(truth.roll((3, 4), (3, 4)), first, clips, 0)
-    assert abs(moved["median"] - 100 * 5 / 128) < 0.01 and moved["lost"] < 20, moved
-    gone = measure(ground, first, clips, 0)
-    assert gone["lost"] > 30 and gone["mean"] > 24 and gone["ground"] > gone["objects"] + 20, gone
-    blurred = F.avg_pool2d(truth.transpose(1, 2).flatten(0, 2), 3, 1, 1).view(truth.transpose(1, 2).shape)
-    blurred = measure(blurred.transpose(1, 2), first, clips, 0)
-    assert blurred["median"] < 1 and blurred["lost"] < 20 and blurred["sharp"] < 0.8, blurred
+    scene = world.new_scenes(2, 5, seeded(2), objects=1, camera=False, attributes=(0, 0), texture=(1, 1))
+    clips = draw_clips(scene)
+    numbers = measured(clips, lambda truth: truth)
+    assert numbers["median"] == 0
+    assert numbers["lost"] == 0
+    assert "disc" not in numbers
+    assert math.isnan(numbers["colour"])
+    moved = measured(clips, lambda truth: truth.roll((3, 4), (3, 4)))
+    assert abs(moved["median"] - 100 * 5 / 128) < 0.01
+    assert moved["lost"] < 20
+    gone = measured(clips, lambda truth: clips.ground(0, 5))
+    assert gone["lost"] > 30
+    assert gone["mean"] > 24
+    assert gone["ground"] > gone["objects"] + 20
+    soft = measured(clips, blurred)
+    assert soft["median"] < 1
+    assert soft["lost"] < 20
+    assert soft["sharp"] < 0.8
 
 
 def test_the_best_shift_is_the_one_that_was_made():
@@ -85,108 +136,171 @@ def test_the_best_shift_is_the_one_that_was_made():
     mask = torch.zeros(3, 40, 40)
     mask[:, 12:25, 15:30] = 1
     pictures = rand(3, 3, 40, 40, seed=1)
-    ways = torch.tensor([[0, 0], [5, -3], [-8, 7]])             # x, y
+    ways = torch.tensor([[0, 0], [5, -3], [-8, 7]])                     # x, y
     for n, (x, y) in enumerate(ways.tolist()):
-        pictures[n, :, 12 + y:25 + y, 15 + x:30 + x] = truth[n, :, 12:25, 15:30]
+        part = truth[n, :, 12:25, 15:30]
+        pictures[n, :, 12 + y:25 + y, 15 + x:30 + x] = part
     shift, error = measures.best_shift(pictures, truth, mask, 8)
-    assert shift.equal(ways) and error.max() < 1e-4, (shift, error)
-    pictures[:, :, :, :32] = 0                                  # most of it is outside, or gone
-    assert (measures.best_shift(pictures, truth, mask, 4)[1] > 0.3).all()
+    assert shift.equal(ways)
+    assert error.max() < 1e-4
+    pictures[:, :, :, :32] = 0                                          # most of it is outside, or gone
+    _, error = measures.best_shift(pictures, truth, mask, 4)
+    assert (error > 0.3).all()
 
 
 def test_a_disc_in_place_of_a_square_overlaps_by_five_sixths_wherever_it_is():
-    y, x = torch.meshgrid(torch.arange(80) - 40, torch.arange(80) - 40, indexing="ij")
+    def overlap(found):
+        return measures.best_overlap(found[None], square[None]).item()
+
+    axis = torch.arange(80) - 40
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
     square = (x.abs() <= 20) & (y.abs() <= 20)
     disc = x.square() + y.square() <= 22.4 ** 2
     for way in (0, 0), (5, -9), (16, 16):
-        found = disc.roll(way, (0, 1))
-        assert 0.81 < measures.best_overlap(found[None], square[None]).item() < 0.85
-        assert measures.best_overlap(square.roll(way, (0, 1))[None], square[None]).item() > 0.999
-    apart = square.clone()
-    apart[:10, :10] = True                                      # something else, far away
-    assert measures.best_overlap(apart[None], square[None]).item() > 0.999
-    assert measures.best_overlap(square[None] & False, square[None]).item() < 0.01
+        assert 0.81 < overlap(disc.roll(way, (0, 1))) < 0.85
+        assert overlap(square.roll(way, (0, 1))) > 0.999
+    both = square.clone()
+    both[:10, :10] = True                                               # something else, far away
+    assert overlap(both) > 0.999
+    assert overlap(torch.zeros_like(square)) < 0.01
 
 
 def test_pixels_of_an_object_are_those_nearer_to_its_colour_than_to_the_ground():
-    truth = torch.zeros(1, 3, 1, 8, 8)
-    ground = truth.clone()
-    mask = torch.zeros(1, 1, 8, 8)
+    ground = torch.zeros(1, 3, 1, 8, 8)
+    truth = ground.clone()
     truth[..., 2:5, 2:5] = torch.tensor([0.9, -0.6, 0.0]).view(1, 3, 1, 1, 1)
+    mask = torch.zeros(1, 1, 8, 8)
     mask[..., 2:5, 2:5] = 1
-    video = truth.roll(1, 4) * 0.7                              # paler, and elsewhere
-    video[..., 7, 7] = -0.9                                     # another colour
+    video = truth.roll(1, 4) * 0.7                                      # paler, and elsewhere
+    video[..., 7, 7] = -0.9                                             # another colour
     found = measures.object_pixels(video, truth, ground, mask)
     assert found.equal(mask.roll(1, 3).bool())
-    assert not measures.object_pixels(video, ground, ground, mask).any()        # of the ground's colour: not to be told
+    found = measures.object_pixels(video, ground, ground, mask)
+    assert not found.any(), "an object of the ground's colour cannot be told"
 
 
 def test_decibels_inside_a_mask_are_those_of_its_pixels():
     truth = rand(2, 3, 4, 8, 8).clamp(-1, 1)
     mask = rand(2, 4, 8, 8, seed=1) > 0
-    video = truth + 0.1 * mask[:, None] + 0.02 * ~mask[:, None]
-    assert abs(measures.psnr(video, truth, mask) - 20 * math.log10(2 / 0.1)) < 1e-3
-    assert abs(measures.psnr(video, truth, ~mask) - 20 * math.log10(2 / 0.02)) < 1e-3
-    assert math.isnan(measures.psnr(video, truth, mask & False))
+    error = torch.where(mask, 0.1, 0.02)
+    video = truth + error[:, None]
+    inside = measures.psnr(video, truth, mask)
+    outside = measures.psnr(video, truth, ~mask)
+    assert abs(inside - 20 * math.log10(2 / 0.1)) < 1e-3
+    assert abs(outside - 20 * math.log10(2 / 0.02)) < 1e-3
+    assert math.isnan(measures.psnr(video, truth, torch.zeros_like(mask)))
+
+
+def smooth_and_noisy():
+    smooth = F.avg_pool2d(rand(2, 3, 40, 50), 5, 1, 2)
+    noisy = smooth + 0.1 * rand(2, 3, 40, 50, seed=1)
+    return smooth, noisy.clamp(-1, 1)
+
+
+def test_similarity_is_1_for_the_same_and_by_the_formula_for_plain_pictures():
+    smooth, noisy = smooth_and_noisy()
+    assert ssim(smooth, smooth).eq(1).all()
+    assert (ssim(smooth, noisy) < 0.9).all()
+    grey = torch.zeros(1, 3, 11, 11)                                    # 0.5 and 0.6 in [0, 1]
+    expected = (2 * 0.5 * 0.6 + 1e-4) / (0.25 + 0.36 + 1e-4)
+    assert abs(ssim(grey, grey + 0.2).item() - expected) < 1e-6
 
 
 def test_similarity_is_that_of_scikit_image():
-    smooth = F.avg_pool2d(rand(2, 3, 40, 50), 5, 1, 2)
-    other = (smooth + 0.1 * rand(2, 3, 40, 50, seed=1)).clamp(-1, 1)
-    assert ssim(smooth, smooth).eq(1).all() and (ssim(smooth, other) < 0.9).all()
-    grey = torch.zeros(1, 3, 11, 11)
-    assert_near(ssim(grey, grey + 0.2), torch.tensor([(2 * 0.5 * 0.6 + 1e-4) / (0.25 + 0.36 + 1e-4)]).double(), 1e-6)
     try:
         from skimage.metrics import structural_similarity
     except ImportError:
-        raise unittest.SkipTest("SCIKIT-IMAGE IS NOT INSTALLED, similarity was only checked at known values") from None
-    for a, b, ours in zip(smooth, other, ssim(smooth, other)):
-        theirs = structural_similarity((a / 2 + 0.5).double().numpy(), (b / 2 + 0.5).double().numpy(), data_range=1,
-                                       channel_axis=0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
-        assert abs(ours - theirs) < 1e-6, (ours, theirs)
+        raise unittest.SkipTest("SCIKIT-IMAGE IS NOT INSTALLED") from None
+    smooth, noisy = smooth_and_noisy()
+    for i in range(2):
+        a = (smooth[i] / 2 + 0.5).double().numpy()
+        b = (noisy[i] / 2 + 0.5).double().numpy()
+        theirs = structural_similarity(a, b, data_range=1, channel_axis=0, gaussian_weights=True,
+                                       sigma=1.5, use_sample_covariance=False)
+        assert abs(ssim(smooth, noisy)[i] - theirs) < 1e-6
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Cases.
 
-def test_a_case_says_and_does_what_its_name_says():
-    def case(change=None, **options):
-        more = {name: options.pop(name) for name in ("speed", "points") if name in options}
-        return new_clips(Case("test", 2, 21, change=change, options={"objects": 2} | options, **{"points": "dense"} | more))
+def case_clips(change=None, points="dense", speed=1, **options):
+    """Two clips of two objects."""
+    options = {"objects": 2} | options
+    return new_clips(Case("test", 2, 21, change=change, points=points, speed=speed, options=options))
 
-    clips = case()
-    n = torch.arange(world.OBJECTS * 8)
-    path, tracks, visible = clips.scene["position"], clips.tracks, clips.visible
-    other = case("other way").scene["position"]
-    assert_near((other - path[:, :, :1])[:, :2, 1] * 1, (path[:, :, :1] - path)[:, :2, 1], 1e-4)
-    step = case("teleport").scene["position"].diff(dim=2).norm(dim=-1)
-    assert (step[:, :, 9] > 3 * step[:, :, :9].amax(2)).any() and step.shape[2] == 20
+
+def test_changes_of_a_scene_move_objects_as_their_names_say():
+    path = case_clips().scene["position"]                               # (B, K, T, 2)
+    start = path[:, :, :1]
+    back = case_clips("other way").scene["position"]
+    assert_near((back - start)[:, :2, 1], (start - path)[:, :2, 1], 1e-4)
+    jumping = case_clips("teleport").scene["position"]
+    step = jumping.diff(dim=2).norm(dim=-1)                             # (B, K, 20)
+    usual = step[:, :, :9].amax(2)
+    assert (step[:, :, 9] > 3 * usual).any()
+    crossing = case_clips("crossing").scene["position"]
+    assert_near(crossing[:, :2, -1], path[:, [1, 0], 0], 1e-5)
+    middle = path[:, :2, 0].mean(1, keepdim=True).expand(-1, 2, -1)
+    assert_near(crossing[:, :2, 10], middle, 1e-5)
+    away = case_clips("carried away").scene
+    pan = away["pan"]                                                   # (B, T, 2)
+    assert_near(away["position"] - pan[:, None], path, 1e-5)
+    assert pan[0, 0, 0] == -0.5
+    assert pan[0, -1, 0] == 0.5
+    assert not pan[..., 1].any()
+
+
+def test_twice_the_speed_is_every_second_frame():
     options = {"objects": 2, "camera": False, "attributes": (0, 0), "moving": True, "style": "simple"}
-    slow = world.new_scenes(2, 42, seeded(seed_of("test")), **options)["position"]
-    assert case(speed=2).scene["position"].equal(slow[:, :, ::2])
-    two = case("two ways").tracks[:, :, n]
-    assert two[:, :, n % 2 == 0].equal(tracks[:, :, n[n % 2 == 0]]) and not two.equal(tracks[:, :, n])
-    assert 0.018 < (case("jittered").tracks - tracks).std() / 128 < 0.022
-    cross = case("crossing").scene["position"]
-    assert_near(cross[:, :2, -1], path[:, [1, 0], 0], 1e-5)
-    assert_near(cross[:, :2, 10], path[:, :2, 0].mean(1, keepdim=True).expand(-1, 2, -1), 1e-5)
-    away = case("carried away").scene
-    assert_near(away["position"] - away["pan"][:, None], path, 1e-5)
-    assert away["pan"][0, 0, 0] == -0.5 and away["pan"][0, -1, 0] == 0.5 and not away["pan"][..., 1].any()
-    dusk = case("dusk", attributes=(1, 0)).scene["gains"]
-    assert dusk[:, :10].eq(1).all() and dusk[:, 11:].equal(case(attributes=(1, 0)).scene["gains"][:, 1:11])
-    late, broken = case("late").visible, case("broken").visible
-    assert late[:, 0].equal(visible[:, 0]) and not late[:, 1:13].any() and late[:, 13:].equal(visible[:, 13:])
-    assert 0.4 < broken[:, 4:].sum() / visible[:, 4:].sum() < 0.6 and broken[:, :4].equal(visible[:, :4])
-    drag = case(points="drag").visible
-    assert drag[:, :, n[n % 8 == 0]].sum() == drag.sum() > 0 and drag.sum(2).max() <= 2
-    assert not case(points="none").visible.any()
+    slow = world.new_scenes(2, 42, seeded(seed_of("test")), **options)
+    fast = case_clips(speed=2).scene
+    assert fast["position"].equal(slow["position"][:, :, ::2])
+
+
+def test_at_dusk_the_light_changes_in_the_second_half():
+    usual = case_clips(attributes=(1, 0)).scene["gains"]                # (B, T, 3)
+    dusk = case_clips("dusk", attributes=(1, 0)).scene["gains"]
+    assert dusk[:, :10].eq(1).all()
+    assert dusk[:, 11:].equal(usual[:, 1:11])
+
+
+def test_changes_of_tracks_do_what_their_names_say():
+    usual = case_clips()
+    tracks = usual.tracks[:, :, :world.OBJECTS * 8]                     # (B, T, N, 2), on objects
+    two_ways = case_clips("two ways").tracks[:, :, :world.OBJECTS * 8]
+    assert two_ways[:, :, ::2].equal(tracks[:, :, ::2])
+    assert not two_ways[:, :, 1::2].equal(tracks[:, :, 1::2])
+    jitter = case_clips("jittered").tracks - usual.tracks
+    assert 0.018 < jitter.std() / 128 < 0.022
+    late = case_clips("late").visible
+    assert late[:, 0].equal(usual.visible[:, 0])
+    assert not late[:, 1:13].any()
+    assert late[:, 13:].equal(usual.visible[:, 13:])
+    broken = case_clips("broken").visible
+    assert broken[:, :4].equal(usual.visible[:, :4])
+    left = broken[:, 4:].sum() / usual.visible[:, 4:].sum()
+    assert 0.4 < left < 0.6
+
+
+def test_a_case_tells_all_tracks_or_those_of_centres_or_none():
+    dense = case_clips(points="dense").visible                          # (B, T, N)
+    drag = case_clips(points="drag").visible
+    assert drag.any()
+    assert drag.sum(2).max() <= 2
+    centres = torch.zeros(drag.shape[2]).bool()
+    centres[0:world.OBJECTS * 8:8] = True
+    assert drag.equal(dense & centres)
+    assert not case_clips(points="none").visible.any()
 
 
 def test_what_is_drawn_longer_than_it_is_played_begins_alike():
-    short, long = (new_clips(Case("x", 2, frames, drawn=33)) for frames in (9, 21))
-    assert short.length == 9 and short.frames().shape[2] == 9 and long.tracks.shape[1] == 21
-    assert short.frames().equal(long.frames(0, 9)) and short.tracks.equal(long.tracks[:, :9])
+    short = new_clips(Case("x", 2, 9, drawn=33))
+    long = new_clips(Case("x", 2, 21, drawn=33))
+    assert short.length == 9
+    assert short.frames().shape[2] == 9
+    assert long.tracks.shape[1] == 21
+    assert short.frames().equal(long.frames(0, 9))
+    assert short.tracks.equal(long.tracks[:, :9])
 
 
 def test_outlines_are_where_objects_are_seen_and_not_where_others_hide_them():
@@ -194,50 +308,64 @@ def test_outlines_are_where_objects_are_seen_and_not_where_others_hide_them():
     position = clips.scene["position"]
     position[:, 1] = position[:, 0] + torch.tensor([0.06, 0.0])         # the second hides part of the first
     outlines = clips.outlines(2, 5)
-    assert outlines.shape == (4, 3, 3, 128, 128) and not outlines[:, 2].any()
+    assert outlines.shape == (2, 3, 3, 128, 128)
+    assert not outlines[:, 2].any()
     assert not (outlines[:, 0] & outlines[:, 1]).any()
-    assert (outlines[:, 0].sum((2, 3)) < 0.8 * clips_alone(clips).sum((2, 3))).all()
-    truth, ground = clips.frames(2, 5), clips.ground(2, 5)
-    differs = (truth - ground).abs().amax(1) > 0.3
-    assert (differs == outlines.any(1)).float().mean() > 0.99
-    many = flat_clips(objects=5)
-    assert many.outlines(0, 1).shape[1] == 5 and many.outlines(0, 1).flatten(2).any(2).all()
-
-
-def clips_alone(clips):
-    """The first object's outlines without the second."""
     present = clips.scene["present"].clone()
     present[:, 1] = False
-    alone = Clips(clips.scene | {"present": present}, clips.tracks, clips.visible)
-    return alone.outlines(2, 5)[:, 0]
+    alone = draw_clips(clips.scene | {"present": present}).outlines(2, 5)
+    area = alone[:, 0].sum((2, 3))
+    assert (outlines[:, 0].sum((2, 3)) < 0.8 * area).all()
+    differs = (clips.frames(2, 5) - clips.ground(2, 5)).abs().amax(1) > 0.3
+    assert (differs == outlines.any(1)).float().mean() > 0.99
+
+
+def test_more_than_three_objects_have_outlines():
+    outlines = flat_clips(objects=5).outlines(0, 1)
+    assert outlines.shape[1] == 5
+    assert outlines.flatten(2).any(2).all()
+
+
+def save_photographs(here):
+    for i, colour in enumerate(("red", "lime", "blue")):
+        Image.new("RGB", (90, 60), colour).save(here / f"{i}.png")
 
 
 def test_photographs_are_scenes_in_which_the_middle_of_one_moves_over_the_next():
     with folder() as here:
-        for i, colour in enumerate(("red", "lime", "blue")):
-            Image.new("RGB", (90, 60), colour).save(here / f"{i}.png")
-        clips = new_clips(Case("x", 3, 9, photographs=here))
-        truth, outlines = clips.frames(), clips.outlines(0, 9)
-        area = outlines[:, 0].float().mean((2, 3))
-        assert ((area > 0.08) & (area < 0.13)).all(), area      # a disc of 0.4 of the width
-        for i in range(3):
-            inside = truth[i].transpose(0, 1)[outlines[i, 0].unsqueeze(1).expand(-1, 3, -1, -1)].view(-1)
-            assert inside.mean() < -0.2 and truth[i, i][outlines[i, 0]].mean() > 0.95, i
-        assert clips.tracks.shape[2] == 16 + 64 and not clips.plain and not clips.by_colour
-        tracks = new_clips(Case("x", 3, 9, photographs=here, points="dense"))
-        x, y = tracks.tracks[0, 4, :16][tracks.visible[0, 4, :16]].long().unbind(1)
-        assert outlines[0, 0, 4, y, x].float().mean() > 0.9
-        (here / "1.png").unlink(), (here / "2.png").unlink()
-        assert_error(UserError, "holds 1 photographs", new_clips, Case("x", 1, 9, photographs=here))
+        save_photographs(here)
+        clips = new_clips(Case("x", 3, 9, photographs=here, points="dense"))
+    assert clips.tracks.shape[2] == 16 + 64
+    assert not clips.plain
+    assert not clips.by_colour
+    disc = clips.outlines(0, 9)[:, 0]                                   # (B, T, H, W)
+    area = disc.float().mean((2, 3))
+    assert ((area > 0.08) & (area < 0.13)).all(), area                  # of 0.4 of the width
+    truth = clips.frames()
+    for i in range(3):
+        shown = truth[i][:, disc[i]]                                    # (3, pixels)
+        assert shown[i].mean() > 0.95, i
+        assert shown.mean() < -0.2, i                                   # the other channels are dark
+    seen = clips.visible[0, 4, :16]
+    x, y = clips.tracks[0, 4, :16][seen].long().unbind(1)
+    assert disc[0, 4, y, x].float().mean() > 0.9
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def test_one_photograph_is_too_few():
+    with folder() as here:
+        Image.new("RGB", (90, 60), "red").save(here / "0.png")
+        case = Case("x", 1, 9, photographs=here)
+        assert_error(UserError, "holds 1 photographs", new_clips, case)
+
+
+# ----------------------------------------------------------------------------------------------------
 # Models and tables.
 
-def stub(model, vae, **more):
+def stub(model):
     """Stands for Trained."""
-    opened = {"model": lambda name, **overrides: model, "vae": lambda name="vae": vae}
-    return SimpleNamespace(config=model.config, device="cpu", seed=0, **opened | more)
+    vae = new_vae()
+    return SimpleNamespace(config=model.config, device="cpu", seed=0,
+                           model=lambda name, **overrides: model, vae=lambda name="vae": vae)
 
 
 class Recording(MotionStream):
@@ -251,109 +379,155 @@ class Recording(MotionStream):
 
 def test_a_text_of_the_second_half_begins_at_the_chunk_that_lies_there():
     model = new_model(size=(32, 32), text_dim=64)
-    model.__class__, model.texts = Recording, []
+    model.__class__ = Recording
+    model.texts = []
     clips = new_clips(Case("x", 1, 45, width=32))
+    early = torch.ones(1, 1, 64)
     with torch.no_grad():
-        list(play(stub(model, new_vae()), "student", clips, torch.ones(1, 1, 64), later=torch.zeros(1, 1, 64)))
+        list(play(stub(model), "student", clips, early, later=0 * early))
     assert model.texts[:4] == [64, 64, 0, 0], "frames 0-8, 9-20; then 21-32, 33-44"
 
 
 def test_pieces_and_tenths_are_of_the_frames_that_they_say():
-    trained = stub(new_model(size=(32, 32), text_dim=64), new_vae())
+    trained = stub(new_model(size=(32, 32), text_dim=64))
     case = {"seed": "x", "clips": 1, "frames": 45, "objects": 1, "width": 32}
     with torch.no_grad():
         row = eval_row(trained, piece=9, **case)
-        assert [part["from"] for part in row["tenths"]] == [0, 9, 18, 27, 36]
-        values = [part["psnr"] for part in row["tenths"]]
-        assert abs(row["psnr"] - np.mean(values)) < 1e-4 and abs(row["drift"] - np.std(values)) < 1e-4
         last = eval_row(trained, after=36, **case)
-        assert last["from"] == 36 and abs(last["psnr"] - values[4]) < 1e-4
         still = eval_row(trained, "still", **case)
-        assert still["motion"] == 0 and still["copying"] > 0.99
-        assert_error(TypeError, "no such settings: {'colour': 3}", eval_row, trained, colour=3, **case)
+    assert [tenth["from"] for tenth in row["tenths"]] == [0, 9, 18, 27, 36]
+    values = [tenth["psnr"] for tenth in row["tenths"]]
+    assert abs(row["psnr"] - np.mean(values)) < 1e-4
+    assert abs(row["drift"] - np.std(values)) < 1e-4
+    assert last["from"] == 36
+    assert abs(last["psnr"] - values[4]) < 1e-4
+    assert still["motion"] == 0
+    assert still["copying"] > 0.99
+    said = "no such settings: {'colour': 3}"
+    assert_error(TypeError, said, eval_row, trained, colour=3, **case)
 
 
 def test_a_table_is_kept_row_by_row_and_measured_once():
+    calls = []
+    interrupted = {2}                                                   # rows at which Ctrl-C is pressed, once
+
+    def row(trained, x, y):
+        calls.append((x, y))
+        if y in interrupted:
+            interrupted.remove(y)
+            raise KeyboardInterrupt
+        tenths = [{"from": 0, "mean": 1}, {"from": 9, "mean": 2}]
+        return {"from": 0, "mean": y + 0.5, "tenths": tenths}
+
+    def other(trained, x, y):
+        calls.append((x, y))
+        return {"ms": x + y}
+
+    tables = {
+        "a": ({"x": 1, "measure": row}, [{"y": 1}, {"y": 2}, {"y": 5, "model": "teacher"}]),
+        "b": ({"x": 3, "measure": other}, [{"y": 4}]),
+        "streams": ({"x": 2, "measure": row}, [{"y": 3}]),
+    }
     with folder() as here:
         trained = SimpleNamespace(folder=here, names=lambda: ["vae", "student"])
-        calls = []
-
-        def row(trained, **settings):
-            calls.append(settings)
-            if settings["y"] == fail:
-                raise KeyboardInterrupt
-            return {"from": 0, "mean": settings["y"] + 0.5, "tenths": [{"from": 0, "mean": 1}, {"from": 9, "mean": 2}]}
-
-        def other(trained, y, x):
-            calls.append({"y": y})
-            return {"ms": x + y}
-
-        rows = {"a": ({"x": 1, "measure": row}, [{"y": 1}, {"y": 2}, {"y": 5, "model": "teacher"}]),
-                "b": ({"x": 3, "measure": other}, [{"y": 4}]), "streams": ({"x": 2, "measure": row}, [{"y": 3}])}
-        for fail in 2, None, None:
+        for _ in range(3):
             with quiet() as (out, _), contextlib.suppress(KeyboardInterrupt):
-                measure_tables(trained, "eval", "these weights", rows)
-        assert [call["y"] for call in calls] == [1, 2, 2, 4, 3] and calls[0] == {"x": 1, "y": 1}     # no teacher
-        assert "| y 2 | 2.50 |" in out.getvalue() and (here / "eval.png").exists()
-        assert "| b | ms |\n|---|---|\n| y 4 | 7.00 |" in out.getvalue()
+                measure_tables(trained, "eval", "these weights", tables)
+        assert (here / "eval.png").exists()
+    assert calls == [(1, 1), (1, 2), (1, 2), (3, 4), (2, 3)]            # and there is no teacher
+    assert "| y 2 | 2.50 |" in out.getvalue()
+    assert "| b | ms |\n|---|---|\n| y 4 | 7.00 |" in out.getvalue()
 
 
 def test_the_rows_of_the_sets_are_named_by_set_model_points_and_time():
     labels = [label_of(row) for row in evaluate.picture_rows("here")]
-    assert len(labels) == len(set(labels)) == 5 * (2 + 2 + 2 + 4)
+    assert len(set(labels)) == len(labels)
+    assert len(labels) == 5 * (2 + 2 + 2 + 4)
     assert labels[0] == "set old world, model vae, points none, at 2 s"
     assert "set photographs, model student, points drag, at 10 s" in labels
-    assert not any("teacher" in label and "10 s" in label for label in labels)
+    for label in labels:
+        assert not ("teacher" in label and "10 s" in label), label
 
 
-def test_models_are_opened_where_they_lie_and_a_training_is_shown():
+def test_models_are_opened_where_they_lie():
     with folder() as here, quiet() as (out, _):
-        saved(here / "teacher.safetensors", new_model(causal=False, size=(128, 128), text_dim=64, steps=2))
+        saved(here / "teacher.safetensors", new_model(causal=False))
         vae = saved(here / "elsewhere.safetensors", new_vae())
         trained = Trained(here, files={"vae": vae})
-        assert trained.names() == ["vae", "teacher"] and not trained.config.causal
-        (here / "stats.jsonl").write_text('{"stage": "teacher", "step": 0, "loss": 2}\n'
-                                          '{"stage": "teacher", "step": 1, "loss": 1}\n')
-        evaluate.preview(trained, "teacher")
-        with Image.open(here / "teacher_preview.png") as page:
-            assert page.size == (6 * 128, 2 * 3 * 128)          # truth, VAE, teacher
-        (here / "teacher_preview.png").unlink()
-        evaluate.preview(trained, "teacher", drawn=False)
-        assert (here / "teacher.png").exists() and not (here / "teacher_preview.png").exists()
-        (here / "teacher.png").unlink()
-        assert evaluate.main(["curves", str(here)]) == 0 and (here / "teacher.png").exists()
+        assert trained.names() == ["vae", "teacher"]
+        assert not trained.config.causal
         shipped = evaluate.open_trained(here / "new")
-        assert shipped.path("student") == HERE / "assets/tiny.safetensors" and "the shipped weights" in out.getvalue()
+        assert shipped.path("student") == HERE / "assets/tiny.safetensors"
+        assert "the shipped weights" in out.getvalue()
         (here / "teacher.safetensors").write_bytes(b"damaged")
         assert_error(UserError, "teacher.safetensors", trained.names)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+LOG = ('{"stage": "teacher", "step": 0, "loss": 2}\n'
+       '{"stage": "teacher", "step": 1, "loss": 1}\n')
+
+
+def test_a_preview_shows_the_truth_and_what_each_model_makes_of_it():
+    with folder() as here, unittest.mock.patch.object(evaluate, "CLIP", 9):
+        model = new_model(causal=False, size=(128, 128), text_dim=64, steps=2)
+        saved(here / "teacher.safetensors", model)
+        saved(here / "vae.safetensors", new_vae())
+        (here / "stats.jsonl").write_text(LOG)
+        evaluate.preview(Trained(here), "teacher")
+        assert (here / "teacher.png").exists()
+        with Image.open(here / "teacher_preview.png") as page:
+            assert page.size == (6 * 128, 2 * 3 * 128)                  # truth, VAE, teacher
+
+
+def test_of_ones_own_videos_there_are_curves_alone():
+    with folder() as here, quiet():
+        (here / "stats.jsonl").write_text(LOG)
+        evaluate.preview(Trained(here), "teacher", drawn=False)
+        assert (here / "teacher.png").exists()
+        assert not (here / "teacher_preview.png").exists()
+        (here / "teacher.png").unlink()
+        assert evaluate.main(["curves", str(here)]) == 0
+        assert (here / "teacher.png").exists()
+
+
+# ----------------------------------------------------------------------------------------------------
 # Rewards.
 
 def test_the_motion_reward_is_1_for_the_truth_and_0_for_a_picture_that_stands_still():
-    scene = world.new_scenes(6, 21, seeded(3), objects=2, camera=False, attributes=(0, 0), moving=True, style="simple")
-    video, (tracks, visible) = world.render(scene, 64), world.scene_tracks(scene, 64, seeded())
-    start = scene["position"][:, :, :1]
-    back = scene | {"position": (2 * start - scene["position"]).clamp(0.05, 0.95)}
-    batch = {"tracks": tracks, "visible": visible & (torch.arange(88) < 16)}          # on the objects
-    truth, still = motion_reward(video, batch), motion_reward(video[:, :, :1].expand_as(video), batch)
-    other = motion_reward(world.render(back, 64), batch)
-    assert truth.shape == (6,) and truth.mean() > 0.5 and still.equal(torch.zeros(6)), (truth, still)
-    assert (truth > other + 0.2).all() and motion_reward(rand(*video.shape), batch).max() < 0, (truth, other)
-    assert motion_reward(video, batch | {"visible": visible & False}).equal(torch.zeros(6))      # nothing was asked
+    scene = world.new_scenes(6, 21, seeded(3), objects=2, camera=False, attributes=(0, 0),
+                             moving=True, style="simple")
+    path = scene["position"]
+    back = scene | {"position": (2 * path[:, :, :1] - path).clamp(0.05, 0.95)}
+    video = world.render(scene, 64)
+    tracks, visible = world.scene_tracks(scene, 64, seeded())
+    on_objects = world.track_groups(scene) < 2
+    on_objects &= world.track_groups(scene) >= 0
+    batch = {"tracks": tracks, "visible": visible & on_objects}
+    truth = motion_reward(video, batch)
+    assert truth.shape == (6,)
+    assert truth.mean() > 0.5
+    still = motion_reward(video[:, :, :1].expand_as(video), batch)
+    assert still.equal(torch.zeros(6))
+    opposite = motion_reward(world.render(back, 64), batch)
+    assert (truth > opposite + 0.2).all()
+    assert motion_reward(rand(*video.shape), batch).max() < 0
+    nothing_asked = batch | {"visible": torch.zeros_like(visible)}
+    assert motion_reward(video, nothing_asked).equal(torch.zeros(6))
 
 
 def test_a_reward_is_named_or_a_function_in_a_file():
     with folder() as here:
-        (here / "mine.py").write_text("def bright(video, batch):\n    return video.mean((1, 2, 3, 4))\n")
-        assert find_reward(f"{here}/mine.py:bright")(torch.ones(2, 3, 5, 4, 4), {}).tolist() == [1, 1]
+        mine = here / "mine.py"
+        mine.write_text("def bright(video, batch):\n    return video.mean((1, 2, 3, 4))\n")
+        bright = find_reward(f"{mine}:bright")
+        assert bright(torch.ones(2, 3, 5, 4, 4), {}).tolist() == [1, 1]
         assert find_reward("motion") is motion_reward
-        for name in "emotion", f"{here}/mine.py:dark", f"{here}/none.py:bright", f"{here}/mine.py":
-            assert_error(UserError, f"--reward {name}: neither motion nor FILE.py:FUNCTION", find_reward, name)
+        for name in "emotion", f"{mine}:dark", f"{here}/none.py:bright", f"{mine}":
+            said = f"--reward {name}: neither motion nor FILE.py:FUNCTION"
+            assert_error(UserError, said, find_reward, name)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Two videos.
 
 def write_video(path, frames):
@@ -363,57 +537,92 @@ def write_video(path, frames):
             append(frame)
 
 
+def grey_frame(level, width=80):
+    return np.full((64, width, 3), level, np.uint8)
+
+
 def test_two_videos_are_compared_frame_by_frame_as_long_as_there_are_both():
-    frames = [np.full((256, 320, 3), 60 * i, np.uint8) for i in range(4)]
+    side = ((0, 0), (16, 16), (0, 0))
+    frames = [grey_frame(60 * i) for i in range(4)]
+    brighter = [frame + 8 for frame in frames[:3]]
+    wider = [np.pad(frame, side, constant_values=255) for frame in brighter]    # is cropped
     with folder() as here, quiet():
-        write_video(here / "made.mp4", frames)
-        write_video(here / "real.mp4", [np.pad(frame + 8, ((0, 0), (64, 64), (0, 0)), constant_values=255)
-                                        for frame in frames[:3]])               # its middle is what was made
-        numbers, count = compare(here / "made.mp4", here / "real.mp4")
-        assert count == 3 and [*numbers] == ["PSNR", "SSIM"]
-        assert abs(numbers["PSNR"] - 20 * math.log10(255 / 8)) < 1.5 and numbers["SSIM"] > 0.5, numbers
+        made = here / "made.mp4"
+        real = here / "real.mp4"
+        write_video(made, frames)
+        write_video(real, wider)
+        numbers, count = compare(made, real)
+        assert count == 3
+        assert list(numbers) == ["PSNR", "SSIM"]
+        assert abs(numbers["PSNR"] - 20 * math.log10(255 / 8)) < 1.5
+        assert numbers["SSIM"] > 0.5
         with having_lpips(SimpleNamespace(LPIPS=Perceptual)):
-            assert 1 < compare(here / "made.mp4", here / "real.mp4", "vgg")[0]["LPIPS"] < 1.1
+            numbers, _ = compare(made, real, "vgg")
+        assert 1 < numbers["LPIPS"] < 1.1
         with having_lpips(None):
-            assert_error(UserError, "pip install lpips", compare, here / "made.mp4", here / "real.mp4", "alex")
+            assert_error(UserError, "pip install lpips", compare, made, real, "alex")
 
 
-def save_points(path, tracks, visible, width, height):
-    np.savez(path, tracks=tracks.astype(np.float32), visibility=visible, width=width, height=height,
+def save_points(path, tracks, visible, size):
+    width, height = size
+    np.savez(path, tracks=np.float32(tracks), visibility=visible, width=width, height=height,
              format="motionstream")
 
 
 def test_tracks_that_a_tracker_found_are_compared_point_by_point():
+    small = (32, 24)
+    large = (64, 48)                                                    # of the video
     told = np.full((4, 3, 2), 9.0)
     seen = np.tile([[True, True, False]], (4, 1))
-    found = np.full((5, 3, 2), 9.0) * 2 + 2 * np.array([[3, 4], [0, 0], [900, 0]])      # the video is twice as large
+    off_by = 2 * np.array([[3, 4], [0, 0], [900, 0]])                   # 10 pixels, 0, of one that is hidden
+    found = np.full((5, 3, 2), 18.0) + off_by
     found_seen = np.ones((5, 3), bool)
-    found_seen[0, 0] = False                                    # the tracker did not see it
+    found_seen[0, 0] = False                                            # the tracker did not see it
     with folder() as here:
-        save_points(here / "told.npz", told, seen, 32, 24)
-        save_points(here / "found.npz", found, found_seen, 64, 48)
-        error, count = end_point_error(here / "told.npz", here / "found.npz", (64, 48), (32, 24))
-        assert count == 7 and abs(error - 3 * 10 / 7) < 1e-5, (error, count)
-        save_points(here / "few.npz", found[:, :2], found_seen[:, :2], 64, 48)
-        assert_error(UserError, "holds 2 tracks, 3 were given", end_point_error, here / "told.npz", here / "few.npz",
-                     (64, 48), (32, 24))
+        save_points(here / "told.npz", told, seen, small)
+        save_points(here / "found.npz", found, found_seen, large)
+        save_points(here / "few.npz", found[:, :2], found_seen[:, :2], large)
+        error, count = end_point_error(here / "told.npz", here / "found.npz", large, small)
+        assert count == 7
+        assert abs(error - 3 * 10 / 7) < 1e-5
+        assert_error(UserError, "holds 2 tracks, 3 were given",
+                     end_point_error, here / "told.npz", here / "few.npz", large, small)
 
 
-def test_the_command_compares_and_says_what_it_cannot():
+def command(words):
+    """Exit code, stdout and stderr of python -m extras.evaluate, run in this process."""
+    with quiet() as (out, err):
+        code = evaluate.main([str(word) for word in words])
+    return code, out.getvalue(), err.getvalue()
+
+
+def test_the_command_compares_two_videos_and_their_tracks():
     with folder() as here:
-        write_video(here / "a.mp4", [np.full((256, 256, 3), 99, np.uint8)] * 3)
-        save_points(here / "t.npz", np.full((3, 1, 2), 10.0), np.ones((3, 1), bool), 256, 256)
-        words = ["compare", here / "a.mp4", here / "a.mp4", "--tracks", here / "t.npz", "--found", here / "t.npz"]
-        with quiet() as (out, _):
-            assert evaluate.main([str(word) for word in words]) == 0
-        assert re.search(r"^3 frames of .*a.mp4, PSNR [\d.]+, SSIM 1, EPE 0 of 3 points$", out.getvalue(), re.M)
+        video = here / "a.mp4"
+        points = here / "t.npz"
+        write_video(video, [grey_frame(99)] * 3)
+        save_points(points, np.full((3, 1, 2), 10.0), np.ones((3, 1), bool), (80, 64))
+        code, out, err = command(["compare", video, video, "--tracks", points, "--found", points])
+    assert code == 0, err
+    line = r"^3 frames of .*a.mp4, PSNR [\d.]+, SSIM 1, EPE 0 of 3 points$"
+    assert re.search(line, out, re.M), out
+
+
+def test_the_command_says_what_it_cannot():
+    with folder() as here:
+        video = here / "a.mp4"
+        write_video(video, [grey_frame(99)])
         (here / "b.mp4").write_text("no video")
-        for words, cure in ((("compare", here / "a.mp4", here / "b.mp4"), "b.mp4: cannot be read as a video"),
-                            (("compare", here / "a.mp4", "--lpips", "alex"), "--lpips needs a second video"),
-                            (("compare", here / "a.mp4", "--found", here / "t.npz"), "need each other"),
-                            (("curves", here), "give the folder of a training"),
-                            (("--device", "moon"), "--device moon: not available here"),
-                            (("--clips", "0"), "0 is not between 1 and")):
-            with quiet() as (_, err):
-                assert evaluate.main([str(word) for word in words]) == 2
-            assert cure in err.getvalue() and err.getvalue().count("\n") == 1, err.getvalue()
+        cases = [
+            (["compare", video, here / "b.mp4"], "b.mp4: cannot be read as a video"),
+            (["compare", video, "--lpips", "alex"], "--lpips needs a second video"),
+            (["compare", video, "--found", here / "t.npz"], "need each other"),
+            (["curves", here], "give the folder of a training"),
+            (["--device", "moon"], "--device moon: not available here"),
+            (["--clips", "0"], "0 is not between 1 and"),
+        ]
+        for words, cure in cases:
+            code, _, err = command(words)
+            assert code == 2, words
+            assert cure in err, err
+            assert err.count("\n") == 1, err
