@@ -1,11 +1,9 @@
 """Prompts by UMT5 and the image by CLIP, and what other programs encoded."""
 
-import importlib
 import importlib.util
 import os
 import re
 import shutil
-import unittest
 import unittest.mock
 import weakref
 from dataclasses import replace
@@ -22,92 +20,201 @@ from extras.testing import (STUB, assert_error, assert_near, folder, quiet, rand
 from motionstream import MotionStream, UserError
 
 
+def padded(rows):
+    """Rows (L, 4096) as weights of Wan get them: (512, 4096) float32, zeros after their end."""
+    return F.pad(rows.float(), (0, 0, 0, 512 - len(rows)))
+
+
+# What wan_workplace() keeps as encoded.
+
+def prompt_rows():
+    return padded(rand(7, 4096))
+
+
+def negative_rows():
+    return padded(rand(9, 4096, seed=1).bfloat16())
+
+
+def clip_rows():
+    return rand(257, 32)
+
+
+def here():
+    return wan_workplace()[1]
+
+
+def tracks():
+    return ["--tracks", workplace()[1] / "tracks.npy"]
+
+
+def sampled(weights, flags):
+    """What sample.py says on stdout with public weights, and the DiT's calls."""
+    picture = here() / "out.png"                        # the last frame, sooner written than a video
+    words = flags + ["--out", picture]
+    code, out, err, calls = wan_sampled(weights, *words)
+    assert code == 0, err
+    picture.unlink()
+    return out, calls
+
+
+def refused(weights, flags):
+    """The line with which sample.py refuses flags with public weights."""
+    code, _, err, _ = wan_sampled(weights, *flags)
+    assert code == 2, (weights, flags)
+    assert re.fullmatch(r"error: [^\n]+\n", err), err
+    return err
+
+
+# ----------------------------------------------------------------------------------------------------
+# What other programs encoded.
+
 def test_encoded_texts_reach_the_teacher_padded_with_zeros():
-    _, here = wan_workplace()
-    texts, alone = (("--prompt-embeds", here / f"{name}.safetensors") for name in ("encoded", "prompt"))
-    code, out, err, calls = wan_sampled("t2v.safetensors", *texts, "--frames", 1, "--steps", 2)
-    assert code == 0 and "guidance leads away" not in out, (out, err)
-    assert len(calls) == 2 and len(calls[0].x) == 2, "two evaluations in one batch: this model has no tracks"
-    expected = F.pad(rand(7, 4096), (0, 0, 0, 505)), F.pad(rand(9, 4096, seed=1).bfloat16().float(), (0, 0, 0, 503))
-    assert calls[0].text.equal(torch.stack(expected))
-    code, out, _, calls = wan_sampled("t2v.safetensors", *alone, "--frames", 1, "--steps", 1)
-    assert code == 0 and "no tensor named negative" in out and calls[0].text[1].count_nonzero() == 0
-    code, out, _, calls = wan_sampled("t2v.safetensors", "--frames", 1, "--steps", 1)
-    assert code == 0 and "no text at all" in out and calls[0].text is None and len(calls[0].x) == 1
-    code, _, _, calls = wan_sampled("self_forcing.pt", *alone, "--frames", 13)
-    assert code == 0 and [round(call.sigma[0, -1].item(), 3) for call in calls][:5] == [1, 0.938, 0.833, 0.625, 0]
-    assert calls[0].text.equal(expected[0][None]) and calls[0].x[:, :, :1].equal(calls[4].x[:, :, :1])
+    texts = ["--prompt-embeds", here() / "encoded.safetensors"]
+    out, calls = sampled("t2v.safetensors", texts + ["--frames", 1, "--steps", 2])
+    assert "guidance leads away" not in out
+    assert len(calls) == 2
+    assert len(calls[0].x) == 2, "two evaluations in one batch: this model has no tracks"
+    assert calls[0].text.equal(torch.stack([prompt_rows(), negative_rows()]))
 
 
-def test_encoded_texts_and_images_of_the_wrong_shape_are_refused():
-    c = replace(STUB, clip_dim=32, causal=True)
-    with folder() as here:
-        sources = encoders.Sources(prompt_embeds=here / "rows")
-        good = {"prompt": rand(512, 4096), "clip": rand(257, 32)}
-        for wrong in ({"prompt": rand(513, 4096)}, {"prompt": rand(5, 4095)}, {"prompt": rand(1, 5, 4096)},
-                      {"prompt": rand(0, 4096)}, {"prompt": rand(5, 4096) / 0}, {"prompt": rand(4096)},
-                      {"prompt": torch.ones(5, 4096, dtype=torch.int64)}, {"negative": rand(5, 4095)},
-                      {"clip": rand(256, 32)}, {"clip": rand(257, 31)}, {"clip": rand(257, 32) / 0}):
-            save_file(good | wrong, here / "rows")
-            assert_error(UserError, f"{here / 'rows'}: {[*wrong][0]} ", encoders.encode, sources, c, None, "cpu")
-        for tensors in {"a": rand(5, 4096), "b": rand(5, 4096)}, {}:
-            save_file(tensors, here / "rows")
-            assert_error(UserError, "no prompt", encoders.encode, sources, c, None, "cpu")
-        save_file(good, here / "rows")
-        text, null, clip = encoders.encode(sources, replace(c, text_len=513), None, "cpu")
-        assert text.equal(F.pad(good["prompt"], (0, 0, 0, 1))[None]) and null is None and clip.equal(good["clip"][None])
+def test_without_a_negative_text_guidance_leads_away_from_zeros():
+    texts = ["--prompt-embeds", here() / "prompt.safetensors"]
+    out, calls = sampled("t2v.safetensors", texts + ["--frames", 1, "--steps", 1])
+    assert "no tensor named negative" in out
+    assert calls[0].text[1].count_nonzero() == 0
+
+
+def test_without_any_text_there_is_no_guidance():
+    out, calls = sampled("t2v.safetensors", ["--frames", 1, "--steps", 1])
+    assert "no text at all" in out
+    assert calls[0].text is None
+    assert len(calls[0].x) == 1
+
+
+def test_an_encoded_text_reaches_the_student_in_every_step():
+    texts = ["--prompt-embeds", here() / "prompt.safetensors"]
+    _, calls = sampled("self_forcing.pt", texts + ["--frames", 13])
+    sigmas = [round(call.sigma[0, -1].item(), 3) for call in calls]
+    assert sigmas[:5] == [1, 0.938, 0.833, 0.625, 0]
+    for call in calls:
+        assert call.text.equal(prompt_rows()[None])
+    assert calls[0].x[:, :, :1].equal(calls[4].x[:, :, :1]), "the image's latent stays"
 
 
 def test_the_encoded_image_reaches_the_image_branch():
-    _, here = wan_workplace()
-    flags = "--prompt-embeds", here / "encoded.safetensors"
-    tracks = "--tracks", workplace()[1] / "tracks.npy"
-    code, out, err, (call,) = wan_sampled("clip.safetensors", *flags, *tracks, "--frames", 3, "--steps", 1)
-    assert code == 0 and "drawn as a control video" in out, (out, err)
-    assert call.clip.equal(rand(257, 32).expand(2, -1, -1)) and call.tracks.count_nonzero()
-    assert call.image.shape == call.tracks.shape == (2, 16, 3, 4, 6)
-    code, _, err, calls = wan_sampled("clip.safetensors", *flags, "--sampler", "stream", "--frames", 3)
-    assert code == 0 and calls[0].clip.equal(rand(257, 32)[None]), err
-    code, _, err, _ = wan_sampled("clip.safetensors", "--prompt-embeds", here / "prompt.safetensors")
-    assert code == 2 and "give --image-encoder" in err, err
+    texts = ["--prompt-embeds", here() / "encoded.safetensors"]
+    out, calls = sampled("clip.safetensors", texts + tracks() + ["--frames", 3, "--steps", 1])
+    assert "drawn as a control video" in out
+    assert len(calls) == 1
+    call = calls[0]
+    assert call.clip.equal(clip_rows().expand(2, -1, -1))
+    assert call.tracks.count_nonzero()
+    assert call.tracks.shape == (2, 16, 3, 4, 6)
+    assert call.image.shape == call.tracks.shape
+    _, calls = sampled("clip.safetensors", texts + ["--sampler", "stream", "--frames", 3])
+    assert calls[0].clip.equal(clip_rows()[None])
+
+
+def wrong_rows():
+    """(Which of the rows, what they may not be)."""
+    return [
+        ("prompt", rand(513, 4096)),
+        ("prompt", rand(5, 4095)),
+        ("prompt", rand(1, 5, 4096)),
+        ("prompt", rand(0, 4096)),
+        ("prompt", rand(5, 4096) / 0),
+        ("prompt", rand(4096)),
+        ("prompt", torch.ones(5, 4096, dtype=torch.int64)),
+        ("negative", rand(5, 4095)),
+        ("clip", rand(256, 32)),
+        ("clip", rand(257, 31)),
+        ("clip", rand(257, 32) / 0),
+    ]
+
+
+def test_encoded_texts_and_images_of_the_wrong_shape_are_refused():
+    config = replace(STUB, clip_dim=32, causal=True)
+    good = {"prompt": rand(512, 4096), "clip": clip_rows()}
+    with folder() as at:
+        path = at / "rows"
+        sources = encoders.Sources(prompt_embeds=path)
+        for name, wrong in wrong_rows():
+            save_file(good | {name: wrong}, path)
+            assert_error(UserError, f"{path}: {name} ", encoders.encode, sources, config, None, "cpu")
+        for tensors in {"a": rand(5, 4096), "b": rand(5, 4096)}, {}:
+            save_file(tensors, path)
+            assert_error(UserError, "no prompt", encoders.encode, sources, config, None, "cpu")
+        save_file(good, path)
+        longer = replace(config, text_len=513)
+        text, null_text, clip = encoders.encode(sources, longer, None, "cpu")
+    assert text.equal(F.pad(good["prompt"], (0, 0, 0, 1))[None])
+    assert null_text is None
+    assert clip.equal(clip_rows()[None])
+
+
+# ----------------------------------------------------------------------------------------------------
+# The encoders.
+
+# Texts, and the tokens that they are, the end of the sentence included.
+TEXTS = {
+    " a  small red\ncat &amp;amp; dog ": [3, 4, 5, 6, 7, 8, 1],
+    "": [1],
+    "red " * 600: [5] * 511 + [1],                      # the end of the sentence is kept
+    "a\xa0red\u2028cat": [3, 5, 6, 1],
+    "<unk> &amp;amp; dog": [2, 7, 8, 1],                # ftfy leaves what looks like HTML
+}
 
 
 @with_transformers
 @torch.no_grad()
 def test_prompts_are_encoded_as_wan_does_it():
-    texts = (" a  small red\ncat &amp;amp; dog ", "", "red " * 600, "a\xa0red\u2028cat",
-             "<unk> &amp;amp; dog")                                                  # ftfy leaves what looks like HTML
-    ids = [[3, 4, 5, 6, 7, 8, 1], [1], [5] * 511 + [1], [3, 5, 6, 1], [2, 7, 8, 1]]  # the end of the sentence is kept
-    with folder() as here:
-        umt5, _ = small_encoders(here)
-        for text, row in zip(map(encoders.text_encoder(here, "cpu"), texts), ids):
-            padded = torch.tensor([row + [0] * (512 - len(row))])                    # Wan pads, and masks
-            hidden = umt5(padded, (torch.arange(512) < len(row)).long()[None]).last_hidden_state
-            assert text.shape == (len(row), 64) and text.dtype == torch.bfloat16
-            assert_near(text.float(), hidden[0, :len(row)].float(), 2e-2)
-        tensors = load_file(here / "text_encoder/model.safetensors")
-        save_file(tensors | {"shared.weight": 0 * tensors["shared.weight"]}, here / "text_encoder/model.safetensors",
-                  {"format": "pt"})
-        assert_error(UserError, "pip install -U transformers", encoders.text_encoder, here, "cpu")
+    with folder() as at:
+        umt5, _ = small_encoders(at)
+        encode = encoders.text_encoder(at, "cpu")
+        for text, tokens in TEXTS.items():
+            length = len(tokens)
+            ids = torch.zeros(1, 512).long()                            # Wan pads, and masks
+            ids[0, :length] = torch.tensor(tokens)
+            mask = (torch.arange(512) < length).long()[None]
+            expected = umt5(ids, mask).last_hidden_state[0, :length]
+            rows = encode(text)
+            assert rows.shape == (length, 64)
+            assert rows.dtype == torch.bfloat16
+            assert_near(rows.float(), expected.float(), 2e-2)
+
+
+def test_the_negative_prompt_is_wans():
+    assert len(encoders.NEGATIVE_PROMPT.split("，")) == 28
+    assert encoders.NEGATIVE_PROMPT.endswith("倒着走")
+
+
+@with_transformers
+def test_damaged_and_missing_encoders_are_refused():
+    with folder() as at, quiet():
+        small_encoders(at)
+        weights = at / "text_encoder/model.safetensors"
+        tensors = load_file(weights)
+        tensors["shared.weight"].zero_()
+        save_file(tensors, weights, {"format": "pt"})
+        assert_error(UserError, "pip install -U transformers", encoders.text_encoder, at, "cpu")
         for part in "text_encoder", "tokenizer":
-            for file in (here / part).iterdir():
-                file.unlink()
-            with quiet():
-                assert_error(UserError, f"{here / part}: no whole", encoders.text_encoder, here, "cpu")
-    assert len(encoders.NEGATIVE_PROMPT.split("，")) == 28 and encoders.NEGATIVE_PROMPT.endswith("倒着走")
+            shutil.rmtree(at / part)
+            (at / part).mkdir()
+            assert_error(UserError, f"{at / part}: no whole", encoders.text_encoder, at, "cpu")
 
 
 @with_transformers
 @torch.no_grad()
 def test_the_image_is_encoded_as_wan_does_it():
-    with folder() as here:
-        _, clip = small_encoders(here)
-        image = rand(1, 3, 32, 48).clamp(-1, 1)
-        resized = F.interpolate(image, (224, 224), mode="bicubic", align_corners=False) / 2 + 0.5
-        mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
-        std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
-        layers = clip(pixel_values=(resized - mean) / std, output_hidden_states=True).hidden_states
-        assert_near(encoders.image_encoder(here, "cpu")(image), layers[-2][0], 1e-5)
+    image = rand(1, 3, 32, 48).clamp(-1, 1)
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
+    resized = F.interpolate(image, (224, 224), mode="bicubic", align_corners=False)
+    pixels = (resized / 2 + 0.5 - mean) / std
+    with folder() as at:
+        _, clip = small_encoders(at)
+        layers = clip(pixel_values=pixels, output_hidden_states=True).hidden_states
+        assert_near(encoders.image_encoder(at, "cpu")(image), layers[-2][0], 1e-5)
 
 
 def test_what_an_encoder_returned_is_kept_by_its_words_and_its_files():
@@ -115,85 +222,138 @@ def test_what_an_encoder_returned_is_kept_by_its_words_and_its_files():
 
     def encoder(folder, device):
         calls.append(folder)
-        return lambda what: torch.full((2, 3), float(len(calls)))
+        number = float(len(calls))                      # every time other rows
+        return lambda what: torch.full((2, 3), number)
 
-    with folder() as here, unittest.mock.patch.object(encoders, "CACHE", here / "sub/kept"):
-        (here / "encoder").mkdir()
-        (here / "encoder/model.safetensors").write_bytes(b"1")
-        one, other = rand(1, 3, 400, 600), rand(1, 3, 400, 600)
-        other[0, 1, 200, 300] += 1                                      # far inside: repr leaves that out
-        for what, expected in (("a", 1), ("bb", 2), ("a", 1), (one, 3), (other, 4), (one, 3)):
-            assert encoders.kept_rows(encoder, here / "encoder", "cpu", {"x": what})["x"].eq(expected).all(), what
-        assert encoders.kept_rows(encoder, here / "encoder", "cpu", {"y": "a"})["y"].eq(5).all()
-        model = here / "encoder/model.safetensors"
-        for change, expected in (lambda: os.utime(model, (1, 1)), 6), (lambda: model.write_bytes(b"22"), 7):
-            change()
-            os.utime(model, (1, 1))
-            assert encoders.kept_rows(encoder, here / "encoder", "cpu", {"x": "a"})["x"].eq(expected).all()
-        assert not list((here / "sub/kept").glob(".*")) and len(list((here / "sub/kept").iterdir())) == 7
+    def number_of(what, name="x"):
+        rows = encoders.kept_rows(encoder, at / "encoder", "cpu", {name: what})[name]
+        return rows.unique().item()
+
+    one = rand(1, 3, 400, 600)
+    other = one.clone()
+    other[0, 1, 200, 300] += 1                          # far inside: repr leaves that out
+    with folder() as at, unittest.mock.patch.object(encoders, "CACHE", at / "sub/kept"):
+        model = at / "encoder/model.safetensors"
+        model.parent.mkdir()
+        model.write_bytes(b"1")
+        assert number_of("a") == 1
+        assert number_of("bb") == 2
+        assert number_of("a") == 1
+        assert number_of(one) == 3
+        assert number_of(other) == 4
+        assert number_of(one) == 3
+        assert number_of("a", name="y") == 5
+        os.utime(model, (1, 1))
+        assert number_of("a") == 6, "the encoder is of another age"
+        model.write_bytes(b"22")
+        os.utime(model, (1, 1))
+        assert number_of("a") == 7, "the encoder is of another size"
+        kept = [path.name for path in (at / "sub/kept").iterdir()]
+    assert len(kept) == 7
+    assert not any(name.startswith(".") for name in kept), "half a file"
+
+
+# ----------------------------------------------------------------------------------------------------
+# The encoders in sample.py.
+
+@with_transformers
+def test_a_prompt_and_an_image_are_encoded_for_the_weights():
+    with folder() as at, folder() as cache, unittest.mock.patch.object(encoders, "CACHE", cache):
+        small_encoders(at, width=4096)
+        flags = ["--prompt", "a red cat", "--frames", 3, "--steps", 1]
+        from_folder = flags + ["--text-encoder", at]
+        out, calls = sampled("clip.safetensors", from_folder + tracks())
+        assert "drawn as a control video" in out
+        call = calls[0]
+        encode = encoders.text_encoder(at, "cpu")
+        assert call.text[0].equal(padded(encode("a red cat")))
+        assert call.text[1].equal(padded(encode(encoders.NEGATIVE_PROMPT)))
+        assert call.clip.shape == (2, 257, 32)
+        assert call.clip.count_nonzero()
+        assert call.tracks.count_nonzero()
+        _, calls = sampled("clip.safetensors", from_folder + ["--negative-prompt", "dog"])
+        assert not calls[0].text[1].equal(call.text[1])
+        (at / "transformer").mkdir()                                    # a repository with all of it
+        shutil.copy(here() / "clip.safetensors", at / "transformer")
+        _, calls = sampled(at, flags)
+        assert calls[0].text.equal(call.text)
+        assert calls[0].clip.equal(call.clip)
+        shutil.move(at / "image_encoder", at / "elsewhere")
+        said = refused("clip.safetensors", from_folder)
+        assert "image_encoder: no whole CLIPVisionModel" in said
 
 
 @with_transformers
-def test_a_prompt_and_an_image_reach_weights_with_both_encoders_which_are_gone_by_then():
-    _, here = wan_workplace()
-    there, loaded, load = [], [], encoders.pretrained
+def test_encoders_are_loaded_once_and_are_gone_when_the_model_loads():
+    loaded = []                                         # weak references to encoders and tokenizers
+    alive = []                                          # which of them there were when the model was loaded
+    load_encoder = encoders.pretrained
+    load_model = MotionStream.from_pretrained
 
-    def loading(*args, **options):
-        loaded.append(weakref.ref(encoder := load(*args, **options)))
+    def pretrained(name, path, **options):
+        encoder = load_encoder(name, path, **options)
+        loaded.append(weakref.ref(encoder))
         return encoder
 
-    def from_pretrained(*args, **options):
-        there.extend(ref() for ref in loaded)
-        return MotionStream.from_pretrained(*args, **options)
+    def from_pretrained(path, **options):
+        alive.extend(reference() for reference in loaded)
+        return load_model(path, **options)
 
-    with folder() as at, folder() as cache, unittest.mock.patch.object(encoders, "CACHE", cache), \
-            unittest.mock.patch.object(encoders, "pretrained", loading), \
-            unittest.mock.patch.object(sample, "MotionStream", SimpleNamespace(from_pretrained=from_pretrained)):
+    stub = SimpleNamespace(from_pretrained=from_pretrained)
+    with (folder() as at, folder() as cache,
+          unittest.mock.patch.multiple(encoders, CACHE=cache, pretrained=pretrained),
+          unittest.mock.patch.object(sample, "MotionStream", stub)):
         small_encoders(at, width=4096)
-        flags = "--prompt", "a red cat", "--text-encoder", at, "--frames", 3, "--steps", 1
-        code, out, err, (call,) = wan_sampled("clip.safetensors", *flags, "--tracks", workplace()[1] / "tracks.npy")
-        assert code == 0 and "drawn as a control video" in out, (out, err)
-        assert len(loaded) == 3 and there == [None] * 3, "an encoder is in memory beside the DiT"
-        words = map(encoders.text_encoder(at, "cpu"), ("a red cat", encoders.NEGATIVE_PROMPT))
-        for row, word in zip(call.text, words):
-            assert row.shape == (512, 4096) and row[len(word):].count_nonzero() == 0
-            assert row[:len(word)].equal(word.float())
-        assert call.clip.shape == (2, 257, 32) and call.clip.count_nonzero() and call.tracks.count_nonzero()
+        flags = ["--prompt", "a red cat", "--text-encoder", at, "--frames", 3, "--steps", 1]
+        _, teachers = sampled("clip.safetensors", flags)
+        assert len(loaded) == 3                                         # a tokenizer and two encoders
+        assert alive == [None] * 3, "an encoder is in memory beside the DiT"
         loaded.clear()
-        code, _, err, calls = wan_sampled("clip.safetensors", *flags, "--sampler", "stream")
-        assert code == 0 and not loaded and len(calls[0].text) == 1, "encoded twice"
-        assert calls[0].text[0].equal(call.text[0]) and calls[0].clip[0].equal(call.clip[0])
-        code, _, err, (again,) = wan_sampled("clip.safetensors", *flags, "--negative-prompt", "dog")
-        assert code == 0 and len(loaded) == 2 and not again.text[1].equal(call.text[1])
-        (at / "transformer").mkdir()                                    # a repository with all of it
-        shutil.copy(here / "clip.safetensors", at / "transformer")
-        code, _, err, (again,) = wan_sampled(at, "--prompt", "a red cat", "--frames", 3, "--steps", 1)
-        assert code == 0 and again.text.equal(call.text) and again.clip.equal(call.clip), err
-        shutil.move(at / "image_encoder", at / "elsewhere")
-        code, _, err, _ = wan_sampled("clip.safetensors", *flags)
-        assert code == 2 and "image_encoder: no whole CLIPVisionModel" in err and err.count("\n") == 1, err
+        _, students = sampled("clip.safetensors", flags + ["--sampler", "stream"])
+        assert not loaded, "encoded twice"
+        assert len(students[0].text) == 1
+        assert students[0].text[0].equal(teachers[0].text[0])
+        assert students[0].clip[0].equal(teachers[0].clip[0])
+        sampled("clip.safetensors", flags + ["--negative-prompt", "dog"])
+        assert len(loaded) == 2, "the image was encoded twice"
+
+
+def missing_encoder():
+    """What is said of --text-encoder where there is none."""
+    if importlib.util.find_spec("ftfy"):
+        return "none/tokenizer: no whole AutoTokenizer"
+    return "No module named 'ftfy'; pip install transformers ftfy"
+
+
+def lacking():
+    """(Weights, flags, what is said of them)."""
+    encoder = ["--text-encoder", here() / "none"]
+    embeds = ["--prompt-embeds", here() / "prompt.safetensors"]
+    prompt = ["--prompt", "a cat"]
+    t2v = "t2v.safetensors"
+    return [
+        (t2v, prompt, "--text-encoder"),
+        (t2v, prompt + encoder + embeds, "drop --prompt or --prompt-embeds"),
+        (t2v, prompt + encoder, missing_encoder()),
+        (t2v, ["--image-encoder", here()], "no image branch"),
+        (t2v, ["--guidance", "2,0"], "there is no text"),
+        (t2v, tracks(), "drop --tracks"),
+        (t2v, ["--prompt-embeds", here() / t2v], "and no prompt"),
+        (t2v, ["--prompt-embeds", here() / "none.safetensors"], "none.safetensors"),
+        (t2v, ["--vae", workplace()[1] / "vae.safetensors"], "is this its VAE"),
+        (t2v, ["--frames", 90, "--sampler", "stream"], "--memory"),
+        ("clip.safetensors", [], "--image-encoder"),
+        ("clip.safetensors", embeds, "give --image-encoder"),
+        ("self_forcing.pt", ["--negative-prompt", "red"], "--negative-prompt belongs to --sampler teacher"),
+        ("headless.safetensors", encoder, "reads words"),
+        ("headless.safetensors", embeds, "reads words"),
+    ]
 
 
 def test_what_public_weights_lack_is_said_before_they_load():
-    _, here = wan_workplace()
-    tracks = "--tracks", workplace()[1] / "tracks.npy"
-    embeds, encoder = ("--prompt-embeds", here / "prompt.safetensors"), ("--text-encoder", here / "none")
-    cases = {("t2v", "--prompt", "a cat"): "--text-encoder", ("clip",): "--image-encoder",
-             ("t2v", "--prompt", "a", *encoder, *embeds): "drop --prompt or --prompt-embeds",
-             ("t2v", "--prompt", "a", *encoder): ("none/tokenizer: no whole AutoTokenizer" if importlib.util.find_spec(
-                 "ftfy") else "No module named 'ftfy'; pip install transformers ftfy"),
-             ("t2v", "--image-encoder", here): "no image branch",
-             ("self_forcing", "--negative-prompt", "red"): "--negative-prompt belongs to --sampler teacher",
-             ("headless", *encoder): "reads words", ("t2v", "--guidance", "2,0"): "there is no text",
-             ("t2v", *tracks): "drop --tracks",
-             ("t2v", "--prompt-embeds", here / "t2v.safetensors"): "and no prompt",
-             ("t2v", "--prompt-embeds", here / "none.safetensors"): "none.safetensors",
-             ("t2v", "--vae", workplace()[1] / "vae.safetensors"): "is this its VAE",
-             ("t2v", "--frames", 90, "--sampler", "stream"): "--memory",
-             ("headless", *embeds): "reads words"}
     refuse = unittest.mock.Mock(side_effect=AssertionError("the model was loaded"))
     with unittest.mock.patch.object(MotionStream, "from_pretrained", refuse):
-        for (weights, *flags), cure in cases.items():
-            code, _, err, _ = wan_sampled(f"{weights}.{'pt' if weights == 'self_forcing' else 'safetensors'}", *flags)
-            assert code == 2 and re.fullmatch(r"error: [^\n]+\n", err) and cure in err, (weights, flags, err)
-    assert not list(here.glob("*out*")), "something was written"
+        for weights, flags, cure in lacking():
+            said = refused(weights, flags)
+            assert cure in said, said
+    assert not list(here().glob("*out*")), "something was written"
