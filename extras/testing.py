@@ -17,7 +17,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait awake slow each other down on shared cores
+# Threads that wait awake slow each other down on shared cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import imageio.v2 as imageio
 import numpy as np
@@ -33,11 +34,19 @@ from vae import TinyVAE, TinyVAEConfig, WanVAEConfig
 HERE = Path(__file__).resolve().parents[1]
 
 # Head dimension 20: RoPE splits it 8 / 6 / 6, unequal as in Wan's 44 / 42 / 42.
-SMALL = replace(PRESETS["tiny"], dim=40, ffn_dim=80, num_heads=2, num_layers=2, in_dim=12, out_dim=4, track_dim=8,
-                text_dim=12, text_len=5, size=(32, 48), causal=True, track_id_mode="start", guidance=(1.0, 1.5))
-SMALL_VAE = TinyVAEConfig(latent_channels=4, patch=4, pad="front", stem=8, encoder=((12, 1, 4, 2),),
-                          decoder=((12, 2, 4, 2), (8, 1, 1, 1)), tail=8)
-TAEW21, TAEW22 = TinyVAEConfig(), TinyVAEConfig(latent_channels=48, patch=2)
+SMALL = replace(
+    PRESETS["tiny"], dim=40, ffn_dim=80, num_heads=2, num_layers=2, in_dim=12, out_dim=4, track_dim=8,
+    text_dim=12, text_len=5, size=(32, 48), causal=True, track_id_mode="start", guidance=(1.0, 1.5))
+SMALL_VAE = TinyVAEConfig(
+    latent_channels=4,
+    patch=4,
+    pad="front",
+    stem=8,
+    encoder=((12, 1, 4, 2),),
+    decoder=((12, 2, 4, 2), (8, 1, 1, 1)),
+    tail=8)
+TAEW21 = TinyVAEConfig()
+TAEW22 = TinyVAEConfig(latent_channels=48, patch=2)
 
 
 def slow(test):
@@ -62,9 +71,12 @@ def randomised(module, seed=0):
     """Every parameter at random, in eval mode."""
     rng = seeded(seed)
     for name, p in module.named_parameters():
-        matrix = p.ndim > 1 and "modulation" not in name
-        p.data = torch.randn(p.shape, generator=rng) * (p[0].numel() ** -0.5 if matrix else 0.3)
-        p.data += "norm" in name and name.endswith("weight")
+        scale = 0.3
+        if p.ndim > 1 and "modulation" not in name:             # a matrix
+            scale = p[0].numel() ** -0.5
+        p.data = scale * torch.randn(p.shape, generator=rng)
+        if "norm" in name and name.endswith("weight"):
+            p.data += 1
     return module.eval().requires_grad_(False)
 
 
@@ -87,15 +99,19 @@ def small_scenes():
 
 def clip_of(frames, c=SMALL, seed=1):
     """Noise, conditions and first latent of two clips."""
-    h, w = (side // c.stride for side in c.size)
-    text, tracks = rand(2, 3, c.text_dim, seed=seed), rand(2, c.track_dim, frames, h, w, seed=seed + 1)
-    noise, first = rand(2, c.out_dim, frames, h, w, seed=seed + 2), rand(2, c.out_dim, 1, h, w, seed=seed + 3)
+    height, width = c.size
+    h = height // c.stride
+    w = width // c.stride
+    text = rand(2, 3, c.text_dim, seed=seed)
+    tracks = rand(2, c.track_dim, frames, h, w, seed=seed + 1)
+    noise = rand(2, c.out_dim, frames, h, w, seed=seed + 2)
+    first = rand(2, c.out_dim, 1, h, w, seed=seed + 3)
     return noise, {"text": text, "tracks": tracks}, first
 
 
 def assert_near(a, b, tolerance):
     assert a.shape == b.shape, f"{tuple(a.shape)} is not {tuple(b.shape)}"
-    error = ((a - b).abs().max() / b.abs().max()).item()
+    error = (a - b).abs().max() / b.abs().max()
     assert error <= tolerance, f"relative error {error:.1e}, at most {tolerance:.0e}"
 
 
@@ -104,7 +120,8 @@ def assert_error(kind, text, call, *args, **kwargs):
     try:
         call(*args, **kwargs)
     except kind as e:
-        assert text in f"{e}\n" and "\n" not in str(e).strip(), f"no line with {text!r}: {e}"
+        said = f"{e}\n"
+        assert text in said and "\n" not in said.strip(), f"no line with {text!r}: {e}"
     else:
         raise AssertionError(f"nothing was raised; expected {kind.__name__} with {text!r}")
 
@@ -118,125 +135,222 @@ def folder():
 @contextlib.contextmanager
 def quiet():
     """Catch what is printed, and put the signal handlers back."""
-    handlers = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
+    interrupt = signal.getsignal(signal.SIGINT)
+    terminate = signal.getsignal(signal.SIGTERM)
+    out = io.StringIO()
+    err = io.StringIO()
     try:
-        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             yield out, err
     finally:
-        for number, handler in handlers:
-            signal.signal(number, handler)
+        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGTERM, terminate)
 
 
 def new_tracks(frames, count, batch=2):
     """Tracks on 48 x 32 pixels, some of which leave the picture, with pauses, and IDs."""
-    tracks = torch.tensor([48, 32]) * (0.5 + 0.4 * rand(batch, frames, count, 2))
+    size = torch.tensor([48, 32])
+    tracks = size * (0.5 + 0.4 * rand(batch, frames, count, 2))
+    visible = rand(batch, frames, count, seed=1) > -0.8
     ids = torch.randint(0, 2 ** 32, (batch, count), generator=seeded())
-    return tracks, rand(batch, frames, count, seed=1) > -0.8, ids
+    return tracks, visible, ids
 
 
 def saved(path, model, change=None, dtype=None, **meta):
     """Write the model's weights; `change` edits the dict of tensors, `meta` the metadata."""
-    tensors = {name: t.to(dtype or t.dtype).contiguous() for name, t in model.state_dict().items()}
+    tensors = {}
+    for name, t in model.state_dict().items():
+        tensors[name] = t.to(dtype or t.dtype).contiguous()
     if change:
         change(tensors)
-    own = (model.metadata() if isinstance(model, TinyVAE) else
-           {"format": "motionstream", "config": json.dumps(asdict(model.config))})
-    save_file(tensors, path, {**own, **meta})
+    if isinstance(model, TinyVAE):
+        own = model.metadata()
+    else:
+        own = {"format": "motionstream", "config": json.dumps(asdict(model.config))}
+    save_file(tensors, path, own | meta)
     return path
 
 
 # Public weights. Small models, but with Wan's heads of 128 channels, whose RoPE splits 44 / 42 / 42.
 WAN = replace(PRESETS["wan2.1-1.3b"], dim=256, ffn_dim=320, num_heads=2, num_layers=2, text_dim=24)
-FAMILIES = {                                    # and what they want of the image: nothing, its latent, a mask before it
-    "Wan 2.1 T2V": (WAN, "nothing"),
-    "Wan 2.1 I2V, Fun-InP": (replace(WAN, in_dim=36, clip_dim=40, clean_first=False), "mask"),
-    "Wan 2.1 Fun-Control": (replace(WAN, in_dim=48, track_dim=16, clip_dim=40, clean_first=False), "latent"),
-    "Wan 2.2 I2V A14B, one expert": (replace(WAN, in_dim=36, clean_first=False), "mask"),
-    "Wan 2.2 Fun-Control A14B, one expert": (replace(WAN, in_dim=52, track_dim=16, clean_first=False), "mask"),
-    "Wan 2.2 TI2V 5B": (replace(WAN, in_dim=48, out_dim=48, stride=16, size=(704, 1280), fps=24), "nothing"),
-    "Wan 2.2 Fun-Control 5B": (replace(WAN, in_dim=148, out_dim=48, track_dim=48, stride=16, size=(704, 1280), fps=24),
-                               "mask"),
+WAN_5B = replace(WAN, in_dim=48, out_dim=48, stride=16, size=(704, 1280), fps=24)
+FAMILIES = {                # and what they want of the image: nothing, its latent, a mask before it
+    "Wan 2.1 T2V":
+        (WAN, "nothing"),
+    "Wan 2.1 I2V, Fun-InP":
+        (replace(WAN, in_dim=36, clip_dim=40, clean_first=False), "mask"),
+    "Wan 2.1 Fun-Control":
+        (replace(WAN, in_dim=48, track_dim=16, clip_dim=40, clean_first=False), "latent"),
+    "Wan 2.2 I2V A14B, one expert":
+        (replace(WAN, in_dim=36, clean_first=False), "mask"),
+    "Wan 2.2 Fun-Control A14B, one expert":
+        (replace(WAN, in_dim=52, track_dim=16, clean_first=False), "mask"),
+    "Wan 2.2 TI2V 5B":
+        (WAN_5B, "nothing"),
+    "Wan 2.2 Fun-Control 5B":
+        (replace(WAN_5B, in_dim=148, track_dim=48), "mask"),
 }
 
 
 @functools.cache
 def public(family="Wan 2.1 T2V"):
     """{name: tensor} of a random model in Wan's layout, of sizes at which float32 agrees to the last digits."""
-    tensors, rng = {}, seeded()
-    for name, t in MotionStream(FAMILIES[family][0]).state_dict().items():
-        if name.startswith("track_head"):
-            continue
-        fan_in = t.shape[-1] if "modulation" in name else t[0].numel()
-        tensors[name] = torch.randn(t.shape, generator=rng) * (fan_in ** -0.5 if t.ndim > 1 else 0.02)
+    config, _ = FAMILIES[family]
+    rng = seeded()
+    tensors = without_head(MotionStream(config))
+    for name, t in tensors.items():
+        scale = 0.02
+        if "modulation" in name:
+            scale = t.shape[-1] ** -0.5
+        elif t.ndim > 1:
+            scale = t[0].numel() ** -0.5
+        tensors[name] = scale * torch.randn(t.shape, generator=rng)
         if t.ndim == 1 and name.endswith("weight"):             # of a norm
             tensors[name] = 1 + 5 * tensors[name]
     return tensors
 
 
+def without_head(model):
+    """The model's tensors by name but for the track head's, as public weights have them."""
+    tensors = {}
+    for name, t in model.state_dict().items():
+        if not name.startswith("track_head"):
+            tensors[name] = t
+    return tensors
+
+
 def in_diffusers_layout(tensors):
     """The same tensors under the names of Diffusers' WanTransformer3DModel."""
-    attention = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k",
-                 "k_img": "add_k_proj", "v_img": "add_v_proj", "norm_k_img": "norm_added_k"}
-    names = {"patch_embedding": "patch_embedding", "head.head": "proj_out", "head.modulation": "scale_shift_table",
-             "time_projection.1": "condition_embedder.time_proj"}
-    for part in "text", "time":
-        for i, n in (0, 1), (2, 2):
-            names[f"{part}_embedding.{i}"] = f"condition_embedder.{part}_embedder.linear_{n}"
-    for i, name in (0, "norm1"), (1, "ff.net.0.proj"), (3, "ff.net.2"), (4, "norm2"):
-        names[f"img_emb.proj.{i}"] = f"condition_embedder.image_embedder.{name}"
-    for i in range(WAN.num_layers):
-        block = {"modulation": "scale_shift_table", "norm3": "norm2", "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2"}
-        for ours, theirs in ("self_attn", "attn1"), ("cross_attn", "attn2"):
-            block |= {f"{ours}.{name}": f"{theirs}.{other}" for name, other in attention.items()}
-        names |= {f"blocks.{i}.{name}": f"blocks.{i}.{other}" for name, other in block.items()}
-    ends = "", ".weight", ".bias"
-    names = {name + end: other + end for name, other in names.items() for end in ends}
-    return {names[name]: t for name, t in tensors.items()}
+    return {diffusers_name(name): t for name, t in tensors.items()}
+
+
+OF_MODEL = {                # the beginnings of Wan's names, of modules, and what Diffusers calls them
+    "patch_embedding": "patch_embedding",
+    "head.head": "proj_out",
+    "head.modulation": "scale_shift_table",
+    "time_projection.1": "condition_embedder.time_proj",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
+    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+    "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
+}
+OF_BLOCK = {
+    "modulation": "scale_shift_table",
+    "norm3": "norm2",
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+}
+ATTENTIONS = {"self_attn": "attn1", "cross_attn": "attn2"}
+OF_ATTENTION = {
+    "q": "to_q",
+    "k": "to_k",
+    "v": "to_v",
+    "o": "to_out.0",
+    "norm_q": "norm_q",
+    "norm_k": "norm_k",
+    "k_img": "add_k_proj",
+    "v_img": "add_v_proj",
+    "norm_k_img": "norm_added_k",
+}
+
+
+def diffusers_name(name):
+    """What Diffusers calls a tensor of Wan's."""
+    module = re.sub(r"\.(weight|bias)$", "", name)
+    end = name[len(module):]
+    in_block = re.fullmatch(r"(blocks\.\d+\.)(.+)", module)
+    if not in_block:
+        return OF_MODEL[module] + end
+    block, part = in_block.groups()
+    if part in OF_BLOCK:
+        return block + OF_BLOCK[part] + end
+    attention, part = part.split(".")
+    return f"{block}{ATTENTIONS[attention]}.{OF_ATTENTION[part]}{end}"
 
 
 def diffusers_config(c):
-    return {"patch_size": [1, 2, 2], "num_attention_heads": c.num_heads, "attention_head_dim": c.dim // c.num_heads,
-            "in_channels": c.in_dim, "out_channels": c.out_dim, "text_dim": c.text_dim, "freq_dim": c.freq_dim,
-            "ffn_dim": c.ffn_dim, "num_layers": c.num_layers, "cross_attn_norm": True, "eps": c.eps,
-            "qk_norm": "rms_norm_across_heads", "image_dim": c.clip_dim or None,
-            "added_kv_proj_dim": c.dim if c.clip_dim else None}
+    config = {
+        "patch_size": [1, 2, 2],
+        "num_attention_heads": c.num_heads,
+        "attention_head_dim": c.dim // c.num_heads,
+        "in_channels": c.in_dim,
+        "out_channels": c.out_dim,
+        "text_dim": c.text_dim,
+        "freq_dim": c.freq_dim,
+        "ffn_dim": c.ffn_dim,
+        "num_layers": c.num_layers,
+        "cross_attn_norm": True,
+        "eps": c.eps,
+        "qk_norm": "rms_norm_across_heads",
+        "image_dim": None,
+        "added_kv_proj_dim": None,
+    }
+    if c.clip_dim:
+        config |= {"image_dim": c.clip_dim, "added_kv_proj_dim": c.dim}
+    return config
+
+
+def wan_config(c):
+    return {
+        "dim": c.dim,
+        "eps": c.eps,
+        "ffn_dim": c.ffn_dim,
+        "freq_dim": c.freq_dim,
+        "in_dim": c.in_dim,
+        "num_heads": c.num_heads,
+        "num_layers": c.num_layers,
+        "out_dim": c.out_dim,
+        "text_len": c.text_len,
+    }
 
 
 def write_layout(here, family, layout):
     """Weights as the public repositories have them; returns the folder to load."""
-    c, tensors = FAMILIES[family][0], public(family)
-    if layout == "Wan":
-        save_file(tensors, here / "diffusion_pytorch_model.safetensors")
-        stored = "dim", "eps", "ffn_dim", "freq_dim", "in_dim", "num_heads", "num_layers", "out_dim", "text_len"
-        (here / "config.json").write_text(json.dumps({name: getattr(c, name) for name in stored}))
-        return here
-    (here / "transformer").mkdir()
-    unused = {f"blocks.{i}.attn2.norm_added_q.weight": torch.zeros(c.dim) for i in range(2)} if c.clip_dim else {}
-    save_file(in_diffusers_layout(tensors) | unused, here / "transformer/diffusion_pytorch_model.safetensors")
-    (here / "transformer/config.json").write_text(json.dumps(diffusers_config(c)))
+    c, _ = FAMILIES[family]
+    tensors = public(family)
+    path = here
+    config = wan_config(c)
+    if layout != "Wan":
+        path = here / "transformer"
+        path.mkdir()
+        config = diffusers_config(c)
+        tensors = in_diffusers_layout(tensors)
+        if c.clip_dim:                                          # what those repositories hold and nothing reads
+            for i in range(c.num_layers):
+                tensors[f"blocks.{i}.attn2.norm_added_q.weight"] = torch.zeros(c.dim)
+    save_file(tensors, path / "diffusion_pytorch_model.safetensors")
+    (path / "config.json").write_text(json.dumps(config))
     return here
 
 
 def same_tensors(model, tensors):
     """Are the model's parameters, but for the track head's, these?"""
-    ours = {name: t for name, t in model.state_dict().items() if not name.startswith("track_head")}
-    return ours.keys() == tensors.keys() and all(t.equal(tensors[name].to(t.dtype)) for name, t in ours.items())
+    ours = without_head(model)
+    if ours.keys() != tensors.keys():
+        return False
+    return all(t.equal(tensors[name].to(t.dtype)) for name, t in ours.items())
 
 
 # The VAE of Wan, small.
-WAN21, WAN22 = WanVAEConfig(16, 8, 8), WanVAEConfig(48, 8, 12, residual=True)
+WAN21 = WanVAEConfig(16, 8, 8)
+WAN22 = WanVAEConfig(48, 8, 12, residual=True)
 
 
 def wan_video(vae, frames, seed=0):
-    return rand(1, 3, frames, 2 * vae.stride, 3 * vae.stride, seed=seed).clamp(-1, 1)
+    video = rand(1, 3, frames, 2 * vae.stride, 3 * vae.stride, seed=seed)
+    return video.clamp(-1, 1)
 
 
 def before_distillation(here):
     """Weights of the stages before it, of a small model for small_scenes."""
     saved(here / "vae.safetensors", new_vae(replace(SMALL_VAE, latent_channels=16)))
-    for name in "teacher", "causal":
-        model = randomised(MotionStream(replace(DRAWN, causal=name == "causal")))
-        saved(here / f"{name}.safetensors", model)
+    saved(here / "teacher.safetensors", randomised(MotionStream(DRAWN)))
+    causal = replace(DRAWN, causal=True)
+    saved(here / "causal.safetensors", randomised(MotionStream(causal)))
 
 
 def same(a, b):
@@ -256,8 +370,8 @@ class Perceptual(nn.Module):
 
 @contextlib.contextmanager
 def having_lpips(module):
-    """`import lpips` gives this in here; None: there is no such package. (patch.dict would forget all modules that are
-    imported inside.)"""
+    """`import lpips` gives this in here; None: there is no such package. (patch.dict would forget all
+    modules that are imported inside.)"""
     before = sys.modules.get("lpips")
     sys.modules["lpips"] = module
     try:
@@ -282,33 +396,46 @@ def with_transformers(test):
 
 
 def small_encoders(here, width=64):
-    """The encoders of a -Diffusers repository in small, with random parameters, as files; returns (UMT5, CLIP)."""
-    import tokenizers
+    """The encoders of a -Diffusers repository in small, with random parameters, as files; returns (UMT5,
+    CLIP)."""
     import transformers
-    words = {word: i for i, word in enumerate("<pad> </s> <unk> a small red cat & dog runs".split())}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<unk>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>",
-                                         unk_token="<unk>").save_pretrained(here / "tokenizer")
-    umt5 = randomised(transformers.UMT5EncoderModel(transformers.UMT5Config(
-        vocab_size=100, d_model=width, d_kv=16, d_ff=160, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu",
-        dropout_rate=0.0))).bfloat16()
-    clip = randomised(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=224,
-        patch_size=14)))
+    small_tokenizer().save_pretrained(here / "tokenizer")
+    config = transformers.UMT5Config(
+        vocab_size=100, d_model=width, d_kv=16, d_ff=160, num_layers=2, num_heads=4,
+        feed_forward_proj="gated-gelu", dropout_rate=0.0)
+    umt5 = randomised(transformers.UMT5EncoderModel(config)).bfloat16()
     umt5.save_pretrained(here / "text_encoder")
+    config = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        image_size=224, patch_size=14)
+    clip = randomised(transformers.CLIPVisionModel(config))
     clip.save_pretrained(here / "image_encoder")
     return umt5, clip
+
+
+def small_tokenizer():
+    """Knows ten words, split at white space."""
+    import tokenizers
+    import transformers
+    words = "<pad> </s> <unk> a small red cat & dog runs".split()
+    numbers = {word: i for i, word in enumerate(words)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(numbers, "<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        "$A </s>", special_tokens=[("</s>", 1)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
 @functools.cache
 def ramp_video(blue, frames):
     """The bytes of a video of 64x48 pixels."""
-    ramp = np.mgrid[:frames, :48, :64].sum(0)[..., None] * [2, 3, 1 + blue] % 256
+    ramp = np.mgrid[:frames, :48, :64].sum(0)[..., None]
+    video = ramp * [2, 3, 1 + blue] % 256                       # (T, 48, 64, 3)
     with folder() as here:
-        imageio.mimwrite(here / "x.mp4", ramp.astype(np.uint8), fps=16, macro_block_size=2)
-        return (here / "x.mp4").read_bytes()
+        path = here / "x.mp4"
+        imageio.mimwrite(path, video.astype(np.uint8), fps=16, macro_block_size=2)
+        return path.read_bytes()
 
 
 def own_clips(here, names=("a", "sub/b", "c"), frames=45):
@@ -319,7 +446,8 @@ def own_clips(here, names=("a", "sub/b", "c"), frames=45):
         Path(f"{path}.mp4").write_bytes(ramp_video(i % 3, frames))
         tracks = rand(frames, 4 + i, 2, seed=i).numpy() * 6 + (32, 20)
         tracks[:, 0] = (10, 1)                                      # is cropped away
-        np.savez(f"{path}.npz", tracks=tracks.astype(np.float32), visibility=rand(frames, 4 + i, seed=i).numpy() > 0)
+        visible = rand(frames, 4 + i, seed=i).numpy() > 0
+        np.savez(f"{path}.npz", tracks=tracks.astype(np.float32), visibility=visible)
         Path(f"{path}.txt").write_text("fading light")
     return here
 
@@ -328,8 +456,9 @@ def own_flags(here, data, *more):
     """Flags of a training of small models on the clips in `data`."""
     start = saved(here / "start.safetensors", new_model(causal=False))
     vae = saved(here / "encoder.safetensors", new_vae())
-    return ["--smoke", "--data", str(data), "--weights", str(start), "--vae", str(vae), "--out",
-            str(here / "runs" / "out"), *more]
+    flags = ["--smoke", "--data", data, "--weights", start, "--vae", vae, "--out", here / "runs/out"]
+    flags.extend(more)
+    return [str(flag) for flag in flags]
 
 
 def sampled(*argv):
@@ -347,35 +476,65 @@ def workplace():
     saved(path / "student.safetensors", new_model(), dtype=torch.float16)
     saved(path / "teacher.safetensors", new_model(causal=False, steps=2), dtype=torch.float16)
     saved(path / "vae.safetensors", new_vae(), dtype=torch.float16)
-    Image.fromarray((rand(40, 48, 3).numpy() * 60 + 128).clip(0, 255).astype(np.uint8)).save(path / "image.png")
+    pixels = rand(40, 48, 3).numpy() * 60 + 128
+    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    image.save(path / "image.png")
     t = np.linspace(0, 1, 14)[:, None]
-    np.save(path / "tracks.npy", np.stack([8 + 30 * t + [0, 3, 6], 20 + 10 * t + [0, 2, 4]], -1).astype(np.float32))
+    x = 8 + 30 * t + [0, 3, 6]
+    y = 20 + 10 * t + [0, 2, 4]
+    tracks = np.stack([x, y], -1)                               # (14, 3, 2)
+    np.save(path / "tracks.npy", tracks.astype(np.float32))
     return here, path
 
 
 def command(*more):
     """The flags of a good call, then more."""
-    good = {"image": "image.png", "tracks": "tracks.npy", "weights": "student.safetensors", "vae": "vae.safetensors",
-            "out": "out.mp4"}
-    return [word for flag, name in good.items() for word in (f"--{flag}", workplace()[1] / name)] + list(more)
+    _, here = workplace()
+    good = {
+        "--image": here / "image.png",
+        "--tracks": here / "tracks.npy",
+        "--weights": here / "student.safetensors",
+        "--vae": here / "vae.safetensors",
+        "--out": here / "out.mp4",
+    }
+    return flat(good) + list(more)
 
 
-STUB = replace(PRESETS["wan2.1-1.3b"], dim=128, ffn_dim=64, num_heads=1, num_layers=1)     # reads text of 4096 channels
-STUB_VAE = TinyVAEConfig(latent_channels=16, patch=2, pad="front", stem=4, encoder=((4, 1, 2, 2), (4, 1, 2, 2)),
-                         decoder=((4, 1, 2, 2), (4, 1, 2, 2)), tail=4)
+def flat(flags):
+    """{flag: value} as the words of a command line."""
+    words = []
+    for flag, value in flags.items():
+        words += [flag, value]
+    return words
+
+
+# Of Wan's kind: reads text of 4096 channels.
+STUB = replace(PRESETS["wan2.1-1.3b"], dim=128, ffn_dim=64, num_heads=1, num_layers=1)
+STUB_VAE = TinyVAEConfig(
+    latent_channels=16,
+    patch=2,
+    pad="front",
+    stem=4,
+    encoder=((4, 1, 2, 2), (4, 1, 2, 2)),
+    decoder=((4, 1, 2, 2), (4, 1, 2, 2)),
+    tail=4)
 
 
 @functools.cache
 def wan_workplace():
-    """A folder as users of Wan have it: weights that do not say how they are sampled, their VAE, what encoders made."""
+    """A folder as users of Wan have it: weights that do not say how they are sampled, their VAE, what
+    encoders made."""
     here = tempfile.TemporaryDirectory()
     path = Path(here.name)
 
     def weights(name, **fields):
         model = randomised(MotionStream(replace(STUB, **fields)))
-        tensors = {name: t for name, t in model.state_dict().items() if not name.startswith("track_head")}
+        tensors = without_head(model)
         save_file(tensors, path / f"{name}.safetensors")
         return {f"model.{name}": t for name, t in tensors.items()}
+
+    def no_head(tensors):
+        tensors["track_head.conv.weight"].zero_()
 
     torch.save({"generator_ema": weights("t2v")}, path / "self_forcing.pt")
     weights("i2v", in_dim=36)
@@ -383,9 +542,10 @@ def wan_workplace():
     weights("clip", in_dim=48, track_dim=16, clip_dim=32)
     headed = replace(STUB, in_dim=48, track_dim=16, size=(32, 48), clean_first=False)
     saved(path / "headed.safetensors", randomised(MotionStream(headed)))
-    saved(path / "headless.safetensors", new_model(causal=False), lambda t: t["track_head.conv.weight"].zero_())
+    saved(path / "headless.safetensors", new_model(causal=False), no_head)
     saved(path / "vae.safetensors", new_vae(STUB_VAE))
-    rows = {"prompt": rand(7, 4096), "negative": rand(9, 4096, seed=1).bfloat16(), "clip": rand(257, 32)}
+    negative = rand(9, 4096, seed=1).bfloat16()
+    rows = {"prompt": rand(7, 4096), "negative": negative, "clip": rand(257, 32)}
     save_file({"any": rows["prompt"]}, path / "prompt.safetensors")
     save_file(rows, path / "encoded.safetensors")
     return here, path
@@ -393,23 +553,27 @@ def wan_workplace():
 
 def settled(weights, *more, frames=81):
     """The Job that sample.py makes of the flags and the weights."""
-    flags = sample.parse_flags(["--image", "x.png", "--frames", str(frames), *map(str, more)])
+    image = ["--image", "x.png"]
+    words = image + ["--frames", frames] + list(more)
+    flags = sample.parse_flags([str(word) for word in words])
     weights = sample.inspect(wan_workplace()[1] / weights)
-    job = sample.resolve(flags, weights, sample.given_tracks(sample.parse_flags(["--image", "x.png"]), (48, 40)))
+    no_tracks = sample.given_tracks(sample.parse_flags(image), (48, 40))
+    job = sample.resolve(flags, weights, no_tracks)
     sample.refuse(job, flags, weights)
     return job
 
 
 @contextlib.contextmanager
 def small_pictures():
-    """Public weights make pictures of 48x32 pixels in here; encoders keep what they return in a folder of its own."""
+    """Public weights make pictures of 48x32 pixels in here."""
     inspect = sample.inspect
 
     def smaller(path):
         weights = inspect(path)
         if weights.own:
             return weights
-        return replace(weights, config=replace(weights.config, size=(32, 48)))
+        config = replace(weights.config, size=(32, 48))
+        return replace(weights, config=config)
 
     with unittest.mock.patch.object(sample, "inspect", smaller):
         yield
@@ -418,22 +582,29 @@ def small_pictures():
 def wan_sampled(weights, *more):
     """Exit code, stdout and stderr of sample.py with public weights, and what the DiT was called with each time."""
     _, here = wan_workplace()
-    calls, forward = [], MotionStream.forward
+    calls = []
+    forward = MotionStream.forward
 
     def record(model, x, sigma, text, **given):
         calls.append(SimpleNamespace(x=x, sigma=sigma, text=text, **given))
         return forward(model, x, sigma, text, **given)
 
-    flags = {"image": workplace()[1] / "image.png", "weights": here / weights, "vae": here / "vae.safetensors",
-             "out": here / "out.mp4"}
+    flags = {
+        "--image": workplace()[1] / "image.png",
+        "--weights": here / weights,
+        "--vae": here / "vae.safetensors",
+        "--out": here / "out.mp4",
+    }
     (here / "out.mp4").unlink(missing_ok=True)
+    words = flat(flags) + list(more)
     with small_pictures(), unittest.mock.patch.object(MotionStream, "forward", record):
-        result = sampled(*(word for flag, value in flags.items() for word in (f"--{flag}", value)), *more)
-    return *result, calls
+        code, out, err = sampled(*words)
+    return code, out, err, calls
 
 
 def recipe(page, word):
     """The block of Python in a page of docs that has the word in it."""
-    block, = (code for code in re.findall(r"```python\n(.*?)```", (HERE / "docs" / page).read_text(), re.S)
-              if word in code)
+    text = (HERE / "docs" / page).read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    block, = [code for code in blocks if word in code]
     return block
