@@ -99,9 +99,10 @@ class Config:
     eps: float = 1e-6
     # what it reads
     text_encoder: str = "umt5"          # or "words": the tiny model's own vectors
-    track_id_mode: str = "random"       # "random", "start" or "copy": a track's ID, see track_ids
+    track_id_mode: str = "random"       # "random" or "start": a track's ID, see track_ids
     clean_first: bool = True            # latent frame 0 is the image, at sigma 0: see with_first
-    latent_std: tuple = ()              # of each channel of the latents; given: see linear_part
+    copies: bool = False                # also the first frame copied along the tracks: CopyingMotionStream
+    latent_std: tuple = ()              # of each channel of the latents, for the same
     # sampling
     causal: bool = False        # True: a student that streams; False: a bidirectional teacher
     shift: float = 5.0
@@ -130,8 +131,8 @@ class Config:
 
     @property
     def image_dim(self):
-        """Input channels for the image, see image_channels and image_and_mask."""
-        return self.in_dim - self.out_dim - self.track_dim
+        """Input channels for the image, see image_inputs."""
+        return self.in_dim - self.out_dim - self.track_dim - self.copy_dim
 
     @property
     def has_mask(self):
@@ -140,13 +141,11 @@ class Config:
 
     @property
     def copy_dim(self):
-        """Of the track_dim channels, those that copy_along_tracks fills; the track head fills the others."""
-        if self.track_id_mode != "copy":
+        """Input channels for copies: latents, and two channels of nearness, see copy_along_tracks."""
+        if not self.copies:
             return 0
-        return self.out_dim + len(NEAR)
+        return self.out_dim + 2
 
-
-NEAR = (8, 32)      # pixels over which the nearness of a track, given beside copied latents, falls to 1 / e
 
 PRESETS = {
     "wan2.1-1.3b": Config(),
@@ -156,8 +155,8 @@ PRESETS = {
     "wan2.2-5b": Config(dim=3072, ffn_dim=14336, num_heads=24, in_dim=48, out_dim=48, stride=16,
                         size=(704, 1280), fps=24),
     "tiny": Config(dim=192, ffn_dim=576, num_heads=3, num_layers=5,
-                   in_dim=96 + 130 + 96, out_dim=96, track_dim=32 + 98,
-                   text_dim=64, text_len=8, text_encoder="words", track_id_mode="copy",
+                   in_dim=96 + 32 + 98 + 96, out_dim=96, track_dim=32, copies=True,
+                   text_dim=64, text_len=8, text_encoder="words",
                    steps=15, guidance=(1.5, 0.0), size=(128, 128), prompt="steady light, steady shapes"),
 }
 
@@ -362,26 +361,19 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Tokens (B, F, h w / 4, D) to patches of the velocity, (B, F, h w / 4, 4 out_dim)."""
+    """Tokens (B, F, h w / 4, D) to patches of the output, (B, F, h w / 4, 4 channels)."""
 
-    def __init__(self, c):
+    def __init__(self, c, channels):
         super().__init__()
-        patch = math.prod(c.patch_size)
         self.norm = nn.LayerNorm(c.dim, c.eps, elementwise_affine=False)
-        self.head = nn.Linear(c.dim, patch * c.out_dim)
+        self.head = nn.Linear(c.dim, math.prod(c.patch_size) * channels)
         self.modulation = nn.Parameter(torch.empty(1, 2, c.dim))
-        if c.copy_dim:
-            self.gate = nn.Linear(c.dim, patch * 2)
 
     def forward(self, x, time):
-        """time (B, 1 or F, D). Returns the patches and, of weights that copy, those of the shares that mix_copies
-        takes, (B, F, h w / 4, 4 * 2), else None."""
+        """time (B, 1 or F, D)."""
         modulation = (self.modulation + time.unsqueeze(2)).unsqueeze(2)     # (B, 1 or F, 1, 2, D)
         shift, scale = modulation.unbind(3)
-        y = self.norm(x) * (1 + scale) + shift
-        if not hasattr(self, "gate"):
-            return self.head(y), None
-        return self.head(y), self.gate(y)
+        return self.head(self.norm(x) * (1 + scale) + shift)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -452,29 +444,28 @@ class TrackHead(nn.Module):
         return self.conv(volume.to(self.conv.weight.dtype))
 
 
-SIXTEENTHS = 16         # of a pixel: the unit of start points as IDs of weights that copy
-
-
-def track_ids(tracks, visible, config, generator=None):
-    """IDs (B, N) int64 in [0, 2**32) for tracks (B, T, N, 2), visible (B, T, N). By config.track_id_mode:
-
-    random   a number drawn from `generator`, as in the paper
-    start    (y << 16) + x, the pixel where the track is first seen: tracks that start near have similar vectors
-    copy     that point in sixteenths of a pixel, which tells copy_along_tracks where in frame 0 to look"""
-    B, T, N, _ = tracks.shape
-    if config.track_id_mode == "random":
-        return torch.randint(0, 2 ** 32, (B, N), generator=generator).to(tracks.device)
+def start_points(tracks, visible):
+    """Where each track is first seen: tracks (B, T, N, 2), visible (B, T, N) to (B, N, 2)."""
     first = visible.int().argmax(1)                         # (B, N), the first frame that sees it
-    first = first[:, None, :, None].expand(B, 1, N, 2)
-    start = tracks.gather(1, first)[:, 0].nan_to_num(0)     # (B, N, 2)
-    if config.track_id_mode == "copy":
-        start = (start * SIXTEENTHS).round()
-    x, y = start.clamp(0, 2 ** 16 - 1).long().unbind(-1)
+    first = first[:, None, :, None].expand(-1, 1, -1, 2)
+    return tracks.gather(1, first)[:, 0].nan_to_num(0)
+
+
+def track_ids(tracks, visible, config, rng=None):
+    """An ID for each track, (B, N) int64 in [0, 2**32), for tracks (B, T, N, 2) and visible (B, T, N). By
+    config.track_id_mode:
+
+    random   a number drawn from `rng`, as in the paper
+    start    (y << 16) + x, the pixel where the track is first seen: of the first weights shipped here alone"""
+    B, _, N, _ = tracks.shape
+    if config.track_id_mode == "random":
+        return torch.randint(0, 2 ** 32, (B, N), generator=rng).to(tracks.device)
+    x, y = start_points(tracks, visible).clamp(0, 2 ** 16 - 1).long().unbind(-1)
     return (y << 16) + x
 
 
 def start_map(config, tracks):
-    """For IDs that are start points: every cell of frame 0 as a track that is seen in frame 0 alone and has the ID of
+    """For IDs of the mode "start": every cell of frame 0 as a track that is seen in frame 0 alone and has the ID of
     its own pixel, a map in which later frames can look up what a track has moved there. As many frames as `tracks` has;
     returns tracks (B, T, h w, 2), visible (B, T, h w) and ids (B, h w)."""
     B, T = tracks.shape[:2]
@@ -484,194 +475,50 @@ def start_map(config, tracks):
     point = torch.cartesian_prod(rows, columns).flip(1).to(tracks.device)       # (h w, 2), x first
     visible = torch.zeros(B, T, len(point), dtype=torch.bool, device=tracks.device)
     visible[:, 0] = True
-    unit = 1
-    if config.track_id_mode == "copy":
-        unit = SIXTEENTHS
-    x, y = (unit * point).unbind(-1)
+    x, y = point.unbind(-1)
     ids = (y << 16) + x
     return point.to(tracks).expand(B, T, -1, -1), visible, ids.expand(B, -1)
 
 
-def track_features(model, tracks, visible, ids, copied=None):
+def track_features(model, tracks, visible, ids):
     """What the model takes as `tracks`, for a clip or a chunk: (B, track_dim, F, h, w).
 
-    tracks (B, T, N, 2) x, y in pixels of the video; visible (B, T, N); ids (B, N), see track_ids.
-    copied: of copy_along_tracks, for weights that copy."""
+    tracks (B, T, N, 2) x, y in pixels of the video; visible (B, T, N); ids (B, N), see track_ids."""
     config = model.config
-    if config.track_id_mode != "random" and tracks.shape[1] % FRAMES == 1:
+    if config.track_id_mode == "start" and tracks.shape[1] % FRAMES == 1:
         map_tracks, map_visible, map_ids = start_map(config, tracks)
         tracks = torch.cat([tracks, map_tracks], 2)
         visible = torch.cat([visible, map_visible], 2)
         ids = torch.cat([ids, map_ids], 1)
     height, width = config.size
-    features = model.track_head(tracks, visible, ids, height, width)
-    if not config.copy_dim:
-        return features
-    assert copied is not None, "these weights copy along tracks: give copied=copy_along_tracks(…)"
-    return torch.cat([features, copied.to(features.dtype)], 1)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Copying along tracks: not in the paper. A track says where a piece of frame 0 is now; so that piece, as latents, is
-# handed to the model where it is now, beside the ID (as Wan-Move copies first-frame features along tracks). The tiny
-# model, which has no room to learn what an ID means by looking, is given this; weights of Wan are not. And of its
-# velocity the part that is linear in x_t is computed, not learned (Karras et al. 2022).
-
-COPY_CELL = 4           # pixels per side of the squares that follow one track
-
-
-def nearest_track(tracks, visible, height, width):
-    """The visible track nearest to the centre of each square of COPY_CELL pixels.
-
-    tracks (B, T, N, 2), visible (B, T, N); height, width in pixels. Returns (B, T, rows, columns) twice: the track's
-    number, int64, 0 if none is visible, and its distance in pixels, infinite if none is."""
-    B, T, N, _ = tracks.shape
-    rows = height // COPY_CELL
-    columns = width // COPY_CELL
-    if N == 0:
-        number = torch.zeros(B, T, rows, columns, dtype=torch.long, device=tracks.device)
-        return number, torch.full_like(number, math.inf, dtype=tracks.dtype)
-    y = (torch.arange(rows, device=tracks.device) + 0.5) * COPY_CELL
-    x = (torch.arange(columns, device=tracks.device) + 0.5) * COPY_CELL
-    centre = torch.cartesian_prod(y, x).flip(1)                         # (rows columns, 2), x first
-    centre = centre.expand(B, T, -1, -1)
-    # pair by pair: as a matrix product, the last bits of a distance would depend on how many tracks there are
-    distance = torch.cdist(centre, tracks.nan_to_num(0), compute_mode="donot_use_mm_for_euclid_dist")
-    distance = distance.masked_fill(~visible[:, :, None], math.inf)
-    distance, number = distance.min(3)                                      # (B, T, rows columns)
-    return number.unflatten(2, (rows, columns)), distance.unflatten(2, (rows, columns))
-
-
-def way_back(tracks, ids, number, distance):
-    """How far each square of frame t is from where it was in frame 0, by the track that it follows.
-
-    number, distance (B, T, rows, columns) of nearest_track; ids (B, N) of track_ids under "copy".
-    Returns whole pixels, x and y, (B, T, rows, columns, 2) int64: 0 where no track is visible."""
-    B, T, N, _ = tracks.shape
-    if N == 0:
-        return number.new_zeros(*number.shape, 2)
-    start = torch.stack([ids & 0xFFFF, ids >> 16], -1) / SIXTEENTHS     # (B, N, 2) pixels
-    of_track = (start[:, None] - tracks.nan_to_num(0)).round().long()   # (B, T, N, 2)
-    index = number.flatten(2)[..., None].expand(-1, -1, -1, 2)          # (B, T, rows columns, 2)
-    of_square = of_track.gather(2, index).view(*number.shape, 2)        # (B, T, rows, columns, 2)
-    return of_square.masked_fill(distance.isinf()[..., None], 0)
-
-
-def from_outside(back, height, width):
-    """Which squares were, wholly or in part, outside the picture in frame 0: back (B, T, rows, columns, 2) of way_back
-    to (B, T, rows, columns) bool."""
-    rows, columns = back.shape[2:4]
-    x = COPY_CELL * torch.arange(columns, device=back.device) + back[..., 0]
-    y = COPY_CELL * torch.arange(rows, device=back.device)[:, None] + back[..., 1]
-    return (x < 0) | (y < 0) | (x > width - COPY_CELL) | (y > height - COPY_CELL)
-
-
-def warp_along_tracks(image, tracks, visible, ids):
-    """Frame 0 as the tracks move it: each square of COPY_CELL pixels shows what the visible track nearest to it brings
-    along or, where none is visible or it would bring what lay outside the picture, what was there in frame 0.
-
-    image (B, 3, H, W); tracks (B, T, N, 2), visible (B, T, N); ids (B, N) of track_ids under "copy".
-    Returns video (B, 3, T, H, W) and the distance (B, T, rows, columns) in pixels to the track that a square follows,
-    infinite if it follows none."""
-    B, _, H, W = image.shape
-    T = tracks.shape[1]
-    number, distance = nearest_track(tracks, visible, H, W)
-    back = way_back(tracks, ids, number, distance)
-    outside = from_outside(back, H, W)
-    back = back.masked_fill(outside[..., None], 0)
-    distance = distance.masked_fill(outside, math.inf)
-    back = back.repeat_interleave(COPY_CELL, 2).repeat_interleave(COPY_CELL, 3)   # of pixels: (B, T, H, W, 2)
-    x = torch.arange(W, device=image.device) + back[..., 0]                       # (B, T, H, W)
-    y = torch.arange(H, device=image.device)[:, None] + back[..., 1]
-    source = (y * W + x).flatten(1)[:, None].expand(-1, 3, -1)                    # (B, 3, T H W)
-    video = image.flatten(2).gather(2, source).view(B, 3, T, H, W)
-    return video, distance
-
-
-@torch.no_grad()
-def copy_along_tracks(vae, image, tracks, visible, ids):
-    """What track_features takes as `copied`, (B, C + 2, F, h, w): the latents of warp_along_tracks, and how near the
-    nearest track is: exp(-d / 8) and exp(-d / 32) of its distance d in pixels, see NEAR.
-
-    vae: one without memory between latents (LinearVAE). image (B, 3, H, W) in [-1, 1]: frame 0, which is shown as it is
-    in frame 0 itself. The others are as for track_features: T % 4 == 1 starts a clip, T % 4 == 0 continues one, and
-    chunks joined equal the whole."""
-    video, distance = warp_along_tracks(image, tracks, visible, ids)
-    if tracks.shape[1] % FRAMES == 1:
-        video[:, :, 0] = image
-        distance[:, 0] = 0
-        latents = vae.encode(video)
-        before = distance[:, :1].expand(-1, FRAMES - 1, -1, -1)
-        distance = torch.cat([before, distance], 1)             # as the VAE packs frame 0
-    else:
-        video = torch.cat([video[:, :, :1], video], 2)          # behind a frame 0 that is not looked at
-        latents = vae.encode(video)[:, :, 1:]
-    near = torch.stack([torch.exp(-distance / pixels) for pixels in NEAR], 1)
-    squares = vae.stride // COPY_CELL
-    near = F.avg_pool3d(near, (FRAMES, squares, squares))       # (B, 2, F, h, w)
-    return torch.cat([latents, near], 1)
-
-
-def mix_copies(shares, copied, still):
-    """What the copies say that x0 is: so much of the latents moved along the tracks, and so much of the image's own, as
-    at frame 0. shares (B, 2, F, h, w), of the model's head; copied, still (B, C, F, h, w)."""
-    return shares[:, :1] * copied + shares[:, 1:] * still
-
-
-def channel_std(config, device):
-    """config.latent_std as (1, C, 1, 1, 1) float32, which broadcasts over latents."""
-    return torch.tensor(config.latent_std, device=device).view(1, -1, 1, 1, 1)
-
-
-def linear_part(sigma, std):
-    """What of the velocity needs no network: its best guess from x_t alone, which is linear, and exact if the latents
-    are Gaussian with mean 0 and the standard deviations std (1, C, 1, 1, 1).
-
-    sigma (B,) or (B, F). Returns the factor of x_t and the variance of x_t, (B, C, 1 or F, 1, 1) each."""
-    sigma = per_frame(sigma).float()
-    variance = (1 - sigma) ** 2 * std ** 2 + sigma ** 2
-    guess = (sigma - (1 - sigma) * std ** 2) / variance
-    return guess, variance
-
-
-def with_linear_part(output, x_t, sigma, std, expected=None):
-    """The velocity, from the output of a network that saw x_t / sqrt(D), D the variance of x_t:
-
-        guess x_t + std / sqrt(D) output
-
-    so that its input and its target have unit variance: the preconditioning of EDM (Karras et al. 2022, section 5), for
-    rectified flow, channel by channel.
-
-    output, x_t (B, C, F, h, w); expected (B, C, F, h, w): what x0 is thought to be, its mean in linear_part's Gaussian;
-    None: 0."""
-    guess, variance = linear_part(sigma, std)
-    velocity = guess * x_t + std / variance.sqrt() * output
-    if expected is None:
-        return velocity
-    return velocity - per_frame(sigma).float() / variance * expected
+    return model.track_head(tracks, visible, ids, height, width)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The model.
 
-def image_channels(first, frames, still=False):
-    """The image's latent (B, C, 1, h, w) as channels of a clip of `frames` latents: at frame 0, zeros after it (figure
-    2), or at all of them (still=True: what weights that copy fall back on where nothing moves)."""
-    if still:
-        return first.expand(-1, -1, frames, -1, -1)
-    return F.pad(first, (0, 0, 0, 0, 0, frames - 1))
+def init_weights(model):
+    """As Wan's: a fresh model returns zeros."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    for embedding in model.text_embedding, model.time_embedding:
+        nn.init.normal_(embedding[0].weight, std=0.02)
+        nn.init.normal_(embedding[2].weight, std=0.02)
+    nn.init.xavier_uniform_(model.patch_embedding.weight.flatten(1))
+    nn.init.zeros_(model.head.head.weight)
+    for module in (*model.blocks, model.head):
+        nn.init.normal_(module.modulation, std=model.config.dim ** -0.5)
 
 
-MASK = FRAMES       # channels of a mask: one for each video frame of a latent
-
-
-def image_and_mask(latents):
-    """The image channels of weights that have a mask there (Config.has_mask), of the latents (B, C, F, h, w) of a clip
-    that is the image in video frame 0 and grey, 0, in all others: (B, 4 + C, F, h, w), the mask first, 1 at latent
-    frame 0 and 0 after it."""
-    B, _, frames, h, w = latents.shape
-    mask = latents.new_ones(B, MASK, 1, h, w)
-    return torch.cat([image_channels(mask, frames), latents], 1)
+def condition_or_zeros(name, value, shape, x):
+    """A condition of that shape, in the dtype of x; None: zeros. AssertionError if it is of another shape."""
+    if value is None:
+        return x.new_zeros(shape)
+    found = tuple(value.shape)
+    assert found == shape, f"condition {name} {found}, expected {shape}"
+    return value.to(x.dtype)
 
 
 class MotionStream(nn.Module):
@@ -687,14 +534,14 @@ class MotionStream(nn.Module):
             nn.Linear(c.freq_dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 6 * c.dim))
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
-        self.head = Head(c)
+        self.head = Head(c, c.out_dim)
         if c.clip_dim:
             proj = nn.Sequential(
                 nn.LayerNorm(c.clip_dim), nn.Linear(c.clip_dim, c.clip_dim), nn.GELU(),
                 nn.Linear(c.clip_dim, c.dim), nn.LayerNorm(c.dim))
             self.img_emb = nn.ModuleDict({"proj": proj})
         if c.track_dim:
-            self.track_head = TrackHead(out_channels=c.track_dim - c.copy_dim, stride=c.stride)
+            self.track_head = TrackHead(out_channels=c.track_dim, stride=c.stride)
         if not self.head.head.weight.is_meta:
             init_weights(self)
 
@@ -703,15 +550,15 @@ class MotionStream(nn.Module):
         c = self.config
         return [KVCache(c.sink, c.window, c.sink_decay) for _ in self.blocks]
 
-    def forward(self, x, sigma, text, *, tracks=None, image=None, clip=None, caches=None, write=False):
+    def forward(self, x, sigma, text=None, *, tracks=None, image=None, clip=None, caches=None, write=False):
         """Velocity (B, out_dim, F, h, w) float32 of the noised latents x at sigma (B,) or (B, F).
 
         text (B, L, text_dim), None = null text; tracks (B, track_dim, F, h, w) from track_features, None = all hidden;
-        image: the image's channels, None = zeros; clip (B, 257, clip_dim). caches=None: bidirectional; else attends
+        image: the image's channels, see image_inputs, None = zeros; clip (B, 257, clip_dim). caches=None: bidirectional; else attends
         to what the caches hold, then to itself; only write=True changes them."""
         c = self.config
         B = len(x)
-        tokens = self.patch_embedding(self.input_channels(x, sigma, tracks, image))
+        tokens = self.patch_embedding(self.input_channels(x, tracks, image))
         frames, height, width = tokens.shape[2:]                        # F, h / 2, w / 2
         tokens = tokens.flatten(3).permute(0, 2, 3, 1).float()          # (B, F, h w / 4, D)
 
@@ -732,34 +579,18 @@ class MotionStream(nn.Module):
         for block, cache in zip(self.blocks, caches):
             tokens = block(tokens, modulation, rope, text, clip, cache, write)
         with torch.autocast(x.device.type, enabled=False):
-            patches, shares = self.head(tokens, time)                   # (B, F, h w / 4, 4 out_dim)
+            patches = self.head(tokens, time)                           # (B, F, h w / 4, 4 out_dim)
+        return self.unpatchify(patches, height, width)                  # (B, out_dim, F, h, w)
 
-        output = self.unpatchify(patches, height, width)                # (B, out_dim, F, h, w)
-        if not c.latent_std:
-            assert shares is None, "weights that copy need config.latent_std, of the VAE"
-            return output
-        expected = self.expected_x0(shares, tracks, image, (height, width))
-        return with_linear_part(output, x, sigma, channel_std(c, x.device), expected)
-
-    def input_channels(self, x, sigma, tracks, image):
-        """What the patch embedding sees, (B, in_dim, F, h, w): noisy latents, tracks, image; zeros for what is missing.
-        AssertionError if a condition is of another shape."""
+    def input_channels(self, x, tracks, image):
+        """What the patch embedding sees, (B, in_dim, F, h, w): noisy latents, tracks, image."""
         c = self.config
         B, _, frames, h, w = x.shape
-        if c.latent_std:
-            _, variance = linear_part(sigma, channel_std(c, x.device))
-            x = x / variance.sqrt()
-        parts = [x]
-        conditions = [("tracks, which are features (see track_features):", tracks, c.track_dim),
-                      ("image", image, c.image_dim)]
-        for name, value, channels in conditions:
-            shape = (B, channels, frames, h, w)
-            if value is None:
-                value = x.new_zeros(shape)
-            found = tuple(value.shape)
-            assert found == shape, f"condition {name} {found}, expected {shape}"
-            parts.append(value.to(x.dtype))
-        return torch.cat(parts, 1).to(self.patch_embedding.weight.dtype)
+        image_dim = c.in_dim - c.out_dim - c.track_dim
+        tracks_are = "tracks, which are features (see track_features):"
+        tracks = condition_or_zeros(tracks_are, tracks, (B, c.track_dim, frames, h, w), x)
+        image = condition_or_zeros("image", image, (B, image_dim, frames, h, w), x)
+        return torch.cat([x, tracks, image], 1).to(self.patch_embedding.weight.dtype)
 
     def embed_text(self, text, batch):
         """(B, L, text_dim) or None to (B, text_len, D): padded with zero rows before the embedding, as in Wan."""
@@ -770,19 +601,6 @@ class MotionStream(nn.Module):
         rows = text.shape[1]
         assert rows <= c.text_len, f"text of {rows} rows, at most {c.text_len}"
         return self.text_embedding(F.pad(text.to(weight.dtype), (0, 0, 0, c.text_len - rows)))
-
-    def expected_x0(self, shares, tracks, image, grid):
-        """What weights that copy think x0 is, see mix_copies: of the head's shares, tracks and image as forward gets
-        them, and height and width of the grid of tokens. None where nothing is copied."""
-        if shares is None or tracks is None:
-            return None
-        c = self.config
-        shares = self.unpatchify(shares, *grid)                         # (B, 2, F, h, w)
-        copied = tracks[:, -c.copy_dim:][:, :c.out_dim]                 # (B, C, F, h, w)
-        still = image
-        if image is None:
-            still = torch.zeros_like(copied)
-        return mix_copies(shares, copied, still)
 
     def unpatchify(self, x, height, width):
         """Tokens of patches (B, F, height width, p q C) to (B, C, F, height p, width q)."""
@@ -795,25 +613,6 @@ class MotionStream(nn.Module):
     def from_pretrained(cls, path, *, dtype=None, device="cpu", **overrides):
         """Weights from a file or a folder; see load_pretrained below."""
         return load_pretrained(cls, path, dtype, device, overrides)
-
-
-def init_weights(model):
-    """As Wan's: the fresh model returns zeros; one that copies believes its copies."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
-    for embedding in model.text_embedding, model.time_embedding:
-        nn.init.normal_(embedding[0].weight, std=0.02)
-        nn.init.normal_(embedding[2].weight, std=0.02)
-    nn.init.xavier_uniform_(model.patch_embedding.weight.flatten(1))
-    nn.init.zeros_(model.head.head.weight)
-    if model.config.copy_dim:
-        gate = model.head.gate
-        nn.init.zeros_(gate.weight)
-        gate.bias.data = torch.tensor([0.8, 0.2]).repeat(len(gate.bias) // 2)   # moved by tracks, still
-    for module in (*model.blocks, model.head):
-        nn.init.normal_(module.modulation, std=model.config.dim ** -0.5)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -833,10 +632,11 @@ def guided_velocity(model, x_t, sigma, conditions, guidance, null_text=None):
             no_text["text"][:] = null_text
     variants = [given, no_text]
     if w_motion:
-        no_tracks = dict(given)
-        if "tracks" in given:
-            no_tracks["tracks"] = torch.zeros_like(given["tracks"])
-        variants.append(no_tracks)
+        no_motion = dict(given)
+        for name in "tracks", "copies":
+            if name in given:
+                no_motion[name] = torch.zeros_like(given[name])
+        variants.append(no_motion)
 
     n = len(variants)
     batch = {}
@@ -877,7 +677,7 @@ def split_conditions(conditions, chunk):
         yield part
 
 
-def rollout(model, noise, conditions, first=None, exit_step=None, grad=False, generator=None):
+def rollout(model, noise, conditions, first=None, exit_step=None, grad=False, rng=None):
     """The student: clean latents (B, C, chunk, h, w), chunk by chunk, each made from the cache of those before.
 
     noise: (B, C, F, h, w), or an iterator of chunks, which may be endless. conditions: the model's keyword arguments
@@ -885,7 +685,7 @@ def rollout(model, noise, conditions, first=None, exit_step=None, grad=False, ge
     made, so that control can change while it streams. first: the image's latent (B, C, 1, h, w), see with_first.
     A chunk is yielded before the clean pass remembers it: do not modify it.
     Training stops each chunk at step `exit_step` and keeps the graph of that step only (grad=True); sampling runs
-    all of config.sigmas. Fresh noise between the steps is drawn from `generator`."""
+    all of config.sigmas. Fresh noise between the steps is drawn from `rng`."""
     c = model.config
     last = len(c.sigmas) - 1
     if exit_step is not None:
@@ -903,14 +703,247 @@ def rollout(model, noise, conditions, first=None, exit_step=None, grad=False, ge
                 velocity = model(x, levels, caches=caches, **condition)
                 x0 = to_x0(x, velocity, levels)
             if i < last:
-                device = getattr(generator, "device", x.device)     # the same numbers wherever the model is
-                fresh = torch.randn(x.shape, generator=generator, device=device).to(x)
+                device = getattr(rng, "device", x.device)           # the same numbers wherever the model is
+                fresh = torch.randn(x.shape, generator=rng, device=device).to(x)
                 following = x.new_full((len(x),), c.sigmas[i + 1], dtype=torch.float64)
                 x = add_noise(x0, fresh, following)
         yield x0                                        # shown before it is remembered
         with torch.no_grad():                           # the clean pass is the only one that writes
             model(x0.detach(), torch.zeros_like(levels), caches=caches, write=True, **condition)
         first = None                                    # the image is in the cache now
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The tiny model: copies along tracks, and the part of the velocity that is linear. Not in the paper. A track says where
+# a piece of frame 0 is now; so that piece, as latents, is handed to the model where it is now, beside the track's ID (as
+# Wan-Move copies first-frame features along tracks). The tiny model, which has no room to learn what an ID means by
+# looking, is given this; weights of Wan are not. And of its velocity the part that is linear in x_t is computed, not
+# learned (Karras et al. 2022).
+
+COPY_CELL = 4           # pixels per side of the squares that follow one track
+NEAR = (8, 32)          # pixels over which the nearness of a track, given beside copied latents, falls to 1 / e
+SHARES = 2              # of the copies in the velocity, see mix_copies: outputs of the head
+
+
+def nearest_track(tracks, visible, height, width):
+    """The visible track nearest to the centre of each square of COPY_CELL pixels.
+
+    tracks (B, T, N, 2), visible (B, T, N); height, width in pixels. Returns (B, T, rows, columns) twice: the track's
+    number, int64, 0 if none is visible, and its distance in pixels, infinite if none is."""
+    B, T, N, _ = tracks.shape
+    rows = height // COPY_CELL
+    columns = width // COPY_CELL
+    if N == 0:
+        number = torch.zeros(B, T, rows, columns, dtype=torch.long, device=tracks.device)
+        return number, torch.full_like(number, math.inf, dtype=tracks.dtype)
+    y = (torch.arange(rows, device=tracks.device) + 0.5) * COPY_CELL
+    x = (torch.arange(columns, device=tracks.device) + 0.5) * COPY_CELL
+    centre = torch.cartesian_prod(y, x).flip(1)                         # (rows columns, 2), x first
+    centre = centre.expand(B, T, -1, -1)
+    # pair by pair: as a matrix product, the last bits of a distance would depend on how many tracks there are
+    distance = torch.cdist(centre, tracks.nan_to_num(0), compute_mode="donot_use_mm_for_euclid_dist")
+    distance = distance.masked_fill(~visible[:, :, None], math.inf)
+    distance, number = distance.min(3)                                      # (B, T, rows columns)
+    return number.unflatten(2, (rows, columns)), distance.unflatten(2, (rows, columns))
+
+
+def way_back(tracks, start, number, distance):
+    """How far each square of frame t is from where it was in frame 0, by the track that it follows.
+
+    number, distance (B, T, rows, columns) of nearest_track; start (B, N, 2): where the tracks were in frame 0.
+    Returns whole pixels, x and y, (B, T, rows, columns, 2) int64: 0 where no track is visible."""
+    if tracks.shape[2] == 0:
+        return number.new_zeros(*number.shape, 2)
+    of_track = (start[:, None] - tracks.nan_to_num(0)).round().long()   # (B, T, N, 2)
+    index = number.flatten(2)[..., None].expand(-1, -1, -1, 2)          # (B, T, rows columns, 2)
+    of_square = of_track.gather(2, index).view(*number.shape, 2)        # (B, T, rows, columns, 2)
+    return of_square.masked_fill(distance.isinf()[..., None], 0)
+
+
+def from_outside(back, height, width):
+    """Which squares were, wholly or in part, outside the picture in frame 0: back (B, T, rows, columns, 2) of way_back
+    to (B, T, rows, columns) bool."""
+    rows, columns = back.shape[2:4]
+    x = COPY_CELL * torch.arange(columns, device=back.device) + back[..., 0]
+    y = COPY_CELL * torch.arange(rows, device=back.device)[:, None] + back[..., 1]
+    return (x < 0) | (y < 0) | (x > width - COPY_CELL) | (y > height - COPY_CELL)
+
+
+def warp_along_tracks(image, tracks, visible, start):
+    """Frame 0 as the tracks move it: each square of COPY_CELL pixels shows what the visible track nearest to it brings
+    along or, where none is visible or it would bring what lay outside the picture, what was there in frame 0.
+
+    image (B, 3, H, W); tracks (B, T, N, 2), visible (B, T, N); start (B, N, 2): where they were in frame 0.
+    Returns video (B, 3, T, H, W) and the distance (B, T, rows, columns) in pixels to the track that a square follows,
+    infinite if it follows none."""
+    B, _, H, W = image.shape
+    T = tracks.shape[1]
+    number, distance = nearest_track(tracks, visible, H, W)
+    back = way_back(tracks, start, number, distance)
+    outside = from_outside(back, H, W)
+    back = back.masked_fill(outside[..., None], 0)
+    distance = distance.masked_fill(outside, math.inf)
+    back = back.repeat_interleave(COPY_CELL, 2).repeat_interleave(COPY_CELL, 3)   # of pixels: (B, T, H, W, 2)
+    x = torch.arange(W, device=image.device) + back[..., 0]                       # (B, T, H, W)
+    y = torch.arange(H, device=image.device)[:, None] + back[..., 1]
+    source = (y * W + x).flatten(1)[:, None].expand(-1, 3, -1)                    # (B, 3, T H W)
+    video = image.flatten(2).gather(2, source).view(B, 3, T, H, W)
+    return video, distance
+
+
+@torch.no_grad()
+def copy_along_tracks(vae, image, tracks, visible, start):
+    """What a copying model takes as `copies`, (B, C + 2, F, h, w): the latents of warp_along_tracks, and how near the
+    nearest track is: exp(-d / 8) and exp(-d / 32) of its distance d in pixels, see NEAR.
+
+    vae: one without memory between latents (LinearVAE). image (B, 3, H, W) in [-1, 1]: frame 0, which is shown as it is
+    in frame 0 itself. start (B, N, 2): where the tracks were in frame 0, see start_points, hidden there or not. T % 4 == 1 starts a clip, T % 4 == 0 continues one, and
+    chunks joined equal the whole."""
+    video, distance = warp_along_tracks(image, tracks, visible, start)
+    if tracks.shape[1] % FRAMES == 1:
+        video[:, :, 0] = image
+        distance[:, 0] = 0
+        latents = vae.encode(video)
+        before = distance[:, :1].expand(-1, FRAMES - 1, -1, -1)
+        distance = torch.cat([before, distance], 1)             # as the VAE packs frame 0
+    else:
+        video = torch.cat([video[:, :, :1], video], 2)          # behind a frame 0 that is not looked at
+        latents = vae.encode(video)[:, :, 1:]
+    near = torch.stack([torch.exp(-distance / pixels) for pixels in NEAR], 1)
+    squares = vae.stride // COPY_CELL
+    near = F.avg_pool3d(near, (FRAMES, squares, squares))       # (B, 2, F, h, w)
+    return torch.cat([latents, near], 1)
+
+
+def mix_copies(shares, copied, still):
+    """What the copies say that x0 is: so much of the latents moved along the tracks, and so much of the image's own, as
+    at frame 0. shares (B, 2, F, h, w), of the model's head; copied, still (B, C, F, h, w)."""
+    return shares[:, :1] * copied + shares[:, 1:] * still
+
+
+def channel_std(config, device):
+    """config.latent_std as (1, C, 1, 1, 1) float32, which broadcasts over latents."""
+    assert config.latent_std, "a model that copies needs config.latent_std, of its VAE"
+    return torch.tensor(config.latent_std, device=device).view(1, -1, 1, 1, 1)
+
+
+def linear_part(sigma, std):
+    """What of the velocity needs no network: its best guess from x_t alone, which is linear, and exact if the latents
+    are Gaussian with mean 0 and the standard deviations std (1, C, 1, 1, 1).
+
+    sigma (B,) or (B, F). Returns the factor of x_t and the variance of x_t, (B, C, 1 or F, 1, 1) each."""
+    sigma = per_frame(sigma).float()
+    variance = (1 - sigma) ** 2 * std ** 2 + sigma ** 2
+    guess = (sigma - (1 - sigma) * std ** 2) / variance
+    return guess, variance
+
+
+def with_linear_part(output, x_t, sigma, std, expected=None):
+    """The velocity, from the output of a network that saw x_t / sqrt(D), D the variance of x_t:
+
+        guess x_t + std / sqrt(D) output
+
+    so that its input and its target have unit variance: the preconditioning of EDM (Karras et al. 2022, section 5), for
+    rectified flow, channel by channel.
+
+    output, x_t (B, C, F, h, w); expected (B, C, F, h, w): what x0 is thought to be, its mean in linear_part's Gaussian;
+    None: 0."""
+    guess, variance = linear_part(sigma, std)
+    velocity = guess * x_t + std / variance.sqrt() * output
+    if expected is None:
+        return velocity
+    return velocity - per_frame(sigma).float() / variance * expected
+
+
+class CopyingMotionStream(MotionStream):
+    """A MotionStream with one more input, `copies`. They come before the image in the patch embedding; the head has two
+    more outputs, their shares. `config.copies`."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.head = Head(config, config.out_dim + SHARES)
+        if not self.head.head.weight.is_meta:
+            believe_copies(self.head, config)
+
+    def forward(self, x, sigma, text=None, *, image=None, copies=None, **rest):
+        """As of MotionStream, with copies (B, copy_dim, F, h, w) of copy_along_tracks, None = no track; image: the
+        image's latent in every frame (see image_inputs), None = zeros. The linear part is in float32."""
+        c = self.config
+        B, C, frames, h, w = x.shape
+        std = channel_std(c, x.device)
+        _, variance = linear_part(sigma, std)
+        moved = condition_or_zeros("copies", copies, (B, c.copy_dim, frames, h, w), x)
+        still = condition_or_zeros("image", image, (B, C, frames, h, w), x)
+        image = torch.cat([moved, still], 1)
+        output = super().forward(x / variance.sqrt(), sigma, text, image=image, **rest)
+        output, shares = output.split([C, SHARES], 1)
+        expected = None
+        if copies is not None:
+            expected = mix_copies(shares, moved[:, :C], still)
+        return with_linear_part(output, x, sigma, std, expected)
+
+
+def believe_copies(head, config):
+    """Let a fresh head take 0.8 of the latents moved along the tracks, 0.2 of the image's own, and nothing else."""
+    nn.init.zeros_(head.head.weight)
+    nn.init.normal_(head.modulation, std=config.dim ** -0.5)
+    bias = torch.zeros(math.prod(config.patch_size), config.out_dim + SHARES)
+    bias[:, config.out_dim:] = torch.tensor([0.8, 0.2])
+    head.head.bias.data = bias.flatten()
+
+
+def new_model(config):
+    """A MotionStream of that config, of the kind that it says."""
+    if config.copies:
+        return CopyingMotionStream(config)
+    return MotionStream(config)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a model is given: its image inputs and its motion inputs, in sampling and in training.
+
+MASK = FRAMES       # channels of a mask: one for each video frame of a latent
+
+
+def image_channels(first_latent, frames):
+    """The image's latent (B, C, 1, h, w) as channels of a clip of `frames` latents: at frame 0, zeros after it (figure
+    2)."""
+    return F.pad(first_latent, (0, 0, 0, 0, 0, frames - 1))
+
+
+def image_and_mask(latents):
+    """The image channels of weights that have a mask there (Config.has_mask), of the latents (B, C, F, h, w) of a clip
+    that is the image in video frame 0 and grey, 0, in all others: (B, 4 + C, F, h, w), the mask first, 1 at latent
+    frame 0 and 0 after it."""
+    B, _, frames, h, w = latents.shape
+    mask = latents.new_ones(B, MASK, 1, h, w)
+    return torch.cat([image_channels(mask, frames), latents], 1)
+
+
+def image_inputs(config, latents, frames):
+    """How a model takes the image: (channels of a clip of `frames` latents, clean latent frame 0); None for what it does
+    not take. latents: the image's (B, C, 1, h, w); with a mask (B, C, frames, h, w), see image_and_mask."""
+    channels = None
+    first_latent = None
+    if config.has_mask:
+        channels = image_and_mask(latents)
+    elif config.copies:                     # a copying model falls back on it in every frame
+        channels = latents.expand(-1, -1, frames, -1, -1)
+    elif config.image_dim:
+        channels = image_channels(latents, frames)
+    if config.clean_first:
+        first_latent = latents[:, :, :1]
+    return channels, first_latent
+
+
+def motion_inputs(model, tracks, visible, ids, *, start=None, image=None, vae=None):
+    """The tracks of a clip or a chunk as keyword arguments of the model: {"tracks": …}, see track_features; for a
+    copying model also {"copies": …}, see copy_along_tracks, which alone needs start, image and vae."""
+    inputs = {"tracks": track_features(model, tracks, visible, ids)}
+    if model.config.copies:
+        assert start is not None, "a copying model needs to know where tracks start, see start_points"
+        inputs["copies"] = copy_along_tracks(vae, image, tracks, visible, start)
+    return inputs
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1059,8 +1092,7 @@ def upgraded(fields):
     if fields["text_dim"] != Config.text_dim:
         new["text_encoder"] = "words"
     image_dim = fields["in_dim"] - fields["out_dim"] - fields["track_dim"]
-    takes_both = fields["tracks"] == "copy" or fields["out_dim"] == PRESETS["wan2.2-5b"].out_dim
-    new["clean_first"] = image_dim == 0 or takes_both
+    new["clean_first"] = image_dim == 0 or fields["out_dim"] == PRESETS["wan2.2-5b"].out_dim
     return new
 
 
@@ -1072,20 +1104,17 @@ CONFIG_JSON = {"num_attention_heads": "num_heads", "in_channels": "in_dim", "out
 def find_config(tensors, metadata, file):
     """The config in the metadata; else that of the public weights that have such tensors, and what config.json beside
     them adds. UserError if either contradicts the tensors."""
-    told = told_by_shapes(tensors, file)
     if metadata.get("format") == "motionstream":
-        config = saved_config(Config, metadata, file)
-        source = "its metadata"
-        said = asdict(config)
-    else:
-        source = file.with_name("config.json")
-        said = read_config_json(source)
-        config = public_config(tensors, told, file)
-        for name in "num_heads", "text_len", "eps":
-            if name in said:
-                config = replace(config, **{name: said[name]})
-        known = json.loads(metadata.get("motionstream.config", "{}"))       # by extras/checkpoints.py
-        config = replace(config, **with_tuples(known))
+        return saved_config(Config, metadata, file)     # `fill` compares it with the tensors
+    told = told_by_shapes(tensors, file)
+    source = file.with_name("config.json")
+    said = read_config_json(source)
+    config = public_config(tensors, told, file)
+    for name in "num_heads", "text_len", "eps":
+        if name in said:
+            config = replace(config, **{name: said[name]})
+    known = json.loads(metadata.get("motionstream.config", "{}"))       # by extras/checkpoints.py
+    config = replace(config, **with_tuples(known))
     for name, value in told.items():
         if said.get(name, value) != value:
             raise UserError(f"{file}: {name} is {value} by its tensors, but {said[name]} in {source}")
@@ -1220,7 +1249,7 @@ def load_pretrained(cls, path, dtype, device, overrides):
     if config.num_heads not in range(1, config.dim) or config.dim % (2 * config.num_heads):
         raise UserError(f"{file}: {config.num_heads} heads do not fit {config.dim} channels, give num_heads=…")
     with torch.device("meta"):
-        model = cls(config)
+        model = new_model(config) if cls is MotionStream else cls(config)
     if dtype is None:
         dtype = tensors["blocks.0.ffn.0.weight"].dtype          # of mixed files: that of the matrices
 

@@ -62,9 +62,10 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from motionstream import (PRESETS, Block, Config, KVCache, MotionStream, UserError, add_noise,
-                          channel_std, copy_along_tracks, euler, guided_velocity, image_channels,
-                          linear_part, naming, rollout, save_pretrained, schedule, shift_sigma,
-                          split_conditions, to_x0, track_features, track_ids, with_first, write)
+                          channel_std, euler, guided_velocity, image_inputs, linear_part,
+                          motion_inputs, naming, new_model, rollout, save_pretrained, schedule,
+                          shift_sigma, split_conditions, start_points, to_x0, track_ids, with_first,
+                          write)
 from sample import (Parser, Weights, embed_words, guidance, hold_signals, inspect, memory, number,
                     open_vae, reported)
 from vae import FRAMES, LinearVAE
@@ -193,7 +194,7 @@ class Run:
     start: object = None            # what --weights holds, see sample.inspect
     reward: object = None           # a function of a video and what it was made from, to (B,)
     checkpointing: bool = False     # see recompute_blocks
-    network: type = MotionStream    # what a teacher from nothing is
+    network: object = new_model     # makes a teacher from nothing, of its config
 
     @property
     def clip_latents(self):
@@ -634,7 +635,7 @@ def save_weights(run, stage, model):
     tensors = gathered(model.state_dict())
     if RANK == 0:
         with torch.device("meta"):
-            plain = MotionStream(model.config)          # one that is not sharded
+            plain = new_model(model.config)             # one that is not sharded
         plain.load_state_dict(tensors, assign=True)
         save_pretrained(plain, run.path(WEIGHTS[stage]), torch.float16)
     wait_for_all()
@@ -648,7 +649,7 @@ class Batch:
     """Clips as the networks are given them."""
     latents: torch.Tensor       # (B, C, F, h, w), float32
     conditions: dict            # what a model takes as it is: text and, if it reads them, image, clip
-    points: dict                # what motion_features takes: tracks (B, T, N, 2), visible, ids; image
+    points: dict                # of motion_inputs: tracks (B, T, N, 2), visible, ids; start, image
     touched: torch.Tensor       # (B, F, h, w): 1 at cells of an object or a track and beside, else 0
 
     def to(self, device):
@@ -690,7 +691,7 @@ def check_clip(file, shapes, config, track_frames):
         expected["latents"] = (config.out_dim, None, h, w)
     else:
         expected["video"] = (3, None, height, width)
-    if "latents" in shapes and config.copy_dim:
+    if "latents" in shapes and config.copies:
         expected["first"] = (3, height, width)
     if config.clip_dim:
         expected["clip"] = (257, config.clip_dim)
@@ -912,27 +913,16 @@ def draw_batch(run, files, count, frames, *, dense=False, first_only=False):
     elif not dense:
         visible = user_tracks(true, clips["group"])
     conditions = {name: clips[name].float() for name in ("text", "clip") if name in clips}
-    if config.image_dim:
-        still = config.copy_dim > 0
-        conditions["image"] = image_channels(latents[:, :, :1], frames, still)
-    points = {"tracks": tracks, "visible": visible}
-    if config.copy_dim:
-        points["ids"] = track_ids(tracks, true, config)         # where it was in frame 0, if hidden
+    image, _ = image_inputs(config, latents[:, :, :1], frames)
+    if image is not None:
+        conditions["image"] = image
+    points = {"tracks": tracks, "visible": visible, "ids": track_ids(tracks, visible, config)}
+    if config.copies:
+        points["start"] = start_points(tracks, true)            # where it was in frame 0, if hidden
         points["image"] = clips["first"].float() / 127.5 - 1
-    else:
-        points["ids"] = track_ids(tracks, visible, config)
     counted = true & on_object[:, None] if on_object.any() else visible
     touched = touched_cells(tracks, counted, config)
     return Batch(latents, conditions, points, touched).to(run.device)
-
-
-def motion_features(model, vae, points):
-    """track_features of a Batch's points: (B, track_dim, F, h, w)."""
-    own = [points[name] for name in ("tracks", "visible", "ids")]
-    copied = None
-    if model.config.copy_dim:
-        copied = copy_along_tracks(vae, points["image"], *own)
-    return track_features(model, *own, copied)
 
 
 def clean_first(config, x0):
@@ -1074,11 +1064,14 @@ def draw_sigma(batch, shift, p_pure_noise):
     return torch.where(pure, torch.ones(batch), sigma)
 
 
-def drop(value, share):
-    """A condition (B, …), in a share of the clips zeros."""
-    shape = [len(value)] + [1] * (value.ndim - 1)
-    keep = torch.rand(shape) > share
-    return value * keep.to(value.device)
+def drop(conditions, share):
+    """Conditions (B, …) by name, all of them zeros in a share of the clips."""
+    keep = torch.rand(len(next(iter(conditions.values())))) > share         # (B,)
+    kept = {}
+    for name, value in conditions.items():
+        shape = [-1] + [1] * (value.ndim - 1)
+        kept[name] = value * keep.view(shape).to(value.device)
+    return kept
 
 
 def flow_loss(model, x0, sigma, conditions, first, cell_weight=1.0, channel_weight=1.0):
@@ -1108,9 +1101,10 @@ def x0_errors(run, model, vae, files):
     weight = latent_weight(vae, model.config, sigma)
     errors = {}
     with run.autocast():
-        tracks = motion_features(model, vae, batch.points)
-        for name, given in ("x0_tracks", tracks), ("x0_none", torch.zeros_like(tracks)):
-            conditions = batch.conditions | {"tracks": given}
+        motion = motion_inputs(model, **batch.points, vae=vae)
+        nothing = {name: torch.zeros_like(value) for name, value in motion.items()}
+        for name, given in ("x0_tracks", motion), ("x0_none", nothing):
+            conditions = batch.conditions | given
             errors[name] = flow_loss(model, x0, sigma, conditions, first, 1.0, weight)
     return errors
 
@@ -1119,7 +1113,7 @@ def starting_teacher(run, vae):
     """A new model for the latents of `vae`, or that of --weights, to be trained. A track head that
     comes with it stays as it is."""
     config = run.config
-    if config.copy_dim:
+    if config.copies:
         config = replace(config, latent_std=tuple(vae.latent_std.tolist()))
     if not run.start:
         return run.network(config).to(run.device)
@@ -1153,9 +1147,10 @@ def train_teacher(run):
         x0 = batch.latents
         sigma = draw_sigma(len(x0), run.config.shift, s.p_pure_noise).to(run.device)
         with run.autocast():
-            tracks = drop(motion_features(model, vae, batch.points), s.p_no_tracks)
-            text = drop(batch.conditions["text"], s.p_no_text)
-            conditions = batch.conditions | {"tracks": tracks, "text": text}
+            motion = motion_inputs(model, **batch.points, vae=vae)
+            motion = drop(motion, s.p_no_tracks)
+            text = drop({"text": batch.conditions["text"]}, s.p_no_text)
+            conditions = batch.conditions | motion | text
             loss = flow_loss(model, x0, sigma, conditions, clean_first(run.config, x0),
                              cell_weight=1 + s.track_weight * batch.touched,
                              channel_weight=latent_weight(vae, model.config, sigma))
@@ -1179,7 +1174,7 @@ def teacher_trajectories(run, teacher, vae, batch):
     wanted = run.config.sigmas + (0.0,)
     noise = torch.randn_like(batch.latents)
     with run.autocast():
-        conditions = batch.conditions | {"tracks": motion_features(teacher, vae, batch.points)}
+        conditions = batch.conditions | motion_inputs(teacher, **batch.points, vae=vae)
         trajectory = euler(teacher, noise, conditions, clean_first(run.config, batch.latents))
         states = [x_t for x_t, sigma in trajectory if sigma in wanted]
     assert len(states) == len(wanted), (
@@ -1284,7 +1279,7 @@ def train_causal(run):
         *states, x0 = states.unbind(1)                  # each (B, C, F, h, w)
         context = contexts[int(torch.randint(0, len(contexts), ()))]
         with run.autocast():
-            conditions["tracks"] = motion_features(student, vae, points)
+            conditions |= motion_inputs(student, **points, vae=vae)
             past = corrupt_context(x0, run.config.chunk) if s.corrupt_context else x0
             loss = causal_loss(student, states, x0, past, conditions, context, weight)
         loop.log(loss=loss, grad=learner.step(loss, i))
@@ -1386,14 +1381,13 @@ def roll_out(run, generator, vae, files, update, grad):
     noise = torch.randn(*first.shape[:2], frames, *first.shape[3:], device=run.device)
     clean = clean_first(config, first)
     with run.autocast():
-        tracks = motion_features(generator, vae, batch.points)
-        made = rollout(generator, noise, conditions | {"tracks": tracks}, clean,
-                       exit_step=exit_step, grad=grad)
+        motion = motion_inputs(generator, **batch.points, vae=vae)
+        made = rollout(generator, noise, conditions | motion, clean, exit_step=exit_step, grad=grad)
         shown = clean if chunks == run.clip_chunks else first
         x0, points = judged_clip(made, run.clip_chunks * config.chunk, shown, batch.points)
         conditions = next(split_conditions(conditions, x0.shape[2]))
-        tracks = motion_features(generator, vae, points)
-    return x0, conditions | {"tracks": tracks}, points
+        motion = motion_inputs(generator, **points, vae=vae)
+    return x0, conditions | motion, points
 
 
 def reward_weight(run, vae, x0, conditions, points):
@@ -1402,7 +1396,7 @@ def reward_weight(run, vae, x0, conditions, points):
     if not run.reward:
         return 1.0, None
     video, _ = vae.decode(x0.detach())
-    told = {name: value for name, value in conditions.items() if name != "tracks"}
+    told = {name: value for name, value in conditions.items() if name not in ("tracks", "copies")}
     reward = run.reward(video.float(), told | points)           # (B,)
     weight = torch.exp(reward / run.settings.beta)
     return weight.view(-1, 1, 1, 1, 1), reward.mean()
@@ -1505,7 +1499,7 @@ def dry_run(run):
     config = run.config
     s = run.settings
     with torch.device("meta"):
-        count = sum(p.numel() for p in MotionStream(config).parameters())
+        count = sum(p.numel() for p in new_model(config).parameters())
     frame = math.prod(config.size) // (2 * config.stride) ** 2
     most = run.clip_chunks if config.window is None else config.sink + config.window
     cache = config.num_layers * 2 * 2 * config.dim * most * config.chunk * frame / 2 ** 20

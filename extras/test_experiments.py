@@ -14,8 +14,9 @@ import train_distill as td
 from extras import evaluate, experiments, world
 from extras.cases import NEUTRAL, Case, new_clips
 from extras.evaluate import Trained, case_of, eval_row, label_of, settings_of
-from extras.experiments import (Distillation, DrawnTracks, Lesson, Refreshed, RefreshedStudent, attention_row,
-                                attention_shares, damaged_folder, distil_briefly, drawing, encoding_row, teach_briefly, words_row)
+from extras.experiments import (Distillation, DrawnTracks, Lesson, Refreshed, attention_row, attention_shares,
+                                damaged_folder, distil_briefly, drawing, encoding_row, refreshing, teach_briefly,
+                                words_row)
 from extras.testing import assert_error, assert_near, folder, new_model, new_vae, quiet, rand, randomised, saved
 from motionstream import (PRESETS, Config, KVCache, MotionStream, SelfAttention, UserError, apply_rope,
                           rope_table)
@@ -241,7 +242,7 @@ def test_a_refreshed_sink_is_the_chunk_just_written_every_25th_time():
         cache.write(torch.full((1, 1), i), torch.full((1, 1), i))
         assert [k.item() for k, _ in cache.chunks][:1] == [0 if i < 24 else 24 if i < 49 else 49]
     assert cache.chunks[-1][0].item() == 59 and len(cache.chunks) == 2
-    student = RefreshedStudent(new_model().config)
+    student = refreshing(MotionStream)(new_model().config)
     assert {type(cache) for cache in student.new_caches()} == {Refreshed} and len(student.new_caches()) == 2
 
 
