@@ -20,11 +20,10 @@ import torch
 
 import sample
 from extras.evaluate import check_device
-from motionstream import FLOAT32, PRESETS, new_model, schedule, start_points, track_ids
+from motionstream import CLIP_ROWS, FLOAT32, PRESETS, new_model, schedule, start_points, track_ids
 from sample import Parser, number
 from vae import LinearVAE, LinearVAEConfig, TinyVAE, TinyVAEConfig, WanVAE, WanVAEConfig
 
-CLIP_ROWS = 257         # of an image that CLIP encoded
 GRID = 8                # tracks per side of the picture
 PAST = 6                # chunks held by a cache that holds all: the last of 81 frames has as many before it
 

@@ -205,8 +205,8 @@ class Refreshed(KVCache):
 def refreshing(kind):
     """A class of students of that kind, MotionStream or CopyingMotionStream, with such caches."""
     class RefreshedStudent(kind):
-        def new_caches(self):
-            config = self.config
+        def new_caches(self, **overrides):
+            config = replace(self.config, **overrides)
             return [Refreshed(config.sink, config.window, config.sink_decay) for _ in self.blocks]
 
     return RefreshedStudent

@@ -19,7 +19,7 @@ from extras.experiments import (Distillation, DrawnTracks, Lesson, Refreshed, at
                                 words_row)
 from extras.testing import assert_error, assert_near, folder, new_model, new_vae, quiet, rand, randomised, saved
 from motionstream import (PRESETS, Config, KVCache, MotionStream, SelfAttention, UserError, apply_rope,
-                          rope_table)
+                          new_model as build, rope_table)
 
 FITS = {"size": (32, 32), "text_dim": 64}
 CASE = {"seed": "x", "clips": 1, "frames": 45, "objects": 1, "width": 32}
@@ -180,7 +180,7 @@ def test_a_brief_teacher_differs_in_what_its_row_says():
         trained = small(here)
         plain, drawn, start, harm = (experiments.lesson_run(trained, how) for how in (
             Lesson(7), Lesson(7, drawn=True), Lesson(7, start=True), Lesson(7, start=True, harm=True)))
-        assert plain.network is MotionStream and issubclass(drawn.network, MotionStream)
+        assert plain.network is build and issubclass(drawn.network, MotionStream)
         assert plain.config == drawn.config and plain.config.track_dim == plain.config.out_dim == 4
         assert plain.settings.dense_share == 1 and not plain.start and plain.settings.teacher == td.TINY.teacher
         assert start.settings.dense_share == 0 and start.settings.teacher == td.TINY.causal
