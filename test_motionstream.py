@@ -1827,6 +1827,20 @@ def test_causal_loss_sees_the_past_that_the_cache_holds():
     assert abs(losses[-1] * x0.numel() / total - 1) < 1e-5
 
 
+def test_causal_training_has_the_ema_sink_that_sampling_has():
+    """Of chunks 0 to 3, the last one reads a sink that has absorbed chunk 1."""
+    model, (x0, given, _) = new_model(), clip_of(12)
+    states = [x0 + 0.1 * rand(*x0.shape, seed=i) for i in range(3)]
+    losses = {}
+    for decay, context in itertools.product((1.0, 0.5), ((1, 1), (0, 1), (1, None))):
+        model.config = replace(SMALL, sink_decay=decay)
+        torch.manual_seed(0)
+        losses[decay, context] = td.causal_loss(model, states, x0, x0, given, context).item()
+    assert losses[1.0, (1, 1)] != losses[0.5, (1, 1)]
+    for context in (0, 1), (1, None):                           # nothing is absorbed
+        assert losses[1.0, context] == losses[0.5, context]
+
+
 def test_a_corrupted_context_shows_frame_0_in_a_rectangle_of_half_of_the_clips():
     x0 = rand(400, 2, 6, 8, 8)
     torch.manual_seed(0)

@@ -1234,7 +1234,7 @@ def causal_loss(model, states, x0, past, conditions, context, channel_weight=1.0
     states: one (B, C, F, h, w) for each of the model's noise levels. channel_weight (1, C, 1, 1, 1):
     how much an error counts."""
     sink, window = context
-    caches = model.new_caches(sink=sink, window=window, sink_decay=1.0)
+    caches = model.new_caches(sink=sink, window=window)
     chunk = model.config.chunk
     sigmas = model.config.sigmas
     loss = 0.0
