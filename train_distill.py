@@ -1311,7 +1311,7 @@ def dmd_loss(x0, teacher, critic, conditions, first_latent, shift, weight=1.0):
         real = to_x0(x_t, velocity, sigma_frames)
         fake = to_x0(x_t, critic(x_t, sigma_frames, **conditions), sigma_frames)
         distance = (x0 - real).abs().mean((1, 2, 3, 4), keepdim=True)
-        direction = (fake - real) / distance
+        direction = (fake - real) / distance.clamp(min=1e-6)    # a perfect clip has distance 0
         target = x0 - direction
     return 0.5 * ((x0 - target).square() * weight).mean()
 
