@@ -1757,7 +1757,7 @@ def test_a_student_is_trained_with_the_memory_that_is_asked_for():
             unittest.mock.patch.object(td, "CONTEXTS", ()):     # of its own memory alone
         new_clips(here / "data", 1, 69)
         for name, wanted, more in (("c2s3wfull", (2, 3, None), ("--rollout", "8")), ("c1s1w2", (1, 1, 2), ()),
-                                   ("c5s1w1", (5, 1, 1), ()), ("c12s1w1", (12, 1, 1), ())):
+                                   ("c5s1w1", (5, 1, 1), ("--set", "clip_frames=57")), ("c12s1w1", (12, 1, 1), ())):
             flags = own_flags(here, here / "data", "--memory", name, *more, "--out", str(here / "runs" / name))
             (here / "runs" / name).mkdir(parents=True)
             saved(here / "runs" / name / "teacher.safetensors", new_model(causal=False, steps=3))
@@ -2396,7 +2396,10 @@ def test_what_cannot_be_trained_is_refused_in_one_line():
                              ("--set batches: no such field; there are clip_frames, ", "--set", "batches=3"),
                              ("--set rate: no such field; there are muon, adam", "--set", "teacher.rate=3"),
                              ("--set batch=many: it is 4 now", "--set", "batch=many"),
-                             ("--set clip_frames=80: needs whole chunks", "--set", "clip_frames=80"),
+                             ("--set clip_frames=80: needs whole chunks of 12, the first of 9: 45, 57,", "--set",
+                              "clip_frames=80"),
+                             ("--set clip_frames=45: needs whole chunks of 20, the first of 17: 57, 77,", "--memory",
+                              "c5s1w1"),
                              ("50 steps of the teacher: the student's noise levels", "--set", "steps=50"),
                              ("--stage: invalid choice: 'eval'", "--stage", "eval"),
                              ("unrecognized arguments: --clips 3", "--clips", "3"),

@@ -1647,9 +1647,11 @@ def assign_all(config, settings, assignments):
         else:
             settings = assign(settings, path, value)
     frames = settings.clip_frames
-    if frames < 45 or (frames + 3) % 12:
-        raise UserError(f"--set clip_frames={frames}: needs whole chunks of 12, the first of 9: "
-                        "45, 57, 69, …")
+    chunk = FRAMES * config.chunk
+    least = math.ceil(48 / chunk) * chunk - 3
+    if frames < least or (frames + 3) % chunk:
+        raise UserError(f"--set clip_frames={frames}: needs whole chunks of {chunk}, the first of "
+                        f"{chunk - 3}: {least}, {least + chunk}, {least + 2 * chunk}, …")
     return config, settings
 
 
