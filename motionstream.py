@@ -806,8 +806,7 @@ def way_back(tracks, start, index, distance):
     """From each square of frame t to where it was in frame 0, by the track that it follows.
 
     index, distance (B, T, rows, columns) of nearest_track; start (B, N, 2): where the tracks were
-    in frame 0. Returns whole pixels, (B, T, rows, columns, 2) int64: 0 where no track
-    is visible."""
+    in frame 0. Returns whole pixels, (B, T, rows, columns, 2) int64: 0 where no track is visible."""
     if tracks.shape[2] == 0:
         return index.new_zeros(*index.shape, 2)
     of_track = (start[:, None] - tracks.nan_to_num(0)).round().long()   # (B, T, N, 2)
@@ -877,8 +876,7 @@ def copy_along_tracks(vae, image, tracks, visible, start):
 
 def mix_copies(shares, moved, still):
     """What the copies say x0 is: a share of the latents moved along the tracks, and a share of the
-    image's own, as at frame 0. shares (B, 2, F, h, w), of the head;
-    moved, still (B, C, F, h, w)."""
+    image's own, as at frame 0. shares (B, 2, F, h, w): the head's; moved, still (B, C, F, h, w)."""
     return shares[:, :1] * moved + shares[:, 1:] * still
 
 
@@ -974,8 +972,8 @@ def image_channels(first_latent, frames):
 
 def image_and_mask(latents):
     """The image channels of weights with a mask (Config.has_mask). latents (B, C, F, h, w): of a
-    clip that is the image in video frame 0 and grey, 0, in all others. Returns (B, 4 + C, F, h,
-    w): the mask, 1 at latent frame 0 and 0 after it, then the latents."""
+    clip that is the image in video frame 0 and grey, 0, in all others. Returns the mask, 1 at
+    latent frame 0 and 0 after it, then the latents: (B, 4 + C, F, h, w)."""
     B, _, frames, h, w = latents.shape
     mask = latents.new_ones(B, MASK, 1, h, w)
     return torch.cat([image_channels(mask, frames), latents], 1)
@@ -983,8 +981,8 @@ def image_and_mask(latents):
 
 def image_inputs(config, latents, frames):
     """How a model takes the image: (channels of a clip of `frames` latents, clean latent frame 0),
-    None for what it does not take. latents: the image's, (B, C, 1, h, w); for a mask (B, C,
-    frames, h, w), see image_and_mask."""
+    None for what it does not take. latents: the image's, (B, C, 1, h, w); with a mask those of a
+    clip, (B, C, frames, h, w), see image_and_mask."""
     channels = None
     first_latent = None
     if config.has_mask:
