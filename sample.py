@@ -393,8 +393,10 @@ def enlarge(frame):
 
 
 def find_ffmpeg():
-    """The path of an ffmpeg that does what is asked of it here. UserError, in its own words, if there is none."""
-    exe, cure = os.environ.get("IMAGEIO_FFMPEG_EXE"), "name another in IMAGEIO_FFMPEG_EXE, or unset it"
+    """The path of an ffmpeg that does what is asked of it here. UserError, in its own words, if there is
+    none."""
+    exe = os.environ.get("IMAGEIO_FFMPEG_EXE")
+    cure = "name another in IMAGEIO_FFMPEG_EXE, or unset it"
     if not exe:
         cure = "pip install -U imageio[ffmpeg]"
         try:
@@ -417,27 +419,29 @@ def try_ffmpeg(exe):
     except (OSError, subprocess.SubprocessError) as e:
         return str(e)
     if done.returncode:
-        return ffmpeg_words(done.stderr.decode(errors="replace"))
+        return ffmpeg_words(done.stderr.decode(errors="replace"), done.returncode)
     return None
 
 
-def ffmpeg_words(log):
-    """What ffmpeg says is wrong, in one line: the first error of its log (with level+ in -loglevel)."""
+def ffmpeg_words(log, code):
+    """What ffmpeg, which has ended with a code, says is wrong, in one line: the first error of its log (with
+    level+ in -loglevel)."""
     lines = log.splitlines()
     errors = [line for line in lines if "[error] " in line or "[fatal] " in line]
-    said = (errors or lines[-1:] or ["it has ended without a word"])[0]
+    said = (errors or lines[-1:] or [f"it has ended with code {code}"])[0]
     return re.sub(r"^(\[[^]]*\] )+", "", said)[:300]
 
 
 def encoder_command(exe, width, height, fps):
-    """How ffmpeg is called to write frames as H.264, all but the output: in BT.709, and tagged so, as players take
-    what is not tagged for one thing or another by its size."""
+    """How ffmpeg is called to write frames as H.264, all but the output: in BT.709, and tagged so. What is
+    not tagged, players take for one thing or another by its size."""
     converted = ("scale=2*ceil(iw/2):2*ceil(ih/2):out_color_matrix=bt709:out_range=tv,setsar=1,format=yuv420p,"
                  "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709")
-    return [exe, "-hide_banner", "-nostats", "-loglevel", "level+error", "-y",
-            "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-framerate", f"{fps:g}", "-i", "-",
-            "-vf", converted, "-color_range", "tv", "-colorspace", "bt709", "-color_primaries", "bt709",
-            "-color_trc", "bt709", "-c:v", "libx264", "-preset", "veryfast", "-crf", "15"]
+    command = [exe, "-hide_banner", "-nostats", "-loglevel", "level+error", "-y"]
+    command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-framerate", f"{fps:g}"]
+    command += ["-i", "-", "-vf", converted, "-color_range", "tv", "-colorspace", "bt709"]
+    command += ["-color_primaries", "bt709", "-color_trc", "bt709"]
+    return command + ["-c:v", "libx264", "-preset", "veryfast", "-crf", "15"]
 
 
 def count_frames(path):
@@ -452,19 +456,27 @@ class Encoder:
     """ffmpeg, writing a file from frames, uint8 (H, W, 3), that are all of one size."""
 
     def __init__(self, path, fps):
-        self.path, self.fps = path, fps
+        self.path = path
+        self.fps = fps
+        self.shape = None
         self.count = 0
-        self.process = None                 # from the first frame on, which tells the size
+        self.process = None
         self.log = tempfile.TemporaryFile()
+
+    def start(self, height, width):
+        """Start ffmpeg, which Ctrl-C is not for."""
+        command = encoder_command(find_ffmpeg(), width, height, self.fps)
+        command += ["-movflags", "+faststart", f"file:{self.path}"]
+        group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)          # of Windows
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=self.log, process_group=0,
+                                        creationflags=group)
 
     def append(self, frame):
         if self.process is None:
-            height, width, _ = frame.shape
-            command = encoder_command(find_ffmpeg(), width, height, self.fps)
-            command += ["-movflags", "+faststart", f"file:{self.path}"]
-            group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)      # Ctrl-C is not for ffmpeg
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=self.log, process_group=0,
-                                            creationflags=group)
+            self.shape = (*frame.shape[:2], 3)
+            self.start(*frame.shape[:2])
+        if frame.shape != self.shape or frame.dtype != np.uint8:
+            raise ValueError(f"a frame is {frame.dtype} {frame.shape}, expected uint8 {self.shape}")
         try:
             self.process.stdin.write(np.ascontiguousarray(frame))
         except OSError:
@@ -473,9 +485,9 @@ class Encoder:
 
     def fail(self):
         """Raise OSError: ffmpeg's own words."""
-        self.process.wait()
+        code = self.process.wait()
         self.log.seek(0)
-        raise EncodingError(ffmpeg_words(self.log.read().decode(errors="replace")))
+        raise EncodingError(ffmpeg_words(self.log.read().decode(errors="replace"), code))
 
     def finish(self):
         """The file is whole; or OSError says why it is not."""

@@ -91,6 +91,7 @@ def find_sources(folder):
     """({name, a path in the folder without its ending: Source}; lines on what is in none of them, and
     why)."""
     files, left = walk(folder)
+    files.sort(key=lambda file: file.suffix != file.suffix.lower())         # a.mp4 before a.MP4
     stems = collections.defaultdict(dict)
     others = collections.Counter()
     for file in files:

@@ -115,7 +115,7 @@ def decode(path, most, log):
     told = log.text()
     failed = process.returncode or "[error] " in told       # it does not fail if the file has been cut off
     if failed and count != most:
-        raise UserError(f"{path}: cannot be read as a video after {count} frames ({ffmpeg_words(told)})")
+        raise UserError(f"{path}: cannot be read as a video after {count} frames ({ffmpeg_words(told, process.returncode)})")
 
 
 def read_frames(pipe):
@@ -150,8 +150,8 @@ def refuse(path, told):
     form = re.search(r"^\[info\] Input #0, (\S+), from", given, re.M)
     if form and form[1].endswith(("_pipe", "image2")):
         raise UserError(f"{path}: is a picture, not a video")
-    if kinds and not videos:
-        raise UserError(f"{path}: holds no video, only {', '.join(kind for kind, _ in kinds)}")
+    if form and not videos:
+        raise UserError(f"{path}: holds no video, only {', '.join(kind for kind, _ in kinds) or 'nothing'}")
     if len(videos) > 1:
         raise UserError(f"{path}: holds {len(videos)} videos; for the first: {remade(path, '-map 0:V:0 -c copy')}")
     if re.search(r"\[Parsed_showinfo.* i:[TB] ", told):
