@@ -579,7 +579,7 @@ def check_output(path, endings, inputs):
     for wrong, cure in faults:
         if wrong:
             raise UserError(f"{path}: {cure}")
-    if path.suffix == ".mp4":
+    if path.suffix.lower() == ".mp4":
         find_ffmpeg()
 
 

@@ -694,15 +694,15 @@ def walk(folder):
     return sorted(files), left
 
 
-def find_clips(folder):
-    """(The files of clips in a folder and those below it, sorted; lines on what was left out, see walk.)"""
-    files, left = walk(folder)
-    return [file for file in files if file.suffix.lower() == ".safetensors"], left
+def clip_files(folder):
+    """The clips in a folder and those below it, see walk."""
+    files, _ = walk(folder)
+    return [file for file in files if file.suffix.lower() == ".safetensors"]
 
 
 def fingerprint(folder):
     """Of the clips in a folder: their names, sizes and ages. None: of no folder."""
-    files = find_clips(folder)[0] if folder else []
+    files = clip_files(folder) if folder else []
     about = [(str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns)
              for file in files]
     return seed_of(about)
@@ -753,7 +753,7 @@ def check_clip(file, shapes, config, track_frames):
 def open_clips(folder, config, frames, track_frames):
     """The files of the clips in a folder that have `frames` latents or more, with tracks of
     `track_frames` video frames. UserError, one line, if one of them is wrong, or none is left."""
-    files, _ = find_clips(folder)
+    files = clip_files(folder)
     long_enough = []
     for file in files:
         shapes, _ = read_header(file)
@@ -1768,10 +1768,10 @@ def refuse(flags, start, has_video):
 def resolve(flags):
     """Flags, and the weights that they name, to the Run."""
     start = inspect(flags.weights) if flags.weights else None
-    clips, left = find_clips(flags.data) if flags.data else ([], [])
-    for line in left:
-        if RANK == 0:
+    if flags.data and RANK == 0:
+        for line in walk(flags.data)[1]:
             print(f"left out: {line}")
+    clips = clip_files(flags.data) if flags.data else []
     has_video = bool(clips) and "video" in read_header(clips[0])[0]
     refuse(flags, start, has_video)
     config = resolve_config(flags, start)

@@ -12,7 +12,7 @@ import numpy as np
 
 import sample
 from extras.testing import assert_error, folder
-from extras.video import open_video
+from extras.video import open_video, refuse
 from motionstream import UserError
 from sample import find_ffmpeg
 
@@ -96,6 +96,15 @@ def test_hdr_and_wide_gamut_are_refused_with_the_command_that_makes_them_right()
             assert len(frames) == 16 and path.with_name(f"{path.name}.old").exists()
 
 
+def test_dolby_vision_that_nothing_else_can_show_is_refused():
+    told = ("[info] Input #0, mov,mp4,m4a,3gp,3g2,mj2, from 'file:x.mp4':\n"
+            "[info]   Stream #0:0[0x1](und): Video: hevc (Main 10), yuv420p10le(pc), 64x64, 16 fps, 16 tbr\n"
+            "[info]       DOVI configuration record: version: 1.0, profile: {}, level: 6, rpu flag: 1, el flag: 0, "
+            "bl flag: 1, compatibility id: {}\n")
+    assert_error(UserError, "Dolby Vision alone", refuse, "x.mp4", told.format(5, 0))
+    refuse("x.mp4", told.format(8, 2))                              # BT.709 beneath
+
+
 def test_pixels_that_are_not_square_and_turned_pictures_are_read_as_they_are_seen():
     with folder() as here:
         half = "color=white:s=32x128:r=16:d=1[a];color=red:s=32x128:r=16:d=1[b];[a][b]hstack,setsar=2"
@@ -157,6 +166,12 @@ def test_what_is_no_whole_video_is_refused_in_ffmpegs_words():
             assert_error(UserError, f"{here / name}: ", read, here / name)
             assert_error(UserError, cause, read, here / name)
         assert_error(UserError, "sound.mp4: holds no video, only Audio", read, make(here / "sound.mp4", "sine=d=1"))
+        ffmpeg("-i", here / "sound.mp4", "-i", here / "a.png", "-map", 0, "-map", 1, "-c", "copy", "-disposition:v:0",
+               "attached_pic", here / "song.mp4")
+        assert_error(UserError, "song.mp4: holds no video, only Audio, a cover", read, here / "song.mp4")
+        sizes = [make(here / f"{size}.h264", f"testsrc=s={size}:r=16:d=1").read_bytes() for size in ("64x48", "96x64")]
+        (here / "sizes.h264").write_bytes(b"".join(sizes))
+        assert_error(UserError, "its pictures change in size after 16 frames", read, here / "sizes.h264")
         assert_error(UserError, "none.mp4: cannot be read as a video", read, here / "none.mp4")
         assert_error(UserError, "Is a directory", read, here)
         with contextlib.chdir(here):

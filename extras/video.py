@@ -72,11 +72,7 @@ def open_video(path, most=None):
     path = Path(path)
     log = Log()
     frames = decode(path, most, log)
-    try:
-        first = next(frames, None)
-    except UserError:
-        refuse(path, log.text())            # which may know better
-        raise
+    first = next(frames, None)
     told = log.text()
     refuse(path, told)
     if first is None:
@@ -99,20 +95,25 @@ def decode(path, most, log):
     command += ["-c:v", "pam", "-f", "image2pipe", "-"]
     pipe = subprocess.PIPE
     count = 0
+    shape = None
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe) as process:
         thread = threading.Thread(target=log.follow, args=(process.stderr,), daemon=True)
         thread.start()
         try:
             for frame in read_frames(process.stdout):
                 log.begun.wait()
+                if shape not in (None, frame.shape):
+                    raise UserError(f"{path}: its pictures change in size after {count} frames")
+                shape = frame.shape
                 count += 1
                 yield frame
-        except GeneratorExit:               # no more are wanted
+        except BaseException:               # no more are wanted, for one
             process.kill()
             raise
         finally:
             thread.join()
     told = log.text()
+    refuse(path, told)                      # which may know better why, and what begins later
     failed = process.returncode or "[error] " in told       # it does not fail if the file has been cut off
     if failed and count != most:
         raise UserError(f"{path}: cannot be read as a video after {count} frames ({ffmpeg_words(told, process.returncode)})")
@@ -151,15 +152,21 @@ def refuse(path, told):
     if form and form[1].endswith(("_pipe", "image2")):
         raise UserError(f"{path}: is a picture, not a video")
     if form and not videos:
-        raise UserError(f"{path}: holds no video, only {', '.join(kind for kind, _ in kinds) or 'nothing'}")
+        others = ", ".join(kind.replace("Video", "a cover") for kind, _ in kinds)
+        raise UserError(f"{path}: holds no video, only {others or 'nothing'}")
     if len(videos) > 1:
         raise UserError(f"{path}: holds {len(videos)} videos; for the first: {remade(path, '-map 0:V:0 -c copy')}")
+    if re.search("DOVI configuration record: .*compatibility id: 0", given):
+        options = "-vf libplacebo=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv,format=yuv420p"
+        raise UserError(f"{path}: is HDR (Dolby Vision alone); with Vulkan: {remade(path, options)}")
     if re.search(r"\[Parsed_showinfo.* i:[TB] ", told):
         raise UserError(f"{path}: is interlaced; {remade(path, '-vf bwdif=mode=send_frame')}")
-    colour = {name: re.search(rf"\[Parsed_showinfo.* {name}:(\S+)", told) for name in USUAL}
-    colour = {name: found[1] for name, found in colour.items() if found}
-    odd = [value for name, value in colour.items() if value not in USUAL[name]]
-    if odd:
+    described = re.findall(r"\[Parsed_showinfo.* (color_space:.* color_trc:\S+)", told)
+    for line in dict.fromkeys(described):               # as a rule all are the same
+        colour = dict(word.split(":") for word in line.split())
+        odd = [value for name, value in colour.items() if value not in USUAL[name]]
+        if not odd:
+            continue
         what = "is HDR" if colour["color_trc"] in BRIGHT else "has a wide gamut"
         raise UserError(f"{path}: {what} ({', '.join(odd)}); {remade(path, '-vf ' + to_bt709(colour))}")
 
