@@ -473,8 +473,9 @@ class Encoder:
 
     def append(self, frame):
         if self.process is None:
-            self.shape = (*frame.shape[:2], 3)
-            self.start(*frame.shape[:2])
+            height, width, _ = frame.shape
+            self.shape = (height, width, 3)
+            self.start(height, width)
         if frame.shape != self.shape or frame.dtype != np.uint8:
             raise ValueError(f"a frame is {frame.dtype} {frame.shape}, expected uint8 {self.shape}")
         try:

@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 import unittest.mock
+from pathlib import Path
 
 import numpy as np
 
@@ -44,7 +45,7 @@ def follow_cure(path):
     except UserError as e:
         said = str(e)
     assert "\n" not in said
-    here = path.parent
+    here = path.absolute().parent
     with contextlib.suppress(FileExistsError):
         (here / "ffmpeg").symlink_to(find_ffmpeg())
     line = re.search("ffmpeg -i .*", said)[0]
@@ -137,7 +138,9 @@ def test_interlaced_videos_and_files_of_several_are_refused_with_their_command()
     with folder() as here:
         path = make(here / "lines.mp4", COUNTER, "-vf", "tinterlace=interleave_top,format=yuv420p",
                     "-flags", "+ildct+ilme", "-x264-params", "tff=1")
-        assert "is interlaced" in follow_cure(path)
+        path = path.rename(here / "-i 12:30 it's.mp4")
+        with contextlib.chdir(here):
+            assert "is interlaced" in follow_cure(Path(path.name))
         assert len(read(path)[0]) == 24
         even = make(here / "even.mp4", COUNTER)
         ffmpeg("-i", even, "-f", "lavfi", "-i", RED, "-map", 0, "-map", 1, here / "two.mp4")
@@ -171,7 +174,7 @@ def test_what_is_no_whole_video_is_refused_in_ffmpegs_words():
         assert_error(UserError, "song.mp4: holds no video, only Audio, a cover", read, here / "song.mp4")
         sizes = [make(here / f"{size}.h264", f"testsrc=s={size}:r=16:d=1").read_bytes() for size in ("64x48", "96x64")]
         (here / "sizes.h264").write_bytes(b"".join(sizes))
-        assert_error(UserError, "its pictures change in size after 16 frames", read, here / "sizes.h264")
+        assert read(here / "sizes.h264")[0].shape == (32, 48, 64, 3), "all of one size"
         assert_error(UserError, "none.mp4: cannot be read as a video", read, here / "none.mp4")
         assert_error(UserError, "Is a directory", read, here)
         with contextlib.chdir(here):

@@ -1,12 +1,13 @@
-"""Videos as they are stored: every frame once, upright, with square pixels, what is transparent over white.
+"""Videos as they are stored: every frame once, upright, with square pixels, transparent parts over
+white.
 
     video = open_video(path)
     for frame in video.frames:              # uint8 (H, W, 3)
         ...
     video.times()                           # when each frame is shown, in seconds
 
-What cannot be read without a choice (HDR, wide gamut, interlaced, several videos in a file) is refused, with the
-command that makes it right.
+What cannot be read without a choice (HDR, wide gamut, interlaced, several videos in a file) is
+refused, with the command that makes it right.
 """
 
 import itertools
@@ -24,12 +25,15 @@ import numpy as np
 from motionstream import UserError
 from sample import ffmpeg_words, find_ffmpeg
 
-# What is read as it is. Of others, colours are wrong unless they are mapped to a smaller gamut, brightness too.
+# Tags of colours that are read as they are. Others are wrong unless they are mapped to the gamut of
+# BT.709, and in HDR brightness too.
+SMALL = ("bt709", "bt470m", "bt470bg", "smpte170m", "smpte240m")        # standards of about one gamut
+UNTAGGED = ("unknown", "reserved")
 USUAL = {
-    "color_space": ("unknown", "reserved", "gbr", "bt709", "fcc", "bt470bg", "smpte170m", "smpte240m", "ycgco"),
-    "color_primaries": ("unknown", "reserved", "bt709", "bt470m", "bt470bg", "smpte170m", "smpte240m"),
-    "color_trc": ("unknown", "reserved", "bt709", "bt470m", "bt470bg", "smpte170m", "smpte240m", "iec61966-2-1",
-                  "iec61966-2-4", "bt1361e", "bt2020-10", "bt2020-12")}
+    "color_space": UNTAGGED + SMALL + ("gbr", "fcc", "ycgco"),
+    "color_primaries": UNTAGGED + SMALL,
+    "color_trc": UNTAGGED + SMALL + ("iec61966-2-1", "iec61966-2-4", "bt1361e", "bt2020-10", "bt2020-12"),
+}
 BRIGHT = ("smpte2084", "arib-std-b67")      # the transfer functions of HDR, PQ and HLG
 
 
@@ -57,18 +61,19 @@ class Video:
     """A video that is being read."""
     path: Path
     fps: float | None               # mean, as the file says
-    size: tuple                     # (width, height) as stored, upright; frames are larger if pixels are not square
+    size: tuple                     # (width, height) as stored, upright; frames with square pixels may be larger
     frames: Iterator                # uint8 (H, W, 3), one by one
     log: Log
 
     def times(self):
-        """When the frames are shown, in seconds, of those that the file says it of. To be called when they are read."""
-        return [float(time) for time in re.findall(r"\[Parsed_showinfo.* pts_time: *([-+.\de]+)", self.log.text())]
+        """When the frames that have been read are shown, in seconds, of those that the file says it of."""
+        found = re.findall(r"\[Parsed_showinfo.* pts_time: *([-+.\de]+)", self.log.text())
+        return [float(time) for time in found]
 
 
 def open_video(path, most=None):
-    """A Video of at most so many frames. UserError, one line, if there is none, or none that can be read as it is; also
-    while it is read, if it is damaged."""
+    """A Video of at most so many frames. UserError, one line, if there is none, or none that can be read as
+    it is; also while it is read, if it is damaged."""
     path = Path(path)
     log = Log()
     frames = decode(path, most, log)
@@ -87,24 +92,21 @@ def open_video(path, most=None):
 def decode(path, most, log):
     """The frames of a video, uint8 (H, W, 3), one by one."""
     # V: no cover; passthrough: no frame twice or dropped, as it would be for an even rate
-    command = [find_ffmpeg(), "-hide_banner", "-nostdin", "-nostats", "-loglevel", "level+info", "-xerror",
-               "-i", f"file:{path}", "-map", "0:V:0", "-fps_mode", "passthrough",
-               "-vf", "showinfo=checksum=0,scale='round(iw*max(1,sar))':'round(ih/min(1,sar))',format=rgba"]
+    command = [find_ffmpeg(), "-hide_banner", "-nostdin", "-nostats", "-loglevel", "level+info"]
+    command += ["-xerror", "-i", f"file:{path}", "-map", "0:V:0", "-fps_mode", "passthrough"]
+    square = "scale='round(iw*max(1,sar))':'round(ih/min(1,sar))'"
+    command += ["-vf", f"showinfo=checksum=0,{square},format=rgba"]
     if most:
         command += ["-frames:v", str(most)]
     command += ["-c:v", "pam", "-f", "image2pipe", "-"]
     pipe = subprocess.PIPE
     count = 0
-    shape = None
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe) as process:
         thread = threading.Thread(target=log.follow, args=(process.stderr,), daemon=True)
         thread.start()
         try:
             for frame in read_frames(process.stdout):
                 log.begun.wait()
-                if shape not in (None, frame.shape):
-                    raise UserError(f"{path}: its pictures change in size after {count} frames")
-                shape = frame.shape
                 count += 1
                 yield frame
         except BaseException:               # no more are wanted, for one
@@ -114,9 +116,11 @@ def decode(path, most, log):
             thread.join()
     told = log.text()
     refuse(path, told)                      # which may know better why, and what begins later
-    failed = process.returncode or "[error] " in told       # it does not fail if the file has been cut off
+    code = process.returncode
+    failed = code or "[error] " in told     # code is 0 if the file has been cut off
     if failed and count != most:
-        raise UserError(f"{path}: cannot be read as a video after {count} frames ({ffmpeg_words(told, process.returncode)})")
+        reason = ffmpeg_words(told, code)
+        raise UserError(f"{path}: cannot be read as a video after {count} frames ({reason})")
 
 
 def read_frames(pipe):
@@ -155,10 +159,12 @@ def refuse(path, told):
         others = ", ".join(kind.replace("Video", "a cover") for kind, _ in kinds)
         raise UserError(f"{path}: holds no video, only {others or 'nothing'}")
     if len(videos) > 1:
-        raise UserError(f"{path}: holds {len(videos)} videos; for the first: {remade(path, '-map 0:V:0 -c copy')}")
+        cure = remade(path, "-map 0:V:0 -c copy")
+        raise UserError(f"{path}: holds {len(videos)} videos; for the first: {cure}")
     if re.search("DOVI configuration record: .*compatibility id: 0", given):
-        options = "-vf libplacebo=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv,format=yuv420p"
-        raise UserError(f"{path}: is HDR (Dolby Vision alone); with Vulkan: {remade(path, options)}")
+        mapped = "libplacebo=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
+        cure = remade(path, f"-vf {mapped},format=yuv420p")
+        raise UserError(f"{path}: is HDR (Dolby Vision alone); with Vulkan: {cure}")
     if re.search(r"\[Parsed_showinfo.* i:[TB] ", told):
         raise UserError(f"{path}: is interlaced; {remade(path, '-vf bwdif=mode=send_frame')}")
     described = re.findall(r"\[Parsed_showinfo.* (color_space:.* color_trc:\S+)", told)
@@ -168,19 +174,21 @@ def refuse(path, told):
         if not odd:
             continue
         what = "is HDR" if colour["color_trc"] in BRIGHT else "has a wide gamut"
-        raise UserError(f"{path}: {what} ({', '.join(odd)}); {remade(path, '-vf ' + to_bt709(colour))}")
+        cure = remade(path, f"-vf {to_bt709(colour)}")
+        raise UserError(f"{path}: {what} ({', '.join(odd)}); {cure}")
 
 
 def to_bt709(colour):
-    """The ffmpeg filter that maps colours to BT.709. colour: what is tagged, {name: value} as in USUAL. White is 203
-    nits, as ITU-R BT.2408 has it; what is brighter is rolled off."""
-    untagged = ("unknown", "reserved")
-    primaries, matrix, transfer = colour["color_primaries"], colour["color_space"], colour["color_trc"]
-    if primaries in untagged:
+    """The ffmpeg filter that maps colours to BT.709. colour: what is tagged, {name: value} as in USUAL.
+    White is 203 nits, as ITU-R BT.2408 has it; what is brighter is rolled off."""
+    primaries = colour["color_primaries"]
+    matrix = colour["color_space"]
+    transfer = colour["color_trc"]
+    if primaries in UNTAGGED:
         primaries = "bt2020"
-    if matrix in untagged:
+    if matrix in UNTAGGED:
         matrix = "bt2020nc" if primaries == "bt2020" else "bt709"
-    if transfer in untagged:
+    if transfer in UNTAGGED:
         transfer = "bt709"
     tagged = f"setparams=color_primaries={primaries}:color_trc={transfer}:colorspace={matrix}"
     if transfer not in BRIGHT:
@@ -190,9 +198,9 @@ def to_bt709(colour):
 
 
 def remade(path, options, keep="-fps_mode passthrough "):
-    """The command line that makes another video of one, with the same frames unless `keep` is left out, in its
-    place; the first stays beside it."""
-    path = Path(path)
+    """The command line that makes another video of one, with the same frames unless `keep` is left out,
+    in its place; the first stays beside it."""
+    path = Path(os.path.abspath(path))      # or a name such as -i.mp4 or 12:30.mp4 would mislead ffmpeg
     places = [str(path), f"{path}.old", str(path.with_stem(f"{path.stem}.new"))]
     if os.name == "nt":
         move = "move"
@@ -200,4 +208,5 @@ def remade(path, options, keep="-fps_mode passthrough "):
     else:
         move = "mv"
         given, old, new = [shlex.quote(place) for place in places]
-    return f"ffmpeg -i {given} {options} {keep}{new} && {move} {given} {old} && {move} {new} {given}"
+    made = f"ffmpeg -i {given} {options} {keep}{new}"
+    return f"{made} && {move} {given} {old} && {move} {new} {given}"
