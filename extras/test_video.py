@@ -3,7 +3,6 @@
 import contextlib
 import os
 import re
-import resource
 import subprocess
 import sys
 import unittest.mock
@@ -228,6 +227,7 @@ def test_an_ffmpeg_that_cannot_be_used_is_found_before_anything_is_loaded():
 
 
 def test_a_video_that_cannot_be_written_says_what_ffmpeg_says():
+    import resource                         # of POSIX
     frame = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
 
     def attempt(path, frames):
