@@ -18,6 +18,7 @@ from extras.cases import Case, Clips, new_clips, seed_of
 from extras.evaluate import (Trained, compare, end_point_error, eval_row, find_reward, label_of, measure,
                              measure_tables, motion_reward, play)
 from extras.measures import ssim
+from extras.test_video import ffmpeg
 from extras.testing import (HERE, Perceptual, assert_error, assert_near, folder, having_lpips, new_model,
                             new_vae, quiet, rand, saved, seeded)
 from motionstream import MotionStream, UserError
@@ -561,6 +562,21 @@ def test_two_videos_are_compared_frame_by_frame_as_long_as_there_are_both():
         assert 1 < numbers["LPIPS"] < 1.1
         with having_lpips(None):
             assert_error(UserError, "pip install lpips", compare, made, real, "alex")
+
+
+def test_frames_are_compared_with_those_that_are_stored_not_with_an_even_rate():
+    late = "settb=1/32,setpts='2*N+between(N,10,20)'"
+    with folder() as here, quiet():
+        even = here / "even.mp4"
+        uneven = here / "late.mp4"
+        picture = here / "x.png"
+        ffmpeg("-f", "lavfi", "-i", "testsrc2=s=64x48:r=16:d=2", "-qp", 0, even)
+        ffmpeg("-i", even, "-vf", late, "-fps_mode", "passthrough", "-enc_time_base", "1/32", "-qp", 0, uneven)
+        numbers, count = compare(even, uneven)
+        assert count == 32
+        assert numbers["PSNR"] > 60
+        ffmpeg("-i", even, "-frames:v", 1, picture)
+        assert_error(UserError, "x.png: is a picture, not a video", compare, even, picture)
 
 
 def save_points(path, tracks, visible, size):

@@ -14,14 +14,15 @@ import train_distill as td
 from extras import evaluate, experiments, world
 from extras.cases import Case, new_clips
 from extras.evaluate import Trained, case_of, eval_row, label_of, settings_of
-from extras.experiments import (Distillation, DrawnTracks, Lesson, Refreshed, RefreshedStudent, attention_row,
+from extras.experiments import (Distillation, DrawnTracks, Lesson, Refreshed, attention_row,
                                 attention_shares, clips_folder, damaged_folder, distil_briefly,
-                                distillation_run, drawing, encoding_row, lesson_run, speed_row, taught_row,
+                                distillation_run, drawing, encoding_row, lesson_run, refreshing, speed_row, taught_row,
                                 teach_briefly, words_row)
 from extras.testing import (assert_error, assert_near, folder, new_model, new_vae, quiet, rand, randomised,
                             saved)
 from motionstream import (PRESETS, Config, KVCache, MotionStream, SelfAttention, UserError, apply_rope,
                           rope_table)
+from motionstream import new_model as build_model
 
 FITS = {"size": (32, 32), "text_dim": 64}
 CASE = {"seed": "x", "clips": 1, "frames": 9, "objects": 1, "width": 32}
@@ -286,13 +287,12 @@ def test_a_brief_teacher_differs_in_what_its_row_says():
         drawn = lesson_run(trained, Lesson(7, drawn=True))
         start = lesson_run(trained, Lesson(7, start=True))
         harm = lesson_run(trained, Lesson(7, start=True, harm=True))
-        assert plain.network is MotionStream
+        assert plain.network is build_model
         assert plain.settings.dense_share == 1
         assert plain.settings.teacher == td.TINY.teacher
         assert plain.start is None
         assert plain.config.track_dim == plain.config.out_dim == 4
         assert drawn.config == plain.config
-        assert drawn.network is not MotionStream
         assert issubclass(drawn.network, MotionStream)
         assert start.settings.dense_share == 0
         assert start.settings.teacher == td.TINY.causal
@@ -401,6 +401,7 @@ def test_a_refreshed_sink_is_the_chunk_just_written_every_25th_time():
 
 
 def test_a_refreshed_student_has_a_refreshed_cache_in_every_block():
-    caches = RefreshedStudent(new_model().config).new_caches()
+    student = refreshing(MotionStream)(new_model().config)
+    caches = student.new_caches()
     assert len(caches) == 2
     assert all(isinstance(cache, Refreshed) for cache in caches)

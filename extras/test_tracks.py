@@ -18,7 +18,7 @@ from PIL import Image
 import sample
 from extras import tracks as program
 from extras.testing import (HERE, assert_error, command, folder, new_model, quiet, rand, recipe,
-                            sampled, saved, workplace)
+                            sampled, saved, seeded, workplace)
 from extras.tracks import (MOVES, camera, camera_move, camera_tracks, drag_tracks, follow, load_depth,
                            load_tracks, read_path, render_control)
 from motionstream import UserError
@@ -295,6 +295,79 @@ def test_headers_of_python_2_are_read_without_a_warning():
             found = load_tracks(path, SIZE)
     assert found["tracks"].shape == (9, 3, 2)
     assert not warned
+
+
+# Files of torch.save.
+
+def check_torch_file(path, content, expected):
+    """Saved in the new and in the old way, it holds what `expected` does."""
+    for zipped in True, False:
+        torch.save(content, path, _use_new_zipfile_serialization=zipped)
+        found = load_tracks(path, SIZE)
+        assert np.array_equal(found["tracks"], expected["tracks"])
+        assert np.array_equal(found["visible"], expected["visible"])
+        assert found["fps"] == 24
+
+
+def test_files_of_torch_save_that_hold_tensors_are_read_as_their_npz_would_be():
+    tracks = 30 * torch.rand(6, 4, 2, generator=seeded())
+    seen = torch.rand(6, 4, generator=seeded(1)) > 0.3
+    ours = {"tracks": tracks, "visibility": seen, "width": 96, "height": 64, "fps": 24}
+    tensors = {"tracks": tracks.clone().requires_grad_(), "height": torch.tensor(64), "fps": torch.tensor(24)}
+    batch = {"tracks": tracks[None], "visibility": seen[None, ..., None]}
+    tapir = {"tracks": tracks.transpose(0, 1), "occluded": ~seen.T, "width": 96, "height": 64, "fps": 24}
+    unknown = {"video": tracks, "note": "mine", "nested": {"a": tracks}}
+    with folder() as here:
+        np.savez(here / "x.npz", **ours)
+        expected = load_tracks(here / "x.npz", SIZE)
+        assert np.array_equal(expected["visible"], seen)
+        for content in ours | tensors, ours | batch, tapir, ours | unknown:
+            check_torch_file(here / "x.pt", content, expected)
+
+
+def test_one_tensor_of_any_float_is_tracks():
+    tracks = 30 * torch.rand(6, 4, 2, generator=seeded())
+    with folder() as here:
+        path = here / "one.pt"
+        for dtype in torch.bfloat16, torch.float16, torch.float64:
+            torch.save(tracks.to(dtype), path)
+            found = load_tracks(path, SIZE, layout="tn")["tracks"]
+            assert found.dtype == np.float32
+            assert abs(found - tracks.numpy()).max() < 0.2
+
+
+def test_files_of_torch_save_that_hold_anything_else_are_refused():
+    tracks = torch.rand(6, 4, 2)
+    cases = [
+        ("holds a tuple; save", (tracks, tracks)),
+        ("holds a list", [tracks]),
+        ("holds a dict", {}),
+        ("tracks is a list", {"tracks": [1, 2]}),
+        ("has no array named tracks, only: a", {"a": tracks}),
+        ("tracks is a Tensor, and no plain", {"tracks": torch.ones(3, 2).to_sparse()}),
+        ("has an array of (999999, 999, 2)", {"tracks": torch.zeros(1).expand(999_999, 999, 2)}),
+        ("is a pickle", {"tracks": tracks.numpy()}),
+        ("complex64", {"tracks": tracks * 1j}),
+    ]
+    with folder() as here:
+        path = here / "bad.pt"
+        for cause, content in cases:
+            torch.save(content, path)
+            assert_error(UserError, f"{path}: ", load_tracks, path, SIZE)
+            assert_error(UserError, cause, load_tracks, path, SIZE)
+
+
+def test_json_of_any_editor_is_read():
+    text = '[[{"x": 1, "y": 2}, {"x": 3, "y": 4}]]'
+    big_endian = b"\xfe\xff" + text.encode("utf-16-be")
+    with folder() as here:
+        path = here / "x.json"
+        for data in text.encode(), text.encode("utf-8-sig"), text.encode("utf-16"), big_endian:
+            path.write_bytes(data)
+            assert load_tracks(path, SIZE)["tracks"].tolist() == [[[1, 2]], [[3, 4]]]
+        for data in text.encode("utf-16-le"), text.encode("utf-32"), b"[[1, 2], [\xe9]]":
+            path.write_bytes(data)
+            assert_error(UserError, "x.json: is no text in UTF-8", load_tracks, path, SIZE)
 
 
 class Payload:
@@ -857,7 +930,7 @@ def test_a_control_video_is_handed_over_chunk_by_chunk():
     control = rand(1, 8, 6, 4, 6)
     at, visible = two_points()
     ids = torch.zeros(1, 2).long()
-    motion = sample.Motion(at, visible, ids, control)
+    motion = sample.Motion(at, visible, ids, control=control)
     image = rand(1, 3, 32, 48)
     parts = []
     for part in sample.conditions(new_model(causal=False), None, image, motion, sample.Encoded()):
