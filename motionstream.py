@@ -110,7 +110,7 @@ class Config:
     eps: float = 1e-6
     # what it reads
     text_encoder: str = "umt5"          # or "words": the tiny model's own vectors
-    track_id_mode: str = "random"       # or "start": see track_ids
+    track_id_mode: str = "random"       # or "same", "start": see track_ids
     clean_first: bool = True            # latent frame 0 is the image, at sigma 0: see with_first
     # sampling
     causal: bool = False        # True: a student that streams; False: a bidirectional teacher
@@ -171,7 +171,7 @@ PRESETS = {
         stride=16, size=(704, 1280), fps=24),
     "tiny": Config(
         dim=192, ffn_dim=576, num_heads=3, num_layers=5,
-        in_dim=96 + 32 + 98 + 96, out_dim=96, track_dim=32, copies=True,
+        in_dim=96 + 32 + 98 + 96, out_dim=96, track_dim=32, copies=True, track_id_mode="same",
         text_dim=64, text_len=8, text_encoder="words",
         steps=15, guidance=(1.5, 0.0), size=(128, 128), prompt="steady light, steady shapes"),
 }
@@ -486,10 +486,13 @@ def track_ids(tracks, visible, config, rng=None):
     By config.track_id_mode:
 
     random   a random number, as in the paper, drawn from `rng`
+    same     0 for all: IDs say where tracks are, copies say what they move
     start    (y << 16) + x, the pixel where the track is first seen: for the weights in assets/"""
     B, _, N, _ = tracks.shape
     if config.track_id_mode == "random":
         return torch.randint(0, 2 ** 32, (B, N), generator=rng).to(tracks.device)
+    if config.track_id_mode == "same":
+        return torch.zeros(B, N, dtype=torch.long, device=tracks.device)
     x, y = start_points(tracks, visible).clamp(0, 2 ** 16 - 1).long().unbind(-1)
     return (y << 16) + x
 
@@ -769,8 +772,8 @@ def rollout(model, noise, conditions, first_latent=None, exit_step=None, rng=Non
 # The tiny model: copies along tracks, and the linear part of the velocity. Not in the paper.
 #
 # A track says where a piece of frame 0 is now. So that piece, as latents, is given to the model
-# where it is now, beside the track's ID (Wan-Move copies first-frame features along tracks in the
-# same way): the tiny model has no room to learn to look up what an ID stands for. And the part of
+# where it is now (Wan-Move copies first-frame features along tracks in the same way), and all
+# tracks have one ID: the tiny model has no room to learn to look up what IDs stand for. The part of
 # its velocity that is linear in x_t is computed, not learned (Karras et al. 2022). Wan's weights
 # get neither.
 

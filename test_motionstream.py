@@ -543,6 +543,12 @@ def test_copying_along_true_tracks_gives_the_latents_of_the_moved_picture():
             assert_near(first[:, :4, :1], latents[:, :, :1], 1e-6)              # frame 0 is the image itself
 
 
+def test_all_tracks_may_have_the_same_id():
+    tracks, visible, _ = new_tracks(9, 3)
+    ids = track_ids(tracks, visible, replace(COPYING, track_id_mode="same"), seeded())
+    assert ids.shape == (len(tracks), 3) and ids.dtype == torch.int64 and (ids == 0).all()
+
+
 def test_copies_made_chunk_by_chunk_are_those_of_the_whole():
     vae, (video, tracks, visible) = linear_vae(), pan(21)
     visible &= rand(*visible.shape) > -0.5
