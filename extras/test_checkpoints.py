@@ -117,9 +117,11 @@ def test_checkpoints_of_self_forcing_and_causvid_are_students():
             def __reduce__(self):
                 return Path.touch, (here / "it ran",)
 
-        for content in [1], {"generator": [1]}, {"model": {"a": 1}}, {"lora": named}, {"generator": Code()}:
+        for content, text in (([1], "it holds a list"), ({"generator": [1]}, "1 entries without any: generator"),
+                              ({"model": {"a": 1}}, "1 entries without any: model"), ({1: torch.ones(2)}, "1, which no"),
+                              ({"generator": Code()}, "a pickle of something else than tensors, refused (Unsupported glo")):
             torch.save(content, here / "odd.pt")
-            assert_error(ValueError, "odd.pt", MotionStream.from_pretrained, here / "odd.pt")
+            assert_error(ValueError, text, MotionStream.from_pretrained, here / "odd.pt")
         assert not (here / "it ran").exists()
 
 
@@ -139,10 +141,10 @@ def test_files_that_are_something_else_are_told_by_what_they_are():
                                  ("page", b"<!DOCTYPE html><html>", "this is a web page (21 bytes)"),
                                  ("gguf", b"GGUF" + bytes(99), "this is a GGUF file"),
                                  ("empty", b"", "this is an empty file (0 bytes)"),
-                                 ("noise", b"\xff" * 999, "this is something unknown (999 bytes)"),
+                                 ("noise", b"\xff" * 999, "cannot be read as .safetensors or .pt ("),
                                  ("cut", whole[:-99], f"truncated: {len(whole) - 99} bytes of {len(whole)};"),
                                  ("header", whole[:99], "truncated: 99 bytes of at least"),
-                                 ("half", zipped[:-99], f"this is a truncated .pt ({len(zipped) - 99} bytes)")):
+                                 ("half", zipped[:-99], "truncated: begins as a .pt, but its end is missing")):
             for path in here / f"{name}.safetensors", here / f"{name}.pt":
                 path.write_bytes(data)
                 for load in MotionStream.from_pretrained, load_vae:
@@ -150,19 +152,26 @@ def test_files_that_are_something_else_are_told_by_what_they_are():
         lora = {"diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.zeros(4, 256)}
         text_encoder = {"encoder.block.0.layer_norm.weight": torch.ones(8)}
         clip = {"visual.conv1.weight": torch.ones(8)}
-        for tensors, kind in (lora, "a LoRA"), (text_encoder, "a text encoder"), (clip, "a CLIP encoder"), (
-                {"x": torch.ones(3)}, "something unknown"):
+        for tensors, kind in (
+                (lora, "this looks like a LoRA: it holds diffusion_model.blocks.0.self_attn.q.lora_A.weight"),
+                (text_encoder, "this looks like a text encoder: it holds encoder.block.0.layer_norm.weight"),
+                (clip, "this looks like a CLIP encoder: it holds visual.conv1.weight"),
+                ({"x": torch.ones(3)}, "its first tensor is x, which no layout known here has")):
             save_file(tensors, here / "a.safetensors")
-            for load in MotionStream.from_pretrained, load_vae:
-                assert_error(ValueError, f"a.safetensors: this is {kind}; a whole ", load, here / "a.safetensors")
-        assert_error(ValueError, "this is a DiT; a whole VAE of Wan", load_vae, here / "dit.pt")
+            for load, wanted in (MotionStream.from_pretrained, "Wan DiT"), (load_vae, "VAE (Wan or TAEHV)"):
+                text = f"a.safetensors: expected a complete {wanted} checkpoint; {kind}"
+                assert_error(ValueError, text, load, here / "a.safetensors")
+        assert_error(ValueError, "this looks like a DiT: it holds ", load_vae, here / "dit.pt")
         for tensors, load in (dit, MotionStream.from_pretrained), (vae, load_vae):
             last = sorted(tensors)[-1]
             save_file(tensors | {last: torch.full_like(tensors[last], math.nan)}, here / "a.safetensors")
             assert_error(ValueError, f"a.safetensors: {last} holds NaN or infinity", load, here / "a.safetensors")
         save_file(vae, here / "vae.safetensors")
-        assert_error(ValueError, "this is a VAE; a whole DiT of Wan", MotionStream.from_pretrained,
+        assert_error(ValueError, "this looks like a VAE: it holds ", MotionStream.from_pretrained,
                      here / "vae.safetensors")
+        save_file({"encoder.first.weight": torch.ones(3)}, here / "a.safetensors")      # a VAE, of another family
+        assert_error(ValueError, "VAE (Wan or TAEHV) checkpoint; its first tensor is encoder.first.weight", load_vae,
+                     here / "a.safetensors")
         for zipped in True, False:
             torch.save({"generator": Code()}, here / "code.pt", _use_new_zipfile_serialization=zipped)
             for load in MotionStream.from_pretrained, load_vae:
