@@ -1130,7 +1130,7 @@ LIMITS = {
     "window": (int, 0, 10 ** 6),
     "sink_decay": (float, 0, 1),
     "stride": (int, 1, 256),
-    "size": (int, 8, 8192, 2, 2),
+    "size": (int, 8, 4096, 2, 2),
     "fps": (float, 0.1, 1000),
 }
 CHOICES = {
@@ -1160,7 +1160,7 @@ def check_limits(fields, limits, file):
             expected = f"{kind.__name__} from {least} to {most}"
             if count:
                 expected = f"{count[0]} to {count[1]} of {expected}"
-            raise UserError(f"{file}: {name} is {str(value)[:80]!r} in its config; expected {expected}")
+            raise UserError(f"{file}: {name} is {repr(value)[:80]} in its config; expected {expected}")
 
 
 def check_config(config, file):
@@ -1174,13 +1174,13 @@ def check_config(config, file):
         value = fields[name]
         if not any(type(value) is type(choice) and value == choice for choice in choices):
             expected = ", ".join(map(str, choices))
-            raise UserError(f"{file}: {name} is {str(value)[:80]!r} in its config; expected one of {expected}")
+            raise UserError(f"{file}: {name} is {repr(value)[:80]} in its config; expected one of {expected}")
     c = config
     height, width = c.size
     frames, p, q = c.patch_size
     falling = all(a > b for a, b in zip(c.sigmas, c.sigmas[1:]))
     for wrong, text in [
-        (not isinstance(c.prompt, str | None), f"prompt is {str(c.prompt)[:80]!r}; expected a text"),
+        (not isinstance(c.prompt, str | None), f"prompt is {repr(c.prompt)[:80]}; expected a text"),
         (c.dim % (2 * c.num_heads), f"{c.num_heads} heads do not fit {c.dim} channels, give num_heads=…"),
         (frames != 1, f"patch_size is {c.patch_size}; expected one latent frame in a patch"),
         (c.freq_dim % 2, f"freq_dim is {c.freq_dim}; expected an even number"),
@@ -1240,7 +1240,7 @@ def find_config(tensors, metadata, file):
             config = replace(config, **student_of(said, source))
     for name, value in shaped.items():
         if said.get(name, value) != value:
-            found = str(said[name])[:80]
+            found = repr(said[name])[:80]
             raise UserError(f"{file}: {name} is {value} by its tensors, but {found} in {source}")
     check_config(config, file)
     return config

@@ -647,7 +647,7 @@ def check_vae_config(config, path):
     if not isinstance(config, TinyVAEConfig):
         return
     if config.pad not in ("end", "front"):
-        raise UserError(f"{path}: pad is {str(config.pad)[:80]!r} in its config; expected end or front")
+        raise UserError(f"{path}: pad is {repr(config.pad)[:80]} in its config; expected end or front")
     for side in config.encoder, config.decoder:
         check_stages(side, path)
     if strides(config.encoder) != strides(config.decoder) or strides(config.encoder)[0] != FRAMES:
