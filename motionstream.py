@@ -1069,7 +1069,7 @@ def shards_in_index(file):
         raise UserError(f"{file}: expected an index of shards, with a weight_map of names and files")
     names = sorted(set(map(str, places.values())))
     for name in names:
-        if name != Path(name).name:
+        if not name or name != Path(name).name:
             raise UserError(f"{file}: {name!r} is not the name of a file beside it")
     return names
 
