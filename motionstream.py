@@ -918,8 +918,8 @@ def rollout(model, noise, conditions, first=None, exit_step=None, grad=False, ge
 # Files. Nothing below is part of the method.
 
 class UserError(ValueError):
-    """What the user can put right: one line that says what was found and what to do. Whatever is not
-    printable in it, as a name in a damaged file may be, is escaped."""
+    """What the user can put right: one line that says what was found and what to do. Whatever is
+    not printable in it, as a name in a damaged file may be, is escaped."""
 
     def __init__(self, text):
         super().__init__("".join(map(printable, text)))
@@ -946,8 +946,8 @@ def reason_of(error):
 
 @contextlib.contextmanager
 def naming(what, cure):
-    """Whatever is wrong with `what`, which comes from outside, in one line: the cure and what was found, or
-    what the system says (no such file, …)."""
+    """Whatever is wrong with `what`, which comes from outside, in one line: the cure and what was
+    found, or what the system says (no such file, …)."""
     try:
         yield
     except UserError as e:
@@ -962,8 +962,8 @@ def naming(what, cure):
 
 
 def write(path, save, *args):
-    """Call save(*args, temporary path), then rename: a file is whole or not there. OSError, one line that names it, if
-    it cannot be written."""
+    """Call save(*args, temporary path), then rename: a file is whole or not there. OSError, one
+    line that names it, if it cannot be written."""
     from safetensors import SafetensorError
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -980,7 +980,8 @@ def write(path, save, *args):
 
 
 def space_in(folder):
-    """How much can still be written to a folder, in words; torch does not say that a disk is full."""
+    """How much can still be written to a folder, in words; torch does not say that a disk is
+    full."""
     try:
         free = shutil.disk_usage(folder).free
     except OSError:
@@ -988,18 +989,20 @@ def space_in(folder):
     return f" ({free / 1e6:.0f} MB are free there)"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading weights: safetensors with Wan's names. All other layouts are read by extras/checkpoints.py.
+# --------------------------------------------------------------------------------------------------
+# Reading weights: safetensors with Wan's names. All other layouts are read by
+# extras/checkpoints.py.
 
 # The first tensor of a DiT, by Wan's name; vae.py has those of VAEs.
 WAN_DIT = ("blocks.0.self_attn.q.weight",)
 
 
 def read_weights(path, wanted="Wan DiT", marks=WAN_DIT):
-    """A file, a folder, or an index of shards to ({Wan's name: tensor}, metadata, the file or index).
+    """A file, a folder, or an index of shards to ({Wan's name: tensor}, metadata, the file or
+    index).
 
-    wanted: what is expected, in words; it has one of the tensors `marks`. Tensors are mapped, not read.
-    UserError, one line, if it is something else or damaged."""
+    wanted: what is expected, in words; it has one of the tensors `marks`. Tensors are mapped, not
+    read. UserError, one line, if it is something else or damaged."""
     file = Path(path)
     if file.is_dir():
         file = file_in(file)
@@ -1025,7 +1028,8 @@ def other_layouts(path, problem):
     try:
         from extras import checkpoints
     except ImportError:
-        raise UserError(f"{path}: {problem}; extras/checkpoints.py, which reads other layouts, is missing") from None
+        raise UserError(f"{path}: {problem}; extras/checkpoints.py, which reads other layouts, "
+                        "is missing") from None
     return checkpoints
 
 
@@ -1035,8 +1039,10 @@ def visible_files(folder, pattern):
 
 
 def file_in(folder):
-    """The weights file in a folder, or the index of its shards, where Wan's repositories have it."""
-    for pattern in "*.safetensors.index.json", "diffusion_pytorch_model.safetensors", "*.safetensors":
+    """The weights file in a folder, or the index of its shards, where Wan's repositories have
+    it."""
+    wans = "diffusion_pytorch_model.safetensors"
+    for pattern in "*.safetensors.index.json", wans, "*.safetensors":
         files = visible_files(folder, pattern)
         if len(files) == 1:
             return files[0]
@@ -1044,8 +1050,8 @@ def file_in(folder):
 
 
 def shards_of(file):
-    """The files that belong to a file: itself, or all that an index or the number in a shard's name tells of. UserError
-    if one of them is missing."""
+    """The files that belong to a file: itself, or all that an index or the number in a shard's name
+    tells of. UserError if one of them is missing."""
     shard = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})(\.\w+)", file.name)
     if file.suffix == ".json":
         names = shards_in_index(file)
@@ -1066,7 +1072,7 @@ def shards_in_index(file):
     """The names of the shards that an index tells of, sorted."""
     places = read_json(file).get("weight_map")
     if not isinstance(places, dict) or not places:
-        raise UserError(f"{file}: expected an index of shards, with a weight_map of names and files")
+        raise UserError(f"{file}: expected an index of shards, which has a weight_map")
     names = sorted(set(map(str, places.values())))
     for name in names:
         if not name or name != Path(name).name:
@@ -1075,7 +1081,8 @@ def shards_in_index(file):
 
 
 def read_safetensors(path):
-    """A .safetensors file to ({name: tensor}, {key: text} of its metadata). Tensors are mapped, not read."""
+    """A .safetensors file to ({name: tensor}, {key: text} of its metadata). Tensors are mapped, not
+    read."""
     from safetensors import safe_open
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -1094,7 +1101,7 @@ def as_tuples(value):
 def read_json(path):
     """The object in a JSON file, lists as tuples. UserError naming the file if there is none."""
     try:
-        fields = as_tuples(json.loads(path.read_bytes()))       # of bytes: UTF-8 or 16, on any system
+        fields = as_tuples(json.loads(path.read_bytes()))       # bytes: UTF-8 or 16
     except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{path}: cannot be read as JSON ({reason_of(e)})") from None
     if not isinstance(fields, dict):
@@ -1102,10 +1109,12 @@ def read_json(path):
     return fields
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The config of a weights file: data from outside, so each field is looked at before anything is built.
+# --------------------------------------------------------------------------------------------------
+# The config of a weights file: data from outside, so each field is looked at before anything is
+# built.
 
-# Limits of the fields of Config: type, least, most; of tuples, of each number, and how many there are.
+# Limits of the fields of Config: type, least, most; of tuples, of each number, and how many there
+# are.
 LIMITS = {
     "dim": (int, 1, 2 ** 16),
     "ffn_dim": (int, 1, 2 ** 18),
@@ -1122,7 +1131,7 @@ LIMITS = {
     "eps": (float, 0, 1),
     "latent_std": (float, 1e-6, 1e6, 0, 2 ** 12),
     "shift": (float, 0.01, 100),
-    "sigmas": (float, 1e-6, 1, 1, 1000),
+    "sigmas": (float, 1e-6, 1 + 1e-6, 1, 1000),
     "steps": (int, 1, 1000),
     "guidance": (float, 0, 100, 2, 2),
     "chunk": (int, 1, 999),
@@ -1142,7 +1151,8 @@ CHOICES = {
 
 
 def in_limits(value, kind, least, most, fewest=None, longest=None):
-    """Whether a value is a number of that kind from least to most; given fewest, a tuple of so many."""
+    """Whether a value is a number of that kind from least to most; given fewest, a tuple of so
+    many."""
     if fewest is not None:
         if type(value) is not tuple or not fewest <= len(value) <= longest:
             return False
@@ -1160,7 +1170,8 @@ def check_limits(fields, limits, file):
             expected = f"{kind.__name__} from {least} to {most}"
             if count:
                 expected = f"{count[0]} to {count[1]} of {expected}"
-            raise UserError(f"{file}: {name} is {repr(value)[:80]} in its config; expected {expected}")
+            raise UserError(f"{file}: {name} is {repr(value)[:80]} in its config; "
+                            f"expected {expected}")
 
 
 def check_config(config, file):
@@ -1174,29 +1185,40 @@ def check_config(config, file):
         value = fields[name]
         if not any(type(value) is type(choice) and value == choice for choice in choices):
             expected = ", ".join(map(str, choices))
-            raise UserError(f"{file}: {name} is {repr(value)[:80]} in its config; expected one of {expected}")
-    c = config
+            raise UserError(f"{file}: {name} is {repr(value)[:80]} in its config; "
+                            f"expected one of {expected}")
+    check_together(config, file)
+
+
+def check_together(c, file):
+    """UserError, naming the file, unless the fields of a Config fit each other."""
     height, width = c.size
     frames, p, q = c.patch_size
     falling = all(a > b for a, b in zip(c.sigmas, c.sigmas[1:]))
     for wrong, text in [
-        (not isinstance(c.prompt, str | None), f"prompt is {repr(c.prompt)[:80]}; expected a text"),
-        (c.dim % (2 * c.num_heads), f"{c.num_heads} heads do not fit {c.dim} channels, give num_heads=…"),
+        (not isinstance(c.prompt, str | None),
+         f"prompt is {repr(c.prompt)[:80]}; expected a text"),
+        (c.dim % (2 * c.num_heads),
+         f"{c.num_heads} heads do not fit {c.dim} channels, give num_heads=…"),
         (frames != 1, f"patch_size is {c.patch_size}; expected one latent frame in a patch"),
         (c.freq_dim % 2, f"freq_dim is {c.freq_dim}; expected an even number"),
-        (c.image_dim < 0, f"in_dim is {c.in_dim}, less than latents ({c.out_dim}) and tracks ({c.track_dim})"),
-        (0 < c.track_dim <= c.copy_dim, f"track_dim is {c.track_dim}, of which {c.copy_dim} are for copies"),
-        (len(c.latent_std) not in (0, c.out_dim), f"latent_std has {len(c.latent_std)} numbers for {c.out_dim} channels"),
+        (c.image_dim < 0,
+         f"in_dim is {c.in_dim}, less than latents ({c.out_dim}) and tracks ({c.track_dim})"),
+        (0 < c.track_dim <= c.copy_dim,
+         f"track_dim is {c.track_dim}, of which {c.copy_dim} are for copies"),
+        (len(c.latent_std) not in (0, c.out_dim),
+         f"latent_std has {len(c.latent_std)} numbers for {c.out_dim} channels"),
         (not falling, f"sigmas are {c.sigmas}; expected falling ones"),
         (height % (c.stride * p) or width % (c.stride * q),
-         f"size {height}x{width} does not divide by {c.stride} pixels of a latent and its patches of {p}x{q}"),
+         f"size {height}x{width} does not divide by the stride {c.stride} times a patch, {p}x{q}"),
     ]:
         if wrong:
             raise UserError(f"{file}: {text}")
 
 
 def saved_config(cls, metadata, file):
-    """The dataclass that a file's metadata hold as JSON, of older files too. UserError naming the file."""
+    """The dataclass that a file's metadata hold as JSON, of older files too. UserError naming the
+    file."""
     try:
         fields = as_tuples(json.loads(metadata["config"]))
         if cls is Config:
@@ -1207,8 +1229,8 @@ def saved_config(cls, metadata, file):
 
 
 def upgraded(fields):
-    """Fields of a Config as older files have them, which called track_id_mode `tracks` and left to the widths what
-    text_encoder and clean_first say, in today's words."""
+    """Fields of a Config as older files have them, which called track_id_mode `tracks` and left to
+    the widths what text_encoder and clean_first say, in today's words."""
     if "tracks" not in fields:
         return fields
     new = {name: value for name, value in fields.items() if name != "tracks"}
@@ -1222,8 +1244,8 @@ def upgraded(fields):
 
 
 def find_config(tensors, metadata, file):
-    """The config in the metadata; else that of the public weights that have such tensors, and what config.json beside
-    them adds. UserError if either contradicts the tensors."""
+    """The config in the metadata; else that of the public weights that have such tensors, and what
+    config.json beside them adds. UserError if either contradicts the tensors."""
     shaped = config_from_shapes(tensors, file)
     if metadata.get("format") == "motionstream":
         config = saved_config(Config, metadata, file)
@@ -1247,7 +1269,8 @@ def find_config(tensors, metadata, file):
 
 
 def config_from_shapes(tensors, file):
-    """The fields of Config that the shapes of the tensors tell, in a dict. UserError if this is no complete DiT."""
+    """The fields of Config that the shapes of the tensors tell, in a dict. UserError if this is no
+    complete DiT."""
     ranks = {"patch_embedding.weight": 5, "head.head.weight": 2, "blocks.0.ffn.0.weight": 2,
              "text_embedding.0.weight": 2, "time_embedding.0.weight": 2}
     for name, rank in ranks.items():
@@ -1268,8 +1291,9 @@ def config_from_shapes(tensors, file):
 
 
 def public_config(tensors, shaped, file):
-    """The config of weights that say nothing of themselves: Wan 2.2 5B or one of Wan 2.1's family, by the width of its
-    latents; 128 channels a head; a clean first latent where no other input takes the image, and in 5B always."""
+    """The config of weights that say nothing of themselves: Wan 2.2 5B or one of Wan 2.1's family,
+    by the width of its latents; 128 channels a head; a clean first latent where no other input
+    takes the image, and in 5B always."""
     like = Config()
     is_wan22 = shaped["out_dim"] == PRESETS["wan2.2-5b"].out_dim
     if is_wan22:
@@ -1280,35 +1304,41 @@ def public_config(tensors, shaped, file):
 
 
 def track_channels(tensors, shaped, file):
-    """Channels of the track slot. Beside the noisy latents there may be: nothing; mask and image (image-to-video,
-    Fun-InP); control and image (Fun-Control), where the control slot becomes that of the tracks; or control, mask and
-    image. The last, 148 channels for the 5B model, is inferred from how its pipeline joins them, not seen in a file."""
+    """Channels of the track slot. Beside the noisy latents there may be: nothing; mask and image
+    (image-to-video, Fun-InP); control and image (Fun-Control), where the control slot becomes that
+    of the tracks; or control, mask and image. The last, 148 channels for the 5B model, is inferred
+    from how its pipeline joins them, not seen in a file."""
     if "track_head.conv.weight" in tensors:
         return tensors["track_head.conv.weight"].shape[:1].numel()
     out = shaped["out_dim"]
     slots = {0: 0, MASK + out: 0, out + out: out, out + MASK + out: out}
     extra = shaped["in_dim"] - out
     if extra not in slots:
-        raise UserError(f"{file}: no Wan DiT known here has {shaped['in_dim']} input channels for {out} output channels")
+        raise UserError(f"{file}: no Wan DiT known here has {shaped['in_dim']} input channels for "
+                        f"{out} output channels")
     return slots[extra]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # config.json beside public weights.
 
 # The words of Diffusers' config.json, and Wan's.
-CONFIG_JSON = {"num_attention_heads": "num_heads", "in_channels": "in_dim", "out_channels": "out_dim",
-               "image_dim": "clip_dim"}
+CONFIG_JSON = {"num_attention_heads": "num_heads", "in_channels": "in_dim",
+               "out_channels": "out_dim", "image_dim": "clip_dim"}
 
-# How the students of Self-Forcing are sampled: they remember all of 21 latents, so there is no sink.
-SELF_FORCING = {"causal": True, "shift": 5.0, "sigmas": schedule(4, 5.0), "chunk": 3, "sink": 0, "window": None}
+# How the students of Self-Forcing are sampled: they remember all of 21 latents, so there is no
+# sink.
+SELF_FORCING = {"causal": True, "shift": 5.0, "sigmas": schedule(4, 5.0),
+                "chunk": 3, "sink": 0, "window": None}
 
-# What only causal classes write into config.json: Self-Forcing and its descendants, FastVideo, SGLang.
+# What only causal classes write into config.json: Self-Forcing and its descendants, FastVideo,
+# SGLang.
 CAUSAL_WORDS = ("local_attn_size", "num_frame_per_block", "num_frames_per_block")
 
 
 def read_config_json(path):
-    """What config.json says, if it is there, by the names of Config; Wan's words win over Diffusers'."""
+    """What config.json says, if it is there, by the names of Config; Wan's words win over
+    Diffusers'."""
     if not path.is_file():
         return {}
     said = {name: value for name, value in read_json(path).items() if value is not None}
@@ -1319,8 +1349,9 @@ def read_config_json(path):
 
 
 def says_causal(said, path):
-    """Whether weights are of a causal class: by config.json (CausalWanTransformer3DModel, CausalWanModel, …) or by
-    model_index.json of the -Diffusers repository that they are in (WanCausalDMDPipeline, CausalForcingPipeline)."""
+    """Whether weights are of a causal class: by config.json (CausalWanTransformer3DModel,
+    CausalWanModel, …) or by model_index.json of the -Diffusers repository that they are in
+    (WanCausalDMDPipeline, CausalForcingPipeline)."""
     classes = [said.get("_class_name")]
     index = path.parent.parent / "model_index.json"
     if path.parent.name.startswith("transformer") and index.is_file():
@@ -1332,15 +1363,17 @@ def says_causal(said, path):
 
 
 def student_of(said, path):
-    """The fields of Config of a causal student: as Self-Forcing's, with the memory that config.json tells, which counts
-    latent frames and in its window the sink and the new chunk too. UserError if it is not whole numbers."""
+    """The fields of Config of a causal student: as Self-Forcing's, with the memory that config.json
+    tells, which counts latent frames and in its window the sink and the new chunk too. UserError if
+    it is not whole numbers."""
     fields = dict(SELF_FORCING)
     chunk = said.get("num_frames_per_block", said.get("num_frame_per_block", fields["chunk"]))
     sink = said.get("sink_size", 0)
     window = said.get("local_attn_size", -1)
     if window == -1:
         window = said.get("sliding_window_num_frames", -1)
-    limits = {"chunk": (int, 1, 999), "sink_size": (int, 0, 10 ** 6), "local_attn_size": (int, -1, 10 ** 6)}
+    limits = {"chunk": LIMITS["chunk"], "sink_size": LIMITS["sink"],
+              "local_attn_size": (int, -1, 10 ** 6)}
     check_limits({"chunk": chunk, "sink_size": sink, "local_attn_size": window}, limits, path)
     fields["chunk"] = chunk
     fields["sink"] = math.ceil(sink / chunk)
@@ -1349,18 +1382,20 @@ def student_of(said, path):
     return fields
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A model of a weights file.
 
 def add_track_slot(tensors, config, own, overrides, file):
-    """The config with `overrides`, and tensors for tracks that change nothing yet: an added slot has zero columns and a
-    random head; Fun-Control's has trained columns and gets a head of zeros. Zeros in both would let neither learn.
-    own: whether the file is of this project, whose slots come with their head."""
+    """The config with `overrides`, and tensors for tracks that change nothing yet: an added slot
+    has zero columns and a random head; Fun-Control's has trained columns and gets a head of zeros.
+    Zeros in both would let neither learn. own: whether the file is of this project, whose slots
+    come with their head."""
     name = "track_head.conv.weight"
     slot = config.track_dim
     track_dim = overrides.get("track_dim", slot)
     if slot not in (0, track_dim):
-        raise UserError(f"{file}: its track slot has {slot} channels, track_dim={track_dim} does not fit")
+        raise UserError(f"{file}: its track slot has {slot} channels, track_dim={track_dim} "
+                        "does not fit")
     if slot and name not in tensors and not own:
         tensors[name] = torch.zeros_like(TrackHead(out_channels=slot).conv.weight)
     if track_dim and not slot:
@@ -1374,23 +1409,26 @@ def add_track_slot(tensors, config, own, overrides, file):
 
 
 def fill(model, tensors, path, dtype_of, device="cpu"):
-    """Give a model on the meta device its tensors, in dtype_of(name), eval mode and without gradients.
+    """Give a model on the meta device its tensors, in dtype_of(name), eval mode and without
+    gradients.
 
-    Each is copied, one after the other: the file may change or go, and there are never two copies of all. UserError,
-    naming the file and the tensors, unless names and shapes are exactly the model's, all numbers finite floats, and
-    there is memory for them."""
+    Each is copied, one after the other: the file may change or go, and there are never two copies
+    of all. UserError, naming the file and the tensors, unless names and shapes are exactly the
+    model's, all numbers finite floats, and there is memory for them."""
     check_tensors(model, tensors, path)
     needed = 0
     for name, tensor in tensors.items():
         needed += tensor.numel() * dtype_of(name).itemsize
     check_memory(needed, path, device)
     for name, tensor in tensors.items():
-        if not torch.stack(tensor.aminmax()).isfinite().all():      # 20 times as fast as tensor.isfinite()
+        extremes = torch.stack(tensor.aminmax())        # 20 times as fast as tensor.isfinite()
+        if not extremes.isfinite().all():
             raise UserError(f"{path}: {name} holds NaN or infinity")
         try:
             tensors[name] = tensor.detach().to(device, dtype_of(name), copy=True)
         except (MemoryError, RuntimeError) as e:
-            raise UserError(f"{path}: {name} cannot be copied to {device}: {reason_of(e)}") from None
+            raise UserError(f"{path}: {name} cannot be copied to {device} "
+                            f"({reason_of(e)})") from None
     model.load_state_dict(tensors, assign=True)
     return model.eval().requires_grad_(False)
 
@@ -1400,10 +1438,11 @@ def check_tensors(model, tensors, path):
     floats = (torch.float32, torch.bfloat16, torch.float16)
     for name, tensor in tensors.items():
         if tensor.dtype not in floats:
-            raise UserError(f"{path}: {name} is {tensor.dtype}; int8, fp8 and fp8 scaled weights are not supported, "
-                            "take this model's file in bfloat16 or float16")
+            raise UserError(f"{path}: {name} is {tensor.dtype}; int8, fp8 and fp8 scaled weights are "
+                            "not supported, take this model's file in bfloat16 or float16")
         if tensor.layout != torch.strided or tensor.is_meta:
-            raise UserError(f"{path}: {name} is {tensor.layout} on {tensor.device}; expected plain numbers")
+            raise UserError(f"{path}: {name} is {tensor.layout} on {tensor.device}; "
+                            "expected plain numbers")
     check_names(model, tensors, path)
 
 
@@ -1427,12 +1466,13 @@ def check_memory(needed, path, device="cpu"):
     """UserError, naming the file, if so many bytes do not fit into the free memory of a device."""
     free = free_memory(torch.device(device))
     if free is not None and needed > free:
-        raise UserError(f"{path}: needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free on {device}; "
-                        "take a smaller model, or a dtype of 16 bits")
+        raise UserError(f"{path}: needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free "
+                        f"on {device}; take a smaller model, or a dtype of 16 bits")
 
 
 def free_memory(device):
-    """Bytes that can be had on a device, or None where this cannot be told. On Linux a container's limit counts."""
+    """Bytes that can be had on a device, or None where this cannot be told. On Linux a container's
+    limit counts."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type != "cpu":
@@ -1450,21 +1490,23 @@ def free_memory(device):
     return free
 
 
-# Parameters that are float32 whatever the rest is; "head." is the track head's too, whose input is made in float32.
+# Parameters that are float32 whatever the rest is; "head." is the track head's too, whose input is
+# made in float32.
 FLOAT32 = r"time_embedding|time_projection|modulation|norm3|head\."
 
 
 def load_pretrained(cls, path, dtype, device, overrides):
     """A Wan DiT in any public form to a model in eval mode, without gradients.
 
-    path: a .safetensors file, a .pt of Self-Forcing or CausVid, an index of shards, or a folder with one of these, in
-    Wan's layout or Diffusers'. The config is in the metadata of files of this project, else tensors and config.json
-    tell; `overrides` replace its fields, track_dim=… adds a slot for tracks. dtype=None keeps the file's, but what
-    FLOAT32 names is float32. UserError, one line naming the file, if anything is missing, unknown or contradictory, or
-    memory cannot hold it."""
+    path: a .safetensors file, a .pt of Self-Forcing or CausVid, an index of shards, or a folder
+    with one of these, in Wan's layout or Diffusers'. The config is in the metadata of files of this
+    project, else tensors and config.json tell; `overrides` replace its fields, track_dim=… adds a
+    slot for tracks. dtype=None keeps the file's, but what FLOAT32 names is float32. UserError, one
+    line naming the file, if anything is missing, unknown or contradictory, or memory cannot hold
+    it."""
     model, tensors, _ = open_pretrained(cls, path, overrides)
     if dtype is None:
-        dtype = tensors["blocks.0.ffn.0.weight"].dtype          # of mixed files: that of the matrices
+        dtype = tensors["blocks.0.ffn.0.weight"].dtype      # of mixed files: the matrices'
 
     def dtype_of(name):
         if re.search(FLOAT32, name):
@@ -1475,7 +1517,8 @@ def load_pretrained(cls, path, dtype, device, overrides):
 
 
 def open_pretrained(cls, path, overrides):
-    """All of load_pretrained that takes no memory: (model on the meta device, its tensors, the file's metadata)."""
+    """All of load_pretrained that takes no memory: (model on the meta device, its tensors, the
+    file's metadata)."""
     tensors, metadata, file = read_weights(path)
     config = find_config(tensors, metadata, file)
     own = metadata.get("format") == "motionstream"
@@ -1488,9 +1531,12 @@ def open_pretrained(cls, path, overrides):
 
 
 def save_pretrained(model, path, dtype=None, **extra):
-    """Write one .safetensors file with Wan's names, whole or not at all: from_pretrained reads it and, without a track
-    head, other tools for Wan. The metadata hold the config and the texts in `extra`. dtype=None keeps the model's."""
+    """Write one .safetensors file with Wan's names, whole or not at all: from_pretrained reads it
+    and, without a track head, other tools for Wan. The metadata hold the config and the texts in
+    `extra`. dtype=None keeps the model's."""
     from safetensors.torch import save_file
-    tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        tensors[name] = tensor.to("cpu", dtype).contiguous()
     metadata = {"format": "motionstream", "config": json.dumps(asdict(model.config))} | extra
     write(path, lambda temporary: save_file(tensors, temporary, metadata))

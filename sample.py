@@ -980,7 +980,10 @@ def reported(work, *args):
     except (UserError, OSError) as e:       # OSError: a full disk, say
         print(f"error: {UserError(str(e))}", file=sys.stderr)
         return 2
-    except (MemoryError, torch.OutOfMemoryError) as e:
+    except (MemoryError, RuntimeError) as e:
+        of_memory = MemoryError, torch.OutOfMemoryError
+        if not isinstance(e, of_memory) and "DefaultCPUAllocator" not in str(e):
+            raise
         print(f"error: out of memory: {UserError(reason_of(e))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -575,7 +575,8 @@ class WanVAE(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Files. What is used of motionstream.py is imported where it is needed, so that all above lifts out with torch alone.
+# Files. What is used of motionstream.py is imported where it is needed, so that all above lifts out
+# with torch alone.
 
 # In a folder. Beside a .pth, the last is Wan's DiT.
 VAE_FILES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth", "vae/diffusion_pytorch_model.safetensors",
@@ -589,19 +590,20 @@ OWN_CONFIGS = {"tiny-vae": TinyVAEConfig, "linear-vae": LinearVAEConfig}
 CLASSES = {TinyVAEConfig: TinyVAE, LinearVAEConfig: LinearVAE, WanVAEConfig: WanVAE}
 
 # Limits of their fields, which are data from outside: as LIMITS in motionstream.py.
+WIDTH = (int, 1, 2 ** 14)
 VAE_LIMITS = {
-    LinearVAEConfig: {"latent_channels": (int, 1, 4096), "stride": (int, 1, 64), "overlap": (int, 0, 64)},
-    TinyVAEConfig: {"latent_channels": (int, 1, 4096), "patch": (int, 1, 16), "stem": (int, 1, 2 ** 14),
-                    "tail": (int, 1, 2 ** 14)},
-    WanVAEConfig: {"latent_channels": (int, 1, 4096), "encoder": (int, 1, 4096), "decoder": (int, 1, 4096)},
+    LinearVAEConfig: {"latent_channels": WIDTH, "stride": (int, 1, 64), "overlap": (int, 0, 64)},
+    TinyVAEConfig: {"latent_channels": WIDTH, "patch": (int, 1, 16), "stem": WIDTH, "tail": WIDTH},
+    WanVAEConfig: {"latent_channels": WIDTH, "encoder": WIDTH, "decoder": WIDTH},
 }
-STAGE_LIMITS = {"width": (int, 1, 2 ** 14), "blocks": (int, 0, 32), "time": (int, 1, 4), "space": (int, 1, 4)}
+STAGE = {"width": WIDTH, "blocks": (int, 0, 32), "time": (int, 1, 4), "space": (int, 1, 4)}
 
 
 def load_vae(path, kind=None):
-    """The VAE in a .safetensors or .pth file, or a folder as Wan and diffusers publish it: `TinyVAE`, `LinearVAE` or
-    `WanVAE`, in float32 and eval mode. Its own metadata, else the tensors, tell which and how wide. UserError, one line
-    naming the file, if it does not fit or is not of the class, or one of the classes, `kind`."""
+    """The VAE in a .safetensors or .pth file, or a folder as Wan and diffusers publish it:
+    `TinyVAE`, `LinearVAE` or `WanVAE`, in float32 and eval mode. Its own metadata, else the
+    tensors, tell which and how wide. UserError, one line naming the file, if it does not fit or is
+    not of the class, or one of the classes, `kind`."""
     from motionstream import UserError, fill
     vae, tensors, path = open_weights(path)
     if kind and not isinstance(vae, kind):
@@ -612,7 +614,8 @@ def load_vae(path, kind=None):
 
 
 def open_weights(path):
-    """(The VAE in a file or folder, on the meta device: without numbers, its tensors, its file). UserError as above."""
+    """(The VAE in a file or folder, on the meta device: without numbers, its tensors, its file).
+    UserError as above."""
     from motionstream import check_tensors, read_weights, saved_config
     path = Path(path)
     if path.is_dir():
@@ -643,26 +646,31 @@ def check_vae_config(config, path):
     from motionstream import UserError, check_limits
     check_limits(vars(config), VAE_LIMITS[type(config)], path)
     if isinstance(config, LinearVAEConfig) and config.overlap > config.stride:
-        raise UserError(f"{path}: overlap is {config.overlap} in its config; expected at most its stride")
+        raise UserError(f"{path}: overlap is {config.overlap} in its config; expected at most "
+                        f"the stride, {config.stride}")
     if not isinstance(config, TinyVAEConfig):
         return
     if config.pad not in ("end", "front"):
-        raise UserError(f"{path}: pad is {repr(config.pad)[:80]} in its config; expected end or front")
+        raise UserError(f"{path}: pad is {repr(config.pad)[:80]} in its config; "
+                        "expected end or front")
     for side in config.encoder, config.decoder:
         check_stages(side, path)
     if strides(config.encoder) != strides(config.decoder) or strides(config.encoder)[0] != FRAMES:
-        raise UserError(f"{path}: the stages in its config do not give {FRAMES} frames and the same size again")
+        raise UserError(f"{path}: the stages in its config do not lead to {FRAMES} frames in a "
+                        "latent and back to the same size")
 
 
 def check_stages(stages, path):
     """UserError, naming the file, unless these are the stages of one side of a TinyVAE."""
     from motionstream import UserError, check_limits
     if not isinstance(stages, tuple) or not 1 <= len(stages) <= 8:
-        raise UserError(f"{path}: the stages in its config are {str(stages)[:80]}; expected 1 to 8 of them")
+        raise UserError(f"{path}: the stages in its config are {repr(stages)[:80]}; "
+                        "expected 1 to 8 of them")
     for stage in stages:
-        if not isinstance(stage, tuple) or len(stage) != len(STAGE_LIMITS):
-            raise UserError(f"{path}: a stage in its config is {str(stage)[:80]}; expected {', '.join(STAGE_LIMITS)}")
-        check_limits(dict(zip(STAGE_LIMITS, stage)), STAGE_LIMITS, path)
+        if not isinstance(stage, tuple) or len(stage) != len(STAGE):
+            raise UserError(f"{path}: a stage in its config is {repr(stage)[:80]}; "
+                            f"expected {', '.join(STAGE)}")
+        check_limits(dict(zip(STAGE, stage)), STAGE, path)
 
 
 def strides(stages):
@@ -671,7 +679,8 @@ def strides(stages):
 
 
 def config_from_shapes(tensors, path):
-    """Config of a public file, by the shapes of its tensors. UserError if it is no VAE of Wan or TAEHV."""
+    """Config of a public file, by the shapes of its tensors. UserError if it is no VAE of Wan or
+    TAEHV."""
     from motionstream import UserError
     shapes = {name.removesuffix(".weight"): tensor.shape for name, tensor in tensors.items()}
     try:
@@ -679,13 +688,16 @@ def config_from_shapes(tensors, path):
             return taehv_config(shapes)
         channels = shapes["conv2"][0]
         if channels not in STATISTICS:
-            raise UserError(f"{path}: its latents have {channels} channels; a VAE of Wan has 16 or 48")
+            raise UserError(f"{path}: its latents have {channels} channels; "
+                            "a VAE of Wan has 16 or 48")
         return WanVAEConfig(channels, shapes["encoder.conv1"][0], shapes["decoder.head.2"][1],
                             residual="encoder.downsamples.0.downsamples.0.residual.2" in shapes)
     except KeyError as e:
-        raise UserError(f"{path}: expected a complete VAE (Wan or TAEHV); there is no {e.args[0]}.weight") from None
+        raise UserError(f"{path}: expected a complete VAE (Wan or TAEHV); "
+                        f"there is no {e.args[0]}.weight") from None
     except IndexError:
-        raise UserError(f"{path}: expected a complete VAE (Wan or TAEHV); its tensors have too few axes") from None
+        raise UserError(f"{path}: expected a complete VAE (Wan or TAEHV); "
+                        "its tensors have too few axes") from None
 
 
 def taehv_config(shapes):

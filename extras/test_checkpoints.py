@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 import motionstream
 import sample
 from extras.testing import (FAMILIES, HERE, WAN21, WAN22, assert_error, assert_near,
-                            diffusers_config, folder, in_diffusers_layout, new_vae, public, quiet, rand,
+                            diffusers_config, folder, in_diffusers_layout, new_vae, public, rand,
                             randomised, same_tensors, settled, slow, wan_video, wan_workplace,
                             write_layout)
 from motionstream import PRESETS, MotionStream, UserError, save_pretrained, schedule

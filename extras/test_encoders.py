@@ -1,7 +1,6 @@
 """Prompts by UMT5 and the image by CLIP, and what other programs encoded."""
 
 import importlib
-import importlib.util
 import os
 import re
 import shutil
