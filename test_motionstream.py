@@ -2433,7 +2433,7 @@ def test_what_cannot_be_trained_is_refused_in_one_line():
                              ("vae.safetensors: no such folder", "--data", vae),
                              ("vae.safetensors: latents have 16 channels and stride 8, those of", "--weights", teacher,
                               "--vae", vae, "--data", data),
-                             ("wan.safetensors: this is a DiT; a whole VAE", "--vae", wan)]:
+                             ("wan.safetensors: expected a complete VAE (Wan or TAEHV) checkpoint; this looks like a DiT", "--vae", wan)]:
             assert td.main([str(word) for word in ("--out", here / "out", *flags)]) == 2, said
             last = err.getvalue().splitlines()[-1]
             assert last.startswith("error: ") and said in last and "makes it" not in last, (said, last)
