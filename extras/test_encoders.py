@@ -1,6 +1,5 @@
 """Prompts by UMT5 and the image by CLIP, and what other programs encoded."""
 
-import importlib
 import os
 import re
 import shutil
