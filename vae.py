@@ -575,41 +575,62 @@ class WanVAE(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Files. What is used of motionstream.py is imported where it is needed, so that all above lifts out with torch alone.
+# Files. What is used of motionstream.py is imported where it is needed, so that all above lifts out
+# with torch alone.
 
 # In a folder. Beside a .pth, the last is Wan's DiT.
 VAE_FILES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth", "vae/diffusion_pytorch_model.safetensors",
              "diffusion_pytorch_model.safetensors")
 
-# A tensor that files of each class have: the first layer of LinearVAE, TinyVAE and WanVAE.
-VAE_MARKS = ("encoder.weight", "encoder.0.weight", "encoder.conv1.weight")
+# A tensor that files of each class have: the first layer of WanVAE, TinyVAE and LinearVAE.
+VAE_MARKS = ("encoder.conv1.weight", "encoder.0.weight", "encoder.weight")
 
 # By the format that a file's metadata name.
 OWN_CONFIGS = {"tiny-vae": TinyVAEConfig, "linear-vae": LinearVAEConfig}
 CLASSES = {TinyVAEConfig: TinyVAE, LinearVAEConfig: LinearVAE, WanVAEConfig: WanVAE}
 
+# Limits of their fields, which are data from outside: as LIMITS in motionstream.py.
+WIDTH = (int, 1, 2 ** 14)
+VAE_LIMITS = {
+    LinearVAEConfig: {"latent_channels": WIDTH, "stride": (int, 1, 64), "overlap": (int, 0, 64)},
+    TinyVAEConfig: {"latent_channels": WIDTH, "patch": (int, 1, 16), "stem": WIDTH, "tail": WIDTH},
+    WanVAEConfig: {"latent_channels": WIDTH, "encoder": WIDTH, "decoder": WIDTH},
+}
+STAGE = {"width": WIDTH, "blocks": (int, 0, 32), "time": (int, 1, 4), "space": (int, 1, 4)}
+
 
 def load_vae(path, kind=None):
-    """The VAE in a .safetensors or .pth file, or a folder as Wan and diffusers publish it: `TinyVAE`, `LinearVAE` or
-    `WanVAE`, in float32 and eval mode. Its own metadata, else the tensors, tell which and how wide. UserError, one line
-    naming the file, if it does not fit or is not of the class, or one of the classes, `kind`."""
-    from motionstream import UserError, fill, read_weights, saved_config
-    path = Path(path)
-    if path.is_dir():
-        path = vae_in(path)
-    tensors, metadata, _ = read_weights(path, "VAE of Wan or TAEHV", VAE_MARKS)
-    config_class = OWN_CONFIGS.get(metadata.get("format"))
-    if config_class:
-        config = saved_config(config_class, metadata, path)
-    else:
-        config = config_from_shapes(tensors, path)
-    with torch.device("meta"):
-        vae = CLASSES[type(config)](config)
+    """The VAE in a .safetensors or .pth file, or a folder as Wan and diffusers publish it:
+    `TinyVAE`, `LinearVAE` or `WanVAE`, in float32 and eval mode. Its own metadata, else the
+    tensors, tell which and how wide. UserError, one line naming the file, if it does not fit or is
+    not of the class, or one of the classes, `kind`."""
+    from motionstream import UserError, fill
+    vae, tensors, path = open_weights(path)
     if kind and not isinstance(vae, kind):
         wanted = kind if isinstance(kind, type) else kind[0]
         found = type(vae).__name__
         raise UserError(f"{path}: a {found}, not a {wanted.__name__}; load_vae opens both")
     return fill(vae, tensors, path, lambda name: torch.float32)
+
+
+def open_weights(path):
+    """(The VAE in a file or folder, on the meta device: without numbers, its tensors, its file).
+    UserError as above."""
+    from motionstream import check_tensors, read_weights, saved_config
+    path = Path(path)
+    if path.is_dir():
+        path = vae_in(path)
+    tensors, metadata, _ = read_weights(path, "VAE (Wan or TAEHV)", VAE_MARKS)
+    config_class = OWN_CONFIGS.get(metadata.get("format"))
+    if config_class:
+        config = saved_config(config_class, metadata, path)
+    else:
+        config = config_from_shapes(tensors, path)
+    check_vae_config(config, path)
+    with torch.device("meta"):
+        vae = CLASSES[type(config)](config)
+    check_tensors(vae, tensors, path)
+    return vae, tensors, path
 
 
 def vae_in(folder):
@@ -620,20 +641,63 @@ def vae_in(folder):
     return folder / VAE_FILES[0]
 
 
+def check_vae_config(config, path):
+    """UserError, naming the file, unless a VAE can be made of the config."""
+    from motionstream import UserError, check_limits
+    check_limits(vars(config), VAE_LIMITS[type(config)], path)
+    if isinstance(config, LinearVAEConfig) and config.overlap > config.stride:
+        raise UserError(f"{path}: overlap is {config.overlap} in its config; expected at most "
+                        f"the stride, {config.stride}")
+    if not isinstance(config, TinyVAEConfig):
+        return
+    if config.pad not in ("end", "front"):
+        raise UserError(f"{path}: pad is {repr(config.pad)[:80]} in its config; "
+                        "expected end or front")
+    for side in config.encoder, config.decoder:
+        check_stages(side, path)
+    if strides(config.encoder) != strides(config.decoder) or strides(config.encoder)[0] != FRAMES:
+        raise UserError(f"{path}: the stages in its config do not lead to {FRAMES} frames in a "
+                        "latent and back to the same size")
+
+
+def check_stages(stages, path):
+    """UserError, naming the file, unless these are the stages of one side of a TinyVAE."""
+    from motionstream import UserError, check_limits
+    if not isinstance(stages, tuple) or not 1 <= len(stages) <= 8:
+        raise UserError(f"{path}: the stages in its config are {repr(stages)[:80]}; "
+                        "expected 1 to 8 of them")
+    for stage in stages:
+        if not isinstance(stage, tuple) or len(stage) != len(STAGE):
+            raise UserError(f"{path}: a stage in its config is {repr(stage)[:80]}; "
+                            f"expected {', '.join(STAGE)}")
+        check_limits(dict(zip(STAGE, stage)), STAGE, path)
+
+
+def strides(stages):
+    """By how much the stages of a TinyVAE scale in all: (time, space)."""
+    return math.prod(stage[2] for stage in stages), math.prod(stage[3] for stage in stages)
+
+
 def config_from_shapes(tensors, path):
-    """Config of a public file, by the shapes of its tensors. UserError if it is no VAE of Wan or TAEHV."""
+    """Config of a public file, by the shapes of its tensors. UserError if it is no VAE of Wan or
+    TAEHV."""
     from motionstream import UserError
     shapes = {name.removesuffix(".weight"): tensor.shape for name, tensor in tensors.items()}
     try:
         if "encoder.17" in shapes:
             return taehv_config(shapes)
         channels = shapes["conv2"][0]
-        if channels in STATISTICS:
-            return WanVAEConfig(channels, shapes["encoder.conv1"][0], shapes["decoder.head.2"][1],
-                                residual="encoder.downsamples.0.downsamples.0.residual.2" in shapes)
-    except (KeyError, IndexError):
-        pass
-    raise UserError(f"{path}: a whole VAE of Wan or TAEHV is wanted here")
+        if channels not in STATISTICS:
+            raise UserError(f"{path}: its latents have {channels} channels; "
+                            "a VAE of Wan has 16 or 48")
+        return WanVAEConfig(channels, shapes["encoder.conv1"][0], shapes["decoder.head.2"][1],
+                            residual="encoder.downsamples.0.downsamples.0.residual.2" in shapes)
+    except KeyError as e:
+        raise UserError(f"{path}: expected a complete VAE (Wan or TAEHV); "
+                        f"there is no {e.args[0]}.weight") from None
+    except IndexError:
+        raise UserError(f"{path}: expected a complete VAE (Wan or TAEHV); "
+                        "its tensors have too few axes") from None
 
 
 def taehv_config(shapes):

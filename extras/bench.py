@@ -10,7 +10,6 @@ Times are medians over chunks, once the cache is full. Nothing else should run m
 import itertools
 import platform
 import re
-import resource
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -211,10 +210,21 @@ def memory_rows(model, vae, caches, device):
         ("KV cache", size_of(held), "of all layers, full")]
     if device.type == "cuda":
         rows.append(("most at once", torch.cuda.max_memory_allocated(device), "that torch held on the GPU"))
-    else:
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        rows.append(("most at once", most, "of the whole process, Python and torch too"))
+    elif most_memory():
+        rows.append(("most at once", most_memory(), "of the whole process, Python and torch too"))
     return rows
+
+
+def most_memory():
+    """Bytes that this process has held at most; None on Windows, which does not say."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform == "darwin":
+        return most
+    return 1024 * most                      # Linux counts in kB
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -192,7 +192,7 @@ def test_a_converted_file_gives_the_video_of_what_it_was_made_of():
         (here / "out.mp4").unlink()
         return frames
 
-    drags = "--drag=30,20 -> -9,20", "--pin=1,1", "--frames", 10
+    drags = "--drag=30,20 -> -9,20", "--pin=1,9", "--frames", 10
     for program_flags, sample_flags in ((drags, drags), ((here / "tracks.npy",), ("--tracks", here / "tracks.npy"))):
         code, out, err = converted(*program_flags, *image, "--out", kept)
         assert code == 0 and out.startswith(f"{kept}: "), err
@@ -335,9 +335,24 @@ def test_drags_and_pins_are_tracks_along_lines():
         code, _, err = sampled(*flags, "--pin", "5,7", f"{flag}={path}")            # one that starts inside, too
         assert code == 2 and err == f"error: {flag} {start}: outside the image, which has 48x40 pixels\n", err
         assert not (here / "out.mp4").exists()
-    code, out, err = sampled(*flags, "--pin", "9,1", "--drag", "9,9 -> 99,9", "--frames", 9)     # 9,1 is cropped away
+    code, out, err = sampled(*flags, "--pin", "9,9", "--drag", "9,9 -> 99,9", "--frames", 9)
     assert code == 0 and "visible track points lie outside the video" in out, (out, err)
+    assert "48x40 pixels is cropped, the video shows x from 0 to 48 and y from 4 to 36" in out, out
     (here / "out.mp4").unlink()
+
+
+def test_drags_and_pins_are_told_apart_and_refused_where_the_image_is_cropped():
+    _, here = workplace()
+    flags = [word for word in command() if word not in ("--tracks", here / "tracks.npy")]
+    for more, text in (
+            (["--pin", "9,9", "--pin", "9,1"], "--pin 9,1: starts in what is cropped of the image; the video shows x from 0"),
+            (["--drag", "9,36.5 -> 9,9"], "--drag 9,36.5 -> 9,9: starts in what is cropped"),
+            (["--drag", "30,20"], "--drag 30,20: there is no arrow"),
+            (["--pin", "30,20 -> 9,9"], "--pin 30,20 -> 9,9: a pinned point stays; write --drag")):
+        code, _, err = sampled(*flags, *more)
+        assert code == 2 and err.startswith(f"error: {text}") and err.count("\n") == 1, (more, err)
+    code, _, err = converted("--image", here / "image.png", "--drag", "30,20", "--out", here / "t.npz")
+    assert code == 2 and err.startswith("error: --drag 30,20: there is no arrow"), err
 
 
 def test_a_grid_of_points_goes_where_one_would():
@@ -553,7 +568,7 @@ def test_tracks_are_drawn_where_they_are_and_not_where_they_are_hidden():
     first, second = (video[0, :, 0, y, x] for x, y in ((30, 20), (70, 60)))
     assert not first.equal(second), "tracks differ in colour"
     model, control = new_model(causal=False), rand(1, 8, 6, 4, 6)
-    motion = sample.Motion(at, visible, torch.zeros(1, 2).long(), control)
+    motion = sample.Motion(at, visible, torch.zeros(1, 2).long(), control=control)
     parts = [part["tracks"] for part in sample.conditions(model, None, rand(1, 3, 32, 48), motion, sample.Encoded())]
     assert torch.cat(parts, 2).equal(control) and [part.shape[2] for part in parts] == [3, 3]
 
