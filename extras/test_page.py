@@ -950,7 +950,7 @@ def test_in_a_browser_the_picture_is_as_large_as_fits_and_no_label_is_clipped():
             words = browser.run("Object.values(tips).join() + $('note').textContent")
             assert ("wheel" in words and "Click" in words) == (width > 390) != ("Tap" in words and "fingers" in words)
             for slowness, shown, said in (2.14, 0, "slower than real time (2.1×)"), (1, 0, ""), (1, 800, "computing…"):
-                script = f"(control.pause = false, state.slowness = {slowness}, badge({shown}, shown = 0))"
+                script = f"(control.pause = false, state.slowness = {slowness}, badge({shown}, times = []))"
                 assert browser.run(script) == said, said
 
 
