@@ -241,6 +241,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.answer(self.post)
 
     def get(self, path):
+        """What is at a path, which comes after the token."""
         live = self.server.live
         name, _, rest = path.partition("/")
         if path == "":
@@ -248,7 +249,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif path == "status":
             self.reply("application/json", json.dumps(told(live)).encode())
         elif name == "frame":
-            self.reply_frame(*rest.partition("/")[::2])
+            seen, _, viewer = rest.partition("/")
+            self.reply_frame(seen, viewer)
         elif name == "picture":
             self.reply_picture(numbered(live.pictures, rest))
         elif name == "file":
@@ -257,6 +259,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refused(404, "There is no such thing.")
 
     def post(self, path):
+        """Obey what is posted to "control"; the reply says how many posts there were."""
         if path != "control":
             raise Refused(404, "There is no such thing.")
         self.check_body()
@@ -339,11 +342,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def numbered(paths, number):
-    """The path of that number, counted from 0 and written as a browser does; Refused if there is no such file."""
-    path = dict(zip(map(str, itertools.count()), paths)).get(number)
-    if path is None or not path.is_file():
+    """The path of that number, counted from 0, in digits; Refused if there is no such file."""
+    numbers = [str(n) for n in range(len(paths))]
+    if number not in numbers or not paths[int(number)].is_file():
         raise Refused(404, "There is no such file.")
-    return path
+    return paths[int(number)]
 
 
 def count_viewers(live, viewer=None):
