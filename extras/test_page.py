@@ -44,10 +44,16 @@ class Client:
         self.open, self.seq, self.seen = http.client.HTTPConnection(self.host, timeout=10), 0, ""
 
     def ask(self, name, body=None, path=None, **headers):
-        """Status, headers and body of an answer, on the open connection."""
+        """Status, headers and body of an answer, on the open connection, or a new one if it was closed meanwhile."""
         headers = {name.replace("_", "-"): value for name, value in headers.items()}
-        self.open.request("GET" if body is None else "POST", path or f"/{self.token}/{name}", body, headers)
-        answer = self.open.getresponse()
+        for last in False, True:
+            try:
+                self.open.request("GET" if body is None else "POST", path or f"/{self.token}/{name}", body, headers)
+                answer = self.open.getresponse()
+                break
+            except ConnectionError:
+                self.open.close()
+                assert not last, "it does not answer"
         return answer.status, answer.headers, answer.read()
 
     def control(self, points=(), name="all", **changes):
