@@ -990,3 +990,28 @@ def test_in_a_browser_an_example_is_chosen_and_a_recording_is_offered():
         assert browser.run(f"{link}.download") == "recording.mp4" and size == (mine / "recording.mp4").stat().st_size
         browser.run("set('prompt', 'a cat')")
         browser.until("$('unknown').textContent.endsWith('a, cat')")
+
+
+def test_in_a_browser_two_fingers_move_the_camera_and_leave_no_point():
+    with served() as page, browsing(page, 390) as browser:
+        left, top, width, height = browser.run("(b => [b.x, b.y, b.width, b.height])(marks.getBoundingClientRect())")
+
+        def fingers(kind, *places):
+            points = [{"x": left + x * width, "y": top + y * height, "id": i} for i, (x, y) in enumerate(places)]
+            browser("Input.dispatchTouchEvent", type=f"touch{kind}", touchPoints=points)
+
+        fingers("Start", (0.4, 0.5))
+        fingers("Start", (0.4, 0.5), (0.6, 0.5))
+        fingers("Move", (0.3, 0.5), (0.7, 0.5))
+        fingers("End")
+        browser.until("groups.camera")
+        z = browser.run("camera().z")
+        assert 1.5 < z < 2.5 and kinds(browser) == ["camera"], (z, kinds(browser))
+        fingers("Start", (0.2, 0.3))
+        fingers("Move", (0.4, 0.3))
+        fingers("End")
+        browser.until("pointsOf(['drag']).length === 1")
+        fingers("Start", (0.4, 0.3))                            # a tap
+        fingers("End")
+        browser.until("!pointsOf(['drag']).length")
+        assert until_told(browser, page, pause=False)["groups"]["camera"]["kind"] == "camera"
