@@ -152,7 +152,8 @@ def merge(control, data, chunks, apart):
 
 def read_group(name, group):
     """A group of points as the page sends it, checked: {"kind": one of KINDS, "points": [[x, y, x and y in frame 0, and
-    when grabbed], …], "path": [[x, y], …]}, in pixels of the image. The kind "left": they were removed. Whatever is wrong raises."""
+    when grabbed], …], "path": [[x, y], …]}, in pixels of the image. The kind "left": they were removed.
+    Whatever is wrong raises."""
     points = np.array(group["points"], np.float64)
     path = np.array(group["path"], np.float64).reshape(-1, 2)
     right = (
