@@ -61,8 +61,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
-                                                     get_state_dict, set_model_state_dict,
-                                                     set_state_dict)
+                                                     get_optimizer_state_dict, set_model_state_dict,
+                                                     set_optimizer_state_dict)
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import AveragedModel
@@ -525,8 +525,10 @@ class Learner:
     def state_dict(self):
         """Whole tensors on the CPU, in process 0; the others, which hold parts, call it with it."""
         optimizers = [optimizer for optimizer, _ in self.optimizers]
-        model, optimizer = get_state_dict(self.model, optimizers, options=WHOLE)
-        state = {"model": model, "optimizer": optimizer}
+        state = {
+            "model": get_model_state_dict(self.model, options=WHOLE),
+            "optimizer": get_optimizer_state_dict(self.model, optimizers, options=WHOLE),
+        }
         if self.averaged is not None:
             state["average"] = get_model_state_dict(self.averaged, options=WHOLE)
         return state
@@ -534,9 +536,8 @@ class Learner:
     def load_state_dict(self, state):
         """The reverse: process 0 gives its state, the others {}, and each keeps its part."""
         optimizers = [optimizer for optimizer, _ in self.optimizers]
-        set_state_dict(
-            self.model, optimizers, model_state_dict=state.get("model", {}),
-            optim_state_dict=state.get("optimizer", {}), options=SHARED)
+        set_model_state_dict(self.model, state.get("model", {}), options=SHARED)
+        set_optimizer_state_dict(self.model, optimizers, state.get("optimizer", {}), options=SHARED)
         if self.averaged is not None:
             set_model_state_dict(self.averaged, state.get("average", {}), options=SHARED)
 
