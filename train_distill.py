@@ -691,9 +691,8 @@ def checkpoint_settings(run, stage):
     for name in PREREQUISITES[stage]:
         files[f"weights of {name}"] = run.checksum(name)
     settings = {"seed": run.seed, "files": files} | asdict(run.config) | asdict(run.settings)
-    for name in FREE:
-        settings.pop(name)
-    return settings
+    free = FREE + tuple(f"{each}_accumulate" for each in STAGES)       # Loop adds the one that counts
+    return {name: value for name, value in settings.items() if name not in free}
 
 
 def drop_rows(path, stage, begin):
@@ -725,7 +724,8 @@ class Loop:
         self.stage = stage
         self.accumulate = learners[0].accumulate
         self.steps = max(steps - steps % self.accumulate, self.accumulate)      # whole updates
-        self.settings = {"steps": self.steps} | checkpoint_settings(run, stage)
+        self.settings = {"steps": self.steps, "steps an update, of all processes": self.accumulate}
+        self.settings |= checkpoint_settings(run, stage)
         self.learners = learners
 
     def __iter__(self):
