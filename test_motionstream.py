@@ -2094,6 +2094,8 @@ def test_whatever_happens_to_a_checkpoint_it_is_as_written_or_the_one_before_is_
         learner = linear_learner()
         for step in 1, 2:
             td.save_checkpoint(here, "toy", step, {}, [learner])
+        other = td.Learner("toy", nn.Linear(4, 2), td.Learning(None, 1e-3))
+        assert_error(td.UserError, "step 2: of another toy; ", td.load_checkpoint, here, "toy", {}, [other])
         second, written = here / "toy.0000002.checkpoint.pt", copy.deepcopy(learner.state_dict()["model"])
         whole = second.read_bytes()
         flipped = bytearray(whole)
@@ -2358,9 +2360,13 @@ def test_data_is_told_by_what_it_holds_and_not_by_age_or_place():
         assert td.differences(was, now) == ["data/1.safetensors has changed", "data/2.safetensors is gone",
                                             "data/3.safetensors is new"]
         assert others[0] == files[0] and others[1] != files[1], "what has changed is encoded again"
-        start = Path(own_flags(here, data)[own_flags(here, data).index("--weights") + 1])
-        assert td.weight_digests(start) != td.weight_digests(saved(here / "other.safetensors", new_model(steps=3), lambda
-                                                                   t: t["head.head.bias"].add_(1e-3)))
+        start, copied = here / "start.safetensors", here / "copied.safetensors"
+        shutil.copy(start, copied)
+        assert td.weight_digests(start) == td.weight_digests(copied)
+        assert td.weight_digests(start) != td.weight_digests(saved(copied, randomised(new_model(causal=False), 1)))
+        index = shards(here, public())
+        assert len(td.weight_digests(index)) == 3
+        assert td.weight_digests(index) == td.weight_digests(next(here.glob("*-00001-of-*")))
 
 
 def test_a_large_tensor_is_told_by_pieces_from_its_first_byte_to_its_last():

@@ -71,8 +71,9 @@ from tqdm import tqdm
 
 from motionstream import (PRESETS, Block, Config, KVCache, MotionStream, UserError, add_noise,
                           channel_std, copy_along_tracks, euler, guided_velocity, image_channels,
-                          linear_part, naming, rollout, save_pretrained, schedule, shift_sigma,
-                          split_conditions, to_x0, track_features, track_ids, with_first, write)
+                          linear_part, naming, rollout, save_pretrained, schedule, shards_of,
+                          shift_sigma, split_conditions, to_x0, track_features, track_ids, with_first,
+                          write)
 from vae import FRAMES, LinearVAE
 
 # --------------------------------------------------------------------------------------------------
@@ -619,7 +620,7 @@ def newest_checkpoint(folder, stage):
         try:
             found = read_checkpoint(path)
         except Exception as e:
-            reason = (str(e).splitlines() or [type(e).__name__])[0]
+            reason = f"{type(e).__name__}: {e}".splitlines()[0]
             print(f"{path}: damaged ({reason})")
             damaged.append(path)
             continue
@@ -664,8 +665,12 @@ def load_checkpoint(folder, stage, settings, learners):
                         "--out or remove it")
     step = from_first(step)
     if step:
-        for learner in learners:
-            learner.load_state_dict(states.get(learner.name, {}))
+        try:
+            for learner in learners:
+                learner.load_state_dict(states.get(learner.name, {}))
+        except RuntimeError as e:       # the file is as it was written
+            reason = " ".join(str(e).split())[:300]
+            raise UserError(f"{folder}, {stage}, step {step}: of another {learner.name}; {reason}") from None
     if found:
         print(f"{path.name}: resumed at step {step}")
     return step
@@ -750,7 +755,7 @@ class Loop:
                 file.write(json.dumps(row) + "\n")
                 if ends_update(i, self.accumulate):
                     self.save_if_due(i - RANK + PROCESSES, stop)
-            if begin < self.steps:
+            if begin < self.steps:              # else it has been saved
                 self.save(self.steps)
 
     def log(self, **numbers):
@@ -854,13 +859,17 @@ def content_digest(path):
 
 
 def weight_digests(path):
-    """{name: digest} of the weights that a user gave, a file or a folder; None: of none."""
+    """{name: digest} of the weights that a user gave: a file, all shards of one, or a folder. None: of
+    none."""
     if not path:
         return {}
-    if path.is_file():
-        return {"--weights": content_digest(path)}
-    files = [file for file in path.rglob("*") if file.suffix in (".safetensors", ".pt", ".pth", ".bin")]
-    return {f"--weights {file.relative_to(path).as_posix()}": content_digest(file) for file in files}
+    if path.is_dir():
+        files = [file for file in path.rglob("*") if file.suffix in (".safetensors", ".pt", ".pth")]
+    else:
+        files = shards_of(path)
+    if len(files) == 1:                 # whatever it is called
+        return {"--weights": content_digest(files[0])}
+    return {f"--weights {file.name}": content_digest(file) for file in files}
 
 
 def clip_files(folder):
