@@ -327,7 +327,7 @@ def shard(model):
     return model
 
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)     # in process 0; in others nothing
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)     # in process 0, others: nothing
 SHARED = StateDictOptions(full_state_dict=True, broadcast_from_rank0=PROCESSES > 1)
 
 
@@ -565,8 +565,8 @@ def lock_folder(folder, file):
     except (BlockingIOError, PermissionError):
         file.seek(0)
         owner = file.read() or "another process"
-        raise UserError(f"{folder}: {owner} is training into it; wait for its end, or choose another "
-                        "--out") from None
+        raise UserError(f"{folder}: {owner} is training into it; wait for its end, or choose "
+                        "another --out") from None
     except OSError as e:                # some network disks cannot
         print(f"{folder}: cannot be locked ({e.strerror}); start no other training into it")
     file.truncate(0)
@@ -574,7 +574,8 @@ def lock_folder(folder, file):
     file.flush()
 
 
-UNFINISHED = re.compile(r"\..+\.(pt|safetensors|jsonl|json|png)\.\d+\.part")     # see motionstream.write
+# Names that motionstream.write uses meanwhile.
+UNFINISHED = re.compile(r"\..+\.(pt|safetensors|jsonl|json|png)\.\d+\.part")
 OWN_CLIPS = ("videos.*", "clips.*", "latents.*", "trajectories.*")
 
 
@@ -628,8 +629,8 @@ def newest_checkpoint(folder, stage):
             each.replace(each.with_suffix(".damaged"))
         return path, found
     if damaged:
-        raise UserError(f"{damaged[0]}: damaged, and no other checkpoint of the stage {stage} is whole; "
-                        "put one back, or remove them to begin the stage again")
+        raise UserError(f"{damaged[0]}: damaged, and no other checkpoint of the stage {stage} is "
+                        "whole; put one back, or remove them to begin the stage again")
     return None
 
 
@@ -661,8 +662,8 @@ def load_checkpoint(folder, stage, settings, learners):
     changed = differences(was, settings)
     if changed:
         more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
-        raise UserError(f"{path}: is of other settings ({'; '.join(changed[:5])}{more}); choose another "
-                        "--out or remove it")
+        raise UserError(f"{path}: is of other settings ({'; '.join(changed[:5])}{more}); choose "
+                        "another --out or remove it")
     step = from_first(step)
     if step:
         try:
@@ -670,7 +671,8 @@ def load_checkpoint(folder, stage, settings, learners):
                 learner.load_state_dict(states.get(learner.name, {}))
         except RuntimeError as e:       # the file is as it was written
             reason = " ".join(str(e).split())[:300]
-            raise UserError(f"{folder}, {stage}, step {step}: of another {learner.name}; {reason}") from None
+            where = f"{folder}, {stage}, step {step}"
+            raise UserError(f"{where}: of another {learner.name}; {reason}") from None
     if found:
         print(f"{path.name}: resumed at step {step}")
     return step
@@ -851,7 +853,8 @@ def content_digest(path):
             length = end - begin
             if length > PIECES * PIECE:
                 length = PIECE
-                begins = torch.linspace(begin, end - PIECE, PIECES, dtype=torch.float64).long().tolist()
+                last = end - PIECE
+                begins = [begin + (last - begin) * i // (PIECES - 1) for i in range(PIECES)]
             for each in begins:
                 file.seek(each)
                 digest = zlib.crc32(file.read(length), digest)
