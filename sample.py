@@ -8,6 +8,7 @@ the image as it is seen (after its EXIF rotation); and if wanted
     visibility (T, N)   hidden and "not specified" are the same; without it, NaN is hidden
     width, height       of the picture that the pixels belong to, if it is not the image itself
     ids (N,)            which vector each track has, see track_ids; track_id_mode: their kind
+    start (N, 2)        where each point was in frame 0; without it, where it is first seen
     fps                 only compared with the model's
     format              "motionstream": written by this project, so nothing in it is doubted
 
@@ -18,6 +19,7 @@ same frames. extras/tracks.py reads files of other programs. In place of --track
 import argparse
 import collections
 import contextlib
+import functools
 import itertools
 import math
 import os
@@ -25,6 +27,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 import zipfile
@@ -35,17 +38,15 @@ from pathlib import Path
 if "OMP_WAIT_POLICY" not in os.environ:                # what the user says wins
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")     # threads wait awake, but briefly: others need the cores
 
-import imageio.v2 as imageio
-import imageio_ffmpeg
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from motionstream import (Config, MotionStream, UserError, copy_along_tracks, euler,
-                          find_config, image_and_mask, image_channels, naming, read_weights, rollout,
-                          schedule, track_features, track_ids, write)
+from motionstream import (FRAMES, Config, MotionStream, UserError, euler, find_config, image_inputs,
+                          motion_inputs, naming, read_weights, rollout, schedule, start_points, track_ids,
+                          write)
 from vae import VAE_FILES, load_vae
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -64,6 +65,7 @@ class Motion:
     tracks: torch.Tensor                    # (B, T, N, 2) float32, x and y
     visible: torch.Tensor                   # (B, T, N) bool
     ids: torch.Tensor                       # (B, N) int64, see track_ids
+    start: torch.Tensor | None = None       # (B, N, 2): where the tracks were in frame 0, for copies
     control: torch.Tensor | None = None     # (B, track_dim, F, h, w): in place of the track head's
     text: torch.Tensor | None = None        # (B, L, text_dim) of this chunk; None: that of Encoded
 
@@ -76,33 +78,19 @@ class Encoded:
     clip: torch.Tensor | None = None        # (B, 257, clip_dim): CLIP's features of the image
 
 
-def image_inputs(config, first, frames):
-    """How weights take the image: (channels of a clip of `frames` latents, clean latent frame 0), None
-    what they do not take. first (B, C, 1, h, w): its latent; with a mask (B, C, frames, h, w), those of
-    a clip that is grey after it."""
-    channels = clean = None
-    if config.has_mask:
-        channels = image_and_mask(first)
-    elif config.image_dim:                  # weights that copy fall back on it in every frame
-        channels = image_channels(first, frames, still=config.copy_dim > 0)
-    if config.clean_first:
-        clean = first[:, :, :1]
-    return channels, clean
-
-
 def motion_by_chunk(motion, chunk):
     """A whole Motion to one for each chunk. The first has 4 chunk - 3 frames, the others 4 chunk;
     nothing is specified where the last one reaches beyond the motion's end."""
     frames = motion.tracks.shape[1]
-    for start in range(-3, frames, 4 * chunk):
-        stop = start + 4 * chunk
+    for start in range(1 - FRAMES, frames, FRAMES * chunk):
+        stop = start + FRAMES * chunk
         span = slice(max(start, 0), stop)
         beyond = max(stop - frames, 0)
         tracks = F.pad(motion.tracks[:, span], (0, 0, 0, 0, 0, beyond))
         visible = F.pad(motion.visible[:, span], (0, 0, 0, beyond))
         part = replace(motion, tracks=tracks, visible=visible)
         if motion.control is not None:
-            latents = slice((start + 3) // 4, (stop + 3) // 4)
+            latents = slice(start // FRAMES + 1, stop // FRAMES + 1)
             part = replace(part, control=motion.control[:, :, latents])
         yield part
 
@@ -111,24 +99,28 @@ def live_motion(points, starts, config):
     """One chunk of a live stream: points (T, N, 2) in pixels of the video, NaN where hidden, of tracks
     that were at starts (N, 2) in frame 0. T is 4 chunk - 3 for the first chunk, then 4 chunk."""
     points = torch.as_tensor(points, dtype=torch.float32)[None]             # (1, T, N, 2)
-    starts = torch.as_tensor(starts, dtype=torch.float32)[None, None]       # (1, 1, N, 2)
+    starts = torch.as_tensor(starts, dtype=torch.float32)[None]             # (1, N, 2)
     if config.track_id_mode == "random":           # but the same in every chunk
-        drawn = [zlib.crc32(start.numpy().tobytes()) for start in starts[0, 0]]
+        drawn = [zlib.crc32(start.numpy().tobytes()) for start in starts[0]]
         ids = torch.tensor([drawn], dtype=torch.int64)
     else:
-        ids = track_ids(starts, torch.ones_like(starts[..., 0], dtype=torch.bool), config)
-    return Motion(points, ~points.isnan().any(-1), ids)
+        seen = torch.ones_like(starts[:, None, :, 0], dtype=torch.bool)
+        ids = track_ids(starts[:, None], seen, config)
+    return Motion(points, ~points.isnan().any(-1), ids, starts)
 
 
-def track_inputs(model, vae, image, motion):
-    """What the model takes as `tracks` for one chunk: (B, track_dim, F, h, w), or None."""
-    if motion.control is not None or not model.config.track_dim:
-        return motion.control
-    points = [tensor.to(image.device) for tensor in (motion.tracks, motion.visible, motion.ids)]
-    copied = None
-    if model.config.copy_dim:
-        copied = copy_along_tracks(vae, image, *points)
-    return track_features(model, *points, copied)
+def motion_conditions(model, vae, image, motion):
+    """The model's keyword arguments for the Motion of a clip or a chunk, see motion_inputs."""
+    if motion.control is not None:
+        return {"tracks": motion.control}
+    if not model.config.track_dim:
+        return {}
+    device = image.device
+    start = motion.start
+    if start is not None:
+        start = start.to(device)
+    return motion_inputs(model, motion.tracks.to(device), motion.visible.to(device),
+                         motion.ids.to(device), start=start, image=image, vae=vae)
 
 
 def conditions(model, vae, image, motion, encoded, channels=None):
@@ -138,16 +130,16 @@ def conditions(model, vae, image, motion, encoded, channels=None):
         motion = motion_by_chunk(motion, model.config.chunk)
     for part in motion:
         text = encoded.text if part.text is None else part.text.to(image.device)
-        tracks = track_inputs(model, vae, image, part)
-        yield {"text": text, "tracks": tracks, "image": channels, "clip": encoded.clip}
-        if not model.config.copy_dim:
+        inputs = motion_conditions(model, vae, image, part)
+        yield {"text": text, "image": channels, "clip": encoded.clip} | inputs
+        if not model.config.copies:
             channels = None                 # they are in the cache now
 
 
-def draw_noise(first, frames, generator):
+def draw_noise(first_latent, frames, rng):
     """Noise (B, C, frames, h, w) for the image's latent; drawn on the CPU, the same on every device."""
-    B, C, _, h, w = first.shape
-    return torch.randn((B, C, frames, h, w), generator=generator).to(first)
+    B, C, _, h, w = first_latent.shape
+    return torch.randn((B, C, frames, h, w), generator=rng).to(first_latent)
 
 
 def decode(vae, latents):
@@ -168,12 +160,12 @@ def stream(model, vae, image, motion, encoded=Encoded(), seed=0):
     that tracks and text can change while it streams. Memory and noise levels are the config's."""
     config = model.config
     image = image.to(next(model.parameters()).device)
-    first = vae.encode(image[:, :, None])                                   # (B, C, 1, h, w)
-    channels, clean = image_inputs(config, first, config.chunk)
-    generator = torch.Generator().manual_seed(seed)
-    noise = (draw_noise(first, config.chunk, generator) for _ in itertools.count())
+    encoded_image = vae.encode(image[:, :, None])                           # (B, C, 1, h, w)
+    channels, first_latent = image_inputs(config, encoded_image, config.chunk)
+    rng = torch.Generator().manual_seed(seed)
+    noise = (draw_noise(encoded_image, config.chunk, rng) for _ in itertools.count())
     given = conditions(model, vae, image, motion, encoded, channels)
-    yield from decode(vae, rollout(model, noise, given, clean, generator=generator))
+    yield from decode(vae, rollout(model, noise, given, first_latent, rng=rng))
 
 
 @torch.inference_mode()
@@ -183,22 +175,24 @@ def sample_teacher(model, vae, image, motion, encoded=Encoded(), seed=0):
     config = model.config
     count = latent_frames(motion.tracks.shape[1], config.chunk)
     image = image.to(next(model.parameters()).device)
-    grey = 4 * count - 4 if config.has_mask else 0
-    first = vae.encode(F.pad(image[:, :, None], (0, 0, 0, 0, 0, grey)))
-    channels, clean = image_inputs(config, first, count)
+    grey = 0                                # frames after the image
+    if config.has_mask:
+        grey = FRAMES * (count - 1)
+    encoded_image = vae.encode(F.pad(image[:, :, None], (0, 0, 0, 0, 0, grey)))
+    channels, first_latent = image_inputs(config, encoded_image, count)
     given = {"text": encoded.text, "image": channels, "clip": encoded.clip}
-    if config.track_dim:
-        parts = motion_by_chunk(motion, config.chunk)
-        given["tracks"] = torch.cat([track_inputs(model, vae, image, part) for part in parts], 2)
-    noise = draw_noise(first, count, torch.Generator().manual_seed(seed))
-    for x0, _ in euler(model, noise, given, clean, null_text=encoded.null_text):
+    parts = [motion_conditions(model, vae, image, part) for part in motion_by_chunk(motion, config.chunk)]
+    for name in parts[0]:
+        given[name] = torch.cat([part[name] for part in parts], 2)
+    noise = draw_noise(encoded_image, count, torch.Generator().manual_seed(seed))
+    for x0, _ in euler(model, noise, given, first_latent, null_text=encoded.null_text):
         pass                                # the last of the trajectory is clean
     yield from decode(vae, x0.split(config.chunk, 2))
 
 
 def latent_frames(frames, chunk):
     """How many latent frames the whole chunks have that cover `frames`."""
-    return math.ceil((frames + 3) / (4 * chunk)) * chunk
+    return math.ceil((frames + FRAMES - 1) / (FRAMES * chunk)) * chunk
 
 
 def to_frames(video):
@@ -282,6 +276,7 @@ class Tracks:
     id_mode: str = "random"             # what kind of IDs they are, as in Config
     fps: float | None = None
     recorded: dict = field(default_factory=dict)    # RECORDED and prompts, of a recording
+    start: np.ndarray | None = None     # (N, 2) float32: where the points were in frame 0
 
 
 def read_tracks(path, size, frames=None):
@@ -332,11 +327,15 @@ def own_tracks(arrays, size):
     values = np.isfinite(tracks[visible]).all() and (ids >> 32 == 0).all() and (there > 0).all()
     if not (T and numbers and shapes and values):
         raise ValueError("no tracks")
-    tracks = np.nan_to_num(tracks).clip(-1e6, 1e6) * (np.array(size) / there).astype(np.float32)
+    scale = (np.array(size) / there).astype(np.float32)
+    tracks = np.nan_to_num(tracks).clip(-1e6, 1e6) * scale
+    start = arrays.get("start")
+    if start is not None:
+        start = start.astype(np.float32).reshape(N, 2).clip(-1e6, 1e6) * scale
     recorded = own_recording(arrays) if "prompts" in arrays else {}
     fps = float(arrays["fps"]) if "fps" in arrays else None
     mode = str(arrays.get("track_id_mode", "random"))
-    return Tracks(tracks, visible, ids if "ids" in arrays else None, mode, fps, recorded)
+    return Tracks(tracks, visible, ids if "ids" in arrays else None, mode, fps, recorded, start)
 
 
 def own_recording(arrays):
@@ -351,6 +350,13 @@ def own_recording(arrays):
     return said
 
 
+def to_video(points, image_size, config):
+    """Points (…, 2) float32 on the image (width, height) to where they are in the model's video: a tensor,
+    not cut off at the borders."""
+    scale, left, top = crop(*image_size, config.size)
+    return torch.from_numpy((points - np.float32((left, top))) * np.float32(scale))
+
+
 def fit_tracks(tracks, image_size, frames, config, seed):
     """Tracks on the image (width, height) to (Motion in the model's video, of whole chunks that cover
     `frames`; notes on what is lost). They are moved and scaled as the image is, hidden where they are
@@ -359,15 +365,17 @@ def fit_tracks(tracks, image_size, frames, config, seed):
     given = len(tracks.tracks)
     if frames > given:
         notes.append(f"the tracks end after {given} frames, the last {frames - given} are not specified")
-    scale, left, top = crop(*image_size, config.size)
-    moved = (tracks.tracks - np.float32((left, top))) * np.float32(scale)
-    points = torch.from_numpy(moved)[None]                                  # (1, T, N, 2)
+    points = to_video(tracks.tracks, image_size, config)[None]              # (1, T, N, 2)
     visible = torch.from_numpy(tracks.visible)[None]                        # (1, T, N)
     inside = ((points >= 0) & (points < torch.tensor(config.size[::-1]))).all(-1)
     lost = (visible & ~inside).sum()
     if lost:
         notes.append(f"{lost} of {visible.sum()} visible track points lie outside the video and are hidden")
     visible = visible & inside
+    if tracks.start is None:
+        start = start_points(points, visible)
+    else:
+        start = to_video(tracks.start, image_size, config)[None]            # (1, N, 2)
     if tracks.ids is not None and tracks.id_mode == config.track_id_mode:
         ids = torch.from_numpy(tracks.ids.astype(np.int64))[None]
     else:
@@ -375,13 +383,13 @@ def fit_tracks(tracks, image_size, frames, config, seed):
         if tracks.ids is not None:
             notes.append(f"the IDs of these weights are of the kind {config.track_id_mode!r}, not "
                          f"{tracks.id_mode!r}; the file's ids are not used")
-    whole = 4 * latent_frames(frames, config.chunk) - 3
+    whole = FRAMES * latent_frames(frames, config.chunk) - (FRAMES - 1)
     missing = max(whole - given, 0)
     points = F.pad(points[:, :whole], (0, 0, 0, 0, 0, missing))
     visible = F.pad(visible[:, :whole], (0, 0, 0, missing))
     if not visible.any():
         notes.append("no track is seen in the video, nothing is specified")
-    return Motion(points, visible, ids), notes
+    return Motion(points, visible, ids, start), notes
 
 
 # --------------------------------------------------------------------------------------------------
@@ -393,13 +401,129 @@ def enlarge(frame):
     return frame.repeat(factor, 0).repeat(factor, 1)
 
 
+def find_ffmpeg():
+    """The path of an ffmpeg that does what is asked of it here. UserError, in its own words, if there is
+    none."""
+    exe = os.environ.get("IMAGEIO_FFMPEG_EXE")
+    cure = "name another in IMAGEIO_FFMPEG_EXE, or unset it"
+    if not exe:
+        cure = "pip install -U imageio[ffmpeg]"
+        try:
+            import imageio_ffmpeg
+            exe = imageio_ffmpeg.get_ffmpeg_exe()
+        except (ImportError, RuntimeError) as e:
+            raise UserError(f"{e}; {cure}") from None
+    reason = try_ffmpeg(exe)
+    if reason:
+        raise UserError(f"{exe}: cannot be used ({reason}); {cure}")
+    return exe
+
+
+@functools.cache
+def try_ffmpeg(exe):
+    """What is wrong with an ffmpeg: it writes a frame, into nothing. None: nothing."""
+    command = encoder_command(exe, 16, 16, 25) + ["-fps_mode", "passthrough", "-f", "null", "-"]
+    try:
+        done = subprocess.run(command, input=bytes(16 * 16 * 3), capture_output=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as e:
+        return str(e)
+    if done.returncode:
+        return ffmpeg_words(done.stderr.decode(errors="replace"), done.returncode)
+    return None
+
+
+def ffmpeg_words(log, code):
+    """What ffmpeg, which has ended with a code, says is wrong, in one line: the first error of its log (with
+    level+ in -loglevel)."""
+    lines = log.splitlines()
+    errors = [line for line in lines if "[error] " in line or "[fatal] " in line]
+    said = (errors or lines[-1:] or [f"it has ended with code {code}"])[0]
+    return re.sub(r"^(\[[^]]*\] )+", "", said)[:300]
+
+
+def encoder_command(exe, width, height, fps):
+    """How ffmpeg is called to write frames as H.264, all but the output: in BT.709, and tagged so. What is
+    not tagged, players take for one thing or another by its size."""
+    converted = ("scale=2*ceil(iw/2):2*ceil(ih/2):out_color_matrix=bt709:out_range=tv,setsar=1,format=yuv420p,"
+                 "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709")
+    command = [exe, "-hide_banner", "-nostats", "-loglevel", "level+error", "-y"]
+    command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-framerate", f"{fps:g}"]
+    command += ["-i", "-", "-vf", converted, "-color_range", "tv", "-colorspace", "bt709"]
+    command += ["-color_primaries", "bt709", "-color_trc", "bt709"]
+    return command + ["-c:v", "libx264", "-preset", "veryfast", "-crf", "15"]
+
+
 def count_frames(path):
     """How many frames a video file holds, which are not decoded; 0 if it cannot be read."""
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", path, "-map", "0:v:0", "-c", "copy"]
-    command += ["-f", "null", "-"]
+    command = [find_ffmpeg(), "-i", f"file:{path}", "-map", "0:v:0", "-c", "copy", "-f", "null", "-"]
     told = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).stderr
     counts = re.findall(rb"frame= *(\d+)", told) or [0]
     return int(counts[-1])
+
+
+class Encoder:
+    """ffmpeg, writing a file from frames, uint8 (H, W, 3), that are all of one size."""
+
+    def __init__(self, path, fps):
+        self.path = path
+        self.fps = fps
+        self.shape = None
+        self.count = 0
+        self.process = None
+        self.log = tempfile.TemporaryFile()
+
+    def start(self, height, width):
+        """Start ffmpeg, which Ctrl-C is not for."""
+        command = encoder_command(find_ffmpeg(), width, height, self.fps)
+        command += ["-movflags", "+faststart", f"file:{self.path}"]
+        group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)          # of Windows
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=self.log, process_group=0,
+                                        creationflags=group)
+
+    def append(self, frame):
+        if self.process is None:
+            height, width, _ = frame.shape
+            self.shape = (height, width, 3)
+            self.start(height, width)
+        if frame.shape != self.shape or frame.dtype != np.uint8:
+            raise ValueError(f"a frame is {frame.dtype} {frame.shape}, expected uint8 {self.shape}")
+        try:
+            self.process.stdin.write(np.ascontiguousarray(frame))
+        except OSError:
+            self.fail()
+        self.count += 1
+
+    def fail(self):
+        """Raise OSError: ffmpeg's own words."""
+        code = self.process.wait()
+        self.log.seek(0)
+        raise EncodingError(ffmpeg_words(self.log.read().decode(errors="replace"), code))
+
+    def finish(self):
+        """The file is whole; or OSError says why it is not."""
+        if self.process is None:
+            raise EncodingError("there are no frames")
+        try:
+            self.process.stdin.close()
+        except OSError:
+            self.fail()
+        if self.process.wait():
+            self.fail()
+        if count_frames(self.path) != self.count:
+            raise EncodingError("not all frames can be read back")
+
+    def stop(self):
+        """Nothing of it is left running, whatever has happened."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            with contextlib.suppress(OSError):
+                self.process.stdin.close()
+        self.log.close()
+
+
+class EncodingError(OSError):
+    """What ffmpeg says of a video that it cannot write."""
 
 
 @contextlib.contextmanager
@@ -407,30 +531,20 @@ def video_file(path, fps):
     """`with video_file(path, fps) as append`: append(frame), uint8 (H, W, 3), goes to a temporary file
     beside `path`, which takes its place when the block ends and all frames can be read back. If the
     block ends in an exception, nothing is left behind."""
+    path = Path(path)
     part = path.absolute().with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    count = 0
-
-    def append(frame):
-        nonlocal count
-        writer.append_data(frame)
-        count += 1
-
-    options = ["-preset", "veryfast", "-movflags", "+faststart"]
+    encoder = Encoder(part, fps)
     try:
-        writer = imageio.get_writer(part, fps=fps, codec="libx264", quality=7, macro_block_size=2,
-                                    ffmpeg_log_level="quiet", output_params=options)
-        with writer:
-            yield append
-        if count_frames(part) != count:     # a failed encoding is silent
-            raise OSError(0, "not all frames can be read back")
+        yield encoder.append
+        encoder.finish()
         os.replace(part, path)
-    except BrokenPipeError:                 # of what is printed meanwhile: imageio has its own kind
+    except BrokenPipeError:                 # of what is printed meanwhile
         raise
-    except OSError as e:                    # if ffmpeg has gone, its reason has gone with it
-        reason = e.strerror or "ffmpeg has ended"
-        raise UserError(f"{path}: cannot be written after {count} frames ({reason}); is the disk full, "
-                        "or the folder not writable?") from None
+    except OSError as e:
+        reason = e.strerror or e
+        raise UserError(f"{path}: cannot be written after {encoder.count} frames ({reason})") from None
     finally:
+        encoder.stop()
         part.unlink(missing_ok=True)
 
 
@@ -475,6 +589,8 @@ def check_output(path, endings, inputs):
     for wrong, cure in faults:
         if wrong:
             raise UserError(f"{path}: {cure}")
+    if path.suffix.lower() == ".mp4":
+        find_ffmpeg()
 
 
 def write_frames(append, frames, total):
