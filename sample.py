@@ -35,7 +35,8 @@ import zlib
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")    # threads wait awake, but briefly: ffmpeg needs the cores
+if "OMP_WAIT_POLICY" not in os.environ:                # what the user says wins
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")     # threads wait awake, but briefly: others need the cores
 
 import numpy as np
 import torch

@@ -11,12 +11,14 @@ Where a formula is tested, it is written here a second time, plainly, in float64
 import ast
 import contextlib
 import copy
+import functools
 import importlib
 import importlib.util
 import itertools
 import json
 import math
 import os
+import random
 import re
 import shlex
 import shutil
@@ -1475,7 +1477,7 @@ def test_a_learner_moves_every_parameter_of_the_model_itself():
         once = [p.clone() for p in model.parameters()]
         learner.step(loss(model), 10)
         for average, a, b in zip(learner.average.parameters(), once, model.parameters()):
-            assert_near(average, (a + b) / 2, 1e-5)                 # update 10 counts 1 - 10 / (10 + 10)
+            assert_near(average, a + (b - a) * 10 / 11, 1e-5)       # the second update counts 1 - 1 / (1 + 10)
 
 
 def test_the_rate_rises_over_20_updates_stays_and_falls_to_0():
@@ -1685,13 +1687,14 @@ def test_distillation_with_a_reward_and_an_ema_sink():
         evicted, lerp = [], torch.Tensor.lerp
         with unittest.mock.patch.object(torch.Tensor, "lerp", lambda *args: evicted.append(args[2]) or lerp(*args)):
             code = td.main(["--smoke", "--stage", "distill", "--steps", "1", "--out", str(here), "--set", "sink_decay=0.75",
-                            "--set", "beta=1", "--rollout", "4", "--reward", f"{here}/mine.py:reward"])
+                            "--set", "beta=1", "--set", "export_every=1", "--rollout", "4", "--reward", f"{here}/mine.py:reward"])
         log = [json.loads(line) for line in open(here / "stats.jsonl")]
         assert code is None and [row["reward"] for row in log] == [4.0], (code, err.getvalue(), log)
         assert 1 < log[0]["loss_g"] < 1e3, log                      # it counts exp(4 / 1)
         # in two rollouts of 4 chunks, 2 layers average the keys and values of chunks 1 and 2 into the sink, chunk 0
         assert evicted.count(0.25) == 2 * 2 * 2 * 2, Counter(evicted)
         assert MotionStream.from_pretrained(here / "student.safetensors").config.sink_decay == 0.75
+        assert (here / "student.00001.safetensors").exists()
 
 
 def test_the_end_of_a_long_rollout_is_judged_beside_the_image_it_began_with():
@@ -1910,15 +1913,31 @@ def in_two_processes(code, *args):
     return wait
 
 
+@contextlib.contextmanager
+def counting_reductions():
+    """Notes in a list each time that FSDP reduces gradients."""
+    name = "reduce_scatter_single"
+    if not hasattr(td.dist, name):                              # torch before 2.12
+        name = "reduce_scatter_tensor"
+    reduced, reduce = [], getattr(td.dist, name)
+
+    def note(*args, **kwargs):
+        reduced.append(name)
+        return reduce(*args, **kwargs)
+
+    with unittest.mock.patch.object(td.dist, name, note):
+        yield reduced
+
+
 def toy_training(here, stop_at=None, nan_at=None, steps=6, save_every=300, batches=1, **settings):
     """Some steps of a small model; its parameters and what was logged. Leaves the model and all gradients behind."""
     model = new_model().requires_grad_(True)
     learner = td.Learner("toy", model, td.Learning(1e-2, 1e-2, ema=0.9), updates=steps // batches, accumulate=batches)
     toy_training.model, toy_training.gradients = model, []
     clock = itertools.count(0, 301 if save_every == 1 else 0)
-    run = SimpleNamespace(out=here, seed=1, dtype=torch.float32)
+    run = SimpleNamespace(out=here, seed=1, dtype=torch.float32, settings=td.TINY)
     told = {"data": "toy", "seed": 1} | settings
-    with quiet() as (out, _), unittest.mock.patch.object(td.time, "time", lambda: next(clock)), \
+    with quiet() as (toy_training.said, _), unittest.mock.patch.object(td.time, "time", lambda: next(clock)), \
             unittest.mock.patch.object(td, "checkpoint_settings", lambda run, stage: told), \
             keeping_gradients(toy_training.gradients):
         loop = td.Loop(run, "toy", steps, learner)
@@ -1931,7 +1950,7 @@ def toy_training(here, stop_at=None, nan_at=None, steps=6, save_every=300, batch
     log = [json.loads(line)["loss"] for line in open(here / "stats.jsonl")]
     states = {f"{net}.{name}": whole(p).clone() for net, module in (("model", model), ("average", learner.average))
               for name, p in module.state_dict().items()}
-    return states, log, out.getvalue()
+    return states, log, toy_training.said.getvalue()
 
 
 def toy_loss(model):
@@ -1943,11 +1962,14 @@ def test_an_interrupted_training_continues_with_the_same_bits_and_no_other_setti
     with folder() as one, folder() as two:
         whole, log, _ = toy_training(one)
         assert_error(SystemExit, "143", toy_training, two, stop_at=2)
-        assert len((two / "stats.jsonl").read_text().splitlines()) == 3                    # it finished the step
+        assert "saved at step 3; the same command goes on\n" in toy_training.said.getvalue()
+        with open(two / "stats.jsonl", "a") as file:                # as if killed at step 4, after the checkpoint
+            file.write('{"stage": "toy", "step": 3, "loss": 1}\n{"stage": "other", "step": 9, "loss": 1}\n{"sta')
         assert_error(td.UserError, "of other settings (data toy, now else);", toy_training, two, data="else")
         assert_error(td.UserError, "(steps 6, now 7; seed 1, now 2);", toy_training, two, steps=7, seed=2)
         resumed, resumed_log, _ = toy_training(two)
-        assert same(whole, resumed) and log == resumed_log and len(log) == 6
+        assert same(whole, resumed)
+        assert resumed_log[:3] + resumed_log[4:] == log and len(log) == 6, "each step once; another stage's stays"
 
 
 def vae_gradients():
@@ -1982,9 +2004,10 @@ def test_two_processes_have_the_gradients_of_one_that_accumulates_two_steps():
     child = """if True:
         td.dist.init_process_group("gloo")
         for folder in args:
-            whole, _, said = test.toy_training(test.Path(folder), steps=14, batches=4)
+            with test.counting_reductions() as reduced:
+                whole, _, said = test.toy_training(test.Path(folder), steps=14, batches=4)
             sharded = [(p.to_local().numel(), p.numel()) for p in test.toy_training.model.parameters()]
-            results = test.toy_training.gradients, whole, said, sharded, test.vae_gradients()
+            results = test.toy_training.gradients, whole, said, sharded, len(reduced), test.vae_gradients()
             torch.save(results, f"{folder}/results{td.RANK}.pt")
         td.dist.destroy_process_group()
     """
@@ -2002,8 +2025,9 @@ def test_two_processes_have_the_gradients_of_one_that_accumulates_two_steps():
         for p, mean in zip(model.parameters(), gradients[0], strict=True):
             assert_near(mean, p.grad / 4, 1e-5)
         for path, rank in itertools.product((two, both), range(2)):     # three updates; what one began, two take over
-            theirs, went, said, sharded, theirs_of_vae = torch.load(path / f"results{rank}.pt")
-            assert ("resumed at step 8" in said) == (path == both)
+            theirs, went, said, sharded, reduced, theirs_of_vae = torch.load(path / f"results{rank}.pt")
+            assert ("resumed at step 8" in said) == (path == both and rank == 0)
+            assert reduced == len(theirs) * 4, "once an update: two blocks, the track head, the rest"
             assert_same_gradients(gradients[2 if path == both else 0:], theirs)
             assert_same_gradients(of_vae, theirs_of_vae)
             assert_moved_alike(start, whole, went)
@@ -2013,10 +2037,10 @@ def test_two_processes_have_the_gradients_of_one_that_accumulates_two_steps():
         ours, theirs = (torch.tensor([row["grad"] for row in log if "grad" in row]) for log in (rows, theirs))
         assert_near(ours, theirs, 1e-3)
         ours, theirs = (torch.load(path / "toy.0000012.checkpoint.pt") for path in (one, two))
-        for name in "toy Muon", "toy AdamW":
-            for i, state in ours[name]["state"].items():
-                for key, value in state.items():
-                    assert_near(theirs[name]["state"][i][key], value, 0.01)
+        ours, theirs = (saved["learners"]["toy"]["optimizer"]["state"] for saved in (ours, theirs))
+        for name, state in ours.items():
+            for key, value in state.items():
+                assert_near(theirs[name][key], value, 0.01)
         _, _, said = toy_training(two, steps=14, batches=4)             # what two began, one takes over
         assert "resumed at step 12" in said
 
@@ -2099,13 +2123,154 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_it():
     with folder() as one, folder() as two:
         whole, _, _ = toy_training(one)
         assert_error(SystemExit, "143", toy_training, two, stop_at=4, save_every=1)
+        assert "saved at step 5" in toy_training.said.getvalue()
         names = sorted(path.name for path in two.glob("*.pt"))
         assert names == ["toy.0000004.checkpoint.pt", "toy.0000005.checkpoint.pt"], names      # the last two
         newest = two / names[1]
         newest.write_bytes(newest.read_bytes()[:1000])
         resumed, log, said = toy_training(two)
         assert "0000005.checkpoint.pt: damaged" in said and "0000004.checkpoint.pt: resumed at step 4" in said, said
-        assert same(whole, resumed) and len(log) == 5 + 2
+        assert same(whole, resumed) and len(log) == 6 and (two / "toy.0000005.checkpoint.damaged").exists()
+
+
+def linear_learner():
+    model = nn.Linear(3, 2)
+    learner = td.Learner("toy", model, td.Learning(None, 1e-3, ema=0.9))
+    learner.step(model(torch.ones(1, 3)).sum(), 0)
+    return learner
+
+
+def mutated(data, rng):
+    """A copy of bytes with a bit flipped, a part zeroed, cut off, doubled or from elsewhere."""
+    data = bytearray(data)
+    at, length = rng.randrange(len(data)), rng.randrange(1, 200)
+    piece = data[at:at + length]
+    change = rng.randrange(6)
+    if change < 2:
+        data[at] ^= 1 << rng.randrange(8)
+    elif change == 2:
+        data[at:at + length] = bytes(len(piece))
+    elif change == 3:
+        del data[at:]
+    elif change == 4:
+        data[at:at] = piece
+    else:
+        data[at:at + length] = data[:length]
+    return bytes(data)
+
+
+def assert_whole_or_the_one_before(here, written, second, saved):
+    """What td.newest_checkpoint makes of `saved` in the place of the second checkpoint of two, which held `written`."""
+    second.write_bytes(saved)
+    with quiet() as (out, _):
+        path, (step, _, states) = td.newest_checkpoint(here, "toy")
+    if step == 2:                                                   # what has changed is not read
+        assert path == second and same(states["toy"]["model"], written), saved
+        return
+    assert step == 1 and out.getvalue().count("\n") == 1 and f"{second}: damaged (" in out.getvalue(), out.getvalue()
+    assert not second.exists()
+
+
+def test_whatever_happens_to_a_checkpoint_it_is_as_written_or_the_one_before_is_taken():
+    with folder() as here:
+        learner = linear_learner()
+        for step in 1, 2:
+            td.save_checkpoint(here, "toy", step, {}, [learner])
+        other = td.Learner("toy", nn.Linear(4, 2), td.Learning(None, 1e-3))
+        assert_error(td.UserError, "step 2: of another toy; ", td.load_checkpoint, here, "toy", {}, [other])
+        second, written = here / "toy.0000002.checkpoint.pt", copy.deepcopy(learner.state_dict()["model"])
+        whole = second.read_bytes()
+        flipped = bytearray(whole)
+        at = whole.index(written["weight"].numpy().tobytes())       # one bit of a weight
+        flipped[at] ^= 1
+        assert_whole_or_the_one_before(here, written, second, bytes(flipped))
+        assert (here / "toy.0000002.checkpoint.damaged").exists()
+        for seed in range(30):
+            assert_whole_or_the_one_before(here, written, second, mutated(whole, random.Random(seed)))
+        for path in here.glob("*.checkpoint.pt"):
+            path.write_bytes(path.read_bytes()[:500])
+        there = sorted(here.iterdir())
+        with quiet():
+            assert_error(td.UserError, "no other checkpoint of the stage toy is whole", td.newest_checkpoint, here, "toy")
+        assert sorted(here.iterdir()) == there, "nothing is removed"
+
+
+def test_a_folder_is_that_of_one_training_until_it_ends_even_by_a_crash():
+    with folder() as here:
+        left, kept = [".toy.0000003.checkpoint.pt.12.part", "latents.1/a/.b.safetensors.12.part"], [".x.mp4.12.part"]
+        for name in left + kept:
+            (here / name).parent.mkdir(parents=True, exist_ok=True)
+            (here / name).touch()
+        ready, told = os.pipe()
+        child = os.fork()
+        if child == 0:
+            with td.own_folder(here):
+                os.write(told, b"!")
+                time.sleep(60)
+        try:
+            os.read(ready, 1)
+            assert not any((here / name).exists() for name in left) and all((here / name).exists() for name in kept)
+            (here / left[0]).touch()
+            owned = td.own_folder(here)
+            assert_error(td.UserError, f"{here}: process {child} on ", owned.__enter__)
+            assert (here / left[0]).exists(), "the other may be writing it"
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        with td.own_folder(here):
+            assert not (here / left[0]).exists() and (here / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_checkpoints_are_as_often_as_is_said_and_how_often_may_change():
+    for minutes, saved in (5, [5]), (1.6, [2, 4, 5]):
+        now, steps = [0], []
+        with folder() as here, quiet(), unittest.mock.patch.multiple(
+                td, checkpoint_settings=lambda *_: {}, save_checkpoint=lambda *args: steps.append(args[2])), \
+                unittest.mock.patch.object(td.time, "time", lambda: now[0]):
+            settings = replace(td.TINY, checkpoint_minutes=minutes)
+            run = SimpleNamespace(out=here, seed=1, dtype=torch.float32, settings=settings)
+            for _ in td.Loop(run, "toy", 5, linear_learner()):
+                now[0] += 50                                            # seconds
+        assert steps == saved, (minutes, steps)
+    told = td.checkpoint_settings(td.resolve(td.Flags(device="cpu")), "vae")
+    assert not told.keys() & {"checkpoint_minutes", "export_every", "tflops"} and "batch" in told
+
+
+def test_weights_of_some_updates_are_kept_to_choose_from():
+    with folder() as here:
+        run = td.resolve(td.Flags(device="cpu", out=here, set=(("export_every", 2),)))
+        model = new_model()
+        for update in range(1, 6):
+            td.export_weights(run, model, update)
+        assert sorted(path.name for path in here.iterdir()) == ["student.00002.safetensors", "student.00004.safetensors"]
+        ours = MotionStream.from_pretrained(here / "student.00004.safetensors")
+        assert same({name: p.half() for name, p in model.state_dict().items()},
+                    {name: p.half() for name, p in ours.state_dict().items()})
+
+
+def test_the_first_lines_of_a_training_are_a_table():
+    with folder() as here, quiet() as (out, _):
+        run = td.resolve(td.Flags(device="cpu", out=here, set=(("batch", 2), ("teacher_steps", 700))))
+        rows = [{"stage": "teacher", "step": i, "seconds": 100 if i < 40 else 3.6} for i in range(200)]
+        (here / "stats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"stage')
+        td.print_plan(run, ["teacher", "distill"])
+        said = out.getvalue()
+        assert f"| teacher | 700 | 200 | 0.5 | {here / 'teacher.safetensors'} |" in said, said
+        assert f"| distill | 1,200 | - | - | {here / 'student.safetensors'} |" in said, said
+        assert "not as usual: batch=2, teacher_steps=700\n" in said and f"{here / 'STAGE.png'}" in said, said
+        assert "Config(" not in said and "Learning(" not in said and len(said.splitlines()) < 12, said
+
+
+def test_threads_wait_briefly_unless_the_user_says_how():
+    source = "".join(itertools.takewhile(lambda line: "numpy" not in line, open(HERE / "sample.py").readlines()))
+    for given, count in ({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None):
+        with unittest.mock.patch.dict(os.environ, given):
+            for name in {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} - given.keys():
+                os.environ.pop(name, None)
+            exec(source, {})
+            assert os.environ.get("GOMP_SPINCOUNT") == count, given
+    order = [line.split()[1] for line in open(HERE / "train_distill.py") if line.startswith(("import ", "from "))]
+    assert order.index("sample") < order.index("torch"), "torch reads it when it is loaded"
 
 
 def test_nan_stops_a_training_before_anything_moves():
@@ -2234,13 +2399,10 @@ def test_drawn_clips_are_the_same_whether_they_are_encoded_while_drawn_or_later(
 def test_what_is_made_is_named_by_what_made_it():
     with folder() as here, quiet(), small_scenes():
         before_distillation(here)
-        vaes = []                   # kept as bytes: a file saved again may differ in the order of its metadata
-        for seed in 0, 1:
-            saved(here / "vae.safetensors", randomised(new_vae(replace(SMALL_VAE, latent_channels=16)), seed))
-            vaes.append((here / "vae.safetensors").read_bytes())
+        vaes = [randomised(new_vae(replace(SMALL_VAE, latent_channels=16)), seed) for seed in (0, 1)]
 
         def made(weights=0, **flags):
-            (here / "vae.safetensors").write_bytes(vaes[weights])
+            saved(here / "vae.safetensors", vaes[weights], anything=str(time.time()))
             run = td.resolve(td.Flags(smoke=True, out=here, device="cpu", **flags))
             with unittest.mock.patch("extras.world.write_clips", lambda folder, *_, **__: folder.mkdir(exist_ok=True)):
                 td.training_clips(run, 12)
@@ -2253,6 +2415,59 @@ def test_what_is_made_is_named_by_what_made_it():
         for count, other in enumerate([{"weights": 1}, {"seed": 1}, {"rollout": 20}], 2):
             folders, settings = made(**other)
             assert len(folders) == count and settings != first[1], other
+
+
+def test_data_is_told_by_what_it_holds_and_not_by_age_or_place():
+    def told(data):
+        run = td.resolve(td.parse_flags(own_flags(here, data)))
+        return td.checkpoint_settings(run, "teacher"), td.training_clips(run, 12)
+
+    with folder() as here, quiet():
+        data = video_clips(here / "data", 3)
+        was, files = told(data)
+        for file in data.iterdir():
+            os.utime(file, (1, 1))                                  # touched
+        clip = load_file(data / "1.safetensors")
+        td.write(data / "1.safetensors", functools.partial(td.save_file, clip, metadata={"source": "of a touched text"}))
+        assert told(data) == (was, files)
+        shutil.copytree(data, here / "moved/clips")
+        with unittest.mock.patch.object(td, "encode_video", None):                      # none is encoded again
+            assert told(here / "moved/clips") == (was, files)
+        with unittest.mock.patch.object(td, "content_digest", None):                    # nor read again
+            td.read_digests(here / "moved/clips", here / "runs/out/clips.json")
+        clip["text"][-1] += 1e-3
+        td.write_clip(data / "1.safetensors", clip)
+        (data / "2.safetensors").rename(data / "3.safetensors")
+        now, others = told(data)
+        assert td.differences(was, now) == ["data/1.safetensors has changed", "data/2.safetensors is gone",
+                                            "data/3.safetensors is new"]
+        assert others[0] == files[0] and others[1] != files[1], "what has changed is encoded again"
+        start, copied = here / "start.safetensors", here / "copied.safetensors"
+        shutil.copy(start, copied)
+        assert td.weight_digests(start) == td.weight_digests(copied)
+        assert td.weight_digests(start) != td.weight_digests(saved(copied, randomised(new_model(causal=False), 1)))
+        index = shards(here, public())
+        assert len(td.weight_digests(index)) == 3
+        assert td.weight_digests(index) == td.weight_digests(next(here.glob("*-00001-of-*")))
+
+
+def test_a_large_tensor_is_told_by_pieces_from_its_first_byte_to_its_last():
+    with folder() as here:
+        tensor, path = torch.zeros(2 ** 20), here / "a.safetensors"
+        digests = set()
+        for at in None, 0, 1023, 2 ** 20 - 1:
+            changed = tensor.clone()
+            if at is not None:
+                changed[at] = 1
+            save_file({"a": changed}, path)
+            digests.add(td.content_digest(path))
+        save_file({"a": tensor.reshape(2 ** 10, 2 ** 10)}, path)
+        digests.add(td.content_digest(path))
+        torch.save(tensor, here / "a.pt")
+        digests.add(td.content_digest(here / "a.pt"))
+        assert len(digests) == 6
+        path.write_bytes(path.read_bytes()[:40])
+        assert_error(td.UserError, f"{path}: damaged", td.content_digest, path)
 
 
 def test_processes_wait_equally_often_whatever_each_has_to_make():
@@ -2271,10 +2486,11 @@ def test_processes_wait_equally_often_whatever_each_has_to_make():
             run = td.resolve(td.parse_flags(flags))
             saved(here / "teacher.safetensors", new_model(causal=False, steps=3))
             run = replace(run, files=run.files | {"teacher": here / "teacher.safetensors"})
-            with unittest.mock.patch.multiple(td, PROCESSES=2, RANK=rank, mean_processes=waits.append, write_clip=wrote):
+            with unittest.mock.patch.multiple(td, PROCESSES=2, RANK=rank, wait_for_all=waits.append,
+                                               from_first=lambda value: value or {}, write_clip=wrote):
                 files = td.training_clips(run, 12)
                 files = td.make_trajectories(run, files)
-        assert len(files) == 8 and len(waits) == 2 and len(made) == (0 if rank else 8), (rank, waits, made)
+        assert len(files) == 8 and waits == 4 * [td.LATE] and len(made) == (0 if rank else 8), (rank, waits, made)
 
 
 def trained(here, flags, stages):
@@ -2500,8 +2716,8 @@ def test_a_dry_run_tells_parameters_and_costs_and_makes_nothing():
                 # 6 latents of 1560 tokens, 1536 wide, key and value, 30 layers, 2 bytes
                 assert f"{6 * 1560 * 1536 * 2 * 30 * 2 / 2 ** 20:,.0f} MiB" in said, said
                 days_of_teacher = r"\| teacher \| 614,400 \| [\d,.]+ \| ([\d.]+) \|"
-                assert "| teacher | 26.4 | 6.6 | 3.3 |" in said and "| distill | 52.9 | 13.2 | 6.6 |" in said, said
-                assert "| causal | 256,000 |" in said and "clip_frames = 81" in said, said
+                assert "| teacher | 26.4 | 10.6 | 7.9 |" in said and "| distill | 52.9 | 21.1 | 15.9 |" in said, said
+                assert "| causal | 256,000 |" in said and "| clip_frames | 81 |" in said, said
                 days = [re.search(days_of_teacher, said)[1]]
                 for flags in ["--set", "tflops=198"], ["--memory", "c3s2w6"]:
                     with quiet() as (out, _):

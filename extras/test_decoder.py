@@ -75,9 +75,9 @@ def test_a_decoder_is_trained_for_the_latents_of_a_tiny_vae_and_resumes_to_the_b
             assert_error(SystemExit, "143", decoder_run, two, *flags)
         decoder_run(two, *flags)
         whole, resumed = (torch.load(path / "decoder.0000003.checkpoint.pt") for path in (one, two))
-        for part in "decoder model", "discriminator model":
-            assert same(whole[part], resumed[part]), part
-        assert whole["discriminator model"]["replay"].flatten(1).any(1).sum() == 6              # half of three batches
+        for part in "decoder", "discriminator":
+            assert same(whole["learners"][part]["model"], resumed["learners"][part]["model"]), part
+        assert whole["learners"]["discriminator"]["model"]["replay"].flatten(1).any(1).sum() == 6              # half of three batches
         assert len((two / "stats.jsonl").read_text().splitlines()) == 3
         said = decoder_run(two, *flags, "--adversarial", "0.2", code=2)
         assert "other settings (adversarial 0.01, now 0.2)" in said, said
