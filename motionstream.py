@@ -1,19 +1,23 @@
-"""MotionStream: one image, user-drawn tracks, and a video that follows them, chunk by chunk, for as long as you like.
+"""MotionStream: from an image and user-drawn tracks to a video that follows them, chunk by chunk.
 
-A Wan video transformer (DiT) gets one new input, where tracks go, and one new habit, to look only at a few chunks:
+A Wan video transformer (DiT) gets one new input, the tracks, and one new habit: each chunk
+attends to the first chunk, to the latest one and to itself, and to nothing in between.
 
-    latent chunks   [ sink 0 ] 1 2 3 4 5 [ window 6 ][ chunk 7 ]   of the past, the first and the last are kept
-    cache slots     [   0    ]           [    1     ][    2    ]   positions are counted here, so they never grow
+    latent chunks   [ sink 0 ] 1 2 3 4 5 [ window 6 ][ chunk 7 ]   1 to 5 are evicted
+    cache slots     [   0    ]           [    1     ][    2    ]   RoPE positions are slots: bounded
 
-The paper: MotionStream, arXiv 2511.01266 (sections and equations cited below are its own).
+The paper is MotionStream, arXiv 2511.01266; sections and equations cited below are the paper's.
 Shapes, in every file of this project:
 
-    B batch   T video frames   F latent frames, T = 1 + 4 (F - 1)   C channels   h w latent size   H W pixels
-    L tokens of one call (F * h/2 * w/2)   S tokens with those in the cache   D width   N heads (or tracks)   K = D / N
-    latents (B, C, F, h, w)   sigma (B,) or (B, F) in [0, 1]   velocity = noise - x0, which is what the DiT returns
+    B batch   T video frames   F latent frames, T = 1 + 4 (F - 1)   C channels   N tracks
+    H W size in pixels   h w size in latent pixels
+    P tokens of one latent frame   L = F P tokens of one call   S tokens with those in the cache
+    D width of the transformer   K channels of one head, heads * K = D
+    latents (B, C, F, h, w)   sigma (B,) or (B, F) in [0, 1]   velocity = noise - x0, of the DiT
 """
 
 import contextlib
+import copy
 import errno
 import itertools
 import json
@@ -26,9 +30,11 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Flow matching: all of diffusion that is needed. x_t = (1 - sigma) x0 + sigma noise; d x_t / d sigma = noise - x0.
+# --------------------------------------------------------------------------------------------------
+# Flow matching: all of diffusion that is needed.
+# x_t = (1 - sigma) x0 + sigma noise, so d x_t / d sigma = noise - x0, the velocity.
 
 def per_frame(sigma):
     """(B,) or (B, F) to (B, 1, 1 or F, 1, 1), which broadcasts over latents."""
@@ -42,7 +48,7 @@ def add_noise(x0, noise, sigma):
 
 
 def to_x0(x_t, velocity, sigma):
-    """What the velocity says the clean latents are."""
+    """The clean latents that a velocity implies."""
     return x_t - per_frame(sigma).to(x_t.dtype) * velocity
 
 
@@ -52,24 +58,25 @@ def shift_sigma(sigma, shift):
 
 
 def schedule(steps, shift):
-    """`steps` noise levels from 1 down: uniform ones, shifted; 0 is left out."""
+    """`steps` noise levels from 1 down: evenly spaced, then shifted; 0 is not among them."""
     return tuple(shift_sigma(1 - i / steps, shift) for i in range(steps))
 
 
-def with_first(x_t, sigma, first):
-    """The image as latent frame 0: clean, at sigma 0 (the way of Wan 2.2).
+def with_first(x_t, sigma, first_latent):
+    """Put the image in as latent frame 0: clean, at sigma 0 (as in Wan 2.2).
 
-    x_t (B, C, F, h, w); sigma (B,) or (B, F); first (B, C, 1, h, w), None: no image. Returns x_t and sigma (B, F)."""
+    x_t (B, C, F, h, w); sigma (B,) or (B, F); first_latent (B, C, 1, h, w), None: no image.
+    Returns x_t and the sigma of each frame, (B, F)."""
     frames = x_t.shape[2]
-    sigma = sigma.reshape(len(sigma), -1).expand(-1, frames).clone()        # (B, F)
-    if first is None:
-        return x_t, sigma
-    sigma[:, 0] = 0
-    return torch.cat([first, x_t[:, :, 1:]], 2), sigma
+    sigma_frames = sigma.reshape(len(sigma), -1).expand(-1, frames).clone()     # (B, F)
+    if first_latent is None:
+        return x_t, sigma_frames
+    sigma_frames[:, 0] = 0
+    return torch.cat([first_latent, x_t[:, :, 1:]], 2), sigma_frames
 
 
 def joint_guidance(v_full, v_notext, v_nomotion, w_text, w_motion):
-    """Text and motion guidance in one (eq. 2): three velocities to one. Both weights 0: v_full, no guidance."""
+    """Joint text and motion guidance (eq. 2) of three velocities. Both weights 0: v_full."""
     if w_text == w_motion == 0:
         return v_full
     share = w_text / (w_text + w_motion)
@@ -77,10 +84,14 @@ def joint_guidance(v_full, v_notext, v_nomotion, w_text, w_motion):
     return base + w_text * (v_full - v_notext) + w_motion * (v_full - v_nomotion)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Configuration. The defaults are Wan 2.1 T2V 1.3B; everything that depends on the model's size is here.
+# --------------------------------------------------------------------------------------------------
+# Configuration. The defaults are Wan 2.1 T2V 1.3B; all that depends on a model's size is here.
 
-@dataclass
+FRAMES = 4          # video frames per latent frame, in every VAE of the Wan family
+CLIP_ROWS = 257     # rows of CLIP's image features: 16 x 16 patches and the class token
+
+
+@dataclass(frozen=True)
 class Config:
     """A model and how it is sampled; travels in the metadata of its weights file."""
     # the transformer, named as in Wan's config.json
@@ -92,16 +103,15 @@ class Config:
     out_dim: int = 16           # channels of the latents
     track_dim: int = 0          # channels of the tracks' features, 0 = no slot for tracks
     text_dim: int = 4096
-    text_len: int = 512         # text is padded to this many rows, and all of them are attended
-    clip_dim: int = 0           # channels of CLIP image features, 0 = no image branch
+    text_len: int = 512         # text is padded to this many rows, and all of them are attended to
+    clip_dim: int = 0           # channels of CLIP's image features, 0 = no image branch
     freq_dim: int = 256
     patch_size: tuple = (1, 2, 2)
     eps: float = 1e-6
     # what it reads
     text_encoder: str = "umt5"          # or "words": the tiny model's own vectors
-    track_id_mode: str = "random"       # "random", "start" or "copy": a track's ID, see track_ids
+    track_id_mode: str = "random"       # or "start": see track_ids
     clean_first: bool = True            # latent frame 0 is the image, at sigma 0: see with_first
-    latent_std: tuple = ()              # of each channel of the latents; given: see linear_part
     # sampling
     causal: bool = False        # True: a student that streams; False: a bidirectional teacher
     shift: float = 5.0
@@ -111,12 +121,15 @@ class Config:
     chunk: int = 3              # latent frames generated together
     sink: int = 1               # chunks at the start that are never evicted
     window: int | None = 1      # latest chunks kept besides, None = all
-    sink_decay: float = 1.0     # below 1: the sink takes up what leaves the window, see KVCache
+    sink_decay: float = 1.0     # below 1: the sink absorbs what leaves the window, see KVCache
     # what it was trained on
     stride: int = 8             # pixels per latent pixel, of the VAE
     size: tuple = (480, 832)    # height, width of the video in pixels
     fps: int = 16
-    prompt: str | None = None   # what to say when the user says nothing, None = the null text
+    prompt: str | None = None   # used when the user gives none; None = the null text
+    # the tiny model's departure from the paper, see CopyingMotionStream
+    copies: bool = False        # frame 0, copied along the tracks, is an input too
+    latent_std: tuple = ()      # standard deviation of each channel of the latents
 
     @property
     def head_dim(self):
@@ -126,109 +139,113 @@ class Config:
     @property
     def latent_size(self):
         """Height and width of the latents of a video of `size`."""
-        return self.size[0] // self.stride, self.size[1] // self.stride
-
-    @property
-    def image_dim(self):
-        """Input channels for the image, see image_channels and image_and_mask."""
-        return self.in_dim - self.out_dim - self.track_dim
-
-    @property
-    def has_mask(self):
-        """Whether these are a mask and a clip: Wan's image-to-video weights and Fun-InP."""
-        return self.image_dim > self.out_dim
+        height, width = self.size
+        return height // self.stride, width // self.stride
 
     @property
     def copy_dim(self):
-        """Of the track_dim channels, those that copy_along_tracks fills; the track head fills the others."""
-        if self.track_id_mode != "copy":
+        """Input channels for copies: latents and two of nearness, see copy_along_tracks."""
+        if not self.copies:
             return 0
-        return self.out_dim + len(NEAR)
+        return self.out_dim + 2
 
+    @property
+    def image_dim(self):
+        """Input channels for the image, see image_inputs."""
+        return self.in_dim - self.out_dim - self.track_dim - self.copy_dim
 
-NEAR = (8, 32)      # pixels over which the nearness of a track, given beside copied latents, falls to 1 / e
+    @property
+    def has_mask(self):
+        """Whether those are a mask and a clip: Wan's image-to-video weights and Fun-InP."""
+        return self.image_dim > self.out_dim
+
 
 PRESETS = {
     "wan2.1-1.3b": Config(),
-    "motionstream-1.3b": Config(in_dim=48, track_dim=16, clip_dim=1280, clean_first=False,
-                                shift=6.0, sigmas=schedule(3, 6.0)),
+    "motionstream-1.3b": Config(
+        in_dim=48, track_dim=16, clip_dim=1280, clean_first=False,
+        shift=6.0, sigmas=schedule(3, 6.0)),
     "wan2.1-14b": Config(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
-    "wan2.2-5b": Config(dim=3072, ffn_dim=14336, num_heads=24, in_dim=48, out_dim=48, stride=16,
-                        size=(704, 1280), fps=24),
-    "tiny": Config(dim=192, ffn_dim=576, num_heads=3, num_layers=5,
-                   in_dim=96 + 130 + 96, out_dim=96, track_dim=32 + 98,
-                   text_dim=64, text_len=8, text_encoder="words", track_id_mode="copy",
-                   steps=15, guidance=(1.5, 0.0), size=(128, 128), prompt="steady light, steady shapes"),
+    "wan2.2-5b": Config(
+        dim=3072, ffn_dim=14336, num_heads=24, in_dim=48, out_dim=48,
+        stride=16, size=(704, 1280), fps=24),
+    "tiny": Config(
+        dim=192, ffn_dim=576, num_heads=3, num_layers=5,
+        in_dim=96 + 32 + 98 + 96, out_dim=96, track_dim=32, copies=True,
+        text_dim=64, text_len=8, text_encoder="words",
+        steps=15, guidance=(1.5, 0.0), size=(128, 128), prompt="steady light, steady shapes"),
 }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Time and position.
 
 def sinusoid(t, dim):
-    """Numbers (…) to vectors (…, dim): cosines, then sines, of t at dim / 2 frequencies, 1 to 1 / 10000."""
-    frequency = 10000 ** (-torch.arange(dim // 2, dtype=torch.float64, device=t.device) / (dim // 2))
+    """t (…) to (…, dim): cosines, then sines, of t at dim / 2 frequencies from 1 to 1 / 10000."""
+    half = dim // 2
+    frequency = 10000 ** (-torch.arange(half, dtype=torch.float64, device=t.device) / half)
     angle = t.double()[..., None] * frequency
     return torch.cat([angle.cos(), angle.sin()], -1).float()
 
 
 def axis_angles(length, dim, device):
-    """By which angle each position of an axis turns each pair of its channels: (length, dim / 2) float64."""
+    """The angle by which each position rotates each pair of channels: (length, dim / 2) float64."""
     position = torch.arange(length, dtype=torch.float64, device=device)
     frequency = 10000 ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
     return torch.outer(position, frequency)
 
 
-def rope_table(frames, height, width, head_dim, device):
-    """Rotations for a grid of tokens: complex (frames * height * width, head_dim / 2), frame slowest.
+def rope_table(frames, rows, columns, head_dim, device):
+    """Rotations for a grid of tokens: complex (frames * rows * columns, d), d = head_dim / 2.
 
-    Of the d = head_dim / 2 pairs, d // 3 turn with the row, as many with the column, the rest with the frame."""
+    Frame is the slowest axis. Of the d pairs of channels, d // 3 rotate with the row, as many with
+    the column, the rest with the frame."""
     spatial = 2 * (head_dim // 6)
     frame = axis_angles(frames, head_dim - 2 * spatial, device)
-    row = axis_angles(height, spatial, device)
-    column = axis_angles(width, spatial, device)
-    grid = (frames, height, width, -1)
+    row = axis_angles(rows, spatial, device)
+    column = axis_angles(columns, spatial, device)
+    grid = (frames, rows, columns, -1)
     angle = torch.cat([frame[:, None, None].expand(grid),
                        row[None, :, None].expand(grid),
-                       column[None, None].expand(grid)], -1)            # (frames, height, width, d)
+                       column[None, None].expand(grid)], -1)        # (frames, rows, columns, d)
     angle = angle.flatten(0, 2)
     return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
 
 
 def apply_rope(x, table):
-    """Rotate neighbouring pairs of channels of (B, L, N, K) by the table (L, K / 2), in float32."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))     # (B, L, N, K / 2)
+    """Rotate pairs of neighbouring channels of (B, L, heads, K) by the table (L, K / 2)."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))     # (B, L, heads, K / 2)
     return torch.view_as_real(pairs * table[:, None]).flatten(-2).type_as(x)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Attention with a memory (section 3.2).
+# --------------------------------------------------------------------------------------------------
+# Attention with a KV cache (section 3.2).
 
 class KVCache:
-    """What one layer remembers of a stream, a per-layer rolling KV cache: the first `sink` chunks, which are never
-    evicted, and a sliding window of the latest `window` chunks (None: all).
+    """What one layer keeps of a stream, its rolling KV cache: the first `sink` chunks, which are
+    never evicted, and a sliding window of the latest `window` chunks (None: all).
 
-    Keys are kept before RoPE: a chunk's position is its slot, which changes as others leave.
-    decay < 1: EMA-Sink (Reward Forcing, eq. 4, 5), what leaves the window is averaged into the sink's last chunk."""
+    Keys are kept before RoPE: a chunk's position is its slot, which changes as others are evicted.
+    decay < 1: EMA-Sink (Reward Forcing, eq. 4, 5), which averages evicted chunks into the sink."""
 
     def __init__(self, sink, window, decay=1.0):
         self.sink = sink
         self.window = window
         self.decay = decay
-        self.chunks = []        # of (k, v), each (B, L, N, K), oldest first
+        self.chunks = []        # of (k, v), each (B, L, heads, K), oldest first
 
     def __len__(self):
         """Tokens held."""
         return sum(k.shape[1] for k, _ in self.chunks)
 
     def read(self, k, v):
-        """[cache | new]: what the new chunk attends to, (B, S, N, K) each. Changes nothing."""
+        """[cache | new]: what the new chunk attends to, (B, S, heads, K) each. Changes nothing."""
         keys, values = zip(*self.chunks, (k, v))
         return torch.cat(keys, 1), torch.cat(values, 1)
 
     def write(self, k, v):
-        """Append a clean chunk, without its graph; of a full cache, the oldest chunk behind the sink is evicted."""
-        self.chunks = self.chunks + [(k.detach(), v.detach())]      # a new list: copies of the cache keep theirs
+        """Append a clean chunk, without its graph; evict the oldest one after the sink, if full."""
+        self.chunks = self.chunks + [(k.detach(), v.detach())]      # a new list, for copy.copy
         if self.window is None or len(self.chunks) <= self.sink + self.window:
             return
         evicted = self.chunks.pop(self.sink)
@@ -258,14 +275,14 @@ class RMSNorm(nn.Module):
 
 
 def attend(q, k, v):
-    """Softmax attention of (B, L, N, K) over (B, S, N, K), heads joined: (B, L, N K)."""
+    """Softmax attention of (B, L, heads, K) to (B, S, heads, K), heads joined: (B, L, D)."""
     y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     return y.transpose(1, 2).flatten(2)
 
 
 class SelfAttention(nn.Module):
-    """Attention of the new tokens over [cache | new]. Chunks are causal by the order in which they are written, so
-    there is no mask. cache=None is the bidirectional attention of teacher and critic."""
+    """Attention of the new tokens to [cache | new]. Chunks are causal because of the order in which
+    they are written, so there is no mask. cache=None: bidirectional, for teacher and critic."""
 
     def __init__(self, dim, num_heads, eps):
         super().__init__()
@@ -278,27 +295,28 @@ class SelfAttention(nn.Module):
         self.norm_k = RMSNorm(dim, eps)
 
     def forward(self, x, rope, cache=None, write=False):
-        """x (B, L, D) to (B, L, D); rope (S, K / 2), the rotations of the cache's slots and of the new tokens."""
+        """x (B, L, D) to (B, L, D); rope (S, K / 2): the cache's slots, then the new tokens."""
         heads = (self.num_heads, -1)
-        q = self.norm_q(self.q(x)).unflatten(2, heads)      # (B, L, N, K)
+        q = self.norm_q(self.q(x)).unflatten(2, heads)      # (B, L, heads, K)
         k = self.norm_k(self.k(x)).unflatten(2, heads)
         v = self.v(x).unflatten(2, heads)
-        k = k.type_as(v)            # autocast leaves norms in float32: one dtype in the cache
+        k = k.type_as(v)            # under autocast norms return float32: one dtype in the cache
 
-        keys, values = k, v
+        keys = k
+        values = v
         if cache is not None:
-            keys, values = cache.read(k, v)                 # (B, S, N, K)
+            keys, values = cache.read(k, v)                 # (B, S, heads, K)
         if write:
             cache.write(k, v)
 
-        q = apply_rope(q, rope[-q.shape[1]:])               # the new tokens are the last ones
+        q = apply_rope(q, rope[-q.shape[1]:])               # the new tokens come last
         keys = apply_rope(keys, rope)
         return self.o(attend(q, keys, values))
 
 
 class CrossAttention(nn.Module):
-    """Attention of the video's tokens to the text and, in weights with an image branch, to the image: two attentions,
-    added before the common output projection. No RoPE."""
+    """Attention of the video's tokens to the text and, in weights with an image branch, to the
+    image: two attentions, added before the shared output projection. No RoPE."""
 
     def __init__(self, dim, num_heads, eps, has_image):
         super().__init__()
@@ -315,9 +333,9 @@ class CrossAttention(nn.Module):
             self.norm_k_img = RMSNorm(dim, eps)
 
     def forward(self, x, text, image=None):
-        """x (B, L, D) to (B, L, D); text (B, text_len, D); image (B, rows, D)."""
+        """x (B, L, D) to (B, L, D); text (B, text_len, D); image (B, CLIP_ROWS, D)."""
         heads = (self.num_heads, -1)
-        q = self.norm_q(self.q(x)).unflatten(2, heads)                  # (B, L, N, K)
+        q = self.norm_q(self.q(x)).unflatten(2, heads)                  # (B, L, heads, K)
         k = self.norm_k(self.k(text)).unflatten(2, heads)
         y = attend(q, k, self.v(text).unflatten(2, heads))
         if image is not None:
@@ -326,11 +344,12 @@ class CrossAttention(nn.Module):
         return self.o(y)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The transformer's block and its last layer. The residual stream, norms and gates stay in float32.
+# --------------------------------------------------------------------------------------------------
+# The transformer's block and its head. The residual stream, norms and gates stay in float32.
 
 class Block(nn.Module):
-    """Self-attention and feed-forward, both modulated by sigma frame by frame, with cross-attention between them."""
+    """Self-attention and feed-forward, both modulated by sigma frame by frame, with
+    cross-attention between."""
 
     def __init__(self, c):
         super().__init__()
@@ -344,7 +363,7 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.empty(1, 6, c.dim))
 
     def forward(self, x, time, rope, text, image=None, cache=None, write=False):
-        """x (B, F, h w / 4, D) float32; time (B, 1 or F, 6, D); text (B, text_len, D); image (B, rows, D)."""
+        """x (B, F, P, D) float32; time (B, 1 or F, 6, D); text, image (B, rows, D)."""
         dtype = self.ffn[0].weight.dtype
         modulation = (self.modulation + time).unsqueeze(2)              # (B, 1 or F, 1, 6, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(3)
@@ -362,121 +381,123 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Tokens (B, F, h w / 4, D) to patches of the velocity, (B, F, h w / 4, 4 out_dim)."""
+    """Tokens (B, F, P, D) to patches of the output, (B, F, P, patch area * channels)."""
 
-    def __init__(self, c):
+    def __init__(self, c, channels):
         super().__init__()
-        patch = math.prod(c.patch_size)
         self.norm = nn.LayerNorm(c.dim, c.eps, elementwise_affine=False)
-        self.head = nn.Linear(c.dim, patch * c.out_dim)
+        self.head = nn.Linear(c.dim, math.prod(c.patch_size) * channels)
         self.modulation = nn.Parameter(torch.empty(1, 2, c.dim))
-        if c.copy_dim:
-            self.gate = nn.Linear(c.dim, patch * 2)
 
     def forward(self, x, time):
-        """time (B, 1 or F, D). Returns the patches and, of weights that copy, those of the shares that mix_copies
-        takes, (B, F, h w / 4, 4 * 2), else None."""
+        """time (B, 1 or F, D)."""
         modulation = (self.modulation + time.unsqueeze(2)).unsqueeze(2)     # (B, 1 or F, 1, 2, D)
         shift, scale = modulation.unbind(3)
-        y = self.norm(x) * (1 + scale) + shift
-        if not hasattr(self, "gate"):
-            return self.head(y), None
-        return self.head(y), self.gate(y)
+        return self.head(self.norm(x) * (1 + scale) + shift)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tracks (section 3.1).
 
-FRAMES = 4      # video frames per latent frame, in every VAE of the Wan family
-
-
 def inside_picture(tracks, height, width):
-    """Which points of tracks (B, T, N, 2) lie in a picture of this size: (B, T, N) bool. NaN does not."""
+    """Which points of tracks (B, T, N, 2) lie in the picture: (B, T, N) bool. NaN does not."""
     x, y = tracks.unbind(-1)
     return (x >= 0) & (y >= 0) & (x < width) & (y < height)
+
+
+def cell_of(tracks, stride, height, width):
+    """The cell of the latent grid, y * w + x, that each point of tracks (B, T, N, 2) lies in:
+    (B, T, N) int64; h * w, one past the last, outside the picture. Height and width in pixels."""
+    h = height // stride
+    w = width // stride
+    x, y = (tracks / stride).nan_to_num(0).long().unbind(-1)
+    return (y * w + x).masked_fill(~inside_picture(tracks, height, width), h * w)
 
 
 class TrackHead(nn.Module):
     """User-drawn tracks to channels on the latent grid: the new input of MotionStream.
 
-    Every track has an ID, an ID is a sinusoidal vector: half of it for the ID's upper 16 bits, half for the lower 16,
-    so that random numbers and points of a picture can both be IDs, see track_ids. The vector is written at cell
-    (floor(x / stride), floor(y / stride)) of every frame in which the track is visible (eq. 1); 4 frames are packed
-    into the channels; a 1x1x1 convolution does the rest. Of several tracks in one cell the lowest ID is written: a
-    rule that knows no order, and no blend that is nobody's vector. A track outside the picture is hidden. Hidden and
-    "not specified" are both zeros."""
+    Every track has an ID, and an ID is a sinusoidal vector: half of it for the ID's upper 16 bits,
+    half for the lower 16. The vector is written at cell (floor(x / stride), floor(y / stride)) of
+    every frame in which the track is visible (eq. 1); 4 frames are packed into the channels; a
+    1x1x1 convolution does the rest. If several tracks share a cell, the lowest ID wins: that is
+    independent of their order, and averaging would give a vector that belongs to no track. A track
+    outside the picture is hidden. Hidden and "not specified" are both zeros."""
 
     def __init__(self, id_dim=64, out_channels=16, stride=8):
         super().__init__()
         self.id_dim = id_dim
         self.stride = stride
-        self.conv = nn.Conv3d(FRAMES * id_dim, out_channels, 1, bias=False)     # a bias would fill empty cells
+        # no bias: it would fill empty cells
+        self.conv = nn.Conv3d(FRAMES * id_dim, out_channels, 1, bias=False)
 
     def forward(self, tracks, visible, ids, height, width):
         """Tracks of a clip, or of a chunk that continues one, to (B, out_channels, F, h, w).
 
-        tracks (B, T, N, 2) x, y in pixels; visible (B, T, N) bool; ids (B, N) int64; the picture's size in pixels.
-        T % 4 == 1 starts a clip, T % 4 == 0 continues one: chunks joined equal the whole."""
+        tracks (B, T, N, 2) x, y in pixels; visible (B, T, N) bool; ids (B, N) int64; height and
+        width of the picture in pixels. T % 4 == 1 starts a clip, T % 4 == 0 continues one: chunks
+        joined equal the whole."""
         B, T, N, _ = tracks.shape
         assert T % FRAMES < 2, f"{T} frames: a clip starts with 1 + 4 k, and goes on with 4 k"
         fits = height % self.stride == 0 and width % self.stride == 0
-        assert fits, f"{width}x{height} does not divide by {self.stride}"
-        h, w = height // self.stride, width // self.stride
+        assert fits, f"{width}x{height} is not divisible by {self.stride}"
+        assert visible.shape == (B, T, N), f"visible {tuple(visible.shape)}, expected {(B, T, N)}"
+        assert ids.shape == (B, N), f"ids {tuple(ids.shape)}, expected {(B, N)}"
+        h = height // self.stride
+        w = width // self.stride
 
-        # Lowest ID first: from here on a track's place is its rank.
+        # Lowest ID first: from here on a track is known by its rank.
         order = ids.argsort(1)
         ids = ids.gather(1, order)
         visible = visible.gather(2, order[:, None].expand(B, T, N))
         tracks = tracks.gather(2, order[:, None, :, None].expand(B, T, N, 2))
 
-        # The lowest rank in each cell, N where there is no track. Hidden ones go to a cell of their own.
-        x, y = (tracks / self.stride).nan_to_num(0).long().unbind(-1)   # (B, T, N) each
-        hidden = ~(visible & inside_picture(tracks, height, width))
-        cell = (y * w + x).masked_fill(hidden, h * w)
+        # The lowest rank in each cell; N where there is none. Hidden tracks go past the last cell.
+        cell = cell_of(tracks, self.stride, height, width)
+        cell = cell.masked_fill(~visible, h * w)
         rank = torch.arange(N, device=ids.device).expand(B, T, N)
         lowest = rank.new_full((B, T, h * w + 1), N)
         lowest = lowest.scatter_reduce(2, cell, rank, "amin")[..., :-1]
         lowest = lowest.reshape(B, T * h * w, 1)
 
-        # Its vector, zeros for N.
+        # Its vector; zeros for rank N.
         halves = torch.stack([ids >> 16, ids & 0xFFFF], -1)             # (B, N, 2)
         vectors = sinusoid(halves, self.id_dim // 2).flatten(2)         # (B, N, id_dim)
         vectors = F.pad(vectors, (0, 0, 0, 1))
         volume = vectors.gather(1, lowest.expand(-1, -1, self.id_dim))  # (B, T h w, id_dim)
         volume = volume.view(B, T, h, w, self.id_dim)
 
-        # Four frames to the channels; before frame 0 there are three empty ones.
+        # Four frames into the channels; before frame 0 there are three empty ones.
         volume = F.pad(volume, (0, 0, 0, 0, 0, 0, -T % FRAMES, 0))
         volume = volume.unflatten(1, (-1, FRAMES))                      # (B, F, 4, h, w, id_dim)
         volume = volume.permute(0, 2, 5, 1, 3, 4).flatten(1, 2)         # (B, 4 id_dim, F, h, w)
         return self.conv(volume.to(self.conv.weight.dtype))
 
 
-SIXTEENTHS = 16         # of a pixel: the unit of start points as IDs of weights that copy
-
-
-def track_ids(tracks, visible, config, generator=None):
-    """IDs (B, N) int64 in [0, 2**32) for tracks (B, T, N, 2), visible (B, T, N). By config.track_id_mode:
-
-    random   a number drawn from `generator`, as in the paper
-    start    (y << 16) + x, the pixel where the track is first seen: tracks that start near have similar vectors
-    copy     that point in sixteenths of a pixel, which tells copy_along_tracks where in frame 0 to look"""
-    B, T, N, _ = tracks.shape
-    if config.track_id_mode == "random":
-        return torch.randint(0, 2 ** 32, (B, N), generator=generator).to(tracks.device)
+def start_points(tracks, visible):
+    """Where each track is first seen: tracks (B, T, N, 2), visible (B, T, N) to (B, N, 2)."""
     first = visible.int().argmax(1)                         # (B, N), the first frame that sees it
-    first = first[:, None, :, None].expand(B, 1, N, 2)
-    start = tracks.gather(1, first)[:, 0].nan_to_num(0)     # (B, N, 2)
-    if config.track_id_mode == "copy":
-        start = (start * SIXTEENTHS).round()
-    x, y = start.clamp(0, 2 ** 16 - 1).long().unbind(-1)
+    first = first[:, None, :, None].expand(-1, 1, -1, 2)
+    return tracks.gather(1, first)[:, 0].nan_to_num(0)
+
+
+def track_ids(tracks, visible, config, rng=None):
+    """An ID for each track, (B, N) int64 in [0, 2**32): of tracks (B, T, N, 2), visible (B, T, N).
+    By config.track_id_mode:
+
+    random   a random number, as in the paper, drawn from `rng`
+    start    (y << 16) + x, the pixel where the track is first seen: for the weights in assets/"""
+    B, _, N, _ = tracks.shape
+    if config.track_id_mode == "random":
+        return torch.randint(0, 2 ** 32, (B, N), generator=rng).to(tracks.device)
+    x, y = start_points(tracks, visible).clamp(0, 2 ** 16 - 1).long().unbind(-1)
     return (y << 16) + x
 
 
 def start_map(config, tracks):
-    """For IDs that are start points: every cell of frame 0 as a track that is seen in frame 0 alone and has the ID of
-    its own pixel, a map in which later frames can look up what a track has moved there. As many frames as `tracks` has;
-    returns tracks (B, T, h w, 2), visible (B, T, h w) and ids (B, h w)."""
+    """For track_id_mode "start": each cell of frame 0 as a track that is seen in frame 0 only, with
+    its own pixel as its ID; a map in which later frames can look up what a track has moved there.
+    Returns tracks (B, T, h w, 2), as long as `tracks`, visible (B, T, h w) and ids (B, h w)."""
     B, T = tracks.shape[:2]
     height, width = config.size
     rows = torch.arange(0, height, config.stride)
@@ -484,198 +505,57 @@ def start_map(config, tracks):
     point = torch.cartesian_prod(rows, columns).flip(1).to(tracks.device)       # (h w, 2), x first
     visible = torch.zeros(B, T, len(point), dtype=torch.bool, device=tracks.device)
     visible[:, 0] = True
-    unit = 1
-    if config.track_id_mode == "copy":
-        unit = SIXTEENTHS
-    x, y = (unit * point).unbind(-1)
+    x, y = point.unbind(-1)
     ids = (y << 16) + x
     return point.to(tracks).expand(B, T, -1, -1), visible, ids.expand(B, -1)
 
 
-def track_features(model, tracks, visible, ids, copied=None):
+def track_features(model, tracks, visible, ids):
     """What the model takes as `tracks`, for a clip or a chunk: (B, track_dim, F, h, w).
 
-    tracks (B, T, N, 2) x, y in pixels of the video; visible (B, T, N); ids (B, N), see track_ids.
-    copied: of copy_along_tracks, for weights that copy."""
+    tracks (B, T, N, 2) x, y in pixels; visible (B, T, N); ids (B, N), see track_ids."""
     config = model.config
-    if config.track_id_mode != "random" and tracks.shape[1] % FRAMES == 1:
+    if config.track_id_mode == "start" and tracks.shape[1] % FRAMES == 1:
         map_tracks, map_visible, map_ids = start_map(config, tracks)
         tracks = torch.cat([tracks, map_tracks], 2)
         visible = torch.cat([visible, map_visible], 2)
         ids = torch.cat([ids, map_ids], 1)
     height, width = config.size
-    features = model.track_head(tracks, visible, ids, height, width)
-    if not config.copy_dim:
-        return features
-    assert copied is not None, "these weights copy along tracks: give copied=copy_along_tracks(…)"
-    return torch.cat([features, copied.to(features.dtype)], 1)
+    return model.track_head(tracks, visible, ids, height, width)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Copying along tracks: not in the paper. A track says where a piece of frame 0 is now; so that piece, as latents, is
-# handed to the model where it is now, beside the ID (as Wan-Move copies first-frame features along tracks). The tiny
-# model, which has no room to learn what an ID means by looking, is given this; weights of Wan are not. And of its
-# velocity the part that is linear in x_t is computed, not learned (Karras et al. 2022).
-
-COPY_CELL = 4           # pixels per side of the squares that follow one track
-
-
-def nearest_track(tracks, visible, height, width):
-    """The visible track nearest to the centre of each square of COPY_CELL pixels.
-
-    tracks (B, T, N, 2), visible (B, T, N); height, width in pixels. Returns (B, T, rows, columns) twice: the track's
-    number, int64, 0 if none is visible, and its distance in pixels, infinite if none is."""
-    B, T, N, _ = tracks.shape
-    rows = height // COPY_CELL
-    columns = width // COPY_CELL
-    if N == 0:
-        number = torch.zeros(B, T, rows, columns, dtype=torch.long, device=tracks.device)
-        return number, torch.full_like(number, math.inf, dtype=tracks.dtype)
-    y = (torch.arange(rows, device=tracks.device) + 0.5) * COPY_CELL
-    x = (torch.arange(columns, device=tracks.device) + 0.5) * COPY_CELL
-    centre = torch.cartesian_prod(y, x).flip(1)                         # (rows columns, 2), x first
-    centre = centre.expand(B, T, -1, -1)
-    # pair by pair: as a matrix product, the last bits of a distance would depend on how many tracks there are
-    distance = torch.cdist(centre, tracks.nan_to_num(0), compute_mode="donot_use_mm_for_euclid_dist")
-    distance = distance.masked_fill(~visible[:, :, None], math.inf)
-    distance, number = distance.min(3)                                      # (B, T, rows columns)
-    return number.unflatten(2, (rows, columns)), distance.unflatten(2, (rows, columns))
-
-
-def way_back(tracks, ids, number, distance):
-    """How far each square of frame t is from where it was in frame 0, by the track that it follows.
-
-    number, distance (B, T, rows, columns) of nearest_track; ids (B, N) of track_ids under "copy".
-    Returns whole pixels, x and y, (B, T, rows, columns, 2) int64: 0 where no track is visible."""
-    B, T, N, _ = tracks.shape
-    if N == 0:
-        return number.new_zeros(*number.shape, 2)
-    start = torch.stack([ids & 0xFFFF, ids >> 16], -1) / SIXTEENTHS     # (B, N, 2) pixels
-    of_track = (start[:, None] - tracks.nan_to_num(0)).round().long()   # (B, T, N, 2)
-    index = number.flatten(2)[..., None].expand(-1, -1, -1, 2)          # (B, T, rows columns, 2)
-    of_square = of_track.gather(2, index).view(*number.shape, 2)        # (B, T, rows, columns, 2)
-    return of_square.masked_fill(distance.isinf()[..., None], 0)
-
-
-def from_outside(back, height, width):
-    """Which squares were, wholly or in part, outside the picture in frame 0: back (B, T, rows, columns, 2) of way_back
-    to (B, T, rows, columns) bool."""
-    rows, columns = back.shape[2:4]
-    x = COPY_CELL * torch.arange(columns, device=back.device) + back[..., 0]
-    y = COPY_CELL * torch.arange(rows, device=back.device)[:, None] + back[..., 1]
-    return (x < 0) | (y < 0) | (x > width - COPY_CELL) | (y > height - COPY_CELL)
-
-
-def warp_along_tracks(image, tracks, visible, ids):
-    """Frame 0 as the tracks move it: each square of COPY_CELL pixels shows what the visible track nearest to it brings
-    along or, where none is visible or it would bring what lay outside the picture, what was there in frame 0.
-
-    image (B, 3, H, W); tracks (B, T, N, 2), visible (B, T, N); ids (B, N) of track_ids under "copy".
-    Returns video (B, 3, T, H, W) and the distance (B, T, rows, columns) in pixels to the track that a square follows,
-    infinite if it follows none."""
-    B, _, H, W = image.shape
-    T = tracks.shape[1]
-    number, distance = nearest_track(tracks, visible, H, W)
-    back = way_back(tracks, ids, number, distance)
-    outside = from_outside(back, H, W)
-    back = back.masked_fill(outside[..., None], 0)
-    distance = distance.masked_fill(outside, math.inf)
-    back = back.repeat_interleave(COPY_CELL, 2).repeat_interleave(COPY_CELL, 3)   # of pixels: (B, T, H, W, 2)
-    x = torch.arange(W, device=image.device) + back[..., 0]                       # (B, T, H, W)
-    y = torch.arange(H, device=image.device)[:, None] + back[..., 1]
-    source = (y * W + x).flatten(1)[:, None].expand(-1, 3, -1)                    # (B, 3, T H W)
-    video = image.flatten(2).gather(2, source).view(B, 3, T, H, W)
-    return video, distance
-
-
-@torch.no_grad()
-def copy_along_tracks(vae, image, tracks, visible, ids):
-    """What track_features takes as `copied`, (B, C + 2, F, h, w): the latents of warp_along_tracks, and how near the
-    nearest track is: exp(-d / 8) and exp(-d / 32) of its distance d in pixels, see NEAR.
-
-    vae: one without memory between latents (LinearVAE). image (B, 3, H, W) in [-1, 1]: frame 0, which is shown as it is
-    in frame 0 itself. The others are as for track_features: T % 4 == 1 starts a clip, T % 4 == 0 continues one, and
-    chunks joined equal the whole."""
-    video, distance = warp_along_tracks(image, tracks, visible, ids)
-    if tracks.shape[1] % FRAMES == 1:
-        video[:, :, 0] = image
-        distance[:, 0] = 0
-        latents = vae.encode(video)
-        before = distance[:, :1].expand(-1, FRAMES - 1, -1, -1)
-        distance = torch.cat([before, distance], 1)             # as the VAE packs frame 0
-    else:
-        video = torch.cat([video[:, :, :1], video], 2)          # behind a frame 0 that is not looked at
-        latents = vae.encode(video)[:, :, 1:]
-    near = torch.stack([torch.exp(-distance / pixels) for pixels in NEAR], 1)
-    squares = vae.stride // COPY_CELL
-    near = F.avg_pool3d(near, (FRAMES, squares, squares))       # (B, 2, F, h, w)
-    return torch.cat([latents, near], 1)
-
-
-def mix_copies(shares, copied, still):
-    """What the copies say that x0 is: so much of the latents moved along the tracks, and so much of the image's own, as
-    at frame 0. shares (B, 2, F, h, w), of the model's head; copied, still (B, C, F, h, w)."""
-    return shares[:, :1] * copied + shares[:, 1:] * still
-
-
-def channel_std(config, device):
-    """config.latent_std as (1, C, 1, 1, 1) float32, which broadcasts over latents."""
-    return torch.tensor(config.latent_std, device=device).view(1, -1, 1, 1, 1)
-
-
-def linear_part(sigma, std):
-    """What of the velocity needs no network: its best guess from x_t alone, which is linear, and exact if the latents
-    are Gaussian with mean 0 and the standard deviations std (1, C, 1, 1, 1).
-
-    sigma (B,) or (B, F). Returns the factor of x_t and the variance of x_t, (B, C, 1 or F, 1, 1) each."""
-    sigma = per_frame(sigma).float()
-    variance = (1 - sigma) ** 2 * std ** 2 + sigma ** 2
-    guess = (sigma - (1 - sigma) * std ** 2) / variance
-    return guess, variance
-
-
-def with_linear_part(output, x_t, sigma, std, expected=None):
-    """The velocity, from the output of a network that saw x_t / sqrt(D), D the variance of x_t:
-
-        guess x_t + std / sqrt(D) output
-
-    so that its input and its target have unit variance: the preconditioning of EDM (Karras et al. 2022, section 5), for
-    rectified flow, channel by channel.
-
-    output, x_t (B, C, F, h, w); expected (B, C, F, h, w): what x0 is thought to be, its mean in linear_part's Gaussian;
-    None: 0."""
-    guess, variance = linear_part(sigma, std)
-    velocity = guess * x_t + std / variance.sqrt() * output
-    if expected is None:
-        return velocity
-    return velocity - per_frame(sigma).float() / variance * expected
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The model.
 
-def image_channels(first, frames, still=False):
-    """The image's latent (B, C, 1, h, w) as channels of a clip of `frames` latents: at frame 0, zeros after it (figure
-    2), or at all of them (still=True: what weights that copy fall back on where nothing moves)."""
-    if still:
-        return first.expand(-1, -1, frames, -1, -1)
-    return F.pad(first, (0, 0, 0, 0, 0, frames - 1))
+def init_weights(model):
+    """As Wan's: a fresh model returns zeros."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    for embedding in model.text_embedding, model.time_embedding:
+        nn.init.normal_(embedding[0].weight, std=0.02)
+        nn.init.normal_(embedding[2].weight, std=0.02)
+    nn.init.xavier_uniform_(model.patch_embedding.weight.flatten(1))
+    nn.init.zeros_(model.head.head.weight)
+    for module in (*model.blocks, model.head):
+        nn.init.normal_(module.modulation, std=model.config.dim ** -0.5)
 
 
-MASK = FRAMES       # channels of a mask: one for each video frame of a latent
-
-
-def image_and_mask(latents):
-    """The image channels of weights that have a mask there (Config.has_mask), of the latents (B, C, F, h, w) of a clip
-    that is the image in video frame 0 and grey, 0, in all others: (B, 4 + C, F, h, w), the mask first, 1 at latent
-    frame 0 and 0 after it."""
-    B, _, frames, h, w = latents.shape
-    mask = latents.new_ones(B, MASK, 1, h, w)
-    return torch.cat([image_channels(mask, frames), latents], 1)
+def condition_or_zeros(name, value, shape, x):
+    """A condition in the dtype of x; None: zeros. AssertionError if it is not of that shape."""
+    if value is None:
+        return x.new_zeros(shape)
+    found = tuple(value.shape)
+    assert found == shape, f"condition {name} {found}, expected {shape}"
+    return value.to(x.dtype)
 
 
 class MotionStream(nn.Module):
-    """Wan's DiT with a track head. Parameters are named as in the public Wan checkpoints; new ones are track_head.*."""
+    """Wan's DiT with a track head. Parameters are named as in Wan's public checkpoints; those of the
+    track head, track_head.*, are new."""
+
+    recompute = False       # True: blocks keep only their inputs for the backward, see run_block
 
     def __init__(self, config):
         super().__init__()
@@ -687,82 +567,77 @@ class MotionStream(nn.Module):
             nn.Linear(c.freq_dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 6 * c.dim))
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
-        self.head = Head(c)
+        self.head = Head(c, c.out_dim)
         if c.clip_dim:
             proj = nn.Sequential(
                 nn.LayerNorm(c.clip_dim), nn.Linear(c.clip_dim, c.clip_dim), nn.GELU(),
                 nn.Linear(c.clip_dim, c.dim), nn.LayerNorm(c.dim))
             self.img_emb = nn.ModuleDict({"proj": proj})
         if c.track_dim:
-            self.track_head = TrackHead(out_channels=c.track_dim - c.copy_dim, stride=c.stride)
+            self.track_head = TrackHead(out_channels=c.track_dim, stride=c.stride)
         if not self.head.head.weight.is_meta:
             init_weights(self)
 
-    def new_caches(self):
-        """One KVCache per layer, empty."""
-        c = self.config
+    def new_caches(self, **overrides):
+        """One empty KVCache per layer. overrides: fields of Config (sink, window, sink_decay)."""
+        c = replace(self.config, **overrides)
         return [KVCache(c.sink, c.window, c.sink_decay) for _ in self.blocks]
 
-    def forward(self, x, sigma, text, *, tracks=None, image=None, clip=None, caches=None, write=False):
+    def forward(self, x, sigma, text=None, *, tracks=None, image=None, clip=None,
+                caches=None, write=False):
         """Velocity (B, out_dim, F, h, w) float32 of the noised latents x at sigma (B,) or (B, F).
 
-        text (B, L, text_dim), None = null text; tracks (B, track_dim, F, h, w) from track_features, None = all hidden;
-        image: the image's channels, None = zeros; clip (B, 257, clip_dim). caches=None: bidirectional; else attends
-        to what the caches hold, then to itself; only write=True changes them."""
+        text (B, L, text_dim), None: the null text; tracks (B, track_dim, F, h, w) of
+        track_features, None: all hidden; image: the image's channels, see image_inputs, None:
+        zeros; clip (B, CLIP_ROWS, clip_dim). caches=None: bidirectional. Else each layer attends
+        to what its cache holds, then to itself; only write=True changes the caches."""
         c = self.config
         B = len(x)
-        tokens = self.patch_embedding(self.input_channels(x, sigma, tracks, image))
-        frames, height, width = tokens.shape[2:]                        # F, h / 2, w / 2
-        tokens = tokens.flatten(3).permute(0, 2, 3, 1).float()          # (B, F, h w / 4, D)
+        tokens = self.patch_embedding(self.input_channels(x, tracks, image))
+        frames, rows, columns = tokens.shape[2:]
+        tokens = tokens.flatten(3).permute(0, 2, 3, 1).float()          # (B, F, P, D)
 
         held = 0                                                        # latent frames in the cache
         if caches is None:
             caches = [None] * c.num_layers
         else:
-            held = len(caches[0]) // (height * width)
-        rope = rope_table(held + frames, height, width, c.head_dim, x.device)
+            held = len(caches[0]) // (rows * columns)
+        rope = rope_table(held + frames, rows, columns, c.head_dim, x.device)
 
-        with torch.autocast(x.device.type, enabled=False):              # time is precise to the last bit that counts
+        with torch.autocast(x.device.type, enabled=False):      # keep the time embedding in float32
             time = sinusoid(1000 * sigma.reshape(B, -1), c.freq_dim)
-            time = self.time_embedding(time)                            # (B, 1 or F, D)
+            time = self.time_embedding(time)                    # (B, 1 or F, D)
             modulation = self.time_projection(time).unflatten(-1, (6, -1))
         text = self.embed_text(text, B)
         if clip is not None:
             clip = self.img_emb["proj"](clip.to(text.dtype))
         for block, cache in zip(self.blocks, caches):
-            tokens = block(tokens, modulation, rope, text, clip, cache, write)
+            inputs = (tokens, modulation, rope, text, clip)
+            tokens = self.run_block(block, inputs, cache, write)
         with torch.autocast(x.device.type, enabled=False):
-            patches, shares = self.head(tokens, time)                   # (B, F, h w / 4, 4 out_dim)
+            patches = self.head(tokens, time)                   # (B, F, P, patch area * channels)
+        return self.unpatchify(patches, rows, columns)          # (B, channels, F, h, w)
 
-        output = self.unpatchify(patches, height, width)                # (B, out_dim, F, h, w)
-        if not c.latent_std:
-            assert shares is None, "weights that copy need config.latent_std, of the VAE"
-            return output
-        expected = self.expected_x0(shares, tracks, image, (height, width))
-        return with_linear_part(output, x, sigma, channel_std(c, x.device), expected)
+    def run_block(self, block, inputs, cache, write):
+        """One block. With self.recompute, a block keeps only its inputs, and its forward is run
+        again in the backward: less memory, a third more time."""
+        if write or not self.recompute:         # passes that write have no backward
+            return block(*inputs, cache, write)
+        # By the time of the backward the cache has been written to; its copy stays as it is now.
+        return checkpoint(block, *inputs, copy.copy(cache), use_reentrant=False)
 
-    def input_channels(self, x, sigma, tracks, image):
-        """What the patch embedding sees, (B, in_dim, F, h, w): noisy latents, tracks, image; zeros for what is missing.
-        AssertionError if a condition is of another shape."""
+    def input_channels(self, x, tracks, image):
+        """What the patch embedding sees, (B, in_dim, F, h, w): noisy latents, tracks, image."""
         c = self.config
         B, _, frames, h, w = x.shape
-        if c.latent_std:
-            _, variance = linear_part(sigma, channel_std(c, x.device))
-            x = x / variance.sqrt()
-        parts = [x]
-        conditions = [("tracks, which are features (see track_features):", tracks, c.track_dim),
-                      ("image", image, c.image_dim)]
-        for name, value, channels in conditions:
-            shape = (B, channels, frames, h, w)
-            if value is None:
-                value = x.new_zeros(shape)
-            found = tuple(value.shape)
-            assert found == shape, f"condition {name} {found}, expected {shape}"
-            parts.append(value.to(x.dtype))
-        return torch.cat(parts, 1).to(self.patch_embedding.weight.dtype)
+        image_dim = c.in_dim - c.out_dim - c.track_dim
+        name = "tracks, which are features (see track_features):"
+        tracks = condition_or_zeros(name, tracks, (B, c.track_dim, frames, h, w), x)
+        image = condition_or_zeros("image", image, (B, image_dim, frames, h, w), x)
+        return torch.cat([x, tracks, image], 1).to(self.patch_embedding.weight.dtype)
 
     def embed_text(self, text, batch):
-        """(B, L, text_dim) or None to (B, text_len, D): padded with zero rows before the embedding, as in Wan."""
+        """(B, L, text_dim) or None to (B, text_len, D): zero rows are appended first, as in Wan."""
         c = self.config
         weight = self.text_embedding[0].weight
         if text is None:
@@ -771,24 +646,12 @@ class MotionStream(nn.Module):
         assert rows <= c.text_len, f"text of {rows} rows, at most {c.text_len}"
         return self.text_embedding(F.pad(text.to(weight.dtype), (0, 0, 0, c.text_len - rows)))
 
-    def expected_x0(self, shares, tracks, image, grid):
-        """What weights that copy think x0 is, see mix_copies: of the head's shares, tracks and image as forward gets
-        them, and height and width of the grid of tokens. None where nothing is copied."""
-        if shares is None or tracks is None:
-            return None
-        c = self.config
-        shares = self.unpatchify(shares, *grid)                         # (B, 2, F, h, w)
-        copied = tracks[:, -c.copy_dim:][:, :c.out_dim]                 # (B, C, F, h, w)
-        still = image
-        if image is None:
-            still = torch.zeros_like(copied)
-        return mix_copies(shares, copied, still)
-
-    def unpatchify(self, x, height, width):
-        """Tokens of patches (B, F, height width, p q C) to (B, C, F, height p, width q)."""
+    def unpatchify(self, x, rows, columns):
+        """Patches (B, F, rows columns, p q C) to latents (B, C, F, rows p, columns q)."""
         _, p, q = self.config.patch_size
-        x = x.unflatten(3, (p, q, -1)).unflatten(2, (height, width))    # (B, F, height, width, p, q, C)
-        x = x.permute(0, 6, 1, 2, 4, 3, 5)                              # (B, C, F, height, p, width, q)
+        x = x.unflatten(3, (p, q, -1))
+        x = x.unflatten(2, (rows, columns))             # (B, F, rows, columns, p, q, C)
+        x = x.permute(0, 6, 1, 2, 4, 3, 5)              # (B, C, F, rows, p, columns, q)
         return x.flatten(5, 6).flatten(3, 4)
 
     @classmethod
@@ -797,78 +660,62 @@ class MotionStream(nn.Module):
         return load_pretrained(cls, path, dtype, device, overrides)
 
 
-def init_weights(model):
-    """As Wan's: the fresh model returns zeros; one that copies believes its copies."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
-    for embedding in model.text_embedding, model.time_embedding:
-        nn.init.normal_(embedding[0].weight, std=0.02)
-        nn.init.normal_(embedding[2].weight, std=0.02)
-    nn.init.xavier_uniform_(model.patch_embedding.weight.flatten(1))
-    nn.init.zeros_(model.head.head.weight)
-    if model.config.copy_dim:
-        gate = model.head.gate
-        nn.init.zeros_(gate.weight)
-        gate.bias.data = torch.tensor([0.8, 0.2]).repeat(len(gate.bias) // 2)   # moved by tracks, still
-    for module in (*model.blocks, model.head):
-        nn.init.normal_(module.modulation, std=model.config.dim ** -0.5)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Sampling: the teacher's, a whole clip at once, and the student's, chunk by chunk.
 
+def without(conditions, *names):
+    """The same conditions with zeros, which say nothing, in place of those named."""
+    left = dict(conditions)
+    for name in names:
+        if name in left:
+            left[name] = torch.zeros_like(left[name])
+    return left
+
+
 def guided_velocity(model, x_t, sigma, conditions, guidance, null_text=None):
-    """Velocity under guidance (w_text, w_motion): with all conditions, without text, without tracks, in one batch of
-    three; of two if w_motion is 0. Without text means null_text, of the text's shape, None: zeros."""
+    """The velocity under guidance (w_text, w_motion): with all conditions, without text and without
+    motion, in one batch of three; of two if w_motion is 0. null_text: what replaces text, None: zeros."""
     w_text, w_motion = guidance
     if w_text == 0 and w_motion == 0:
         return model(x_t, sigma, **conditions)
     given = {name: value for name, value in conditions.items() if value is not None}
-    no_text = dict(given)
-    if "text" in given:
-        no_text["text"] = torch.zeros_like(given["text"])
-        if null_text is not None:
-            no_text["text"][:] = null_text
+    no_text = without(given, "text")
+    if null_text is not None and "text" in given:
+        no_text["text"][:] = null_text
     variants = [given, no_text]
     if w_motion:
-        no_tracks = dict(given)
-        if "tracks" in given:
-            no_tracks["tracks"] = torch.zeros_like(given["tracks"])
-        variants.append(no_tracks)
+        variants.append(without(given, "tracks", "copies"))
 
     n = len(variants)
     batch = {}
     for name in given:
         batch[name] = torch.cat([variant[name] for variant in variants])
-    text = batch.pop("text", None)
-    v = model(torch.cat([x_t] * n), torch.cat([sigma] * n), text, **batch).chunk(n)
+    v = model(torch.cat([x_t] * n), torch.cat([sigma] * n), **batch).chunk(n)
     return joint_guidance(v[0], v[1], v[-1], w_text, w_motion)
 
 
-def euler(model, noise, conditions, first=None, null_text=None):
-    """The bidirectional teacher: noise (B, C, F, h, w) to clean latents by Euler steps under joint guidance, of which
-    model.config says how many and how strong.
+def euler(model, noise, conditions, first_latent=None, null_text=None):
+    """The bidirectional teacher: noise (B, C, F, h, w) to clean latents by Euler steps under joint
+    guidance. model.config says how many steps and how much guidance.
 
-    conditions: the model's keyword arguments (text, tracks, image, clip); first (B, C, 1, h, w): see with_first;
-    null_text: see guided_velocity. Yields (x_t, sigma) at each noise level and (x0, 0.0) at last: the ODE trajectory
-    that causal initialisation learns from."""
+    conditions: the model's keyword arguments (text, tracks, image, clip); first_latent (B, C, 1,
+    h, w): see with_first; null_text: see guided_velocity. Yields (x_t, sigma) at each noise level
+    and finally (x0, 0.0): the ODE trajectory that causal initialisation learns from."""
     c = model.config
     sigmas = schedule(c.steps, c.shift)
     x = noise
     for sigma, following in zip(sigmas, sigmas[1:] + (0.0,)):
-        levels = x.new_full((len(x),), sigma, dtype=torch.float64)
-        x, levels = with_first(x, levels, first)
+        sigma_batch = x.new_full((len(x),), sigma, dtype=torch.float64)
+        x, sigma_frames = with_first(x, sigma_batch, first_latent)      # (B, F)
         yield x, sigma
-        velocity = guided_velocity(model, x, levels, conditions, c.guidance, null_text)
+        velocity = guided_velocity(model, x, sigma_frames, conditions, c.guidance, null_text)
         x = x + (following - sigma) * velocity
-    x, _ = with_first(x, levels, first)
+    x, _ = with_first(x, sigma_frames, first_latent)
     yield x, 0.0
 
 
 def split_conditions(conditions, chunk):
-    """A clip's conditions, chunk by chunk: what has a frame axis is cut, the rest is repeated. Never ends."""
+    """A clip's conditions, chunk by chunk, without end: what has a frame axis is cut."""
     for start in itertools.count(0, chunk):
         part = dict(conditions)
         for name, value in conditions.items():
@@ -877,40 +724,289 @@ def split_conditions(conditions, chunk):
         yield part
 
 
-def rollout(model, noise, conditions, first=None, exit_step=None, grad=False, generator=None):
-    """The student: clean latents (B, C, chunk, h, w), chunk by chunk, each made from the cache of those before.
+def rollout(model, noise, conditions, first_latent=None, exit_step=None, rng=None, caches=None):
+    """The student: clean latents (B, C, chunk, h, w), one chunk after the other, each made from the
+    cache of those before.
 
-    noise: (B, C, F, h, w), or an iterator of chunks, which may be endless. conditions: the model's keyword arguments
-    (text, tracks, image, clip) for the clip, or an iterator of such dicts, asked for the next just before that chunk is
-    made, so that control can change while it streams. first: the image's latent (B, C, 1, h, w), see with_first.
-    A chunk is yielded before the clean pass remembers it: do not modify it.
-    Training stops each chunk at step `exit_step` and keeps the graph of that step only (grad=True); sampling runs
-    all of config.sigmas. Fresh noise between the steps is drawn from `generator`."""
+    noise: (B, C, F, h, w), or an iterator of chunks, which may be endless. conditions: the model's
+    keyword arguments (text, tracks, image, clip) for the clip, or an iterator of such dicts; each
+    is asked for just before its chunk is made, so the user can steer while the video streams.
+    first_latent (B, C, 1, h, w): the image, see with_first. Fresh noise between the steps is drawn
+    from `rng`. caches: None, model.new_caches(). A chunk is yielded before the clean pass writes
+    it to the cache: do not modify it. Sampling runs all of config.sigmas. Training stops each
+    chunk at step `exit_step`, whose graph alone is kept, unless gradients are off."""
     c = model.config
     last = len(c.sigmas) - 1
     if exit_step is not None:
         last = exit_step
-    caches = model.new_caches()
+    grad = exit_step is not None and torch.is_grad_enabled()
+    if caches is None:
+        caches = model.new_caches()
     if torch.is_tensor(noise):
         noise = noise.split(c.chunk, 2)
     if isinstance(conditions, dict):
         conditions = split_conditions(conditions, c.chunk)
     for x, condition in zip(noise, conditions):
-        for i, sigma in enumerate(c.sigmas[:last + 1]):
-            with torch.set_grad_enabled(grad and i == last):
-                levels = x.new_full((len(x),), sigma, dtype=torch.float64)
-                x, levels = with_first(x, levels, first)                # (B, F)
-                velocity = model(x, levels, caches=caches, **condition)
-                x0 = to_x0(x, velocity, levels)
-            if i < last:
-                device = getattr(generator, "device", x.device)     # the same numbers wherever the model is
-                fresh = torch.randn(x.shape, generator=generator, device=device).to(x)
-                following = x.new_full((len(x),), c.sigmas[i + 1], dtype=torch.float64)
+        for step, sigma in enumerate(c.sigmas[:last + 1]):
+            with torch.set_grad_enabled(grad and step == last):
+                sigma_batch = x.new_full((len(x),), sigma, dtype=torch.float64)
+                x, sigma_frames = with_first(x, sigma_batch, first_latent)      # (B, F)
+                velocity = model(x, sigma_frames, caches=caches, **condition)
+                x0 = to_x0(x, velocity, sigma_frames)
+            if step < last:
+                device = getattr(rng, "device", x.device)   # the same numbers wherever the model is
+                fresh = torch.randn(x.shape, generator=rng, device=device).to(x)
+                following = x.new_full((len(x),), c.sigmas[step + 1], dtype=torch.float64)
                 x = add_noise(x0, fresh, following)
-        yield x0                                        # shown before it is remembered
-        with torch.no_grad():                           # the clean pass is the only one that writes
-            model(x0.detach(), torch.zeros_like(levels), caches=caches, write=True, **condition)
-        first = None                                    # the image is in the cache now
+        yield x0                                    # shown before it is cached
+        with torch.no_grad():                       # the clean pass is the only one that writes
+            clean = torch.zeros_like(sigma_frames)
+            model(x0.detach(), clean, caches=caches, write=True, **condition)
+        first_latent = None                         # the image is in the cache now
+
+
+# --------------------------------------------------------------------------------------------------
+# The tiny model: copies along tracks, and the linear part of the velocity. Not in the paper.
+#
+# A track says where a piece of frame 0 is now. So that piece, as latents, is given to the model
+# where it is now, beside the track's ID (Wan-Move copies first-frame features along tracks in the
+# same way): the tiny model has no room to learn to look up what an ID stands for. And the part of
+# its velocity that is linear in x_t is computed, not learned (Karras et al. 2022). Wan's weights
+# get neither.
+
+COPY_CELL = 4       # pixels per side of the squares that follow one track
+NEAR = (8, 32)      # pixels over which a track's nearness falls to 1 / e, see copy_along_tracks
+SHARES = 2          # outputs of the head for mix_copies
+
+
+def nearest_track(tracks, visible, height, width):
+    """The visible track nearest to the centre of each square of COPY_CELL pixels.
+
+    tracks (B, T, N, 2), visible (B, T, N); height, width in pixels. Returns (B, T, rows, columns)
+    twice: the track's index, int64, and its distance in pixels; 0 and infinite if none is visible."""
+    B, T, N, _ = tracks.shape
+    rows = height // COPY_CELL
+    columns = width // COPY_CELL
+    if N == 0:
+        index = torch.zeros(B, T, rows, columns, dtype=torch.long, device=tracks.device)
+        return index, torch.full_like(index, math.inf, dtype=tracks.dtype)
+    y = (torch.arange(rows, device=tracks.device) + 0.5) * COPY_CELL
+    x = (torch.arange(columns, device=tracks.device) + 0.5) * COPY_CELL
+    centre = torch.cartesian_prod(y, x).flip(1)                         # (rows columns, 2), x first
+    centre = centre.expand(B, T, -1, -1)
+    # pair by pair: of a matrix product, the last bits would depend on how many tracks there are
+    pair_by_pair = "donot_use_mm_for_euclid_dist"
+    distance = torch.cdist(centre, tracks.nan_to_num(0), compute_mode=pair_by_pair)
+    distance = distance.masked_fill(~visible[:, :, None], math.inf)
+    distance, index = distance.min(3)                                   # (B, T, rows columns)
+    return index.unflatten(2, (rows, columns)), distance.unflatten(2, (rows, columns))
+
+
+def way_back(tracks, start, index, distance):
+    """From each square of frame t to where it was in frame 0, by the track that it follows.
+
+    index, distance (B, T, rows, columns) of nearest_track; start (B, N, 2): where the tracks were
+    in frame 0. Returns whole pixels, (B, T, rows, columns, 2) int64: 0 where no track
+    is visible."""
+    if tracks.shape[2] == 0:
+        return index.new_zeros(*index.shape, 2)
+    of_track = (start[:, None] - tracks.nan_to_num(0)).round().long()   # (B, T, N, 2)
+    followed = index.flatten(2)[..., None].expand(-1, -1, -1, 2)        # (B, T, rows columns, 2)
+    of_square = of_track.gather(2, followed).view(*index.shape, 2)      # (B, T, rows, columns, 2)
+    return of_square.masked_fill(distance.isinf()[..., None], 0)
+
+
+def from_outside(back, height, width):
+    """Which squares were, wholly or in part, outside the picture in frame 0: back (B, T, rows,
+    columns, 2) of way_back to (B, T, rows, columns) bool."""
+    rows, columns = back.shape[2:4]
+    x = COPY_CELL * torch.arange(columns, device=back.device) + back[..., 0]
+    y = COPY_CELL * torch.arange(rows, device=back.device)[:, None] + back[..., 1]
+    return (x < 0) | (y < 0) | (x > width - COPY_CELL) | (y > height - COPY_CELL)
+
+
+def warp_along_tracks(image, tracks, visible, start):
+    """Frame 0 as the tracks move it: each square of COPY_CELL pixels shows what the nearest
+    visible track brings along. Where none is visible, or it would bring what lay outside the
+    picture, it shows what was there in frame 0.
+
+    image (B, 3, H, W); tracks (B, T, N, 2), visible (B, T, N); start (B, N, 2): where they were in
+    frame 0. Returns video (B, 3, T, H, W) and the distance (B, T, rows, columns) in pixels to the
+    track that a square follows, infinite if it follows none."""
+    B, _, H, W = image.shape
+    T = tracks.shape[1]
+    index, distance = nearest_track(tracks, visible, H, W)
+    back = way_back(tracks, start, index, distance)
+    outside = from_outside(back, H, W)
+    back = back.masked_fill(outside[..., None], 0)
+    distance = distance.masked_fill(outside, math.inf)
+    back = back.repeat_interleave(COPY_CELL, 2)
+    back = back.repeat_interleave(COPY_CELL, 3)                         # of pixels: (B, T, H, W, 2)
+    x = torch.arange(W, device=image.device) + back[..., 0]             # (B, T, H, W)
+    y = torch.arange(H, device=image.device)[:, None] + back[..., 1]
+    source = (y * W + x).flatten(1)[:, None].expand(-1, 3, -1)          # (B, 3, T H W)
+    video = image.flatten(2).gather(2, source).view(B, 3, T, H, W)
+    return video, distance
+
+
+@torch.no_grad()
+def copy_along_tracks(vae, image, tracks, visible, start):
+    """What a copying model takes as `copies`, (B, C + 2, F, h, w): the latents of
+    warp_along_tracks, and how near the nearest track is: exp(-d / 8) and exp(-d / 32), d its
+    distance in pixels, see NEAR.
+
+    vae: one without memory between latents (LinearVAE). image (B, 3, H, W) in [-1, 1]: frame 0,
+    which is itself copied as it is. tracks (B, T, N, 2), visible (B, T, N); start (B, N, 2): where
+    the tracks were in frame 0, see start_points. T % 4 == 1 starts a clip, T % 4 == 0 continues
+    one, and chunks joined equal the whole."""
+    video, distance = warp_along_tracks(image, tracks, visible, start)
+    if tracks.shape[1] % FRAMES == 1:
+        video[:, :, 0] = image
+        distance[:, 0] = 0
+        latents = vae.encode(video)
+        before = distance[:, :1].expand(-1, FRAMES - 1, -1, -1)
+        distance = torch.cat([before, distance], 1)             # as the VAE packs frame 0
+    else:
+        video = torch.cat([video[:, :, :1], video], 2)          # after a frame 0 that is dropped
+        latents = vae.encode(video)[:, :, 1:]
+    near = torch.stack([torch.exp(-distance / pixels) for pixels in NEAR], 1)
+    squares = vae.stride // COPY_CELL
+    near = F.avg_pool3d(near, (FRAMES, squares, squares))       # (B, 2, F, h, w)
+    return torch.cat([latents, near], 1)
+
+
+def mix_copies(shares, moved, still):
+    """What the copies say x0 is: a share of the latents moved along the tracks, and a share of the
+    image's own, as at frame 0. shares (B, 2, F, h, w), of the head;
+    moved, still (B, C, F, h, w)."""
+    return shares[:, :1] * moved + shares[:, 1:] * still
+
+
+def channel_std(config, device):
+    """config.latent_std as (1, C, 1, 1, 1) float32, which broadcasts over latents."""
+    assert config.latent_std, "a copying model needs config.latent_std, of its VAE"
+    return torch.tensor(config.latent_std, device=device).view(1, -1, 1, 1, 1)
+
+
+def linear_part(sigma, std):
+    """The part of the velocity that needs no network: the best guess that is linear in x_t. It is
+    exact if the latents are Gaussian with mean 0 and standard deviations std (1, C, 1, 1, 1).
+
+    sigma (B,) or (B, F). Returns the factor and the variance of x_t, (B, C, 1 or F, 1, 1)."""
+    sigma = per_frame(sigma).float()
+    variance = (1 - sigma) ** 2 * std ** 2 + sigma ** 2
+    guess = (sigma - (1 - sigma) * std ** 2) / variance
+    return guess, variance
+
+
+def with_linear_part(output, x_t, sigma, std, expected=None):
+    """The velocity, from the output of a network that saw x_t / sqrt(V), V the variance of x_t:
+
+        guess x_t + std / sqrt(V) output
+
+    so that the network's input and target have unit variance: the preconditioning of EDM (Karras
+    et al. 2022, section 5), for rectified flow, channel by channel.
+
+    output, x_t (B, C, F, h, w); expected (B, C, F, h, w): what x0 is thought to be, the mean of
+    linear_part's Gaussian; None: 0."""
+    guess, variance = linear_part(sigma, std)
+    velocity = guess * x_t + std / variance.sqrt() * output
+    if expected is None:
+        return velocity
+    return velocity - per_frame(sigma).float() / variance * expected
+
+
+class CopyingMotionStream(MotionStream):
+    """A MotionStream for a config with `copies`: they are inputs just before the image's, and the
+    head has two more outputs, their shares in x0."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.head = Head(config, config.out_dim + SHARES)
+        if not self.head.head.weight.is_meta:
+            init_copying_head(self.head, config)
+
+    def forward(self, x, sigma, text=None, *, image=None, copies=None, **rest):
+        """As MotionStream's, with copies (B, copy_dim, F, h, w) of copy_along_tracks, None:
+        nothing is copied. image: the image's latent in every frame, see image_inputs."""
+        c = self.config
+        B, C, frames, h, w = x.shape
+        std = channel_std(c, x.device)
+        _, variance = linear_part(sigma, std)
+        copied = condition_or_zeros("copies", copies, (B, c.copy_dim, frames, h, w), x)
+        still = condition_or_zeros("image", image, (B, C, frames, h, w), x)
+        image = torch.cat([copied, still], 1)
+        output = super().forward(x / variance.sqrt(), sigma, text, image=image, **rest)
+        output, shares = output.split([C, SHARES], 1)
+        expected = None
+        if copies is not None:
+            expected = mix_copies(shares, copied[:, :C], still)
+        return with_linear_part(output, x, sigma, std, expected)
+
+
+def init_copying_head(head, config):
+    """A fresh model predicts 0.8 of the latents moved along the tracks, 0.2 of the image's own."""
+    nn.init.zeros_(head.head.weight)
+    nn.init.normal_(head.modulation, std=config.dim ** -0.5)
+    bias = torch.zeros(math.prod(config.patch_size), config.out_dim + SHARES)
+    bias[:, config.out_dim:] = torch.tensor([0.8, 0.2])
+    head.head.bias.data = bias.flatten()
+
+
+# --------------------------------------------------------------------------------------------------
+# What sampling and training both make: a model of a config, its image inputs, its motion inputs.
+
+def new_model(config):
+    """A fresh model of that config."""
+    if config.copies:
+        return CopyingMotionStream(config)
+    return MotionStream(config)
+
+
+MASK = FRAMES       # channels of a mask: one for each video frame of a latent
+
+
+def image_channels(first_latent, frames):
+    """The image's latent (B, C, 1, h, w) as channels of a clip of `frames` latents: at frame 0,
+    with zeros after it (figure 2)."""
+    return F.pad(first_latent, (0, 0, 0, 0, 0, frames - 1))
+
+
+def image_and_mask(latents):
+    """The image channels of weights with a mask (Config.has_mask). latents (B, C, F, h, w): of a
+    clip that is the image in video frame 0 and grey, 0, in all others. Returns (B, 4 + C, F, h,
+    w): the mask, 1 at latent frame 0 and 0 after it, then the latents."""
+    B, _, frames, h, w = latents.shape
+    mask = latents.new_ones(B, MASK, 1, h, w)
+    return torch.cat([image_channels(mask, frames), latents], 1)
+
+
+def image_inputs(config, latents, frames):
+    """How a model takes the image: (channels of a clip of `frames` latents, clean latent frame 0),
+    None for what it does not take. latents: the image's, (B, C, 1, h, w); for a mask (B, C,
+    frames, h, w), see image_and_mask."""
+    channels = None
+    first_latent = None
+    if config.has_mask:
+        channels = image_and_mask(latents)
+    elif config.copies:                     # what it falls back on, in every frame
+        channels = latents.expand(-1, -1, frames, -1, -1)
+    elif config.image_dim:
+        channels = image_channels(latents, frames)
+    if config.clean_first:
+        first_latent = latents[:, :, :1]
+    return channels, first_latent
+
+
+def motion_inputs(model, tracks, visible, ids, *, start=None, image=None, vae=None):
+    """The tracks of a clip or a chunk as keyword arguments of the model: {"tracks": …}, see
+    track_features; for a copying model {"copies": …} too, see copy_along_tracks, which alone needs
+    start, image and vae."""
+    inputs = {"tracks": track_features(model, tracks, visible, ids)}
+    if model.config.copies:
+        assert start is not None, "a copying model needs to be told start, see start_points"
+        inputs["copies"] = copy_along_tracks(vae, image, tracks, visible, start)
+    return inputs
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1059,8 +1155,7 @@ def upgraded(fields):
     if fields["text_dim"] != Config.text_dim:
         new["text_encoder"] = "words"
     image_dim = fields["in_dim"] - fields["out_dim"] - fields["track_dim"]
-    takes_both = fields["tracks"] == "copy" or fields["out_dim"] == PRESETS["wan2.2-5b"].out_dim
-    new["clean_first"] = image_dim == 0 or takes_both
+    new["clean_first"] = image_dim == 0 or fields["out_dim"] == PRESETS["wan2.2-5b"].out_dim
     return new
 
 
@@ -1072,20 +1167,17 @@ CONFIG_JSON = {"num_attention_heads": "num_heads", "in_channels": "in_dim", "out
 def find_config(tensors, metadata, file):
     """The config in the metadata; else that of the public weights that have such tensors, and what config.json beside
     them adds. UserError if either contradicts the tensors."""
-    told = told_by_shapes(tensors, file)
     if metadata.get("format") == "motionstream":
-        config = saved_config(Config, metadata, file)
-        source = "its metadata"
-        said = asdict(config)
-    else:
-        source = file.with_name("config.json")
-        said = read_config_json(source)
-        config = public_config(tensors, told, file)
-        for name in "num_heads", "text_len", "eps":
-            if name in said:
-                config = replace(config, **{name: said[name]})
-        known = json.loads(metadata.get("motionstream.config", "{}"))       # by extras/checkpoints.py
-        config = replace(config, **with_tuples(known))
+        return saved_config(Config, metadata, file)     # `fill` compares it with the tensors
+    told = told_by_shapes(tensors, file)
+    source = file.with_name("config.json")
+    said = read_config_json(source)
+    config = public_config(tensors, told, file)
+    for name in "num_heads", "text_len", "eps":
+        if name in said:
+            config = replace(config, **{name: said[name]})
+    known = json.loads(metadata.get("motionstream.config", "{}"))       # by extras/checkpoints.py
+    config = replace(config, **with_tuples(known))
     for name, value in told.items():
         if said.get(name, value) != value:
             raise UserError(f"{file}: {name} is {value} by its tensors, but {said[name]} in {source}")
@@ -1220,7 +1312,7 @@ def load_pretrained(cls, path, dtype, device, overrides):
     if config.num_heads not in range(1, config.dim) or config.dim % (2 * config.num_heads):
         raise UserError(f"{file}: {config.num_heads} heads do not fit {config.dim} channels, give num_heads=…")
     with torch.device("meta"):
-        model = cls(config)
+        model = new_model(config) if cls is MotionStream else cls(config)
     if dtype is None:
         dtype = tensors["blocks.0.ffn.0.weight"].dtype          # of mixed files: that of the matrices
 

@@ -8,6 +8,7 @@ the image as it is seen (after its EXIF rotation); and if wanted
     visibility (T, N)   hidden and "not specified" are the same; without it, NaN is hidden
     width, height       of the picture that the pixels belong to, if it is not the image itself
     ids (N,)            which vector each track has, see track_ids; track_id_mode: their kind
+    start (N, 2)        where each point was in frame 0; without it, where it is first seen
     fps                 only compared with the model's
     format              "motionstream": written by this project, so nothing in it is doubted
 
@@ -42,9 +43,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from motionstream import (Config, MotionStream, UserError, copy_along_tracks, euler,
-                          find_config, image_and_mask, image_channels, naming, read_weights, rollout,
-                          schedule, track_features, track_ids, write)
+from motionstream import (FRAMES, Config, MotionStream, UserError, euler, find_config, image_inputs,
+                          motion_inputs, naming, read_weights, rollout, schedule, start_points, track_ids,
+                          write)
 from vae import VAE_FILES, load_vae
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -63,6 +64,7 @@ class Motion:
     tracks: torch.Tensor                    # (B, T, N, 2) float32, x and y
     visible: torch.Tensor                   # (B, T, N) bool
     ids: torch.Tensor                       # (B, N) int64, see track_ids
+    start: torch.Tensor | None = None       # (B, N, 2): where the tracks were in frame 0, for copies
     control: torch.Tensor | None = None     # (B, track_dim, F, h, w): in place of the track head's
     text: torch.Tensor | None = None        # (B, L, text_dim) of this chunk; None: that of Encoded
 
@@ -75,33 +77,19 @@ class Encoded:
     clip: torch.Tensor | None = None        # (B, 257, clip_dim): CLIP's features of the image
 
 
-def image_inputs(config, first, frames):
-    """How weights take the image: (channels of a clip of `frames` latents, clean latent frame 0), None
-    what they do not take. first (B, C, 1, h, w): its latent; with a mask (B, C, frames, h, w), those of
-    a clip that is grey after it."""
-    channels = clean = None
-    if config.has_mask:
-        channels = image_and_mask(first)
-    elif config.image_dim:                  # weights that copy fall back on it in every frame
-        channels = image_channels(first, frames, still=config.copy_dim > 0)
-    if config.clean_first:
-        clean = first[:, :, :1]
-    return channels, clean
-
-
 def motion_by_chunk(motion, chunk):
     """A whole Motion to one for each chunk. The first has 4 chunk - 3 frames, the others 4 chunk;
     nothing is specified where the last one reaches beyond the motion's end."""
     frames = motion.tracks.shape[1]
-    for start in range(-3, frames, 4 * chunk):
-        stop = start + 4 * chunk
+    for start in range(1 - FRAMES, frames, FRAMES * chunk):
+        stop = start + FRAMES * chunk
         span = slice(max(start, 0), stop)
         beyond = max(stop - frames, 0)
         tracks = F.pad(motion.tracks[:, span], (0, 0, 0, 0, 0, beyond))
         visible = F.pad(motion.visible[:, span], (0, 0, 0, beyond))
         part = replace(motion, tracks=tracks, visible=visible)
         if motion.control is not None:
-            latents = slice((start + 3) // 4, (stop + 3) // 4)
+            latents = slice(start // FRAMES + 1, stop // FRAMES + 1)
             part = replace(part, control=motion.control[:, :, latents])
         yield part
 
@@ -110,24 +98,28 @@ def live_motion(points, starts, config):
     """One chunk of a live stream: points (T, N, 2) in pixels of the video, NaN where hidden, of tracks
     that were at starts (N, 2) in frame 0. T is 4 chunk - 3 for the first chunk, then 4 chunk."""
     points = torch.as_tensor(points, dtype=torch.float32)[None]             # (1, T, N, 2)
-    starts = torch.as_tensor(starts, dtype=torch.float32)[None, None]       # (1, 1, N, 2)
+    starts = torch.as_tensor(starts, dtype=torch.float32)[None]             # (1, N, 2)
     if config.track_id_mode == "random":           # but the same in every chunk
-        drawn = [zlib.crc32(start.numpy().tobytes()) for start in starts[0, 0]]
+        drawn = [zlib.crc32(start.numpy().tobytes()) for start in starts[0]]
         ids = torch.tensor([drawn], dtype=torch.int64)
     else:
-        ids = track_ids(starts, torch.ones_like(starts[..., 0], dtype=torch.bool), config)
-    return Motion(points, ~points.isnan().any(-1), ids)
+        seen = torch.ones_like(starts[:, None, :, 0], dtype=torch.bool)
+        ids = track_ids(starts[:, None], seen, config)
+    return Motion(points, ~points.isnan().any(-1), ids, starts)
 
 
-def track_inputs(model, vae, image, motion):
-    """What the model takes as `tracks` for one chunk: (B, track_dim, F, h, w), or None."""
-    if motion.control is not None or not model.config.track_dim:
-        return motion.control
-    points = [tensor.to(image.device) for tensor in (motion.tracks, motion.visible, motion.ids)]
-    copied = None
-    if model.config.copy_dim:
-        copied = copy_along_tracks(vae, image, *points)
-    return track_features(model, *points, copied)
+def motion_conditions(model, vae, image, motion):
+    """The model's keyword arguments for the Motion of a clip or a chunk, see motion_inputs."""
+    if motion.control is not None:
+        return {"tracks": motion.control}
+    if not model.config.track_dim:
+        return {}
+    device = image.device
+    start = motion.start
+    if start is not None:
+        start = start.to(device)
+    return motion_inputs(model, motion.tracks.to(device), motion.visible.to(device),
+                         motion.ids.to(device), start=start, image=image, vae=vae)
 
 
 def conditions(model, vae, image, motion, encoded, channels=None):
@@ -137,16 +129,16 @@ def conditions(model, vae, image, motion, encoded, channels=None):
         motion = motion_by_chunk(motion, model.config.chunk)
     for part in motion:
         text = encoded.text if part.text is None else part.text.to(image.device)
-        tracks = track_inputs(model, vae, image, part)
-        yield {"text": text, "tracks": tracks, "image": channels, "clip": encoded.clip}
-        if not model.config.copy_dim:
+        inputs = motion_conditions(model, vae, image, part)
+        yield {"text": text, "image": channels, "clip": encoded.clip} | inputs
+        if not model.config.copies:
             channels = None                 # they are in the cache now
 
 
-def draw_noise(first, frames, generator):
+def draw_noise(first_latent, frames, rng):
     """Noise (B, C, frames, h, w) for the image's latent; drawn on the CPU, the same on every device."""
-    B, C, _, h, w = first.shape
-    return torch.randn((B, C, frames, h, w), generator=generator).to(first)
+    B, C, _, h, w = first_latent.shape
+    return torch.randn((B, C, frames, h, w), generator=rng).to(first_latent)
 
 
 def decode(vae, latents):
@@ -167,12 +159,12 @@ def stream(model, vae, image, motion, encoded=Encoded(), seed=0):
     that tracks and text can change while it streams. Memory and noise levels are the config's."""
     config = model.config
     image = image.to(next(model.parameters()).device)
-    first = vae.encode(image[:, :, None])                                   # (B, C, 1, h, w)
-    channels, clean = image_inputs(config, first, config.chunk)
-    generator = torch.Generator().manual_seed(seed)
-    noise = (draw_noise(first, config.chunk, generator) for _ in itertools.count())
+    encoded_image = vae.encode(image[:, :, None])                           # (B, C, 1, h, w)
+    channels, first_latent = image_inputs(config, encoded_image, config.chunk)
+    rng = torch.Generator().manual_seed(seed)
+    noise = (draw_noise(encoded_image, config.chunk, rng) for _ in itertools.count())
     given = conditions(model, vae, image, motion, encoded, channels)
-    yield from decode(vae, rollout(model, noise, given, clean, generator=generator))
+    yield from decode(vae, rollout(model, noise, given, first_latent, rng=rng))
 
 
 @torch.inference_mode()
@@ -182,22 +174,24 @@ def sample_teacher(model, vae, image, motion, encoded=Encoded(), seed=0):
     config = model.config
     count = latent_frames(motion.tracks.shape[1], config.chunk)
     image = image.to(next(model.parameters()).device)
-    grey = 4 * count - 4 if config.has_mask else 0
-    first = vae.encode(F.pad(image[:, :, None], (0, 0, 0, 0, 0, grey)))
-    channels, clean = image_inputs(config, first, count)
+    grey = 0                                # frames after the image
+    if config.has_mask:
+        grey = FRAMES * (count - 1)
+    encoded_image = vae.encode(F.pad(image[:, :, None], (0, 0, 0, 0, 0, grey)))
+    channels, first_latent = image_inputs(config, encoded_image, count)
     given = {"text": encoded.text, "image": channels, "clip": encoded.clip}
-    if config.track_dim:
-        parts = motion_by_chunk(motion, config.chunk)
-        given["tracks"] = torch.cat([track_inputs(model, vae, image, part) for part in parts], 2)
-    noise = draw_noise(first, count, torch.Generator().manual_seed(seed))
-    for x0, _ in euler(model, noise, given, clean, null_text=encoded.null_text):
+    parts = [motion_conditions(model, vae, image, part) for part in motion_by_chunk(motion, config.chunk)]
+    for name in parts[0]:
+        given[name] = torch.cat([part[name] for part in parts], 2)
+    noise = draw_noise(encoded_image, count, torch.Generator().manual_seed(seed))
+    for x0, _ in euler(model, noise, given, first_latent, null_text=encoded.null_text):
         pass                                # the last of the trajectory is clean
     yield from decode(vae, x0.split(config.chunk, 2))
 
 
 def latent_frames(frames, chunk):
     """How many latent frames the whole chunks have that cover `frames`."""
-    return math.ceil((frames + 3) / (4 * chunk)) * chunk
+    return math.ceil((frames + FRAMES - 1) / (FRAMES * chunk)) * chunk
 
 
 def to_frames(video):
@@ -281,6 +275,7 @@ class Tracks:
     id_mode: str = "random"             # what kind of IDs they are, as in Config
     fps: float | None = None
     recorded: dict = field(default_factory=dict)    # RECORDED and prompts, of a recording
+    start: np.ndarray | None = None     # (N, 2) float32: where the points were in frame 0
 
 
 def read_tracks(path, size, frames=None):
@@ -331,11 +326,15 @@ def own_tracks(arrays, size):
     values = np.isfinite(tracks[visible]).all() and (ids >> 32 == 0).all() and (there > 0).all()
     if not (T and numbers and shapes and values):
         raise ValueError("no tracks")
-    tracks = np.nan_to_num(tracks).clip(-1e6, 1e6) * (np.array(size) / there).astype(np.float32)
+    scale = (np.array(size) / there).astype(np.float32)
+    tracks = np.nan_to_num(tracks).clip(-1e6, 1e6) * scale
+    start = arrays.get("start")
+    if start is not None:
+        start = start.astype(np.float32).reshape(N, 2).clip(-1e6, 1e6) * scale
     recorded = own_recording(arrays) if "prompts" in arrays else {}
     fps = float(arrays["fps"]) if "fps" in arrays else None
     mode = str(arrays.get("track_id_mode", "random"))
-    return Tracks(tracks, visible, ids if "ids" in arrays else None, mode, fps, recorded)
+    return Tracks(tracks, visible, ids if "ids" in arrays else None, mode, fps, recorded, start)
 
 
 def own_recording(arrays):
@@ -350,6 +349,13 @@ def own_recording(arrays):
     return said
 
 
+def to_video(points, image_size, config):
+    """Points (…, 2) float32 on the image (width, height) to where they are in the model's video: a tensor,
+    not cut off at the borders."""
+    scale, left, top = crop(*image_size, config.size)
+    return torch.from_numpy((points - np.float32((left, top))) * np.float32(scale))
+
+
 def fit_tracks(tracks, image_size, frames, config, seed):
     """Tracks on the image (width, height) to (Motion in the model's video, of whole chunks that cover
     `frames`; notes on what is lost). They are moved and scaled as the image is, hidden where they are
@@ -358,15 +364,17 @@ def fit_tracks(tracks, image_size, frames, config, seed):
     given = len(tracks.tracks)
     if frames > given:
         notes.append(f"the tracks end after {given} frames, the last {frames - given} are not specified")
-    scale, left, top = crop(*image_size, config.size)
-    moved = (tracks.tracks - np.float32((left, top))) * np.float32(scale)
-    points = torch.from_numpy(moved)[None]                                  # (1, T, N, 2)
+    points = to_video(tracks.tracks, image_size, config)[None]              # (1, T, N, 2)
     visible = torch.from_numpy(tracks.visible)[None]                        # (1, T, N)
     inside = ((points >= 0) & (points < torch.tensor(config.size[::-1]))).all(-1)
     lost = (visible & ~inside).sum()
     if lost:
         notes.append(f"{lost} of {visible.sum()} visible track points lie outside the video and are hidden")
     visible = visible & inside
+    if tracks.start is None:
+        start = start_points(points, visible)
+    else:
+        start = to_video(tracks.start, image_size, config)[None]            # (1, N, 2)
     if tracks.ids is not None and tracks.id_mode == config.track_id_mode:
         ids = torch.from_numpy(tracks.ids.astype(np.int64))[None]
     else:
@@ -374,13 +382,13 @@ def fit_tracks(tracks, image_size, frames, config, seed):
         if tracks.ids is not None:
             notes.append(f"the IDs of these weights are of the kind {config.track_id_mode!r}, not "
                          f"{tracks.id_mode!r}; the file's ids are not used")
-    whole = 4 * latent_frames(frames, config.chunk) - 3
+    whole = FRAMES * latent_frames(frames, config.chunk) - (FRAMES - 1)
     missing = max(whole - given, 0)
     points = F.pad(points[:, :whole], (0, 0, 0, 0, 0, missing))
     visible = F.pad(visible[:, :whole], (0, 0, 0, missing))
     if not visible.any():
         notes.append("no track is seen in the video, nothing is specified")
-    return Motion(points, visible, ids), notes
+    return Motion(points, visible, ids, start), notes
 
 
 # --------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ A data set is a folder of clips, of which NAME.safetensors is one:
 
     video    uint8 (3, T, H, W)      pixels at the model's size, T = 1 + 4 (F - 1); or, encoded,
     latents  float16 (C, F, h, w)    as the model sees them; F = 1 is enough for the stage distill
-    first    uint8 (3, H, W)         beside latents: frame 0, for models that copy along tracks
+    first    uint8 (3, H, W)         beside latents: frame 0, for copying models
     tracks   float32 (T', N, 2)      pixels, x first; T' >= T: tracks may outlast the frames
     visible  bool (T', N)
     group    int64 (N)               the object that a track is on, its first track the centre;
@@ -58,16 +58,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from motionstream import (PRESETS, Block, Config, KVCache, MotionStream, UserError, add_noise,
-                          channel_std, copy_along_tracks, euler, guided_velocity, image_channels,
-                          linear_part, naming, rollout, save_pretrained, schedule, shift_sigma,
-                          split_conditions, to_x0, track_features, track_ids, with_first, write)
+from motionstream import (CLIP_ROWS, FRAMES, PRESETS, Config, MotionStream, UserError, add_noise,
+                          cell_of, channel_std, euler, guided_velocity, image_inputs, linear_part,
+                          motion_inputs, naming, new_model, rollout, save_pretrained, schedule,
+                          shift_sigma, split_conditions, start_points, to_x0, track_ids, with_first,
+                          write)
 from sample import (Parser, Weights, embed_words, guidance, hold_signals, inspect, memory, number,
                     open_vae, reported)
-from vae import FRAMES, LinearVAE
+from vae import LinearVAE
 
 # --------------------------------------------------------------------------------------------------
 # The settings of a training. Sources: [P] the paper, [O] ours, found by trying on the tiny model.
@@ -179,6 +179,11 @@ PREREQUISITES = {"vae": (), "teacher": ("vae",), "causal": ("vae", "teacher"),
                  "distill": ("vae", "teacher", "causal"), "decoder": ("vae",)}
 
 
+def video_frames(latents):
+    """How many video frames a clip of so many latents has."""
+    return 1 + FRAMES * (latents - 1)
+
+
 @dataclass(frozen=True)
 class Run:
     """One training, resolved once from the flags and the weights that they name, see `resolve`."""
@@ -193,11 +198,11 @@ class Run:
     start: object = None            # what --weights holds, see sample.inspect
     reward: object = None           # a function of a video and what it was made from, to (B,)
     checkpointing: bool = False     # see recompute_blocks
-    network: type = MotionStream    # what a teacher from nothing is
+    network: object = new_model     # makes a teacher from nothing, of its config
 
     @property
     def clip_latents(self):
-        return (self.settings.clip_frames + 3) // 4
+        return (self.settings.clip_frames + FRAMES - 1) // FRAMES
 
     @property
     def clip_chunks(self):
@@ -211,11 +216,12 @@ class Run:
     @property
     def track_frames(self):
         """Frames that the tracks of all clips must have: a clip's and the longest rollout's."""
-        return max(self.settings.clip_frames, 4 * self.config.chunk * self.longest_rollout - 3)
+        longest = video_frames(self.config.chunk * self.longest_rollout)
+        return max(self.settings.clip_frames, longest)
 
     @property
-    def memory(self):
-        """What the student is trained to remember: fields of Config."""
+    def context(self):
+        """What the student is trained to attend to: fields of Config."""
         names = ("chunk", "sink", "window", "sink_decay")
         return {name: getattr(self.config, name) for name in names}
 
@@ -358,19 +364,8 @@ def compute_dtype(device):
 
 
 def recompute_blocks(model):
-    """Let each block of a MotionStream keep its inputs only, and compute the rest again in the
-    backward: less memory, a third more time."""
-    for block in model.blocks:
-        block.forward = recomputed.__get__(block)
-
-
-def recomputed(block, *inputs):
-    """Block.forward for recompute_blocks. By the time of the backward the cache has been written to,
-    so it is given a copy. (Only passes without a graph write.)"""
-    *inputs, cache, writes = inputs
-    if not writes:
-        cache = copy.copy(cache)
-    return checkpoint(Block.forward, block, *inputs, cache, writes, use_reentrant=False)
+    """Let each block of a MotionStream keep only its inputs for the backward, see its run_block."""
+    model.recompute = True
 
 
 def orthogonal(matrix, dtype):
@@ -634,7 +629,7 @@ def save_weights(run, stage, model):
     tensors = gathered(model.state_dict())
     if RANK == 0:
         with torch.device("meta"):
-            plain = MotionStream(model.config)          # one that is not sharded
+            plain = new_model(model.config)             # one that is not sharded
         plain.load_state_dict(tensors, assign=True)
         save_pretrained(plain, run.path(WEIGHTS[stage]), torch.float16)
     wait_for_all()
@@ -648,7 +643,7 @@ class Batch:
     """Clips as the networks are given them."""
     latents: torch.Tensor       # (B, C, F, h, w), float32
     conditions: dict            # what a model takes as it is: text and, if it reads them, image, clip
-    points: dict                # what motion_features takes: tracks (B, T, N, 2), visible, ids; image
+    points: dict                # of motion_inputs: tracks (B, T, N, 2), visible, ids; start, image
     touched: torch.Tensor       # (B, F, h, w): 1 at cells of an object or a track and beside, else 0
 
     def to(self, device):
@@ -677,7 +672,7 @@ def clip_latents(shapes):
     """How many latents a clip has, or would have if it were encoded."""
     if "latents" in shapes:
         return shapes["latents"][1]
-    return (shapes["video"][1] + 3) // 4
+    return (shapes["video"][1] + FRAMES - 1) // FRAMES
 
 
 def check_clip(file, shapes, config, track_frames):
@@ -690,10 +685,10 @@ def check_clip(file, shapes, config, track_frames):
         expected["latents"] = (config.out_dim, None, h, w)
     else:
         expected["video"] = (3, None, height, width)
-    if "latents" in shapes and config.copy_dim:
+    if "latents" in shapes and config.copies:
         expected["first"] = (3, height, width)
     if config.clip_dim:
-        expected["clip"] = (257, config.clip_dim)
+        expected["clip"] = (CLIP_ROWS, config.clip_dim)
     for name, shape in expected.items():
         found = shapes.get(name, ())
         fits = [side in (None, own) for own, side in zip(found, shape)]
@@ -718,7 +713,7 @@ def open_clips(folder, config, frames, track_frames):
         if clip_latents(shapes) >= frames:
             long_enough.append(file)
     if not long_enough:
-        raise UserError(f"{folder}: {len(files)} clips, none of {4 * frames - 3} frames")
+        raise UserError(f"{folder}: {len(files)} clips, none of {video_frames(frames)} frames")
     return long_enough
 
 
@@ -778,7 +773,7 @@ def encode_clips(run, files):
     for path in tqdm(missing[RANK::PROCESSES], "encode clips", disable=not missing):
         clip = load_file(sources[path])
         video = clip.pop("video")
-        length = 4 * ((video.shape[1] + 3) // 4) - 3
+        length = video_frames((video.shape[1] + FRAMES - 1) // FRAMES)
         clip["first"] = video[:, 0]
         clip["latents"] = encode_video(vae, video[:, :length])
         write_clip(path, clip)
@@ -868,31 +863,30 @@ def user_tracks(visible, group):
     return visible & keep[:, None] & shown & ~pause
 
 
-def dense_subset(visible, pauses):
+def dense_subset(visible, pauses, chunk):
     """Of true tracks (B, T, N) 1,000 to 2,500, or all if there are fewer (section 4.1: a grid of
-    50x50); with pauses, none in a fifth of the chunks of 12 frames but the first (section 3.1,
-    appendix D)."""
+    50x50); with pauses, none in a fifth of the chunks but the first (section 3.1, appendix D).
+    chunk: latents of one."""
     B, T, _ = visible.shape
     count = torch.randint(1000, 2501, (B, 1))
     keep = random_subset(visible.any(1), count)                 # (B, N)
-    chunk = (torch.arange(T) + 3) // 12
-    shown = (torch.rand(B, T, 1) >= 0.2 * pauses)[:, chunk]
-    shown = shown | (chunk == 0)[:, None]                       # (B, T, 1)
+    number = (torch.arange(T) + FRAMES - 1) // (FRAMES * chunk)     # of each frame's chunk
+    shown = (torch.rand(B, T, 1) >= 0.2 * pauses)[:, number]
+    shown = shown | (number == 0)[:, None]                      # (B, T, 1)
     return visible & keep[:, None] & shown
 
 
 def touched_cells(tracks, visible, config):
     """Cells of the latent grid where tracks (B, T, N, 2) are visible, and those beside them:
     (B, F, h, w) of 0 and 1."""
-    h = config.size[0] // config.stride
-    w = config.size[1] // config.stride
-    x, y = (tracks / config.stride).nan_to_num(0).long().unbind(-1)     # (B, T, N) each
-    x = x.clamp(0, w - 1)
-    y = y.clamp(0, h - 1)
-    cell = torch.where(visible, y * w + x, h * w)               # hidden ones: one beyond the grid
+    h, w = config.latent_size
+    height, width = config.size
+    cell = cell_of(tracks, config.stride, height, width)
+    cell = cell.masked_fill(~visible, h * w)                    # hidden ones: one beyond the grid
     touched = torch.zeros(*cell.shape[:2], h * w + 1).scatter_(2, cell, 1.0)
     touched = touched[..., :-1]                                 # (B, T, h w)
-    touched = F.pad(touched, (0, 0, 3, 0)).unflatten(1, (-1, 4)).amax(2)    # (B, F, h w)
+    touched = F.pad(touched, (0, 0, FRAMES - 1, 0))             # as the VAE packs frame 0
+    touched = touched.unflatten(1, (-1, FRAMES)).amax(2)        # (B, F, h w)
     return F.max_pool2d(touched.unflatten(2, (h, w)), 3, 1, 1)
 
 
@@ -901,41 +895,30 @@ def draw_batch(run, files, count, frames, *, dense=False, first_only=False):
     (dense), or as a user might have drawn them. first_only: no latents but the image's."""
     config = run.config
     latents_read = 1 if first_only else frames
-    clips = pick(files, count, latents_read, 4 * frames - 3)
+    clips = pick(files, count, latents_read, video_frames(frames))
     latents = clips["latents"].float()
     tracks = clips["tracks"]
     true = clips["visible"]
     on_object = clips["group"] >= 0                             # (B, N)
     visible = true
     if not on_object.any():
-        visible = dense_subset(true, pauses=not dense)
+        visible = dense_subset(true, not dense, config.chunk)
     elif not dense:
         visible = user_tracks(true, clips["group"])
     conditions = {name: clips[name].float() for name in ("text", "clip") if name in clips}
-    if config.image_dim:
-        still = config.copy_dim > 0
-        conditions["image"] = image_channels(latents[:, :, :1], frames, still)
-    points = {"tracks": tracks, "visible": visible}
-    if config.copy_dim:
-        points["ids"] = track_ids(tracks, true, config)         # where it was in frame 0, if hidden
+    image, _ = image_inputs(config, latents[:, :, :1], frames)
+    if image is not None:
+        conditions["image"] = image
+    points = {"tracks": tracks, "visible": visible, "ids": track_ids(tracks, visible, config)}
+    if config.copies:
+        points["start"] = start_points(tracks, true)            # where it was in frame 0, if hidden
         points["image"] = clips["first"].float() / 127.5 - 1
-    else:
-        points["ids"] = track_ids(tracks, visible, config)
     counted = true & on_object[:, None] if on_object.any() else visible
     touched = touched_cells(tracks, counted, config)
     return Batch(latents, conditions, points, touched).to(run.device)
 
 
-def motion_features(model, vae, points):
-    """track_features of a Batch's points: (B, track_dim, F, h, w)."""
-    own = [points[name] for name in ("tracks", "visible", "ids")]
-    copied = None
-    if model.config.copy_dim:
-        copied = copy_along_tracks(vae, points["image"], *own)
-    return track_features(model, *own, copied)
-
-
-def clean_first(config, x0):
+def first_latent_of(config, x0):
     """What with_first takes of clips x0 (B, C, F, h, w): their first latent, (B, C, 1, h, w); None
     for models that have it as channels instead."""
     return x0[:, :, :1] if config.clean_first else None
@@ -1059,7 +1042,7 @@ def train_vae(run):
         output, _ = vae.decode_unclamped(vae.encode(video))
         loss = reconstruction_error(output, video)
         loop.log(loss=loss, psnr=psnr(output, video), grad=learner.step(loss, i))
-    whole = 4 * run.clip_latents - 3
+    whole = video_frames(run.clip_latents)
     normalise_latents(vae, [video[:, :whole].to(run.device) for video in videos])
     save_pretrained(vae, run.path("vae"), torch.float16, **vae.metadata())
 
@@ -1074,26 +1057,31 @@ def draw_sigma(batch, shift, p_pure_noise):
     return torch.where(pure, torch.ones(batch), sigma)
 
 
-def drop(value, share):
-    """A condition (B, …), in a share of the clips zeros."""
-    shape = [len(value)] + [1] * (value.ndim - 1)
-    keep = torch.rand(shape) > share
-    return value * keep.to(value.device)
+def drop(conditions, share):
+    """Conditions (B, …) by name, all of them zeros in a share of the clips."""
+    keep = torch.rand(len(next(iter(conditions.values())))) > share         # (B,)
+    kept = {}
+    for name, value in conditions.items():
+        shape = [-1] + [1] * (value.ndim - 1)
+        kept[name] = value * keep.view(shape).to(value.device)
+    return kept
 
 
-def flow_loss(model, x0, sigma, conditions, first, cell_weight=1.0, channel_weight=1.0):
+def flow_loss(model, x0, sigma, conditions, first_latent, cell_weight=1.0, channel_weight=1.0):
     """Rectified flow (appendix D): mean squared error of the velocity of x0 (B, C, F, h, w), noised to
-    sigma (B,). first (B, C, 1, h, w): the image, clean, which then does not count; None: it is among
-    the conditions. cell_weight (B, F, h, w), channel_weight (B, C, 1, 1, 1): how much an error counts.
-    (They depend on the conditions alone: the minimum is the same.)"""
+    sigma (B,). first_latent (B, C, 1, h, w): the image, clean, which then does not count; None: it is
+    among the conditions. cell_weight (B, F, h, w), channel_weight (B, C, 1, 1, 1): how much an error
+    counts. (They depend on the conditions alone: the minimum is the same.)"""
     noise = torch.randn_like(x0)
-    x_t, level = with_first(add_noise(x0, noise, sigma), sigma, first)
-    velocity = model(x_t, level, **conditions)
+    x_t, sigma_frames = with_first(add_noise(x0, noise, sigma), sigma, first_latent)
+    velocity = model(x_t, sigma_frames, **conditions)
     error = (velocity - (noise - x0)).square() * channel_weight
     error = error.mean(1)                                       # (B, F, h, w)
     weight = torch.ones_like(error) * cell_weight
-    start = 0 if first is None else 1
-    return (error * weight)[:, start:].sum() / weight[:, start:].sum()
+    if first_latent is not None:
+        error = error[:, 1:]
+        weight = weight[:, 1:]
+    return (error * weight).sum() / weight.sum()
 
 
 @torch.no_grad()
@@ -1104,14 +1092,15 @@ def x0_errors(run, model, vae, files):
     batch = draw_batch(run, files, 6 * run.settings.batch, run.clip_latents, dense=True)
     x0 = batch.latents
     sigma = torch.ones(len(x0), device=run.device)
-    first = clean_first(model.config, x0)
+    first_latent = first_latent_of(model.config, x0)
     weight = latent_weight(vae, model.config, sigma)
     errors = {}
     with run.autocast():
-        tracks = motion_features(model, vae, batch.points)
-        for name, given in ("x0_tracks", tracks), ("x0_none", torch.zeros_like(tracks)):
-            conditions = batch.conditions | {"tracks": given}
-            errors[name] = flow_loss(model, x0, sigma, conditions, first, 1.0, weight)
+        motion = motion_inputs(model, **batch.points, vae=vae)
+        nothing = {name: torch.zeros_like(value) for name, value in motion.items()}
+        for name, given in ("x0_tracks", motion), ("x0_none", nothing):
+            conditions = batch.conditions | given
+            errors[name] = flow_loss(model, x0, sigma, conditions, first_latent, 1.0, weight)
     return errors
 
 
@@ -1119,7 +1108,7 @@ def starting_teacher(run, vae):
     """A new model for the latents of `vae`, or that of --weights, to be trained. A track head that
     comes with it stays as it is."""
     config = run.config
-    if config.copy_dim:
+    if config.copies:
         config = replace(config, latent_std=tuple(vae.latent_std.tolist()))
     if not run.start:
         return run.network(config).to(run.device)
@@ -1153,10 +1142,11 @@ def train_teacher(run):
         x0 = batch.latents
         sigma = draw_sigma(len(x0), run.config.shift, s.p_pure_noise).to(run.device)
         with run.autocast():
-            tracks = drop(motion_features(model, vae, batch.points), s.p_no_tracks)
-            text = drop(batch.conditions["text"], s.p_no_text)
-            conditions = batch.conditions | {"tracks": tracks, "text": text}
-            loss = flow_loss(model, x0, sigma, conditions, clean_first(run.config, x0),
+            motion = motion_inputs(model, **batch.points, vae=vae)
+            motion = drop(motion, s.p_no_tracks)
+            text = drop({"text": batch.conditions["text"]}, s.p_no_text)
+            conditions = batch.conditions | motion | text
+            loss = flow_loss(model, x0, sigma, conditions, first_latent_of(run.config, x0),
                              cell_weight=1 + s.track_weight * batch.touched,
                              channel_weight=latent_weight(vae, model.config, sigma))
         loop.log(loss=loss, grad=learner.step(loss, i))
@@ -1179,8 +1169,8 @@ def teacher_trajectories(run, teacher, vae, batch):
     wanted = run.config.sigmas + (0.0,)
     noise = torch.randn_like(batch.latents)
     with run.autocast():
-        conditions = batch.conditions | {"tracks": motion_features(teacher, vae, batch.points)}
-        trajectory = euler(teacher, noise, conditions, clean_first(run.config, batch.latents))
+        conditions = batch.conditions | motion_inputs(teacher, **batch.points, vae=vae)
+        trajectory = euler(teacher, noise, conditions, first_latent_of(run.config, batch.latents))
         states = [x_t for x_t, sigma in trajectory if sigma in wanted]
     assert len(states) == len(wanted), (
         f"{len(states) - 1} of {run.config.sigmas} lie on the teacher's schedule")
@@ -1243,21 +1233,25 @@ def causal_loss(model, states, x0, past, conditions, context, channel_weight=1.0
     (sink, window) holds of the chunks of `past`, which is x0, or x0 corrupted.
     states: one (B, C, F, h, w) for each of the model's noise levels. channel_weight (1, C, 1, 1, 1):
     how much an error counts."""
-    caches = [KVCache(*context) for _ in model.blocks]
+    sink, window = context
+    caches = model.new_caches(sink=sink, window=window)
     chunk = model.config.chunk
     sigmas = model.config.sigmas
     loss = 0.0
     for start, part in zip(range(0, x0.shape[2], chunk), split_conditions(conditions, chunk)):
         now = slice(start, start + chunk)
         target = x0[:, :, now]
-        level = int(torch.randint(0, len(sigmas), ()))
-        sigma = torch.full((len(x0),), sigmas[level], device=x0.device)
-        first = clean_first(model.config, target) if start == 0 else None
-        x_t, sigma = with_first(states[level][:, :, now], sigma, first)
-        predicted = to_x0(x_t, model(x_t, sigma, caches=caches, **part), sigma)
+        step = int(torch.randint(0, len(sigmas), ()))
+        sigma = torch.full((len(x0),), sigmas[step], device=x0.device)
+        first_latent = None
+        if start == 0:
+            first_latent = first_latent_of(model.config, target)
+        x_t, sigma_frames = with_first(states[step][:, :, now], sigma, first_latent)
+        velocity = model(x_t, sigma_frames, caches=caches, **part)
+        predicted = to_x0(x_t, velocity, sigma_frames)
         loss = loss + ((predicted - target).square() * channel_weight).sum()
         with torch.no_grad():           # the clean pass is the only one that writes
-            clean = torch.zeros_like(sigma)
+            clean = torch.zeros_like(sigma_frames)
             model(past[:, :, now], clean, caches=caches, write=True, **part)
     return loss / x0.numel()
 
@@ -1268,7 +1262,7 @@ def train_causal(run):
     files = training_clips(run, run.clip_latents)       # in all processes: they wait for each other
     files = make_trajectories(run, files)
     vae = run.load_vae()
-    student = run.load("teacher", causal=True, **run.memory)
+    student = run.load("teacher", causal=True, **run.context)
     student.requires_grad_(True)
     student.track_head.requires_grad_(False)            # frozen after the teacher (appendix D)
     weight = latent_weight(vae, student.config, torch.ones(1, device=run.device))
@@ -1284,7 +1278,7 @@ def train_causal(run):
         *states, x0 = states.unbind(1)                  # each (B, C, F, h, w)
         context = contexts[int(torch.randint(0, len(contexts), ()))]
         with run.autocast():
-            conditions["tracks"] = motion_features(student, vae, points)
+            conditions |= motion_inputs(student, **points, vae=vae)
             past = corrupt_context(x0, run.config.chunk) if s.corrupt_context else x0
             loss = causal_loss(student, states, x0, past, conditions, context, weight)
         loop.log(loss=loss, grad=learner.step(loss, i))
@@ -1302,67 +1296,68 @@ def score_sigma(batch, shift, device):
     return shift_sigma(torch.rand(batch, device=device), shift).clamp(0.02, 0.98)
 
 
-def dmd_loss(x0, teacher, critic, conditions, first, shift, weight=1.0):
+def dmd_loss(x0, teacher, critic, conditions, first_latent, shift, weight=1.0):
     """The generator's loss on its own latents x0 (B, C, F, h, w), eq. 3: its gradient is
     (fake - real) / mean |x0 - real|, where real and fake are what teacher, under its config's
     guidance, and critic predict as x0, from x0 noised to one sigma a clip (DMD eq. 7, 8).
-    first (B, C, 1, h, w): the image, on which both agree, so that its gradient is zero; None: it is
-    among the conditions. shift: of the noise levels, see score_sigma. weight: broadcast over x0, how
-    much a clip or a channel counts."""
+    first_latent (B, C, 1, h, w): the image, on which both agree, so that its gradient is zero; None:
+    it is among the conditions. shift: of the noise levels, see score_sigma. weight: broadcast over
+    x0, how much a clip or a channel counts."""
     with torch.no_grad():
         sigma = score_sigma(len(x0), shift, x0.device)
-        x_t, level = with_first(add_noise(x0, torch.randn_like(x0), sigma), sigma, first)
-        velocity = guided_velocity(teacher, x_t, level, conditions, teacher.config.guidance)
-        real = to_x0(x_t, velocity, level)
-        fake = to_x0(x_t, critic(x_t, level, **conditions), level)
+        noised = add_noise(x0, torch.randn_like(x0), sigma)
+        x_t, sigma_frames = with_first(noised, sigma, first_latent)
+        velocity = guided_velocity(teacher, x_t, sigma_frames, conditions, teacher.config.guidance)
+        real = to_x0(x_t, velocity, sigma_frames)
+        fake = to_x0(x_t, critic(x_t, sigma_frames, **conditions), sigma_frames)
         distance = (x0 - real).abs().mean((1, 2, 3, 4), keepdim=True)
-        direction = (fake - real) / distance
+        direction = (fake - real) / distance.clamp(min=1e-6)    # a perfect clip has distance 0
         target = x0 - direction
     return 0.5 * ((x0 - target).square() * weight).mean()
 
 
-def critic_loss(x0, critic, conditions, first, shift, channel_weight=lambda sigma: 1.0):
+def critic_loss(x0, critic, conditions, first_latent, shift, channel_weight=lambda sigma: 1.0):
     """The critic's loss (eq. 4): rectified flow on the generator's own latents x0 (B, C, F, h, w),
-    without guidance, at the noise levels of score_sigma. first: see flow_loss. channel_weight: its
-    argument, as a function of sigma (B,)."""
+    without guidance, at the noise levels of score_sigma. first_latent: see flow_loss.
+    channel_weight: its argument, as a function of sigma (B,)."""
     sigma = score_sigma(len(x0), shift, x0.device)
     weight = channel_weight(sigma)
-    return flow_loss(critic, x0.detach(), sigma, conditions, first, channel_weight=weight)
+    return flow_loss(critic, x0.detach(), sigma, conditions, first_latent, channel_weight=weight)
 
 
-MEMORIES = tuple(itertools.product((1, 3, 5), (0, 1, 2, 3), (1, 2, 4)))     # chunk, sink, window
+DRAWN_CONTEXTS = tuple(itertools.product((1, 3, 5), (0, 1, 2, 3), (1, 2, 4)))   # chunk, sink, window
 
 
 def draw_rollout(run, update, grad):
-    """Of the rollouts of an update, the same in all processes, which would wait in vain else: how
-    many chunks, half of the time more than a clip has; the step at which it ends; its memory, fields
-    of Config."""
+    """Draw the shape of one update's rollouts: how many chunks, half of the time more than a clip
+    has; the step at which they end; the context, fields of Config. All processes draw the same, or
+    their collectives would wait for each other in vain."""
     config = run.config
     rng = torch.Generator().manual_seed(seed_of(run.seed, update, grad))
     least = 2 * run.clip_chunks - run.longest_rollout
     chunks = int(torch.randint(least, run.longest_rollout + 1, (), generator=rng))
     exit_step = int(torch.randint(0, len(config.sigmas), (), generator=rng))
-    drawn = MEMORIES[int(torch.randint(0, len(MEMORIES), (), generator=rng))]
-    memory = run.memory
+    drawn = DRAWN_CONTEXTS[int(torch.randint(0, len(DRAWN_CONTEXTS), (), generator=rng))]
+    context = run.context
     if run.settings.drawn_memory:
-        memory = memory | dict(zip(("chunk", "sink", "window"), drawn))
-    return max(run.clip_chunks, chunks), exit_step, memory
+        context = context | dict(zip(("chunk", "sink", "window"), drawn))
+    return max(run.clip_chunks, chunks), exit_step, context
 
 
-def judged_clip(chunks, frames, first, points):
+def judged_clip(chunks, frames, first_latent, points):
     """The end of a rollout, an iterator of chunks, as a clip that the teacher can judge: the image
-    (B, C, 1, h, w), then its last `frames` latents without their first (first=None: with it), and the
-    points of these. After a rollout longer than that, time jumps behind the image: the teacher says
-    what should be there, whatever the student passed on."""
+    (B, C, 1, h, w), then its last `frames` latents without their first (first_latent=None: with it),
+    and the points of these. After a rollout longer than that, time jumps behind the image: the teacher
+    says what should be there, whatever the student passed on."""
     held = []
     for chunk in chunks:
         held.append(chunk)
         while sum(x.shape[2] for x in held[1:]) >= frames:
             held.pop(0)                                 # and its graph
     x0 = torch.cat(held, 2)[:, :, -frames:]
-    if first is not None:
-        x0 = torch.cat([first, x0[:, :, 1:]], 2)
-    times = torch.arange(4 * x0.shape[2] - 3)
+    if first_latent is not None:
+        x0 = torch.cat([first_latent, x0[:, :, 1:]], 2)
+    times = torch.arange(video_frames(x0.shape[2]))
     times[1:] += points["tracks"].shape[1] - len(times)
     cut = {name: points[name][:, times] for name in ("tracks", "visible")}
     return x0, points | cut
@@ -1374,26 +1369,27 @@ def roll_out(run, generator, vae, files, update, grad):
     has a graph, that of the last denoising step of each chunk."""
     s = run.settings
     config = run.config
-    chunks, exit_step, memory = draw_rollout(run, update, grad)
+    chunks, exit_step, context = draw_rollout(run, update, grad)
+    chunk = context.pop("chunk")
     frames = chunks * config.chunk
     batch = draw_batch(run, files, s.batch, frames, first_only=True)
-    first = batch.latents                               # (B, C, 1, h, w)
+    image = batch.latents                               # (B, C, 1, h, w)
     conditions = batch.conditions
     if chunks > run.clip_chunks and s.neutral_long_rollouts:
         text = embed_words(NEUTRAL, config).to(run.device)
-        conditions["text"] = text.expand(len(first), -1, -1)
-    generator.config = replace(generator.config, **memory)
-    noise = torch.randn(*first.shape[:2], frames, *first.shape[3:], device=run.device)
-    clean = clean_first(config, first)
-    with run.autocast():
-        tracks = motion_features(generator, vae, batch.points)
-        made = rollout(generator, noise, conditions | {"tracks": tracks}, clean,
-                       exit_step=exit_step, grad=grad)
-        shown = clean if chunks == run.clip_chunks else first
+        conditions["text"] = text.expand(len(image), -1, -1)
+    noise = torch.randn(*image.shape[:2], frames, *image.shape[3:], device=run.device)
+    first_latent = first_latent_of(config, image)
+    caches = generator.new_caches(**context)
+    with run.autocast(), torch.set_grad_enabled(grad):
+        motion = motion_inputs(generator, **batch.points, vae=vae)
+        given = split_conditions(conditions | motion, chunk)
+        made = rollout(generator, noise.split(chunk, 2), given, first_latent, exit_step, caches=caches)
+        shown = first_latent if chunks == run.clip_chunks else image
         x0, points = judged_clip(made, run.clip_chunks * config.chunk, shown, batch.points)
         conditions = next(split_conditions(conditions, x0.shape[2]))
-        tracks = motion_features(generator, vae, points)
-    return x0, conditions | {"tracks": tracks}, points
+        motion = motion_inputs(generator, **points, vae=vae)
+    return x0, conditions | motion, points
 
 
 def reward_weight(run, vae, x0, conditions, points):
@@ -1402,7 +1398,7 @@ def reward_weight(run, vae, x0, conditions, points):
     if not run.reward:
         return 1.0, None
     video, _ = vae.decode(x0.detach())
-    told = {name: value for name, value in conditions.items() if name != "tracks"}
+    told = {name: value for name, value in conditions.items() if name not in ("tracks", "copies")}
     reward = run.reward(video.float(), told | points)           # (B,)
     weight = torch.exp(reward / run.settings.beta)
     return weight.view(-1, 1, 1, 1, 1), reward.mean()
@@ -1415,7 +1411,7 @@ def train_student(run):
     files = training_clips(run, frames=1)
     vae = run.load_vae()
     teacher = shard(run.load("teacher", guidance=run.config.guidance))
-    generator = run.load("causal", **run.memory)
+    generator = run.load("causal", **run.context)
     critic = run.load("teacher")
     for model in generator, critic:
         model.requires_grad_(True)
@@ -1436,14 +1432,14 @@ def train_student(run):
             x0, conditions, points = roll_out(run, generator, vae, files, update, grad=True)
             with run.autocast():
                 weight, reward = reward_weight(run, vae, x0, conditions, points)
-                first = clean_first(run.config, x0.detach())
-                loss = dmd_loss(x0, teacher, critic, conditions, first, shift, weight * of_x0)
+                first_latent = first_latent_of(run.config, x0.detach())
+                loss = dmd_loss(x0, teacher, critic, conditions, first_latent, shift, weight * of_x0)
             loop.log(reward=reward, loss_g=loss, std=x0.std())
             loop.log(grad_g=learner_g.step(loss, i, every=s.critic_steps))
         x0, conditions, _ = roll_out(run, generator, vae, files, update, grad=False)
         with run.autocast():
-            first = clean_first(run.config, x0)
-            loss = critic_loss(x0, critic, conditions, first, shift, channel_weight)
+            first_latent = first_latent_of(run.config, x0)
+            loss = critic_loss(x0, critic, conditions, first_latent, shift, channel_weight)
         loop.log(loss_c=loss, grad_c=learner_c.step(loss, i))
     save_weights(run, "distill", learner_g.average)
 
@@ -1460,7 +1456,7 @@ def forward_flops(config, tokens, seen):
     D = config.dim
     text = config.text_len
     if config.clip_dim:
-        text += 257
+        text += CLIP_ROWS
     weights = 2 * (6 * D * D + 2 * D * config.ffn_dim)
     attention = 4 * D * (seen + text)
     of_text = 4 * D * D * text
@@ -1505,7 +1501,7 @@ def dry_run(run):
     config = run.config
     s = run.settings
     with torch.device("meta"):
-        count = sum(p.numel() for p in MotionStream(config).parameters())
+        count = sum(p.numel() for p in new_model(config).parameters())
     frame = math.prod(config.size) // (2 * config.stride) ** 2
     most = run.clip_chunks if config.window is None else config.sink + config.window
     cache = config.num_layers * 2 * 2 * config.dim * most * config.chunk * frame / 2 ** 20
@@ -1651,9 +1647,11 @@ def assign_all(config, settings, assignments):
         else:
             settings = assign(settings, path, value)
     frames = settings.clip_frames
-    if frames < 45 or (frames + 3) % 12:
-        raise UserError(f"--set clip_frames={frames}: needs whole chunks of 12, the first of 9: "
-                        "45, 57, 69, …")
+    chunk = FRAMES * config.chunk
+    least = math.ceil(48 / chunk) * chunk - 3
+    if frames < least or (frames + 3) % chunk:
+        raise UserError(f"--set clip_frames={frames}: needs whole chunks of {chunk}, the first of "
+                        f"{chunk - 3}: {least}, {least + chunk}, {least + 2 * chunk}, …")
     return config, settings
 
 
@@ -1768,7 +1766,7 @@ def check_prerequisites(run, stage):
     if stage == "distill":
         config = inspect(run.path("causal")).config
         was = {name: getattr(config, name) for name in ("chunk", "sink", "window")}
-        if not was.items() <= run.memory.items():
+        if not was.items() <= run.context.items():
             raise UserError(f"{run.path('causal')}: was trained with {was}; say by --memory what the "
                             "student gets")
 

@@ -20,11 +20,10 @@ import torch
 
 import sample
 from extras.evaluate import check_device
-from motionstream import FLOAT32, PRESETS, MotionStream, schedule, track_ids
+from motionstream import CLIP_ROWS, FLOAT32, PRESETS, new_model, schedule, start_points, track_ids
 from sample import Parser, number
 from vae import LinearVAE, LinearVAEConfig, TinyVAE, TinyVAEConfig, WanVAE, WanVAEConfig
 
-CLIP_ROWS = 257         # of an image that CLIP encoded
 GRID = 8                # tracks per side of the picture
 PAST = 6                # chunks held by a cache that holds all: the last of 81 frames has as many before it
 
@@ -41,10 +40,10 @@ class Row:
 # ----------------------------------------------------------------------------------------------------------------------
 # Models with random weights.
 
-def new_model(config, device, dtype):
+def random_model(config, device, dtype):
     """A DiT whose matrices are in dtype, made where it runs: those of 14 billion parameters are made only once."""
     with torch.device("meta"):
-        model = MotionStream(config).to(dtype)
+        model = new_model(config).to(dtype)
     for name, parameter in model.named_parameters():
         if re.search(FLOAT32, name):
             parameter.data = parameter.data.float()
@@ -58,7 +57,7 @@ def new_vae(config, decoder, device):
     """The VAE of such latents, in float32. decoder: "own", that of the family, or "tiny", one with the layout of
     TAEHV."""
     channels = config.out_dim
-    if config.copy_dim:
+    if config.copies:
         vae = LinearVAE(LinearVAEConfig(channels, config.stride))
     elif decoder == "tiny" or config.text_encoder == "words":
         vae = TinyVAE(TinyVAEConfig(channels, config.stride // 8))
@@ -83,7 +82,8 @@ def new_motion(config, frames):
     drift = torch.arange(frames)[:, None, None] * torch.tensor([0.25, 0.0])
     tracks = (start + drift)[None]                                      # (1, T, N, 2)
     visible = torch.ones(tracks.shape[:3], dtype=torch.bool)
-    return sample.Motion(tracks, visible, track_ids(tracks, visible, config))
+    ids = track_ids(tracks, visible, config)
+    return sample.Motion(tracks, visible, ids, start_points(tracks, visible))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -127,7 +127,8 @@ def chunk_rows(model, vae, text, repeats):
     conditions = {"text": text, "image": None, "tracks": None, "clip": None}
     if config.track_dim:
         conditions["tracks"] = torch.randn(1, config.track_dim, *shape, device=device)
-    if config.copy_dim:
+    if config.copies:
+        conditions["copies"] = torch.randn(1, config.copy_dim, *shape, device=device)
         conditions["image"] = noise
     if config.clip_dim:
         conditions["clip"] = torch.randn(1, CLIP_ROWS, config.clip_dim, device=device)
@@ -263,7 +264,7 @@ def config_of(args):
     config = replace(config, **args.memory or {})
     if args.steps:
         config = replace(config, sigmas=schedule(args.steps, config.shift))
-    if config.copy_dim:
+    if config.copies:
         config = replace(config, latent_std=(1.0,) * config.out_dim)
     return config
 
@@ -276,7 +277,7 @@ def run(argv):
     device = torch.device(args.device)
     config = config_of(args)
     torch.manual_seed(0)
-    model = new_model(config, device, getattr(torch, args.dtype))
+    model = random_model(config, device, getattr(torch, args.dtype))
     vae = new_vae(config, args.decoder, device)
     text = new_text(config, device)
     if args.compile:

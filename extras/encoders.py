@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from motionstream import UserError, write
+from motionstream import CLIP_ROWS, UserError, write
 from extras.checkpoints import read_tensors
 
 KINDS = (".mp4", ".png", ".npz", ".txt", ".csv", ".safetensors", ".json")   # files that count in a folder
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "motionstream"
-CLIP_ROWS = 257             # of an encoded image
 NEGATIVE_PROMPT = (         # of Wan, what guidance leads away from
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
     "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")

@@ -31,7 +31,7 @@ import sample
 from extras import measures, world
 from extras.cases import NEUTRAL, Case, new_clips
 from extras.measures import lpips_network, psnr, ssim
-from motionstream import PRESETS, Config, MotionStream, UserError, track_ids, write
+from motionstream import PRESETS, Config, MotionStream, UserError, start_points, track_ids, write
 from sample import ASSETS, Parser, embed_words, number
 from vae import load_vae
 
@@ -109,7 +109,8 @@ def videos_of(model, vae, clips, text=None, later=None, seed=0):
     """The same by a model that is open."""
     image = clips.frames(0, 1)[:, :, 0]                         # (B, 3, H, W)
     ids = track_ids(clips.tracks, clips.visible, model.config)
-    motion = sample.Motion(clips.tracks, clips.visible, ids)
+    start = start_points(clips.tracks, clips.visible)
+    motion = sample.Motion(clips.tracks, clips.visible, ids, start)
     device = next(model.parameters()).device
     if text is not None:
         text = text.expand(len(image), -1, -1).to(device)

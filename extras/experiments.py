@@ -168,8 +168,9 @@ def lesson_run(trained, how):
         more["start"] = sample.inspect(trained.path("teacher"))
         settings = replace(settings, teacher=td.TINY.causal, dense_share=0.0)
     else:
-        inputs = config.in_dim - config.track_dim + config.out_dim
-        config = replace(config, track_id_mode="start", track_dim=config.out_dim, in_dim=inputs, latent_std=())
+        inputs = config.in_dim - config.track_dim - config.copy_dim + config.out_dim
+        config = replace(config, track_id_mode="start", track_dim=config.out_dim, in_dim=inputs, copies=False,
+                         latent_std=())
         settings = replace(settings, dense_share=1.0)
     if how.drawn:
         more["network"] = drawing(trained.vae())
@@ -201,12 +202,14 @@ class Refreshed(KVCache):
             self.chunks[0] = self.chunks[-1]
 
 
-class RefreshedStudent(MotionStream):
-    """A student with such caches."""
+def refreshing(kind):
+    """A class of students of that kind, MotionStream or CopyingMotionStream, with such caches."""
+    class RefreshedStudent(kind):
+        def new_caches(self, **overrides):
+            config = replace(self.config, **overrides)
+            return [Refreshed(config.sink, config.window, config.sink_decay) for _ in self.blocks]
 
-    def new_caches(self):
-        config = self.config
-        return [Refreshed(config.sink, config.window, config.sink_decay) for _ in self.blocks]
+    return RefreshedStudent
 
 
 class DrawnTracks(TrackHead):
@@ -264,7 +267,7 @@ def distilled_row(trained, distil, refreshed=False, **settings):
     """eval_row of the student of a short Distillation; refreshed: with caches that are, see Refreshed."""
     student = distil_briefly(trained, distil)
     if refreshed:
-        student = replace(student, network=RefreshedStudent)
+        student = replace(student, network=refreshing(type(student.model("student"))))
     return eval_row(student, **settings)
 
 

@@ -288,8 +288,8 @@ def glide(points, last, frames, begins):
 
 def fit_chunk(starts, tracks, prompt, size, config):
     """Points of a chunk, see glide, on an image of `size` (width, height), as sample.Motion in the model's video: hidden
-    where they leave it, with the words of a prompt, if the model reads words. The ID of a point tells which pixel of
-    frame 0 it moves, wherever that is by now; with random IDs, it is a number made of that."""
+    where they leave it, with the words of a prompt, if the model reads words. What a point moves is where it was in frame
+    0, wherever that is by now."""
     points = to_video(tracks, size, config)
     outside = ((points < 0) | (points >= config.size[::-1])).any(-1)
     points[outside] = np.nan
@@ -405,12 +405,12 @@ def save_recording(path, image, chunks, settings):
     """Write NAME.png and NAME.npz beside the video NAME.mp4.
 
     The .npz is a file of tracks: tracks (T, N, 2) float32 in pixels of the image, T frames of whole chunks, NaN where a
-    point was not there; visibility (T, N); ids (N,) int64 as the model got them. And it says how the stream was made:
-    prompts, one a chunk, and `settings`: track_id_mode, seed, chunk, sink, window (-1: all), steps, fps, dtype, frames,
+    point was not there; visibility (T, N); ids (N,) int64 as the model got them; start (N, 2) float32, where in frame 0 is
+    what they move. And it says how the stream was made: prompts, one a chunk, and `settings`: track_id_mode, seed, chunk, sink, window (-1: all), steps, fps, dtype, frames,
     weights (a checksum). chunks: of Given."""
-    tracks, ids = join_chunks(chunks)
+    tracks, ids, start = join_chunks(chunks)
     arrays = settings | {
-        "tracks": tracks, "visibility": ~np.isnan(tracks[..., 0]), "ids": ids,
+        "tracks": tracks, "visibility": ~np.isnan(tracks[..., 0]), "ids": ids, "start": start,
         "prompts": [chunk.prompt for chunk in chunks], "width": image.width, "height": image.height,
         "format": "motionstream"}
     data = io.BytesIO()
@@ -421,7 +421,7 @@ def save_recording(path, image, chunks, settings):
 
 def join_chunks(chunks):
     """What chunks were given, one column a point, in the order in which the model got them: tracks (T, N, 2), NaN where a
-    point was not there, and ids (N,). Without any point there is one column, of nothing."""
+    point was not there, ids (N,) and starts (N, 2). Without any point there is one column, of nothing."""
     id_of = {}
     for chunk in chunks:
         id_of.update(zip(chunk.starts, chunk.ids.tolist()))
@@ -435,7 +435,7 @@ def join_chunks(chunks):
         tracks[begin:end, [column[start] for start in chunk.starts]] = chunk.tracks
         begin = end
     ids = [id_of[start] for start in starts] or [0]
-    return tracks, np.array(ids, np.int64)
+    return tracks, np.array(ids, np.int64), np.array(starts or [(0, 0)], np.float32)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from extras import bench
 from extras.testing import SMALL, WAN, quiet
 
 SMALL_PRESETS = {
-    "copies": replace(SMALL, track_id_mode="copy", track_dim=8 + 6, in_dim=4 + 14 + 4),
+    "copies": replace(SMALL, track_id_mode="random", copies=True, in_dim=4 + 8 + 6 + 4),
     "starts": SMALL,
     "wan": replace(WAN, size=(64, 64), in_dim=48, track_dim=16, clip_dim=40, clean_first=False),
 }
@@ -46,7 +46,7 @@ def test_flags_change_what_is_measured():
 
 
 def test_random_weights_have_the_dtypes_of_loaded_ones_and_a_full_cache_its_size():
-    model = bench.new_model(SMALL, torch.device("cpu"), torch.bfloat16)
+    model = bench.random_model(SMALL, torch.device("cpu"), torch.bfloat16)
     assert model.blocks[0].ffn[0].weight.dtype == torch.bfloat16 and model.blocks[0].modulation.dtype == torch.float32
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     vae = bench.new_vae(SMALL, "own", torch.device("cpu"))

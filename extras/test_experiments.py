@@ -14,11 +14,12 @@ import train_distill as td
 from extras import evaluate, experiments, world
 from extras.cases import NEUTRAL, Case, new_clips
 from extras.evaluate import Trained, case_of, eval_row, label_of, settings_of
-from extras.experiments import (Distillation, DrawnTracks, Lesson, Refreshed, RefreshedStudent, attention_row,
-                                attention_shares, damaged_folder, distil_briefly, drawing, encoding_row, teach_briefly, words_row)
+from extras.experiments import (Distillation, DrawnTracks, Lesson, Refreshed, attention_row, attention_shares,
+                                damaged_folder, distil_briefly, drawing, encoding_row, refreshing, teach_briefly,
+                                words_row)
 from extras.testing import assert_error, assert_near, folder, new_model, new_vae, quiet, rand, randomised, saved
 from motionstream import (PRESETS, Config, KVCache, MotionStream, SelfAttention, UserError, apply_rope,
-                          rope_table)
+                          new_model as build, rope_table)
 
 FITS = {"size": (32, 32), "text_dim": 64}
 CASE = {"seed": "x", "clips": 1, "frames": 45, "objects": 1, "width": 32}
@@ -179,7 +180,7 @@ def test_a_brief_teacher_differs_in_what_its_row_says():
         trained = small(here)
         plain, drawn, start, harm = (experiments.lesson_run(trained, how) for how in (
             Lesson(7), Lesson(7, drawn=True), Lesson(7, start=True), Lesson(7, start=True, harm=True)))
-        assert plain.network is MotionStream and issubclass(drawn.network, MotionStream)
+        assert plain.network is build and issubclass(drawn.network, MotionStream)
         assert plain.config == drawn.config and plain.config.track_dim == plain.config.out_dim == 4
         assert plain.settings.dense_share == 1 and not plain.start and plain.settings.teacher == td.TINY.teacher
         assert start.settings.dense_share == 0 and start.settings.teacher == td.TINY.causal
@@ -241,7 +242,7 @@ def test_a_refreshed_sink_is_the_chunk_just_written_every_25th_time():
         cache.write(torch.full((1, 1), i), torch.full((1, 1), i))
         assert [k.item() for k, _ in cache.chunks][:1] == [0 if i < 24 else 24 if i < 49 else 49]
     assert cache.chunks[-1][0].item() == 59 and len(cache.chunks) == 2
-    student = RefreshedStudent(new_model().config)
+    student = refreshing(MotionStream)(new_model().config)
     assert {type(cache) for cache in student.new_caches()} == {Refreshed} and len(student.new_caches()) == 2
 
 

@@ -32,7 +32,7 @@ from extras import world
 from extras.page import Given, Recorder, Take, glide, join_chunks, named
 from extras.testing import (HERE, assert_near, folder, new_model, new_vae, quiet, rand, randomised, sampled, saved, seeded,
                             slow, workplace)
-from motionstream import save_pretrained, track_features
+from motionstream import motion_inputs, save_pretrained
 from vae import LinearVAE, LinearVAEConfig
 
 
@@ -243,12 +243,12 @@ def test_nothing_is_made_while_paused_or_while_nobody_watches():
 def test_points_reach_the_track_head_on_lines_that_end_where_they_are_now():
     calls = []
 
-    def seen(model, tracks, visible, ids, copied):
+    def seen(model, tracks, visible, ids, **rest):
         calls.append((tracks[0].numpy(), visible.all().item(), ids[0].tolist()))
-        return track_features(model, tracks, visible, ids)
+        return motion_inputs(model, tracks, visible, ids, **rest)
 
     start, far = (9.0, 12.0), (30.0, 20.0)                      # in the image, 48x40; the video is its middle, 48x32
-    with unittest.mock.patch.object(sample, "track_features", seen), served("--fps", "40") as page:
+    with unittest.mock.patch.object(sample, "motion_inputs", seen), served("--fps", "40") as page:
         page.control([start])
         page.watch(12)
         page.control([(*far, *start, *start), (24.0, 30.0, 2.5, 20.0, 20.0, 30.0)])
@@ -271,11 +271,11 @@ def test_a_restart_with_another_chunk_is_not_lost_while_a_take_begins():
         time.sleep(0.3)
         return real(video)
 
-    def seen(model, tracks, visible, ids, copied):
+    def seen(model, tracks, visible, ids, **rest):
         lengths.append(tracks.shape[1])
-        return track_features(model, tracks, visible, ids)
+        return motion_inputs(model, tracks, visible, ids, **rest)
 
-    head = unittest.mock.patch.object(sample, "track_features", seen)
+    head = unittest.mock.patch.object(sample, "motion_inputs", seen)
     with unittest.mock.patch.object(extras.page, "to_frames", slow), head, served() as page:
         page.control(take=1, chunk=1)
         page.watch(8)
@@ -482,21 +482,21 @@ def test_chunks_are_joined_with_one_column_a_point_in_the_order_of_their_starts(
         tracks = np.float32(starts)[None] + np.arange(length)[:, None, None]
         return Given(starts, ids, tracks.astype(np.float32), "")
 
-    tracks, ids = join_chunks([chunk([(5.0, 0.0)], 1), chunk([(2.0, 9.0), (5.0, 0.0)], 4), chunk([(2.0, 9.0)], 4)])
-    assert ids.tolist() == [2, 5] and ids.dtype == np.int64 and tracks.shape == (9, 2, 2) and tracks.dtype == np.float32
+    tracks, ids, start = join_chunks([chunk([(5.0, 0.0)], 1), chunk([(2.0, 9.0), (5.0, 0.0)], 4), chunk([(2.0, 9.0)], 4)])
+    assert start.tolist() == [[2, 9], [5, 0]] and ids.tolist() == [2, 5] and ids.dtype == np.int64 and tracks.shape == (9, 2, 2) and tracks.dtype == np.float32
     there = ~np.isnan(tracks[..., 0])
     assert there[:, 0].tolist() == [False] + [True] * 8 and there[:, 1].tolist() == [True] * 5 + [False] * 4
     assert tracks[4].tolist() == [[5, 12], [8, 3]]
-    tracks, ids = join_chunks([Given([], np.zeros(0, np.int64), np.zeros((4, 0, 2), np.float32), "")])
-    assert tracks.shape == (4, 1, 2) and np.isnan(tracks).all() and ids.tolist() == [0]
+    tracks, ids, start = join_chunks([Given([], np.zeros(0, np.int64), np.zeros((4, 0, 2), np.float32), "")])
+    assert tracks.shape == (4, 1, 2) and np.isnan(tracks).all() and ids.tolist() == [0] and start.shape == (1, 2)
 
 
 def new_weights(here, mode):
-    """Weights whose tracks have IDs of that kind, as flags."""
-    if mode == "copy":
+    """Weights whose tracks have IDs of that kind, or of a model that copies, as flags."""
+    if mode == "copies":
         vae = randomised(LinearVAE(LinearVAEConfig(4, 8, 4)))
         save_pretrained(vae, here / "vae.safetensors", **vae.metadata())
-        model = new_model(track_id_mode=mode, track_dim=8 + 6, in_dim=4 + 14 + 4, latent_std=(1.0, 0.9, 0.8, 0.7))
+        model = new_model(track_id_mode="random", copies=True, in_dim=4 + 8 + 6 + 4, latent_std=(1.0, 0.9, 0.8, 0.7))
     else:
         saved(here / "vae.safetensors", new_vae())
         model = new_model(track_id_mode=mode)
@@ -566,7 +566,7 @@ def record_three(page):
 
 
 def test_a_recording_is_played_again_to_the_same_raw_frames():
-    for mode in "start", "random", "copy":
+    for mode in "start", "random", "copies":
         with folder() as here, KeptFrames() as kept:
             weights = new_weights(here, mode)
             with served(*weights, "--out", here / "take.mp4", "--prompt", "", "--fps", "60", "--seed", "3") as page:
@@ -596,14 +596,12 @@ def inspected(here):
     return sample.inspect(here / "model.safetensors").config
 
 
-def test_what_was_dragged_away_can_be_dragged_on_by_weights_that_copy():
-    config = SimpleNamespace(track_id_mode="copy", size=(32, 48), text_encoder="words", text_len=5, text_dim=12, chunk=3)
-    config = new_model(track_id_mode="copy", track_dim=14, in_dim=22, latent_std=(1.0,) * 4).config
+def test_what_was_dragged_away_can_be_dragged_on_by_copying_models():
+    config = new_model(track_id_mode="random").config
     start, now = (9.3, 8.2), (30.0, 20.0)                       # in the image, 48x40; the video is its middle
     for chunk in range(2):                                      # where it is by now changes nothing
         motion = extras.page.fit_chunk([start], np.float32([[now]] * 12), "", (48, 40), config)
-        x, y = motion.ids[0, 0].item() & 0xFFFF, motion.ids[0, 0].item() >> 16
-        assert (x, y) == (round(16 * 9.3), round(16 * 4.2)), (x, y)
+        assert np.allclose(motion.start[0], [(9.3, 4.2)]), motion.start
 
 
 def test_flags_that_the_page_has_no_use_for_and_files_that_it_would_overwrite_are_refused():

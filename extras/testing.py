@@ -26,6 +26,7 @@ import torch.nn as nn
 from PIL import Image
 from safetensors.torch import save_file
 
+import motionstream
 import sample
 from motionstream import PRESETS, MotionStream
 from vae import TinyVAE, TinyVAEConfig, WanVAEConfig
@@ -34,7 +35,7 @@ HERE = Path(__file__).resolve().parents[1]
 
 # Head dimension 20: RoPE splits it 8 / 6 / 6, unequal as in Wan's 44 / 42 / 42.
 SMALL = replace(PRESETS["tiny"], dim=40, ffn_dim=80, num_heads=2, num_layers=2, in_dim=12, out_dim=4, track_dim=8,
-                text_dim=12, text_len=5, size=(32, 48), causal=True, track_id_mode="start", guidance=(1.0, 1.5))
+                text_dim=12, text_len=5, size=(32, 48), causal=True, track_id_mode="start", copies=False, guidance=(1.0, 1.5))
 SMALL_VAE = TinyVAEConfig(latent_channels=4, patch=4, pad="front", stem=8, encoder=((12, 1, 4, 2),),
                           decoder=((12, 2, 4, 2), (8, 1, 1, 1)), tail=8)
 TAEW21, TAEW22 = TinyVAEConfig(), TinyVAEConfig(latent_channels=48, patch=2)
@@ -69,7 +70,7 @@ def randomised(module, seed=0):
 
 
 def new_model(seed=0, **overrides):
-    return randomised(MotionStream(replace(SMALL, **overrides)), seed)
+    return randomised(motionstream.new_model(replace(SMALL, **overrides)), seed)
 
 
 def new_vae(config=SMALL_VAE):

@@ -38,7 +38,7 @@ POSITIONS = {               # arrays by name: the order of their axes, and pixel
     "track_points": ("tn", "01"), "points": ("nt", "01"), "array": ("nt", "px")}
 VISIBLE = ("visibility", "pred_visibility", "track_visibility", "visibles")
 HIDDEN = ("occluded", "occlusion")
-OTHERS = ("width", "height", "fps", "ids", "track_ids", "format")
+OTHERS = ("width", "height", "fps", "ids", "track_ids", "start", "format")
 KNOWN = tuple(POSITIONS) + VISIBLE + HIDDEN + OTHERS
 CURE = "damaged, or not numbers; write it with numpy.savez(path, tracks=tracks), (T, N, 2) float32"
 TOOL = "python -m extras.tracks"            # where the flags are that messages name
