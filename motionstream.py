@@ -110,7 +110,7 @@ class Config:
     eps: float = 1e-6
     # what it reads
     text_encoder: str = "umt5"          # or "words": the tiny model's own vectors
-    track_id_mode: str = "random"       # or "start": see track_ids
+    track_id_mode: str = "random"       # or "same", "start": see track_ids
     clean_first: bool = True            # latent frame 0 is the image, at sigma 0: see with_first
     # sampling
     causal: bool = False        # True: a student that streams; False: a bidirectional teacher
@@ -171,7 +171,7 @@ PRESETS = {
         stride=16, size=(704, 1280), fps=24),
     "tiny": Config(
         dim=192, ffn_dim=576, num_heads=3, num_layers=5,
-        in_dim=96 + 32 + 98 + 96, out_dim=96, track_dim=32, copies=True,
+        in_dim=96 + 32 + 98 + 96, out_dim=96, track_dim=32, copies=True, track_id_mode="same",
         text_dim=64, text_len=8, text_encoder="words",
         steps=15, guidance=(1.5, 0.0), size=(128, 128), prompt="steady light, steady shapes"),
 }
@@ -486,10 +486,13 @@ def track_ids(tracks, visible, config, rng=None):
     By config.track_id_mode:
 
     random   a random number, as in the paper, drawn from `rng`
+    same     0 for all: IDs say where tracks are, copies say what they move
     start    (y << 16) + x, the pixel where the track is first seen: for the weights in assets/"""
     B, _, N, _ = tracks.shape
     if config.track_id_mode == "random":
         return torch.randint(0, 2 ** 32, (B, N), generator=rng).to(tracks.device)
+    if config.track_id_mode == "same":
+        return torch.zeros(B, N, dtype=torch.long, device=tracks.device)
     x, y = start_points(tracks, visible).clamp(0, 2 ** 16 - 1).long().unbind(-1)
     return (y << 16) + x
 
@@ -769,8 +772,8 @@ def rollout(model, noise, conditions, first_latent=None, exit_step=None, rng=Non
 # The tiny model: copies along tracks, and the linear part of the velocity. Not in the paper.
 #
 # A track says where a piece of frame 0 is now. So that piece, as latents, is given to the model
-# where it is now, beside the track's ID (Wan-Move copies first-frame features along tracks in the
-# same way): the tiny model has no room to learn to look up what an ID stands for. And the part of
+# where it is now (Wan-Move copies first-frame features along tracks in the same way), and all
+# tracks have one ID: the tiny model has no room to learn to look up what IDs stand for. The part of
 # its velocity that is linear in x_t is computed, not learned (Karras et al. 2022). Wan's weights
 # get neither.
 
@@ -806,8 +809,7 @@ def way_back(tracks, start, index, distance):
     """From each square of frame t to where it was in frame 0, by the track that it follows.
 
     index, distance (B, T, rows, columns) of nearest_track; start (B, N, 2): where the tracks were
-    in frame 0. Returns whole pixels, (B, T, rows, columns, 2) int64: 0 where no track
-    is visible."""
+    in frame 0. Returns whole pixels, (B, T, rows, columns, 2) int64: 0 where no track is visible."""
     if tracks.shape[2] == 0:
         return index.new_zeros(*index.shape, 2)
     of_track = (start[:, None] - tracks.nan_to_num(0)).round().long()   # (B, T, N, 2)
@@ -877,8 +879,7 @@ def copy_along_tracks(vae, image, tracks, visible, start):
 
 def mix_copies(shares, moved, still):
     """What the copies say x0 is: a share of the latents moved along the tracks, and a share of the
-    image's own, as at frame 0. shares (B, 2, F, h, w), of the head;
-    moved, still (B, C, F, h, w)."""
+    image's own, as at frame 0. shares (B, 2, F, h, w): the head's; moved, still (B, C, F, h, w)."""
     return shares[:, :1] * moved + shares[:, 1:] * still
 
 
@@ -974,8 +975,8 @@ def image_channels(first_latent, frames):
 
 def image_and_mask(latents):
     """The image channels of weights with a mask (Config.has_mask). latents (B, C, F, h, w): of a
-    clip that is the image in video frame 0 and grey, 0, in all others. Returns (B, 4 + C, F, h,
-    w): the mask, 1 at latent frame 0 and 0 after it, then the latents."""
+    clip that is the image in video frame 0 and grey, 0, in all others. Returns the mask, 1 at
+    latent frame 0 and 0 after it, then the latents: (B, 4 + C, F, h, w)."""
     B, _, frames, h, w = latents.shape
     mask = latents.new_ones(B, MASK, 1, h, w)
     return torch.cat([image_channels(mask, frames), latents], 1)
@@ -983,8 +984,8 @@ def image_and_mask(latents):
 
 def image_inputs(config, latents, frames):
     """How a model takes the image: (channels of a clip of `frames` latents, clean latent frame 0),
-    None for what it does not take. latents: the image's, (B, C, 1, h, w); for a mask (B, C,
-    frames, h, w), see image_and_mask."""
+    None for what it does not take. latents: the image's, (B, C, 1, h, w); with a mask those of a
+    clip, (B, C, frames, h, w), see image_and_mask."""
     channels = None
     first_latent = None
     if config.has_mask:

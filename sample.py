@@ -19,6 +19,7 @@ same frames. extras/tracks.py reads files of other programs. In place of --track
 import argparse
 import collections
 import contextlib
+import functools
 import itertools
 import math
 import os
@@ -26,6 +27,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 import zipfile
@@ -35,8 +37,6 @@ from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")    # threads wait awake, but briefly: ffmpeg needs the cores
 
-import imageio.v2 as imageio
-import imageio_ffmpeg
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -400,13 +400,129 @@ def enlarge(frame):
     return frame.repeat(factor, 0).repeat(factor, 1)
 
 
+def find_ffmpeg():
+    """The path of an ffmpeg that does what is asked of it here. UserError, in its own words, if there is
+    none."""
+    exe = os.environ.get("IMAGEIO_FFMPEG_EXE")
+    cure = "name another in IMAGEIO_FFMPEG_EXE, or unset it"
+    if not exe:
+        cure = "pip install -U imageio[ffmpeg]"
+        try:
+            import imageio_ffmpeg
+            exe = imageio_ffmpeg.get_ffmpeg_exe()
+        except (ImportError, RuntimeError) as e:
+            raise UserError(f"{e}; {cure}") from None
+    reason = try_ffmpeg(exe)
+    if reason:
+        raise UserError(f"{exe}: cannot be used ({reason}); {cure}")
+    return exe
+
+
+@functools.cache
+def try_ffmpeg(exe):
+    """What is wrong with an ffmpeg: it writes a frame, into nothing. None: nothing."""
+    command = encoder_command(exe, 16, 16, 25) + ["-fps_mode", "passthrough", "-f", "null", "-"]
+    try:
+        done = subprocess.run(command, input=bytes(16 * 16 * 3), capture_output=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as e:
+        return str(e)
+    if done.returncode:
+        return ffmpeg_words(done.stderr.decode(errors="replace"), done.returncode)
+    return None
+
+
+def ffmpeg_words(log, code):
+    """What ffmpeg, which has ended with a code, says is wrong, in one line: the first error of its log (with
+    level+ in -loglevel)."""
+    lines = log.splitlines()
+    errors = [line for line in lines if "[error] " in line or "[fatal] " in line]
+    said = (errors or lines[-1:] or [f"it has ended with code {code}"])[0]
+    return re.sub(r"^(\[[^]]*\] )+", "", said)[:300]
+
+
+def encoder_command(exe, width, height, fps):
+    """How ffmpeg is called to write frames as H.264, all but the output: in BT.709, and tagged so. What is
+    not tagged, players take for one thing or another by its size."""
+    converted = ("scale=2*ceil(iw/2):2*ceil(ih/2):out_color_matrix=bt709:out_range=tv,setsar=1,format=yuv420p,"
+                 "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709")
+    command = [exe, "-hide_banner", "-nostats", "-loglevel", "level+error", "-y"]
+    command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-framerate", f"{fps:g}"]
+    command += ["-i", "-", "-vf", converted, "-color_range", "tv", "-colorspace", "bt709"]
+    command += ["-color_primaries", "bt709", "-color_trc", "bt709"]
+    return command + ["-c:v", "libx264", "-preset", "veryfast", "-crf", "15"]
+
+
 def count_frames(path):
     """How many frames a video file holds, which are not decoded; 0 if it cannot be read."""
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", path, "-map", "0:v:0", "-c", "copy"]
-    command += ["-f", "null", "-"]
+    command = [find_ffmpeg(), "-i", f"file:{path}", "-map", "0:v:0", "-c", "copy", "-f", "null", "-"]
     told = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).stderr
     counts = re.findall(rb"frame= *(\d+)", told) or [0]
     return int(counts[-1])
+
+
+class Encoder:
+    """ffmpeg, writing a file from frames, uint8 (H, W, 3), that are all of one size."""
+
+    def __init__(self, path, fps):
+        self.path = path
+        self.fps = fps
+        self.shape = None
+        self.count = 0
+        self.process = None
+        self.log = tempfile.TemporaryFile()
+
+    def start(self, height, width):
+        """Start ffmpeg, which Ctrl-C is not for."""
+        command = encoder_command(find_ffmpeg(), width, height, self.fps)
+        command += ["-movflags", "+faststart", f"file:{self.path}"]
+        group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)          # of Windows
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=self.log, process_group=0,
+                                        creationflags=group)
+
+    def append(self, frame):
+        if self.process is None:
+            height, width, _ = frame.shape
+            self.shape = (height, width, 3)
+            self.start(height, width)
+        if frame.shape != self.shape or frame.dtype != np.uint8:
+            raise ValueError(f"a frame is {frame.dtype} {frame.shape}, expected uint8 {self.shape}")
+        try:
+            self.process.stdin.write(np.ascontiguousarray(frame))
+        except OSError:
+            self.fail()
+        self.count += 1
+
+    def fail(self):
+        """Raise OSError: ffmpeg's own words."""
+        code = self.process.wait()
+        self.log.seek(0)
+        raise EncodingError(ffmpeg_words(self.log.read().decode(errors="replace"), code))
+
+    def finish(self):
+        """The file is whole; or OSError says why it is not."""
+        if self.process is None:
+            raise EncodingError("there are no frames")
+        try:
+            self.process.stdin.close()
+        except OSError:
+            self.fail()
+        if self.process.wait():
+            self.fail()
+        if count_frames(self.path) != self.count:
+            raise EncodingError("not all frames can be read back")
+
+    def stop(self):
+        """Nothing of it is left running, whatever has happened."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            with contextlib.suppress(OSError):
+                self.process.stdin.close()
+        self.log.close()
+
+
+class EncodingError(OSError):
+    """What ffmpeg says of a video that it cannot write."""
 
 
 @contextlib.contextmanager
@@ -414,30 +530,20 @@ def video_file(path, fps):
     """`with video_file(path, fps) as append`: append(frame), uint8 (H, W, 3), goes to a temporary file
     beside `path`, which takes its place when the block ends and all frames can be read back. If the
     block ends in an exception, nothing is left behind."""
+    path = Path(path)
     part = path.absolute().with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    count = 0
-
-    def append(frame):
-        nonlocal count
-        writer.append_data(frame)
-        count += 1
-
-    options = ["-preset", "veryfast", "-movflags", "+faststart"]
+    encoder = Encoder(part, fps)
     try:
-        writer = imageio.get_writer(part, fps=fps, codec="libx264", quality=7, macro_block_size=2,
-                                    ffmpeg_log_level="quiet", output_params=options)
-        with writer:
-            yield append
-        if count_frames(part) != count:     # a failed encoding is silent
-            raise OSError(0, "not all frames can be read back")
+        yield encoder.append
+        encoder.finish()
         os.replace(part, path)
-    except BrokenPipeError:                 # of what is printed meanwhile: imageio has its own kind
+    except BrokenPipeError:                 # of what is printed meanwhile
         raise
-    except OSError as e:                    # if ffmpeg has gone, its reason has gone with it
-        reason = e.strerror or "ffmpeg has ended"
-        raise UserError(f"{path}: cannot be written after {count} frames ({reason}); is the disk full, "
-                        "or the folder not writable?") from None
+    except OSError as e:
+        reason = e.strerror or e
+        raise UserError(f"{path}: cannot be written after {encoder.count} frames ({reason})") from None
     finally:
+        encoder.stop()
         part.unlink(missing_ok=True)
 
 
@@ -482,6 +588,8 @@ def check_output(path, endings, inputs):
     for wrong, cure in faults:
         if wrong:
             raise UserError(f"{path}: {cure}")
+    if path.suffix.lower() == ".mp4":
+        find_ffmpeg()
 
 
 def write_frames(append, frames, total):

@@ -56,7 +56,7 @@ from motionstream import (PRESETS, Config, CopyingMotionStream, KVCache, MotionS
                           UserError, add_noise, apply_rope, copy_along_tracks, euler, find_config,
                           guided_velocity, image_and_mask, image_inputs, joint_guidance, linear_part, motion_inputs,
                           nearest_track, rollout, rope_table, save_pretrained, schedule, shift_sigma, sinusoid,
-                          start_points, to_x0, track_features, track_ids, warp_along_tracks, with_first,
+                          split_conditions, start_points, to_x0, track_features, track_ids, warp_along_tracks, with_first,
                           with_linear_part)
 from sample import count_frames, embed_words
 from vae import (STATISTICS, CausalConv, ChannelNorm, Enlarge, LinearVAE, LinearVAEConfig, MemBlock,
@@ -543,6 +543,12 @@ def test_copying_along_true_tracks_gives_the_latents_of_the_moved_picture():
             assert_near(first[:, :4, :1], latents[:, :, :1], 1e-6)              # frame 0 is the image itself
 
 
+def test_all_tracks_may_have_the_same_id():
+    tracks, visible, _ = new_tracks(9, 3)
+    ids = track_ids(tracks, visible, replace(COPYING, track_id_mode="same"), seeded())
+    assert ids.shape == (len(tracks), 3) and ids.dtype == torch.int64 and (ids == 0).all()
+
+
 def test_copies_made_chunk_by_chunk_are_those_of_the_whole():
     vae, (video, tracks, visible) = linear_vae(), pan(21)
     visible &= rand(*visible.shape) > -0.5
@@ -690,6 +696,15 @@ def test_rollout_equals_the_algorithm_by_hand():
     assert [x.shape[2] for x in rolled] == [3, 3, 2] and rolled[0][:, :, :1].equal(first)
     assert_near(torch.cat(rolled, 2), torch.cat(chunks, 2), 1e-5)
     assert not rolled[1][:, :, :1].equal(first) and all(len(cache) == 5 * 6 for cache in caches)
+
+
+def test_rollout_takes_chunks_and_caches_that_are_not_the_configs():
+    model, (noise, given, first) = new_model(), clip_of(8)
+    expected = list(rollout(new_model(chunk=2, sink=0, window=2), noise, given, first, rng=seeded()))
+    caches = model.new_caches(sink=0, window=2)
+    made = rollout(model, noise.split(2, 2), split_conditions(given, 2), first, rng=seeded(), caches=caches)
+    assert all(a.equal(b) for a, b in zip(made, expected, strict=True)) and len(expected) == 4
+    assert all(len(cache) == 2 * 2 * 6 for cache in caches)
 
 
 def test_a_stream_fed_chunk_by_chunk_equals_the_whole_clip_and_asks_late():
@@ -2376,7 +2391,7 @@ def test_long_rollouts_start_from_the_first_latents_of_clips_and_pictures_are_en
 def test_every_stage_runs_from_weights_of_wan_in_the_papers_two_stages_of_the_teacher():
     calls, judged, masks, forward, subset, dmd_loss = [], [], [], MotionStream.forward, td.dense_subset, td.dmd_loss
 
-    def record(model, x, sigma, text, **given):
+    def record(model, x, sigma, text=None, **given):
         calls.append((sigma.clone(), text, given))
         return forward(model, x, sigma, text, **given)
 

@@ -652,9 +652,52 @@ class Batch:
         return Batch(self.latents.to(device), conditions, points, self.touched.to(device))
 
 
+def walk(folder):
+    """(The files in a folder and those below it, sorted; lines on what is not among them, and why.)
+    Links are followed, but each folder counts once, however many links lead to it, or even back."""
+    files = []
+    left = []
+    hidden = 0
+    seen = {}                               # where each folder really is: what it was reached as
+    places = [folder]
+    links = []
+    while places or links:
+        place = places.pop() if places else links.pop(0)    # folders themselves go before links to them
+        real = os.path.realpath(place)
+        if real in seen:
+            left.append(f"{place}: is a link to {seen[real]}, which counts already")
+            continue
+        seen[real] = place
+        try:
+            entries = sorted(place.iterdir())
+        except OSError as e:
+            left.append(f"{place}: {e.strerror}")
+            continue
+        for entry in entries:
+            if entry.name.startswith("."):  # as of macOS, which puts ._a.mp4 beside a.mp4
+                hidden += 1
+            elif entry.is_dir() and entry.is_symlink():
+                links.append(entry)
+            elif entry.is_dir():
+                places.append(entry)
+            elif entry.is_file():
+                files.append(entry)
+            else:
+                left.append(f"{entry}: is no file, or a link to none")
+    if hidden:
+        left.append(f"{folder}: {hidden} hidden files or folders, whose names begin with a dot")
+    return sorted(files), left
+
+
+def clip_files(folder):
+    """The clips in a folder and those below it, see walk."""
+    files, _ = walk(folder)
+    return [file for file in files if file.suffix.lower() == ".safetensors"]
+
+
 def fingerprint(folder):
     """Of the clips in a folder: their names, sizes and ages. None: of no folder."""
-    files = sorted(folder.rglob("*.safetensors")) if folder else []
+    files = clip_files(folder) if folder else []
     about = [(str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns)
              for file in files]
     return seed_of(about)
@@ -705,7 +748,7 @@ def check_clip(file, shapes, config, track_frames):
 def open_clips(folder, config, frames, track_frames):
     """The files of the clips in a folder that have `frames` latents or more, with tracks of
     `track_frames` video frames. UserError, one line, if one of them is wrong, or none is left."""
-    files = sorted(folder.rglob("*.safetensors"))
+    files = clip_files(folder)
     long_enough = []
     for file in files:
         shapes, _ = read_header(file)
@@ -1723,8 +1766,11 @@ def refuse(flags, start, has_video):
 def resolve(flags):
     """Flags, and the weights that they name, to the Run."""
     start = inspect(flags.weights) if flags.weights else None
-    first_clip = next(flags.data.rglob("*.safetensors"), None) if flags.data else None
-    has_video = first_clip is not None and "video" in read_header(first_clip)[0]
+    if flags.data and RANK == 0:
+        for line in walk(flags.data)[1]:
+            print(f"left out: {line}")
+    clips = clip_files(flags.data) if flags.data else []
+    has_video = bool(clips) and "video" in read_header(clips[0])[0]
     refuse(flags, start, has_video)
     config = resolve_config(flags, start)
     settings = resolve_settings(flags, start, config)

@@ -3,10 +3,12 @@
     python -m extras.clips VIDEOS --out clips
     python -m extras.clips VIDEOS --out clips --weights DIR --vae FILE --text-encoder DIR     for Wan's
 
-In VIDEOS, or folders in it, a clip is a.mp4, at the model's frame rate, a.npz, its tracks, in any format
-that extras/tracks.py reads, and a.txt, its prompt; or a row of a *.csv with columns video and caption. A
-picture, a.png, in place of the video is enough for the stage distill. Prompts and pictures may be encoded
-already: a.safetensors, with `prompt` and, for an image branch, `clip`.
+In VIDEOS, or folders in it, or that links in it lead to, a clip is a.mp4, at the model's frame rate, a.npz,
+its tracks, in any format that extras/tracks.py reads, and a.txt, its prompt; or a row of a *.csv with columns
+video and caption. A picture, a.png, in place of the video is enough for the stage distill. Prompts and
+pictures may be encoded already: a.safetensors, with `prompt` and, for an image branch, `clip`.
+
+Names belong together if Windows or macOS would take them for one: a.mp4 and A.NPZ. What is not counted is said.
 
 A file that is there, made from the same, is not made again. With torchrun, each process makes its part.
 Without --vae the clips hold video, on which the stage vae can be trained; the tiny model reads words.
@@ -17,14 +19,14 @@ import collections
 import contextlib
 import csv
 import functools
-import itertools
+import io
 import os
 import sys
+import unicodedata
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import imageio.v2 as imageio
 import numpy as np
 import torch
 from PIL import Image
@@ -33,13 +35,18 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from extras.encoders import image_encoder, listing, read_rows, text_encoder
+from extras.tracks import decode_text
+from extras.video import open_video, remade
 from motionstream import PRESETS, Config, UserError, naming, write
 from sample import (Parser, Tracks, Weights, embed_words, fit_image, fit_tracks, inspect, load_image,
-                    number, open_vae, read_tracks, reported)
+                    find_ffmpeg, number, open_vae, read_tracks, reported)
+from train_distill import walk
 
 MOST_TRACKS = 2500                          # of a clip: the paper's grid of 50x50
 RANK = int(os.environ.get("RANK", 0))
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
+SEEN = (".mp4", ".png")                     # endings of what a clip shows
+ENDINGS = SEEN + (".npz", ".txt", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -55,84 +62,204 @@ class Job:
     image_encoder: Path | None = None
 
 
+@dataclass(frozen=True)
+class Source:
+    """The files of what may be a clip."""
+    stem: Path                              # what they are called, without the ending
+    files: dict                             # {ending: file}
+
+    def path(self, ending):
+        """The file of that ending; where it should be, if it is not there."""
+        return self.files.get(ending, Path(f"{self.stem}{ending}"))
+
+    def versions(self):
+        """What tells if the files are others by now."""
+        told = []
+        for ending, file in sorted(self.files.items()):
+            about = file.stat()
+            told.append((file.name, about.st_size, about.st_mtime_ns))
+        return told
+
+
+def alike(name):
+    """What names have in common that some systems take for one: they tell no case, or how é is composed."""
+    composed = unicodedata.normalize("NFC", name)
+    return unicodedata.normalize("NFC", composed.casefold())
+
+
 def find_sources(folder):
-    """{stem, a path in the folder without its ending: [(ending, size, age)]} of what may be clips."""
-    sources = collections.defaultdict(list)
-    for name, size, age in listing(folder):
-        path = Path(name)
-        sources[str(path.with_suffix(""))].append((path.suffix, size, age))
-    kinds = {".mp4", ".png", ".npz"}
-    return {stem: files for stem, files in sources.items()
-            if kinds.intersection(ending for ending, _, _ in files)}
+    """({name, a path in the folder without its ending: Source}; lines on what is in none of them, and
+    why)."""
+    files, left = walk(folder)
+    files.sort(key=lambda file: file.suffix != file.suffix.lower())         # a.mp4 before a.MP4
+    stems = collections.defaultdict(dict)
+    others = collections.Counter()
+    for file in files:
+        ending = file.suffix.lower()
+        if ending not in ENDINGS:
+            others[ending] += 1
+            continue
+        stem = str(file.relative_to(folder).with_suffix(""))
+        if ending in stems[stem]:
+            left.append(f"{file}: there is {stems[stem][ending].name}, too")
+        stems[stem].setdefault(ending, file)
+    tables = sum(table.parent == folder for table in files if table.suffix.lower() == ".csv")
+    others[".csv"] -= tables                # which read_captions reads
+    for ending, count in sorted((+others).items()):
+        cure = "; make .mp4 of them" if ending in (".mov", ".avi", ".mkv", ".webm", ".m4v", ".gif") else ""
+        left.append(f"{folder}: {count} files that end in {ending or 'nothing'}, which are no part of clips{cure}")
+    return join_alike(stems, folder, left), left
 
 
-def read_captions(folder):
-    """{stem: prompt} of the csv files in a folder. UserError if one cannot be read."""
+def join_alike(stems, folder, left):
+    """Stems, {name: {ending: file}}, to sources: those whose names are alike are joined if each has what
+    the other lacks. What has neither video, picture nor tracks is added to `left`."""
+    groups = collections.defaultdict(list)
+    for name in stems:
+        groups[alike(name)].append(name)
+    sources = {}
+    for group in groups.values():
+        group.sort(key=lambda name: not any(ending in stems[name] for ending in SEEN))      # the video's first
+        joined = {}
+        for name in group:
+            joined |= stems[name]
+        if len(joined) == sum(len(stems[name]) for name in group):
+            stems[group[0]] = joined
+            group = group[:1]
+        for name in group:
+            if {*SEEN, ".npz"} & stems[name].keys():
+                sources[name] = Source(folder / name, stems[name])
+            else:
+                files = ", ".join(file.name for file in stems[name].values())
+                left.append(f"{folder / name}: {files} without a video or a picture")
+    return dict(sorted(sources.items()))
+
+
+def read_captions(folder, sources):
+    """({name of a source: prompt} of the csv files in a folder; a line on what each of them holds).
+    UserError if one cannot be read."""
+    name_of = {}
+    for name in sources:
+        name_of.setdefault(alike(name), name)
     captions = {}
-    for table in folder.glob("*.csv"):
-        with naming(table, "no csv in UTF-8 with columns video and caption"):
-            with open(table, encoding="utf-8-sig") as file:
-                for row in csv.DictReader(file):
-                    captions[str(Path(row["video"]).with_suffix(""))] = row["caption"]
-    return captions
+    said = []
+    for table in sorted(folder.iterdir()):
+        if table.suffix.lower() != ".csv" or table.name.startswith("."):
+            continue
+        found = []
+        strangers = []
+        for video, caption in read_table(table):
+            name = clip_name(video, folder)
+            if name not in sources:
+                name = name_of.get(alike(name))
+            if name is None:
+                strangers.append(video)
+            else:
+                found.append(name)
+                captions[name] = caption
+        said.append(f"{table}: {len(found)} of {len(found) + len(strangers)} rows are of clips here")
+        if strangers:
+            said[-1] += f", not {strangers[0]!r}"
+        again = len(found) - len(set(found))
+        if again:
+            said[-1] += f"; {again} name a clip again, of which the last counts"
+        own = sum(".txt" in sources[name].files for name in set(found))
+        if own:
+            said[-1] += f"; {own} of the clips have a .txt, which counts instead"
+    return captions, said
 
 
-def read_images(job, stem):
-    """The frames of a clip as PIL images, job.frames of a video, or one picture. ValueError, one line,
-    if the video is at another frame rate or too short."""
-    video = Path(f"{stem}.mp4")
-    if not video.exists():
-        return [load_image(f"{stem}.png")]
-    with imageio.get_reader(video) as reader:
-        fps = reader.get_meta_data()["fps"]
-        images = [Image.fromarray(frame) for frame in itertools.islice(reader, job.frames)]
-    if fps != job.config.fps or len(images) < job.frames:
-        raise ValueError(f"{len(images)} frames at {fps:g} a second, {job.frames} at "
-                         f"{job.config.fps} are wanted")
-    return images
+def read_table(table):
+    """The rows of a csv file, each (video, caption). UserError, naming it, if it has none."""
+    try:
+        rows = csv.DictReader(io.StringIO(decode_text(table.read_bytes()), newline=""))
+        names = {str(name).strip().lower(): name for name in rows.fieldnames or ()}
+        if not {"video", "caption"} <= names.keys():
+            raise UserError(f"has no columns video and caption, only: {', '.join(names)}"[:200])
+        read = [(row[names["video"]], row[names["caption"]]) for row in rows]
+        return [(video.strip(), caption) for video, caption in read if video and caption is not None]
+    except (UserError, OSError, csv.Error) as e:
+        raise UserError(f"{table}: {getattr(e, 'strerror', None) or e}") from None
 
 
-def read_motion(job, stem, size):
-    """A clip's tracks (T', N, 2) and visibility (T', N) on its frames of `size` (width, height), as
-    the model sees them; at most MOST_TRACKS, and as long as they are. ValueError if they are shorter
-    than the clip."""
+def clip_name(video, folder):
+    """The stem that a csv file means by a video: a path in the folder, as any system writes it."""
+    path = Path(video.replace("\\", "/"))
+    if path.is_absolute() and path.is_relative_to(folder.absolute()):
+        path = path.relative_to(folder.absolute())
+    if path.suffix.lower() in SEEN:
+        path = path.with_suffix("")
+    return str(path)
+
+
+def read_images(job, source):
+    """(The frames of a clip as PIL images, job.frames of a video, or one picture; the size, (width,
+    height), that its tracks are on). ValueError, one line, if the video is at another frame rate or too
+    short."""
+    if ".mp4" not in source.files:
+        image = load_image(source.path(".png"))
+        return [image], image.size
+    path = source.path(".mp4")
+    rate = job.config.fps
+    video = open_video(path, job.frames)
+    fps = video.fps or rate
+    cure = f"make its tracks again after {remade(path, f'-vf fps={rate}', keep='')}"
+    if abs(fps - rate) > rate / 100:
+        raise ValueError(f"frames at {fps:g} a second, {rate} are wanted; {cure}")
+    images = [Image.fromarray(frame) for frame in video.frames]
+    if len(images) < job.frames:
+        raise ValueError(f"{len(images)} frames at {fps:g} a second, {job.frames} at {rate} are wanted")
+    late = [time - n / rate for n, time in enumerate(video.times()[:job.frames])]
+    uneven = max(late, default=0) - min(late, default=0)
+    if uneven > 1.01 / rate:                            # tracks are of frames, and models of even ones
+        raise ValueError(f"frames are up to {uneven:.2g} s away from {rate} a second; {cure}")
+    return images, video.size
+
+
+def read_motion(job, path, stored, size):
+    """The tracks (T', N, 2) and visibility (T', N) in a file, on frames of `size` (width, height), as
+    the model sees them; at most MOST_TRACKS, and as long as they are. They are in pixels of the frames as
+    they are `stored`, which need not be square. ValueError if they are shorter than the clip."""
     with contextlib.redirect_stdout(None):              # doubts are no news
-        found = read_tracks(Path(f"{stem}.npz"), size)
+        found = read_tracks(path, stored)
     length = len(found.tracks)
     if length < job.frames:
         raise ValueError(f"tracks of {length} frames, {job.frames} are wanted")
     some = np.random.default_rng(0).permutation(found.tracks.shape[1])[:MOST_TRACKS]
     some.sort()
-    some_tracks = Tracks(found.tracks[:, some], found.visible[:, some])
+    square = np.float32(size) / np.float32(stored)
+    some_tracks = Tracks(found.tracks[:, some] * square, found.visible[:, some])
     motion, _ = fit_tracks(some_tracks, size, length, job.config, 0)
     return motion.tracks[0, :length], motion.visible[0, :length]
 
 
-def read_conditions(job, stem, caption):
+def read_conditions(job, source, caption):
     """What a clip says beside its frames: {"prompt": a text}, or encoded, as its .safetensors has it,
     {"text": (L, text_dim)} and, for an image branch, {"clip": (257, clip_dim)}. Raises what is wrong
     with it."""
     wan = job.config.text_encoder == "umt5"
-    given = Path(f"{stem}.safetensors")
-    if wan and given.exists():
-        rows = read_rows(given, job.config)
+    if wan and ".safetensors" in source.files:
+        rows = read_rows(source.path(".safetensors"), job.config)
         found = {"text": rows["prompt"]}
         if job.config.clip_dim and "clip" in rows:      # else the encoder sees the frame
             found["clip"] = rows["clip"]
         return found
     if wan and not job.text_encoder:
         raise ValueError("its prompt has to be encoded, give --text-encoder DIR")
-    own = Path(f"{stem}.txt")
-    if caption and not own.exists():
+    own = source.path(".txt")
+    if caption and ".txt" not in source.files:
         return {"prompt": caption}
-    return {"prompt": own.read_text(encoding="utf-8")}
+    try:
+        return {"prompt": decode_text(own.read_bytes())}
+    except UserError as e:
+        raise UserError(f"{own}: {e}") from None
 
 
-def read_clip(job, stem, caption):
+def read_clip(job, source, caption):
     """A clip as it is found: video (3, T, H, W) uint8, tracks, visible, group, and what
     read_conditions returns. Raises whatever is wrong with it."""
-    images = read_images(job, stem)
-    tracks, visible = read_motion(job, stem, images[0].size)
+    images, stored = read_images(job, source)
+    tracks, visible = read_motion(job, source.path(".npz"), stored, images[0].size)
     video = torch.stack([fit_image(image, job.config.size)[0] for image in images], 1)
     clip = {
         "video": ((video + 1) * 127.5).round().byte(),
@@ -140,7 +267,7 @@ def read_clip(job, stem, caption):
         "visible": visible,
         "group": torch.full((tracks.shape[1],), -1),            # what they are on is not known
     }
-    return clip | read_conditions(job, stem, caption)
+    return clip | read_conditions(job, source, caption)
 
 
 class Encoders:
@@ -196,33 +323,39 @@ def made_from(path):
 def make_clips(job):
     """The files of a job, made now or before. What is broken is named and left out, up to a tenth of
     all: UserError if it is more."""
-    captions = read_captions(job.folder)
-    sources = find_sources(job.folder)
+    sources, left = find_sources(job.folder)
+    captions, said = read_captions(job.folder, sources)
+    for line in [f"left out: {line}" for line in left] + said:
+        if RANK == 0:
+            print(line)
+    if any(".mp4" in source.files for source in sources.values()):
+        find_ffmpeg()                       # or every single one would be left out
     encoders = Encoders(job)
     checksum = zlib.crc32(job.vae.read_bytes()) if job.vae else ""
     config = job.config
     settings = [checksum, job.frames, config.size, config.text_dim, config.clip_dim,
                 listing(job.text_encoder), listing(job.image_encoder)]
-    stems = [*sources][RANK::PROCESSES]
+    names = [*sources][RANK::PROCESSES]
     files = []
-    for stem in tqdm(stems, "make clips", disable=RANK > 0):
-        path = job.out / f"{stem}.safetensors"
-        key = repr([settings, sources[stem], captions.get(stem)])
-        source = f"{zlib.crc32(key.encode()):08x}"
-        if made_from(path) != source:
+    for name in tqdm(names, "make clips", disable=RANK > 0):
+        path = job.out / f"{name}.safetensors"
+        source = sources[name]
+        key = repr([settings, source.versions(), captions.get(name)])
+        made_of = f"{zlib.crc32(key.encode()):08x}"
+        if made_from(path) != made_of:
             try:
-                clip = read_clip(job, job.folder / stem, captions.get(stem))
+                clip = read_clip(job, source, captions.get(name))
             except Exception as e:                      # of a dozen kinds
                 reason = (str(e).strip() or repr(e)).splitlines()[0]
-                print(f"left out: {job.folder / stem}: {reason}")
+                print(f"left out: {source.stem}: {reason}")
                 continue
             clip = encode_clip(job, encoders, clip)
             path.parent.mkdir(parents=True, exist_ok=True)
-            about = {"format": "motionstream clip", "source": source, "vae": str(checksum)}
+            about = {"format": "motionstream clip", "source": made_of, "vae": str(checksum)}
             write(path, lambda part: save_file(clip, part, about))
         files.append(path)
-    if not stems or len(files) < 0.9 * len(stems):
-        raise UserError(f"{job.folder}: {len(files)} of {len(stems)} clips can be used here; a clip is "
+    if not names or len(files) < 0.9 * len(names):
+        raise UserError(f"{job.folder}: {len(files)} of {len(names)} clips can be used here; a clip is "
                         "a.mp4 or a.png, a.npz and a.txt")
     return files
 

@@ -20,7 +20,6 @@ import zlib
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-import imageio.v2 as imageio
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -31,6 +30,7 @@ import sample
 from extras import measures, world
 from extras.cases import NEUTRAL, Case, new_clips
 from extras.measures import lpips_network, psnr, ssim
+from extras.video import open_video
 from motionstream import PRESETS, Config, MotionStream, UserError, start_points, track_ids, write
 from sample import ASSETS, Parser, embed_words, number
 from vae import load_vae
@@ -598,33 +598,21 @@ def find_reward(name):
 # ----------------------------------------------------------------------------------------------------------------------
 # Two videos.
 
-def open_video(path):
-    """(the frames of a video, uint8 (H, W, 3), one by one; its frames per second). UserError if there are none."""
-    try:
-        reader = imageio.get_reader(path)
-        frames = iter(reader)
-        first = next(frames)
-        return itertools.chain([first], frames), reader.get_meta_data().get("fps")
-    except Exception as e:                              # of a dozen kinds
-        reason = str(e).strip().splitlines() or [type(e).__name__]
-        raise UserError(f"{path}: cannot be read as a video ({reason[0][:99]})") from None
-
-
 def compare(made, real, net=None):
     """The mean PSNR, SSIM and, with `net` ("alex" or "vgg"), LPIPS of the frames of two videos, paths, as long as there
     are both: ({name: number}, how many frames). The second is scaled and cropped as the first one's image was."""
-    frames, fps = open_video(made)
-    others, other_fps = open_video(real)
-    if abs(fps - other_fps) > 0.1:
-        print(f"note: {made} is at {fps:g} frames/s, {real} at {other_fps:g}; they are not resampled")
+    video = open_video(made)
+    other_video = open_video(real)
+    if video.fps and other_video.fps and abs(video.fps - other_video.fps) > 0.1:
+        print(f"note: {made} is at {video.fps:g} frames/s, {real} at {other_video.fps:g}; they are not resampled")
     distance = lpips_network(net) if net else None
     rows = []
-    for frame, other in zip(frames, others):
-        truth = sample.fit_image(Image.fromarray(other).convert("RGB"), frame.shape[:2])
-        video = torch.from_numpy(frame).permute(2, 0, 1)[None] / 127.5 - 1
-        row = {"PSNR": psnr(video, truth), "SSIM": ssim(video, truth).item()}
+    for frame, other in zip(video.frames, other_video.frames):
+        truth = sample.fit_image(Image.fromarray(other), frame.shape[:2])
+        pixels = torch.from_numpy(frame).permute(2, 0, 1)[None] / 127.5 - 1
+        row = {"PSNR": psnr(pixels, truth), "SSIM": ssim(pixels, truth).item()}
         if distance:
-            row["LPIPS"] = distance(video, truth).item()
+            row["LPIPS"] = distance(pixels, truth).item()
         rows.append(row)
     means = {}
     for name in rows[0]:
@@ -735,8 +723,7 @@ def run_compare(argv):
         told.append(f"{count} frames of {args.real}")
         told += [f"{name} {number:.4g}" for name, number in numbers.items()]
     if args.tracks:
-        frames, _ = open_video(args.made)
-        height, width, _ = next(frames).shape
+        width, height = open_video(args.made, most=1).size
         image_size = (width, height)
         if args.image:
             image_size = sample.load_image(args.image).size

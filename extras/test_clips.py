@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import sample
 import train_distill as td
 from extras import clips, encoders
+from extras.test_video import ffmpeg
 from extras.testing import (SMALL, STUB, STUB_VAE, assert_error, assert_near, folder, new_model, new_vae,
                             own_clips, quiet, rand, recipe, saved, small_encoders, with_transformers)
 from motionstream import MotionStream, UserError
@@ -38,7 +39,7 @@ def made(flags):
 def test_processes_share_the_clips_that_are_made():
     with folder() as here, quiet(), unittest.mock.patch.multiple(clips, PROCESSES=3, RANK=1):
         flags, own = small_flags(here, own_clips(here / "data", "abcd")), []
-        with unittest.mock.patch.object(clips, "read_clip", lambda _, stem, caption: own.append(stem.name) or 1 / 0):
+        with unittest.mock.patch.object(clips, "read_clip", lambda _, source, caption: own.append(source.stem.name) or 1 / 0):
             assert_error(UserError, "0 of 1 clips", made, flags)
         assert own == ["b"]
 
@@ -116,9 +117,12 @@ def test_own_clips_are_made_once_and_pictures_are_enough_to_distil():
             file.write("video,caption,score\na.mp4,\"warming light\",1\nc.mp4,none of this,2\n")
         text = [load_file(file)["text"] for file in made(flags)[0]]
         assert text[0].equal(embed_words("warming light", SMALL)[0]) and not text[0].equal(text[1])
-        for table in "name,caption\na.mp4,x\n", "video,caption\nb\u00e9,x":
+        for table, cause in (("name,caption\na.mp4,x\n", "clips.csv: has no columns video and caption, only: name, caption"),
+                             ("video,caption\nb\u00e9,x", "clips.csv: is no text in UTF-8"),
+                             ("", "clips.csv: has no columns"),
+                             ("video,caption\na.mp4," + "x" * 200_000, "clips.csv: field larger than field limit")):
             (data / "clips.csv").write_bytes(table.encode("latin-1"))
-            assert_error(UserError, "clips.csv: no csv in UTF-8 with columns", made, flags)
+            assert_error(UserError, cause, made, flags)
         (data / "clips.csv").unlink()
         (data / "a.txt").write_text("steady light")
         for file in data.rglob("*.mp4"):
@@ -187,6 +191,132 @@ def test_broken_clips_are_named_and_too_many_end_it():
         for name in "bad", "good0":
             (data / f"{name}.txt").unlink()
         assert_error(UserError, "8 of 10 clips can be used here", made, flags)
+
+
+def test_tracks_are_of_the_frames_that_are_stored_even_if_those_are_late_or_not_square():
+    with folder() as here:
+        flags = small_flags(here, own_clips(here / "data", ("even", "late", "wide")))
+        video = here / "data/even.mp4"
+        late = "settb=1/32,setpts='2*N+between(N,10,20)'"
+        ffmpeg("-i", video, "-vf", late, "-fps_mode", "passthrough", "-enc_time_base", "1/32", "-qp", 0,
+               here / "data/late.mp4")
+        ffmpeg("-i", video, "-vf", "scale=32:48,setsar=2", "-qp", 0, here / "data/wide.mp4")
+        tracks = np.tile(np.float32([[40, 24], [50, 10]]), (45, 1, 1))
+        for name, scale in ("even", 1), ("late", 1), ("wide", (0.5, 1)):
+            np.savez(here / "data" / f"{name}.npz", tracks=tracks * np.float32(scale))
+        files, said = made(flags)
+        even, late, wide = map(load_file, files)
+        assert not said and even["latents"].shape == (4, 12, 4, 6)
+        assert_near(even["latents"].float(), late["latents"].float(), 0.2)
+        for clip in late, wide:
+            assert clip["tracks"].equal(even["tracks"])
+            assert (clip["first"].float() - even["first"].float()).abs().mean() < 6
+        np.savez(here / "data/wide.npz", tracks=tracks, width=64, height=48)        # of the picture as it is seen
+        assert load_file(made(flags)[0][2])["tracks"].equal(even["tracks"])
+
+
+def test_videos_that_cannot_be_read_as_they_are_are_left_out_with_their_command():
+    with folder() as here:
+        flags = small_flags(here, own_clips(here / "data", [f"good{i}" for i in range(9)] + ["bad"]))
+        bad = here / "data/bad.mp4"
+        whole = bad.read_bytes()
+        hdr = ("-vf", "format=yuv420p,setparams=color_primaries=bt2020:color_trc=arib-std-b67:colorspace=bt2020nc")
+        pause = "settb=1/160,setpts='10*N+gt(N,9)*(17.5-(N-9)/2)'"          # 16 a second on the whole
+        for cause, options in (("is HDR (bt2020nc, bt2020, arib-std-b67); ffmpeg -i", hdr),
+                               ("at 24 a second, 16 are wanted; make its tracks again after ffmpeg -i", ("-r", 24)),
+                               (" s away from 16 a second; make its tracks again after ffmpeg -i",
+                                ("-vf", pause, "-fps_mode", "passthrough", "-enc_time_base", "1/160"))):
+            bad.write_bytes(whole)
+            ffmpeg("-i", bad, *options, here / "new.mp4")
+            (here / "new.mp4").replace(bad)
+            files, said = made(flags)
+            assert f"left out: {here}/data/bad: " in said and cause in said and len(files) == 9, said
+            assert said.count("\n") == 1
+
+
+def test_names_belong_together_that_some_systems_take_for_one():
+    with folder() as here:
+        data = own_clips(here / "data", ("a", "caf\u00e9", "c"))
+        flags = small_flags(here, data)
+        (data / "a.npz").rename(data / "A.NPZ")
+        (data / "caf\u00e9.txt").rename(data / "cafe\u0301.txt")
+        (data / "c.mp4").rename(data / "c.MP4")
+        files, said = made(flags)
+        assert [file.stem for file in files] == ["a", "c", "caf\u00e9"] and not said
+        (data / "a.txt").unlink()
+        (data / "c.txt").unlink()
+        (data / "more.CSV").write_text("Video, Caption ,x\nA.MP4,warming light,1\n.\\c.mp4,still\nc,light\ngone.mp4,x\n"
+                                       "short\ncafe\u0301.mp4,cold\n", encoding="utf-16")
+        files, said = made(flags)
+        assert said == (f"{data}/more.CSV: 4 of 5 rows are of clips here, not 'gone.mp4'; 1 name a clip again, of which "
+                        "the last counts; 1 of the clips have a .txt, which counts instead\n"), said
+        text = [load_file(file)["text"] for file in files]
+        for found, words in zip(text, ("warming light", "light", "fading light")):
+            assert found.equal(embed_words(words, SMALL)[0])
+        for name in "mp4", "npz", "txt":                            # a second clip, whole, is another one
+            (data / f"A.{name}").write_bytes((data / f"caf\u00e9.{name if name != 'txt' else 'mp4'}").read_bytes())
+        (data / "A.txt").write_text("warming light")
+        (data / "A.NPZ").rename(data / "a.npz")
+        (data / "more.CSV").write_text(f"video,caption\n{data}/a.mp4,light\nc,light\n")
+        files, said = made(flags)
+        assert [file.stem for file in files][:2] == ["A", "a"] and "2 of 2 rows" in said
+        assert load_file(files[1])["text"].equal(embed_words("light", SMALL)[0])
+
+
+def test_all_of_a_folder_is_seen_or_it_is_said_what_is_not():
+    with folder() as here:
+        flags = small_flags(here, own_clips(here / "data", ("a", "sub/b")))
+        data = here / "data"
+        own_clips(here / "elsewhere", ("c", "deep/d"))
+        (data / "link").symlink_to(here / "elsewhere")
+        (data / "sub/loop").symlink_to(data)
+        (here / "elsewhere/back").symlink_to(data / "sub")
+        (data / "again").symlink_to(here / "elsewhere/deep")
+        (data / "self").symlink_to(data / "self")
+        (data / "gone.mp4").symlink_to(here / "gone.mp4")
+        (data / "._a.mp4").write_bytes(b"of macOS")
+        (data / "x.mov").write_bytes(b"")
+        (data / "README").write_bytes(b"")
+        (data / "alone.txt").write_text("light")
+        (data / "a.MP4").write_bytes(b"")
+        files, said = made(flags)
+        assert sorted(str(file.relative_to(here / "clips")) for file in files) == [
+            "a.safetensors", "again/d.safetensors", "link/c.safetensors", "sub/b.safetensors"], files
+        for line in ("link/deep: is a link to", "sub/loop: is a link to", "link/back: is a link to", "self: is no file",
+                     "gone.mp4: is no file, or a link to none", "1 hidden", "1 files that end in .mov, which",
+                     "1 files that end in nothing", "alone: alone.txt without a video", "too"):
+            assert said.count(line) == 1, (line, said)
+        assert all(line.startswith(f"left out: {data}") for line in said.splitlines())
+
+
+def test_what_a_training_reads_may_lie_behind_links():
+    with folder() as here:
+        made(small_flags(here, own_clips(here / "data", ("a", "b"))))
+        (here / "all").mkdir()
+        (here / "all/link").symlink_to(here / "clips")
+        (here / "all/link/loop").symlink_to(here / "all")
+        assert len(td.open_clips(here / "all", SMALL, 12, 45)) == 2
+        before = td.fingerprint(here / "all")
+        (here / "clips/b.safetensors").unlink()
+        assert td.fingerprint(here / "all") != before
+
+
+def test_texts_are_utf_8_or_utf_16_with_a_mark():
+    with folder() as here:
+        flags = small_flags(here, own_clips(here / "data", [f"good{i}" for i in range(9)] + ["text"]))
+        own, text = here / "data/text.txt", "w\u00e4rmend light"
+        job = clips.parse_job([str(word) for word in flags])
+        for data in (text.encode(), text.encode("utf-8-sig"), text.encode("utf-16"),
+                     b"\xfe\xff" + text.encode("utf-16-be")):
+            own.write_bytes(data)
+            assert clips.read_conditions(job, clips.Source(own.with_suffix(""), {".txt": own}), None) == {"prompt": text}
+        for data in (text.encode("utf-16-le"), "light".encode("utf-16-be"), text.encode("utf-32"), b"\xff\xfea",
+                     bytes(range(256)), text.encode("latin-1")):
+            own.write_bytes(data)
+            source = clips.Source(own.with_suffix(""), {".txt": own})
+            assert_error(UserError, f"{own}: is no text in UTF-8", clips.read_conditions, job, source, None)
+        files, said = made(flags)
+        assert len(files) == 9 and f"{own}: is no text in UTF-8" in said and said.count("\n") == 1, said
 
 
 def test_what_cannot_be_made_into_clips_is_refused_in_one_line():

@@ -17,6 +17,7 @@ from extras.cases import Case, Clips, new_clips, seed_of
 from extras.evaluate import (Trained, compare, end_point_error, eval_row, find_reward, label_of, measure,
                              measure_tables, motion_reward, play)
 from extras.measures import ssim
+from extras.test_video import ffmpeg
 from extras.testing import (HERE, Perceptual, assert_error, assert_near, folder, having_lpips, new_model, new_vae, quiet,
                             rand, saved, seeded)
 from motionstream import MotionStream, UserError
@@ -376,6 +377,18 @@ def test_two_videos_are_compared_frame_by_frame_as_long_as_there_are_both():
             assert 1 < compare(here / "made.mp4", here / "real.mp4", "vgg")[0]["LPIPS"] < 1.1
         with having_lpips(None):
             assert_error(UserError, "pip install lpips", compare, here / "made.mp4", here / "real.mp4", "alex")
+
+
+def test_frames_are_compared_with_those_that_are_stored_not_with_an_even_rate():
+    late = "settb=1/32,setpts='2*N+between(N,10,20)'"
+    with folder() as here, quiet():
+        ffmpeg("-f", "lavfi", "-i", "testsrc2=s=64x48:r=16:d=3", "-qp", 0, here / "even.mp4")
+        ffmpeg("-i", here / "even.mp4", "-vf", late, "-fps_mode", "passthrough", "-enc_time_base", "1/32", "-qp", 0,
+               here / "late.mp4")
+        numbers, count = compare(here / "even.mp4", here / "late.mp4")
+        assert count == 48 and numbers["PSNR"] > 60, numbers
+        ffmpeg("-i", here / "even.mp4", "-frames:v", 1, here / "x.png")
+        assert_error(UserError, "x.png: is a picture, not a video", compare, here / "even.mp4", here / "x.png")
 
 
 def save_points(path, tracks, visible, width, height):

@@ -465,6 +465,51 @@ class Payload:
         return Path.touch, (self.path,)
 
 
+def test_files_of_torch_save_that_hold_tensors_are_read_as_their_npz_would_be():
+    rng = np.random.default_rng(0)
+    tracks = (rng.random((6, 4, 2)) * 30).astype(np.float32)
+    seen = rng.random((6, 4)) > 0.3
+    points, hidden = torch.from_numpy(tracks), torch.from_numpy(~seen)
+    with folder() as here:
+        np.savez(here / "x.npz", tracks=tracks, visibility=seen, width=96, height=64, fps=24)
+        expected = load_tracks(here / "x.npz", (48, 32))
+        whole = {"tracks": points.requires_grad_(), "visibility": ~hidden, "width": 96, "height": torch.tensor(64),
+                 "fps": torch.tensor(24)}
+        for name, content in (
+                ("dict.pt", whole), ("batch.pth", whole | {"tracks": points[None], "visibility": ~hidden[None, ..., None]}),
+                ("tapir.pt", {"tracks": points.transpose(0, 1), "occluded": hidden.T, "width": 96, "height": 64, "fps": 24}),
+                ("more.pt", whole | {"video": points, "note": "mine", "nested": {"a": points}})):
+            for zipped in True, False:
+                torch.save(content, here / name, _use_new_zipfile_serialization=zipped)
+                found = load_tracks(here / name, (48, 32))
+                assert (found["tracks"] == expected["tracks"]).all() and (found["visible"] == seen).all(), name
+                assert found["fps"] == 24
+        for dtype in torch.bfloat16, torch.float16, torch.float64:
+            torch.save(points.detach().to(dtype), here / "one.pt")
+            found = load_tracks(here / "one.pt", (48, 32), layout="tn")["tracks"]
+            assert abs(found - tracks).max() < 0.2 and found.dtype == np.float32
+        for cause, content in (
+                ("holds a tuple; save", (points, ~hidden)), ("holds a list", [points]), ("holds a dict", {}),
+                ("tracks is a list", {"tracks": [1, 2]}), ("has no array named tracks, only: a", {"a": points}),
+                ("tracks is a Tensor, and no plain", {"tracks": torch.ones(3, 2).to_sparse()}),
+                ("has an array of (999999, 999, 2)", {"tracks": torch.zeros(1).expand(999_999, 999, 2)}),
+                ("is a pickle", {"tracks": tracks}), ("complex64", {"tracks": torch.ones(6, 4, 2) * 1j})):
+            torch.save(content, here / "bad.pt")
+            assert_error(UserError, f"{here / 'bad.pt'}: ", load_tracks, here / "bad.pt", (48, 32))
+            assert_error(UserError, cause, load_tracks, here / "bad.pt", (48, 32))
+
+
+def test_json_of_any_editor_is_read():
+    text = '[[{"x": 1, "y": 2}, {"x": 3, "y": 4}]]'
+    with folder() as here:
+        for data in (text.encode(), text.encode("utf-8-sig"), text.encode("utf-16"), b"\xfe\xff" + text.encode("utf-16-be")):
+            (here / "x.json").write_bytes(data)
+            assert load_tracks(here / "x.json", (48, 32))["tracks"].tolist() == [[[1, 2]], [[3, 4]]]
+        for data in text.encode("utf-16-le"), text.encode("utf-32"), b"[[1, 2], [\xe9]]":
+            (here / "x.json").write_bytes(data)
+            assert_error(UserError, "x.json: is no text in UTF-8", load_tracks, here / "x.json", (48, 32))
+
+
 def test_a_tracks_file_is_never_unpickled_and_never_unpacked_beyond_the_limit():
     with folder() as here:
         np.save(here / "code.npy", np.array([Payload(here / "made")], object))

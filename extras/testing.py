@@ -421,7 +421,7 @@ def wan_sampled(weights, *more):
     _, here = wan_workplace()
     calls, forward = [], MotionStream.forward
 
-    def record(model, x, sigma, text, **given):
+    def record(model, x, sigma, text=None, **given):
         calls.append(SimpleNamespace(x=x, sigma=sigma, text=text, **given))
         return forward(model, x, sigma, text, **given)
 

@@ -12,6 +12,7 @@ swapped on a guess. Sizes are checked before there is an array, and no pickle is
 """
 
 import argparse
+import codecs
 import contextlib
 import io
 import json
@@ -49,8 +50,8 @@ TOOL = "python -m extras.tracks"            # where the flags are that messages 
 
 def read_file(path):
     """What a file holds: "npy", "npz" or "json", and arrays by name, None for those that are not KNOWN.
-    An .npy file has one, named tracks. ATI's .pth are bytes, which torch takes out, and which are an
-    .npz file."""
+    An .npy file, or one tensor of torch.save, has one, named tracks. ATI's .pth are bytes, which torch
+    takes out, and which are an .npz file."""
     with open(path, "rb") as file:
         head = file.read(6)
         if head == np.lib.format.MAGIC_PREFIX:
@@ -64,10 +65,47 @@ def read_file(path):
     packed = None
     with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):  # which advise unpickling
         packed = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(packed, bytes):
+    if packed is None:
         raise UserError("is a pickle, which may run code and is not opened; docs/tracks.md says how to "
                         "make an .npz of it")
-    return "npz", read_arrays(io.BytesIO(packed))
+    if isinstance(packed, bytes):
+        return "npz", read_arrays(io.BytesIO(packed))
+    if torch.is_tensor(packed):
+        return "npy", {"tracks": to_array("tracks", packed)}
+    if not isinstance(packed, dict) or not packed:
+        raise UserError(f"holds a {type(packed).__name__}; save what it holds by name: "
+                        'torch.save({"tracks": tracks, "visibility": visibility}, path)')
+    arrays = {}
+    for name, value in packed.items():
+        arrays[name] = to_array(name, value) if name in KNOWN else None
+    return "npz", arrays
+
+
+def to_array(name, value):
+    """A tensor, or a number, out of a file of torch.save as an array."""
+    if isinstance(value, (int, float, str)):
+        return np.asarray(value)
+    if not torch.is_tensor(value) or value.layout != torch.strided or value.is_quantized:
+        raise UserError(f"{name} is a {type(value).__name__}, and no plain tensor")
+    check_size(tuple(value.shape), value.itemsize)          # it may claim more than the file holds
+    if value.dtype == torch.bfloat16:
+        value = value.float()
+    return value.detach().numpy()
+
+
+def decode_text(data):
+    """The bytes of a text file to the text: in UTF-8, with or without a byte order mark, or in UTF-16 with
+    one. UserError if it is anything else."""
+    encoding = "utf-8-sig"
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "utf-16"
+    try:
+        text = data.decode(encoding)
+        if "\0" in text:                    # as of UTF-16 without its mark, or UTF-32
+            raise ValueError("it has zeros in it")
+        return text
+    except ValueError as e:
+        raise UserError(f"is no text in UTF-8 or, with a byte order mark, in UTF-16 ({e}); save it as UTF-8") from None
 
 
 def check_unpacked(file):
@@ -127,7 +165,7 @@ def read_json(path):
     if len(data) > LIMIT_TEXT:
         raise UserError(f"is no .npy or .npz file, and of others at most {LIMIT_TEXT / 2 ** 20:.0f} MiB "
                         "are read")
-    given = parse(data.decode())
+    given = parse(decode_text(data))
     if not isinstance(given, dict):
         given = {"tracks": given}
     arrays = {name: np.asarray(value) for name, value in given.items() if name in KNOWN[1:]}
