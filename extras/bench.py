@@ -359,10 +359,10 @@ def median_seconds(work, device, repeats):
 
 
 def matmul_rate(device, dtype):
-    """FLOPs/s of the largest matrix product tried, the best of ten: the peak of which the table tells the share."""
-    size = 8192 if device.type == "cuda" else 1024
+    """FLOPs/s of a square matrix product, the best of three: the peak of which the table tells the share."""
+    size = 8192 if device.type == "cuda" else 512
     a = torch.randn(size, size, device=device, dtype=dtype)
-    seconds = min(median_seconds(lambda: a @ a, device, 1) for _ in range(10))
+    seconds = min(median_seconds(lambda: a @ a, device, 1) for _ in range(3))
     return 2 * size ** 3 / seconds
 
 
@@ -524,6 +524,8 @@ def print_predicted(job, training):
     seconds = [predicted_seconds(counts) for _, counts in counted]
     flops = [counts.flops.total() for _, counts in counted]
     rows = summed_rows(parts, seconds, flops)
+    shown = seconds[0] + seconds[2]
+    rows.append(Row("first pixel", shown, "the passes and the decoding of a whole chunk, no copy to the CPU"))
     for part, counts in steps:
         rows.append(Row(part.name, predicted_seconds(counts), part.counts, 0, counts.flops.total()))
     print_rows(rows, 989e12)
