@@ -61,8 +61,8 @@ from motionstream import (PRESETS, Config, CopyingMotionStream, KVCache, MotionS
                           split_conditions, start_points, to_x0, track_features, track_ids, warp_along_tracks, with_first,
                           with_linear_part)
 from sample import count_frames, embed_words
-from vae import (STATISTICS, CausalConv, ChannelNorm, LinearVAE, LinearVAEConfig, TinyVAE, WanVAE,
-                 WanVAEConfig, load_vae)
+from vae import (STATISTICS, CausalConv, ChannelNorm, Enlarge, LinearVAE, LinearVAEConfig, MemBlock,
+                 Repack, TinyVAE, WanVAE, WanVAEConfig, enlarging, load_vae)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Flow matching, guidance, sampling of the teacher.
@@ -1227,6 +1227,58 @@ def test_chunked_decode_equals_whole_decode_and_never_touches_the_state():
     assert not vae.decode(z[:, :, 3:4])[0].equal(parts[1][:, :, 3:])                       # and matters
 
 
+def decoded_layer_by_layer(layers, z):
+    """What each layer of TAEHV's decoder does, frame by frame in a plain loop, of latents (C, F, h, w): (T, 3, H, W)."""
+    frames = [3 * torch.tanh(frame / 3) for frame in z.unbind(1)]
+    for layer in layers:
+        if isinstance(layer, MemBlock):
+            before = [frames[0]] + frames[:-1]
+            frames = [F.relu(layer.conv(torch.cat(pair)[None])[0] + pair[0]) for pair in zip(frames, before)]
+        elif isinstance(layer, Repack):
+            frames = [part for frame in frames for part in layer.conv(frame[None])[0].chunk(layer.grow)]
+        else:
+            frames = [layer(frame[None])[0] for frame in frames]
+    return 2 * F.pixel_shuffle(torch.stack(frames), 2)[3:] - 1
+
+
+def test_a_stage_of_the_tiny_decoder_in_one_convolution_is_its_layers_and_learns_as_they_do():
+    for stages in ((6, 1, 4, 2), (5, 1, 1, 1)), ((6, 2, 2, 3), (4, 1, 2, 2)):
+        vae = new_vae(replace(SMALL_VAE, patch=2, decoder=stages, tail=5)).requires_grad_(True)
+        z = rand(2, 4, 3, 3, 4)
+        video, _ = vae.decode_unclamped(z)
+        names, parameters = zip(*vae.decoder.named_parameters())
+        plain = torch.stack([decoded_layer_by_layer(vae.decoder, one) for one in z]).transpose(1, 2)
+        assert_near(video, plain, 1e-5)
+        weight = rand(*video.shape)
+        got = torch.autograd.grad((video * weight).sum(), parameters)
+        for name, a, b in zip(names, got, torch.autograd.grad((plain * weight).sum(), parameters)):
+            assert b.abs().max() > 0, name
+            assert_near(a, b, 1e-4)
+
+
+def test_enlarging_and_convolving_in_one_is_both_in_turn():
+    for space in 1, 2, 3:
+        weight, bias, x = rand(5, 4, 3, 3), rand(5, seed=1), rand(2, 4, 3, 6, seed=2)
+        plain = F.conv2d(nn.Upsample(scale_factor=space)(x), weight, bias, padding=1)
+        folded = enlarging(weight, space).transpose(0, 1)
+        assert_near(F.conv_transpose2d(x, folded, bias, space, 1), plain, 1e-5)
+    layers, x = randomised(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(4, 5, 3, padding=1))), rand(2, 4, 3, 5, 6)
+    plain = torch.stack([layers(frame) for frame in x.unbind(2)], 2)
+    assert_near(Enlarge(*layers)(x), plain, 1e-5)
+
+
+def test_a_vae_computes_in_the_dtype_of_its_weights():
+    for vae, channels in (new_vae(), 4), (linear_vae(), 4), (randomised(WanVAE(WAN21)), 16):
+        video, z = rand(1, 3, 5, 16, 24).clamp(-1, 1), rand(1, channels, 2, 2, 3)
+        latents, (decoded, _) = vae.encode(video), vae.decode(z)
+        vae.to(torch.bfloat16)
+        assert vae.encode(video).dtype == vae.decode(z)[0].dtype == torch.bfloat16
+        _, state = vae.decode(z[:, :, :1])
+        assert all(t.dtype == torch.bfloat16 for t in state)
+        assert_near(vae.encode(video).float(), latents, 0.05)
+        assert_near(vae.decode(z)[0].float(), decoded, 0.05)
+
+
 def test_encoding_in_pieces_equals_the_whole_and_an_image_is_the_first_latent():
     for config in SMALL_VAE, replace(SMALL_VAE, pad="end"):
         vae, video = new_vae(config), rand(2, 3, 29, 16, 24).clamp(-1, 1)
@@ -1389,8 +1441,8 @@ def test_wan_encoding_is_causal_and_holds_few_frames_however_long_the_clip():
 
 def test_the_wan_vae_runs_from_its_own_source():
     own = lifted("vae.py", "FRAMES", "check_video", "WanVAEConfig", "STATISTICS", "CausalConv", "TimeConv", "Causal",
-                 "PerFrame", "ChannelNorm", "ResBlock", "Attention", "DownStage", "UpStage", "downsample", "upsample",
-                 "res_blocks", "middle", "head", "build_wan_encoder", "build_wan_decoder", "columns_first", "WanVAE",
+                 "each_frame", "channels_to_frames", "enlarging", "PerFrame", "Enlarge", "ChannelNorm", "ResBlock",
+                 "Attention", "DownStage", "UpStage", "downsample", "upsample", "res_blocks", "middle", "head", "build_wan_encoder", "build_wan_decoder", "columns_first", "WanVAE",
                  OrderedDict=OrderedDict)
     vae = randomised(own.WanVAE(own.WanVAEConfig(48, 8, 12, True)))
     z = vae.encode(wan_video(vae, 5))
@@ -2788,6 +2840,7 @@ def test_dmd_loss_and_the_vae_run_from_their_own_source():
     assert values[0].equal(values[1]) and values[0] > 0
 
     own = lifted("vae.py", "FRAMES", "check_video", "TinyVAEConfig", "TINY", "conv", "MemBlock", "Repack",
+                 "each_frame", "frames_to_channels", "channels_to_frames", "enlarging", "grow_frames",
                  "build_encoder", "build_decoder", "run_layers", "TinyVAE")
     vae = randomised(own.TinyVAE(own.TinyVAEConfig(**vars(SMALL_VAE))))
     z = vae.encode(rand(1, 3, 9, 16, 16))
