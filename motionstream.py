@@ -269,9 +269,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return y.type_as(x) * self.weight
+        return F.rms_norm(x, self.weight.shape, eps=self.eps) * self.weight
 
 
 def attend(q, k, v):
@@ -347,6 +345,11 @@ class CrossAttention(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # The transformer's block and its head. The residual stream, norms and gates stay in float32.
 
+def modulate(x, shift, scale):
+    """x (1 + scale) + shift: adaptive layer norm, after the norm."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
 class Block(nn.Module):
     """Self-attention and feed-forward, both modulated by sigma frame by frame, with
     cross-attention between."""
@@ -368,16 +371,16 @@ class Block(nn.Module):
         modulation = (self.modulation + time).unsqueeze(2)              # (B, 1 or F, 1, 6, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(3)
 
-        y = (self.norm1(x) * (1 + scale1) + shift1).to(dtype)
+        y = modulate(self.norm1(x), shift1, scale1).to(dtype)
         y = self.self_attn(y.flatten(1, 2), rope, cache, write)         # (B, L, D)
-        x = x + gate1 * y.view_as(x)
+        x = torch.addcmul(x, gate1, y.view_as(x))
 
         y = self.norm3(x).to(dtype)
         y = self.cross_attn(y.flatten(1, 2), text, image)
         x = x + y.view_as(x)
 
-        y = (self.norm2(x) * (1 + scale2) + shift2).to(dtype)
-        return x + gate2 * self.ffn(y)
+        y = modulate(self.norm2(x), shift2, scale2).to(dtype)
+        return torch.addcmul(x, gate2, self.ffn(y))
 
 
 class Head(nn.Module):
@@ -393,7 +396,7 @@ class Head(nn.Module):
         """time (B, 1 or F, D)."""
         modulation = (self.modulation + time.unsqueeze(2)).unsqueeze(2)     # (B, 1 or F, 1, 2, D)
         shift, scale = modulation.unbind(3)
-        return self.head(self.norm(x) * (1 + scale) + shift)
+        return self.head(modulate(self.norm(x), shift, scale))
 
 
 # --------------------------------------------------------------------------------------------------
