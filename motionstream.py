@@ -188,11 +188,12 @@ def sinusoid(t, dim):
     return torch.cat([angle.cos(), angle.sin()], -1).float()
 
 
-def axis_angles(length, dim, device):
-    """The angle by which each position rotates each pair of channels: (length, dim / 2) float64."""
+def axis_rotations(length, dim, device):
+    """How each position rotates each pair of channels: complex (length, dim / 2)."""
     position = torch.arange(length, dtype=torch.float64, device=device)
     frequency = 10000 ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
-    return torch.outer(position, frequency)
+    angle = torch.outer(position, frequency)                        # float64: exact far out, too
+    return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
 
 
 def rope_table(frames, rows, columns, head_dim, device):
@@ -201,15 +202,14 @@ def rope_table(frames, rows, columns, head_dim, device):
     Frame is the slowest axis. Of the d pairs of channels, d // 3 rotate with the row, as many with
     the column, the rest with the frame."""
     spatial = 2 * (head_dim // 6)
-    frame = axis_angles(frames, head_dim - 2 * spatial, device)
-    row = axis_angles(rows, spatial, device)
-    column = axis_angles(columns, spatial, device)
+    frame = axis_rotations(frames, head_dim - 2 * spatial, device)
+    row = axis_rotations(rows, spatial, device)
+    column = axis_rotations(columns, spatial, device)
     grid = (frames, rows, columns, -1)
-    angle = torch.cat([frame[:, None, None].expand(grid),
+    table = torch.cat([frame[:, None, None].expand(grid),
                        row[None, :, None].expand(grid),
                        column[None, None].expand(grid)], -1)        # (frames, rows, columns, d)
-    angle = angle.flatten(0, 2)
-    return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
+    return table.flatten(0, 2)
 
 
 def apply_rope(x, table):
