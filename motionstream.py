@@ -189,11 +189,12 @@ def sinusoid(t, dim):
     return torch.cat([angle.cos(), angle.sin()], -1).float()
 
 
-def axis_angles(length, dim, device):
-    """The angle by which each position rotates each pair of channels: (length, dim / 2) float64."""
+def axis_rotations(length, dim, device):
+    """How each position rotates each pair of channels: complex (length, dim / 2)."""
     position = torch.arange(length, dtype=torch.float64, device=device)
     frequency = 10000 ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
-    return torch.outer(position, frequency)
+    angle = torch.outer(position, frequency)                        # float64: exact far out, too
+    return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
 
 
 def rope_table(frames, rows, columns, head_dim, device):
@@ -202,15 +203,14 @@ def rope_table(frames, rows, columns, head_dim, device):
     Frame is the slowest axis. Of the d pairs of channels, d // 3 rotate with the row, as many with
     the column, the rest with the frame."""
     spatial = 2 * (head_dim // 6)
-    frame = axis_angles(frames, head_dim - 2 * spatial, device)
-    row = axis_angles(rows, spatial, device)
-    column = axis_angles(columns, spatial, device)
+    frame = axis_rotations(frames, head_dim - 2 * spatial, device)
+    row = axis_rotations(rows, spatial, device)
+    column = axis_rotations(columns, spatial, device)
     grid = (frames, rows, columns, -1)
-    angle = torch.cat([frame[:, None, None].expand(grid),
+    table = torch.cat([frame[:, None, None].expand(grid),
                        row[None, :, None].expand(grid),
                        column[None, None].expand(grid)], -1)        # (frames, rows, columns, d)
-    angle = angle.flatten(0, 2)
-    return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
+    return table.flatten(0, 2)
 
 
 def apply_rope(x, table):
@@ -270,9 +270,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return y.type_as(x) * self.weight
+        return F.rms_norm(x, self.weight.shape, eps=self.eps) * self.weight
 
 
 def attend(q, k, v):
@@ -348,6 +346,11 @@ class CrossAttention(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # The transformer's block and its head. The residual stream, norms and gates stay in float32.
 
+def modulate(x, shift, scale):
+    """x (1 + scale) + shift: adaptive layer norm, after the norm."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
 class Block(nn.Module):
     """Self-attention and feed-forward, both modulated by sigma frame by frame, with
     cross-attention between."""
@@ -369,16 +372,16 @@ class Block(nn.Module):
         modulation = (self.modulation + time).unsqueeze(2)              # (B, 1 or F, 1, 6, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(3)
 
-        y = (self.norm1(x) * (1 + scale1) + shift1).to(dtype)
+        y = modulate(self.norm1(x), shift1, scale1).to(dtype)
         y = self.self_attn(y.flatten(1, 2), rope, cache, write)         # (B, L, D)
-        x = x + gate1 * y.view_as(x)
+        x = torch.addcmul(x, gate1, y.view_as(x))
 
         y = self.norm3(x).to(dtype)
         y = self.cross_attn(y.flatten(1, 2), text, image)
         x = x + y.view_as(x)
 
-        y = (self.norm2(x) * (1 + scale2) + shift2).to(dtype)
-        return x + gate2 * self.ffn(y)
+        y = modulate(self.norm2(x), shift2, scale2).to(dtype)
+        return torch.addcmul(x, gate2, self.ffn(y))
 
 
 class Head(nn.Module):
@@ -394,7 +397,7 @@ class Head(nn.Module):
         """time (B, 1 or F, D)."""
         modulation = (self.modulation + time.unsqueeze(2)).unsqueeze(2)     # (B, 1 or F, 1, 2, D)
         shift, scale = modulation.unbind(3)
-        return self.head(self.norm(x) * (1 + scale) + shift)
+        return self.head(modulate(self.norm(x), shift, scale))
 
 
 # --------------------------------------------------------------------------------------------------
