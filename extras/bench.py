@@ -12,6 +12,7 @@ counted on tensors without contents, so that the same numbers come of every mach
 
 import itertools
 import math
+import os
 import platform
 import re
 import sys
@@ -432,7 +433,7 @@ def memory_now(device):
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def print_long(model, vae, text, frames):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import train_distill as td
 from extras import evaluate, experiments, world
-from extras.cases import NEUTRAL, Case, new_clips
+from extras.cases import Case, new_clips
 from extras.evaluate import Trained, case_of, eval_row, label_of, settings_of
 from extras.experiments import (Distillation, DrawnTracks, Lesson, Refreshed, attention_row, attention_shares,
                                 damaged_folder, distil_briefly, drawing, encoding_row, refreshing, teach_briefly,

@@ -20,7 +20,7 @@ from PIL import Image
 
 import sample
 from extras.testing import (HERE, STUB, assert_error, assert_near, command, folder, new_model,
-                            quiet, rand, recipe, sampled, saved, wan_workplace, workplace)
+                            quiet, rand, recipe, sampled, saved, workplace)
 from extras import tracks as program
 from extras.tracks import (MOVES, camera, camera_move, camera_tracks, drag_tracks, follow, load_depth,
                            load_tracks, read_path, render_control)
