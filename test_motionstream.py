@@ -2444,7 +2444,8 @@ def test_drawn_clips_are_the_same_whether_they_are_encoded_while_drawn_or_later(
         clip, video = load_file(files[0]), load_file(videos[0])
         with torch.no_grad():
             latents = drawn.load_vae().encode(video["video"][None] / 127.5 - 1)[0].half()
-        assert clip["latents"].equal(latents) and clip["first"].equal(video["video"][:, 0])
+        assert_near(clip["latents"], latents, 2e-3)                     # drawn by one thread, here there may be more
+        assert clip["first"].equal(video["video"][:, 0])
         assert clip["tracks"].equal(video["tracks"]) and clip["tracks"].shape[0] == 189, "those of 16 chunks"
 
 
@@ -2629,7 +2630,8 @@ def test_every_stage_runs_from_weights_of_wan_in_the_papers_two_stages_of_the_te
         log, _ = trained(here, flags, ("teacher",))
         first = MotionStream.from_pretrained(here / "out" / "teacher.safetensors")
         state = torch.load(*(here / "out").glob("teacher.*.pt"), weights_only=True)
-        assert "teacher AdamW" in state and "teacher Muon" not in state
+        moments = state["learners"]["teacher"]["optimizer"]["state"]
+        assert moments and all("exp_avg" in moment for moment in moments.values()), "AdamW alone"
         assert first.config == replace(c, in_dim=48, track_dim=16, shift=6.0, sigmas=schedule(3, 6.0), steps=48)
         assert masks == [False] and (calls[0][0] > 0).all()         # no frame is clean: the image is in channels
         assert calls[0][2]["image"].shape == (1, 16, 21, 4, 6) and not calls[0][2]["image"][:, :, 1:].any()
