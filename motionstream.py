@@ -24,6 +24,7 @@ import json
 import math
 import os
 import re
+import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -188,11 +189,12 @@ def sinusoid(t, dim):
     return torch.cat([angle.cos(), angle.sin()], -1).float()
 
 
-def axis_angles(length, dim, device):
-    """The angle by which each position rotates each pair of channels: (length, dim / 2) float64."""
+def axis_rotations(length, dim, device):
+    """How each position rotates each pair of channels: complex (length, dim / 2)."""
     position = torch.arange(length, dtype=torch.float64, device=device)
     frequency = 10000 ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
-    return torch.outer(position, frequency)
+    angle = torch.outer(position, frequency)                        # float64: exact far out, too
+    return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
 
 
 def rope_table(frames, rows, columns, head_dim, device):
@@ -201,15 +203,14 @@ def rope_table(frames, rows, columns, head_dim, device):
     Frame is the slowest axis. Of the d pairs of channels, d // 3 rotate with the row, as many with
     the column, the rest with the frame."""
     spatial = 2 * (head_dim // 6)
-    frame = axis_angles(frames, head_dim - 2 * spatial, device)
-    row = axis_angles(rows, spatial, device)
-    column = axis_angles(columns, spatial, device)
+    frame = axis_rotations(frames, head_dim - 2 * spatial, device)
+    row = axis_rotations(rows, spatial, device)
+    column = axis_rotations(columns, spatial, device)
     grid = (frames, rows, columns, -1)
-    angle = torch.cat([frame[:, None, None].expand(grid),
+    table = torch.cat([frame[:, None, None].expand(grid),
                        row[None, :, None].expand(grid),
                        column[None, None].expand(grid)], -1)        # (frames, rows, columns, d)
-    angle = angle.flatten(0, 2)
-    return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
+    return table.flatten(0, 2)
 
 
 def apply_rope(x, table):
@@ -269,9 +270,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return y.type_as(x) * self.weight
+        return F.rms_norm(x, self.weight.shape, eps=self.eps) * self.weight
 
 
 def attend(q, k, v):
@@ -347,6 +346,11 @@ class CrossAttention(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # The transformer's block and its head. The residual stream, norms and gates stay in float32.
 
+def modulate(x, shift, scale):
+    """x (1 + scale) + shift: adaptive layer norm, after the norm."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
 class Block(nn.Module):
     """Self-attention and feed-forward, both modulated by sigma frame by frame, with
     cross-attention between."""
@@ -368,16 +372,16 @@ class Block(nn.Module):
         modulation = (self.modulation + time).unsqueeze(2)              # (B, 1 or F, 1, 6, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(3)
 
-        y = (self.norm1(x) * (1 + scale1) + shift1).to(dtype)
+        y = modulate(self.norm1(x), shift1, scale1).to(dtype)
         y = self.self_attn(y.flatten(1, 2), rope, cache, write)         # (B, L, D)
-        x = x + gate1 * y.view_as(x)
+        x = torch.addcmul(x, gate1, y.view_as(x))
 
         y = self.norm3(x).to(dtype)
         y = self.cross_attn(y.flatten(1, 2), text, image)
         x = x + y.view_as(x)
 
-        y = (self.norm2(x) * (1 + scale2) + shift2).to(dtype)
-        return x + gate2 * self.ffn(y)
+        y = modulate(self.norm2(x), shift2, scale2).to(dtype)
+        return torch.addcmul(x, gate2, self.ffn(y))
 
 
 class Head(nn.Module):
@@ -393,7 +397,7 @@ class Head(nn.Module):
         """time (B, 1 or F, D)."""
         modulation = (self.modulation + time.unsqueeze(2)).unsqueeze(2)     # (B, 1 or F, 1, 2, D)
         shift, scale = modulation.unbind(3)
-        return self.head(self.norm(x) * (1 + scale) + shift)
+        return self.head(modulate(self.norm(x), shift, scale))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1014,141 +1018,321 @@ def motion_inputs(model, tracks, visible, ids, *, start=None, image=None, vae=No
 # Files. Nothing below is part of the method.
 
 class UserError(ValueError):
-    """What the user can put right: one line that says what was found and what to do."""
+    """What the user can put right: one line that says what was found and what to do. Whatever is
+    not printable in it, as a name in a damaged file may be, is escaped."""
+
+    def __init__(self, text):
+        super().__init__("".join(map(printable, text)))
+
+
+def printable(character):
+    """The character, or its escape code: a line break is \\n."""
+    if character.isprintable():
+        return character
+    return repr(character)[1:-1]
+
+
+def reason_of(error):
+    """What an exception says, on one line; its name, if it says nothing."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, MemoryError):
+        return "not enough memory"
+    lines = str(error).strip().splitlines()
+    if isinstance(error, KeyError) or not lines:
+        return f"{type(error).__name__} {error}".strip()
+    return lines[0][:200]
 
 
 @contextlib.contextmanager
 def naming(what, cure):
-    """Whatever is wrong with `what`, which comes from outside, in one line."""
+    """Whatever is wrong with `what`, which comes from outside, in one line: the cure and what was
+    found, or what the system says (no such file, …)."""
     try:
         yield
     except UserError as e:
         raise UserError(f"{what}: {e}") from None
-    except Exception as e:      # damaged files raise ten kinds, and numpy's texts advise unpickling
-        reason = cure
-        if getattr(e, "errno", None) not in (None, errno.EINVAL):   # EINVAL: of damaged zip files
-            reason = e.strerror
-        raise UserError(f"{what}: {reason}") from None
+    except Exception as e:      # damaged files raise ten kinds
+        reason = reason_of(e)
+        number = getattr(e, "errno", None)
+        if number == errno.EINVAL or "pickle" in reason:    # of damaged zip files; numpy's advice
+            raise UserError(f"{what}: {cure}") from None
+        if number is not None:
+            raise UserError(f"{what}: {reason}") from None
+        raise UserError(f"{what}: {cure} ({reason})") from None
 
 
 def write(path, save, *args):
-    """Call save(*args, temporary path), then rename: a file is whole or not there. OSError, one line that names it, if
-    it cannot be written."""
+    """Call save(*args, temporary path), then rename: a file is whole or not there. OSError, one
+    line that names it, if it cannot be written."""
     from safetensors import SafetensorError
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         save(*args, temporary)
-        with open(temporary, "rb") as file:
+        with open(temporary, "r+b") as file:    # Windows syncs only what is open for writing
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as e:   # torch's and safetensors' words for a full disk
-        reason = str(e).splitlines()[0]
-        raise OSError(f"{path}: {reason}; is the disk full, or the folder not writable?") from e
+    except (OSError, RuntimeError, SafetensorError) as e:
+        raise OSError(f"{path}: cannot be written: {reason_of(e)}{space_in(path.parent)}") from e
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):      # of a folder that has gone
+            temporary.unlink(missing_ok=True)
 
 
-# Tensors that Wan's own files of a DiT have, and no other layout.
+def space_in(folder):
+    """How much can still be written to a folder, in words; torch does not say that a disk is
+    full."""
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError:
+        return ""
+    return f" ({free / 1e6:.0f} MB are free there)"
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading weights: safetensors with Wan's names. All other layouts are read by
+# extras/checkpoints.py.
+
+# The first tensor of a DiT, by Wan's name; vae.py has those of VAEs.
 WAN_DIT = ("blocks.0.self_attn.q.weight",)
 
 
-def read_weights(path, wanted="DiT of Wan", marks=WAN_DIT):
-    """A file, a folder, or an index of shards to ({Wan's name: tensor}, metadata, the file or index).
+def read_weights(path, wanted="Wan DiT", marks=WAN_DIT):
+    """A file, a folder, or an index of shards to ({Wan's name: tensor}, metadata, the file or
+    index).
 
-    Safetensors with Wan's names are read here: those that have one of the tensors `marks`. All else, damaged files too,
-    is for extras/checkpoints.py. Tensors are mapped, not read. UserError, one line, if it is no `wanted`."""
-    from safetensors import SafetensorError
+    wanted: what is expected, in words; it has one of the tensors `marks`. Tensors are mapped, not
+    read. UserError, one line, if it is something else or damaged."""
     file = Path(path)
     if file.is_dir():
         file = file_in(file)
+    shards = shards_of(file)
     tensors = {}
     metadata = {}
+    problem = f"it has no tensor {marks[-1]}"
     try:
-        for shard in shards_of(file):
+        for shard in shards:
             found, about = read_safetensors(shard)
             tensors |= found
             metadata |= about
-    except (OSError, SafetensorError):
-        tensors = {}
-    if not tensors.keys().isdisjoint(marks):
-        return tensors, metadata, file
-
-    from extras import checkpoints
-    tensors, metadata = checkpoints.read(file)
-    if tensors.keys().isdisjoint(marks):
-        found = checkpoints.what_it_is(tensors)
-        raise UserError(f"{file}: this is {found}; a whole {wanted} is wanted here")
+        if not tensors.keys().isdisjoint(marks):
+            return tensors, metadata, file
+    except Exception as e:                      # of another layout, or damaged
+        problem = reason_of(e)
+    tensors, metadata = other_layouts(file, problem).read(file, wanted, marks)
     return tensors, metadata, file
 
 
+def other_layouts(path, problem):
+    """extras/checkpoints.py, for what is not read here. UserError in a copy that is without it."""
+    try:
+        from extras import checkpoints
+    except ImportError:
+        raise UserError(f"{path}: {problem}; extras/checkpoints.py, which reads other layouts, "
+                        "is missing") from None
+    return checkpoints
+
+
+def visible_files(folder, pattern):
+    """The files in a folder whose names fit, sorted. Not hidden ones: macOS leaves ._x beside x."""
+    return sorted(file for file in folder.glob(pattern) if not file.name.startswith("."))
+
+
 def file_in(folder):
-    """The weights file in a folder, or the index of its shards, where Wan's repositories have it."""
-    for pattern in "*.safetensors.index.json", "diffusion_pytorch_model.safetensors", "*.safetensors":
-        files = list(folder.glob(pattern))
+    """The weights file in a folder, or the index of its shards, where Wan's repositories have
+    it."""
+    wans = "diffusion_pytorch_model.safetensors"
+    for pattern in "*.safetensors.index.json", wans, "*.safetensors":
+        files = visible_files(folder, pattern)
         if len(files) == 1:
             return files[0]
-    from extras import checkpoints
-    return checkpoints.file_in(folder)
+    return other_layouts(folder, "not one weights file of Wan").file_in(folder)
 
 
 def shards_of(file):
-    """The files that belong to a file: itself, or all that an index or the number in a shard's name tells of. UserError
-    if one of them is missing."""
+    """The files that belong to a file: itself, or all that an index or the number in a shard's name
+    tells of. UserError if one of them is missing."""
     shard = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})(\.\w+)", file.name)
     if file.suffix == ".json":
-        place = read_json(file).get("weight_map")
-        names = set()
-        if isinstance(place, dict):
-            names = set(map(str, place.values()))
+        names = shards_in_index(file)
     elif shard:                                     # any shard stands for all of them
         start, count, end = shard.groups()
         names = [f"{start}-{i:05}-of-{count}{end}" for i in range(1, int(count) + 1)]
     else:
         return [file]
-    files = [file.with_name(name) for name in sorted(names)]
+    files = [file.parent / name for name in names]
     missing = [each.name for each in files if not each.is_file()]
-    if missing or not files:
+    if missing:
         some = ", ".join(missing[:5])
         raise UserError(f"{file}: {len(missing)} of {len(files)} shards are missing: {some}")
     return files
 
 
+def shards_in_index(file):
+    """The names of the shards that an index tells of, sorted."""
+    places = read_json(file).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise UserError(f"{file}: expected an index of shards, which has a weight_map")
+    for name in places.values():
+        is_name = isinstance(name, str) and 0 < len(name) < 256 and name == Path(name).name
+        if not is_name:
+            raise UserError(f"{file}: {repr(name)[:80]} is not the name of a file beside it")
+    return sorted(set(places.values()))
+
+
 def read_safetensors(path):
-    """A .safetensors file to ({name: tensor}, {key: text} of its metadata). Tensors are mapped, not read."""
+    """A .safetensors file to ({name: tensor}, {key: text} of its metadata). Tensors are mapped, not
+    read."""
     from safetensors import safe_open
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         return tensors, file.metadata() or {}
 
 
-def with_tuples(fields):
-    """What JSON made of a dict: lists are tuples again."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+def as_tuples(value):
+    """What JSON made of a value: lists are tuples again, at any depth."""
+    if isinstance(value, list):
+        return tuple(map(as_tuples, value))
+    if isinstance(value, dict):
+        return {name: as_tuples(each) for name, each in value.items()}
+    return value
 
 
 def read_json(path):
     """The object in a JSON file, lists as tuples. UserError naming the file if there is none."""
     try:
-        return with_tuples(json.loads(path.read_text()))
-    except (OSError, ValueError, AttributeError) as e:
-        raise UserError(f"{path}: cannot be read as a JSON object ({e})") from None
+        fields = as_tuples(json.loads(path.read_bytes()))       # bytes: UTF-8 or 16
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"{path}: cannot be read as JSON ({reason_of(e)})") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{path}: cannot be read as a JSON object; it holds something else")
+    return fields
+
+
+# --------------------------------------------------------------------------------------------------
+# The config of a weights file: data from outside, so each field is looked at before anything is
+# built.
+
+# Limits of the fields of Config: type, least, most; of tuples, of each number, and how many there
+# are.
+LIMITS = {
+    "dim": (int, 1, 2 ** 16),
+    "ffn_dim": (int, 1, 2 ** 18),
+    "num_heads": (int, 1, 1024),
+    "num_layers": (int, 1, 1024),
+    "in_dim": (int, 1, 2 ** 14),
+    "out_dim": (int, 1, 2 ** 12),
+    "track_dim": (int, 0, 2 ** 12),
+    "text_dim": (int, 1, 2 ** 16),
+    "text_len": (int, 1, 2 ** 14),
+    "clip_dim": (int, 0, 2 ** 14),
+    "freq_dim": (int, 2, 2 ** 14),
+    "patch_size": (int, 1, 64, 3, 3),
+    "eps": (float, 0, 1),
+    "latent_std": (float, 1e-6, 1e6, 0, 2 ** 12),
+    "shift": (float, 0.01, 100),
+    "sigmas": (float, 1e-6, 1 + 1e-6, 1, 1000),
+    "steps": (int, 1, 1000),
+    "guidance": (float, 0, 100, 2, 2),
+    "chunk": (int, 1, 999),
+    "sink": (int, 0, 10 ** 6),
+    "window": (int, 0, 10 ** 6),
+    "sink_decay": (float, 0, 1),
+    "stride": (int, 1, 256),
+    "size": (int, 8, 4096, 2, 2),
+    "fps": (float, 0.1, 1000),
+}
+CHOICES = {
+    "text_encoder": ("umt5", "words"),
+    "track_id_mode": ("random", "same", "start"),
+    "clean_first": (True, False),
+    "causal": (True, False),
+    "copies": (True, False),
+}
+
+
+def in_limits(value, kind, least, most, fewest=None, longest=None):
+    """Whether a value is a number of that kind from least to most; given fewest, a tuple of so
+    many."""
+    if fewest is not None:
+        if type(value) is not tuple or not fewest <= len(value) <= longest:
+            return False
+        return all(in_limits(each, kind, least, most) for each in value)
+    kinds = (int,) if kind is int else (int, float)
+    return type(value) in kinds and least <= value <= most          # no bool, no NaN
+
+
+def check_limits(fields, limits, file):
+    """UserError, naming the file, for the first of the fields that is out of its limits."""
+    for name, limit in limits.items():
+        value = fields[name]
+        if not in_limits(value, *limit):
+            kind, least, most, *count = limit
+            expected = f"{kind.__name__} from {least} to {most}"
+            if count:
+                expected = f"{count[0]} to {count[1]} of {expected}"
+            raise UserError(f"{file}: {name} is {repr(value)[:80]} in its config; "
+                            f"expected {expected}")
+
+
+def check_config(config, file):
+    """UserError, naming the file, unless every field of a Config is what a model can be made of."""
+    fields = vars(config)
+    limits = dict(LIMITS)
+    if config.window is None:
+        del limits["window"]
+    check_limits(fields, limits, file)
+    for name, choices in CHOICES.items():
+        value = fields[name]
+        if not any(type(value) is type(choice) and value == choice for choice in choices):
+            expected = ", ".join(map(str, choices))
+            raise UserError(f"{file}: {name} is {repr(value)[:80]} in its config; "
+                            f"expected one of {expected}")
+    check_together(config, file)
+
+
+def check_together(c, file):
+    """UserError, naming the file, unless the fields of a Config fit each other."""
+    height, width = c.size
+    frames, p, q = c.patch_size
+    falling = all(a > b for a, b in zip(c.sigmas, c.sigmas[1:]))
+    for wrong, text in [
+        (not isinstance(c.prompt, str | None),
+         f"prompt is {repr(c.prompt)[:80]}; expected a text"),
+        (c.dim % (2 * c.num_heads),
+         f"{c.num_heads} heads do not fit {c.dim} channels, give num_heads=…"),
+        (frames != 1, f"patch_size is {c.patch_size}; expected one latent frame in a patch"),
+        (c.freq_dim % 2, f"freq_dim is {c.freq_dim}; expected an even number"),
+        (c.image_dim < 0,
+         f"in_dim is {c.in_dim}, less than latents ({c.out_dim}) and tracks ({c.track_dim}) need"),
+        (c.copies and c.image_dim != c.out_dim,
+         f"in_dim is {c.in_dim}, which leaves {c.image_dim} channels for the image of a copying model"),
+        (len(c.latent_std) not in (c.copies * c.out_dim, c.out_dim),
+         f"latent_std has {len(c.latent_std)} numbers for {c.out_dim} channels"),
+        (not falling, f"sigmas are {c.sigmas}; expected falling ones"),
+        (height % (c.stride * p) or width % (c.stride * q),
+         f"size {height}x{width} does not divide by the stride {c.stride} times a patch, {p}x{q}"),
+    ]:
+        if wrong:
+            raise UserError(f"{file}: {text}")
 
 
 def saved_config(cls, metadata, file):
-    """The dataclass that a file's metadata hold as JSON, of older files too. UserError naming the file."""
+    """The dataclass that a file's metadata hold as JSON, of older files too. UserError naming the
+    file."""
     try:
-        fields = with_tuples(json.loads(metadata["config"]))
+        fields = as_tuples(json.loads(metadata["config"]))
         if cls is Config:
             fields = upgraded(fields)
         return cls(**fields)
-    except (KeyError, ValueError, TypeError, AttributeError) as e:
-        raise UserError(f"{file}: the config in it cannot be read ({e}); written by another version?") from None
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as e:
+        raise UserError(f"{file}: the config in it cannot be read ({reason_of(e)})") from None
 
 
 def upgraded(fields):
-    """Fields of a Config as older files have them, which called track_id_mode `tracks` and left to the widths what
-    text_encoder and clean_first say, in today's words."""
+    """Fields of a Config as older files have them, which called track_id_mode `tracks` and left to
+    the widths what text_encoder and clean_first say, in today's words."""
     if "tracks" not in fields:
         return fields
     new = {name: value for name, value in fields.items() if name != "tracks"}
@@ -1160,33 +1344,105 @@ def upgraded(fields):
     return new
 
 
-# The words of Diffusers' config.json, and Wan's.
-CONFIG_JSON = {"num_attention_heads": "num_heads", "in_channels": "in_dim", "out_channels": "out_dim",
-               "image_dim": "clip_dim"}
-
-
 def find_config(tensors, metadata, file):
-    """The config in the metadata; else that of the public weights that have such tensors, and what config.json beside
-    them adds. UserError if either contradicts the tensors."""
+    """The config in the metadata; else that of the public weights that have such tensors, and what
+    config.json beside them adds. UserError if either contradicts the tensors."""
+    shaped = config_from_shapes(tensors, file)
     if metadata.get("format") == "motionstream":
-        return saved_config(Config, metadata, file)     # `fill` compares it with the tensors
-    told = told_by_shapes(tensors, file)
-    source = file.with_name("config.json")
-    said = read_config_json(source)
-    config = public_config(tensors, told, file)
-    for name in "num_heads", "text_len", "eps":
-        if name in said:
-            config = replace(config, **{name: said[name]})
-    known = json.loads(metadata.get("motionstream.config", "{}"))       # by extras/checkpoints.py
-    config = replace(config, **with_tuples(known))
-    for name, value in told.items():
+        config = saved_config(Config, metadata, file)
+        check_config(config, file)
+        source = "its metadata"
+        said = asdict(config)
+        if config.copies:
+            shaped.pop("out_dim")       # the head has more outputs
+    else:
+        source = file.with_name("config.json")
+        said = read_config_json(source)
+        config = public_config(tensors, shaped, file)
+        for name in "num_heads", "text_len", "eps":
+            if name in said:
+                config = replace(config, **{name: said[name]})
+        if "motionstream.student" in metadata or says_causal(said, source):
+            config = replace(config, **student_of(said, source))
+    for name, value in shaped.items():
         if said.get(name, value) != value:
-            raise UserError(f"{file}: {name} is {value} by its tensors, but {said[name]} in {source}")
+            found = repr(said[name])[:80]
+            raise UserError(f"{file}: {name} is {value} by its tensors, but {found} in {source}")
+    check_config(config, file)
     return config
 
 
+def config_from_shapes(tensors, file):
+    """The fields of Config that the shapes of the tensors tell, in a dict. UserError if this is no
+    complete DiT."""
+    ranks = {"patch_embedding.weight": 5, "head.head.weight": 2, "blocks.0.ffn.0.weight": 2,
+             "text_embedding.0.weight": 2, "time_embedding.0.weight": 2}
+    for name, rank in ranks.items():
+        shape = "missing"
+        if name in tensors:
+            shape = tuple(tensors[name].shape)
+        if shape == "missing" or len(shape) != rank or 0 in shape:
+            raise UserError(f"{file}: expected a complete Wan DiT checkpoint; {name} is {shape}")
+    patch, head, ffn, text, time = [tensors[name].shape for name in ranks]
+    found = [re.match(r"blocks\.(\d{1,6})\.", name) for name in tensors]
+    blocks = {block[1] for block in found if block}         # gaps are found by check_names
+    clip_dim = 0
+    if "img_emb.proj.1.weight" in tensors:
+        clip_dim = tensors["img_emb.proj.1.weight"].shape[-1:].numel()
+    return {"dim": patch[0], "in_dim": patch[1], "patch_size": tuple(patch[2:]), "ffn_dim": ffn[0],
+            "out_dim": head[0] // patch[2:].numel(), "num_layers": len(blocks), "text_dim": text[1],
+            "freq_dim": time[1], "clip_dim": clip_dim}
+
+
+def public_config(tensors, shaped, file):
+    """The config of weights that say nothing of themselves: Wan 2.2 5B or one of Wan 2.1's family,
+    by the width of its latents; 128 channels a head; a clean first latent where no other input
+    takes the image, and in 5B always."""
+    like = Config()
+    is_wan22 = shaped["out_dim"] == PRESETS["wan2.2-5b"].out_dim
+    if is_wan22:
+        like = PRESETS["wan2.2-5b"]                 # for the VAE's stride, size and fps
+    track_dim = track_channels(tensors, shaped, file)
+    config = replace(like, **shaped, track_dim=track_dim, num_heads=shaped["dim"] // 128)
+    return replace(config, clean_first=is_wan22 or config.image_dim == 0)
+
+
+def track_channels(tensors, shaped, file):
+    """Channels of the track slot. Beside the noisy latents there may be: nothing; mask and image
+    (image-to-video, Fun-InP); control and image (Fun-Control), where the control slot becomes that
+    of the tracks; or control, mask and image. The last, 148 channels for the 5B model, is inferred
+    from how its pipeline joins them, not seen in a file."""
+    if "track_head.conv.weight" in tensors:
+        return tensors["track_head.conv.weight"].shape[:1].numel()
+    out = shaped["out_dim"]
+    slots = {0: 0, MASK + out: 0, out + out: out, out + MASK + out: out}
+    extra = shaped["in_dim"] - out
+    if extra not in slots:
+        raise UserError(f"{file}: no Wan DiT known here has {shaped['in_dim']} input channels for "
+                        f"{out} output channels")
+    return slots[extra]
+
+
+# --------------------------------------------------------------------------------------------------
+# config.json beside public weights.
+
+# The words of Diffusers' config.json, and Wan's.
+CONFIG_JSON = {"num_attention_heads": "num_heads", "in_channels": "in_dim",
+               "out_channels": "out_dim", "image_dim": "clip_dim"}
+
+# How the students of Self-Forcing are sampled: they remember all of 21 latents, so there is no
+# sink.
+SELF_FORCING = {"causal": True, "shift": 5.0, "sigmas": schedule(4, 5.0),
+                "chunk": 3, "sink": 0, "window": None}
+
+# What only causal classes write into config.json: Self-Forcing and its descendants, FastVideo,
+# SGLang.
+CAUSAL_WORDS = ("local_attn_size", "num_frame_per_block", "num_frames_per_block")
+
+
 def read_config_json(path):
-    """What config.json says, if it is there, by the names of Config; Wan's words win over Diffusers'."""
+    """What config.json says, if it is there, by the names of Config; Wan's words win over
+    Diffusers'."""
     if not path.is_file():
         return {}
     said = {name: value for name, value in read_json(path).items() if value is not None}
@@ -1196,59 +1452,54 @@ def read_config_json(path):
     return said
 
 
-def told_by_shapes(tensors, file):
-    """The fields of Config that the shapes of the tensors tell, in a dict. UserError if this is no whole DiT."""
-    ranks = {"patch_embedding.weight": 5, "head.head.weight": 2, "blocks.0.ffn.0.weight": 2,
-             "text_embedding.0.weight": 2, "time_embedding.0.weight": 2}
-    for name, rank in ranks.items():
-        if name not in tensors or tensors[name].ndim != rank:
-            raise UserError(f"{file}: a whole DiT of Wan is wanted here, with {rank} axes in {name}")
-    patch, head, ffn, text, time = [tensors[name].shape for name in ranks]
-    blocks = [re.match(r"blocks\.(\d+)\.", name) for name in tensors]
-    layers = 1 + max(int(block[1]) for block in blocks if block)
-    clip_dim = 0
-    if "img_emb.proj.1.weight" in tensors:
-        clip_dim = tensors["img_emb.proj.1.weight"].shape[-1]
-    return {"dim": patch[0], "in_dim": patch[1], "patch_size": tuple(patch[2:]), "ffn_dim": ffn[0],
-            "out_dim": head[0] // patch[2:].numel(), "num_layers": layers, "text_dim": text[1],
-            "freq_dim": time[1], "clip_dim": clip_dim}
+def says_causal(said, path):
+    """Whether weights are of a causal class: by config.json (CausalWanTransformer3DModel,
+    CausalWanModel, …) or by model_index.json of the -Diffusers repository that they are in
+    (WanCausalDMDPipeline, CausalForcingPipeline)."""
+    classes = [said.get("_class_name")]
+    index = path.parent.parent / "model_index.json"
+    if path.parent.name.startswith("transformer") and index.is_file():
+        repository = read_json(index)
+        classes += [repository.get("_class_name"), repository.get(path.parent.name)]
+    if re.search("causal|forcing", str(classes), re.IGNORECASE):
+        return True
+    return any(word in said for word in CAUSAL_WORDS)
 
 
-def public_config(tensors, told, file):
-    """The config of weights that say nothing of themselves: Wan 2.2 5B or one of Wan 2.1's family, by the width of its
-    latents; 128 channels a head; a clean first latent where no other input takes the image, and in 5B always."""
-    like = Config()
-    is_wan22 = told["out_dim"] == PRESETS["wan2.2-5b"].out_dim
-    if is_wan22:
-        like = PRESETS["wan2.2-5b"]                 # for the VAE's stride, size and fps
-    track_dim = track_channels(tensors, told, file)
-    config = replace(like, **told, track_dim=track_dim, num_heads=told["dim"] // 128)
-    return replace(config, clean_first=is_wan22 or config.image_dim == 0)
+def student_of(said, path):
+    """The fields of Config of a causal student: as Self-Forcing's, with the memory that config.json
+    tells, which counts latent frames and in its window the sink and the new chunk too. UserError if
+    it is not whole numbers."""
+    fields = dict(SELF_FORCING)
+    chunk = said.get("num_frames_per_block", said.get("num_frame_per_block", fields["chunk"]))
+    sink = said.get("sink_size", 0)
+    window = said.get("local_attn_size", -1)
+    if window == -1:
+        window = said.get("sliding_window_num_frames", -1)
+    limits = {"chunk": LIMITS["chunk"], "sink_size": LIMITS["sink"],
+              "local_attn_size": (int, -1, 10 ** 6)}
+    check_limits({"chunk": chunk, "sink_size": sink, "local_attn_size": window}, limits, path)
+    fields["chunk"] = chunk
+    fields["sink"] = math.ceil(sink / chunk)
+    if window > 0:
+        fields["window"] = max((window - sink) // chunk - 1, 0)
+    return fields
 
 
-def track_channels(tensors, told, file):
-    """Channels of the track slot. Beside the noisy latents there may be: nothing; mask and image (image-to-video,
-    Fun-InP); control and image (Fun-Control), where the control slot becomes that of the tracks; or control, mask and
-    image. The last, 148 channels for the 5B model, is inferred from how its pipeline joins them, not seen in a file."""
-    if "track_head.conv.weight" in tensors:
-        return len(tensors["track_head.conv.weight"])
-    out = told["out_dim"]
-    slots = {0: 0, MASK + out: 0, out + out: out, out + MASK + out: out}
-    extra = told["in_dim"] - out
-    if extra not in slots:
-        raise UserError(f"{file}: no Wan DiT known here has {told['in_dim']} input channels for {out} output channels")
-    return slots[extra]
-
+# --------------------------------------------------------------------------------------------------
+# A model of a weights file.
 
 def add_track_slot(tensors, config, own, overrides, file):
-    """The config with `overrides`, and tensors for tracks that change nothing yet: an added slot has zero columns and a
-    random head; Fun-Control's has trained columns and gets a head of zeros. Zeros in both would let neither learn.
-    own: whether the file is of this project, whose slots come with their head."""
+    """The config with `overrides`, and tensors for tracks that change nothing yet: an added slot
+    has zero columns and a random head; Fun-Control's has trained columns and gets a head of zeros.
+    Zeros in both would let neither learn. own: whether the file is of this project, whose slots
+    come with their head."""
     name = "track_head.conv.weight"
     slot = config.track_dim
     track_dim = overrides.get("track_dim", slot)
     if slot not in (0, track_dim):
-        raise UserError(f"{file}: its track slot has {slot} channels, track_dim={track_dim} does not fit")
+        raise UserError(f"{file}: its track slot has {slot} channels, track_dim={track_dim} "
+                        "does not fit")
     if slot and name not in tensors and not own:
         tensors[name] = torch.zeros_like(TrackHead(out_channels=slot).conv.weight)
     if track_dim and not slot:
@@ -1262,21 +1513,41 @@ def add_track_slot(tensors, config, own, overrides, file):
 
 
 def fill(model, tensors, path, dtype_of, device="cpu"):
-    """Give a model on the meta device its tensors, in dtype_of(name), eval mode and without gradients.
+    """Give a model on the meta device its tensors, in dtype_of(name), eval mode and without
+    gradients.
 
-    Each is copied, one after the other: the file may change or go, and there are never two copies of all. UserError,
-    naming the file and the tensors, unless names and shapes are exactly the model's and all numbers finite floats."""
+    Each is copied, one after the other: the file may change or go, and there are never two copies
+    of all. UserError, naming the file and the tensors, unless names and shapes are exactly the
+    model's, all numbers finite floats, and there is memory for them."""
+    check_tensors(model, tensors, path)
+    needed = 0
     for name, tensor in tensors.items():
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise UserError(f"{path}: {name} is {tensor.dtype}; int8, fp8 and fp8 scaled weights are not supported, "
-                            "take this model's file in bfloat16 or float16")
-    check_names(model, tensors, path)
+        needed += tensor.numel() * dtype_of(name).itemsize
+    check_memory(needed, path, device)
     for name, tensor in tensors.items():
-        if not torch.stack(tensor.aminmax()).isfinite().all():      # 20 times as fast as tensor.isfinite()
-            raise UserError(f"{path}: {name} holds NaN or infinity; download it again")
-        tensors[name] = tensor.to(device, dtype_of(name), copy=True)
+        extremes = torch.stack(tensor.aminmax())        # 20 times as fast as tensor.isfinite()
+        if not extremes.isfinite().all():
+            raise UserError(f"{path}: {name} holds NaN or infinity")
+        try:
+            tensors[name] = tensor.detach().to(device, dtype_of(name), copy=True)
+        except (MemoryError, RuntimeError) as e:
+            raise UserError(f"{path}: {name} cannot be copied to {device} "
+                            f"({reason_of(e)})") from None
     model.load_state_dict(tensors, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def check_tensors(model, tensors, path):
+    """UserError unless these are the model's tensors by name and shape, and floats."""
+    floats = (torch.float32, torch.bfloat16, torch.float16)
+    for name, tensor in tensors.items():
+        if tensor.dtype not in floats:
+            raise UserError(f"{path}: {name} is {tensor.dtype}; int8, fp8 and fp8 scaled weights are "
+                            "not supported, take this model's file in bfloat16 or float16")
+        if tensor.layout != torch.strided or tensor.is_meta:
+            raise UserError(f"{path}: {name} is {tensor.layout} on {tensor.device}; "
+                            "expected plain numbers")
+    check_names(model, tensors, path)
 
 
 def check_names(model, tensors, path):
@@ -1287,35 +1558,59 @@ def check_names(model, tensors, path):
               "unknown": tensors.keys() - common,
               "of another shape": {name for name in common
                                    if tensors[name].shape != expected[name].shape}}
-    told = []
+    found = []
     for fault, names in faults.items():
         if names:
-            told.append(f"{len(names)} tensors are {fault}: {', '.join(sorted(names)[:5])}")
-    if told:
-        raise UserError(f"{path}: not a whole {type(model).__name__}; {'; '.join(told)}")
+            found.append(f"{len(names)} tensors are {fault}: {', '.join(sorted(names)[:5])}")
+    if found:
+        raise UserError(f"{path}: not a complete {type(model).__name__}; {'; '.join(found)}")
 
 
-# Parameters that are float32 whatever the rest is; "head." is the track head's too, whose input is made in float32.
+def check_memory(needed, path, device="cpu"):
+    """UserError, naming the file, if so many bytes do not fit into the free memory of a device."""
+    free = free_memory(torch.device(device))
+    if free is not None and needed > free:
+        raise UserError(f"{path}: needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free "
+                        f"on {device}; take a smaller model, or a dtype of 16 bits")
+
+
+def free_memory(device):
+    """Bytes that can be had on a device, or None where this cannot be told. On Linux a container's
+    limit counts."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
+        return None
+    try:
+        text = Path("/proc/meminfo").read_text()
+        free = 1024 * int(re.search(r"MemAvailable: *(\d+)", text)[1])
+    except (OSError, TypeError):
+        return None
+    with contextlib.suppress(OSError, ValueError, TypeError):       # "max": no limit
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        used = int(re.search(r"^anon (\d+)", (group / "memory.stat").read_text())[1])
+        free = min(free, limit - used)
+    return free
+
+
+# Parameters that are float32 whatever the rest is; "head." is the track head's too, whose input is
+# made in float32.
 FLOAT32 = r"time_embedding|time_projection|modulation|norm3|head\."
 
 
 def load_pretrained(cls, path, dtype, device, overrides):
     """A Wan DiT in any public form to a model in eval mode, without gradients.
 
-    path: a .safetensors file, a .pt of Self-Forcing or CausVid, an index of shards, or a folder with one of these, in
-    Wan's layout or Diffusers'. The config is in the metadata of files of this project, else tensors and config.json
-    tell; `overrides` replace its fields, track_dim=… adds a slot for tracks. dtype=None keeps the file's, but what
-    FLOAT32 names is float32. UserError, one line naming the file, if anything is missing, unknown or contradictory."""
-    tensors, metadata, file = read_weights(path)
-    config = find_config(tensors, metadata, file)
-    own = metadata.get("format") == "motionstream"
-    config = add_track_slot(tensors, config, own, overrides, file)
-    if config.num_heads not in range(1, config.dim) or config.dim % (2 * config.num_heads):
-        raise UserError(f"{file}: {config.num_heads} heads do not fit {config.dim} channels, give num_heads=…")
-    with torch.device("meta"):
-        model = new_model(config) if cls is MotionStream else cls(config)
+    path: a .safetensors file, a .pt of Self-Forcing or CausVid, an index of shards, or a folder
+    with one of these, in Wan's layout or Diffusers'. The config is in the metadata of files of this
+    project, else tensors and config.json tell; `overrides` replace its fields, track_dim=… adds a
+    slot for tracks. dtype=None keeps the file's, but what FLOAT32 names is float32. UserError, one
+    line naming the file, if anything is missing, unknown or contradictory, or memory cannot hold
+    it."""
+    model, tensors, _ = open_pretrained(cls, path, overrides)
     if dtype is None:
-        dtype = tensors["blocks.0.ffn.0.weight"].dtype          # of mixed files: that of the matrices
+        dtype = tensors["blocks.0.ffn.0.weight"].dtype      # of mixed files: the matrices'
 
     def dtype_of(name):
         if re.search(FLOAT32, name):
@@ -1325,10 +1620,27 @@ def load_pretrained(cls, path, dtype, device, overrides):
     return fill(model, tensors, path, dtype_of, device)
 
 
+def open_pretrained(cls, path, overrides):
+    """All of load_pretrained that takes no memory: (model on the meta device, its tensors, the
+    file's metadata)."""
+    tensors, metadata, file = read_weights(path)
+    config = find_config(tensors, metadata, file)
+    own = metadata.get("format") == "motionstream"
+    config = add_track_slot(tensors, config, own, overrides, file)
+    check_config(config, file)
+    with torch.device("meta"):
+        model = new_model(config) if cls is MotionStream else cls(config)
+    check_tensors(model, tensors, path)
+    return model, tensors, metadata
+
+
 def save_pretrained(model, path, dtype=None, **extra):
-    """Write one .safetensors file with Wan's names, whole or not at all: from_pretrained reads it and, without a track
-    head, other tools for Wan. The metadata hold the config and the texts in `extra`. dtype=None keeps the model's."""
+    """Write one .safetensors file with Wan's names, whole or not at all: from_pretrained reads it
+    and, without a track head, other tools for Wan. The metadata hold the config and the texts in
+    `extra`. dtype=None keeps the model's."""
     from safetensors.torch import save_file
-    tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        tensors[name] = tensor.to("cpu", dtype).contiguous()
     metadata = {"format": "motionstream", "config": json.dumps(asdict(model.config))} | extra
     write(path, lambda temporary: save_file(tensors, temporary, metadata))

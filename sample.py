@@ -35,18 +35,19 @@ import zlib
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")    # threads wait awake, but briefly: ffmpeg needs the cores
+if "OMP_WAIT_POLICY" not in os.environ:                # what the user says wins
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")     # threads wait awake, but briefly: others need the cores
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from motionstream import (FRAMES, Config, MotionStream, UserError, euler, find_config, image_inputs,
-                          motion_inputs, naming, read_weights, rollout, schedule, start_points, track_ids,
-                          write)
-from vae import VAE_FILES, load_vae
+from motionstream import (FRAMES, Config, MotionStream, UserError, check_memory, euler, image_inputs,
+                          motion_inputs, naming, open_pretrained, reason_of, rollout, schedule,
+                          start_points, track_ids, write)
+from vae import VAE_FILES, load_vae, open_weights
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 MOST_FRAMES = 1_000_000
@@ -199,6 +200,10 @@ def to_frames(video):
     return ((video[0] + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
 
 
+# What the shipped tiny model has read in training: "fading light, spinning shapes" (extras/world.py).
+WORDS = ("steady", "fading", "warming", "light", "spinning", "pulsing", "shapes")
+
+
 def embed_words(text, config):
     """A prompt for the tiny model, (1, L, text_dim): each word is random numbers seeded by its own
     letters, the same in every process. At most text_len words; their order is not seen. None: the null
@@ -225,7 +230,7 @@ def load_image(path):
         image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode == "F":
-            raise ValueError("floats without a known white")
+            raise ValueError("its pixels are floats, of which no value is known to be white")
         if image.mode.startswith("I"):      # 16 bits, which convert() would clip instead of scale
             levels = np.asarray(image).clip(0, 65535) / 257
             image = Image.fromarray(levels.round().astype(np.uint8))
@@ -235,9 +240,20 @@ def load_image(path):
             image = Image.alpha_composite(white, image)
         return image.convert("RGB")
     except Exception as e:                  # Pillow's decoders raise a dozen kinds for damaged files
-        reason = getattr(e, "strerror", None)
-        reason = reason or "damaged, or not a picture; save it again as .png"
-        raise UserError(f"{path}: {reason}") from None
+        name = path if isinstance(path, str | Path) else "the picture"
+        raise UserError(f"{name}: {picture_fault(e)}") from None
+
+
+def picture_fault(error):
+    """Why a picture could not be read, in words, with what to do."""
+    reason = reason_of(error)
+    if isinstance(error, OSError) and error.strerror:
+        return reason                                                       # no such file, …
+    if isinstance(error, Image.DecompressionBombError):
+        return f"too large a picture: {reason.split(', could')[0]}; save it smaller"
+    if isinstance(error, UnidentifiedImageError):
+        return "not a picture of a kind that Pillow reads; save it again as .png"
+    return f"cannot be read as a picture ({reason}); save it again as .png"
 
 
 def crop(width, height, size):
@@ -247,6 +263,22 @@ def crop(width, height, size):
     left = max((width - size[1] / scale) / 2, 0)
     top = max((height - size[0] / scale) / 2, 0)
     return scale, left, top
+
+
+def crop_note(image_size, size):
+    """What is to be said of an image (width, height) of which a video of `size` shows a part: a list."""
+    width, height = image_size
+    _, left, top = crop(width, height, size)
+    if max(left, top) < 0.5:
+        return []
+    return [f"the image of {width}x{height} pixels is cropped, the video shows {seen_part(image_size, size)}"]
+
+
+def seen_part(image_size, size):
+    """Which part of an image (width, height) a video of `size` shows, in words."""
+    width, height = image_size
+    _, left, top = crop(width, height, size)
+    return f"x from {left:.0f} to {width - left:.0f} and y from {top:.0f} to {height - top:.0f}"
 
 
 def fit_image(image, size):
@@ -300,6 +332,21 @@ def given_tracks(flags, size):
         from extras.tracks import drag_tracks
         return Tracks(*drag_tracks(flags.paths, flags.grid, size, frames))
     return Tracks(np.zeros((frames, 0, 2), np.float32), np.zeros((frames, 0), bool))
+
+
+def refuse_cropped(paths, image_size, size):
+    """UserError for the first text of --drag and --pin whose point is in no frame of a video of `size`:
+    it starts in what is cropped of the image (width, height)."""
+    from extras.tracks import read_path
+    scale, left, top = crop(*image_size, size)
+    for text in paths:
+        x, y = read_path(text)[0]
+        x = (x - left) * scale
+        y = (y - top) * scale
+        if not (0 <= x < size[1] and 0 <= y < size[0]):
+            flag = "--drag" if "->" in text else "--pin"
+            raise UserError(f"{flag} {text}: starts in what is cropped of the image; the video shows "
+                            f"{seen_part(image_size, size)}")
 
 
 def own_arrays(path):
@@ -580,7 +627,7 @@ def check_output(path, endings, inputs):
     """Refuse a path for output that cannot be right, or is one of the files that are read."""
     there = [file for file in inputs if file and file.exists()]
     faults = [
-        (path.suffix not in endings, f"choose a name that ends in {' or '.join(endings)}"),
+        (path.suffix.lower() not in endings, f"choose a name that ends in {' or '.join(endings)}"),
         (not os.access(path.parent, os.W_OK), f"the folder {path.parent} is missing or not writable"),
         (path.is_dir(), "is a folder"),
         (path.exists() and any(map(path.samefile, there)), "is a file that is read; choose another name"),
@@ -651,6 +698,19 @@ def guidance(text):
     return weights
 
 
+class Points(argparse.Action):
+    """--drag and --pin: their texts, in one list. A drag has an arrow, a pin has none."""
+
+    def __call__(self, parser, namespace, text, flag=None):
+        if flag == "--drag" and "->" not in text:
+            parser.error(f"--drag {text}: there is no arrow; write \"X,Y -> X,Y\", or --pin X,Y for a "
+                         "point that stays")
+        if flag == "--pin" and "->" in text:
+            parser.error(f"--pin {text}: a pinned point stays; write --drag for one that moves")
+        before = getattr(namespace, self.dest) or []
+        setattr(namespace, self.dest, before + [text])
+
+
 SETTINGS = {"shift": number(float, 0.01, 100), "sink_decay": number(float, 0, 1)}
 
 
@@ -697,10 +757,11 @@ def add_flags(parser):
     add("--image", required=True, help="first frame, any picture file", **file)
     either = parser.add_mutually_exclusive_group().add_argument
     either("--tracks", help=".npz and others, see the top of sample.py; default: none", **file)
-    either("--drag", "--pin", dest="paths", action="append", metavar="'X,Y -> X,Y'",
+    either("--drag", "--pin", dest="paths", action=Points, metavar='"X,Y -> X,Y"',
            help="instead: where a point of the image goes, or that it stays; as often as wanted")
     add("--grid", metavar="NxP", help="each of those N by N points, P pixels apart")
-    add("--prompt", metavar="TEXT", help="what image and tracks do not say; default: the model's own")
+    add("--prompt", metavar="TEXT", help="what image and tracks do not say; default: the model's own. The "
+        "tiny model knows steady, fading or warming light, and steady, spinning or pulsing shapes")
     add("--out", default="out.mp4", help=".mp4, or .png for the last frame; default: out.mp4", **file)
     frames = number(int, 1, MOST_FRAMES)
     add("--frames", type=frames, metavar="N", help="default: those of the tracks, or 81")
@@ -746,15 +807,16 @@ class Weights:
     config: Config
     own: bool           # it says how it is sampled
     has_head: bool      # for tracks, not all zeros
+    count: int = 0      # parameters
 
 
 def inspect(path):
-    """The Weights at a path."""
-    tensors, metadata, file = read_weights(path)
+    """The Weights at a path. All but the numbers in them is checked. Raises UserError."""
+    model, tensors, metadata = open_pretrained(MotionStream, path, {})
     head = tensors.get("track_head.conv.weight")
-    config = find_config(tensors, metadata, file)
     own = metadata.get("format") == "motionstream"
-    return Weights(path, config, own, head is not None and bool(head.any()))
+    count = sum(tensor.numel() for tensor in tensors.values())
+    return Weights(path, model.config, own, head is not None and bool(head.any()), count)
 
 
 @dataclass(frozen=True)
@@ -801,9 +863,12 @@ def find_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {name}: not available here") from None
+        device = torch.zeros(1, device=name).device
+    except Exception as e:                  # of the kinds that each backend has
+        raise UserError(f"--device {name}: not available here ({reason_of(e)})") from None
+    if device.type == "meta":
+        raise UserError("--device meta: computes nothing")
+    return device
 
 
 def resolve_config(flags, weights, said):
@@ -866,8 +931,9 @@ class Models:
     encoded: Encoded
 
 
-def open_vae(weights, path=None):
-    """The VAE at `path`, else the tiny model's or, for Wan's weights, the one in their folder."""
+def find_vae(weights, path=None):
+    """The VAE at `path`, else the tiny model's or, for Wan's weights, the one in their folder: its path.
+    All but its numbers is checked. Raises UserError."""
     c = weights.config
     places = [ASSETS / "tiny_vae.safetensors"]          # which would fit Wan's shapes
     if c.text_encoder == "umt5":
@@ -877,24 +943,46 @@ def open_vae(weights, path=None):
     if path is None:
         names = " or ".join(VAE_FILES[:3])
         raise UserError(f"{weights.path}: give --vae PATH; there is no {names} in its folder")
-    vae = load_vae(path)
+    vae, _, _ = open_weights(path)
     channels = vae.config.latent_channels
     if (channels, vae.stride) != (c.out_dim, c.stride):
         raise UserError(f"{path}: latents have {channels} channels and stride {vae.stride}, those of "
-                        f"{weights.path} have {c.out_dim} and {c.stride}; is this its VAE?")
-    return vae
+                        f"{weights.path} have {c.out_dim} and {c.stride}; give --vae its own")
+    return path
+
+
+def open_vae(weights, path=None):
+    """The VAE that find_vae finds."""
+    return load_vae(find_vae(weights, path))
+
+
+def sources_of(job, flags, weights):
+    """What encoders are to encode, see extras/encoders.py."""
+    from extras.encoders import Sources
+    return Sources(job.prompts[0], flags.negative_prompt, flags.prompt_embeds, flags.text_encoder,
+                   flags.image_encoder, weights.path)
+
+
+def check_files(job, flags, weights, image):
+    """All that can be known of the files that load_models opens before it opens one: in a minute, not
+    after the encoders have run. Raises UserError."""
+    find_vae(weights, flags.vae)
+    if job.config.text_encoder == "umt5":
+        from extras import encoders
+        encoders.check(sources_of(job, flags, weights), job.config, image)
+    check_memory(weights.count * getattr(torch, job.dtype).itemsize, weights.path, job.device)
 
 
 def load_models(job, flags, weights, image):
     """The Models of a Job. image (1, 3, H, W) in [-1, 1]. Encoders are gone before the DiT is there."""
+    check_files(job, flags, weights, image)
     vae = open_vae(weights, flags.vae).to(job.device)
     if job.config.text_encoder == "words":
         text = embed_words(job.prompts[0], job.config)
         encoded = Encoded(text if text is None else text.to(job.device))
     else:
         from extras import encoders
-        sources = encoders.Sources(job.prompts[0], flags.negative_prompt, flags.prompt_embeds,
-                                   flags.text_encoder, flags.image_encoder, weights.path)
+        sources = sources_of(job, flags, weights)
         encoded = Encoded(*encoders.encode(sources, job.config, image, job.device))
     dit = MotionStream.from_pretrained(weights.path, dtype=getattr(torch, job.dtype), device=job.device,
                                        **vars(job.config))
@@ -904,6 +992,24 @@ def load_models(job, flags, weights, image):
     print(f"{weights.path.name}: {c.size[1]}x{c.size[0]} pixels, {how}, seed {job.seed}, {job.device}, "
           f"{job.dtype}")
     return Models(dit, vae, encoded)
+
+
+def word_notes(job):
+    """What is to be said of words in the prompts that the tiny model never read: a list."""
+    config = job.config
+    if config.text_encoder != "words":
+        return []
+    notes = []
+    unknown = {}                            # a set in order
+    for prompt in job.prompts:
+        words = re.findall(r"\w+", (prompt or "").lower())
+        unknown |= dict.fromkeys(word for word in words if word not in WORDS)
+        if len(words) > config.text_len:
+            notes.append(f"only the first {config.text_len} words of {prompt!r} are read")
+    if unknown:
+        notes.append(f"the tiny model never learned {', '.join(unknown)}, which is noise to it; it knows "
+                     f"{', '.join(WORDS)}")
+    return notes
 
 
 def checksum(models):
@@ -942,16 +1048,21 @@ def generate(job, models, image, motion):
 def run(argv):
     """The program. Returns the exit code. argv: None, that of the command line."""
     flags = parse_flags(argv)
-    image = load_image(flags.image)
     read = [value for name, value in vars(flags).items() if name != "out" and isinstance(value, Path)]
+    for path in read:
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder")
     check_output(flags.out, (".mp4", ".png"), read)
+    image = load_image(flags.image)
     shipped = {"teacher": "tiny_teacher.safetensors"}.get(flags.sampler, "tiny.safetensors")
     weights = inspect(flags.weights or ASSETS / shipped)
     tracks = given_tracks(flags, image.size)
     job = resolve(flags, weights, tracks)
     refuse(job, flags, weights)
+    if flags.paths:
+        refuse_cropped(flags.paths, image.size, job.config.size)
     motion, lost = fit_tracks(tracks, image.size, job.frames, job.config, job.seed)
-    notes = job.notes + lost
+    notes = job.notes + word_notes(job) + crop_note(image.size, job.config.size) + lost
     if tracks.fps not in (None, job.fps):
         notes.append(f"the tracks are at {tracks.fps:g} frames/s, the video at {job.fps:g}; they are not "
                      "resampled")
@@ -965,7 +1076,7 @@ def run(argv):
     if flags.overlay:
         from extras.tracks import overlaid
         frames = overlaid(frames, motion, job.config.size)
-    is_picture = flags.out.suffix == ".png"
+    is_picture = flags.out.suffix.lower() == ".png"
     with picture_file(flags.out) if is_picture else video_file(flags.out, job.fps) as append:
         code = write_frames(append, frames, job.frames)
     print(flags.out)
@@ -974,19 +1085,33 @@ def run(argv):
 
 def reported(work, *args):
     """The exit code of work(*args), a program: 2 and one line for what the user can put right, 130 if it
-    is interrupted, 141 if who read what it prints has gone, as | head -1 does."""
+    is interrupted, 141 if the reader of what it prints has closed the pipe, as | head -1 does."""
+    print_anything()
     try:
         code = work(*args)
         sys.stdout.flush()
         return code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        return 141                          # 128 + SIGPIPE, which Windows does not have
     except (UserError, OSError) as e:       # OSError: a full disk, say
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {UserError(str(e))}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as e:
+        of_memory = MemoryError, torch.OutOfMemoryError
+        if not isinstance(e, of_memory) and "DefaultCPUAllocator" not in str(e):
+            raise
+        print(f"error: out of memory: {UserError(reason_of(e))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def print_anything():
+    """Consoles that lack a letter of a path, as those of Windows do, get its code; they raise otherwise."""
+    for stream in sys.stdout, sys.stderr:
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def main(argv=None):

@@ -11,12 +11,14 @@ Where a formula is tested, it is written here a second time, plainly, in float64
 import ast
 import contextlib
 import copy
+import functools
 import importlib
 import importlib.util
 import itertools
 import json
 import math
 import os
+import random
 import re
 import shlex
 import shutil
@@ -59,8 +61,8 @@ from motionstream import (PRESETS, Config, CopyingMotionStream, KVCache, MotionS
                           split_conditions, start_points, to_x0, track_features, track_ids, warp_along_tracks, with_first,
                           with_linear_part)
 from sample import count_frames, embed_words
-from vae import (STATISTICS, CausalConv, ChannelNorm, LinearVAE, LinearVAEConfig, TinyVAE, WanVAE,
-                 WanVAEConfig, load_vae)
+from vae import (STATISTICS, CausalConv, ChannelNorm, Enlarge, LinearVAE, LinearVAEConfig, MemBlock,
+                 Repack, TinyVAE, WanVAE, WanVAEConfig, enlarging, load_vae)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Flow matching, guidance, sampling of the teacher.
@@ -871,8 +873,8 @@ def test_wans_own_layout_and_ours_are_read_without_extras():
         save_file(in_diffusers_layout(public()), here / "other.safetensors")
         try:
             MotionStream.from_pretrained(here / "other.safetensors")
-        except ModuleNotFoundError as e:
-            assert "extras" in str(e)
+        except UserError as e:
+            assert "other.safetensors: it has no tensor blocks.0" in str(e) and "is missing" in str(e), e
         else:
             raise AssertionError("another layout was read without extras")
 
@@ -1002,7 +1004,7 @@ def test_public_weights_that_do_not_fit_are_refused_in_one_line():
             assert_error(ValueError, text, MotionStream.from_pretrained, here / "a.safetensors", **overrides)
             assert_error(ValueError, str(here), MotionStream.from_pretrained, here / "a.safetensors", **overrides)
 
-    refused("not a whole MotionStream; 1 tensors are missing: blocks.1.ffn.2.bias",
+    refused("not a complete MotionStream; 1 tensors are missing: blocks.1.ffn.2.bias",
             {"blocks.1.ffn.2.bias": None})
     refused("10 tensors are missing: blocks.0.cross_attn.k.bias, ", {"blocks.0.cross_attn": None})
     refused("2 tensors are unknown: ref_conv.bias, ref_conv.weight",
@@ -1012,22 +1014,22 @@ def test_public_weights_that_do_not_fit_are_refused_in_one_line():
         refused(text, {f"vace_blocks.{i}": torch.zeros(4) for i in range(7)})
     refused("1 tensors are unknown: model.blocks.0.norm3.bias\n", {"model.blocks.0.norm3.bias": torch.zeros(256)})
     for name in "patch_embedding", "head.head", "blocks", "text_embedding", "time_embedding":
-        refused("a whole DiT of Wan is wanted here", {name: None})
-    refused("a whole DiT of Wan is wanted here", {"patch_embedding.weight": torch.zeros(256, 64)})
+        refused("expected a complete Wan DiT checkpoint", {name: None})
+    refused("patch_embedding.weight is (256, 64)", {"patch_embedding.weight": torch.zeros(256, 64)})
     refused("32 input channels for 16", {"patch_embedding.weight": torch.zeros(256, 32, 1, 2, 2)})
     refused("48 by its tensors, but 36", {"patch_embedding.weight": torch.zeros(256, 48, 1, 2, 2)}, {"in_dim": 36})
     for settings in {"num_layers": 30}, {"dim": 1536}, {"in_channels": 36}, {"ffn_dim": 8960}, {"image_dim": 1280}:
         refused("by its tensors, but", settings=settings)
     for settings in "{", "[1]", '"text"':
         refused("config.json: cannot be read", settings=settings)
-    for heads in 3, 0, "2":
-        refused("give num_heads", settings={"num_heads": heads})
-    refused("give num_heads", num_heads=0)
+    for heads, text in (3, "give num_heads"), (0, "expected int from 1"), ("2", "expected int from 1"):
+        refused(text, settings={"num_heads": heads})
+    refused("expected int from 1", num_heads=0)
     refused("a.safetensors", num_layers=3)
     with folder() as here:
         own = asdict(SMALL)
         saved(here / "a.safetensors", new_model(), config=json.dumps(own | {"num_layers": 3}))
-        assert_error(ValueError, "not a whole MotionStream; 27 tensors are missing: blocks.2.", MotionStream.from_pretrained,
+        assert_error(ValueError, "num_layers is 2 by its tensors, but 3 in its metadata", MotionStream.from_pretrained,
                      here / "a.safetensors")
         for c in SMALL, FAMILIES["Wan 2.1 Fun-Control"][0]:
             save_pretrained(randomised(MotionStream(c)), here / "a.safetensors")
@@ -1225,6 +1227,58 @@ def test_chunked_decode_equals_whole_decode_and_never_touches_the_state():
     assert not vae.decode(z[:, :, 3:4])[0].equal(parts[1][:, :, 3:])                       # and matters
 
 
+def decoded_layer_by_layer(layers, z):
+    """What each layer of TAEHV's decoder does, frame by frame in a plain loop, of latents (C, F, h, w): (T, 3, H, W)."""
+    frames = [3 * torch.tanh(frame / 3) for frame in z.unbind(1)]
+    for layer in layers:
+        if isinstance(layer, MemBlock):
+            before = [frames[0]] + frames[:-1]
+            frames = [F.relu(layer.conv(torch.cat(pair)[None])[0] + pair[0]) for pair in zip(frames, before)]
+        elif isinstance(layer, Repack):
+            frames = [part for frame in frames for part in layer.conv(frame[None])[0].chunk(layer.grow)]
+        else:
+            frames = [layer(frame[None])[0] for frame in frames]
+    return 2 * F.pixel_shuffle(torch.stack(frames), 2)[3:] - 1
+
+
+def test_a_stage_of_the_tiny_decoder_in_one_convolution_is_its_layers_and_learns_as_they_do():
+    for stages in ((6, 1, 4, 2), (5, 1, 1, 1)), ((6, 2, 2, 3), (4, 1, 2, 2)):
+        vae = new_vae(replace(SMALL_VAE, patch=2, decoder=stages, tail=5)).requires_grad_(True)
+        z = rand(2, 4, 3, 3, 4)
+        video, _ = vae.decode_unclamped(z)
+        names, parameters = zip(*vae.decoder.named_parameters())
+        plain = torch.stack([decoded_layer_by_layer(vae.decoder, one) for one in z]).transpose(1, 2)
+        assert_near(video, plain, 1e-5)
+        weight = rand(*video.shape)
+        got = torch.autograd.grad((video * weight).sum(), parameters)
+        for name, a, b in zip(names, got, torch.autograd.grad((plain * weight).sum(), parameters)):
+            assert b.abs().max() > 0, name
+            assert_near(a, b, 1e-4)
+
+
+def test_enlarging_and_convolving_in_one_is_both_in_turn():
+    for space in 1, 2, 3:
+        weight, bias, x = rand(5, 4, 3, 3), rand(5, seed=1), rand(2, 4, 3, 6, seed=2)
+        plain = F.conv2d(nn.Upsample(scale_factor=space)(x), weight, bias, padding=1)
+        folded = enlarging(weight, space).transpose(0, 1)
+        assert_near(F.conv_transpose2d(x, folded, bias, space, 1), plain, 1e-5)
+    layers, x = randomised(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(4, 5, 3, padding=1))), rand(2, 4, 3, 5, 6)
+    plain = torch.stack([layers(frame) for frame in x.unbind(2)], 2)
+    assert_near(Enlarge(*layers)(x), plain, 1e-5)
+
+
+def test_a_vae_computes_in_the_dtype_of_its_weights():
+    for vae, channels in (new_vae(), 4), (linear_vae(), 4), (randomised(WanVAE(WAN21)), 16):
+        video, z = rand(1, 3, 5, 16, 24).clamp(-1, 1), rand(1, channels, 2, 2, 3)
+        latents, (decoded, _) = vae.encode(video), vae.decode(z)
+        vae.to(torch.bfloat16)
+        assert vae.encode(video).dtype == vae.decode(z)[0].dtype == torch.bfloat16
+        _, state = vae.decode(z[:, :, :1])
+        assert all(t.dtype == torch.bfloat16 for t in state)
+        assert_near(vae.encode(video).float(), latents, 0.05)
+        assert_near(vae.decode(z)[0].float(), decoded, 0.05)
+
+
 def test_encoding_in_pieces_equals_the_whole_and_an_image_is_the_first_latent():
     for config in SMALL_VAE, replace(SMALL_VAE, pad="end"):
         vae, video = new_vae(config), rand(2, 3, 29, 16, 24).clamp(-1, 1)
@@ -1387,8 +1441,8 @@ def test_wan_encoding_is_causal_and_holds_few_frames_however_long_the_clip():
 
 def test_the_wan_vae_runs_from_its_own_source():
     own = lifted("vae.py", "FRAMES", "check_video", "WanVAEConfig", "STATISTICS", "CausalConv", "TimeConv", "Causal",
-                 "PerFrame", "ChannelNorm", "ResBlock", "Attention", "DownStage", "UpStage", "downsample", "upsample",
-                 "res_blocks", "middle", "head", "build_wan_encoder", "build_wan_decoder", "columns_first", "WanVAE",
+                 "each_frame", "channels_to_frames", "enlarging", "PerFrame", "Enlarge", "ChannelNorm", "ResBlock",
+                 "Attention", "DownStage", "UpStage", "downsample", "upsample", "res_blocks", "middle", "head", "build_wan_encoder", "build_wan_decoder", "columns_first", "WanVAE",
                  OrderedDict=OrderedDict)
     vae = randomised(own.WanVAE(own.WanVAEConfig(48, 8, 12, True)))
     z = vae.encode(wan_video(vae, 5))
@@ -1475,7 +1529,7 @@ def test_a_learner_moves_every_parameter_of_the_model_itself():
         once = [p.clone() for p in model.parameters()]
         learner.step(loss(model), 10)
         for average, a, b in zip(learner.average.parameters(), once, model.parameters()):
-            assert_near(average, (a + b) / 2, 1e-5)                 # update 10 counts 1 - 10 / (10 + 10)
+            assert_near(average, a + (b - a) * 10 / 11, 1e-5)       # the second update counts 1 - 1 / (1 + 10)
 
 
 def test_the_rate_rises_over_20_updates_stays_and_falls_to_0():
@@ -1589,8 +1643,9 @@ def test_dmd_gradient_is_critic_minus_teacher_normalised():
     td.dmd_loss(x0, gaussian(data, 0), gaussian(made, 0), {}, first, 5.0).backward()
     assert x0.grad[:, :, 0].abs().max() < 1e-7 and x0.grad[:, :, 1:].abs().min() > 0       # the image gives frame 0
 
-    x0 = data.clone().requires_grad_(True)                      # a perfect clip: no distance
-    td.dmd_loss(x0, gaussian(data, 0), gaussian(made, 0), {}, None, 5.0).backward()
+    x0 = torch.zeros_like(data).requires_grad_(True)            # a perfect clip: real is x0 to the bit
+    with unittest.mock.patch.object(torch, "randn_like", torch.zeros_like):
+        td.dmd_loss(x0, gaussian(0, 0), gaussian(made, 0), {}, None, 5.0).backward()
     assert x0.grad.isfinite().all()
 
     mean = torch.tensor(2.0, requires_grad=True)                # a generator N(mean, 1), data N(-1, 1), an exact critic
@@ -1684,13 +1739,14 @@ def test_distillation_with_a_reward_and_an_ema_sink():
         evicted, lerp = [], torch.Tensor.lerp
         with unittest.mock.patch.object(torch.Tensor, "lerp", lambda *args: evicted.append(args[2]) or lerp(*args)):
             code = td.main(["--smoke", "--stage", "distill", "--steps", "1", "--out", str(here), "--set", "sink_decay=0.75",
-                            "--set", "beta=1", "--rollout", "4", "--reward", f"{here}/mine.py:reward"])
+                            "--set", "beta=1", "--set", "export_every=1", "--rollout", "4", "--reward", f"{here}/mine.py:reward"])
         log = [json.loads(line) for line in open(here / "stats.jsonl")]
         assert code is None and [row["reward"] for row in log] == [4.0], (code, err.getvalue(), log)
         assert 1 < log[0]["loss_g"] < 1e3, log                      # it counts exp(4 / 1)
         # in two rollouts of 4 chunks, 2 layers average the keys and values of chunks 1 and 2 into the sink, chunk 0
         assert evicted.count(0.25) == 2 * 2 * 2 * 2, Counter(evicted)
         assert MotionStream.from_pretrained(here / "student.safetensors").config.sink_decay == 0.75
+        assert (here / "student.00001.safetensors").exists()
 
 
 def test_the_end_of_a_long_rollout_is_judged_beside_the_image_it_began_with():
@@ -1909,15 +1965,31 @@ def in_two_processes(code, *args):
     return wait
 
 
+@contextlib.contextmanager
+def counting_reductions():
+    """Notes in a list each time that FSDP reduces gradients."""
+    name = "reduce_scatter_single"
+    if not hasattr(td.dist, name):                              # torch before 2.12
+        name = "reduce_scatter_tensor"
+    reduced, reduce = [], getattr(td.dist, name)
+
+    def note(*args, **kwargs):
+        reduced.append(name)
+        return reduce(*args, **kwargs)
+
+    with unittest.mock.patch.object(td.dist, name, note):
+        yield reduced
+
+
 def toy_training(here, stop_at=None, nan_at=None, steps=6, save_every=300, batches=1, **settings):
     """Some steps of a small model; its parameters and what was logged. Leaves the model and all gradients behind."""
     model = new_model().requires_grad_(True)
     learner = td.Learner("toy", model, td.Learning(1e-2, 1e-2, ema=0.9), updates=steps // batches, accumulate=batches)
     toy_training.model, toy_training.gradients = model, []
     clock = itertools.count(0, 301 if save_every == 1 else 0)
-    run = SimpleNamespace(out=here, seed=1, dtype=torch.float32)
+    run = SimpleNamespace(out=here, seed=1, dtype=torch.float32, settings=td.TINY)
     told = {"data": "toy", "seed": 1} | settings
-    with quiet() as (out, _), unittest.mock.patch.object(td.time, "time", lambda: next(clock)), \
+    with quiet() as (toy_training.said, _), unittest.mock.patch.object(td.time, "time", lambda: next(clock)), \
             unittest.mock.patch.object(td, "checkpoint_settings", lambda run, stage: told), \
             keeping_gradients(toy_training.gradients):
         loop = td.Loop(run, "toy", steps, learner)
@@ -1930,7 +2002,7 @@ def toy_training(here, stop_at=None, nan_at=None, steps=6, save_every=300, batch
     log = [json.loads(line)["loss"] for line in open(here / "stats.jsonl")]
     states = {f"{net}.{name}": whole(p).clone() for net, module in (("model", model), ("average", learner.average))
               for name, p in module.state_dict().items()}
-    return states, log, out.getvalue()
+    return states, log, toy_training.said.getvalue()
 
 
 def toy_loss(model):
@@ -1942,11 +2014,14 @@ def test_an_interrupted_training_continues_with_the_same_bits_and_no_other_setti
     with folder() as one, folder() as two:
         whole, log, _ = toy_training(one)
         assert_error(SystemExit, "143", toy_training, two, stop_at=2)
-        assert len((two / "stats.jsonl").read_text().splitlines()) == 3                    # it finished the step
+        assert "saved at step 3; the same command goes on\n" in toy_training.said.getvalue()
+        with open(two / "stats.jsonl", "a") as file:                # as if killed at step 4, after the checkpoint
+            file.write('{"stage": "toy", "step": 3, "loss": 1}\n{"stage": "other", "step": 9, "loss": 1}\n{"sta')
         assert_error(td.UserError, "of other settings (data toy, now else);", toy_training, two, data="else")
         assert_error(td.UserError, "(steps 6, now 7; seed 1, now 2);", toy_training, two, steps=7, seed=2)
         resumed, resumed_log, _ = toy_training(two)
-        assert same(whole, resumed) and log == resumed_log and len(log) == 6
+        assert same(whole, resumed)
+        assert resumed_log[:3] + resumed_log[4:] == log and len(log) == 6, "each step once; another stage's stays"
 
 
 def vae_gradients():
@@ -1981,9 +2056,10 @@ def test_two_processes_have_the_gradients_of_one_that_accumulates_two_steps():
     child = """if True:
         td.dist.init_process_group("gloo")
         for folder in args:
-            whole, _, said = test.toy_training(test.Path(folder), steps=14, batches=4)
+            with test.counting_reductions() as reduced:
+                whole, _, said = test.toy_training(test.Path(folder), steps=14, batches=4)
             sharded = [(p.to_local().numel(), p.numel()) for p in test.toy_training.model.parameters()]
-            results = test.toy_training.gradients, whole, said, sharded, test.vae_gradients()
+            results = test.toy_training.gradients, whole, said, sharded, len(reduced), test.vae_gradients()
             torch.save(results, f"{folder}/results{td.RANK}.pt")
         td.dist.destroy_process_group()
     """
@@ -2001,8 +2077,9 @@ def test_two_processes_have_the_gradients_of_one_that_accumulates_two_steps():
         for p, mean in zip(model.parameters(), gradients[0], strict=True):
             assert_near(mean, p.grad / 4, 1e-5)
         for path, rank in itertools.product((two, both), range(2)):     # three updates; what one began, two take over
-            theirs, went, said, sharded, theirs_of_vae = torch.load(path / f"results{rank}.pt")
-            assert ("resumed at step 8" in said) == (path == both)
+            theirs, went, said, sharded, reduced, theirs_of_vae = torch.load(path / f"results{rank}.pt")
+            assert ("resumed at step 8" in said) == (path == both and rank == 0)
+            assert reduced == len(theirs) * 4, "once an update: two blocks, the track head, the rest"
             assert_same_gradients(gradients[2 if path == both else 0:], theirs)
             assert_same_gradients(of_vae, theirs_of_vae)
             assert_moved_alike(start, whole, went)
@@ -2012,10 +2089,10 @@ def test_two_processes_have_the_gradients_of_one_that_accumulates_two_steps():
         ours, theirs = (torch.tensor([row["grad"] for row in log if "grad" in row]) for log in (rows, theirs))
         assert_near(ours, theirs, 1e-3)
         ours, theirs = (torch.load(path / "toy.0000012.checkpoint.pt") for path in (one, two))
-        for name in "toy Muon", "toy AdamW":
-            for i, state in ours[name]["state"].items():
-                for key, value in state.items():
-                    assert_near(theirs[name]["state"][i][key], value, 0.01)
+        ours, theirs = (saved["learners"]["toy"]["optimizer"]["state"] for saved in (ours, theirs))
+        for name, state in ours.items():
+            for key, value in state.items():
+                assert_near(theirs[name][key], value, 0.01)
         _, _, said = toy_training(two, steps=14, batches=4)             # what two began, one takes over
         assert "resumed at step 12" in said
 
@@ -2098,13 +2175,154 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_it():
     with folder() as one, folder() as two:
         whole, _, _ = toy_training(one)
         assert_error(SystemExit, "143", toy_training, two, stop_at=4, save_every=1)
+        assert "saved at step 5" in toy_training.said.getvalue()
         names = sorted(path.name for path in two.glob("*.pt"))
         assert names == ["toy.0000004.checkpoint.pt", "toy.0000005.checkpoint.pt"], names      # the last two
         newest = two / names[1]
         newest.write_bytes(newest.read_bytes()[:1000])
         resumed, log, said = toy_training(two)
         assert "0000005.checkpoint.pt: damaged" in said and "0000004.checkpoint.pt: resumed at step 4" in said, said
-        assert same(whole, resumed) and len(log) == 5 + 2
+        assert same(whole, resumed) and len(log) == 6 and (two / "toy.0000005.checkpoint.damaged").exists()
+
+
+def linear_learner():
+    model = nn.Linear(3, 2)
+    learner = td.Learner("toy", model, td.Learning(None, 1e-3, ema=0.9))
+    learner.step(model(torch.ones(1, 3)).sum(), 0)
+    return learner
+
+
+def mutated(data, rng):
+    """A copy of bytes with a bit flipped, a part zeroed, cut off, doubled or from elsewhere."""
+    data = bytearray(data)
+    at, length = rng.randrange(len(data)), rng.randrange(1, 200)
+    piece = data[at:at + length]
+    change = rng.randrange(6)
+    if change < 2:
+        data[at] ^= 1 << rng.randrange(8)
+    elif change == 2:
+        data[at:at + length] = bytes(len(piece))
+    elif change == 3:
+        del data[at:]
+    elif change == 4:
+        data[at:at] = piece
+    else:
+        data[at:at + length] = data[:length]
+    return bytes(data)
+
+
+def assert_whole_or_the_one_before(here, written, second, saved):
+    """What td.newest_checkpoint makes of `saved` in the place of the second checkpoint of two, which held `written`."""
+    second.write_bytes(saved)
+    with quiet() as (out, _):
+        path, (step, _, states) = td.newest_checkpoint(here, "toy")
+    if step == 2:                                                   # what has changed is not read
+        assert path == second and same(states["toy"]["model"], written), saved
+        return
+    assert step == 1 and out.getvalue().count("\n") == 1 and f"{second}: damaged (" in out.getvalue(), out.getvalue()
+    assert not second.exists()
+
+
+def test_whatever_happens_to_a_checkpoint_it_is_as_written_or_the_one_before_is_taken():
+    with folder() as here:
+        learner = linear_learner()
+        for step in 1, 2:
+            td.save_checkpoint(here, "toy", step, {}, [learner])
+        other = td.Learner("toy", nn.Linear(4, 2), td.Learning(None, 1e-3))
+        assert_error(td.UserError, "step 2: of another toy; ", td.load_checkpoint, here, "toy", {}, [other])
+        second, written = here / "toy.0000002.checkpoint.pt", copy.deepcopy(learner.state_dict()["model"])
+        whole = second.read_bytes()
+        flipped = bytearray(whole)
+        at = whole.index(written["weight"].numpy().tobytes())       # one bit of a weight
+        flipped[at] ^= 1
+        assert_whole_or_the_one_before(here, written, second, bytes(flipped))
+        assert (here / "toy.0000002.checkpoint.damaged").exists()
+        for seed in range(30):
+            assert_whole_or_the_one_before(here, written, second, mutated(whole, random.Random(seed)))
+        for path in here.glob("*.checkpoint.pt"):
+            path.write_bytes(path.read_bytes()[:500])
+        there = sorted(here.iterdir())
+        with quiet():
+            assert_error(td.UserError, "no other checkpoint of the stage toy is whole", td.newest_checkpoint, here, "toy")
+        assert sorted(here.iterdir()) == there, "nothing is removed"
+
+
+def test_a_folder_is_that_of_one_training_until_it_ends_even_by_a_crash():
+    with folder() as here:
+        left, kept = [".toy.0000003.checkpoint.pt.12.part", "latents.1/a/.b.safetensors.12.part"], [".x.mp4.12.part"]
+        for name in left + kept:
+            (here / name).parent.mkdir(parents=True, exist_ok=True)
+            (here / name).touch()
+        ready, told = os.pipe()
+        child = os.fork()
+        if child == 0:
+            with td.own_folder(here):
+                os.write(told, b"!")
+                time.sleep(60)
+        try:
+            os.read(ready, 1)
+            assert not any((here / name).exists() for name in left) and all((here / name).exists() for name in kept)
+            (here / left[0]).touch()
+            owned = td.own_folder(here)
+            assert_error(td.UserError, f"{here}: process {child} on ", owned.__enter__)
+            assert (here / left[0]).exists(), "the other may be writing it"
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        with td.own_folder(here):
+            assert not (here / left[0]).exists() and (here / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_checkpoints_are_as_often_as_is_said_and_how_often_may_change():
+    for minutes, saved in (5, [5]), (1.6, [2, 4, 5]):
+        now, steps = [0], []
+        with folder() as here, quiet(), unittest.mock.patch.multiple(
+                td, checkpoint_settings=lambda *_: {}, save_checkpoint=lambda *args: steps.append(args[2])), \
+                unittest.mock.patch.object(td.time, "time", lambda: now[0]):
+            settings = replace(td.TINY, checkpoint_minutes=minutes)
+            run = SimpleNamespace(out=here, seed=1, dtype=torch.float32, settings=settings)
+            for _ in td.Loop(run, "toy", 5, linear_learner()):
+                now[0] += 50                                            # seconds
+        assert steps == saved, (minutes, steps)
+    told = td.checkpoint_settings(td.resolve(td.Flags(device="cpu")), "vae")
+    assert not told.keys() & {"checkpoint_minutes", "export_every", "tflops"} and "batch" in told
+
+
+def test_weights_of_some_updates_are_kept_to_choose_from():
+    with folder() as here:
+        run = td.resolve(td.Flags(device="cpu", out=here, set=(("export_every", 2),)))
+        model = new_model()
+        for update in range(1, 6):
+            td.export_weights(run, model, update)
+        assert sorted(path.name for path in here.iterdir()) == ["student.00002.safetensors", "student.00004.safetensors"]
+        ours = MotionStream.from_pretrained(here / "student.00004.safetensors")
+        assert same({name: p.half() for name, p in model.state_dict().items()},
+                    {name: p.half() for name, p in ours.state_dict().items()})
+
+
+def test_the_first_lines_of_a_training_are_a_table():
+    with folder() as here, quiet() as (out, _):
+        run = td.resolve(td.Flags(device="cpu", out=here, set=(("batch", 2), ("teacher_steps", 700))))
+        rows = [{"stage": "teacher", "step": i, "seconds": 100 if i < 40 else 3.6} for i in range(200)]
+        (here / "stats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"stage')
+        td.print_plan(run, ["teacher", "distill"])
+        said = out.getvalue()
+        assert f"| teacher | 700 | 200 | 0.5 | {here / 'teacher.safetensors'} |" in said, said
+        assert f"| distill | 1,200 | - | - | {here / 'student.safetensors'} |" in said, said
+        assert "not as usual: batch=2, teacher_steps=700\n" in said and f"{here / 'STAGE.png'}" in said, said
+        assert "Config(" not in said and "Learning(" not in said and len(said.splitlines()) < 12, said
+
+
+def test_threads_wait_briefly_unless_the_user_says_how():
+    source = "".join(itertools.takewhile(lambda line: "numpy" not in line, open(HERE / "sample.py").readlines()))
+    for given, count in ({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None):
+        with unittest.mock.patch.dict(os.environ, given):
+            for name in {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} - given.keys():
+                os.environ.pop(name, None)
+            exec(source, {})
+            assert os.environ.get("GOMP_SPINCOUNT") == count, given
+    order = [line.split()[1] for line in open(HERE / "train_distill.py") if line.startswith(("import ", "from "))]
+    assert order.index("sample") < order.index("torch"), "torch reads it when it is loaded"
 
 
 def test_nan_stops_a_training_before_anything_moves():
@@ -2226,20 +2444,18 @@ def test_drawn_clips_are_the_same_whether_they_are_encoded_while_drawn_or_later(
         clip, video = load_file(files[0]), load_file(videos[0])
         with torch.no_grad():
             latents = drawn.load_vae().encode(video["video"][None] / 127.5 - 1)[0].half()
-        assert clip["latents"].equal(latents) and clip["first"].equal(video["video"][:, 0])
+        assert_near(clip["latents"], latents, 2e-3)                     # drawn by one thread, here there may be more
+        assert clip["first"].equal(video["video"][:, 0])
         assert clip["tracks"].equal(video["tracks"]) and clip["tracks"].shape[0] == 189, "those of 16 chunks"
 
 
 def test_what_is_made_is_named_by_what_made_it():
     with folder() as here, quiet(), small_scenes():
         before_distillation(here)
-        vaes = []                   # kept as bytes: a file saved again may differ in the order of its metadata
-        for seed in 0, 1:
-            saved(here / "vae.safetensors", randomised(new_vae(replace(SMALL_VAE, latent_channels=16)), seed))
-            vaes.append((here / "vae.safetensors").read_bytes())
+        vaes = [randomised(new_vae(replace(SMALL_VAE, latent_channels=16)), seed) for seed in (0, 1)]
 
         def made(weights=0, **flags):
-            (here / "vae.safetensors").write_bytes(vaes[weights])
+            saved(here / "vae.safetensors", vaes[weights], anything=str(time.time()))
             run = td.resolve(td.Flags(smoke=True, out=here, device="cpu", **flags))
             with unittest.mock.patch("extras.world.write_clips", lambda folder, *_, **__: folder.mkdir(exist_ok=True)):
                 td.training_clips(run, 12)
@@ -2252,6 +2468,59 @@ def test_what_is_made_is_named_by_what_made_it():
         for count, other in enumerate([{"weights": 1}, {"seed": 1}, {"rollout": 20}], 2):
             folders, settings = made(**other)
             assert len(folders) == count and settings != first[1], other
+
+
+def test_data_is_told_by_what_it_holds_and_not_by_age_or_place():
+    def told(data):
+        run = td.resolve(td.parse_flags(own_flags(here, data)))
+        return td.checkpoint_settings(run, "teacher"), td.training_clips(run, 12)
+
+    with folder() as here, quiet():
+        data = video_clips(here / "data", 3)
+        was, files = told(data)
+        for file in data.iterdir():
+            os.utime(file, (1, 1))                                  # touched
+        clip = load_file(data / "1.safetensors")
+        td.write(data / "1.safetensors", functools.partial(td.save_file, clip, metadata={"source": "of a touched text"}))
+        assert told(data) == (was, files)
+        shutil.copytree(data, here / "moved/clips")
+        with unittest.mock.patch.object(td, "encode_video", None):                      # none is encoded again
+            assert told(here / "moved/clips") == (was, files)
+        with unittest.mock.patch.object(td, "content_digest", None):                    # nor read again
+            td.read_digests(here / "moved/clips", here / "runs/out/clips.json")
+        clip["text"][-1] += 1e-3
+        td.write_clip(data / "1.safetensors", clip)
+        (data / "2.safetensors").rename(data / "3.safetensors")
+        now, others = told(data)
+        assert td.differences(was, now) == ["data/1.safetensors has changed", "data/2.safetensors is gone",
+                                            "data/3.safetensors is new"]
+        assert others[0] == files[0] and others[1] != files[1], "what has changed is encoded again"
+        start, copied = here / "start.safetensors", here / "copied.safetensors"
+        shutil.copy(start, copied)
+        assert td.weight_digests(start) == td.weight_digests(copied)
+        assert td.weight_digests(start) != td.weight_digests(saved(copied, randomised(new_model(causal=False), 1)))
+        index = shards(here, public())
+        assert len(td.weight_digests(index)) == 3
+        assert td.weight_digests(index) == td.weight_digests(next(here.glob("*-00001-of-*")))
+
+
+def test_a_large_tensor_is_told_by_pieces_from_its_first_byte_to_its_last():
+    with folder() as here:
+        tensor, path = torch.zeros(2 ** 20), here / "a.safetensors"
+        digests = set()
+        for at in None, 0, 1023, 2 ** 20 - 1:
+            changed = tensor.clone()
+            if at is not None:
+                changed[at] = 1
+            save_file({"a": changed}, path)
+            digests.add(td.content_digest(path))
+        save_file({"a": tensor.reshape(2 ** 10, 2 ** 10)}, path)
+        digests.add(td.content_digest(path))
+        torch.save(tensor, here / "a.pt")
+        digests.add(td.content_digest(here / "a.pt"))
+        assert len(digests) == 6
+        path.write_bytes(path.read_bytes()[:40])
+        assert_error(td.UserError, f"{path}: damaged", td.content_digest, path)
 
 
 def test_processes_wait_equally_often_whatever_each_has_to_make():
@@ -2270,10 +2539,11 @@ def test_processes_wait_equally_often_whatever_each_has_to_make():
             run = td.resolve(td.parse_flags(flags))
             saved(here / "teacher.safetensors", new_model(causal=False, steps=3))
             run = replace(run, files=run.files | {"teacher": here / "teacher.safetensors"})
-            with unittest.mock.patch.multiple(td, PROCESSES=2, RANK=rank, mean_processes=waits.append, write_clip=wrote):
+            with unittest.mock.patch.multiple(td, PROCESSES=2, RANK=rank, wait_for_all=waits.append,
+                                               from_first=lambda value: value or {}, write_clip=wrote):
                 files = td.training_clips(run, 12)
                 files = td.make_trajectories(run, files)
-        assert len(files) == 8 and len(waits) == 2 and len(made) == (0 if rank else 8), (rank, waits, made)
+        assert len(files) == 8 and waits == 4 * [td.LATE] and len(made) == (0 if rank else 8), (rank, waits, made)
 
 
 def trained(here, flags, stages):
@@ -2360,7 +2630,8 @@ def test_every_stage_runs_from_weights_of_wan_in_the_papers_two_stages_of_the_te
         log, _ = trained(here, flags, ("teacher",))
         first = MotionStream.from_pretrained(here / "out" / "teacher.safetensors")
         state = torch.load(*(here / "out").glob("teacher.*.pt"), weights_only=True)
-        assert "teacher AdamW" in state and "teacher Muon" not in state
+        moments = state["learners"]["teacher"]["optimizer"]["state"]
+        assert moments and all("exp_avg" in moment for moment in moments.values()), "AdamW alone"
         assert first.config == replace(c, in_dim=48, track_dim=16, shift=6.0, sigmas=schedule(3, 6.0), steps=48)
         assert masks == [False] and (calls[0][0] > 0).all()         # no frame is clean: the image is in channels
         assert calls[0][2]["image"].shape == (1, 16, 21, 4, 6) and not calls[0][2]["image"][:, :, 1:].any()
@@ -2433,7 +2704,7 @@ def test_what_cannot_be_trained_is_refused_in_one_line():
                              ("vae.safetensors: no such folder", "--data", vae),
                              ("vae.safetensors: latents have 16 channels and stride 8, those of", "--weights", teacher,
                               "--vae", vae, "--data", data),
-                             ("wan.safetensors: this is a DiT; a whole VAE", "--vae", wan)]:
+                             ("wan.safetensors: expected a complete VAE (Wan or TAEHV) checkpoint; this looks like a DiT", "--vae", wan)]:
             assert td.main([str(word) for word in ("--out", here / "out", *flags)]) == 2, said
             last = err.getvalue().splitlines()[-1]
             assert last.startswith("error: ") and said in last and "makes it" not in last, (said, last)
@@ -2499,8 +2770,8 @@ def test_a_dry_run_tells_parameters_and_costs_and_makes_nothing():
                 # 6 latents of 1560 tokens, 1536 wide, key and value, 30 layers, 2 bytes
                 assert f"{6 * 1560 * 1536 * 2 * 30 * 2 / 2 ** 20:,.0f} MiB" in said, said
                 days_of_teacher = r"\| teacher \| 614,400 \| [\d,.]+ \| ([\d.]+) \|"
-                assert "| teacher | 26.4 | 6.6 | 3.3 |" in said and "| distill | 52.9 | 13.2 | 6.6 |" in said, said
-                assert "| causal | 256,000 |" in said and "clip_frames = 81" in said, said
+                assert "| teacher | 26.4 | 10.6 | 7.9 |" in said and "| distill | 52.9 | 21.1 | 15.9 |" in said, said
+                assert "| causal | 256,000 |" in said and "| clip_frames | 81 |" in said, said
                 days = [re.search(days_of_teacher, said)[1]]
                 for flags in ["--set", "tflops=198"], ["--memory", "c3s2w6"]:
                     with quiet() as (out, _):
@@ -2571,6 +2842,7 @@ def test_dmd_loss_and_the_vae_run_from_their_own_source():
     assert values[0].equal(values[1]) and values[0] > 0
 
     own = lifted("vae.py", "FRAMES", "check_video", "TinyVAEConfig", "TINY", "conv", "MemBlock", "Repack",
+                 "each_frame", "frames_to_channels", "channels_to_frames", "enlarging", "grow_frames",
                  "build_encoder", "build_decoder", "run_layers", "TinyVAE")
     vae = randomised(own.TinyVAE(own.TinyVAEConfig(**vars(SMALL_VAE))))
     z = vae.encode(rand(1, 3, 9, 16, 16))

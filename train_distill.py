@@ -33,22 +33,25 @@ extras/world.py draws such clips, python -m extras.clips makes them of your own 
 
 import argparse
 import ast
-import copy
+import contextlib
 import dataclasses
 import functools
 import itertools
 import json
 import math
 import os
-import pickle
+import re
+import socket
 import sys
 import time
+import zipfile
 import zlib
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")    # threads wait awake, but briefly
+from sample import (Parser, Weights, embed_words, guidance, hold_signals, inspect, memory, number,
+                    open_vae, reported)     # before torch: it says how torch's threads wait
 
 import torch
 import torch.distributed as dist
@@ -56,17 +59,19 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
+                                                     get_optimizer_state_dict, set_model_state_dict,
+                                                     set_optimizer_state_dict)
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from motionstream import (CLIP_ROWS, FRAMES, PRESETS, Config, MotionStream, UserError, add_noise,
                           cell_of, channel_std, euler, guided_velocity, image_inputs, linear_part,
                           motion_inputs, naming, new_model, rollout, save_pretrained, schedule,
-                          shift_sigma, split_conditions, start_points, to_x0, track_ids, with_first,
-                          write)
-from sample import (Parser, Weights, embed_words, guidance, hold_signals, inspect, memory, number,
-                    open_vae, reported)
+                          shards_of, shift_sigma, split_conditions, start_points, to_x0, track_ids,
+                          with_first, write)
 from vae import LinearVAE
 
 # --------------------------------------------------------------------------------------------------
@@ -129,6 +134,9 @@ class Settings:
     neutral_long_rollouts: bool = True      # text of those beyond a clip: a light would have faded
     drawn_memory: bool = False      # chunk, sink, window of each rollout drawn, see draw_rollout
     beta: float = 0.5               # a clip weighs exp(reward / beta) (Reward Forcing, eq. 11)
+    export_every: int = 0           # updates of the generator between weights to choose from; 0: none
+    # how often
+    checkpoint_minutes: float = 5   # between checkpoints; on a signal one is written anyway
     # dry run
     tflops: float = 396             # a GPU's per second: 40 % of an H100's 989 in bfloat16
 
@@ -172,6 +180,9 @@ PAPER_STAGE_2 = replace(
 
 SMOKE = {"vae_steps": 4, "teacher_steps": 4, "causal_steps": 3, "distill_steps": 6,
          "vae_clips": 8, "clips": 16, "trajectories": 8}
+
+# What may be another when a training is resumed: nothing that is learned depends on it.
+FREE = ("tflops", "checkpoint_minutes", "export_every")
 
 NEUTRAL = PRESETS["tiny"].prompt
 WEIGHTS = {"vae": "vae", "teacher": "teacher", "causal": "causal", "distill": "student"}
@@ -229,7 +240,8 @@ class Run:
         return Path(self.files[name])
 
     def checksum(self, name):
-        return zlib.crc32(self.path(name).read_bytes())
+        """Of the tensors, see content_digest."""
+        return content_digest(self.path(name))
 
     def load(self, name, **overrides):
         """A trained MotionStream in float32, frozen. overrides: fields of Config."""
@@ -263,11 +275,15 @@ def default_device():
     return f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu"
 
 
+SOON = timedelta(minutes=30)    # one may write a checkpoint while the others wait
+LATE = timedelta(hours=24)      # some may encode long after others
+
+
 def join_processes(device):
     """Those that torchrun has started. device: None is the default."""
     if PROCESSES > 1:
         device = device or default_device()
-        dist.init_process_group(timeout=timedelta(hours=12))    # some may encode long after others
+        dist.init_process_group(timeout=SOON)
         dist.init_device_mesh(device.split(":")[0], (PROCESSES,))   # gloo, or nccl on a GPU
 
 
@@ -278,9 +294,21 @@ def mean_processes(tensor):
     return tensor.div_(PROCESSES)
 
 
-def wait_for_all():
-    """Return when all processes have come here."""
-    mean_processes(torch.zeros(1))
+def wait_for_all(timeout=SOON):
+    """Return when all processes have come here. RuntimeError, which names one that has not, after
+    `timeout`."""
+    if PROCESSES > 1:
+        group = dist.new_group(backend="gloo", timeout=timeout)
+        dist.monitored_barrier(group, timeout)
+        dist.destroy_process_group(group)
+
+
+def from_first(value):
+    """What process 0 has as `value`, in all of them."""
+    told = [value]
+    if PROCESSES > 1:
+        dist.broadcast_object_list(told)
+    return told[0]
 
 
 def ends_update(i, accumulate):
@@ -303,28 +331,8 @@ def shard(model):
     return model
 
 
-def gathered(state):
-    """A state dict, or a value in one, with sharded tensors whole: on process 0's CPU; in others,
-    without data."""
-    if isinstance(state, dict):
-        return {name: gathered(value) for name, value in state.items()}
-    if not isinstance(state, DTensor):
-        return state
-    whole = state.full_tensor()
-    return whole.to("cpu" if RANK == 0 else "meta")
-
-
-def scattered(state, like):
-    """The reverse: each process keeps its shards, as in `like`, a parameter or a dict of what has
-    the same names."""
-    if isinstance(state, dict):
-        parts = {}
-        for name, value in state.items():
-            parts[name] = scattered(value, like[name] if isinstance(like, dict) else like)
-        return parts
-    if not isinstance(like, DTensor) or state.ndim == 0:        # a count of updates is no shard
-        return state
-    return distribute_tensor(state, like.device_mesh, like.placements, src_data_rank=None)
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)     # in process 0, others: nothing
+SHARED = StateDictOptions(full_state_dict=True, broadcast_from_rank0=PROCESSES > 1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -394,7 +402,7 @@ class Muon(torch.optim.Optimizer):
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
         """An update by Nesterov's momentum of the gradients, made orthogonal."""
         for group in self.param_groups:
             for p in group["params"]:
@@ -412,7 +420,8 @@ class Muon(torch.optim.Optimizer):
         matrix = update.flatten(1)              # (rows, columns)
         rows, columns = matrix.shape
         update = orthogonal(matrix, self.dtype).reshape(update.shape)
-        update = scattered(update, p)
+        if isinstance(p, DTensor):
+            update = distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
         p.mul_(1 - rate * weight_decay)
         p.add_(update, alpha=-rate * max(1, rows / columns) ** 0.5)
 
@@ -422,16 +431,19 @@ class Learner:
 
     how: Learning. updates: how many there will be, for the rate, 0: it stays. An update follows the
     mean gradient of `accumulate` steps, which the processes share, as they do the network's
-    parameters, average and optimizer states, see `shard`."""
+    parameters, average and optimizer states, see `shard`. Gradients are reduced once an update; until
+    then each process keeps its own, whole."""
 
     def __init__(self, name, model, how, *, updates=0, accumulate=1):
         self.name = name
         self.how = how
         self.updates = updates
         self.accumulate = accumulate
+        self.averaged = None
         self.average = None
         if how.ema:
-            self.average = shard(copy.deepcopy(model).requires_grad_(False))
+            self.averaged = AveragedModel(model, multi_avg_fn=self.move_average)
+            self.average = shard(self.averaged.module.requires_grad_(False))
         self.model = shard(model)
         self.sharded = isinstance(model, FSDPModule)
         self.optimizers = self.build_optimizers()
@@ -462,8 +474,11 @@ class Learner:
         """Backward of step i; after the last of an update, clip and move. every: only one in so many
         updates of the stage is one of this network. Returns the gradient's norm, None without an
         update. UserError, before anything moves, if it is not finite."""
+        at_end = ends_update(i, self.accumulate)
+        if self.sharded:
+            self.model.set_requires_gradient_sync(at_end)
         (loss * PROCESSES / self.accumulate).backward()     # the mean of processes is taken below
-        if not ends_update(i, self.accumulate):
+        if not at_end:
             return None
         norm = self.clip_gradient()
         if not norm.isfinite():
@@ -474,7 +489,8 @@ class Learner:
             optimizer.param_groups[0]["lr"] = rate * self.rate_factor(count)
             optimizer.step()
         self.model.zero_grad()
-        self.update_average(count)
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.model)
         return norm
 
     def clip_gradient(self):
@@ -494,60 +510,174 @@ class Learner:
             factor = min(factor, (self.updates - count) / (self.how.decay * self.updates))
         return factor
 
-    @torch.no_grad()
-    def update_average(self, count):
-        """Early on it is the mean of the latest tenth rather than of what the weights began as."""
-        if self.average is None:
-            return
-        share = 1 - min(self.how.ema, count / (count + 10))
-        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), share)
+    def move_average(self, averages, weights, count):
+        """multi_avg_fn, after `count` updates: early on the average is the mean of the latest tenth
+        rather than of what the weights began as."""
+        share = 1 - min(self.how.ema, int(count) / (int(count) + 10))
+        torch._foreach_lerp_(averages, weights, share)
 
-    def parts(self):
-        """What a checkpoint needs of it: {name: object with a state dict}."""
-        parts = {f"{self.name} model": self.model}
-        if self.average is not None:
-            parts[f"{self.name} average"] = self.average
-        for optimizer, _ in self.optimizers:
-            parts[f"{self.name} {type(optimizer).__name__}"] = optimizer
-        return parts
+    def state_dict(self):
+        """Whole tensors on the CPU, in process 0; the others, which hold parts, call it with it."""
+        optimizers = [optimizer for optimizer, _ in self.optimizers]
+        state = {
+            "model": get_model_state_dict(self.model, options=WHOLE),
+            "optimizer": get_optimizer_state_dict(self.model, optimizers, options=WHOLE),
+        }
+        if self.averaged is not None:
+            state["average"] = get_model_state_dict(self.averaged, options=WHOLE)
+        return state
+
+    def load_state_dict(self, state):
+        """The reverse: process 0 gives its state, the others {}, and each keeps its part."""
+        optimizers = [optimizer for optimizer, _ in self.optimizers]
+        set_model_state_dict(self.model, state.get("model", {}), options=SHARED)
+        set_optimizer_state_dict(self.model, optimizers, state.get("optimizer", {}), options=SHARED)
+        if self.averaged is not None:
+            set_model_state_dict(self.averaged, state.get("average", {}), options=SHARED)
 
 
 # --------------------------------------------------------------------------------------------------
 # The loop of a stage, its log and its checkpoints.
 
-def load_checkpoint(folder, stage, settings, parts):
-    """Put the newest checkpoint of the stage that is whole into `parts`; the step to go on with."""
+def lock_file(file):
+    """Keep an open file for this process until it ends, however it ends. BlockingIOError or
+    PermissionError: another has it."""
+    if os.name == "nt":
+        import msvcrt
+        file.seek(2 ** 30)              # far behind what is written: others may read that
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def lock_folder(folder, file):
+    """Lock a training's folder by an open file in it, which says who has it. UserError: another."""
+    try:
+        lock_file(file)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        owner = file.read() or "another process"
+        raise UserError(f"{folder}: {owner} is training into it; wait for its end, or choose "
+                        "another --out") from None
+    except OSError as e:                # some network disks cannot
+        print(f"{folder}: cannot be locked ({e.strerror}); start no other training into it")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+
+
+# Names that motionstream.write uses meanwhile.
+UNFINISHED = re.compile(r"\..+\.(pt|safetensors|jsonl|json|png)\.\d+\.part")
+OWN_CLIPS = ("videos.*", "clips.*", "latents.*", "trajectories.*")
+
+
+def remove_unfinished(folder):
+    """Files that a training which was killed had begun to write."""
+    found = list(folder.glob(".*.part"))
+    for pattern in OWN_CLIPS:
+        found += folder.glob(f"{pattern}/**/.*.part")
+    for path in found:
+        if UNFINISHED.fullmatch(path.name):
+            path.unlink()
+
+
+@contextlib.contextmanager
+def own_folder(folder):
+    """The folder of a training, made and tidied, and refused to all others meanwhile. The processes of
+    torchrun are one training."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+") as file:
+        if RANK == 0:
+            lock_folder(folder, file)
+            remove_unfinished(folder)
+        wait_for_all()
+        yield
+
+
+def read_checkpoint(path):
+    """(step, settings, {name of a Learner: its state}) of a file that is whole. Raises, of a dozen
+    kinds, if it is not: torch.load does not look at the checksums that torch.save has written."""
+    with zipfile.ZipFile(path) as file:
+        damaged = file.testzip()
+    if damaged:
+        raise ValueError(f"{damaged} is not as it was written")
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    return saved["step"], saved["settings"], saved["learners"]
+
+
+def newest_checkpoint(folder, stage):
+    """(path, what read_checkpoint returns) of the newest checkpoint of a stage that is whole. What is
+    not is said, and put aside. None: there are none. UserError: there are, but none is whole."""
+    damaged = []
     for path in sorted(folder.glob(f"{stage}.*.checkpoint.pt"), reverse=True):
         try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            was = saved.pop("settings")
-            step = saved.pop("step")
-        except (OSError, EOFError, RuntimeError, KeyError, pickle.UnpicklingError) as e:
-            print(f"{path}: damaged ({type(e).__name__}), going back to the one before it")
+            found = read_checkpoint(path)
+        except Exception as e:
+            reason = f"{type(e).__name__}: {e}".splitlines()[0]
+            print(f"{path}: damaged ({reason})")
+            damaged.append(path)
             continue
-        changed = [f"{name} {was.get(name)}, now {value}"
-                   for name, value in settings.items() if was.get(name) != value]
-        if changed:
-            raise UserError(f"{path}: is of other settings ({'; '.join(changed)}); choose another "
-                            "--out or remove it")
-        for name, part in parts.items():
-            like = part.state_dict()
-            if isinstance(part, torch.optim.Optimizer):
-                like["state"] = dict(enumerate(part.param_groups[0]["params"]))
-            part.load_state_dict(scattered(saved[name], like))
+        for each in damaged:
+            each.replace(each.with_suffix(".damaged"))
+        return path, found
+    if damaged:
+        raise UserError(f"{damaged[0]}: damaged, and no other checkpoint of the stage {stage} is "
+                        "whole; put one back, or remove them to begin the stage again")
+    return None
+
+
+def differences(was, now):
+    """What differs between the settings of a checkpoint and those of now, as texts."""
+    texts = []
+    for name, value in now.items():
+        if name != "files" and was.get(name) != value:
+            texts.append(f"{name} {was.get(name)}, now {value}")
+    before = was.get("files", {})
+    after = now.get("files", {})
+    for name in sorted(before.keys() | after.keys()):
+        if name not in before:
+            texts.append(f"{name} is new")
+        elif name not in after:
+            texts.append(f"{name} is gone")
+        elif before[name] != after[name]:
+            texts.append(f"{name} has changed")
+    return texts
+
+
+def load_checkpoint(folder, stage, settings, learners):
+    """Put the newest checkpoint of the stage that is whole into the learners; the step to go on with.
+    Process 0 reads it, whatever number of processes wrote it."""
+    found = newest_checkpoint(folder, stage) if RANK == 0 else None
+    step, was, states = 0, settings, {}
+    if found:
+        path, (step, was, states) = found
+    changed = differences(was, settings)
+    if changed:
+        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+        raise UserError(f"{path}: is of other settings ({'; '.join(changed[:5])}{more}); choose "
+                        "another --out or remove it")
+    step = from_first(step)
+    if step:
+        try:
+            for learner in learners:
+                learner.load_state_dict(states.get(learner.name, {}))
+        except RuntimeError as e:       # the file is as it was written
+            reason = " ".join(str(e).split())[:300]
+            where = f"{folder}, {stage}, step {step}"
+            raise UserError(f"{where}: of another {learner.name}; {reason}") from None
+    if found:
         print(f"{path.name}: resumed at step {step}")
-        return step
-    return 0
+    return step
 
 
-def save_checkpoint(folder, stage, step, settings, parts):
+def save_checkpoint(folder, stage, step, settings, learners):
     """To a file of its own, whole, so that any number of processes can go on; the newest two of a
     stage stay."""
-    saved = {"step": step, "settings": settings}
-    for name, part in parts.items():
-        saved[name] = gathered(part.state_dict())
+    states = {learner.name: learner.state_dict() for learner in learners}
     if RANK > 0:
         return
+    saved = {"step": step, "settings": settings, "learners": states}
     write(folder / f"{stage}.{step:07}.checkpoint.pt", functools.partial(torch.save, saved))
     for old in sorted(folder.glob(f"{stage}.*.checkpoint.pt"))[:-2]:
         old.unlink()
@@ -555,13 +685,30 @@ def save_checkpoint(folder, stage, step, settings, parts):
 
 def checkpoint_settings(run, stage):
     """What a checkpoint of the stage depends on: with another of these, going on would mix two
-    trainings."""
-    settings = {"seed": run.seed, "data": fingerprint(run.data), "start": str(run.files["start"])}
+    trainings. Files are told by what they hold, not by place or time."""
+    files = {f"data/{name}": digest for name, digest in clip_digests(run).items()}
+    files |= weight_digests(run.files["start"])
     for name in PREREQUISITES[stage]:
-        settings[f"weights of {name}"] = run.checksum(name)
-    settings |= asdict(run.config) | asdict(run.settings)
-    settings.pop("tflops")
-    return settings
+        files[f"weights of {name}"] = run.checksum(name)
+    settings = {"seed": run.seed, "files": files} | asdict(run.config) | asdict(run.settings)
+    free = FREE + tuple(f"{each}_accumulate" for each in STAGES)       # Loop adds the one that counts
+    return {name: value for name, value in settings.items() if name not in free}
+
+
+def drop_rows(path, stage, begin):
+    """Take out of a log what the stage logged from step `begin` on, which is not in the checkpoint and
+    is logged again, and lines that a crash has cut off."""
+    kept = []
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if row["stage"] != stage or row["step"] < begin:
+            kept.append(line)
+    if len(kept) < len(lines):
+        write(path, lambda part: part.write_text("".join(kept)))
 
 
 class Loop:
@@ -569,23 +716,25 @@ class Loop:
 
     Random numbers are drawn anew from (seed, stage, i) each step, so that resuming changes nothing.
     A step's numbers are those given to `log`. When the caller is done with a step, its line is
-    written, and at the end of an update, if five minutes have gone or a signal came, a checkpoint.
-    Ctrl-C and SIGTERM exit after it, with 130 or 143."""
+    written, and at the end of an update, if checkpoint_minutes have gone or a signal came, a
+    checkpoint. Ctrl-C and SIGTERM exit after it, with 130 or 143."""
 
     def __init__(self, run, stage, steps, *learners):
         self.run = run
         self.stage = stage
         self.accumulate = learners[0].accumulate
         self.steps = max(steps - steps % self.accumulate, self.accumulate)      # whole updates
-        self.settings = {"steps": self.steps} | checkpoint_settings(run, stage)
-        self.parts = {}
-        for learner in learners:
-            self.parts |= learner.parts()
+        self.settings = {"steps": self.steps, "steps an update, of all processes": self.accumulate}
+        self.settings |= checkpoint_settings(run, stage)
+        self.learners = learners
 
     def __iter__(self):
-        begin = load_checkpoint(self.run.out, self.stage, self.settings, self.parts)
+        begin = load_checkpoint(self.run.out, self.stage, self.settings, self.learners)
         self.saved_at = time.time()
-        file = self.run.out / "stats.jsonl" if RANK == 0 else os.devnull
+        file = os.devnull
+        if RANK == 0:
+            file = self.run.out / "stats.jsonl"
+            drop_rows(file, self.stage, begin)
         with hold_signals() as stop, open(file, "a", buffering=1) as file:
             mine = range(begin + RANK, self.steps, PROCESSES)
             bar = tqdm(mine, self.stage, disable=RANK > 0)
@@ -601,7 +750,8 @@ class Loop:
                 file.write(json.dumps(row) + "\n")
                 if ends_update(i, self.accumulate):
                     self.save_if_due(i - RANK + PROCESSES, stop)
-            self.save(self.steps)
+            if begin < self.steps:              # else it has been saved
+                self.save(self.steps)
 
     def log(self, **numbers):
         """Numbers of this step; None: not in this step."""
@@ -611,28 +761,39 @@ class Loop:
 
     def save_if_due(self, step, stop):
         """The processes do the same, whichever got the signal in the list `stop`."""
-        told = [len(stop) > 0, time.time() - self.saved_at > 300]
+        minutes = (time.time() - self.saved_at) / 60
+        told = [len(stop) > 0, minutes > self.run.settings.checkpoint_minutes]
         stopped, due = mean_processes(torch.tensor(told).float())
         if stopped or due:
             self.save(step)
         if stopped:
+            if RANK == 0:
+                tqdm.write(f"saved at step {step}; the same command goes on")
             signum = stop[0] if stop else 15            # SIGTERM, which another process got
             raise SystemExit(128 + signum)
 
     def save(self, step):
-        save_checkpoint(self.run.out, self.stage, step, self.settings, self.parts)
+        save_checkpoint(self.run.out, self.stage, step, self.settings, self.learners)
         self.saved_at = time.time()
 
 
-def save_weights(run, stage, model):
+def save_weights(path, model):
     """What a stage leaves behind, a MotionStream, in float16. All processes go on when it is there."""
-    tensors = gathered(model.state_dict())
+    tensors = get_model_state_dict(model, options=WHOLE)
     if RANK == 0:
         with torch.device("meta"):
             plain = new_model(model.config)             # one that is not sharded
         plain.load_state_dict(tensors, assign=True)
-        save_pretrained(plain, run.path(WEIGHTS[stage]), torch.float16)
+        save_pretrained(plain, path, torch.float16)
     wait_for_all()
+
+
+def export_weights(run, model, update):
+    """After every export_every updates of the generator, its weights so far, to choose from."""
+    every = run.settings.export_every
+    if every and update % every == 0:
+        path = run.path("student")
+        save_weights(path.with_name(f"{path.stem}.{update:05}.safetensors"), model)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -695,12 +856,90 @@ def clip_files(folder):
     return [file for file in files if file.suffix.lower() == ".safetensors"]
 
 
-def fingerprint(folder):
-    """Of the clips in a folder: their names, sizes and ages. None: of no folder."""
-    files = clip_files(folder) if folder else []
-    about = [(str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns)
-             for file in files]
-    return seed_of(about)
+PIECES = 16             # of a large tensor that content_digest reads
+PIECE = 4096            # bytes
+
+
+def tensor_places(file, size):
+    """{name, type and shape, as a text: (begin, end), its bytes in the file} of a safetensors file."""
+    length = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(min(length, size)))
+    header.pop("__metadata__", None)
+    places = {}
+    for name, about in header.items():
+        begin, end = about["data_offsets"]
+        places[f"{name} {about['dtype']} {about['shape']}"] = (8 + length + begin, 8 + length + end)
+    return places
+
+
+def content_digest(path):
+    """A number that tells a file of tensors by what it holds, whatever its age, place or metadata:
+    names, types, shapes, and of each tensor all bytes, or, if it is large, 16 pieces that are evenly
+    spread. That reads 14B parameters in seconds, and misses changes between the pieces alone. Other
+    files than safetensors are taken as one tensor."""
+    size = path.stat().st_size
+    places = {f"{size} bytes": (0, size)}
+    digest = 0
+    with naming(path, "damaged"), open(path, "rb") as file:
+        if path.suffix == ".safetensors":
+            places = tensor_places(file, size)
+        for about, (begin, end) in sorted(places.items()):
+            digest = zlib.crc32(about.encode(), digest)
+            begins = [begin]
+            length = end - begin
+            if length > PIECES * PIECE:
+                length = PIECE
+                last = end - PIECE
+                begins = [begin + (last - begin) * i // (PIECES - 1) for i in range(PIECES)]
+            for each in begins:
+                file.seek(each)
+                digest = zlib.crc32(file.read(length), digest)
+    return digest
+
+
+def weight_digests(path):
+    """{name: digest} of the weights that a user gave: a file, all shards of one, or a folder. None: of
+    none."""
+    if not path:
+        return {}
+    if path.is_dir():
+        files = [file for file in path.rglob("*") if file.suffix in (".safetensors", ".pt", ".pth")]
+    else:
+        files = shards_of(path)
+    if len(files) == 1:                 # whatever it is called
+        return {"--weights": content_digest(files[0])}
+    return {f"--weights {file.name}": content_digest(file) for file in files}
+
+
+def read_digests(folder, kept):
+    """{name: digest} of the clips in a folder. The file `kept` holds them, with sizes and times, so
+    that only what is new is read."""
+    before = {}
+    if kept.exists():
+        with contextlib.suppress(ValueError):       # damaged: they are read again
+            before = json.loads(kept.read_text())
+    now = {}
+    for file in tqdm(clip_files(folder), "look at clips", delay=5):
+        about = file.stat()
+        age = [about.st_size, about.st_mtime_ns]
+        name = file.relative_to(folder).as_posix()
+        known = before.get(name, [])
+        if known[:2] != age:
+            known = age + [content_digest(file)]
+        now[name] = known
+    if now != before:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write(kept, lambda part: part.write_text(json.dumps(now)))
+    return {name: known[2] for name, known in now.items()}
+
+
+def clip_digests(run):
+    """{name: digest} of the clips of --data, which process 0 reads; {} without."""
+    if not run.data:
+        return {}
+    digests = read_digests(run.data, run.out / "clips.json") if RANK == 0 else None
+    wait_for_all(LATE)
+    return from_first(digests)
 
 
 def read_header(file):
@@ -782,7 +1021,7 @@ def rendered_clips(run, name, count, encode=None):
     folder = run.out / f"{name}.{seed_of(made_by, settings):08x}"
     if RANK == 0:                       # which uses as many processes as it may use threads
         write_clips(folder, count, encode=encode, workers=torch.get_num_threads(), **settings)
-    wait_for_all()
+    wait_for_all(LATE)
     return sorted(folder.glob("*.safetensors"))[:count]
 
 
@@ -796,15 +1035,19 @@ def encode_video(vae, video):
 
 def encode_clips(run, files):
     """The same clips with latents in place of video, encoded now or in an earlier run, a part by each
-    process. Clips that have latents stay as they are: of this VAE, or UserError."""
-    checksum = str(run.checksum("vae"))
-    folder = run.out / f"latents.{seed_of(checksum, fingerprint(run.data)):08x}"
+    process; their names hold what they were made from. Clips that have latents stay as they are: of
+    this VAE, or UserError."""
+    checksum = str(zlib.crc32(run.path("vae").read_bytes()))        # as extras/clips.py notes it
+    folder = run.out / f"latents.{run.checksum('vae'):08x}"
+    digests = clip_digests(run)
     made = []
     sources = {}
     for file in files:
         shapes, metadata = read_header(file)
         if "latents" not in shapes:
-            path = folder / file.relative_to(run.data)
+            name = file.relative_to(run.data)
+            ending = f".{digests[name.as_posix()]:08x}.safetensors"
+            path = folder / name.with_suffix(ending)
             sources[path] = file
             made.append(path)
         elif metadata.get("vae", checksum) == checksum:
@@ -820,7 +1063,7 @@ def encode_clips(run, files):
         clip["first"] = video[:, 0]
         clip["latents"] = encode_video(vae, video[:, :length])
         write_clip(path, clip)
-    wait_for_all()
+    wait_for_all(LATE)
     return made
 
 
@@ -1195,7 +1438,7 @@ def train_teacher(run):
         loop.log(loss=loss, grad=learner.step(loss, i))
         if (i - RANK + PROCESSES) % (200 * s.teacher_accumulate) == 0:
             loop.log(**x0_errors(run, learner.average, vae, held_back))
-    save_weights(run, "teacher", learner.average)
+    save_weights(run.path("teacher"), learner.average)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1225,7 +1468,7 @@ def make_trajectories(run, files):
     run, a part by each process. They are named by what they were made from."""
     s = run.settings
     each = 2 * s.batch
-    source = [run.checksum("vae"), run.checksum("teacher"), fingerprint(run.data), run.seed, each]
+    source = [run.checksum("vae"), run.checksum("teacher"), clip_digests(run), run.seed, each]
     folder = run.out / f"trajectories.{seed_of(source, run.config, s.clip_frames):08x}"
     count = math.ceil(s.trajectories / each) * each
     made = [folder / f"{i:07}.safetensors" for i in range(count)]
@@ -1241,7 +1484,7 @@ def make_trajectories(run, files):
         clips |= {f"points.{name}": value for name, value in batch.points.items()}
         for row, path in enumerate(made[start:start + each]):
             write_clip(path, {name: value[row] for name, value in clips.items()})
-    wait_for_all()
+    wait_for_all(LATE)
     return made
 
 
@@ -1325,7 +1568,7 @@ def train_causal(run):
             past = corrupt_context(x0, run.config.chunk) if s.corrupt_context else x0
             loss = causal_loss(student, states, x0, past, conditions, context, weight)
         loop.log(loss=loss, grad=learner.step(loss, i))
-    save_weights(run, "causal", learner.average)
+    save_weights(run.path("causal"), learner.average)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1484,7 +1727,9 @@ def train_student(run):
             first_latent = first_latent_of(run.config, x0)
             loss = critic_loss(x0, critic, conditions, first_latent, shift, channel_weight)
         loop.log(loss_c=loss, grad_c=learner_c.step(loss, i))
-    save_weights(run, "distill", learner_g.average)
+        if update % s.critic_steps == 0 and ends_update(i, s.distill_accumulate):
+            export_weights(run, learner_g.average, update // s.critic_steps + 1)
+    save_weights(run.path("student"), learner_g.average)
 
 
 STAGES = {"vae": train_vae, "teacher": train_teacher, "causal": train_causal,
@@ -1548,8 +1793,9 @@ def dry_run(run):
     frame = math.prod(config.size) // (2 * config.stride) ** 2
     most = run.clip_chunks if config.window is None else config.sink + config.window
     cache = config.num_layers * 2 * 2 * config.dim * most * config.chunk * frame / 2 ** 20
+    print("| setting | value |\n|---|---|")
     for name, value in (asdict(config) | asdict(s)).items():
-        print(f"{name} = {value}")
+        print(f"| {name} | {value} |")
     print(f"\n{count:,} parameters, {frame:,} tokens a latent frame, {run.clip_latents} of them a clip")
     print(f"the KV cache of a stream, chunk {config.chunk}, sink {config.sink}, window "
           f"{config.window}: {cache:,.0f} MiB in bfloat16\n")
@@ -1561,12 +1807,13 @@ def dry_run(run):
         days = clips[stage] * flops / (1e12 * s.tflops * 86400)
         cells = [f"{days / gpus:,.2g}" for gpus in (1, 4, 8)]
         print(f"| {stage} | {clips[stage]:,} | {flops / 1e12:,.1f} | {' | '.join(cells)} |")
-    # float32: weights 4 bytes, gradients 4, AdamW's state 8, average 4; two networks in
-    # distillation, of which the critic has no average, and a teacher that is weights alone
-    print("\nGiB a GPU if all is sharded, without activations\n"
+    # float32: weights 4 bytes, AdamW's state 8, average 4, all sharded, and gradients 4, whole until
+    # the end of an update; two networks in distillation, of which the critic has no average, and a
+    # teacher that is weights alone
+    print("\nGiB a GPU, without activations\n"
           "| stage | 1 GPU | 4 GPUs | 8 GPUs |\n|---|---|---|---|")
-    for stage, size in ("teacher", 20), ("distill", 20 + 16 + 4):
-        cells = [f"{size * count / gpus / 2 ** 30:.1f}" for gpus in (1, 4, 8)]
+    for stage, sharded, whole in ("teacher", 16, 4), ("distill", 16 + 12 + 4, 4 + 4):
+        cells = [f"{(sharded / gpus + whole) * count / 2 ** 30:.1f}" for gpus in (1, 4, 8)]
         print(f"| {stage} | {' | '.join(cells)} |")
 
 
@@ -1830,6 +2077,51 @@ def show(run, stage):
     preview(trained, stage, drawn=run.data is None)
 
 
+def unusual(run):
+    """Settings that are not the usual ones, as texts."""
+    usual = asdict(PAPER if is_wan(run.config) else TINY)
+    usual |= asdict(run.start.config if run.start else PRESETS["tiny"])
+    texts = []
+    for name, value in (asdict(run.settings) | asdict(run.config)).items():
+        if value != usual[name]:
+            texts.append(f"{name}={value}")
+    return texts
+
+
+def logged_steps(path):
+    """{stage: (steps that have been logged, seconds of each of the latest 100)} of a stats.jsonl."""
+    rows = {}
+    for line in open(path) if path.exists() else []:
+        with contextlib.suppress(ValueError):           # of a line that a crash has cut off
+            row = json.loads(line)
+            rows.setdefault(row["stage"], []).append(row)
+    logged = {}
+    for stage, own in rows.items():
+        seconds = [row["seconds"] for row in own[-100:]]
+        logged[stage] = own[-1]["step"] + 1, sum(seconds) / len(seconds)
+    return logged
+
+
+def print_plan(run, stages):
+    """What a training begins with: a table of the stages to be run. How many hours one has left is
+    known from the log of its own steps."""
+    print(f"{run.out}: on {run.device}, matrix products in {str(run.dtype)[6:]}, seed {run.seed}")
+    if unusual(run):
+        print(f"not as usual: {', '.join(unusual(run))}")
+    logged = logged_steps(run.out / "stats.jsonl")
+    print("\n| stage | steps | begun | hours left | weights |\n|---|---|---|---|---|")
+    for stage in stages:
+        steps = getattr(run.settings, f"{stage}_steps")
+        begun = hours = "-"
+        if stage in logged:
+            begun, seconds = logged[stage]
+            hours = f"{max(steps - begun, 0) * seconds / PROCESSES / 3600:.1f}"
+        print(f"| {stage} | {steps:,} | {begun} | {hours} | {run.path(WEIGHTS[stage])} |")
+    pictures = " and STAGE_preview.png" if run.data is None else ""
+    print(f"\nnumbers of every step: {run.out / 'stats.jsonl'}; pictures after each stage: "
+          f"{run.out / 'STAGE.png'}{pictures}\n")
+
+
 def run_stages(argv):
     """Run the stages that are not done yet."""
     flags = parse_flags(argv)
@@ -1837,15 +2129,18 @@ def run_stages(argv):
     run = resolve(flags)
     if flags.dry_run:
         return dry_run(run)
-    run.out.mkdir(parents=True, exist_ok=True)
-    print(f"{run.out}: {run.config}\n{run.settings}")
-    print(f"matrix products on {run.device} are in {str(run.dtype)[6:]}")
-    for stage, train_stage in STAGES.items():
+    stages = []
+    for stage in STAGES:
         missing = not run.path(WEIGHTS[stage]).exists()
         if flags.stage == stage or (flags.stage == "all" and missing):
+            stages.append(stage)
+    with own_folder(run.out):
+        if RANK == 0:
+            print_plan(run, stages)
+        for stage in stages:
             check_prerequisites(run, stage)
             torch.manual_seed(seed_of(run.seed, stage))     # of weights that a stage begins with
-            train_stage(run)
+            STAGES[stage](run)
             show(run, stage)
     if flags.stage == "all" and RANK == 0 and not run.data:
         print(f"measured by: python -m extras.evaluate --out {run.out}")

@@ -4,7 +4,7 @@
 `TinyVAE` has the layout and the parameter names of TAEHV (github.com/madebyollin/taehv, MIT), so its public files for
 Wan (`taew2_1`, `taew2_2`) load. Its convolutions are 2-D: `MemBlock` sees the previous frame, `Repack` packs frames
 into channels and unpacks them. `WanVAE` is that of Wan 2.1 and 2.2 5B, with causal 3-D ones. Latents are normalised as
-the DiT sees them: no mean, no scale, about unit variance.
+the DiT sees them: no mean, no scale, about unit variance. Each computes in the dtype of its weights.
 
     B batch   T video frames   F latent frames, T = 1 + 4 (F - 1)   C channels   h w latent size   H W pixels
 """
@@ -62,6 +62,7 @@ class LinearVAE(nn.Module):
         """Video (B, 3, T, H, W) in [-1, 1], T = 1 + 4 (F - 1), to latents (B, C, F, h, w). An image is T = 1.
         AssertionError if T is another, or H or W do not divide by the stride."""
         check_video(video, self.stride)
+        video = video.to(self.encoder.weight.dtype)
         before = video[:, :, :1].expand(-1, -1, FRAMES - 1, -1, -1)
         x = torch.cat([before, video], 2).unflatten(2, (-1, FRAMES))        # (B, 3, F, 4, H, W)
         x = x.transpose(1, 2).flatten(0, 1).flatten(1, 2)                   # (B F, 12, H, W)
@@ -71,7 +72,8 @@ class LinearVAE(nn.Module):
 
     def decode_unclamped(self, latents, state=None):
         """As `decode`, without the limit to [-1, 1]: what a reconstruction loss is computed on."""
-        z = latents.transpose(1, 2).flatten(0, 1)                           # (B F, C, h, w)
+        z = latents.to(self.decoder.weight.dtype)
+        z = z.transpose(1, 2).flatten(0, 1)                                 # (B F, C, h, w)
         z = F.pad(z, [1] * 4, mode="replicate")                             # the rim has all its windows
         rim = self.stride + self.config.overlap
         x = self.decoder(z)[..., rim:-rim, rim:-rim]                        # (B F, 12, H, W)
@@ -103,6 +105,38 @@ class LinearVAE(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Frames of (B, C, T, H, W). In memory the channels of a pixel stand side by side (torch.channels_last_3d), for which
+# convolutions are fastest. So do those of one frame, and slices and torch.cat of such tensors keep it so.
+
+def each_frame(layer, x):
+    """A 2-D layer over each frame of x (B, C, T, H, W)."""
+    frames = x.permute(0, 2, 3, 4, 1).contiguous().flatten(0, 1)            # (B T, H, W, C)
+    y = layer(frames.permute(0, 3, 1, 2))                                   # (B T, C, H, W)
+    return y.unflatten(0, (len(x), -1)).transpose(1, 2)
+
+
+def frames_to_channels(x, count):
+    """Each `count` frames beside one another: (B, C, T, H, W) to (B, count C, T / count, H, W)."""
+    x = x.unflatten(2, (-1, count)).permute(0, 2, 4, 5, 3, 1)               # (B, T / count, H, W, count, C)
+    return x.flatten(4).permute(0, 4, 1, 2, 3)
+
+
+def channels_to_frames(x, count):
+    """And back: (B, count C, T, H, W) to (B, C, count T, H, W)."""
+    x = x.unflatten(1, (count, -1)).permute(0, 3, 1, 4, 5, 2)               # (B, T, count, H, W, C)
+    return x.flatten(1, 2).permute(0, 4, 1, 2, 3)
+
+
+def enlarging(weight, space):
+    """Weight (out, C, 3, 3) of a convolution over an image enlarged `space` times, nearest neighbour, to the weight
+    (out, C, space + 2, space + 2) that gives the same from the image itself, transposed, with stride `space`: a pixel
+    that is repeated meets the sum of the weights."""
+    weight = weight.flip(2, 3).contiguous(memory_format=torch.channels_last)
+    weight = F.pad(weight, [space - 1] * 4)
+    return F.avg_pool2d(weight, space, stride=1, divisor_override=1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The tiny VAE, of 2-D convolutions, as TAEHV's.
 
 @dataclass
@@ -129,34 +163,43 @@ def conv(inputs, outputs, stride=1, bias=True):
 
 
 class MemBlock(nn.Module):
-    """Residual block over each frame and the one before it. `past` (B, C, h, w) is the frame before the first."""
+    """Residual block over each frame and the one before it. `past` (B, C, 1, h, w) is the frame before the first."""
 
     def __init__(self, width):
         super().__init__()
-        self.conv = nn.Sequential(conv(2 * width, width), nn.ReLU(),
-                                  conv(width, width), nn.ReLU(),
+        self.conv = nn.Sequential(conv(2 * width, width), nn.ReLU(inplace=True),
+                                  conv(width, width), nn.ReLU(inplace=True),
                                   conv(width, width))
         nn.init.zeros_(self.conv[4].weight)     # a new block is the identity
         nn.init.zeros_(self.conv[4].bias)
 
     def forward(self, x, past):
-        before = torch.cat([past[:, None], x[:, :-1]], 1)       # x (B, T, C, h, w), shifted by one frame
-        y = torch.cat([x, before], 2).flatten(0, 1)             # (B T, 2 C, h, w)
-        return F.relu(self.conv(y).view_as(x) + x)
+        before = torch.cat([past, x[:, :, :-1]], 2)             # x (B, C, T, h, w), shifted by one frame
+        y = each_frame(self.conv, torch.cat([x, before], 1))
+        return F.relu(y + x)
 
 
 class Repack(nn.Module):
-    """Pack `pack` consecutive frames into one, or unpack each into `grow`: (B T, C, h, w). TAEHV's TPool and TGrow."""
+    """Pack `pack` consecutive frames into one, or unpack each into `grow`. TAEHV's TPool and TGrow. Unpacking is done
+    by `grow_frames`, together with what stands around it."""
 
     def __init__(self, width, pack=1, grow=1):
         super().__init__()
         self.pack = pack
+        self.grow = grow
         self.conv = nn.Conv2d(width * pack, width * grow, 1, bias=False)
 
     def forward(self, x):
-        frames, C, h, w = x.shape
-        y = x.reshape(frames // self.pack, self.pack * C, h, w)
-        return self.conv(y).reshape(-1, C, h, w)
+        return each_frame(self.conv, frames_to_channels(x, self.pack))
+
+
+def grow_frames(x, space, repack, conv):
+    """nn.Upsample(scale_factor=space), then `repack`, then a 3x3 convolution `conv`, of x (B, C, T, h, w). No bias
+    and nothing nonlinear is between them: together they are one transposed convolution, 3 times as fast."""
+    unpack = repack.conv.weight.unflatten(0, (repack.grow, -1)).flatten(2)      # (grow, mid, C)
+    weight = torch.einsum("omyx,gmc->cgoyx", enlarging(conv.weight, space), unpack).flatten(1, 2)
+    y = each_frame(lambda frames: F.conv_transpose2d(frames, weight, None, space, 1), x)
+    return channels_to_frames(y, repack.grow)                                   # (B, out, grow T, H, W)
 
 
 def build_encoder(c):
@@ -187,22 +230,28 @@ def build_decoder(c):
 
 
 def run_layers(layers, x, state, still):
-    """Frames (B, T, C, H, W) through the layers. `state` holds the last input frame of every MemBlock; None starts a
+    """Frames (B, C, T, H, W) through the layers. `state` holds the last input frame of every MemBlock; None starts a
     clip, before which the first frame stood still (still=True), or all was zero (False). Returns the output and the new
     state, and leaves the old one as it was."""
     memory = []
+    layers = iter(layers)
     for layer in layers:
-        if not isinstance(layer, MemBlock):
-            x = layer(x.flatten(0, 1)).unflatten(0, (len(x), -1))
-            continue
-        if state is not None:
-            past = state[len(memory)]
-        elif still:
-            past = x[:, 0]
+        if isinstance(layer, nn.Upsample):
+            repack = next(layers)
+            x = grow_frames(x, int(layer.scale_factor), repack, next(layers))
+        elif isinstance(layer, Repack):
+            x = layer(x)
+        elif isinstance(layer, MemBlock):
+            if state is not None:
+                past = state[len(memory)]
+            elif still:
+                past = x[:, :, :1]
+            else:
+                past = torch.zeros_like(x[:, :, :1])
+            memory.append(x[:, :, -1:].clone())         # a view would keep all of x
+            x = layer(x, past)
         else:
-            past = torch.zeros_like(x[:, 0])
-        memory.append(x[:, -1])
-        x = layer(x, past)
+            x = each_frame(layer, x)
     return x, memory
 
 
@@ -221,25 +270,26 @@ class TinyVAE(nn.Module):
         """As LinearVAE's, (B, 3, T, H, W) to (B, C, F, h, w). `piece` latent frames are computed at a time, which
         bounds memory and changes nothing."""
         check_video(video, self.stride)
-        x = video.transpose(1, 2) / 2 + 0.5             # (B, T, 3, H, W) in [0, 1]
+        x = video.to(self.encoder[0].weight.dtype) / 2 + 0.5        # in [0, 1]
         front = self.config.pad == "front"
         if front:
-            x = torch.cat([x[:, :1].expand(-1, FRAMES - 1, -1, -1, -1), x], 1)
+            x = torch.cat([x[:, :, :1].expand(-1, -1, FRAMES - 1, -1, -1), x], 2)
         else:
-            x = torch.cat([x, x[:, -1:].expand(-1, FRAMES - 1, -1, -1, -1)], 1)
+            x = torch.cat([x, x[:, :, -1:].expand(-1, -1, FRAMES - 1, -1, -1)], 2)
         latents = []
         state = None
-        for frames in x.split(FRAMES * piece, 1):
-            frames = F.pixel_unshuffle(frames, self.config.patch)
+        for frames in x.split(FRAMES * piece, 2):
+            frames = each_frame(nn.PixelUnshuffle(self.config.patch), frames)
             z, state = run_layers(self.encoder, frames, state, front)
             latents.append(z)
-        return torch.cat(latents, 1).transpose(1, 2)
+        return torch.cat(latents, 2)
 
     def decode_unclamped(self, latents, state=None):
         """As `decode`, without the limit to [-1, 1]: what a reconstruction loss is computed on."""
-        x = 3 * torch.tanh(latents.transpose(1, 2) / 3)         # soft limit at 3 standard deviations
+        x = latents.to(self.decoder[1].weight.dtype)
+        x = 3 * torch.tanh(x / 3)                               # soft limit at 3 standard deviations
         x, memory = run_layers(self.decoder, x, state, self.config.pad == "front")
-        video = F.pixel_shuffle(x, self.config.patch).transpose(1, 2) * 2 - 1
+        video = each_frame(nn.PixelShuffle(self.config.patch), x) * 2 - 1
         if state is None:                                       # a clip starts with one frame
             video = video[:, :, FRAMES - 1:]
         return video, memory
@@ -327,8 +377,7 @@ class TimeConv(CausalConv):
             memory.append(seen)
             return x
         y = super().forward(x, state, memory)
-        y = y.unflatten(1, (-1, x.shape[1]))            # (B, 1 or 2, C, T, H, W)
-        return y.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
+        return channels_to_frames(y, y.shape[1] // x.shape[1])
 
 
 class Causal(nn.Sequential):
@@ -347,8 +396,16 @@ class PerFrame(nn.Sequential):
     """2-D layers over each frame."""
 
     def forward(self, x):
-        y = super().forward(x.transpose(1, 2).flatten(0, 1))        # (B T, C, H, W)
-        return y.unflatten(0, (len(x), -1)).transpose(1, 2)
+        return each_frame(super().forward, x)
+
+
+class Enlarge(nn.Sequential):
+    """Each frame twice as large, nearest neighbour (layer 0), and its convolution (layer 1), in one."""
+
+    def forward(self, x):
+        conv = self[1]
+        weight = enlarging(conv.weight, 2).transpose(0, 1)
+        return each_frame(lambda frames: F.conv_transpose2d(frames, weight, conv.bias, 2, 1), x)
 
 
 class ChannelNorm(nn.Module):
@@ -454,8 +511,7 @@ def upsample(width, outputs, time):
     layers = OrderedDict()
     if time == 2:
         layers["time_conv"] = TimeConv(width, 1)
-    double = PerFrame(nn.Upsample(scale_factor=2), nn.Conv2d(width, outputs, 3, padding=1))
-    layers["resample"] = double
+    layers["resample"] = Enlarge(nn.Upsample(scale_factor=2), nn.Conv2d(width, outputs, 3, padding=1))
     return Causal(layers)
 
 
@@ -538,6 +594,7 @@ class WanVAE(nn.Module):
     def encode(self, video):
         """As LinearVAE's, (B, 3, T, H, W) to (B, C, F, h, w): the means, nothing is drawn. Four frames at a time."""
         check_video(video, self.stride)
+        video = video.to(self.conv1.weight.dtype)
         mean, std = self.statistics(video)
         latents = []
         state = None
@@ -557,13 +614,16 @@ class WanVAE(nn.Module):
         found = latents.shape[1]
         wanted = self.config.latent_channels
         assert found == wanted, f"latents of this VAE have {wanted} channels, these have {found}"
+        latents = latents.to(self.conv2.weight.dtype)
         mean, std = self.statistics(latents)
         if state is not None:
             state = list(state)                                 # the caller's is not modified
         video = []
         for z in latents.split(1, 2):
             memory = []
-            x = self.decoder(self.conv2(z * std + mean), state, memory)
+            z = self.conv2(z * std + mean)
+            z = z.contiguous(memory_format=torch.channels_last_3d)
+            x = self.decoder(z, state, memory)
             video.append(columns_first(x, nn.PixelShuffle(self.stride // 8)))
             state = memory
         return torch.cat(video, 2).clamp(-1, 1), state
@@ -575,41 +635,62 @@ class WanVAE(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Files. What is used of motionstream.py is imported where it is needed, so that all above lifts out with torch alone.
+# Files. What is used of motionstream.py is imported where it is needed, so that all above lifts out
+# with torch alone.
 
 # In a folder. Beside a .pth, the last is Wan's DiT.
 VAE_FILES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth", "vae/diffusion_pytorch_model.safetensors",
              "diffusion_pytorch_model.safetensors")
 
-# A tensor that files of each class have: the first layer of LinearVAE, TinyVAE and WanVAE.
-VAE_MARKS = ("encoder.weight", "encoder.0.weight", "encoder.conv1.weight")
+# A tensor that files of each class have: the first layer of WanVAE, TinyVAE and LinearVAE.
+VAE_MARKS = ("encoder.conv1.weight", "encoder.0.weight", "encoder.weight")
 
 # By the format that a file's metadata name.
 OWN_CONFIGS = {"tiny-vae": TinyVAEConfig, "linear-vae": LinearVAEConfig}
 CLASSES = {TinyVAEConfig: TinyVAE, LinearVAEConfig: LinearVAE, WanVAEConfig: WanVAE}
 
+# Limits of their fields, which are data from outside: as LIMITS in motionstream.py.
+WIDTH = (int, 1, 2 ** 14)
+VAE_LIMITS = {
+    LinearVAEConfig: {"latent_channels": WIDTH, "stride": (int, 1, 64), "overlap": (int, 0, 64)},
+    TinyVAEConfig: {"latent_channels": WIDTH, "patch": (int, 1, 16), "stem": WIDTH, "tail": WIDTH},
+    WanVAEConfig: {"latent_channels": WIDTH, "encoder": WIDTH, "decoder": WIDTH},
+}
+STAGE = {"width": WIDTH, "blocks": (int, 0, 32), "time": (int, 1, 4), "space": (int, 1, 4)}
+
 
 def load_vae(path, kind=None):
-    """The VAE in a .safetensors or .pth file, or a folder as Wan and diffusers publish it: `TinyVAE`, `LinearVAE` or
-    `WanVAE`, in float32 and eval mode. Its own metadata, else the tensors, tell which and how wide. UserError, one line
-    naming the file, if it does not fit or is not of the class, or one of the classes, `kind`."""
-    from motionstream import UserError, fill, read_weights, saved_config
-    path = Path(path)
-    if path.is_dir():
-        path = vae_in(path)
-    tensors, metadata, _ = read_weights(path, "VAE of Wan or TAEHV", VAE_MARKS)
-    config_class = OWN_CONFIGS.get(metadata.get("format"))
-    if config_class:
-        config = saved_config(config_class, metadata, path)
-    else:
-        config = config_from_shapes(tensors, path)
-    with torch.device("meta"):
-        vae = CLASSES[type(config)](config)
+    """The VAE in a .safetensors or .pth file, or a folder as Wan and diffusers publish it:
+    `TinyVAE`, `LinearVAE` or `WanVAE`, in float32 and eval mode. Its own metadata, else the
+    tensors, tell which and how wide. UserError, one line naming the file, if it does not fit or is
+    not of the class, or one of the classes, `kind`."""
+    from motionstream import UserError, fill
+    vae, tensors, path = open_weights(path)
     if kind and not isinstance(vae, kind):
         wanted = kind if isinstance(kind, type) else kind[0]
         found = type(vae).__name__
         raise UserError(f"{path}: a {found}, not a {wanted.__name__}; load_vae opens both")
     return fill(vae, tensors, path, lambda name: torch.float32)
+
+
+def open_weights(path):
+    """(The VAE in a file or folder, on the meta device: without numbers, its tensors, its file).
+    UserError as above."""
+    from motionstream import check_tensors, read_weights, saved_config
+    path = Path(path)
+    if path.is_dir():
+        path = vae_in(path)
+    tensors, metadata, _ = read_weights(path, "VAE (Wan or TAEHV)", VAE_MARKS)
+    config_class = OWN_CONFIGS.get(metadata.get("format"))
+    if config_class:
+        config = saved_config(config_class, metadata, path)
+    else:
+        config = config_from_shapes(tensors, path)
+    check_vae_config(config, path)
+    with torch.device("meta"):
+        vae = CLASSES[type(config)](config)
+    check_tensors(vae, tensors, path)
+    return vae, tensors, path
 
 
 def vae_in(folder):
@@ -620,20 +701,63 @@ def vae_in(folder):
     return folder / VAE_FILES[0]
 
 
+def check_vae_config(config, path):
+    """UserError, naming the file, unless a VAE can be made of the config."""
+    from motionstream import UserError, check_limits
+    check_limits(vars(config), VAE_LIMITS[type(config)], path)
+    if isinstance(config, LinearVAEConfig) and config.overlap > config.stride:
+        raise UserError(f"{path}: overlap is {config.overlap} in its config; expected at most "
+                        f"the stride, {config.stride}")
+    if not isinstance(config, TinyVAEConfig):
+        return
+    if config.pad not in ("end", "front"):
+        raise UserError(f"{path}: pad is {repr(config.pad)[:80]} in its config; "
+                        "expected end or front")
+    for side in config.encoder, config.decoder:
+        check_stages(side, path)
+    if strides(config.encoder) != strides(config.decoder) or strides(config.encoder)[0] != FRAMES:
+        raise UserError(f"{path}: the stages in its config do not lead to {FRAMES} frames in a "
+                        "latent and back to the same size")
+
+
+def check_stages(stages, path):
+    """UserError, naming the file, unless these are the stages of one side of a TinyVAE."""
+    from motionstream import UserError, check_limits
+    if not isinstance(stages, tuple) or not 1 <= len(stages) <= 8:
+        raise UserError(f"{path}: the stages in its config are {repr(stages)[:80]}; "
+                        "expected 1 to 8 of them")
+    for stage in stages:
+        if not isinstance(stage, tuple) or len(stage) != len(STAGE):
+            raise UserError(f"{path}: a stage in its config is {repr(stage)[:80]}; "
+                            f"expected {', '.join(STAGE)}")
+        check_limits(dict(zip(STAGE, stage)), STAGE, path)
+
+
+def strides(stages):
+    """By how much the stages of a TinyVAE scale in all: (time, space)."""
+    return math.prod(stage[2] for stage in stages), math.prod(stage[3] for stage in stages)
+
+
 def config_from_shapes(tensors, path):
-    """Config of a public file, by the shapes of its tensors. UserError if it is no VAE of Wan or TAEHV."""
+    """Config of a public file, by the shapes of its tensors. UserError if it is no VAE of Wan or
+    TAEHV."""
     from motionstream import UserError
     shapes = {name.removesuffix(".weight"): tensor.shape for name, tensor in tensors.items()}
     try:
         if "encoder.17" in shapes:
             return taehv_config(shapes)
         channels = shapes["conv2"][0]
-        if channels in STATISTICS:
-            return WanVAEConfig(channels, shapes["encoder.conv1"][0], shapes["decoder.head.2"][1],
-                                residual="encoder.downsamples.0.downsamples.0.residual.2" in shapes)
-    except (KeyError, IndexError):
-        pass
-    raise UserError(f"{path}: a whole VAE of Wan or TAEHV is wanted here")
+        if channels not in STATISTICS:
+            raise UserError(f"{path}: its latents have {channels} channels; "
+                            "a VAE of Wan has 16 or 48")
+        return WanVAEConfig(channels, shapes["encoder.conv1"][0], shapes["decoder.head.2"][1],
+                            residual="encoder.downsamples.0.downsamples.0.residual.2" in shapes)
+    except KeyError as e:
+        raise UserError(f"{path}: expected a complete VAE (Wan or TAEHV); "
+                        f"there is no {e.args[0]}.weight") from None
+    except IndexError:
+        raise UserError(f"{path}: expected a complete VAE (Wan or TAEHV); "
+                        "its tensors have too few axes") from None
 
 
 def taehv_config(shapes):

@@ -1,76 +1,146 @@
 """How fast a model streams, with random weights: any preset, on a CPU or a GPU, in one table that says what it counts.
 
     python -m extras.bench                                                  the tiny model on this CPU
-    python -m extras.bench --preset motionstream-1.3b --device cuda --dtype bfloat16
-    python -m extras.bench --preset motionstream-1.3b --device cuda --decoder tiny     with a decoder as small as TAEHV
+    python -m extras.bench --preset motionstream-1.3b --device cuda --dtype bfloat16 --decoder tiny
+    python -m extras.bench --preset motionstream-1.3b --predict             no GPU: counts, and what they predict
+    python -m extras.bench --long 10000                                     does it stay as fast?
+    python -m extras.bench --training                                       one DMD step as well
 
-Times are medians over chunks, once the cache is full. Nothing else should run meanwhile.
+Times are medians over chunks, once the cache is full. Nothing else should run meanwhile. FLOPs, bytes and launches are
+counted on tensors without contents, so that the same numbers come of every machine.
 """
 
 import itertools
+import math
+import os
 import platform
 import re
-import resource
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 import sample
+import train_distill
 from extras.evaluate import check_device
-from motionstream import CLIP_ROWS, FLOAT32, PRESETS, new_model, schedule, start_points, track_ids
+from motionstream import (CLIP_ROWS, FLOAT32, FRAMES, PRESETS, Config, new_model, rollout, schedule,
+                          start_points, track_ids)
 from sample import Parser, number
 from vae import LinearVAE, LinearVAEConfig, TinyVAE, TinyVAEConfig, WanVAE, WanVAEConfig
 
 GRID = 8                # tracks per side of the picture
 PAST = 6                # chunks held by a cache that holds all: the last of 81 frames has as many before it
+CPU = torch.device("cpu")
+CLIP_LATENTS = 21       # of 81 frames, of which a DMD step makes one clip
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is measured, and where."""
+    config: Config
+    device: torch.device
+    dtype: torch.dtype          # of DiT and VAE
+    decoder: str                # "own", the family's VAE, or "tiny", one with the layout of TAEHV
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something that is timed, or counted. frames: how many come of it, with the parts before it; 0: none."""
+    name: str
+    work: Callable
+    counts: str
+    frames: int = 0
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table. seconds: for one chunk, or for the first frame."""
+    """A line of the table. seconds: for one chunk, one frame or one step."""
     name: str
     seconds: float
     counts: str
-    frames: int = 0         # that come of it; 0: no rate is told
+    frames: int = 0             # that come of it; 0: no rate is told
+    flops: float = 0.0          # 0: not told
+
+
+# What the papers say, as they say it: name, frames/s, seconds until what is asked for is seen, what is counted.
+PAPERS = (
+    ("MotionStream 1.3B, Wan's VAE", "16.7", "0.69", "H100, bfloat16, FlashAttention 3, 832x480, c3s1w1, 3 passes + "
+     "cache update + decoding; latency: one chunk (table A2)"),
+    ("MotionStream 1.3B, tiny VAE", "29.5", "0.39", "the same with a decoder of 9.84 M parameters"),
+    ("MotionStream 5B, Wan's VAE", "10.4", "1.14", "the same at 1280x704"),
+    ("MotionStream 5B, tiny VAE", "23.9", "0.49", "the same with a decoder of 56.7 M parameters"),
+    ("Self-Forcing 1.3B", "17", "", "H100, 4 passes + cache update, up to 21 latents; whether the VAE is in it is "
+     "an open question (its issue 67); 13.1 by others for 81 frames in 6.2 s"),
+    ("Reward Forcing 1.3B", "23.1", "", "H100, 4 passes; 13.7 by others for 81 frames in 5.9 s (its issue 13)"),
+    ("FlashDreams, Self-Forcing 1.3B", "34.9", "", "H100, 12 frames in 344 ms: 4 passes alone, 21 latents of context, "
+     "cuDNN attention, compiled, CUDA graphs"),
+)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Models with random weights.
 
+def randomise(module, device, dtype_of):
+    """Fill a module of the meta device where it runs, so that the matrices of 14 billion parameters are made only once.
+    dtype_of: from a parameter's name."""
+    tensors = {}
+    for name, tensor in module.state_dict().items():
+        made = torch.empty(tensor.shape, dtype=dtype_of(name), device=device)
+        tensors[name] = made.normal_(std=0.02)
+    module.load_state_dict(tensors, assign=True)
+    return module.eval().requires_grad_(False)
+
+
 def random_model(config, device, dtype):
-    """A DiT whose matrices are in dtype, made where it runs: those of 14 billion parameters are made only once."""
+    """A DiT whose matrices are in dtype."""
+    def dtype_of(name):
+        return torch.float32 if re.search(FLOAT32, name) else dtype
+
     with torch.device("meta"):
-        model = new_model(config).to(dtype)
-    for name, parameter in model.named_parameters():
-        if re.search(FLOAT32, name):
-            parameter.data = parameter.data.float()
-    model.to_empty(device=device)
-    for parameter in model.parameters():
-        parameter.data.normal_(std=0.02)
-    return model.eval().requires_grad_(False)
+        model = new_model(config)
+    return randomise(model, device, dtype_of)
 
 
-def new_vae(config, decoder, device):
-    """The VAE of such latents, in float32. decoder: "own", that of the family, or "tiny", one with the layout of
-    TAEHV."""
+def new_vae(config, decoder, device, dtype):
+    """The VAE of such latents. decoder: see Job."""
     channels = config.out_dim
+    with torch.device("meta"):
+        if config.copies:
+            vae = LinearVAE(LinearVAEConfig(channels, config.stride))
+        elif decoder == "tiny" or config.text_encoder == "words":
+            vae = TinyVAE(TinyVAEConfig(channels, config.stride // 8))
+        elif config.stride == 16:
+            vae = WanVAE(WanVAEConfig(48, 160, 256, residual=True))
+        else:
+            vae = WanVAE()
+    return randomise(vae, device, lambda name: dtype)
+
+
+def random_conditions(config, frames, device):
+    """What the model is told of a clip of so many latent frames: its keyword arguments."""
+    shape = (frames, *config.latent_size)
+    given = {"text": torch.randn(1, config.text_len, config.text_dim, device=device)}
+    if config.track_dim:
+        given["tracks"] = torch.randn(1, config.track_dim, *shape, device=device)
     if config.copies:
-        vae = LinearVAE(LinearVAEConfig(channels, config.stride))
-    elif decoder == "tiny" or config.text_encoder == "words":
-        vae = TinyVAE(TinyVAEConfig(channels, config.stride // 8))
-    elif config.stride == 16:
-        vae = WanVAE(WanVAEConfig(48, 160, 256, residual=True))
-    else:
-        vae = WanVAE()
-    return vae.to(device).eval().requires_grad_(False)
+        given["copies"] = torch.randn(1, config.copy_dim, *shape, device=device)
+        given["image"] = torch.randn(1, config.out_dim, *shape, device=device)
+    if config.clip_dim:
+        given["clip"] = torch.randn(1, CLIP_ROWS, config.clip_dim, device=device)
+    return given
 
 
-def new_text(config, device):
-    """A text as long as can be, (1, L, text_dim)."""
-    return torch.randn(1, config.text_len, config.text_dim, device=device)
+def random_latents(config, frames, device):
+    """(1, C, frames, h, w)."""
+    return torch.randn(1, config.out_dim, frames, *config.latent_size, device=device)
 
 
 def new_motion(config, frames):
@@ -84,6 +154,187 @@ def new_motion(config, frames):
     visible = torch.ones(tracks.shape[:3], dtype=torch.bool)
     ids = track_ids(tracks, visible, config)
     return sample.Motion(tracks, visible, ids, start_points(tracks, visible))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is timed and counted.
+
+def chunks_held(config):
+    """By a full cache."""
+    return PAST if config.window is None else config.sink + config.window
+
+
+def chunk_parts(model, vae):
+    """The parts of one chunk, in the order in which they are done, and the full caches."""
+    config = model.config
+    device = next(model.parameters()).device
+    noise = random_latents(config, config.chunk, device)
+    conditions = random_conditions(config, config.chunk, device)
+    clean = torch.zeros(1, device=device)
+    caches = model.new_caches()
+    for _ in range(chunks_held(config)):
+        model(noise, clean, caches=caches, write=True, **conditions)
+    _, state = vae.decode(noise)
+
+    def denoise():
+        for sigma in config.sigmas:
+            model(noise, torch.full((1,), sigma, device=device), caches=caches, **conditions)
+
+    def remember():
+        model(noise, clean, caches=caches, write=True, **conditions)
+
+    def decode():
+        vae.decode(noise, state)
+
+    frames = FRAMES * config.chunk
+    passes = f"{len(config.sigmas)} passes of the DiT through a full cache"
+    return [Part("DiT", denoise, passes, frames),
+            Part("with cache update", remember, "and the clean pass that writes the cache", frames),
+            Part("with decoding", decode, "and the VAE's decoder", frames)], caches
+
+
+def training_parts(job):
+    """A DMD step on one clip of 81 frames, all weights in job.dtype, blocks computed again in the backward. The update
+    of the weights is not in it, nor the VAE, which takes no part."""
+    config = replace(job.config, causal=False)
+    generator = random_model(job.config, job.device, job.dtype)
+    critic = random_model(config, job.device, job.dtype)
+    teacher = random_model(config, job.device, job.dtype)
+    for model in generator, critic:
+        model.requires_grad_(True)
+        train_distill.recompute_blocks(model)
+    noise = random_latents(config, CLIP_LATENTS, job.device)
+    conditions = random_conditions(config, CLIP_LATENTS, job.device)
+    last = len(config.sigmas) - 1
+
+    def roll_out():
+        return torch.cat(list(rollout(generator, noise, conditions, exit_step=last)), 2)
+
+    def generator_step():
+        x0 = roll_out()
+        loss = train_distill.dmd_loss(x0, teacher, critic, conditions, None, config.shift)
+        loss.backward()
+        generator.zero_grad()
+
+    def critic_step():
+        with torch.no_grad():
+            x0 = roll_out()
+        loss = train_distill.critic_loss(x0, critic, conditions, None, config.shift)
+        loss.backward()
+        critic.zero_grad()
+
+    guided = "guided" if any(config.guidance) else "plain"
+    of_generator = f"rollout of {CLIP_LATENTS} latents, {last + 1} passes; {guided} teacher, critic; backward"
+    of_critic = "the rollout without a graph, critic, backward; the papers make 5 of them for each of the generator"
+    return [Part("generator's step", generator_step, of_generator),
+            Part("critic's step", critic_step, of_critic)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Counts.
+
+# Operations without a kernel of their own: they make room, or look at what is there.
+FREE = ("prim", "aten.empty", "aten.new_empty", "aten.detach", "aten._unsafe_view", "aten.lift_fresh", "aten.alias")
+
+
+def cpu_attention(q, k, v, *args, out_val=None, **kwargs):
+    """FLOPs of the attention that a CPU runs, which torch does not count."""
+    return sdpa_flop_count(q.shape, k.shape, v.shape)
+
+
+def cpu_attention_backward(grad, q, k, v, *args, out_val=None, **kwargs):
+    """And of its backward."""
+    return sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
+
+
+CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+CPU_FLOPS = {CPU_ATTENTION: cpu_attention,
+             torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: cpu_attention_backward}
+
+
+def kind_of(name):
+    """Where an operation's FLOPs belong: "attention", "convolution", "matmul" or "other"."""
+    for word in "attention", "convolution":
+        if word in name:
+            return word
+    if re.search(r"mm", name):
+        return "matmul"
+    return "other"
+
+
+class Counts(TorchDispatchMode):
+    """What the tensor operations inside `with` cost when each is a kernel of its own, as in eager mode: how many are
+    launched, the bytes that they read and write, and their FLOPs, each a Counter by kind_of. Views cost nothing. A
+    multiplication and an addition are two FLOPs; those of elementwise operations are not counted."""
+
+    def __init__(self):
+        super().__init__()
+        self.launches = Counter()
+        self.bytes = Counter()
+        self.flops = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name = str(func)
+        if func.is_view or name.startswith(FREE):
+            return result
+        kind = kind_of(name)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if torch.is_tensor(leaf)]
+        self.launches[kind] += 1
+        self.bytes[kind] += size_of(tensors)
+        formula = CPU_FLOPS.get(func.overloadpacket, flop_registry.get(func.overloadpacket))
+        if formula:
+            self.flops[kind] += formula(*args, **kwargs, out_val=result)
+        return result
+
+
+def count_part(part):
+    """Counts of a Part."""
+    with Counts() as counts:
+        part.work()
+    return counts
+
+
+def counted_chunk(job):
+    """[(Part, Counts)] of one chunk. Nothing is computed, whatever the size."""
+    with torch.inference_mode(False), torch.no_grad(), FakeTensorMode():
+        model = random_model(job.config, CPU, job.dtype)
+        vae = new_vae(job.config, job.decoder, CPU, job.dtype)
+        parts, _ = chunk_parts(model, vae)
+        return [(part, count_part(part)) for part in parts]
+
+
+def counted_training(job):
+    """[(Part, Counts)] of a DMD step."""
+    with FakeTensorMode():
+        return [(part, count_part(part)) for part in training_parts(replace(job, device=CPU))]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a full-size GPU would need, by the counts. The rates are estimates of an H100 or H200, not measured here: what
+# cuBLAS and cuDNN reach at such shapes, and the bandwidth that kernels reach which only move bytes.
+
+RATES = {"matmul": 650e12, "attention": 565e12, "convolution": 320e12}      # FLOPs/s
+BANDWIDTH = 3.5e12                                                          # bytes/s
+
+
+def predicted_seconds(counts):
+    """Of all that was counted. A matrix product, attention or convolution takes what its FLOPs or its bytes take,
+    whichever is longer; other operations their bytes. Launches hide behind them."""
+    seconds = counts.bytes["other"] / BANDWIDTH
+    for kind, rate in RATES.items():
+        seconds += max(counts.flops[kind] / rate, counts.bytes[kind] / BANDWIDTH)
+    return seconds
+
+
+def print_counts(counted):
+    """In Markdown."""
+    print(f"| counted | launches | GB | {' | '.join(f'TFLOP, {kind}' for kind in RATES)} |\n|---|---|---|---|---|---|")
+    for part, counts in counted:
+        flops = " | ".join(f"{counts.flops[kind] / 1e12:.4g}" for kind in RATES)
+        moved = counts.bytes.total() / 1e9
+        print(f"| {part.name} | {counts.launches.total():,} | {moved:.4g} | {flops} |")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -107,92 +358,104 @@ def median_seconds(work, device, repeats):
     return torch.tensor(times[2:]).median().item()
 
 
-def full_caches(model, conditions, noise):
-    """Caches that hold as many chunks as they ever will."""
-    config = model.config
-    chunks = PAST if config.window is None else config.sink + config.window
-    caches = model.new_caches()
-    for _ in range(chunks):
-        model(noise, torch.zeros(1, device=noise.device), caches=caches, write=True, **conditions)
-    return caches
+def matmul_rate(device, dtype):
+    """FLOPs/s of a square matrix product, the best of three: the peak of which the table tells the share."""
+    size = 8192 if device.type == "cuda" else 512
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    seconds = min(median_seconds(lambda: a @ a, device, 1) for _ in range(3))
+    return 2 * size ** 3 / seconds
 
 
-def chunk_rows(model, vae, text, repeats):
-    """The parts of a chunk, each with what comes before it."""
-    config = model.config
-    device = text.device
-    height, width = config.size
-    shape = (config.chunk, height // config.stride, width // config.stride)
-    noise = torch.randn(1, config.out_dim, *shape, device=device)
-    conditions = {"text": text, "image": None, "tracks": None, "clip": None}
-    if config.track_dim:
-        conditions["tracks"] = torch.randn(1, config.track_dim, *shape, device=device)
-    if config.copies:
-        conditions["copies"] = torch.randn(1, config.copy_dim, *shape, device=device)
-        conditions["image"] = noise
-    if config.clip_dim:
-        conditions["clip"] = torch.randn(1, CLIP_ROWS, config.clip_dim, device=device)
-    caches = full_caches(model, conditions, noise)
-    _, state = vae.decode(noise)
-
-    def denoise():
-        for sigma in config.sigmas:
-            model(noise, torch.full((1,), sigma, device=device), caches=caches, **conditions)
-
-    def remember():
-        model(noise, torch.zeros(1, device=device), caches=caches, write=True, **conditions)
-
-    def decode():
-        vae.decode(noise, state)
-
-    frames = 4 * config.chunk
-    total = 0
+def summed_rows(parts, seconds, flops):
+    """A Row for each part of a chunk, with all that comes before it."""
     rows = []
-    passes = len(config.sigmas)
-    for name, work, counts in (
-            ("DiT", denoise, f"{passes} passes of the DiT through a full cache"),
-            ("with cache update", remember, "and the clean pass that writes the cache"),
-            ("with decoding", decode, "and the VAE's decoder")):
-        total += median_seconds(work, device, repeats)
-        rows.append(Row(name, total, counts, frames))
-    return rows, caches
+    for i, part in enumerate(parts):
+        rows.append(Row(part.name, sum(seconds[:i + 1]), part.counts, part.frames, sum(flops[:i + 1])))
+    return rows
 
 
-def program_rows(model, vae, text, repeats):
-    """The whole program: from the image and tracks to frames in the CPU's memory."""
+@dataclass(frozen=True)
+class Times:
+    """Of a chunk of a stream, time.perf_counter()."""
+    asked: float        # when its tracks were read
+    shown: float        # when its first frame was in the CPU's memory, as bytes
+    done: float         # and the last
+
+
+def watched(model, vae, motion, text):
+    """The whole program: from an image and tracks to frames in the CPU's memory. Yields Times, chunk by chunk."""
+    config = model.config
+    image = torch.rand(1, 3, *config.size, device=text.device) * 2 - 1
+    clip = None
+    if config.clip_dim:
+        clip = torch.randn(1, CLIP_ROWS, config.clip_dim, device=text.device)
+    asked = []
+
+    def live():
+        for part in sample.motion_by_chunk(motion, config.chunk):
+            asked.append(time.perf_counter())
+            yield part
+
+    for video in sample.stream(model, vae, image, live(), sample.Encoded(text, clip=clip)):
+        frames = iter(sample.to_frames(video))
+        next(frames)
+        shown = time.perf_counter()
+        for _ in frames:
+            pass
+        yield Times(asked[-1], shown, time.perf_counter())
+
+
+def seconds_between(times):
+    """From one chunk's end to the next's."""
+    return [after.done - before.done for before, after in itertools.pairwise(times)]
+
+
+def program_rows(model, vae, text, repeats, flops):
+    """Rows of the whole program. flops: of a chunk."""
+    config = model.config
+    held = chunks_held(config)
+    chunks = held + repeats + 2
+    frames = FRAMES * config.chunk
+    motion = new_motion(config, frames * chunks - FRAMES + 1)
+    next(watched(model, vae, motion, text))                             # warms up
+    started = time.perf_counter()
+    times = list(watched(model, vae, motion, text))
+    chunk = torch.tensor(seconds_between(times)[held:]).median().item()
+    pixel = torch.tensor([t.shown - t.asked for t in times[held:]]).median().item()
+    return [
+        Row("end to end", chunk, "and noise, track head and copies, frames as bytes on the CPU", frames, flops),
+        Row("first pixel", pixel, "from the reading of a chunk's tracks to its first frame, as bytes on the CPU"),
+        Row("first frame", times[0].shown - started, "from pixels and tracks: encoding, the first chunk, its decoding")]
+
+
+def memory_now(device):
+    """Bytes held: by torch on a GPU, else by the process."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def print_long(model, vae, text, frames):
+    """Whether chunks take as long, and memory is as much, after so many frames as at the beginning."""
     config = model.config
     device = text.device
-    held = PAST if config.window is None else config.sink + config.window
-    chunks = held + repeats + 2
-    motion = new_motion(config, 4 * config.chunk * chunks - 3)
-    image = torch.rand(1, 3, *config.size, device=device) * 2 - 1
+    settled = chunks_held(config) + 2
+    per_chunk = FRAMES * config.chunk
+    chunks = max(math.ceil(frames / per_chunk), settled + 4)
+    motion = new_motion(config, per_chunk * chunks - FRAMES + 1)
     times = []
-    for _ in range(2):                                  # of the first stream only the beginning counts: it warms up
-        wait_for(device)
-        started = time.perf_counter()
-        frames = stream_frames(model, vae, image, motion, text)
-        next(frames)
-        first = time.perf_counter() - started
-    for _ in itertools.islice(frames, 4 * config.chunk - 4):
-        pass                                            # the rest of the first chunk
-    for _ in range(chunks - 1):
-        started = time.perf_counter()
-        for _ in itertools.islice(frames, 4 * config.chunk):
-            pass
-        times.append(time.perf_counter() - started)
-    chunk = torch.tensor(times[held:]).median().item()
-    return [
-        Row("end to end", chunk, "and noise, track head and copies, frames as bytes on the CPU", 4 * config.chunk),
-        Row("first frame", first, "from pixels and tracks: encoding, the first chunk, its decoding")]
-
-
-def stream_frames(model, vae, image, motion, text):
-    """Frames, uint8 (H, W, 3), one by one, as sample.py makes them."""
-    clip = None
-    if model.config.clip_dim:
-        clip = torch.randn(1, CLIP_ROWS, model.config.clip_dim, device=image.device)
-    for video in sample.stream(model, vae, image, motion, sample.Encoded(text, clip=clip)):
-        yield from sample.to_frames(video)
+    memory = []
+    for each in watched(model, vae, motion, text):
+        times.append(each)
+        memory.append(memory_now(device))
+    seconds = torch.tensor(seconds_between(times)[settled:], dtype=torch.float64)
+    some = min(100, len(seconds) // 2)
+    first = seconds[:some].median().item()
+    last = seconds[-some:].median().item()
+    print(f"\n{per_chunk * chunks:,} frames: {1000 * first:.1f} ms a chunk, median of the first {some} with a full "
+          f"cache; {1000 * last:.1f} of the last, {100 * (last / first - 1):+.1f} %. Memory "
+          f"{memory[settled] / 2 ** 20:,.1f} MiB after {settled + 1} chunks, {memory[-1] / 2 ** 20:,.1f} at the end")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -211,10 +474,21 @@ def memory_rows(model, vae, caches, device):
         ("KV cache", size_of(held), "of all layers, full")]
     if device.type == "cuda":
         rows.append(("most at once", torch.cuda.max_memory_allocated(device), "that torch held on the GPU"))
-    else:
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        rows.append(("most at once", most, "of the whole process, Python and torch too"))
+    elif most_memory():
+        rows.append(("most at once", most_memory(), "of the whole process, Python and torch too"))
     return rows
+
+
+def most_memory():
+    """Bytes that this process has held at most; None on Windows, which does not say."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform == "darwin":
+        return most
+    return 1024 * most                      # Linux counts in kB
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -232,15 +506,77 @@ def machine(device):
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-def print_table(rows, memory):
-    """In Markdown."""
-    print("| | milliseconds | frames/s | counts |\n|---|---|---|---|")
+def print_rows(rows, peak):
+    """In Markdown. peak: FLOPs/s."""
+    print("| | milliseconds | frames/s | TFLOP | of the peak | counts |\n|---|---|---|---|---|---|")
     for row in rows:
         rate = f"{row.frames / row.seconds:.1f}" if row.frames else ""
-        print(f"| {row.name} | {1000 * row.seconds:.1f} | {rate} | {row.counts} |")
+        flops = f"{row.flops / 1e12:.3g}" if row.flops else ""
+        share = f"{row.flops / row.seconds / peak:.0%}" if row.flops else ""
+        print(f"| {row.name} | {1000 * row.seconds:.1f} | {rate} | {flops} | {share} | {row.counts} |")
+
+
+def print_papers():
+    """Beside them, what others say."""
+    print("\n| as published | frames/s | latency, s | counts |\n|---|---|---|---|")
+    for row in PAPERS:
+        print("| " + " | ".join(row) + " |")
+
+
+def print_predicted(job, training):
+    """Counts, and the times that they predict."""
+    counted = counted_chunk(job)
+    steps = counted_training(job) if training else []
+    print_counts(counted + steps)
+    rates = ", ".join(f"{kind} {rate / 1e12:.0f}" for kind, rate in RATES.items())
+    print(f"\nPREDICTED from these counts, not measured, for one H100 or H200 without torch.compile: {rates} TFLOP/s, "
+          f"{BANDWIDTH / 1e12} TB/s. The peak is 989 TFLOP/s.\n")
+    parts = [part for part, _ in counted]
+    seconds = [predicted_seconds(counts) for _, counts in counted]
+    flops = [counts.flops.total() for _, counts in counted]
+    rows = summed_rows(parts, seconds, flops)
+    shown = seconds[0] + seconds[2]
+    rows.append(Row("first pixel", shown, "the passes and the decoding of a whole chunk, no copy to the CPU"))
+    for part, counts in steps:
+        rows.append(Row(part.name, predicted_seconds(counts), part.counts, 0, counts.flops.total()))
+    print_rows(rows, 989e12)
+    print_papers()
+
+
+def print_measured(job, repeats, long, compiled):
+    """Of streaming: the table, memory and, with `long`, what many frames do."""
+    model = random_model(job.config, job.device, job.dtype)
+    vae = new_vae(job.config, job.decoder, job.device, job.dtype)
+    text = random_conditions(job.config, 1, job.device)["text"]
+    if compiled:
+        for block in model.blocks:
+            block.compile()
+    flops = [counts.flops.total() for _, counts in counted_chunk(job)]
+    peak = matmul_rate(job.device, job.dtype)
+    print(f"peak: {peak / 1e12:.4g} TFLOP/s, of a square matrix product in this run\n")
+    parts, caches = chunk_parts(model, vae)
+    seconds = [median_seconds(part.work, job.device, repeats) for part in parts]
+    rows = summed_rows(parts, seconds, flops)
+    rows += program_rows(model, vae, text, repeats, sum(flops))
+    print_rows(rows, peak)
+    print_papers()
     print("\n| memory | MiB | counts |\n|---|---|---|")
-    for name, size, counts in memory:
+    for name, size, counts in memory_rows(model, vae, caches, job.device):
         print(f"| {name} | {size / 2 ** 20:,.0f} | {counts} |")
+    if long:
+        print_long(model, vae, text, long)
+    return peak
+
+
+def print_training(job, repeats, peak):
+    """Of a DMD step."""
+    flops = [counts.flops.total() for _, counts in counted_training(job)]
+    rows = []
+    for part, work in zip(training_parts(job), flops):
+        seconds = median_seconds(part.work, job.device, repeats)
+        rows.append(Row(part.name, seconds, part.counts, 0, work))
+    print()
+    print_rows(rows, peak)
 
 
 def parse_flags(argv):
@@ -249,46 +585,48 @@ def parse_flags(argv):
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="tiny", help="(tiny)")
     add("--device", default="cpu", help="cpu, cuda, … (cpu)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the DiT (float32)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of DiT and VAE (float32; --predict: bfloat16)")
     add("--decoder", choices=("own", "tiny"), default="own", help="the family's VAE, or one as small as TAEHV (own)")
     add("--steps", type=number(int, 1, 100), help="passes of the DiT for a chunk (the preset's)")
     add("--memory", type=sample.memory, metavar="cNsNwN", help="chunk, sink, window, as for sample.py (the preset's)")
     add("--repeats", type=number(int, 1, 10_000), default=15, help="chunks that are timed (15)")
     add("--compile", action="store_true", help="compile the DiT's blocks")
+    add("--long", type=number(int, 1, 10_000_000), default=0, metavar="FRAMES", help="stream so many, too: 10000")
+    add("--training", action="store_true", help="time a DMD step, too")
+    add("--predict", action="store_true", help="time nothing: count, and predict for a large GPU")
     return parser.parse_args(argv)
 
 
-def config_of(args):
-    """The preset as a student, with what the flags say."""
-    config = replace(PRESETS[args.preset], causal=True)
-    config = replace(config, **args.memory or {})
-    if args.steps:
-        config = replace(config, sigmas=schedule(args.steps, config.shift))
+def student(preset, memory, steps):
+    """The preset as a student. memory: fields of Config; steps: None, the preset's."""
+    config = replace(PRESETS[preset], causal=True, **memory or {})
+    if steps:
+        config = replace(config, sigmas=schedule(steps, config.shift))
     if config.copies:
         config = replace(config, latent_std=(1.0,) * config.out_dim)
     return config
 
 
-@torch.inference_mode()
 def run(argv):
-    """Measure, and print the table. Returns the exit code."""
-    args = parse_flags(argv)
-    check_device(args.device)
-    device = torch.device(args.device)
-    config = config_of(args)
+    """Measure, and print the tables. Returns the exit code."""
+    flags = parse_flags(argv)
+    check_device(flags.device)
+    device = torch.device(flags.device)
+    config = student(flags.preset, flags.memory, flags.steps)
+    dtype = flags.dtype or ("bfloat16" if flags.predict else "float32")
+    job = Job(config, device, getattr(torch, dtype), flags.decoder)
     torch.manual_seed(0)
-    model = random_model(config, device, getattr(torch, args.dtype))
-    vae = new_vae(config, args.decoder, device)
-    text = new_text(config, device)
-    if args.compile:
-        for block in model.blocks:
-            block.compile()
     height, width = config.size
-    print(f"{args.preset}, {width}x{height} pixels, chunk {config.chunk}, sink {config.sink}, window {config.window}, "
-          f"{args.dtype}, {type(vae).__name__}, random weights\n{machine(device)}\n")
-    rows, caches = chunk_rows(model, vae, text, args.repeats)
-    rows += program_rows(model, vae, text, args.repeats)
-    print_table(rows, memory_rows(model, vae, caches, device))
+    print(f"{flags.preset}, {width}x{height} pixels, chunk {config.chunk}, sink {config.sink}, window {config.window}, "
+          f"{dtype}, random weights")
+    if flags.predict:
+        print_predicted(job, flags.training)
+        return 0
+    print(machine(device))
+    with torch.inference_mode():
+        peak = print_measured(job, flags.repeats, flags.long, flags.compile)
+    if flags.training:
+        print_training(job, min(flags.repeats, 3), peak)
     return 0
 
 

@@ -1,13 +1,16 @@
-"""Weights in every other public layout, as tensors with Wan's names; and what a file is that is none.
+"""Weights in every other public layout, as tensors with Wan's names; else, what the file is.
 
-    read(path) -> (tensors, metadata)    a .pt of Wan, Self-Forcing or CausVid, Diffusers' names of DiT and VAE, names
-                                         that training code has wrapped, folders of repositories
-    what_it_is(tensors), damage(path)    for the one line that a user gets
-    advice(config, sampler)              how public weights, whose files do not say it, are sampled
+    read(path, wanted, marks) -> (tensors, metadata)
+        a .pt of Wan, Self-Forcing or CausVid; Diffusers' names of DiT and VAE; names that other
+        programs have put a prefix before; folders of repositories
+    what_it_is(names, wanted), explain(path, start, error)
+        for the one line that a user gets
+    advice(config, sampler)
+        how public weights, whose files do not say it, are sampled
 
-motionstream.py reads safetensors with Wan's names by itself, and asks this module about all else."""
+motionstream.py reads safetensors with Wan's names by itself, and asks this module about all else.
+"""
 
-import json
 import re
 import warnings
 import zipfile
@@ -16,14 +19,28 @@ from pathlib import Path
 
 import torch
 
-from motionstream import PRESETS, UserError, read_safetensors, schedule, shards_of
+from motionstream import (PRESETS, SELF_FORCING, WAN_DIT, UserError, check_memory, read_safetensors,
+                          reason_of, shards_of, visible_files)
 
-# What training code wraps around names, anywhere in them; and what checkpoints and Diffusers put in front.
+# What training code puts into names, anywhere in them.
 WRAPPERS = r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\."
-PREFIXES = rf"^(model\.|diffusion_model\.|module\.|condition_embedder\.|{WRAPPERS})+|{WRAPPERS}"
 
-# The parts of a DiT's names that Diffusers spells in its own way, and Wan's spelling. norm2 is no slip: Diffusers
-# numbers the norms of a block in the order of use, Wan does not.
+# Of several models in one file, which is taken: the first of these words that one has before its
+# names. An average comes before what it is an average of.
+PREFERRED = ("generator_ema", "ema_model", "model_ema", "ema", "ema_state_dict", "generator",
+             "model", "state_dict", "module", "student")
+STUDENTS = {"generator_ema", "generator"}       # what Self-Forcing and CausVid call theirs
+
+# In Diffusers' layouts, what WAN_DIT and the first tensor of a VAE of Wan are called.
+DIFFUSERS_MARKS = ("blocks.0.attn1.to_q.weight", "encoder.conv_in.weight")
+
+# What stands beside a model in files that hold several, and is left out.
+OTHER_MODELS = (r"(model\.)?diffusion_model\.|vae\.|first_stage_model\.|text_encoders?\.|"
+                r"cond_stage_model\.|conditioner\.|image_encoder\.|clip_vision\.|"
+                r"critic\.|fake_score\.|real_score\.|discriminator\.")
+
+# The parts of a DiT's names that Diffusers spells in its own way, and Wan's spelling. norm2 is no
+# slip: Diffusers numbers the norms of a block in the order of use, Wan does not.
 DIT_NAMES = {
     "text_embedder.linear_1": "text_embedding.0",
     "text_embedder.linear_2": "text_embedding.2",
@@ -49,6 +66,7 @@ DIT_NAMES = {
     "ffn.net.0.proj": "ffn.0",
     "ffn.net.2": "ffn.2",
 }
+DIT_START = "condition_embedder."            # Diffusers puts it before some
 DIT_PARTS = "(" + "|".join(map(re.escape, DIT_NAMES)) + r")(?![^.])"
 UNUSED = "norm_added_q.weight"      # in Diffusers' image-to-video files: zeros, never used
 
@@ -73,22 +91,13 @@ VAE_NAMES = {
     ".downsampler.": ".resnets.2.",
 }
 
-# How the students of Self-Forcing are sampled: they remember all of 21 latents, so there is no sink.
-SELF_FORCING = {"causal": True, "shift": 5.0, "sigmas": schedule(4, 5.0), "chunk": 3, "sink": 0, "window": None}
-
-# Teachers: shift and text guidance, by width and by whether the image enters as channels, as their publishers advise
-# for 480 lines; those of all others.
+# Teachers: shift and text guidance, by width and by whether the image enters as channels, as their
+# publishers advise for 480 lines; those of all others.
 TEACHERS = {(1536, False): (8.0, 6.0), (1536, True): (3.0, 6.0), (5120, True): (3.0, 5.0)}
 OTHERS = (5.0, 5.0)
 
-# What is taken for the right file: by how it begins, or by the names in it; the first that fits.
+# What is taken for the right file, by the names of its tensors; the first that fits.
 KINDS = {
-    "^version https://git-lfs": "a git-lfs pointer, run git lfs pull",
-    "^<": "a web page",
-    "^$": "an empty file",
-    "^PK": "a truncated .pt",
-    "^GGUF": "a GGUF file",
-    "^\x80": "a pickle of something else than tensors, refused",
     "lora": "a LoRA",
     "visual|vision": "a CLIP encoder",
     "patch_embedding": "a DiT",
@@ -96,95 +105,213 @@ KINDS = {
     "coder.": "a VAE",
 }
 
+# And by how it begins.
+STARTS = {
+    b"version https://git-lfs": "a git-lfs pointer, run git lfs pull",
+    b"<!DOCTYPE": "a web page",
+    b"<html": "a web page",
+    b"<?xml": "an XML page",
+    b"GGUF": "a GGUF file",
+    b"\x1f\x8b": "a gzip file",
+    b"Rar!": "a RAR archive",
+    b"7z\xbc\xaf": "a 7-Zip archive",
+}
 
-# ----------------------------------------------------------------------------------------------------------------------
+
+# --------------------------------------------------------------------------------------------------
 # Reading.
 
-def read(path):
-    """A file, one of several shards, their index or a repository's folder to ({Wan's name: tensor}, metadata).
+def read(path, wanted="Wan DiT", marks=WAN_DIT):
+    """A file, one of several shards, their index or a repository's folder to ({Wan's name: tensor},
+    metadata).
 
-    Tensors are mapped where the file allows it, and no pickle's code is ever run. Of a student of Self-Forcing,
-    metadata["motionstream.config"] tells as JSON how it is sampled. UserError, one line that names the file and says
-    what it is."""
+    wanted: what is expected, in words; it has one of the tensors `marks`. Tensors are mapped where
+    the file allows it, and no pickle's code is ever run. Of a student of Self-Forcing, metadata
+    have "motionstream.student". UserError, one line that names the file and says what it is."""
     path = Path(path)
     if path.is_dir():
         path = file_in(path)
-    tensors = {}
+    everything = {}
     metadata = {}
     for file in shards_of(path):
         found, about = read_tensors(file)
         metadata |= about
-        for name, tensor in with_wan_names(found):
-            if name in tensors:
-                raise UserError(f"{file}: holds {name} twice, under two names")
-            tensors[name] = tensor
+        everything |= found
+    if not everything:
+        raise UserError(f"{path}: expected a complete {wanted} checkpoint; it holds no tensors")
+    try:
+        tensors, prefix = without_prefix(everything, marks)
+        tensors = with_wan_names(tensors)
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from None
+    if tensors.keys().isdisjoint(marks):
+        found = what_it_is(everything, wanted)
+        raise UserError(f"{path}: expected a complete {wanted} checkpoint; {found}")
+    if STUDENTS & words_of(prefix):
+        metadata["motionstream.student"] = prefix
     return tensors, metadata
 
 
 def file_in(folder):
-    """The weights file in a repository's folder, or its index of shards or first shard. UserError if there is none, or
-    if there are several."""
+    """The weights file in a repository's folder, or its index of shards or first shard. UserError
+    if there is none, or if there are several."""
     for high, low in ("high_noise_model", "low_noise_model"), ("transformer", "transformer_2"):
         if (folder / high).is_dir() and (folder / low).is_dir():
             raise UserError(f"{folder}: holds the two experts of Wan 2.2 A14B, name one: "
                             f"{folder / high} (high noise) or {folder / low} (low noise)")
     if (folder / "transformer").is_dir():
         return file_in(folder / "transformer")
-    for pattern in "*.index*.json", "diffusion_pytorch_model*.safetensors", "*.safetensors", "*.pt", "*.pth":
-        names = {re.sub(r"-\d{5}-of-", "-00001-of-", file.name) for file in folder.glob(pattern)}
+    for pattern in ("*.index*.json", "diffusion_pytorch_model*.safetensors", "*.safetensors",
+                    "*.pt", "*.pth", "*.bin", "*.ckpt"):
+        files = visible_files(folder, pattern)
+        names = {re.sub(r"-\d{5}-of-", "-00001-of-", file.name) for file in files}
         if len(names) == 1:
             return folder / names.pop()
         if names:
-            raise UserError(f"{folder}: holds several weights files, name one: {', '.join(sorted(names)[:5])}")
+            some = ", ".join(sorted(names)[:5])
+            raise UserError(f"{folder}: holds several weights files, name one: {some}")
     raise UserError(f"{folder}: holds no weights file (.safetensors, .pt)")
 
 
 def read_tensors(path):
-    """One .safetensors or .pt file to ({name: tensor}, metadata), the names as they are in it; see read."""
+    """One .safetensors or .pt file to ({name: tensor}, metadata), the names as they are in it; see
+    read."""
+    path = Path(path)
+    start = b""
     try:
         with open(path, "rb") as file:
             start = file.read(2 ** 20)
         if start[8:9] == b"{":
             return read_safetensors(path)
         return read_pickle(path)
+    except UserError:
+        raise
     except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror or e})") from None
-    except Exception:                   # torch, zipfile, pickle and safetensors raise a dozen kinds
-        raise UserError(f"{path}: {damage(path, start)}") from None
+        raise UserError(f"{path}: cannot be read ({reason_of(e)})") from None
+    except Exception as e:              # torch, zipfile, pickle and safetensors raise a dozen kinds
+        raise UserError(f"{path}: {explain(path, start, e)}") from None
+
+
+def is_zip(path):
+    """Whether a file is a zip archive, as torch.save writes them. (zipfile.is_zipfile raises for
+    some damaged ones.)"""
+    try:
+        return zipfile.is_zipfile(path)
+    except Exception:
+        return False
 
 
 def read_pickle(path):
-    """A .pt or .pth file; of a checkpoint of Self-Forcing the generator, best its running average."""
+    """A .pt or .pth file to ({name: tensor}, {}). Of dicts within dicts, names are joined by a
+    slash."""
+    mapped = is_zip(path)
+    if not mapped:                              # an older kind, which cannot be mapped
+        check_memory(path.stat().st_size, path)
     with warnings.catch_warnings(action="ignore"):          # of files that are refused anyway
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    metadata = {}
-    for key in "generator_ema", "generator", "model":
-        if key in tensors:
-            tensors = tensors[key]
-            if key != "model":
-                metadata["motionstream.config"] = json.dumps(SELF_FORCING)
-            break
-    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
-        raise ValueError("no tensors by name")
-    return tensors, metadata
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    if torch.is_tensor(content):
+        content = {"tensor": content}
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected tensors by name; it holds a {type(content).__name__}")
+    tensors = flattened(content)
+    if not tensors:
+        names = ", ".join(str(name)[:40] for name in list(content)[:5])
+        raise UserError(f"{path}: expected tensors by name; it holds {len(content)} entries without "
+                        f"any: {names}")
+    return tensors, {}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def flattened(content):
+    """The tensors in a dict and in the dicts within it, {"outer/inner": tensor}. All else is left
+    out."""
+    tensors = {}
+    pending = [("", content)]
+    seen = set()
+    while pending:
+        prefix, entries = pending.pop()
+        if id(entries) in seen:                             # a damaged file can hold itself
+            continue
+        seen.add(id(entries))
+        for name, value in entries.items():
+            if torch.is_tensor(value):
+                tensors[f"{prefix}{name}"] = value
+            elif isinstance(value, dict):
+                pending.append((f"{prefix}{name}/", value))
+    return tensors
+
+
+# --------------------------------------------------------------------------------------------------
 # Names.
 
+def without_prefix(tensors, marks):
+    """(The tensors of one model, the prefix that their names had): the one that one of `marks` has.
+    What wrappers put into names goes too, and so do other models beside it. UserError if two
+    tensors would have one name, or if there are several models and nothing tells which one is
+    meant."""
+    tensors = renamed(tensors, lambda name: re.sub(WRAPPERS, "", name))
+    prefixes = set()
+    for mark in (*marks, *DIFFUSERS_MARKS):
+        if not prefixes:
+            ends_so = re.compile(f"(^|[./]){re.escape(mark)}$")
+            prefixes = {name.removesuffix(mark) for name in tensors if ends_so.search(name)}
+    if not prefixes:
+        return tensors, ""
+    prefix = best_of(prefixes)
+    within = prefix[:prefix.rfind("/") + 1]         # the dict that holds the model, in a .pt
+    ours = {}
+    for name, tensor in tensors.items():
+        beside = len(prefixes) > 1 or re.match(OTHER_MODELS, name.removeprefix(within))
+        if name.startswith(prefix) or name.startswith(within) and not beside:
+            ours[name] = tensor
+    return renamed(ours, lambda name: name.removeprefix(prefix).removeprefix(within)), prefix
+
+
+def words_of(prefix):
+    """The parts of a prefix, a set."""
+    return set(re.split("[./]", prefix))
+
+
+def best_of(prefixes):
+    """Of the prefixes of several models the one with the first word of PREFERRED. UserError if none
+    has, or two have."""
+    if len(prefixes) == 1:
+        return next(iter(prefixes))
+    for word in PREFERRED:
+        having = [prefix for prefix in prefixes if word in words_of(prefix)]
+        if len(having) == 1:
+            return having[0]
+        if having:
+            break
+    found = ", ".join(map(repr, sorted(prefixes)[:5]))
+    raise UserError(f"holds {len(prefixes)} models, whose names begin with {found}; save one of "
+                    "them alone")
+
+
+def renamed(tensors, name_of):
+    """{name_of(name): tensor}. UserError if two of them would have one name."""
+    new = {}
+    for name, tensor in tensors.items():
+        name = name_of(name)
+        if name in new:
+            raise UserError(f"holds {name} twice, under two names")
+        new[name] = tensor
+    return new
+
+
 def with_wan_names(tensors):
-    """Pairs of Wan's name and tensor, whatever the file calls them."""
+    """The tensors by Wan's names, whatever the file calls them."""
     name_of = wan_dit_name
-    if "quant_conv.weight" in tensors:                      # Diffusers' VAE; Wan's own has no other names
+    if "quant_conv.weight" in tensors:              # Diffusers' VAE; Wan's has no other names
         name_of = wan21_vae_name
         if "encoder.down_blocks.0.resnets.0.conv1.weight" in tensors:
             name_of = wan22_vae_name
-    return [(name_of(name), tensor) for name, tensor in tensors.items() if not name.endswith(UNUSED)]
+    used = {name: tensor for name, tensor in tensors.items() if not name.endswith(UNUSED)}
+    return renamed(used, name_of)
 
 
 def wan_dit_name(name):
-    """Wan's name of a tensor of a DiT, without what was wrapped around it. Names of other models stay as they are."""
-    name = re.sub(PREFIXES, "", name)
+    """Wan's name of a tensor of a DiT. Names of other models stay as they are."""
+    name = name.removeprefix(DIT_START)
     name = re.sub(DIT_PARTS, lambda part: DIT_NAMES[part[0]], name)
     if name == "modulation":
         return "head.modulation"
@@ -199,7 +326,8 @@ def vae_parts(name):
 
 
 def wan21_vae_name(name):
-    """Wan's name of a tensor of Diffusers' VAE of Wan 2.1: one list of layers, where Diffusers has stages of four."""
+    """Wan's name of a tensor of Diffusers' VAE of Wan 2.1: one list of layers, where Diffusers has
+    stages of four."""
     return re.sub(r"(\d)\.resnets\.(\d)", lambda m: str(4 * int(m[1]) + int(m[2])), vae_parts(name))
 
 
@@ -208,44 +336,63 @@ def wan22_vae_name(name):
     return re.sub(r"(up|down)(samples\.\d)\.resnets", r"\1\2.\1samples", vae_parts(name))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What a file is, and how weights are sampled.
 
-def what_it_is(names):
-    """What has tensors of these names, or begins like this, in words."""
-    text = " ".join(names)
+def what_it_is(names, wanted):
+    """What has tensors of these names, in words, with one that tells; it is not what is
+    `wanted`."""
     for pattern, kind in KINDS.items():
-        if re.search(pattern, text):
-            return kind
-    return "something unknown"
+        telling = [name for name in names if re.search(pattern, name)]
+        if telling and kind.split()[-1] not in wanted:
+            return f"this looks like {kind}: it holds {telling[0][:80]}"
+    first = next(iter(names))
+    return f"its first tensor is {first[:80]}, which no layout known here has"
 
 
-def damage(path, start):
-    """Why a file that begins like this cannot be read, in words."""
+def explain(path, start, error):
+    """Why a file that begins like this could not be read, in words: by its first bytes, else by the
+    error."""
     size = Path(path).stat().st_size
+    if size == 0:
+        return "this is an empty file (0 bytes)"
+    for beginning, kind in STARTS.items():
+        if start.lstrip().startswith(beginning):
+            return f"this is {kind} ({size} bytes); expected .safetensors or .pt"
     if start[8:9] == b"{":
         header = 8 + int.from_bytes(start[:8], "little")
-        ends = re.findall(rb'"data_offsets"\W+\d+\W+(\d+)', start)
+        ends = re.findall(rb'"data_offsets"\W+\d+\W+(\d{1,18})', start)
         whole = header + max(map(int, ends), default=0)
-        if size < whole and len(start) < header:            # the offsets of later tensors are not in `start`
+        if size < whole and len(start) < header:    # later tensors' offsets are not in `start`
             return f"truncated: {size} bytes of at least {whole}; download it again"
         if size < whole:
             return f"truncated: {size} bytes of {whole}; download it again"
-    if zipfile.is_zipfile(path):
-        start = b"\x80"                                     # a whole .pt, so it is what is in it
-    kind = what_it_is([start[:99].decode("latin-1").lstrip()])
-    return f"this is {kind} ({size} bytes); .safetensors or .pt is wanted here"
+        return f"cannot be read as .safetensors ({reason_of(error)})"
+    if start.startswith(b"PK") and not is_zip(path):
+        return (f"truncated: begins as a .pt, but its end is missing ({size} bytes); "
+                "download it again")
+    code = re.search(r"Unsupported (global|class)[^\n]{0,80}", str(error))
+    if code:
+        return f"a pickle of something else than tensors, refused ({code[0]})"
+    return f"cannot be read as .safetensors or .pt ({reason_of(error)})"
 
 
 def advice(config, sampler):
-    """How public weights are sampled by "teacher" or "stream": (config, [what is to be noted about it, in words])."""
-    if sampler == "stream":
+    """How public weights are sampled by "teacher" or "stream": (config, [what is to be noted about
+    it, in words])."""
+    if sampler == "stream" and config.causal:
+        notes = [f"a causal student: streams in {len(config.sigmas)} steps at the noise levels of "
+                 "Self-Forcing"]
+    elif sampler == "stream":
         config = replace(config, **SELF_FORCING)
-        notes = ["does not say how it is sampled: stream, as Self-Forcing"]
+        notes = ["does not say that it is a student; streams as Self-Forcing, as --sampler asks"]
     else:
         shift, w_text = TEACHERS.get((config.dim, config.image_dim > 0), OTHERS)
+        how = "does not say how it is sampled: teacher"
+        if config.causal:
+            how = "a causal student, sampled as a teacher, as --sampler asks"
+        notes = [f"{how}, shift {shift:g}, text guidance {w_text:g}"]
         config = replace(config, causal=False, shift=shift, guidance=(w_text, 0.0))
-        notes = [f"does not say how it is sampled: teacher, shift {shift:g}, text guidance {w_text:g}"]
     if config.image_dim == 0 and config.out_dim != PRESETS["wan2.2-5b"].out_dim:
         notes.append("never learned to take an image; it enters as a clean first latent, at sigma 0")
     return config, notes

@@ -37,7 +37,7 @@ from tqdm import tqdm
 from extras.encoders import image_encoder, listing, read_rows, text_encoder
 from extras.tracks import decode_text
 from extras.video import open_video, remade
-from motionstream import PRESETS, Config, UserError, naming, write
+from motionstream import PRESETS, Config, UserError, write
 from sample import (Parser, Tracks, Weights, embed_words, fit_image, fit_tracks, inspect, load_image,
                     find_ffmpeg, number, open_vae, read_tracks, reported)
 from train_distill import walk
@@ -170,7 +170,7 @@ def read_captions(folder, sources):
 
 
 def read_table(table):
-    """The rows of a csv file, each (video, caption). UserError, naming it, if it has none."""
+    """The rows of a csv file, each (video, caption). UserError it, if it has none."""
     try:
         rows = csv.DictReader(io.StringIO(decode_text(table.read_bytes()), newline=""))
         names = {str(name).strip().lower(): name for name in rows.fieldnames or ()}

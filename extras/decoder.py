@@ -156,11 +156,11 @@ def train(argv):
         steps = 4
     if steps is None:
         steps = WAN_STEPS if td.is_wan(run.config) else TINY_STEPS
-    run.out.mkdir(parents=True, exist_ok=True)
-    distance = open_lpips(perceptual, run.device)
-    torch.manual_seed(td.seed_of(run.seed, "decoder"))          # of the weights that it begins with
-    train_decoder(run, steps, adversarial, distance)
-    td.show(run, "decoder")
+    with td.own_folder(run.out):
+        distance = open_lpips(perceptual, run.device)
+        torch.manual_seed(td.seed_of(run.seed, "decoder"))      # of the weights that it begins with
+        train_decoder(run, steps, adversarial, distance)
+        td.show(run, "decoder")
 
 
 def main(argv=None):

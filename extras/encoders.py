@@ -2,10 +2,13 @@
 transformers, from the folders of a -Diffusers repository; what they return is kept on disk.
 """
 
+import contextlib
 import hashlib
 import html
 import importlib
+import importlib.util
 import os
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from motionstream import CLIP_ROWS, UserError, write
+from motionstream import CLIP_ROWS, UserError, reason_of, write
 from extras.checkpoints import read_tensors
 
 KINDS = (".mp4", ".png", ".npz", ".txt", ".csv", ".safetensors", ".json")   # files that count in a folder
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "motionstream"
+CACHE = None                # a folder for what encoders returned; None: see cache_folder
+PACKAGES = ("transformers", "ftfy")
 NEGATIVE_PROMPT = (         # of Wan, what guidance leads away from
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
     "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
@@ -36,9 +40,8 @@ def pretrained(name, folder, **options):
     except ImportError as e:
         raise UserError(f"{folder}: {e}; pip install transformers ftfy") from None
     except Exception as e:                  # of a dozen kinds
-        reason = str(e).strip().splitlines()[0][:99]
-        raise UserError(f"{folder}: no whole {name} ({reason}); give the -Diffusers repository that "
-                        "has it") from None
+        raise UserError(f"{folder}: no complete {name} ({reason_of(e)}); give the -Diffusers repository "
+                        "that has it") from None
 
 
 def text_encoder(folder, device):
@@ -82,19 +85,40 @@ def image_encoder(folder, device):
 
 def kept_rows(open_encoder, folder, device, what):
     """{name: rows} of {name: text or image} by open_encoder(folder, device), now or in an earlier run:
-    kept in a file that is named by `what`, and by what the encoder's files are called, how large and
-    how old they are."""
+    kept in kept_file. If nothing can be kept there, this is said."""
+    path = kept_file(folder, what)
+    with contextlib.suppress(UserError):    # not there, or not readable any more: encoded again
+        return read_tensors(path)[0]
+    encode = open_encoder(folder, device)
+    rows = {name: encode(value) for name, value in what.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, lambda part: save_file(rows, part))
+    except OSError as e:
+        print(f"note: what was encoded is not kept for the next run ({reason_of(e)})")
+    return rows
+
+
+def kept_file(folder, what):
+    """Where the rows of {name: text or image} are kept: named by `what`, and by what the encoder's files
+    are called, how large and how old they are."""
     key = listing(folder)
     for name, value in what.items():
         key.append((name, value.numpy().tobytes() if torch.is_tensor(value) else value))
     number = hashlib.sha256(repr(key).encode()).hexdigest()[:32]
-    path = CACHE / f"{number}.safetensors"
-    if not path.is_file():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        encode = open_encoder(folder, device)
-        rows = {name: encode(value) for name, value in what.items()}
-        write(path, lambda part: save_file(rows, part))
-    return read_tensors(path)[0]
+    return cache_folder() / f"{number}.safetensors"
+
+
+def cache_folder():
+    """CACHE, else the user's folder for such things; for a user without a home, one for temporary files."""
+    if CACHE:
+        return CACHE
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        base = base or Path.home() / ".cache"
+    except RuntimeError:
+        base = tempfile.gettempdir()
+    return Path(base) / "motionstream"
 
 
 def listing(folder):
@@ -144,6 +168,41 @@ def refuse(sources, config):
             raise UserError(f"{sources.weights}: {cure}")
 
 
+def check(sources, config, image):
+    """Raise UserError, what to do, if `encode` will fail for what can be known before it begins: missing
+    files, folders and packages. image: as for it."""
+    refuse(sources, config)
+    sources = complete(sources)
+    rows = {}
+    if sources.prompt_embeds:
+        rows = read_rows(sources.prompt_embeds, config)
+    elif sources.prompt is not None:
+        check_folder(sources.text_encoder, ("tokenizer", "text_encoder"), texts_of(sources))
+    if config.clip_dim and "clip" not in rows:
+        if not sources.image_encoder:
+            raise UserError(f"{sources.weights}: reads the image by CLIP too; give --image-encoder")
+        check_folder(sources.image_encoder, ("image_encoder",), {"clip": image})
+
+
+def check_folder(folder, parts, what):
+    """Raise UserError if a repository lacks folders, or this machine the packages to encode `what` by it."""
+    missing = [part for part in parts if not (folder / part).is_dir()]
+    if missing:
+        raise UserError(f"{folder}: has no folder {' and no '.join(missing)}; give a -Diffusers repository "
+                        "that has it")
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing and not kept_file(folder, what).is_file():
+        raise UserError(f"{folder}: needs packages that are not installed; pip install {' '.join(missing)}")
+
+
+def texts_of(sources):
+    """What the text encoder is to encode, {name: text}."""
+    negative = sources.negative_prompt
+    if negative is None:
+        negative = NEGATIVE_PROMPT
+    return {"prompt": sources.prompt, "negative": negative}
+
+
 def encode(sources, config, image, device):
     """(text, null_text, clip) for weights with Wan's encoders, each (1, L, channels) float32, zeros
     after its end, or None. null_text is what guidance leads away from; clip is of the image
@@ -154,9 +213,7 @@ def encode(sources, config, image, device):
     if sources.prompt_embeds:
         rows = read_rows(sources.prompt_embeds, config)
     elif sources.prompt is not None:
-        negative = NEGATIVE_PROMPT if sources.negative_prompt is None else sources.negative_prompt
-        texts = {"prompt": sources.prompt, "negative": negative}
-        rows = kept_rows(text_encoder, sources.text_encoder, device, texts)
+        rows = kept_rows(text_encoder, sources.text_encoder, device, texts_of(sources))
         check_rows(rows, config, sources.text_encoder)
     else:
         print(f"note: {weights}: gets no text at all, which Wan did not see in training, and no guidance by it; give --prompt")

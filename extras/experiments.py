@@ -95,7 +95,7 @@ def train_briefly(run, made, train):
     if not run.path(made).exists():
         started = time.time()
         torch.manual_seed(seed_of(run.seed, made))              # of the weights that it begins with
-        with torch.enable_grad():
+        with torch.enable_grad(), td.own_folder(run.out):
             train(run)
         print(f"{run.out}: trained in {(time.time() - started) / 60:.1f} minutes")
     return Trained(run.out, run.device, run.seed, {name: run.path(name) for name in MODELS})

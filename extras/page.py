@@ -2,8 +2,9 @@
 
     python -m extras.page --image x.png
 
-It prints an address; whoever opens it can drag, pin, draw paths and move the camera. Flags are those of sample.py, but
-for what is known beforehand (tracks, frames); --host and --port say where the page is served.
+It prints an address; whoever opens it can drag, pin, draw paths and move the camera, and all who do see the same. Flags
+are those of sample.py, but for what is known beforehand (tracks, frames); --host and --port say where the page is served,
+--allow under which other name a tunnel brings it somewhere else.
 
 A recording that begins with the image is three files: NAME.mp4, NAME.png, the image, and NAME.npz, what each chunk was
 given. `python sample.py --image NAME.png --tracks NAME.npz` makes the same frames again, see save_recording.
@@ -12,6 +13,7 @@ Requests only read and replace values of `Live`; the main thread alone runs the 
 what is refused, is in Handler.
 """
 
+import argparse
 import collections
 import contextlib
 import http.server
@@ -20,7 +22,9 @@ import itertools
 import json
 import math
 import os
+import re
 import secrets
+import shutil
 import socket
 import sys
 import threading
@@ -34,6 +38,7 @@ import torch
 from PIL import Image
 
 import sample
+from extras import world
 from motionstream import Config, UserError, naming, write
 from sample import (Tracks, crop, embed_words, enlarge, fit_image, hold_signals, live_motion, number, to_frames,
                     video_file)
@@ -77,16 +82,19 @@ class Live:
     """What a page can read and replace, and what the clock shows it."""
     image: Image.Image      # that the next take starts from
     config: Config          # how the model streams, at the chunk that the flags say
-    control: dict           # the newest one, see read_control
+    control: dict           # what all pages share, see merge
     status: dict            # what a page is told besides
     frame: Shown            # the one that is seen
     stop: list              # of signals: not empty once the program ends
     out: Path | None = None         # of the first recording that begins with the image; None: it has been used
     hosts: list = field(default_factory=list)       # names of this server
+    allowed: list = field(default_factory=list)     # and what else a browser may call it, with a port
+    pictures: list = field(default_factory=list)    # files that a take can start from
+    files: list = field(default_factory=list)       # of recordings
     take: Take | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
     count: itertools.count = field(default_factory=lambda: itertools.count(1))      # of frames
-    watched: float = -math.inf      # when a page last asked for a frame
+    viewers: dict = field(default_factory=dict)     # when a page last asked for a frame, by its name
     runs: bool = False      # somebody watches, and it is not paused
     tick: float = 0.0       # when the next frame is to be seen
     lead: float = 0.0       # seconds that a chunk has to be begun beforehand
@@ -101,32 +109,82 @@ HEADERS = {
     "Cache-Control": "no-store", "Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy":
         f"default-src 'none'; script-src 'nonce-{NONCE}'; style-src 'nonce-{NONCE}'; connect-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"}
-MOST = {"application/json": 2 ** 16, "image/png": 2 ** 23, "image/jpeg": 2 ** 23}      # bytes that may be posted
+        "img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"}
+MOST = {"application/json": 2 ** 18, "image/png": 2 ** 23, "image/jpeg": 2 ** 23}      # bytes that may be posted
 MOST_POINTS = 256
+MOST_LEFT = 64              # groups that were removed
 MOST_PIXELS = 2 ** 25       # of an image
+FARTHEST = 1e6              # pixels
 PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8").replace("NONCE", NONCE).encode()
-KINDS = {"seq": int, "take": int, "chunk": int, "pause": bool, "record": bool, "prompt": str, "points": list}
+SETTINGS = {"take": int, "chunk": int, "pause": bool, "record": bool, "prompt": str}
+KINDS = ("drag", "pin", "path", "camera", "left")
+HELD = ("drag", "pin", "path")
 
 
-def read_control(data, chunks, reach):
-    """The page's JSON, checked: {"seq": rises with every post, "take": another one starts anew, "chunk": one of
-    `chunks`, "pause", "record", "prompt", "points": [[x, y, x and y in frame 0, and when grabbed], …] in pixels of the
-    image, below `reach`}. Whatever is wrong raises."""
-    control = json.loads(data, parse_constant=float)
-    points = np.array(control["points"], np.float64)
-    kinds = {name: type(value) for name, value in control.items()}
+class Refused(Exception):
+    """What is asked for is not given: (HTTP code, why)."""
+
+
+def merge(control, data, chunks, apart):
+    """The control after a page's post, JSON of what is other now: values of SETTINGS ("take": another number starts
+    anew; "chunk": one of `chunks`) and groups of points by their names, see read_group. Groups that are not named stay, in
+    the same take. "seq" counts posts, and "points" are those that the model gets, see gather. Too many points are Refused;
+    whatever else is wrong raises something else."""
+    changes = json.loads(data, parse_constant=float)
+    given = changes.pop("groups", {})
+    kinds = {name: type(value) for name, value in changes.items()}
+    new = control | changes
     right = (
-        kinds == KINDS
-        and control["chunk"] in chunks
-        and points.shape in ((0,), (len(points), 6))
-        and len(points) <= MOST_POINTS
-        and (abs(points) < reach).all()                 # False for NaN
-        and len(control["prompt"]) <= 1000
-        and 0 < control["seq"] < 2 ** 53)
+        kinds.items() <= SETTINGS.items()
+        and new["chunk"] in chunks
+        and 0 <= new["take"] < 2 ** 53
+        and len(new["prompt"]) <= 1000)
     if not right:
         raise ValueError("not what the page sends")
-    return control | {"points": points.tolist()}
+    groups = dict(control["groups"]) if new["take"] == control["take"] else {}
+    for name, group in given.items():
+        groups[name] = read_group(name, group)
+    left = [name for name, group in groups.items() if group["kind"] == "left" and name != "camera"]
+    for name in left[:-MOST_LEFT]:
+        del groups[name]
+    return new | {"seq": control["seq"] + 1, "groups": groups, "points": gather(groups, apart)}
+
+
+def read_group(name, group):
+    """A group of points as the page sends it, checked: {"kind": one of KINDS, "points": [[x, y, x and y in frame 0, and
+    when grabbed], …], "path": [[x, y], …]}, in pixels of the image. The kind "left": they were removed.
+    Whatever is wrong raises."""
+    points = np.array(group["points"], np.float64)
+    path = np.array(group["path"], np.float64).reshape(-1, 2)
+    right = (
+        group.keys() == {"kind", "points", "path"}
+        and group["kind"] in KINDS
+        and (name == "camera") >= (group["kind"] == "camera")
+        and len(name) < 30
+        and points.shape == (len(points), 6)
+        and len(points) <= MOST_POINTS and len(path) <= 1000
+        and (abs(points) < FARTHEST).all()              # False for NaN
+        and (abs(path) < FARTHEST).all())
+    if not right:
+        raise ValueError("not what the page sends")
+    return {"kind": group["kind"], "points": points.tolist(), "path": path.tolist()}
+
+
+def gather(groups, apart):
+    """The points that the model gets: those that are held, and of the ground, if the camera moves it, those that start at
+    least `apart` pixels from all of them."""
+    points = []
+    ground = []
+    for group in groups.values():
+        if group["kind"] in HELD:
+            points += group["points"]
+        if group["kind"] == "camera":
+            ground += group["points"]
+    if len(points) > MOST_POINTS:
+        raise Refused(409, f"There can be {MOST_POINTS} points at most: remove some.")
+    starts = np.array(points).reshape(-1, 6)[:, 2:4]
+    free = [point for point in ground if (np.hypot(*(starts - point[2:4]).T) > apart).all()]
+    return (points + free)[:MOST_POINTS]
 
 
 def named(names, port):
@@ -150,89 +208,105 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_):
         """Print nothing of what strangers send."""
 
-    def refusal(self):
-        """The code with which a request is refused, else None: it has to name one of our hosts, to know the token, and
-        to come from no other page."""
+    def check_sender(self):
+        """Refuse a request unless it names one of our hosts, knows the token, and comes from no other page."""
+        live = self.server.live
         host = self.headers.get("Host", "")
-        names = [*self.server.live.hosts, self.connection.getsockname()[0]]
-        if host not in named(names, self.server.server_port):
-            return 421
+        origins = [None, f"http://{host}"]
+        if host in live.allowed:
+            origins.append(f"https://{host}")           # tunnels
+        elif host not in named([*live.hosts, self.connection.getsockname()[0]], self.server.server_port):
+            raise Refused(421, f"This program does not go by the name {host[:100]!r}. If a tunnel or another port is in "
+                          "front of it, start it again with --allow and that name, as --allow x.example:9000.")
         token = self.path[1:].partition("/")[0]
-        from_page = self.headers.get("Origin") in (None, f"http://{host}")
-        if not from_page or not secrets.compare_digest(token.encode(), TOKEN.encode()):
-            return 403
-        return None
+        if not secrets.compare_digest(token.encode(), TOKEN.encode()):
+            raise Refused(403, "Open the whole address that the program has printed; it is another one each time.")
+        if self.headers.get("Origin") not in origins:
+            raise Refused(403, "This was asked for by another page.")
+
+    def answer(self, work):
+        """What work() replies, or the refusal that it raises, as text."""
+        try:
+            self.check_sender()
+            work(self.path[1:].partition("/")[2])
+        except Refused as e:
+            code, why = e.args
+            self.reply("text/plain; charset=utf-8", why.encode(), {"Connection": "close"}, code)
 
     def do_GET(self):
-        """The page, its state, or the newest frame."""
-        refused = self.refusal()
-        path = self.path[1:].partition("/")[2]
-        name, _, seen = path.partition("/")
-        if refused:
-            self.send_error(refused)
-        elif path == "":
-            self.reply("text/html; charset=utf-8", PAGE)
-        elif name == "status":
-            live = self.server.live
-            state = live.control | live.status | {"frame": live.frame.number}
-            self.reply("application/json", json.dumps(state).encode())
-        elif name == "frame":
-            self.reply_frame(seen)
-        else:
-            self.send_error(404)
+        """The page, its state, the newest frame, a picture to start from, or a file of a recording."""
+        self.answer(self.get)
 
     def do_POST(self):
-        """A control, which counts if it is the newest, or an image for the next take."""
-        refused = self.refusal()
-        if not refused and self.path.partition("/")[2].partition("/")[2] != "control":
-            refused = 404
-        refused = refused or self.refused_body()
-        if refused:
-            return self.send_error(refused)
+        """What a page changes, or an image for the next take."""
+        self.answer(self.post)
+
+    def get(self, path):
+        """What is at a path, which comes after the token."""
+        live = self.server.live
+        name, _, rest = path.partition("/")
+        if path == "":
+            self.reply("text/html; charset=utf-8", PAGE)
+        elif path == "status":
+            self.reply("application/json", json.dumps(told(live)).encode())
+        elif name == "frame":
+            seen, _, viewer = rest.partition("/")
+            self.reply_frame(seen, viewer)
+        elif name == "picture":
+            self.reply_picture(numbered(live.pictures, rest))
+        elif name == "file":
+            self.reply_file(numbered(live.files, rest))
+        else:
+            raise Refused(404, "There is no such thing.")
+
+    def post(self, path):
+        """Obey what is posted to "control"; the reply says how many posts there were."""
+        if path != "control":
+            raise Refused(404, "There is no such thing.")
+        self.check_body()
         data = self.rfile.read(int(self.headers["Content-Length"][:9]))
         try:
             if self.headers.get_content_type() == "application/json":
                 self.obey(data)
             else:
                 self.open_image(data)
-        except OverflowError:
-            return self.send_error(413)
+        except Refused:
+            raise
         except Exception:                               # wrong data raise a dozen kinds
-            return self.send_error(400)
-        return self.reply("application/json", b"{}")
+            raise Refused(400, "This is not what the page sends, or no picture.") from None
+        self.reply("application/json", json.dumps({"seq": self.server.live.control["seq"]}).encode())
 
-    def refused_body(self):
-        """The code with which what is posted is refused before it is read, else None."""
+    def check_body(self):
+        """Refuse what is posted before it is read."""
         kind = self.headers.get_content_type()
         length = self.headers.get("Content-Length", "")
         if kind not in MOST:
-            return 415
+            raise Refused(415, "Post JSON, PNG or JPEG.")
         if not length.isdecimal():
-            return 411
+            raise Refused(411, "Say how long it is.")
         if int(length[:9]) > MOST[kind]:
-            return 413
-        return None
+            raise Refused(413, f"This is larger than {MOST[kind]} bytes.")
 
     def obey(self, data):
-        """Take a control, unless a newer one has come."""
+        """Take what a page changes."""
         live = self.server.live
-        control = read_control(data, live.status["chunks"], 3 * max(live.image.size))
+        scale, _, _ = crop(*live.image.size, live.config.size)
+        apart = 0.12 * live.config.size[1] / scale
         with live.lock:
-            if control["seq"] > live.control["seq"]:
-                live.control = control
+            live.control = merge(live.control, data, live.status["chunks"], apart)
 
     def open_image(self, data):
-        """Take an image. OverflowError: it has too many pixels."""
+        """Take an image."""
         size = Image.open(io.BytesIO(data), formats=["PNG", "JPEG"]).size
         if math.prod(size) > MOST_PIXELS:
-            raise OverflowError
+            raise Refused(413, f"This picture has more than {MOST_PIXELS} pixels.")
         self.server.live.image = sample.load_image(io.BytesIO(data))
 
-    def reply_frame(self, seen):
-        """The newest frame, as soon as it is not the one that the page has seen: a slow page skips some."""
+    def reply_frame(self, seen, viewer):
+        """The newest frame, as soon as it is not the one that the page `viewer` has seen: a slow page skips some."""
         live = self.server.live
-        live.watched = time.monotonic()
-        until = live.watched + 1
+        count_viewers(live, viewer)
+        until = time.monotonic() + 1
         while str(live.frame.number) == seen and time.monotonic() < until and not live.stop:
             time.sleep(0.004)
         shown = live.frame
@@ -240,21 +314,71 @@ class Handler(http.server.BaseHTTPRequestHandler):
         Image.fromarray(shown.pixels).save(jpeg, "jpeg", quality=92, subsampling=0)
         self.reply("image/jpeg", jpeg.getvalue(), {"Frame": shown.number, "Seq": shown.seq})
 
-    def reply(self, kind, body, more=None):
+    def reply_picture(self, path):
+        """A picture to start from, as a PNG of reasonable size."""
+        image = sample.load_image(path)
+        image.thumbnail((1280, 1280))
+        png = io.BytesIO()
+        image.save(png, "png")
+        self.reply("image/png", png.getvalue())
+
+    def reply_file(self, path):
+        """A file of a recording."""
+        with open(path, "rb") as file:
+            self.reply_head("application/octet-stream", os.fstat(file.fileno()).st_size)
+            shutil.copyfileobj(file, self.wfile)
+
+    def reply(self, kind, body, more=None, code=200):
         """An answer with a body of that kind."""
-        headers = HEADERS | (more or {}) | {"Content-Type": kind, "Content-Length": len(body)}
-        self.send_response(200)
+        self.reply_head(kind, len(body), more, code)
+        self.wfile.write(body)
+
+    def reply_head(self, kind, length, more=None, code=200):
+        """What comes before `length` bytes of that kind."""
+        headers = HEADERS | (more or {}) | {"Content-Type": kind, "Content-Length": length}
+        self.send_response(code)
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(body)
+
+
+def numbered(paths, number):
+    """The path of that number, counted from 0, in digits; Refused if there is no such file."""
+    numbers = [str(n) for n in range(len(paths))]
+    if number not in numbers or not paths[int(number)].is_file():
+        raise Refused(404, "There is no such file.")
+    return paths[int(number)]
+
+
+def count_viewers(live, viewer=None):
+    """How many pages have asked for a frame within two seconds. viewer: the name of one that does so now."""
+    now = time.monotonic()
+    with live.lock:
+        if viewer is not None:
+            live.viewers[viewer] = now
+        live.viewers = {name: when for name, when in live.viewers.items() if now - when < 2}
+        return len(live.viewers)
+
+
+def told(live):
+    """What a page is told: the control and the status, and what changes besides."""
+    state = live.control | live.status
+    del state["points"]                                 # they are in its groups
+    take = live.take
+    state["begun"] = bool(take and take.number == state["take"] and take.obeyed)
+    state["frame"] = live.frame.number
+    state["viewers"] = count_viewers(live)
+    state["files"] = [path.name for path in live.files]
+    state["pictures"] = [path.stem for path in live.pictures]
+    state["unknown"] = world.unknown_words(state["prompt"]) if state["words"] else []
+    return state
 
 
 def clock(live):
     """Lets one frame after the other be seen, at the clip's rate, while somebody watches and it is not paused."""
     while not live.stop:
         take = live.take
-        live.runs = time.monotonic() - live.watched < 2 and not live.control["pause"]
+        live.runs = count_viewers(live) > 0 and not live.control["pause"]
         if take and take.made and live.runs:
             live.frame = take.made.popleft()
             live.tick = max(live.tick, time.monotonic()) + 1 / live.status["fps"]
@@ -268,7 +392,7 @@ def clock(live):
 def glide(points, last, frames, begins):
     """Where points are in the next `frames` frames: on lines from where they were to where they are now.
 
-    points: rows of a control, see read_control. last: {start: where it was asked to be at the end of the chunk before};
+    points: rows, see read_group. last: {start: where it was asked to be at the end of the chunk before};
     one that was not there yet begins where it was grabbed or, in the first chunk of a take (begins), at its start.
     Returns (starts, a sorted list of (x, y), which names the points; tracks (frames, N, 2) float32)."""
     begin = {}
@@ -375,12 +499,14 @@ class Recorder:
         if not self.count:
             return
         self.files.close()
+        endings = (".mp4",) if self.chunks is None else (".mp4", ".png", ".npz")
         if self.chunks is None:
             print(f"{self.path}: {self.count} frames; it begins after the image, there is the video alone")
         else:
             save_recording(self.path, self.take.image, self.chunks, self.settings | {"frames": self.count})
             files = f"--image {self.path.with_suffix('.png')} --tracks {self.path.with_suffix('.npz')}"
             print(f"{self.path}: {self.count} frames; sample.py {files} makes them again")
+        self.live.files += [self.path.with_suffix(ending) for ending in endings]
         self.count = 0
 
     def __enter__(self):
@@ -447,7 +573,7 @@ def chunks_to_make(live, take, recorder):
     while wait_for_chunk(live, take, recorder):
         begins = take.obeyed is None
         take.obeyed = live.control
-        take.begun = time.monotonic()
+        take.begun = begun = time.monotonic()
         points = take.obeyed["points"]
         frames = 4 * take.config.chunk - (3 if begins else 0)
         starts, tracks = glide(points, last, frames, begins)
@@ -456,6 +582,7 @@ def chunks_to_make(live, take, recorder):
         motion = fit_chunk(starts, tracks, prompt, take.image.size, take.config)
         recorder.keep(Given(starts, motion.ids[0].numpy(), tracks, prompt))
         yield motion
+        live.status["slowness"] = (time.monotonic() - begun) * live.status["fps"] / frames
 
 
 def wait_for_chunk(live, take, recorder):
@@ -507,31 +634,44 @@ def settings_of(job, models):
             "weights": sample.checksum(models)}
 
 
-def serve(live, address):
-    """Answer browsers, in threads of their own, from now on. address: (host, port). Prints where."""
+def serve(live, address, allowed):
+    """Answer browsers, in threads of their own, from now on. address: (host, port); allowed: see Live. Prints where."""
     host, port = address
     with naming(f"--host {host} --port {port}", "not an address of this machine"):
         server = http.server.ThreadingHTTPServer(address, Handler)
     server.live = live
+    live.allowed = allowed
     live.hosts = [host.lower(), "localhost"]
     if host == "0.0.0.0":                               # all addresses of this machine; and its name
         live.hosts.append(socket.gethostname().lower())
-    if host != "127.0.0.1":
-        print(f"warning: whoever reaches {host} and sees the address can steer this program")
+    if host != "127.0.0.1" or allowed:
+        print(f"warning: whoever reaches {' or '.join([host, *allowed])} and sees the address can steer this program")
     print(f"http://{host}:{server.server_port}/{TOKEN}/", flush=True)
+    for name in allowed:
+        print(f"and, as --allow says, {name}/{TOKEN}/", flush=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     threading.Thread(target=clock, args=(live,), daemon=True).start()
 
 
+def host_header(address):
+    """What a browser that was given an address calls the host: x.example:9000 of http://x.example:9000/."""
+    host = address.lower().rpartition("://")[2].partition("/")[0]
+    if not re.fullmatch(r"[\w.-]+(:\d+)?", host):
+        raise argparse.ArgumentTypeError(f"{address!r} is no name of a host, as x.example or localhost:9000")
+    return host
+
+
 def parse_flags(argv):
-    """The command line: sample.Flags, and (host, port). UserError for what is known beforehand and what the page asks
-    for instead."""
+    """The command line: sample.Flags, (host, port), and other names of that. UserError for what is known beforehand and
+    what the page asks for instead."""
     parser = sample.Parser(prog="python -m extras.page", description="Draw tracks on a video while it streams.",
                            allow_abbrev=False)
     sample.add_flags(parser)
     add = parser.add_argument_group("page").add_argument
     add("--host", default="127.0.0.1", help="an address of this machine (127.0.0.1)")
     add("--port", type=number(int, 0, 65535), default=PORT, metavar="N", help=f"({PORT})")
+    add("--allow", type=host_header, action="append", default=[], metavar="HOST",
+        help="what a browser calls it behind a tunnel or another port: x.example, localhost:9000")
     parser.set_defaults(out=None)
     flags = sample.parse_flags(argv, parser)
     address = parser.parse_args(argv)
@@ -540,7 +680,13 @@ def parse_flags(argv):
                         (flags.sampler == "teacher", "--sampler teacher")):
         if given:
             raise UserError(f"the page streams for as long as it is open, and tracks are drawn there: drop {name}")
-    return flags, (address.host, address.port)
+    return flags, (address.host, address.port), address.allow
+
+
+def pictures(image):
+    """Files to start from: the image, and the examples, which have tracks beside them."""
+    examples = [path for path in sorted(sample.ASSETS.glob("*.png")) if path.with_suffix(".npz").exists()]
+    return [image] + [path for path in examples if path.resolve() != image.resolve()]
 
 
 def check_out(flags):
@@ -553,7 +699,7 @@ def check_out(flags):
 
 def run(argv):
     """The program. Returns the exit code."""
-    flags, address = parse_flags(argv)
+    flags, address, allowed = parse_flags(argv)
     image = sample.load_image(flags.image)
     if flags.out:
         check_out(flags)
@@ -570,13 +716,14 @@ def run(argv):
         print(f"note: {note}")
     job = replace(job, frames=None)
     control = {"seq": 0, "take": 0, "chunk": config.chunk, "pause": True, "record": flags.out is not None,
-               "prompt": job.prompts[0] or "", "points": []}
-    status = {"size": config.size, "image": image.size, "latency": 0.0, "fps": job.fps, "words": reads_words(config),
-              "chunks": sorted({1, config.chunk}), "recorded": ""}
+               "prompt": job.prompts[0] or "", "groups": {}, "points": []}
+    status = {"size": config.size, "image": image.size, "latency": 0.0, "slowness": 0.0, "fps": job.fps,
+              "words": reads_words(config), "menu": world.caption_phrases(), "chunks": sorted({1, config.chunk}),
+              "recorded": ""}
     with hold_signals() as noted:
         first = Shown(0, 0, to_frames(pixels[:, :, None])[0])
-        live = Live(image, config, control, status, first, noted, flags.out)
-        serve(live, address)
+        live = Live(image, config, control, status, first, noted, flags.out, pictures=pictures(flags.image))
+        serve(live, address, allowed)
         while not noted:
             perform(live, job, models, flags.out)
     return 0

@@ -2,7 +2,9 @@
 
 import functools
 import inspect
+import json
 import math
+import random
 import re
 import subprocess
 import sys
@@ -16,13 +18,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+import motionstream
 import sample
 from extras.testing import (FAMILIES, HERE, WAN21, WAN22, assert_error, assert_near,
-                            diffusers_config, folder, in_diffusers_layout, public, quiet, rand,
+                            diffusers_config, folder, in_diffusers_layout, new_vae, public, rand,
                             randomised, same_tensors, settled, slow, wan_video, wan_workplace,
                             write_layout)
-from motionstream import PRESETS, MotionStream, save_pretrained, schedule
-from vae import STATISTICS, WanVAE, WanVAEConfig, load_vae
+from motionstream import PRESETS, MotionStream, UserError, save_pretrained, schedule
+from vae import STATISTICS, TinyVAEConfig, WanVAE, WanVAEConfig, load_vae
 
 
 def with_diffusers(test):
@@ -77,12 +80,26 @@ def test_a_written_file_is_one_that_diffusers_reads():
         assert all(t.equal(reference.state_dict()[name]) for name, t in in_diffusers_layout(public(family)).items())
 
 
+PREFIXES = ("model.", "model.diffusion_model.", "module.", "_orig_mod.", "_fsdp_wrapped_module.", "pipe.dit.", "net.",
+            "_checkpoint_wrapped_module.", "module.model._orig_mod.", "transformer.", "dit.", "any.thing.at.all.")
+
+
 def test_what_training_and_packing_put_around_names_is_taken_off():
+    vae = randomised(WanVAE(WanVAEConfig(16, 4, 4))).state_dict()
+    tiny = new_vae(TinyVAEConfig(stem=4, encoder=((4, 3, 2, 2),) * 2 + ((4, 3, 1, 2),),
+                                 decoder=((4, 3, 1, 2),) + ((4, 3, 2, 2),) * 2, tail=4)).state_dict()
     with folder() as here:
-        for prefix in ("model.", "model.diffusion_model.", "module.", "_orig_mod.", "_fsdp_wrapped_module.",
-                       "_checkpoint_wrapped_module.", "module.model._orig_mod."):
-            save_file({prefix + name: t for name, t in public().items()}, here / "a.safetensors")
-            assert same_tensors(MotionStream.from_pretrained(here / "a.safetensors"), public()), prefix
+        for tensors, load in ((public(), MotionStream.from_pretrained), (vae, load_vae), (tiny, load_vae),
+                              (in_diffusers_layout(public()), MotionStream.from_pretrained)):
+            expected = public() if "blocks.0.attn1.to_q.weight" in tensors else tensors
+            for prefix in PREFIXES:
+                save_file({prefix + name: t.contiguous() for name, t in tensors.items()}, here / "a.safetensors")
+                assert same_tensors(load(here / "a.safetensors"), expected), prefix
+            for wrapped in ({"state_dict": tensors}, {"module": tensors}, {"model": tensors, "step": 3, "optimizer": {0: 1}},
+                            {"state_dict": {"module." + name: t for name, t in tensors.items()}},
+                            {"net": {"params": tensors}}, {"critic": {"x": torch.ones(2)}, "anything": tensors}):
+                torch.save(wrapped, here / "a.pt")
+                assert same_tensors(load(here / "a.pt"), expected), wrapped.keys()
         inside = {re.sub(r"(blocks\.\d\.)", r"_fsdp_wrapped_module.\1_checkpoint_wrapped_module._orig_mod.", name): t
                   for name, t in public().items()}
         save_file(inside, here / "a.safetensors")
@@ -91,6 +108,145 @@ def test_what_training_and_packing_put_around_names_is_taken_off():
         save_file(twice, here / "a.safetensors")
         assert_error(ValueError, "a.safetensors: holds blocks.0.norm3.bias twice", MotionStream.from_pretrained,
                      here / "a.safetensors")
+
+
+def test_of_several_models_in_a_file_the_wanted_one_is_taken():
+    dit, vae = public(), randomised(WanVAE(WanVAEConfig(16, 4, 4))).state_dict()
+    other = {name: t + 1 for name, t in dit.items()}
+
+    def under(prefix, tensors):
+        return {prefix + name: t for name, t in tensors.items()}
+
+    with folder() as here:
+        path = here / "a.safetensors"
+        save_file(under("model.diffusion_model.", dit) | under("vae.", vae) | {"text_encoders.t5.x": torch.ones(2)}, path)
+        assert same_tensors(MotionStream.from_pretrained(path), dit) and same_tensors(load_vae(path), vae)
+        torch.save({"ema": dit, "model": other}, here / "a.pt")                 # the average, as of Self-Forcing
+        assert same_tensors(MotionStream.from_pretrained(here / "a.pt"), dit)
+        save_file(under("generator.model.", dit) | under("fake_score.model.", other), path)
+        model = MotionStream.from_pretrained(path)
+        assert same_tensors(model, dit) and model.config.causal
+        save_file(under("first.", dit) | under("second.", other), path)
+        assert_error(ValueError, "holds 2 models, whose names begin with 'first.', 'second.'; save one", MotionStream.from_pretrained, path)
+        save_file(under("model.", dit) | {"model.control.weight": torch.ones(2), "adapter.weight": torch.ones(2)}, path)
+        assert_error(ValueError, "2 tensors are unknown: adapter.weight, control.weight", MotionStream.from_pretrained, path)
+
+
+def causal_folder(here, settings, repository=None):
+    """A -Diffusers repository with `settings` in transformer/config.json, and `repository` in model_index.json."""
+    (here / "transformer").mkdir(parents=True)
+    save_file(in_diffusers_layout(public()), here / "transformer/diffusion_pytorch_model.safetensors")
+    config = diffusers_config(FAMILIES["Wan 2.1 T2V"][0]) | settings
+    (here / "transformer/config.json").write_text(json.dumps(config))
+    if repository:
+        (here / "model_index.json").write_text(json.dumps(repository))
+    return here
+
+
+def test_weights_of_a_causal_class_stream_whatever_file_they_are_in():
+    everything = 3, 0, None                     # chunk, sink, window of Self-Forcing: all is remembered
+    plain = {"_class_name": "WanTransformer3DModel"}
+    for settings, repository, memory in (
+            ({"_class_name": "CausalWanTransformer3DModel"}, None, everything),             # FastVideo
+            ({"_class_name": "KreaCausalWanTransformer3DModel"}, None, everything),
+            ({"_class_name": "CausalWanModel", "local_attn_size": -1, "sink_size": 0}, None, everything),
+            ({"_class_name": "WanModel", "local_attn_size": 12, "sink_size": 3}, None, (3, 1, 2)),      # LongLive
+            ({"_class_name": "MinWMCausalTransformer3DModel", "num_frame_per_block": 4, "local_attn_size": 16,
+              "sink_size": 4}, None, (4, 1, 2)),
+            ({"_class_name": "CausalWanTransformer3DModel", "num_frames_per_block": 1, "sliding_window_num_frames": None,
+              "sink_size": 0}, None, (1, 0, None)),                                         # SGLang, frame-wise
+            ({"_class_name": "CausalWanTransformer3DModel", "num_frames_per_block": 3, "sliding_window_num_frames": 24,
+              "sink_size": 3}, None, (3, 1, 6)),                                            # and Rolling Forcing
+            (plain, {"_class_name": "WanCausalDMDPipeline"}, everything),
+            ({}, {"_class_name": "WanPipeline", "transformer": ["diffusers", "CausalWanTransformer3DModel"]}, everything),
+            ({}, {"_class_name": "CausalForcingPipeline"}, everything),
+            (plain, {"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}, None)):
+        with folder() as here:
+            path = causal_folder(here / "repository", settings, repository)
+            config = MotionStream.from_pretrained(path).config
+            found = config.chunk, config.sink, config.window
+            assert (found if config.causal else None) == memory, (settings, repository, found)
+            flags = sample.parse_flags(["--image", "x.png", "--prompt-embeds", "x"])
+            job = sample.resolve(flags, sample.inspect(path), sample.given_tracks(flags, (48, 32)))
+            assert job.config.causal == config.causal and len(job.config.sigmas) == (4 if config.causal else 3)
+            assert ("a causal student: streams in 4 steps" in job.notes[0]) == config.causal, job.notes
+            assert not config.causal or (job.config.chunk, job.config.sink, job.config.window) == memory
+    with folder() as here:
+        for name, value in ("num_frames_per_block", 0), ("sink_size", "3"), ("local_attn_size", 1.5):
+            path = causal_folder(here / name, {"_class_name": "CausalWanModel", name: value})
+            said = "chunk" if "block" in name else name
+            assert_error(ValueError, f"config.json: {said} is {value!r} in its config", MotionStream.from_pretrained, path)
+        path = causal_folder(here / "flag", {"_class_name": "CausalWanTransformer3DModel"})
+        flags = sample.parse_flags(["--image", "x.png", "--sampler", "teacher"])
+        job = sample.resolve(flags, sample.inspect(path), sample.given_tracks(flags, (48, 32)))
+        assert not job.config.causal and "sampled as a teacher, as --sampler asks" in job.notes[0]
+
+
+def mutated(data, rng):
+    """The bytes with a few of them changed, some missing, or more of them."""
+    data = bytearray(data)
+    way = rng.random()
+    at = rng.randrange(len(data))
+    if way < 0.2:
+        return bytes(data[:at])
+    if way < 0.3:
+        del data[at:at + rng.randrange(1, 99)]
+        return bytes(data)
+    for _ in range(rng.choice([1, 2, 9])):
+        low, high = rng.choice([(0, 4000), (len(data) - 4000, len(data)), (0, len(data))])
+        data[rng.randrange(low, high)] = rng.choice([0, 34, 128, 255, rng.randrange(256)])
+    return bytes(data)
+
+
+def test_damaged_weights_load_or_end_in_one_line():
+    vae = randomised(WanVAE(WanVAEConfig(16, 4, 4))).state_dict()
+    rng = random.Random(0)
+    with folder() as here:
+        torch.save({"generator_ema": public()}, here / "dit.pt")
+        torch.save(public(), here / "older.pt", _use_new_zipfile_serialization=False)
+        save_file(public(), here / "dit.safetensors")
+        save_file(vae, here / "vae.safetensors")
+        torch.save(vae, here / "vae.pth")
+        refused = 0
+        for path in sorted(here.iterdir()):
+            whole = path.read_bytes()
+            for _ in range(8):
+                path.write_bytes(mutated(whole, rng))
+                try:
+                    load = load_vae if path.stem == "vae" else MotionStream.from_pretrained
+                    load(path)
+                except UserError as e:
+                    refused += 1
+                    assert str(e).startswith(f"{path}: ") and "\n" not in str(e)
+        assert 10 < refused < 40
+
+
+def test_a_pt_that_holds_itself_or_what_memory_cannot_hold_is_refused():
+    ours = dict(public())
+    ours["self"] = ours
+    with folder() as here:
+        path = here / "a.pt"
+        torch.save(ours, path)                                      # a dict within itself
+        assert same_tensors(MotionStream.from_pretrained(path), public())
+        one = torch.zeros(1)
+        huge = {name: one.expand(t.shape) for name, t in public().items()}
+        huge["text_embedding.0.weight"] = one.expand(256, 2 ** 16)      # 67 MB, in a file of a few kB
+        torch.save(huge, path)
+        with unittest.mock.patch.object(motionstream, "free_memory", lambda device: 2 ** 24):
+            assert_error(UserError, "a.pt: needs 0.1 GB of memory, 0.0 GB are free on cpu", MotionStream.from_pretrained, path)
+        huge["blocks.987654.norm3.bias"] = torch.zeros(256)         # that many blocks are not built
+        torch.save(huge, path)
+        assert_error(UserError, "are missing: blocks.2.", MotionStream.from_pretrained, path)
+        torch.save(public() | {"head.head.bias": torch.zeros(64, device="meta")}, path)
+        assert_error(UserError, "head.head.bias is torch.strided on meta", MotionStream.from_pretrained, path)
+        torch.save(public() | {"head.head.bias": torch.zeros(64).to_sparse()}, path)
+        assert_error(UserError, "head.head.bias is torch.sparse", MotionStream.from_pretrained, path)
+        data = path.read_bytes()
+        end = data.rindex(b"PK\x05\x06")
+        path.write_bytes(data[:end + 4] + b"\xff" * 12 + data[end + 16:])       # of which zipfile raises BadZipFile
+        assert_error(UserError, "a.pt: ", MotionStream.from_pretrained, path)
+        path.write_bytes(b"PK\x05\x06" + b"\xff" * 18)
+        assert_error(UserError, "a.pt: ", MotionStream.from_pretrained, path)
 
 
 def test_checkpoints_of_self_forcing_and_causvid_are_students():
@@ -117,9 +273,11 @@ def test_checkpoints_of_self_forcing_and_causvid_are_students():
             def __reduce__(self):
                 return Path.touch, (here / "it ran",)
 
-        for content in [1], {"generator": [1]}, {"model": {"a": 1}}, {"lora": named}, {"generator": Code()}:
+        for content, text in (([1], "it holds a list"), ({"generator": [1]}, "1 entries without any: generator"),
+                              ({"model": {"a": 1}}, "1 entries without any: model"), ({1: torch.ones(2)}, "1, which no"),
+                              ({"generator": Code()}, "a pickle of something else than tensors, refused (Unsupported glo")):
             torch.save(content, here / "odd.pt")
-            assert_error(ValueError, "odd.pt", MotionStream.from_pretrained, here / "odd.pt")
+            assert_error(ValueError, text, MotionStream.from_pretrained, here / "odd.pt")
         assert not (here / "it ran").exists()
 
 
@@ -139,10 +297,10 @@ def test_files_that_are_something_else_are_told_by_what_they_are():
                                  ("page", b"<!DOCTYPE html><html>", "this is a web page (21 bytes)"),
                                  ("gguf", b"GGUF" + bytes(99), "this is a GGUF file"),
                                  ("empty", b"", "this is an empty file (0 bytes)"),
-                                 ("noise", b"\xff" * 999, "this is something unknown (999 bytes)"),
+                                 ("noise", b"\xff" * 999, "cannot be read as .safetensors or .pt ("),
                                  ("cut", whole[:-99], f"truncated: {len(whole) - 99} bytes of {len(whole)};"),
                                  ("header", whole[:99], "truncated: 99 bytes of at least"),
-                                 ("half", zipped[:-99], f"this is a truncated .pt ({len(zipped) - 99} bytes)")):
+                                 ("half", zipped[:-99], "truncated: begins as a .pt, but its end is missing")):
             for path in here / f"{name}.safetensors", here / f"{name}.pt":
                 path.write_bytes(data)
                 for load in MotionStream.from_pretrained, load_vae:
@@ -150,19 +308,26 @@ def test_files_that_are_something_else_are_told_by_what_they_are():
         lora = {"diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.zeros(4, 256)}
         text_encoder = {"encoder.block.0.layer_norm.weight": torch.ones(8)}
         clip = {"visual.conv1.weight": torch.ones(8)}
-        for tensors, kind in (lora, "a LoRA"), (text_encoder, "a text encoder"), (clip, "a CLIP encoder"), (
-                {"x": torch.ones(3)}, "something unknown"):
+        for tensors, kind in (
+                (lora, "this looks like a LoRA: it holds diffusion_model.blocks.0.self_attn.q.lora_A.weight"),
+                (text_encoder, "this looks like a text encoder: it holds encoder.block.0.layer_norm.weight"),
+                (clip, "this looks like a CLIP encoder: it holds visual.conv1.weight"),
+                ({"x": torch.ones(3)}, "its first tensor is x, which no layout known here has")):
             save_file(tensors, here / "a.safetensors")
-            for load in MotionStream.from_pretrained, load_vae:
-                assert_error(ValueError, f"a.safetensors: this is {kind}; a whole ", load, here / "a.safetensors")
-        assert_error(ValueError, "this is a DiT; a whole VAE of Wan", load_vae, here / "dit.pt")
+            for load, wanted in (MotionStream.from_pretrained, "Wan DiT"), (load_vae, "VAE (Wan or TAEHV)"):
+                text = f"a.safetensors: expected a complete {wanted} checkpoint; {kind}"
+                assert_error(ValueError, text, load, here / "a.safetensors")
+        assert_error(ValueError, "this looks like a DiT: it holds ", load_vae, here / "dit.pt")
         for tensors, load in (dit, MotionStream.from_pretrained), (vae, load_vae):
             last = sorted(tensors)[-1]
             save_file(tensors | {last: torch.full_like(tensors[last], math.nan)}, here / "a.safetensors")
             assert_error(ValueError, f"a.safetensors: {last} holds NaN or infinity", load, here / "a.safetensors")
         save_file(vae, here / "vae.safetensors")
-        assert_error(ValueError, "this is a VAE; a whole DiT of Wan", MotionStream.from_pretrained,
+        assert_error(ValueError, "this looks like a VAE: it holds ", MotionStream.from_pretrained,
                      here / "vae.safetensors")
+        save_file({"encoder.first.weight": torch.ones(3)}, here / "a.safetensors")      # a VAE, of another family
+        assert_error(ValueError, "VAE (Wan or TAEHV) checkpoint; its first tensor is encoder.first.weight", load_vae,
+                     here / "a.safetensors")
         for zipped in True, False:
             torch.save({"generator": Code()}, here / "code.pt", _use_new_zipfile_serialization=zipped)
             for load in MotionStream.from_pretrained, load_vae:

@@ -29,7 +29,7 @@ from PIL import Image
 import extras.page
 import sample
 from extras import world
-from extras.page import Given, Recorder, Take, glide, join_chunks, named
+from extras.page import Given, Recorder, Refused, Take, gather, glide, join_chunks, merge, named
 from extras.testing import (HERE, assert_near, folder, new_model, new_vae, quiet, rand, randomised, sampled, saved, seeded,
                             slow, workplace)
 from motionstream import motion_inputs, save_pretrained
@@ -44,18 +44,28 @@ class Client:
         self.open, self.seq, self.seen = http.client.HTTPConnection(self.host, timeout=10), 0, ""
 
     def ask(self, name, body=None, path=None, **headers):
-        """Status, headers and body of an answer, on the open connection."""
+        """Status, headers and body of an answer, on the open connection, or a new one if it was closed meanwhile."""
         headers = {name.replace("_", "-"): value for name, value in headers.items()}
-        self.open.request("GET" if body is None else "POST", path or f"/{self.token}/{name}", body, headers)
-        answer = self.open.getresponse()
+        for last in False, True:
+            try:
+                self.open.request("GET" if body is None else "POST", path or f"/{self.token}/{name}", body, headers)
+                answer = self.open.getresponse()
+                break
+            except ConnectionError:
+                self.open.close()
+                assert not last, "it does not answer"
         return answer.status, answer.headers, answer.read()
 
-    def control(self, points=(), **changes):
-        """Post a control; points are (x, y) now, and at the start and when grabbed if that is elsewhere."""
-        self.seq += 1
-        state = {"seq": self.seq, "take": 0, "chunk": 3, "pause": False, "prompt": "",
-                 "record": self.status()["record"], "points": [point * (6 // len(point)) for point in points]} | changes
-        code, _, _ = self.ask("control", json.dumps(state), Content_Type="application/json")
+    def control(self, points=(), name="all", **changes):
+        """Post a control, with a group of points by that name, if there are points: (x, y) now, and at the start and
+        when grabbed if that is elsewhere."""
+        rows = [list(point) * (6 // len(point)) for point in points]
+        groups = {name: group(rows)} if rows else {}
+        state = {"take": 0, "chunk": 3, "pause": False, "prompt": "", "record": self.status()["record"],
+                 "groups": groups} | changes
+        code, _, body = self.ask("control", json.dumps(state), Content_Type="application/json")
+        if code == 200:
+            self.seq = json.loads(body)["seq"]
         return code
 
     def status(self):
@@ -66,12 +76,17 @@ class Client:
         numbers, until = [], time.monotonic() + 10
         while len(numbers) < frames:
             assert time.monotonic() < until, "no frames come"
-            code, headers, _ = self.ask(f"frame/{self.seen}")
+            code, headers, _ = self.ask(f"frame/{self.seen}/test")
             assert code == 200, code
             if headers["Frame"] != self.seen:
                 self.seen = headers["Frame"]
                 numbers.append((int(self.seen), int(headers["Seq"])))
         return numbers
+
+
+def group(rows, kind="drag", path=()):
+    """A group of points, as the page posts it."""
+    return {"kind": kind, "points": rows, "path": list(path)}
 
 
 @contextlib.contextmanager
@@ -103,22 +118,28 @@ def test_the_page_answers_only_those_who_know_its_address_and_nothing_else():
     bomb = io.BytesIO()
     Image.new("1", (9000, 9000)).save(bomb, "png")
 
-    def control(**changes):
-        state = {"seq": 1, "take": 0, "chunk": 3, "pause": True, "record": False, "prompt": "", "points": [row]}
+    def control(points=(row,), **changes):
+        state = {"take": 0, "chunk": 3, "pause": True, "record": False, "prompt": "", "groups": {"a": group(points)}}
         return json.dumps(state | changes)
 
+    def grouped(name="a", **changes):
+        return control(groups={name: group([row]) | changes})
+
     typed = {"Content_Type": "application/json"}
-    bad = [deep, b"", b"[]", b"{}", b"\xff", b"null", control(extra=1), control(seq="1"), control(seq=True),
-           control(seq=-1), control(chunk=2), control(pause=1), control(record=0), control(record="x.mp4"),
-           control(prompt="x" * 1001), control(points=[row[:5]]),
-           control(points=[row, [1]]), control(points=[["x"] * 6]), control(points=[row] * 257),
-           control(points=[[1e6] * 6]), control(points=[row[:5] + [math.nan]]), control(points=[row[:5] + [-math.inf]]),
-           control(points=[row]).replace("1.0", "1e999"), control(points=[row]).replace("1.0", "1" * 5000),
-           control(points=[[None] * 6]), control(points={"x": 1})]
+    bad = [deep, b"", b"[]", b"\xff", b"null", control(extra=1), control(seq=1), control(take="1"), control(take=True),
+           control(take=-1), control(take=2 ** 53), control(chunk=2), control(pause=1), control(record=0),
+           control(record="x.mp4"), control(prompt="x" * 1001), control([row[:5]]), control([row, [1]]), control([]),
+           control([["x"] * 6]), control([row] * 257), control([[1e6] * 6]), control([row[:5] + [math.nan]]),
+           control([row[:5] + [-math.inf]]), control().replace("1.0", "1e999"), control().replace("1.0", "1" * 5000),
+           control([[None] * 6]), control({"x": 1}), control(groups=[]), control(groups={"a": None}), grouped(kind="x"),
+           grouped(kind=[]), grouped(extra=1), grouped(kind="camera"), grouped(name="a" * 30), grouped(path=[[1, 1e6]]),
+           grouped(path=[1.0]), grouped(path=[row[:2]] * 1001)]
     with served() as page:
         ours, token = page.host, page.token
         cases = [
-            (200, {"name": ""}), (200, {"name": "status"}), (200, {"name": "frame/"}), (404, {"name": "favicon.ico"}),
+            (200, {"name": ""}), (200, {"name": "status"}), (200, {"name": "frame/"}), (200, {"name": "picture/0"}),
+            (404, {"name": "picture/../page.py"}), (404, {"name": "picture/99"}), (404, {"name": "picture/" + "9" * 5000}),
+            (404, {"name": "file/0"}), (404, {"name": "file/-1"}), (404, {"name": "favicon.ico"}),
             (403, {"name": "", "path": "/"}), (403, {"name": "", "path": f"/{token[:-1]}/"}),
             (403, {"name": "", "path": f"/{token}x/status"}),
             (404, {"name": "../../../etc/passwd"}), (404, {"name": "%2e%2e/sample.py"}), (404, {"name": "control"}),
@@ -127,7 +148,7 @@ def test_the_page_answers_only_those_who_know_its_address_and_nothing_else():
             (200, {"name": "status", "Origin": f"http://{ours}"}), (404, {"name": "status", "body": "{}"} | typed),
             (415, {"name": "control", "body": control(), "Content_Type": "text/plain"}),
             (415, {"name": "control", "body": control()}),
-            (413, {"name": "control", "body": b"{}", "Content_Length": "65537"} | typed),
+            (413, {"name": "control", "body": b"{}", "Content_Length": str(2 ** 18 + 1)} | typed),
             (413, {"name": "control", "body": b"x", "Content_Length": "9" * 5000, "Content_Type": "image/png"}),
             (400, {"name": "control", "body": b"", "Content_Length": "0" * 9 + "9" * 9} | typed),
             (400, {"name": "control", "body": b"", "Content_Length": "0" * 5000} | typed),
@@ -138,6 +159,8 @@ def test_the_page_answers_only_those_who_know_its_address_and_nothing_else():
             (413, {"name": "control", "body": bomb.getvalue(), "Content_Type": "image/png"}),
             (200, {"name": "control", "body": png, "Content_Type": "image/png"}),
             *((400, {"name": "control", "body": body} | typed) for body in bad),
+            (200, {"name": "control", "body": "{}"} | typed),
+            (409, {"name": "control", "body": control(groups={"a": group([row] * 99), "b": group([row] * 158)})} | typed),
             (403, {"name": "control", "body": control(), "Origin": "http://evil.example"} | typed),
             (200, {"name": "control", "body": control(), "Origin": f"http://{ours}"} | typed)]
         for code, request in cases:
@@ -148,7 +171,8 @@ def test_the_page_answers_only_those_who_know_its_address_and_nothing_else():
                 assert (headers["Cache-Control"], headers["X-Content-Type-Options"]) == ("no-store", "nosniff")
         html = page.ask("")[2].decode()
         assert "http" not in html.replace("http-equiv", "") and not re.search(r"\son\w+=|style=", html)
-        assert page.status()["seq"] == 1 and page.status()["points"] == [row]          # as the last one said, unharmed
+        status = page.status()                                  # as the last one said, unharmed
+        assert (status["seq"], status["groups"]) == (2, {"a": group([row])}), status
 
 
 def test_a_page_for_all_addresses_answers_to_this_machines_own_and_to_no_other():
@@ -170,19 +194,90 @@ def test_a_page_for_all_addresses_answers_to_this_machines_own_and_to_no_other()
     assert named(["a", "b"], 80) == ["a:80", "b:80", "a", "b"] and named(["a"], 8765) == ["a:8765"]
 
 
-def test_the_newest_control_wins_and_its_number_comes_with_the_frames():
-    with served() as page:
-        assert page.control([(9, 8)]) == 200 and page.watch(2)[-1][1] in (0, 1)
-        page.seq = 70
-        assert page.control([(20, 8)]) == 200                   # 71
-        page.seq = 6
-        assert page.control([(1, 1)]) == 200 and page.status()["seq"] == 71 and page.status()["points"][0][0] == 20
-        seen = page.watch(60)
+def test_a_tunnel_is_refused_with_the_flag_that_lets_it_in():
+    for flags, code in ((), 421), (("--allow", "https://X.example/", "--allow", "localhost:9000"), 200):
+        with served(*flags) as page:
+            for name in "x.example", "localhost:9000":
+                for origin in {}, {"Origin": f"https://{name}"}, {"Origin": f"http://{name}"}:
+                    found, _, body = page.ask("status", Host=name, **origin)
+                    assert found == code, (name, origin, found)
+                    assert code == 200 or "--allow" in body.decode() and repr(name) in body.decode(), body
+            for name in "y.example", "x.example:81":
+                assert page.ask("status", Host=name)[0] == 421
+            assert page.ask("status", Origin=f"https://{page.host}")[0] == 403      # nothing here speaks https
+
+
+def test_two_pages_add_to_each_others_points_and_the_number_of_a_post_comes_with_the_frames():
+    with served() as one:
+        two = Client(f"http://{one.host}/{one.token}/\n")
+        assert one.control([(9, 8)], "mine") == 200 and two.control([(20, 8)], "yours", pause=False) == 200
+        assert one.status()["groups"] == {"mine": group([[9, 8] * 3]), "yours": group([[20, 8] * 3])}
+        assert one.status() | {"frame": 0} == two.status() | {"frame": 0}
+        one.ask("frame//one"), two.ask("frame//two"), two.ask("frame//two")
+        assert one.status()["viewers"] == 2
+        assert one.control([(10, 8)], "mine", prompt="fading light") == 200 and one.seq == 3
+        told = two.status()
+        assert told["prompt"] == "fading light" and set(told["groups"]) == {"mine", "yours"}
+        seen = two.watch(60)
+        assert seen[-1][1] == 3 and [seq for _, seq in seen] == sorted(seq for _, seq in seen)
         assert [number for number, _ in seen] == sorted({number for number, _ in seen})
-        assert seen[-1][1] == 71 and [seq for _, seq in seen] == sorted(seq for _, seq in seen)
-        page.seq = 80
-        assert page.control([("20", "8")]) == 200 and page.status()["points"] == [[20.0, 8.0] * 3]     # as numbers
-        page.watch(30)
+        assert two.control([("20", "8")]) == 200 and two.status()["groups"]["all"]["points"] == [[20.0, 8.0] * 3]
+        one.control([(1, 1)], "mine", take=1)                   # all begin anew
+        assert set(two.status()["groups"]) == {"mine"}
+        two.watch(30)
+
+
+def test_of_the_ground_what_is_held_is_left_out_and_what_was_removed_is_remembered_for_long():
+    ground = [[x, 5.0, x, 5.0, x, 5.0] for x in (0.0, 10.0, 20.0)]
+    held = [[99.0, 99.0, 12.0, 6.0, 0.0, 0.0]]                  # it started near the second
+    groups = {"a": group(held, "pin"), "camera": group(ground, "camera"), "b": group(held, "left")}
+    assert gather(groups, 4) == held + [ground[0], ground[2]]
+    assert gather({"camera": group(ground, "camera")}, 4) == ground and gather({}, 4) == []
+    control = {"seq": 0, "take": 0, "chunk": 3, "pause": True, "record": False, "prompt": "", "groups": {}, "points": []}
+    for number in range(100):
+        changes = {"groups": {str(number): group(held, "left"), "camera": group(ground, "left")}}
+        control = merge(control, json.dumps(changes), [3], 4)
+    assert list(control["groups"]) == ["camera", *map(str, range(36, 100))] and control["points"] == []
+    changes = {"groups": {"camera": group(ground, "camera"), "b": group(held * 256)}}
+    assert len(merge(control, json.dumps(changes), [3], 4)["points"]) == 256
+    changes["groups"]["c"] = group(held)
+    try:
+        merge(control, json.dumps(changes), [3], 4)
+        raise AssertionError("257 points were taken")
+    except Refused as e:
+        assert e.args[0] == 409 and "256" in e.args[1]
+
+
+def test_words_that_the_tiny_model_never_learned_are_named():
+    assert world.unknown_words("Fading light, a cat turns; spinning shapes") == ["a", "cat", "turns"]
+    assert world.caption(1, 2) == "fading light, pulsing shapes" and world.unknown_words(world.caption(2, 1)) == []
+    assert [[phrase.split()[1] for phrase in row] for row in world.caption_phrases()] == [["light"] * 3, ["shapes"] * 3]
+    with served() as page:
+        assert page.status()["unknown"] == [] and page.status()["menu"][0][1] == "fading light"
+        page.control(prompt="a steady cat")
+        assert page.status()["unknown"] == ["a", "cat"]
+
+
+def test_pictures_to_start_from_and_recordings_can_be_fetched():
+    with folder() as mine, unittest.mock.patch.object(extras.page, "RECORDING", mine / "recording.mp4"):
+        with served() as page:
+            assert page.status()["pictures"] == ["image", "camera", "drag", "several"]
+            with Image.open(io.BytesIO(page.ask("picture/2")[2])) as shown, Image.open(HERE / "assets/drag.png") as image:
+                assert np.array_equal(np.asarray(shown), np.asarray(image.convert("RGB")))
+            page.control([(9, 8)], take=1, record=True)
+            page.watch(30)
+            assert page.status()["files"] == [] and page.status()["slowness"] > 0
+            page.control(take=1, record=False)
+            appearing(mine / "recording.mp4")
+            until = time.monotonic() + 5
+            while not page.status()["files"]:
+                assert time.monotonic() < until
+            names = page.status()["files"]
+            assert names == ["recording.mp4", "recording.png", "recording.npz"]
+            for number, name in enumerate(names):
+                assert page.ask(f"file/{number}")[2] == (mine / name).read_bytes()
+            (mine / "recording.png").unlink()
+            assert page.ask("file/1")[0] == 404
 
 
 def test_a_slow_page_skips_frames_and_delays_nobody():
@@ -190,19 +285,19 @@ def test_a_slow_page_skips_frames_and_delays_nobody():
         page.control()
         page.watch(5)
         slow = http.client.HTTPConnection(page.host)
-        slow.request("GET", f"/{page.token}/frame/")            # and never reads the answer
+        slow.request("GET", f"/{page.token}/frame//slow")            # and never reads the answer
         begun = time.monotonic()
         seen = page.watch(60)
         assert time.monotonic() - begun < 5 and seen[-1][0] - seen[0][0] < 80
         answer = slow.getresponse()
         assert answer.read() and int(answer.headers["Frame"]) <= seen[-1][0] - 40
-        slow.request("GET", f"/{page.token}/frame/{answer.headers['Frame']}")
+        slow.request("GET", f"/{page.token}/frame/{answer.headers['Frame']}/slow")
         assert int(slow.getresponse().headers["Frame"]) >= seen[-1][0]
 
 
 def test_a_crowd_of_viewers_or_connections_is_turned_away():
     with served() as page:
-        last, watch = page.ask("frame/")[1]["Frame"], "GET /{}/frame/{} HTTP/1.1\r\nHost: {}\r\n\r\n"
+        last, watch = page.ask("frame/")[1]["Frame"], "GET /{}/frame/{}/x HTTP/1.1\r\nHost: {}\r\n\r\n"
         time.sleep(0.1)
         before, crowd = threading.active_count(), []
         for number in range(80):                    # half of them wait for a frame, which does not come: it is paused
@@ -224,7 +319,7 @@ def test_a_crowd_of_viewers_or_connections_is_turned_away():
 
 def test_nothing_is_made_while_paused_or_while_nobody_watches():
     with served() as page:
-        assert page.status()["pause"] and page.status()["frame"] < 2 and page.ask("frame/")[1]["Frame"] in "01"
+        assert page.status()["pause"] and page.status()["frame"] < 2 and page.ask("frame//x")[1]["Frame"] in "01"
         page.control()
         page.watch(30)
         page.control(pause=True)
@@ -303,7 +398,7 @@ def test_how_soon_a_drag_is_answered_and_that_memory_stays():
             answers, starts, sizes = [], [], []
             stalled = [http.client.HTTPConnection(page.host) for _ in range(2)]
             for viewer in stalled:
-                viewer.request("GET", f"/{page.token}/frame/")
+                viewer.request("GET", f"/{page.token}/frame//x")
             page.control([(115, 256)], take=1, chunk=chunk)
             page.watch(48)
             for _ in range(50):
@@ -424,7 +519,7 @@ def test_a_recording_begun_later_is_a_whole_video_beside_the_first():
 
 def new_recorder(mine, **status):
     """A Recorder of a take that nothing was seen of yet."""
-    live = SimpleNamespace(status={"fps": 10, "recorded": ""} | status, out=mine / "x.mp4")
+    live = SimpleNamespace(status={"fps": 10, "recorded": ""} | status, out=mine / "x.mp4", files=[])
     image = Image.new("RGB", (40, 30), "teal")
     return Recorder(live, Take(0, image, None), mine / "x.mp4", {"seed": 1})
 
@@ -711,6 +806,11 @@ def until_at(browser, script, goal, near=0.1):
     return browser.run(script)
 
 
+def kinds(browser):
+    """Of the groups of points that the page shows."""
+    return sorted(kind for kind in browser.run("Object.values(groups).map(group => group.kind)") if kind != "left")
+
+
 def until_frames(browser, count):
     """Wait until so many more frames have been seen."""
     begun = browser.run("+seen")
@@ -719,7 +819,7 @@ def until_frames(browser, count):
 
 def until_told(browser, page, **state):
     """Wait until the program has been told of this state: {name: value}."""
-    browser.until("!dirty && !sending")
+    browser.until("!edited.size && !Object.keys(settings).length && !sent")
     until = time.monotonic() + 10
     while not state.items() <= page.status().items():
         assert time.monotonic() < until, f"not {state}: {page.status()}"
@@ -744,7 +844,7 @@ def test_in_a_browser_one_object_goes_its_way_while_another_is_pinned():
             moved = until_at(browser, red, (0.6, 0.35))
             stayed = until_at(browser, blue, (0.7, 0.7), 0.06)
             assert moved[0] > begin[0][0] / 3 and stayed[0] > begin[1][0] / 3, (begin, moved, stayed)
-            assert sorted(group["kind"] for group in browser.run("groups")) == ["drag", "pin"]
+            assert kinds(browser) == ["drag", "pin"]
             browser.run("actions.clear(), actions.pin()")
             browser.drag((0.7, 0.7), (0.7, 0.7), 2)
             browser.run("actions.path()")
@@ -763,24 +863,27 @@ def test_in_a_browser_a_dragged_object_moves_again_and_again():
     with served(*flags) as page, browsing(page) as browser:
         mass, *_ = until_at(browser, LIME, (0.3, 0.667), 0.06)
         for goal in (0.6, 0.55), (0.35, 0.35):                  # the second one takes hold of what has moved
-            begin = browser.run("groups.length ? groups[0].points[0].p : [0.3, 0.667]")
+            begin = browser.run("pointsOf(['drag']).length ? pointsOf(['drag'])[0].p : [0.3, 0.667]")
             browser.drag(begin, goal)
             now, *_ = until_at(browser, LIME, goal, 0.12)
             assert now > mass / 3, (goal, now, mass)
         browser.run("actions.pause()")
         first = until_told(browser, page, pause=True)
-        assert len(first["points"]) == 1
-        browser.run("$('prompt').value = 'fading light', $('prompt').onchange({target: $('prompt')}), actions.pause()")
+        assert [len(group["points"]) for group in first["groups"].values()] == [1]
+        browser.run("$('menu').querySelectorAll('button')[1].click(), actions.pause()")
         browser.until(f"+seen > {first['frame'] + 12}")
-        assert page.status()["prompt"] == "fading light"
+        assert page.status()["prompt"] == "steady shapes, fading light"
         browser.run("actions.camera(), moveCamera(0.1, 0)")
-        assert 40 < len(until_told(browser, page, pause=False)["points"]) <= 65
+        assert len(until_told(browser, page, pause=False)["groups"]["camera"]["points"]) == 64
+        z, at = browser.run("[camera().z, camera().at]")
+        assert_near(torch.tensor([z, *at]), torch.tensor([1, 0.1, 0]), 1e-3)
         browser("Page.reload")
-        browser.until("typeof view === 'object' && view !== null && groups.length === 1")
+        browser.until("typeof view === 'object' && view !== null && pointsOf(['drag']).length === 1")
         with browsing(page, 390) as other:                      # a second one, on a phone
-            assert other.run("document.documentElement.scrollWidth") == 390
+            other.until("pointsOf(['drag']).length === 1 && state.viewers >= 2")
             other.run("actions.restart()")
             until_told(other, page, take=1)
+            browser.until("fresh && !pointsOf(['drag']).length")
 
 
 def test_in_a_browser_what_is_grabbed_again_is_what_was_brought_there():
@@ -813,6 +916,100 @@ def test_in_a_browser_a_button_and_a_key_record_and_the_page_says_into_what():
             browser("Input.dispatchKeyEvent", type=kind, key="v", text="v")
         browser.until("$('prompt').value.includes('v')")
         assert browser.run(pressed) == "false"                  # a letter of the prompt
-        page.seq = page.status()["seq"]
         page.control([(9, 8)], record=True)
         browser.until(f"{pressed} === 'true'")                  # another page did it
+
+
+def test_in_two_browsers_each_sees_the_points_of_both_and_either_removes_them():
+    with served() as page, browsing(page) as one, browsing(page, 390) as two:
+        one.drag((0.2, 0.2), (0.5, 0.2))
+        two.run("actions.path()")
+        two.drag((0.2, 0.7), (0.6, 0.7))
+        for browser in one, two:
+            browser.until("pointsOf(['drag']).length === 1 && pointsOf(['path']).length === 1 && state.viewers === 2")
+            assert abs(browser.run("pointsOf(['drag'])[0].p[0]") - 0.5) < 0.02
+            assert "2 watching" in browser.run("$('facts').textContent")
+        two.run("actions.play()")
+        one.until("pointsOf(['drag']).some(point => Math.hypot(point.p[0] - 0.6, point.p[1] - 0.7) < 0.02)")
+        one.drag((0.6, 0.7), (0.6, 0.7), 2)                     # a click removes it, with whatever tool
+        for browser in one, two:
+            browser.until("pointsOf(['drag', 'path']).length === 1")
+        found = two.run("origin([0.6, 0.7])")                   # and it stays known what is there
+        assert math.dist(found, (0.2, 0.7)) < 0.02, found
+        one.run("actions.clear()")
+        two.until("!pointsOf(['drag']).length")
+
+
+def test_in_a_browser_the_picture_is_as_large_as_fits_and_no_label_is_clipped():
+    clipped = """[...document.querySelectorAll('button, #note, #crop')].filter(element =>
+        element.scrollWidth > element.clientWidth || element.scrollHeight > element.clientHeight + 1).length"""
+    for width, least in (1280, 880), (390, 390):                # 48x32 pixels; 860 high
+        with served() as page, browsing(page, width) as browser:
+            browser.until("$('chunks').children.length === 2 && !$('invite').hidden")
+            left, top, wide, high = browser.run("(b => [b.x, b.y, b.width, b.height])($('stage').getBoundingClientRect())")
+            assert wide >= least and abs(wide / high - 1.5) < 0.01 and (width > 390 or left == top == 0), (wide, high)
+            assert browser.run(f"[document.documentElement.scrollWidth, {clipped}]") == [width, 0]
+            assert browser.run("$('badge').hidden")             # it does not begin with "paused"
+            assert browser.run("$('crop').textContent") == "Cropped: the middle 48 × 32 of 48 × 40 pixels."
+            words = browser.run("Object.values(tips).join() + $('note').textContent")
+            assert ("wheel" in words and "Click" in words) == (width > 390) != ("Tap" in words and "fingers" in words)
+            for slowness, shown, said in (2.14, 0, "slower than real time (2.1×)"), (1, 0, ""), (1, 800, "computing…"):
+                script = f"(control.pause = false, state.slowness = {slowness}, badge({shown}, times = []))"
+                assert browser.run(script) == said, said
+
+
+def test_in_a_browser_nine_points_are_placed_and_one_click_removes_them():
+    with served() as page, browsing(page) as browser:
+        browser.run("actions.pin(), $('sides').children[1].click()")
+        browser.drag((0.5, 0.5), (0.5, 0.5), 2)
+        until_told(browser, page, pause=True)
+        browser.until("pointsOf(['pin']).length === 9")
+        assert kinds(browser) == ["pin"] and browser.run("$('invite').hidden")
+        browser.drag((0.55, 0.55), (0.55, 0.55), 2)
+        browser.until("!pointsOf(['pin']).length")
+        assert page.status()["groups"][next(iter(page.status()["groups"]))]["kind"] in ("pin", "left")
+
+
+def test_in_a_browser_an_example_is_chosen_and_a_recording_is_offered():
+    with folder() as mine, unittest.mock.patch.object(extras.page, "RECORDING", mine / "recording.mp4"), \
+            served() as page, browsing(page) as browser:
+        browser.until("$('pictures').querySelectorAll('img').length === 4")
+        browser.run("[...document.images].find(image => image.alt === 'drag').parentElement.click()")
+        until = time.monotonic() + 10
+        while page.status()["image"] != [384, 384]:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        browser.run("actions.record(), actions.pause()")
+        browser.until("/[.]mp4, /.test($('recorded').textContent)")
+        browser.run("actions.record()")
+        browser.until("document.querySelectorAll('#files a').length === 3")
+        link = "document.querySelector('#files a')"
+        size = browser.run(f"fetch({link}.href).then(answer => answer.blob()).then(blob => blob.size)")
+        assert browser.run(f"{link}.download") == "recording.mp4" and size == (mine / "recording.mp4").stat().st_size
+        browser.run("set('prompt', 'a cat')")
+        browser.until("$('unknown').textContent.endsWith('a, cat')")
+
+
+def test_in_a_browser_two_fingers_move_the_camera_and_leave_no_point():
+    with served() as page, browsing(page, 390) as browser:
+        left, top, width, height = browser.run("(b => [b.x, b.y, b.width, b.height])(marks.getBoundingClientRect())")
+
+        def fingers(kind, *places):
+            points = [{"x": left + x * width, "y": top + y * height, "id": i} for i, (x, y) in enumerate(places)]
+            browser("Input.dispatchTouchEvent", type=f"touch{kind}", touchPoints=points)
+
+        fingers("Start", (0.4, 0.5))
+        fingers("Start", (0.4, 0.5), (0.6, 0.5))
+        fingers("Move", (0.3, 0.5), (0.7, 0.5))
+        fingers("End")
+        browser.until("groups.camera")
+        z = browser.run("camera().z")
+        assert 1.5 < z < 2.5 and kinds(browser) == ["camera"], (z, kinds(browser))
+        fingers("Start", (0.2, 0.3))
+        fingers("Move", (0.4, 0.3))
+        fingers("End")
+        browser.until("pointsOf(['drag']).length === 1")
+        fingers("Start", (0.4, 0.3))                            # a tap
+        fingers("End")
+        browser.until("!pointsOf(['drag']).length")
+        assert until_told(browser, page, pause=False)["groups"]["camera"]["kind"] == "camera"

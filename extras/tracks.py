@@ -706,7 +706,7 @@ def picture_size(text):
 
 def new_parser():
     """The flags."""
-    from sample import MOST_FRAMES, Parser, number
+    from sample import MOST_FRAMES, Parser, Points, number
     parser = Parser(prog="python -m extras.tracks", description="Tracks for --tracks of sample.py.")
     file = {"type": Path, "metavar": "FILE"}
     add = parser.add_argument
@@ -714,7 +714,7 @@ def new_parser():
     add("--image", required=True, help="that the tracks are for", **file)
     add("--out", required=True, help=".npz", **file)
     add("--frames", type=number(int, 1, MOST_FRAMES), metavar="N", help="of what is made here; default: 81")
-    add("--drag", "--pin", dest="paths", action="append", metavar="'X,Y -> X,Y'",
+    add("--drag", "--pin", dest="paths", action=Points, metavar='"X,Y -> X,Y"',
         help="where a point of the image goes, or that it stays; as often as wanted")
     add("--grid", metavar="NxP", help="each of those N by N points, P pixels apart")
     add = parser.add_argument_group("what a FILE does not say itself").add_argument

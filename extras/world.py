@@ -21,6 +21,7 @@ import argparse
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import multiprocessing
@@ -150,9 +151,23 @@ def beat(frames):
     return 0.22 * torch.sin(phase)
 
 
+def caption_phrases():
+    """What a caption is made of, one of each list: the words that the tiny model knows."""
+    return [[f"{light} light" for light in LIGHT], [f"{motion} shapes" for motion in MOTION]]
+
+
 def caption(light, motion):
     """What neither the first frame nor a few tracks tell, in words."""
-    return f"{[*LIGHT][light]} light, {MOTION[motion]} shapes"
+    lights, motions = caption_phrases()
+    return f"{lights[light]}, {motions[motion]}"
+
+
+def unknown_words(text):
+    """The words of a prompt that no caption has: to the tiny model, numbers that it never saw."""
+    known = set()
+    for phrase in itertools.chain(*caption_phrases()):
+        known.update(phrase.split())
+    return [word for word in re.findall(r"\w+", text.lower()) if word not in known]
 
 
 def embed_words(text, text_dim=64, text_len=8):
