@@ -477,9 +477,21 @@ def test_a_converted_file_gives_the_video_of_what_it_was_made_of():
     before = sorted(here.iterdir())
     file = here / "tracks.npy"
     check_conversion([file], ["--tracks", file], "student.safetensors")
-    drags = ["--drag=30,20 -> -9,20", "--pin=1,1", "--frames", 10]
+    drags = ["--drag=30,20 -> -9,20", "--pin=1,9", "--frames", 10]
     check_conversion(drags, drags, "random.safetensors")
     assert sorted(here.iterdir()) == before
+
+
+def test_a_converted_file_says_what_is_hidden():
+    xy, seen = one_motion()
+    assert not seen.all()
+    with folder() as here:
+        np.savez(here / "x.npz", pred_tracks=xy, pred_visibility=seen)
+        code, _, err = converted([here / "x.npz"], here / "kept.npz")
+        assert code == 0, err
+        kept = sample.read_tracks(here / "kept.npz", (48, 40))
+    assert np.array_equal(kept.tracks, np.float32(xy))
+    assert np.array_equal(kept.visible, seen)
 
 
 def test_tracks_by_a_camera_are_written_for_sample():
@@ -674,11 +686,25 @@ def test_sample_drags_and_pins_points_of_the_image():
     given = fit.call_args.args[0]
     assert given.tracks.shape == (9, 2, 2)
     assert given.visible.all()
-    cropped_away = "9,1"
-    code, said, err = sampled_with(flags + ["--pin", cropped_away, "--drag", "9,9 -> 99,9"])
+    code, said, err = sampled_with(flags + ["--pin", "9,9", "--drag", "9,9 -> 99,9"])
     assert code == 0, err
     assert "visible track points lie outside the video" in said
+    assert "48x40 pixels is cropped, the video shows x from 0 to 48 and y from 4 to 36" in said
     out.unlink()
+
+
+def test_drags_and_pins_are_told_apart_and_refused_where_the_image_is_cropped():
+    cases = [
+        ("--pin", "9,1", "starts in what is cropped of the image; the video shows x from 0"),
+        ("--drag", "9,36.5 -> 9,9", "starts in what is cropped"),
+        ("--drag", "30,20", "there is no arrow"),
+        ("--pin", "30,20 -> 9,9", "a pinned point stays; write --drag"),
+    ]
+    for flag, path, cure in cases:
+        code, _, err = sampled_with(["--pin", "9,9", flag, path])
+        assert code == 2
+        assert err.startswith(f"error: {flag} {path}: {cure}")
+        assert err.count("\n") == 1
 
 
 def test_a_drag_has_to_start_inside_the_image():

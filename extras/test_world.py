@@ -175,7 +175,7 @@ def test_paths_are_smooth_and_stay_near_the_picture():
 
 def test_sizes_kinds_and_shares_are_those_of_the_world():
     with coarse_textures():
-        scene = world.new_scenes(90, 2, seeded(5))
+        scene = world.new_scenes(60, 2, seeded(5))
     there = scene["present"]
     radius = scene["radius"][there]
     assert 0.10 <= radius.min() < 0.12
@@ -185,9 +185,9 @@ def test_sizes_kinds_and_shares_are_those_of_the_world():
     assert 0.12 < scene["face"][there].float().mean() < 0.32
     captions = " ".join(scene["caption"])
     for motion in ("spinning", "pulsing"):
-        assert 0.13 < captions.count(motion) / 90 < 0.37
+        assert 0.13 < captions.count(motion) / 60 < 0.37
     for light in ("fading", "warming"):
-        assert 0.08 < captions.count(light) / 90 < 0.32
+        assert 0.08 < captions.count(light) / 60 < 0.32
 
 
 def test_what_spins_is_no_disc_and_turns_by_three_degrees():
