@@ -6,7 +6,6 @@ import shutil
 import unittest.mock
 import weakref
 from dataclasses import replace
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -298,10 +297,9 @@ def test_encoders_are_loaded_once_and_are_gone_when_the_model_loads():
         alive.extend(reference() for reference in loaded)
         return load_model(path, **options)
 
-    stub = SimpleNamespace(from_pretrained=from_pretrained)
     with (folder() as at, folder() as cache,
           unittest.mock.patch.multiple(encoders, CACHE=cache, pretrained=pretrained),
-          unittest.mock.patch.object(sample, "MotionStream", stub)):
+          unittest.mock.patch.object(MotionStream, "from_pretrained", from_pretrained)):
         small_encoders(at, width=4096)
         flags = ["--prompt", "a red cat", "--text-encoder", at, "--frames", 3, "--steps", 1]
         _, teachers = sampled("clip.safetensors", flags)
