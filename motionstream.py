@@ -1014,7 +1014,7 @@ def motion_inputs(model, tracks, visible, ids, *, start=None, image=None, vae=No
     return inputs
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files. Nothing below is part of the method.
 
 class UserError(ValueError):
@@ -1308,7 +1308,7 @@ def check_together(c, file):
          f"in_dim is {c.in_dim}, less than latents ({c.out_dim}) and tracks ({c.track_dim}) need"),
         (c.copies and c.image_dim != c.out_dim,
          f"in_dim is {c.in_dim}, which leaves {c.image_dim} channels for the image of a copying model"),
-        (len(c.latent_std) not in (c.copies * c.out_dim, c.out_dim),
+        ((c.latent_std or c.copies) and len(c.latent_std) != c.out_dim,
          f"latent_std has {len(c.latent_std)} numbers for {c.out_dim} channels"),
         (not falling, f"sigmas are {c.sigmas}; expected falling ones"),
         (height % (c.stride * p) or width % (c.stride * q),

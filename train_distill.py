@@ -1842,13 +1842,16 @@ class Flags:
     set: tuple = ()                     # of (name, value)
 
 
+LEAST_LATENTS = 12      # of a clip
+
+
 def student_memory(text):
     """A flag's type: see sample.memory; or "drawn"."""
     if text == "drawn":
         return text
     fields = memory(text)
-    if fields["chunk"] > 12:            # latents of the shortest clip
-        raise argparse.ArgumentTypeError(f"{text} is not chunk 1 to 12, and not drawn")
+    if fields["chunk"] > LEAST_LATENTS:
+        raise argparse.ArgumentTypeError(f"{text} is not chunk 1 to {LEAST_LATENTS}, and not drawn")
     return fields
 
 
@@ -1937,11 +1940,13 @@ def assign_all(config, settings, assignments):
         else:
             settings = assign(settings, path, value)
     frames = settings.clip_frames
-    chunk = FRAMES * config.chunk
-    least = math.ceil(48 / chunk) * chunk - 3
-    if frames < least or (frames + 3) % chunk:
-        raise UserError(f"--set clip_frames={frames}: needs whole chunks of {chunk}, the first of "
-                        f"{chunk - 3}: {least}, {least + chunk}, {least + 2 * chunk}, …")
+    latents = (frames + FRAMES - 1) // FRAMES
+    whole = video_frames(latents) == frames and latents % config.chunk == 0
+    if not whole or latents < LEAST_LATENTS:
+        least = math.ceil(LEAST_LATENTS / config.chunk) * config.chunk
+        some = [video_frames(least + i * config.chunk) for i in range(3)]
+        raise UserError(f"--set clip_frames={frames}: needs whole chunks of {FRAMES * config.chunk}, the "
+                        f"first of {video_frames(config.chunk)}: {', '.join(map(str, some))}, …")
     return config, settings
 
 
