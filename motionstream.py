@@ -784,6 +784,7 @@ def rollout(model, noise, conditions, first_latent=None, exit_step=None, rng=Non
 COPY_CELL = 4       # pixels per side of the squares that follow one track
 NEAR = (8, 32)      # pixels over which a track's nearness falls to 1 / e, see copy_along_tracks
 SHARES = 2          # outputs of the head for mix_copies
+LOG_SPREAD = (-6, 2)    # least and greatest log of the spread, as a share of the latents' own
 
 
 def nearest_track(tracks, visible, height, width):
@@ -904,7 +905,7 @@ def linear_part(sigma, std):
     return guess, variance
 
 
-def with_linear_part(output, x_t, sigma, std, expected=None):
+def with_linear_part(output, x_t, sigma, std, expected=None, spread=None):
     """The velocity, from the output of a network that saw x_t / sqrt(V), V the variance of x_t:
 
         guess x_t + std / sqrt(V) output
@@ -912,22 +913,24 @@ def with_linear_part(output, x_t, sigma, std, expected=None):
     so that the network's input and target have unit variance: the preconditioning of EDM (Karras
     et al. 2022, section 5), for rectified flow, channel by channel.
 
-    output, x_t (B, C, F, h, w); expected (B, C, F, h, w): what x0 is thought to be, the mean of
-    linear_part's Gaussian; None: 0."""
-    guess, variance = linear_part(sigma, std)
+    output, x_t (B, C, F, h, w). expected, spread (B, C, F, h, w): what x0 is thought to be and how
+    far from it x0 is, the mean and the standard deviation of the Gaussian that guess is for. The
+    smaller the spread, the less of the noise in x_t is believed. None: 0 and std."""
+    _, variance = linear_part(sigma, std)
+    guess, around = linear_part(sigma, std if spread is None else spread)
     velocity = guess * x_t + std / variance.sqrt() * output
     if expected is None:
         return velocity
-    return velocity - per_frame(sigma).float() / variance * expected
+    return velocity - per_frame(sigma).float() / around * expected
 
 
 class CopyingMotionStream(MotionStream):
     """A MotionStream for a config with `copies`: they are inputs just before the image's, and the
-    head has two more outputs, their shares in x0."""
+    head has more outputs: how far x0 is from what the copies say (C), and their shares in it."""
 
     def __init__(self, config):
         super().__init__(config)
-        self.head = Head(config, config.out_dim + SHARES)
+        self.head = Head(config, 2 * config.out_dim + SHARES)
         if not self.head.head.weight.is_meta:
             init_copying_head(self.head, config)
 
@@ -942,19 +945,20 @@ class CopyingMotionStream(MotionStream):
         still = condition_or_zeros("image", image, (B, C, frames, h, w), x)
         image = torch.cat([copied, still], 1)
         output = super().forward(x / variance.sqrt(), sigma, text, image=image, **rest)
-        output, shares = output.split([C, SHARES], 1)
+        output, log_spread, shares = output.split([C, C, SHARES], 1)
+        spread = std * log_spread.clamp(*LOG_SPREAD).exp()
         expected = None
         if copies is not None:
             expected = mix_copies(shares, copied[:, :C], still)
-        return with_linear_part(output, x, sigma, std, expected)
+        return with_linear_part(output, x, sigma, std, expected, spread)
 
 
 def init_copying_head(head, config):
     """A fresh model predicts 0.8 of the latents moved along the tracks, 0.2 of the image's own."""
     nn.init.zeros_(head.head.weight)
     nn.init.normal_(head.modulation, std=config.dim ** -0.5)
-    bias = torch.zeros(math.prod(config.patch_size), config.out_dim + SHARES)
-    bias[:, config.out_dim:] = torch.tensor([0.8, 0.2])
+    bias = torch.zeros(math.prod(config.patch_size), 2 * config.out_dim + SHARES)
+    bias[:, -SHARES:] = torch.tensor([0.8, 0.2])
     head.head.bias.data = bias.flatten()
 
 

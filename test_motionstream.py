@@ -628,7 +628,7 @@ def test_a_fresh_model_believes_its_copies_and_where_there_are_none_the_image():
 
 
 def test_a_copying_model_is_a_motionstream_inside_the_linear_part():
-    """Its image slot holds copies, then the image; its head two more channels, the shares."""
+    """Its image slot holds copies, then the image; its head the spread and the shares too."""
     model = new_model(**vars(COPYING))
     plain = randomised(MotionStream(COPYING))
     plain.head = model.head
@@ -639,10 +639,25 @@ def test_a_copying_model_is_a_motionstream_inside_the_linear_part():
     s = sigma.view(2, 1, 1, 1, 1)
     variance = (1 - s) ** 2 * std ** 2 + s ** 2
     output = plain(noise / variance.sqrt(), sigma, **given, image=torch.cat([copies, image], 1))
-    mean = output[:, 4:5] * copies[:, :4] + output[:, 5:] * image
-    x0 = mean + (1 - s) * std ** 2 / variance * (noise - (1 - s) * mean)        # of a Gaussian round that mean
-    expected = (noise - x0) / s + std / variance.sqrt() * output[:, :4]
+    correction, log_spread, shares = output.split([4, 4, 2], 1)
+    mean = shares[:, :1] * copies[:, :4] + shares[:, 1:] * image
+    spread = (std * log_spread.clamp(-6, 2).exp()) ** 2                                      # of a Gaussian round that mean
+    x0 = mean + (1 - s) * spread / ((1 - s) ** 2 * spread + s ** 2) * (noise - (1 - s) * mean)
+    expected = (noise - x0) / s + std / variance.sqrt() * correction
     assert_near(model(noise, sigma, **given, copies=copies, image=image), expected, 1e-5)
+
+
+def test_the_spread_says_how_much_of_the_noise_is_believed():
+    """Near the copies there is little of x_t in x0; by default the spread is the latents' own."""
+    std, mean = torch.tensor([0.5, 1.0, 2.0]).view(1, -1, 1, 1, 1), rand(2, 3, 4, 2, 2)
+    x_t, zero = rand(2, 3, 4, 2, 2, seed=1), torch.zeros(2, 3, 4, 2, 2)
+    sigma = torch.tensor([0.8, 0.2])
+    certain = with_linear_part(zero, x_t, sigma, std, mean, 1e-6 * std + zero)
+    assert_near(to_x0(x_t, certain, sigma), mean, 1e-5)
+    blank = with_linear_part(zero, x_t, sigma, std, mean, 1e6 * std + zero)
+    assert_near(add_noise(to_x0(x_t, blank, sigma), zero, sigma), x_t, 1e-4)    # x_t / (1 - sigma), whatever the mean
+    own = with_linear_part(zero, x_t, sigma, std, mean, std + zero)
+    assert own.equal(with_linear_part(zero, x_t, sigma, std, mean))
 
 
 def test_the_linear_part_is_the_posterior_mean_of_gaussian_latents():
