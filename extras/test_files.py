@@ -18,13 +18,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import sample
-from extras.testing import (HERE, SMALL, assert_error, command, folder, new_model, new_vae, public, randomised,
+from extras.testing import (COPYING, HERE, SMALL, assert_error, command, folder, new_model, new_vae, public, randomised,
                             same_tensors, sampled, saved, workplace, write_layout)
 from motionstream import (CHOICES, LIMITS, PRESETS, Config, MotionStream, UserError, check_config, free_memory,
                           write)
 from vae import LinearVAE, LinearVAEConfig, load_vae
-
-COPYING = replace(SMALL, track_id_mode="random", copies=True, in_dim=4 + 8 + 6 + 4, latent_std=(0.5, 1.0, 1.5, 0.7))
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Weights.

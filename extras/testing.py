@@ -39,6 +39,10 @@ SMALL = replace(
     PRESETS["tiny"], dim=40, ffn_dim=80, num_heads=2, num_layers=2, in_dim=12, out_dim=4, track_dim=8,
     text_dim=12, text_len=5, size=(32, 48), causal=True, track_id_mode="start",
     copies=False, guidance=(1.0, 1.5))
+# As SMALL, but one that copies along tracks: latents, copies, tracks, image.
+COPYING = replace(
+    SMALL, track_id_mode="random", copies=True, in_dim=4 + 8 + 6 + 4,
+    latent_std=(0.5, 1.0, 1.5, 0.7))
 SMALL_VAE = TinyVAEConfig(
     latent_channels=4,
     patch=4,
@@ -564,6 +568,18 @@ def settled(weights, *more, frames=81):
     job = sample.resolve(flags, weights, no_tracks)
     sample.refuse(job, flags, weights)
     return job
+
+
+def shards(here, tensors, count=3):
+    """Write tensors in shards with an index, as Hugging Face does."""
+    names, place = sorted(tensors), {}
+    for i in range(count):
+        file = f"diffusion_pytorch_model-{i + 1:05}-of-{count:05}.safetensors"
+        save_file({name: tensors[name] for name in names[i::count]}, here / file)
+        place |= {name: file for name in names[i::count]}
+    index = here / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": place}))
+    return index
 
 
 @contextlib.contextmanager
