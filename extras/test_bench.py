@@ -13,7 +13,7 @@ from extras.testing import SMALL, WAN, quiet
 
 CPU = torch.device("cpu")
 SMALL_PRESETS = {
-    "copies": replace(SMALL, track_id_mode="random", copies=True, in_dim=4 + 8 + 6 + 4),
+    "copies": replace(SMALL, track_id_mode="random", copies=True, in_dim=4 + 8 + 10 + 4),
     "starts": SMALL,
     "wan": replace(WAN, size=(64, 64), in_dim=48, track_dim=16, clip_dim=40, clean_first=False),
 }
