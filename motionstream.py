@@ -785,7 +785,7 @@ def rollout(model, noise, conditions, first_latent=None, exit_step=None, rng=Non
 COPY_CELL = 4       # pixels per side of the squares that follow one track
 NEAR = (8, 32)      # pixels over which nearness falls to 1 / e, see nearness
 SHARES = 2          # outputs of the head for mix_copies
-LOG_SPREAD = (-6, 2)    # least and greatest log of the spread, as a share of the latents' own
+SPREAD = 0.1        # of x0 about what its copies say, as a share of the latents' own
 
 
 def square_centres(height, width, device):
@@ -938,32 +938,31 @@ def linear_part(sigma, std):
     return guess, variance
 
 
-def with_linear_part(output, x_t, sigma, std, expected=None, spread=None):
+def with_linear_part(output, x_t, sigma, std, expected=0.0):
     """The velocity, from the output of a network that saw x_t / sqrt(V), V the variance of x_t:
 
-        guess x_t + std / sqrt(V) output
+        linear part about `expected` + std / sqrt(V) output
 
-    so that the network's input and target have unit variance: the preconditioning of EDM (Karras
-    et al. 2022, section 5), for rectified flow, channel by channel.
+    so that the network's input and target are about 1: the preconditioning of EDM (Karras et al.
+    2022, section 5), for rectified flow, channel by channel. The linear part is that of a Gaussian
+    about `expected`, with SPREAD std, which believes little of x_t: a token of the tiny model is
+    384 noisy numbers and the network 192 wide. What it cannot tell from noise would be kept as
+    detail, and sampling would end in noise.
 
-    output, x_t (B, C, F, h, w). expected, spread (B, C, F, h, w): what x0 is thought to be and how
-    far from it x0 is, the mean and the standard deviation of the Gaussian that guess is for. The
-    smaller the spread, the less of the noise in x_t is believed. None: 0 and std."""
+    output, x_t (B, C, F, h, w); expected (B, C, F, h, w): what x0 is thought to be."""
     _, variance = linear_part(sigma, std)
-    guess, around = linear_part(sigma, std if spread is None else spread)
-    velocity = guess * x_t + std / variance.sqrt() * output
-    if expected is None:
-        return velocity
-    return velocity - per_frame(sigma).float() / around * expected
+    guess, around = linear_part(sigma, SPREAD * std)
+    given = guess * x_t - per_frame(sigma).float() / around * expected
+    return given + std / variance.sqrt() * output
 
 
 class CopyingMotionStream(MotionStream):
     """A MotionStream for a config with `copies`: they are inputs just before the image's, and the
-    head has more outputs: how far x0 is from what the copies say (C), and their shares in it."""
+    head has two more outputs, their shares in x0."""
 
     def __init__(self, config):
         super().__init__(config)
-        self.head = Head(config, 2 * config.out_dim + SHARES)
+        self.head = Head(config, config.out_dim + SHARES)
         if not self.head.head.weight.is_meta:
             init_copying_head(self.head, config)
 
@@ -978,19 +977,18 @@ class CopyingMotionStream(MotionStream):
         still = condition_or_zeros("image", image, (B, C, frames, h, w), x)
         image = torch.cat([copied, still], 1)
         output = super().forward(x / variance.sqrt(), sigma, text, image=image, **rest)
-        output, log_spread, shares = output.split([C, C, SHARES], 1)
-        spread = std * log_spread.clamp(*LOG_SPREAD).exp()
-        expected = None
+        output, shares = output.split([C, SHARES], 1)
+        expected = 0.0
         if copies is not None:
             expected = mix_copies(shares, copied[:, :C], still)
-        return with_linear_part(output, x, sigma, std, expected, spread)
+        return with_linear_part(output, x, sigma, std, expected)
 
 
 def init_copying_head(head, config):
     """A fresh model predicts 0.8 of the latents moved along the tracks, 0.2 of the image's own."""
     nn.init.zeros_(head.head.weight)
     nn.init.normal_(head.modulation, std=config.dim ** -0.5)
-    bias = torch.zeros(math.prod(config.patch_size), 2 * config.out_dim + SHARES)
+    bias = torch.zeros(math.prod(config.patch_size), config.out_dim + SHARES)
     bias[:, -SHARES:] = torch.tensor([0.8, 0.2])
     head.head.bias.data = bias.flatten()
 
