@@ -803,11 +803,11 @@ def nearest_points(places, points, visible, count):
     places (B, T, rows, columns, 2); points (B, T, N, 2), visible (B, T, N). Returns their indices,
     int64, and their distances in pixels, (B, T, rows, columns, min(count, N)); infinite for those
     that are not visible."""
-    # pair by pair: of a matrix product, the last bits would depend on how many points there are
-    pair_by_pair = "donot_use_mm_for_euclid_dist"
-    distance = torch.cdist(places.flatten(2, 3), points.nan_to_num(0), compute_mode=pair_by_pair)
-    distance = distance.masked_fill(~visible[:, :, None], math.inf)     # (B, T, rows columns, N)
+    far = 1e6                                                           # from all that is visible
+    points = points.masked_fill(~visible[..., None], far)
+    distance = torch.cdist(places.flatten(2, 3), points)                # (B, T, rows columns, N)
     distance, index = distance.topk(min(count, points.shape[2]), largest=False)
+    distance = distance.masked_fill(distance > far / 2, math.inf)
     shape = places.shape[2:4]
     return index.unflatten(2, shape), distance.unflatten(2, shape)
 
