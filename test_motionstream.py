@@ -279,7 +279,7 @@ def wan(w, c, x, t, text, clip=None, mask=None):
 
 
 def wan_velocity(model, x, sigma, given, mask=None):
-    """What Wan's formulas give; noisy latents, tracks and image are channels: zeros if not given."""
+    """What Wan's formulas give. Latents, tracks and image are channels, zeros if not given."""
     c = model.config
     w = model.state_dict()
     inputs = x
@@ -819,7 +819,7 @@ def test_guidance_never_leaves_out_the_image():
 def test_guidance_leaves_out_the_copies_with_the_tracks():
     model = new_model(**vars(COPYING))
     x, given, _ = clip_of(3, COPYING)
-    given["copies"] = rand(2, 6, 3, 4, 6, seed=8)
+    given["copies"] = rand(2, 10, 3, 4, 6, seed=8)
     no_text = given | {"text": None}
     no_motion = dict(given)
     for name in "tracks", "copies":

@@ -171,7 +171,7 @@ def test_a_config_tells_sizes_that_follow_from_its_fields():
     assert SMALL.latent_size == (4, 6)
     assert SMALL.head_dim == 20
     assert SMALL.copy_dim == 0
-    assert COPYING.copy_dim == 6
+    assert COPYING.copy_dim == 4 + 6
     masked = replace(SMALL, in_dim=4 + 8 + 8)
     assert masked.image_dim == 8
     assert masked.has_mask
