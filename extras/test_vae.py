@@ -361,6 +361,15 @@ def test_a_linear_code_of_principal_components_gives_back_what_it_can_hold():
     assert_near(vae.pixel_weight(), torch.ones(channels), 1e-6)
 
 
+def test_a_channel_is_worth_what_it_changes_in_pixels():
+    vae = linear_vae()
+    before = vae.pixel_weight()
+    vae.decoder.weight[0] *= 3
+    weight = vae.pixel_weight()
+    assert_near(weight[0] / weight[1], 3 * before[0] / before[1], 1e-6)
+    assert_near(weight.square().mean(), torch.tensor(1.0), 1e-6)
+
+
 def test_a_linear_vae_comes_back_from_its_file():
     vae = linear_vae(5)
     std = torch.arange(5) + 0.5

@@ -605,7 +605,7 @@ def test_a_new_track_slot_changes_nothing_and_can_learn():
             assert embedding.grad[:, slot].abs().max() > 1e-6, family
 
 
-def test_a_new_track_slot_stands_between_noise_and_image():
+def test_a_new_track_slot_has_channels_of_its_own():
     for family, (config, _) in FAMILIES.items():
         new = with_track_slot(family).config
         assert new.image_dim == config.image_dim
