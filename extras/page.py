@@ -38,7 +38,7 @@ import torch
 from PIL import Image
 
 import sample
-from extras import world
+from extras import recording, world
 from motionstream import Config, UserError, naming, write
 from sample import (Tracks, crop, embed_words, enlarge, fit_image, hold_signals, live_motion, number, to_frames,
                     video_file)
@@ -370,7 +370,7 @@ def told(live):
     state["viewers"] = count_viewers(live)
     state["files"] = [path.name for path in live.files]
     state["pictures"] = [path.stem for path in live.pictures]
-    state["unknown"] = world.unknown_words(state["prompt"]) if state["words"] else []
+    state["unknown"] = sample.unknown_words(state["prompt"]) if state["words"] else []
     return state
 
 
@@ -631,7 +631,7 @@ def settings_of(job, models):
     window = -1 if config.window is None else config.window
     return {"track_id_mode": config.track_id_mode, "seed": job.seed, "chunk": config.chunk, "sink": config.sink,
             "window": window, "steps": len(config.sigmas), "fps": job.fps, "dtype": job.dtype,
-            "weights": sample.checksum(models)}
+            "weights": recording.checksum(models)}
 
 
 def serve(live, address, allowed):
@@ -716,7 +716,7 @@ def run(argv):
         print(f"note: {note}")
     job = replace(job, frames=None)
     control = {"seq": 0, "take": 0, "chunk": config.chunk, "pause": True, "record": flags.out is not None,
-               "prompt": job.prompts[0] or "", "groups": {}, "points": []}
+               "prompt": job.prompt or "", "groups": {}, "points": []}
     status = {"size": config.size, "image": image.size, "latency": 0.0, "slowness": 0.0, "fps": job.fps,
               "words": reads_words(config), "menu": world.caption_phrases(), "chunks": sorted({1, config.chunk}),
               "recorded": ""}
