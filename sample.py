@@ -151,21 +151,25 @@ def decode(vae, latents):
 
 
 @torch.inference_mode()
-def stream(model, vae, image, motion, encoded=Encoded(), seed=0):
+def stream(model, vae, image, motion, encoded=Encoded(), seed=0, **memory):
     """The student: a video that goes on for as long as `motion` does, at constant memory. Yields its
     chunks as soon as they are made, (B, 3, T, H, W) in [-1, 1]: 4 chunk - 3 frames, then 4 chunk.
 
     image (B, 3, H, W) in [-1, 1], of the model's size, is frame 0, see fit_image. motion: a Motion, or
     an iterator of one for each chunk (see live_motion), asked for the next just before it is made, so
-    that tracks and text can change while it streams. Memory and noise levels are the config's."""
-    config = model.config
+    that tracks and text can change while it streams. memory: chunk, sink and window, if they are not
+    the config's."""
+    config = replace(model.config, **memory)
     image = image.to(next(model.parameters()).device)
     encoded_image = vae.encode(image[:, :, None])                           # (B, C, 1, h, w)
     channels, first_latent = image_inputs(config, encoded_image, config.chunk)
     rng = torch.Generator().manual_seed(seed)
     noise = (draw_noise(encoded_image, config.chunk, rng) for _ in itertools.count())
+    if isinstance(motion, Motion):
+        motion = motion_by_chunk(motion, config.chunk)
     given = conditions(model, vae, image, motion, encoded, channels)
-    yield from decode(vae, rollout(model, noise, given, first_latent, rng=rng))
+    caches = model.new_caches(**memory)
+    yield from decode(vae, rollout(model, noise, given, first_latent, rng=rng, caches=caches))
 
 
 @torch.inference_mode()
@@ -950,7 +954,8 @@ def load_models(job, flags, weights, image):
         encoded = Encoded(*encoders.encode(sources, job.config, image, job.device))
     dit = MotionStream.from_pretrained(weights.path, dtype=getattr(torch, job.dtype), device=job.device,
                                        **vars(job.config))
-    c, how = dit.config, f"teacher, whole clip, {dit.config.steps} steps"
+    c = dit.config
+    how = f"teacher, whole clip, {c.steps} steps"
     if c.causal:
         how = f"stream, c{c.chunk}s{c.sink}w{c.window}, {len(c.sigmas)} steps".replace("None", "full")
     print(f"{weights.path.name}: {c.size[1]}x{c.size[0]} pixels, {how}, seed {job.seed}, {job.device}, "
@@ -983,13 +988,16 @@ def with_prompts(motion, prompts, config):
 def generate(job, models, image, motion):
     """The video's frames, uint8 (H, W, 3), one by one: job.frames of them; None: as long as `motion`
     goes on. image and motion: see `stream`."""
-    config = models.dit.config
+    config = job.config
     if job.drawn:
         from extras.tracks import render_control
-        frames = 4 * latent_frames(job.frames, config.chunk) - 3
+        frames = FRAMES * latent_frames(job.frames, config.chunk) - (FRAMES - 1)
         motion = replace(motion, control=render_control(models.vae, motion, config.size, frames))
-    sampler = stream if config.causal else sample_teacher
-    videos = sampler(models.dit, models.vae, image, motion, models.encoded, job.seed)
+    if config.causal:
+        videos = stream(models.dit, models.vae, image, motion, models.encoded, job.seed,
+                        chunk=config.chunk, sink=config.sink, window=config.window)
+    else:
+        videos = sample_teacher(models.dit, models.vae, image, motion, models.encoded, job.seed)
     frames = itertools.chain.from_iterable(map(to_frames, videos))
     yield from itertools.islice(frames, job.frames)
 

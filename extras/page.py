@@ -615,7 +615,7 @@ def perform(live, job, models, out):
     live.status["image"] = take.image.size
     live.take = take
     live.frame = Shown(next(live.count), 0, to_frames(pixels[:, :, None])[0])
-    models.dit.config = config
+    job = replace(job, config=config)
     with Recorder(live, take, out or RECORDING, settings_of(job, models)) as recorder:
         for frame in sample.generate(job, models, pixels, chunks_to_make(live, take, recorder)):
             if take.begun:                              # it is the first of its chunk
@@ -627,7 +627,7 @@ def perform(live, job, models, out):
 
 def settings_of(job, models):
     """What a recording says besides what its chunks were given."""
-    config = models.dit.config
+    config = job.config
     window = -1 if config.window is None else config.window
     return {"track_id_mode": config.track_id_mode, "seed": job.seed, "chunk": config.chunk, "sink": config.sink,
             "window": window, "steps": len(config.sigmas), "fps": job.fps, "dtype": job.dtype,
