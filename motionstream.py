@@ -480,9 +480,9 @@ class TrackHead(nn.Module):
 
 def start_points(tracks, visible):
     """Where each track is first seen: tracks (B, T, N, 2), visible (B, T, N) to (B, N, 2)."""
-    first = visible.int().argmax(1)                         # (B, N), the first frame that sees it
-    first = first[:, None, :, None].expand(-1, 1, -1, 2)
-    return tracks.gather(1, first)[:, 0].nan_to_num(0)
+    frame = visible.int().argmax(1)                         # (B, N), the first that sees it
+    frame = frame[:, None, :, None].expand(-1, 1, -1, 2)
+    return tracks.gather(1, frame)[:, 0].nan_to_num(0)
 
 
 def track_ids(tracks, visible, config, rng=None):

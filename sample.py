@@ -101,8 +101,8 @@ def live_motion(points, starts, config):
     points = torch.as_tensor(points, dtype=torch.float32)[None]             # (1, T, N, 2)
     starts = torch.as_tensor(starts, dtype=torch.float32)[None]             # (1, N, 2)
     if config.track_id_mode == "random":           # but the same in every chunk
-        drawn = [zlib.crc32(start.numpy().tobytes()) for start in starts[0]]
-        ids = torch.tensor([drawn], dtype=torch.int64)
+        numbers = [zlib.crc32(start.numpy().tobytes()) for start in starts[0]]
+        ids = torch.tensor([numbers], dtype=torch.int64)
     else:
         seen = torch.ones_like(starts[:, None, :, 0], dtype=torch.bool)
         ids = track_ids(starts[:, None], seen, config)
@@ -349,11 +349,8 @@ def refuse_cropped(paths, image_size, size):
     """UserError for the first text of --drag and --pin whose point is in no frame of a video of `size`:
     it starts in what is cropped of the image (width, height)."""
     from extras.tracks import read_path
-    scale, left, top = crop(*image_size, size)
     for text in paths:
-        x, y = read_path(text)[0]
-        x = (x - left) * scale
-        y = (y - top) * scale
+        x, y = to_video(read_path(text)[0], image_size, size).tolist()
         if not (0 <= x < size[1] and 0 <= y < size[0]):
             flag = "--drag" if "->" in text else "--pin"
             raise UserError(f"{flag} {text}: starts in what is cropped of the image; the video shows "
@@ -398,10 +395,10 @@ def own_tracks(arrays, size):
     return Tracks(tracks, visible, ids if "ids" in arrays else None, mode, fps, recorded, start)
 
 
-def to_video(points, image_size, config):
-    """Points (…, 2) float32 on the image (width, height) to where they are in the model's video: a tensor,
-    not cut off at the borders."""
-    scale, left, top = crop(*image_size, config.size)
+def to_video(points, image_size, size):
+    """Points (…, 2) float32 on the image (width, height) to where they are in the video of `size` (height,
+    width): a tensor, not cut off at the borders."""
+    scale, left, top = crop(*image_size, size)
     return torch.from_numpy((points - np.float32((left, top))) * np.float32(scale))
 
 
@@ -413,7 +410,7 @@ def fit_tracks(tracks, image_size, frames, config, seed):
     given = len(tracks.tracks)
     if frames > given:
         notes.append(f"the tracks end after {given} frames, the last {frames - given} are not specified")
-    points = to_video(tracks.tracks, image_size, config)[None]              # (1, T, N, 2)
+    points = to_video(tracks.tracks, image_size, config.size)[None]              # (1, T, N, 2)
     visible = torch.from_numpy(tracks.visible)[None]                        # (1, T, N)
     inside = ((points >= 0) & (points < torch.tensor(config.size[::-1]))).all(-1)
     lost = (visible & ~inside).sum()
@@ -423,7 +420,7 @@ def fit_tracks(tracks, image_size, frames, config, seed):
     if tracks.start is None:
         start = start_points(points, visible)
     else:
-        start = to_video(tracks.start, image_size, config)[None]            # (1, N, 2)
+        start = to_video(tracks.start, image_size, config.size)[None]            # (1, N, 2)
     if tracks.ids is not None and tracks.id_mode == config.track_id_mode:
         ids = torch.from_numpy(tracks.ids.astype(np.int64))[None]
     else:
@@ -850,9 +847,9 @@ def resolve_config(flags, weights):
     config = weights.config
     notes = []
     if not weights.own:
-        own = "stream" if config.causal else "teacher"
+        usual = "stream" if config.causal else "teacher"
         advice = checkpoints(weights.path, "does not say how it is sampled").advice
-        config, words = advice(config, flags.sampler or own)
+        config, words = advice(config, flags.sampler or usual)
         notes = [f"{weights.path}: {note}" for note in words]
     changes = dict(flags.settings or ()) | (flags.memory or {})
     if flags.guidance:
@@ -1076,9 +1073,9 @@ def reported(work, *args):
 
 def print_anything():
     """Consoles that lack a letter of a path, as those of Windows do, get its code; they raise otherwise."""
-    for stream in sys.stdout, sys.stderr:
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    for console in sys.stdout, sys.stderr:
+        if hasattr(console, "reconfigure"):
+            console.reconfigure(errors="backslashreplace")
 
 
 def main(argv=None):

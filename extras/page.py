@@ -41,7 +41,7 @@ import sample
 from extras import recording, world
 from motionstream import Config, UserError, naming, write
 from sample import (Tracks, crop, embed_words, enlarge, fit_image, hold_signals, live_motion, number, to_frames,
-                    video_file)
+                    to_video, video_file)
 
 RECORDING = Path("recording.mp4")   # what is recorded, without --out
 PORT = 8765
@@ -414,20 +414,14 @@ def fit_chunk(starts, tracks, prompt, size, config):
     """Points of a chunk, see glide, on an image of `size` (width, height), as sample.Motion in the model's video: hidden
     where they leave it, with the words of a prompt, if the model reads words. What a point moves is where it was in frame
     0, wherever that is by now."""
-    points = to_video(tracks, size, config)
+    points = to_video(tracks, size, config.size).numpy()
     outside = ((points < 0) | (points >= config.size[::-1])).any(-1)
     points[outside] = np.nan
     begun = np.array(starts, np.float32).reshape(-1, 2)
-    motion = live_motion(points, to_video(begun, size, config), config)
+    motion = live_motion(points, to_video(begun, size, config.size), config)
     if reads_words(config):
         motion = replace(motion, text=embed_words(prompt, config))
     return motion
-
-
-def to_video(points, size, config):
-    """Points (…, 2) float32 on an image of `size` (width, height), where sample.fit_tracks puts them in the video."""
-    scale, left, top = crop(*size, config.size)
-    return (points - np.float32((left, top))) * np.float32(scale)
 
 
 def reads_words(config):
