@@ -1026,17 +1026,15 @@ def run(argv):
                      "resampled")
     pixels = fit_image(image, job.config.size)
     models = load_models(job, flags, weights, pixels)
-    given = motion
+    steered = motion
     if tracks.recorded:
-        if tracks.recorded["weights"] != recording.checksum(models):
-            notes.append("it was recorded with other weights")
+        notes += recording.doubts(tracks.recorded, models)
         if typed is None and job.config.causal and job.config.text_encoder == "words":
-            chunk = job.config.chunk
-            count = latent_frames(job.frames, chunk) // chunk
-            given = with_prompts(motion, recording.prompts_by_chunk(tracks.recorded, count, chunk), job.config)
+            prompts = recording.prompts_by_chunk(tracks.recorded, job.config.chunk)
+            steered = with_prompts(motion, prompts, job.config)
     for note in notes:
         print(f"note: {note}")
-    frames = map(enlarge, generate(job, models, pixels, given))
+    frames = map(enlarge, generate(job, models, pixels, steered))
     if flags.overlay:
         from extras.tracks import overlaid
         frames = overlaid(frames, motion, job.config.size)

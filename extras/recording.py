@@ -3,11 +3,12 @@ frames again.
 
     settings_in(arrays)                  -> {name: value}, see SETTINGS
     replayed(flags, said, config)        -> the flags of sample.py, with what they leave open
-    prompts_by_chunk(said, count, chunk) -> one for each chunk
+    prompts_by_chunk(said, chunk)        -> one for each chunk
 
 What is recorded is written by extras/page.py, see save_recording there.
 """
 
+import itertools
 import zlib
 from dataclasses import replace
 
@@ -58,11 +59,19 @@ def replayed(flags, said, config):
     return replace(flags, **fields)
 
 
-def prompts_by_chunk(said, count, chunk):
-    """The prompts of `count` chunks of so many latents, which may be others than the recorded
+def prompts_by_chunk(said, chunk):
+    """The prompts, without end, of chunks of so many latents, which may be others than the recorded
     ones."""
     last = len(said["prompts"]) - 1
-    return [said["prompts"][min(i * chunk // said["chunk"], last)] for i in range(count)]
+    for latent in itertools.count(0, chunk):
+        yield said["prompts"][min(latent // said["chunk"], last)]
+
+
+def doubts(said, models):
+    """Why the frames may be others, a list of words."""
+    if said["weights"] == checksum(models):
+        return []
+    return ["it was recorded with other weights"]
 
 
 def checksum(models):
