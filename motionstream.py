@@ -145,10 +145,11 @@ class Config:
 
     @property
     def copy_dim(self):
-        """Input channels for copies: latents and two of nearness, see copy_along_tracks."""
+        """Input channels for copies: latents, and six that say how far to believe them, see
+        copy_along_tracks."""
         if not self.copies:
             return 0
-        return self.out_dim + 2
+        return self.out_dim + 6
 
     @property
     def image_dim(self):
@@ -172,7 +173,7 @@ PRESETS = {
         stride=16, size=(704, 1280), fps=24),
     "tiny": Config(
         dim=192, ffn_dim=576, num_heads=3, num_layers=5,
-        in_dim=96 + 32 + 98 + 96, out_dim=96, track_dim=32, copies=True, track_id_mode="same",
+        in_dim=96 + 32 + 102 + 96, out_dim=96, track_dim=32, copies=True, track_id_mode="same",
         text_dim=64, text_len=8, text_encoder="words",
         steps=15, guidance=(1.5, 0.0), size=(128, 128), prompt="steady light, steady shapes"),
 }
@@ -782,104 +783,145 @@ def rollout(model, noise, conditions, first_latent=None, exit_step=None, rng=Non
 # get neither.
 
 COPY_CELL = 4       # pixels per side of the squares that follow one track
-NEAR = (8, 32)      # pixels over which a track's nearness falls to 1 / e, see copy_along_tracks
+NEIGHBOURS = 4      # tracks of which a square's move is a mean, see way_back
+NEAR = (8, 32)      # pixels over which nearness falls to 1 / e, see nearness
 SHARES = 2          # outputs of the head for mix_copies
-LOG_SPREAD = (-6, 2)    # least and greatest log of the spread, as a share of the latents' own
+SPREAD = 0.1        # of x0 about what its copies say, as a share of the latents' own
 
 
-def nearest_track(tracks, visible, height, width):
-    """The visible track nearest to the centre of each square of COPY_CELL pixels.
-
-    tracks (B, T, N, 2), visible (B, T, N); height, width in pixels. Returns (B, T, rows, columns)
-    twice: the track's index, int64, and its distance in pixels; 0 and infinite if none is visible."""
-    B, T, N, _ = tracks.shape
-    rows = height // COPY_CELL
-    columns = width // COPY_CELL
-    if N == 0:
-        index = torch.zeros(B, T, rows, columns, dtype=torch.long, device=tracks.device)
-        return index, torch.full_like(index, math.inf, dtype=tracks.dtype)
-    y = (torch.arange(rows, device=tracks.device) + 0.5) * COPY_CELL
-    x = (torch.arange(columns, device=tracks.device) + 0.5) * COPY_CELL
-    centre = torch.cartesian_prod(y, x).flip(1)                         # (rows columns, 2), x first
-    centre = centre.expand(B, T, -1, -1)
-    # pair by pair: of a matrix product, the last bits would depend on how many tracks there are
-    pair_by_pair = "donot_use_mm_for_euclid_dist"
-    distance = torch.cdist(centre, tracks.nan_to_num(0), compute_mode=pair_by_pair)
-    distance = distance.masked_fill(~visible[:, :, None], math.inf)
-    distance, index = distance.min(3)                                   # (B, T, rows columns)
-    return index.unflatten(2, (rows, columns)), distance.unflatten(2, (rows, columns))
+def square_centres(height, width, device):
+    """Centres of the squares of COPY_CELL pixels of a picture: (rows, columns, 2), x first."""
+    y = (torch.arange(height // COPY_CELL, device=device) + 0.5) * COPY_CELL
+    x = (torch.arange(width // COPY_CELL, device=device) + 0.5) * COPY_CELL
+    y, x = torch.meshgrid(y, x, indexing="ij")
+    return torch.stack([x, y], 2)
 
 
-def way_back(tracks, start, index, distance):
-    """From each square of frame t to where it was in frame 0, by the track that it follows.
+def nearest_points(places, points, visible, count):
+    """The visible points nearest to each place, frame by frame, the nearest first.
 
-    index, distance (B, T, rows, columns) of nearest_track; start (B, N, 2): where the tracks were
-    in frame 0. Returns whole pixels, (B, T, rows, columns, 2) int64: 0 where no track is visible."""
-    if tracks.shape[2] == 0:
-        return index.new_zeros(*index.shape, 2)
-    of_track = (start[:, None] - tracks.nan_to_num(0)).round().long()   # (B, T, N, 2)
-    followed = index.flatten(2)[..., None].expand(-1, -1, -1, 2)        # (B, T, rows columns, 2)
-    of_square = of_track.gather(2, followed).view(*index.shape, 2)      # (B, T, rows, columns, 2)
-    return of_square.masked_fill(distance.isinf()[..., None], 0)
+    places (B, T, rows, columns, 2); points (B, T, N, 2), visible (B, T, N). Returns their indices,
+    int64, and their distances in pixels, (B, T, rows, columns, min(count, N)); infinite for those
+    that are not visible."""
+    far = 1e6                                                           # from all that is visible
+    points = points.masked_fill(~visible[..., None], far)
+    distance = torch.cdist(places.flatten(2, 3), points)                # (B, T, rows columns, N)
+    distance, index = distance.topk(min(count, points.shape[2]), largest=False)
+    distance = distance.masked_fill(distance > far / 2, math.inf)
+    shape = places.shape[2:4]
+    return index.unflatten(2, shape), distance.unflatten(2, shape)
+
+
+def moves_of(index, tracks, start):
+    """How far tracks have moved since frame 0: index (B, T, rows, columns, K), tracks (B, T, N, 2),
+    start (B, N, 2) to (B, T, rows, columns, K, 2)."""
+    moves = tracks.nan_to_num(0) - start.nan_to_num(0)[:, None]         # (B, T, N, 2)
+    wanted = index.flatten(2)[..., None].expand(-1, -1, -1, 2)          # (B, T, rows columns K, 2)
+    return moves.gather(2, wanted).unflatten(2, index.shape[2:])
 
 
 def from_outside(back, height, width):
     """Which squares were, wholly or in part, outside the picture in frame 0: back (B, T, rows,
-    columns, 2) of way_back to (B, T, rows, columns) bool."""
+    columns, 2), from the square to where it was, to (B, T, rows, columns) bool."""
     rows, columns = back.shape[2:4]
     x = COPY_CELL * torch.arange(columns, device=back.device) + back[..., 0]
     y = COPY_CELL * torch.arange(rows, device=back.device)[:, None] + back[..., 1]
     return (x < 0) | (y < 0) | (x > width - COPY_CELL) | (y > height - COPY_CELL)
 
 
-def warp_along_tracks(image, tracks, visible, start):
-    """Frame 0 as the tracks move it: each square of COPY_CELL pixels shows what the nearest
-    visible track brings along. Where none is visible, or it would bring what lay outside the
-    picture, it shows what was there in frame 0.
+def way_back(tracks, visible, start, height, width):
+    """From each square of COPY_CELL pixels of frame t to where it was in frame 0, by the nearest
+    visible track and those of the next nearest that move like it, so that what turns or grows does
+    so smoothly. A square follows none if none is visible, or if it would show what lay outside the
+    picture.
 
-    image (B, 3, H, W); tracks (B, T, N, 2), visible (B, T, N); start (B, N, 2): where they were in
-    frame 0. Returns video (B, 3, T, H, W) and the distance (B, T, rows, columns) in pixels to the
-    track that a square follows, infinite if it follows none."""
+    tracks (B, T, N, 2), N > 0, visible (B, T, N); start (B, N, 2): where they were in frame 0.
+    Returns pixels, (B, T, rows, columns, 2), 0 for a square that follows none, and the distance in
+    pixels to the nearest track, (B, T, rows, columns), infinite if it follows none."""
+    place = square_centres(height, width, tracks.device)
+    place = place.expand(*tracks.shape[:2], -1, -1, -1)
+    index, distance = nearest_points(place, tracks, visible, NEIGHBOURS)
+    moves = moves_of(index, tracks, start)                              # (B, T, rows, columns, K, 2)
+    farther = distance - distance[..., :1]
+    apart = (moves - moves[..., :1, :]).norm(dim=-1)
+    weight = torch.exp(-farther / 4 - (apart / 6) ** 2).nan_to_num(0)   # infinite less infinite
+    move = (weight[..., None] * moves).sum(4) / weight.sum(4, keepdim=True).clamp(min=1e-6)
+    distance = distance[..., 0]
+    none = distance.isinf() | from_outside(-move, height, width)
+    return -move.masked_fill(none[..., None], 0), distance.masked_fill(none, math.inf)
+
+
+def warp(image, back):
+    """Each square of frame t shows what lies at `back` from it in the image, interpolated between
+    pixels: (B, 3, H, W) and (B, T, rows, columns, 2) of way_back to (B, 3, T, H, W)."""
     B, _, H, W = image.shape
-    T = tracks.shape[1]
-    index, distance = nearest_track(tracks, visible, H, W)
-    back = way_back(tracks, start, index, distance)
-    outside = from_outside(back, H, W)
-    back = back.masked_fill(outside[..., None], 0)
-    distance = distance.masked_fill(outside, math.inf)
+    T = back.shape[1]
     back = back.repeat_interleave(COPY_CELL, 2)
     back = back.repeat_interleave(COPY_CELL, 3)                         # of pixels: (B, T, H, W, 2)
-    x = torch.arange(W, device=image.device) + back[..., 0]             # (B, T, H, W)
-    y = torch.arange(H, device=image.device)[:, None] + back[..., 1]
-    source = (y * W + x).flatten(1)[:, None].expand(-1, 3, -1)          # (B, 3, T H W)
-    video = image.flatten(2).gather(2, source).view(B, 3, T, H, W)
-    return video, distance
+    x = torch.arange(W, device=image.device) + 0.5 + back[..., 0]
+    y = torch.arange(H, device=image.device)[:, None] + 0.5 + back[..., 1]
+    source = torch.stack([2 * x / W - 1, 2 * y / H - 1], -1)            # the edges are -1 and 1
+    # one tall grid for all frames: the image is not repeated
+    video = F.grid_sample(image, source.flatten(1, 2), padding_mode="border", align_corners=False)
+    return video.unflatten(2, (T, H))                                   # (B, 3, T, H, W)
+
+
+def nearness(distance):
+    """Distances in pixels (B, T, rows, columns) to (B, 2, T, rows, columns): exp(-d / 8) and
+    exp(-d / 32), see NEAR."""
+    return torch.stack([torch.exp(-distance / pixels) for pixels in NEAR], 1)
+
+
+def gone_elsewhere(back, tracks, visible, start, height, width):
+    """How surely what a square shows does not belong there, as it moves with another track: what
+    lay near the start of a track is where that track is now. So an object leaves its first place,
+    and the ground behind it, which the image does not show, is not taken for the object.
+
+    back (B, T, rows, columns, 2): from each square to what it shows of frame 0. Returns (B, 2, T,
+    rows, columns): the nearness of the visible track that began nearest to that, times how surely
+    that track is not the square's own, 1 - exp(-d / 8), d the pixels between their ways."""
+    source = square_centres(height, width, tracks.device) + back
+    began = start[:, None].expand(-1, tracks.shape[1], -1, -1)
+    index, distance = nearest_points(source, began, visible, 1)
+    move = moves_of(index, tracks, start)[..., 0, :]                    # (B, T, rows, columns, 2)
+    another = 1 - torch.exp(-(move + back).norm(dim=-1) / NEAR[0])
+    return nearness(distance[..., 0]) * another[:, None]
 
 
 @torch.no_grad()
 def copy_along_tracks(vae, image, tracks, visible, start):
-    """What a copying model takes as `copies`, (B, C + 2, F, h, w): the latents of
-    warp_along_tracks, and how near the nearest track is: exp(-d / 8) and exp(-d / 32), d its
-    distance in pixels, see NEAR.
+    """What a copying model takes as `copies`, (B, C + 6, F, h, w): the latents of frame 0 as the
+    tracks move it, see warp; how near the track is that a square follows, see nearness; how surely
+    what these latents show has gone elsewhere, and how surely what the image itself shows there
+    has, see gone_elsewhere.
 
     vae: one without memory between latents (LinearVAE). image (B, 3, H, W) in [-1, 1]: frame 0,
     which is itself copied as it is. tracks (B, T, N, 2), visible (B, T, N); start (B, N, 2): where
-    the tracks were in frame 0, see start_points. T % 4 == 1 starts a clip, T % 4 == 0 continues
-    one, and chunks joined equal the whole."""
-    video, distance = warp_along_tracks(image, tracks, visible, start)
+    the tracks were in frame 0, see start_points; NaN: not seen there, such a track copies nothing.
+    T % 4 == 1 starts a clip, T % 4 == 0 continues one, and chunks joined equal the whole."""
+    H, W = image.shape[2:]
+    visible = visible & start.isfinite().all(2)[:, None]
+    tracks = F.pad(tracks, (0, 0, 0, 1))                        # one more, never visible: so there
+    visible = F.pad(visible, (0, 1))                            # is one to ask
+    start = F.pad(start, (0, 0, 0, 1))
+    back, distance = way_back(tracks, visible, start, H, W)
+    video = warp(image, back)
+    moved_is_gone = gone_elsewhere(back, tracks, visible, start, H, W)
+    still_is_gone = gone_elsewhere(0 * back, tracks, visible, start, H, W)
+    signals = torch.cat([nearness(distance), moved_is_gone, still_is_gone], 1)
     if tracks.shape[1] % FRAMES == 1:
         video[:, :, 0] = image
-        distance[:, 0] = 0
+        signals[:, :, 0] = 0
+        signals[:, :len(NEAR), 0] = 1
         latents = vae.encode(video)
-        before = distance[:, :1].expand(-1, FRAMES - 1, -1, -1)
-        distance = torch.cat([before, distance], 1)             # as the VAE packs frame 0
+        before = signals[:, :, :1].expand(-1, -1, FRAMES - 1, -1, -1)
+        signals = torch.cat([before, signals], 2)               # as the VAE packs frame 0
     else:
         video = torch.cat([video[:, :, :1], video], 2)          # after a frame 0 that is dropped
         latents = vae.encode(video)[:, :, 1:]
-    near = torch.stack([torch.exp(-distance / pixels) for pixels in NEAR], 1)
     squares = vae.stride // COPY_CELL
-    near = F.avg_pool3d(near, (FRAMES, squares, squares))       # (B, 2, F, h, w)
-    return torch.cat([latents, near], 1)
+    signals = F.avg_pool3d(signals, (FRAMES, squares, squares))         # (B, 6, F, h, w)
+    return torch.cat([latents, signals], 1)
 
 
 def mix_copies(shares, moved, still):
@@ -905,32 +947,31 @@ def linear_part(sigma, std):
     return guess, variance
 
 
-def with_linear_part(output, x_t, sigma, std, expected=None, spread=None):
+def with_linear_part(output, x_t, sigma, std, expected=0.0):
     """The velocity, from the output of a network that saw x_t / sqrt(V), V the variance of x_t:
 
-        guess x_t + std / sqrt(V) output
+        linear part about `expected` + std / sqrt(V) output
 
-    so that the network's input and target have unit variance: the preconditioning of EDM (Karras
-    et al. 2022, section 5), for rectified flow, channel by channel.
+    so that the network's input and target are about 1: the preconditioning of EDM (Karras et al.
+    2022, section 5), for rectified flow, channel by channel. The linear part is that of a Gaussian
+    about `expected`, with SPREAD std, which believes little of x_t: a token of the tiny model is
+    384 noisy numbers and the network 192 wide. What it cannot tell from noise would be kept as
+    detail, and sampling would end in noise.
 
-    output, x_t (B, C, F, h, w). expected, spread (B, C, F, h, w): what x0 is thought to be and how
-    far from it x0 is, the mean and the standard deviation of the Gaussian that guess is for. The
-    smaller the spread, the less of the noise in x_t is believed. None: 0 and std."""
+    output, x_t (B, C, F, h, w); expected (B, C, F, h, w): what x0 is thought to be."""
     _, variance = linear_part(sigma, std)
-    guess, around = linear_part(sigma, std if spread is None else spread)
-    velocity = guess * x_t + std / variance.sqrt() * output
-    if expected is None:
-        return velocity
-    return velocity - per_frame(sigma).float() / around * expected
+    guess, around = linear_part(sigma, SPREAD * std)
+    given = guess * x_t - per_frame(sigma).float() / around * expected
+    return given + std / variance.sqrt() * output
 
 
 class CopyingMotionStream(MotionStream):
     """A MotionStream for a config with `copies`: they are inputs just before the image's, and the
-    head has more outputs: how far x0 is from what the copies say (C), and their shares in it."""
+    head has two more outputs, their shares in x0."""
 
     def __init__(self, config):
         super().__init__(config)
-        self.head = Head(config, 2 * config.out_dim + SHARES)
+        self.head = Head(config, config.out_dim + SHARES)
         if not self.head.head.weight.is_meta:
             init_copying_head(self.head, config)
 
@@ -945,19 +986,18 @@ class CopyingMotionStream(MotionStream):
         still = condition_or_zeros("image", image, (B, C, frames, h, w), x)
         image = torch.cat([copied, still], 1)
         output = super().forward(x / variance.sqrt(), sigma, text, image=image, **rest)
-        output, log_spread, shares = output.split([C, C, SHARES], 1)
-        spread = std * log_spread.clamp(*LOG_SPREAD).exp()
-        expected = None
+        output, shares = output.split([C, SHARES], 1)
+        expected = 0.0
         if copies is not None:
             expected = mix_copies(shares, copied[:, :C], still)
-        return with_linear_part(output, x, sigma, std, expected, spread)
+        return with_linear_part(output, x, sigma, std, expected)
 
 
 def init_copying_head(head, config):
     """A fresh model predicts 0.8 of the latents moved along the tracks, 0.2 of the image's own."""
     nn.init.zeros_(head.head.weight)
     nn.init.normal_(head.modulation, std=config.dim ** -0.5)
-    bias = torch.zeros(math.prod(config.patch_size), 2 * config.out_dim + SHARES)
+    bias = torch.zeros(math.prod(config.patch_size), config.out_dim + SHARES)
     bias[:, -SHARES:] = torch.tensor([0.8, 0.2])
     head.head.bias.data = bias.flatten()
 

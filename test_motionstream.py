@@ -40,10 +40,11 @@ from extras.testing import (COPYING, HERE, SMALL, SMALL_VAE, TAEW21, TAEW22, WAN
                             randomised, same, saved, seeded, wan_video)
 from motionstream import (PRESETS, CopyingMotionStream, KVCache, MotionStream, SelfAttention,
                           TrackHead, UserError, add_noise, apply_rope, copy_along_tracks, euler,
+                          gone_elsewhere,
                           guided_velocity, joint_guidance, linear_part, motion_inputs,
-                          nearest_track, rollout, rope_table, schedule, shift_sigma, sinusoid,
+                          nearest_points, rollout, rope_table, schedule, shift_sigma, sinusoid, square_centres,
                           split_conditions, start_points, to_x0, track_features, track_ids,
-                          warp_along_tracks, with_first, with_linear_part)
+                          warp, way_back, with_first, with_linear_part)
 from vae import (STATISTICS, CausalConv, ChannelNorm, Enlarge, LinearVAE, LinearVAEConfig,
                  MemBlock, Repack, TinyVAE, WanVAE, WanVAEConfig, enlarging, load_vae)
 
@@ -96,7 +97,7 @@ def test_guided_velocity_is_three_evaluations_without_text_and_without_tracks():
     v = [model(x, sigma, **given | without) for without in left_out]
     assert_near(guided_velocity(model, x, sigma, given, (3.0, 1.5)), joint_guidance(*v, 3.0, 1.5), 1e-5)
 
-    model, given = new_model(**vars(COPYING)), given | {"copies": rand(2, 6, 3, 4, 6, seed=8)}
+    model, given = new_model(**vars(COPYING)), given | {"copies": rand(2, 10, 3, 4, 6, seed=8)}
     zeros = {name: torch.zeros_like(given[name]) for name in ("tracks", "copies")}
     v = [model(x, sigma, **given | without) for without in ({}, {"text": None}, zeros)]
     assert_near(guided_velocity(model, x, sigma, given, (3.0, 1.5)), joint_guidance(*v, 3.0, 1.5), 1e-5)
@@ -512,7 +513,7 @@ def test_copying_along_true_tracks_gives_the_latents_of_the_moved_picture():
         start = start_points(tracks, visible)
         copied = copy_along_tracks(vae, video[:, :, 0], tracks, visible, start)
         latents = vae.encode(video)
-        assert copied.shape == (1, 4 + 2, *latents.shape[2:])
+        assert copied.shape == (1, 4 + 6, *latents.shape[2:])
         # columns whose window, 4 pixels wider than the cell, shows nothing that has come into the picture
         columns = slice(2, None)
         if speed > 2:
@@ -552,13 +553,14 @@ def test_hidden_tracks_copy_nothing_and_no_track_at_all_is_the_image_standing_st
     for given in ((tracks, nothing), (nowhere, nothing), (tracks[:, :, :0], visible[:, :, :0])):
         copied = copy_along_tracks(vae, image, *given, start_points(*given))
         assert_near(copied[:, :4], still, 1e-6)
-        assert (copied[:, 4:, 0] == 1).all() and (copied[:, 4:, 1:] == 0).all()     # near in frame 0, then nowhere
+        assert (copied[:, 4:6, 0] == 1).all() and (copied[:, 4:6, 1:] == 0).all()   # near in frame 0, then nowhere
+        assert (copied[:, 6:] == 0).all()                                           # nothing has gone
 
     half = visible & (torch.arange(tracks.shape[2]) % 2 == 0)
     start = start_points(tracks, visible)
     expected = copy_along_tracks(vae, image, tracks[:, :, ::2], visible[:, :, ::2], start[:, ::2])
     elsewhere = torch.where(half[..., None], tracks, 7.0)                       # positions of hidden ones do not count
-    assert copy_along_tracks(vae, image, elsewhere, half, start).equal(expected)
+    assert_near(copy_along_tracks(vae, image, elsewhere, half, start), expected, 1e-3)
 
 
 def test_motion_inputs_are_features_and_of_a_copying_model_copies():
@@ -575,27 +577,84 @@ def test_motion_inputs_are_features_and_of_a_copying_model_copies():
 
 
 def test_a_square_follows_the_visible_track_nearest_to_its_centre():
+    centres = square_centres(32, 48, "cpu")
+    assert centres.shape == (8, 12, 2) and centres[7, 10].tolist() == [42, 30]
     tracks = torch.tensor([[3.0, 2.0], [42.0, 30.0]]).expand(1, 2, -1, -1)
     visible = torch.tensor([[[True, True], [False, True]]])
-    number, distance = nearest_track(tracks, visible, 32, 48)
-    assert number.shape == distance.shape == (1, 2, 8, 12)
-    assert number[0, 0, 0, 0] == 0 and distance[0, 0, 0, 0] == 1                # centre (2, 2)
-    assert number[0, 0, 7, 10] == 1 and distance[0, 0, 7, 10] == 0
-    assert (number[0, 1] == 1).all()                                            # the other one is hidden there
-    later = tracks + torch.tensor([0.0, 0.0, 5.0, -9.0]).view(1, 1, 2, 2) * torch.arange(2).view(1, 2, 1, 1)
+    index, distance = nearest_points(centres.expand(1, 2, -1, -1, -1), tracks, visible, 2)
+    assert index.shape == distance.shape == (1, 2, 8, 12, 2)
+    assert index[0, 0, 0, 0].tolist() == [0, 1] and distance[0, 0, 0, 0, 0] == 1            # centre (2, 2)
+    assert index[0, 0, 7, 10].tolist() == [1, 0] and distance[0, 0, 7, 10, 0] == 0
+    assert (index[0, 1, ..., 0] == 1).all() and distance[0, 1, ..., 1].isinf().all()        # the other one is hidden
+
+
+def test_what_a_square_shows_of_frame_0_lies_where_its_track_leads_back():
+    tracks = torch.tensor([[3.0, 2.0], [42.0, 30.0]]).expand(1, 2, -1, -1)
+    step = torch.tensor([0.0, 0.0, 5.0, -9.0]).view(1, 1, 2, 2)
+    tracks = tracks + step * torch.arange(2).view(1, 2, 1, 1)
+    visible = torch.ones(1, 2, 2, dtype=torch.bool)
     image = torch.arange(32 * 48.0).expand(3, -1).view(1, 3, 32, 48)
-    video, distance = warp_along_tracks(image, later, visible | True, later[:, 0])
-    assert video[0, 0, 1, 17, 47] == image[0, 0, 26, 42]                        # moved by (5, -9)
-    assert video[0, 0, 1, :8, :8].equal(image[0, 0, :8, :8])                    # what stays
-    assert video[0, 0, 1, 28:, 40:].equal(image[0, 0, 28:, 40:])                # would come from below the picture
+    back, distance = way_back(tracks, visible, tracks[:, 0], 32, 48)
+    video = warp(image, back)
+    assert_near(video[0, 0, 1, 17, 47], image[0, 0, 26, 42], 1e-5)                          # moved by (5, -9)
+    assert_near(video[0, 0, 1, :8, :8], image[0, 0, :8, :8], 1e-5)                          # what stays
+    assert_near(video[0, 0, 1, 28:, 40:], image[0, 0, 28:, 40:], 1e-5)                      # would come from below
     assert distance[0, 1, 7, 10:].isinf().all() and distance[0, 1, 4, 10:].isfinite().all()
+    half = warp(image, torch.full((1, 1, 8, 12, 2), 0.5))
+    assert_near(half[0, 0, 0, 5, 5], image[0, 0, 5:7, 5:7].mean(), 1e-5)                    # between four pixels
+
+
+def test_squares_of_what_turns_move_smoothly_and_never_with_what_moves_otherwise():
+    grid = torch.cartesian_prod(torch.arange(8.0, 41, 8), torch.arange(8.0, 41, 8))[None]   # (1, 25, 2)
+    turn = torch.tensor([[0.98, 0.2], [-0.2, 0.98]])                                        # 11.5 degrees
+    turned = (grid - 24) @ turn + 24
+    visible = torch.ones(1, 1, 25, dtype=torch.bool)
+    back, _ = way_back(turned[:, None], visible, grid, 48, 48)
+    place = square_centres(48, 48, "cpu")
+    exact = (place - 24) @ turn.inverse() + 24 - place
+    error = (back[0, 0] - exact).norm(dim=-1)[2:10, 2:10]
+    assert error.max() < 1.0 and error.mean() < 0.4, (error.max(), error.mean())
+
+    moves = torch.zeros(25, 2)
+    moves[:10] = torch.tensor([20.0, 0])                                                    # two columns leave
+    back, _ = way_back((grid + moves)[:, None], visible, grid, 48, 48)
+    assert all(len(set(map(tuple, row.round(decimals=2).tolist()))) <= 2 for row in back[0, 0])
+
+
+def test_an_object_leaves_its_first_place_and_the_ground_behind_it_is_not_taken_for_it():
+    """An object, round (12, 16), moves by 24 pixels to the right over a ground that stands still."""
+    on_object = torch.cartesian_prod(torch.arange(8.0, 16, 4) + 2, torch.arange(12.0, 20, 4) + 2)
+    on_ground = torch.cartesian_prod(torch.arange(0.0, 48, 4) + 2, torch.arange(0.0, 32, 4) + 2)
+    hidden = (on_ground > torch.tensor([8, 12])).all(1) & (on_ground < torch.tensor([16, 20])).all(1)
+    start = torch.cat([on_object, on_ground.masked_fill(hidden[:, None], math.nan)])[None]
+    moves = torch.tensor([24.0, 0]).expand(4, 2)
+    moves = torch.cat([moves, torch.zeros_like(on_ground)])
+    tracks = torch.cat([on_object, on_ground])[None, None] + moves              # (1, 1, N, 2), one frame
+    over = (on_ground > torch.tensor([32, 12])).all(1) & (on_ground < torch.tensor([40, 20])).all(1)
+    visible = torch.cat([torch.ones(4, dtype=torch.bool), ~over])[None, None]
+    vae = linear_vae()
+    copies = copy_along_tracks(vae, rand(1, 3, 32, 48), tracks.expand(-1, 4, -1, -1), visible.expand(-1, 4, -1),
+                               start)
+    moved, still = copies[0, 6:8, 0], copies[0, 8:10, 0]                        # (2, 4, 6) of cells of 8 pixels
+    assert copies.shape == (1, 10, 1, 4, 6)
+    seen = visible & start.isfinite().all(2)
+    back, _ = way_back(tracks, seen, start, 32, 48)
+    sure = gone_elsewhere(back, tracks, seen, start, 32, 48)[0, 0, 0]           # by squares of 4 pixels: (8, 12)
+    left = torch.zeros(8, 12, dtype=torch.bool)
+    left[3:5, 2:4] = True                                                       # where the object was
+    assert (sure[left] > 0.9).all() and (sure[~left] < 0.5).all()
+    assert (sure[3:5, 8:10] < 1e-6).all()                                        # where it is, it is at home
+    sure = gone_elsewhere(0 * back, tracks, seen, start, 32, 48)[0, 0, 0]
+    assert (sure[left] > 0.9).all() and (sure[:, 6:] < 0.3).all()               # the image itself shows no object there
+    assert moved[0].max() == moved[0, 2, 1] or moved[0].max() == moved[0, 1, 1]
+    assert still[0, 1:3, 1].min() > 0.3 > still[0, :, 3:].max()
 
 
 def test_a_fresh_model_believes_its_copies_and_where_there_are_none_the_image():
     torch.manual_seed(0)
     model = CopyingMotionStream(COPYING).eval()
     x, ones, tracks = rand(2, 4, 3, 4, 6), torch.ones(2), rand(2, 8, 3, 4, 6, seed=3)
-    copies, image = rand(2, 6, 3, 4, 6, seed=1), rand(2, 4, 3, 4, 6, seed=2)
+    copies, image = rand(2, 10, 3, 4, 6, seed=1), rand(2, 4, 3, 4, 6, seed=2)
     with torch.no_grad():
         x0 = to_x0(x, model(x, ones, tracks=tracks, copies=copies, image=image), ones)
         assert_near(x0, 0.8 * copies[:, :4] + 0.2 * image, 1e-5)
@@ -603,60 +662,47 @@ def test_a_fresh_model_believes_its_copies_and_where_there_are_none_the_image():
         assert_near(x0, 0.8 * copies[:, :4], 1e-5)
         x0 = to_x0(x, model(x, ones, tracks=tracks, image=image), ones)
         assert x0.abs().max() < 1e-6                            # without copies: the mean, 0
-    assert_error(AssertionError, "condition copies (2, 8, 3, 4, 6), expected (2, 6,", model, x, ones, copies=tracks)
+    assert_error(AssertionError, "condition copies (2, 8, 3, 4, 6), expected (2, 10,", model, x, ones, copies=tracks)
     model.config = replace(COPYING, latent_std=())
     assert_error(AssertionError, "latent_std", model, x, ones)
 
 
 def test_a_copying_model_is_a_motionstream_inside_the_linear_part():
-    """Its image slot holds copies, then the image; its head the spread and the shares too."""
+    """Its image slot holds copies, then the image; its head two more channels, the shares."""
     model = new_model(**vars(COPYING))
     plain = randomised(MotionStream(COPYING))
     plain.head = model.head
     plain.load_state_dict(model.state_dict())
     noise, given, _ = clip_of(3, COPYING)
-    copies, image, sigma = rand(2, 6, 3, 4, 6, seed=8), rand(2, 4, 3, 4, 6, seed=9), torch.tensor([0.9, 0.4])
+    copies, image, sigma = rand(2, 10, 3, 4, 6, seed=8), rand(2, 4, 3, 4, 6, seed=9), torch.tensor([0.9, 0.4])
     std = torch.tensor(COPYING.latent_std).view(1, -1, 1, 1, 1)
     s = sigma.view(2, 1, 1, 1, 1)
     variance = (1 - s) ** 2 * std ** 2 + s ** 2
     output = plain(noise / variance.sqrt(), sigma, **given, image=torch.cat([copies, image], 1))
-    correction, log_spread, shares = output.split([4, 4, 2], 1)
+    shares = output[:, 4:]
     mean = shares[:, :1] * copies[:, :4] + shares[:, 1:] * image
-    spread = (std * log_spread.clamp(-6, 2).exp()) ** 2                                      # of a Gaussian round that mean
+    spread = (0.1 * std) ** 2                                                   # of a Gaussian round that mean
     x0 = mean + (1 - s) * spread / ((1 - s) ** 2 * spread + s ** 2) * (noise - (1 - s) * mean)
-    expected = (noise - x0) / s + std / variance.sqrt() * correction
+    expected = (noise - x0) / s + std / variance.sqrt() * output[:, :4]
     assert_near(model(noise, sigma, **given, copies=copies, image=image), expected, 1e-5)
-
-
-def test_the_spread_says_how_much_of_the_noise_is_believed():
-    """Near the copies there is little of x_t in x0; by default the spread is the latents' own."""
-    std, mean = torch.tensor([0.5, 1.0, 2.0]).view(1, -1, 1, 1, 1), rand(2, 3, 4, 2, 2)
-    x_t, zero = rand(2, 3, 4, 2, 2, seed=1), torch.zeros(2, 3, 4, 2, 2)
-    sigma = torch.tensor([0.8, 0.2])
-    certain = with_linear_part(zero, x_t, sigma, std, mean, 1e-6 * std + zero)
-    assert_near(to_x0(x_t, certain, sigma), mean, 1e-5)
-    blank = with_linear_part(zero, x_t, sigma, std, mean, 1e6 * std + zero)
-    assert_near(add_noise(to_x0(x_t, blank, sigma), zero, sigma), x_t, 1e-4)    # x_t / (1 - sigma), whatever the mean
-    own = with_linear_part(zero, x_t, sigma, std, mean, std + zero)
-    assert own.equal(with_linear_part(zero, x_t, sigma, std, mean))
 
 
 def test_the_linear_part_is_the_posterior_mean_of_gaussian_latents():
     std, mean = torch.tensor([0.5, 1.0, 2.0]).view(1, -1, 1, 1, 1), rand(2, 3, 4, 2, 2)
     x_t, sigma = rand(2, 3, 4, 2, 2, seed=1), torch.tensor([[0.0, 0.1, 0.5, 0.9], [1.0, 0.99, 0.3, 0.7]])
+    given = with_linear_part(torch.zeros_like(x_t), x_t, sigma, std, mean)
+    unit = with_linear_part(torch.ones_like(x_t), x_t, sigma, std, mean) - given
     for b, c, f in itertools.product(range(2), range(3), range(4)):
         s, d = sigma[b, f].item(), std[0, c].item()
         mix = np.array([[1 - s, s], [-1, 1]])                       # (x0, noise) to (x_t, velocity)
-        covariance = mix @ np.diag([d ** 2, 1]) @ mix.T
+        covariance = mix @ np.diag([(0.1 * d) ** 2, 1]) @ mix.T     # x0 is near what is expected
         middle = mean[b, c, f].double().numpy()
         slope = covariance[1, 0] / covariance[0, 0]
         expected = -middle + slope * (x_t[b, c, f].double().numpy() - (1 - s) * middle)
-        left = covariance[1, 1] - slope * covariance[1, 0]          # variance of the velocity, given x_t
-        given = with_linear_part(torch.zeros_like(x_t), x_t, sigma, std, mean)
         assert_near(given[b, c, f].double(), torch.from_numpy(expected), 1e-5)
-        unit = with_linear_part(torch.ones_like(x_t), x_t, sigma, std, mean) - given
-        assert abs(unit[b, c, f].square().mean().item() - left) < 1e-5, "the network's target has variance 1"
-        assert abs(linear_part(sigma, std)[1][b, c, f].item() - covariance[0, 0]) < 1e-5
+        variance = ((1 - s) * d) ** 2 + s ** 2                      # of x_t, over all clips
+        assert abs(linear_part(sigma, std)[1][b, c, f].item() - variance) < 1e-5
+        assert_near(unit[b, c, f].double(), torch.full((2, 2), d / variance ** 0.5).double(), 1e-4)
     zero = with_linear_part(torch.zeros_like(x_t), x_t, sigma, std)
     assert zero.equal(with_linear_part(torch.zeros_like(x_t), x_t, sigma, std, 0 * mean))
 
@@ -664,7 +710,7 @@ def test_the_linear_part_is_the_posterior_mean_of_gaussian_latents():
 def test_copying_models_stream_and_later_copies_do_not_change_past_frames():
     model = new_model(**vars(COPYING))
     noise, given, first = clip_of(8, COPYING)
-    given |= {"copies": rand(2, 6, 8, 4, 6, seed=6), "image": first.expand(-1, -1, 8, -1, -1)}
+    given |= {"copies": rand(2, 10, 8, 4, 6, seed=6), "image": first.expand(-1, -1, 8, -1, -1)}
     made = list(rollout(model, noise, given, first, rng=seeded()))
     assert [x.shape[2] for x in made] == [3, 3, 2] and all(x.isfinite().all() for x in made)
     other = given | {"copies": given["copies"] * (torch.arange(8) < 6).view(-1, 1, 1)}

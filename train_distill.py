@@ -1200,7 +1200,8 @@ def draw_batch(run, files, count, frames, *, dense=False, first_only=False):
         conditions["image"] = image
     points = {"tracks": tracks, "visible": visible, "ids": track_ids(tracks, visible, config)}
     if config.copies:
-        points["start"] = start_points(tracks, true)            # where it was in frame 0, if hidden
+        start = start_points(tracks, true)
+        points["start"] = start.masked_fill(~true[:, 0, :, None], math.nan)     # not in the image
         points["image"] = clips["first"].float() / 127.5 - 1
     counted = true & on_object[:, None] if on_object.any() else visible
     touched = touched_cells(tracks, counted, config)

@@ -591,7 +591,7 @@ def new_weights(here, mode):
     if mode == "copies":
         vae = randomised(LinearVAE(LinearVAEConfig(4, 8, 4)))
         save_pretrained(vae, here / "vae.safetensors", **vae.metadata())
-        model = new_model(track_id_mode="random", copies=True, in_dim=4 + 8 + 6 + 4, latent_std=(1.0, 0.9, 0.8, 0.7))
+        model = new_model(track_id_mode="random", copies=True, in_dim=4 + 8 + 10 + 4, latent_std=(1.0, 0.9, 0.8, 0.7))
     else:
         saved(here / "vae.safetensors", new_vae())
         model = new_model(track_id_mode=mode)

@@ -101,7 +101,7 @@ def test_a_tiny_model_of_48_channels_is_no_wan_22():
         saved(here / "a.safetensors", randomised(MotionStream(config)))
         assert MotionStream.from_pretrained(here / "a.safetensors").config == config
     assert (config.latent_size, config.head_dim, config.image_dim, config.has_mask) == ((4, 6), 20, 48, False)
-    assert (COPYING.copy_dim, SMALL.copy_dim, replace(SMALL, in_dim=20).has_mask) == (6, 0, True)
+    assert (COPYING.copy_dim, SMALL.copy_dim, replace(SMALL, in_dim=20).has_mask) == (10, 0, True)
 
 
 def test_wans_own_layout_and_ours_are_read_without_extras():
