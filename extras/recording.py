@@ -14,6 +14,8 @@ from dataclasses import replace
 
 import torch
 
+from sample import MOST_FRAMES
+
 # How the frames were made; window -1: all; weights: see checksum.
 SETTINGS = {
     "seed": int,
@@ -28,12 +30,19 @@ SETTINGS = {
 }
 
 
+# Their least and greatest, as of the flags of sample.py; a window below 0 is all of the past.
+LIMITS = {"chunk": (1, 999), "sink": (0, 10 ** 6), "window": (-10 ** 6, 10 ** 6),
+          "steps": (1, 1000), "fps": (0.1, 1000), "frames": (1, MOST_FRAMES)}
+
+
 def settings_in(arrays):
     """SETTINGS and the prompts in the arrays of a recording. Whatever is wrong with them raises."""
     said = {name: kind(arrays[name]) for name, kind in SETTINGS.items()}
     said["prompts"] = arrays["prompts"].tolist()
-    counts = (said["chunk"], said["frames"], said["steps"], len(said["prompts"]), said["sink"] + 1)
-    if min(counts) < 1 or said["dtype"] not in ("float32", "bfloat16", "float16"):
+    for name, (least, most) in LIMITS.items():
+        if not least <= said[name] <= most:
+            raise ValueError(f"{name} is {said[name]}")
+    if not said["prompts"] or said["dtype"] not in ("float32", "bfloat16", "float16"):
         raise ValueError("no recording")
     if said["window"] < 0:
         said["window"] = None
