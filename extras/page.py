@@ -695,6 +695,7 @@ def run(argv):
     """The program. Returns the exit code."""
     flags, address, allowed = parse_flags(argv)
     image = sample.load_image(flags.image)
+    sample.find_ffmpeg()                        # whoever watches may record
     if flags.out:
         check_out(flags)
     weights = sample.inspect(flags.weights or sample.ASSETS / "tiny.safetensors")

@@ -1,9 +1,13 @@
-"""Recordings of the page whose settings are no settings."""
+"""Recordings of the page whose settings are no settings, and a page that could not record."""
+
+from unittest.mock import patch
 
 import numpy as np
 
+import sample
+from extras import page
 from extras.recording import SETTINGS, settings_in
-from extras.testing import assert_error
+from extras.testing import HERE, assert_error, quiet
 
 GOOD = {
     "seed": 7, "chunk": 3, "sink": 1, "window": -1, "steps": 3, "fps": 16.0, "dtype": "float32",
@@ -23,3 +27,11 @@ def test_settings_of_a_recording_are_within_those_of_the_flags():
     assert said.keys() == {*SETTINGS, "prompts"} and said["window"] is None
     for name, value in BAD:
         assert_error(ValueError, "", settings_in, GOOD | {name: value})
+
+
+def test_the_page_looks_for_ffmpeg_before_anything_is_loaded():
+    with patch.dict("os.environ", IMAGEIO_FFMPEG_EXE="/nowhere/ffmpeg"), patch.object(sample, "inspect", None):
+        with quiet() as (_, err):
+            code = page.main(["--image", str(HERE / "assets/drag.png")])
+    assert code == 2
+    assert "/nowhere/ffmpeg: cannot be used" in err.getvalue()
