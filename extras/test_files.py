@@ -22,7 +22,7 @@ from extras.testing import (COPYING, HERE, SMALL, assert_error, command, folder,
                             new_model, new_vae, public, same_tensors, sampled, saved, workplace,
                             write_layout)
 from motionstream import (CHOICES, LIMITS, PRESETS, Config, MotionStream, UserError, check_config,
-                          free_memory, write)
+                          config_from_shapes, free_memory, write)
 from vae import load_vae
 
 # --------------------------------------------------------------------------------------------------
@@ -135,24 +135,31 @@ def assert_vae_refused(tensors, about):
 
 def test_every_field_of_a_config_has_limits_that_all_presets_are_in():
     named = {field.name for field in fields(Config)}
+    by_tensors = config_from_shapes(small_model().state_dict(), "a.safetensors").keys()
     limited = LIMITS.keys() | CHOICES.keys()
-    assert named - {"prompt"} == limited                        # check_together looks at that
+    assert named - {"prompt"} == limited | by_tensors           # check_config looks at the prompt
     tiny = replace(PRESETS["tiny"], latent_std=(1.0,) * 96)     # of the VAE, in a file
     presets = PRESETS | {"tiny": tiny}
     for config in list(presets.values()) + [SMALL, COPYING]:
         check_config(config, "a.safetensors")
 
 
-def test_a_causal_class_beside_wans_names_streams_without_extras():
-    missing = {"extras": None, "extras.checkpoints": None}
-    with folder() as here, unittest.mock.patch.dict(sys.modules, missing):
+def test_a_causal_class_beside_wans_names_streams():
+    load = MotionStream.from_pretrained
+    without_extras = unittest.mock.patch.dict(
+        sys.modules, {"extras": None, "extras.checkpoints": None})
+    with folder() as here:
         path = write_layout(here, "Wan 2.1 T2V", "Wan")
-        assert not MotionStream.from_pretrained(path).config.causal
+        with without_extras:
+            assert not load(path).config.causal
         beside = path / "config.json"
         said = json.loads(beside.read_text())
         said["_class_name"] = "CausalWanModel"
         beside.write_text(json.dumps(said))
-        config = MotionStream.from_pretrained(path).config
+        with without_extras:
+            text = "config.json: not of Wan's own WanModel; extras/checkpoints.py"
+            assert_error(UserError, text, load, path)
+        config = load(path).config
     assert config.causal
     assert config.chunk == 3
     assert config.sink == 0
