@@ -1326,7 +1326,7 @@ def test_pieces_of_the_model_run_from_their_own_source():
 def test_dmd_loss_and_the_vae_run_from_their_own_source():
     model, (x0, given, first) = new_model(), clip_of(3)
     needs = vars(lifted("motionstream.py", *FLOW, "joint_guidance", "without", "guided_velocity"))
-    own = lifted("train_distill.py", "score_sigma", "dmd_loss", **needs)
+    own = lifted("train_distill.py", "score_sigma", "real_and_fake", "dmd_loss", **needs)
     values = []
     for loss in td.dmd_loss, own.dmd_loss:
         torch.manual_seed(0)

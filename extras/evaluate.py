@@ -516,7 +516,8 @@ def plot(path, curves, title, width=640, height=320):
     write(path, lambda temporary: page.save(temporary, "png"))
 
 
-PLOTTED = ("loss", "loss_c", "loss_g", "loss_d", "reward", "std", "x0_none", "x0_tracks")
+PLOTTED = ("loss", "loss_c", "loss_g", "loss_d", "reward", "std", "std_least", "std_most", "moves", "x0_none",
+           "x0_tracks", "x0_swapped")
 
 
 def plot_stage(folder, stage):
