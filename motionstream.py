@@ -783,9 +783,10 @@ def rollout(model, noise, conditions, first_latent=None, exit_step=None, rng=Non
 # get neither.
 
 COPY_CELL = 4       # pixels per side of the squares that follow one track
+NEIGHBOURS = 4      # tracks of which a square's move is a mean, see way_back
 NEAR = (8, 32)      # pixels over which nearness falls to 1 / e, see nearness
 SHARES = 2          # outputs of the head for mix_copies
-LOG_SPREAD = (-6, 2)    # least and greatest log of the spread, as a share of the latents' own
+SPREAD = 0.1        # of x0 about what its copies say, as a share of the latents' own
 
 
 def square_centres(height, width, device):
@@ -796,31 +797,27 @@ def square_centres(height, width, device):
     return torch.stack([x, y], 2)
 
 
-def nearest_point(places, points, visible):
-    """The visible point nearest to each place, frame by frame.
+def nearest_points(places, points, visible, count):
+    """The visible points nearest to each place, frame by frame, the nearest first.
 
-    places (B, T, rows, columns, 2); points (B, T, N, 2), visible (B, T, N). Returns the point's
-    index, int64, and its distance in pixels, (B, T, rows, columns); 0 and infinite if none is
-    visible."""
-    if points.shape[2] == 0:
-        index = torch.zeros(places.shape[:4], dtype=torch.long, device=points.device)
-        return index, torch.full_like(index, math.inf, dtype=points.dtype)
-    # pair by pair: of a matrix product, the last bits would depend on how many points there are
-    pair_by_pair = "donot_use_mm_for_euclid_dist"
-    distance = torch.cdist(places.flatten(2, 3), points.nan_to_num(0), compute_mode=pair_by_pair)
-    distance = distance.masked_fill(~visible[:, :, None], math.inf)     # (B, T, rows columns, N)
-    distance, index = distance.min(3)
-    return index.view(places.shape[:4]), distance.view(places.shape[:4])
+    places (B, T, rows, columns, 2); points (B, T, N, 2), visible (B, T, N). Returns their indices,
+    int64, and their distances in pixels, (B, T, rows, columns, min(count, N)); infinite for those
+    that are not visible."""
+    far = 1e6                                                           # from all that is visible
+    points = points.masked_fill(~visible[..., None], far)
+    distance = torch.cdist(places.flatten(2, 3), points)                # (B, T, rows columns, N)
+    distance, index = distance.topk(min(count, points.shape[2]), largest=False)
+    distance = distance.masked_fill(distance > far / 2, math.inf)
+    shape = places.shape[2:4]
+    return index.unflatten(2, shape), distance.unflatten(2, shape)
 
 
 def moves_of(index, tracks, start):
-    """How far the track of each square has moved since frame 0: index (B, T, rows, columns), tracks
-    (B, T, N, 2), start (B, N, 2) to (B, T, rows, columns, 2)."""
-    if tracks.shape[2] == 0:
-        return tracks.new_zeros(*index.shape, 2)
+    """How far tracks have moved since frame 0: index (B, T, rows, columns, K), tracks (B, T, N, 2),
+    start (B, N, 2) to (B, T, rows, columns, K, 2)."""
     moves = tracks.nan_to_num(0) - start.nan_to_num(0)[:, None]         # (B, T, N, 2)
-    followed = index.flatten(2)[..., None].expand(-1, -1, -1, 2)        # (B, T, rows columns, 2)
-    return moves.gather(2, followed).view(*index.shape, 2)
+    wanted = index.flatten(2)[..., None].expand(-1, -1, -1, 2)          # (B, T, rows columns K, 2)
+    return moves.gather(2, wanted).unflatten(2, index.shape[2:])
 
 
 def from_outside(back, height, width):
@@ -834,30 +831,39 @@ def from_outside(back, height, width):
 
 def way_back(tracks, visible, start, height, width):
     """From each square of COPY_CELL pixels of frame t to where it was in frame 0, by the nearest
-    visible track; the square follows none if none is visible, or if it would bring what lay outside
-    the picture.
+    visible track and those of the next nearest that move like it, so that what turns or grows does
+    so smoothly. A square follows none if none is visible, or if it would show what lay outside the
+    picture.
 
-    tracks (B, T, N, 2), visible (B, T, N); start (B, N, 2): where they were in frame 0. Returns
-    whole pixels, (B, T, rows, columns, 2) int64, 0 for a square that follows none, and the distance
-    in pixels to the track that it follows, (B, T, rows, columns), infinite if it follows none."""
+    tracks (B, T, N, 2), N > 0, visible (B, T, N); start (B, N, 2): where they were in frame 0.
+    Returns pixels, (B, T, rows, columns, 2), 0 for a square that follows none, and the distance in
+    pixels to the nearest track, (B, T, rows, columns), infinite if it follows none."""
     place = square_centres(height, width, tracks.device)
     place = place.expand(*tracks.shape[:2], -1, -1, -1)
-    index, distance = nearest_point(place, tracks, visible)
-    back = -moves_of(index, tracks, start).round().long()
-    none = distance.isinf() | from_outside(back, height, width)
-    return back.masked_fill(none[..., None], 0), distance.masked_fill(none, math.inf)
+    index, distance = nearest_points(place, tracks, visible, NEIGHBOURS)
+    moves = moves_of(index, tracks, start)                              # (B, T, rows, columns, K, 2)
+    farther = distance - distance[..., :1]
+    apart = (moves - moves[..., :1, :]).norm(dim=-1)
+    weight = torch.exp(-farther / 4 - (apart / 6) ** 2).nan_to_num(0)   # infinite less infinite
+    move = (weight[..., None] * moves).sum(4) / weight.sum(4, keepdim=True).clamp(min=1e-6)
+    distance = distance[..., 0]
+    none = distance.isinf() | from_outside(-move, height, width)
+    return -move.masked_fill(none[..., None], 0), distance.masked_fill(none, math.inf)
 
 
 def warp(image, back):
-    """Each square of frame t shows what lies at `back` from it in the image: (B, 3, H, W) and
-    (B, T, rows, columns, 2) of way_back to (B, 3, T, H, W)."""
+    """Each square of frame t shows what lies at `back` from it in the image, interpolated between
+    pixels: (B, 3, H, W) and (B, T, rows, columns, 2) of way_back to (B, 3, T, H, W)."""
     B, _, H, W = image.shape
+    T = back.shape[1]
     back = back.repeat_interleave(COPY_CELL, 2)
     back = back.repeat_interleave(COPY_CELL, 3)                         # of pixels: (B, T, H, W, 2)
-    x = torch.arange(W, device=image.device) + back[..., 0]             # (B, T, H, W)
-    y = torch.arange(H, device=image.device)[:, None] + back[..., 1]
-    source = (y * W + x).flatten(1)[:, None].expand(-1, 3, -1)          # (B, 3, T H W)
-    return image.flatten(2).gather(2, source).view(B, 3, -1, H, W)
+    x = torch.arange(W, device=image.device) + 0.5 + back[..., 0]
+    y = torch.arange(H, device=image.device)[:, None] + 0.5 + back[..., 1]
+    source = torch.stack([2 * x / W - 1, 2 * y / H - 1], -1)            # the edges are -1 and 1
+    # one tall grid for all frames: the image is not repeated
+    video = F.grid_sample(image, source.flatten(1, 2), padding_mode="border", align_corners=False)
+    return video.unflatten(2, (T, H))                                   # (B, 3, T, H, W)
 
 
 def nearness(distance):
@@ -876,10 +882,10 @@ def gone_elsewhere(back, tracks, visible, start, height, width):
     that track is not the square's own, 1 - exp(-d / 8), d the pixels between their ways."""
     source = square_centres(height, width, tracks.device) + back
     began = start[:, None].expand(-1, tracks.shape[1], -1, -1)
-    index, distance = nearest_point(source, began, visible)
-    apart = (moves_of(index, tracks, start) + back).norm(dim=-1)        # (B, T, rows, columns)
-    another = 1 - torch.exp(-apart / NEAR[0])
-    return nearness(distance) * another[:, None]
+    index, distance = nearest_points(source, began, visible, 1)
+    move = moves_of(index, tracks, start)[..., 0, :]                    # (B, T, rows, columns, 2)
+    another = 1 - torch.exp(-(move + back).norm(dim=-1) / NEAR[0])
+    return nearness(distance[..., 0]) * another[:, None]
 
 
 @torch.no_grad()
@@ -895,6 +901,9 @@ def copy_along_tracks(vae, image, tracks, visible, start):
     T % 4 == 1 starts a clip, T % 4 == 0 continues one, and chunks joined equal the whole."""
     H, W = image.shape[2:]
     visible = visible & start.isfinite().all(2)[:, None]
+    tracks = F.pad(tracks, (0, 0, 0, 1))                        # one more, never visible: so there
+    visible = F.pad(visible, (0, 1))                            # is one to ask
+    start = F.pad(start, (0, 0, 0, 1))
     back, distance = way_back(tracks, visible, start, H, W)
     video = warp(image, back)
     moved_is_gone = gone_elsewhere(back, tracks, visible, start, H, W)
@@ -938,32 +947,31 @@ def linear_part(sigma, std):
     return guess, variance
 
 
-def with_linear_part(output, x_t, sigma, std, expected=None, spread=None):
+def with_linear_part(output, x_t, sigma, std, expected=0.0):
     """The velocity, from the output of a network that saw x_t / sqrt(V), V the variance of x_t:
 
-        guess x_t + std / sqrt(V) output
+        linear part about `expected` + std / sqrt(V) output
 
-    so that the network's input and target have unit variance: the preconditioning of EDM (Karras
-    et al. 2022, section 5), for rectified flow, channel by channel.
+    so that the network's input and target are about 1: the preconditioning of EDM (Karras et al.
+    2022, section 5), for rectified flow, channel by channel. The linear part is that of a Gaussian
+    about `expected`, with SPREAD std, which believes little of x_t: a token of the tiny model is
+    384 noisy numbers and the network 192 wide. What it cannot tell from noise would be kept as
+    detail, and sampling would end in noise.
 
-    output, x_t (B, C, F, h, w). expected, spread (B, C, F, h, w): what x0 is thought to be and how
-    far from it x0 is, the mean and the standard deviation of the Gaussian that guess is for. The
-    smaller the spread, the less of the noise in x_t is believed. None: 0 and std."""
+    output, x_t (B, C, F, h, w); expected (B, C, F, h, w): what x0 is thought to be."""
     _, variance = linear_part(sigma, std)
-    guess, around = linear_part(sigma, std if spread is None else spread)
-    velocity = guess * x_t + std / variance.sqrt() * output
-    if expected is None:
-        return velocity
-    return velocity - per_frame(sigma).float() / around * expected
+    guess, around = linear_part(sigma, SPREAD * std)
+    given = guess * x_t - per_frame(sigma).float() / around * expected
+    return given + std / variance.sqrt() * output
 
 
 class CopyingMotionStream(MotionStream):
     """A MotionStream for a config with `copies`: they are inputs just before the image's, and the
-    head has more outputs: how far x0 is from what the copies say (C), and their shares in it."""
+    head has two more outputs, their shares in x0."""
 
     def __init__(self, config):
         super().__init__(config)
-        self.head = Head(config, 2 * config.out_dim + SHARES)
+        self.head = Head(config, config.out_dim + SHARES)
         if not self.head.head.weight.is_meta:
             init_copying_head(self.head, config)
 
@@ -978,19 +986,18 @@ class CopyingMotionStream(MotionStream):
         still = condition_or_zeros("image", image, (B, C, frames, h, w), x)
         image = torch.cat([copied, still], 1)
         output = super().forward(x / variance.sqrt(), sigma, text, image=image, **rest)
-        output, log_spread, shares = output.split([C, C, SHARES], 1)
-        spread = std * log_spread.clamp(*LOG_SPREAD).exp()
-        expected = None
+        output, shares = output.split([C, SHARES], 1)
+        expected = 0.0
         if copies is not None:
             expected = mix_copies(shares, copied[:, :C], still)
-        return with_linear_part(output, x, sigma, std, expected, spread)
+        return with_linear_part(output, x, sigma, std, expected)
 
 
 def init_copying_head(head, config):
     """A fresh model predicts 0.8 of the latents moved along the tracks, 0.2 of the image's own."""
     nn.init.zeros_(head.head.weight)
     nn.init.normal_(head.modulation, std=config.dim ** -0.5)
-    bias = torch.zeros(math.prod(config.patch_size), 2 * config.out_dim + SHARES)
+    bias = torch.zeros(math.prod(config.patch_size), config.out_dim + SHARES)
     bias[:, -SHARES:] = torch.tensor([0.8, 0.2])
     head.head.bias.data = bias.flatten()
 
