@@ -10,9 +10,11 @@ from dataclasses import replace
 import torch
 
 import train_distill as td
-from extras.testing import (SMALL, assert_near, clip_of, folder, new_model, new_tracks, own_flags,
-                            quiet, rand, same, saved)
-from motionstream import MotionStream, add_noise, rollout, schedule, shift_sigma
+from extras import experiments
+from extras.evaluate import Trained
+from extras.testing import (SMALL, assert_near, clip_of, folder, new_model, new_tracks, new_vae,
+                            own_flags, quiet, rand, same, saved)
+from motionstream import PRESETS, MotionStream, add_noise, rollout, schedule, shift_sigma
 
 STAGES = ("teacher", "causal", "distill")
 
@@ -252,6 +254,30 @@ def test_a_causal_student_learns_from_clips():
         learner.step(loss, i)
         losses.append(loss.item())
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5]), losses
+
+
+def test_two_starts_of_two_seeds_are_compared_by_the_experiments():
+    config = replace(PRESETS["tiny"], num_layers=1)
+    common, rows = experiments.tables(config, 1, 45)["causal start, drag"]
+    starts = {row["start"] for row in rows}
+    assert {(start.causal_from, start.seed) for start in starts} == set(
+        itertools.product(("trajectories", "clips"), (0, 1)))
+    assert common["measure"] == experiments.started_row
+    fits = {"size": (32, 32), "text_dim": 64}
+    how = experiments.Start("clips", steps=1, clips=2, seed=1)
+    with folder() as here, quiet():
+        saved(here / "vae.safetensors", new_vae())
+        saved(here / "teacher.safetensors", new_model(causal=False, **fits))
+        trained = Trained(here)
+        started = experiments.start_briefly(trained, how)
+        run = experiments.start_run(trained, how)
+        row = experiments.started_row(
+            trained, how, "causal", seed="x", clips=1, frames=9, objects=1, width=32)
+    assert started.path("causal") == run.path("causal")
+    assert started.seed == run.seed == 1
+    assert run.settings.causal_from == "clips"
+    assert run.settings.causal_steps == 1
+    assert row["psnr"] > 0
 
 
 def test_a_start_that_there_is_not_is_refused_in_one_line():
