@@ -123,14 +123,14 @@ class Settings:
     whole_every: int = 4            # one update in so many sees whole clips, the others short ones,
     short_latents: int = 6          # of so many latents, and twice as many clips
     p_pure_noise: float = 0.5       # clips at sigma 1, where only the conditions help
-    p_uniform_sigma: float = 0.0    # clips whose sigma is drawn as the sampler's steps lie, see draw_sigma
+    p_uniform_sigma: float = 0.0    # clips whose sigma is uniform before the shift, see draw_sigma
     track_weight: float = 4.0       # cells that a track touches count 1 + this in the loss
     p_no_text: float = 0.1          # clips with the null text, for guidance (section 3.1) [P]
     p_no_tracks: float = 0.1        # clips without tracks, the same
-    # which tracks, from the teacher to the student, where clips do not say what is an object
-    p_sparse: float = 0.5           # clips with what a user might draw, or nothing; see given_tracks
+    # teacher to student, on clips that do not say what is an object
+    p_sparse: float = 0.5           # clips with few tracks or none, see given_tracks
     # causal
-    causal_from: str = "trajectories"       # of the teacher (section 3.2); or "clips", see CAUSAL_FROM
+    causal_from: str = "trajectories"       # of the teacher [P]; or "clips", see CAUSAL_FROM
     corrupt_context: bool = True    # see corrupt_context
     # distill
     critic_steps: int = 5           # critic updates for one of the generator (appendix D) [P]
@@ -171,7 +171,7 @@ PAPER = Settings(
     p_uniform_sigma=1.0,            # [O]: of logit-normal ones, 1.8 % are 0.98 or more, as are 6 of
                                     # the 48 Euler steps, the student's first, and 11 % of DMD's
     track_weight=0.0,
-    p_sparse=0.5,                   # [O], in stage 1 none; the paper: 0, so that a drag is never seen
+    p_sparse=0.5,                   # [O], but in stage 1; the paper: 0, which never shows a drag
     corrupt_context=False,
     rollout=0,
     neutral_long_rollouts=False,
@@ -254,7 +254,7 @@ class Run:
         return content_digest(self.path(name))
 
     def load(self, name, **overrides):
-        """A trained MotionStream in float32, frozen, sampled as `config` says, whatever its file does.
+        """A trained MotionStream in float32, frozen, sampled as `config` says, not as its file does.
         overrides: other fields of Config."""
         names = ("shift", "sigmas", "steps", "guidance")
         fields = {each: getattr(self.config, each) for each in names} | overrides
@@ -780,7 +780,8 @@ class Loop:
         """The same, and print them in a line that stays."""
         self.log(**numbers)
         if RANK == 0:
-            tqdm.write(f"{self.stage}: {json.dumps({name: self.numbers[name] for name in numbers})}")
+            told = {name: self.numbers[name] for name in numbers}
+            tqdm.write(f"{self.stage}: {json.dumps(told)}")
 
     def save_if_due(self, step, stop):
         """The processes do the same, whichever got the signal in the list `stop`."""
@@ -1186,9 +1187,9 @@ def dense_subset(visible, pauses, chunk):
 
 
 def given_tracks(run, visible, group, dense):
-    """Which of the true tracks (B, T, N) a model is given. group (B, N): see user_tracks, by which they
-    are chosen, unless `dense`. Where no clip says what is an object, dense_subset chooses, and in a
-    share p_sparse of the clips user_tracks, to which all is ground: 0 to 64 tracks."""
+    """Which of the true tracks (B, T, N) a model is given. group (B, N): see user_tracks, which chooses
+    them, unless `dense`. Where no clip says what is an object, dense_subset chooses, but in a share
+    p_sparse of the clips user_tracks, to which all is ground: 0 to 64 tracks."""
     if (group >= 0).any():
         return visible if dense else user_tracks(visible, group)
     many = dense_subset(visible, not dense, run.config.chunk)
@@ -1370,9 +1371,8 @@ def train_vae(run):
 # Stage 2: the teacher.
 
 def draw_sigma(batch, shift, p_pure_noise, p_uniform):
-    """Noise levels (B,), shifted (appendix D). Before that a share p_uniform is uniform, as those of
-    the sampler's steps and of score_sigma are; the others are logit-normal [O]. A share p_pure_noise
-    is exactly 1."""
+    """Noise levels (B,), shifted (appendix D). Before the shift, a share p_uniform is uniform, as the
+    sampler's steps and score_sigma are, the rest logit-normal [O]. A share p_pure_noise is 1."""
     normal = torch.randn(batch)
     chance = torch.rand(batch)
     uniform = torch.special.ndtr(normal)
@@ -1412,16 +1412,16 @@ PAN = 0.25              # of the width, over a clip
 
 
 def pan_points(config, points, frames):
-    """The points of clips, as in a Batch, but with tracks that they do not have: the camera pans over
-    frame 0, to the right in every other clip, else to the left, so that in the last of `frames`
-    latents all has gone PAN of the width, in whole cells. Returns them, and the cells (B,)."""
+    """The points of clips, as in a Batch, with tracks that the clips do not have: all of frame 0 moves
+    to the right, in every other clip to the left, until in the last of `frames` latents it has gone
+    PAN of the width, in whole cells. Returns them, and the cells (B,)."""
     B, T = points["tracks"].shape[:2]
     height, width = config.size
     y = torch.arange(config.stride, height, 2 * config.stride)
     x = torch.arange(config.stride, width, 2 * config.stride)
     grid = torch.cartesian_prod(y, x).flip(1).to(points["tracks"])          # (N, 2), x first
     cells = int(PAN * config.latent_size[1]) * (1 - 2 * (torch.arange(B) % 2))
-    middle = FRAMES * (frames - 1) - (FRAMES - 1) / 2                       # frame of the last latent
+    middle = FRAMES * (frames - 1) - (FRAMES - 1) / 2           # of the last latent's frames
     way = cells[:, None] * config.stride * torch.arange(T) / middle         # (B, T), in pixels
     tracks = grid.expand(B, T, -1, -1).clone()
     tracks[..., 0] += way[..., None].to(grid)
@@ -1433,8 +1433,8 @@ def pan_points(config, points, frames):
 
 
 def found_shift(before, after, reach):
-    """By how many cells to the right, at most `reach` either way, latents `before` (B, C, h, w) are most
-    like `after`, in the mean square of what both show: (B,)."""
+    """By how many cells, at most `reach` either way, latents `before` (B, C, h, w) are to be moved to
+    the right to be most like `after`, in the mean square of what both show: (B,)."""
     width = before.shape[3]
     errors = []
     for shift in range(-reach, reach + 1):
@@ -1446,8 +1446,8 @@ def found_shift(before, after, reach):
 
 def pan_error(run, model, vae, batch):
     """The end-point error, in pixels, of a teacher's x0 from pure noise on a pan over the same images
-    (pan_points). Where all moves as one, no tracker is needed: where frame 0 has gone is found in
-    whole cells. A teacher that ignores its tracks has the length of the pan, one that follows 0."""
+    (pan_points). As all moves as one, no tracker is needed: where frame 0 has gone is found in whole
+    cells. 0: the teacher follows; the length of the pan: it ignores its tracks."""
     points, cells = pan_points(model.config, batch.points, run.clip_latents)
     noise = torch.randn_like(batch.latents)
     sigma = torch.ones(len(noise), device=noise.device)
@@ -1573,7 +1573,8 @@ def make_trajectories(run, files):
     run, a part by each process. They are named by what they were made from."""
     s = run.settings
     each = 2 * s.batch
-    source = [run.checksum("vae"), run.checksum("teacher"), clip_digests(run), run.seed, each, s.p_sparse]
+    weights = [run.checksum("vae"), run.checksum("teacher")]
+    source = weights + [clip_digests(run), run.seed, each, s.p_sparse]
     folder = run.out / f"trajectories.{seed_of(source, run.config, s.clip_frames):08x}"
     count = math.ceil(s.trajectories / each) * each
     made = [folder / f"{i:07}.safetensors" for i in range(count)]
@@ -1606,9 +1607,9 @@ def draw_trajectories(run, files, count):
 
 
 def draw_noised_clips(run, files, count):
-    """The same of random clips: x0 is the truth, and the states are x0 with noise. What is learned is
-    the causal flow of the data, unguided: teacher forcing on clean latents, which costs no trajectories.
-    (Few-step consistency, which others let follow, is not done here.)"""
+    """The same of random clips: x0 is the truth, the states are x0 with noise. So the causal flow of the
+    data is learned, unguided: teacher forcing on clean latents, which costs no trajectories. (Few-step
+    consistency, which others let follow, is not done here.)"""
     batch = draw_batch(run, files, count, run.clip_latents)
     x0 = batch.latents
     noise = torch.randn_like(x0)
@@ -1712,8 +1713,8 @@ def score_sigma(batch, shift, device):
 
 @torch.no_grad()
 def real_and_fake(x0, sigma, teacher, critic, conditions, first_latent):
-    """What teacher, under its config's guidance, and critic predict as x0, both (B, C, F, h, w), from x0
-    noised to sigma (B,). first_latent: see dmd_loss."""
+    """What teacher, under its config's guidance, and critic predict as x0, both (B, C, F, h, w), from
+    x0 noised to sigma (B,). first_latent: see dmd_loss."""
     noised = add_noise(x0, torch.randn_like(x0), sigma)
     x_t, sigma_frames = with_first(noised, sigma, first_latent)
     velocity = guided_velocity(teacher, x_t, sigma_frames, conditions, teacher.config.guidance)
@@ -1830,10 +1831,10 @@ def reward_weight(run, vae, x0, conditions, points):
 
 @torch.no_grad()
 def student_numbers(run, generator, teacher, critic, vae, files):
-    """What tells that distillation goes wrong, of the same images, rolled out to the end with the same
-    noise each time: |fake - real| by sigma, the least and the greatest standard deviation of a latent
-    channel, as a share of the data's, how much moves from latent to latent, and the share of pixels
-    that are saturated."""
+    """What tells that distillation goes wrong, of the same images, rolled out with the same noise each
+    time: |fake - real| by sigma, the least and the greatest standard deviation of a latent channel,
+    as a share of the data's, how much moves from latent to latent, and how many pixels are
+    saturated."""
     torch.manual_seed(0)
     whole = run.clip_chunks, len(run.config.sigmas) - 1, run.context
     x0, conditions, _ = roll_out(run, generator, vae, files, whole, grad=False)
@@ -2114,7 +2115,8 @@ def assign_all(config, settings, assignments):
         raise UserError(f"--set clip_frames={frames}: needs whole chunks of {FRAMES * config.chunk}, the "
                         f"first of {video_frames(config.chunk)}: {', '.join(map(str, some))}, …")
     if settings.causal_from not in CAUSAL_FROM:
-        raise UserError(f"--set causal_from={settings.causal_from}: is one of {', '.join(CAUSAL_FROM)}")
+        known = ", ".join(CAUSAL_FROM)
+        raise UserError(f"--set causal_from={settings.causal_from}: is one of {known}")
     return config, settings
 
 

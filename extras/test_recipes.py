@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 import train_distill as td
-from extras import experiments
+from extras import evaluate, experiments
 from extras.evaluate import Trained
 from extras.testing import (SMALL, assert_near, clip_of, folder, new_model, new_tracks, new_vae,
                             own_flags, quiet, rand, same, saved)
@@ -33,9 +33,10 @@ def write_clips(here, count=4, frames=45, tracks=40):
     return here
 
 
-def small_run(here, *more):
+def small_run(here, more=()):
     """The Run of a training of small models on clips that lie in `here`."""
-    return td.resolve(td.parse_flags(own_flags(here, write_clips(here / "data"), *more)))
+    flags = own_flags(here, write_clips(here / "data"))
+    return td.resolve(td.parse_flags(flags + list(more)))
 
 
 def before(here):
@@ -45,12 +46,12 @@ def before(here):
         saved(here / f"runs/out/{name}.safetensors", new_model(causal=name == "causal"))
 
 
-def train(here, stages, *more):
+def train(here, stages, more=()):
     """A step of each stage of such a training; the rows that were logged."""
-    flags = own_flags(here, write_clips(here / "data"), *more)
+    flags = own_flags(here, write_clips(here / "data")) + list(more)
     with quiet() as (_, err), unittest.mock.patch.object(td, "show", lambda *_: None):
         for stage in stages:
-            code = td.main([*flags, "--stage", stage, "--steps", "1"])
+            code = td.main(flags + ["--stage", stage, "--steps", "1"])
             assert code is None, err.getvalue()
     return [json.loads(line) for line in open(here / "runs/out/stats.jsonl")]
 
@@ -92,7 +93,7 @@ def test_the_tiny_teachers_noise_levels_are_logit_normal_and_1_as_before():
 
 def test_the_share_of_uniform_noise_levels_reaches_the_teacher():
     with folder() as here, watched("draw_sigma") as calls:
-        train(here, ["teacher"], "--set", "p_uniform_sigma=0.75", "--set", "p_pure_noise=0.125")
+        train(here, ["teacher"], ["--set", "p_uniform_sigma=0.75", "--set", "p_pure_noise=0.125"])
     _, shift, pure, uniform = calls[0].args
     assert (shift, pure, uniform) == (SMALL.shift, 0.125, 0.75)
 
@@ -135,7 +136,7 @@ def test_sparse_tracks_reach_the_teacher_the_trajectories_the_causal_student_and
         with folder() as here, unittest.mock.patch.object(td, "user_tracks", nothing), \
                 watched("motion_inputs") as calls:
             before(here)
-            train(here, [stage], *more, "--set", "trajectories=2")
+            train(here, [stage], more + ["--set", "trajectories=2"])
         assert calls, stage
         assert not any(call.kwargs["visible"].any() for call in calls), (stage, start)
 
@@ -143,7 +144,7 @@ def test_sparse_tracks_reach_the_teacher_the_trajectories_the_causal_student_and
 def test_other_sparse_tracks_are_other_trajectories():
     with folder() as here, quiet():
         before(here)
-        run = small_run(here, "--set", "trajectories=1", "--set", "batch=1")
+        run = small_run(here, ["--set", "trajectories=1", "--set", "batch=1"])
         files = td.training_clips(run, run.clip_latents)
         usual = td.make_trajectories(run, files)
         papers = replace(run, settings=replace(run.settings, p_sparse=0.0))
@@ -229,7 +230,7 @@ def test_a_causal_student_starts_from_clips_without_a_trajectory():
         before(here)
         more = ["--set", "causal_from=clips", "--set", "steps=7"]       # no multiple of the student's 3
         with unittest.mock.patch.object(td, "make_trajectories", None), watched("causal_loss") as calls:
-            train(here, ["causal"], *more)
+            train(here, ["causal"], more)
         _, states, x0, past, *_ = calls[0].args
         assert len(states) == 3
         assert x0.shape == states[0].shape
@@ -298,11 +299,11 @@ def test_how_models_are_sampled_is_that_of_the_run_and_not_of_the_weights_it_sta
         before(here)
         more += ["--set", "trajectories=2"]
         with watched("euler") as solved, watched("causal_loss") as regressed:
-            train(here, ["causal"], *more)
+            train(here, ["causal"], more)
         (here / "runs/out/causal.safetensors").unlink()
         saved(here / "runs/out/causal.safetensors", new_model(causal=True))
         with watched("rollout") as rolled, watched("dmd_loss") as scored:
-            train(here, ["distill"], *more)
+            train(here, ["distill"], more)
         models = [calls[0].args[0] for calls in (solved, regressed, rolled)]
         models.append(scored[0].args[1])
         student = MotionStream.from_pretrained(here / "runs/out/student.safetensors")
@@ -422,11 +423,14 @@ def test_the_numbers_of_teacher_and_student_are_logged_and_printed():
         every = {"teacher": 1, "distill": 2}
         before(here)
         with quiet() as (out, err), unittest.mock.patch.multiple(
-                td, REPORT_EVERY=every, show=lambda *_: None):
+                td, REPORT_EVERY=every, show=lambda run, stage: evaluate.plot_stage(run.out, stage)):
             for stage, steps in ("teacher", "1"), ("distill", "3"):
-                code = td.main([*flags, "--stage", stage, "--steps", steps, "--accumulate", "1"])
+                own = ["--stage", stage, "--steps", steps, "--accumulate", "1"]
+                code = td.main(flags + own)
                 assert code is None, err.getvalue()
         rows = [json.loads(line) for line in open(here / "runs/out/stats.jsonl")]
+        pictures = sorted(path.name for path in (here / "runs/out").glob("*.png"))
+    assert pictures == ["distill.png", "teacher.png", "teacher_pixels.png"]
     teacher, first, second, third = rows
     told = {"x0_tracks", "x0_none", "x0_swapped", "pan_error", "loss_0.98_1"}
     assert told < teacher.keys()
