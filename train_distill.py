@@ -70,8 +70,8 @@ from tqdm import tqdm
 from motionstream import (CLIP_ROWS, FRAMES, PRESETS, Config, MotionStream, UserError, add_noise,
                           cell_of, channel_std, euler, guided_velocity, image_inputs,
                           inside_picture, linear_part, motion_inputs, naming, new_model, rollout,
-                          save_pretrained, schedule, shards_of, shift_sigma, split_conditions,
-                          start_points, to_x0, track_ids, with_first, write)
+                          save_pretrained, schedule, shift_sigma, split_conditions, start_points,
+                          to_x0, track_ids, with_first, write)
 from vae import LinearVAE
 
 # --------------------------------------------------------------------------------------------------
@@ -928,8 +928,11 @@ def weight_digests(path):
         return {}
     if path.is_dir():
         files = [file for file in path.rglob("*") if file.suffix in (".safetensors", ".pt", ".pth")]
-    else:
+    elif "-of-" in path.name or path.suffix == ".json":
+        from extras.checkpoints import shards_of
         files = shards_of(path)
+    else:
+        files = [path]
     if len(files) == 1:                 # whatever it is called
         return {"--weights": content_digest(files[0])}
     return {f"--weights {file.name}": content_digest(file) for file in files}

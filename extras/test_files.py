@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 import sample
 from extras.testing import (COPYING, HERE, SMALL, assert_error, command, folder, new_model, new_vae, public, randomised,
                             same_tensors, sampled, saved, workplace, write_layout)
-from motionstream import (CHOICES, LIMITS, PRESETS, Config, MotionStream, UserError, check_config, free_memory,
-                          write)
+from motionstream import (CHOICES, LIMITS, PRESETS, Config, MotionStream, UserError, check_config,
+                          config_from_shapes, free_memory, write)
 from vae import LinearVAE, LinearVAEConfig, load_vae
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -79,7 +79,8 @@ def test_what_a_vae_says_of_itself_is_checked_before_anything_is_built():
 
 def test_every_field_of_a_config_has_limits_that_all_presets_are_in():
     named = {field.name for field in fields(Config)}
-    assert named - {"prompt"} == LIMITS.keys() | CHOICES.keys()     # which is looked at by check_together
+    told = config_from_shapes(new_small().state_dict(), "a.safetensors").keys()     # by the tensors
+    assert named - {"prompt"} == LIMITS.keys() | CHOICES.keys() | told      # which is looked at by check_config
     tiny = replace(PRESETS["tiny"], latent_std=(1.0,) * 96)         # of the VAE, in a file
     for config in (*PRESETS.values(), tiny, SMALL, COPYING):
         if config.copies and not config.latent_std:
@@ -87,12 +88,17 @@ def test_every_field_of_a_config_has_limits_that_all_presets_are_in():
         check_config(config, "a.safetensors")
 
 
-def test_a_causal_class_beside_wans_names_streams_without_extras():
-    with folder() as here, unittest.mock.patch.dict(sys.modules, {"extras": None, "extras.checkpoints": None}):
+def test_a_causal_class_beside_wans_names_streams():
+    without_extras = unittest.mock.patch.dict(sys.modules, {"extras": None, "extras.checkpoints": None})
+    with folder() as here:
         path = write_layout(here, "Wan 2.1 T2V", "Wan")
-        assert not MotionStream.from_pretrained(path).config.causal
+        with without_extras:
+            assert not MotionStream.from_pretrained(path).config.causal
         said = json.loads((path / "config.json").read_text())
         (path / "config.json").write_text(json.dumps(said | {"_class_name": "CausalWanModel"}))
+        with without_extras:
+            assert_error(UserError, "config.json: not of Wan's own WanModel; extras/checkpoints.py",
+                         MotionStream.from_pretrained, path)
         config = MotionStream.from_pretrained(path).config
         assert config.causal and (config.chunk, config.sink, config.window) == (3, 0, None) and len(config.sigmas) == 4
 

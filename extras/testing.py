@@ -303,6 +303,7 @@ def diffusers_config(c):
 
 def wan_config(c):
     return {
+        "_class_name": "WanModel",
         "dim": c.dim,
         "eps": c.eps,
         "ffn_dim": c.ffn_dim,
