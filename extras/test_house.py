@@ -249,7 +249,7 @@ def test_rollout_runs_from_its_own_source():
 
 def test_dmd_loss_runs_from_its_own_source():
     needs = lifted("motionstream.py", FLOW + GUIDANCE)
-    own = lifted("train_distill.py", ["score_sigma", "dmd_loss"], **vars(needs))
+    own = lifted("train_distill.py", ["score_sigma", "real_and_fake", "dmd_loss"], **vars(needs))
     teacher = new_model()
     critic = new_model(1)
     x0, given, first = clip_of(3)
