@@ -217,8 +217,16 @@ def rope_table(frames, rows, columns, head_dim, device):
 
 def apply_rope(x, table):
     """Rotate pairs of neighbouring channels of (B, L, heads, K) by the table (L, K / 2)."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))     # (B, L, heads, K / 2)
-    return torch.view_as_real(pairs * table[:, None]).flatten(-2).type_as(x)
+    pairs = x.float().unflatten(-1, (-1, 2))                            # (B, L, heads, K / 2, 2)
+    table = table[:, None]                                              # (L, 1, K / 2)
+    if torch.compiler.is_compiling():       # which fuses no complex numbers
+        a, b = pairs.unbind(-1)
+        real = a * table.real - b * table.imag
+        imaginary = a * table.imag + b * table.real
+        rotated = torch.stack([real, imaginary], -1)
+    else:
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * table)
+    return rotated.flatten(-2).type_as(x)
 
 
 # --------------------------------------------------------------------------------------------------
