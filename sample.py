@@ -158,6 +158,11 @@ def stream(model, vae, image, motion, encoded=Encoded(), seed=0):
     image (B, 3, H, W) in [-1, 1], of the model's size, is frame 0, see fit_image. motion: a Motion, or
     an iterator of one for each chunk (see live_motion), asked for the next just before it is made, so
     that tracks and text can change while it streams. Memory and noise levels are the config's."""
+    yield from decode(vae, stream_latents(model, vae, image, motion, encoded, seed))
+
+
+def stream_latents(model, vae, image, motion, encoded=Encoded(), seed=0):
+    """`stream` before it is decoded: an iterator of (B, C, chunk, h, w)."""
     config = model.config
     image = image.to(next(model.parameters()).device)
     encoded_image = vae.encode(image[:, :, None])                           # (B, C, 1, h, w)
@@ -165,7 +170,7 @@ def stream(model, vae, image, motion, encoded=Encoded(), seed=0):
     rng = torch.Generator().manual_seed(seed)
     noise = (draw_noise(encoded_image, config.chunk, rng) for _ in itertools.count())
     given = conditions(model, vae, image, motion, encoded, channels)
-    yield from decode(vae, rollout(model, noise, given, first_latent, rng=rng))
+    return rollout(model, noise, given, first_latent, rng=rng)
 
 
 @torch.inference_mode()
@@ -195,9 +200,48 @@ def latent_frames(frames, chunk):
     return math.ceil((frames + FRAMES - 1) / (FRAMES * chunk)) * chunk
 
 
+def to_bytes(video):
+    """Video (1, 3, T, H, W) in [-1, 1] to a uint8 tensor (T, H, W, 3)."""
+    pixels = (video[0].float() + 1) * 127.5                 # (3, T, H, W)
+    return pixels.round().byte().permute(1, 2, 3, 0).contiguous()
+
+
 def to_frames(video):
-    """Video (1, 3, T, H, W) in [-1, 1] to uint8 (T, H, W, 3)."""
-    return ((video[0] + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
+    """Video (1, 3, T, H, W) in [-1, 1] to a uint8 array (T, H, W, 3)."""
+    return to_bytes(video).cpu().numpy()
+
+
+def decode_beside(vae, latents):
+    """On a GPU: latents, an iterable of (1, C, f, h, w), to frames in the CPU's memory, on a second CUDA
+    stream. Yields each chunk's, a uint8 tensor (T, H, W, 3), and the event after which they are there."""
+    beside = torch.cuda.Stream()
+    state = None
+    for chunk in latents:
+        beside.wait_stream(torch.cuda.current_stream())
+        chunk.record_stream(beside)             # its memory is not used again before it is decoded
+        with torch.cuda.stream(beside):
+            video, state = vae.decode(chunk, state)
+            frames = to_bytes(video).to("cpu", non_blocking=True)
+            copied = beside.record_event()
+        yield frames, copied
+
+
+def frames_ahead(vae, latents):
+    """On a GPU: latents to frames, as to_frames makes them. A chunk is decoded and handed out while the
+    next one is made, whose tracks are therefore asked for before anyone has seen this one."""
+    chunks = itertools.chain(decode_beside(vae, latents), [None])
+    for (frames, copied), _ in itertools.pairwise(chunks):      # the next one is begun before we wait
+        copied.synchronize()
+        yield frames.numpy()
+
+
+def stream_frames(model, vae, image, motion, encoded=Encoded(), seed=0, ahead=False):
+    """`stream`, chunk by chunk as to_frames. ahead: use frames_ahead on a GPU, for a motion that does not
+    depend on what is seen."""
+    latents = stream_latents(model, vae, image, motion, encoded, seed)
+    if ahead and next(model.parameters()).device.type == "cuda":
+        return frames_ahead(vae, latents)
+    return map(to_frames, decode(vae, latents))
 
 
 # What the shipped tiny model has read in training: "fading light, spinning shapes" (extras/world.py).
@@ -738,6 +782,7 @@ class Flags:
     vae: Path | None
     device: str
     dtype: str
+    compile: bool
     text_encoder: Path | None
     image_encoder: Path | None
     negative_prompt: str | None
@@ -772,6 +817,7 @@ def add_flags(parser):
     add("--vae", help="default: the tiny model's, or the one in the folder of --weights", **file)
     add("--device", default="auto", help="cpu, cuda, …; default: cuda if there is one")
     add("--dtype", default="auto", choices=("auto",) + DTYPES, help="auto: float32 on the CPU, else bfloat16")
+    add("--compile", action="store_true", help="the DiT's blocks by torch.compile: slower for a minute, then faster")
     add("--text-encoder", help="a -Diffusers repository with it; default: --weights, if it is one", **file)
     add("--image-encoder", help="the same of CLIP; default: that of --text-encoder", **file)
     add("--negative-prompt", metavar="TEXT", help="guidance avoids it; default: Wan's")
@@ -911,6 +957,7 @@ def refuse(job, flags, weights):
         (not streams and flags.memory, "--memory belongs to --sampler stream"),
         (streams and config.window is None and job.frames > HISTORY and not flags.memory,
          f"trained to remember {HISTORY} frames, all of them; add --memory c{config.chunk}s1w5 for more"),
+        (streams and config.window is None and flags.compile, GROWS),
         (streams and config.has_mask,
          "takes the image as a clip with a mask, which cannot stream; use --sampler teacher"),
         (not config.track_dim and (job.moved or weight),
@@ -973,6 +1020,28 @@ def check_files(job, flags, weights, image):
     check_memory(weights.count * getattr(torch, job.dtype).itemsize, weights.path, job.device)
 
 
+GROWS = "--compile needs a cache that stops growing, this one keeps all chunks; add --memory c3s1w5"
+
+
+def compile_blocks(model):
+    """torch.compile, for each block of a model. They share what is compiled, which the layers of a whole
+    model would not. It is compiled anew for each length of the cache, with `write` and without, until the
+    cache is full. UserError if that would never be, or if torch finds no compiler."""
+    config = model.config
+    if config.causal and config.window is None:
+        raise UserError(GROWS)
+    try:
+        torch.compile(torch.neg)(next(model.parameters())[:1])
+    except RuntimeError as e:
+        raise UserError(f"--compile: torch.compile does not work here ({reason_of(e)})") from None
+    if config.causal:       # beyond the limit nothing is compiled; the page has chunks of one, too
+        lengths = (config.chunk + 1) * (config.sink + config.window + 1)
+        limit = torch._dynamo.config.recompile_limit
+        torch._dynamo.config.recompile_limit = max(limit, 2 * lengths)
+    for block in model.blocks:
+        block.compile()
+
+
 def load_models(job, flags, weights, image):
     """The Models of a Job. image (1, 3, H, W) in [-1, 1]. Encoders are gone before the DiT is there."""
     check_files(job, flags, weights, image)
@@ -986,6 +1055,8 @@ def load_models(job, flags, weights, image):
         encoded = Encoded(*encoders.encode(sources, job.config, image, job.device))
     dit = MotionStream.from_pretrained(weights.path, dtype=getattr(torch, job.dtype), device=job.device,
                                        **vars(job.config))
+    if flags.compile:
+        compile_blocks(dit)
     c, how = dit.config, f"teacher, whole clip, {dit.config.steps} steps"
     if c.causal:
         how = f"stream, c{c.chunk}s{c.sink}w{c.window}, {len(c.sigmas)} steps".replace("None", "full")
@@ -1037,11 +1108,15 @@ def generate(job, models, image, motion):
         from extras.tracks import render_control
         frames = 4 * latent_frames(job.frames, config.chunk) - 3
         motion = replace(motion, control=render_control(models.vae, motion, config.size, frames))
-    sampler = stream if config.causal else sample_teacher
     if config.causal and len(set(job.prompts)) > 1 and config.text_encoder == "words":
         motion = with_prompts(motion, job.prompts, config)
-    videos = sampler(models.dit, models.vae, image, motion, models.encoded, job.seed)
-    frames = itertools.chain.from_iterable(map(to_frames, videos))
+    given = (models.dit, models.vae, image, motion, models.encoded, job.seed)
+    if config.causal:
+        live = job.frames is None
+        chunks = stream_frames(*given, ahead=not live)
+    else:
+        chunks = map(to_frames, sample_teacher(*given))
+    frames = itertools.chain.from_iterable(chunks)
     yield from itertools.islice(frames, job.frames)
 
 
