@@ -214,10 +214,12 @@ def to_frames(video):
 def decode_beside(vae, latents):
     """On a GPU: latents, an iterable of (1, C, f, h, w), to frames in the CPU's memory, on a second CUDA
     stream. Yields each chunk's, a uint8 tensor (T, H, W, 3), and the event after which they are there."""
-    beside = torch.cuda.Stream()
+    beside = None
     state = None
     for chunk in latents:
-        beside.wait_stream(torch.cuda.current_stream())
+        if beside is None:
+            beside = torch.cuda.Stream(chunk.device)
+        beside.wait_stream(torch.cuda.current_stream(chunk.device))
         chunk.record_stream(beside)             # its memory is not used again before it is decoded
         with torch.cuda.stream(beside):
             video, state = vae.decode(chunk, state)

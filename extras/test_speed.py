@@ -195,7 +195,10 @@ def fake_gpu():
         yield
         log.append("leave")
 
-    fakes = {"Stream": lambda: FakeStream(log), "current_stream": lambda: FakeStream(log), "stream": current}
+    def new_stream(device):
+        return FakeStream(log)
+
+    fakes = {"Stream": new_stream, "current_stream": new_stream, "stream": current}
 
     def record_stream(tensor, stream):
         log.append("keep")
