@@ -398,7 +398,7 @@ class Times:
 
 def watched(model, vae, motion, text, ahead):
     """The whole program: from an image and tracks to frames in the CPU's memory. Yields Times, chunk by chunk. ahead:
-    see sample.stream_frames; then `asked` may be the next chunk's."""
+    see sample.decoded_frames; then `asked` may be the next chunk's."""
     config = model.config
     image = torch.rand(1, 3, *config.size, device=text.device) * 2 - 1
     clip = None
@@ -411,7 +411,8 @@ def watched(model, vae, motion, text, ahead):
             asked.append(time.perf_counter())
             yield part
 
-    for chunk in sample.stream_frames(model, vae, image, live(), sample.Encoded(text, clip=clip), ahead=ahead):
+    latents = sample.stream_latents(model, vae, image, live(), sample.Encoded(text, clip=clip))
+    for chunk in sample.decoded_frames(vae, latents, ahead):
         frames = iter(chunk)
         next(frames)
         shown = time.perf_counter()

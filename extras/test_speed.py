@@ -246,7 +246,8 @@ def test_a_live_stream_begins_no_chunk_before_the_last_is_shown_nor_does_a_cpu()
                 yield part
 
         with torch.inference_mode():
-            for _ in sample.stream_frames(model, vae, rand(1, 3, 32, 48), live(), ahead=ahead):
+            latents = sample.stream_latents(model, vae, rand(1, 3, 32, 48), live())
+            for _ in sample.decoded_frames(vae, latents, ahead):
                 log.append("show")
         assert log == ["make 0", "show", "make 1", "show"], ahead
 
@@ -257,13 +258,13 @@ def test_only_a_motion_that_is_known_beforehand_is_made_ahead():
     motion = bench.new_motion(model.config, 9)
     asked = []
 
-    def noted(*args, ahead):
+    def noted(vae, latents, ahead):
         asked.append(ahead)
         return iter([np.zeros((9, 32, 48, 3), np.uint8)])
 
-    with unittest.mock.patch.object(sample, "stream_frames", noted):
+    with unittest.mock.patch.object(sample, "decoded_frames", noted):
         for frames in 9, None:
-            job = sample.Job(model.config, frames, 16, 0, torch.device("cpu"), "float32", [None], True, False, [])
+            job = sample.Job(model.config, frames, 16, 0, torch.device("cpu"), "float32", None, True, False, [])
             list(sample.generate(job, models, rand(1, 3, 32, 48), motion))
     assert asked == [True, False]
 
@@ -283,5 +284,5 @@ def test_an_rmsnorm_counts_as_the_one_kernel_that_it_is_on_a_gpu():
 
     real = F.rms_norm
     counts = bench.count_part(bench.Part("norm", work, ""))
-    assert counts.launches.total() == 1 + 3 + 1 + 1         # itself, sum and its gradient, again, its gradient
+    assert counts.launches.total() == 3 + 2         # itself, again, its gradient; the sum and the sum's gradient
     assert F.rms_norm is real
