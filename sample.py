@@ -44,8 +44,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from motionstream import (FRAMES, Config, MotionStream, UserError, check_memory, euler, image_inputs,
-                          motion_inputs, naming, open_pretrained, reason_of, rollout, schedule,
+from motionstream import (FRAMES, Config, MotionStream, UserError, check_memory, chunk_sizes, euler,
+                          image_inputs, motion_inputs, naming, open_pretrained, reason_of, rollout, schedule,
                           start_points, track_ids, write)
 from vae import VAE_FILES, load_vae, open_weights
 
@@ -78,12 +78,14 @@ class Encoded:
     clip: torch.Tensor | None = None        # (B, 257, clip_dim): CLIP's features of the image
 
 
-def motion_by_chunk(motion, chunk):
-    """A whole Motion to one for each chunk. The first has 4 chunk - 3 frames, the others 4 chunk;
-    nothing is specified where the last one reaches beyond the motion's end."""
+def motion_by_chunk(motion, chunk, first=None):
+    """A whole Motion to one for each chunk. The first has 4 first - 3 frames (first=None: 4 chunk - 3),
+    the others 4 chunk; nothing is specified where the last one reaches beyond the motion's end."""
     frames = motion.tracks.shape[1]
-    for start in range(1 - FRAMES, frames, FRAMES * chunk):
-        stop = start + FRAMES * chunk
+    stop = 1 - FRAMES
+    for size in chunk_sizes(latent_frames(frames, chunk, first), chunk, first):
+        start = stop
+        stop = start + FRAMES * size
         span = slice(max(start, 0), stop)
         beyond = max(stop - frames, 0)
         tracks = F.pad(motion.tracks[:, span], (0, 0, 0, 0, 0, beyond))
@@ -127,7 +129,7 @@ def conditions(model, vae, image, motion, encoded, channels=None):
     """The model's keyword arguments, chunk by chunk, each made when asked for. motion: a whole Motion, or
     an iterator of one for each chunk. channels: the image's, of the first chunk, see image_inputs."""
     if isinstance(motion, Motion):
-        motion = motion_by_chunk(motion, model.config.chunk)
+        motion = motion_by_chunk(motion, model.config.chunk, model.config.first_chunk)
     for part in motion:
         text = encoded.text if part.text is None else part.text.to(image.device)
         inputs = motion_conditions(model, vae, image, part)
@@ -153,17 +155,20 @@ def decode(vae, latents):
 @torch.inference_mode()
 def stream(model, vae, image, motion, encoded=Encoded(), seed=0):
     """The student: a video that goes on for as long as `motion` does, at constant memory. Yields its
-    chunks as soon as they are made, (B, 3, T, H, W) in [-1, 1]: 4 chunk - 3 frames, then 4 chunk.
+    chunks as soon as they are made, (B, 3, T, H, W) in [-1, 1]: 4 chunk - 3 frames, then 4 chunk
+    (with config.first_chunk, 4 first_chunk - 3 at first).
 
     image (B, 3, H, W) in [-1, 1], of the model's size, is frame 0, see fit_image. motion: a Motion, or
     an iterator of one for each chunk (see live_motion), asked for the next just before it is made, so
     that tracks and text can change while it streams. Memory and noise levels are the config's."""
     config = model.config
+    first = config.first_chunk or config.chunk
     image = image.to(next(model.parameters()).device)
     encoded_image = vae.encode(image[:, :, None])                           # (B, C, 1, h, w)
-    channels, first_latent = image_inputs(config, encoded_image, config.chunk)
+    channels, first_latent = image_inputs(config, encoded_image, first)
     rng = torch.Generator().manual_seed(seed)
-    noise = (draw_noise(encoded_image, config.chunk, rng) for _ in itertools.count())
+    sizes = itertools.chain([first], itertools.repeat(config.chunk))
+    noise = (draw_noise(encoded_image, size, rng) for size in sizes)
     given = conditions(model, vae, image, motion, encoded, channels)
     yield from decode(vae, rollout(model, noise, given, first_latent, rng=rng))
 
@@ -173,7 +178,8 @@ def sample_teacher(model, vae, image, motion, encoded=Encoded(), seed=0):
     """The teacher: whole chunks that cover a whole Motion, made all at once, then handed out as `stream`
     does. Steps and guidance are the config's."""
     config = model.config
-    count = latent_frames(motion.tracks.shape[1], config.chunk)
+    count = latent_frames(motion.tracks.shape[1], config.chunk, config.first_chunk)
+    sizes = chunk_sizes(count, config.chunk, config.first_chunk)
     image = image.to(next(model.parameters()).device)
     grey = 0                                # frames after the image
     if config.has_mask:
@@ -181,18 +187,22 @@ def sample_teacher(model, vae, image, motion, encoded=Encoded(), seed=0):
     encoded_image = vae.encode(F.pad(image[:, :, None], (0, 0, 0, 0, 0, grey)))
     channels, first_latent = image_inputs(config, encoded_image, count)
     given = {"text": encoded.text, "image": channels, "clip": encoded.clip}
-    parts = [motion_conditions(model, vae, image, part) for part in motion_by_chunk(motion, config.chunk)]
+    motions = motion_by_chunk(motion, config.chunk, config.first_chunk)
+    parts = [motion_conditions(model, vae, image, part) for part in motions]
     for name in parts[0]:
         given[name] = torch.cat([part[name] for part in parts], 2)
     noise = draw_noise(encoded_image, count, torch.Generator().manual_seed(seed))
     for x0, _ in euler(model, noise, given, first_latent, null_text=encoded.null_text):
         pass                                # the last of the trajectory is clean
-    yield from decode(vae, x0.split(config.chunk, 2))
+    yield from decode(vae, x0.split(sizes, 2))
 
 
-def latent_frames(frames, chunk):
-    """How many latent frames the whole chunks have that cover `frames`."""
-    return math.ceil((frames + FRAMES - 1) / (FRAMES * chunk)) * chunk
+def latent_frames(frames, chunk, first=None):
+    """How many latent frames the whole chunks have that cover `frames`; see chunk_sizes."""
+    first = first or chunk
+    latents = math.ceil((frames + FRAMES - 1) / FRAMES)
+    after = math.ceil((latents - first) / chunk)            # chunks after the first
+    return first + max(after, 0) * chunk
 
 
 def to_frames(video):
@@ -429,7 +439,8 @@ def fit_tracks(tracks, image_size, frames, config, seed):
         if tracks.ids is not None:
             notes.append(f"the IDs of these weights are of the kind {config.track_id_mode!r}, not "
                          f"{tracks.id_mode!r}; the file's ids are not used")
-    whole = FRAMES * latent_frames(frames, config.chunk) - (FRAMES - 1)
+    latents = latent_frames(frames, config.chunk, config.first_chunk)
+    whole = FRAMES * latents - (FRAMES - 1)
     missing = max(whole - given, 0)
     points = F.pad(points[:, :whole], (0, 0, 0, 0, 0, missing))
     visible = F.pad(visible[:, :whole], (0, 0, 0, missing))
@@ -843,7 +854,7 @@ def resolve(flags, weights, tracks):
     seed = said.get("seed", 0) if flags.seed is None else flags.seed
     prompts = [config.prompt if flags.prompt is None else flags.prompt]
     if said and flags.prompt is None:
-        starts = range(0, latent_frames(frames, config.chunk), config.chunk)
+        starts = range(0, latent_frames(frames, config.chunk, config.first_chunk), config.chunk)
         last = len(said["prompts"]) - 1
         prompts = [said["prompts"][min(start // said["chunk"], last)] for start in starts]
     device = find_device(flags.device)
@@ -1024,7 +1035,8 @@ def checksum(models):
 def with_prompts(motion, prompts, config):
     """A whole Motion to one for each chunk, each with the text of its prompt."""
     prompts = itertools.chain(prompts, itertools.repeat(prompts[-1]))
-    for part, prompt in zip(motion_by_chunk(motion, config.chunk), prompts):
+    parts = motion_by_chunk(motion, config.chunk, config.first_chunk)
+    for part, prompt in zip(parts, prompts):
         yield replace(part, text=embed_words(prompt, config))
 
 
@@ -1035,7 +1047,8 @@ def generate(job, models, image, motion):
     config = models.dit.config
     if job.drawn:
         from extras.tracks import render_control
-        frames = 4 * latent_frames(job.frames, config.chunk) - 3
+        latents = latent_frames(job.frames, config.chunk, config.first_chunk)
+        frames = FRAMES * latents - (FRAMES - 1)
         motion = replace(motion, control=render_control(models.vae, motion, config.size, frames))
     sampler = stream if config.causal else sample_teacher
     if config.causal and len(set(job.prompts)) > 1 and config.text_encoder == "words":

@@ -116,17 +116,19 @@ def videos_of(model, vae, clips, text=None, later=None, seed=0):
         text = text.expand(len(image), -1, -1).to(device)
     if later is not None:
         later = later.expand(len(image), -1, -1)
-        motion = with_texts(motion, text, later, model.config.chunk)
+        motion = with_texts(motion, text, later, model.config)
     sampler = sample.stream if model.config.causal else sample.sample_teacher
     for video in sampler(model, vae, image, motion, sample.Encoded(text), seed):
         yield video.cpu()
 
 
-def with_texts(motion, text, later, chunk):
+def with_texts(motion, text, later, config):
     """A Motion chunk by chunk, each with its text: `later` from the chunk on that lies in the second half."""
     half = motion.tracks.shape[1] / 2
-    for i, part in enumerate(sample.motion_by_chunk(motion, chunk)):
-        yield replace(part, text=later if 4 * chunk * i >= half else text)
+    start = 3                                                   # as the VAE packs frame 0
+    for part in sample.motion_by_chunk(motion, config.chunk, config.first_chunk):
+        yield replace(part, text=later if start >= half else text)
+        start += part.tracks.shape[1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
