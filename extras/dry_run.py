@@ -2,7 +2,7 @@
 
 The losses of train_distill.py are run on tensors without contents, under bfloat16 as on a GPU, so
 that what is counted is what would be computed and kept, attention's backward and recomputation
-among it. All counts are linear in the number of layers: two and three of them tell the rest.
+among it. All counts are linear in the number of layers: one and two of them tell the rest.
 """
 
 import functools
@@ -54,6 +54,8 @@ class Costs(Counts):
         self.most = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.prim.device.default:       # asked so often that it takes most of the time
+            return CPU
         if func is torch.ops.aten._local_scalar_dense.default:
             return 0
         result = super().__torch_dispatch__(func, types, args, kwargs)
@@ -82,14 +84,6 @@ class Cost:
     held: float             # bytes held at once, beside weights, AdamW's state and gradients
     gathers: float = 0      # how often the weights of one network are gathered, if they are shared
 
-    def __add__(self, other):
-        """Of both, one after the other."""
-        most = max(self.held, other.held)
-        return Cost(self.flops + other.flops, most, self.gathers + other.gathers)
-
-    def __mul__(self, times):
-        return Cost(times * self.flops, self.held, times * self.gathers)
-
 
 def counted(build, run):
     """The Cost of build(run), which is (networks, a function that does the step)."""
@@ -113,16 +107,16 @@ def counted(build, run):
 
 
 def cost_of(build, run):
-    """The same for all layers, from what two and three of them take."""
+    """The same for all layers, from what one and two of them take."""
     def with_layers(count):
         return replace(run, config=replace(run.config, num_layers=count))
 
+    one = counted(build, with_layers(1))
     two = counted(build, with_layers(2))
-    three = counted(build, with_layers(3))
-    more = run.config.num_layers - 2
-    flops = two.flops + more * (three.flops - two.flops)
-    held = two.held + more * (three.held - two.held)
-    return Cost(flops, held, two.gathers)
+    more = run.config.num_layers - 1
+    flops = one.flops + more * (two.flops - one.flops)
+    held = one.held + more * (two.held - one.held)
+    return Cost(flops, held, one.gathers)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -130,7 +124,10 @@ def cost_of(build, run):
 
 def network(run, learns, causal=False):
     """A model without contents; one that learns has its gradients already, of the steps before."""
-    model = new_model(replace(run.config, causal=causal)).requires_grad_(learns)
+    config = replace(run.config, causal=causal)
+    if config.copies:
+        config = replace(config, latent_std=(1.0,) * config.out_dim)
+    model = new_model(config).requires_grad_(learns)
     if learns:
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
@@ -266,6 +263,7 @@ class Stage:
     name: str
     clips: int                  # all in all
     cost: Cost                  # of a step
+    other: Cost                 # of a step with recomputation if that has none, and the reverse
     batch: int = 1              # clips of a step
     sharded: float = 0          # bytes a parameter that the GPUs share: weights, AdamW's, averages
     whole: float = 0            # and that each has: gradients
@@ -295,16 +293,18 @@ class Stage:
 
 
 def distill_cost(run):
-    """Of a step of the critic, with its share of one of the generator: in the mean of the denoising
-    steps at which a rollout may end, each of which costs as much more; held: at the last."""
+    """Of a step of the critic, with its share of one of the generator. FLOPs and gathers are the mean of
+    all denoising steps at which the rollouts may end, each of which adds as much as the one before."""
     last = len(run.config.sigmas) - 1
-    costs = []
-    for build in criticising, generating:
-        early = cost_of(functools.partial(build, exit_step=0), run)
-        late = cost_of(functools.partial(build, exit_step=last), run)
-        costs.append((early + late) * 0.5)
-    critic, generator = costs
-    return critic + generator * (1 / run.settings.critic_steps)
+    early = cost_of(functools.partial(criticising, exit_step=0), run)
+    critic = cost_of(functools.partial(criticising, exit_step=last), run)
+    generator = cost_of(functools.partial(generating, exit_step=last), run)
+    share = 1 / run.settings.critic_steps
+    rollouts = 1 + share
+    flops = critic.flops + share * generator.flops - rollouts * (critic.flops - early.flops) / 2
+    gathers = critic.gathers + share * generator.gathers
+    gathers = gathers - rollouts * (critic.gathers - early.gathers) / 2
+    return Cost(flops, max(critic.held, generator.held), gathers)
 
 
 def stored_clips(run):
@@ -330,26 +330,35 @@ def teacher_steps(run):
     return {"teacher, first stage": s.teacher_steps, "teacher, second stage": second.teacher_steps}
 
 
+def learning_costs(run):
+    """{what learns: Cost of a step}."""
+    return {"teacher": cost_of(teaching, run),
+            "causal": cost_of(regression, run),
+            "distill": distill_cost(run)}
+
+
 def stages_of(run):
     """The Stages of a training. Bytes a parameter, in float32: weights 4, AdamW 8, average 4 and
     gradients 4."""
     s = run.settings
+    costs = learning_costs(run)
+    others = learning_costs(replace(run, checkpointing=not run.checkpointing))
     stages = []
     encode = counted(encoding, run)
     encoders = ENCODERS if td.is_wan(run.config) else 0
     for name, clips in stored_clips(run).items():
-        stages.append(Stage(f"encode, {name}", clips, encode, beside=encoders))
-    teacher = cost_of(teaching, run)
+        stages.append(Stage(f"encode, {name}", clips, encode, encode, beside=encoders))
     for name, steps in teacher_steps(run).items():
-        stages.append(Stage(name, s.batch * steps, teacher, s.batch, sharded=16, whole=4,
-                            steps=s.teacher_accumulate, reduced=1))
-    trajectory = cost_of(one_euler_step, run) * run.config.steps
-    stages.append(Stage("trajectories", s.trajectories, trajectory, 2 * s.batch, whole=4))
-    stages.append(Stage("causal", s.batch * s.causal_steps, cost_of(regression, run), s.batch,
-                        sharded=16, whole=4, steps=s.causal_accumulate, reduced=1))
+        stages.append(Stage(name, s.batch * steps, costs["teacher"], others["teacher"], s.batch,
+                            sharded=16, whole=4, steps=s.teacher_accumulate, reduced=1))
+    euler_step = cost_of(one_euler_step, run)
+    trajectory = replace(euler_step, flops=euler_step.flops * run.config.steps)
+    stages.append(Stage("trajectories", s.trajectories, trajectory, trajectory, 2 * s.batch, whole=4))
+    stages.append(Stage("causal", s.batch * s.causal_steps, costs["causal"], others["causal"],
+                        s.batch, sharded=16, whole=4, steps=s.causal_accumulate, reduced=1))
     # the generator 16, the critic, which has no average, 12, the teacher 4; gradients of two
-    stages.append(Stage("distill", s.batch * s.distill_steps, distill_cost(run), s.batch,
-                        sharded=32, whole=8, steps=s.distill_accumulate,
+    stages.append(Stage("distill", s.batch * s.distill_steps, costs["distill"], others["distill"],
+                        s.batch, sharded=32, whole=8, steps=s.distill_accumulate,
                         reduced=1 + 1 / s.critic_steps))
     return stages
 
@@ -414,32 +423,31 @@ def print_days(run, stages):
                 ["stage", "clips", "TFLOP a clip", *gpu_columns()], rows)
 
 
-def print_memory(run, parameters, stages, others):
-    """stages, others: with and without recomputation, or the other way round."""
+def print_memory(run, parameters, stages):
     rows = []
-    for stage, other in zip(stages, others):
-        held = [stage.cost.held, other.cost.held]
+    for stage in stages:
+        held = [stage.cost.held, stage.other.held]
         if not run.checkpointing:
             held.reverse()
-        cells = [f"{bytes / GIB:.3g}" for bytes in held]
+        cells = [f"{count / GIB:.3g}" for count in held]
         for gpus in GPUS:
             needed = stage.memory(parameters, gpus)
             cells.append(f"{needed / GIB:.3g} ({smallest_card(needed)})")
         rows.append([stage.name, *cells])
     how = "recomputed" if run.checkpointing else "kept"
     print_table(f"GiB a GPU, with activations {how}: weights, AdamW and averages are shared, gradients "
-                "whole; the smallest card on which a tenth is left",
+                "whole; in brackets the smallest card of which a tenth is left",
                 ["stage", "activations, recomputed", "kept", *gpu_columns()], rows)
 
 
-def print_recomputation(stages, others):
+def print_recomputation(stages):
     """What it costs."""
     more = []
-    for stage, other in zip(stages, others):
-        few, many = sorted([stage.cost.flops, other.cost.flops])
-        if stage.steps and few:
+    for stage in stages:
+        if stage.steps:
+            few, many = sorted([stage.cost.flops, stage.other.flops])
             more.append(f"{stage.name} {100 * (many / few - 1):.0f} %")
-    print(f"\nrecomputation (--checkpointing, --no-checkpointing) costs: {', '.join(more)} more FLOPs")
+    print(f"\nrecomputation (--checkpointing, --no-checkpointing) costs more FLOPs: {', '.join(more)}")
 
 
 def print_sent(parameters, stages, gpus=8):
@@ -463,7 +471,8 @@ def print_disk(run, parameters):
     rows.append(["two checkpoints of the teacher", f"{2 * 16 * parameters / 1e9:,.4g}"])
     rows.append(["two checkpoints of distill", f"{2 * 28 * parameters / 1e9:,.4g}"])
     rows.append(["weights that are exported, each time", f"{2 * parameters / 1e9:,.4g}"])
-    print_table(f"Disk; MB of a clip: {about} (a text of {min(TEXT_ROWS, run.config.text_len)} rows)",
+    rows_of_text = min(TEXT_ROWS, run.config.text_len)
+    print_table(f"Disk; MB of a clip with {MOST_TRACKS:,} tracks and {rows_of_text} rows of text: {about}",
                 ["what", "GB"], rows)
 
 
@@ -498,9 +507,8 @@ def print_dry_run(run):
           f"{stream_cache(run) / 2 ** 20:,.0f} MiB in bfloat16\ncounted on tensors without contents, "
           "in bfloat16; nothing is measured")
     stages = stages_of(run)
-    others = stages_of(replace(run, checkpointing=not run.checkpointing))
     print_days(run, stages)
-    print_recomputation(stages, others)
-    print_memory(run, parameters, stages, others)
+    print_recomputation(stages)
+    print_memory(run, parameters, stages)
     print_sent(parameters, stages)
     print_disk(run, parameters)
