@@ -984,17 +984,21 @@ def check_files(job, flags, weights, image):
     check_memory(weights.count * getattr(torch, job.dtype).itemsize, weights.path, job.device)
 
 
+def encode_inputs(job, flags, weights, image):
+    """What a Job's model reads beside the tracks. image (1, 3, H, W) in [-1, 1]."""
+    if job.config.text_encoder == "words":
+        text = embed_words(job.prompts[0], job.config)
+        return Encoded(text if text is None else text.to(job.device))
+    from extras import encoders
+    sources = sources_of(job, flags, weights)
+    return Encoded(*encoders.encode(sources, job.config, image, job.device))
+
+
 def load_models(job, flags, weights, image):
     """The Models of a Job. image (1, 3, H, W) in [-1, 1]. Encoders are gone before the DiT is there."""
     check_files(job, flags, weights, image)
     vae = open_vae(weights, flags.vae).to(job.device)
-    if job.config.text_encoder == "words":
-        text = embed_words(job.prompts[0], job.config)
-        encoded = Encoded(text if text is None else text.to(job.device))
-    else:
-        from extras import encoders
-        sources = sources_of(job, flags, weights)
-        encoded = Encoded(*encoders.encode(sources, job.config, image, job.device))
+    encoded = encode_inputs(job, flags, weights, image)
     dit = MotionStream.from_pretrained(weights.path, dtype=getattr(torch, job.dtype), device=job.device,
                                        **vars(job.config))
     c, how = dit.config, f"teacher, whole clip, {dit.config.steps} steps"

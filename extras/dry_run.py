@@ -238,20 +238,15 @@ def generating(run, exit_step):
     return [generator, critic, teacher], step
 
 
-def criticising(run, exit_step):
-    """The critic, on another."""
-    generator = network(run, learns=True, causal=True)
-    critic = network(run, learns=True)
+def rolling(run, exit_step):
+    """The rollout that the critic learns from."""
+    generator = network(run, learns=False, causal=True)
 
     def step():
-        with run.autocast():
-            with torch.no_grad():
-                x0, conditions = roll_out(run, generator, exit_step)
-            first_latent = td.first_latent_of(run.config, x0)
-            loss = td.critic_loss(x0, critic, conditions, first_latent, run.config.shift)
-        loss.backward()
+        with torch.no_grad(), run.autocast():
+            roll_out(run, generator, exit_step)
 
-    return [generator, critic], step
+    return [generator], step
 
 
 # --------------------------------------------------------------------------------------------------
@@ -292,19 +287,22 @@ class Stage:
         return steps * self.cost.gathers * network, self.reduced * network, self.reduced * steps * network
 
 
-def distill_cost(run):
-    """Of a step of the critic, with its share of one of the generator. FLOPs and gathers are the mean of
-    all denoising steps at which the rollouts may end, each of which adds as much as the one before."""
+def distill_cost(run, critic):
+    """Of a step of the critic, which learns from a rollout as a teacher does from clips, with its share
+    of one of the generator. Each of the denoising steps at which a rollout may end adds as much as the
+    one before: the mean is that of the first and the last."""
     last = len(run.config.sigmas) - 1
-    early = cost_of(functools.partial(criticising, exit_step=0), run)
-    critic = cost_of(functools.partial(criticising, exit_step=last), run)
+    short = cost_of(functools.partial(rolling, exit_step=0), run)
+    long = cost_of(functools.partial(rolling, exit_step=last), run)
     generator = cost_of(functools.partial(generating, exit_step=last), run)
     share = 1 / run.settings.critic_steps
-    rollouts = 1 + share
-    flops = critic.flops + share * generator.flops - rollouts * (critic.flops - early.flops) / 2
-    gathers = critic.gathers + share * generator.gathers
-    gathers = gathers - rollouts * (critic.gathers - early.gathers) / 2
-    return Cost(flops, max(critic.held, generator.held), gathers)
+
+    def mean(name):
+        saved = (getattr(long, name) - getattr(short, name)) / 2        # against the longest rollout
+        of_critic = getattr(critic, name) + getattr(long, name) - saved
+        return of_critic + share * (getattr(generator, name) - saved)
+
+    return Cost(mean("flops"), max(critic.held, generator.held), mean("gathers"))
 
 
 def stored_clips(run):
@@ -332,9 +330,10 @@ def teacher_steps(run):
 
 def learning_costs(run):
     """{what learns: Cost of a step}."""
-    return {"teacher": cost_of(teaching, run),
+    teacher = cost_of(teaching, run)
+    return {"teacher": teacher,
             "causal": cost_of(regression, run),
-            "distill": distill_cost(run)}
+            "distill": distill_cost(run, teacher)}
 
 
 def stages_of(run):

@@ -4,6 +4,7 @@
     python -m extras.evaluate --photographs DIR     and how photographs survive: a piece of one moves over another
     python -m extras.evaluate curves runs/tiny      the curves of each stage once more
     python -m extras.evaluate compare out.mp4 real.mp4
+    python -m extras.evaluate papers FOLDER …       DAVIS, Sora's clips, LLFF: see extras/protocols.py
 
 Scenes are drawn from seeds that training never uses. These are the claims of the README, not of the code.
 """
@@ -734,7 +735,13 @@ def run_compare(argv):
     print(", ".join(told))
 
 
-COMMANDS = {"curves": run_curves, "compare": run_compare}
+def run_papers(argv):
+    """Run one of the papers' protocols over a folder of clips, see extras/protocols.py."""
+    from extras import protocols
+    protocols.run_papers(argv)
+
+
+COMMANDS = {"curves": run_curves, "compare": run_compare, "papers": run_papers}
 
 
 def run(argv):

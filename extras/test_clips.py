@@ -57,7 +57,7 @@ def test_own_clips_are_cropped_and_encoded_with_their_tracks():
             video = ((video + 1) * 127.5).round().byte()
             with torch.no_grad():
                 assert clip["latents"].equal(new_vae().encode(video / 127.5 - 1)[0].half())
-            assert clip["first"].equal(video[0, :, 0]) and (clip["group"] == -1).all()
+            assert "first" not in clip and (clip["group"] == -1).all()
             given = np.load(here / "data" / f"{name}.npz")
             moved = given["tracks"] * 0.75 - (0, 2)
             seen = given["visibility"] & ((moved >= 0) & (moved < (48, 32))).all(-1)
@@ -210,7 +210,7 @@ def test_tracks_are_of_the_frames_that_are_stored_even_if_those_are_late_or_not_
         assert_near(even["latents"].float(), late["latents"].float(), 0.2)
         for clip in late, wide:
             assert clip["tracks"].equal(even["tracks"])
-            assert (clip["first"].float() - even["first"].float()).abs().mean() < 6
+            assert (clip["latents"].float() - even["latents"].float()).abs().mean() < 0.1
         np.savez(here / "data/wide.npz", tracks=tracks, width=64, height=48)        # of the picture as it is seen
         assert load_file(made(flags)[0][2])["tracks"].equal(even["tracks"])
 

@@ -1,0 +1,180 @@
+"""Where training starts: from which public weights, and how long its clips are."""
+
+import unittest
+import unittest.mock
+from dataclasses import replace
+
+import torch
+
+import sample
+import train_distill as td
+from extras import clips
+from extras.testing import (FAMILIES, SMALL, assert_error, assert_near, clip_of, folder, new_model,
+                            new_vae, own_clips, own_flags, public, quiet, rand, same, saved, seeded,
+                            write_layout)
+from motionstream import (MotionStream, UserError, chunk_sizes, rollout, split_conditions,
+                          track_features)
+
+STARTS = ("Wan 2.1 T2V", "Wan 2.1 Fun-Control", "Wan 2.2 TI2V 5B")     # what training takes
+MASKED = ("Wan 2.1 I2V, Fun-InP", "Wan 2.2 Fun-Control 5B")            # and what has a mask
+
+
+def resolved(*flags):
+    with quiet():
+        return td.resolve(td.parse_flags([str(flag) for flag in flags]))
+
+
+def first_teacher(here, family):
+    """(The model that a training from such weights begins with, the weights as they are), small
+    pictures for both."""
+    path = write_layout(here, family, "Wan")
+    run = resolved("--dry-run", "--weights", path)
+    run = replace(run, config=replace(run.config, size=(32, 64)))
+    with quiet():
+        teacher = td.starting_teacher(run, None)
+    return teacher, MotionStream.from_pretrained(path, dtype=torch.float32, size=(32, 64))
+
+
+def inputs(c, frames=3):
+    """Noised latents, noise levels and what a model of that config reads, without tracks."""
+    h, w = c.latent_size
+    given = {"text": rand(2, 5, c.text_dim)}
+    if c.image_dim:
+        given["image"] = rand(2, c.image_dim, frames, h, w, seed=1)
+    if c.clip_dim:
+        given["clip"] = rand(2, 257, c.clip_dim, seed=2)
+    return rand(2, c.out_dim, frames, h, w, seed=3), torch.tensor([0.3, 1.0]), given
+
+
+def check_slots(teacher, family):
+    """The patch embedding's columns are the public ones, and those for tracks, with their head, can
+    learn."""
+    c, _ = FAMILIES[family]
+    columns = teacher.patch_embedding.weight
+    head = teacher.track_head.conv.weight
+    theirs = public(family)["patch_embedding.weight"]
+    stop = c.out_dim + teacher.config.track_dim
+    assert columns[:, :c.out_dim].equal(theirs[:, :c.out_dim]), family
+    assert columns[:, stop:].equal(theirs[:, c.out_dim + c.track_dim:]), family
+    slot = columns[:, c.out_dim:stop]
+    assert teacher.config.track_dim == c.out_dim, family
+    if c.track_dim:                                 # trained on a control video
+        assert slot.equal(theirs[:, c.out_dim:stop]) and slot.any() and not head.any(), family
+    else:
+        assert not slot.any() and head.any(), family
+
+
+def test_a_training_starts_where_public_weights_are_and_learns_tracks_from_there():
+    for family in STARTS:
+        with folder() as here:
+            teacher, source = first_teacher(here, family)
+        check_slots(teacher, family)
+        c = teacher.config
+        x, sigma, given = inputs(c)
+        nothing = torch.zeros(2, 9, 1, dtype=torch.bool)
+        empty = track_features(teacher, torch.zeros(2, 9, 1, 2), nothing, torch.zeros(2, 1).long())
+        with torch.no_grad():
+            ours = teacher(x, sigma, tracks=empty, **given)
+            assert_near(ours, source(x, sigma, **given), 1e-6)
+        tracks = 5 + 20 * rand(2, 9, 4, 2).abs()
+        ids = torch.arange(8).view(2, 4)
+        features = track_features(teacher, tracks, ~nothing.expand(2, 9, 4), ids)
+        velocity = teacher(x, sigma, tracks=features, **given)
+        velocity.square().sum().backward()
+        slot = teacher.patch_embedding.weight.grad[:, c.out_dim:c.out_dim + c.track_dim]
+        learns = [grad for grad in (slot, teacher.track_head.conv.weight.grad) if grad.any()]
+        assert len(learns) == 1, f"{family}: one of slot and head is zero, so the other one waits"
+
+
+def test_weights_with_a_mask_take_a_track_slot_but_no_training():
+    for family in MASKED:
+        c, _ = FAMILIES[family]
+        with folder() as here:
+            path = write_layout(here, family, "Wan")
+            model = MotionStream.from_pretrained(path, dtype=torch.float32, track_dim=c.out_dim)
+            source = MotionStream.from_pretrained(path, dtype=torch.float32)
+            said = "takes the image as a clip with a mask, which cannot stream"
+            assert_error(UserError, said, resolved, "--dry-run", "--weights", path)
+        check_slots(model, family)
+        small = replace(model.config, size=(32, 64))
+        x, sigma, given = inputs(small)
+        with torch.no_grad():
+            assert_near(model(x, sigma, **given), source(x, sigma, **given), 1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A first chunk of its own size: the 31 latents of 121 frames are 1 + 10 x 3.
+
+def test_chunks_may_begin_with_one_of_another_size():
+    assert chunk_sizes(31, 3, 1) == [1] + 10 * [3] and chunk_sizes(21, 3) == 7 * [3]
+    assert chunk_sizes(8, 3) == [3, 3, 2] and chunk_sizes(2, 3) == [2] and chunk_sizes(6, 3, 1) == [1, 3, 2]
+    noise, given, first = clip_of(7)
+    model = new_model(first_chunk=1)
+    made = list(rollout(model, noise, given, first, rng=seeded()))
+    assert [x.shape[2] for x in made] == [1, 3, 3]
+    parts = split_conditions(given, 3, 1)
+    by_hand = rollout(new_model(), noise.split([1, 3, 3], 2), parts, first, rng=seeded())
+    assert all(a.equal(b) for a, b in zip(made, by_hand))
+    other = list(rollout(new_model(), noise, given, first, rng=seeded()))
+    assert [x.shape[2] for x in other] == [3, 3, 1]
+
+
+def test_121_frames_are_whole_chunks_of_the_5b_model():
+    run = resolved("--dry-run", "wan2.2-5b")
+    assert run.settings.clip_frames == 121 and (run.clip_latents, run.clip_chunks) == (31, 11)
+    assert run.track_frames == 121 and run.latents_of(13) == 37
+    run = resolved("--dry-run", "wan2.1-1.3b")
+    assert run.settings.clip_frames == 81 and (run.clip_latents, run.clip_chunks) == (21, 7)
+    assert_error(UserError, "needs whole chunks of 12, the first of 9: 45, 57, 69", resolved,
+                 "--dry-run", "wan2.1-1.3b", "--set", "clip_frames=121")
+    assert_error(UserError, "needs whole chunks of 12, the first of 1: 49, 61, 73", resolved,
+                 "--dry-run", "wan2.2-5b", "--set", "clip_frames=81")
+    assert sample.latent_frames(121, 3, 1) == 31 and sample.latent_frames(122, 3, 1) == 34
+    assert sample.latent_frames(121, 3) == 33 and sample.latent_frames(1, 3, 1) == 1
+
+
+def test_pauses_fall_on_chunks_and_spare_the_first_whatever_its_size():
+    torch.manual_seed(0)
+    visible = torch.ones(60, 25, 4, dtype=torch.bool)
+    shown = td.dense_subset(visible, True, 3, 1).all(2)                 # (B, T)
+    starts = [0, 1, 13, 25]
+    for begin, end in zip(starts, starts[1:]):
+        chunk = shown[:, begin:end]
+        assert chunk.equal(chunk[:, :1].expand_as(chunk))
+    assert shown[:, 0].all() and not shown[:, 1].all() and not shown[:, 13].all()
+
+
+def test_a_stream_with_a_first_chunk_of_its_own_goes_on_from_it():
+    model, vae = new_model(first_chunk=1), new_vae()
+    tracks = 10 + 5 * rand(1, 20, 2, 2)
+    visible = torch.ones(1, 20, 2, dtype=torch.bool)
+    motion = sample.Motion(tracks, visible, torch.tensor([[1, 2]]))
+    pieces = list(sample.stream(model, vae, torch.zeros(1, 3, 32, 48), motion))
+    assert [piece.shape[2] for piece in pieces] == [1, 12, 12]
+    teacher = new_model(first_chunk=1, causal=False, steps=2)
+    pieces = list(sample.sample_teacher(teacher, vae, torch.zeros(1, 3, 32, 48), motion))
+    assert [piece.shape[2] for piece in pieces] == [1, 12, 12]
+
+
+def test_every_stage_trains_with_a_first_chunk_of_its_own():
+    with folder() as here:
+        data = own_clips(here / "data", frames=49)
+        start = saved(here / "start.safetensors", new_model(causal=False))
+        vae = saved(here / "encoder.safetensors", new_vae())
+        words = [data, "--out", here / "clips", "--weights", start, "--vae", vae, "--frames", 49]
+        with quiet():
+            clips.make_clips(clips.parse_job([str(word) for word in words]))
+        flags = own_flags(here, here / "clips", "--set", "first_chunk=1", "--set", "clip_frames=49")
+        sizes = []
+
+        def watched(model, noise, *rest, **more):
+            noise = list(noise)
+            sizes.append([x.shape[2] for x in noise])
+            return rollout(model, noise, *rest, **more)
+
+        with quiet() as (_, err), unittest.mock.patch.multiple(td, show=lambda *_: None, rollout=watched):
+            for stage in "teacher", "causal", "distill":
+                assert td.main([*flags, "--stage", stage, "--steps", "1"]) is None, err.getvalue()
+        assert sizes and all(size == [1, 3, 3, 3, 3] for size in sizes), sizes
+        student = MotionStream.from_pretrained(here / "runs/out/student.safetensors")
+        assert student.config.first_chunk == 1 and student.config.causal
