@@ -4,16 +4,19 @@ import unittest
 import unittest.mock
 from dataclasses import replace
 
+import numpy as np
 import torch
+from safetensors.torch import load_file
 
 import sample
 import train_distill as td
 from extras import clips
-from extras.testing import (FAMILIES, SMALL, assert_error, assert_near, clip_of, folder, new_model,
-                            new_vae, own_clips, own_flags, public, quiet, rand, same, saved, seeded,
-                            write_layout)
+from extras.testing import (FAMILIES, WAN21, assert_error, assert_near, clip_of, folder, new_model,
+                            new_vae, own_clips, public, quiet, rand, randomised, saved, seeded,
+                            wan_video, write_layout)
 from motionstream import (MotionStream, UserError, chunk_sizes, rollout, split_conditions,
                           track_features)
+from vae import WanVAE
 
 STARTS = ("Wan 2.1 T2V", "Wan 2.1 Fun-Control", "Wan 2.2 TI2V 5B")     # what training takes
 MASKED = ("Wan 2.1 I2V, Fun-InP", "Wan 2.2 Fun-Control 5B")            # and what has a mask
@@ -159,12 +162,14 @@ def test_a_stream_with_a_first_chunk_of_its_own_goes_on_from_it():
 def test_every_stage_trains_with_a_first_chunk_of_its_own():
     with folder() as here:
         data = own_clips(here / "data", frames=49)
-        start = saved(here / "start.safetensors", new_model(causal=False))
+        start = saved(here / "start.safetensors", new_model(causal=False, steps=3))
         vae = saved(here / "encoder.safetensors", new_vae())
         words = [data, "--out", here / "clips", "--weights", start, "--vae", vae, "--frames", 49]
         with quiet():
             clips.make_clips(clips.parse_job([str(word) for word in words]))
-        flags = own_flags(here, here / "clips", "--set", "first_chunk=1", "--set", "clip_frames=49")
+        flags = ["--smoke", "--data", here / "clips", "--weights", start, "--vae", vae, "--out", here / "out"]
+        flags += ["--set", "first_chunk=1", "--set", "clip_frames=49"]
+        flags = [str(flag) for flag in flags]
         sizes = []
 
         def watched(model, noise, *rest, **more):
@@ -176,5 +181,65 @@ def test_every_stage_trains_with_a_first_chunk_of_its_own():
             for stage in "teacher", "causal", "distill":
                 assert td.main([*flags, "--stage", stage, "--steps", "1"]) is None, err.getvalue()
         assert sizes and all(size == [1, 3, 3, 3, 3] for size in sizes), sizes
-        student = MotionStream.from_pretrained(here / "runs/out/student.safetensors")
+        student = MotionStream.from_pretrained(here / "out/student.safetensors")
         assert student.config.first_chunk == 1 and student.config.causal
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A folder of clips by many processes.
+
+def clip_words(here, data, *more):
+    start = saved(here / "start.safetensors", new_model(causal=False))
+    vae = saved(here / "encoder.safetensors", new_vae())
+    words = [data, "--out", here / "clips", "--weights", start, "--vae", vae, *more]
+    return [str(word) for word in words]
+
+
+def test_shards_and_processes_make_every_clip_once():
+    names = [f"{i:02}" for i in range(23)]
+    for count, processes in (1, 1), (4, 1), (1, 8), (3, 2):
+        made = []
+        for number in range(1, count + 1):
+            for rank in range(processes):
+                with unittest.mock.patch.multiple(clips, PROCESSES=processes, RANK=rank):
+                    made += clips.part_of(names, (number, count))
+        assert sorted(made) == names, (count, processes)
+    with folder() as here:
+        words = clip_words(here, own_clips(here / "data", names=("a", "b", "c"), frames=45))
+        for shard, made in ("2/2", ["b"]), ("1/2", ["a", "c"]):
+            with quiet():
+                files = clips.make_clips(clips.parse_job(words + ["--shard", shard]))
+            assert [file.stem for file in files] == made
+        for wrong in "0/2", "3/2", "2", "a/b":
+            with quiet() as (_, err):
+                assert clips.main(words + ["--shard", wrong]) == 2
+            assert f"argument --shard: '{wrong}' is not like 2/8" in err.getvalue(), err.getvalue()
+
+
+def test_texts_are_stored_without_their_padding():
+    text = torch.zeros(512, 12)
+    text[:7] = rand(7, 12)
+    text[3] = 0                                         # not the end
+    assert clips.without_padding(text).equal(text[:7])
+    assert clips.without_padding(torch.zeros(512, 12)).shape == (0, 12)
+    assert clips.without_padding(text[:7]).equal(text[:7])
+
+
+def test_latents_in_bfloat16_are_nearly_those_in_float32_and_another_file():
+    vae = randomised(WanVAE(WAN21))
+    video = wan_video(vae, 5)
+    with torch.no_grad():
+        exact = vae.encode(video)
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = vae.encode(video)
+    error = (rough.float() - exact).norm() / exact.norm()
+    print(f"latents of a small random VAE under bfloat16 are {100 * error:.2f} % (relative L2) from float32's")
+    assert 0 < error < 0.03, error
+    with folder() as here:
+        words = clip_words(here, own_clips(here / "data", names=("a",)))
+        before = []
+        for dtype in "float32", "bfloat16":
+            with quiet():
+                file, = clips.make_clips(clips.parse_job(words + ["--dtype", dtype]))
+            before.append(load_file(file)["latents"].float().numpy())
+        assert not np.array_equal(*before) and abs(before[0] - before[1]).mean() < 0.05
