@@ -4,7 +4,8 @@
     python -m extras.evaluate --photographs DIR     and how photographs survive: a piece of one moves over another
     python -m extras.evaluate curves runs/tiny      the curves of each stage once more
     python -m extras.evaluate compare out.mp4 real.mp4
-    python -m extras.evaluate papers FOLDER …       DAVIS, Sora's clips, LLFF: see extras/protocols.py
+    python -m extras.evaluate papers FOLDER --protocol davis --out DIR --weights FILE --vae FILE --text-encoder DIR
+        --tracker FILE.py:FUNCTION          the papers' numbers, on DAVIS, Sora's clips or LLFF: see extras/protocols.py
 
 Scenes are drawn from seeds that training never uses. These are the claims of the README, not of the code.
 """

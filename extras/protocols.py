@@ -173,7 +173,8 @@ def scaled(video, size):
 
 def measure(made, size, distance, tracker):
     """{"PSNR", "SSIM", "LPIPS", "EPE"} of what was made, at a size (height, width): means of frames, and of the
-    points that are visible in the tracks. distance: see lpips_network, or None; tracker: see find_tracker, or None."""
+    points that are visible in the tracks, if there are in frame 0. distance: see lpips_network, or None; tracker: see
+    find_tracker, or None."""
     video = scaled(made.video, size)
     truth = scaled(made.truth, size)
     rows = []
@@ -185,7 +186,7 @@ def measure(made, size, distance, tracker):
     numbers = {}
     for name in rows[0]:
         numbers[name] = float(np.mean([row[name] for row in rows]))
-    if tracker:
+    if tracker and made.visible[0].any():
         scale = torch.tensor(size).flip(0) / torch.tensor(made.video.shape[:2:-1])
         frames = ((video + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
         numbers["EPE"] = end_point_error(frames, made.tracks * scale, made.visible, tracker)
@@ -194,10 +195,8 @@ def measure(made, size, distance, tracker):
 
 def end_point_error(frames, tracks, visible, tracker):
     """The mean distance in pixels of tracks (T, N, 2) from where a tracker finds the points of frame 0 in uint8 frames
-    (T, H, W, 3), of what is visible (T, N) in the tracks. NaN if none is in frame 0."""
+    (T, H, W, 3), of what is visible (T, N) in the tracks, at least one of them in frame 0."""
     begun = visible[0]
-    if not begun.any():
-        return float("nan")
     told = tracks[:, begun]                                     # (T, n, 2)
     found = torch.as_tensor(tracker(frames, told[0].numpy()))
     if found.shape != told.shape:
@@ -238,7 +237,7 @@ def mean_row(rows):
     for name in NAMES:
         values = [row[name] for row in rows.values() if name in row]
         if values:
-            mean[name] = float(np.nanmean(values))
+            mean[name] = float(np.mean(values))
     return mean
 
 

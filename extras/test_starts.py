@@ -1,8 +1,10 @@
 """Where training starts: from which public weights, and how long its clips are."""
 
+import sys
 import unittest
 import unittest.mock
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -12,8 +14,9 @@ import sample
 import train_distill as td
 from extras import clips
 from extras.testing import (FAMILIES, WAN21, assert_error, assert_near, clip_of, folder, new_model,
-                            new_vae, own_clips, public, quiet, rand, randomised, saved, seeded,
-                            wan_video, write_layout)
+                            new_vae, own_clips, public, quiet, rand, randomised, recipe, saved,
+                            seeded, wan_video, write_layout)
+from extras.video import open_video
 from motionstream import (MotionStream, UserError, chunk_sizes, rollout, split_conditions,
                           track_features)
 from vae import WanVAE
@@ -243,3 +246,84 @@ def test_latents_in_bfloat16_are_nearly_those_in_float32_and_another_file():
                 file, = clips.make_clips(clips.parse_job(words + ["--dtype", dtype]))
             before.append(load_file(file)["latents"].float().numpy())
         assert not np.array_equal(*before) and abs(before[0] - before[1]).mean() < 0.05
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The recipes of docs/training.md, with what they download replaced.
+
+def run_recipe(word, *words):
+    with quiet() as (out, _), unittest.mock.patch.object(sys, "argv", ["x", *map(str, words)]):
+        exec(recipe("training.md", word), {})
+    return out.getvalue()
+
+
+class Tracker:
+    """Stands for CoTracker."""
+    calls = 0
+
+    def to(self, device):
+        return self
+
+    def __call__(self, video, grid_size):
+        Tracker.calls += 1
+        assert video.shape[:3] == (1, 45, 3) and video.dtype == torch.float32 and video.max() > 1
+        frames, points = video.shape[1], grid_size ** 2
+        place = torch.arange(points) % 40 + 4.0
+        tracks = torch.stack([place, place], -1).expand(1, frames, points, 2)
+        return tracks, torch.ones(1, frames, points, 1, dtype=torch.bool)
+
+
+def test_the_recipe_for_tracks_is_shared_and_goes_on_where_it_stopped():
+    with folder() as here, unittest.mock.patch.object(torch.hub, "load", lambda *_: Tracker()):
+        data = own_clips(here / "data", names=("a", "b", "sub/c"))
+        for file in data.rglob("*.npz"):
+            file.unlink()
+        (data / "d.mp4").write_text("no video")
+        Tracker.calls = 0
+        run_recipe("cotracker3_offline\").to", data, "2/2", 45)
+        assert {file.name for file in data.rglob("*.npz")} == {"b.npz", "c.npz"} and Tracker.calls == 2
+        for _ in range(2):
+            said = run_recipe("cotracker3_offline\").to", data, "1/1", 45)
+        assert Tracker.calls == 3 and "left out: " in said and "d.mp4" in said
+        words = clip_words(here, data)
+        (data / "d.mp4").unlink()
+        with quiet():
+            files = clips.make_clips(clips.parse_job(words))
+        assert len(files) == 3 and load_file(files[0])["tracks"].shape == (45, 2500, 2)
+
+
+def test_the_recipe_for_a_public_set_makes_videos_of_its_latents():
+    vae = randomised(WanVAE(WAN21))
+    latents = vae.encode(wan_video(vae, 9)).detach()
+    mean, std = vae.statistics(latents)
+    raw = (latents * std + mean)[0].numpy()
+    row = {"vae_latent_bytes": raw.tobytes(), "vae_latent_shape": list(raw.shape), "caption": "a cat",
+           "vae_latent_dtype": "float32"}
+    batch = SimpleNamespace(to_pylist=lambda: [row])
+
+    def parquet_file(path):
+        return SimpleNamespace(iter_batches=lambda size, columns: [batch, batch])
+
+    parquet = SimpleNamespace(ParquetFile=parquet_file)
+    stubs = {"pyarrow": SimpleNamespace(parquet=parquet), "pyarrow.parquet": parquet}
+    with folder() as here:
+        for name in "p0/data", "p1/data":
+            (here / "syn" / name).parent.mkdir(parents=True)
+            (here / "syn" / f"{name}.parquet").write_text("")
+        torch.save(vae.state_dict(), here / "vae.pth")
+        before = {name: sys.modules.get(name) for name in stubs}
+        sys.modules.update(stubs)
+        try:
+            run_recipe("vae_latent_bytes", here / "syn", here / "out", here / "vae.pth", "2/2")
+        finally:
+            for name in stubs:
+                del sys.modules[name]
+                if before[name]:
+                    sys.modules[name] = before[name]
+        names = sorted(file.name for file in (here / "out").iterdir())
+        assert names == ["p1-data-0000.mp4", "p1-data-0000.txt", "p1-data-0001.mp4", "p1-data-0001.txt"]
+        frames = np.stack(list(open_video(here / "out/p1-data-0000.mp4").frames))
+        with torch.no_grad():
+            expected = sample.to_frames(vae.decode(latents)[0])
+        assert frames.shape == expected.shape == (9, 16, 24, 3)
+        assert abs(frames.astype(float) - expected).mean() < 20, "H.264 loses some"
