@@ -146,10 +146,11 @@ class Config:
 
     @property
     def copy_dim(self):
-        """Input channels for copies: latents and two of nearness, see copy_along_tracks."""
+        """Input channels for copies: latents, and six that say how far to believe them, see
+        copy_along_tracks."""
         if not self.copies:
             return 0
-        return self.out_dim + 2
+        return self.out_dim + 6
 
     @property
     def image_dim(self):
@@ -173,7 +174,7 @@ PRESETS = {
         first_chunk=1, stride=16, size=(704, 1280), fps=24),     # 121 frames: 1 + 10 x 3 latents
     "tiny": Config(
         dim=192, ffn_dim=576, num_heads=3, num_layers=5,
-        in_dim=96 + 32 + 98 + 96, out_dim=96, track_dim=32, copies=True, track_id_mode="same",
+        in_dim=96 + 32 + 102 + 96, out_dim=96, track_dim=32, copies=True, track_id_mode="same",
         text_dim=64, text_len=8, text_encoder="words",
         steps=15, guidance=(1.5, 0.0), size=(128, 128), prompt="steady light, steady shapes"),
 }
@@ -481,9 +482,9 @@ class TrackHead(nn.Module):
 
 def start_points(tracks, visible):
     """Where each track is first seen: tracks (B, T, N, 2), visible (B, T, N) to (B, N, 2)."""
-    first = visible.int().argmax(1)                         # (B, N), the first frame that sees it
-    first = first[:, None, :, None].expand(-1, 1, -1, 2)
-    return tracks.gather(1, first)[:, 0].nan_to_num(0)
+    frame = visible.int().argmax(1)                         # (B, N), the first that sees it
+    frame = frame[:, None, :, None].expand(-1, 1, -1, 2)
+    return tracks.gather(1, frame)[:, 0].nan_to_num(0)
 
 
 def track_ids(tracks, visible, config, rng=None):
@@ -797,104 +798,145 @@ def rollout(model, noise, conditions, first_latent=None, exit_step=None, rng=Non
 # get neither.
 
 COPY_CELL = 4       # pixels per side of the squares that follow one track
-NEAR = (8, 32)      # pixels over which a track's nearness falls to 1 / e, see copy_along_tracks
+NEIGHBOURS = 4      # tracks of which a square's move is a mean, see way_back
+NEAR = (8, 32)      # pixels over which nearness falls to 1 / e, see nearness
 SHARES = 2          # outputs of the head for mix_copies
-LOG_SPREAD = (-6, 2)    # least and greatest log of the spread, as a share of the latents' own
+SPREAD = 0.1        # of x0 about what its copies say, as a share of the latents' own
 
 
-def nearest_track(tracks, visible, height, width):
-    """The visible track nearest to the centre of each square of COPY_CELL pixels.
-
-    tracks (B, T, N, 2), visible (B, T, N); height, width in pixels. Returns (B, T, rows, columns)
-    twice: the track's index, int64, and its distance in pixels; 0 and infinite if none is visible."""
-    B, T, N, _ = tracks.shape
-    rows = height // COPY_CELL
-    columns = width // COPY_CELL
-    if N == 0:
-        index = torch.zeros(B, T, rows, columns, dtype=torch.long, device=tracks.device)
-        return index, torch.full_like(index, math.inf, dtype=tracks.dtype)
-    y = (torch.arange(rows, device=tracks.device) + 0.5) * COPY_CELL
-    x = (torch.arange(columns, device=tracks.device) + 0.5) * COPY_CELL
-    centre = torch.cartesian_prod(y, x).flip(1)                         # (rows columns, 2), x first
-    centre = centre.expand(B, T, -1, -1)
-    # pair by pair: of a matrix product, the last bits would depend on how many tracks there are
-    pair_by_pair = "donot_use_mm_for_euclid_dist"
-    distance = torch.cdist(centre, tracks.nan_to_num(0), compute_mode=pair_by_pair)
-    distance = distance.masked_fill(~visible[:, :, None], math.inf)
-    distance, index = distance.min(3)                                   # (B, T, rows columns)
-    return index.unflatten(2, (rows, columns)), distance.unflatten(2, (rows, columns))
+def square_centres(height, width, device):
+    """Centres of the squares of COPY_CELL pixels of a picture: (rows, columns, 2), x first."""
+    y = (torch.arange(height // COPY_CELL, device=device) + 0.5) * COPY_CELL
+    x = (torch.arange(width // COPY_CELL, device=device) + 0.5) * COPY_CELL
+    y, x = torch.meshgrid(y, x, indexing="ij")
+    return torch.stack([x, y], 2)
 
 
-def way_back(tracks, start, index, distance):
-    """From each square of frame t to where it was in frame 0, by the track that it follows.
+def nearest_points(places, points, visible, count):
+    """The visible points nearest to each place, frame by frame, the nearest first.
 
-    index, distance (B, T, rows, columns) of nearest_track; start (B, N, 2): where the tracks were
-    in frame 0. Returns whole pixels, (B, T, rows, columns, 2) int64: 0 where no track is visible."""
-    if tracks.shape[2] == 0:
-        return index.new_zeros(*index.shape, 2)
-    of_track = (start[:, None] - tracks.nan_to_num(0)).round().long()   # (B, T, N, 2)
-    followed = index.flatten(2)[..., None].expand(-1, -1, -1, 2)        # (B, T, rows columns, 2)
-    of_square = of_track.gather(2, followed).view(*index.shape, 2)      # (B, T, rows, columns, 2)
-    return of_square.masked_fill(distance.isinf()[..., None], 0)
+    places (B, T, rows, columns, 2); points (B, T, N, 2), visible (B, T, N). Returns their indices,
+    int64, and their distances in pixels, (B, T, rows, columns, min(count, N)); infinite for those
+    that are not visible."""
+    far = 1e6                                                           # from all that is visible
+    points = points.masked_fill(~visible[..., None], far)
+    distance = torch.cdist(places.flatten(2, 3), points)                # (B, T, rows columns, N)
+    distance, index = distance.topk(min(count, points.shape[2]), largest=False)
+    distance = distance.masked_fill(distance > far / 2, math.inf)
+    shape = places.shape[2:4]
+    return index.unflatten(2, shape), distance.unflatten(2, shape)
+
+
+def moves_of(index, tracks, start):
+    """How far tracks have moved since frame 0: index (B, T, rows, columns, K), tracks (B, T, N, 2),
+    start (B, N, 2) to (B, T, rows, columns, K, 2)."""
+    moves = tracks.nan_to_num(0) - start.nan_to_num(0)[:, None]         # (B, T, N, 2)
+    wanted = index.flatten(2)[..., None].expand(-1, -1, -1, 2)          # (B, T, rows columns K, 2)
+    return moves.gather(2, wanted).unflatten(2, index.shape[2:])
 
 
 def from_outside(back, height, width):
     """Which squares were, wholly or in part, outside the picture in frame 0: back (B, T, rows,
-    columns, 2) of way_back to (B, T, rows, columns) bool."""
+    columns, 2), from the square to where it was, to (B, T, rows, columns) bool."""
     rows, columns = back.shape[2:4]
     x = COPY_CELL * torch.arange(columns, device=back.device) + back[..., 0]
     y = COPY_CELL * torch.arange(rows, device=back.device)[:, None] + back[..., 1]
     return (x < 0) | (y < 0) | (x > width - COPY_CELL) | (y > height - COPY_CELL)
 
 
-def warp_along_tracks(image, tracks, visible, start):
-    """Frame 0 as the tracks move it: each square of COPY_CELL pixels shows what the nearest
-    visible track brings along. Where none is visible, or it would bring what lay outside the
-    picture, it shows what was there in frame 0.
+def way_back(tracks, visible, start, height, width):
+    """From each square of COPY_CELL pixels of frame t to where it was in frame 0, by the nearest
+    visible track and those of the next nearest that move like it, so that what turns or grows does
+    so smoothly. A square follows none if none is visible, or if it would show what lay outside the
+    picture.
 
-    image (B, 3, H, W); tracks (B, T, N, 2), visible (B, T, N); start (B, N, 2): where they were in
-    frame 0. Returns video (B, 3, T, H, W) and the distance (B, T, rows, columns) in pixels to the
-    track that a square follows, infinite if it follows none."""
+    tracks (B, T, N, 2), N > 0, visible (B, T, N); start (B, N, 2): where they were in frame 0.
+    Returns pixels, (B, T, rows, columns, 2), 0 for a square that follows none, and the distance in
+    pixels to the nearest track, (B, T, rows, columns), infinite if it follows none."""
+    place = square_centres(height, width, tracks.device)
+    place = place.expand(*tracks.shape[:2], -1, -1, -1)
+    index, distance = nearest_points(place, tracks, visible, NEIGHBOURS)
+    moves = moves_of(index, tracks, start)                              # (B, T, rows, columns, K, 2)
+    farther = distance - distance[..., :1]
+    apart = (moves - moves[..., :1, :]).norm(dim=-1)
+    weight = torch.exp(-farther / 4 - (apart / 6) ** 2).nan_to_num(0)   # infinite less infinite
+    move = (weight[..., None] * moves).sum(4) / weight.sum(4, keepdim=True).clamp(min=1e-6)
+    distance = distance[..., 0]
+    none = distance.isinf() | from_outside(-move, height, width)
+    return -move.masked_fill(none[..., None], 0), distance.masked_fill(none, math.inf)
+
+
+def warp(image, back):
+    """Each square of frame t shows what lies at `back` from it in the image, interpolated between
+    pixels: (B, 3, H, W) and (B, T, rows, columns, 2) of way_back to (B, 3, T, H, W)."""
     B, _, H, W = image.shape
-    T = tracks.shape[1]
-    index, distance = nearest_track(tracks, visible, H, W)
-    back = way_back(tracks, start, index, distance)
-    outside = from_outside(back, H, W)
-    back = back.masked_fill(outside[..., None], 0)
-    distance = distance.masked_fill(outside, math.inf)
+    T = back.shape[1]
     back = back.repeat_interleave(COPY_CELL, 2)
     back = back.repeat_interleave(COPY_CELL, 3)                         # of pixels: (B, T, H, W, 2)
-    x = torch.arange(W, device=image.device) + back[..., 0]             # (B, T, H, W)
-    y = torch.arange(H, device=image.device)[:, None] + back[..., 1]
-    source = (y * W + x).flatten(1)[:, None].expand(-1, 3, -1)          # (B, 3, T H W)
-    video = image.flatten(2).gather(2, source).view(B, 3, T, H, W)
-    return video, distance
+    x = torch.arange(W, device=image.device) + 0.5 + back[..., 0]
+    y = torch.arange(H, device=image.device)[:, None] + 0.5 + back[..., 1]
+    source = torch.stack([2 * x / W - 1, 2 * y / H - 1], -1)            # the edges are -1 and 1
+    # one tall grid for all frames: the image is not repeated
+    video = F.grid_sample(image, source.flatten(1, 2), padding_mode="border", align_corners=False)
+    return video.unflatten(2, (T, H))                                   # (B, 3, T, H, W)
+
+
+def nearness(distance):
+    """Distances in pixels (B, T, rows, columns) to (B, 2, T, rows, columns): exp(-d / 8) and
+    exp(-d / 32), see NEAR."""
+    return torch.stack([torch.exp(-distance / pixels) for pixels in NEAR], 1)
+
+
+def gone_elsewhere(back, tracks, visible, start, height, width):
+    """How surely what a square shows does not belong there, as it moves with another track: what
+    lay near the start of a track is where that track is now. So an object leaves its first place,
+    and the ground behind it, which the image does not show, is not taken for the object.
+
+    back (B, T, rows, columns, 2): from each square to what it shows of frame 0. Returns (B, 2, T,
+    rows, columns): the nearness of the visible track that began nearest to that, times how surely
+    that track is not the square's own, 1 - exp(-d / 8), d the pixels between their ways."""
+    source = square_centres(height, width, tracks.device) + back
+    began = start[:, None].expand(-1, tracks.shape[1], -1, -1)
+    index, distance = nearest_points(source, began, visible, 1)
+    move = moves_of(index, tracks, start)[..., 0, :]                    # (B, T, rows, columns, 2)
+    another = 1 - torch.exp(-(move + back).norm(dim=-1) / NEAR[0])
+    return nearness(distance[..., 0]) * another[:, None]
 
 
 @torch.no_grad()
 def copy_along_tracks(vae, image, tracks, visible, start):
-    """What a copying model takes as `copies`, (B, C + 2, F, h, w): the latents of
-    warp_along_tracks, and how near the nearest track is: exp(-d / 8) and exp(-d / 32), d its
-    distance in pixels, see NEAR.
+    """What a copying model takes as `copies`, (B, C + 6, F, h, w): the latents of frame 0 as the
+    tracks move it, see warp; how near the track is that a square follows, see nearness; how surely
+    what these latents show has gone elsewhere, and how surely what the image itself shows there
+    has, see gone_elsewhere.
 
     vae: one without memory between latents (LinearVAE). image (B, 3, H, W) in [-1, 1]: frame 0,
     which is itself copied as it is. tracks (B, T, N, 2), visible (B, T, N); start (B, N, 2): where
-    the tracks were in frame 0, see start_points. T % 4 == 1 starts a clip, T % 4 == 0 continues
-    one, and chunks joined equal the whole."""
-    video, distance = warp_along_tracks(image, tracks, visible, start)
+    the tracks were in frame 0, see start_points; NaN: not seen there, such a track copies nothing.
+    T % 4 == 1 starts a clip, T % 4 == 0 continues one, and chunks joined equal the whole."""
+    H, W = image.shape[2:]
+    visible = visible & start.isfinite().all(2)[:, None]
+    tracks = F.pad(tracks, (0, 0, 0, 1))                        # one more, never visible: so there
+    visible = F.pad(visible, (0, 1))                            # is one to ask
+    start = F.pad(start, (0, 0, 0, 1))
+    back, distance = way_back(tracks, visible, start, H, W)
+    video = warp(image, back)
+    moved_is_gone = gone_elsewhere(back, tracks, visible, start, H, W)
+    still_is_gone = gone_elsewhere(0 * back, tracks, visible, start, H, W)
+    signals = torch.cat([nearness(distance), moved_is_gone, still_is_gone], 1)
     if tracks.shape[1] % FRAMES == 1:
         video[:, :, 0] = image
-        distance[:, 0] = 0
+        signals[:, :, 0] = 0
+        signals[:, :len(NEAR), 0] = 1
         latents = vae.encode(video)
-        before = distance[:, :1].expand(-1, FRAMES - 1, -1, -1)
-        distance = torch.cat([before, distance], 1)             # as the VAE packs frame 0
+        before = signals[:, :, :1].expand(-1, -1, FRAMES - 1, -1, -1)
+        signals = torch.cat([before, signals], 2)               # as the VAE packs frame 0
     else:
         video = torch.cat([video[:, :, :1], video], 2)          # after a frame 0 that is dropped
         latents = vae.encode(video)[:, :, 1:]
-    near = torch.stack([torch.exp(-distance / pixels) for pixels in NEAR], 1)
     squares = vae.stride // COPY_CELL
-    near = F.avg_pool3d(near, (FRAMES, squares, squares))       # (B, 2, F, h, w)
-    return torch.cat([latents, near], 1)
+    signals = F.avg_pool3d(signals, (FRAMES, squares, squares))         # (B, 6, F, h, w)
+    return torch.cat([latents, signals], 1)
 
 
 def mix_copies(shares, moved, still):
@@ -920,32 +962,31 @@ def linear_part(sigma, std):
     return guess, variance
 
 
-def with_linear_part(output, x_t, sigma, std, expected=None, spread=None):
+def with_linear_part(output, x_t, sigma, std, expected=0.0):
     """The velocity, from the output of a network that saw x_t / sqrt(V), V the variance of x_t:
 
-        guess x_t + std / sqrt(V) output
+        linear part about `expected` + std / sqrt(V) output
 
-    so that the network's input and target have unit variance: the preconditioning of EDM (Karras
-    et al. 2022, section 5), for rectified flow, channel by channel.
+    so that the network's input and target are about 1: the preconditioning of EDM (Karras et al.
+    2022, section 5), for rectified flow, channel by channel. The linear part is that of a Gaussian
+    about `expected`, with SPREAD std, which believes little of x_t: a token of the tiny model is
+    384 noisy numbers and the network 192 wide. What it cannot tell from noise would be kept as
+    detail, and sampling would end in noise.
 
-    output, x_t (B, C, F, h, w). expected, spread (B, C, F, h, w): what x0 is thought to be and how
-    far from it x0 is, the mean and the standard deviation of the Gaussian that guess is for. The
-    smaller the spread, the less of the noise in x_t is believed. None: 0 and std."""
+    output, x_t (B, C, F, h, w); expected (B, C, F, h, w): what x0 is thought to be."""
     _, variance = linear_part(sigma, std)
-    guess, around = linear_part(sigma, std if spread is None else spread)
-    velocity = guess * x_t + std / variance.sqrt() * output
-    if expected is None:
-        return velocity
-    return velocity - per_frame(sigma).float() / around * expected
+    guess, around = linear_part(sigma, SPREAD * std)
+    given = guess * x_t - per_frame(sigma).float() / around * expected
+    return given + std / variance.sqrt() * output
 
 
 class CopyingMotionStream(MotionStream):
     """A MotionStream for a config with `copies`: they are inputs just before the image's, and the
-    head has more outputs: how far x0 is from what the copies say (C), and their shares in it."""
+    head has two more outputs, their shares in x0."""
 
     def __init__(self, config):
         super().__init__(config)
-        self.head = Head(config, 2 * config.out_dim + SHARES)
+        self.head = Head(config, config.out_dim + SHARES)
         if not self.head.head.weight.is_meta:
             init_copying_head(self.head, config)
 
@@ -960,19 +1001,18 @@ class CopyingMotionStream(MotionStream):
         still = condition_or_zeros("image", image, (B, C, frames, h, w), x)
         image = torch.cat([copied, still], 1)
         output = super().forward(x / variance.sqrt(), sigma, text, image=image, **rest)
-        output, log_spread, shares = output.split([C, C, SHARES], 1)
-        spread = std * log_spread.clamp(*LOG_SPREAD).exp()
-        expected = None
+        output, shares = output.split([C, SHARES], 1)
+        expected = 0.0
         if copies is not None:
             expected = mix_copies(shares, copied[:, :C], still)
-        return with_linear_part(output, x, sigma, std, expected, spread)
+        return with_linear_part(output, x, sigma, std, expected)
 
 
 def init_copying_head(head, config):
     """A fresh model predicts 0.8 of the latents moved along the tracks, 0.2 of the image's own."""
     nn.init.zeros_(head.head.weight)
     nn.init.normal_(head.modulation, std=config.dim ** -0.5)
-    bias = torch.zeros(math.prod(config.patch_size), 2 * config.out_dim + SHARES)
+    bias = torch.zeros(math.prod(config.patch_size), config.out_dim + SHARES)
     bias[:, -SHARES:] = torch.tensor([0.8, 0.2])
     head.head.bias.data = bias.flatten()
 
@@ -1041,14 +1081,7 @@ class UserError(ValueError):
     not printable in it, as a name in a damaged file may be, is escaped."""
 
     def __init__(self, text):
-        super().__init__("".join(map(printable, text)))
-
-
-def printable(character):
-    """The character, or its escape code: a line break is \\n."""
-    if character.isprintable():
-        return character
-    return repr(character)[1:-1]
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
 
 
 def reason_of(error):
@@ -1100,8 +1133,7 @@ def write(path, save, *args):
 
 
 def space_in(folder):
-    """How much can still be written to a folder, in words; torch does not say that a disk is
-    full."""
+    """How much can still be written to a folder; torch does not say that a disk is full."""
     try:
         free = shutil.disk_usage(folder).free
     except OSError:
@@ -1110,8 +1142,8 @@ def space_in(folder):
 
 
 # --------------------------------------------------------------------------------------------------
-# Reading weights: safetensors with Wan's names. All other layouts are read by
-# extras/checkpoints.py.
+# Reading weights: safetensors with Wan's names, in one file or shards with an index. All else that
+# is public is read by extras/checkpoints.py, which also knows what is wrong with a file.
 
 # The first tensor of a DiT, by Wan's name; vae.py has those of VAEs.
 WAN_DIT = ("blocks.0.self_attn.q.weight",)
@@ -1119,31 +1151,23 @@ WAN_DIT = ("blocks.0.self_attn.q.weight",)
 
 def read_weights(path, wanted="Wan DiT", marks=WAN_DIT):
     """A file, a folder, or an index of shards to ({Wan's name: tensor}, metadata, the file or
-    index).
+    index). Tensors are mapped, not read.
 
-    wanted: what is expected, in words; it has one of the tensors `marks`. Tensors are mapped, not
-    read. UserError, one line, if it is something else or damaged."""
-    file = Path(path)
-    if file.is_dir():
-        file = file_in(file)
-    shards = shards_of(file)
-    tensors = {}
-    metadata = {}
+    wanted: what is expected, in words; it has one of the tensors `marks`. UserError, one line, if
+    it is something else or damaged."""
+    file = file_in(Path(path))
     problem = f"it has no tensor {marks[-1]}"
     try:
-        for shard in shards:
-            found, about = read_safetensors(shard)
-            tensors |= found
-            metadata |= about
+        tensors, metadata = read_shards(file)
         if not tensors.keys().isdisjoint(marks):
             return tensors, metadata, file
     except Exception as e:                      # of another layout, or damaged
         problem = reason_of(e)
-    tensors, metadata = other_layouts(file, problem).read(file, wanted, marks)
+    tensors, metadata = checkpoints(file, problem).read(file, wanted, marks)
     return tensors, metadata, file
 
 
-def other_layouts(path, problem):
+def checkpoints(path, problem):
     """extras/checkpoints.py, for what is not read here. UserError in a copy that is without it."""
     try:
         from extras import checkpoints
@@ -1153,101 +1177,52 @@ def other_layouts(path, problem):
     return checkpoints
 
 
-def visible_files(folder, pattern):
-    """The files in a folder whose names fit, sorted. Not hidden ones: macOS leaves ._x beside x."""
-    return sorted(file for file in folder.glob(pattern) if not file.name.startswith("."))
-
-
-def file_in(folder):
-    """The weights file in a folder, or the index of its shards, where Wan's repositories have
-    it."""
+def file_in(path):
+    """The weights file in a folder, or the index of its shards, where Wan's repositories have it.
+    A file stays."""
+    if not path.is_dir():
+        return path
     wans = "diffusion_pytorch_model.safetensors"
-    for pattern in "*.safetensors.index.json", wans, "*.safetensors":
-        files = visible_files(folder, pattern)
+    for pattern in "[!.]*.safetensors.index.json", wans, "[!.]*.safetensors":   # macOS has ._x
+        files = list(path.glob(pattern))
         if len(files) == 1:
             return files[0]
-    return other_layouts(folder, "not one weights file of Wan").file_in(folder)
+    return checkpoints(path, "not one weights file of Wan").file_in(path)
 
 
-def shards_of(file):
-    """The files that belong to a file: itself, or all that an index or the number in a shard's name
-    tells of. UserError if one of them is missing."""
-    shard = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})(\.\w+)", file.name)
+def read_shards(file):
+    """A .safetensors file, or all that an index names, to ({name: tensor}, metadata). Whatever is
+    wrong raises."""
+    names = {file.name}
     if file.suffix == ".json":
-        names = shards_in_index(file)
-    elif shard:                                     # any shard stands for all of them
-        start, count, end = shard.groups()
-        names = [f"{start}-{i:05}-of-{count}{end}" for i in range(1, int(count) + 1)]
-    else:
-        return [file]
-    files = [file.parent / name for name in names]
-    missing = [each.name for each in files if not each.is_file()]
-    if missing:
-        some = ", ".join(missing[:5])
-        raise UserError(f"{file}: {len(missing)} of {len(files)} shards are missing: {some}")
-    return files
-
-
-def shards_in_index(file):
-    """The names of the shards that an index tells of, sorted."""
-    places = read_json(file).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise UserError(f"{file}: expected an index of shards, which has a weight_map")
-    for name in places.values():
-        is_name = isinstance(name, str) and 0 < len(name) < 256 and name == Path(name).name
-        if not is_name:
-            raise UserError(f"{file}: {repr(name)[:80]} is not the name of a file beside it")
-    return sorted(set(places.values()))
+        names = set(json.loads(file.read_bytes())["weight_map"].values())
+    elif "-of-" in file.name:
+        raise ValueError("one of several shards")
+    tensors = {}
+    metadata = {}
+    for name in names:
+        found, about = read_safetensors(file.with_name(name))       # ValueError for ../name
+        tensors |= found
+        metadata |= about
+    return tensors, metadata
 
 
 def read_safetensors(path):
-    """A .safetensors file to ({name: tensor}, {key: text} of its metadata). Tensors are mapped, not
-    read."""
+    """A .safetensors file to ({name: tensor}, {key: text} of its metadata)."""
     from safetensors import safe_open
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         return tensors, file.metadata() or {}
 
 
-def as_tuples(value):
-    """What JSON made of a value: lists are tuples again, at any depth."""
-    if isinstance(value, list):
-        return tuple(map(as_tuples, value))
-    if isinstance(value, dict):
-        return {name: as_tuples(each) for name, each in value.items()}
-    return value
-
-
-def read_json(path):
-    """The object in a JSON file, lists as tuples. UserError naming the file if there is none."""
-    try:
-        fields = as_tuples(json.loads(path.read_bytes()))       # bytes: UTF-8 or 16
-    except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{path}: cannot be read as JSON ({reason_of(e)})") from None
-    if not isinstance(fields, dict):
-        raise UserError(f"{path}: cannot be read as a JSON object; it holds something else")
-    return fields
-
-
 # --------------------------------------------------------------------------------------------------
-# The config of a weights file: data from outside, so each field is looked at before anything is
-# built.
+# The config of a weights file: data from outside, looked at before anything is built.
 
-# Limits of the fields of Config: type, least, most; of tuples, of each number, and how many there
-# are.
+# Limits of what the tensors do not tell: type, least, most; of tuples those of each number, and how
+# many there are.
 LIMITS = {
-    "dim": (int, 1, 2 ** 16),
-    "ffn_dim": (int, 1, 2 ** 18),
     "num_heads": (int, 1, 1024),
-    "num_layers": (int, 1, 1024),
-    "in_dim": (int, 1, 2 ** 14),
-    "out_dim": (int, 1, 2 ** 12),
-    "track_dim": (int, 0, 2 ** 12),
-    "text_dim": (int, 1, 2 ** 16),
     "text_len": (int, 1, 2 ** 14),
-    "clip_dim": (int, 0, 2 ** 14),
-    "freq_dim": (int, 2, 2 ** 14),
-    "patch_size": (int, 1, 64, 3, 3),
     "eps": (float, 0, 1),
     "latent_std": (float, 1e-6, 1e6, 0, 2 ** 12),
     "shift": (float, 0.01, 100),
@@ -1287,64 +1262,62 @@ def check_limits(fields, limits, file):
     """UserError, naming the file, for the first of the fields that is out of its limits."""
     for name, limit in limits.items():
         value = fields[name]
-        if not in_limits(value, *limit):
-            kind, least, most, *count = limit
-            expected = f"{kind.__name__} from {least} to {most}"
-            if count:
-                expected = f"{count[0]} to {count[1]} of {expected}"
-            raise UserError(f"{file}: {name} is {repr(value)[:80]} in its config; "
-                            f"expected {expected}")
+        if in_limits(value, *limit):
+            continue
+        kind, least, most, *count = limit
+        expected = f"{kind.__name__} from {least} to {most}"
+        if count:
+            expected = f"{count[0]} to {count[1]} of {expected}"
+        raise UserError(f"{file}: {name} is {repr(value)[:80]} in its config; expected {expected}")
 
 
-def check_config(config, file):
-    """UserError, naming the file, unless every field of a Config is what a model can be made of."""
-    fields = vars(config)
+def check_config(c, file):
+    """UserError, naming the file, unless the fields of a Config are what a model can be made of."""
     limits = dict(LIMITS)
     for name in "window", "first_chunk":
-        if fields[name] is None:
+        if getattr(c, name) is None:
             del limits[name]
-    check_limits(fields, limits, file)
+    check_limits(vars(c), limits, file)
+    rules = {}          # field: whether it is right, and what is expected
     for name, choices in CHOICES.items():
-        value = fields[name]
-        if not any(type(value) is type(choice) and value == choice for choice in choices):
-            expected = ", ".join(map(str, choices))
-            raise UserError(f"{file}: {name} is {repr(value)[:80]} in its config; "
-                            f"expected one of {expected}")
-    check_together(config, file)
-
-
-def check_together(c, file):
-    """UserError, naming the file, unless the fields of a Config fit each other."""
+        right = repr(getattr(c, name)) in map(repr, choices)            # 1 is not True
+        rules[name] = (right, f"one of {', '.join(map(str, choices))}")
     height, width = c.size
     frames, p, q = c.patch_size
+    cell = (c.stride * p, c.stride * q)         # of a token, in pixels
     falling = all(a > b for a, b in zip(c.sigmas, c.sigmas[1:]))
-    for wrong, text in [
-        (not isinstance(c.prompt, str | None),
-         f"prompt is {repr(c.prompt)[:80]}; expected a text"),
-        (c.dim % (2 * c.num_heads),
-         f"{c.num_heads} heads do not fit {c.dim} channels, give num_heads=…"),
-        (frames != 1, f"patch_size is {c.patch_size}; expected one latent frame in a patch"),
-        (c.freq_dim % 2, f"freq_dim is {c.freq_dim}; expected an even number"),
-        (c.image_dim < 0,
-         f"in_dim is {c.in_dim}, less than latents ({c.out_dim}) and tracks ({c.track_dim}) need"),
-        (c.copies and c.image_dim != c.out_dim,
-         f"in_dim is {c.in_dim}, which leaves {c.image_dim} channels for the image of a copying model"),
-        ((c.latent_std or c.copies) and len(c.latent_std) != c.out_dim,
-         f"latent_std has {len(c.latent_std)} numbers for {c.out_dim} channels"),
-        (not falling, f"sigmas are {c.sigmas}; expected falling ones"),
-        (height % (c.stride * p) or width % (c.stride * q),
-         f"size {height}x{width} does not divide by the stride {c.stride} times a patch, {p}x{q}"),
-    ]:
-        if wrong:
-            raise UserError(f"{file}: {text}")
+    stds = len(c.latent_std)
+    rules |= {
+        "prompt": (isinstance(c.prompt, str | None), "a text"),
+        "num_heads": (c.dim % (2 * c.num_heads) == 0, f"a divisor of {c.dim // 2}, give num_heads=…"),
+        "patch_size": (frames == 1, "one latent frame in a patch"),
+        "freq_dim": (c.freq_dim % 2 == 0, "an even number"),
+        "in_dim": (c.image_dim >= 0, f"at least {c.in_dim - c.image_dim}"),
+        "copies": (not c.copies or c.image_dim == c.out_dim, "room for the image in in_dim"),
+        "latent_std": (stds == c.out_dim or stds == 0 and not c.copies, f"{c.out_dim} numbers"),
+        "sigmas": (falling, "falling ones"),
+        "size": (height % cell[0] == width % cell[1] == 0, f"multiples of {cell}"),
+    }
+    for name, (right, expected) in rules.items():
+        if not right:
+            found = repr(getattr(c, name))[:80]
+            raise UserError(f"{file}: {name} is {found} in its config; expected {expected}")
+
+
+def as_tuples(value):
+    """What JSON made of a value: lists are tuples again, at any depth."""
+    if isinstance(value, list):
+        return tuple(map(as_tuples, value))
+    if isinstance(value, dict):
+        return {name: as_tuples(each) for name, each in value.items()}
+    return value
 
 
 def saved_config(cls, metadata, file):
-    """The dataclass that a file's metadata hold as JSON, of older files too. UserError naming the
-    file."""
+    """The dataclass that a file's metadata hold as JSON. UserError naming the file."""
     try:
         fields = as_tuples(json.loads(metadata["config"]))
-        if cls is Config:
+        if "tracks" in fields:
             fields = upgraded(fields)
         return cls(**fields)
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as e:
@@ -1354,15 +1327,12 @@ def saved_config(cls, metadata, file):
 def upgraded(fields):
     """Fields of a Config as older files have them, which called track_id_mode `tracks` and left to
     the widths what text_encoder and clean_first say, in today's words."""
-    if "tracks" not in fields:
-        return fields
-    new = {name: value for name, value in fields.items() if name != "tracks"}
-    new["track_id_mode"] = fields["tracks"]
+    fields["track_id_mode"] = fields.pop("tracks")
     if fields["text_dim"] != Config.text_dim:
-        new["text_encoder"] = "words"
+        fields["text_encoder"] = "words"
     image_dim = fields["in_dim"] - fields["out_dim"] - fields["track_dim"]
-    new["clean_first"] = image_dim == 0 or fields["out_dim"] == PRESETS["wan2.2-5b"].out_dim
-    return new
+    fields["clean_first"] = image_dim == 0 or fields["out_dim"] == PRESETS["wan2.2-5b"].out_dim
+    return fields
 
 
 def find_config(tensors, metadata, file):
@@ -1371,24 +1341,19 @@ def find_config(tensors, metadata, file):
     shaped = config_from_shapes(tensors, file)
     if metadata.get("format") == "motionstream":
         config = saved_config(Config, metadata, file)
-        check_config(config, file)
         source = "its metadata"
-        said = asdict(config)
+        said = vars(config)
         if config.copies:
             shaped.pop("out_dim")       # the head has more outputs
     else:
         source = file.with_name("config.json")
-        said = read_config_json(source)
+        said = config_beside(source, metadata)
         config = public_config(tensors, shaped, file)
-        for name in "num_heads", "text_len", "eps":
-            if name in said:
-                config = replace(config, **{name: said[name]})
-        if "motionstream.student" in metadata or says_causal(said, source):
-            config = replace(config, **student_of(said, source))
     for name, value in shaped.items():
-        if said.get(name, value) != value:
-            found = repr(said[name])[:80]
-            raise UserError(f"{file}: {name} is {value} by its tensors, but {found} in {source}")
+        found = repr(said.get(name, value))
+        if found != repr(value):
+            raise UserError(f"{file}: {name} is {value} by its tensors, but {found[:80]} in {source}")
+    config = replace(config, **said)
     check_config(config, file)
     return config
 
@@ -1406,173 +1371,55 @@ def config_from_shapes(tensors, file):
             raise UserError(f"{file}: expected a complete Wan DiT checkpoint; {name} is {shape}")
     patch, head, ffn, text, time = [tensors[name].shape for name in ranks]
     found = [re.match(r"blocks\.(\d{1,6})\.", name) for name in tensors]
-    blocks = {block[1] for block in found if block}         # gaps are found by check_names
-    clip_dim = 0
+    blocks = {block[1] for block in found if block}         # gaps are found by check_tensors
+    fields = {"dim": patch[0], "in_dim": patch[1], "patch_size": tuple(patch[2:]), "ffn_dim": ffn[0],
+              "out_dim": head[0] // patch[2:].numel(), "num_layers": len(blocks),
+              "text_dim": text[1], "freq_dim": time[1], "clip_dim": 0}
     if "img_emb.proj.1.weight" in tensors:
-        clip_dim = tensors["img_emb.proj.1.weight"].shape[-1:].numel()
-    return {"dim": patch[0], "in_dim": patch[1], "patch_size": tuple(patch[2:]), "ffn_dim": ffn[0],
-            "out_dim": head[0] // patch[2:].numel(), "num_layers": len(blocks), "text_dim": text[1],
-            "freq_dim": time[1], "clip_dim": clip_dim}
+        fields["clip_dim"] = tensors["img_emb.proj.1.weight"].shape[-1:].numel()
+    if "track_head.conv.weight" in tensors:
+        fields["track_dim"] = tensors["track_head.conv.weight"].shape[:1].numel()
+    return fields
 
 
 def public_config(tensors, shaped, file):
     """The config of weights that say nothing of themselves: Wan 2.2 5B or one of Wan 2.1's family,
     by the width of its latents; 128 channels a head; a clean first latent where no other input
     takes the image, and in 5B always."""
-    like = Config()
-    is_wan22 = shaped["out_dim"] == PRESETS["wan2.2-5b"].out_dim
-    if is_wan22:
-        like = PRESETS["wan2.2-5b"]                 # for the VAE's stride, size and fps
-    track_dim = track_channels(tensors, shaped, file)
-    config = replace(like, **shaped, track_dim=track_dim, num_heads=shaped["dim"] // 128)
-    return replace(config, clean_first=is_wan22 or config.image_dim == 0)
+    like = PRESETS["wan2.1-1.3b"]
+    if shaped["out_dim"] == PRESETS["wan2.2-5b"].out_dim:
+        like = PRESETS["wan2.2-5b"]                         # for the VAE's stride, size and fps
+    config = replace(like, num_heads=shaped["dim"] // 128, **shaped)
+    if config.track_dim == 0 and config.image_dim not in (0, MASK + config.out_dim):
+        extras = checkpoints(file, f"{config.in_dim} input channels, of which some may be a control's")
+        config = extras.control_as_tracks(tensors, config, file)
+    return replace(config, clean_first=like is PRESETS["wan2.2-5b"] or config.image_dim == 0)
 
 
-def track_channels(tensors, shaped, file):
-    """Channels of the track slot. Beside the noisy latents there may be: nothing; mask and image
-    (image-to-video, Fun-InP); control and image (Fun-Control), where the control slot becomes that
-    of the tracks; or control, mask and image. The last, 148 channels for the 5B model, is inferred
-    from how its pipeline joins them, not seen in a file."""
-    if "track_head.conv.weight" in tensors:
-        return tensors["track_head.conv.weight"].shape[:1].numel()
-    out = shaped["out_dim"]
-    slots = {0: 0, MASK + out: 0, out + out: out, out + MASK + out: out}
-    extra = shaped["in_dim"] - out
-    if extra not in slots:
-        raise UserError(f"{file}: no Wan DiT known here has {shaped['in_dim']} input channels for "
-                        f"{out} output channels")
-    return slots[extra]
-
-
-# --------------------------------------------------------------------------------------------------
-# config.json beside public weights.
-
-# The words of Diffusers' config.json, and Wan's.
-CONFIG_JSON = {"num_attention_heads": "num_heads", "in_channels": "in_dim",
-               "out_channels": "out_dim", "image_dim": "clip_dim"}
-
-# How the students of Self-Forcing are sampled: they remember all of 21 latents, so there is no
-# sink.
-SELF_FORCING = {"causal": True, "shift": 5.0, "sigmas": schedule(4, 5.0),
-                "chunk": 3, "first_chunk": None, "sink": 0, "window": None}
-
-# What only causal classes write into config.json: Self-Forcing and its descendants, FastVideo,
-# SGLang.
-CAUSAL_WORDS = ("local_attn_size", "num_frame_per_block", "num_frames_per_block")
-
-
-def read_config_json(path):
-    """What config.json says, if it is there, by the names of Config; Wan's words win over
-    Diffusers'."""
-    if not path.is_file():
+def config_beside(file, metadata):
+    """What config.json beside public weights says, as fields of Config, by extras/checkpoints.py. A
+    copy without that has no need to read one of Wan's own class."""
+    if not file.is_file() and "motionstream.student" not in metadata:
         return {}
-    said = {name: value for name, value in read_json(path).items() if value is not None}
-    for theirs, ours in CONFIG_JSON.items():
-        if theirs in said:
-            said.setdefault(ours, said[theirs])
-    return said
-
-
-def says_causal(said, path):
-    """Whether weights are of a causal class: by config.json (CausalWanTransformer3DModel,
-    CausalWanModel, …) or by model_index.json of the -Diffusers repository that they are in
-    (WanCausalDMDPipeline, CausalForcingPipeline)."""
-    classes = [said.get("_class_name")]
-    index = path.parent.parent / "model_index.json"
-    if path.parent.name.startswith("transformer") and index.is_file():
-        repository = read_json(index)
-        classes += [repository.get("_class_name"), repository.get(path.parent.name)]
-    if re.search("causal|forcing", str(classes), re.IGNORECASE):
-        return True
-    return any(word in said for word in CAUSAL_WORDS)
-
-
-def student_of(said, path):
-    """The fields of Config of a causal student: as Self-Forcing's, with the memory that config.json
-    tells, which counts latent frames and in its window the sink and the new chunk too. UserError if
-    it is not whole numbers."""
-    fields = dict(SELF_FORCING)
-    chunk = said.get("num_frames_per_block", said.get("num_frame_per_block", fields["chunk"]))
-    sink = said.get("sink_size", 0)
-    window = said.get("local_attn_size", -1)
-    if window == -1:
-        window = said.get("sliding_window_num_frames", -1)
-    limits = {"chunk": LIMITS["chunk"], "sink_size": LIMITS["sink"],
-              "local_attn_size": (int, -1, 10 ** 6)}
-    check_limits({"chunk": chunk, "sink_size": sink, "local_attn_size": window}, limits, path)
-    fields["chunk"] = chunk
-    fields["sink"] = math.ceil(sink / chunk)
-    if window > 0:
-        fields["window"] = max((window - sink) // chunk - 1, 0)
-    return fields
+    try:
+        extras = checkpoints(file, "not of Wan's own WanModel")
+    except UserError:
+        if b'"WanModel"' in file.read_bytes():
+            return {}
+        raise
+    return extras.config_beside(file, metadata)
 
 
 # --------------------------------------------------------------------------------------------------
 # A model of a weights file.
 
-def add_track_slot(tensors, config, own, overrides, file):
-    """The config with `overrides`, and tensors for tracks that change nothing yet: an added slot
-    has zero columns and a random head; Fun-Control's has trained columns and gets a head of zeros.
-    Zeros in both would let neither learn. own: whether the file is of this project, whose slots
-    come with their head."""
-    name = "track_head.conv.weight"
-    slot = config.track_dim
-    track_dim = overrides.get("track_dim", slot)
-    if slot not in (0, track_dim):
-        raise UserError(f"{file}: its track slot has {slot} channels, track_dim={track_dim} "
-                        "does not fit")
-    if slot and name not in tensors and not own:
-        tensors[name] = torch.zeros_like(TrackHead(out_channels=slot).conv.weight)
-    if track_dim and not slot:
-        tensors[name] = TrackHead(out_channels=track_dim).conv.weight.detach()
-        weight = tensors["patch_embedding.weight"]                      # (D, in_dim, 1, 2, 2)
-        noisy, image = weight.split([config.out_dim, config.image_dim], 1)
-        new = torch.zeros_like(weight[:, :1]).repeat(1, track_dim, 1, 1, 1)
-        tensors["patch_embedding.weight"] = torch.cat([noisy, new, image], 1)
-        config = replace(config, in_dim=config.in_dim + track_dim)
-    return replace(config, **overrides)
-
-
-def fill(model, tensors, path, dtype_of, device="cpu"):
-    """Give a model on the meta device its tensors, in dtype_of(name), eval mode and without
-    gradients.
-
-    Each is copied, one after the other: the file may change or go, and there are never two copies
-    of all. UserError, naming the file and the tensors, unless names and shapes are exactly the
-    model's, all numbers finite floats, and there is memory for them."""
-    check_tensors(model, tensors, path)
-    needed = 0
-    for name, tensor in tensors.items():
-        needed += tensor.numel() * dtype_of(name).itemsize
-    check_memory(needed, path, device)
-    for name, tensor in tensors.items():
-        extremes = torch.stack(tensor.aminmax())        # 20 times as fast as tensor.isfinite()
-        if not extremes.isfinite().all():
-            raise UserError(f"{path}: {name} holds NaN or infinity")
-        try:
-            tensors[name] = tensor.detach().to(device, dtype_of(name), copy=True)
-        except (MemoryError, RuntimeError) as e:
-            raise UserError(f"{path}: {name} cannot be copied to {device} "
-                            f"({reason_of(e)})") from None
-    model.load_state_dict(tensors, assign=True)
-    return model.eval().requires_grad_(False)
-
-
 def check_tensors(model, tensors, path):
-    """UserError unless these are the model's tensors by name and shape, and floats."""
-    floats = (torch.float32, torch.bfloat16, torch.float16)
+    """UserError that lists them, unless these are exactly the model's tensors by name and shape,
+    and floats."""
     for name, tensor in tensors.items():
-        if tensor.dtype not in floats:
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise UserError(f"{path}: {name} is {tensor.dtype}; int8, fp8 and fp8 scaled weights are "
                             "not supported, take this model's file in bfloat16 or float16")
-        if tensor.layout != torch.strided or tensor.is_meta:
-            raise UserError(f"{path}: {name} is {tensor.layout} on {tensor.device}; "
-                            "expected plain numbers")
-    check_names(model, tensors, path)
-
-
-def check_names(model, tensors, path):
-    """UserError that lists them, unless names and shapes of the tensors are exactly the model's."""
     expected = model.state_dict()
     common = expected.keys() & tensors.keys()
     faults = {"missing": expected.keys() - common,
@@ -1596,23 +1443,30 @@ def check_memory(needed, path, device="cpu"):
 
 
 def free_memory(device):
-    """Bytes that can be had on a device, or None where this cannot be told. On Linux a container's
-    limit counts."""
+    """Bytes that can be had on a device, or None where this cannot be told."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    if device.type != "cpu":
+    told = Path("/proc/meminfo")                                # of Linux
+    if device.type != "cpu" or not told.exists():
         return None
-    try:
-        text = Path("/proc/meminfo").read_text()
-        free = 1024 * int(re.search(r"MemAvailable: *(\d+)", text)[1])
-    except (OSError, TypeError):
-        return None
-    with contextlib.suppress(OSError, ValueError, TypeError):       # "max": no limit
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        used = int(re.search(r"^anon (\d+)", (group / "memory.stat").read_text())[1])
-        free = min(free, limit - used)
-    return free
+    return 1024 * int(re.search(r"MemAvailable: *(\d+)", told.read_text())[1])
+
+
+def fill(model, tensors, path, dtype_of, device="cpu"):
+    """Give a model on the meta device its tensors, see check_tensors, in dtype_of(name), eval mode
+    and without gradients. Each is copied, one after the other: the file may change or go, and there
+    are never two copies of all. UserError, naming the file, for NaN or want of memory."""
+    needed = 0
+    for name, tensor in tensors.items():
+        needed += tensor.numel() * dtype_of(name).itemsize
+    check_memory(needed, path, device)
+    for name, tensor in tensors.items():
+        extremes = torch.stack(tensor.aminmax())        # 20 times as fast as tensor.isfinite()
+        if not extremes.isfinite().all():
+            raise UserError(f"{path}: {name} holds NaN or infinity")
+        tensors[name] = tensor.detach().to(device, dtype_of(name), copy=True)
+    model.load_state_dict(tensors, assign=True)
+    return model.eval().requires_grad_(False)
 
 
 # Parameters that are float32 whatever the rest is; "head." is the track head's too, whose input is
@@ -1620,15 +1474,30 @@ def free_memory(device):
 FLOAT32 = r"time_embedding|time_projection|modulation|norm3|head\."
 
 
+def open_pretrained(cls, path, overrides):
+    """All of load_pretrained that takes no memory: (model on the meta device, its tensors, the
+    file's metadata)."""
+    tensors, metadata, file = read_weights(path)
+    config = find_config(tensors, metadata, file)
+    slot = overrides.get("track_dim", config.track_dim)
+    if slot != config.track_dim:
+        extras = checkpoints(file, f"has {config.track_dim} channels for tracks")
+        config = extras.add_track_slot(tensors, config, slot, file)
+    config = replace(config, **overrides)
+    check_config(config, file)
+    with torch.device("meta"):
+        model = new_model(config) if cls is MotionStream else cls(config)
+    check_tensors(model, tensors, path)
+    return model, tensors, metadata
+
+
 def load_pretrained(cls, path, dtype, device, overrides):
     """A Wan DiT in any public form to a model in eval mode, without gradients.
 
-    path: a .safetensors file, a .pt of Self-Forcing or CausVid, an index of shards, or a folder
-    with one of these, in Wan's layout or Diffusers'. The config is in the metadata of files of this
-    project, else tensors and config.json tell; `overrides` replace its fields, track_dim=… adds a
-    slot for tracks. dtype=None keeps the file's, but what FLOAT32 names is float32. UserError, one
-    line naming the file, if anything is missing, unknown or contradictory, or memory cannot hold
-    it."""
+    path: see read_weights. The config is in the metadata of files of this project, else tensors and
+    config.json tell; `overrides` replace its fields, track_dim=… adds a slot for tracks. dtype=None
+    keeps the file's, but what FLOAT32 names is float32. UserError, one line naming the file, if
+    anything is missing, unknown or contradictory, or memory cannot hold it."""
     model, tensors, _ = open_pretrained(cls, path, overrides)
     if dtype is None:
         dtype = tensors["blocks.0.ffn.0.weight"].dtype      # of mixed files: the matrices'
@@ -1639,20 +1508,6 @@ def load_pretrained(cls, path, dtype, device, overrides):
         return dtype
 
     return fill(model, tensors, path, dtype_of, device)
-
-
-def open_pretrained(cls, path, overrides):
-    """All of load_pretrained that takes no memory: (model on the meta device, its tensors, the
-    file's metadata)."""
-    tensors, metadata, file = read_weights(path)
-    config = find_config(tensors, metadata, file)
-    own = metadata.get("format") == "motionstream"
-    config = add_track_slot(tensors, config, own, overrides, file)
-    check_config(config, file)
-    with torch.device("meta"):
-        model = new_model(config) if cls is MotionStream else cls(config)
-    check_tensors(model, tensors, path)
-    return model, tensors, metadata
 
 
 def save_pretrained(model, path, dtype=None, **extra):

@@ -12,8 +12,8 @@ the image as it is seen (after its EXIF rotation); and if wanted
     fps                 only compared with the model's
     format              "motionstream": written by this project, so nothing in it is doubted
 
-A recording of the page has RECORDED and `prompts`, one for each chunk, besides, and plays again to the
-same frames. extras/tracks.py reads files of other programs. In place of --tracks: --drag, --pin.
+A recording of the page says besides how it was made (extras/recording.py), and plays again to the same
+frames. extras/tracks.py reads files of other programs. In place of --tracks: --drag, --pin.
 """
 
 import argparse
@@ -32,7 +32,7 @@ import time
 import warnings
 import zipfile
 import zlib
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 if "OMP_WAIT_POLICY" not in os.environ:                # what the user says wins
@@ -44,8 +44,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from motionstream import (FRAMES, Config, MotionStream, UserError, check_memory, chunk_sizes, euler,
-                          image_inputs, motion_inputs, naming, open_pretrained, reason_of, rollout, schedule,
+from motionstream import (FRAMES, Config, MotionStream, UserError, check_memory, checkpoints, chunk_sizes,
+                          euler, image_inputs, motion_inputs, naming, open_pretrained, reason_of, rollout, schedule,
                           start_points, track_ids, write)
 from vae import VAE_FILES, load_vae, open_weights
 
@@ -103,8 +103,8 @@ def live_motion(points, starts, config):
     points = torch.as_tensor(points, dtype=torch.float32)[None]             # (1, T, N, 2)
     starts = torch.as_tensor(starts, dtype=torch.float32)[None]             # (1, N, 2)
     if config.track_id_mode == "random":           # but the same in every chunk
-        drawn = [zlib.crc32(start.numpy().tobytes()) for start in starts[0]]
-        ids = torch.tensor([drawn], dtype=torch.int64)
+        numbers = [zlib.crc32(start.numpy().tobytes()) for start in starts[0]]
+        ids = torch.tensor([numbers], dtype=torch.int64)
     else:
         seen = torch.ones_like(starts[:, None, :, 0], dtype=torch.bool)
         ids = track_ids(starts[:, None], seen, config)
@@ -153,15 +153,16 @@ def decode(vae, latents):
 
 
 @torch.inference_mode()
-def stream(model, vae, image, motion, encoded=Encoded(), seed=0):
+def stream(model, vae, image, motion, encoded=Encoded(), seed=0, **memory):
     """The student: a video that goes on for as long as `motion` does, at constant memory. Yields its
     chunks as soon as they are made, (B, 3, T, H, W) in [-1, 1]: 4 chunk - 3 frames, then 4 chunk
     (with config.first_chunk, 4 first_chunk - 3 at first).
 
     image (B, 3, H, W) in [-1, 1], of the model's size, is frame 0, see fit_image. motion: a Motion, or
     an iterator of one for each chunk (see live_motion), asked for the next just before it is made, so
-    that tracks and text can change while it streams. Memory and noise levels are the config's."""
-    config = model.config
+    that tracks and text can change while it streams. memory: chunk, sink and window, if they are not
+    the config's."""
+    config = replace(model.config, **memory)
     first = config.first_chunk or config.chunk
     image = image.to(next(model.parameters()).device)
     encoded_image = vae.encode(image[:, :, None])                           # (B, C, 1, h, w)
@@ -169,8 +170,11 @@ def stream(model, vae, image, motion, encoded=Encoded(), seed=0):
     rng = torch.Generator().manual_seed(seed)
     sizes = itertools.chain([first], itertools.repeat(config.chunk))
     noise = (draw_noise(encoded_image, size, rng) for size in sizes)
+    if isinstance(motion, Motion):
+        motion = motion_by_chunk(motion, config.chunk, config.first_chunk)
     given = conditions(model, vae, image, motion, encoded, channels)
-    yield from decode(vae, rollout(model, noise, given, first_latent, rng=rng))
+    caches = model.new_caches(**memory)
+    yield from decode(vae, rollout(model, noise, given, first_latent, rng=rng, caches=caches))
 
 
 @torch.inference_mode()
@@ -214,6 +218,16 @@ def to_frames(video):
 WORDS = ("steady", "fading", "warming", "light", "spinning", "pulsing", "shapes")
 
 
+def words_in(text):
+    """The words of a prompt, None: of none."""
+    return re.findall(r"\w+", (text or "").lower())
+
+
+def unknown_words(text):
+    """The words of a prompt that the tiny model never read: to it they are noise."""
+    return [word for word in words_in(text) if word not in WORDS]
+
+
 def embed_words(text, config):
     """A prompt for the tiny model, (1, L, text_dim): each word is random numbers seeded by its own
     letters, the same in every process. At most text_len words; their order is not seen. None: the null
@@ -221,7 +235,7 @@ def embed_words(text, config):
     if text is None:
         return None
     rows = []
-    for word in re.findall(r"\w+", text.lower())[:config.text_len]:
+    for word in words_in(text)[:config.text_len]:
         seed = torch.Generator().manual_seed(zlib.crc32(word.encode()))
         rows.append(torch.randn(config.text_dim, generator=seed))
     if not rows:
@@ -302,9 +316,6 @@ def fit_image(image, size):
 # --------------------------------------------------------------------------------------------------
 # Tracks on the image.
 
-# What a recording says of how its frames were made; window -1: all; weights: see checksum.
-RECORDED = {"seed": int, "chunk": int, "sink": int, "window": int, "steps": int, "fps": float,
-            "dtype": str, "frames": int, "weights": int}
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -316,7 +327,7 @@ class Tracks:
     ids: np.ndarray | None = None       # (N,) integers below 2**32
     id_mode: str = "random"             # what kind of IDs they are, as in Config
     fps: float | None = None
-    recorded: dict = field(default_factory=dict)    # RECORDED and prompts, of a recording
+    recorded: dict | None = None        # of a recording: how it was made, see extras/recording.py
     start: np.ndarray | None = None     # (N, 2) float32: where the points were in frame 0
 
 
@@ -348,11 +359,8 @@ def refuse_cropped(paths, image_size, size):
     """UserError for the first text of --drag and --pin whose point is in no frame of a video of `size`:
     it starts in what is cropped of the image (width, height)."""
     from extras.tracks import read_path
-    scale, left, top = crop(*image_size, size)
     for text in paths:
-        x, y = read_path(text)[0]
-        x = (x - left) * scale
-        y = (y - top) * scale
+        x, y = to_video(read_path(text)[0], image_size, size).tolist()
         if not (0 <= x < size[1] and 0 <= y < size[0]):
             flag = "--drag" if "->" in text else "--pin"
             raise UserError(f"{flag} {text}: starts in what is cropped of the image; the video shows "
@@ -388,28 +396,19 @@ def own_tracks(arrays, size):
     start = arrays.get("start")
     if start is not None:
         start = start.astype(np.float32).reshape(N, 2).clip(-1e6, 1e6) * scale
-    recorded = own_recording(arrays) if "prompts" in arrays else {}
+    recorded = None
+    if "prompts" in arrays:
+        from extras.recording import settings_in
+        recorded = settings_in(arrays)
     fps = float(arrays["fps"]) if "fps" in arrays else None
     mode = str(arrays.get("track_id_mode", "random"))
     return Tracks(tracks, visible, ids if "ids" in arrays else None, mode, fps, recorded, start)
 
 
-def own_recording(arrays):
-    """What the arrays of a recording say besides its tracks. Whatever is wrong with them raises."""
-    said = {name: kind(arrays[name]) for name, kind in RECORDED.items()}
-    said["prompts"] = [prompt or None for prompt in arrays["prompts"].tolist()]
-    least = min(said["chunk"], said["frames"], said["steps"], len(said["prompts"]), said["sink"] + 1)
-    if least < 1 or said["dtype"] not in DTYPES:
-        raise ValueError("no recording")
-    if said["window"] < 0:
-        said["window"] = None
-    return said
-
-
-def to_video(points, image_size, config):
-    """Points (…, 2) float32 on the image (width, height) to where they are in the model's video: a tensor,
-    not cut off at the borders."""
-    scale, left, top = crop(*image_size, config.size)
+def to_video(points, image_size, size):
+    """Points (…, 2) float32 on the image (width, height) to where they are in the video of `size` (height,
+    width): a tensor, not cut off at the borders."""
+    scale, left, top = crop(*image_size, size)
     return torch.from_numpy((points - np.float32((left, top))) * np.float32(scale))
 
 
@@ -421,7 +420,7 @@ def fit_tracks(tracks, image_size, frames, config, seed):
     given = len(tracks.tracks)
     if frames > given:
         notes.append(f"the tracks end after {given} frames, the last {frames - given} are not specified")
-    points = to_video(tracks.tracks, image_size, config)[None]              # (1, T, N, 2)
+    points = to_video(tracks.tracks, image_size, config.size)[None]              # (1, T, N, 2)
     visible = torch.from_numpy(tracks.visible)[None]                        # (1, T, N)
     inside = ((points >= 0) & (points < torch.tensor(config.size[::-1]))).all(-1)
     lost = (visible & ~inside).sum()
@@ -431,7 +430,7 @@ def fit_tracks(tracks, image_size, frames, config, seed):
     if tracks.start is None:
         start = start_points(points, visible)
     else:
-        start = to_video(tracks.start, image_size, config)[None]            # (1, N, 2)
+        start = to_video(tracks.start, image_size, config.size)[None]            # (1, N, 2)
     if tracks.ids is not None and tracks.id_mode == config.track_id_mode:
         ids = torch.from_numpy(tracks.ids.astype(np.int64))[None]
     else:
@@ -470,23 +469,22 @@ def find_ffmpeg():
             exe = imageio_ffmpeg.get_ffmpeg_exe()
         except (ImportError, RuntimeError) as e:
             raise UserError(f"{e}; {cure}") from None
-    reason = try_ffmpeg(exe)
-    if reason:
-        raise UserError(f"{exe}: cannot be used ({reason}); {cure}")
+    try:
+        try_ffmpeg(exe)
+    except OSError as e:
+        raise UserError(f"{exe}: cannot be used ({e.strerror or e}); {cure}") from None
     return exe
 
 
 @functools.cache
 def try_ffmpeg(exe):
-    """What is wrong with an ffmpeg: it writes a frame, into nothing. None: nothing."""
-    command = encoder_command(exe, 16, 16, 25) + ["-fps_mode", "passthrough", "-f", "null", "-"]
+    """OSError, in its own words, unless an ffmpeg writes a frame, into nothing."""
+    encoder = Encoder(exe, 25, ["-fps_mode", "passthrough", "-f", "null", "-"])
     try:
-        done = subprocess.run(command, input=bytes(16 * 16 * 3), capture_output=True, timeout=60)
-    except (OSError, subprocess.SubprocessError) as e:
-        return str(e)
-    if done.returncode:
-        return ffmpeg_words(done.stderr.decode(errors="replace"), done.returncode)
-    return None
+        encoder.append(np.zeros((16, 16, 3), np.uint8))
+        encoder.finish()
+    finally:
+        encoder.stop()
 
 
 def ffmpeg_words(log, code):
@@ -498,18 +496,6 @@ def ffmpeg_words(log, code):
     return re.sub(r"^(\[[^]]*\] )+", "", said)[:300]
 
 
-def encoder_command(exe, width, height, fps):
-    """How ffmpeg is called to write frames as H.264, all but the output: in BT.709, and tagged so. What is
-    not tagged, players take for one thing or another by its size."""
-    converted = ("scale=2*ceil(iw/2):2*ceil(ih/2):out_color_matrix=bt709:out_range=tv,setsar=1,format=yuv420p,"
-                 "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709")
-    command = [exe, "-hide_banner", "-nostats", "-loglevel", "level+error", "-y"]
-    command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-framerate", f"{fps:g}"]
-    command += ["-i", "-", "-vf", converted, "-color_range", "tv", "-colorspace", "bt709"]
-    command += ["-color_primaries", "bt709", "-color_trc", "bt709"]
-    return command + ["-c:v", "libx264", "-preset", "veryfast", "-crf", "15"]
-
-
 def count_frames(path):
     """How many frames a video file holds, which are not decoded; 0 if it cannot be read."""
     command = [find_ffmpeg(), "-i", f"file:{path}", "-map", "0:v:0", "-c", "copy", "-f", "null", "-"]
@@ -519,63 +505,51 @@ def count_frames(path):
 
 
 class Encoder:
-    """ffmpeg, writing a file from frames, uint8 (H, W, 3), that are all of one size."""
+    """An ffmpeg that writes frames, uint8 (H, W, 3) of one size. output: its last arguments. (imageio's
+    writer looks neither at the exit code nor at what ffmpeg says, so a full disk would go unnoticed.)"""
 
-    def __init__(self, path, fps):
-        self.path = path
-        self.fps = fps
-        self.shape = None
+    def __init__(self, exe, fps, output):
         self.count = 0
-        self.process = None
         self.log = tempfile.TemporaryFile()
-
-    def start(self, height, width):
-        """Start ffmpeg, which Ctrl-C is not for."""
-        command = encoder_command(find_ffmpeg(), width, height, self.fps)
-        command += ["-movflags", "+faststart", f"file:{self.path}"]
-        group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)          # of Windows
+        # In BT.709, and tagged so: what is not tagged, players take for one thing or another by its size.
+        converted = ("scale=2*ceil(iw/2):2*ceil(ih/2):out_color_matrix=bt709:out_range=tv,setsar=1,format=yuv420p,"
+                     "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709")
+        command = [exe, "-hide_banner", "-nostats", "-loglevel", "level+error", "-y"]
+        command += ["-f", "image2pipe", "-c:v", "ppm", "-framerate", f"{fps:g}", "-i", "-"]
+        command += ["-vf", converted, "-color_range", "tv", "-colorspace", "bt709"]
+        command += ["-color_primaries", "bt709", "-color_trc", "bt709"]
+        command += ["-c:v", "libx264", "-preset", "veryfast", "-crf", "15"] + output
+        group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)          # of Windows; Ctrl-C is not for it
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=self.log, process_group=0,
                                         creationflags=group)
 
     def append(self, frame):
-        if self.process is None:
-            height, width, _ = frame.shape
-            self.shape = (height, width, 3)
-            self.start(height, width)
-        if frame.shape != self.shape or frame.dtype != np.uint8:
-            raise ValueError(f"a frame is {frame.dtype} {frame.shape}, expected uint8 {self.shape}")
+        height, width, _ = frame.shape
         try:
-            self.process.stdin.write(np.ascontiguousarray(frame))
+            self.process.stdin.write(b"P6 %d %d 255\n" % (width, height))
+            self.process.stdin.write(np.ascontiguousarray(frame, np.uint8))
         except OSError:
             self.fail()
         self.count += 1
 
+    def finish(self):
+        """The file is whole, or OSError: ffmpeg's own words."""
+        with contextlib.suppress(OSError):      # it has ended
+            self.process.stdin.close()
+        if self.process.wait():
+            self.fail()
+
     def fail(self):
-        """Raise OSError: ffmpeg's own words."""
         code = self.process.wait()
         self.log.seek(0)
         raise EncodingError(ffmpeg_words(self.log.read().decode(errors="replace"), code))
 
-    def finish(self):
-        """The file is whole; or OSError says why it is not."""
-        if self.process is None:
-            raise EncodingError("there are no frames")
-        try:
-            self.process.stdin.close()
-        except OSError:
-            self.fail()
-        if self.process.wait():
-            self.fail()
-        if count_frames(self.path) != self.count:
-            raise EncodingError("not all frames can be read back")
-
     def stop(self):
         """Nothing of it is left running, whatever has happened."""
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            with contextlib.suppress(OSError):
-                self.process.stdin.close()
+        self.process.kill()
+        self.process.wait()
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
         self.log.close()
 
 
@@ -590,10 +564,14 @@ def video_file(path, fps):
     block ends in an exception, nothing is left behind."""
     path = Path(path)
     part = path.absolute().with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    encoder = Encoder(part, fps)
+    encoder = Encoder(find_ffmpeg(), fps, ["-movflags", "+faststart", f"file:{part}"])
     try:
         yield encoder.append
+        if not encoder.count:
+            raise EncodingError("there are no frames")
         encoder.finish()
+        if count_frames(part) != encoder.count:
+            raise EncodingError("not all frames can be read back")
         os.replace(part, path)
     except BrokenPipeError:                 # of what is printed meanwhile
         raise
@@ -839,34 +817,27 @@ class Job:
     seed: int
     device: torch.device
     dtype: str
-    prompts: list       # one for each chunk, the last one for all that follow
+    prompt: str | None
     moved: bool         # there are tracks
     drawn: bool         # which enter as a video of them, not through the track head
     notes: list         # what the user is told
 
 
 def resolve(flags, weights, tracks):
-    """The Job that the flags ask for. What they leave open is what a recording says, or the weights."""
-    said = tracks.recorded
-    config, notes = resolve_config(flags, weights, said)
-    frames = flags.frames or said.get("frames", len(tracks.tracks))
-    fps = flags.fps or said.get("fps", config.fps)
-    seed = said.get("seed", 0) if flags.seed is None else flags.seed
-    prompts = [config.prompt if flags.prompt is None else flags.prompt]
-    if said and flags.prompt is None:
-        starts = range(0, latent_frames(frames, config.chunk, config.first_chunk), config.chunk)
-        last = len(said["prompts"]) - 1
-        prompts = [said["prompts"][min(start // said["chunk"], last)] for start in starts]
+    """The Job that the flags ask for. What they leave open is what the weights say."""
+    config, notes = resolve_config(flags, weights)
+    prompt = config.prompt if flags.prompt is None else flags.prompt
     device = find_device(flags.device)
     dtype = flags.dtype
     if dtype == "auto":
-        dtype = said.get("dtype", "float32" if device.type == "cpu" else "bfloat16")
+        dtype = "float32" if device.type == "cpu" else "bfloat16"
     moved = bool(flags.tracks or flags.paths)
     drawn = moved and not weights.has_head and config.track_dim == config.out_dim
     if drawn:
         notes.append(f"{weights.path}: takes tracks drawn as a control video, in a style that is ours and "
                      "that no weights have proven")
-    return Job(config, frames, fps, seed, device, dtype, prompts, moved, drawn, notes)
+    frames = flags.frames or len(tracks.tracks)
+    return Job(config, frames, flags.fps or config.fps, flags.seed or 0, device, dtype, prompt, moved, drawn, notes)
 
 
 def find_device(name):
@@ -882,30 +853,24 @@ def find_device(name):
     return device
 
 
-def resolve_config(flags, weights, said):
-    """(How to sample, notes on it): as the weights say, or advice on their family, changed by what a
-    recording has `said`, and by flags."""
-    config, notes = weights.config, []
+def resolve_config(flags, weights):
+    """(How to sample, notes on it): as the weights say, or advice on their family, changed by flags."""
+    config = weights.config
+    notes = []
     if not weights.own:
-        from extras.checkpoints import advice
-        own = "stream" if config.causal else "teacher"
-        config, words = advice(config, flags.sampler or own)
+        usual = "stream" if config.causal else "teacher"
+        advice = checkpoints(weights.path, "does not say how it is sampled").advice
+        config, words = advice(config, flags.sampler or usual)
         notes = [f"{weights.path}: {note}" for note in words]
-    changes = dict(flags.settings or ())
-    if said and config.causal:
-        changes |= {name: said[name] for name in ("chunk", "sink", "window")}
-    changes |= flags.memory or {}
+    changes = dict(flags.settings or ()) | (flags.memory or {})
     if flags.guidance:
         changes["guidance"] = flags.guidance
     elif config.text_encoder == "umt5" and flags.prompt is None and not flags.prompt_embeds:
         changes["guidance"] = (0.0, config.guidance[1])     # there is no text
     config = replace(config, **changes)
-    steps = flags.steps
-    if said and config.causal and said["steps"] != len(config.sigmas):
-        steps = steps or said["steps"]
-    if steps or "shift" in changes:
-        sigmas = schedule(steps or len(config.sigmas), config.shift)
-        config = replace(config, steps=steps or config.steps, sigmas=sigmas)
+    if flags.steps or "shift" in changes:
+        sigmas = schedule(flags.steps or len(config.sigmas), config.shift)
+        config = replace(config, steps=flags.steps or config.steps, sigmas=sigmas)
     return config, notes
 
 
@@ -970,7 +935,7 @@ def open_vae(weights, path=None):
 def sources_of(job, flags, weights):
     """What encoders are to encode, see extras/encoders.py."""
     from extras.encoders import Sources
-    return Sources(job.prompts[0], flags.negative_prompt, flags.prompt_embeds, flags.text_encoder,
+    return Sources(job.prompt, flags.negative_prompt, flags.prompt_embeds, flags.text_encoder,
                    flags.image_encoder, weights.path)
 
 
@@ -987,7 +952,7 @@ def check_files(job, flags, weights, image):
 def encode_inputs(job, flags, weights, image):
     """What a Job's model reads beside the tracks. image (1, 3, H, W) in [-1, 1]."""
     if job.config.text_encoder == "words":
-        text = embed_words(job.prompts[0], job.config)
+        text = embed_words(job.prompt, job.config)
         return Encoded(text if text is None else text.to(job.device))
     from extras import encoders
     sources = sources_of(job, flags, weights)
@@ -1001,7 +966,8 @@ def load_models(job, flags, weights, image):
     encoded = encode_inputs(job, flags, weights, image)
     dit = MotionStream.from_pretrained(weights.path, dtype=getattr(torch, job.dtype), device=job.device,
                                        **vars(job.config))
-    c, how = dit.config, f"teacher, whole clip, {dit.config.steps} steps"
+    c = dit.config
+    how = f"teacher, whole clip, {c.steps} steps"
     if c.causal:
         how = f"stream, c{c.chunk}s{c.sink}w{c.window}, {len(c.sigmas)} steps".replace("None", "full")
     print(f"{weights.path.name}: {c.size[1]}x{c.size[0]} pixels, {how}, seed {job.seed}, {job.device}, "
@@ -1010,35 +976,22 @@ def load_models(job, flags, weights, image):
 
 
 def word_notes(job):
-    """What is to be said of words in the prompts that the tiny model never read: a list."""
+    """What is to be said of words in the prompt that the tiny model never read: a list."""
     config = job.config
     if config.text_encoder != "words":
         return []
     notes = []
-    unknown = {}                            # a set in order
-    for prompt in job.prompts:
-        words = re.findall(r"\w+", (prompt or "").lower())
-        unknown |= dict.fromkeys(word for word in words if word not in WORDS)
-        if len(words) > config.text_len:
-            notes.append(f"only the first {config.text_len} words of {prompt!r} are read")
+    if len(words_in(job.prompt)) > config.text_len:
+        notes.append(f"only the first {config.text_len} words of {job.prompt!r} are read")
+    unknown = dict.fromkeys(unknown_words(job.prompt))          # a set in order
     if unknown:
         notes.append(f"the tiny model never learned {', '.join(unknown)}, which is noise to it; it knows "
                      f"{', '.join(WORDS)}")
     return notes
 
 
-def checksum(models):
-    """A number that tells models apart, and encoded images: of the first numbers of each tensor."""
-    tensors = list(models.dit.state_dict().values()) + list(models.vae.state_dict().values())
-    if models.encoded.clip is not None:
-        tensors.append(models.encoded.clip)
-    starts = [tensor.flatten()[:64].bfloat16().float().cpu() for tensor in tensors]
-    return zlib.crc32(torch.cat(starts).numpy().tobytes())
-
-
 def with_prompts(motion, prompts, config):
     """A whole Motion to one for each chunk, each with the text of its prompt."""
-    prompts = itertools.chain(prompts, itertools.repeat(prompts[-1]))
     parts = motion_by_chunk(motion, config.chunk, config.first_chunk)
     for part, prompt in zip(parts, prompts):
         yield replace(part, text=embed_words(prompt, config))
@@ -1048,16 +1001,17 @@ def with_prompts(motion, prompts, config):
 def generate(job, models, image, motion):
     """The video's frames, uint8 (H, W, 3), one by one: job.frames of them; None: as long as `motion`
     goes on. image and motion: see `stream`."""
-    config = models.dit.config
+    config = job.config
     if job.drawn:
         from extras.tracks import render_control
         latents = latent_frames(job.frames, config.chunk, config.first_chunk)
         frames = FRAMES * latents - (FRAMES - 1)
         motion = replace(motion, control=render_control(models.vae, motion, config.size, frames))
-    sampler = stream if config.causal else sample_teacher
-    if config.causal and len(set(job.prompts)) > 1 and config.text_encoder == "words":
-        motion = with_prompts(motion, job.prompts, config)
-    videos = sampler(models.dit, models.vae, image, motion, models.encoded, job.seed)
+    if config.causal:
+        videos = stream(models.dit, models.vae, image, motion, models.encoded, job.seed,
+                        chunk=config.chunk, sink=config.sink, window=config.window)
+    else:
+        videos = sample_teacher(models.dit, models.vae, image, motion, models.encoded, job.seed)
     frames = itertools.chain.from_iterable(map(to_frames, videos))
     yield from itertools.islice(frames, job.frames)
 
@@ -1074,6 +1028,10 @@ def run(argv):
     shipped = {"teacher": "tiny_teacher.safetensors"}.get(flags.sampler, "tiny.safetensors")
     weights = inspect(flags.weights or ASSETS / shipped)
     tracks = given_tracks(flags, image.size)
+    typed = flags.prompt
+    if tracks.recorded:
+        from extras import recording
+        flags = recording.replayed(flags, tracks.recorded, weights.config)
     job = resolve(flags, weights, tracks)
     refuse(job, flags, weights)
     if flags.paths:
@@ -1085,11 +1043,15 @@ def run(argv):
                      "resampled")
     pixels = fit_image(image, job.config.size)
     models = load_models(job, flags, weights, pixels)
-    if tracks.recorded and tracks.recorded["weights"] != checksum(models):
-        notes.append("it was recorded with other weights")
+    steered = motion
+    if tracks.recorded:
+        notes += recording.doubts(tracks.recorded, models)
+        if typed is None and job.config.causal and job.config.text_encoder == "words":
+            prompts = recording.prompts_by_chunk(tracks.recorded, job.config.chunk)
+            steered = with_prompts(motion, prompts, job.config)
     for note in notes:
         print(f"note: {note}")
-    frames = map(enlarge, generate(job, models, pixels, motion))
+    frames = map(enlarge, generate(job, models, pixels, steered))
     if flags.overlay:
         from extras.tracks import overlaid
         frames = overlaid(frames, motion, job.config.size)
@@ -1126,9 +1088,9 @@ def reported(work, *args):
 
 def print_anything():
     """Consoles that lack a letter of a path, as those of Windows do, get its code; they raise otherwise."""
-    for stream in sys.stdout, sys.stderr:
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    for console in sys.stdout, sys.stderr:
+        if hasattr(console, "reconfigure"):
+            console.reconfigure(errors="backslashreplace")
 
 
 def main(argv=None):

@@ -69,9 +69,9 @@ from tqdm import tqdm
 
 from motionstream import (CLIP_ROWS, FRAMES, PRESETS, Config, MotionStream, UserError, add_noise,
                           cell_of, channel_std, chunk_sizes, euler, guided_velocity, image_inputs,
-                          linear_part, motion_inputs, naming, new_model, rollout, save_pretrained,
-                          schedule, shards_of, shift_sigma, split_conditions, start_points, to_x0,
-                          track_ids, with_first, write)
+                          inside_picture, linear_part, motion_inputs, naming, new_model, rollout,
+                          save_pretrained, schedule, shift_sigma, split_conditions, start_points,
+                          to_x0, track_ids, with_first, write)
 from vae import LinearVAE
 
 # --------------------------------------------------------------------------------------------------
@@ -123,10 +123,14 @@ class Settings:
     whole_every: int = 4            # one update in so many sees whole clips, the others short ones,
     short_latents: int = 6          # of so many latents, and twice as many clips
     p_pure_noise: float = 0.5       # clips at sigma 1, where only the conditions help
+    p_uniform_sigma: float = 0.0    # clips whose sigma is uniform before the shift, see draw_sigma
     track_weight: float = 4.0       # cells that a track touches count 1 + this in the loss
     p_no_text: float = 0.1          # clips with the null text, for guidance (section 3.1) [P]
     p_no_tracks: float = 0.1        # clips without tracks, the same
+    # teacher to student, on clips that do not say what is an object
+    p_sparse: float = 0.5           # clips with few tracks or none, see given_tracks
     # causal
+    causal_from: str = "trajectories"       # of the teacher [P]; or "clips", see CAUSAL_FROM
     corrupt_context: bool = True    # see corrupt_context
     # distill
     critic_steps: int = 5           # critic updates for one of the generator (appendix D) [P]
@@ -164,7 +168,10 @@ PAPER = Settings(
     dense_share=1.0,                # stage 1: no pauses
     whole_every=1,
     p_pure_noise=0.0,
+    p_uniform_sigma=1.0,            # [O]: of logit-normal ones, 1.8 % are 0.98 or more, as are 6 of
+                                    # the 48 Euler steps, the student's first, and 11 % of DMD's
     track_weight=0.0,
+    p_sparse=0.5,                   # [O], but in stage 1; the paper: 0, which never shows a drag
     corrupt_context=False,
     rollout=0,
     neutral_long_rollouts=False,
@@ -185,6 +192,9 @@ PAPER_5B_STAGE_2 = replace(PAPER_STAGE_2, clip_frames=121, teacher_steps=400 * 1
 
 SMOKE = {"vae_steps": 4, "teacher_steps": 4, "causal_steps": 3, "distill_steps": 6,
          "vae_clips": 8, "clips": 16, "trajectories": 8}
+
+# Updates between the numbers of teacher_errors and of student_numbers.
+REPORT_EVERY = {"teacher": 200, "distill": 50}
 
 # What may be another when a training is resumed: nothing that is learned depends on it.
 FREE = ("tflops", "checkpoint_minutes", "export_every")
@@ -254,9 +264,12 @@ class Run:
         return content_digest(self.path(name))
 
     def load(self, name, **overrides):
-        """A trained MotionStream in float32, frozen. overrides: fields of Config."""
+        """A trained MotionStream in float32, frozen, sampled as `config` says, not as its file does.
+        overrides: other fields of Config."""
+        names = ("shift", "sigmas", "steps", "guidance")
+        fields = {each: getattr(self.config, each) for each in names} | overrides
         return MotionStream.from_pretrained(
-            self.path(name), dtype=torch.float32, device=self.device, **overrides)
+            self.path(name), dtype=torch.float32, device=self.device, **fields)
 
     def load_vae(self):
         """The VAE that made the latents."""
@@ -769,6 +782,17 @@ class Loop:
             if value is not None:
                 self.numbers[name] = round(torch.as_tensor(value).item(), 5)
 
+    def reports(self, i):
+        """Whether the processes, as in ends_update, are where the stage's numbers are told."""
+        return ends_update(i, REPORT_EVERY[self.stage] * self.accumulate)
+
+    def tell(self, **numbers):
+        """The same, and print them in a line that stays."""
+        self.log(**numbers)
+        if RANK == 0:
+            told = {name: self.numbers[name] for name in numbers}
+            tqdm.write(f"{self.stage}: {json.dumps(told)}")
+
     def save_if_due(self, step, stop):
         """The processes do the same, whichever got the signal in the list `stop`."""
         minutes = (time.time() - self.saved_at) / 60
@@ -914,8 +938,11 @@ def weight_digests(path):
         return {}
     if path.is_dir():
         files = [file for file in path.rglob("*") if file.suffix in (".safetensors", ".pt", ".pth")]
-    else:
+    elif "-of-" in path.name or path.suffix == ".json":
+        from extras.checkpoints import shards_of
         files = shards_of(path)
+    else:
+        files = [path]
     if len(files) == 1:                 # whatever it is called
         return {"--weights": content_digest(files[0])}
     return {f"--weights {file.name}": content_digest(file) for file in files}
@@ -1173,6 +1200,19 @@ def dense_subset(visible, pauses, chunk, first=None):
     return visible & keep[:, None] & shown
 
 
+def given_tracks(run, visible, group, dense):
+    """Which of the true tracks (B, T, N) a model is given. group (B, N): see user_tracks, which chooses
+    them, unless `dense`. Where no clip says what is an object, dense_subset chooses, but in a share
+    p_sparse of the clips user_tracks, to which all is ground: 0 to 64 tracks."""
+    if (group >= 0).any():
+        return visible if dense else user_tracks(visible, group)
+    many = dense_subset(visible, not dense, run.config.chunk, run.config.first_chunk)
+    if dense:
+        return many
+    sparse = torch.rand(len(visible), 1, 1) < run.settings.p_sparse
+    return torch.where(sparse, user_tracks(visible, group), many)
+
+
 def touched_cells(tracks, visible, config):
     """Cells of the latent grid where tracks (B, T, N, 2) are visible, and those beside them:
     (B, F, h, w) of 0 and 1."""
@@ -1188,8 +1228,8 @@ def touched_cells(tracks, visible, config):
 
 
 def draw_batch(run, files, count, frames, *, dense=False, first_only=False):
-    """Random clips, a Batch of `count`, with conditions for `frames` latents: all of their tracks
-    (dense), or as a user might have drawn them. first_only: no latents but the image's."""
+    """Random clips, a Batch of `count`, with conditions for `frames` latents and tracks as given_tracks
+    chooses them. first_only: no latents but the image's."""
     config = run.config
     latents_read = 1 if first_only else frames
     clips = pick(files, count, latents_read, video_frames(frames))
@@ -1197,18 +1237,15 @@ def draw_batch(run, files, count, frames, *, dense=False, first_only=False):
     tracks = clips["tracks"]
     true = clips["visible"]
     on_object = clips["group"] >= 0                             # (B, N)
-    visible = true
-    if not on_object.any():
-        visible = dense_subset(true, not dense, config.chunk, config.first_chunk)
-    elif not dense:
-        visible = user_tracks(true, clips["group"])
+    visible = given_tracks(run, true, clips["group"], dense)
     conditions = {name: clips[name].float() for name in ("text", "clip") if name in clips}
     image, _ = image_inputs(config, latents[:, :, :1], frames)
     if image is not None:
         conditions["image"] = image
     points = {"tracks": tracks, "visible": visible, "ids": track_ids(tracks, visible, config)}
     if config.copies:
-        points["start"] = start_points(tracks, true)            # where it was in frame 0, if hidden
+        start = start_points(tracks, true)
+        points["start"] = start.masked_fill(~true[:, 0, :, None], math.nan)     # not in the image
         points["image"] = clips["first"].float() / 127.5 - 1
     counted = true & on_object[:, None] if on_object.any() else visible
     touched = touched_cells(tracks, counted, config)
@@ -1347,11 +1384,15 @@ def train_vae(run):
 # --------------------------------------------------------------------------------------------------
 # Stage 2: the teacher.
 
-def draw_sigma(batch, shift, p_pure_noise):
-    """Noise levels (B,): logit-normal, shifted (appendix D); a share of them exactly 1."""
-    sigma = shift_sigma(torch.randn(batch).sigmoid(), shift)
-    pure = torch.rand(batch) < p_pure_noise
-    return torch.where(pure, torch.ones(batch), sigma)
+def draw_sigma(batch, shift, p_pure_noise, p_uniform):
+    """Noise levels (B,), shifted (appendix D). Before the shift, a share p_uniform is uniform, as the
+    sampler's steps and score_sigma are, the rest logit-normal [O]. A share p_pure_noise is 1."""
+    normal = torch.randn(batch)
+    chance = torch.rand(batch)
+    uniform = torch.special.ndtr(normal)
+    sigma = torch.where(chance >= 1 - p_uniform, uniform, normal.sigmoid())
+    sigma = shift_sigma(sigma, shift)
+    return torch.where(chance < p_pure_noise, torch.ones(batch), sigma)
 
 
 def drop(conditions, share):
@@ -1381,23 +1422,89 @@ def flow_loss(model, x0, sigma, conditions, first_latent, cell_weight=1.0, chann
     return (error * weight).sum() / weight.sum()
 
 
+PAN = 0.25              # of the width, over a clip
+
+
+def pan_points(config, points, frames):
+    """The points of clips, as in a Batch, with tracks that the clips do not have: all of frame 0 moves
+    to the right, in every other clip to the left, until in the last of `frames` latents it has gone
+    PAN of the width, in whole cells. Returns them, and the cells (B,)."""
+    B, T = points["tracks"].shape[:2]
+    height, width = config.size
+    y = torch.arange(config.stride, height, 2 * config.stride)
+    x = torch.arange(config.stride, width, 2 * config.stride)
+    grid = torch.cartesian_prod(y, x).flip(1).to(points["tracks"])          # (N, 2), x first
+    cells = int(PAN * config.latent_size[1]) * (1 - 2 * (torch.arange(B) % 2))
+    middle = FRAMES * (frames - 1) - (FRAMES - 1) / 2           # of the last latent's frames
+    way = cells[:, None] * config.stride * torch.arange(T) / middle         # (B, T), in pixels
+    tracks = grid.expand(B, T, -1, -1).clone()
+    tracks[..., 0] += way[..., None].to(grid)
+    visible = inside_picture(tracks, height, width)
+    changed = {"tracks": tracks, "visible": visible, "ids": track_ids(tracks, visible, config)}
+    if "start" in points:
+        changed["start"] = grid.expand(B, -1, -1)
+    return points | changed, cells.to(grid.device)
+
+
+def found_shift(before, after, reach):
+    """By how many cells, at most `reach` either way, latents `before` (B, C, h, w) are to be moved to
+    the right to be most like `after`, in the mean square of what both show: (B,)."""
+    width = before.shape[3]
+    errors = []
+    for shift in range(-reach, reach + 1):
+        source = before[..., max(-shift, 0):width - max(shift, 0)]
+        place = after[..., max(shift, 0):width - max(-shift, 0)]
+        errors.append((source - place).square().mean((1, 2, 3)))
+    return torch.stack(errors).argmin(0) - reach
+
+
+def pan_error(run, model, vae, batch):
+    """The end-point error, in pixels, of a teacher's x0 from pure noise on a pan over the same images
+    (pan_points). As all moves as one, no tracker is needed: where frame 0 has gone is found in whole
+    cells. 0: the teacher follows; the length of the pan: it ignores its tracks."""
+    points, cells = pan_points(model.config, batch.points, run.clip_latents)
+    noise = torch.randn_like(batch.latents)
+    sigma = torch.ones(len(noise), device=noise.device)
+    x_t, sigma_frames = with_first(noise, sigma, first_latent_of(model.config, batch.latents))
+    conditions = batch.conditions | motion_inputs(model, **points, vae=vae)
+    x0 = to_x0(x_t, model(x_t, sigma_frames, **conditions), sigma_frames)
+    reach = 2 * int(cells.abs().max())
+    found = found_shift(batch.latents[:, :, 0], x0[:, :, -1], reach)
+    return model.config.stride * (found - cells).abs().float().mean()
+
+
+SIGMA_BINS = (0.0, 0.5, 0.9, 0.98, 1.0)
+
+
 @torch.no_grad()
-def x0_errors(run, model, vae, files):
-    """How far a teacher's x0 is from the truth when it sees pure noise, with all tracks and with
-    none."""
+def teacher_errors(run, model, vae, files):
+    """What a teacher gets wrong on clips held back: x0 from pure noise, with all tracks, with none,
+    with those of another clip (x0_swapped: as x0_tracks, if they are ignored), on a pan, see
+    pan_error; and the flow loss, by bins of sigma."""
     torch.manual_seed(0)
     batch = draw_batch(run, files, 6 * run.settings.batch, run.clip_latents, dense=True)
     x0 = batch.latents
-    sigma = torch.ones(len(x0), device=run.device)
     first_latent = first_latent_of(model.config, x0)
-    weight = latent_weight(vae, model.config, sigma)
-    errors = {}
+    others = {name: value.roll(1, 0) for name, value in batch.points.items() if name != "image"}
+
+    def error(sigma, motion):
+        weight = latent_weight(vae, model.config, sigma)
+        return flow_loss(model, x0, sigma, batch.conditions | motion, first_latent, 1.0, weight)
+
     with run.autocast():
         motion = motion_inputs(model, **batch.points, vae=vae)
         nothing = {name: torch.zeros_like(value) for name, value in motion.items()}
-        for name, given in ("x0_tracks", motion), ("x0_none", nothing):
-            conditions = batch.conditions | given
-            errors[name] = flow_loss(model, x0, sigma, conditions, first_latent, 1.0, weight)
+        swapped = motion_inputs(model, **(batch.points | others), vae=vae)
+        pure = torch.ones(len(x0), device=run.device)
+        errors = {
+            "x0_tracks": error(pure, motion),
+            "x0_none": error(pure, nothing),
+            "x0_swapped": error(pure, swapped),
+            "pan_error": pan_error(run, model, vae, batch),
+        }
+        for low, high in itertools.pairwise(SIGMA_BINS):
+            sigma = torch.linspace(low, high, len(x0), device=run.device)
+            errors[f"loss_{low:g}_{high:g}"] = error(sigma, motion)
     return errors
 
 
@@ -1418,7 +1525,7 @@ def train_teacher(run):
     """Stage 2. Rectified flow on whole clips and short ones, given the image, text and tracks.
 
     All tracks at first, as in the paper's first stage: so a model learns sooner what they are for.
-    That shows early in x0_errors, on clips held back, and not in the flow loss."""
+    That shows early in teacher_errors and not in the flow loss."""
     s = run.settings
     files = training_clips(run, run.clip_latents)
     held_back = files[:max(len(files) // 20, 1)]
@@ -1437,7 +1544,8 @@ def train_teacher(run):
         else:
             batch = draw_batch(run, files, 2 * s.batch, s.short_latents, dense=dense)
         x0 = batch.latents
-        sigma = draw_sigma(len(x0), run.config.shift, s.p_pure_noise).to(run.device)
+        sigma = draw_sigma(len(x0), run.config.shift, s.p_pure_noise, s.p_uniform_sigma)
+        sigma = sigma.to(run.device)
         with run.autocast():
             motion = motion_inputs(model, **batch.points, vae=vae)
             motion = drop(motion, s.p_no_tracks)
@@ -1447,8 +1555,8 @@ def train_teacher(run):
                              cell_weight=1 + s.track_weight * batch.touched,
                              channel_weight=latent_weight(vae, model.config, sigma))
         loop.log(loss=loss, grad=learner.step(loss, i))
-        if (i - RANK + PROCESSES) % (200 * s.teacher_accumulate) == 0:
-            loop.log(**x0_errors(run, learner.average, vae, held_back))
+        if loop.reports(i):
+            loop.tell(**teacher_errors(run, learner.average, vae, held_back))
     save_weights(run.path("teacher"), learner.average)
 
 
@@ -1479,13 +1587,14 @@ def make_trajectories(run, files):
     run, a part by each process. They are named by what they were made from."""
     s = run.settings
     each = 2 * s.batch
-    source = [run.checksum("vae"), run.checksum("teacher"), clip_digests(run), run.seed, each]
+    weights = [run.checksum("vae"), run.checksum("teacher")]
+    source = weights + [clip_digests(run), run.seed, each, s.p_sparse]
     folder = run.out / f"trajectories.{seed_of(source, run.config, s.clip_frames):08x}"
     count = math.ceil(s.trajectories / each) * each
     made = [folder / f"{i:07}.safetensors" for i in range(count)]
     starts = range(0, len(made), each)
     missing = [i for i in starts if not made[i + each - 1].exists()]
-    teacher = run.load("teacher", guidance=run.config.guidance)
+    teacher = run.load("teacher")
     vae = run.load_vae()
     for start in tqdm(missing[RANK::PROCESSES], f"trajectories, by {each}", disable=not missing):
         torch.manual_seed(seed_of(run.seed, "trajectories", start))
@@ -1500,13 +1609,32 @@ def make_trajectories(run, files):
 
 
 def draw_trajectories(run, files, count):
-    """(states, points, conditions) of random trajectories; see make_trajectories."""
+    """(states, one for each noise level, x0, points, conditions) of random trajectories; see
+    make_trajectories."""
     clips = {name: value.to(run.device) for name, value in pick(files, count).items()}
     states = clips.pop("states").float()                        # (B, levels + 1, C, F, h, w)
     points = {}
     for name in [name for name in clips if name.startswith("points.")]:
         points[name.removeprefix("points.")] = clips.pop(name)
-    return states, points, clips
+    *states, x0 = states.unbind(1)                              # each (B, C, F, h, w)
+    return states, x0, points, clips
+
+
+def draw_noised_clips(run, files, count):
+    """The same of random clips: x0 is the truth, the states are x0 with noise. So the causal flow of the
+    data is learned, unguided: teacher forcing on clean latents, which costs no trajectories. (Few-step
+    consistency, which others let follow, is not done here.)"""
+    batch = draw_batch(run, files, count, run.clip_latents)
+    x0 = batch.latents
+    noise = torch.randn_like(x0)
+    states = []
+    for sigma in run.config.sigmas:
+        levels = torch.full((count,), sigma, device=x0.device)
+        states.append(add_noise(x0, noise, levels))
+    return states, x0, batch.points, batch.conditions
+
+
+CAUSAL_FROM = {"trajectories": draw_trajectories, "clips": draw_noised_clips}
 
 
 def corrupt_context(x0, first):
@@ -1553,6 +1681,8 @@ def causal_loss(model, states, x0, past, conditions, context, channel_weight=1.0
         velocity = model(x_t, sigma_frames, caches=caches, **part)
         predicted = to_x0(x_t, velocity, sigma_frames)
         loss = loss + ((predicted - target).square() * channel_weight).sum()
+        if stop == x0.shape[2]:         # which no chunk reads
+            break
         with torch.no_grad():           # the clean pass is the only one that writes
             clean = torch.zeros_like(sigma_frames)
             model(past[:, :, now], clean, caches=caches, write=True, **part)
@@ -1560,10 +1690,12 @@ def causal_loss(model, states, x0, past, conditions, context, channel_weight=1.0
 
 
 def train_causal(run):
-    """Stage 3. The student from the teacher, on the teacher's ODE trajectories."""
+    """Stage 3. The student from the teacher, on the teacher's ODE trajectories or on clips."""
     s = run.settings
+    draw = CAUSAL_FROM[s.causal_from]
     files = training_clips(run, run.clip_latents)       # in all processes: they wait for each other
-    files = make_trajectories(run, files)
+    if draw == draw_trajectories:
+        files = make_trajectories(run, files)
     vae = run.load_vae()
     student = run.load("teacher", causal=True, **run.context)
     student.requires_grad_(True)
@@ -1577,8 +1709,7 @@ def train_causal(run):
         recompute_blocks(student)
     loop = Loop(run, "causal", s.causal_steps, learner)
     for i in loop:
-        states, points, conditions = draw_trajectories(run, files, s.batch)
-        *states, x0 = states.unbind(1)                  # each (B, C, F, h, w)
+        states, x0, points, conditions = draw(run, files, s.batch)
         context = contexts[int(torch.randint(0, len(contexts), ()))]
         with run.autocast():
             conditions |= motion_inputs(student, **points, vae=vae)
@@ -1600,20 +1731,27 @@ def score_sigma(batch, shift, device):
     return shift_sigma(torch.rand(batch, device=device), shift).clamp(0.02, 0.98)
 
 
+@torch.no_grad()
+def real_and_fake(x0, sigma, teacher, critic, conditions, first_latent):
+    """What teacher, under its config's guidance, and critic predict as x0, both (B, C, F, h, w), from
+    x0 noised to sigma (B,). first_latent: see dmd_loss."""
+    noised = add_noise(x0, torch.randn_like(x0), sigma)
+    x_t, sigma_frames = with_first(noised, sigma, first_latent)
+    velocity = guided_velocity(teacher, x_t, sigma_frames, conditions, teacher.config.guidance)
+    real = to_x0(x_t, velocity, sigma_frames)
+    fake = to_x0(x_t, critic(x_t, sigma_frames, **conditions), sigma_frames)
+    return real, fake
+
+
 def dmd_loss(x0, teacher, critic, conditions, first_latent, shift, weight=1.0):
     """The generator's loss on its own latents x0 (B, C, F, h, w), eq. 3: its gradient is
-    (fake - real) / mean |x0 - real|, where real and fake are what teacher, under its config's
-    guidance, and critic predict as x0, from x0 noised to one sigma a clip (DMD eq. 7, 8).
+    (fake - real) / mean |x0 - real|, of real_and_fake at one sigma a clip (DMD eq. 7, 8).
     first_latent (B, C, 1, h, w): the image, on which both agree, so that its gradient is zero; None:
     it is among the conditions. shift: of the noise levels, see score_sigma. weight: broadcast over
     x0, how much a clip or a channel counts."""
+    sigma = score_sigma(len(x0), shift, x0.device)
+    real, fake = real_and_fake(x0, sigma, teacher, critic, conditions, first_latent)
     with torch.no_grad():
-        sigma = score_sigma(len(x0), shift, x0.device)
-        noised = add_noise(x0, torch.randn_like(x0), sigma)
-        x_t, sigma_frames = with_first(noised, sigma, first_latent)
-        velocity = guided_velocity(teacher, x_t, sigma_frames, conditions, teacher.config.guidance)
-        real = to_x0(x_t, velocity, sigma_frames)
-        fake = to_x0(x_t, critic(x_t, sigma_frames, **conditions), sigma_frames)
         distance = (x0 - real).abs().mean((1, 2, 3, 4), keepdim=True)
         direction = (fake - real) / distance.clamp(min=1e-6)    # a perfect clip has distance 0
         target = x0 - direction
@@ -1667,14 +1805,15 @@ def judged_clip(chunks, frames, first_latent, points):
     return x0, points | cut
 
 
-def roll_out(run, generator, vae, files, update, grad):
+def roll_out(run, generator, vae, files, shape, grad):
     """What the generator makes of the first frames of clips, as it will at inference, see rollout:
-    (x0 (B, C, F, h, w), a clip as judged_clip has it; its conditions; its points). grad: whether x0
-    has a graph, that of the last denoising step of each chunk."""
+    (x0 (B, C, F, h, w), a clip as judged_clip has it; its conditions; its points). shape: as
+    draw_rollout has it. grad: whether x0 has a graph, that of the last denoising step of each
+    chunk."""
     s = run.settings
     config = run.config
-    chunks, exit_step, context = draw_rollout(run, update, grad)
-    chunk = context.pop("chunk")
+    chunks, exit_step, context = shape
+    chunk = context["chunk"]
     frames = run.latents_of(chunks)
     sizes = chunk_sizes(frames, chunk, config.first_chunk)
     batch = draw_batch(run, files, s.batch, frames, first_only=True)
@@ -1689,7 +1828,9 @@ def roll_out(run, generator, vae, files, update, grad):
     with run.autocast(), torch.set_grad_enabled(grad):
         motion = motion_inputs(generator, **batch.points, vae=vae)
         given = split_conditions(conditions | motion, chunk, config.first_chunk)
-        made = rollout(generator, noise.split(sizes, 2), given, first_latent, exit_step, caches=caches)
+        noises = noise.split(sizes, 2)
+        made = rollout(generator, noises, given, first_latent, exit_step, caches=caches)
+        made = itertools.islice(made, len(noises))      # asks for no more: the last is not cached
         shown = first_latent if chunks == run.clip_chunks else image
         x0, points = judged_clip(made, run.clip_latents, shown, batch.points)
         conditions = next(split_conditions(conditions, x0.shape[2]))
@@ -1709,13 +1850,37 @@ def reward_weight(run, vae, x0, conditions, points):
     return weight.view(-1, 1, 1, 1, 1), reward.mean()
 
 
+@torch.no_grad()
+def student_numbers(run, generator, teacher, critic, vae, files):
+    """What tells that distillation goes wrong, of the same images, rolled out with the same noise each
+    time: |fake - real| by sigma, the least and the greatest standard deviation of a latent channel,
+    as a share of the data's, how much moves from latent to latent, and how many pixels are
+    saturated."""
+    torch.manual_seed(0)
+    whole = run.clip_chunks, len(run.config.sigmas) - 1, run.context
+    x0, conditions, _ = roll_out(run, generator, vae, files, whole, grad=False)
+    first_latent = first_latent_of(run.config, x0)
+    std = x0.square().mean((0, 2, 3, 4)).sqrt()                 # (C,); 1 is that of Wan's data
+    if teacher.config.latent_std:
+        std = std / channel_std(teacher.config, std.device).flatten()
+    numbers = {"std_least": std.min(), "std_most": std.max(), "moves": x0.diff(dim=2).abs().mean()}
+    with run.autocast():
+        for sigma in 0.3, 0.6, 0.9:
+            levels = torch.full((len(x0),), sigma, device=x0.device)
+            real, fake = real_and_fake(x0, levels, teacher, critic, conditions, first_latent)
+            numbers[f"apart_{sigma}"] = (fake - real).abs().mean()
+        video, _ = vae.decode(x0[:1])
+    numbers["saturated"] = (video.abs() > 0.99).float().mean()
+    return numbers
+
+
 def train_student(run):
     """Stage 4. One update of the generator for critic_steps of the critic, each on a new rollout."""
     s = run.settings
     shift = run.config.shift
     files = training_clips(run, frames=1)
     vae = run.load_vae()
-    teacher = shard(run.load("teacher", guidance=run.config.guidance))
+    teacher = shard(run.load("teacher"))
     generator = run.load("causal", **run.context)
     critic = run.load("teacher")
     for model in generator, critic:
@@ -1734,18 +1899,22 @@ def train_student(run):
     for i in loop:
         update = i // s.distill_accumulate
         if update % s.critic_steps == 0:
-            x0, conditions, points = roll_out(run, generator, vae, files, update, grad=True)
+            shape = draw_rollout(run, update, grad=True)
+            x0, conditions, points = roll_out(run, generator, vae, files, shape, grad=True)
             with run.autocast():
                 weight, reward = reward_weight(run, vae, x0, conditions, points)
                 first_latent = first_latent_of(run.config, x0.detach())
                 loss = dmd_loss(x0, teacher, critic, conditions, first_latent, shift, weight * of_x0)
             loop.log(reward=reward, loss_g=loss, std=x0.std())
             loop.log(grad_g=learner_g.step(loss, i, every=s.critic_steps))
-        x0, conditions, _ = roll_out(run, generator, vae, files, update, grad=False)
+        shape = draw_rollout(run, update, grad=False)
+        x0, conditions, _ = roll_out(run, generator, vae, files, shape, grad=False)
         with run.autocast():
             first_latent = first_latent_of(run.config, x0)
             loss = critic_loss(x0, critic, conditions, first_latent, shift, channel_weight)
         loop.log(loss_c=loss, grad_c=learner_c.step(loss, i))
+        if loop.reports(i):
+            loop.tell(**student_numbers(run, generator, teacher, critic, vae, files))
         if update % s.critic_steps == 0 and ends_update(i, s.distill_accumulate):
             export_weights(run, learner_g.average, update // s.critic_steps + 1)
     save_weights(run.path("student"), learner_g.average)
@@ -1886,6 +2055,9 @@ def assign_all(config, settings, assignments):
         some = [video_frames(least + i * chunk) for i in range(3)]
         raise UserError(f"--set clip_frames={frames}: needs whole chunks of {FRAMES * chunk}, the "
                         f"first of {video_frames(first)}: {', '.join(map(str, some))}, …")
+    if settings.causal_from not in CAUSAL_FROM:
+        known = ", ".join(CAUSAL_FROM)
+        raise UserError(f"--set causal_from={settings.causal_from}: is one of {known}")
     return config, settings
 
 
@@ -1975,7 +2147,8 @@ def resolve(flags):
     settings = resolve_settings(flags, start, config)
     config, settings = assign_all(config, settings, flags.set)
     on_schedule = set(config.sigmas) <= set(schedule(config.steps, config.shift))
-    if flags.stage in ("all", "causal") and not on_schedule:
+    from_teacher = settings.causal_from == "trajectories"
+    if flags.stage in ("all", "causal") and from_teacher and not on_schedule:
         raise UserError(f"{config.steps} steps of the teacher: the student's noise levels "
                         f"{config.sigmas} are not among its own; choose another number")
     out = flags.out or Path("runs/smoke" if flags.smoke else "runs/tiny")

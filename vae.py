@@ -233,7 +233,7 @@ def run_layers(layers, x, state, still):
     """Frames (B, C, T, H, W) through the layers. `state` holds the last input frame of every MemBlock; None starts a
     clip, before which the first frame stood still (still=True), or all was zero (False). Returns the output and the new
     state, and leaves the old one as it was."""
-    memory = []
+    new_state = []
     layers = iter(layers)
     for layer in layers:
         if isinstance(layer, nn.Upsample):
@@ -243,16 +243,16 @@ def run_layers(layers, x, state, still):
             x = layer(x)
         elif isinstance(layer, MemBlock):
             if state is not None:
-                past = state[len(memory)]
+                past = state[len(new_state)]
             elif still:
                 past = x[:, :, :1]
             else:
                 past = torch.zeros_like(x[:, :, :1])
-            memory.append(x[:, :, -1:].clone())         # a view would keep all of x
+            new_state.append(x[:, :, -1:].clone())         # a view would keep all of x
             x = layer(x, past)
         else:
             x = each_frame(layer, x)
-    return x, memory
+    return x, new_state
 
 
 class TinyVAE(nn.Module):
@@ -288,11 +288,11 @@ class TinyVAE(nn.Module):
         """As `decode`, without the limit to [-1, 1]: what a reconstruction loss is computed on."""
         x = latents.to(self.decoder[1].weight.dtype)
         x = 3 * torch.tanh(x / 3)                               # soft limit at 3 standard deviations
-        x, memory = run_layers(self.decoder, x, state, self.config.pad == "front")
+        x, new_state = run_layers(self.decoder, x, state, self.config.pad == "front")
         video = each_frame(nn.PixelShuffle(self.config.patch), x) * 2 - 1
         if state is None:                                       # a clip starts with one frame
             video = video[:, :, FRAMES - 1:]
-        return video, memory
+        return video, new_state
 
     def decode(self, latents, state=None):
         """Latents (B, C, F, h, w) to video (B, 3, T, H, W) in [-1, 1], and the state that continues it.
@@ -313,7 +313,7 @@ class TinyVAE(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # The VAE of Wan. Tensors are (B, C, T, H, W), names are those of Wan's files. A clip is computed in pieces: frame 0, a
 # latent of its own, then four frames or one latent at a time. `state` holds, for each convolution over time, the input
-# frames that its next piece still sees; None starts a clip. A layer takes its entry off it and adds one to `memory`.
+# frames that its next piece still sees; None starts a clip. A layer takes its entry off it and adds one to `new_state`.
 
 @dataclass
 class WanVAEConfig:
@@ -354,12 +354,12 @@ class CausalConv(nn.Conv3d):
         super().__init__(inputs, outputs, kernel, (stride, 1, 1), padding)
         self.past = kernel[0] - stride
 
-    def forward(self, x, state, memory):
+    def forward(self, x, state, new_state):
         if state is None:
             x = F.pad(x, (0, 0, 0, 0, self.past, 0))
         else:
             x = torch.cat([state.pop(0), x], 2)
-        memory.append(x[:, :, -self.past:].clone())     # a view would keep all of x
+        new_state.append(x[:, :, -self.past:].clone())     # a view would keep all of x
         return super().forward(x)
 
 
@@ -369,24 +369,24 @@ class TimeConv(CausalConv):
     def __init__(self, width, stride):
         super().__init__(width, 2 * width // stride, (3, 1, 1), stride)
 
-    def forward(self, x, state, memory):
+    def forward(self, x, state, new_state):
         if state is None:
             seen = x                    # what the next piece sees: frame 0 where T is halved, else zeros
             if self.past == 2:
                 seen = torch.zeros_like(x).expand(-1, -1, 2, -1, -1)
-            memory.append(seen)
+            new_state.append(seen)
             return x
-        y = super().forward(x, state, memory)
+        y = super().forward(x, state, new_state)
         return channels_to_frames(y, y.shape[1] // x.shape[1])
 
 
 class Causal(nn.Sequential):
-    """Layers one after the other; those that see the past are handed `state` and `memory`."""
+    """Layers one after the other; those that see the past are handed `state` and `new_state`."""
 
-    def forward(self, x, state, memory):
+    def forward(self, x, state, new_state):
         for layer in self:
             if isinstance(layer, (CausalConv, Causal, ResBlock)):
-                x = layer(x, state, memory)
+                x = layer(x, state, new_state)
             else:
                 x = layer(x)
         return x
@@ -431,8 +431,8 @@ class ResBlock(nn.Module):
         if inputs != width:
             self.shortcut = nn.Conv3d(inputs, width, 1)
 
-    def forward(self, x, state, memory):
-        return self.residual(x, state, memory) + self.shortcut(x)
+    def forward(self, x, state, new_state):
+        return self.residual(x, state, new_state) + self.shortcut(x)
 
 
 class Attention(nn.Module):
@@ -464,8 +464,8 @@ class DownStage(Causal):
         self.time = time
         self.space = space
 
-    def forward(self, x, state, memory):
-        y = super().forward(x, state, memory)
+    def forward(self, x, state, new_state):
+        y = super().forward(x, state, new_state)
         if state is None:                                       # frame 0 of a clip is a single frame
             x = F.pad(x, (0, 0, 0, 0, self.time - 1, 0))
         x = F.avg_pool3d(x, (1, self.space, self.space))
@@ -483,8 +483,8 @@ class UpStage(Causal):
         self.time = time
         self.space = space
 
-    def forward(self, x, state, memory):
-        y = super().forward(x, state, memory)
+    def forward(self, x, state, new_state):
+        y = super().forward(x, state, new_state)
         if self.space == 1:
             return y
         fold = (self.width, self.time, self.space, self.space)
@@ -601,11 +601,11 @@ class WanVAE(nn.Module):
         pieces = [1] + video.shape[2] // FRAMES * [FRAMES]
         for frames in video.split(pieces, 2):
             x = columns_first(frames, nn.PixelUnshuffle(self.stride // 8))
-            memory = []
-            z = self.conv1(self.encoder(x, state, memory))
+            new_state = []
+            z = self.conv1(self.encoder(x, state, new_state))
             z = z[:, :self.config.latent_channels]              # without the log variance
             latents.append((z - mean) / std)
-            state = memory
+            state = new_state
         return torch.cat(latents, 2)
 
     def decode(self, latents, state=None):
@@ -620,12 +620,12 @@ class WanVAE(nn.Module):
             state = list(state)                                 # the caller's is not modified
         video = []
         for z in latents.split(1, 2):
-            memory = []
+            new_state = []
             z = self.conv2(z * std + mean)
             z = z.contiguous(memory_format=torch.channels_last_3d)
-            x = self.decoder(z, state, memory)
+            x = self.decoder(z, state, new_state)
             video.append(columns_first(x, nn.PixelShuffle(self.stride // 8)))
-            state = memory
+            state = new_state
         return torch.cat(video, 2).clamp(-1, 1), state
 
     @classmethod

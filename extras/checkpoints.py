@@ -8,9 +8,14 @@
     advice(config, sampler)
         how public weights, whose files do not say it, are sampled
 
+    config_beside(path, metadata), control_as_tracks(…), add_track_slot(…)
+        what config.json beside public weights says, and how they take tracks
+
 motionstream.py reads safetensors with Wan's names by itself, and asks this module about all else.
 """
 
+import json
+import math
 import re
 import warnings
 import zipfile
@@ -19,8 +24,8 @@ from pathlib import Path
 
 import torch
 
-from motionstream import (PRESETS, SELF_FORCING, WAN_DIT, UserError, check_memory, read_safetensors,
-                          reason_of, shards_of, visible_files)
+from motionstream import (LIMITS, MASK, PRESETS, WAN_DIT, TrackHead, UserError, as_tuples, check_limits,
+                          check_memory, read_safetensors, reason_of, schedule)
 
 # What training code puts into names, anywhere in them.
 WRAPPERS = r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\."
@@ -90,6 +95,25 @@ VAE_NAMES = {
     ".upsampler.": ".resnets.3.",
     ".downsampler.": ".resnets.2.",
 }
+
+# The words of Diffusers' config.json, and Wan's; and all that are read.
+CONFIG_JSON = {
+    "num_attention_heads": "num_heads",
+    "in_channels": "in_dim",
+    "out_channels": "out_dim",
+    "image_dim": "clip_dim",
+}
+WAN_WORDS = ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "text_dim", "text_len",
+             "clip_dim", "freq_dim", "patch_size", "eps")
+
+# How the students of Self-Forcing are sampled: they remember all of 21 latents, so there is no
+# sink.
+SELF_FORCING = {"causal": True, "shift": 5.0, "sigmas": schedule(4, 5.0),
+                "chunk": 3, "first_chunk": None, "sink": 0, "window": None}
+
+# What only causal classes write into config.json: Self-Forcing and its descendants, FastVideo,
+# SGLang.
+CAUSAL_WORDS = ("local_attn_size", "num_frame_per_block", "num_frames_per_block")
 
 # Teachers: shift and text guidance, by width and by whether the image enters as channels, as their
 # publishers advise for 480 lines; those of all others.
@@ -163,7 +187,7 @@ def file_in(folder):
         return file_in(folder / "transformer")
     for pattern in ("*.index*.json", "diffusion_pytorch_model*.safetensors", "*.safetensors",
                     "*.pt", "*.pth", "*.bin", "*.ckpt"):
-        files = visible_files(folder, pattern)
+        files = [file for file in folder.glob(pattern) if not file.name.startswith(".")]
         names = {re.sub(r"-\d{5}-of-", "-00001-of-", file.name) for file in files}
         if len(names) == 1:
             return folder / names.pop()
@@ -171,6 +195,48 @@ def file_in(folder):
             some = ", ".join(sorted(names)[:5])
             raise UserError(f"{folder}: holds several weights files, name one: {some}")
     raise UserError(f"{folder}: holds no weights file (.safetensors, .pt)")
+
+
+def shards_of(file):
+    """The files that belong to a file: itself, or all that an index or the number in a shard's name
+    tells of. UserError if one of them is missing."""
+    shard = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})(\.\w+)", file.name)
+    if file.suffix == ".json":
+        names = shards_in_index(file)
+    elif shard:                                     # any shard stands for all of them
+        start, count, end = shard.groups()
+        names = [f"{start}-{i:05}-of-{count}{end}" for i in range(1, int(count) + 1)]
+    else:
+        return [file]
+    files = [file.parent / name for name in names]
+    missing = [each.name for each in files if not each.is_file()]
+    if missing:
+        some = ", ".join(missing[:5])
+        raise UserError(f"{file}: {len(missing)} of {len(files)} shards are missing: {some}")
+    return files
+
+
+def shards_in_index(file):
+    """The names of the shards that an index tells of, sorted."""
+    places = read_json(file).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise UserError(f"{file}: expected an index of shards, which has a weight_map")
+    for name in places.values():
+        is_name = isinstance(name, str) and 0 < len(name) < 256 and name == Path(name).name
+        if not is_name:
+            raise UserError(f"{file}: {repr(name)[:80]} is not the name of a file beside it")
+    return sorted(set(places.values()))
+
+
+def read_json(path):
+    """The object in a JSON file, lists as tuples. UserError naming the file if there is none."""
+    try:
+        fields = as_tuples(json.loads(path.read_bytes()))       # bytes: UTF-8 or 16
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"{path}: cannot be read as JSON ({reason_of(e)})") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{path}: cannot be read as a JSON object; it holds something else")
+    return fields
 
 
 def read_tensors(path):
@@ -214,6 +280,10 @@ def read_pickle(path):
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected tensors by name; it holds a {type(content).__name__}")
     tensors = flattened(content)
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_meta:
+            raise UserError(f"{path}: {name} is {tensor.layout} on {tensor.device}; "
+                            "expected plain numbers")
     if not tensors:
         names = ", ".join(str(name)[:40] for name in list(content)[:5])
         raise UserError(f"{path}: expected tensors by name; it holds {len(content)} entries without "
@@ -334,6 +404,91 @@ def wan21_vae_name(name):
 def wan22_vae_name(name):
     """The same of Wan 2.2: lists within a list."""
     return re.sub(r"(up|down)(samples\.\d)\.resnets", r"\1\2.\1samples", vae_parts(name))
+
+
+# --------------------------------------------------------------------------------------------------
+# What config.json tells.
+
+def config_beside(path, metadata):
+    """What config.json beside public weights says, if it is there, as fields of Config; of a causal
+    student also how it streams. metadata: of `read`."""
+    said = {}
+    if path.is_file():
+        said = {name: value for name, value in read_json(path).items() if value is not None}
+    for theirs, ours in CONFIG_JSON.items():
+        if theirs in said:
+            said.setdefault(ours, said[theirs])             # Wan's words win over Diffusers'
+    fields = {name: said[name] for name in WAN_WORDS if name in said}
+    if "motionstream.student" in metadata or says_causal(said, path):
+        fields |= student_of(said, path)
+    return fields
+
+
+def says_causal(said, path):
+    """Whether weights are of a causal class: by config.json (CausalWanTransformer3DModel,
+    CausalWanModel, …) or by model_index.json of the -Diffusers repository that they are in
+    (WanCausalDMDPipeline, CausalForcingPipeline)."""
+    classes = [said.get("_class_name")]
+    index = path.parent.parent / "model_index.json"
+    if path.parent.name.startswith("transformer") and index.is_file():
+        repository = read_json(index)
+        classes += [repository.get("_class_name"), repository.get(path.parent.name)]
+    if re.search("causal|forcing", str(classes), re.IGNORECASE):
+        return True
+    return any(word in said for word in CAUSAL_WORDS)
+
+
+def student_of(said, path):
+    """The fields of Config of a causal student: as Self-Forcing's, with the memory that config.json
+    tells, which counts latent frames and in its window the sink and the new chunk too. UserError if
+    it is not whole numbers."""
+    fields = dict(SELF_FORCING)
+    chunk = said.get("num_frames_per_block", said.get("num_frame_per_block", fields["chunk"]))
+    sink = said.get("sink_size", 0)
+    window = said.get("local_attn_size", -1)
+    if window == -1:
+        window = said.get("sliding_window_num_frames", -1)
+    limits = {"chunk": LIMITS["chunk"], "sink_size": LIMITS["sink"],
+              "local_attn_size": (int, -1, 10 ** 6)}
+    check_limits({"chunk": chunk, "sink_size": sink, "local_attn_size": window}, limits, path)
+    fields["chunk"] = chunk
+    fields["sink"] = math.ceil(sink / chunk)
+    if window > 0:
+        fields["window"] = max((window - sink) // chunk - 1, 0)
+    return fields
+
+
+# --------------------------------------------------------------------------------------------------
+# Slots for tracks.
+
+def control_as_tracks(tensors, config, file):
+    """The config of weights with a control slot (Fun-Control), which becomes that of the tracks. Its
+    columns are trained, so it gets a head of zeros in `tensors`, which changes nothing yet.
+
+    Beside the noisy latents there are control and image, or control, mask and image. The latter,
+    148 channels for the 5B model, is inferred from how its pipeline joins them, not seen in a file.
+    UserError for other widths."""
+    out = config.out_dim
+    if config.in_dim - out not in (out + out, out + MASK + out):
+        raise UserError(f"{file}: no Wan DiT known here has {config.in_dim} input channels for "
+                        f"{out} output channels")
+    weight = TrackHead(out_channels=out).conv.weight
+    tensors["track_head.conv.weight"] = torch.zeros_like(weight)
+    return replace(config, track_dim=out)
+
+
+def add_track_slot(tensors, config, track_dim, file):
+    """The config with a slot for tracks, and in `tensors` what belongs to it, which changes nothing
+    yet: zero columns and a random head. (Zeros in both would let neither learn.)"""
+    if config.track_dim:
+        raise UserError(f"{file}: its track slot has {config.track_dim} channels, "
+                        f"track_dim={track_dim} does not fit")
+    tensors["track_head.conv.weight"] = TrackHead(out_channels=track_dim).conv.weight.detach()
+    weight = tensors["patch_embedding.weight"]                      # (D, in_dim, 1, 2, 2)
+    noisy, image = weight.split([config.out_dim, config.image_dim], 1)
+    new = torch.zeros_like(weight[:, :1]).repeat(1, track_dim, 1, 1, 1)
+    tensors["patch_embedding.weight"] = torch.cat([noisy, new, image], 1)
+    return replace(config, in_dim=config.in_dim + track_dim, track_dim=track_dim)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ among it. All counts are linear in the number of layers: one and two of them tel
 """
 
 import functools
+import itertools
 import math
 import weakref
 from dataclasses import asdict, dataclass, replace
@@ -209,7 +210,9 @@ def roll_out(run, generator, exit_step):
     points["visible"] = points["tracks"][..., 0] > 0
     sizes = chunk_sizes(frames, config.chunk, config.first_chunk)
     first_latent = td.first_latent_of(config, noise)
-    made = rollout(generator, noise.split(sizes, 2), conditions, first_latent, exit_step)
+    noises = noise.split(sizes, 2)
+    made = rollout(generator, noises, conditions, first_latent, exit_step)
+    made = itertools.islice(made, len(noises))              # the last is not cached
     x0, _ = td.judged_clip(made, run.clip_latents, first_latent, points)
     return x0, next(split_conditions(conditions, run.clip_latents))
 
@@ -350,9 +353,11 @@ def stages_of(run):
     for name, steps in teacher_steps(run).items():
         stages.append(Stage(name, s.batch * steps, costs["teacher"], others["teacher"], s.batch,
                             sharded=16, whole=4, steps=s.teacher_accumulate, reduced=1))
-    euler_step = cost_of(one_euler_step, run)
-    trajectory = replace(euler_step, flops=euler_step.flops * run.config.steps)
-    stages.append(Stage("trajectories", s.trajectories, trajectory, trajectory, 2 * s.batch, whole=4))
+    if s.causal_from == "trajectories":
+        euler_step = cost_of(one_euler_step, run)
+        trajectory = replace(euler_step, flops=euler_step.flops * run.config.steps)
+        stages.append(Stage("trajectories", s.trajectories, trajectory, trajectory, 2 * s.batch,
+                            whole=4))
     stages.append(Stage("causal", s.batch * s.causal_steps, costs["causal"], others["causal"],
                         s.batch, sharded=16, whole=4, steps=s.causal_accumulate, reduced=1))
     # the generator 16, the critic, which has no average, 12, the teacher 4; gradients of two
@@ -465,8 +470,9 @@ def print_disk(run, parameters):
     rows = []
     for name, clips in stored_clips(run).items():
         rows.append([f"{clips:,} clips, {name}", f"{clips * sum(parts.values()) / 1e9:,.4g}"])
-    count = run.settings.trajectories
-    rows.append([f"{count:,} trajectories", f"{count * trajectory_bytes(run) / 1e9:,.4g}"])
+    if run.settings.causal_from == "trajectories":
+        count = run.settings.trajectories
+        rows.append([f"{count:,} trajectories", f"{count * trajectory_bytes(run) / 1e9:,.4g}"])
     rows.append(["two checkpoints of the teacher", f"{2 * 16 * parameters / 1e9:,.4g}"])
     rows.append(["two checkpoints of distill", f"{2 * 28 * parameters / 1e9:,.4g}"])
     rows.append(["weights that are exported, each time", f"{2 * parameters / 1e9:,.4g}"])

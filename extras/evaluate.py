@@ -112,6 +112,7 @@ def videos_of(model, vae, clips, text=None, later=None, seed=0):
     image = clips.frames(0, 1)[:, :, 0]                         # (B, 3, H, W)
     ids = track_ids(clips.tracks, clips.visible, model.config)
     start = start_points(clips.tracks, clips.visible)
+    start = start.masked_fill(~clips.visible[:, 0, :, None], math.nan)      # not in the image
     motion = sample.Motion(clips.tracks, clips.visible, ids, start)
     device = next(model.parameters()).device
     if text is not None:
@@ -520,25 +521,39 @@ def plot(path, curves, title, width=640, height=320):
     write(path, lambda temporary: page.save(temporary, "png"))
 
 
-PLOTTED = ("loss", "loss_c", "loss_g", "loss_d", "reward", "std", "x0_none", "x0_tracks")
+# What is drawn of a stage, by the ending of the picture's name.
+PLOTTED = {
+    "": ("loss", "loss_c", "loss_g", "loss_d", "reward", "std", "std_least", "std_most", "moves", "x0_none", "x0_tracks",
+         "x0_swapped"),
+    "_pixels": ("pan_error",),
+}
+
+
+def curve_of(rows, name):
+    """A number of a stage's rows as [[step, value]], averaged over 2 % of the stage; []: it is in none."""
+    values = [(row["step"], row[name]) for row in rows if name in row]
+    if not values:
+        return []
+    points = torch.tensor(values, dtype=torch.float32)
+    means = F.adaptive_avg_pool1d(points.T, min(50, len(values)))
+    return means.T.tolist()
 
 
 def plot_stage(folder, stage):
-    """Curves of a stage from stats.jsonl in the folder of a training, each number averaged over 2 % of the stage."""
+    """Curves of a stage from stats.jsonl in the folder of a training."""
     rows = {}
     for line in open(folder / "stats.jsonl"):
         row = json.loads(line)
         if row["stage"] == stage:
             rows[row["step"]] = row                             # after a crash, logged again
-    curves = {}
-    for name in PLOTTED:
-        values = [(row["step"], row[name]) for row in rows.values() if name in row]
-        if values:
-            points = torch.tensor(values, dtype=torch.float32)
-            means = F.adaptive_avg_pool1d(points.T, min(50, len(values)))
-            curves[name] = means.T.tolist()
-    if curves:
-        plot(folder / f"{stage}.png", curves, f"{stage}: {len(rows)} steps")
+    for ending, names in PLOTTED.items():
+        curves = {}
+        for name in names:
+            curve = curve_of(rows.values(), name)
+            if curve:
+                curves[name] = curve
+        if curves:
+            plot(folder / f"{stage}{ending}.png", curves, f"{stage}: {len(rows)} steps")
 
 
 @torch.no_grad()

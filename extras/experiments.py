@@ -75,6 +75,16 @@ class Lesson(Brief):
     clips: int = 512
 
 
+@dataclass(frozen=True)
+class Start(Brief):
+    """Of the causal student, from the teacher."""
+    causal_from: str = "trajectories"
+    steps: int = 200
+    trajectories: int = 96
+    clips: int = 512
+    seed: int = 0                   # beside that of all noise
+
+
 def brief_run(trained, made, how, config, settings, **more):
     """The Run of a short training of `made`, "teacher" or "student". how: what is special about it. more: fields of Run
     besides; "start" is what the trained teacher's file holds."""
@@ -156,6 +166,26 @@ def distil_briefly(trained, how):
     if not run.path("student").exists():
         run = replace(run, data=clips_folder(replace(trained, seed=run.seed), how.clips))
     return train_briefly(run, "student", td.train_student)
+
+
+def start_run(trained, how):
+    """The Run of a Start, but for its clips."""
+    settings = replace(
+        td.TINY,
+        causal_from=how.causal_from,
+        causal_steps=how.steps,
+        trajectories=how.trajectories,
+        rollout=0)
+    trained = replace(trained, seed=trained.seed + how.seed)
+    return brief_run(trained, "causal", how, trained.model("teacher").config, settings)
+
+
+def start_briefly(trained, how):
+    """The causal student of a Start, as Trained."""
+    run = start_run(trained, how)
+    if not run.path("causal").exists():
+        run = replace(run, data=clips_folder(replace(trained, seed=run.seed), how.clips))
+    return train_briefly(run, "causal", td.train_causal)
 
 
 def lesson_run(trained, how):
@@ -269,6 +299,14 @@ def distilled_row(trained, distil, refreshed=False, **settings):
     if refreshed:
         student = replace(student, network=refreshing(type(student.model("student"))))
     return eval_row(student, **settings)
+
+
+def started_row(trained, start, model, **settings):
+    """eval_row of the causal student of a Start, or of the student of a short Distillation of it."""
+    started = start_briefly(trained, start)
+    if model == "student":
+        started = distil_briefly(started, Distillation())
+    return eval_row(started, model=model, **settings)
 
 
 def taught_row(trained, teach, **settings):
@@ -474,8 +512,8 @@ def clip_tables(config, clip):
 
 
 def training_tables(clip, half):
-    """Of short trainings: distillations, by both papers' settings; teachers with damaged tracks, and with tracks as a
-    drawn video. half: a stream."""
+    """Of short trainings: distillations, by both papers' settings; causal students from trajectories and from clips;
+    teachers with damaged tracks, and with tracks as a drawn video. half: a stream."""
     ways = [
         Distillation(),
         Distillation(guidance=(0, 0)),
@@ -490,6 +528,8 @@ def training_tables(clip, half):
     students = [{"distil": how} for how in ways]
     students += [{"distil": Distillation(), "sink_decay": 0.9}]         # EMA-Sink in streaming alone
     students += [{"measure": eval_row, "model": model} for model in ("causal", "student")]
+    starts = [Start(causal_from=way, seed=seed) for seed in (0, 1) for way in td.CAUSAL_FROM]
+    started = grid(model=("causal", "student"), start=starts)
     lessons = (Lesson(200, start=True), Lesson(200, start=True, harm=True))
     harmed = grid(teach=lessons, change=(None, "jittered", "late", "broken"))
     drawn = grid(teach=(Lesson(), Lesson(drawn=True)))
@@ -498,6 +538,8 @@ def training_tables(clip, half):
     return {"distillation, dense": (dense | {"measure": distilled_row}, students),
             "distillation, drag": (clip | {"measure": distilled_row}, students),
             "distillation, stream": (half | {"measure": distilled_row}, students),
+            "causal start, dense": (dense | {"measure": started_row}, started),
+            "causal start, drag": (clip | {"measure": started_row}, started),
             "damaged tracks": (taught, harmed),
             "drawn tracks": (taught, drawn),
             "encoding": (dense | {"measure": encoding_row, "clips": 1}, grid(by=("vae", "head"))),

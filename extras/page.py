@@ -38,10 +38,10 @@ import torch
 from PIL import Image
 
 import sample
-from extras import world
+from extras import recording, world
 from motionstream import Config, UserError, naming, write
 from sample import (Tracks, crop, embed_words, enlarge, fit_image, hold_signals, live_motion, number, to_frames,
-                    video_file)
+                    to_video, video_file)
 
 RECORDING = Path("recording.mp4")   # what is recorded, without --out
 PORT = 8765
@@ -370,7 +370,7 @@ def told(live):
     state["viewers"] = count_viewers(live)
     state["files"] = [path.name for path in live.files]
     state["pictures"] = [path.stem for path in live.pictures]
-    state["unknown"] = world.unknown_words(state["prompt"]) if state["words"] else []
+    state["unknown"] = sample.unknown_words(state["prompt"]) if state["words"] else []
     return state
 
 
@@ -414,20 +414,14 @@ def fit_chunk(starts, tracks, prompt, size, config):
     """Points of a chunk, see glide, on an image of `size` (width, height), as sample.Motion in the model's video: hidden
     where they leave it, with the words of a prompt, if the model reads words. What a point moves is where it was in frame
     0, wherever that is by now."""
-    points = to_video(tracks, size, config)
+    points = to_video(tracks, size, config.size).numpy()
     outside = ((points < 0) | (points >= config.size[::-1])).any(-1)
     points[outside] = np.nan
     begun = np.array(starts, np.float32).reshape(-1, 2)
-    motion = live_motion(points, to_video(begun, size, config), config)
+    motion = live_motion(points, to_video(begun, size, config.size), config)
     if reads_words(config):
         motion = replace(motion, text=embed_words(prompt, config))
     return motion
-
-
-def to_video(points, size, config):
-    """Points (…, 2) float32 on an image of `size` (width, height), where sample.fit_tracks puts them in the video."""
-    scale, left, top = crop(*size, config.size)
-    return (points - np.float32((left, top))) * np.float32(scale)
 
 
 def reads_words(config):
@@ -617,7 +611,7 @@ def perform(live, job, models, out):
     live.status["image"] = take.image.size
     live.take = take
     live.frame = Shown(next(live.count), 0, to_frames(pixels[:, :, None])[0])
-    models.dit.config = config
+    job = replace(job, config=config)
     with Recorder(live, take, out or RECORDING, settings_of(job, models)) as recorder:
         for frame in sample.generate(job, models, pixels, chunks_to_make(live, take, recorder)):
             if take.begun:                              # it is the first of its chunk
@@ -629,11 +623,11 @@ def perform(live, job, models, out):
 
 def settings_of(job, models):
     """What a recording says besides what its chunks were given."""
-    config = models.dit.config
+    config = job.config
     window = -1 if config.window is None else config.window
     return {"track_id_mode": config.track_id_mode, "seed": job.seed, "chunk": config.chunk, "sink": config.sink,
             "window": window, "steps": len(config.sigmas), "fps": job.fps, "dtype": job.dtype,
-            "weights": sample.checksum(models)}
+            "weights": recording.checksum(models)}
 
 
 def serve(live, address, allowed):
@@ -703,6 +697,7 @@ def run(argv):
     """The program. Returns the exit code."""
     flags, address, allowed = parse_flags(argv)
     image = sample.load_image(flags.image)
+    sample.find_ffmpeg()                        # whoever watches may record
     if flags.out:
         check_out(flags)
     weights = sample.inspect(flags.weights or sample.ASSETS / "tiny.safetensors")
@@ -718,7 +713,7 @@ def run(argv):
         print(f"note: {note}")
     job = replace(job, frames=None)
     control = {"seq": 0, "take": 0, "chunk": config.chunk, "pause": True, "record": flags.out is not None,
-               "prompt": job.prompts[0] or "", "groups": {}, "points": []}
+               "prompt": job.prompt or "", "groups": {}, "points": []}
     status = {"size": config.size, "image": image.size, "latency": 0.0, "slowness": 0.0, "fps": job.fps,
               "words": reads_words(config), "menu": world.caption_phrases(), "chunks": sorted({1, config.chunk}),
               "recorded": ""}

@@ -249,8 +249,8 @@ def test_of_the_ground_what_is_held_is_left_out_and_what_was_removed_is_remember
 
 
 def test_words_that_the_tiny_model_never_learned_are_named():
-    assert world.unknown_words("Fading light, a cat turns; spinning shapes") == ["a", "cat", "turns"]
-    assert world.caption(1, 2) == "fading light, pulsing shapes" and world.unknown_words(world.caption(2, 1)) == []
+    assert sample.unknown_words("Fading light, a cat turns; spinning shapes") == ["a", "cat", "turns"]
+    assert world.caption(1, 2) == "fading light, pulsing shapes" and sample.unknown_words(world.caption(2, 1)) == []
     assert [[phrase.split()[1] for phrase in row] for row in world.caption_phrases()] == [["light"] * 3, ["shapes"] * 3]
     with served() as page:
         assert page.status()["unknown"] == [] and page.status()["menu"][0][1] == "fading light"
@@ -591,7 +591,7 @@ def new_weights(here, mode):
     if mode == "copies":
         vae = randomised(LinearVAE(LinearVAEConfig(4, 8, 4)))
         save_pretrained(vae, here / "vae.safetensors", **vae.metadata())
-        model = new_model(track_id_mode="random", copies=True, in_dim=4 + 8 + 6 + 4, latent_std=(1.0, 0.9, 0.8, 0.7))
+        model = new_model(track_id_mode="random", copies=True, in_dim=4 + 8 + 10 + 4, latent_std=(1.0, 0.9, 0.8, 0.7))
     else:
         saved(here / "vae.safetensors", new_vae())
         model = new_model(track_id_mode=mode)

@@ -22,6 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import sample
+from extras.recording import checksum as recording_checksum
 from extras.testing import (COPYING, HERE, SMALL, STUB, assert_error, assert_near, clip_of, command, folder,
                             new_model, new_tracks, quiet, rand, randomised, sampled, saved,
                             settled, wan_sampled, wan_workplace, workplace)
@@ -183,7 +184,7 @@ def recording(here, mode):
     parts = sample.motion_by_chunk(motion, 1)
     given = [replace(part, text=sample.embed_words(prompt, SMALL)) for part, prompt in zip(parts, prompts)]
     frames = np.concatenate([*map(sample.to_frames, sample.stream(model, vae, pixels, iter(given), seed=7))])
-    weights = sample.checksum(sample.Models(model, vae, sample.Encoded()))
+    weights = recording_checksum(sample.Models(model, vae, sample.Encoded()))
     arrays = {"tracks": paths, "visibility": visible, "ids": ids, "track_id_mode": mode, "prompts": prompts, "seed": 7,
               "chunk": 1, "sink": 2, "window": 2, "steps": len(SMALL.sigmas), "fps": 12, "dtype": "float32",
               "frames": 11, "weights": weights, "width": 60, "height": 50, "format": "motionstream"}

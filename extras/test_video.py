@@ -1,4 +1,4 @@
-"""Videos as users have them, made by ffmpeg: what is stored is read, and what cannot be is refused with its cure."""
+"""Videos as users have them, made by ffmpeg: what is stored is read, else the cure is named."""
 
 import contextlib
 import os
@@ -21,24 +21,31 @@ COUNTER = "testsrc=s=64x48:r=16:d=3"
 
 
 def ffmpeg(*words):
-    subprocess.run([find_ffmpeg(), "-v", "error", "-y", "-nostdin", *map(str, words)], check=True)
+    program = [find_ffmpeg(), "-v", "error", "-y", "-nostdin"]
+    subprocess.run(program + [str(word) for word in words], check=True)
 
 
-def make(path, source, *options):
+def make(path, source, options=""):
     """A video by ffmpeg: a source, such as COUNTER, and options of the output."""
-    ffmpeg("-f", "lavfi", "-i", source, *options, path)
+    ffmpeg("-f", "lavfi", "-i", source, *options.split(), path)
     return path
 
 
 def read(path, most=None):
-    """All frames (T, H, W, 3), when they are shown, and the Video."""
+    """(All frames (T, H, W, 3), when they are shown, the Video)."""
     video = open_video(path, most)
-    frames = np.stack([*video.frames])
+    frames = np.stack(list(video.frames))
     return frames, video.times(), video
 
 
+def frames_of(path):
+    frames, _, _ = read(path)
+    return frames
+
+
 def follow_cure(path):
-    """Run the command that is in the message by which a video is refused, as a user would. Returns the message."""
+    """Run the command that is in the message by which a video is refused, as a user would. Returns
+    the message."""
     try:
         read(path)
     except UserError as e:
@@ -48,186 +55,313 @@ def follow_cure(path):
     with contextlib.suppress(FileExistsError):
         (here / "ffmpeg").symlink_to(find_ffmpeg())
     line = re.search("ffmpeg -i .*", said)[0]
-    subprocess.run(line, shell=True, check=True, capture_output=True,
-                   env=os.environ | {"PATH": f"{here}:{os.environ['PATH']}"})
+    environ = os.environ | {"PATH": f"{here}:{os.environ['PATH']}"}
+    subprocess.run(line, shell=True, check=True, capture_output=True, env=environ)
     return said
 
 
 def assert_colour(frames, colour, most=6):
-    assert abs(frames.mean((0, 1, 2)) - colour).max() < most, frames.mean((0, 1, 2))
+    mean = frames.mean((0, 1, 2))
+    assert abs(mean - colour).max() < most, mean
 
+
+# --------------------------------------------------------------------------------------------------
+# Frames and their times.
 
 def test_frames_read_are_the_frames_stored():
     with folder() as here:
-        late = "settb=1/32,setpts='2*N+between(N,10,20)'"
-        path = make(here / "late.mp4", COUNTER, "-vf", late, "-fps_mode", "passthrough", "-enc_time_base", "1/32")
         even = make(here / "even.mp4", COUNTER)
+        late = "settb=1/32,setpts='2*N+between(N,10,20)'"
+        options = f"-vf {late} -fps_mode passthrough -enc_time_base 1/32"
+        path = make(here / "late.mp4", COUNTER, options)
         frames, times, video = read(path)
-        assert len(frames) == 48 and video.fps == 16
-        assert np.abs(frames.astype(int) - read(even)[0]).mean() < 1, "in order, none twice"
+        assert len(frames) == 48
+        assert video.fps == 16
+        error = frames.astype(int) - frames_of(even)
+        assert abs(error).mean() < 1, "not in order, or one twice"
         expected = np.arange(48) / 16
         expected[10:21] += 1 / 32
         assert abs(times - expected).max() < 1e-3
-        assert len(read(path, 7)[0]) == 7
-        make(here / "sound.mp4", "sine=d=3")
-        ffmpeg("-itsoffset", 0.7, "-i", even, "-i", here / "sound.mp4", "-c", "copy", here / "after.mp4")
-        assert len(read(here / "after.mp4")[0]) == 48, "sound begins 0.7 s before the picture"
-        ffmpeg("-ss", 0.5, "-i", even, "-c", "copy", here / "edit.mp4")
-        frames, times, _ = read(here / "edit.mp4")
-        assert len(frames) == 40 and times[0] == 0, "what an edit list cuts away is not shown"
-        gif, times, _ = read(make(here / "x.gif", COUNTER))
-        assert len(gif) == 48 and abs(np.diff(times) - 1 / 16).max() < 0.01
+        first, _, _ = read(path, 7)
+        assert len(first) == 7
+
+
+def test_sound_before_the_picture_and_what_is_cut_away_give_no_frames():
+    with folder() as here:
+        even = make(here / "even.mp4", COUNTER)
+        sound = make(here / "sound.mp4", "sine=d=3")
+        after = here / "after.mp4"
+        ffmpeg("-itsoffset", 0.7, "-i", even, "-i", sound, "-c", "copy", after)
+        assert len(frames_of(after)) == 48
+        edit = here / "edit.mp4"                                # with an edit list
+        ffmpeg("-ss", 0.5, "-i", even, "-c", "copy", edit)
+        frames, times, _ = read(edit)
+        assert len(frames) == 40
+        assert times[0] == 0
+
+
+def test_a_gif_is_read_too():
+    with folder() as here:
+        frames, times, _ = read(make(here / "x.gif", COUNTER))
+    assert len(frames) == 48
+    assert abs(np.diff(times) - 1 / 16).max() < 0.01            # times are whole hundredths
+
+
+# --------------------------------------------------------------------------------------------------
+# Colours and shapes.
+
+HEVC = "-c:v libx265 -x265-params log-level=error"
+UNTOLD = "-bsf:v hevc_metadata=colour_primaries=2:matrix_coefficients=2"
+
+
+def make_bt2020(path, transfer, tags):
+    """RED in BT.2020's wide gamut, of 10 bits."""
+    filters = ",".join([
+        "scale=out_color_matrix=bt709",
+        "setparams=color_primaries=bt709:color_trc=bt709:colorspace=bt709",
+        f"zscale=p=bt2020:m=bt2020nc:t={transfer}:npl=203",
+        "format=yuv420p10le"])
+    return make(path, RED, f"-vf {filters} {HEVC} {tags} -movflags -write_colr")
 
 
 def test_hdr_and_wide_gamut_are_refused_with_the_command_that_makes_them_right():
-    sdr = "scale=out_color_matrix=bt709,setparams=color_primaries=bt709:color_trc=bt709:colorspace=bt709"
     with folder() as here:
         for name, transfer, tags, what in (
-                ("pq", "smpte2084", (), "is HDR"), ("hlg", "arib-std-b67", (), "is HDR"),
-                ("wide", "bt2020-10", (), "wide gamut"),
-                ("untold", "smpte2084", ("-bsf:v", "hevc_metadata=colour_primaries=2:matrix_coefficients=2"), "is HDR")):
-            path = make(here / f"a '{name}'.mp4", RED, "-vf",
-                        f"{sdr},zscale=p=bt2020:m=bt2020nc:t={transfer}:npl=203,format=yuv420p10le",
-                        "-c:v", "libx265", "-x265-params", "log-level=error", *tags, "-movflags", "-write_colr")
+                ("pq", "smpte2084", "", "is HDR"),
+                ("hlg", "arib-std-b67", "", "is HDR"),
+                ("wide", "bt2020-10", "", "wide gamut"),
+                ("untold", "smpte2084", UNTOLD, "is HDR")):
+            path = make_bt2020(here / f"a '{name}'.mp4", transfer, tags)
             said = follow_cure(path)
-            assert what in said and str(path) in said, said
-            frames, _, _ = read(path)
+            assert what in said, said
+            assert str(path) in said, said
+            frames = frames_of(path)
             assert_colour(frames, (228, 59, 38))
-            assert len(frames) == 16 and path.with_name(f"{path.name}.old").exists()
+            assert len(frames) == 16
+            assert path.with_name(f"{path.name}.old").exists()
+
+
+# What ffmpeg says of a video in Dolby Vision, of a profile and a compatibility.
+DOLBY = """\
+[info] Input #0, mov,mp4,m4a,3gp,3g2,mj2, from 'file:x.mp4':
+[info]   Stream #0:0[0x1](und): Video: hevc (Main 10), yuv420p10le(pc), 64x64, 16 fps, 16 tbr
+[info]       DOVI configuration record: version: 1.0, profile: {}, level: 6, rpu flag: 1, \
+el flag: 0, bl flag: 1, compatibility id: {}
+"""
 
 
 def test_dolby_vision_that_nothing_else_can_show_is_refused():
-    told = ("[info] Input #0, mov,mp4,m4a,3gp,3g2,mj2, from 'file:x.mp4':\n"
-            "[info]   Stream #0:0[0x1](und): Video: hevc (Main 10), yuv420p10le(pc), 64x64, 16 fps, 16 tbr\n"
-            "[info]       DOVI configuration record: version: 1.0, profile: {}, level: 6, rpu flag: 1, el flag: 0, "
-            "bl flag: 1, compatibility id: {}\n")
-    assert_error(UserError, "Dolby Vision alone", refuse, "x.mp4", told.format(5, 0))
-    refuse("x.mp4", told.format(8, 2))                              # BT.709 beneath
+    assert_error(UserError, "Dolby Vision alone", refuse, "x.mp4", DOLBY.format(5, 0))
+    refuse("x.mp4", DOLBY.format(8, 2))                         # BT.709 beneath
 
 
 def test_pixels_that_are_not_square_and_turned_pictures_are_read_as_they_are_seen():
+    white = "color=white:s=32x128:r=16:d=1"
+    red = "color=red:s=32x128:r=16:d=1"
     with folder() as here:
-        half = "color=white:s=32x128:r=16:d=1[a];color=red:s=32x128:r=16:d=1[b];[a][b]hstack,setsar=2"
-        path = make(here / "sar.mp4", half)
+        path = make(here / "sar.mp4", f"{white}[a];{red}[b];[a][b]hstack,setsar=2")
         frames, _, video = read(path)
-        assert frames.shape == (16, 128, 128, 3) and video.size == (64, 128)
+        assert frames.shape == (16, 128, 128, 3)
+        assert video.size == (64, 128)
         assert_colour(frames[:, :, 4:60], (255, 255, 255))
         assert_colour(frames[:, :, 68:124], (254, 0, 0))
-        ffmpeg("-display_rotation", 90, "-i", path, "-c", "copy", here / "turned.mp4")
-        frames, _, video = read(here / "turned.mp4")
-        assert frames.shape == (16, 128, 128, 3) and video.size == (128, 64)
-        assert_colour(frames[:, 68:124], (255, 255, 255))          # turned to the left: the left is below
-        odd, _, _ = read(make(here / "odd.mp4", "testsrc=s=63x47:r=16:d=0.25", "-pix_fmt", "yuv444p"))
-        assert odd.shape == (4, 47, 63, 3)
+        turned = here / "turned.mp4"                            # to the left: the left is below
+        ffmpeg("-display_rotation", 90, "-i", path, "-c", "copy", turned)
+        frames, _, video = read(turned)
+        assert frames.shape == (16, 128, 128, 3)
+        assert video.size == (128, 64)
+        assert_colour(frames[:, 68:124], (255, 255, 255))
+
+
+def test_sizes_may_be_odd():
+    with folder() as here:
+        path = make(here / "odd.mp4", "testsrc=s=63x47:r=16:d=0.25", "-pix_fmt yuv444p")
+        assert frames_of(path).shape == (4, 47, 63, 3)
 
 
 def test_range_depth_and_transparency_are_read_right():
+    full = "scale=out_range=pc,format=yuvj420p"
+    hd = "scale=out_color_matrix=bt709,format=yuv420p"
     with folder() as here:
-        ten = ("-pix_fmt", "yuv420p10le", "-c:v", "libx265", "-x265-params", "log-level=error")
-        for name, options in (("plain", ()), ("ten", ten), ("lossless", ("-c:v", "libx264rgb", "-qp", "0")),
-                              ("full", ("-vf", "scale=out_range=pc,format=yuvj420p", "-color_range", "pc")),
-                              ("hd", ("-vf", "scale=out_color_matrix=bt709,format=yuv420p", "-colorspace", "bt709"))):
-            frames, _, _ = read(make(here / f"{name}.mp4", RED, *options))
-            assert_colour(frames, (228, 59, 38), 4)
-        frames, _, _ = read(make(here / "half.mov", "color=red@0.5:s=64x48:r=16:d=1,format=rgba", "-c:v", "qtrle"))
-        assert_colour(frames, (255, 127, 127), 2)
+        for path in (
+                make(here / "plain.mp4", RED),
+                make(here / "ten.mp4", RED, f"-pix_fmt yuv420p10le {HEVC}"),
+                make(here / "lossless.mp4", RED, "-c:v libx264rgb -qp 0"),
+                make(here / "full.mp4", RED, f"-vf {full} -color_range pc"),
+                make(here / "hd.mp4", RED, f"-vf {hd} -colorspace bt709")):
+            assert_colour(frames_of(path), (228, 59, 38), 4)
+        half = "color=red@0.5:s=64x48:r=16:d=1,format=rgba"
+        path = make(here / "half.mov", half, "-c:v qtrle")
+        assert_colour(frames_of(path), (255, 127, 127), 2)      # on white
 
 
-def test_interlaced_videos_and_files_of_several_are_refused_with_their_command():
+# --------------------------------------------------------------------------------------------------
+# What is not one whole video.
+
+def test_interlaced_videos_are_refused_with_their_command():
+    lines = "tinterlace=interleave_top,format=yuv420p"
+    options = f"-vf {lines} -flags +ildct+ilme -x264-params tff=1"
     with folder() as here:
-        path = make(here / "lines.mp4", COUNTER, "-vf", "tinterlace=interleave_top,format=yuv420p",
-                    "-flags", "+ildct+ilme", "-x264-params", "tff=1")
+        path = make(here / "lines.mp4", COUNTER, options)
         path = path.rename(here / "-i 12:30 it's.mp4")
         with contextlib.chdir(here):
             assert "is interlaced" in follow_cure(Path(path.name))
-        assert len(read(path)[0]) == 24
+        assert len(frames_of(path)) == 24
+
+
+def join(path, one, two):
+    """A file of what is in two, in which the first picture is a cover."""
+    cover = ("-disposition:v:0", "attached_pic")
+    ffmpeg("-i", one, "-i", two, "-map", 0, "-map", 1, "-c", "copy", *cover, path)
+    return path
+
+
+def test_files_of_several_videos_are_refused_with_their_command():
+    with folder() as here:
         even = make(here / "even.mp4", COUNTER)
-        ffmpeg("-i", even, "-f", "lavfi", "-i", RED, "-map", 0, "-map", 1, here / "two.mp4")
-        assert "holds 2 videos" in follow_cure(here / "two.mp4")
-        assert len(read(here / "two.mp4")[0]) == 48
-        make(here / "cover.png", RED, "-frames:v", 1)
-        ffmpeg("-i", here / "cover.png", "-i", even, "-map", 0, "-map", 1, "-c", "copy", "-disposition:v:0",
-               "attached_pic", here / "cover.mp4")
-        assert read(here / "cover.mp4")[0].shape == (48, 48, 64, 3), "a cover is no video"
+        two = here / "two.mp4"
+        ffmpeg("-i", even, "-f", "lavfi", "-i", RED, "-map", 0, "-map", 1, two)
+        assert "holds 2 videos" in follow_cure(two)
+        assert len(frames_of(two)) == 48
+        picture = make(here / "cover.png", RED, "-frames:v 1")
+        path = join(here / "cover.mp4", picture, even)
+        assert frames_of(path).shape == (48, 48, 64, 3), "a cover is no video"
 
 
 def test_what_is_no_whole_video_is_refused_in_ffmpegs_words():
     with folder() as here:
-        even = make(here / "even.mp4", COUNTER, "-movflags", "+faststart")
-        whole = even.read_bytes()
+        whole = make(here / "even.mp4", COUNTER, "-movflags +faststart").read_bytes()
+        picture = make(here / "a.png", RED, "-frames:v 1").read_bytes()
         broken = bytearray(whole)
         middle = len(whole) // 2
         broken[middle:middle + 200] = bytes(200)
-        make(here / "a.png", RED, "-frames:v", 1)
         for name, data, cause in (
-                ("cut.mp4", whole[:-600], "cannot be read as a video after"), ("headless.mp4", whole[:40], "holds no video, only nothing"),
-                ("empty.mp4", b"", "cannot be read as a video"), ("text.mp4", b"no video", "cannot be read as a video"),
+                ("cut.mp4", whole[:-600], "cannot be read as a video after"),
+                ("headless.mp4", whole[:40], "holds no video, only nothing"),
+                ("empty.mp4", b"", "cannot be read as a video"),
+                ("text.mp4", b"no video", "cannot be read as a video"),
                 ("broken.mp4", broken, "cannot be read as a video after"),
-                ("picture.mp4", (here / "a.png").read_bytes(), "is a picture, not a video")):
-            (here / name).write_bytes(data)
-            assert_error(UserError, f"{here / name}: ", read, here / name)
-            assert_error(UserError, cause, read, here / name)
-        assert_error(UserError, "sound.mp4: holds no video, only Audio", read, make(here / "sound.mp4", "sine=d=1"))
-        ffmpeg("-i", here / "sound.mp4", "-i", here / "a.png", "-map", 0, "-map", 1, "-c", "copy", "-disposition:v:0",
-               "attached_pic", here / "song.mp4")
-        assert_error(UserError, "song.mp4: holds no video, only Audio, a cover", read, here / "song.mp4")
-        sizes = [make(here / f"{size}.h264", f"testsrc=s={size}:r=16:d=1").read_bytes() for size in ("64x48", "96x64")]
-        (here / "sizes.h264").write_bytes(b"".join(sizes))
-        assert read(here / "sizes.h264")[0].shape == (32, 48, 64, 3), "all of one size"
-        assert_error(UserError, "none.mp4: cannot be read as a video", read, here / "none.mp4")
+                ("picture.mp4", picture, "is a picture, not a video")):
+            path = here / name
+            path.write_bytes(data)
+            assert_error(UserError, f"{path}: ", read, path)
+            assert_error(UserError, cause, read, path)
+        none = here / "none.mp4"
+        assert_error(UserError, "none.mp4: cannot be read as a video", read, none)
         assert_error(UserError, "Is a directory", read, here)
-        with contextlib.chdir(here):
-            for name in "12:30.mp4", "%03d.mp4", "-i.mp4", "it's.mp4":
-                (here / name).write_bytes(whole)
-                assert len(read(name)[0]) == 48, name
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def test_sound_alone_is_refused_with_a_cover_too():
+    with folder() as here:
+        sound = make(here / "sound.mp4", "sine=d=1")
+        assert_error(UserError, "sound.mp4: holds no video, only Audio", read, sound)
+        picture = make(here / "a.png", RED, "-frames:v 1")
+        song = join(here / "song.mp4", sound, picture)
+        assert_error(UserError, "song.mp4: holds no video, only Audio, a cover", read, song)
+
+
+def test_frames_of_another_size_are_read_at_the_size_of_the_first():
+    with folder() as here:
+        small = make(here / "small.h264", "testsrc=s=64x48:r=16:d=1")
+        large = make(here / "large.h264", "testsrc=s=96x64:r=16:d=1")
+        path = here / "both.h264"
+        path.write_bytes(small.read_bytes() + large.read_bytes())
+        assert frames_of(path).shape == (32, 48, 64, 3)
+
+
+def test_names_that_ffmpeg_takes_for_something_else_are_names():
+    with folder() as here, contextlib.chdir(here):
+        whole = make(here / "even.mp4", COUNTER).read_bytes()
+        for name in "12:30.mp4", "%03d.mp4", "-i.mp4", "it's.mp4":
+            (here / name).write_bytes(whole)
+            assert len(frames_of(name)) == 48, name
+
+
+# --------------------------------------------------------------------------------------------------
 # Writing.
 
+def raw_pixels(path):
+    """What a player shows that knows BT.709: (all pixels, 3), integers."""
+    raw = path.with_name("raw")
+    bt709 = "scale=in_color_matrix=bt709:in_range=tv"
+    ffmpeg("-i", path, "-vf", bt709, "-pix_fmt", "rgb24", "-f", "rawvideo", raw)
+    return np.frombuffer(raw.read_bytes(), np.uint8).reshape(-1, 3).astype(int)
+
+
 def test_a_video_is_written_in_bt709_and_says_so():
+    colour = (200, 40, 40)
     with folder() as here:
+        path = here / "red.mp4"
         for height, width in (256, 256), (720, 1280), (47, 63):
-            with sample.video_file(here / "red.mp4", 23.976) as append:
+            frame = np.full((height, width, 3), colour, np.uint8)
+            with sample.video_file(path, 23.976) as append:
                 for _ in range(3):
-                    append(np.full((height, width, 3), (200, 40, 40), np.uint8))
-            told = subprocess.run([find_ffmpeg(), "-i", here / "red.mp4"], capture_output=True, text=True).stderr
-            assert "yuv420p(tv, bt709, progressive)" in told and "SAR 1:1" in told and "23.98 fps" in told, told
-            ffmpeg("-i", here / "red.mp4", "-vf", "scale=in_color_matrix=bt709:in_range=tv", "-pix_fmt", "rgb24",
-                   "-f", "rawvideo", here / "raw")
-            pixels = np.frombuffer((here / "raw").read_bytes(), np.uint8).reshape(-1, 3)
-            assert abs(pixels - np.array((200, 40, 40))).max() <= 2
-            assert_colour(read(here / "red.mp4")[0], (200, 40, 40), 2)
+                    append(frame)
+            told = subprocess.run([find_ffmpeg(), "-i", path], capture_output=True, text=True)
+            for what in "yuv420p(tv, bt709, progressive)", "SAR 1:1", "23.98 fps":
+                assert what in told.stderr, told.stderr
+            assert abs(raw_pixels(path) - colour).max() <= 2
+            assert_colour(frames_of(path), colour, 2)
 
 
 def program(path, text):
+    """A program of the shell."""
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
-    return str(path)
+    return path
+
+
+# An ffmpeg that was built without the encoder.
+WITHOUT_H264 = """
+for word in "$@"; do
+    shift
+    [ "$word" = libx264 ] && word=gone
+    set -- "$@" "$word"
+done
+exec {} "$@"
+"""
 
 
 def test_an_ffmpeg_that_cannot_be_used_is_found_before_anything_is_loaded():
+    suffixes = (".mp4", ".png")
+
     def refused(cause):
-        assert_error(UserError, cause, sample.check_output, here / "x.mp4", (".mp4", ".png"), [])
-        sample.check_output(here / "x.png", (".mp4", ".png"), [])
+        assert_error(UserError, cause, sample.check_output, here / "x.mp4", suffixes, [])
+        sample.check_output(here / "x.png", suffixes, [])       # which needs none
 
     with folder() as here:
-        without = program(here / "without", 'for word in "$@"; do shift; [ "$word" = libx264 ] && word=gone; '
-                          f'set -- "$@" "$word"; done; exec {find_ffmpeg()} "$@"')
-        for exe, cause in ((here / "none", "No such file"), (here, "Permission denied"), (without, "Unknown encoder"),
-                           (program(here / "ill", "echo no luck >&2; exit 3"), "no luck"),
-                           (program(here / "silent", "exit 1"), "it has ended with code 1")):
+        without = program(here / "without", WITHOUT_H264.format(find_ffmpeg()))
+        ill = program(here / "ill", "echo no luck >&2; exit 3")
+        silent = program(here / "silent", "exit 1")
+        for exe, cause in (
+                (here / "none", "No such file"),
+                (here, "Permission denied"),
+                (without, "Unknown encoder"),
+                (ill, "no luck"),
+                (silent, "it has ended with code 1")):
             with unittest.mock.patch.dict(os.environ, IMAGEIO_FFMPEG_EXE=str(exe)):
                 refused(cause)
                 refused("IMAGEIO_FFMPEG_EXE")
         with unittest.mock.patch.dict(sys.modules, imageio_ffmpeg=None):
             refused("pip install -U imageio[ffmpeg]")
-        with unittest.mock.patch("imageio_ffmpeg.get_ffmpeg_exe", side_effect=RuntimeError("No ffmpeg exe")):
+        none = RuntimeError("No ffmpeg exe")
+        with unittest.mock.patch("imageio_ffmpeg.get_ffmpeg_exe", side_effect=none):
             refused("No ffmpeg exe; pip install")
 
 
-def test_a_video_that_cannot_be_written_says_what_ffmpeg_says():
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """No file grows beyond so many bytes in here."""
     import resource                         # of POSIX
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_video_that_cannot_be_written_says_what_ffmpeg_says():
     frame = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
 
     def attempt(path, frames):
@@ -236,15 +370,12 @@ def test_a_video_that_cannot_be_written_says_what_ffmpeg_says():
                 append(frame)
 
     with folder() as here:
-        assert_error(UserError, "No such file or directory", attempt, here / "none" / "x.mp4", 3)
-        assert_error(UserError, "no frames", attempt, here / "x.mp4", 0)
-        (here / "x.mp4").mkdir()
-        assert_error(UserError, "Is a directory", attempt, here / "x.mp4", 3)
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
-        try:
-            assert_error(UserError, "y.mp4: cannot be written after 9 frames (it has ended with code -25", attempt,
-                         here / "y.mp4", 9)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        assert [file.name for file in here.iterdir()] == ["x.mp4"]
+        path = here / "x.mp4"
+        assert_error(UserError, "No such file or directory", attempt, here / "none/x.mp4", 3)
+        assert_error(UserError, "no frames", attempt, path, 0)
+        path.mkdir()
+        assert_error(UserError, "Is a directory", attempt, path, 3)
+        text = "y.mp4: cannot be written after 9 frames (it has ended with code -25"
+        with files_of_at_most(2000):
+            assert_error(UserError, text, attempt, here / "y.mp4", 9)
+        assert list(here.iterdir()) == [path]

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 import motionstream
 import sample
 from motionstream import PRESETS, MotionStream
-from vae import TinyVAE, TinyVAEConfig, WanVAEConfig
+from vae import LinearVAE, LinearVAEConfig, TinyVAE, TinyVAEConfig, WanVAEConfig
 
 HERE = Path(__file__).resolve().parents[1]
 
@@ -41,7 +41,7 @@ SMALL = replace(
     copies=False, guidance=(1.0, 1.5))
 # As SMALL, but one that copies along tracks: latents, copies, tracks, image.
 COPYING = replace(
-    SMALL, track_id_mode="random", copies=True, in_dim=4 + 8 + 6 + 4,
+    SMALL, track_id_mode="random", copies=True, in_dim=4 + 8 + 10 + 4,
     latent_std=(0.5, 1.0, 1.5, 0.7))
 SMALL_VAE = TinyVAEConfig(
     latent_channels=4,
@@ -73,6 +73,10 @@ def rand(*shape, seed=0):
     return torch.randn(shape, generator=seeded(seed))
 
 
+def rand_like(x, seed=0):
+    return torch.randn(x.shape, dtype=x.dtype, generator=seeded(seed))
+
+
 def randomised(module, seed=0):
     """Every parameter at random, in eval mode."""
     rng = seeded(seed)
@@ -95,6 +99,10 @@ def new_vae(config=SMALL_VAE):
     return randomised(TinyVAE(config))
 
 
+def linear_vae(channels=4):
+    return randomised(LinearVAE(LinearVAEConfig(channels)))
+
+
 # What is trained on drawn scenes in the tests: of 32 pixels per side.
 DRAWN = replace(SMALL, causal=False, size=(32, 32), text_dim=64, in_dim=32, out_dim=16, track_dim=16)
 
@@ -114,6 +122,16 @@ def clip_of(frames, c=SMALL, seed=1):
     noise = rand(2, c.out_dim, frames, h, w, seed=seed + 2)
     first = rand(2, c.out_dim, 1, h, w, seed=seed + 3)
     return noise, {"text": text, "tracks": tracks}, first
+
+
+def part_of(given, now):
+    """The conditions of some latent frames: text as it is, tracks of the slice `now`."""
+    return {"text": given["text"], "tracks": given["tracks"][:, :, now]}
+
+
+def all_equal(a, b):
+    """Whether two lists of tensors are the same to the bit."""
+    return all(x.equal(y) for x, y in zip(a, b, strict=True))
 
 
 def assert_near(a, b, tolerance):
@@ -303,6 +321,7 @@ def diffusers_config(c):
 
 def wan_config(c):
     return {
+        "_class_name": "WanModel",
         "dim": c.dim,
         "eps": c.eps,
         "ffn_dim": c.ffn_dim,

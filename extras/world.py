@@ -21,7 +21,6 @@ import argparse
 import concurrent.futures
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import multiprocessing
@@ -160,14 +159,6 @@ def caption(light, motion):
     """What neither the first frame nor a few tracks tell, in words."""
     lights, motions = caption_phrases()
     return f"{lights[light]}, {motions[motion]}"
-
-
-def unknown_words(text):
-    """The words of a prompt that no caption has: to the tiny model, numbers that it never saw."""
-    known = set()
-    for phrase in itertools.chain(*caption_phrases()):
-        known.update(phrase.split())
-    return [word for word in re.findall(r"\w+", text.lower()) if word not in known]
 
 
 def embed_words(text, text_dim=64, text_len=8):

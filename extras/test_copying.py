@@ -1,0 +1,410 @@
+"""Copies along tracks and the linear part of the velocity, which are not the paper's."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+from extras.testing import (COPYING, SMALL, assert_error, assert_near, clip_of,
+                            linear_vae, new_model, new_tracks, rand, rand_like, randomised,
+                            seeded)
+from motionstream import (CopyingMotionStream, MotionStream, copy_along_tracks, gone_elsewhere,
+                          linear_part, motion_inputs, nearest_points, rollout, square_centres,
+                          start_points, to_x0, track_features, warp, way_back, with_linear_part)
+
+# --------------------------------------------------------------------------------------------------
+# Copies.
+
+SIDE = 64
+
+
+def pan(frames, speed=1):
+    """A picture that moves to the right by `speed` pixels a frame, (1, 3, T, SIDE, SIDE), and true
+    tracks of it: points 4 pixels apart, tracks (1, T, N, 2) and where they are visible."""
+    picture = F.interpolate(rand(1, 3, 16, 16), size=2 * SIDE, mode="bicubic").clamp(-1, 1)
+    shown = []
+    for t in range(frames):
+        left = SIDE // 2 - speed * t
+        shown.append(picture[..., :SIDE, left:left + SIDE])
+    axis = torch.arange(2.0, SIDE, 4)
+    point = torch.cartesian_prod(axis, axis).flip(1)            # (N, 2), x first
+    moved = speed * torch.arange(frames)
+    tracks = point.repeat(frames, 1, 1)
+    tracks[..., 0] += moved[:, None]
+    inside = (tracks >= 0) & (tracks < SIDE)
+    visible = inside.all(-1)
+    return torch.stack(shown, 2), tracks[None], visible[None]
+
+
+def check_copies(speed, frames, left, right):
+    """The copies are the latents of the moved picture from column `left` to `right` of 8: those
+    whose window, 4 pixels wider than the cell, shows nothing that has come into the picture."""
+    vae = linear_vae()
+    video, tracks, visible = pan(frames, speed)
+    image = video[:, :, 0]
+    order = torch.randperm(tracks.shape[2], generator=seeded())     # which must not matter
+    tracks = tracks[:, :, order]
+    visible = visible[:, :, order]
+    start = start_points(tracks, visible)
+    copied = copy_along_tracks(vae, image, tracks, visible, start)
+    latents = vae.encode(video)
+    _, C, frames, h, w = latents.shape
+    assert copied.shape == (1, C + 6, frames, h, w)
+    copies = copied[:, :C]
+    part = latents[..., left:right]
+    assert_near(copies[..., left:right], part, 1e-5)
+    moved = part[:, :, 1:] - part[:, :, :1]
+    assert moved.abs().mean() > 0.05, "nothing has moved"
+    first = latents[:, :, 0]                                    # the image itself, in any case
+    assert_near(copies[:, :, 0], first, 1e-6)
+    wrong = copy_along_tracks(vae, image, tracks + 9, visible, start)
+    assert_near(wrong[:, :C, 0], first, 1e-6)
+
+
+def test_copying_along_true_tracks_gives_the_latents_of_the_moved_picture():
+    check_copies(speed=1, frames=9, left=2, right=8)
+    check_copies(speed=4, frames=5, left=3, right=8)
+    check_copies(speed=-2, frames=9, left=0, right=5)
+
+
+def test_copies_made_chunk_by_chunk_are_those_of_the_whole():
+    vae = linear_vae()
+    video, tracks, visible = pan(21)
+    image = video[:, :, 0]
+    visible &= rand_like(tracks[..., 0]) > -0.5
+    start = start_points(tracks, visible)
+    whole = copy_along_tracks(vae, image, tracks, visible, start)
+    assert whole.shape[2] == 6
+    parts = []
+    for now in slice(0, 9), slice(9, 13), slice(13, 21):
+        part = copy_along_tracks(vae, image, tracks[:, now], visible[:, now], start)
+        parts.append(part)
+    assert_near(torch.cat(parts, 2), whole, 1e-6)
+
+
+def test_no_visible_track_at_all_is_the_image_standing_still():
+    vae = linear_vae()
+    video, tracks, visible = pan(9)
+    hidden = visible & False
+    nowhere = torch.full_like(tracks, math.nan)
+    none = tracks[:, :, :0]
+    assert_still(vae, video, tracks, hidden)
+    assert_still(vae, video, nowhere, hidden)
+    assert_still(vae, video, none, visible[:, :, :0])
+
+
+def assert_still(vae, video, tracks, visible):
+    start = start_points(tracks, visible)
+    copied = copy_along_tracks(vae, video[:, :, 0], tracks, visible, start)
+    image = vae.encode(video[:, :, :1])
+    latents, near, gone = copied.split([4, 2, 4], 1)
+    still = image.expand_as(latents)
+    assert_near(latents, still, 1e-6)
+    assert (near[:, :, 0] == 1).all()                           # near in frame 0, then nowhere
+    assert not near[:, :, 1:].any()
+    assert not gone.any()
+
+
+def test_hidden_tracks_copy_nothing():
+    vae = linear_vae()
+    video, tracks, visible = pan(9)
+    image = video[:, :, 0]
+    start = start_points(tracks, visible)
+    even = torch.arange(tracks.shape[2]) % 2 == 0
+    half = visible & even
+    tracks_left = tracks[:, :, even]
+    visible_left = visible[:, :, even]
+    start_left = start[:, even]
+    expected = copy_along_tracks(vae, image, tracks_left, visible_left, start_left)
+    elsewhere = tracks.masked_fill(~half[..., None], 7.0)
+    found = copy_along_tracks(vae, image, elsewhere, half, start)
+    assert_near(found, expected, 1e-3)                          # wherever the hidden ones are
+
+
+def test_a_track_that_was_not_seen_in_frame_0_copies_nothing():
+    vae = linear_vae()
+    video, tracks, visible = pan(9)
+    image = video[:, :, 0]
+    start = start_points(tracks, visible)
+    odd = torch.arange(tracks.shape[2]) % 2 == 1
+    expected = copy_along_tracks(vae, image, tracks, visible & ~odd, start)
+    nowhere = start.masked_fill(odd[:, None], math.nan)
+    found = copy_along_tracks(vae, image, tracks, visible, nowhere)
+    assert found.equal(expected)
+
+
+def test_motion_inputs_are_features_and_of_a_copying_model_copies():
+    vae = linear_vae()
+    image = rand(2, 3, 32, 48).clamp(-1, 1)
+    tracks, visible, ids = new_tracks(9, 5)
+    start = start_points(tracks, visible)
+    points = {"tracks": tracks, "visible": visible, "ids": ids}
+    plain = new_model(**vars(SMALL))
+    features = track_features(plain, tracks, visible, ids)
+    inputs = motion_inputs(plain, **points, start=start, image=image, vae=vae)
+    assert inputs.keys() == {"tracks"}
+    assert inputs["tracks"].equal(features)
+
+    copying = new_model(**vars(COPYING))
+    features = track_features(copying, tracks, visible, ids)
+    copies = copy_along_tracks(vae, image, tracks, visible, start)
+    inputs = motion_inputs(copying, **points, start=start, image=image, vae=vae)
+    assert inputs.keys() == {"tracks", "copies"}
+    assert inputs["tracks"].equal(features)
+    assert inputs["copies"].equal(copies)
+    assert_error(AssertionError, "see start_points", motion_inputs, copying, **points)
+
+
+def test_a_square_follows_the_visible_track_nearest_to_its_centre():
+    centres = square_centres(32, 48, "cpu")
+    assert centres.shape == (8, 12, 2)
+    assert centres[7, 10].tolist() == [42, 30]
+    tracks = torch.tensor([[3.0, 2.0], [42.0, 30.0]]).expand(1, 2, -1, -1)
+    visible = torch.ones(1, 2, 2).bool()
+    visible[0, 1, 0] = False                                    # track 0 in the second frame
+    places = centres.expand(1, 2, -1, -1, -1)
+    index, distance = nearest_points(places, tracks, visible, 2)
+    assert index.shape == (1, 2, 8, 12, 2)
+    assert distance.shape == (1, 2, 8, 12, 2)
+    first, second = index[0]                                    # of each frame
+    assert first[0, 0].tolist() == [0, 1]
+    assert first[7, 10].tolist() == [1, 0]
+    assert (second[..., 0] == 1).all()
+    first, second = distance[0]
+    assert first[0, 0, 0] == 1                                  # from (2, 2), its centre
+    assert first[7, 10, 0] == 0
+    assert second[..., 1].isinf().all()
+
+
+def numbered_pixels():
+    """A picture (1, 3, 32, 48) in which each pixel is another."""
+    numbers = torch.arange(32 * 48.0).view(32, 48)
+    return numbers.expand(1, 3, 32, 48)
+
+
+def test_what_a_square_shows_of_frame_0_lies_where_its_track_leads_back():
+    """Track 0 stands still in the upper left, track 1 goes by (5, -9) in the lower right."""
+    start = torch.tensor([[3.0, 2.0], [42.0, 30.0]])
+    end = torch.tensor([[3.0, 2.0], [47.0, 21.0]])
+    tracks = torch.stack([start, end])[None]                    # (B, T, N, 2)
+    visible = torch.ones(1, 2, 2).bool()
+    back, distance = way_back(tracks, visible, start[None], 32, 48)
+    image = numbered_pixels()
+    before = image[0, 0]
+    video = warp(image, back)
+    after = video[0, 0, 1]
+    assert_near(after[17, 47], before[26, 42], 1e-5)
+    assert_near(after[:8, :8], before[:8, :8], 1e-5)            # what stays
+    assert_near(after[28:, 40:], before[28:, 40:], 1e-5)        # would come from below the picture
+    far = distance[0, 1]
+    assert far[7, 10:].isinf().all()
+    assert far[4, 10:].isfinite().all()
+
+
+def test_what_lies_between_pixels_is_interpolated():
+    image = numbered_pixels()
+    half = torch.full((1, 1, 8, 12, 2), 0.5)
+    frame = warp(image, half)[:, :, 0]
+    four = image[0, 0, 5:7, 5:7]
+    assert_near(frame[0, 0, 5, 5], four.mean(), 1e-5)
+
+
+def grid_of_25():
+    """Points 8 pixels apart in a picture of 48 x 48 pixels, (1, 25, 2), all of them visible."""
+    axis = torch.arange(8.0, 41, 8)
+    return torch.cartesian_prod(axis, axis)[None], torch.ones(1, 1, 25).bool()
+
+
+def test_squares_of_what_turns_move_smoothly():
+    start, visible = grid_of_25()
+    turn = torch.tensor([[0.98, 0.2], [-0.2, 0.98]])            # 11.5 degrees
+    turned = (start - 24) @ turn + 24
+    back, _ = way_back(turned[:, None], visible, start, 48, 48)
+    place = square_centres(48, 48, "cpu")
+    before = (place - 24) @ turn.inverse() + 24
+    error = place + back[0, 0] - before
+    error = error[2:10, 2:10].norm(dim=-1)                      # between the points
+    assert error.max() < 1.0, error.max()
+    assert error.mean() < 0.4, error.mean()
+
+
+def test_squares_never_move_with_a_mean_of_what_moves_differently():
+    start, visible = grid_of_25()
+    moves = torch.zeros(25, 2)
+    moves[:10] = torch.tensor([20.0, 0])                        # two columns leave
+    tracks = start + moves
+    back, _ = way_back(tracks[:, None], visible, start, 48, 48)
+    for row in back[0, 0]:
+        ways = [tuple(way) for way in row.round(decimals=2).tolist()]
+        assert len(set(ways)) <= 2, ways
+
+
+def moved_object():
+    """An object that is 8 pixels wide moves 24 pixels to the right over a ground that stands still,
+    in a picture of 48 x 32. Returns tracks (1, 1, N, 2) and visible of one frame, and start
+    (1, N, 2): NaN where the object hid the ground."""
+    ground = square_centres(32, 48, "cpu").flatten(0, 1)        # points 4 pixels apart
+    hidden = under_object(ground, left=8)
+    covered = under_object(ground, left=32)
+    thing = ground[hidden]
+    moved = thing + torch.tensor([24.0, 0])
+    seen_ground = ground.masked_fill(hidden[:, None], math.nan)
+    start = torch.cat([thing, seen_ground])
+    tracks = torch.cat([moved, ground])
+    shown = torch.ones(len(thing)).bool()
+    visible = torch.cat([shown, ~covered])
+    return tracks[None, None], visible[None, None], start[None]
+
+
+def under_object(points, left):
+    """Which of the points (N, 2) lie where the object is, 8 pixels high and wide."""
+    x, y = points.unbind(-1)
+    return (x > left) & (x < left + 8) & (y > 12) & (y < 20)
+
+
+def test_an_object_leaves_its_first_place_and_the_ground_behind_it_is_not_taken_for_it():
+    tracks, visible, start = moved_object()
+    visible &= start.isfinite().all(2)
+    back, _ = way_back(tracks, visible, start, 32, 48)
+    squares = square_centres(32, 48, "cpu")                     # (8, 12, 2)
+    first_place = under_object(squares, left=8)
+    new_place = under_object(squares, left=32)
+    near, _ = gone_elsewhere(back, tracks, visible, start, 32, 48)[0]
+    sure = near[0]                                              # (8, 12)
+    assert sure[first_place].min() > 0.9
+    assert sure[~first_place].max() < 0.5
+    assert sure[new_place].max() < 1e-6                         # where it is, it is at home
+    still = torch.zeros_like(back)                              # what the image itself shows
+    near, _ = gone_elsewhere(still, tracks, visible, start, 32, 48)[0]
+    sure = near[0]
+    assert sure[first_place].min() > 0.9
+    assert sure[:, 6:].max() < 0.3                              # it shows no object there
+
+
+def test_copies_say_what_has_gone_elsewhere():
+    tracks, visible, start = moved_object()
+    tracks = tracks.expand(-1, 4, -1, -1)
+    visible = visible.expand(-1, 4, -1)
+    copies = copy_along_tracks(linear_vae(), rand(1, 3, 32, 48), tracks, visible, start)
+    assert copies.shape == (1, 4 + 6, 1, 4, 6)
+    _, moved, still = copies[0, :, 0].split([6, 2, 2])          # (2, 4, 6), of cells of 8 pixels
+    near = moved[0]
+    assert near.max() == near[1:3, 1].max()                     # where the object was
+    there = still[:, 1:3, 1]
+    assert there.min() > 0.3
+    right = still[:, :, 3:]
+    assert right.max() < 0.3
+
+
+# --------------------------------------------------------------------------------------------------
+# The model.
+
+def test_a_fresh_model_believes_its_copies_and_where_there_are_none_the_image():
+    torch.manual_seed(0)
+    model = CopyingMotionStream(COPYING).eval().requires_grad_(False)
+    x = rand(2, 4, 3, 4, 6)
+    tracks = rand(2, 8, 3, 4, 6, seed=3)
+    copies = rand(2, 10, 3, 4, 6, seed=1)
+    image = rand_like(x, seed=2)
+    ones = torch.ones(2)
+
+    def x0(**given):
+        return to_x0(x, model(x, ones, **given), ones)
+
+    moved = copies[:, :4]
+    both = x0(tracks=tracks, copies=copies, image=image)
+    assert_near(both, 0.8 * moved + 0.2 * image, 1e-5)
+    alone = x0(copies=copies)
+    assert_near(alone, 0.8 * moved, 1e-5)
+    without = x0(tracks=tracks, image=image)
+    assert without.abs().max() < 1e-6                           # the mean, 0
+    text = "condition copies (2, 8, 3, 4, 6), expected (2, 10,"
+    assert_error(AssertionError, text, model, x, ones, copies=tracks)
+    model.config = replace(COPYING, latent_std=())
+    assert_error(AssertionError, "latent_std", model, x, ones)
+
+
+def variance_of_x_t(sigma, std):
+    """Of latents with that standard deviation, noised."""
+    return ((1 - sigma) * std) ** 2 + sigma ** 2
+
+
+def test_a_copying_model_is_a_motionstream_inside_the_linear_part():
+    """Its image slot holds copies, then the image; its head two more channels, the shares."""
+    model = new_model(**vars(COPYING))
+    plain = randomised(MotionStream(COPYING))
+    plain.head = model.head
+    plain.load_state_dict(model.state_dict())
+    noise, given, _ = clip_of(3, COPYING)
+    copies = rand(2, 10, 3, 4, 6, seed=8)
+    image = rand(2, 4, 3, 4, 6, seed=9)
+    sigma = torch.tensor([0.9, 0.4])
+    s = sigma.view(2, 1, 1, 1, 1)
+    std = torch.tensor(COPYING.latent_std).view(1, -1, 1, 1, 1)
+    size = variance_of_x_t(s, std).sqrt()
+    channels = torch.cat([copies, image], 1)
+    output = plain(noise / size, sigma, **given, image=channels)
+    correction, moved, still = output.split([4, 1, 1], 1)
+    latents = copies[:, :4]                                     # and six of how far to believe them
+    mean = moved * latents + still * image
+    spread = 0.1 * std                                          # of a Gaussian round that mean
+    gain = (1 - s) * spread ** 2 / variance_of_x_t(s, spread)
+    x0 = mean + gain * (noise - (1 - s) * mean)
+    expected = (noise - x0) / s + std / size * correction
+    found = model(noise, sigma, **given, copies=copies, image=image)
+    assert_near(found, expected, 1e-5)
+
+
+def posterior_velocity(x_t, sigma, mean, std):
+    """E[velocity | x_t] where x0 ~ N(mean, std²) and noise ~ N(0, 1)."""
+    mix = torch.tensor([[1 - sigma, sigma], [-1, 1]]).double()      # (x0, noise) to (x_t, velocity)
+    variances = torch.tensor([std ** 2, 1]).double()
+    covariance = mix @ torch.diag(variances) @ mix.T
+    slope = covariance[1, 0] / covariance[0, 0]
+    from_mean = x_t - (1 - sigma) * mean
+    return slope.item() * from_mean - mean
+
+
+def test_the_linear_part_is_the_posterior_mean_of_gaussian_latents():
+    """Of latents about what is expected. The less x_t varies, the more the output counts."""
+    std = torch.tensor([0.5, 1.0, 2.0]).view(1, 3, 1, 1, 1)
+    sigma = torch.tensor([[0.0, 0.1, 0.5, 0.9], [1.0, 0.99, 0.3, 0.7]])
+    x_t = rand(2, 3, 4, 2, 2, seed=1)
+    mean = rand_like(x_t)
+    zero = torch.zeros_like(x_t)
+    given = with_linear_part(zero, x_t, sigma, std, mean)
+    of_output = with_linear_part(zero + 1, x_t, sigma, std, mean) - given
+    _, found_variance = linear_part(sigma, std)
+    places = itertools.product(range(2), range(3), range(4))
+    for place in places:
+        b, c, f = place
+        s = sigma[b, f].item()
+        d = std[0, c].item()
+        expected = posterior_velocity(x_t[place], s, mean[place], 0.1 * d)
+        assert_near(given[place], expected, 1e-5)
+        variance = variance_of_x_t(s, d)                        # over all clips
+        assert abs(found_variance[place].item() - variance) < 1e-5
+        factor = torch.full((2, 2), d / variance ** 0.5)
+        assert_near(of_output[place], factor, 1e-4)
+    without_mean = with_linear_part(zero, x_t, sigma, std)
+    mean_zero = with_linear_part(zero, x_t, sigma, std, zero)
+    assert without_mean.equal(mean_zero)
+
+
+def test_copying_models_stream_and_later_copies_do_not_change_past_frames():
+    model = new_model(**vars(COPYING))
+    noise, given, first = clip_of(8, COPYING)
+    given["image"] = first.expand(-1, -1, 8, -1, -1)
+    given["copies"] = rand(2, 10, 8, 4, 6, seed=6)
+    one = list(rollout(model, noise, given, first, rng=seeded()))
+    for x0, length in zip(one, (3, 3, 2), strict=True):
+        assert x0.shape[2] == length
+        assert x0.isfinite().all()
+    copies = given["copies"].clone()
+    copies[:, :, 6:] = 0                                        # of the last chunk
+    other = given | {"copies": copies}
+    two = rollout(model, noise, other, first, rng=seeded())
+    same = [a.equal(b) for a, b in zip(one, two)]
+    assert same == [True, True, False]

@@ -1,0 +1,480 @@
+"""The recipes of training: which noise levels and tracks, where a student starts, what is logged."""
+
+import contextlib
+import itertools
+import json
+import unittest.mock
+from collections import Counter
+from dataclasses import replace
+
+import torch
+
+import train_distill as td
+from extras import evaluate, experiments
+from extras.evaluate import Trained
+from extras.testing import (SMALL, assert_near, clip_of, folder, new_model, new_tracks, new_vae,
+                            own_flags, quiet, rand, same, saved)
+from motionstream import PRESETS, MotionStream, add_noise, rollout, schedule, shift_sigma
+
+STAGES = ("teacher", "causal", "distill")
+
+
+def write_clips(here, count=4, frames=45, tracks=40):
+    """A folder of clips, random latents, whose tracks are all visible and on no known object."""
+    h, w = SMALL.latent_size
+    for i in range(count):
+        td.write_clip(here / f"{i}.safetensors", {
+            "latents": rand(SMALL.out_dim, (frames + 3) // 4, h, w, seed=i).half(),
+            "tracks": 18 + 6 * rand(frames, tracks, 2, seed=i),
+            "visible": torch.ones(frames, tracks, dtype=torch.bool),
+            "group": torch.full((tracks,), -1),
+            "text": rand(2, SMALL.text_dim, seed=i),
+        })
+    return here
+
+
+def small_run(here, more=()):
+    """The Run of a training of small models on clips that lie in `here`."""
+    flags = own_flags(here, write_clips(here / "data"))
+    return td.resolve(td.parse_flags(flags + list(more)))
+
+
+def before(here):
+    """Random weights of teacher and causal student, for the stages after them."""
+    (here / "runs/out").mkdir(parents=True)
+    for name in "teacher", "causal":
+        saved(here / f"runs/out/{name}.safetensors", new_model(causal=name == "causal"))
+
+
+def train(here, stages, more=()):
+    """A step of each stage of such a training; the rows that were logged."""
+    flags = own_flags(here, write_clips(here / "data")) + list(more)
+    with quiet() as (_, err), unittest.mock.patch.object(td, "show", lambda *_: None):
+        for stage in stages:
+            code = td.main(flags + ["--stage", stage, "--steps", "1"])
+            assert code is None, err.getvalue()
+    return [json.loads(line) for line in open(here / "runs/out/stats.jsonl")]
+
+
+@contextlib.contextmanager
+def watched(name):
+    """The calls of a function of train_distill, as they come."""
+    with unittest.mock.patch.object(td, name, wraps=getattr(td, name)) as function:
+        yield function.call_args_list
+
+
+# --------------------------------------------------------------------------------------------------
+# The teacher's noise levels.
+
+def test_the_full_size_teacher_learns_at_the_noise_levels_where_its_sampler_and_dmd_ask():
+    steps = torch.tensor(schedule(48, 6.0))
+    assert (steps >= 0.98).sum() == 6
+    torch.manual_seed(0)
+    usual = td.draw_sigma(100_000, 6.0, 0.0, 0.0)
+    assert 0.016 < (usual >= 0.98).float().mean() < 0.02, "the 1.8 % that the setting is there for"
+    s = td.PAPER
+    sigma = td.draw_sigma(100_000, 6.0, s.p_pure_noise, s.p_uniform_sigma)
+    evenly = shift_sigma((torch.arange(100_000) + 0.5) / 100_000, 6.0)
+    assert (sigma.sort().values - evenly).abs().max() < 0.02
+    assert 0.1 < (sigma >= 0.98).float().mean() < 0.12
+    assert td.PAPER_STAGE_2.p_uniform_sigma == s.p_uniform_sigma
+
+
+def test_the_tiny_teachers_noise_levels_are_logit_normal_and_1_as_before():
+    torch.manual_seed(0)
+    sigma = td.draw_sigma(1000, 5.0, td.TINY.p_pure_noise, td.TINY.p_uniform_sigma)
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    expected = shift_sigma(torch.randn(1000).sigmoid(), 5.0)
+    pure = torch.rand(1000) < 0.5
+    assert sigma.equal(expected.masked_fill(pure, 1.0))
+    assert torch.rand(1).equal(after)
+
+
+def test_the_share_of_uniform_noise_levels_reaches_the_teacher():
+    with folder() as here, watched("draw_sigma") as calls:
+        train(here, ["teacher"], ["--set", "p_uniform_sigma=0.75", "--set", "p_pure_noise=0.125"])
+    _, shift, pure, uniform = calls[0].args
+    assert (shift, pure, uniform) == (SMALL.shift, 0.125, 0.75)
+
+
+# --------------------------------------------------------------------------------------------------
+# Sparse and empty motion.
+
+def given_counts(run, clips=200, dense=False):
+    """How many of 2,500 tracks, on no known object, are given at all, clip by clip."""
+    torch.manual_seed(0)
+    visible = torch.ones(clips, 5, 2500, dtype=torch.bool)
+    group = torch.full((clips, 2500), -1)
+    given = td.given_tracks(run, visible, group, dense)
+    return given.any(1).sum(1)
+
+
+def test_half_of_the_clips_of_full_size_have_what_a_user_might_draw_or_nothing():
+    with folder() as here:
+        run = small_run(here)
+        for settings in td.PAPER, td.PAPER_STAGE_2:
+            count = given_counts(replace(run, settings=settings))
+            assert 0.4 < (count <= 64).float().mean() < 0.6
+            assert (count == 0).sum() > 10
+            assert (count == 1).sum() > 5
+            assert (count[count > 64] >= 1000).all()
+        papers = replace(td.PAPER_STAGE_2, p_sparse=0.0)
+        assert given_counts(replace(run, settings=papers)).min() >= 1000
+        dense = given_counts(replace(run, settings=td.PAPER), dense=True)
+        assert dense.min() >= 1000, "stage 1 sees all tracks"
+
+
+def test_sparse_tracks_reach_the_teacher_the_trajectories_the_causal_student_and_distillation():
+    def nothing(visible, group):
+        return torch.zeros_like(visible)
+
+    for stage, start in itertools.product(STAGES, ("trajectories", "clips")):
+        if start == "clips" and stage != "causal":
+            continue
+        more = ["--set", "p_sparse=1", "--set", "dense_share=0", "--set", f"causal_from={start}"]
+        with folder() as here, unittest.mock.patch.object(td, "user_tracks", nothing), \
+                watched("motion_inputs") as calls:
+            before(here)
+            train(here, [stage], more + ["--set", "trajectories=2"])
+        assert calls, stage
+        assert not any(call.kwargs["visible"].any() for call in calls), (stage, start)
+
+
+def test_other_sparse_tracks_are_other_trajectories():
+    with folder() as here, quiet():
+        before(here)
+        run = small_run(here, ["--set", "trajectories=1", "--set", "batch=1"])
+        files = td.training_clips(run, run.clip_latents)
+        usual = td.make_trajectories(run, files)
+        papers = replace(run, settings=replace(run.settings, p_sparse=0.0))
+        assert td.make_trajectories(papers, files)[0].parent != usual[0].parent
+
+
+# --------------------------------------------------------------------------------------------------
+# Dead work.
+
+@contextlib.contextmanager
+def counted_passes():
+    """(Passes that write to a cache, others) of all models in here, as a Counter of True and False."""
+    count = Counter()
+    forward = MotionStream.forward
+
+    def counting(model, *args, **given):
+        count[given.get("write", False)] += 1
+        return forward(model, *args, **given)
+
+    with unittest.mock.patch.object(MotionStream, "forward", counting):
+        yield count
+
+
+def test_a_rollout_in_training_does_not_cache_its_last_chunk_and_has_the_same_bits():
+    with folder() as here, quiet():
+        run = small_run(here)
+        files = td.training_clips(run, 1)
+        generator = new_model().requires_grad_(True)
+        kept = []
+
+        def keeping(*args, **given):
+            for chunk in rollout(*args, **given):
+                kept.append(chunk)
+                yield chunk
+
+        for grad in True, False:
+            shape = td.draw_rollout(run, 0, grad)
+            torch.manual_seed(0)
+            with counted_passes() as count:
+                x0, _, _ = td.roll_out(run, generator, None, files, shape, grad)
+            assert count == {True: run.clip_chunks - 1, False: run.clip_chunks * (shape[1] + 1)}
+            assert x0.requires_grad == grad
+            torch.manual_seed(0)
+            kept.clear()
+            with unittest.mock.patch.multiple(td, rollout=keeping), \
+                    unittest.mock.patch.object(td.itertools, "islice", lambda chunks, _: chunks), \
+                    counted_passes() as count:
+                td.roll_out(run, generator, None, files, shape, grad)
+            assert count[True] == run.clip_chunks, "as it was"
+            assert x0[:, :, 1:].equal(torch.cat(kept, 2)[:, :, 1:])
+
+
+def test_the_regression_does_not_cache_the_last_chunk():
+    model = new_model()
+    x0, given, _ = clip_of(12)
+    with counted_passes() as count:
+        td.causal_loss(model, [x0] * 3, x0, x0, given, (1, 1))
+    assert count == {True: 3, False: 4}
+
+
+# --------------------------------------------------------------------------------------------------
+# Where the causal student starts.
+
+def test_clips_stand_for_trajectories_with_noise_on_the_truth():
+    with folder() as here, quiet():
+        run = small_run(here)
+        files = td.training_clips(run, 12)
+        torch.manual_seed(0)
+        states, x0, points, conditions = td.draw_noised_clips(run, files, 3)
+        torch.manual_seed(0)
+        batch = td.draw_batch(run, files, 3, 12)
+        noise = torch.randn_like(batch.latents)
+        assert x0.equal(batch.latents)
+        assert len(states) == len(run.config.sigmas)
+        for state, sigma in zip(states, run.config.sigmas):
+            assert state.equal(add_noise(x0, noise, torch.full((3,), sigma)))
+        assert points["visible"].equal(batch.points["visible"])
+        assert conditions["text"].equal(batch.conditions["text"])
+
+
+def test_a_causal_student_starts_from_clips_without_a_trajectory():
+    with folder() as here:
+        before(here)
+        more = ["--set", "causal_from=clips", "--set", "steps=7"]       # no multiple of the student's 3
+        with unittest.mock.patch.object(td, "make_trajectories", None), watched("causal_loss") as calls:
+            train(here, ["causal"], more)
+        _, states, x0, past, *_ = calls[0].args
+        assert len(states) == 3
+        assert x0.shape == states[0].shape
+        assert not states[0].equal(x0)
+        student = MotionStream.from_pretrained(here / "runs/out/causal.safetensors")
+        assert student.config.causal
+        assert not same(student.state_dict(), new_model().half().state_dict())
+
+
+def test_a_causal_student_learns_from_clips():
+    torch.manual_seed(0)
+    model = new_model().requires_grad_(True)
+    model.track_head.requires_grad_(False)
+    x0 = 0.3 * rand(2, 4, 12, 4, 6, seed=1)
+    given = clip_of(12)[1]
+    learner = td.Learner("causal", model, td.Learning(1e-2, 1e-2))
+    losses = []
+    for i in range(30):
+        noise = torch.randn_like(x0)
+        states = [add_noise(x0, noise, torch.full((2,), sigma)) for sigma in SMALL.sigmas]
+        loss = td.causal_loss(model, states, x0, x0, given, (1, 1))
+        learner.step(loss, i)
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5]), losses
+
+
+def test_two_starts_of_two_seeds_are_compared_by_the_experiments():
+    config = replace(PRESETS["tiny"], num_layers=1)
+    common, rows = experiments.tables(config, 1, 45)["causal start, drag"]
+    starts = {row["start"] for row in rows}
+    assert {(start.causal_from, start.seed) for start in starts} == set(
+        itertools.product(("trajectories", "clips"), (0, 1)))
+    assert common["measure"] == experiments.started_row
+    fits = {"size": (32, 32), "text_dim": 64}
+    how = experiments.Start("clips", steps=1, clips=2, seed=1)
+    with folder() as here, quiet():
+        saved(here / "vae.safetensors", new_vae())
+        saved(here / "teacher.safetensors", new_model(causal=False, **fits))
+        trained = Trained(here)
+        started = experiments.start_briefly(trained, how)
+        run = experiments.start_run(trained, how)
+        row = experiments.started_row(
+            trained, how, "causal", seed="x", clips=1, frames=9, objects=1, width=32)
+    assert started.path("causal") == run.path("causal")
+    assert started.seed == run.seed == 1
+    assert run.settings.causal_from == "clips"
+    assert run.settings.causal_steps == 1
+    assert row["psnr"] > 0
+
+
+def test_a_start_that_there_is_not_is_refused_in_one_line():
+    with quiet() as (_, err):
+        assert td.main(["--set", "causal_from=nowhere"]) == 2
+    assert "causal_from=nowhere: is one of trajectories, clips" in err.getvalue()
+    assert len(err.getvalue().strip().splitlines()) == 1
+
+
+# --------------------------------------------------------------------------------------------------
+# Settings that reach what they are for.
+
+def test_how_models_are_sampled_is_that_of_the_run_and_not_of_the_weights_it_starts_from():
+    sigmas = (1.0, 0.75)                # of 4 steps under shift 3: 1, 0.9, 0.75, 0.5
+    assert set(sigmas) < set(schedule(4, 3.0))
+    more = ["--set", f"sigmas={sigmas}", "--set", "steps=4", "--set", "shift=3.0", "--guidance", "2,0"]
+    with folder() as here:
+        before(here)
+        more += ["--set", "trajectories=2"]
+        with watched("euler") as solved, watched("causal_loss") as regressed:
+            train(here, ["causal"], more)
+        (here / "runs/out/causal.safetensors").unlink()
+        saved(here / "runs/out/causal.safetensors", new_model(causal=True))
+        with watched("rollout") as rolled, watched("dmd_loss") as scored:
+            train(here, ["distill"], more)
+        models = [calls[0].args[0] for calls in (solved, regressed, rolled)]
+        models.append(scored[0].args[1])
+        student = MotionStream.from_pretrained(here / "runs/out/student.safetensors")
+        for model in models + [student]:
+            c = model.config
+            assert (c.sigmas, c.steps, c.shift, c.guidance) == (sigmas, 4, 3.0, (2.0, 0.0))
+        assert scored[0].args[5] == 3.0
+        assert rolled[0].args[4] in (0, 1)
+
+
+# --------------------------------------------------------------------------------------------------
+# What is told during training.
+
+def test_the_shift_of_latents_is_found_in_whole_cells_whatever_comes_in():
+    before = rand(5, 4, 6, 20)
+    after = torch.empty_like(before)
+    shifts = torch.tensor([-7, -1, 0, 3, 8])
+    for row, shift in enumerate(shifts.tolist()):
+        after[row] = before[row].roll(shift, 2)
+        if shift > 0:
+            after[row, ..., :shift] = 5 * rand(4, 6, shift, seed=9)
+        elif shift < 0:
+            after[row, ..., shift:] = 5 * rand(4, 6, -shift, seed=9)
+    assert td.found_shift(before, after, 9).equal(shifts)
+    assert td.found_shift(before, after + rand(*after.shape, seed=2), 9).equal(shifts)
+
+
+def test_a_pan_moves_the_whole_picture_in_whole_cells_by_the_last_latent():
+    config = replace(SMALL, size=(32, 96))
+    tracks, visible, ids = new_tracks(45, 9)
+    points, cells = td.pan_points(config, {"tracks": tracks, "visible": visible, "ids": ids}, 12)
+    assert cells.tolist() == [3, -3]
+    assert points["tracks"].shape[:2] == (2, 45)
+    way = points["tracks"] - points["tracks"][:, :1]
+    assert not way[..., 1].any()
+    for row, asked in enumerate((24.0, -24.0)):
+        assert_near(way[row, 41:45, :, 0].mean(0), torch.full_like(way[row, 0, :, 0], asked), 1e-5)
+    x = points["tracks"][..., 0]
+    assert points["visible"].equal((x >= 0) & (x < 96))
+    assert points["visible"][:, 0].all()
+
+
+class Stub(torch.nn.Module):
+    """A teacher whose x0 is frame 0, moved by whole cells by as much as a track, or not, if it ignores
+    them."""
+
+    def __init__(self, config, ignores=False):
+        super().__init__()
+        self.config = config
+        self.ignores = ignores
+
+    def forward(self, x_t, sigma, text, tracks):
+        x0 = x_t[:, :, :1].expand_as(x_t).clone()
+        for b in range(len(x0)):
+            cells = round(tracks[b, 0].item() / self.config.stride)
+            if not self.ignores:
+                x0[b] = x0[b].roll(cells, 3)
+        return (x_t - x0) / sigma[:, None, :, None, None].clamp(min=1e-9)
+
+
+def teacher_errors(here, model):
+    """td.teacher_errors of a Stub on four clips, each of which pans by another number of cells."""
+    config = model.config
+    h, w = config.latent_size
+    run = small_run(here)
+    run = replace(run, config=config)
+    files = []
+    for i in range(4):
+        first = rand(4, 1, h, w, seed=i).expand(-1, 12, -1, -1)
+        latents = first.roll(i, 3)
+        latents = torch.cat([first[:, :1], latents[:, 1:]], 1)
+        tracks = torch.full((45, 3, 2), 16.0)
+        tracks[:, :, 0] += torch.linspace(0, 8 * i, 45)[:, None]
+        files.append(here / f"pan/{i}.safetensors")
+        td.write_clip(files[-1], {
+            "latents": latents, "tracks": tracks, "group": torch.full((3,), -1),
+            "visible": torch.ones(45, 3, dtype=torch.bool), "text": rand(2, 12)})
+
+    def far(model, tracks, visible, ids, vae):
+        """How far the first track goes, to the middle of the last latent, in place of features."""
+        way = tracks[:, -4:, 0, 0].mean(1) - tracks[:, 0, 0, 0]
+        return {"tracks": way[:, None]}
+
+    with unittest.mock.patch.object(td, "motion_inputs", far):
+        return td.teacher_errors(run, model, None, files)
+
+
+def test_a_teacher_that_ignores_its_tracks_is_told_from_one_that_follows():
+    config = replace(SMALL, causal=False, size=(32, 128))
+    with folder() as here, quiet():
+        follows = teacher_errors(here, Stub(config))
+        ignores = teacher_errors(here, Stub(config, ignores=True))
+    assert follows["pan_error"] == 0
+    assert ignores["pan_error"] == 32, "a quarter of the width"
+    assert follows["x0_tracks"] < 1e-6
+    assert follows["x0_swapped"] > follows["x0_tracks"] + 0.1
+    assert follows["x0_none"] > follows["x0_tracks"] + 0.1
+    assert ignores["x0_swapped"] - ignores["x0_none"] < 1e-6
+    bins = [name for name in follows if name.startswith("loss_")]
+    assert bins == ["loss_0_0.5", "loss_0.5_0.9", "loss_0.9_0.98", "loss_0.98_1"]
+
+
+def test_flow_losses_are_told_by_bins_of_sigma():
+    with folder() as here, quiet(), watched("flow_loss") as calls:
+        teacher_errors(here, Stub(replace(SMALL, causal=False)))
+    spans = []
+    for call in calls[3:]:
+        sigma = call.args[2]
+        spans.append((sigma.min().item(), sigma.max().item()))
+    expected = torch.tensor([(0, 0.5), (0.5, 0.9), (0.9, 0.98), (0.98, 1)])
+    assert_near(torch.tensor(spans), expected, 1e-6)
+
+
+def test_the_numbers_of_teacher_and_student_are_logged_and_printed():
+    with folder() as here:
+        flags = own_flags(here, write_clips(here / "data"))
+        every = {"teacher": 1, "distill": 2}
+        before(here)
+        with quiet() as (out, err), unittest.mock.patch.multiple(
+                td, REPORT_EVERY=every, show=lambda run, stage: evaluate.plot_stage(run.out, stage)):
+            for stage, steps in ("teacher", "1"), ("distill", "3"):
+                own = ["--stage", stage, "--steps", steps, "--accumulate", "1"]
+                code = td.main(flags + own)
+                assert code is None, err.getvalue()
+        rows = [json.loads(line) for line in open(here / "runs/out/stats.jsonl")]
+        pictures = sorted(path.name for path in (here / "runs/out").glob("*.png"))
+    assert pictures == ["distill.png", "teacher.png", "teacher_pixels.png"]
+    teacher, first, second, third = rows
+    told = {"x0_tracks", "x0_none", "x0_swapped", "pan_error", "loss_0.98_1"}
+    assert told < teacher.keys()
+    told = {"apart_0.3", "apart_0.6", "apart_0.9", "std_least", "std_most", "moves", "saturated"}
+    assert told < second.keys()
+    assert not told & first.keys()
+    assert not told & third.keys()
+    lines = out.getvalue().splitlines()
+    assert sum(line.startswith("teacher: {\"x0_tracks\"") for line in lines) == 1, lines
+    assert sum(line.startswith("distill: {") for line in lines) == 1, lines
+
+
+def test_the_numbers_of_a_student_are_those_of_what_it_makes():
+    class Still:
+        """Decodes latents to half white."""
+        def decode(self, latents):
+            video = torch.zeros(1, 3, 45, 8, 8)
+            video[..., :4] = 1
+            return video, None
+
+    with folder() as here, quiet():
+        run = small_run(here)
+        files = td.training_clips(run, 1)
+        config = replace(SMALL, causal=False, latent_std=(1.0, 1.0, 1.0, 4.0))
+        teacher = new_model(1, causal=False)
+        teacher.config = config
+        x0 = torch.ones(2, 4, 12, 4, 6)
+        x0[:, 0] = 3
+        x0[:, :, 1::2] *= -1
+        conditions = clip_of(12)[1]
+        shapes = []
+
+        def made(run, generator, vae, files, shape, grad):
+            shapes.append(shape)
+            return x0, conditions, None
+
+        with unittest.mock.patch.object(td, "roll_out", made):
+            numbers = td.student_numbers(run, None, teacher, teacher, Still(), files)
+            critic = new_model(2, causal=False)
+            other = td.student_numbers(run, None, teacher, critic, Still(), files)
+    assert shapes[0] == (4, 2, run.context), "a whole clip, to the last step"
+    assert numbers["std_least"] == 0.25
+    assert numbers["std_most"] == 3
+    assert numbers["moves"] == 2 * (3 + 1 + 1 + 1) / 4
+    assert numbers["saturated"] == 0.5
+    for sigma in 0.3, 0.6, 0.9:
+        assert other[f"apart_{sigma}"] > numbers[f"apart_{sigma}"] + 0.01
