@@ -138,7 +138,7 @@ class Settings:
     neutral_long_rollouts: bool = True      # text of those beyond a clip: a light would have faded
     drawn_memory: bool = False      # chunk, sink, window of each rollout drawn, see draw_rollout
     beta: float = 0.5               # a clip weighs exp(reward / beta) (Reward Forcing, eq. 11)
-    export_every: int = 0           # updates of the generator between weights to choose from; 0: none
+    export_every: int = 0           # updates between weights to choose from, but for the vae's; 0: none
     # how often
     checkpoint_minutes: float = 5   # between checkpoints; on a signal one is written anyway
     # dry run
@@ -822,11 +822,11 @@ def save_weights(path, model):
     wait_for_all()
 
 
-def export_weights(run, model, update):
-    """After every export_every updates of the generator, its weights so far, to choose from."""
+def export_weights(run, name, model, update):
+    """After every export_every updates, the weights so far of what is called `name`, to choose from."""
     every = run.settings.export_every
     if every and update % every == 0:
-        path = run.path("student")
+        path = run.path(name)
         save_weights(path.with_name(f"{path.stem}.{update:05}.safetensors"), model)
 
 
@@ -1555,6 +1555,8 @@ def train_teacher(run):
                              cell_weight=1 + s.track_weight * batch.touched,
                              channel_weight=latent_weight(vae, model.config, sigma))
         loop.log(loss=loss, grad=learner.step(loss, i))
+        if ends_update(i, s.teacher_accumulate):
+            export_weights(run, "teacher", learner.average, i // s.teacher_accumulate + 1)
         if loop.reports(i):
             loop.tell(**teacher_errors(run, learner.average, vae, held_back))
     save_weights(run.path("teacher"), learner.average)
@@ -1717,6 +1719,8 @@ def train_causal(run):
             past = corrupt_context(x0, first) if s.corrupt_context else x0
             loss = causal_loss(student, states, x0, past, conditions, context, weight)
         loop.log(loss=loss, grad=learner.step(loss, i))
+        if ends_update(i, s.causal_accumulate):
+            export_weights(run, "causal", learner.average, i // s.causal_accumulate + 1)
     save_weights(run.path("causal"), learner.average)
 
 
@@ -1916,7 +1920,7 @@ def train_student(run):
         if loop.reports(i):
             loop.tell(**student_numbers(run, generator, teacher, critic, vae, files))
         if update % s.critic_steps == 0 and ends_update(i, s.distill_accumulate):
-            export_weights(run, learner_g.average, update // s.critic_steps + 1)
+            export_weights(run, "student", learner_g.average, update // s.critic_steps + 1)
     save_weights(run.path("student"), learner_g.average)
 
 

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import random
-import re
 import shutil
 import signal
 import socket
@@ -26,7 +25,6 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import train_distill as td
@@ -34,7 +32,7 @@ from extras.testing import (shards, DRAWN, HERE, SMALL, SMALL_VAE, STUB, STUB_VA
                             assert_near, before_distillation, clip_of, folder, new_model,
                             new_tracks, new_vae, own_flags, public, quiet, rand, randomised, same,
                             saved, seeded, slow, small_scenes)
-from motionstream import PRESETS, Config, MotionStream, euler, rollout, schedule
+from motionstream import PRESETS, MotionStream, euler, rollout, schedule
 from sample import embed_words
 from vae import LinearVAE, load_vae
 
@@ -656,7 +654,7 @@ def test_weights_of_some_updates_are_kept_to_choose_from():
         run = td.resolve(td.Flags(device="cpu", out=here, set=(("export_every", 2),)))
         model = new_model()
         for update in range(1, 6):
-            td.export_weights(run, model, update)
+            td.export_weights(run, "student", model, update)
         assert sorted(path.name for path in here.iterdir()) == ["student.00002.safetensors", "student.00004.safetensors"]
         ours = MotionStream.from_pretrained(here / "student.00004.safetensors")
         assert same({name: p.half() for name, p in model.state_dict().items()},
