@@ -121,6 +121,7 @@ class Config:
     steps: int = 50             # the teacher's Euler steps
     guidance: tuple = (3.0, 1.5)        # its w_text, w_motion (section 3.1), also as the real score
     chunk: int = 3              # latent frames generated together
+    first_chunk: int | None = None      # of the first chunk, None: `chunk` as well
     sink: int = 1               # chunks at the start that are never evicted
     window: int | None = 1      # latest chunks kept besides, None = all
     sink_decay: float = 1.0     # below 1: the sink absorbs what leaves the window, see KVCache
@@ -171,7 +172,7 @@ PRESETS = {
     "wan2.1-14b": Config(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
     "wan2.2-5b": Config(
         dim=3072, ffn_dim=14336, num_heads=24, in_dim=48, out_dim=48,
-        stride=16, size=(704, 1280), fps=24),
+        first_chunk=1, stride=16, size=(704, 1280), fps=24),     # 121 frames: 1 + 10 x 3 latents
     "tiny": Config(
         dim=192, ffn_dim=576, num_heads=3, num_layers=5,
         in_dim=96 + 32 + 102 + 96, out_dim=96, track_dim=32, copies=True, track_id_mode="same",
@@ -741,13 +742,26 @@ def euler(model, noise, conditions, first_latent=None, null_text=None):
     yield x, 0.0
 
 
-def split_conditions(conditions, chunk):
-    """A clip's conditions, chunk by chunk, without end: what has a frame axis is cut."""
-    for start in itertools.count(0, chunk):
+def chunk_sizes(frames, chunk, first=None):
+    """The latents of each chunk of a clip of `frames`: `first` (None: chunk), then `chunk` each; the
+    last chunk may be shorter."""
+    sizes = [min(first or chunk, frames)]
+    while sum(sizes) < frames:
+        left = frames - sum(sizes)
+        sizes.append(min(chunk, left))
+    return sizes
+
+
+def split_conditions(conditions, chunk, first=None):
+    """A clip's conditions, chunk by chunk, without end: what has a frame axis is cut. first: latents
+    of the first chunk, None: chunk."""
+    start = 0
+    for size in itertools.chain([first or chunk], itertools.repeat(chunk)):
         part = dict(conditions)
         for name, value in conditions.items():
             if value is not None and value.ndim == 5:
-                part[name] = value[:, :, start:start + chunk]
+                part[name] = value[:, :, start:start + size]
+        start += size
         yield part
 
 
@@ -755,13 +769,14 @@ def rollout(model, noise, conditions, first_latent=None, exit_step=None, rng=Non
     """The student: clean latents (B, C, chunk, h, w), one chunk after the other, each made from the
     cache of those before.
 
-    noise: (B, C, F, h, w), or an iterator of chunks, which may be endless. conditions: the model's
-    keyword arguments (text, tracks, image, clip) for the clip, or an iterator of such dicts; each
-    is asked for just before its chunk is made, so the user can steer while the video streams.
-    first_latent (B, C, 1, h, w): the image, see with_first. Fresh noise between the steps is drawn
-    from `rng`. caches: None, model.new_caches(). A chunk is yielded before the clean pass writes
-    it to the cache: do not modify it. Sampling runs all of config.sigmas. Training stops each
-    chunk at step `exit_step`, whose graph alone is kept, unless gradients are off."""
+    noise: (B, C, F, h, w), which is cut into the config's chunks, or an iterator of chunks of any
+    size, which may be endless. conditions: the model's keyword arguments (text, tracks, image,
+    clip) for the clip, or an iterator of such dicts; each is asked for just before its chunk is
+    made, so the user can steer while the video streams. first_latent (B, C, 1, h, w): the image,
+    see with_first. Fresh noise between the steps is drawn from `rng`. caches: None,
+    model.new_caches(). A chunk is yielded before the clean pass writes it to the cache: do not
+    modify it. Sampling runs all of config.sigmas. Training stops each chunk at step `exit_step`,
+    whose graph alone is kept, unless gradients are off."""
     c = model.config
     last = len(c.sigmas) - 1
     if exit_step is not None:
@@ -770,9 +785,9 @@ def rollout(model, noise, conditions, first_latent=None, exit_step=None, rng=Non
     if caches is None:
         caches = model.new_caches()
     if torch.is_tensor(noise):
-        noise = noise.split(c.chunk, 2)
+        noise = noise.split(chunk_sizes(noise.shape[2], c.chunk, c.first_chunk), 2)
     if isinstance(conditions, dict):
-        conditions = split_conditions(conditions, c.chunk)
+        conditions = split_conditions(conditions, c.chunk, c.first_chunk)
     for x, condition in zip(noise, conditions):
         for step, sigma in enumerate(c.sigmas[:last + 1]):
             with torch.set_grad_enabled(grad and step == last):
@@ -1234,6 +1249,7 @@ LIMITS = {
     "steps": (int, 1, 1000),
     "guidance": (float, 0, 100, 2, 2),
     "chunk": (int, 1, 999),
+    "first_chunk": (int, 1, 999),
     "sink": (int, 0, 10 ** 6),
     "window": (int, 0, 10 ** 6),
     "sink_decay": (float, 0, 1),
@@ -1277,8 +1293,9 @@ def check_limits(fields, limits, file):
 def check_config(c, file):
     """UserError, naming the file, unless the fields of a Config are what a model can be made of."""
     limits = dict(LIMITS)
-    if c.window is None:
-        del limits["window"]
+    for name in "window", "first_chunk":
+        if getattr(c, name) is None:
+            del limits[name]
     check_limits(vars(c), limits, file)
     rules = {}          # field: whether it is right, and what is expected
     for name, choices in CHOICES.items():

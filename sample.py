@@ -44,8 +44,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from motionstream import (FRAMES, Config, MotionStream, UserError, check_memory, checkpoints, euler, image_inputs,
-                          motion_inputs, naming, open_pretrained, reason_of, rollout, schedule,
+from motionstream import (FRAMES, Config, MotionStream, UserError, check_memory, checkpoints, chunk_sizes,
+                          euler, image_inputs, motion_inputs, naming, open_pretrained, reason_of, rollout, schedule,
                           start_points, track_ids, write)
 from vae import VAE_FILES, load_vae, open_weights
 
@@ -78,12 +78,14 @@ class Encoded:
     clip: torch.Tensor | None = None        # (B, 257, clip_dim): CLIP's features of the image
 
 
-def motion_by_chunk(motion, chunk):
-    """A whole Motion to one for each chunk. The first has 4 chunk - 3 frames, the others 4 chunk;
-    nothing is specified where the last one reaches beyond the motion's end."""
+def motion_by_chunk(motion, chunk, first=None):
+    """A whole Motion to one for each chunk. The first has 4 first - 3 frames (first=None: 4 chunk - 3),
+    the others 4 chunk; nothing is specified where the last one reaches beyond the motion's end."""
     frames = motion.tracks.shape[1]
-    for start in range(1 - FRAMES, frames, FRAMES * chunk):
-        stop = start + FRAMES * chunk
+    stop = 1 - FRAMES
+    for size in chunk_sizes(latent_frames(frames, chunk, first), chunk, first):
+        start = stop
+        stop = start + FRAMES * size
         span = slice(max(start, 0), stop)
         beyond = max(stop - frames, 0)
         tracks = F.pad(motion.tracks[:, span], (0, 0, 0, 0, 0, beyond))
@@ -127,7 +129,7 @@ def conditions(model, vae, image, motion, encoded, channels=None):
     """The model's keyword arguments, chunk by chunk, each made when asked for. motion: a whole Motion, or
     an iterator of one for each chunk. channels: the image's, of the first chunk, see image_inputs."""
     if isinstance(motion, Motion):
-        motion = motion_by_chunk(motion, model.config.chunk)
+        motion = motion_by_chunk(motion, model.config.chunk, model.config.first_chunk)
     for part in motion:
         text = encoded.text if part.text is None else part.text.to(image.device)
         inputs = motion_conditions(model, vae, image, part)
@@ -153,7 +155,8 @@ def decode(vae, latents):
 @torch.inference_mode()
 def stream(model, vae, image, motion, encoded=Encoded(), seed=0, **memory):
     """The student: a video that goes on for as long as `motion` does, at constant memory. Yields its
-    chunks as soon as they are made, (B, 3, T, H, W) in [-1, 1]: 4 chunk - 3 frames, then 4 chunk.
+    chunks as soon as they are made, (B, 3, T, H, W) in [-1, 1]: 4 chunk - 3 frames, then 4 chunk
+    (with config.first_chunk, 4 first_chunk - 3 at first).
 
     image (B, 3, H, W) in [-1, 1], of the model's size, is frame 0, see fit_image. motion: a Motion, or
     an iterator of one for each chunk (see live_motion), asked for the next just before it is made, so
@@ -165,13 +168,15 @@ def stream(model, vae, image, motion, encoded=Encoded(), seed=0, **memory):
 def stream_latents(model, vae, image, motion, encoded=Encoded(), seed=0, **memory):
     """`stream` before it is decoded: an iterator of (B, C, chunk, h, w)."""
     config = replace(model.config, **memory)
+    first = config.first_chunk or config.chunk
     image = image.to(next(model.parameters()).device)
     encoded_image = vae.encode(image[:, :, None])                           # (B, C, 1, h, w)
-    channels, first_latent = image_inputs(config, encoded_image, config.chunk)
+    channels, first_latent = image_inputs(config, encoded_image, first)
     rng = torch.Generator().manual_seed(seed)
-    noise = (draw_noise(encoded_image, config.chunk, rng) for _ in itertools.count())
+    sizes = itertools.chain([first], itertools.repeat(config.chunk))
+    noise = (draw_noise(encoded_image, size, rng) for size in sizes)
     if isinstance(motion, Motion):
-        motion = motion_by_chunk(motion, config.chunk)
+        motion = motion_by_chunk(motion, config.chunk, config.first_chunk)
     given = conditions(model, vae, image, motion, encoded, channels)
     caches = model.new_caches(**memory)
     return rollout(model, noise, given, first_latent, rng=rng, caches=caches)
@@ -182,7 +187,8 @@ def sample_teacher(model, vae, image, motion, encoded=Encoded(), seed=0):
     """The teacher: whole chunks that cover a whole Motion, made all at once, then handed out as `stream`
     does. Steps and guidance are the config's."""
     config = model.config
-    count = latent_frames(motion.tracks.shape[1], config.chunk)
+    count = latent_frames(motion.tracks.shape[1], config.chunk, config.first_chunk)
+    sizes = chunk_sizes(count, config.chunk, config.first_chunk)
     image = image.to(next(model.parameters()).device)
     grey = 0                                # frames after the image
     if config.has_mask:
@@ -190,18 +196,22 @@ def sample_teacher(model, vae, image, motion, encoded=Encoded(), seed=0):
     encoded_image = vae.encode(F.pad(image[:, :, None], (0, 0, 0, 0, 0, grey)))
     channels, first_latent = image_inputs(config, encoded_image, count)
     given = {"text": encoded.text, "image": channels, "clip": encoded.clip}
-    parts = [motion_conditions(model, vae, image, part) for part in motion_by_chunk(motion, config.chunk)]
+    motions = motion_by_chunk(motion, config.chunk, config.first_chunk)
+    parts = [motion_conditions(model, vae, image, part) for part in motions]
     for name in parts[0]:
         given[name] = torch.cat([part[name] for part in parts], 2)
     noise = draw_noise(encoded_image, count, torch.Generator().manual_seed(seed))
     for x0, _ in euler(model, noise, given, first_latent, null_text=encoded.null_text):
         pass                                # the last of the trajectory is clean
-    yield from decode(vae, x0.split(config.chunk, 2))
+    yield from decode(vae, x0.split(sizes, 2))
 
 
-def latent_frames(frames, chunk):
-    """How many latent frames the whole chunks have that cover `frames`."""
-    return math.ceil((frames + FRAMES - 1) / (FRAMES * chunk)) * chunk
+def latent_frames(frames, chunk, first=None):
+    """How many latent frames the whole chunks have that cover `frames`; see chunk_sizes."""
+    first = first or chunk
+    latents = math.ceil((frames + FRAMES - 1) / FRAMES)
+    after = math.ceil((latents - first) / chunk)            # chunks after the first
+    return first + max(after, 0) * chunk
 
 
 def to_bytes(video):
@@ -473,7 +483,8 @@ def fit_tracks(tracks, image_size, frames, config, seed):
         if tracks.ids is not None:
             notes.append(f"the IDs of these weights are of the kind {config.track_id_mode!r}, not "
                          f"{tracks.id_mode!r}; the file's ids are not used")
-    whole = FRAMES * latent_frames(frames, config.chunk) - (FRAMES - 1)
+    latents = latent_frames(frames, config.chunk, config.first_chunk)
+    whole = FRAMES * latents - (FRAMES - 1)
     missing = max(whole - given, 0)
     points = F.pad(points[:, :whole], (0, 0, 0, 0, 0, missing))
     visible = F.pad(visible[:, :whole], (0, 0, 0, missing))
@@ -1008,17 +1019,21 @@ def compile_blocks(model):
         block.compile()
 
 
+def encode_inputs(job, flags, weights, image):
+    """What a Job's model reads beside the tracks. image (1, 3, H, W) in [-1, 1]."""
+    if job.config.text_encoder == "words":
+        text = embed_words(job.prompt, job.config)
+        return Encoded(text if text is None else text.to(job.device))
+    from extras import encoders
+    sources = sources_of(job, flags, weights)
+    return Encoded(*encoders.encode(sources, job.config, image, job.device))
+
+
 def load_models(job, flags, weights, image):
     """The Models of a Job. image (1, 3, H, W) in [-1, 1]. Encoders are gone before the DiT is there."""
     check_files(job, flags, weights, image)
     vae = open_vae(weights, flags.vae).to(job.device)
-    if job.config.text_encoder == "words":
-        text = embed_words(job.prompt, job.config)
-        encoded = Encoded(text if text is None else text.to(job.device))
-    else:
-        from extras import encoders
-        sources = sources_of(job, flags, weights)
-        encoded = Encoded(*encoders.encode(sources, job.config, image, job.device))
+    encoded = encode_inputs(job, flags, weights, image)
     dit = MotionStream.from_pretrained(weights.path, dtype=getattr(torch, job.dtype), device=job.device,
                                        **vars(job.config))
     if flags.compile:
@@ -1049,7 +1064,8 @@ def word_notes(job):
 
 def with_prompts(motion, prompts, config):
     """A whole Motion to one for each chunk, each with the text of its prompt."""
-    for part, prompt in zip(motion_by_chunk(motion, config.chunk), prompts):
+    parts = motion_by_chunk(motion, config.chunk, config.first_chunk)
+    for part, prompt in zip(parts, prompts):
         yield replace(part, text=embed_words(prompt, config))
 
 
@@ -1060,7 +1076,8 @@ def generate(job, models, image, motion):
     config = job.config
     if job.drawn:
         from extras.tracks import render_control
-        frames = FRAMES * latent_frames(job.frames, config.chunk) - (FRAMES - 1)
+        latents = latent_frames(job.frames, config.chunk, config.first_chunk)
+        frames = FRAMES * latents - (FRAMES - 1)
         motion = replace(motion, control=render_control(models.vae, motion, config.size, frames))
     if config.causal:
         latents = stream_latents(models.dit, models.vae, image, motion, models.encoded, job.seed,

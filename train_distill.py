@@ -68,7 +68,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from motionstream import (CLIP_ROWS, FRAMES, PRESETS, Config, MotionStream, UserError, add_noise,
-                          cell_of, channel_std, euler, guided_velocity, image_inputs,
+                          cell_of, channel_std, chunk_sizes, euler, guided_velocity, image_inputs,
                           inside_picture, linear_part, motion_inputs, naming, new_model, rollout,
                           save_pretrained, schedule, shift_sigma, split_conditions, start_points,
                           to_x0, track_ids, with_first, write)
@@ -138,7 +138,7 @@ class Settings:
     neutral_long_rollouts: bool = True      # text of those beyond a clip: a light would have faded
     drawn_memory: bool = False      # chunk, sink, window of each rollout drawn, see draw_rollout
     beta: float = 0.5               # a clip weighs exp(reward / beta) (Reward Forcing, eq. 11)
-    export_every: int = 0           # updates of the generator between weights to choose from; 0: none
+    export_every: int = 0           # updates between weights to choose from, but for the vae's; 0: none
     # how often
     checkpoint_minutes: float = 5   # between checkpoints; on a signal one is written anyway
     # dry run
@@ -149,7 +149,7 @@ TINY = Settings()
 
 # For weights of Wan (1.3B): appendix D [P], where nothing else is said.
 PAPER = Settings(
-    clip_frames=81,                 # section 4.1
+    clip_frames=81,                 # section 4.1: 5 s at 16 frames a second
     batch=1,
     clips=0,                        # they come from --data
     trajectories=4000,
@@ -184,6 +184,11 @@ PAPER_STAGE_2 = replace(
     teacher_steps=800 * 128,
     dense_share=0.0,
 )
+
+# The 5B model's second stage has clips of 121 frames, 5 s at 24 a second, and 400 updates (appendix D);
+# that its first stage has as long ones is ours.
+PAPER_5B = replace(PAPER, clip_frames=121)
+PAPER_5B_STAGE_2 = replace(PAPER_STAGE_2, clip_frames=121, teacher_steps=400 * 128)
 
 SMOKE = {"vae_steps": 4, "teacher_steps": 4, "causal_steps": 3, "distill_steps": 6,
          "vae_clips": 8, "clips": 16, "trajectories": 8}
@@ -227,17 +232,22 @@ class Run:
 
     @property
     def clip_chunks(self):
-        return self.clip_latents // self.config.chunk
+        sizes = chunk_sizes(self.clip_latents, self.config.chunk, self.config.first_chunk)
+        return len(sizes)
 
     @property
     def longest_rollout(self):
         """In chunks."""
         return max(self.settings.rollout, self.clip_chunks)
 
+    def latents_of(self, chunks):
+        """How many latents a rollout of so many chunks has, a clip's or more."""
+        return self.clip_latents + (chunks - self.clip_chunks) * self.config.chunk
+
     @property
     def track_frames(self):
         """Frames that the tracks of all clips must have: a clip's and the longest rollout's."""
-        longest = video_frames(self.config.chunk * self.longest_rollout)
+        longest = video_frames(self.latents_of(self.longest_rollout))
         return max(self.settings.clip_frames, longest)
 
     @property
@@ -812,11 +822,11 @@ def save_weights(path, model):
     wait_for_all()
 
 
-def export_weights(run, model, update):
-    """After every export_every updates of the generator, its weights so far, to choose from."""
+def export_weights(run, name, model, update):
+    """After every export_every updates, the weights so far of what is called `name`, to choose from."""
     every = run.settings.export_every
     if every and update % every == 0:
-        path = run.path("student")
+        path = run.path(name)
         save_weights(path.with_name(f"{path.stem}.{update:05}.safetensors"), model)
 
 
@@ -1176,14 +1186,15 @@ def user_tracks(visible, group):
     return visible & keep[:, None] & shown & ~pause
 
 
-def dense_subset(visible, pauses, chunk):
+def dense_subset(visible, pauses, chunk, first=None):
     """Of true tracks (B, T, N) 1,000 to 2,500, or all if there are fewer (section 4.1: a grid of
     50x50); with pauses, none in a fifth of the chunks but the first (section 3.1, appendix D).
-    chunk: latents of one."""
+    chunk: latents of one; first: of the first, None: chunk."""
     B, T, _ = visible.shape
     count = torch.randint(1000, 2501, (B, 1))
     keep = random_subset(visible.any(1), count)                 # (B, N)
-    number = (torch.arange(T) + FRAMES - 1) // (FRAMES * chunk)     # of each frame's chunk
+    latent = (torch.arange(T) + FRAMES - 1) // FRAMES           # of each frame
+    number = (latent - (first or chunk)) // chunk + 1           # of its chunk
     shown = (torch.rand(B, T, 1) >= 0.2 * pauses)[:, number]
     shown = shown | (number == 0)[:, None]                      # (B, T, 1)
     return visible & keep[:, None] & shown
@@ -1195,7 +1206,7 @@ def given_tracks(run, visible, group, dense):
     p_sparse of the clips user_tracks, to which all is ground: 0 to 64 tracks."""
     if (group >= 0).any():
         return visible if dense else user_tracks(visible, group)
-    many = dense_subset(visible, not dense, run.config.chunk)
+    many = dense_subset(visible, not dense, run.config.chunk, run.config.first_chunk)
     if dense:
         return many
     sparse = torch.rand(len(visible), 1, 1) < run.settings.p_sparse
@@ -1544,6 +1555,8 @@ def train_teacher(run):
                              cell_weight=1 + s.track_weight * batch.touched,
                              channel_weight=latent_weight(vae, model.config, sigma))
         loop.log(loss=loss, grad=learner.step(loss, i))
+        if ends_update(i, s.teacher_accumulate):
+            export_weights(run, "teacher", learner.average, i // s.teacher_accumulate + 1)
         if loop.reports(i):
             loop.tell(**teacher_errors(run, learner.average, vae, held_back))
     save_weights(run.path("teacher"), learner.average)
@@ -1623,17 +1636,18 @@ def draw_noised_clips(run, files, count):
     return states, x0, batch.points, batch.conditions
 
 
-def corrupt_context(x0, chunk):
+def corrupt_context(x0, first):
     """Corrupted-context augmentation: clean latents (B, C, F, h, w) as a memory gone wrong. In half of
     the clips, a rectangle of all chunks but the first shows frame 0 again, so that what left it is
-    back and what came is gone. It is meant to teach the student not to pass that on."""
+    back and what came is gone. It is meant to teach the student not to pass that on. first: latents of
+    the first chunk."""
     B, _, frames, h, w = x0.shape
     low, high = torch.rand(2, 2, B, 1, 1).sort(0).values        # each of rows and columns
     y = torch.arange(h)[:, None] / h
     x = torch.arange(w) / w
     inside = (low[0] <= y) & (y < high[0]) & (low[1] <= x) & (x < high[1])      # (B, h, w)
     inside = inside & (torch.rand(B, 1, 1) < 0.5)
-    late = torch.arange(frames)[:, None, None] >= chunk
+    late = torch.arange(frames)[:, None, None] >= first
     corrupt = (inside[:, None, None] & late).to(x0.device)      # (B, 1, F, h, w)
     return torch.where(corrupt, x0[:, :, :1], x0)
 
@@ -1647,11 +1661,15 @@ def causal_loss(model, states, x0, past, conditions, context, channel_weight=1.0
     sink, window = context
     caches = model.new_caches(sink=sink, window=window)
     chunk = model.config.chunk
+    first = model.config.first_chunk
     sigmas = model.config.sigmas
     loss = 0.0
-    starts = range(0, x0.shape[2], chunk)
-    for start, part in zip(starts, split_conditions(conditions, chunk)):
-        now = slice(start, start + chunk)
+    stop = 0
+    sizes = chunk_sizes(x0.shape[2], chunk, first)
+    for size, part in zip(sizes, split_conditions(conditions, chunk, first)):
+        start = stop
+        stop = start + size
+        now = slice(start, stop)
         target = x0[:, :, now]
         step = int(torch.randint(0, len(sigmas), ()))
         sigma = torch.full((len(x0),), sigmas[step], device=x0.device)
@@ -1662,7 +1680,7 @@ def causal_loss(model, states, x0, past, conditions, context, channel_weight=1.0
         velocity = model(x_t, sigma_frames, caches=caches, **part)
         predicted = to_x0(x_t, velocity, sigma_frames)
         loss = loss + ((predicted - target).square() * channel_weight).sum()
-        if start == starts[-1]:         # which no chunk reads
+        if stop == x0.shape[2]:         # which no chunk reads
             break
         with torch.no_grad():           # the clean pass is the only one that writes
             clean = torch.zeros_like(sigma_frames)
@@ -1677,7 +1695,9 @@ def causal_step(run, student, vae, drawn, channel_weight):
     contexts = (own, own, own) + CONTEXTS
     context = contexts[int(torch.randint(0, len(contexts), ()))]
     conditions = conditions | motion_inputs(student, **points, vae=vae)
-    past = corrupt_context(x0, run.config.chunk) if run.settings.corrupt_context else x0
+    past = x0
+    if run.settings.corrupt_context:
+        past = corrupt_context(x0, run.config.first_chunk or run.config.chunk)
     return causal_loss(student, states, x0, past, conditions, context, channel_weight)
 
 
@@ -1699,12 +1719,13 @@ def loss_on_rollouts(run, student, vae, files, channel_weight):
     place of DMD: it gives the mean of what may be, which DMD sharpens."""
     s = run.settings
     batch = draw_batch(run, files, s.batch, run.clip_latents)
-    chunk = run.config.chunk
-    exit_step = int(torch.randint(0, len(run.config.sigmas), ()))
+    config = run.config
+    exit_step = int(torch.randint(0, len(config.sigmas), ()))
     conditions = batch.conditions | motion_inputs(student, **batch.points, vae=vae)
-    given = split_conditions(conditions, chunk)
-    noise = torch.randn_like(batch.latents).split(chunk, 2)
-    first_latent = first_latent_of(run.config, batch.latents)
+    given = split_conditions(conditions, config.chunk, config.first_chunk)
+    sizes = chunk_sizes(batch.latents.shape[2], config.chunk, config.first_chunk)
+    noise = torch.randn_like(batch.latents).split(sizes, 2)
+    first_latent = first_latent_of(config, batch.latents)
     made = rollout(student, noise, given, first_latent, exit_step)
     x0 = torch.cat(list(itertools.islice(made, len(noise))), 2)
     cell_weight = 1 + s.track_weight * batch.touched[:, None]           # (B, 1, F, h, w)
@@ -1737,6 +1758,8 @@ def train_causal(run):
         with run.autocast():
             loss = loss_of(run, student, vae, files, weight)
         loop.log(loss=loss, grad=learner.step(loss, i))
+        if ends_update(i, s.causal_accumulate):
+            export_weights(run, "causal", learner.average, i // s.causal_accumulate + 1)
     save_weights(run.path("causal"), learner.average)
 
 
@@ -1834,7 +1857,8 @@ def roll_out(run, generator, vae, files, shape, grad):
     config = run.config
     chunks, exit_step, context = shape
     chunk = context["chunk"]
-    frames = chunks * config.chunk
+    frames = run.latents_of(chunks)
+    sizes = chunk_sizes(frames, chunk, config.first_chunk)
     batch = draw_batch(run, files, s.batch, frames, first_only=True)
     image = batch.latents                               # (B, C, 1, h, w)
     conditions = batch.conditions
@@ -1846,12 +1870,12 @@ def roll_out(run, generator, vae, files, shape, grad):
     caches = generator.new_caches(**context)
     with run.autocast(), torch.set_grad_enabled(grad):
         motion = motion_inputs(generator, **batch.points, vae=vae)
-        given = split_conditions(conditions | motion, chunk)
-        noises = noise.split(chunk, 2)
+        given = split_conditions(conditions | motion, chunk, config.first_chunk)
+        noises = noise.split(sizes, 2)
         made = rollout(generator, noises, given, first_latent, exit_step, caches=caches)
         made = itertools.islice(made, len(noises))      # asks for no more: the last is not cached
         shown = first_latent if chunks == run.clip_chunks else image
-        x0, points = judged_clip(made, run.clip_chunks * config.chunk, shown, batch.points)
+        x0, points = judged_clip(made, run.clip_latents, shown, batch.points)
         conditions = next(split_conditions(conditions, x0.shape[2]))
         motion = motion_inputs(generator, **points, vae=vae)
     return x0, conditions | motion, points
@@ -1935,93 +1959,12 @@ def train_student(run):
         if loop.reports(i):
             loop.tell(**student_numbers(run, generator, teacher, critic, vae, files))
         if update % s.critic_steps == 0 and ends_update(i, s.distill_accumulate):
-            export_weights(run, learner_g.average, update // s.critic_steps + 1)
+            export_weights(run, "student", learner_g.average, update // s.critic_steps + 1)
     save_weights(run.path("student"), learner_g.average)
 
 
 STAGES = {"vae": train_vae, "teacher": train_teacher, "causal": train_causal,
           "distill": train_student}
-
-# --------------------------------------------------------------------------------------------------
-# A dry run.
-
-def forward_flops(config, tokens, seen):
-    """Floating point operations of the blocks for `tokens` tokens that attend to `seen`: two for each
-    weight, and attention's two products. The rest of the model is below a hundredth."""
-    D = config.dim
-    text = config.text_len
-    if config.clip_dim:
-        text += CLIP_ROWS
-    weights = 2 * (6 * D * D + 2 * D * config.ffn_dim)
-    attention = 4 * D * (seen + text)
-    of_text = 4 * D * D * text
-    return config.num_layers * (tokens * (weights + attention) + of_text)
-
-
-def chunks_held(config, clip_chunks):
-    """How many chunks the KV cache holds before each chunk of a clip."""
-    most = clip_chunks if config.window is None else config.sink + config.window
-    return [min(i, most) for i in range(clip_chunks)]
-
-
-def clip_flops(run):
-    """{stage: floating point operations for one clip}. A backward costs two forwards."""
-    config = run.config
-    frame = math.prod(config.size) // (2 * config.stride) ** 2              # tokens
-    tokens = run.clip_latents * frame
-    whole = forward_flops(config, tokens, tokens)
-    chunk = config.chunk * frame
-    stream = 0                              # a forward of a clip, chunk by chunk
-    for held in chunks_held(config, run.clip_chunks):
-        stream += forward_flops(config, chunk, (held + 1) * chunk)
-    guided = 1                              # forwards of the teacher for one velocity
-    if config.guidance[0]:
-        guided = 2
-    if config.guidance[1]:
-        guided = 3
-    steps = (len(config.sigmas) + 1) / 2    # of a rollout, in the mean
-    critic = (steps + 1) * stream + 3 * whole
-    generator = (steps + 3) * stream + (guided + 1) * whole
-    return {
-        "teacher": 3 * whole,
-        "trajectories": guided * config.steps * whole,
-        "causal": (3 + 1) * stream,
-        "distill": critic + generator / run.settings.critic_steps,
-    }
-
-
-def dry_run(run):
-    """Print what the training of `run` would be and take. The model is on the meta device, and
-    nothing is written."""
-    config = run.config
-    s = run.settings
-    with torch.device("meta"):
-        count = sum(p.numel() for p in new_model(config).parameters())
-    frame = math.prod(config.size) // (2 * config.stride) ** 2
-    most = run.clip_chunks if config.window is None else config.sink + config.window
-    cache = config.num_layers * 2 * 2 * config.dim * most * config.chunk * frame / 2 ** 20
-    print("| setting | value |\n|---|---|")
-    for name, value in (asdict(config) | asdict(s)).items():
-        print(f"| {name} | {value} |")
-    print(f"\n{count:,} parameters, {frame:,} tokens a latent frame, {run.clip_latents} of them a clip")
-    print(f"the KV cache of a stream, chunk {config.chunk}, sink {config.sink}, window "
-          f"{config.window}: {cache:,.0f} MiB in bfloat16\n")
-    clips = {"teacher": s.batch * s.teacher_steps, "trajectories": s.trajectories,
-             "causal": s.batch * s.causal_steps, "distill": s.batch * s.distill_steps}
-    print(f"days at {s.tflops:g} TFLOP/s a GPU")
-    print("| stage | clips | TFLOP a clip | 1 GPU | 4 GPUs | 8 GPUs |\n|---|---|---|---|---|---|")
-    for stage, flops in clip_flops(run).items():
-        days = clips[stage] * flops / (1e12 * s.tflops * 86400)
-        cells = [f"{days / gpus:,.2g}" for gpus in (1, 4, 8)]
-        print(f"| {stage} | {clips[stage]:,} | {flops / 1e12:,.1f} | {' | '.join(cells)} |")
-    # float32: weights 4 bytes, AdamW's state 8, average 4, all sharded, and gradients 4, whole until
-    # the end of an update; two networks in distillation, of which the critic has no average, and a
-    # teacher that is weights alone
-    print("\nGiB a GPU, without activations\n"
-          "| stage | 1 GPU | 4 GPUs | 8 GPUs |\n|---|---|---|---|")
-    for stage, sharded, whole in ("teacher", 16, 4), ("distill", 16 + 12 + 4, 4 + 4):
-        cells = [f"{(sharded / gpus + whole) * count / 2 ** 30:.1f}" for gpus in (1, 4, 8)]
-        print(f"| {stage} | {' | '.join(cells)} |")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2040,7 +1983,7 @@ class Flags:
     seed: int = 0
     device: str | None = None
     accumulate: int | None = None
-    checkpointing: bool = False
+    checkpointing: bool | None = None
     memory: object = None               # fields of Config, or "drawn"
     guidance: tuple | None = None
     rollout: int | None = None
@@ -2088,7 +2031,8 @@ def new_parser(description):
     add("--seed", type=int, default=0, help="of everything random (0)")
     add("--device", help="cpu, cuda:0, … (cuda if there is one)")
     add("--accumulate", type=count, help="steps of each process for an update (1; Wan's: the paper's)")
-    add("--checkpointing", action="store_true", help="recompute blocks in the backward: less memory")
+    add("--checkpointing", action=argparse.BooleanOptionalAction,
+        help="recompute blocks in the backward: less memory (as if given for Wan's weights)")
     add("--memory", type=student_memory, help="the student's chunk, sink, window (c3s1w1); drawn: many")
     add("--guidance", type=guidance, help="of text and motion, in trajectories and the real score")
     add("--rollout", type=number(int, 1, 100), help="longest, in chunks, of distillation (16)")
@@ -2147,13 +2091,13 @@ def assign_all(config, settings, assignments):
         else:
             settings = assign(settings, path, value)
     frames = settings.clip_frames
-    latents = (frames + FRAMES - 1) // FRAMES
-    whole = video_frames(latents) == frames and latents % config.chunk == 0
-    if not whole or latents < LEAST_LATENTS:
-        least = math.ceil(LEAST_LATENTS / config.chunk) * config.chunk
-        some = [video_frames(least + i * config.chunk) for i in range(3)]
-        raise UserError(f"--set clip_frames={frames}: needs whole chunks of {FRAMES * config.chunk}, the "
-                        f"first of {video_frames(config.chunk)}: {', '.join(map(str, some))}, …")
+    chunk = config.chunk
+    first = config.first_chunk or chunk
+    least = first + math.ceil((LEAST_LATENTS - first) / chunk) * chunk
+    if frames < video_frames(least) or (frames - video_frames(first)) % (FRAMES * chunk):
+        some = [video_frames(least + i * chunk) for i in range(3)]
+        raise UserError(f"--set clip_frames={frames}: needs whole chunks of {FRAMES * chunk}, the "
+                        f"first of {video_frames(first)}: {', '.join(map(str, some))}, …")
     if settings.causal_from not in CAUSAL_FROM:
         known = ", ".join(CAUSAL_FROM)
         raise UserError(f"--set causal_from={settings.causal_from}: is one of {known}")
@@ -2174,7 +2118,7 @@ def resolve_config(flags, start):
         config = replace(config, track_dim=slot, in_dim=config.in_dim + slot)
     if is_wan(config):
         config = replace(config, shift=6.0, sigmas=schedule(3, 6.0), steps=48, guidance=(3.0, 1.5),
-                         chunk=3, sink=1, window=1)
+                         chunk=3, sink=1, window=1)         # first_chunk stays that of the weights
     if isinstance(flags.memory, dict):
         config = replace(config, **flags.memory)
     if flags.guidance:
@@ -2182,11 +2126,19 @@ def resolve_config(flags, start):
     return config
 
 
+def paper_settings(config, has_head):
+    """The paper's, for the first stage of the teacher and what follows, or, from weights with a track
+    head, for the second."""
+    if config.out_dim == PRESETS["wan2.2-5b"].out_dim:
+        return PAPER_5B_STAGE_2 if has_head else PAPER_5B
+    return PAPER_STAGE_2 if has_head else PAPER
+
+
 def resolve_settings(flags, start, config):
     """The settings: of the tiny model or of the paper, then as the flags say."""
-    settings = PAPER if is_wan(config) else TINY
-    if is_wan(config) and start and start.has_head:
-        settings = PAPER_STAGE_2
+    settings = TINY
+    if is_wan(config):
+        settings = paper_settings(config, bool(start) and start.has_head)
     if start:
         settings = replace(settings, dense_share=0.0 if start.has_head else 1.0)
     if flags.data:
@@ -2251,12 +2203,15 @@ def resolve(flags):
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {device}: not available here") from None
+    checkpointing = flags.checkpointing
+    if checkpointing is None:
+        checkpointing = is_wan(config)      # without it, a pass of 81 frames saves 135 GiB
     reward = None
     if flags.reward:
         from extras.evaluate import find_reward
         reward = find_reward(flags.reward)
     return Run(out, flags.seed, device, compute_dtype(device), config, settings, files, flags.data,
-               start, reward, flags.checkpointing)
+               start, reward, checkpointing)
 
 
 def check_prerequisites(run, stage):
@@ -2295,7 +2250,7 @@ def show(run, stage):
 
 def unusual(run):
     """Settings that are not the usual ones, as texts."""
-    usual = asdict(PAPER if is_wan(run.config) else TINY)
+    usual = asdict(paper_settings(run.config, False) if is_wan(run.config) else TINY)
     usual |= asdict(run.start.config if run.start else PRESETS["tiny"])
     texts = []
     for name, value in (asdict(run.settings) | asdict(run.config)).items():
@@ -2344,7 +2299,9 @@ def run_stages(argv):
     join_processes(flags.device)
     run = resolve(flags)
     if flags.dry_run:
-        return dry_run(run)
+        sys.modules.setdefault("train_distill", sys.modules[__name__])  # this one, no second copy
+        from extras.dry_run import print_dry_run
+        return print_dry_run(run)
     stages = []
     for stage in STAGES:
         missing = not run.path(WEIGHTS[stage]).exists()

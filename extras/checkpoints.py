@@ -109,7 +109,7 @@ WAN_WORDS = ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "
 # How the students of Self-Forcing are sampled: they remember all of 21 latents, so there is no
 # sink.
 SELF_FORCING = {"causal": True, "shift": 5.0, "sigmas": schedule(4, 5.0),
-                "chunk": 3, "sink": 0, "window": None}
+                "chunk": 3, "first_chunk": None, "sink": 0, "window": None}
 
 # What only causal classes write into config.json: Self-Forcing and its descendants, FastVideo,
 # SGLang.

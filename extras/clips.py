@@ -10,7 +10,8 @@ pictures may be encoded already: a.safetensors, with `prompt` and, for an image 
 
 Names belong together if Windows or macOS would take them for one: a.mp4 and A.NPZ. What is not counted is said.
 
-A file that is there, made from the same, is not made again. With torchrun, each process makes its part.
+A file that is there, made from the same, is not made again: an interrupted run goes on. With torchrun each
+process makes its part, on its own GPU; --shard 2/8 is the second of eight parts, for machines that start alone.
 Without --vae the clips hold video, on which the stage vae can be trained; the tiny model reads words.
 """
 
@@ -20,7 +21,7 @@ import contextlib
 import csv
 import functools
 import io
-import os
+import re
 import sys
 import unicodedata
 import zlib
@@ -40,11 +41,9 @@ from extras.video import open_video, remade
 from motionstream import PRESETS, Config, UserError, write
 from sample import (Parser, Tracks, Weights, embed_words, fit_image, fit_tracks, inspect, load_image,
                     find_ffmpeg, number, open_vae, read_tracks, reported)
-from train_distill import walk
+from train_distill import PROCESSES, RANK, TINY, default_device, paper_settings, walk
 
 MOST_TRACKS = 2500                          # of a clip: the paper's grid of 50x50
-RANK = int(os.environ.get("RANK", 0))
-PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 SEEN = (".mp4", ".png")                     # endings of what a clip shows
 ENDINGS = SEEN + (".npz", ".txt", ".safetensors")
 
@@ -57,6 +56,8 @@ class Job:
     config: Config                          # of the model that is to be trained on them
     frames: int
     device: str
+    dtype: str = "float32"                  # of the VAE's convolutions
+    shard: tuple = (1, 1)                   # which part of the clips is made, of how many
     vae: Path | None = None                 # None: the clips hold video
     text_encoder: Path | None = None
     image_encoder: Path | None = None
@@ -290,6 +291,16 @@ class Encoders:
         return image_encoder(self.job.image_encoder, self.job.device)
 
 
+def without_padding(text):
+    """Rows (L, text_dim) without the zeros after the last that is not: models add them again, and padded to
+    512 rows a text is 4 MB of a clip's 9."""
+    used = text.any(1).nonzero()
+    length = 0
+    if len(used):
+        length = int(used[-1]) + 1
+    return text[:length]
+
+
 @torch.no_grad()
 def encode_clip(job, encoders, clip):
     """A clip as read_clip returns it to what is kept of it, see the top of train_distill.py."""
@@ -302,12 +313,16 @@ def encode_clip(job, encoders, clip):
             clip["text"] = encoders.text(prompt)
         else:
             clip["text"] = embed_words(prompt, config)[0]
+    clip["text"] = without_padding(clip["text"])
     if config.clip_dim and "clip" not in clip:
         clip["clip"] = encoders.image(seen[:, :, 0])
     if job.vae:
         clip.pop("video")
-        clip["latents"] = encoders.vae.encode(seen)[0].half()
-        clip["first"] = video[:, 0]
+        kind = torch.device(job.device).type
+        with torch.autocast(kind, torch.bfloat16, enabled=job.dtype == "bfloat16"):
+            clip["latents"] = encoders.vae.encode(seen)[0].half()
+        if config.copies:
+            clip["first"] = video[:, 0]
     return {name: value.contiguous().cpu() for name, value in clip.items()}
 
 
@@ -318,6 +333,12 @@ def made_from(path):
             return file.metadata().get("source")
     except Exception:                                   # not there, or of a dozen kinds
         return None
+
+
+def part_of(names, shard):
+    """Those of the names that this process is to make: its part of the shard (number, from 1, and count)."""
+    number, count = shard
+    return names[(number - 1) * PROCESSES + RANK::count * PROCESSES]
 
 
 def make_clips(job):
@@ -333,9 +354,9 @@ def make_clips(job):
     encoders = Encoders(job)
     checksum = zlib.crc32(job.vae.read_bytes()) if job.vae else ""
     config = job.config
-    settings = [checksum, job.frames, config.size, config.text_dim, config.clip_dim,
+    settings = [checksum, job.dtype, job.frames, config.size, config.text_dim, config.clip_dim,
                 listing(job.text_encoder), listing(job.image_encoder)]
-    names = [*sources][RANK::PROCESSES]
+    names = part_of(list(sources), job.shard)
     files = []
     for name in tqdm(names, "make clips", disable=RANK > 0):
         path = job.out / f"{name}.safetensors"
@@ -360,6 +381,14 @@ def make_clips(job):
     return files
 
 
+def shard(text):
+    """A flag's type: "2/8" to (2, 8)."""
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 2/8, from 1/8 to 8/8")
+    return int(found[1]), int(found[2])
+
+
 def parse_job(argv):
     """The command line to a Job. UserError, one line, for what cannot be."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -368,14 +397,18 @@ def parse_job(argv):
     add("--out", type=Path, required=True, metavar="FOLDER", help="of the clips")
     add("--weights", type=Path, help="what is to be trained (none: the tiny model)")
     add("--vae", type=Path, help="to encode by; its latents are the model's")
-    add("--frames", type=number(int, 1, 10 ** 6), help="of a clip, 1 + 4 k (45; Wan's: 81)")
+    add("--frames", type=number(int, 1, 10 ** 6), help="of a clip, 1 + 4 k (45; Wan's: 81; 5B: 121)")
     add("--text-encoder", type=Path, help="a -Diffusers repository with Wan's, for the prompts")
     add("--image-encoder", type=Path, help="the same of CLIP; default: that of --text-encoder")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", help="cpu, cuda:0, … (a GPU for each process, if there are)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of the VAE's convolutions (bfloat16 on a GPU)")
+    add("--shard", type=shard, default=(1, 1), metavar="I/N", help="make only the I-th of N parts of the clips")
     flags = parser.parse_args(argv)
     config = inspect(flags.weights).config if flags.weights else PRESETS["tiny"]
     wan = config.text_encoder == "umt5"
-    frames = flags.frames or (81 if wan else 45)
+    frames = flags.frames or clip_frames(config)
+    device = flags.device or default_device()
+    dtype = flags.dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")
     for wrong, cure in [
         (not flags.folder.is_dir(), f"{flags.folder}: no such folder"),
         (flags.out.resolve().is_relative_to(flags.folder.resolve()),
@@ -388,8 +421,15 @@ def parse_job(argv):
         if wrong:
             raise UserError(cure)
     image_encoder_folder = flags.image_encoder or flags.text_encoder
-    return Job(flags.folder, flags.out, config, frames, flags.device, flags.vae, flags.text_encoder,
-               image_encoder_folder)
+    return Job(flags.folder, flags.out, config, frames, device, dtype, flags.shard, flags.vae,
+               flags.text_encoder, image_encoder_folder)
+
+
+def clip_frames(config):
+    """How long a training's clips are, see Settings."""
+    if config.text_encoder == "words":
+        return TINY.clip_frames
+    return paper_settings(config, has_head=False).clip_frames
 
 
 def run(argv):

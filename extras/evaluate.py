@@ -4,6 +4,8 @@
     python -m extras.evaluate --photographs DIR     and how photographs survive: a piece of one moves over another
     python -m extras.evaluate curves runs/tiny      the curves of each stage once more
     python -m extras.evaluate compare out.mp4 real.mp4
+    python -m extras.evaluate papers FOLDER --protocol davis --out DIR --weights FILE --vae FILE --text-encoder DIR
+        --tracker FILE.py:FUNCTION          the papers' numbers, on DAVIS, Sora's clips or LLFF: see extras/protocols.py
 
 Scenes are drawn from seeds that training never uses. These are the claims of the README, not of the code.
 """
@@ -117,17 +119,19 @@ def videos_of(model, vae, clips, text=None, later=None, seed=0):
         text = text.expand(len(image), -1, -1).to(device)
     if later is not None:
         later = later.expand(len(image), -1, -1)
-        motion = with_texts(motion, text, later, model.config.chunk)
+        motion = with_texts(motion, text, later, model.config)
     sampler = sample.stream if model.config.causal else sample.sample_teacher
     for video in sampler(model, vae, image, motion, sample.Encoded(text), seed):
         yield video.cpu()
 
 
-def with_texts(motion, text, later, chunk):
+def with_texts(motion, text, later, config):
     """A Motion chunk by chunk, each with its text: `later` from the chunk on that lies in the second half."""
     half = motion.tracks.shape[1] / 2
-    for i, part in enumerate(sample.motion_by_chunk(motion, chunk)):
-        yield replace(part, text=later if 4 * chunk * i >= half else text)
+    start = 3                                                   # as the VAE packs frame 0
+    for part in sample.motion_by_chunk(motion, config.chunk, config.first_chunk):
+        yield replace(part, text=later if start >= half else text)
+        start += part.tracks.shape[1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -747,7 +751,13 @@ def run_compare(argv):
     print(", ".join(told))
 
 
-COMMANDS = {"curves": run_curves, "compare": run_compare}
+def run_papers(argv):
+    """Run one of the papers' protocols over a folder of clips, see extras/protocols.py."""
+    from extras import protocols
+    protocols.run_papers(argv)
+
+
+COMMANDS = {"curves": run_curves, "compare": run_compare, "papers": run_papers}
 
 
 def run(argv):

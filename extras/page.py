@@ -569,7 +569,9 @@ def chunks_to_make(live, take, recorder):
         take.obeyed = live.control
         take.begun = begun = time.monotonic()
         points = take.obeyed["points"]
-        frames = 4 * take.config.chunk - (3 if begins else 0)
+        frames = 4 * take.config.chunk
+        if begins:
+            frames = 4 * (take.config.first_chunk or take.config.chunk) - 3
         starts, tracks = glide(points, last, frames, begins)
         last = {(start_x, start_y): (x, y) for x, y, start_x, start_y, *_ in points}
         prompt = take.obeyed["prompt"]

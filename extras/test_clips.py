@@ -76,7 +76,7 @@ def assert_cropped_alike(clip, pictures, given):
     with torch.no_grad():
         latents = new_vae().encode(video / 127.5 - 1)[0].half()
     assert clip["latents"].equal(latents)
-    assert clip["first"].equal(video[0, :, 0])
+    assert "first" not in clip                  # only copying models need it
     moved = given["tracks"] * 0.75 - (0, 2)
     inside = (moved >= 0) & (moved < (48, 32))
     seen = given["visibility"] & inside.all(-1)
@@ -401,7 +401,7 @@ def test_tracks_are_of_the_frames_that_are_stored_even_if_those_are_late_or_not_
         assert_near(even["latents"].float(), late["latents"].float(), 0.2)
         for clip in late, wide:
             assert clip["tracks"].equal(even["tracks"])
-            assert (clip["first"].float() - even["first"].float()).abs().mean() < 6
+            assert (clip["latents"].float() - even["latents"].float()).abs().mean() < 0.1
         np.savez(data / "wide.npz", tracks=tracks, width=64, height=48)     # as the picture is seen
         files, _ = made(flags)
         assert load_file(files[2])["tracks"].equal(even["tracks"])

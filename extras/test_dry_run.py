@@ -1,0 +1,220 @@
+"""The dry run: its counts are those of real steps."""
+
+import contextlib
+import functools
+import importlib
+import unittest
+import unittest.mock
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils.flop_counter import FlopCounterMode
+
+import train_distill as td
+from extras import dry_run
+from extras.testing import folder, new_model, quiet, rand, seeded
+from motionstream import PRESETS, Config
+
+SMALL = Config(in_dim=32, track_dim=16, clip_dim=40, dim=96, ffn_dim=350, num_heads=3, num_layers=4,
+               text_dim=64, text_len=8, size=(64, 64), clean_first=False)
+
+
+def resolved(config=SMALL, *flags):
+    """A training of that config, on the CPU in float32."""
+    with quiet(), unittest.mock.patch.dict(PRESETS, {"wan2.1-1.3b": config}):
+        run = td.resolve(td.parse_flags(["--dry-run", "wan2.1-1.3b", *flags]))
+    return replace(run, device="cpu", dtype=torch.float32)
+
+
+def test_a_dry_run_tells_parameters_and_costs_and_makes_nothing():
+    resource = importlib.import_module("resource")                  # not on Windows
+    with folder() as here:
+        flags = ["--dry-run", "wan2.1-1.3b", "--out", str(here / "out"), "--no-checkpointing"]
+        flags += ["--set", "clip_frames=45", "--memory", "c3s2w6"]
+        costs = {name: dry_run.Cost(1e14, 2 ** 34, 3) for name in ("teacher", "causal", "distill")}
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with quiet() as (out, err), unittest.mock.patch.multiple(
+                dry_run, learning_costs=lambda run: costs, cost_of=lambda build, run: costs["teacher"],
+                counted=lambda build, run: costs["teacher"]):
+            assert td.main(flags) is None, err.getvalue()
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000        # KiB
+        assert not (here / "out").exists()
+    said = out.getvalue()
+    assert "\n1,418,996,800 parameters" in said and "| clip_frames | 45 |" in said, said
+    # 8 chunks of 3 latents of 1560 tokens, 1536 wide, key and value, 30 layers, 2 bytes
+    assert f"{24 * 1560 * 1536 * 2 * 30 * 2 / 2 ** 20:,.0f} MiB" in said, said
+    # 1e14 a clip, 614,400 of them, 396e12 a second
+    assert "| teacher, first stage | 614,400 | 100 | 1.8 | 0.45 | 0.22 |" in said, said
+    assert "| teacher, second stage | 102,400 | 100 | 0.3 |" in said and "| causal | 256,000 |" in said
+    # 26.4 GiB as in docs/training.md, and 16 of activations, on one card of 80 GB
+    assert "| teacher, first stage | 16 | 16 | 42.4 (80 GB) | 26.6 (48 GB) | 23.9 (48 GB) |" in said, said
+    assert "600,000 clips, first set" in said and "text 1.64" in said, said
+
+
+def test_the_flops_are_those_of_the_flop_counter_and_of_attentions_backward():
+    """torch counts no attention of the CPU's, so it is done by matrix products here: 2 forward and 4
+    backward; fused attention computes one of the two again, which makes 5."""
+    c = SMALL
+    run = resolved()
+    assert not run.start and run.checkpointing
+    kept = replace(run, checkpointing=False)
+
+    def by_products(q, k, v):
+        return (q @ k.mT).softmax(-1) @ v
+
+    _, step = dry_run.teaching(kept)
+    with FlopCounterMode(display=False) as counter, \
+            unittest.mock.patch.object(F, "scaled_dot_product_attention", by_products):
+        step()
+    tokens = 21 * (64 // 16) ** 2
+    product = 2 * tokens * (tokens + 8 + 257) * c.dim * c.num_layers    # of all attentions
+    plain = dry_run.cost_of(dry_run.teaching, kept)
+    assert abs(plain.flops / (counter.get_total_flops() + product) - 1) < 1e-3
+    recomputed = dry_run.cost_of(dry_run.teaching, run)
+    forward = recomputed.flops - plain.flops
+    assert 0.26 < forward / plain.flops < 0.32, "one more forward, of 3.2 to 3.5"
+    assert (plain.gathers, recomputed.gathers) == (2, 2)
+
+
+def saved_bytes(step_forward, known):
+    """What autograd keeps of a forward for the backward: whole storages, each once, but for those known."""
+    kept = {}
+    known = {tensor.untyped_storage().data_ptr() for tensor in known}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = step_forward()
+    return sum(kept.values()), loss
+
+
+def test_the_activations_are_what_autograd_saves():
+    kept = replace(resolved(), checkpointing=False)
+    networks, step = dry_run.teaching(kept)
+    model = networks[0]
+    x0, conditions = dry_run.batch_of(kept, 1, 21)
+    known = list(model.parameters()) + [x0] + list(conditions.values())
+
+    def forward():
+        return td.flow_loss(model, x0, torch.ones(1), conditions, None)
+
+    saved, loss = saved_bytes(forward, known)
+    del loss
+    with dry_run.Costs(known) as costs:
+        loss = forward()
+        held = costs.held
+    assert abs(held / saved - 1) < 0.05, (held, saved)
+    fake = dry_run.counted(dry_run.teaching, kept).held
+    with dry_run.Costs(known + [p.grad for p in model.parameters()]) as costs:
+        step()
+    assert abs(fake / costs.most - 1) < 0.01 and fake > saved, "on fake tensors as on real ones"
+
+
+def test_recomputation_keeps_a_blocks_input_and_costs_are_linear_in_layers():
+    run = resolved()
+    tokens = 21 * (64 // 16) ** 2
+    for each in run, replace(run, checkpointing=False):
+        for build in dry_run.teaching, functools.partial(dry_run.generating, exit_step=1):
+            told = dry_run.cost_of(build, each)
+            counted = dry_run.counted(build, each)
+            assert abs(told.flops / counted.flops - 1) < 1e-6 and told.gathers == counted.gathers
+            assert abs(told.held / counted.held - 1) < 0.02, (told.held, counted.held)
+    one, four = [dry_run.counted(dry_run.teaching, replace(run, config=replace(SMALL, num_layers=n)))
+                 for n in (1, 4)]
+    more = (four.held - one.held) / 3
+    block_input = 4 * tokens * SMALL.dim                                # float32
+    assert block_input <= more < 1.2 * block_input, more / block_input
+
+
+def test_a_rollout_is_of_the_length_and_memory_of_training():
+    run = resolved(replace(SMALL, num_layers=1))
+    told = dry_run.counted(functools.partial(dry_run.rolling, exit_step=1), run)
+    assert told.gathers == 7 * 3                    # two denoising passes and the clean one, of 7 chunks
+    longer = replace(run, settings=replace(run.settings, rollout=21))
+    assert dry_run.mean_chunks(run) == 7 and dry_run.mean_chunks(longer) == 10
+    told = dry_run.counted(functools.partial(dry_run.rolling, exit_step=1), longer)
+    assert told.gathers == 10 * 3
+
+
+@contextlib.contextmanager
+def two_fake_processes():
+    """As if there were another process, which nothing is sent to; what would be is noted: {"gather" or
+    "reduce": bytes that each sends}."""
+    sent = {"gather": 0, "reduce": 0}
+
+    def counting(kind, call):
+        def collective(*args, **more):
+            tensors = [value for value in (*args, *more.values()) if torch.is_tensor(value)]
+            sent[kind] += max(tensor.nbytes for tensor in tensors) / 2
+            return call(*args, **more)
+        return collective
+
+    patches = {}
+    for name in "all_gather_into_tensor", "all_gather_single":
+        if hasattr(td.dist, name):
+            patches[name] = counting("gather", getattr(td.dist, name))
+    for name in "reduce_scatter_tensor", "reduce_scatter_single":
+        if hasattr(td.dist, name):
+            patches[name] = counting("reduce", getattr(td.dist, name))
+    td.dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        with unittest.mock.patch.object(td, "PROCESSES", 2), \
+                unittest.mock.patch.multiple(td.dist, **patches):
+            yield sent
+    finally:
+        td.dist.destroy_process_group()
+
+
+def bytes_of_an_update(accumulate, every_step=False):
+    """What each of two processes sends for an update of a small model; every_step: gradients are reduced
+    in each of its steps."""
+    with two_fake_processes() as sent:
+        model = new_model().requires_grad_(True)
+        count = sum(p.numel() for p in model.parameters())
+        learner = td.Learner("toy", model, td.Learning(None, 1e-3), accumulate=accumulate)
+        x0 = rand(2, 4, 2, 4, 6)
+        for i in range(0, accumulate, 2):
+            if every_step:
+                model.set_requires_gradient_sync = lambda at_end: None
+            loss = td.flow_loss(model, x0, torch.rand(2, generator=seeded()), {}, x0[:, :, :1])
+            learner.step(loss, i)
+    return sent, count
+
+
+def test_gradients_are_sent_once_an_update_and_the_dry_run_counts_what_is_sent():
+    sent, count = bytes_of_an_update(accumulate=8)
+    before, _ = bytes_of_an_update(accumulate=8, every_step=True)
+    stage = dry_run.Stage("toy", 1, dry_run.Cost(0, 0, gathers=2), None, steps=8, reduced=1)
+    gathered, reduced, reduced_each = stage.sent(count, 2)
+    for told, counted in (gathered, sent["gather"]), (reduced, sent["reduce"]), \
+            (reduced_each, before["reduce"]):
+        assert abs(told / counted - 1) < 0.1, (told, counted)       # FSDP pads rows to the processes
+    assert before["reduce"] == 4 * sent["reduce"] and before["gather"] == sent["gather"]
+
+
+def test_the_smallest_card_that_is_not_full():
+    gib = dry_run.GIB
+    assert dry_run.smallest_card(21 * gib) == "24 GB" and dry_run.smallest_card(22 * gib) == "48 GB"
+    assert dry_run.smallest_card(72 * gib) == "141 GB" and dry_run.smallest_card(200 * gib) == "no card"
+
+
+def test_at_full_size_blocks_are_recomputed_unless_that_is_switched_off():
+    assert resolved().checkpointing and not resolved(SMALL, "--no-checkpointing").checkpointing
+    with quiet():
+        tiny = [td.resolve(td.parse_flags(["--dry-run", *flags])) for flags in ([], ["--checkpointing"])]
+    assert [run.checkpointing for run in tiny] == [False, True]
+
+
+def test_a_dry_run_of_another_config_tells_its_own_sizes():
+    run = resolved(replace(SMALL, clip_dim=0))
+    parts = dry_run.clip_bytes(run)
+    assert parts == {"latents": 2 * 16 * 21 * 8 * 8, "tracks": 81 * 2500 * 9, "text": 2 * 8 * 64}
+    assert dry_run.stream_cache(run) == 4 * 4 * 96 * 6 * 16
+    first = replace(run, config=replace(run.config, first_chunk=1))
+    assert dry_run.stream_cache(first) == 4 * 4 * 96 * 4 * 16
