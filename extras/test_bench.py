@@ -69,12 +69,21 @@ def test_every_part_of_a_chunk_is_counted_on_top_of_the_one_before():
         assert rows["MotionStream 1.3B, tiny VAE"][:2] == ["29.5", "0.39"]
 
 
-def test_flags_change_what_is_measured():
+def test_flags_change_what_is_measured_and_ask_for_a_long_stream_and_a_training_step():
+    assert bench.CLIP_LATENTS == 21
     # A product in bfloat16 takes seconds on some CPUs.
     with unittest.mock.patch.object(bench, "matmul_rate", lambda device, dtype: 1e12):
-        out, _ = table("--preset", "copies", "--memory", "c1s2w3", "--steps", "2", "--dtype", "bfloat16")
-    assert "chunk 1, sink 2, window 3, bfloat16" in out
+        out, rows = table("--preset", "copies", "--memory", "c2s2w3", "--steps", "2", "--dtype", "bfloat16",
+                          "--long", "100", "--training")
+    assert "chunk 2, sink 2, window 3, bfloat16" in out
     assert "2 passes" in out
+    long = r"^104 frames: [\d.]+ ms a chunk, .* MiB after \d+ chunks, [\d.]+ at the end$"
+    assert re.search(long, out, re.M), out
+    generator = rows["generator's step"]
+    critic = rows["critic's step"]
+    assert value(generator[2]) > value(critic[2]) > 0           # a teacher more
+    assert value(generator[0]) > 0
+    assert "6 latents" in generator[-1]
 
 
 def test_flags_that_cannot_be_are_refused_in_one_line():
@@ -86,18 +95,6 @@ def test_flags_that_cannot_be_are_refused_in_one_line():
             assert bench.main([flag, value_of]) == 2
         assert cure in err.getvalue()
         assert err.getvalue().count("\n") == 1, err.getvalue()
-
-
-def test_a_long_stream_and_a_training_step_are_measured_when_asked():
-    assert bench.CLIP_LATENTS == 21
-    out, rows = table("--preset", "copies", "--long", "100", "--training")
-    long = r"^108 frames: [\d.]+ ms a chunk, .* MiB after \d+ chunks, [\d.]+ at the end$"
-    assert re.search(long, out, re.M), out
-    generator = rows["generator's step"]
-    critic = rows["critic's step"]
-    assert value(generator[2]) > value(critic[2]) > 0           # a teacher more
-    assert value(generator[0]) > 0
-    assert "6 latents" in generator[-1]
 
 
 def test_a_training_step_has_gradients_of_the_generator_and_of_the_critic():

@@ -1298,18 +1298,21 @@ def recording_memories():
 def test_a_student_is_trained_with_the_memory_that_is_asked_for():
     with folder() as here, without_pictures(), patch.object(td, "CONTEXTS", ()):   # its own alone
         data = new_clips(here / "data", 1, 57, track_frames=69)
-        for name, wanted, *more in (
-            ("c2s3wfull", (2, 3, None), "--rollout", "8"),
-            ("c5s1w2", (5, 1, 2), "--set", "clip_frames=57"),
-            ("c12s1w1", (12, 1, 1)),
+        for name, wanted, latents, more in (
+            ("c2s3wfull", (2, 3, None), 12, ["--rollout", "8"]),
+            ("c5s1w2", (5, 1, 2), 15, ["--set", "clip_frames=57"]),
+            ("c12s1w1", (12, 1, 1), 12, []),
         ):
             out = here / "runs" / name
             out.mkdir(parents=True)
             saved(out / "teacher.safetensors", new_model(causal=False, steps=3))
             flags = own_flags(here, data, "--out", out) + more + FEW
-            with recording_memories() as memories:
+            with recording_memories() as memories, \
+                    patch.object(td, "flow_loss", wraps=td.flow_loss) as critic:
                 one_step_each(flags + ["--memory", name], "causal", "distill")
             assert memories == {wanted}
+            judged = {call.args[1].shape[2] for call in critic.call_args_list}
+            assert judged == {latents}, "whole clips"
             for weights in "causal", "student":
                 config = MotionStream.from_pretrained(out / f"{weights}.safetensors").config
                 assert (config.chunk, config.sink, config.window) == wanted
@@ -1346,13 +1349,12 @@ def test_the_vae_is_trained_on_clips_that_hold_video():
 def test_clips_may_be_longer():
     with folder() as here, without_pictures():
         flags = own_flags(here, new_clips(here / "data", frames=69))
-        longer = flags + FEW + ["--set", "clip_frames=57"]
         with patch.object(td, "flow_loss", wraps=td.flow_loss) as loss:
-            one_step_each(longer, "teacher", "causal", "distill")
+            one_step_each(flags + ["--set", "clip_frames=57"], "teacher")
         lengths = {call.args[1].shape[2] for call in loss.call_args_list}
         assert lengths == {15}, "57 frames are 15 latents"
-        longest = flags + FEW + ["--set", "clip_frames=69"]
-        said = refusal(longest + ["--stage", "distill", "--steps", 1])
+        longest = flags + ["--set", "clip_frames=69"]
+        said = refusal(longest + ["--stage", "teacher", "--steps", 1])
         assert "of other settings (clip_frames 57, now 69" in said
 
 
