@@ -1266,6 +1266,7 @@ def test_in_a_browser_a_button_and_a_key_record_and_the_page_says_into_what():
         browser.until(f"/^● recording[.]mp4, [0-9.]+ s/.test({said})")
         assert browser.run(pressed) == "true"
         assert page.status()["record"]
+        browser.until(f"parseFloat({said}.split(', ')[1]) > 0.4")       # seconds
         browser.key("v")
         browser.until(f"/^recording[.]mp4, [0-9.]+ s/.test({said})")
         assert browser.run(pressed) == "false"
