@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import math
 import re
+import os
 import shutil
 import subprocess
 import sys
