@@ -3,8 +3,8 @@
 import contextlib
 import itertools
 import math
-import re
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -102,7 +102,9 @@ def last_picture(flags):
     path = here / "last.png"
     code, _, err = run_with(flags + ["--frames", 5, "--out", path])
     assert code == 0, err
-    return np.asarray(Image.open(path))
+    picture = np.asarray(Image.open(path))
+    path.unlink()
+    return picture
 
 
 def test_guidance_flags_reach_the_teacher():
