@@ -32,7 +32,7 @@ def narrow(channels, patch):
 def table(*words):
     """(What bench prints, {name of a row: its cells}), of small models."""
     presets = unittest.mock.patch.dict(bench.PRESETS, SMALL_PRESETS)
-    small = unittest.mock.patch.multiple(bench, TinyVAEConfig=narrow, CLIP_LATENTS=6)
+    small = unittest.mock.patch.multiple(bench, TinyVAEConfig=narrow, CLIP_LATENTS=2)
     with quiet() as (out, err), presets, small:
         code = bench.main(list(words) + ["--repeats", "1"])
     assert code == 0, err.getvalue()
@@ -83,7 +83,7 @@ def test_flags_change_what_is_measured_and_ask_for_a_long_stream_and_a_training_
     critic = rows["critic's step"]
     assert value(generator[2]) > value(critic[2]) > 0           # a teacher more
     assert value(generator[0]) > 0
-    assert "6 latents" in generator[-1]
+    assert "2 latents" in generator[-1]
 
 
 def test_flags_that_cannot_be_are_refused_in_one_line():

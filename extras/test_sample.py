@@ -69,14 +69,16 @@ IN_A_COPY = """
 import os, sys, sample
 flags = "--image assets/drag.png --tracks assets/drag.npz --frames 9".split()
 assert sample.main(flags) == 0
-flags += ["--frames", "1", "--out", "out.png"]
+flags += ["--frames", "1", "--steps", "1", "--out", "out.png"]
 reader, writer = os.pipe()
 os.close(reader)
 for unbuffered in True, False:
     if os.fork() == 0:
         os.dup2(writer, 1)
         sys.stdout.reconfigure(write_through=unbuffered)
-        sys.exit(sample.main(flags))
+        code = sample.main(flags)
+        sys.stdout.flush()                      # as Python does at its end, which takes a second
+        os._exit(code)
     _, status = os.wait()
     print(os.waitstatus_to_exitcode(status), flush=True)
 """
