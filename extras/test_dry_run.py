@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_distill as td
 from extras import dry_run
+from extras.test_train import in_two_processes
 from extras.testing import folder, new_model, quiet, rand, seeded
 from motionstream import PRESETS, Config
 
@@ -135,11 +136,11 @@ def test_recomputation_keeps_a_blocks_input_and_costs_are_linear_in_layers():
 def test_a_rollout_is_of_the_length_and_memory_of_training():
     run = resolved(replace(SMALL, num_layers=1))
     told = dry_run.counted(functools.partial(dry_run.rolling, exit_step=1), run)
-    assert told.gathers == 7 * 3                    # two denoising passes and the clean one, of 7 chunks
+    assert told.gathers == 7 * 3 - 1            # two denoising passes of 7 chunks, clean ones of 6
     longer = replace(run, settings=replace(run.settings, rollout=21))
-    assert dry_run.mean_chunks(run) == 7 and dry_run.mean_chunks(longer) == 10
+    assert dry_run.mean_chunks(run) == 7 and dry_run.mean_chunks(longer) == 11
     told = dry_run.counted(functools.partial(dry_run.rolling, exit_step=1), longer)
-    assert told.gathers == 10 * 3
+    assert told.gathers == 11 * 3 - 1
 
 
 @contextlib.contextmanager
@@ -171,17 +172,15 @@ def two_fake_processes():
         td.dist.destroy_process_group()
 
 
-def bytes_of_an_update(accumulate, every_step=False):
-    """What each of two processes sends for an update of a small model; every_step: gradients are reduced
-    in each of its steps."""
+def bytes_of_an_update(accumulate, **more):
+    """What each of two processes sends for an update of a small model. more: of a Learner."""
     with two_fake_processes() as sent:
         model = new_model().requires_grad_(True)
         count = sum(p.numel() for p in model.parameters())
-        learner = td.Learner("toy", model, td.Learning(None, 1e-3), accumulate=accumulate)
+        how = td.Learning(None, 1e-3)
+        learner = td.Learner("toy", model, how, accumulate=accumulate, **more)
         x0 = rand(2, 4, 2, 4, 6)
         for i in range(0, accumulate, 2):
-            if every_step:
-                model.set_requires_gradient_sync = lambda at_end: None
             loss = td.flow_loss(model, x0, torch.rand(2, generator=seeded()), {}, x0[:, :, :1])
             learner.step(loss, i)
     return sent, count
@@ -189,7 +188,7 @@ def bytes_of_an_update(accumulate, every_step=False):
 
 def test_gradients_are_sent_once_an_update_and_the_dry_run_counts_what_is_sent():
     sent, count = bytes_of_an_update(accumulate=8)
-    before, _ = bytes_of_an_update(accumulate=8, every_step=True)
+    before, _ = bytes_of_an_update(accumulate=8, shard_gradients=True)
     stage = dry_run.Stage("toy", 1, dry_run.Cost(0, 0, gathers=2), None, steps=8, reduced=1)
     gathered, reduced, reduced_each = stage.sent(count, 2)
     for told, counted in (gathered, sent["gather"]), (reduced, sent["reduce"]), \
@@ -202,6 +201,15 @@ def test_the_smallest_card_that_is_not_full():
     gib = dry_run.GIB
     assert dry_run.smallest_card(21 * gib) == "24 GB" and dry_run.smallest_card(22 * gib) == "48 GB"
     assert dry_run.smallest_card(72 * gib) == "141 GB" and dry_run.smallest_card(200 * gib) == "no card"
+
+
+def test_gradients_are_whole_or_shared_as_the_settings_say():
+    run = resolved()
+    shared = replace(run, settings=replace(run.settings, shard_gradients=True))
+    assert dry_run.kept_bytes(run, 1, 1) == {"sharded": 16, "whole": 4}
+    assert dry_run.kept_bytes(shared, 1, 1) == {"sharded": 20}
+    assert dry_run.kept_bytes(run, 2, 1, frozen=1) == {"sharded": 32, "whole": 8}
+    assert td.PAPER_5B.shard_gradients and not td.PAPER.shard_gradients
 
 
 def test_at_full_size_blocks_are_recomputed_unless_that_is_switched_off():
@@ -218,3 +226,23 @@ def test_a_dry_run_of_another_config_tells_its_own_sizes():
     assert dry_run.stream_cache(run) == 4 * 4 * 96 * 6 * 16
     first = replace(run, config=replace(run.config, first_chunk=1))
     assert dry_run.stream_cache(first) == 4 * 4 * 96 * 4 * 16
+
+
+def test_gradients_that_are_shared_after_every_step_are_the_same():
+    child = """if True:
+        td.dist.init_process_group("gloo")
+        kept = []
+        for shared in False, True:
+            model = test.new_model().requires_grad_(True)
+            learner = td.Learner("toy", model, td.Learning(None, 1e-3), accumulate=4, shard_gradients=shared)
+            with test.keeping_gradients(kept), test.counting_reductions() as reduced:
+                for i in range(td.RANK, 4, 2):
+                    torch.manual_seed(i)
+                    learner.step(test.toy_loss(model), i)
+            kept.append(len(reduced))
+        whole, once, shared, often = kept
+        assert often == 2 * once > 0, (once, often)
+        for a, b in zip(whole, shared, strict=True):
+            assert (a - b).abs().max() <= 1e-5 * a.abs().max()
+        td.dist.destroy_process_group()"""
+    in_two_processes(child)()
