@@ -341,8 +341,8 @@ def learning_costs(run):
 
 
 def kept_bytes(run, trained, averaged, frozen=0):
-    """(Bytes a parameter that the GPUs share, and that each has whole) of so many networks in float32:
-    4 of weights, 8 of AdamW's, 4 of gradients; and 4 of averages."""
+    """{"sharded", "whole": bytes a parameter}, fields of Stage, for so many networks in float32: 4 of
+    weights, 8 of AdamW's and 4 of gradients if they are trained, 4 of an average."""
     shared = 12 * trained + 4 * averaged + 4 * frozen
     gradients = 4 * trained
     if run.settings.shard_gradients:

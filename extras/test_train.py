@@ -981,7 +981,7 @@ def test_every_stage_runs_from_weights_of_wan_in_the_papers_two_stages_of_the_te
         return euler(model, *args)
 
     with folder() as here, unittest.mock.patch.multiple(
-            td, dense_subset=lambda visible, pauses, chunk: masks.append(pauses) or subset(visible, pauses, chunk), euler=few), \
+            td, dense_subset=lambda visible, pauses, *of: masks.append(pauses) or subset(visible, pauses, *of), euler=few), \
             unittest.mock.patch.object(MotionStream, "forward", record):
         c = replace(STUB, in_dim=32, clip_dim=32, size=(32, 48), clean_first=False)
         data = new_clips(here / "data", 2, 81, replace(c, text_dim=4096), clip=rand(257, 32))
