@@ -126,7 +126,7 @@ def test_recomputation_keeps_a_blocks_input_and_costs_are_linear_in_layers():
         told = dry_run.cost_of(build, each)
         counted = dry_run.counted(build, each)
         assert abs(told.flops / counted.flops - 1) < 1e-6 and told.gathers == counted.gathers
-        assert abs(told.held / counted.held - 1) < 0.02, (told.held, counted.held)
+        assert abs(told.held / counted.held - 1) < 0.05, (told.held, counted.held)
     one, four = [dry_run.counted(dry_run.teaching, replace(run, config=replace(SMALL, num_layers=n)))
                  for n in (1, 4)]
     more = (four.held - one.held) / 3
