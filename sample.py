@@ -162,6 +162,11 @@ def stream(model, vae, image, motion, encoded=Encoded(), seed=0, **memory):
     an iterator of one for each chunk (see live_motion), asked for the next just before it is made, so
     that tracks and text can change while it streams. memory: chunk, sink and window, if they are not
     the config's."""
+    yield from decode(vae, stream_latents(model, vae, image, motion, encoded, seed, **memory))
+
+
+def stream_latents(model, vae, image, motion, encoded=Encoded(), seed=0, **memory):
+    """`stream` before it is decoded: an iterator of (B, C, chunk, h, w)."""
     config = replace(model.config, **memory)
     first = config.first_chunk or config.chunk
     image = image.to(next(model.parameters()).device)
@@ -174,7 +179,7 @@ def stream(model, vae, image, motion, encoded=Encoded(), seed=0, **memory):
         motion = motion_by_chunk(motion, config.chunk, config.first_chunk)
     given = conditions(model, vae, image, motion, encoded, channels)
     caches = model.new_caches(**memory)
-    yield from decode(vae, rollout(model, noise, given, first_latent, rng=rng, caches=caches))
+    return rollout(model, noise, given, first_latent, rng=rng, caches=caches)
 
 
 @torch.inference_mode()
@@ -209,9 +214,49 @@ def latent_frames(frames, chunk, first=None):
     return first + max(after, 0) * chunk
 
 
+def to_bytes(video):
+    """Video (1, 3, T, H, W) in [-1, 1] to a uint8 tensor (T, H, W, 3)."""
+    pixels = (video[0].float() + 1) * 127.5                 # (3, T, H, W)
+    return pixels.round().byte().permute(1, 2, 3, 0).contiguous()
+
+
 def to_frames(video):
-    """Video (1, 3, T, H, W) in [-1, 1] to uint8 (T, H, W, 3)."""
-    return ((video[0] + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
+    """Video (1, 3, T, H, W) in [-1, 1] to a uint8 array (T, H, W, 3)."""
+    return to_bytes(video).cpu().numpy()
+
+
+def decode_beside(vae, latents):
+    """On a GPU: latents, an iterable of (1, C, f, h, w), to frames in the CPU's memory, on a second CUDA
+    stream. Yields each chunk's, a uint8 tensor (T, H, W, 3), and the event after which they are there."""
+    beside = None
+    state = None
+    for chunk in latents:
+        if beside is None:
+            beside = torch.cuda.Stream(chunk.device)
+        beside.wait_stream(torch.cuda.current_stream(chunk.device))
+        chunk.record_stream(beside)             # its memory is not used again before it is decoded
+        with torch.cuda.stream(beside):
+            video, state = vae.decode(chunk, state)
+            frames = to_bytes(video).to("cpu", non_blocking=True)
+            copied = beside.record_event()
+        yield frames, copied
+
+
+def frames_ahead(vae, latents):
+    """On a GPU: latents to frames, as to_frames makes them. A chunk is decoded and handed out while the
+    next one is made, whose tracks are therefore asked for before anyone has seen this one."""
+    chunks = itertools.chain(decode_beside(vae, latents), [None])
+    for (frames, copied), _ in itertools.pairwise(chunks):      # the next one is begun before we wait
+        copied.synchronize()
+        yield frames.numpy()
+
+
+def decoded_frames(vae, latents, ahead):
+    """Latents of a stream to frames, as to_frames makes them, chunk by chunk. ahead: by frames_ahead if
+    there is a GPU, for a stream whose tracks do not depend on what is seen."""
+    if ahead and next(vae.parameters()).device.type == "cuda":
+        return frames_ahead(vae, latents)
+    return map(to_frames, decode(vae, latents))
 
 
 # What the shipped tiny model has read in training: "fading light, spinning shapes" (extras/world.py).
@@ -727,6 +772,7 @@ class Flags:
     vae: Path | None
     device: str
     dtype: str
+    compile: bool
     text_encoder: Path | None
     image_encoder: Path | None
     negative_prompt: str | None
@@ -761,6 +807,7 @@ def add_flags(parser):
     add("--vae", help="default: the tiny model's, or the one in the folder of --weights", **file)
     add("--device", default="auto", help="cpu, cuda, …; default: cuda if there is one")
     add("--dtype", default="auto", choices=("auto",) + DTYPES, help="auto: float32 on the CPU, else bfloat16")
+    add("--compile", action="store_true", help="the DiT's blocks by torch.compile: slower for a minute, then faster")
     add("--text-encoder", help="a -Diffusers repository with it; default: --weights, if it is one", **file)
     add("--image-encoder", help="the same of CLIP; default: that of --text-encoder", **file)
     add("--negative-prompt", metavar="TEXT", help="guidance avoids it; default: Wan's")
@@ -887,6 +934,7 @@ def refuse(job, flags, weights):
         (not streams and flags.memory, "--memory belongs to --sampler stream"),
         (streams and config.window is None and job.frames > HISTORY and not flags.memory,
          f"trained to remember {HISTORY} frames, all of them; add --memory c{config.chunk}s1w5 for more"),
+        (streams and config.window is None and flags.compile, GROWS),
         (streams and config.has_mask,
          "takes the image as a clip with a mask, which cannot stream; use --sampler teacher"),
         (not config.track_dim and (job.moved or weight),
@@ -949,6 +997,28 @@ def check_files(job, flags, weights, image):
     check_memory(weights.count * getattr(torch, job.dtype).itemsize, weights.path, job.device)
 
 
+GROWS = "--compile needs a cache that stops growing, this one keeps all chunks; add --memory c3s1w5"
+
+
+def compile_blocks(model):
+    """torch.compile, for each block of a model. They share what is compiled, which the layers of a whole
+    model would not. It is compiled anew for each length of the cache, with `write` and without, until the
+    cache is full. UserError if that would never be, or if torch finds no compiler."""
+    config = model.config
+    if config.causal and config.window is None:
+        raise UserError(GROWS)
+    try:
+        torch.compile(torch.neg)(next(model.parameters())[:1])
+    except RuntimeError as e:
+        raise UserError(f"--compile: torch.compile does not work here ({reason_of(e)})") from None
+    if config.causal:       # beyond the limit nothing is compiled; the page has chunks of one, too
+        lengths = (config.chunk + 1) * (config.sink + config.window + 1)
+        limit = torch._dynamo.config.recompile_limit
+        torch._dynamo.config.recompile_limit = max(limit, 2 * lengths)
+    for block in model.blocks:
+        block.compile()
+
+
 def encode_inputs(job, flags, weights, image):
     """What a Job's model reads beside the tracks. image (1, 3, H, W) in [-1, 1]."""
     if job.config.text_encoder == "words":
@@ -966,6 +1036,8 @@ def load_models(job, flags, weights, image):
     encoded = encode_inputs(job, flags, weights, image)
     dit = MotionStream.from_pretrained(weights.path, dtype=getattr(torch, job.dtype), device=job.device,
                                        **vars(job.config))
+    if flags.compile:
+        compile_blocks(dit)
     c = dit.config
     how = f"teacher, whole clip, {c.steps} steps"
     if c.causal:
@@ -1008,11 +1080,14 @@ def generate(job, models, image, motion):
         frames = FRAMES * latents - (FRAMES - 1)
         motion = replace(motion, control=render_control(models.vae, motion, config.size, frames))
     if config.causal:
-        videos = stream(models.dit, models.vae, image, motion, models.encoded, job.seed,
-                        chunk=config.chunk, sink=config.sink, window=config.window)
+        latents = stream_latents(models.dit, models.vae, image, motion, models.encoded, job.seed,
+                                 chunk=config.chunk, sink=config.sink, window=config.window)
+        live = job.frames is None
+        chunks = decoded_frames(models.vae, latents, ahead=not live)
     else:
         videos = sample_teacher(models.dit, models.vae, image, motion, models.encoded, job.seed)
-    frames = itertools.chain.from_iterable(map(to_frames, videos))
+        chunks = map(to_frames, videos)
+    frames = itertools.chain.from_iterable(chunks)
     yield from itertools.islice(frames, job.frames)
 
 

@@ -130,7 +130,7 @@ class Settings:
     # teacher to student, on clips that do not say what is an object
     p_sparse: float = 0.5           # clips with few tracks or none, see given_tracks
     # causal
-    causal_from: str = "trajectories"       # of the teacher [P]; or "clips", see CAUSAL_FROM
+    causal_from: str = "trajectories"       # of the teacher [P]; or see CAUSAL_FROM
     corrupt_context: bool = True    # see corrupt_context
     # distill
     critic_steps: int = 5           # critic updates for one of the generator (appendix D) [P]
@@ -1645,9 +1645,6 @@ def draw_noised_clips(run, files, count):
     return states, x0, batch.points, batch.conditions
 
 
-CAUSAL_FROM = {"trajectories": draw_trajectories, "clips": draw_noised_clips}
-
-
 def corrupt_context(x0, first):
     """Corrupted-context augmentation: clean latents (B, C, F, h, w) as a memory gone wrong. In half of
     the clips, a rectangle of all chunks but the first shows frame 0 again, so that what left it is
@@ -1700,33 +1697,75 @@ def causal_loss(model, states, x0, past, conditions, context, channel_weight=1.0
     return loss / x0.numel()
 
 
-def train_causal(run):
-    """Stage 3. The student from the teacher, on the teacher's ODE trajectories or on clips."""
+def causal_step(run, student, vae, drawn, channel_weight):
+    """causal_loss of what draw_trajectories or draw_noised_clips gave, with a random context."""
+    states, x0, points, conditions = drawn
+    own = (run.config.sink, run.config.window)
+    contexts = (own, own, own) + CONTEXTS
+    context = contexts[int(torch.randint(0, len(contexts), ()))]
+    conditions = conditions | motion_inputs(student, **points, vae=vae)
+    past = x0
+    if run.settings.corrupt_context:
+        past = corrupt_context(x0, run.config.first_chunk or run.config.chunk)
+    return causal_loss(student, states, x0, past, conditions, context, channel_weight)
+
+
+def loss_on_trajectories(run, student, vae, files, channel_weight):
+    """Of random trajectories of the teacher, the paper's way."""
+    drawn = draw_trajectories(run, files, run.settings.batch)
+    return causal_step(run, student, vae, drawn, channel_weight)
+
+
+def loss_on_clips(run, student, vae, files, channel_weight):
+    """Of random clips, by teacher forcing."""
+    drawn = draw_noised_clips(run, files, run.settings.batch)
+    return causal_step(run, student, vae, drawn, channel_weight)
+
+
+def loss_on_rollouts(run, student, vae, files, channel_weight):
+    """Of random clips that the student makes from pure noise, chunk by chunk as at inference: it learns
+    what the truth is, given its own past, faults and all. Self-Forcing's rollout with a regression in
+    place of DMD: it gives the mean of what may be, which DMD sharpens."""
     s = run.settings
-    draw = CAUSAL_FROM[s.causal_from]
+    batch = draw_batch(run, files, s.batch, run.clip_latents)
+    config = run.config
+    exit_step = int(torch.randint(0, len(config.sigmas), ()))
+    conditions = batch.conditions | motion_inputs(student, **batch.points, vae=vae)
+    given = split_conditions(conditions, config.chunk, config.first_chunk)
+    sizes = chunk_sizes(batch.latents.shape[2], config.chunk, config.first_chunk)
+    noise = torch.randn_like(batch.latents).split(sizes, 2)
+    first_latent = first_latent_of(config, batch.latents)
+    made = rollout(student, noise, given, first_latent, exit_step)
+    x0 = torch.cat(list(itertools.islice(made, len(noise))), 2)
+    cell_weight = 1 + s.track_weight * batch.touched[:, None]           # (B, 1, F, h, w)
+    return ((x0 - batch.latents).square() * channel_weight * cell_weight).mean()
+
+
+CAUSAL_FROM = {"trajectories": loss_on_trajectories, "clips": loss_on_clips,
+               "rollouts": loss_on_rollouts}
+
+
+def train_causal(run):
+    """Stage 3. The student from the teacher: on the teacher's ODE trajectories, on clips, or on its own
+    rollouts, see CAUSAL_FROM."""
+    s = run.settings
+    loss_of = CAUSAL_FROM[s.causal_from]
     files = training_clips(run, run.clip_latents)       # in all processes: they wait for each other
-    if draw == draw_trajectories:
+    if s.causal_from == "trajectories":
         files = make_trajectories(run, files)
     vae = run.load_vae()
     student = run.load("teacher", causal=True, **run.context)
     student.requires_grad_(True)
     student.track_head.requires_grad_(False)            # frozen after the teacher (appendix D)
     weight = latent_weight(vae, student.config, torch.ones(1, device=run.device))
-    own = (run.config.sink, run.config.window)
-    contexts = (own, own, own) + CONTEXTS
     learner = Learner("causal", student, s.causal, updates=s.causal_steps // s.causal_accumulate,
                       accumulate=s.causal_accumulate, shard_gradients=s.shard_gradients)
     if run.checkpointing:
         recompute_blocks(student)
     loop = Loop(run, "causal", s.causal_steps, learner)
     for i in loop:
-        states, x0, points, conditions = draw(run, files, s.batch)
-        context = contexts[int(torch.randint(0, len(contexts), ()))]
         with run.autocast():
-            conditions |= motion_inputs(student, **points, vae=vae)
-            first = run.config.first_chunk or run.config.chunk
-            past = corrupt_context(x0, first) if s.corrupt_context else x0
-            loss = causal_loss(student, states, x0, past, conditions, context, weight)
+            loss = loss_of(run, student, vae, files, weight)
         loop.log(loss=loss, grad=learner.step(loss, i))
         if ends_update(i, s.causal_accumulate):
             export_weights(run, "causal", learner.average, i // s.causal_accumulate + 1)

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train_distill as td
 from extras.testing import (HERE, SMALL_VAE, WAN22, all_equal, clip_of, folder, linear_vae,
@@ -133,13 +134,11 @@ def test_the_readme_names_what_the_code_has():
 
 def test_commands_in_the_readme_and_docs_have_flags_that_the_programs_know():
     pages = [readme()] + [page.read_text() for page in docs()]
-    text = "".join(pages)
-    commands = re.findall(r"python (-m extras\.\w+|\w+\.py)([^`\n]*)", text)
+    commands = re.findall(r"python (-m extras\.\w+|\w+\.py)([^`\n]*)", "".join(pages))
     assert len(commands) > 40, commands
-    recipes = re.findall(r"[Ss]ave it as `(\w+\.py)`", text)     # which the reader writes
     training = (HERE / "train_distill.py").read_text()          # some of extras take its flags too
     for program, words in commands:
-        if program in recipes:
+        if re.search(f"[Ss]ave it as `{program}`", "".join(pages)):     # a recipe, given there
             continue
         module = program.removeprefix("-m ").removesuffix(".py")
         known = file_of(module).read_text()
@@ -186,6 +185,8 @@ def lifted(file, names, **given):
         "math": math,
         "itertools": itertools,
         "dataclass": dataclass,
+        "SDPBackend": SDPBackend,
+        "sdpa_kernel": sdpa_kernel,
     }
     space |= given
     for node in ast.parse((HERE / file).read_text()).body:
@@ -203,7 +204,7 @@ def name_of(node):
 
 
 FLOW = ["per_frame", "add_noise", "to_x0", "shift_sigma", "with_first"]
-ATTENTION = ["KVCache", "RMSNorm", "apply_rope", "attend", "SelfAttention"]
+ATTENTION = ["KVCache", "RMSNorm", "apply_rope", "ATTENTION", "attend", "SelfAttention"]
 HEAD = ["FRAMES", "sinusoid", "inside_picture", "cell_of", "TrackHead"]
 GUIDANCE = ["joint_guidance", "without", "guided_velocity"]
 VAE = ["FRAMES", "check_video"]
@@ -243,7 +244,7 @@ def test_the_track_head_runs_from_its_own_source():
 
 
 def test_rollout_runs_from_its_own_source():
-    own = lifted("motionstream.py", FLOW + ["split_conditions", "rollout"])
+    own = lifted("motionstream.py", FLOW + ["chunk_sizes", "split_conditions", "rollout"])
     model = new_model()
     noise, given, first = clip_of(8)
     expected = list(rollout(model, noise, given, first, rng=seeded()))

@@ -129,8 +129,8 @@ def test_sparse_tracks_reach_the_teacher_the_trajectories_the_causal_student_and
     def nothing(visible, group):
         return torch.zeros_like(visible)
 
-    for stage, start in itertools.product(STAGES, ("trajectories", "clips")):
-        if start == "clips" and stage != "causal":
+    for stage, start in itertools.product(STAGES, td.CAUSAL_FROM):
+        if start != "trajectories" and stage != "causal":
             continue
         more = ["--set", "p_sparse=1", "--set", "dense_share=0", "--set", f"causal_from={start}"]
         with folder() as here, unittest.mock.patch.object(td, "user_tracks", nothing), \
@@ -240,6 +240,34 @@ def test_a_causal_student_starts_from_clips_without_a_trajectory():
         assert not same(student.state_dict(), new_model().half().state_dict())
 
 
+def test_a_causal_student_learns_from_its_own_rollouts_what_the_truth_is():
+    made = []
+    truth = []
+    draw_batch = td.draw_batch
+
+    def keep(*args):
+        truth.append(draw_batch(*args))
+        return truth[-1]
+
+    def record(model, noise, conditions, first_latent, exit_step):
+        assert len(noise) == 4 and first_latent.shape[2] == 1
+        for chunk in rollout(model, noise, conditions, first_latent, exit_step):
+            made.append(chunk)
+            yield chunk
+
+    with folder() as here, quiet():
+        before(here)
+        run = small_run(here, ["--set", "causal_from=rollouts", "--set", "track_weight=0"])
+        files = td.training_clips(run, run.clip_latents)
+        student = new_model().requires_grad_(True)
+        with unittest.mock.patch.multiple(td, rollout=record, draw_batch=keep):
+            loss = td.loss_on_rollouts(run, student, None, files, 2.0)
+    x0 = torch.cat(made, 2)
+    assert_near(loss, 2 * (x0 - truth[0].latents).square().mean(), 1e-5)
+    loss.backward()
+    assert student.blocks[0].ffn[0].weight.grad.abs().max() > 0
+
+
 def test_a_causal_student_learns_from_clips():
     torch.manual_seed(0)
     model = new_model().requires_grad_(True)
@@ -262,7 +290,7 @@ def test_two_starts_of_two_seeds_are_compared_by_the_experiments():
     common, rows = experiments.tables(config, 1, 45)["causal start, drag"]
     starts = {row["start"] for row in rows}
     assert {(start.causal_from, start.seed) for start in starts} == set(
-        itertools.product(("trajectories", "clips"), (0, 1)))
+        itertools.product(("trajectories", "clips", "rollouts"), (0, 1)))
     assert common["measure"] == experiments.started_row
     fits = {"size": (32, 32), "text_dim": 64}
     how = experiments.Start("clips", steps=1, clips=2, seed=1)
@@ -284,7 +312,7 @@ def test_two_starts_of_two_seeds_are_compared_by_the_experiments():
 def test_a_start_that_there_is_not_is_refused_in_one_line():
     with quiet() as (_, err):
         assert td.main(["--set", "causal_from=nowhere"]) == 2
-    assert "causal_from=nowhere: is one of trajectories, clips" in err.getvalue()
+    assert "causal_from=nowhere: is one of trajectories, clips, rollouts" in err.getvalue()
     assert len(err.getvalue().strip().splitlines()) == 1
 
 
