@@ -198,12 +198,8 @@ def saved(path, model, change=None, dtype=None, **meta):
 
 # Public weights. Small models, but with Wan's heads of 128 channels, whose RoPE splits 44 / 42 / 42.
 WAN = replace(PRESETS["wan2.1-1.3b"], dim=256, ffn_dim=320, num_heads=2, num_layers=2, text_dim=24)
-<<<<<<< HEAD
-WAN_5B = replace(WAN, in_dim=48, out_dim=48, first_chunk=1, stride=16, size=(704, 1280), fps=24)
-=======
 WAN_5B = replace(
     WAN, in_dim=48, out_dim=48, first_chunk=1, stride=16, size=(704, 1280), fps=24)
->>>>>>> main
 FAMILIES = {                # and what they want of the image: nothing, its latent, a mask before it
     "Wan 2.1 T2V":
         (WAN, "nothing"),
