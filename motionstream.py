@@ -785,7 +785,9 @@ def rollout(model, noise, conditions, first_latent=None, exit_step=None, rng=Non
     if caches is None:
         caches = model.new_caches()
     if torch.is_tensor(noise):
-        noise = noise.split(chunk_sizes(noise.shape[2], c.chunk, c.first_chunk), 2)
+        first = c.first_chunk or c.chunk
+        starts = range(first, noise.shape[2], c.chunk)          # of the chunks after the first
+        noise = noise.tensor_split(tuple(starts), 2)
     if isinstance(conditions, dict):
         conditions = split_conditions(conditions, c.chunk, c.first_chunk)
     for x, condition in zip(noise, conditions):

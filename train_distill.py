@@ -139,6 +139,8 @@ class Settings:
     drawn_memory: bool = False      # chunk, sink, window of each rollout drawn, see draw_rollout
     beta: float = 0.5               # a clip weighs exp(reward / beta) (Reward Forcing, eq. 11)
     export_every: int = 0           # updates between weights to choose from, but for the vae's; 0: none
+    # how
+    shard_gradients: bool = False   # reduced every step, not every update: less memory, more to send
     # how often
     checkpoint_minutes: float = 5   # between checkpoints; on a signal one is written anyway
     # dry run
@@ -187,8 +189,13 @@ PAPER_STAGE_2 = replace(
 
 # The 5B model's second stage has clips of 121 frames, 5 s at 24 a second, and 400 updates (appendix D);
 # that its first stage has as long ones is ours.
-PAPER_5B = replace(PAPER, clip_frames=121)
-PAPER_5B_STAGE_2 = replace(PAPER_STAGE_2, clip_frames=121, teacher_steps=400 * 128)
+PAPER_5B = replace(PAPER, clip_frames=121, shard_gradients=True)
+PAPER_5B_STAGE_2 = replace(
+    PAPER_STAGE_2,
+    clip_frames=121,
+    teacher_steps=400 * 128,
+    shard_gradients=True,           # whole ones of two networks are 40 GB on every GPU
+)
 
 SMOKE = {"vae_steps": 4, "teacher_steps": 4, "causal_steps": 3, "distill_steps": 6,
          "vae_clips": 8, "clips": 16, "trajectories": 8}
@@ -197,7 +204,7 @@ SMOKE = {"vae_steps": 4, "teacher_steps": 4, "causal_steps": 3, "distill_steps":
 REPORT_EVERY = {"teacher": 200, "distill": 50}
 
 # What may be another when a training is resumed: nothing that is learned depends on it.
-FREE = ("tflops", "checkpoint_minutes", "export_every")
+FREE = ("tflops", "checkpoint_minutes", "export_every", "shard_gradients")
 
 NEUTRAL = PRESETS["tiny"].prompt
 WEIGHTS = {"vae": "vae", "teacher": "teacher", "causal": "causal", "distill": "student"}
@@ -455,13 +462,15 @@ class Learner:
     how: Learning. updates: how many there will be, for the rate, 0: it stays. An update follows the
     mean gradient of `accumulate` steps, which the processes share, as they do the network's
     parameters, average and optimizer states, see `shard`. Gradients are reduced once an update; until
-    then each process keeps its own, whole."""
+    then each process keeps its own, whole. shard_gradients: they are reduced after every step, and
+    each process keeps a part."""
 
-    def __init__(self, name, model, how, *, updates=0, accumulate=1):
+    def __init__(self, name, model, how, *, updates=0, accumulate=1, shard_gradients=False):
         self.name = name
         self.how = how
         self.updates = updates
         self.accumulate = accumulate
+        self.shard_gradients = shard_gradients
         self.averaged = None
         self.average = None
         if how.ema:
@@ -499,7 +508,7 @@ class Learner:
         update. UserError, before anything moves, if it is not finite."""
         at_end = ends_update(i, self.accumulate)
         if self.sharded:
-            self.model.set_requires_gradient_sync(at_end)
+            self.model.set_requires_gradient_sync(at_end or self.shard_gradients)
         (loss * PROCESSES / self.accumulate).backward()     # the mean of processes is taken below
         if not at_end:
             return None
@@ -1533,7 +1542,7 @@ def train_teacher(run):
     vae = run.load_vae()
     model = starting_teacher(run, vae)
     learner = Learner("teacher", model, s.teacher, updates=s.teacher_steps // s.teacher_accumulate,
-                      accumulate=s.teacher_accumulate)
+                      accumulate=s.teacher_accumulate, shard_gradients=s.shard_gradients)
     if run.checkpointing:
         recompute_blocks(model)
     loop = Loop(run, "teacher", s.teacher_steps, learner)
@@ -1750,7 +1759,7 @@ def train_causal(run):
     student.track_head.requires_grad_(False)            # frozen after the teacher (appendix D)
     weight = latent_weight(vae, student.config, torch.ones(1, device=run.device))
     learner = Learner("causal", student, s.causal, updates=s.causal_steps // s.causal_accumulate,
-                      accumulate=s.causal_accumulate)
+                      accumulate=s.causal_accumulate, shard_gradients=s.shard_gradients)
     if run.checkpointing:
         recompute_blocks(student)
     loop = Loop(run, "causal", s.causal_steps, learner)
@@ -1931,8 +1940,9 @@ def train_student(run):
         model.track_head.requires_grad_(False)          # frozen after the teacher (appendix D)
     updates = s.distill_steps // s.distill_accumulate // s.critic_steps
     learner_g = Learner("generator", generator, s.generator, updates=updates,
-                        accumulate=s.distill_accumulate)
-    learner_c = Learner("critic", critic, s.critic, accumulate=s.distill_accumulate)
+                        accumulate=s.distill_accumulate, shard_gradients=s.shard_gradients)
+    learner_c = Learner("critic", critic, s.critic, accumulate=s.distill_accumulate,
+                        shard_gradients=s.shard_gradients)
     if run.checkpointing:
         recompute_blocks(generator)
         recompute_blocks(critic)

@@ -108,7 +108,8 @@ def counted(build, run):
 
 
 def cost_of(build, run):
-    """The same for all layers, from what one and two of them take."""
+    """The same for all layers, from what one and two of them take. (At 1.3B this is what 30 layers are
+    counted to hold, within 0.5 %.)"""
     def with_layers(count):
         return replace(run, config=replace(run.config, num_layers=count))
 
@@ -287,7 +288,8 @@ class Stage:
         gradients, and what these would be if they were reduced every step)."""
         network = 4 * parameters * (gpus - 1) / gpus
         steps = max(self.steps / gpus, 1)
-        return steps * self.cost.gathers * network, self.reduced * network, self.reduced * steps * network
+        reduced = self.reduced * network
+        return steps * self.cost.gathers * network, reduced, steps * reduced
 
 
 def distill_cost(run, critic):
@@ -339,9 +341,18 @@ def learning_costs(run):
             "distill": distill_cost(run, teacher)}
 
 
+def kept_bytes(run, trained, averaged, frozen=0):
+    """{"sharded", "whole": bytes a parameter}, fields of Stage, for so many networks in float32: 4 of
+    weights, 8 of AdamW's and 4 of gradients if they are trained, 4 of an average."""
+    shared = 12 * trained + 4 * averaged + 4 * frozen
+    gradients = 4 * trained
+    if run.settings.shard_gradients:
+        return {"sharded": shared + gradients}
+    return {"sharded": shared, "whole": gradients}
+
+
 def stages_of(run):
-    """The Stages of a training. Bytes a parameter, in float32: weights 4, AdamW 8, average 4 and
-    gradients 4."""
+    """The Stages of a training."""
     s = run.settings
     costs = learning_costs(run)
     others = learning_costs(replace(run, checkpointing=not run.checkpointing))
@@ -352,18 +363,18 @@ def stages_of(run):
         stages.append(Stage(f"encode, {name}", clips, encode, encode, beside=encoders))
     for name, steps in teacher_steps(run).items():
         stages.append(Stage(name, s.batch * steps, costs["teacher"], others["teacher"], s.batch,
-                            sharded=16, whole=4, steps=s.teacher_accumulate, reduced=1))
+                            steps=s.teacher_accumulate, reduced=1, **kept_bytes(run, 1, 1)))
     if s.causal_from == "trajectories":
         euler_step = cost_of(one_euler_step, run)
         trajectory = replace(euler_step, flops=euler_step.flops * run.config.steps)
         stages.append(Stage("trajectories", s.trajectories, trajectory, trajectory, 2 * s.batch,
                             whole=4))
     stages.append(Stage("causal", s.batch * s.causal_steps, costs["causal"], others["causal"],
-                        s.batch, sharded=16, whole=4, steps=s.causal_accumulate, reduced=1))
-    # the generator 16, the critic, which has no average, 12, the teacher 4; gradients of two
+                        s.batch, steps=s.causal_accumulate, reduced=1, **kept_bytes(run, 1, 1)))
+    # generator and critic, which has no average, and the teacher
     stages.append(Stage("distill", s.batch * s.distill_steps, costs["distill"], others["distill"],
-                        s.batch, sharded=32, whole=8, steps=s.distill_accumulate,
-                        reduced=1 + 1 / s.critic_steps))
+                        s.batch, steps=s.distill_accumulate, reduced=1 + 1 / s.critic_steps,
+                        **kept_bytes(run, 2, 1, frozen=1)))
     return stages
 
 
@@ -439,8 +450,9 @@ def print_memory(run, parameters, stages):
             cells.append(f"{needed / GIB:.3g} ({smallest_card(needed)})")
         rows.append([stage.name, *cells])
     how = "recomputed" if run.checkpointing else "kept"
-    print_table(f"GiB a GPU, with activations {how}: weights, AdamW and averages are shared, gradients "
-                "whole; in brackets the smallest card of which a tenth is left",
+    gradients = "gradients too" if run.settings.shard_gradients else "gradients are whole"
+    print_table(f"GiB a GPU, with activations {how}: weights, AdamW and averages are shared, {gradients} "
+                "(--set shard_gradients); in brackets the smallest card of which a tenth is left",
                 ["stage", "activations, recomputed", "kept", *gpu_columns()], rows)
 
 
@@ -461,7 +473,7 @@ def print_sent(parameters, stages, gpus=8):
             sent = stage.sent(parameters, gpus)
             rows.append([stage.name, *[f"{count / 1e9:,.4g}" for count in sent]])
     print_table(f"GB that each of {gpus} GPUs sends for an update",
-                ["stage", "weights, gathered", "gradients", "gradients, if reduced every step"], rows)
+                ["stage", "weights, gathered", "gradients", "gradients, reduced every step"], rows)
 
 
 def print_disk(run, parameters):

@@ -3,6 +3,9 @@
 import contextlib
 import functools
 import importlib
+import os
+import subprocess
+import sys
 import unittest
 import unittest.mock
 from dataclasses import replace
@@ -14,7 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_distill as td
 from extras import dry_run
-from extras.testing import folder, new_model, quiet, rand, seeded
+from extras.test_train import (counting_reductions, free_port, keeping_gradients, new_toy,
+                               toy_loss)
+from extras.testing import HERE, assert_near, folder, new_model, quiet, rand, seeded
 from motionstream import PRESETS, Config
 
 SMALL = Config(in_dim=32, track_dim=16, clip_dim=40, dim=96, ffn_dim=350, num_heads=3, num_layers=4,
@@ -42,15 +47,18 @@ def test_a_dry_run_tells_parameters_and_costs_and_makes_nothing():
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000        # KiB
         assert not (here / "out").exists()
     said = out.getvalue()
-    assert "\n1,418,996,800 parameters" in said and "| clip_frames | 45 |" in said, said
+    assert "\n1,418,996,800 parameters" in said, said
+    assert "| clip_frames | 45 |" in said, said
     # 8 chunks of 3 latents of 1560 tokens, 1536 wide, key and value, 30 layers, 2 bytes
     assert f"{24 * 1560 * 1536 * 2 * 30 * 2 / 2 ** 20:,.0f} MiB" in said, said
     # 1e14 a clip, 614,400 of them, 396e12 a second
     assert "| teacher, first stage | 614,400 | 100 | 1.8 | 0.45 | 0.22 |" in said, said
-    assert "| teacher, second stage | 102,400 | 100 | 0.3 |" in said and "| causal | 256,000 |" in said
+    assert "| teacher, second stage | 102,400 | 100 | 0.3 |" in said
+    assert "| causal | 256,000 |" in said
     # 26.4 GiB as in docs/training.md, and 16 of activations, on one card of 80 GB
     assert "| teacher, first stage | 16 | 16 | 42.4 (80 GB) | 26.6 (48 GB) | 23.9 (48 GB) |" in said, said
-    assert "600,000 clips, first set" in said and "text 1.64" in said, said
+    assert "600,000 clips, first set" in said, said
+    assert "text 1.64" in said, said
 
 
 def test_the_flops_are_those_of_the_flop_counter_and_of_attentions_backward():
@@ -58,7 +66,8 @@ def test_the_flops_are_those_of_the_flop_counter_and_of_attentions_backward():
     backward; fused attention computes one of the two again, which makes 5."""
     c = SMALL
     run = resolved()
-    assert not run.start and run.checkpointing
+    assert not run.start
+    assert run.checkpointing
     kept = replace(run, checkpointing=False)
 
     def by_products(q, k, v):
@@ -114,32 +123,36 @@ def test_the_activations_are_what_autograd_saves():
     fake = dry_run.counted(dry_run.teaching, kept).held
     with dry_run.Costs(known + [p.grad for p in model.parameters()]) as costs:
         step()
-    assert abs(fake / costs.most - 1) < 0.01 and fake > saved, "on fake tensors as on real ones"
+    assert abs(fake / costs.most - 1) < 0.01, "on fake tensors as on real ones"
+    assert fake > saved, "on fake tensors as on real ones"
 
 
 def test_recomputation_keeps_a_blocks_input_and_costs_are_linear_in_layers():
-    run = resolved()
-    tokens = 21 * (64 // 16) ** 2
-    for each in run, replace(run, checkpointing=False):
-        for build in dry_run.teaching, functools.partial(dry_run.generating, exit_step=1):
-            told = dry_run.cost_of(build, each)
-            counted = dry_run.counted(build, each)
-            assert abs(told.flops / counted.flops - 1) < 1e-6 and told.gathers == counted.gathers
-            assert abs(told.held / counted.held - 1) < 0.02, (told.held, counted.held)
+    run = resolved(SMALL, "--set", "clip_frames=45")
+    tokens = 12 * (64 // 16) ** 2
+    generating = functools.partial(dry_run.generating, exit_step=0)
+    kept = replace(run, checkpointing=False)
+    for each, build in (run, dry_run.teaching), (kept, dry_run.teaching), (run, generating):
+        told = dry_run.cost_of(build, each)
+        counted = dry_run.counted(build, each)
+        assert abs(told.flops / counted.flops - 1) < 1e-6
+        assert told.gathers == counted.gathers
+        # of a toy, the moment at which most is held may be another one with more layers
+        assert abs(told.held / counted.held - 1) < 0.1, (told.held, counted.held)
     one, four = [dry_run.counted(dry_run.teaching, replace(run, config=replace(SMALL, num_layers=n)))
                  for n in (1, 4)]
     more = (four.held - one.held) / 3
     block_input = 4 * tokens * SMALL.dim                                # float32
-    assert block_input <= more < 1.2 * block_input, more / block_input
+    assert block_input <= more < 1.4 * block_input, more / block_input
 
 
 def test_a_rollout_is_of_the_length_and_memory_of_training():
     run = resolved(replace(SMALL, num_layers=1))
     told = dry_run.counted(functools.partial(dry_run.rolling, exit_step=1), run)
-    # two denoising passes and the clean one, of 7 chunks; what the last one would write nobody reads
-    assert told.gathers == 7 * 3 - 1
+    assert told.gathers == 7 * 3 - 1            # two denoising passes of 7 chunks, clean ones of 6
     longer = replace(run, settings=replace(run.settings, rollout=21))
-    assert dry_run.mean_chunks(run) == 7 and dry_run.mean_chunks(longer) == 11
+    assert dry_run.mean_chunks(run) == 7
+    assert dry_run.mean_chunks(longer) == 11
     told = dry_run.counted(functools.partial(dry_run.rolling, exit_step=1), longer)
     assert told.gathers == 11 * 3 - 1
 
@@ -173,17 +186,15 @@ def two_fake_processes():
         td.dist.destroy_process_group()
 
 
-def bytes_of_an_update(accumulate, every_step=False):
-    """What each of two processes sends for an update of a small model; every_step: gradients are reduced
-    in each of its steps."""
+def bytes_of_an_update(accumulate, **more):
+    """What each of two processes sends for an update of a small model. more: of a Learner."""
     with two_fake_processes() as sent:
         model = new_model().requires_grad_(True)
         count = sum(p.numel() for p in model.parameters())
-        learner = td.Learner("toy", model, td.Learning(None, 1e-3), accumulate=accumulate)
+        how = td.Learning(None, 1e-3)
+        learner = td.Learner("toy", model, how, accumulate=accumulate, **more)
         x0 = rand(2, 4, 2, 4, 6)
         for i in range(0, accumulate, 2):
-            if every_step:
-                model.set_requires_gradient_sync = lambda at_end: None
             loss = td.flow_loss(model, x0, torch.rand(2, generator=seeded()), {}, x0[:, :, :1])
             learner.step(loss, i)
     return sent, count
@@ -191,23 +202,37 @@ def bytes_of_an_update(accumulate, every_step=False):
 
 def test_gradients_are_sent_once_an_update_and_the_dry_run_counts_what_is_sent():
     sent, count = bytes_of_an_update(accumulate=8)
-    before, _ = bytes_of_an_update(accumulate=8, every_step=True)
+    before, _ = bytes_of_an_update(accumulate=8, shard_gradients=True)
     stage = dry_run.Stage("toy", 1, dry_run.Cost(0, 0, gathers=2), None, steps=8, reduced=1)
     gathered, reduced, reduced_each = stage.sent(count, 2)
     for told, counted in (gathered, sent["gather"]), (reduced, sent["reduce"]), \
             (reduced_each, before["reduce"]):
         assert abs(told / counted - 1) < 0.1, (told, counted)       # FSDP pads rows to the processes
-    assert before["reduce"] == 4 * sent["reduce"] and before["gather"] == sent["gather"]
+    assert before["reduce"] == 4 * sent["reduce"]
+    assert before["gather"] == sent["gather"]
 
 
 def test_the_smallest_card_that_is_not_full():
     gib = dry_run.GIB
-    assert dry_run.smallest_card(21 * gib) == "24 GB" and dry_run.smallest_card(22 * gib) == "48 GB"
-    assert dry_run.smallest_card(72 * gib) == "141 GB" and dry_run.smallest_card(200 * gib) == "no card"
+    assert dry_run.smallest_card(21 * gib) == "24 GB"
+    assert dry_run.smallest_card(22 * gib) == "48 GB"
+    assert dry_run.smallest_card(72 * gib) == "141 GB"
+    assert dry_run.smallest_card(200 * gib) == "no card"
+
+
+def test_gradients_are_whole_or_shared_as_the_settings_say():
+    run = resolved()
+    shared = replace(run, settings=replace(run.settings, shard_gradients=True))
+    assert dry_run.kept_bytes(run, 1, 1) == {"sharded": 16, "whole": 4}
+    assert dry_run.kept_bytes(shared, 1, 1) == {"sharded": 20}
+    assert dry_run.kept_bytes(run, 2, 1, frozen=1) == {"sharded": 32, "whole": 8}
+    assert td.PAPER_5B.shard_gradients
+    assert not td.PAPER.shard_gradients
 
 
 def test_at_full_size_blocks_are_recomputed_unless_that_is_switched_off():
-    assert resolved().checkpointing and not resolved(SMALL, "--no-checkpointing").checkpointing
+    assert resolved().checkpointing
+    assert not resolved(SMALL, "--no-checkpointing").checkpointing
     with quiet():
         tiny = [td.resolve(td.parse_flags(["--dry-run", *flags])) for flags in ([], ["--checkpointing"])]
     assert [run.checkpointing for run in tiny] == [False, True]
@@ -220,3 +245,37 @@ def test_a_dry_run_of_another_config_tells_its_own_sizes():
     assert dry_run.stream_cache(run) == 4 * 4 * 96 * 6 * 16
     first = replace(run, config=replace(run.config, first_chunk=1))
     assert dry_run.stream_cache(first) == 4 * 4 * 96 * 4 * 16
+
+
+def gradients_of_two(here):
+    """Saves what each of two processes finds: the gradients of an update of a toy, and how often they
+    were reduced, with gradients whole until its end and with shared ones."""
+    td.dist.init_process_group("gloo")
+    results = []
+    for shared in False, True:
+        torch.manual_seed(0)
+        model = new_toy()
+        how = td.Learning(None, 1e-3)
+        learner = td.Learner("toy", model, how, accumulate=4, shard_gradients=shared)
+        with keeping_gradients() as gradients, counting_reductions() as reduced:
+            for i in range(td.RANK, 4, 2):
+                torch.manual_seed(i)
+                learner.step(toy_loss(model), i)
+        results.append((gradients[0], len(reduced)))
+    torch.save(results, f"{here}/{td.RANK}.pt")
+    td.dist.destroy_process_group()
+
+
+def test_gradients_that_are_shared_after_every_step_are_the_same():
+    code = "import sys\nfrom extras.test_dry_run import gradients_of_two\ngradients_of_two(sys.argv[1])"
+    told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+            "OMP_NUM_THREADS": "1"}
+    with folder() as here:
+        command = [sys.executable, "-W", "ignore", "-c", code, str(here)]
+        processes = [subprocess.Popen(command, cwd=HERE, env=os.environ | told | {"RANK": str(rank)})
+                     for rank in range(2)]
+        assert [process.wait(timeout=300) for process in processes] == [0, 0]
+        (whole, once), (shared, often) = torch.load(here / "0.pt")
+    assert often == 2 * once > 0, (once, often)
+    for a, b in zip(whole, shared, strict=True):
+        assert_near(b, a, 1e-5)

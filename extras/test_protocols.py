@@ -17,7 +17,9 @@ from motionstream import UserError
 def test_clips_are_cut_as_the_papers_cut_them():
     davis, sora = protocols.PROTOCOLS["davis"], protocols.PROTOCOLS["sora"]
     places = protocols.chosen_frames(davis, 104, 24)
-    assert len(places) == 81 and (places[0], places[-1]) == (0, 103) and {*np.diff(places)} == {1, 2}
+    assert len(places) == 81
+    assert (places[0], places[-1]) == (0, 103)
+    assert {*np.diff(places)} == {1, 2}
     assert protocols.chosen_frames(davis, 50, 24).tolist() == list(range(50))
     assert protocols.chosen_frames(sora, 300, 30)[:5].tolist() == [0, 2, 4, 6, 8]      # every 1.875th
     assert len(protocols.chosen_frames(sora, 300, 30)) == 81
@@ -31,7 +33,8 @@ def test_end_point_errors_are_of_what_the_tracks_say_is_visible():
     visible = torch.tensor([[True, True, False], [True, False, True], [True, True, True]])
 
     def tracker(given, points):
-        assert given is frames and points.tolist() == [[1, 1], [5, 5]]
+        assert given is frames
+        assert points.tolist() == [[1, 1], [5, 5]]
         found = np.stack([points] * 3)
         found[1] += (3, 4)                              # 5 pixels off in frame 1, where one is seen
         return found
@@ -47,11 +50,14 @@ def test_a_video_that_is_the_truth_has_no_error_at_any_size():
     made = protocols.Made(video, video, tracks, torch.ones(5, 4, dtype=torch.bool))
 
     def tracker(frames, points):
-        assert frames.shape == (5, 64, 96, 3) and frames.dtype == np.uint8
+        assert frames.shape == (5, 64, 96, 3)
+        assert frames.dtype == np.uint8
         return 2 * tracks
 
     numbers = protocols.measure(made, (64, 96), None, tracker)
-    assert numbers["PSNR"] > 90 and numbers["SSIM"] > 0.999 and numbers["EPE"] == 0, numbers
+    assert numbers["PSNR"] > 90, numbers
+    assert numbers["SSIM"] > 0.999, numbers
+    assert numbers["EPE"] == 0, numbers
     other = protocols.Made(video, -video, tracks, made.visible)
     assert protocols.measure(other, (64, 96), None, tracker)["PSNR"] < 15
 
@@ -75,15 +81,20 @@ def test_a_folder_of_clips_is_played_and_measured():
                 quiet() as (out, err):
             assert evaluate.main([str(word) for word in words] + ["--lpips", "alex"]) == 0, err.getvalue()
         said = out.getvalue()
-        assert "| mean of 2 | " in said and "| the paper's student, 1.3B" in said, said
+        assert "| mean of 2 | " in said, said
+        assert "| the paper's student, 1.3B" in said, said
         told = json.loads((here / "out/papers.json").read_text())
-        assert {*told["clips"]} == {"a", "b"} and {*told["mean"]} == {"PSNR", "SSIM", "LPIPS", "EPE"}
+        assert {*told["clips"]} == {"a", "b"}
+        assert {*told["mean"]} == {"PSNR", "SSIM", "LPIPS", "EPE"}
         for name in protocols.NAMES:
             values = [row[name] for row in told["clips"].values() if name in row]
-            assert abs(np.mean(values) - told["mean"][name]) < 1e-9 and np.isfinite(values).all()
+            assert abs(np.mean(values) - told["mean"][name]) < 1e-9
+            assert np.isfinite(values).all()
         assert "EPE" not in told["clips"]["b"], "no track is in frame 0"
-        assert told["mean"]["LPIPS"] > 1 and told["mean"]["EPE"] > 0
-        assert (here / "out/a.mp4").stat().st_size and (here / "out/b.png").stat().st_size
+        assert told["mean"]["LPIPS"] > 1
+        assert told["mean"]["EPE"] > 0
+        assert (here / "out/a.mp4").stat().st_size
+        assert (here / "out/b.png").stat().st_size
 
 
 def test_what_is_wrong_with_a_protocols_folder_is_one_line():
@@ -100,4 +111,5 @@ def test_what_is_wrong_with_a_protocols_folder_is_one_line():
                 words = ["papers", *words, "--out", here / "out", "--lpips", "none"]
                 assert evaluate.main([str(word) for word in words]) == 2
             last = err.getvalue().splitlines()[-1]
-            assert last.startswith("error: ") and said in last, (said, last)
+            assert last.startswith("error: "), (said, last)
+            assert said in last, (said, last)

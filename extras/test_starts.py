@@ -65,9 +65,12 @@ def check_slots(teacher, family):
     slot = columns[:, c.out_dim:stop]
     assert teacher.config.track_dim == c.out_dim, family
     if c.track_dim:                                 # trained on a control video
-        assert slot.equal(theirs[:, c.out_dim:stop]) and slot.any() and not head.any(), family
+        assert slot.equal(theirs[:, c.out_dim:stop]), family
+        assert slot.any(), family
+        assert not head.any(), family
     else:
-        assert not slot.any() and head.any(), family
+        assert not slot.any(), family
+        assert head.any(), family
 
 
 def test_a_training_starts_where_public_weights_are_and_learns_tracks_from_there():
@@ -112,8 +115,11 @@ def test_weights_with_a_mask_take_a_track_slot_but_no_training():
 # A first chunk of its own size: the 31 latents of 121 frames are 1 + 10 x 3.
 
 def test_chunks_may_begin_with_one_of_another_size():
-    assert chunk_sizes(31, 3, 1) == [1] + 10 * [3] and chunk_sizes(21, 3) == 7 * [3]
-    assert chunk_sizes(8, 3) == [3, 3, 2] and chunk_sizes(2, 3) == [2] and chunk_sizes(6, 3, 1) == [1, 3, 2]
+    assert chunk_sizes(31, 3, 1) == [1] + 10 * [3]
+    assert chunk_sizes(21, 3) == 7 * [3]
+    assert chunk_sizes(8, 3) == [3, 3, 2]
+    assert chunk_sizes(2, 3) == [2]
+    assert chunk_sizes(6, 3, 1) == [1, 3, 2]
     noise, given, first = clip_of(7)
     model = new_model(first_chunk=1)
     made = list(rollout(model, noise, given, first, rng=seeded()))
@@ -127,16 +133,21 @@ def test_chunks_may_begin_with_one_of_another_size():
 
 def test_121_frames_are_whole_chunks_of_the_5b_model():
     run = resolved("--dry-run", "wan2.2-5b")
-    assert run.settings.clip_frames == 121 and (run.clip_latents, run.clip_chunks) == (31, 11)
-    assert run.track_frames == 121 and run.latents_of(13) == 37
+    assert run.settings.clip_frames == 121
+    assert (run.clip_latents, run.clip_chunks) == (31, 11)
+    assert run.track_frames == 121
+    assert run.latents_of(13) == 37
     run = resolved("--dry-run", "wan2.1-1.3b")
-    assert run.settings.clip_frames == 81 and (run.clip_latents, run.clip_chunks) == (21, 7)
+    assert run.settings.clip_frames == 81
+    assert (run.clip_latents, run.clip_chunks) == (21, 7)
     assert_error(UserError, "needs whole chunks of 12, the first of 9: 45, 57, 69", resolved,
                  "--dry-run", "wan2.1-1.3b", "--set", "clip_frames=121")
     assert_error(UserError, "needs whole chunks of 12, the first of 1: 49, 61, 73", resolved,
                  "--dry-run", "wan2.2-5b", "--set", "clip_frames=81")
-    assert sample.latent_frames(121, 3, 1) == 31 and sample.latent_frames(122, 3, 1) == 34
-    assert sample.latent_frames(121, 3) == 33 and sample.latent_frames(1, 3, 1) == 1
+    assert sample.latent_frames(121, 3, 1) == 31
+    assert sample.latent_frames(122, 3, 1) == 34
+    assert sample.latent_frames(121, 3) == 33
+    assert sample.latent_frames(1, 3, 1) == 1
 
 
 def test_pauses_fall_on_chunks_and_spare_the_first_whatever_its_size():
@@ -147,7 +158,9 @@ def test_pauses_fall_on_chunks_and_spare_the_first_whatever_its_size():
     for begin, end in zip(starts, starts[1:]):
         chunk = shown[:, begin:end]
         assert chunk.equal(chunk[:, :1].expand_as(chunk))
-    assert shown[:, 0].all() and not shown[:, 1].all() and not shown[:, 13].all()
+    assert shown[:, 0].all()
+    assert not shown[:, 1].all()
+    assert not shown[:, 13].all()
 
 
 def test_a_stream_with_a_first_chunk_of_its_own_goes_on_from_it():
@@ -183,11 +196,13 @@ def test_every_stage_trains_with_a_first_chunk_of_its_own():
         with quiet() as (_, err), unittest.mock.patch.multiple(td, show=lambda *_: None, rollout=watched):
             for stage in "teacher", "causal", "distill":
                 assert td.main([*flags, "--stage", stage, "--steps", "1"]) is None, err.getvalue()
-        assert sizes and all(size == [1, 3, 3, 3, 3] for size in sizes), sizes
+        assert sizes, sizes
+        assert all(size == [1, 3, 3, 3, 3] for size in sizes), sizes
         for name in "teacher", "causal", "student":
             assert (here / f"out/{name}.00001.safetensors").stat().st_size, "kept to choose from"
         student = MotionStream.from_pretrained(here / "out/student.safetensors")
-        assert student.config.first_chunk == 1 and student.config.causal
+        assert student.config.first_chunk == 1
+        assert student.config.causal
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -247,7 +262,8 @@ def test_latents_in_bfloat16_are_nearly_those_in_float32_and_another_file():
             with quiet():
                 file, = clips.make_clips(clips.parse_job(words + ["--dtype", dtype]))
             before.append(load_file(file)["latents"].float().numpy())
-        assert not np.array_equal(*before) and abs(before[0] - before[1]).mean() < 0.05
+        assert not np.array_equal(*before)
+        assert abs(before[0] - before[1]).mean() < 0.05
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -268,7 +284,9 @@ class Tracker:
 
     def __call__(self, video, grid_size):
         Tracker.calls += 1
-        assert video.shape[:3] == (1, 45, 3) and video.dtype == torch.float32 and video.max() > 1
+        assert video.shape[:3] == (1, 45, 3)
+        assert video.dtype == torch.float32
+        assert video.max() > 1
         frames, points = video.shape[1], grid_size ** 2
         place = torch.arange(points) % 40 + 4.0
         tracks = torch.stack([place, place], -1).expand(1, frames, points, 2)
@@ -283,15 +301,19 @@ def test_the_recipe_for_tracks_is_shared_and_goes_on_where_it_stopped():
         (data / "d.mp4").write_text("no video")
         Tracker.calls = 0
         run_recipe("cotracker3_offline\").to", data, "2/2", 45)
-        assert {file.name for file in data.rglob("*.npz")} == {"b.npz", "c.npz"} and Tracker.calls == 2
+        assert {file.name for file in data.rglob("*.npz")} == {"b.npz", "c.npz"}
+        assert Tracker.calls == 2
         for _ in range(2):
             said = run_recipe("cotracker3_offline\").to", data, "1/1", 45)
-        assert Tracker.calls == 3 and "left out: " in said and "d.mp4" in said
+        assert Tracker.calls == 3
+        assert "left out: " in said
+        assert "d.mp4" in said
         words = clip_words(here, data)
         (data / "d.mp4").unlink()
         with quiet():
             files = clips.make_clips(clips.parse_job(words))
-        assert len(files) == 3 and load_file(files[0])["tracks"].shape == (45, 2500, 2)
+        assert len(files) == 3
+        assert load_file(files[0])["tracks"].shape == (45, 2500, 2)
 
 
 def test_the_recipe_for_a_public_set_makes_videos_of_its_latents():
