@@ -745,10 +745,11 @@ def euler(model, noise, conditions, first_latent=None, null_text=None):
 def chunk_sizes(frames, chunk, first=None):
     """The latents of each chunk of a clip of `frames`: `first` (None: chunk), then `chunk` each; the
     last chunk may be shorter."""
-    sizes = [min(first or chunk, frames)]
-    while sum(sizes) < frames:
-        left = frames - sum(sizes)
-        sizes.append(min(chunk, left))
+    first = min(first or chunk, frames)
+    whole, left = divmod(frames - first, chunk)
+    sizes = [first] + whole * [chunk]
+    if left:
+        sizes.append(left)
     return sizes
 
 
@@ -785,9 +786,7 @@ def rollout(model, noise, conditions, first_latent=None, exit_step=None, rng=Non
     if caches is None:
         caches = model.new_caches()
     if torch.is_tensor(noise):
-        first = c.first_chunk or c.chunk
-        starts = range(first, noise.shape[2], c.chunk)          # of the chunks after the first
-        noise = noise.tensor_split(tuple(starts), 2)
+        noise = noise.split(chunk_sizes(noise.shape[2], c.chunk, c.first_chunk), 2)
     if isinstance(conditions, dict):
         conditions = split_conditions(conditions, c.chunk, c.first_chunk)
     for x, condition in zip(noise, conditions):
@@ -819,7 +818,9 @@ def rollout(model, noise, conditions, first_latent=None, exit_step=None, rng=Non
 # get neither.
 
 COPY_CELL = 4       # pixels per side of the squares that follow one track
-NEIGHBOURS = 4      # tracks of which a square's move is a mean, see way_back
+NEIGHBOURS = 4      # tracks of which a square's move is a mean, see way_back,
+BESIDE = 4          # pixels farther than the nearest one, over which a track's weight falls to 1 / e,
+ALIKE = 6           # pixels between its move and the nearest one's, over which it does
 NEAR = (8, 32)      # pixels over which nearness falls to 1 / e, see nearness
 SHARES = 2          # outputs of the head for mix_copies
 SPREAD = 0.1        # of x0 about what its copies say, as a share of the latents' own
@@ -880,7 +881,8 @@ def way_back(tracks, visible, start, height, width):
     moves = moves_of(index, tracks, start)                              # (B, T, rows, columns, K, 2)
     farther = distance - distance[..., :1]
     apart = (moves - moves[..., :1, :]).norm(dim=-1)
-    weight = torch.exp(-farther / 4 - (apart / 6) ** 2).nan_to_num(0)   # infinite less infinite
+    weight = torch.exp(-farther / BESIDE - (apart / ALIKE) ** 2)
+    weight = weight.nan_to_num(0)                                       # infinite less infinite
     move = (weight[..., None] * moves).sum(4) / weight.sum(4, keepdim=True).clamp(min=1e-6)
     distance = distance[..., 0]
     none = distance.isinf() | from_outside(-move, height, width)
@@ -937,13 +939,13 @@ def copy_along_tracks(vae, image, tracks, visible, start):
     T % 4 == 1 starts a clip, T % 4 == 0 continues one, and chunks joined equal the whole."""
     H, W = image.shape[2:]
     visible = visible & start.isfinite().all(2)[:, None]
-    tracks = F.pad(tracks, (0, 0, 0, 1))                        # one more, never visible: so there
-    visible = F.pad(visible, (0, 1))                            # is one to ask
+    tracks = F.pad(tracks, (0, 0, 0, 1))        # one more, never visible: squares that follow no
+    visible = F.pad(visible, (0, 1))            # track need no case of their own
     start = F.pad(start, (0, 0, 0, 1))
     back, distance = way_back(tracks, visible, start, H, W)
     video = warp(image, back)
     moved_is_gone = gone_elsewhere(back, tracks, visible, start, H, W)
-    still_is_gone = gone_elsewhere(0 * back, tracks, visible, start, H, W)
+    still_is_gone = gone_elsewhere(torch.zeros_like(back), tracks, visible, start, H, W)
     signals = torch.cat([nearness(distance), moved_is_gone, still_is_gone], 1)
     if tracks.shape[1] % FRAMES == 1:
         video[:, :, 0] = image
@@ -1464,13 +1466,20 @@ def check_memory(needed, path, device="cpu"):
 
 
 def free_memory(device):
-    """Bytes that can be had on a device, or None where this cannot be told."""
+    """Bytes that can be had on a device, or None where this cannot be told. On Linux a container's
+    limit counts."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     told = Path("/proc/meminfo")                                # of Linux
     if device.type != "cpu" or not told.exists():
         return None
-    return 1024 * int(re.search(r"MemAvailable: *(\d+)", told.read_text())[1])
+    free = 1024 * int(re.search(r"MemAvailable: *(\d+)", told.read_text())[1])
+    with contextlib.suppress(OSError, ValueError, TypeError):   # no such file; "max": no limit
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        used = int(re.search(r"^anon (\d+)", (group / "memory.stat").read_text())[1])
+        free = min(free, limit - used)
+    return free
 
 
 def fill(model, tensors, path, dtype_of, device="cpu"):
@@ -1485,7 +1494,11 @@ def fill(model, tensors, path, dtype_of, device="cpu"):
         extremes = torch.stack(tensor.aminmax())        # 20 times as fast as tensor.isfinite()
         if not extremes.isfinite().all():
             raise UserError(f"{path}: {name} holds NaN or infinity")
-        tensors[name] = tensor.detach().to(device, dtype_of(name), copy=True)
+        try:
+            tensors[name] = tensor.detach().to(device, dtype_of(name), copy=True)
+        except (MemoryError, RuntimeError) as e:
+            raise UserError(f"{path}: {name} cannot be copied to {device} "
+                            f"({reason_of(e)})") from None
     model.load_state_dict(tensors, assign=True)
     return model.eval().requires_grad_(False)
 

@@ -1398,7 +1398,7 @@ def draw_sigma(batch, shift, p_pure_noise, p_uniform):
     sampler's steps and score_sigma are, the rest logit-normal [O]. A share p_pure_noise is 1."""
     normal = torch.randn(batch)
     chance = torch.rand(batch)
-    uniform = torch.special.ndtr(normal)
+    uniform = torch.special.ndtr(normal)        # without random numbers of its own
     sigma = torch.where(chance >= 1 - p_uniform, uniform, normal.sigmoid())
     sigma = shift_sigma(sigma, shift)
     return torch.where(chance < p_pure_noise, torch.ones(batch), sigma)

@@ -33,7 +33,7 @@ from extras import measures, world
 from extras.cases import NEUTRAL, Case, new_clips
 from extras.measures import lpips_network, psnr, ssim
 from extras.video import open_video
-from motionstream import PRESETS, Config, MotionStream, UserError, start_points, track_ids, write
+from motionstream import FRAMES, PRESETS, Config, MotionStream, UserError, start_points, track_ids, write
 from sample import ASSETS, Parser, embed_words, number
 from vae import load_vae
 
@@ -128,7 +128,7 @@ def videos_of(model, vae, clips, text=None, later=None, seed=0):
 def with_texts(motion, text, later, config):
     """A Motion chunk by chunk, each with its text: `later` from the chunk on that lies in the second half."""
     half = motion.tracks.shape[1] / 2
-    start = 3                                                   # as the VAE packs frame 0
+    start = FRAMES - 1                                          # as the VAE packs frame 0
     for part in sample.motion_by_chunk(motion, config.chunk, config.first_chunk):
         yield replace(part, text=later if start >= half else text)
         start += part.tracks.shape[1]

@@ -515,8 +515,8 @@ class Recorder:
 
 def unused(path):
     """The path of a video, or the first of path-2, path-3, … of which no file of a recording is there."""
-    for number in itertools.count(1):
-        new = path.with_stem(f"{path.stem}-{number}") if number > 1 else path
+    for i in itertools.count(1):
+        new = path.with_stem(f"{path.stem}-{i}") if i > 1 else path
         if not any(new.with_suffix(ending).exists() for ending in (".mp4", ".png", ".npz")):
             return new
 

@@ -29,7 +29,6 @@ SETTINGS = {
     "weights": int,
 }
 
-
 # Their least and greatest, as of the flags of sample.py; a window below 0 is all of the past.
 LIMITS = {"chunk": (1, 999), "sink": (0, 10 ** 6), "window": (-10 ** 6, 10 ** 6),
           "steps": (1, 1000), "fps": (0.1, 1000), "frames": (1, MOST_FRAMES)}

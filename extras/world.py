@@ -26,19 +26,18 @@ import math
 import multiprocessing
 import os
 import pathlib
-import re
 import signal
 import sys
-import zlib
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+import sample
 from extras.textures import EXTENT, chance, choose, draw_face, draw_texture, smooth_ground, soften
 from extras.textures import uniform, vary
-from motionstream import UserError
+from motionstream import PRESETS, UserError
 
 OBJECTS = 3                  # object slots, at least
 GRID = 8                     # tracks on the ground per side
@@ -161,15 +160,10 @@ def caption(light, motion):
     return f"{lights[light]}, {motions[motion]}"
 
 
-def embed_words(text, text_dim=64, text_len=8):
-    """A prompt for the tiny model, (1, L, text_dim): each word is random numbers seeded by its own
-    letters, the same in every process. At most text_len words; their order is not seen."""
-    words = re.findall(r"\w+", text.lower())[:text_len]
-    rows = torch.zeros(1, len(words), text_dim)
-    for i, word in enumerate(words):
-        seed = torch.Generator().manual_seed(zlib.crc32(word.encode()))
-        rows[0, i] = torch.randn(text_dim, generator=seed)
-    return rows
+def embed_words(text, text_dim=64):
+    """A caption for the tiny model, (1, L, text_dim), see sample.embed_words."""
+    config = dataclasses.replace(PRESETS["tiny"], text_dim=text_dim)
+    return sample.embed_words(text, config)
 
 
 def draw_attribute(batch, value, count, steady, rng):
