@@ -69,10 +69,133 @@ from tqdm import tqdm
 
 from motionstream import (CLIP_ROWS, FRAMES, PRESETS, Config, MotionStream, UserError, add_noise,
                           cell_of, channel_std, chunk_sizes, euler, guided_velocity, image_inputs,
-                          inside_picture, linear_part, motion_inputs, naming, new_model, rollout,
+                          linear_part, motion_inputs, naming, new_model, rollout,
                           save_pretrained, schedule, shift_sigma, split_conditions, start_points,
                           to_x0, track_ids, with_first, write)
 from vae import LinearVAE
+
+# --------------------------------------------------------------------------------------------------
+# The losses: functions of tensors and networks, which know nothing of the rest of this file.
+
+def first_latent_of(config, x0):
+    """What with_first takes of clips x0 (B, C, F, h, w): their first latent, (B, C, 1, h, w); None
+    for models that have it as channels instead."""
+    return x0[:, :, :1] if config.clean_first else None
+
+
+# Stage 2, the teacher.
+
+def draw_sigma(batch, shift, p_pure_noise, p_uniform):
+    """Noise levels (B,), shifted (appendix D). Before the shift, a share p_uniform is uniform, as the
+    sampler's steps and score_sigma are, the rest logit-normal [O]. A share p_pure_noise is 1."""
+    normal = torch.randn(batch)
+    chance = torch.rand(batch)
+    uniform = torch.special.ndtr(normal)        # without random numbers of its own
+    sigma = torch.where(chance >= 1 - p_uniform, uniform, normal.sigmoid())
+    sigma = shift_sigma(sigma, shift)
+    return torch.where(chance < p_pure_noise, torch.ones(batch), sigma)
+
+
+def flow_loss(model, x0, sigma, conditions, first_latent, cell_weight=1.0, channel_weight=1.0):
+    """Rectified flow (appendix D): mean squared error of the velocity of x0 (B, C, F, h, w), noised to
+    sigma (B,). first_latent (B, C, 1, h, w): the image, clean, which then does not count; None: it is
+    among the conditions. cell_weight (B, F, h, w), channel_weight (B, C, 1, 1, 1): how much an error
+    counts. (They depend on the conditions alone: the minimum is the same.)"""
+    noise = torch.randn_like(x0)
+    x_t, sigma_frames = with_first(add_noise(x0, noise, sigma), sigma, first_latent)
+    velocity = model(x_t, sigma_frames, **conditions)
+    error = (velocity - (noise - x0)).square() * channel_weight
+    error = error.mean(1)                                       # (B, F, h, w)
+    weight = torch.ones_like(error) * cell_weight
+    if first_latent is not None:
+        error = error[:, 1:]
+        weight = weight[:, 1:]
+    return (error * weight).sum() / weight.sum()
+
+
+# Stage 3, causal initialisation (section 3.2): a student that sees only what the cache holds.
+
+def causal_loss(model, states, x0, past, conditions, context, channel_weight=1.0):
+    """Regression through the KV cache (section 3.2): each chunk predicts its clean end, x0
+    (B, C, F, h, w), from its own state at a random noise level, and from what a cache of `context`
+    (sink, window) holds of the chunks of `past`, which is x0, or x0 corrupted.
+    states: one (B, C, F, h, w) for each of the model's noise levels. channel_weight (1, C, 1, 1, 1):
+    how much an error counts."""
+    sink, window = context
+    caches = model.new_caches(sink=sink, window=window)
+    chunk = model.config.chunk
+    first = model.config.first_chunk
+    sigmas = model.config.sigmas
+    loss = 0.0
+    stop = 0
+    sizes = chunk_sizes(x0.shape[2], chunk, first)
+    for size, part in zip(sizes, split_conditions(conditions, chunk, first)):
+        start = stop
+        stop = start + size
+        now = slice(start, stop)
+        target = x0[:, :, now]
+        step = int(torch.randint(0, len(sigmas), ()))
+        sigma = torch.full((len(x0),), sigmas[step], device=x0.device)
+        first_latent = None
+        if start == 0:
+            first_latent = first_latent_of(model.config, target)
+        x_t, sigma_frames = with_first(states[step][:, :, now], sigma, first_latent)
+        velocity = model(x_t, sigma_frames, caches=caches, **part)
+        predicted = to_x0(x_t, velocity, sigma_frames)
+        loss = loss + ((predicted - target).square() * channel_weight).sum()
+        if stop == x0.shape[2]:         # which no chunk reads
+            break
+        with torch.no_grad():           # the clean pass is the only one that writes
+            clean = torch.zeros_like(sigma_frames)
+            model(past[:, :, now], clean, caches=caches, write=True, **part)
+    return loss / x0.numel()
+
+
+# Stage 4, Self-Forcing with distribution matching (eq. 3, 4). Generator: the student. Teacher: the
+# real score, under guidance. Critic: the fake score, which learns what the generator makes now.
+
+def score_sigma(batch, shift, device):
+    """Noise levels (B,) at which generator and critic are scored: uniform, shifted, clamped to
+    [0.02, 0.98], one distribution for both, as in CausVid and Self-Forcing (model/dmd.py): the critic
+    learns where it is asked."""
+    return shift_sigma(torch.rand(batch, device=device), shift).clamp(0.02, 0.98)
+
+
+@torch.no_grad()
+def real_and_fake(x0, sigma, teacher, critic, conditions, first_latent):
+    """What teacher, under its config's guidance, and critic predict as x0, both (B, C, F, h, w), from
+    x0 noised to sigma (B,). first_latent: see dmd_loss."""
+    noised = add_noise(x0, torch.randn_like(x0), sigma)
+    x_t, sigma_frames = with_first(noised, sigma, first_latent)
+    velocity = guided_velocity(teacher, x_t, sigma_frames, conditions, teacher.config.guidance)
+    real = to_x0(x_t, velocity, sigma_frames)
+    fake = to_x0(x_t, critic(x_t, sigma_frames, **conditions), sigma_frames)
+    return real, fake
+
+
+def dmd_loss(x0, teacher, critic, conditions, first_latent, shift, weight=1.0):
+    """The generator's loss on its own latents x0 (B, C, F, h, w), eq. 3: its gradient is
+    (fake - real) / mean |x0 - real|, of real_and_fake at one sigma a clip (DMD eq. 7, 8).
+    first_latent (B, C, 1, h, w): the image, on which both agree, so that its gradient is zero; None:
+    it is among the conditions. shift: of the noise levels, see score_sigma. weight: broadcast over
+    x0, how much a clip or a channel counts."""
+    sigma = score_sigma(len(x0), shift, x0.device)
+    real, fake = real_and_fake(x0, sigma, teacher, critic, conditions, first_latent)
+    with torch.no_grad():
+        distance = (x0 - real).abs().mean((1, 2, 3, 4), keepdim=True)
+        direction = (fake - real) / distance.clamp(min=1e-6)    # a perfect clip has distance 0
+        target = x0 - direction
+    return 0.5 * ((x0 - target).square() * weight).mean()
+
+
+def critic_loss(x0, critic, conditions, first_latent, shift, channel_weight=lambda sigma: 1.0):
+    """The critic's loss (eq. 4): rectified flow on the generator's own latents x0 (B, C, F, h, w),
+    without guidance, at the noise levels of score_sigma. first_latent: see flow_loss.
+    channel_weight: its argument, as a function of sigma (B,)."""
+    sigma = score_sigma(len(x0), shift, x0.device)
+    weight = channel_weight(sigma)
+    return flow_loss(critic, x0.detach(), sigma, conditions, first_latent, channel_weight=weight)
+
 
 # --------------------------------------------------------------------------------------------------
 # The settings of a training. Sources: [P] the paper, [O] ours, found by trying on the tiny model.
@@ -200,7 +323,7 @@ PAPER_5B_STAGE_2 = replace(
 SMOKE = {"vae_steps": 4, "teacher_steps": 4, "causal_steps": 3, "distill_steps": 6,
          "vae_clips": 8, "clips": 16, "trajectories": 8}
 
-# Updates between the numbers of teacher_errors and of student_numbers.
+# Updates between the numbers of extras/watch.py.
 REPORT_EVERY = {"teacher": 200, "distill": 50}
 
 # What may be another when a training is resumed: nothing that is learned depends on it.
@@ -1261,12 +1384,6 @@ def draw_batch(run, files, count, frames, *, dense=False, first_only=False):
     return Batch(latents, conditions, points, touched).to(run.device)
 
 
-def first_latent_of(config, x0):
-    """What with_first takes of clips x0 (B, C, F, h, w): their first latent, (B, C, 1, h, w); None
-    for models that have it as channels instead."""
-    return x0[:, :, :1] if config.clean_first else None
-
-
 def latent_weight(vae, config, sigma):
     """What the squared errors of the velocity at sigma (B,) are multiplied by, so that they are those
     of pixels and of the network behind linear_part: (B, C, 1, 1, 1); 1 for latents of unit
@@ -1393,16 +1510,6 @@ def train_vae(run):
 # --------------------------------------------------------------------------------------------------
 # Stage 2: the teacher.
 
-def draw_sigma(batch, shift, p_pure_noise, p_uniform):
-    """Noise levels (B,), shifted (appendix D). Before the shift, a share p_uniform is uniform, as the
-    sampler's steps and score_sigma are, the rest logit-normal [O]. A share p_pure_noise is 1."""
-    normal = torch.randn(batch)
-    chance = torch.rand(batch)
-    uniform = torch.special.ndtr(normal)        # without random numbers of its own
-    sigma = torch.where(chance >= 1 - p_uniform, uniform, normal.sigmoid())
-    sigma = shift_sigma(sigma, shift)
-    return torch.where(chance < p_pure_noise, torch.ones(batch), sigma)
-
 
 def drop(conditions, share):
     """Conditions (B, …) by name, all of them zeros in a share of the clips."""
@@ -1414,107 +1521,15 @@ def drop(conditions, share):
     return kept
 
 
-def flow_loss(model, x0, sigma, conditions, first_latent, cell_weight=1.0, channel_weight=1.0):
-    """Rectified flow (appendix D): mean squared error of the velocity of x0 (B, C, F, h, w), noised to
-    sigma (B,). first_latent (B, C, 1, h, w): the image, clean, which then does not count; None: it is
-    among the conditions. cell_weight (B, F, h, w), channel_weight (B, C, 1, 1, 1): how much an error
-    counts. (They depend on the conditions alone: the minimum is the same.)"""
-    noise = torch.randn_like(x0)
-    x_t, sigma_frames = with_first(add_noise(x0, noise, sigma), sigma, first_latent)
-    velocity = model(x_t, sigma_frames, **conditions)
-    error = (velocity - (noise - x0)).square() * channel_weight
-    error = error.mean(1)                                       # (B, F, h, w)
-    weight = torch.ones_like(error) * cell_weight
-    if first_latent is not None:
-        error = error[:, 1:]
-        weight = weight[:, 1:]
-    return (error * weight).sum() / weight.sum()
-
-
-PAN = 0.25              # of the width, over a clip
-
-
-def pan_points(config, points, frames):
-    """The points of clips, as in a Batch, with tracks that the clips do not have: all of frame 0 moves
-    to the right, in every other clip to the left, until in the last of `frames` latents it has gone
-    PAN of the width, in whole cells. Returns them, and the cells (B,)."""
-    B, T = points["tracks"].shape[:2]
-    height, width = config.size
-    y = torch.arange(config.stride, height, 2 * config.stride)
-    x = torch.arange(config.stride, width, 2 * config.stride)
-    grid = torch.cartesian_prod(y, x).flip(1).to(points["tracks"])          # (N, 2), x first
-    cells = int(PAN * config.latent_size[1]) * (1 - 2 * (torch.arange(B) % 2))
-    middle = FRAMES * (frames - 1) - (FRAMES - 1) / 2           # of the last latent's frames
-    way = cells[:, None] * config.stride * torch.arange(T) / middle         # (B, T), in pixels
-    tracks = grid.expand(B, T, -1, -1).clone()
-    tracks[..., 0] += way[..., None].to(grid)
-    visible = inside_picture(tracks, height, width)
-    changed = {"tracks": tracks, "visible": visible, "ids": track_ids(tracks, visible, config)}
-    if "start" in points:
-        changed["start"] = grid.expand(B, -1, -1)
-    return points | changed, cells.to(grid.device)
-
-
-def found_shift(before, after, reach):
-    """By how many cells, at most `reach` either way, latents `before` (B, C, h, w) are to be moved to
-    the right to be most like `after`, in the mean square of what both show: (B,)."""
-    width = before.shape[3]
-    errors = []
-    for shift in range(-reach, reach + 1):
-        source = before[..., max(-shift, 0):width - max(shift, 0)]
-        place = after[..., max(shift, 0):width - max(-shift, 0)]
-        errors.append((source - place).square().mean((1, 2, 3)))
-    return torch.stack(errors).argmin(0) - reach
-
-
-def pan_error(run, model, vae, batch):
-    """The end-point error, in pixels, of a teacher's x0 from pure noise on a pan over the same images
-    (pan_points). As all moves as one, no tracker is needed: where frame 0 has gone is found in whole
-    cells. 0: the teacher follows; the length of the pan: it ignores its tracks."""
-    points, cells = pan_points(model.config, batch.points, run.clip_latents)
-    noise = torch.randn_like(batch.latents)
-    sigma = torch.ones(len(noise), device=noise.device)
-    x_t, sigma_frames = with_first(noise, sigma, first_latent_of(model.config, batch.latents))
-    conditions = batch.conditions | motion_inputs(model, **points, vae=vae)
-    x0 = to_x0(x_t, model(x_t, sigma_frames, **conditions), sigma_frames)
-    reach = 2 * int(cells.abs().max())
-    found = found_shift(batch.latents[:, :, 0], x0[:, :, -1], reach)
-    return model.config.stride * (found - cells).abs().float().mean()
-
-
-SIGMA_BINS = (0.0, 0.5, 0.9, 0.98, 1.0)
-
-
-@torch.no_grad()
-def teacher_errors(run, model, vae, files):
-    """What a teacher gets wrong on clips held back: x0 from pure noise, with all tracks, with none,
-    with those of another clip (x0_swapped: as x0_tracks, if they are ignored), on a pan, see
-    pan_error; and the flow loss, by bins of sigma."""
-    torch.manual_seed(0)
-    batch = draw_batch(run, files, 6 * run.settings.batch, run.clip_latents, dense=True)
-    x0 = batch.latents
-    first_latent = first_latent_of(model.config, x0)
-    others = {name: value.roll(1, 0) for name, value in batch.points.items() if name != "image"}
-
-    def error(sigma, motion):
-        weight = latent_weight(vae, model.config, sigma)
-        return flow_loss(model, x0, sigma, batch.conditions | motion, first_latent, 1.0, weight)
-
-    with run.autocast():
-        motion = motion_inputs(model, **batch.points, vae=vae)
-        nothing = {name: torch.zeros_like(value) for name, value in motion.items()}
-        swapped = motion_inputs(model, **(batch.points | others), vae=vae)
-        pure = torch.ones(len(x0), device=run.device)
-        errors = {
-            "x0_tracks": error(pure, motion),
-            "x0_none": error(pure, nothing),
-            "x0_swapped": error(pure, swapped),
-            "pan_error": pan_error(run, model, vae, batch),
-        }
-        for low, high in itertools.pairwise(SIGMA_BINS):
-            sigma = torch.linspace(low, high, len(x0), device=run.device)
-            errors[f"loss_{low:g}_{high:g}"] = error(sigma, motion)
-    return errors
+def find_watch():
+    """The module extras/watch.py, whose numbers tell early that a training goes wrong; None, and a
+    line, in a copy without extras."""
+    try:
+        from extras import watch
+    except ImportError:
+        print("extras/watch.py, which tells early that a training goes wrong, is not there")
+        return None
+    return watch
 
 
 def starting_teacher(run, vae):
@@ -1534,7 +1549,7 @@ def train_teacher(run):
     """Stage 2. Rectified flow on whole clips and short ones, given the image, text and tracks.
 
     All tracks at first, as in the paper's first stage: so a model learns sooner what they are for.
-    That shows early in teacher_errors and not in the flow loss."""
+    That shows early in extras/watch.py and not in the flow loss."""
     s = run.settings
     files = training_clips(run, run.clip_latents)
     held_back = files[:max(len(files) // 20, 1)]
@@ -1545,6 +1560,7 @@ def train_teacher(run):
                       accumulate=s.teacher_accumulate, shard_gradients=s.shard_gradients)
     if run.checkpointing:
         recompute_blocks(model)
+    watch = find_watch()
     loop = Loop(run, "teacher", s.teacher_steps, learner)
     for i in loop:
         dense = i < int(s.dense_share * s.teacher_steps)
@@ -1566,14 +1582,13 @@ def train_teacher(run):
         loop.log(loss=loss, grad=learner.step(loss, i))
         if ends_update(i, s.teacher_accumulate):
             export_weights(run, "teacher", learner.average, i // s.teacher_accumulate + 1)
-        if loop.reports(i):
-            loop.tell(**teacher_errors(run, learner.average, vae, held_back))
+        if watch and loop.reports(i):
+            loop.tell(**watch.teacher_errors(run, learner.average, vae, held_back))
     save_weights(run.path("teacher"), learner.average)
 
 
 # --------------------------------------------------------------------------------------------------
-# Stage 3: causal initialisation. The teacher becomes a student that sees only what the cache holds
-# (section 3.2).
+# Stage 3: causal initialisation, see causal_loss.
 
 CONTEXTS = ((0, 1), (1, 0), (2, 1), (1, 2), (1, None))      # (sink, window), beside the model's own
 
@@ -1661,42 +1676,6 @@ def corrupt_context(x0, first):
     return torch.where(corrupt, x0[:, :, :1], x0)
 
 
-def causal_loss(model, states, x0, past, conditions, context, channel_weight=1.0):
-    """Regression through the KV cache (section 3.2): each chunk predicts its clean end, x0
-    (B, C, F, h, w), from its own state at a random noise level, and from what a cache of `context`
-    (sink, window) holds of the chunks of `past`, which is x0, or x0 corrupted.
-    states: one (B, C, F, h, w) for each of the model's noise levels. channel_weight (1, C, 1, 1, 1):
-    how much an error counts."""
-    sink, window = context
-    caches = model.new_caches(sink=sink, window=window)
-    chunk = model.config.chunk
-    first = model.config.first_chunk
-    sigmas = model.config.sigmas
-    loss = 0.0
-    stop = 0
-    sizes = chunk_sizes(x0.shape[2], chunk, first)
-    for size, part in zip(sizes, split_conditions(conditions, chunk, first)):
-        start = stop
-        stop = start + size
-        now = slice(start, stop)
-        target = x0[:, :, now]
-        step = int(torch.randint(0, len(sigmas), ()))
-        sigma = torch.full((len(x0),), sigmas[step], device=x0.device)
-        first_latent = None
-        if start == 0:
-            first_latent = first_latent_of(model.config, target)
-        x_t, sigma_frames = with_first(states[step][:, :, now], sigma, first_latent)
-        velocity = model(x_t, sigma_frames, caches=caches, **part)
-        predicted = to_x0(x_t, velocity, sigma_frames)
-        loss = loss + ((predicted - target).square() * channel_weight).sum()
-        if stop == x0.shape[2]:         # which no chunk reads
-            break
-        with torch.no_grad():           # the clean pass is the only one that writes
-            clean = torch.zeros_like(sigma_frames)
-            model(past[:, :, now], clean, caches=caches, write=True, **part)
-    return loss / x0.numel()
-
-
 def causal_step(run, student, vae, drawn, channel_weight):
     """causal_loss of what draw_trajectories or draw_noised_clips gave, with a random context."""
     states, x0, points, conditions = drawn
@@ -1773,51 +1752,7 @@ def train_causal(run):
 
 
 # --------------------------------------------------------------------------------------------------
-# Stage 4: Self-Forcing with distribution matching (eq. 3, 4). Generator: the student. Teacher: the
-# real score, under guidance. Critic: the fake score, which learns what the generator makes now.
-
-def score_sigma(batch, shift, device):
-    """Noise levels (B,) at which generator and critic are scored: uniform, shifted, clamped to
-    [0.02, 0.98], one distribution for both, as in CausVid and Self-Forcing (model/dmd.py): the critic
-    learns where it is asked."""
-    return shift_sigma(torch.rand(batch, device=device), shift).clamp(0.02, 0.98)
-
-
-@torch.no_grad()
-def real_and_fake(x0, sigma, teacher, critic, conditions, first_latent):
-    """What teacher, under its config's guidance, and critic predict as x0, both (B, C, F, h, w), from
-    x0 noised to sigma (B,). first_latent: see dmd_loss."""
-    noised = add_noise(x0, torch.randn_like(x0), sigma)
-    x_t, sigma_frames = with_first(noised, sigma, first_latent)
-    velocity = guided_velocity(teacher, x_t, sigma_frames, conditions, teacher.config.guidance)
-    real = to_x0(x_t, velocity, sigma_frames)
-    fake = to_x0(x_t, critic(x_t, sigma_frames, **conditions), sigma_frames)
-    return real, fake
-
-
-def dmd_loss(x0, teacher, critic, conditions, first_latent, shift, weight=1.0):
-    """The generator's loss on its own latents x0 (B, C, F, h, w), eq. 3: its gradient is
-    (fake - real) / mean |x0 - real|, of real_and_fake at one sigma a clip (DMD eq. 7, 8).
-    first_latent (B, C, 1, h, w): the image, on which both agree, so that its gradient is zero; None:
-    it is among the conditions. shift: of the noise levels, see score_sigma. weight: broadcast over
-    x0, how much a clip or a channel counts."""
-    sigma = score_sigma(len(x0), shift, x0.device)
-    real, fake = real_and_fake(x0, sigma, teacher, critic, conditions, first_latent)
-    with torch.no_grad():
-        distance = (x0 - real).abs().mean((1, 2, 3, 4), keepdim=True)
-        direction = (fake - real) / distance.clamp(min=1e-6)    # a perfect clip has distance 0
-        target = x0 - direction
-    return 0.5 * ((x0 - target).square() * weight).mean()
-
-
-def critic_loss(x0, critic, conditions, first_latent, shift, channel_weight=lambda sigma: 1.0):
-    """The critic's loss (eq. 4): rectified flow on the generator's own latents x0 (B, C, F, h, w),
-    without guidance, at the noise levels of score_sigma. first_latent: see flow_loss.
-    channel_weight: its argument, as a function of sigma (B,)."""
-    sigma = score_sigma(len(x0), shift, x0.device)
-    weight = channel_weight(sigma)
-    return flow_loss(critic, x0.detach(), sigma, conditions, first_latent, channel_weight=weight)
-
+# Stage 4: distillation, see dmd_loss and critic_loss.
 
 DRAWN_CONTEXTS = tuple(itertools.product((1, 3, 5), (0, 1, 2, 3), (1, 2, 4)))   # chunk, sink, window
 
@@ -1902,30 +1837,6 @@ def reward_weight(run, vae, x0, conditions, points):
     return weight.view(-1, 1, 1, 1, 1), reward.mean()
 
 
-@torch.no_grad()
-def student_numbers(run, generator, teacher, critic, vae, files):
-    """What tells that distillation goes wrong, of the same images, rolled out with the same noise each
-    time: |fake - real| by sigma, the least and the greatest standard deviation of a latent channel,
-    as a share of the data's, how much moves from latent to latent, and how many pixels are
-    saturated."""
-    torch.manual_seed(0)
-    whole = run.clip_chunks, len(run.config.sigmas) - 1, run.context
-    x0, conditions, _ = roll_out(run, generator, vae, files, whole, grad=False)
-    first_latent = first_latent_of(run.config, x0)
-    std = x0.square().mean((0, 2, 3, 4)).sqrt()                 # (C,); 1 is that of Wan's data
-    if teacher.config.latent_std:
-        std = std / channel_std(teacher.config, std.device).flatten()
-    numbers = {"std_least": std.min(), "std_most": std.max(), "moves": x0.diff(dim=2).abs().mean()}
-    with run.autocast():
-        for sigma in 0.3, 0.6, 0.9:
-            levels = torch.full((len(x0),), sigma, device=x0.device)
-            real, fake = real_and_fake(x0, levels, teacher, critic, conditions, first_latent)
-            numbers[f"apart_{sigma}"] = (fake - real).abs().mean()
-        video, _ = vae.decode(x0[:1])
-    numbers["saturated"] = (video.abs() > 0.99).float().mean()
-    return numbers
-
-
 def train_student(run):
     """Stage 4. One update of the generator for critic_steps of the critic, each on a new rollout."""
     s = run.settings
@@ -1948,6 +1859,7 @@ def train_student(run):
         recompute_blocks(critic)
     channel_weight = functools.partial(latent_weight, vae, teacher.config)
     of_x0 = channel_weight(torch.ones(1, device=run.device))    # the velocity's at sigma 1
+    watch = find_watch()
     loop = Loop(run, "distill", s.distill_steps, learner_g, learner_c)
     for i in loop:
         update = i // s.distill_accumulate
@@ -1966,8 +1878,8 @@ def train_student(run):
             first_latent = first_latent_of(run.config, x0)
             loss = critic_loss(x0, critic, conditions, first_latent, shift, channel_weight)
         loop.log(loss_c=loss, grad_c=learner_c.step(loss, i))
-        if loop.reports(i):
-            loop.tell(**student_numbers(run, generator, teacher, critic, vae, files))
+        if watch and loop.reports(i):
+            loop.tell(**watch.student_numbers(run, generator, teacher, critic, vae, files))
         if update % s.critic_steps == 0 and ends_update(i, s.distill_accumulate):
             export_weights(run, "student", learner_g.average, update // s.critic_steps + 1)
     save_weights(run.path("student"), learner_g.average)
@@ -2309,7 +2221,6 @@ def run_stages(argv):
     join_processes(flags.device)
     run = resolve(flags)
     if flags.dry_run:
-        sys.modules.setdefault("train_distill", sys.modules[__name__])  # this one, no second copy
         from extras.dry_run import print_dry_run
         return print_dry_run(run)
     stages = []
@@ -2335,4 +2246,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    import train_distill        # by its name, under which extras import it: one copy runs
+    sys.exit(train_distill.main())

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 import train_distill as td
-from extras import evaluate, experiments
+from extras import evaluate, experiments, watch
 from extras.evaluate import Trained
 from extras.testing import (SMALL, assert_near, clip_of, folder, new_model, new_tracks, new_vae,
                             own_flags, quiet, rand, same, saved)
@@ -355,14 +355,14 @@ def test_the_shift_of_latents_is_found_in_whole_cells_whatever_comes_in():
             after[row, ..., :shift] = 5 * rand(4, 6, shift, seed=9)
         elif shift < 0:
             after[row, ..., shift:] = 5 * rand(4, 6, -shift, seed=9)
-    assert td.found_shift(before, after, 9).equal(shifts)
-    assert td.found_shift(before, after + rand(*after.shape, seed=2), 9).equal(shifts)
+    assert watch.found_shift(before, after, 9).equal(shifts)
+    assert watch.found_shift(before, after + rand(*after.shape, seed=2), 9).equal(shifts)
 
 
 def test_a_pan_moves_the_whole_picture_in_whole_cells_by_the_last_latent():
     config = replace(SMALL, size=(32, 96))
     tracks, visible, ids = new_tracks(45, 9)
-    points, cells = td.pan_points(config, {"tracks": tracks, "visible": visible, "ids": ids}, 12)
+    points, cells = watch.pan_points(config, {"tracks": tracks, "visible": visible, "ids": ids}, 12)
     assert cells.tolist() == [3, -3]
     assert points["tracks"].shape[:2] == (2, 45)
     way = points["tracks"] - points["tracks"][:, :1]
@@ -393,7 +393,7 @@ class Stub(torch.nn.Module):
 
 
 def teacher_errors(here, model):
-    """td.teacher_errors of a Stub on four clips, each of which pans by another number of cells."""
+    """watch.teacher_errors of a Stub on four clips, each of which pans by another number of cells."""
     config = model.config
     h, w = config.latent_size
     run = small_run(here)
@@ -415,8 +415,8 @@ def teacher_errors(here, model):
         way = tracks[:, -4:, 0, 0].mean(1) - tracks[:, 0, 0, 0]
         return {"tracks": way[:, None]}
 
-    with unittest.mock.patch.object(td, "motion_inputs", far):
-        return td.teacher_errors(run, model, None, files)
+    with unittest.mock.patch.object(watch, "motion_inputs", far):
+        return watch.teacher_errors(run, model, None, files)
 
 
 def test_a_teacher_that_ignores_its_tracks_is_told_from_one_that_follows():
@@ -496,9 +496,9 @@ def test_the_numbers_of_a_student_are_those_of_what_it_makes():
             return x0, conditions, None
 
         with unittest.mock.patch.object(td, "roll_out", made):
-            numbers = td.student_numbers(run, None, teacher, teacher, Still(), files)
+            numbers = watch.student_numbers(run, None, teacher, teacher, Still(), files)
             critic = new_model(2, causal=False)
-            other = td.student_numbers(run, None, teacher, critic, Still(), files)
+            other = watch.student_numbers(run, None, teacher, critic, Still(), files)
     assert shapes[0] == (4, 2, run.context), "a whole clip, to the last step"
     assert numbers["std_least"] == 0.25
     assert numbers["std_most"] == 3

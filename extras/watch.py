@@ -1,0 +1,126 @@
+"""What tells early that a training goes wrong: train_distill.py prints these numbers and logs them,
+every REPORT_EVERY updates of the stages teacher and distill. docs/training.md says what to make of
+them. Shapes are those of motionstream.py."""
+
+import itertools
+
+import torch
+
+import train_distill as td
+from motionstream import (FRAMES, channel_std, inside_picture, motion_inputs, to_x0, track_ids,
+                          with_first)
+
+# --------------------------------------------------------------------------------------------------
+# The teacher: does it follow tracks that no clip has?
+
+PAN = 0.25              # of the width, over a clip
+
+
+def pan_points(config, points, frames):
+    """The points of clips, as in a Batch, with tracks that the clips do not have: all of frame 0 moves
+    to the right, in every other clip to the left, until in the last of `frames` latents it has gone
+    PAN of the width, in whole cells. Returns them, and the cells (B,)."""
+    B, T = points["tracks"].shape[:2]
+    height, width = config.size
+    y = torch.arange(config.stride, height, 2 * config.stride)
+    x = torch.arange(config.stride, width, 2 * config.stride)
+    grid = torch.cartesian_prod(y, x).flip(1).to(points["tracks"])          # (N, 2), x first
+    cells = int(PAN * config.latent_size[1]) * (1 - 2 * (torch.arange(B) % 2))
+    middle = FRAMES * (frames - 1) - (FRAMES - 1) / 2           # of the last latent's frames
+    way = cells[:, None] * config.stride * torch.arange(T) / middle         # (B, T), in pixels
+    tracks = grid.expand(B, T, -1, -1).clone()
+    tracks[..., 0] += way[..., None].to(grid)
+    visible = inside_picture(tracks, height, width)
+    changed = {"tracks": tracks, "visible": visible, "ids": track_ids(tracks, visible, config)}
+    if "start" in points:
+        changed["start"] = grid.expand(B, -1, -1)
+    return points | changed, cells.to(grid.device)
+
+
+def found_shift(before, after, reach):
+    """By how many cells, at most `reach` either way, latents `before` (B, C, h, w) are to be moved to
+    the right to be most like `after`, in the mean square of what both show: (B,)."""
+    width = before.shape[3]
+    errors = []
+    for shift in range(-reach, reach + 1):
+        source = before[..., max(-shift, 0):width - max(shift, 0)]
+        place = after[..., max(shift, 0):width - max(-shift, 0)]
+        errors.append((source - place).square().mean((1, 2, 3)))
+    return torch.stack(errors).argmin(0) - reach
+
+
+def pan_error(run, model, vae, batch):
+    """The end-point error, in pixels, of a teacher's x0 from pure noise on a pan over the same images
+    (pan_points). As all moves as one, no tracker is needed: where frame 0 has gone is found in whole
+    cells. 0: the teacher follows; the length of the pan: it ignores its tracks."""
+    points, cells = pan_points(model.config, batch.points, run.clip_latents)
+    noise = torch.randn_like(batch.latents)
+    sigma = torch.ones(len(noise), device=noise.device)
+    x_t, sigma_frames = with_first(noise, sigma, td.first_latent_of(model.config, batch.latents))
+    conditions = batch.conditions | motion_inputs(model, **points, vae=vae)
+    x0 = to_x0(x_t, model(x_t, sigma_frames, **conditions), sigma_frames)
+    reach = 2 * int(cells.abs().max())
+    found = found_shift(batch.latents[:, :, 0], x0[:, :, -1], reach)
+    return model.config.stride * (found - cells).abs().float().mean()
+
+
+SIGMA_BINS = (0.0, 0.5, 0.9, 0.98, 1.0)
+
+
+@torch.no_grad()
+def teacher_errors(run, model, vae, files):
+    """What a teacher gets wrong on clips held back: x0 from pure noise, with all tracks, with none,
+    with those of another clip (x0_swapped: as x0_tracks, if they are ignored), on a pan, see
+    pan_error; and the flow loss, by bins of sigma."""
+    torch.manual_seed(0)
+    batch = td.draw_batch(run, files, 6 * run.settings.batch, run.clip_latents, dense=True)
+    x0 = batch.latents
+    first_latent = td.first_latent_of(model.config, x0)
+    others = {name: value.roll(1, 0) for name, value in batch.points.items() if name != "image"}
+
+    def error(sigma, motion):
+        weight = td.latent_weight(vae, model.config, sigma)
+        return td.flow_loss(model, x0, sigma, batch.conditions | motion, first_latent, 1.0, weight)
+
+    with run.autocast():
+        motion = motion_inputs(model, **batch.points, vae=vae)
+        nothing = {name: torch.zeros_like(value) for name, value in motion.items()}
+        swapped = motion_inputs(model, **(batch.points | others), vae=vae)
+        pure = torch.ones(len(x0), device=run.device)
+        errors = {
+            "x0_tracks": error(pure, motion),
+            "x0_none": error(pure, nothing),
+            "x0_swapped": error(pure, swapped),
+            "pan_error": pan_error(run, model, vae, batch),
+        }
+        for low, high in itertools.pairwise(SIGMA_BINS):
+            sigma = torch.linspace(low, high, len(x0), device=run.device)
+            errors[f"loss_{low:g}_{high:g}"] = error(sigma, motion)
+    return errors
+
+
+# --------------------------------------------------------------------------------------------------
+# The student.
+
+@torch.no_grad()
+def student_numbers(run, generator, teacher, critic, vae, files):
+    """What tells that distillation goes wrong, of the same images, rolled out with the same noise each
+    time: |fake - real| by sigma, the least and the greatest standard deviation of a latent channel,
+    as a share of the data's, how much moves from latent to latent, and how many pixels are
+    saturated."""
+    torch.manual_seed(0)
+    whole = run.clip_chunks, len(run.config.sigmas) - 1, run.context
+    x0, conditions, _ = td.roll_out(run, generator, vae, files, whole, grad=False)
+    first_latent = td.first_latent_of(run.config, x0)
+    std = x0.square().mean((0, 2, 3, 4)).sqrt()                 # (C,); 1 is that of Wan's data
+    if teacher.config.latent_std:
+        std = std / channel_std(teacher.config, std.device).flatten()
+    numbers = {"std_least": std.min(), "std_most": std.max(), "moves": x0.diff(dim=2).abs().mean()}
+    with run.autocast():
+        for sigma in 0.3, 0.6, 0.9:
+            levels = torch.full((len(x0),), sigma, device=x0.device)
+            real, fake = td.real_and_fake(x0, levels, teacher, critic, conditions, first_latent)
+            numbers[f"apart_{sigma}"] = (fake - real).abs().mean()
+        video, _ = vae.decode(x0[:1])
+    numbers["saturated"] = (video.abs() > 0.99).float().mean()
+    return numbers
