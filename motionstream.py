@@ -701,16 +701,19 @@ def without(conditions, *names):
 
 
 def guided_velocity(model, x_t, sigma, conditions, guidance, null_text=None):
-    """The velocity under guidance (w_text, w_motion): with all conditions, without text and without
-    motion, in one batch of three; of two if w_motion is 0. null_text: what replaces text, None: zeros."""
+    """The velocity under guidance (w_text, w_motion). One batch holds the clips with all conditions,
+    without text and without motion; what has weight 0 is left out. null_text: what replaces text,
+    None: zeros."""
     w_text, w_motion = guidance
     if w_text == 0 and w_motion == 0:
         return model(x_t, sigma, **conditions)
     given = {name: value for name, value in conditions.items() if value is not None}
-    no_text = without(given, "text")
-    if null_text is not None and "text" in given:
-        no_text["text"][:] = null_text
-    variants = [given, no_text]
+    variants = [given]
+    if w_text:
+        no_text = without(given, "text")
+        if null_text is not None and "text" in given:
+            no_text["text"][:] = null_text
+        variants.append(no_text)
     if w_motion:
         variants.append(without(given, "tracks", "copies"))
 
@@ -719,7 +722,7 @@ def guided_velocity(model, x_t, sigma, conditions, guidance, null_text=None):
     for name in given:
         batch[name] = torch.cat([variant[name] for variant in variants])
     v = model(torch.cat([x_t] * n), torch.cat([sigma] * n), **batch).chunk(n)
-    return joint_guidance(v[0], v[1], v[-1], w_text, w_motion)
+    return joint_guidance(v[0], v[1], v[-1], w_text, w_motion)      # one with weight 0 has no share
 
 
 def euler(model, noise, conditions, first_latent=None, null_text=None):
@@ -818,12 +821,12 @@ def rollout(model, noise, conditions, first_latent=None, exit_step=None, rng=Non
 # get neither.
 
 COPY_CELL = 4       # pixels per side of the squares that follow one track
-NEIGHBOURS = 4      # tracks of which a square's move is a mean, see way_back,
-BESIDE = 4          # pixels farther than the nearest one, over which a track's weight falls to 1 / e,
-ALIKE = 6           # pixels between its move and the nearest one's, over which it does
-NEAR = (8, 32)      # pixels over which nearness falls to 1 / e, see nearness
+NEIGHBOURS = 4      # tracks whose moves a square averages, see way_back
+BESIDE = 4          # a track this many pixels farther than the nearest one weighs 1 / e
+ALIKE = 6           # a track whose move differs by this many pixels from the nearest one's, 1 / e
+NEAR = (8, 32)      # distances in pixels at which nearness is 1 / e
 SHARES = 2          # outputs of the head for mix_copies
-SPREAD = 0.1        # of x0 about what its copies say, as a share of the latents' own
+SPREAD = 0.1        # standard deviation of x0 about the copies, as a share of the latents' own
 
 
 def square_centres(height, width, device):
@@ -850,10 +853,10 @@ def nearest_points(places, points, visible, count):
 
 
 def moves_of(index, tracks, start):
-    """How far tracks have moved since frame 0: index (B, T, rows, columns, K), tracks (B, T, N, 2),
-    start (B, N, 2) to (B, T, rows, columns, K, 2)."""
+    """How far tracks have moved since frame 0: index (B, T, rows, columns, near), tracks
+    (B, T, N, 2), start (B, N, 2) to (B, T, rows, columns, near, 2)."""
     moves = tracks.nan_to_num(0) - start.nan_to_num(0)[:, None]         # (B, T, N, 2)
-    wanted = index.flatten(2)[..., None].expand(-1, -1, -1, 2)          # (B, T, rows columns K, 2)
+    wanted = index.flatten(2)[..., None].expand(-1, -1, -1, 2)  # (B, T, rows columns near, 2)
     return moves.gather(2, wanted).unflatten(2, index.shape[2:])
 
 
@@ -867,10 +870,10 @@ def from_outside(back, height, width):
 
 
 def way_back(tracks, visible, start, height, width):
-    """From each square of COPY_CELL pixels of frame t to where it was in frame 0, by the nearest
-    visible track and those of the next nearest that move like it, so that what turns or grows does
-    so smoothly. A square follows none if none is visible, or if it would show what lay outside the
-    picture.
+    """From each square of COPY_CELL pixels of frame t to where it was in frame 0: the weighted mean
+    move of the nearest visible track and of those neighbours whose motion agrees with it, so that
+    rotation and zoom are smooth. A square follows no track if none is visible, or if the square
+    would then show what lay outside the picture.
 
     tracks (B, T, N, 2), N > 0, visible (B, T, N); start (B, N, 2): where they were in frame 0.
     Returns pixels, (B, T, rows, columns, 2), 0 for a square that follows none, and the distance in
@@ -878,7 +881,7 @@ def way_back(tracks, visible, start, height, width):
     place = square_centres(height, width, tracks.device)
     place = place.expand(*tracks.shape[:2], -1, -1, -1)
     index, distance = nearest_points(place, tracks, visible, NEIGHBOURS)
-    moves = moves_of(index, tracks, start)                              # (B, T, rows, columns, K, 2)
+    moves = moves_of(index, tracks, start)                      # (B, T, rows, columns, near, 2)
     farther = distance - distance[..., :1]
     apart = (moves - moves[..., :1, :]).norm(dim=-1)
     weight = torch.exp(-farther / BESIDE - (apart / ALIKE) ** 2)
@@ -911,9 +914,10 @@ def nearness(distance):
 
 
 def gone_elsewhere(back, tracks, visible, start, height, width):
-    """How surely what a square shows does not belong there, as it moves with another track: what
-    lay near the start of a track is where that track is now. So an object leaves its first place,
-    and the ground behind it, which the image does not show, is not taken for the object.
+    """Confidence, 0 to 1, that what a square shows is wrong there, because it has moved away with
+    another track: what lay near the start of a track is now where that track is. So an object
+    leaves its first place, and the ground behind it, which the image does not show, is not taken
+    for the object.
 
     back (B, T, rows, columns, 2): from each square to what it shows of frame 0. Returns (B, 2, T,
     rows, columns): the nearness of the visible track that began nearest to that, times how surely
@@ -1015,7 +1019,7 @@ class CopyingMotionStream(MotionStream):
 
     def forward(self, x, sigma, text=None, *, image=None, copies=None, **rest):
         """As MotionStream's, with copies (B, copy_dim, F, h, w) of copy_along_tracks, None:
-        nothing is copied. image: the image's latent in every frame, see image_inputs."""
+        zeros, nothing is copied. image: the image's latent in every frame, see image_inputs."""
         c = self.config
         B, C, frames, h, w = x.shape
         std = channel_std(c, x.device)
@@ -1025,9 +1029,7 @@ class CopyingMotionStream(MotionStream):
         image = torch.cat([copied, still], 1)
         output = super().forward(x / variance.sqrt(), sigma, text, image=image, **rest)
         output, shares = output.split([C, SHARES], 1)
-        expected = 0.0
-        if copies is not None:
-            expected = mix_copies(shares, copied[:, :C], still)
+        expected = mix_copies(shares, copied[:, :C], still)
         return with_linear_part(output, x, sigma, std, expected)
 
 

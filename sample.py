@@ -53,7 +53,8 @@ ASSETS = Path(__file__).resolve().parent / "assets"
 MOST_FRAMES = 1_000_000
 LARGEST = 2 ** 30           # bytes of a tracks file, unpacked
 SHORTEST_SIDE = 256         # pixels of a written video; smaller ones are enlarged
-HISTORY = 81                # frames that weights without a window, which forget nothing, saw in training
+CLIP = 81                   # frames of a clip of Wan's: made when nothing says how many; and as many
+                            # as weights without a window, which forget nothing, saw in training
 
 
 # --------------------------------------------------------------------------------------------------
@@ -383,29 +384,38 @@ def read_tracks(path, size, frames=None):
         arrays = own_arrays(path)
         if arrays is not None:
             return own_tracks(arrays, size)
-    from extras.tracks import load_tracks
-    return Tracks(**load_tracks(path, size, frames=frames))
+    extras = tracks_module(f"{path} is not a file that this project wrote")
+    return Tracks(**extras.load_tracks(path, size, frames=frames))
+
+
+def tracks_module(why):
+    """extras/tracks.py, for what is not done here. UserError in a copy that is without it."""
+    try:
+        from extras import tracks
+    except ImportError:
+        raise UserError(f"{why}; extras/tracks.py, which such tracks need, is missing") from None
+    return tracks
 
 
 def given_tracks(flags, size):
     """The Tracks that the flags name, on the image of `size` (width, height)."""
-    frames = flags.frames or 81
+    frames = flags.frames or CLIP
     if flags.grid and not flags.paths:
         raise UserError("--grid belongs to --drag and --pin")
     if flags.tracks:
         return read_tracks(flags.tracks, size, flags.frames)
     if flags.paths:
-        from extras.tracks import drag_tracks
-        return Tracks(*drag_tracks(flags.paths, flags.grid, size, frames))
+        extras = tracks_module("--drag and --pin")
+        return Tracks(*extras.drag_tracks(flags.paths, flags.grid, size, frames))
     return Tracks(np.zeros((frames, 0, 2), np.float32), np.zeros((frames, 0), bool))
 
 
 def refuse_cropped(paths, image_size, size):
     """UserError for the first text of --drag and --pin whose point is in no frame of a video of `size`:
     it starts in what is cropped of the image (width, height)."""
-    from extras.tracks import read_path
+    extras = tracks_module("--drag and --pin")
     for text in paths:
-        x, y = to_video(read_path(text)[0], image_size, size).tolist()
+        x, y = to_video(extras.read_path(text)[0], image_size, size).tolist()
         if not (0 <= x < size[1] and 0 <= y < size[0]):
             flag = "--drag" if "->" in text else "--pin"
             raise UserError(f"{flag} {text}: starts in what is cropped of the image; the video shows "
@@ -799,7 +809,7 @@ def add_flags(parser):
         "tiny model knows steady, fading or warming light, and steady, spinning or pulsing shapes")
     add("--out", default="out.mp4", help=".mp4, or .png for the last frame; default: out.mp4", **file)
     frames = number(int, 1, MOST_FRAMES)
-    add("--frames", type=frames, metavar="N", help="default: those of the tracks, or 81")
+    add("--frames", type=frames, metavar="N", help=f"default: those of the tracks, or {CLIP}")
     add("--fps", type=number(float, 0.1, 1000), metavar="F", help="of the file; default: the model's")
     add("--overlay", action="store_true", help="draw the tracks on the video")
     add = parser.add_argument_group("model").add_argument
@@ -932,8 +942,8 @@ def refuse(job, flags, weights):
         (streams and flags.guidance, "--guidance belongs to --sampler teacher"),
         (streams and flags.negative_prompt is not None, "--negative-prompt belongs to --sampler teacher"),
         (not streams and flags.memory, "--memory belongs to --sampler stream"),
-        (streams and config.window is None and job.frames > HISTORY and not flags.memory,
-         f"trained to remember {HISTORY} frames, all of them; add --memory c{config.chunk}s1w5 for more"),
+        (streams and config.window is None and job.frames > CLIP and not flags.memory,
+         f"trained to remember {CLIP} frames, all of them; add --memory c{config.chunk}s1w5 for more"),
         (streams and config.window is None and flags.compile, GROWS),
         (streams and config.has_mask,
          "takes the image as a clip with a mask, which cannot stream; use --sampler teacher"),
@@ -1075,10 +1085,11 @@ def generate(job, models, image, motion):
     goes on. image and motion: see `stream`."""
     config = job.config
     if job.drawn:
-        from extras.tracks import render_control
         latents = latent_frames(job.frames, config.chunk, config.first_chunk)
         frames = FRAMES * latents - (FRAMES - 1)
-        motion = replace(motion, control=render_control(models.vae, motion, config.size, frames))
+        extras = tracks_module("a control video")
+        control = extras.render_control(models.vae, motion, config.size, frames)
+        motion = replace(motion, control=control)
     if config.causal:
         latents = stream_latents(models.dit, models.vae, image, motion, models.encoded, job.seed,
                                  chunk=config.chunk, sink=config.sink, window=config.window)
@@ -1109,6 +1120,8 @@ def run(argv):
         flags = recording.replayed(flags, tracks.recorded, weights.config)
     job = resolve(flags, weights, tracks)
     refuse(job, flags, weights)
+    if flags.overlay:
+        tracks_module("--overlay")
     if flags.paths:
         refuse_cropped(flags.paths, image.size, job.config.size)
     motion, lost = fit_tracks(tracks, image.size, job.frames, job.config, job.seed)
@@ -1128,8 +1141,7 @@ def run(argv):
         print(f"note: {note}")
     frames = map(enlarge, generate(job, models, pixels, steered))
     if flags.overlay:
-        from extras.tracks import overlaid
-        frames = overlaid(frames, motion, job.config.size)
+        frames = tracks_module("--overlay").overlaid(frames, motion, job.config.size)
     is_picture = flags.out.suffix.lower() == ".png"
     with picture_file(flags.out) if is_picture else video_file(flags.out, job.fps) as append:
         code = write_frames(append, frames, job.frames)

@@ -799,6 +799,10 @@ def assert_guided(model, x, given, no_text, no_motion):
     assert_near(guided, expected, 1e-5)
     unguided = guided_velocity(model, x, sigma, given, (0, 0))
     assert unguided.equal(full)
+    text_alone = guided_velocity(model, x, sigma, given, (3.0, 0.0))
+    assert_near(text_alone, no_text + 3 * (full - no_text), 1e-5)
+    motion_alone = guided_velocity(model, x, sigma, given, (0.0, 1.5))
+    assert_near(motion_alone, no_motion + 1.5 * (full - no_motion), 1e-5)
 
 
 def test_guided_velocity_is_three_evaluations_without_text_and_without_tracks():
@@ -806,6 +810,15 @@ def test_guided_velocity_is_three_evaluations_without_text_and_without_tracks():
     tracks_alone = {"tracks": given["tracks"]}
     text_alone = {"text": given["text"]}
     assert_guided(new_model(), x, given, tracks_alone, text_alone)
+
+
+def test_guidance_by_one_weight_is_two_evaluations():
+    x, given, _ = clip_of(3)
+    model = unittest.mock.Mock(wraps=new_model())
+    for guidance, count in ((3.0, 1.5), 3), ((3.0, 0.0), 2), ((0.0, 1.5), 2), ((0.0, 0.0), 1):
+        guided_velocity(model, x, torch.ones(2), given, guidance)
+        batch = model.call_args.args[0]
+        assert len(batch) == 2 * count, guidance
 
 
 def test_guidance_never_leaves_out_the_image():

@@ -319,7 +319,9 @@ def test_a_fresh_model_believes_its_copies_and_where_there_are_none_the_image():
     alone = x0(copies=copies)
     assert_near(alone, 0.8 * moved, 1e-5)
     without = x0(tracks=tracks, image=image)
-    assert without.abs().max() < 1e-6                           # the mean, 0
+    assert_near(without, 0.2 * image, 1e-5)
+    no_copies = x0(tracks=tracks, image=image, copies=torch.zeros_like(copies))
+    assert no_copies.equal(without), "None is zeros"
     text = "condition copies (2, 8, 3, 4, 6), expected (2, 10,"
     assert_error(AssertionError, text, model, x, ones, copies=tracks)
     model.config = replace(COPYING, latent_std=())

@@ -63,12 +63,16 @@ def test_sample_writes_a_video_of_the_tracks_length():
     assert not list(here.glob(".*")), "temporary files are left"
 
 
-# Samples in a copy without extras; then two more times, when nobody reads what it prints, which is
-# noticed by the first line or, if that is kept back, at the end. torch is loaded once.
+# Samples in a copy without extras, and refuses what needs them; then two more times, when nobody reads
+# what it prints, which is noticed by the first line or, if that is kept back, at the end. torch is
+# loaded once.
 IN_A_COPY = """
-import os, sys, sample
+import os, sys, numpy, sample
 flags = "--image assets/drag.png --tracks assets/drag.npz --frames 9".split()
 assert sample.main(flags) == 0
+numpy.save("t.npy", numpy.zeros((9, 1, 2)))
+for tracks in ["--tracks", "t.npy"], ["--pin", "9,9"], ["--tracks", "assets/drag.npz", "--overlay"]:
+    assert sample.main(["--image", "assets/drag.png", "--out", "no.mp4"] + tracks) == 2
 flags += ["--frames", "1", "--steps", "1", "--out", "out.png"]
 reader, writer = os.pipe()
 os.close(reader)
@@ -95,6 +99,10 @@ def test_a_copy_without_extras_samples_and_a_reader_that_has_gone_is_no_error():
         assert done.returncode == 0, done.stderr
         assert done.stdout.endswith("\nout.mp4\n141\n141\n"), done.stdout
         assert "Error" not in done.stderr, done.stderr
+        refused = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert len(refused) == 3, done.stderr
+        for line in refused:
+            assert line.endswith("extras/tracks.py, which such tracks need, is missing"), line
         assert count_frames(here / "out.mp4") == 9
 
 
