@@ -19,7 +19,6 @@ Shapes, in every file of this project:
 import contextlib
 import copy
 import errno
-import itertools
 import json
 import math
 import os
@@ -745,22 +744,20 @@ def euler(model, noise, conditions, first_latent=None, null_text=None):
     yield x, 0.0
 
 
-def chunk_sizes(frames, chunk, first=None):
-    """The latents of each chunk of a clip of `frames`: `first` (None: chunk), then `chunk` each; the
-    last chunk may be shorter."""
-    first = min(first or chunk, frames)
-    whole, left = divmod(frames - first, chunk)
-    sizes = [first] + whole * [chunk]
-    if left:
-        sizes.append(left)
-    return sizes
+def chunk_sizes(config, frames=math.inf):
+    """How many latents each chunk has: config.first_chunk, then config.chunk, without end or until
+    the clip of `frames` latents ends, whose last chunk may be shorter."""
+    size = config.first_chunk or config.chunk
+    while frames > 0:
+        yield min(size, frames)
+        frames = frames - size
+        size = config.chunk
 
 
-def split_conditions(conditions, chunk, first=None):
-    """A clip's conditions, chunk by chunk, without end: what has a frame axis is cut. first: latents
-    of the first chunk, None: chunk."""
+def split_conditions(conditions, sizes):
+    """A clip's conditions, chunk by chunk: what has a frame axis is cut. sizes: see chunk_sizes."""
     start = 0
-    for size in itertools.chain([first or chunk], itertools.repeat(chunk)):
+    for size in sizes:
         part = dict(conditions)
         for name, value in conditions.items():
             if value is not None and value.ndim == 5:
@@ -789,9 +786,9 @@ def rollout(model, noise, conditions, first_latent=None, exit_step=None, rng=Non
     if caches is None:
         caches = model.new_caches()
     if torch.is_tensor(noise):
-        noise = noise.split(chunk_sizes(noise.shape[2], c.chunk, c.first_chunk), 2)
+        noise = noise.split(list(chunk_sizes(c, noise.shape[2])), 2)
     if isinstance(conditions, dict):
-        conditions = split_conditions(conditions, c.chunk, c.first_chunk)
+        conditions = split_conditions(conditions, chunk_sizes(c))
     for x, condition in zip(noise, conditions):
         for step, sigma in enumerate(c.sigmas[:last + 1]):
             with torch.set_grad_enabled(grad and step == last):

@@ -79,12 +79,12 @@ class Encoded:
     clip: torch.Tensor | None = None        # (B, 257, clip_dim): CLIP's features of the image
 
 
-def motion_by_chunk(motion, chunk, first=None):
-    """A whole Motion to one for each chunk. The first has 4 first - 3 frames (first=None: 4 chunk - 3),
-    the others 4 chunk; nothing is specified where the last one reaches beyond the motion's end."""
+def motion_by_chunk(motion, config):
+    """A whole Motion to one for each chunk, of n latents: 4 n - 3 frames in the first, 4 n in the
+    others. Nothing is specified where the last one reaches beyond the motion's end."""
     frames = motion.tracks.shape[1]
     stop = 1 - FRAMES
-    for size in chunk_sizes(latent_frames(frames, chunk, first), chunk, first):
+    for size in chunk_sizes(config, latent_frames(frames, config)):
         start = stop
         stop = start + FRAMES * size
         span = slice(max(start, 0), stop)
@@ -130,7 +130,7 @@ def conditions(model, vae, image, motion, encoded, channels=None):
     """The model's keyword arguments, chunk by chunk, each made when asked for. motion: a whole Motion, or
     an iterator of one for each chunk. channels: the image's, of the first chunk, see image_inputs."""
     if isinstance(motion, Motion):
-        motion = motion_by_chunk(motion, model.config.chunk, model.config.first_chunk)
+        motion = motion_by_chunk(motion, model.config)
     for part in motion:
         text = encoded.text if part.text is None else part.text.to(image.device)
         inputs = motion_conditions(model, vae, image, part)
@@ -169,15 +169,13 @@ def stream(model, vae, image, motion, encoded=Encoded(), seed=0, **memory):
 def stream_latents(model, vae, image, motion, encoded=Encoded(), seed=0, **memory):
     """`stream` before it is decoded: an iterator of (B, C, chunk, h, w)."""
     config = replace(model.config, **memory)
-    first = config.first_chunk or config.chunk
     image = image.to(next(model.parameters()).device)
     encoded_image = vae.encode(image[:, :, None])                           # (B, C, 1, h, w)
-    channels, first_latent = image_inputs(config, encoded_image, first)
+    channels, first_latent = image_inputs(config, encoded_image, next(chunk_sizes(config)))
     rng = torch.Generator().manual_seed(seed)
-    sizes = itertools.chain([first], itertools.repeat(config.chunk))
-    noise = (draw_noise(encoded_image, size, rng) for size in sizes)
+    noise = (draw_noise(encoded_image, size, rng) for size in chunk_sizes(config))
     if isinstance(motion, Motion):
-        motion = motion_by_chunk(motion, config.chunk, config.first_chunk)
+        motion = motion_by_chunk(motion, config)
     given = conditions(model, vae, image, motion, encoded, channels)
     caches = model.new_caches(**memory)
     return rollout(model, noise, given, first_latent, rng=rng, caches=caches)
@@ -188,8 +186,7 @@ def sample_teacher(model, vae, image, motion, encoded=Encoded(), seed=0):
     """The teacher: whole chunks that cover a whole Motion, made all at once, then handed out as `stream`
     does. Steps and guidance are the config's."""
     config = model.config
-    count = latent_frames(motion.tracks.shape[1], config.chunk, config.first_chunk)
-    sizes = chunk_sizes(count, config.chunk, config.first_chunk)
+    count = latent_frames(motion.tracks.shape[1], config)
     image = image.to(next(model.parameters()).device)
     grey = 0                                # frames after the image
     if config.has_mask:
@@ -197,22 +194,22 @@ def sample_teacher(model, vae, image, motion, encoded=Encoded(), seed=0):
     encoded_image = vae.encode(F.pad(image[:, :, None], (0, 0, 0, 0, 0, grey)))
     channels, first_latent = image_inputs(config, encoded_image, count)
     given = {"text": encoded.text, "image": channels, "clip": encoded.clip}
-    motions = motion_by_chunk(motion, config.chunk, config.first_chunk)
+    motions = motion_by_chunk(motion, config)
     parts = [motion_conditions(model, vae, image, part) for part in motions]
     for name in parts[0]:
         given[name] = torch.cat([part[name] for part in parts], 2)
     noise = draw_noise(encoded_image, count, torch.Generator().manual_seed(seed))
     for x0, _ in euler(model, noise, given, first_latent, null_text=encoded.null_text):
         pass                                # the last of the trajectory is clean
-    yield from decode(vae, x0.split(sizes, 2))
+    yield from decode(vae, x0.split(list(chunk_sizes(config, count)), 2))
 
 
-def latent_frames(frames, chunk, first=None):
-    """How many latent frames the whole chunks have that cover `frames`; see chunk_sizes."""
-    first = first or chunk
+def latent_frames(frames, config):
+    """How many latent frames the whole chunks have that cover `frames` of the video."""
     latents = math.ceil((frames + FRAMES - 1) / FRAMES)
-    after = math.ceil((latents - first) / chunk)            # chunks after the first
-    return first + max(after, 0) * chunk
+    first = config.first_chunk or config.chunk
+    after = math.ceil((latents - first) / config.chunk)     # chunks after the first
+    return first + max(after, 0) * config.chunk
 
 
 def to_bytes(video):
@@ -493,7 +490,7 @@ def fit_tracks(tracks, image_size, frames, config, seed):
         if tracks.ids is not None:
             notes.append(f"the IDs of these weights are of the kind {config.track_id_mode!r}, not "
                          f"{tracks.id_mode!r}; the file's ids are not used")
-    latents = latent_frames(frames, config.chunk, config.first_chunk)
+    latents = latent_frames(frames, config)
     whole = FRAMES * latents - (FRAMES - 1)
     missing = max(whole - given, 0)
     points = F.pad(points[:, :whole], (0, 0, 0, 0, 0, missing))
@@ -1074,7 +1071,7 @@ def word_notes(job):
 
 def with_prompts(motion, prompts, config):
     """A whole Motion to one for each chunk, each with the text of its prompt."""
-    parts = motion_by_chunk(motion, config.chunk, config.first_chunk)
+    parts = motion_by_chunk(motion, config)
     for part, prompt in zip(parts, prompts):
         yield replace(part, text=embed_words(prompt, config))
 
@@ -1085,7 +1082,7 @@ def generate(job, models, image, motion):
     goes on. image and motion: see `stream`."""
     config = job.config
     if job.drawn:
-        latents = latent_frames(job.frames, config.chunk, config.first_chunk)
+        latents = latent_frames(job.frames, config)
         frames = FRAMES * latents - (FRAMES - 1)
         extras = tracks_module("a control video")
         control = extras.render_control(models.vae, motion, config.size, frames)

@@ -938,7 +938,7 @@ def test_rollout_takes_chunks_and_caches_that_are_not_the_configs():
     model = new_model()
     caches = model.new_caches(sink=0, window=2)
     chunks = noise.split(2, 2)
-    conditions = split_conditions(given, 2)
+    conditions = split_conditions(given, [2] * 4)
     made = rollout(model, chunks, conditions, first, rng=seeded(), caches=caches)
     made = list(made)
     assert len(expected) == 4

@@ -123,13 +123,11 @@ def causal_loss(model, states, x0, past, conditions, context, channel_weight=1.0
     how much an error counts."""
     sink, window = context
     caches = model.new_caches(sink=sink, window=window)
-    chunk = model.config.chunk
-    first = model.config.first_chunk
     sigmas = model.config.sigmas
     loss = 0.0
     stop = 0
-    sizes = chunk_sizes(x0.shape[2], chunk, first)
-    for size, part in zip(sizes, split_conditions(conditions, chunk, first)):
+    sizes = list(chunk_sizes(model.config, x0.shape[2]))
+    for size, part in zip(sizes, split_conditions(conditions, sizes)):
         start = stop
         stop = start + size
         now = slice(start, stop)
@@ -362,8 +360,7 @@ class Run:
 
     @property
     def clip_chunks(self):
-        sizes = chunk_sizes(self.clip_latents, self.config.chunk, self.config.first_chunk)
-        return len(sizes)
+        return len(list(chunk_sizes(self.config, self.clip_latents)))
 
     @property
     def longest_rollout(self):
@@ -1318,15 +1315,15 @@ def user_tracks(visible, group):
     return visible & keep[:, None] & shown & ~pause
 
 
-def dense_subset(visible, pauses, chunk, first=None):
+def dense_subset(visible, pauses, config):
     """Of true tracks (B, T, N) 1,000 to 2,500, or all if there are fewer (section 4.1: a grid of
-    50x50); with pauses, none in a fifth of the chunks but the first (section 3.1, appendix D).
-    chunk: latents of one; first: of the first, None: chunk."""
+    50x50); with pauses, none in a fifth of the chunks but the first (section 3.1, appendix D)."""
     B, T, _ = visible.shape
     count = torch.randint(1000, 2501, (B, 1))
     keep = random_subset(visible.any(1), count)                 # (B, N)
     latent = (torch.arange(T) + FRAMES - 1) // FRAMES           # of each frame
-    number = (latent - (first or chunk)) // chunk + 1           # of its chunk
+    first = config.first_chunk or config.chunk
+    number = (latent - first) // config.chunk + 1               # of its chunk
     shown = (torch.rand(B, T, 1) >= 0.2 * pauses)[:, number]
     shown = shown | (number == 0)[:, None]                      # (B, T, 1)
     return visible & keep[:, None] & shown
@@ -1338,7 +1335,7 @@ def given_tracks(run, visible, group, dense):
     p_sparse of the clips user_tracks, to which all is ground: 0 to 64 tracks."""
     if (group >= 0).any():
         return visible if dense else user_tracks(visible, group)
-    many = dense_subset(visible, not dense, run.config.chunk, run.config.first_chunk)
+    many = dense_subset(visible, not dense, run.config)
     if dense:
         return many
     sparse = torch.rand(len(visible), 1, 1) < run.settings.p_sparse
@@ -1685,7 +1682,7 @@ def causal_step(run, student, vae, drawn, channel_weight):
     conditions = conditions | motion_inputs(student, **points, vae=vae)
     past = x0
     if run.settings.corrupt_context:
-        past = corrupt_context(x0, run.config.first_chunk or run.config.chunk)
+        past = corrupt_context(x0, next(chunk_sizes(run.config)))
     return causal_loss(student, states, x0, past, conditions, context, channel_weight)
 
 
@@ -1710,8 +1707,8 @@ def loss_on_rollouts(run, student, vae, files, channel_weight):
     config = run.config
     exit_step = int(torch.randint(0, len(config.sigmas), ()))
     conditions = batch.conditions | motion_inputs(student, **batch.points, vae=vae)
-    given = split_conditions(conditions, config.chunk, config.first_chunk)
-    sizes = chunk_sizes(batch.latents.shape[2], config.chunk, config.first_chunk)
+    sizes = list(chunk_sizes(config, batch.latents.shape[2]))
+    given = split_conditions(conditions, sizes)
     noise = torch.randn_like(batch.latents).split(sizes, 2)
     first_latent = first_latent_of(config, batch.latents)
     made = rollout(student, noise, given, first_latent, exit_step)
@@ -1800,9 +1797,8 @@ def roll_out(run, generator, vae, files, shape, grad):
     s = run.settings
     config = run.config
     chunks, exit_step, context = shape
-    chunk = context["chunk"]
     frames = run.latents_of(chunks)
-    sizes = chunk_sizes(frames, chunk, config.first_chunk)
+    sizes = list(chunk_sizes(replace(config, **context), frames))
     batch = draw_batch(run, files, s.batch, frames, first_only=True)
     image = batch.latents                               # (B, C, 1, h, w)
     conditions = batch.conditions
@@ -1814,13 +1810,13 @@ def roll_out(run, generator, vae, files, shape, grad):
     caches = generator.new_caches(**context)
     with run.autocast(), torch.set_grad_enabled(grad):
         motion = motion_inputs(generator, **batch.points, vae=vae)
-        given = split_conditions(conditions | motion, chunk, config.first_chunk)
+        given = split_conditions(conditions | motion, sizes)
         noises = noise.split(sizes, 2)
         made = rollout(generator, noises, given, first_latent, exit_step, caches=caches)
         made = itertools.islice(made, len(noises))      # asks for no more: the last is not cached
         shown = first_latent if chunks == run.clip_chunks else image
         x0, points = judged_clip(made, run.clip_latents, shown, batch.points)
-        conditions = next(split_conditions(conditions, x0.shape[2]))
+        conditions = next(split_conditions(conditions, [x0.shape[2]]))
         motion = motion_inputs(generator, **points, vae=vae)
     return x0, conditions | motion, points
 

@@ -407,7 +407,7 @@ def watched(model, vae, motion, text, ahead):
     asked = []
 
     def live():
-        for part in sample.motion_by_chunk(motion, config.chunk, config.first_chunk):
+        for part in sample.motion_by_chunk(motion, config):
             asked.append(time.perf_counter())
             yield part
 

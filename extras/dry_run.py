@@ -210,13 +210,13 @@ def roll_out(run, generator, exit_step):
     noise, conditions = batch_of(run, run.settings.batch, frames)
     points = {"tracks": torch.zeros(len(noise), td.video_frames(frames), 1, 2)}
     points["visible"] = points["tracks"][..., 0] > 0
-    sizes = chunk_sizes(frames, config.chunk, config.first_chunk)
+    sizes = list(chunk_sizes(config, frames))
     first_latent = td.first_latent_of(config, noise)
     noises = noise.split(sizes, 2)
     made = rollout(generator, noises, conditions, first_latent, exit_step)
     made = itertools.islice(made, len(noises))              # the last is not cached
     x0, _ = td.judged_clip(made, run.clip_latents, first_latent, points)
-    return x0, next(split_conditions(conditions, run.clip_latents))
+    return x0, next(split_conditions(conditions, [run.clip_latents]))
 
 
 def mean_chunks(run):
@@ -503,7 +503,7 @@ def print_settings(run):
 def stream_cache(run):
     """Bytes of a stream's KV cache in bfloat16 once it is full."""
     config = run.config
-    sizes = chunk_sizes(run.clip_latents, config.chunk, config.first_chunk)
+    sizes = list(chunk_sizes(config, run.clip_latents))
     held = sizes
     if config.window is not None:
         held = sizes[:config.sink] + [config.chunk] * config.window

@@ -129,7 +129,7 @@ def with_texts(motion, text, later, config):
     """A Motion chunk by chunk, each with its text: `later` from the chunk on that lies in the second half."""
     half = motion.tracks.shape[1] / 2
     start = FRAMES - 1                                          # as the VAE packs frame 0
-    for part in sample.motion_by_chunk(motion, config.chunk, config.first_chunk):
+    for part in sample.motion_by_chunk(motion, config):
         yield replace(part, text=later if start >= half else text)
         start += part.tracks.shape[1]
 

@@ -515,7 +515,7 @@ def record_by_hand(here, mode):
     tracks = sample.Tracks(np.nan_to_num(points), visible, ids, mode)
     motion, _ = sample.fit_tracks(tracks, image.size, 13, model.config, 0)
     given = []
-    for part, prompt in zip(sample.motion_by_chunk(motion, 1), prompts):
+    for part, prompt in zip(sample.motion_by_chunk(motion, replace(SMALL, chunk=1)), prompts):
         given.append(replace(part, text=sample.embed_words(prompt, SMALL)))
     pixels = sample.fit_image(image, SMALL.size)
     videos = list(sample.stream(model, vae, pixels, iter(given), seed=7))

@@ -241,7 +241,7 @@ def test_a_live_stream_begins_no_chunk_before_the_last_is_shown_nor_does_a_cpu()
         log = []
 
         def live():
-            for i, part in enumerate(sample.motion_by_chunk(motion, model.config.chunk)):
+            for i, part in enumerate(sample.motion_by_chunk(motion, model.config)):
                 log.append(f"make {i}")
                 yield part
 

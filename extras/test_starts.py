@@ -1,5 +1,6 @@
 """Where training starts: from which public weights, and how long its clips are."""
 
+import itertools
 import sys
 import unittest
 import unittest.mock
@@ -13,11 +14,11 @@ from safetensors.torch import load_file
 import sample
 import train_distill as td
 from extras import clips
-from extras.testing import (FAMILIES, WAN21, assert_error, assert_near, clip_of, folder, new_model,
+from extras.testing import (FAMILIES, SMALL, WAN21, assert_error, assert_near, clip_of, folder, new_model,
                             new_vae, own_clips, public, quiet, rand, randomised, recipe, saved,
                             seeded, wan_video, write_layout)
 from extras.video import open_video
-from motionstream import (MotionStream, UserError, chunk_sizes, rollout, split_conditions,
+from motionstream import (PRESETS, MotionStream, UserError, chunk_sizes, rollout, split_conditions,
                           track_features)
 from vae import WanVAE
 
@@ -115,16 +116,19 @@ def test_weights_with_a_mask_take_a_track_slot_but_no_training():
 # A first chunk of its own size: the 31 latents of 121 frames are 1 + 10 x 3.
 
 def test_chunks_may_begin_with_one_of_another_size():
-    assert chunk_sizes(31, 3, 1) == [1] + 10 * [3]
-    assert chunk_sizes(21, 3) == 7 * [3]
-    assert chunk_sizes(8, 3) == [3, 3, 2]
-    assert chunk_sizes(2, 3) == [2]
-    assert chunk_sizes(6, 3, 1) == [1, 3, 2]
+    three = replace(SMALL, chunk=3)
+    one_first = replace(three, first_chunk=1)
+    assert list(chunk_sizes(one_first, 31)) == [1] + 10 * [3]
+    assert list(chunk_sizes(three, 21)) == 7 * [3]
+    assert list(chunk_sizes(three, 8)) == [3, 3, 2]
+    assert list(chunk_sizes(three, 2)) == [2]
+    assert list(chunk_sizes(one_first, 6)) == [1, 3, 2]
+    assert list(itertools.islice(chunk_sizes(one_first), 4)) == [1, 3, 3, 3]
     noise, given, first = clip_of(7)
     model = new_model(first_chunk=1)
     made = list(rollout(model, noise, given, first, rng=seeded()))
     assert [x.shape[2] for x in made] == [1, 3, 3]
-    parts = split_conditions(given, 3, 1)
+    parts = split_conditions(given, [1, 3, 3])
     by_hand = rollout(new_model(), noise.split([1, 3, 3], 2), parts, first, rng=seeded())
     assert all(a.equal(b) for a, b in zip(made, by_hand))
     other = list(rollout(new_model(), noise, given, first, rng=seeded()))
@@ -144,16 +148,17 @@ def test_121_frames_are_whole_chunks_of_the_5b_model():
                  "--dry-run", "wan2.1-1.3b", "--set", "clip_frames=121")
     assert_error(UserError, "needs whole chunks of 12, the first of 1: 49, 61, 73", resolved,
                  "--dry-run", "wan2.2-5b", "--set", "clip_frames=81")
-    assert sample.latent_frames(121, 3, 1) == 31
-    assert sample.latent_frames(122, 3, 1) == 34
-    assert sample.latent_frames(121, 3) == 33
-    assert sample.latent_frames(1, 3, 1) == 1
+    five_b = PRESETS["wan2.2-5b"]
+    assert sample.latent_frames(121, five_b) == 31
+    assert sample.latent_frames(122, five_b) == 34
+    assert sample.latent_frames(121, PRESETS["wan2.1-1.3b"]) == 33
+    assert sample.latent_frames(1, five_b) == 1
 
 
 def test_pauses_fall_on_chunks_and_spare_the_first_whatever_its_size():
     torch.manual_seed(0)
     visible = torch.ones(60, 25, 4, dtype=torch.bool)
-    shown = td.dense_subset(visible, True, 3, 1).all(2)                 # (B, T)
+    shown = td.dense_subset(visible, True, PRESETS["wan2.2-5b"]).all(2)                 # (B, T)
     starts = [0, 1, 13, 25]
     for begin, end in zip(starts, starts[1:]):
         chunk = shown[:, begin:end]

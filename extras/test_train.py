@@ -127,25 +127,26 @@ def test_a_user_draws_on_some_objects_rather_at_their_centre():
 def test_of_dense_tracks_a_subset_is_kept():
     torch.manual_seed(0)
     visible = torch.ones(40, 9, 2500, dtype=torch.bool)
-    kept = td.dense_subset(visible, False, 3)
+    kept = td.dense_subset(visible, False, SMALL)
     count = kept[:, 0].sum(1)
     assert kept.equal(kept[:, :1].expand_as(kept))                  # in all frames
     assert 1000 <= count.min() < 1200
     assert 2300 < count.max() <= 2500
-    assert td.dense_subset(visible[:, :, :7], False, 3).all(), "if there are few, all"
+    assert td.dense_subset(visible[:, :, :7], False, SMALL).all(), "if there are few, all"
     visible[:, :, 40:] = False                                      # hidden ones make up the number
-    assert td.dense_subset(visible, False, 3)[:, :, :40].all()
+    assert td.dense_subset(visible, False, SMALL)[:, :, :40].all()
 
 
 def test_pauses_are_of_whole_chunks_and_spare_the_first():
     torch.manual_seed(0)
     visible = torch.ones(200, 81, 40, dtype=torch.bool)
-    silent = ~td.dense_subset(visible, True, 3).any(2)              # (B, T)
+    silent = ~td.dense_subset(visible, True, SMALL).any(2)          # (B, T)
     assert not silent[:, :9].any()
     chunks = silent[:, 9:].unflatten(1, (6, 12)).float().mean(2)    # (B, 6)
     assert ((chunks == 0) | (chunks == 1)).all()
     assert 0.15 < chunks.mean() < 0.25
-    silent = ~td.dense_subset(visible, True, 5).any(2)              # of 20 frames, the first of 17
+    five = replace(SMALL, chunk=5)                                  # of 20 frames, the first of 17
+    silent = ~td.dense_subset(visible, True, five).any(2)
     assert not silent[:, :17].any()
     second = silent[:, 17:37]
     assert second.equal(second[:, :1].expand_as(second))
