@@ -1203,8 +1203,8 @@ def encode_clips(run, files):
     """The same clips with latents in place of video, encoded now or in an earlier run, a part by each
     process; their names hold what they were made from. Clips that have latents stay as they are: of
     this VAE, or UserError."""
-    checksum = str(zlib.crc32(run.path("vae").read_bytes()))        # as extras/clips.py notes it
-    folder = run.out / f"latents.{run.checksum('vae'):08x}"
+    checksum = run.checksum("vae")                      # which extras/clips.py notes
+    folder = run.out / f"latents.{checksum:08x}"
     digests = clip_digests(run)
     made = []
     sources = {}
@@ -1216,7 +1216,7 @@ def encode_clips(run, files):
             path = folder / name.with_suffix(ending)
             sources[path] = file
             made.append(path)
-        elif metadata.get("vae", checksum) == checksum:
+        elif metadata.get("vae", str(checksum)) == str(checksum):
             made.append(file)
         else:
             raise UserError(f"{file}: its latents are of another VAE than {run.path('vae')}")

@@ -41,7 +41,8 @@ from extras.video import open_video, remade
 from motionstream import PRESETS, Config, UserError, write
 from sample import (Parser, Tracks, Weights, embed_words, fit_image, fit_tracks, inspect, load_image,
                     find_ffmpeg, number, open_vae, read_tracks, reported)
-from train_distill import PROCESSES, RANK, TINY, default_device, paper_settings, walk
+from train_distill import (PROCESSES, RANK, TINY, content_digest, default_device, paper_settings,
+                           walk)
 
 MOST_TRACKS = 2500                          # of a clip: the paper's grid of 50x50
 SEEN = (".mp4", ".png")                     # endings of what a clip shows
@@ -352,7 +353,7 @@ def make_clips(job):
     if any(".mp4" in source.files for source in sources.values()):
         find_ffmpeg()                       # or every single one would be left out
     encoders = Encoders(job)
-    checksum = zlib.crc32(job.vae.read_bytes()) if job.vae else ""
+    checksum = content_digest(job.vae) if job.vae else ""
     config = job.config
     settings = [checksum, job.dtype, job.frames, config.size, config.text_dim, config.clip_dim,
                 listing(job.text_encoder), listing(job.image_encoder)]
