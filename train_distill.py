@@ -1251,7 +1251,7 @@ def draw_batch(run, files, count, frames, *, dense=False, first_only=False):
     image, _ = image_inputs(config, latents[:, :, :1], frames)
     if image is not None:
         conditions["image"] = image
-    points = {"tracks": tracks, "visible": visible, "ids": track_ids(tracks, visible, config)}
+    points = {"tracks": tracks, "visible": visible, "ids": track_ids(tracks, config)}
     if config.copies:
         start = start_points(tracks, true)
         points["start"] = start.masked_fill(~true[:, 0, :, None], math.nan)     # not in the image
@@ -1449,7 +1449,7 @@ def pan_points(config, points, frames):
     tracks = grid.expand(B, T, -1, -1).clone()
     tracks[..., 0] += way[..., None].to(grid)
     visible = inside_picture(tracks, height, width)
-    changed = {"tracks": tracks, "visible": visible, "ids": track_ids(tracks, visible, config)}
+    changed = {"tracks": tracks, "visible": visible, "ids": track_ids(tracks, config)}
     if "start" in points:
         changed["start"] = grid.expand(B, -1, -1)
     return points | changed, cells.to(grid.device)
