@@ -107,8 +107,7 @@ def live_motion(points, starts, config):
         numbers = [zlib.crc32(start.numpy().tobytes()) for start in starts[0]]
         ids = torch.tensor([numbers], dtype=torch.int64)
     else:
-        seen = torch.ones_like(starts[:, None, :, 0], dtype=torch.bool)
-        ids = track_ids(starts[:, None], seen, config)
+        ids = track_ids(starts[:, None], config)
     return Motion(points, ~points.isnan().any(-1), ids, starts)
 
 
@@ -486,7 +485,7 @@ def fit_tracks(tracks, image_size, frames, config, seed):
     if tracks.ids is not None and tracks.id_mode == config.track_id_mode:
         ids = torch.from_numpy(tracks.ids.astype(np.int64))[None]
     else:
-        ids = track_ids(points, visible, config, torch.Generator().manual_seed(seed))
+        ids = track_ids(points, config, torch.Generator().manual_seed(seed))
         if tracks.ids is not None:
             notes.append(f"the IDs of these weights are of the kind {config.track_id_mode!r}, not "
                          f"{tracks.id_mode!r}; the file's ids are not used")

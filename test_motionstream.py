@@ -39,7 +39,7 @@ from extras.testing import (COPYING, HERE, SMALL, all_equal, assert_error, asser
 from motionstream import (PRESETS, KVCache, MotionStream, TrackHead, add_noise, apply_rope, euler,
                           guided_velocity, joint_guidance, rollout, rope_table, schedule,
                           shift_sigma, sinusoid, split_conditions, start_points, to_x0,
-                          track_features, track_ids, with_first)
+                          track_ids, with_first)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -712,46 +712,15 @@ def test_a_track_starts_where_it_is_first_seen():
     assert not start[:, 1].any()                                # never, or at NaN: (0, 0)
 
 
-def test_track_ids_are_distinct_or_the_pixel_where_a_track_starts_or_all_the_same():
-    tracks, visible, _ = new_tracks(9, 200)
-    ids = track_ids(tracks, visible, replace(SMALL, track_id_mode="random"), seeded())
+def test_track_ids_are_distinct_or_all_the_same():
+    tracks, _, _ = new_tracks(9, 200)
+    ids = track_ids(tracks, replace(SMALL, track_id_mode="random"), seeded())
     assert len(set(ids.flatten().tolist())) == 400
 
-    ids = track_ids(tracks, visible, replace(SMALL, track_id_mode="same"), seeded())
+    ids = track_ids(tracks, replace(SMALL, track_id_mode="same"), seeded())
     assert ids.shape == (2, 200)
     assert ids.dtype == torch.int64
     assert not ids.any()
-
-    path = torch.tensor([[math.nan, 0.0], [24.7, 16.0], [40.0, 30.0]])
-    tracks = path[None, :, None]                                # one track
-    visible = torch.tensor([False, True, True])[None, :, None]
-    ids = track_ids(tracks, visible, replace(SMALL, track_id_mode="start"))
-    assert ids.tolist() == [[16 * 2 ** 16 + 24]]                # row and column
-
-
-def test_frame_0_is_a_map_of_start_pixels_if_those_are_the_ids():
-    tracks, visible, ids = new_tracks(13, 5)
-    config = replace(SMALL, track_id_mode="start")
-    model = SimpleNamespace(config=config, track_head=identity_head())
-    hidden = visible & False
-    without_tracks = track_features(model, tracks, hidden, ids)[0]
-    slots = without_tracks.unflatten(0, (4, 8))                 # (slot, d, F, h, w)
-    start_map = slots[3, :, 0]
-    cells = itertools.product(range(4), range(6))
-    for row, column in cells:
-        pixel = (8 * row << 16) + 8 * column
-        assert_near(start_map[:, row, column], vector(pixel), 1e-6)
-    assert slots.count_nonzero() == start_map.count_nonzero()
-
-    whole = track_features(model, tracks, visible, ids)
-    parts = []
-    for now in slice(0, 5), slice(5, 13):
-        part = track_features(model, tracks[:, now], visible[:, now], ids)
-        parts.append(part)
-    assert_near(torch.cat(parts, 2), whole, 1e-6)
-    model.config = replace(SMALL, track_id_mode="random")
-    plain = model.track_head(tracks, visible, ids, 32, 48)
-    assert track_features(model, tracks, visible, ids).equal(plain)
 
 
 def test_tracks_handed_to_the_model_as_points_are_refused_by_the_name_of_what_makes_features():

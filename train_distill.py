@@ -1371,7 +1371,7 @@ def draw_batch(run, files, count, frames, *, dense=False, first_only=False):
     image, _ = image_inputs(config, latents[:, :, :1], frames)
     if image is not None:
         conditions["image"] = image
-    points = {"tracks": tracks, "visible": visible, "ids": track_ids(tracks, visible, config)}
+    points = {"tracks": tracks, "visible": visible, "ids": track_ids(tracks, config)}
     if config.copies:
         start = start_points(tracks, true)
         points["start"] = start.masked_fill(~true[:, 0, :, None], math.nan)     # not in the image

@@ -154,7 +154,7 @@ def new_motion(config, frames):
     drift = torch.arange(frames)[:, None, None] * torch.tensor([0.25, 0.0])
     tracks = (start + drift)[None]                                      # (1, T, N, 2)
     visible = torch.ones(tracks.shape[:3], dtype=torch.bool)
-    ids = track_ids(tracks, visible, config)
+    ids = track_ids(tracks, config)
     return sample.Motion(tracks, visible, ids, start_points(tracks, visible))
 
 

@@ -110,7 +110,7 @@ def play(trained, name, clips, text=None, later=None, **overrides):
 def videos_of(model, vae, clips, text=None, later=None, seed=0):
     """The same by a model that is open."""
     image = clips.frames(0, 1)[:, :, 0]                         # (B, 3, H, W)
-    ids = track_ids(clips.tracks, clips.visible, model.config)
+    ids = track_ids(clips.tracks, model.config)
     start = start_points(clips.tracks, clips.visible)
     start = start.masked_fill(~clips.visible[:, 0, :, None], math.nan)      # not in the image
     motion = sample.Motion(clips.tracks, clips.visible, ids, start)

@@ -199,7 +199,7 @@ def lesson_run(trained, how):
         settings = replace(settings, teacher=td.TINY.causal, dense_share=0.0)
     else:
         inputs = config.in_dim - config.track_dim - config.copy_dim + config.out_dim
-        config = replace(config, track_id_mode="start", track_dim=config.out_dim, in_dim=inputs, copies=False,
+        config = replace(config, track_id_mode="random", track_dim=config.out_dim, in_dim=inputs, copies=False,
                          latent_std=())
         settings = replace(settings, dense_share=1.0)
     if how.drawn:
@@ -244,7 +244,7 @@ def refreshing(kind):
 
 class DrawnTracks(TrackHead):
     """A track head that draws the tracks instead, as dots of 5x5 pixels, and encodes them as a video, which is what
-    MotionStream's table 3 compares with: a dot has the colour of its ID, where the track starts."""
+    MotionStream's table 3 compares with: a dot has the colour of its ID."""
 
     def __init__(self, vae, out_channels, stride):
         super().__init__(out_channels=out_channels, stride=stride)
@@ -265,9 +265,9 @@ class DrawnTracks(TrackHead):
     def draw(self, tracks, visible, ids, height, width):
         """(B, 3, T, H, W) in [-1, 1], black where no track is."""
         B, T, N, _ = tracks.shape
-        x = (ids & 0xFFFF) / width
-        y = (ids >> 16) / height
-        colour = torch.stack([x, y, torch.ones_like(x)], -1)            # (B, N, 3)
+        lower = (ids & 0xFFFF) / 2 ** 16
+        upper = (ids >> 16) / 2 ** 16
+        colour = torch.stack([lower, upper, torch.ones_like(lower)], -1)        # (B, N, 3)
         size = torch.tensor([width, height], device=tracks.device)
         inside = visible & ((tracks >= 0) & (tracks < size)).all(-1)
         b, t, n = inside.nonzero(as_tuple=True)
@@ -423,7 +423,7 @@ def encoding_row(trained, by, **settings):
     vae = trained.vae()
     tracks = clips.tracks.to(trained.device)
     visible = clips.visible.to(trained.device)
-    ids = track_ids(tracks, visible, model.config)
+    ids = track_ids(tracks, model.config)
     motion = sample.Motion(tracks, visible, ids)
 
     def encode():

@@ -26,7 +26,7 @@ from extras.testing import (COPYING, HERE, SMALL, STUB, assert_error, assert_nea
                             folder, new_model, new_tracks, quiet, rand, randomised, sampled, saved,
                             settled, wan_sampled, wan_workplace, workplace)
 from motionstream import (MotionStream, copy_along_tracks, euler, guided_velocity, image_and_mask,
-                          image_inputs, joint_guidance, start_points, track_features, track_ids)
+                          image_inputs, joint_guidance, start_points, track_features)
 from sample import count_frames
 from vae import LinearVAE, LinearVAEConfig, TinyVAE, WanVAE, WanVAEConfig, load_vae
 
@@ -58,7 +58,7 @@ def test_sample_writes_a_video_of_the_tracks_length():
         video = imageio.mimread(out, memtest=False)
         assert len(video) == frames
         assert min(video[0].shape[:2]) >= 256
-        assert ("ids are not used" in said) == ("ids" in flags)     # SMALL's are the start points
+        assert ("ids are not used" in said) == ("ids" in flags)     # SMALL's are all the same
         out.unlink()
     assert not list(here.glob(".*")), "temporary files are left"
 
@@ -414,11 +414,10 @@ def test_the_image_and_its_tracks_are_cropped_alike():
 def test_ids_of_a_file_are_used_if_they_are_of_the_kind_that_the_weights_know():
     points = np.tile(np.float32([[9, 8], [24, 16]]), (5, 1, 1))
     seen = np.ones((5, 2), bool)
-    starts = [(8 << 16) + 9, (16 << 16) + 24]
     for mode, own, expected in (
         ("random", "random", [7, 3]),
-        ("start", "random", starts),
-        ("start", "start", [7, 3]),
+        ("same", "random", [0, 0]),
+        ("same", "same", [7, 3]),
     ):
         given = sample.Tracks(points, seen, np.array([7, 3]), own)
         config = replace(SMALL, track_id_mode=mode)
@@ -456,7 +455,7 @@ def test_tracks_of_another_size_are_scaled_to_the_image_and_nan_is_hidden():
 def test_live_motion_is_what_a_whole_clip_has_in_each_chunk():
     points = rand(33, 3, 2).abs() * 9 + 3
     points[12:20, 1] = math.nan
-    for mode in "random", "start":
+    for mode, kinds in ("random", 3), ("same", 1):
         config = replace(SMALL, track_id_mode=mode)
         parts = [sample.live_motion(part, points[0], config) for part in points.split([9, 12, 12])]
         tracks = torch.cat([part.tracks for part in parts], 1)
@@ -464,12 +463,10 @@ def test_live_motion_is_what_a_whole_clip_has_in_each_chunk():
         assert tracks.nan_to_num(0).equal(points[None].nan_to_num(0))
         assert visible.equal(~points[None, ..., 0].isnan())
         ids = parts[0].ids
-        assert len(ids[0].unique()) == 3
+        assert len(ids[0].unique()) == kinds
         for part in parts:
             assert part.ids.equal(ids)
             assert part.start.equal(points[None, 0])
-        if mode == "start":
-            assert ids.equal(track_ids(points[None], parts[0].visible, config))
 
 
 def test_copying_models_copy_in_every_path():
@@ -553,7 +550,7 @@ def play(here, weights, flags=()):
 
 
 def test_a_recording_plays_to_the_same_frames():
-    for mode in "random", "start":
+    for mode in "random", "same":
         with folder() as here, keeping_videos() as videos:
             frames, _ = record_by_hand(here, mode)
             code, out, err = play(here, here / f"{mode}.safetensors")

@@ -137,27 +137,6 @@ def test_words_are_the_same_in_every_process():
     assert embed_words("a b c d e f g h i j", SMALL).shape == (1, 5, 12)
 
 
-def config_by_older_file(config):
-    """What is read of a model's file if its metadata are as they were before the config said
-    track_id_mode, text_encoder and clean_first."""
-    fields = asdict(config)
-    fields["tracks"] = fields.pop("track_id_mode")
-    del fields["text_encoder"]
-    del fields["clean_first"]
-    with folder() as here:
-        path = saved(here / "a.safetensors", MotionStream(config), config=json.dumps(fields))
-        return load(path).config
-
-
-def test_configs_of_older_files_are_read_in_todays_words():
-    random = replace(SMALL, track_id_mode="random")
-    channels = replace(SMALL, in_dim=4 + 8 + 4, clean_first=False)
-    wan22 = replace(SMALL, in_dim=48 + 8 + 52, out_dim=48)
-    umt5 = replace(SMALL, text_dim=4096, text_encoder="umt5")
-    for config in SMALL, random, channels, wan22, umt5:
-        assert config_by_older_file(config) == config
-
-
 def test_a_tiny_model_of_48_channels_is_no_wan_22():
     config = replace(SMALL, in_dim=48 + 8 + 48, out_dim=48, clean_first=False)
     with folder() as here:
@@ -210,7 +189,13 @@ def test_shipped_weights_are_read_as_they_are():
         for key, t in model.state_dict().items():
             assert t.equal(tensors[key].to(t.dtype)), key
         assert model.config.causal == (name == "tiny")
-        assert model.config.track_dim == 32
+
+
+def test_shipped_weights_are_of_the_preset():
+    for name in "tiny", "tiny_teacher", "tiny_causal":
+        config = load(HERE / f"assets/{name}.safetensors").config
+        assert len(config.latent_std) == config.out_dim
+        assert replace(config, causal=False, latent_std=()) == PRESETS["tiny"], name
 
 
 def test_written_weights_come_back_with_their_config():

@@ -37,7 +37,7 @@ HERE = Path(__file__).resolve().parents[1]
 # Head dimension 20: RoPE splits it 8 / 6 / 6, unequal as in Wan's 44 / 42 / 42.
 SMALL = replace(
     PRESETS["tiny"], dim=40, ffn_dim=80, num_heads=2, num_layers=2, in_dim=12, out_dim=4, track_dim=8,
-    text_dim=12, text_len=5, size=(32, 48), causal=True, track_id_mode="start",
+    text_dim=12, text_len=5, size=(32, 48), causal=True, track_id_mode="same",
     copies=False, guidance=(1.0, 1.5))
 # As SMALL, but one that copies along tracks: latents, copies, tracks, image.
 COPYING = replace(

@@ -31,7 +31,7 @@ def pan_points(config, points, frames):
     tracks = grid.expand(B, T, -1, -1).clone()
     tracks[..., 0] += way[..., None].to(grid)
     visible = inside_picture(tracks, height, width)
-    changed = {"tracks": tracks, "visible": visible, "ids": track_ids(tracks, visible, config)}
+    changed = {"tracks": tracks, "visible": visible, "ids": track_ids(tracks, config)}
     if "start" in points:
         changed["start"] = grid.expand(B, -1, -1)
     return points | changed, cells.to(grid.device)
