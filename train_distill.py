@@ -248,8 +248,10 @@ class Settings:
     track_weight: float = 4.0       # cells that a track touches count 1 + this in the loss
     p_no_text: float = 0.1          # clips with the null text, for guidance (section 3.1) [P]
     p_no_tracks: float = 0.1        # clips without tracks, the same
-    # teacher to student, on clips that do not say what is an object
-    p_sparse: float = 0.5           # clips with few tracks or none, see given_tracks
+    # which tracks are given
+    track_what_moves: bool = True   # what moves has a track at least, see user_tracks
+    p_sparse: float = 0.5           # where no clip says what is an object: clips with few tracks or
+                                    # none, see given_tracks
     # causal
     causal_from: str = "trajectories"       # of the teacher [P]; or see CAUSAL_FROM
     corrupt_context: bool = True    # see corrupt_context
@@ -294,6 +296,7 @@ PAPER = Settings(
     p_uniform_sigma=1.0,            # [O]: of logit-normal ones, 1.8 % are 0.98 or more, as are 6 of
                                     # the 48 Euler steps, the student's first, and 11 % of DMD's
     track_weight=0.0,
+    track_what_moves=False,         # what has no track may do anything
     p_sparse=0.5,                   # [O], but in stage 1; the paper: 0, which never shows a drag
     corrupt_context=False,
     rollout=0,
@@ -1289,20 +1292,39 @@ def random_subset(mask, count, preference=0):
     return mask & (place < count)
 
 
-def user_tracks(visible, group):
+STILL = 2.0             # pixels: what goes no farther is at rest
+
+
+def goes_anywhere(tracks, visible, mine):
+    """True for the clips in which a thing moves, whose tracks are `mine` (B, N), of tracks
+    (B, T, N, 2), visible (B, T, N): (B, 1)."""
+    away = tracks - start_points(tracks, visible)[:, None]
+    away = away.norm(dim=-1).masked_fill(~(visible & mine[:, None]), 0)     # (B, T, N)
+    return away.amax((1, 2))[:, None] > STILL
+
+
+def user_tracks(visible, group, tracks=None):
     """What of the true tracks (B, T, N) a user might have drawn: from nothing and a single drag to
     the dense grid, some starting and ending in the middle, and a fifth of the clips with a pause in
     all of them (section 3.1). group (B, N): each track's object, its first track the centre, and -1
-    the ground."""
+    the ground.
+
+    tracks (B, T, N, 2), if given: every object that moves, and a moving ground, keep one track at
+    least. So a model learns that what has none stays where it is; else it would show the mean of all
+    that could happen [O]."""
     B, T, N = visible.shape
     keep = torch.zeros(B, N, dtype=torch.bool)
     for thing in range(int(group.max()) + 1):
         mine = group == thing
         centre = mine & (mine.cumsum(1) == 1)
         count = torch.tensor([0, 1, 1, 2, 4, 8, 16, 16])[torch.randint(0, 8, (B, 1))]
+        if tracks is not None:
+            count = count.maximum(goes_anywhere(tracks, visible, mine).long())
         rather = -0.5 * torch.rand(B, 1) * centre               # the centre than the rim
         keep |= random_subset(mine, count, rather)
     count = torch.tensor([0, 0, 1, 4, 9, 32, 64])[torch.randint(0, 7, (B, 1))]
+    if tracks is not None:
+        count = count.maximum(goes_anywhere(tracks, visible, group < 0).long())
     keep |= random_subset(group < 0, count)
     t = torch.arange(T)[:, None]
     ends = torch.randint(0, T, (2, B, 1, N)).sort(0).values
@@ -1329,17 +1351,20 @@ def dense_subset(visible, pauses, config):
     return visible & keep[:, None] & shown
 
 
-def given_tracks(run, visible, group, dense):
-    """Which of the true tracks (B, T, N) a model is given. group (B, N): see user_tracks, which chooses
-    them, unless `dense`. Where no clip says what is an object, dense_subset chooses, but in a share
-    p_sparse of the clips user_tracks, to which all is ground: 0 to 64 tracks."""
+def given_tracks(run, tracks, visible, group, dense):
+    """Which of the true tracks (B, T, N, 2), visible (B, T, N), a model is given: (B, T, N) bool.
+    group (B, N): see user_tracks, which chooses them, unless `dense`. Where no clip says what is an
+    object, dense_subset chooses, but in a share p_sparse of the clips user_tracks, to which all is
+    ground: 0 to 64 tracks."""
+    if not run.settings.track_what_moves:
+        tracks = None
     if (group >= 0).any():
-        return visible if dense else user_tracks(visible, group)
+        return visible if dense else user_tracks(visible, group, tracks)
     many = dense_subset(visible, not dense, run.config)
     if dense:
         return many
     sparse = torch.rand(len(visible), 1, 1) < run.settings.p_sparse
-    return torch.where(sparse, user_tracks(visible, group), many)
+    return torch.where(sparse, user_tracks(visible, group, tracks), many)
 
 
 def touched_cells(tracks, visible, config):
@@ -1366,7 +1391,7 @@ def draw_batch(run, files, count, frames, *, dense=False, first_only=False):
     tracks = clips["tracks"]
     true = clips["visible"]
     on_object = clips["group"] >= 0                             # (B, N)
-    visible = given_tracks(run, true, clips["group"], dense)
+    visible = given_tracks(run, tracks, true, clips["group"], dense)
     conditions = {name: clips[name].float() for name in ("text", "clip") if name in clips}
     image, _ = image_inputs(config, latents[:, :, :1], frames)
     if image is not None:
@@ -1611,7 +1636,7 @@ def make_trajectories(run, files):
     s = run.settings
     each = 2 * s.batch
     weights = [run.checksum("vae"), run.checksum("teacher")]
-    source = weights + [clip_digests(run), run.seed, each, s.p_sparse]
+    source = weights + [clip_digests(run), run.seed, each, s.p_sparse, s.track_what_moves]
     folder = run.out / f"trajectories.{seed_of(source, run.config, s.clip_frames):08x}"
     count = math.ceil(s.trajectories / each) * each
     made = [folder / f"{i:07}.safetensors" for i in range(count)]

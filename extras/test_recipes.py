@@ -106,7 +106,9 @@ def given_counts(run, clips=200, dense=False):
     torch.manual_seed(0)
     visible = torch.ones(clips, 5, 2500, dtype=torch.bool)
     group = torch.full((clips, 2500), -1)
-    given = td.given_tracks(run, visible, group, dense)
+    tracks = torch.zeros(clips, 5, 2500, 2)
+    tracks[:, 1:] = 9                                           # all of it moves
+    given = td.given_tracks(run, tracks, visible, group, dense)
     return given.any(1).sum(1)
 
 
@@ -121,12 +123,14 @@ def test_half_of_the_clips_of_full_size_have_what_a_user_might_draw_or_nothing()
             assert (count[count > 64] >= 1000).all()
         papers = replace(td.PAPER_STAGE_2, p_sparse=0.0)
         assert given_counts(replace(run, settings=papers)).min() >= 1000
+        tracked = replace(td.PAPER, track_what_moves=True)
+        assert given_counts(replace(run, settings=tracked)).min() == 1
         dense = given_counts(replace(run, settings=td.PAPER), dense=True)
         assert dense.min() >= 1000, "stage 1 sees all tracks"
 
 
 def test_sparse_tracks_reach_the_teacher_the_trajectories_the_causal_student_and_distillation():
-    def nothing(visible, group):
+    def nothing(visible, group, tracks):
         return torch.zeros_like(visible)
 
     for stage, start in itertools.product(STAGES, td.CAUSAL_FROM):

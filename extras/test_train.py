@@ -110,6 +110,28 @@ def test_user_tracks_are_among_the_visible_ones():
     assert 0.1 < share.mean() < 0.6
 
 
+def test_what_moves_has_a_track():
+    torch.manual_seed(0)
+    visible = torch.ones(300, 9, 88).bool()
+    group = grouped(300)
+    tracks = 40 + torch.zeros(300, 9, 88, 2)
+    way = torch.arange(9)[:, None]
+    for clip, thing in enumerate((0, 2, -1)):           # of each 100 clips one of these moves
+        mine = group[0] == thing
+        tracks[100 * clip:100 * (clip + 1), :, mine, 0] += way
+    tracks[:, 3] += 1.5                                 # a tremble is no movement
+    kept = td.user_tracks(visible, group, tracks).any(1)            # (B, N)
+    for clip, thing in enumerate((0, 2, -1)):
+        some = kept[100 * clip:100 * (clip + 1), group[0] == thing].any(1)
+        assert some.all(), thing
+        at_rest = kept[100 * clip:100 * (clip + 1), group[0] == 1].any(1)
+        assert not at_rest.all(), "which need not have one"
+    moved = td.goes_anywhere(tracks, visible, group == 2)
+    assert moved.equal((torch.arange(300) // 100 == 1)[:, None])
+    hidden = visible & (group != 2)[:, None]
+    assert not td.goes_anywhere(tracks, hidden, group == 2).any(), "nobody sees it move"
+
+
 def test_a_user_draws_on_some_objects_rather_at_their_centre():
     torch.manual_seed(0)
     visible = torch.ones(400, 9, 88).bool()
