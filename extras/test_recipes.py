@@ -124,7 +124,8 @@ def test_half_of_the_clips_of_full_size_have_what_a_user_might_draw_or_nothing()
         papers = replace(td.PAPER_STAGE_2, p_sparse=0.0)
         assert given_counts(replace(run, settings=papers)).min() >= 1000
         tracked = replace(td.PAPER, track_what_moves=True)
-        assert given_counts(replace(run, settings=tracked)).min() == 1
+        count = given_counts(replace(run, settings=tracked))
+        assert (count == 0).sum() < 5, "none, but where a pause hides the only one"
         dense = given_counts(replace(run, settings=td.PAPER), dense=True)
         assert dense.min() >= 1000, "stage 1 sees all tracks"
 
