@@ -1185,8 +1185,8 @@ def file_in(path):
 
 
 def read_shards(file):
-    """Read a .safetensors file, or all shards of an index: ({name: tensor}, metadata). Raises
-    various exceptions."""
+    """Read a .safetensors file, or all shards of an index: ({name: tensor}, metadata). Any fault
+    raises some exception."""
     names = {file.name}
     if file.suffix == ".json":
         names = set(json.loads(file.read_bytes())["weight_map"].values())
