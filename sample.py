@@ -798,32 +798,32 @@ def add_flags(parser):
     either = parser.add_mutually_exclusive_group().add_argument
     either("--tracks", help=".npz and others, see the top of sample.py; default: none", **file)
     either("--drag", "--pin", dest="paths", action=Points, metavar='"X,Y -> X,Y"',
-           help="instead: where a point of the image goes, or that it stays; as often as wanted")
-    add("--grid", metavar="NxP", help="each of those N by N points, P pixels apart")
-    add("--prompt", metavar="TEXT", help="what image and tracks do not say; default: the model's own. The "
+           help="instead of --tracks: move a point of the image, or pin it; repeatable")
+    add("--grid", metavar="NxP", help="make each of those points N by N, P pixels apart")
+    add("--prompt", metavar="TEXT", help="for what image and tracks do not show; default: the model's. The "
         "tiny model knows steady, fading or warming light, and steady, spinning or pulsing shapes")
     add("--out", default="out.mp4", help=".mp4, or .png for the last frame; default: out.mp4", **file)
     frames = number(int, 1, MOST_FRAMES)
     add("--frames", type=frames, metavar="N", help=f"default: those of the tracks, or {CLIP}")
-    add("--fps", type=number(float, 0.1, 1000), metavar="F", help="of the file; default: the model's")
+    add("--fps", type=number(float, 0.1, 1000), metavar="F", help="of the output; default: the model's")
     add("--overlay", action="store_true", help="draw the tracks on the video")
     add = parser.add_argument_group("model").add_argument
     add("--weights", help="a Wan DiT, file or folder; default: the tiny model in assets/", **file)
     add("--vae", help="default: the tiny model's, or the one in the folder of --weights", **file)
     add("--device", default="auto", help="cpu, cuda, …; default: cuda if there is one")
     add("--dtype", default="auto", choices=("auto",) + DTYPES, help="auto: float32 on the CPU, else bfloat16")
-    add("--compile", action="store_true", help="the DiT's blocks by torch.compile: slower for a minute, then faster")
-    add("--text-encoder", help="a -Diffusers repository with it; default: --weights, if it is one", **file)
-    add("--image-encoder", help="the same of CLIP; default: that of --text-encoder", **file)
+    add("--compile", action="store_true", help="torch.compile the DiT's blocks: a minute slower, then faster")
+    add("--text-encoder", help="a -Diffusers folder with UMT5; default: --weights, if it is one", **file)
+    add("--image-encoder", help="a -Diffusers folder with CLIP; default: --text-encoder's", **file)
     add("--negative-prompt", metavar="TEXT", help="guidance avoids it; default: Wan's")
-    add("--prompt-embeds", help="instead of encoders: what they return, see docs/weights.md", **file)
+    add("--prompt-embeds", help="encoded prompt, instead of encoders; see docs/weights.md", **file)
     add = parser.add_argument_group("sampling; defaults are the model's").add_argument
-    add("--sampler", choices=("stream", "teacher"), help="default: what the weights are")
+    add("--sampler", choices=("stream", "teacher"), help="default: that of the weights")
     add("--seed", type=number(int, 0, 2 ** 63 - 1), metavar="N", help="of all noise; default: 0")
-    add("--steps", type=number(int, 1, 1000), metavar="N", help="noise levels, of the student or the teacher")
-    add("--memory", type=memory, metavar="cNsNwN", help="of the student: latent frames in a chunk, chunks "
-        "at the start and latest chunks that are remembered; wfull: all")
-    add("--guidance", type=guidance, metavar="T,M", help="of the teacher: weights of text and tracks (eq. 2)")
+    add("--steps", type=number(int, 1, 1000), metavar="N", help="denoising steps")
+    add("--memory", type=memory, metavar="cNsNwN", help="the student's KV cache: latent frames per chunk, "
+        "chunks in the sink and in the window; wfull: all")
+    add("--guidance", type=guidance, metavar="T,M", help="the teacher's weights of text and tracks (eq. 2)")
     add("--set", dest="settings", type=setting, action="append", metavar="FIELD=VALUE",
         help=f"other fields of Config: {', '.join(SETTINGS)}")
 
@@ -886,8 +886,8 @@ def resolve(flags, weights, tracks):
     moved = bool(flags.tracks or flags.paths)
     drawn = moved and not weights.has_head and config.track_dim == config.out_dim
     if drawn:
-        notes.append(f"{weights.path}: takes tracks drawn as a control video, in a style that is ours and "
-                     "that no weights have proven")
+        notes.append(f"{weights.path}: takes tracks drawn as a control video, in a style that is "
+                     "untested with these weights")
     frames = flags.frames or len(tracks.tracks)
     return Job(config, frames, flags.fps or config.fps, flags.seed or 0, device, dtype, prompt, moved, drawn, notes)
 
