@@ -816,7 +816,7 @@ def add_flags(parser):
     add("--text-encoder", help="a -Diffusers folder with UMT5; default: --weights, if it is one", **file)
     add("--image-encoder", help="a -Diffusers folder with CLIP; default: --text-encoder's", **file)
     add("--negative-prompt", metavar="TEXT", help="guidance avoids it; default: Wan's")
-    add("--prompt-embeds", help="encoded prompt, instead of encoders; see docs/weights.md", **file)
+    add("--prompt-embeds", help="encoder outputs from a file; see docs/weights.md", **file)
     add = parser.add_argument_group("sampling; defaults are the model's").add_argument
     add("--sampler", choices=("stream", "teacher"), help="default: that of the weights")
     add("--seed", type=number(int, 0, 2 ** 63 - 1), metavar="N", help="of all noise; default: 0")
