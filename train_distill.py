@@ -10,7 +10,7 @@
     python train_distill.py                  all of it, resumed where it stopped
     python train_distill.py --smoke          a few steps of everything, to see it run
     python train_distill.py --stage teacher  one stage
-    python train_distill.py --data FOLDER --vae FILE --weights DIR    on your own clips, Wan's weights
+    python train_distill.py --data FOLDER --vae FILE --weights DIR    your clips, Wan's weights
     torchrun --nproc-per-node 2 train_distill.py    in two processes
 
 Everything is written under --out (runs/tiny): weights, checkpoints, stats.jsonl. Shapes are those of
@@ -1143,8 +1143,8 @@ def check_clip(file, shapes, config, track_frames):
             raise UserError(f"{file}: {name} is {found or 'missing'}, expected {shape}; see the top of "
                             "train_distill.py")
     if shapes["tracks"][0] < track_frames:
-        raise UserError(f"{file}: tracks of {shapes['tracks'][0]} frames, {track_frames} are wanted; "
-                        "see --rollout")
+        raise UserError(f"{file}: has tracks for {shapes['tracks'][0]} frames but needs {track_frames}; "
+                        "extend them, or lower --rollout")
     if shapes["text"][0] > config.text_len:
         raise UserError(f"{file}: text of {shapes['text'][0]} rows, at most {config.text_len}")
 
@@ -1940,7 +1940,7 @@ def new_parser(description):
     add = parser.add_argument
     add("--smoke", action="store_true", help="a few steps of everything, in some minutes")
     add("--out", type=Path, help="folder to write to (runs/tiny; runs/smoke with --smoke)")
-    add("--data", type=Path, help="a folder of clips, see above (none: they are drawn)")
+    add("--data", type=Path, help="a folder of clips, see above (none: clips are rendered)")
     add("--weights", type=Path, help="the teacher's start: a Wan DiT, or a teacher made here")
     add("--vae", type=Path, help="a finished VAE's file; the stage vae is left out")
     add("--steps", type=count, help="steps of the one stage that is named")
@@ -1948,14 +1948,14 @@ def new_parser(description):
     add("--device", help="cpu, cuda:0, … (cuda if there is one)")
     add("--accumulate", type=count, help="steps of each process for an update (1; Wan's: the paper's)")
     add("--checkpointing", action=argparse.BooleanOptionalAction,
-        help="recompute blocks in the backward: less memory (as if given for Wan's weights)")
+        help="recompute blocks in the backward: less memory (default for Wan's weights)")
     add("--memory", type=student_memory, help="the student's chunk, sink, window (c3s1w1); drawn: many")
-    add("--guidance", type=guidance, help="of text and motion, in trajectories and the real score")
-    add("--rollout", type=number(int, 1, 100), help="longest, in chunks, of distillation (16)")
-    add("--reward", help="to weight distillation by: motion, or FILE.py:FUNCTION (none)")
-    add("--dry-run", nargs="?", choices=PRESETS, const="tiny", help="print what it would take")
+    add("--guidance", type=guidance, help="weights T,M of text and motion, for trajectories and real score")
+    add("--rollout", type=number(int, 1, 100), help="chunks of the longest rollout (16)")
+    add("--reward", help="weights clips in distillation: motion, or FILE.py:FUNCTION (none)")
+    add("--dry-run", nargs="?", choices=PRESETS, const="tiny", help="print the cost, then stop")
     add("--set", type=assignment, action="append", default=[], metavar="FIELD=VALUE",
-        help="another of the Settings or of the model's Config, as often as wanted")
+        help="override a field of Settings or Config; repeatable")
     return parser
 
 
@@ -2194,7 +2194,7 @@ def print_plan(run, stages):
     known from the log of its own steps."""
     print(f"{run.out}: on {run.device}, matrix products in {str(run.dtype)[6:]}, seed {run.seed}")
     if unusual(run):
-        print(f"not as usual: {', '.join(unusual(run))}")
+        print(f"non-default settings: {', '.join(unusual(run))}")
     logged = logged_steps(run.out / "stats.jsonl")
     print("\n| stage | steps | begun | hours left | weights |\n|---|---|---|---|---|")
     for stage in stages:

@@ -1,6 +1,6 @@
 """Video autoencoders: pixels to latents and back, streamed, with the state held by the caller.
 
-`LinearVAE` is the tiny model's: one linear map each way, equivariant to motion and almost free to compute.
+`LinearVAE` is the tiny model's: one linear map each way, exact for moved pixels and almost free to compute.
 `TinyVAE` has the layout and the parameter names of TAEHV (github.com/madebyollin/taehv, MIT), so its public files for
 Wan (`taew2_1`, `taew2_2`) load. Its convolutions are 2-D: `MemBlock` sees the previous frame, `Repack` packs frames
 into channels and unpacks them. `WanVAE` is that of Wan 2.1 and 2.2 5B, with causal 3-D convolutions. Latents
@@ -43,10 +43,10 @@ class LinearVAEConfig:
 class LinearVAE(nn.Module):
     """Windows of 16x16 pixels by 4 frames, one every 8 pixels, to `latent_channels` numbers, linearly, and back.
 
-    It compresses little, but unlike a small convolutional VAE it is equivariant: pixels that move change their latents
-    in the same way everywhere, so the latents of moved pixels are exact (see `copy_along_tracks`). Decoding is one
-    matrix product. There is no state: a latent frame depends only on its own four frames. Frame 0 is preceded by three
-    copies of itself. Training starts from the principal components of cells (train_distill.py, stage vae)."""
+    It compresses little, but unlike a small convolutional VAE it encodes moved pixels in the same way everywhere, so
+    their latents are exact (see `copy_along_tracks`), and decoding is one matrix product. There is no state: a latent
+    frame depends only on its own four frames. Frame 0 is preceded by three copies of itself. Training starts from the
+    principal components of cells (train_distill.py, stage vae)."""
 
     def __init__(self, config=LinearVAEConfig()):
         super().__init__()
