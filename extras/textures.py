@@ -193,8 +193,7 @@ def draw_texture(width, rng):
 
 
 def vary(texture, rng):
-    """The texture flipped, rotated by quarter turns and with permuted colour channels, at
-    random."""
+    """Flip the texture, rotate it by quarter turns and permute its channels, at random."""
     if chance(0.5, rng):
         texture = texture.flip(2)
     quarters = choose(range(4), rng)

@@ -131,7 +131,7 @@ def new_scenes(batch, frames, rng, **options):
 
 def light_gains(light, frames):
     """(B, frames, 3): gain of each colour channel."""
-    ramp = 1 - torch.exp(-torch.arange(frames) / 16)       # a visible state, so the future is predictable
+    ramp = 1 - torch.exp(-torch.arange(frames) / 16)       # visible state: predictable
     goal = torch.tensor([*LIGHT.values()])[light]                     # (B, 3)
     return 1 + ramp[:, None] * (goal[:, None] - 1)
 
@@ -540,7 +540,7 @@ def render_clip(scene, b, span, frames):
         centre = size * ((position - pan - 0.5) * zoom + 0.5)
         reach = size * EXTENT * scene["radius"][b, k]
         while texture.shape[-1] > max(48, 5 * reach):
-            texture = F.avg_pool2d(texture, 2)          # finer than the frame's pixels: it would flicker
+            texture = F.avg_pool2d(texture, 2)          # too fine for the frame: flicker
         reach = reach * scene["pulse"][b, span, None] * zoom          # (T, 1)
         paste(frames, texture, centre, reach, scene["spin"][b, span])
     gains = scene["gains"][b, span]                                   # (T, 3)
