@@ -701,9 +701,9 @@ def euler(model, noise, conditions, first_latent=None, null_text=None):
     """Sample the bidirectional teacher: noise (B, C, F, h, w) to clean latents by Euler steps with
     joint guidance. Steps and guidance are model.config's.
 
-    conditions: the model's keyword arguments (text, tracks, image, clip); first_latent (B, C, 1, h,
-    w): see with_first; null_text: see guided_velocity. Yields (x_t, sigma) at each noise level and
-    finally (x0, 0.0): the ODE trajectory that causal initialisation learns from."""
+    conditions: the model's keyword arguments (text, tracks, image, clip); first_latent
+    (B, C, 1, h, w): see with_first; null_text: see guided_velocity. Yields (x_t, sigma) at each
+    noise level and finally (x0, 0.0): the ODE trajectory that causal initialisation learns from."""
     c = model.config
     sigmas = schedule(c.steps, c.shift)
     x = noise
@@ -830,8 +830,8 @@ def moves_of(index, tracks, start):
 
 
 def from_outside(back, height, width):
-    """True for squares partly or wholly outside the picture in frame 0. back (B, T, rows, columns,
-    2): displacement to their place in frame 0. Returns (B, T, rows, columns) bool."""
+    """True for squares partly or wholly outside the picture in frame 0: (B, T, rows, columns) bool.
+    back (B, T, rows, columns, 2): displacement to their place in frame 0."""
     rows, columns = back.shape[2:4]
     x = COPY_CELL * torch.arange(columns, device=back.device) + back[..., 0]
     y = COPY_CELL * torch.arange(rows, device=back.device)[:, None] + back[..., 1]
@@ -845,8 +845,8 @@ def way_back(tracks, visible, start, height, width):
     source would lie outside the picture.
 
     tracks (B, T, N, 2), N > 0, visible (B, T, N); start (B, N, 2): positions in frame 0. Returns
-    the displacement, (B, T, rows, columns, 2), and the distance to the nearest track, (B, T, rows,
-    columns), in pixels: 0 and infinite for a square that follows no track."""
+    the displacement, (B, T, rows, columns, 2), and the distance to the nearest track,
+    (B, T, rows, columns), in pixels: 0 and infinite for a square that follows no track."""
     place = square_centres(height, width, tracks.device)
     place = place.expand(*tracks.shape[:2], -1, -1, -1)
     index, distance = nearest_points(place, tracks, visible, NEIGHBOURS)
@@ -885,12 +885,12 @@ def nearness(distance):
 def gone_elsewhere(back, tracks, visible, start, height, width):
     """Confidence (0 to 1) that the copied content of a square is wrong there because it moved away
     with a different track: content near the start of a track is now where that track is. Without
-    it, an object would also stay at its first place, where the image does not show the ground
+    this, an object would also stay at its first place, where the image does not show the ground
     behind it.
 
-    back (B, T, rows, columns, 2): displacement of each square to its source in frame 0. Returns (B,
-    2, T, rows, columns): nearness to the source of the closest start of a visible track, times 1 -
-    exp(-d / 8), d the difference in pixels between that track's motion and the square's."""
+    back (B, T, rows, columns, 2): displacement of each square to its source in frame 0. Returns
+    (B, 2, T, rows, columns): nearness to the source of the closest start of a visible track, times
+    1 - exp(-d / 8), d the difference in pixels between that track's motion and the square's."""
     source = square_centres(height, width, tracks.device) + back
     began = start[:, None].expand(-1, tracks.shape[1], -1, -1)
     index, distance = nearest_points(source, began, visible, 1)

@@ -100,7 +100,7 @@ def motion_by_chunk(motion, config):
 
 def live_motion(points, starts, config):
     """One chunk of a live stream: points (T, N, 2) in pixels of the video, NaN where hidden; starts (N,
-    2): the positions of these tracks in frame 0. T is 4 chunk - 3 for the first chunk, then 4 chunk."""
+    2): their positions in frame 0. T is 4 chunk - 3 for the first chunk, then 4 chunk."""
     points = torch.as_tensor(points, dtype=torch.float32)[None]             # (1, T, N, 2)
     starts = torch.as_tensor(starts, dtype=torch.float32)[None]             # (1, N, 2)
     if config.track_id_mode == "random":           # but the same IDs in every chunk
@@ -323,8 +323,8 @@ def picture_fault(error):
 
 
 def crop(width, height, size):
-    """The centred part of a width x height picture to be scaled to `size` (height, width): (scale, left,
-    top), left and top in pixels of the picture."""
+    """The centred part of a width x height picture to be scaled to `size` (height, width):
+    (scale, left, top), left and top in pixels of the picture."""
     scale = max(size[0] / height, size[1] / width)
     left = max((width - size[1] / scale) / 2, 0)
     top = max((height - size[0] / scale) / 2, 0)
@@ -457,8 +457,8 @@ def own_tracks(arrays, size):
 
 
 def to_video(points, image_size, size):
-    """Points (…, 2) float32 on the image (width, height) to positions in the video of `size` (height,
-    width): a tensor, not clipped at the borders."""
+    """Points (…, 2) float32 on the image (width, height) to positions in the video of `size`
+    (height, width): a tensor, not clipped at the borders."""
     scale, left, top = crop(*image_size, size)
     return torch.from_numpy((points - np.float32((left, top))) * np.float32(scale))
 
@@ -1076,8 +1076,8 @@ def with_prompts(motion, prompts, config):
 
 @torch.inference_mode()
 def generate(job, models, image, motion):
-    """Yield the video's frames, uint8 (H, W, 3): job.frames of them, or for None as long as `motion`
-    lasts. image and motion: see `stream`."""
+    """Yield the video's frames, uint8 (H, W, 3): job.frames of them; None: as long as `motion` lasts.
+    image and motion: see `stream`."""
     config = job.config
     if job.drawn:
         latents = latent_frames(job.frames, config)

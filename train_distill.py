@@ -78,8 +78,8 @@ from vae import LinearVAE
 # The losses: functions of tensors and networks, independent of the rest of this file.
 
 def first_latent_of(config, x0):
-    """The argument of with_first for clips x0 (B, C, F, h, w): their first latent frame, (B, C, 1,
-    h, w); None for models that take it as channels instead."""
+    """The argument of with_first for clips x0 (B, C, F, h, w): their first latent frame,
+    (B, C, 1, h, w); None for models that take it as channels instead."""
     return x0[:, :, :1] if config.clean_first else None
 
 
@@ -117,9 +117,11 @@ def flow_loss(model, x0, sigma, conditions, first_latent, cell_weight=1.0, chann
 
 def causal_loss(model, states, x0, past, conditions, context, channel_weight=1.0):
     """Regression through the KV cache (section 3.2): each chunk predicts its clean end, x0 (B, C,
-    F, h, w), from its own state at a random noise level and from a cache of `context` (sink,
-    window) over the chunks of `past`, which is x0, or x0 corrupted. states: one (B, C, F, h, w) for
-    each of the model's noise levels. channel_weight (1, C, 1, 1, 1): weights of the error."""
+    F, h, w), from its own state at a random noise level and a cache of `context` (sink, window)
+    over the chunks of `past`: x0, or x0 corrupted.
+
+    states: one (B, C, F, h, w) per noise level of the model. channel_weight (1, C, 1, 1, 1):
+    weights of the error."""
     sink, window = context
     caches = model.new_caches(sink=sink, window=window)
     sigmas = model.config.sigmas
@@ -160,8 +162,8 @@ def score_sigma(batch, shift, device):
 
 @torch.no_grad()
 def real_and_fake(x0, sigma, teacher, critic, conditions, first_latent):
-    """Predictions of x0 by the teacher, under its config's guidance, and by the critic, both (B, C,
-    F, h, w), from x0 noised to sigma (B,). first_latent: see dmd_loss."""
+    """Predictions of x0 by the teacher, under its config's guidance, and by the critic, both
+    (B, C, F, h, w), from x0 noised to sigma (B,). first_latent: see dmd_loss."""
     noised = add_noise(x0, torch.randn_like(x0), sigma)
     x_t, sigma_frames = with_first(noised, sigma, first_latent)
     velocity = guided_velocity(teacher, x_t, sigma_frames, conditions, teacher.config.guidance)
@@ -171,11 +173,11 @@ def real_and_fake(x0, sigma, teacher, critic, conditions, first_latent):
 
 
 def dmd_loss(x0, teacher, critic, conditions, first_latent, shift, weight=1.0):
-    """The generator's loss on its own latents x0 (B, C, F, h, w), eq. 3: its gradient is (fake -
-    real) / mean |x0 - real|, from real_and_fake at one sigma per clip (DMD eq. 7, 8). first_latent
-    (B, C, 1, h, w): the image, on which both agree, so that its gradient is zero; None: it is among
-    the conditions. shift: of the noise levels, see score_sigma. weight: of clips or channels,
-    broadcast over x0."""
+    """The generator's loss on its own latents x0 (B, C, F, h, w), eq. 3: its gradient is
+    (fake - real) / mean |x0 - real|, from real_and_fake at one sigma per clip (DMD eq. 7, 8).
+    first_latent (B, C, 1, h, w): the image, on which both agree, so that its gradient is zero;
+    None: it is among the conditions. shift: of the noise levels, see score_sigma. weight: of clips
+    or channels, broadcast over x0."""
     sigma = score_sigma(len(x0), shift, x0.device)
     real, fake = real_and_fake(x0, sigma, teacher, critic, conditions, first_latent)
     with torch.no_grad():

@@ -235,8 +235,8 @@ def read_motion(job, path, stored, size):
 
 
 def read_conditions(job, source, caption):
-    """A clip's conditions besides its frames: {"prompt": a text} or, encoded in its .safetensors, {"text": (L,
-    text_dim)} and, for an image branch, {"clip": (257, clip_dim)}. Raises an exception for any fault."""
+    """A clip's conditions besides its frames: {"prompt": a text} or, encoded in its .safetensors, {"text":
+    (L, text_dim)} and, for an image branch, {"clip": (257, clip_dim)}. Raises an exception for any fault."""
     wan = job.config.text_encoder == "umt5"
     if wan and ".safetensors" in source.files:
         rows = read_rows(source.path(".safetensors"), job.config)

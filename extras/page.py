@@ -393,8 +393,8 @@ def glide(points, last, frames, begins):
     """Positions of points in the next `frames` frames: on lines from their old to their new positions.
 
     points: rows, see read_group. last: {start: requested position at the end of the previous chunk}; a new point begins
-    where it was grabbed or, in the first chunk of a take (begins), at its start. Returns (starts, a sorted list of (x,
-    y), which identify the points; tracks (frames, N, 2) float32)."""
+    where it was grabbed or, in the first chunk of a take (begins), at its start. Returns (starts, a sorted list of
+    (x, y), which identify the points; tracks (frames, N, 2) float32)."""
     begin = {}
     end = {}
     for x, y, start_x, start_y, grabbed_x, grabbed_y in points:
