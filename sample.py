@@ -99,8 +99,8 @@ def motion_by_chunk(motion, config):
 
 
 def live_motion(points, starts, config):
-    """One chunk of a live stream: points (T, N, 2) in pixels of the video, NaN where hidden; starts (N,
-    2): their positions in frame 0. T is 4 chunk - 3 for the first chunk, then 4 chunk."""
+    """One chunk of a live stream: points (T, N, 2) in pixels of the video, NaN where hidden; starts
+    (N, 2): their positions in frame 0. T is 4 chunk - 3 for the first chunk, then 4 chunk."""
     points = torch.as_tensor(points, dtype=torch.float32)[None]             # (1, T, N, 2)
     starts = torch.as_tensor(starts, dtype=torch.float32)[None]             # (1, N, 2)
     if config.track_id_mode == "random":           # but the same IDs in every chunk

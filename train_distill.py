@@ -116,9 +116,9 @@ def flow_loss(model, x0, sigma, conditions, first_latent, cell_weight=1.0, chann
 # Stage 3, causal initialisation (section 3.2): the student sees the past only through the cache.
 
 def causal_loss(model, states, x0, past, conditions, context, channel_weight=1.0):
-    """Regression through the KV cache (section 3.2): each chunk predicts its clean end, x0 (B, C,
-    F, h, w), from its own state at a random noise level and a cache of `context` (sink, window)
-    over the chunks of `past`: x0, or x0 corrupted.
+    """Regression through the KV cache (section 3.2): each chunk predicts its clean end, x0
+    (B, C, F, h, w), from its own state at a random noise level and a cache of `context`
+    (sink, window) over the chunks of `past`: x0, or x0 corrupted.
 
     states: one (B, C, F, h, w) per noise level of the model. channel_weight (1, C, 1, 1, 1):
     weights of the error."""
