@@ -1,7 +1,7 @@
 """MotionStream: from an image and user-drawn tracks to a video that follows them, chunk by chunk.
 
-A Wan video transformer (DiT) gets one new input, the tracks, and one new habit: each chunk
-attends to the first chunk, to the latest one and to itself, and to nothing in between.
+A Wan video transformer (DiT) gets one new input, the tracks, and one new attention
+pattern: each chunk attends to the first chunk, to the latest one and to itself.
 
     latent chunks   [ sink 0 ] 1 2 3 4 5 [ window 6 ][ chunk 7 ]   1 to 5 are evicted
     cache slots     [   0    ]           [    1     ][    2    ]   RoPE positions are slots: bounded
@@ -11,9 +11,9 @@ Shapes, in every file of this project:
 
     B batch   T video frames   F latent frames, T = 1 + 4 (F - 1)   C channels   N tracks
     H W size in pixels   h w size in latent pixels
-    P tokens of one latent frame   L = F P tokens of one call   S tokens with those in the cache
+    P tokens of one latent frame   L = F P tokens of one call   S tokens including the cache
     D width of the transformer   K channels of one head, heads * K = D
-    latents (B, C, F, h, w)   sigma (B,) or (B, F) in [0, 1]   velocity = noise - x0, of the DiT
+    latents (B, C, F, h, w)   sigma (B,) or (B, F) in [0, 1]   velocity = noise - x0, from the DiT
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 # --------------------------------------------------------------------------------------------------
-# Flow matching: all of diffusion that is needed.
+# Flow matching: all the diffusion theory needed here.
 # x_t = (1 - sigma) x0 + sigma noise, so d x_t / d sigma = noise - x0, the velocity.
 
 def per_frame(sigma):
@@ -59,15 +59,15 @@ def shift_sigma(sigma, shift):
 
 
 def schedule(steps, shift):
-    """`steps` noise levels from 1 down: evenly spaced, then shifted; 0 is not among them."""
+    """`steps` noise levels falling from 1: evenly spaced, then shifted. The final 0 is left out."""
     return tuple(shift_sigma(1 - i / steps, shift) for i in range(steps))
 
 
 def with_first(x_t, sigma, first_latent):
-    """Put the image in as latent frame 0: clean, at sigma 0 (as in Wan 2.2).
+    """Replace latent frame 0 with the image's: clean, at sigma 0 (as in Wan 2.2).
 
-    x_t (B, C, F, h, w); sigma (B,) or (B, F); first_latent (B, C, 1, h, w), None: no image.
-    Returns x_t and the sigma of each frame, (B, F)."""
+    x_t (B, C, F, h, w); sigma (B,) or (B, F); first_latent (B, C, 1, h, w), None: no image. Returns
+    x_t and the sigma of each frame, (B, F)."""
     frames = x_t.shape[2]
     sigma_frames = sigma.reshape(len(sigma), -1).expand(-1, frames).clone()     # (B, F)
     if first_latent is None:
@@ -77,7 +77,7 @@ def with_first(x_t, sigma, first_latent):
 
 
 def joint_guidance(v_full, v_notext, v_nomotion, w_text, w_motion):
-    """Joint text and motion guidance (eq. 2) of three velocities. Both weights 0: v_full."""
+    """Joint text and motion guidance (eq. 2) of three velocities; v_full if both weights are 0."""
     if w_text == w_motion == 0:
         return v_full
     share = w_text / (w_text + w_motion)
@@ -86,7 +86,7 @@ def joint_guidance(v_full, v_notext, v_nomotion, w_text, w_motion):
 
 
 # --------------------------------------------------------------------------------------------------
-# Configuration. The defaults are Wan 2.1 T2V 1.3B; all that depends on a model's size is here.
+# Configuration. The defaults are Wan 2.1 T2V 1.3B; everything that depends on model size is here.
 
 FRAMES = 4          # video frames per latent frame, in every VAE of the Wan family
 CLIP_ROWS = 257     # rows of CLIP's image features: 16 x 16 patches and the class token
@@ -94,7 +94,7 @@ CLIP_ROWS = 257     # rows of CLIP's image features: 16 x 16 patches and the cla
 
 @dataclass(frozen=True)
 class Config:
-    """A model and how it is sampled; travels in the metadata of its weights file."""
+    """Model and sampling settings, stored in the metadata of a weights file."""
     # the transformer, named as in Wan's config.json
     dim: int = 1536
     ffn_dim: int = 8960
@@ -102,35 +102,35 @@ class Config:
     num_layers: int = 30
     in_dim: int = 16            # channels into the patch embedding: noisy latents, tracks, image
     out_dim: int = 16           # channels of the latents
-    track_dim: int = 0          # channels of the tracks' features, 0 = no slot for tracks
+    track_dim: int = 0          # channels of the track features, 0 = no track input
     text_dim: int = 4096
-    text_len: int = 512         # text is padded to this many rows, and all of them are attended to
+    text_len: int = 512         # text is zero-padded to this many rows, all attended to
     clip_dim: int = 0           # channels of CLIP's image features, 0 = no image branch
     freq_dim: int = 256
     patch_size: tuple = (1, 2, 2)
     eps: float = 1e-6
-    # what it reads
+    # inputs
     text_encoder: str = "umt5"          # or "words": the tiny model's own vectors
     track_id_mode: str = "random"       # or "same": see track_ids
     clean_first: bool = True            # latent frame 0 is the image, at sigma 0: see with_first
     # sampling
-    causal: bool = False        # True: a student that streams; False: a bidirectional teacher
+    causal: bool = False        # True: streaming student; False: bidirectional teacher
     shift: float = 5.0
-    sigmas: tuple = schedule(3, 5.0)    # the student's noise levels; the paper's are not known
+    sigmas: tuple = schedule(3, 5.0)    # the student's noise levels; the paper gives none
     steps: int = 50             # the teacher's Euler steps
-    guidance: tuple = (3.0, 1.5)        # its w_text, w_motion (section 3.1), also as the real score
-    chunk: int = 3              # latent frames generated together
-    first_chunk: int | None = None      # of the first chunk, None: `chunk` as well
+    guidance: tuple = (3.0, 1.5)        # w_text, w_motion (section 3.1), also in DMD's real score
+    chunk: int = 3              # latent frames per chunk
+    first_chunk: int | None = None      # size of the first chunk, None: `chunk`
     sink: int = 1               # chunks at the start that are never evicted
-    window: int | None = 1      # latest chunks kept besides, None = all
-    sink_decay: float = 1.0     # below 1: the sink absorbs what leaves the window, see KVCache
+    window: int | None = 1      # latest chunks kept besides the sink, None = all
+    sink_decay: float = 1.0     # below 1: evicted chunks are averaged into it, see KVCache
     # what it was trained on
-    stride: int = 8             # pixels per latent pixel, of the VAE
+    stride: int = 8             # of the VAE: pixels per latent pixel
     size: tuple = (480, 832)    # height, width of the video in pixels
     fps: int = 16
     prompt: str | None = None   # used when the user gives none; None = the null text
     # the tiny model's departure from the paper, see CopyingMotionStream
-    copies: bool = False        # frame 0, copied along the tracks, is an input too
+    copies: bool = False        # frame 0 copied along the tracks is an extra input
     latent_std: tuple = ()      # standard deviation of each channel of the latents
 
     @property
@@ -146,8 +146,7 @@ class Config:
 
     @property
     def copy_dim(self):
-        """Input channels for copies: latents, and six that say how far to believe them, see
-        copy_along_tracks."""
+        """Input channels for copies: latents and six of confidence, see copy_along_tracks."""
         if not self.copies:
             return 0
         return self.out_dim + 6
@@ -159,7 +158,7 @@ class Config:
 
     @property
     def has_mask(self):
-        """Whether those are a mask and a clip: Wan's image-to-video weights and Fun-InP."""
+        """True if these are a mask and a clip: Wan's image-to-video weights and Fun-InP."""
         return self.image_dim > self.out_dim
 
 
@@ -193,18 +192,18 @@ def sinusoid(t, dim):
 
 
 def axis_rotations(length, dim, device):
-    """How each position rotates each pair of channels: complex (length, dim / 2)."""
+    """RoPE along one axis, a rotation per position and channel pair: complex (length, dim / 2)."""
     position = torch.arange(length, dtype=torch.float64, device=device)
     frequency = 10000 ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
-    angle = torch.outer(position, frequency)                        # float64: exact far out, too
+    angle = torch.outer(position, frequency)                        # float64: exact for long videos
     return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
 
 
 def rope_table(frames, rows, columns, head_dim, device):
     """Rotations for a grid of tokens: complex (frames * rows * columns, d), d = head_dim / 2.
 
-    Frame is the slowest axis. Of the d pairs of channels, d // 3 rotate with the row, as many with
-    the column, the rest with the frame."""
+    Frame is the slowest axis. Of the d channel pairs, d // 3 rotate with the row, d // 3 with the
+    column, the rest with the frame."""
     spatial = 2 * (head_dim // 6)
     frame = axis_rotations(frames, head_dim - 2 * spatial, device)
     row = axis_rotations(rows, spatial, device)
@@ -217,10 +216,10 @@ def rope_table(frames, rows, columns, head_dim, device):
 
 
 def apply_rope(x, table):
-    """Rotate pairs of neighbouring channels of (B, L, heads, K) by the table (L, K / 2)."""
+    """Rotate adjacent channel pairs of (B, L, heads, K) by the table (L, K / 2)."""
     pairs = x.float().unflatten(-1, (-1, 2))                            # (B, L, heads, K / 2, 2)
     table = table[:, None]                                              # (L, 1, K / 2)
-    if torch.compiler.is_compiling():       # which fuses no complex numbers
+    if torch.compiler.is_compiling():       # it cannot fuse complex numbers
         a, b = pairs.unbind(-1)
         real = a * table.real - b * table.imag
         imaginary = a * table.imag + b * table.real
@@ -234,10 +233,10 @@ def apply_rope(x, table):
 # Attention with a KV cache (section 3.2).
 
 class KVCache:
-    """What one layer keeps of a stream, its rolling KV cache: the first `sink` chunks, which are
-    never evicted, and a sliding window of the latest `window` chunks (None: all).
+    """Rolling KV cache of one layer: the first `sink` chunks, never evicted, and a sliding window
+    of the latest `window` chunks (None: all). Keys are stored before RoPE: a chunk's position is
+    its slot, which changes as others are evicted.
 
-    Keys are kept before RoPE: a chunk's position is its slot, which changes as others are evicted.
     decay < 1: EMA-Sink (Reward Forcing, eq. 4, 5), which averages evicted chunks into the sink."""
 
     def __init__(self, sink, window, decay=1.0):
@@ -251,13 +250,13 @@ class KVCache:
         return sum(k.shape[1] for k, _ in self.chunks)
 
     def read(self, k, v):
-        """[cache | new]: what the new chunk attends to, (B, S, heads, K) each. Changes nothing."""
+        """Keys and values of [cache | new], (B, S, heads, K) each. The cache is not changed."""
         keys, values = zip(*self.chunks, (k, v))
         return torch.cat(keys, 1), torch.cat(values, 1)
 
     def write(self, k, v):
-        """Append a clean chunk, without its graph; evict the oldest one after the sink, if full."""
-        self.chunks = self.chunks + [(k.detach(), v.detach())]      # a new list, for copy.copy
+        """Append a clean chunk, detached; evict the oldest one after the sink, if full."""
+        self.chunks = self.chunks + [(k.detach(), v.detach())]      # a new list: snapshots stay
         if self.window is None or len(self.chunks) <= self.sink + self.window:
             return
         evicted = self.chunks.pop(self.sink)
@@ -284,8 +283,8 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, eps=self.eps) * self.weight
 
 
-# Who computes attention: the first of these that can. On Hopper cuDNN is nearly twice as fast as
-# FlashAttention 2, which torch may prefer. A CPU has its own.
+# Attention backends, most preferred first. On Hopper cuDNN is nearly twice as fast as
+# FlashAttention 2, which torch may prefer. The CPU has its own kernel.
 ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
              SDPBackend.MATH, SDPBackend.OVERRIDEABLE]
 
@@ -301,8 +300,8 @@ def attend(q, k, v):
 
 
 class SelfAttention(nn.Module):
-    """Attention of the new tokens to [cache | new]. Chunks are causal because of the order in which
-    they are written, so there is no mask. cache=None: bidirectional, for teacher and critic."""
+    """Attention of the new tokens to [cache | new]. No mask: chunks are causal by the order of
+    their writes. cache=None: bidirectional, for teacher and critic."""
 
     def __init__(self, dim, num_heads, eps):
         super().__init__()
@@ -315,12 +314,12 @@ class SelfAttention(nn.Module):
         self.norm_k = RMSNorm(dim, eps)
 
     def forward(self, x, rope, cache=None, write=False):
-        """x (B, L, D) to (B, L, D); rope (S, K / 2): the cache's slots, then the new tokens."""
+        """x (B, L, D) to (B, L, D); rope (S, K / 2): of the cached tokens, then the new ones."""
         heads = (self.num_heads, -1)
         q = self.norm_q(self.q(x)).unflatten(2, heads)      # (B, L, heads, K)
         k = self.norm_k(self.k(x)).unflatten(2, heads)
         v = self.v(x).unflatten(2, heads)
-        k = k.type_as(v)            # under autocast norms return float32: one dtype in the cache
+        k = k.type_as(v)            # norms return float32 under autocast; the cache has one dtype
 
         keys = k
         values = v
@@ -365,16 +364,16 @@ class CrossAttention(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# The transformer's block and its head. The residual stream, norms and gates stay in float32.
+# Transformer block and output head. The residual stream, norms and gates stay in float32.
 
 def modulate(x, shift, scale):
-    """x (1 + scale) + shift: adaptive layer norm, after the norm."""
+    """x (1 + scale) + shift: the affine part of adaptive layer norm."""
     return torch.addcmul(shift, x, 1 + scale)
 
 
 class Block(nn.Module):
-    """Self-attention and feed-forward, both modulated by sigma frame by frame, with
-    cross-attention between."""
+    """Self-attention, cross-attention and feed-forward; the first and last are modulated by the
+    sigma of each frame."""
 
     def __init__(self, c):
         super().__init__()
@@ -425,14 +424,14 @@ class Head(nn.Module):
 # Tracks (section 3.1).
 
 def inside_picture(tracks, height, width):
-    """Which points of tracks (B, T, N, 2) lie in the picture: (B, T, N) bool. NaN does not."""
+    """True for points of tracks (B, T, N, 2) inside the picture: (B, T, N) bool. NaN is outside."""
     x, y = tracks.unbind(-1)
     return (x >= 0) & (y >= 0) & (x < width) & (y < height)
 
 
 def cell_of(tracks, stride, height, width):
-    """The cell of the latent grid, y * w + x, that each point of tracks (B, T, N, 2) lies in:
-    (B, T, N) int64; h * w, one past the last, outside the picture. Height and width in pixels."""
+    """Latent cell, y * w + x, of each point of tracks (B, T, N, 2): (B, T, N) int64. Points outside
+    the picture get h * w, one past the last cell. Height and width in pixels."""
     h = height // stride
     w = width // stride
     x, y = (tracks / stride).nan_to_num(0).long().unbind(-1)
@@ -442,10 +441,10 @@ def cell_of(tracks, stride, height, width):
 class TrackHead(nn.Module):
     """User-drawn tracks to channels on the latent grid: the new input of MotionStream.
 
-    Every track has an ID, and an ID is a sinusoidal vector: half of it for the ID's upper 16 bits,
-    half for the lower 16. The vector is written at cell (floor(x / stride), floor(y / stride)) of
-    every frame in which the track is visible (eq. 1); 4 frames are packed into the channels; a
-    1x1x1 convolution does the rest. If several tracks share a cell, the lowest ID wins: that is
+    A track's ID is embedded as a sinusoidal vector: one half encodes its upper 16 bits, one half
+    the lower 16. The vector is written at cell (floor(x / stride), floor(y / stride)) of every
+    frame in which the track is visible (eq. 1); 4 frames are packed into the channels and go
+    through a 1x1x1 convolution. If several tracks share a cell, the lowest ID wins: that is
     independent of their order, and averaging would give a vector that belongs to no track. A track
     outside the picture is hidden. Hidden and "not specified" are both zeros."""
 
@@ -460,8 +459,8 @@ class TrackHead(nn.Module):
         """Tracks of a clip, or of a chunk that continues one, to (B, out_channels, F, h, w).
 
         tracks (B, T, N, 2) x, y in pixels; visible (B, T, N) bool; ids (B, N) int64; height and
-        width of the picture in pixels. T % 4 == 1 starts a clip, T % 4 == 0 continues one: chunks
-        joined equal the whole."""
+        width of the picture in pixels. T % 4 == 1 starts a clip, T % 4 == 0 continues one:
+        concatenated chunks equal the whole clip."""
         B, T, N, _ = tracks.shape
         assert T % FRAMES < 2, f"{T} frames: a clip starts with 1 + 4 k, and goes on with 4 k"
         fits = height % self.stride == 0 and width % self.stride == 0
@@ -471,7 +470,7 @@ class TrackHead(nn.Module):
         h = height // self.stride
         w = width // self.stride
 
-        # Lowest ID first: from here on a track is known by its rank.
+        # Sort by ID: from here on a track is identified by its rank.
         order = ids.argsort(1)
         ids = ids.gather(1, order)
         visible = visible.gather(2, order[:, None].expand(B, T, N))
@@ -485,14 +484,14 @@ class TrackHead(nn.Module):
         lowest = lowest.scatter_reduce(2, cell, rank, "amin")[..., :-1]
         lowest = lowest.reshape(B, T * h * w, 1)
 
-        # Its vector; zeros for rank N.
+        # The vector of that track; zeros for rank N.
         halves = torch.stack([ids >> 16, ids & 0xFFFF], -1)             # (B, N, 2)
         vectors = sinusoid(halves, self.id_dim // 2).flatten(2)         # (B, N, id_dim)
         vectors = F.pad(vectors, (0, 0, 0, 1))
         volume = vectors.gather(1, lowest.expand(-1, -1, self.id_dim))  # (B, T h w, id_dim)
         volume = volume.view(B, T, h, w, self.id_dim)
 
-        # Four frames into the channels; before frame 0 there are three empty ones.
+        # Pack four frames into the channels; three empty frames precede frame 0.
         volume = F.pad(volume, (0, 0, 0, 0, 0, 0, -T % FRAMES, 0))
         volume = volume.unflatten(1, (-1, FRAMES))                      # (B, F, 4, h, w, id_dim)
         volume = volume.permute(0, 2, 5, 1, 3, 4).flatten(1, 2)         # (B, 4 id_dim, F, h, w)
@@ -500,18 +499,17 @@ class TrackHead(nn.Module):
 
 
 def start_points(tracks, visible):
-    """Where each track is first seen: tracks (B, T, N, 2), visible (B, T, N) to (B, N, 2)."""
-    frame = visible.int().argmax(1)                         # (B, N), the first that sees it
+    """First visible position of each track: tracks (B, T, N, 2), visible (B, T, N) to (B, N, 2)."""
+    frame = visible.int().argmax(1)                         # (B, N), the first visible one
     frame = frame[:, None, :, None].expand(-1, 1, -1, 2)
     return tracks.gather(1, frame)[:, 0].nan_to_num(0)
 
 
 def track_ids(tracks, config, rng=None):
-    """An ID for each of the tracks (B, T, N, 2): (B, N) int64 in [0, 2**32), by
-    config.track_id_mode:
+    """One ID per track of tracks (B, T, N, 2): (B, N) int64 in [0, 2**32), by config.track_id_mode:
 
-    random   a random number, as in the paper, drawn from `rng`
-    same     0 for all: IDs say where tracks are, copies say what they move"""
+    random   drawn from `rng`, as in the paper
+    same     0 for all: track features only mark positions, the copies carry the content"""
     B, _, N, _ = tracks.shape
     if config.track_id_mode == "random":
         return torch.randint(0, 2 ** 32, (B, N), generator=rng).to(tracks.device)
@@ -519,7 +517,7 @@ def track_ids(tracks, config, rng=None):
 
 
 def track_features(model, tracks, visible, ids):
-    """What the model takes as `tracks`, for a clip or a chunk: (B, track_dim, F, h, w).
+    """The model's `tracks` input for a clip or a chunk: (B, track_dim, F, h, w).
 
     tracks (B, T, N, 2) x, y in pixels; visible (B, T, N); ids (B, N), see track_ids."""
     height, width = model.config.size
@@ -530,7 +528,7 @@ def track_features(model, tracks, visible, ids):
 # The model.
 
 def init_weights(model):
-    """As Wan's: a fresh model returns zeros."""
+    """Wan's initialisation: a fresh model returns zeros."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -545,7 +543,7 @@ def init_weights(model):
 
 
 def condition_or_zeros(name, value, shape, x):
-    """A condition in the dtype of x; None: zeros. AssertionError if it is not of that shape."""
+    """Cast a condition to the dtype of x; None: zeros. AssertionError on any other shape."""
     if value is None:
         return x.new_zeros(shape)
     found = tuple(value.shape)
@@ -554,10 +552,10 @@ def condition_or_zeros(name, value, shape, x):
 
 
 class MotionStream(nn.Module):
-    """Wan's DiT with a track head. Parameters are named as in Wan's public checkpoints; those of the
-    track head, track_head.*, are new."""
+    """Wan's DiT with a track head. Parameters have the names of Wan's public checkpoints; only
+    track_head.* is new."""
 
-    recompute = False       # True: blocks keep only their inputs for the backward, see run_block
+    recompute = False       # gradient checkpointing of the blocks, see run_block
 
     def __init__(self, config):
         super().__init__()
@@ -589,10 +587,10 @@ class MotionStream(nn.Module):
                 caches=None, write=False):
         """Velocity (B, out_dim, F, h, w) float32 of the noised latents x at sigma (B,) or (B, F).
 
-        text (B, L, text_dim), None: the null text; tracks (B, track_dim, F, h, w) of
+        text (B, L, text_dim), None: the null text; tracks (B, track_dim, F, h, w) from
         track_features, None: all hidden; image: the image's channels, see image_inputs, None:
-        zeros; clip (B, CLIP_ROWS, clip_dim). caches=None: bidirectional. Else each layer attends
-        to what its cache holds, then to itself; only write=True changes the caches."""
+        zeros; clip (B, CLIP_ROWS, clip_dim). caches=None: bidirectional. Otherwise each layer
+        attends to [cache | new]; only write=True changes the caches."""
         c = self.config
         B = len(x)
         tokens = self.patch_embedding(self.input_channels(x, tracks, image))
@@ -621,15 +619,15 @@ class MotionStream(nn.Module):
         return self.unpatchify(patches, rows, columns)          # (B, channels, F, h, w)
 
     def run_block(self, block, inputs, cache, write):
-        """One block. With self.recompute, a block keeps only its inputs, and its forward is run
-        again in the backward: less memory, a third more time."""
+        """Run one block, with gradient checkpointing if self.recompute: less memory, a third more
+        time."""
         if write or not self.recompute:         # passes that write have no backward
             return block(*inputs, cache, write)
-        # By the time of the backward the cache has been written to; its copy stays as it is now.
+        # The backward runs after later writes to the cache, so the block gets a snapshot.
         return checkpoint(block, *inputs, copy.copy(cache), use_reentrant=False)
 
     def input_channels(self, x, tracks, image):
-        """What the patch embedding sees, (B, in_dim, F, h, w): noisy latents, tracks, image."""
+        """Input of the patch embedding, (B, in_dim, F, h, w): noisy latents, tracks, image."""
         c = self.config
         B, _, frames, h, w = x.shape
         image_dim = c.in_dim - c.out_dim - c.track_dim
@@ -639,7 +637,7 @@ class MotionStream(nn.Module):
         return torch.cat([x, tracks, image], 1).to(self.patch_embedding.weight.dtype)
 
     def embed_text(self, text, batch):
-        """(B, L, text_dim) or None to (B, text_len, D): zero rows are appended first, as in Wan."""
+        """(B, L, text_dim) or None to (B, text_len, D), padded with zero rows first, as in Wan."""
         c = self.config
         weight = self.text_embedding[0].weight
         if text is None:
@@ -663,10 +661,10 @@ class MotionStream(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# Sampling: the teacher's, a whole clip at once, and the student's, chunk by chunk.
+# Sampling: the teacher denoises a whole clip at once, the student chunk by chunk.
 
 def without(conditions, *names):
-    """The same conditions with zeros, which say nothing, in place of those named."""
+    """The conditions with those named set to zero, which means not given."""
     left = dict(conditions)
     for name in names:
         if name in left:
@@ -675,9 +673,9 @@ def without(conditions, *names):
 
 
 def guided_velocity(model, x_t, sigma, conditions, guidance, null_text=None):
-    """The velocity under guidance (w_text, w_motion). One batch holds the clips with all conditions,
-    without text and without motion; what has weight 0 is left out. null_text: what replaces text,
-    None: zeros."""
+    """Velocity under guidance (w_text, w_motion). One batch holds the clips with all conditions,
+    without text and without motion; a variant of weight 0 is left out. null_text: the text
+    embedding of the second, None: zeros."""
     w_text, w_motion = guidance
     if w_text == 0 and w_motion == 0:
         return model(x_t, sigma, **conditions)
@@ -696,16 +694,16 @@ def guided_velocity(model, x_t, sigma, conditions, guidance, null_text=None):
     for name in given:
         batch[name] = torch.cat([variant[name] for variant in variants])
     v = model(torch.cat([x_t] * n), torch.cat([sigma] * n), **batch).chunk(n)
-    return joint_guidance(v[0], v[1], v[-1], w_text, w_motion)      # one with weight 0 has no share
+    return joint_guidance(v[0], v[1], v[-1], w_text, w_motion)      # of weight 0: not used
 
 
 def euler(model, noise, conditions, first_latent=None, null_text=None):
-    """The bidirectional teacher: noise (B, C, F, h, w) to clean latents by Euler steps under joint
-    guidance. model.config says how many steps and how much guidance.
+    """Sample the bidirectional teacher: noise (B, C, F, h, w) to clean latents by Euler steps with
+    joint guidance. Steps and guidance are model.config's.
 
-    conditions: the model's keyword arguments (text, tracks, image, clip); first_latent (B, C, 1,
-    h, w): see with_first; null_text: see guided_velocity. Yields (x_t, sigma) at each noise level
-    and finally (x0, 0.0): the ODE trajectory that causal initialisation learns from."""
+    conditions: the model's keyword arguments (text, tracks, image, clip); first_latent
+    (B, C, 1, h, w): see with_first; null_text: see guided_velocity. Yields (x_t, sigma) at each
+    noise level and finally (x0, 0.0): the ODE trajectory that causal initialisation learns from."""
     c = model.config
     sigmas = schedule(c.steps, c.shift)
     x = noise
@@ -720,8 +718,8 @@ def euler(model, noise, conditions, first_latent=None, null_text=None):
 
 
 def chunk_sizes(config, frames=math.inf):
-    """How many latents each chunk has: config.first_chunk, then config.chunk, without end or until
-    the clip of `frames` latents ends, whose last chunk may be shorter."""
+    """Sizes of the chunks in latent frames: config.first_chunk, then config.chunk, endlessly or up
+    to `frames` in total, where the last chunk may be shorter."""
     size = config.first_chunk or config.chunk
     while frames > 0:
         yield min(size, frames)
@@ -730,7 +728,7 @@ def chunk_sizes(config, frames=math.inf):
 
 
 def split_conditions(conditions, sizes):
-    """A clip's conditions, chunk by chunk: what has a frame axis is cut. sizes: see chunk_sizes."""
+    """A clip's conditions by chunk: those with a frame axis are sliced. sizes: see chunk_sizes."""
     start = 0
     for size in sizes:
         part = dict(conditions)
@@ -742,17 +740,17 @@ def split_conditions(conditions, sizes):
 
 
 def rollout(model, noise, conditions, first_latent=None, exit_step=None, rng=None, caches=None):
-    """The student: clean latents (B, C, chunk, h, w), one chunk after the other, each made from the
-    cache of those before.
+    """Sample the student: clean latents (B, C, chunk, h, w), chunk by chunk, each conditioned on
+    the KV cache of the earlier ones.
 
-    noise: (B, C, F, h, w), which is cut into the config's chunks, or an iterator of chunks of any
-    size, which may be endless. conditions: the model's keyword arguments (text, tracks, image,
-    clip) for the clip, or an iterator of such dicts; each is asked for just before its chunk is
-    made, so the user can steer while the video streams. first_latent (B, C, 1, h, w): the image,
-    see with_first. Fresh noise between the steps is drawn from `rng`. caches: None,
+    noise: (B, C, F, h, w), split into the config's chunks, or an iterator, possibly endless, of
+    chunks of any size. conditions: the model's keyword arguments (text, tracks, image, clip) for
+    the clip, or an iterator of such dicts, one per chunk, advanced just before that chunk is
+    denoised, so the user can steer while the video streams. first_latent (B, C, 1, h, w): the
+    image, see with_first. rng: draws the fresh noise between denoising steps. caches: None means
     model.new_caches(). A chunk is yielded before the clean pass writes it to the cache: do not
-    modify it. Sampling runs all of config.sigmas. Training stops each chunk at step `exit_step`,
-    whose graph alone is kept, unless gradients are off."""
+    modify it. Sampling runs all of config.sigmas. Training stops each chunk at step `exit_step` and
+    keeps the graph of that step alone (none under no_grad)."""
     c = model.config
     last = len(c.sigmas) - 1
     if exit_step is not None:
@@ -772,11 +770,11 @@ def rollout(model, noise, conditions, first_latent=None, exit_step=None, rng=Non
                 velocity = model(x, sigma_frames, caches=caches, **condition)
                 x0 = to_x0(x, velocity, sigma_frames)
             if step < last:
-                device = getattr(rng, "device", x.device)   # the same numbers wherever the model is
+                device = getattr(rng, "device", x.device)   # same noise on any device
                 fresh = torch.randn(x.shape, generator=rng, device=device).to(x)
                 following = x.new_full((len(x),), c.sigmas[step + 1], dtype=torch.float64)
                 x = add_noise(x0, fresh, following)
-        yield x0                                    # shown before it is cached
+        yield x0                                    # so it can be shown before it is cached
         with torch.no_grad():                       # the clean pass is the only one that writes
             clean = torch.zeros_like(sigma_frames)
             model(x0.detach(), clean, caches=caches, write=True, **condition)
@@ -786,23 +784,22 @@ def rollout(model, noise, conditions, first_latent=None, exit_step=None, rng=Non
 # --------------------------------------------------------------------------------------------------
 # The tiny model: copies along tracks, and the linear part of the velocity. Not in the paper.
 #
-# A track says where a piece of frame 0 is now. So that piece, as latents, is given to the model
-# where it is now (Wan-Move copies first-frame features along tracks in the same way), and all
-# tracks have one ID: the tiny model has no room to learn to look up what IDs stand for. The part of
-# its velocity that is linear in x_t is computed, not learned (Karras et al. 2022). Wan's weights
-# get neither.
+# A track says where a piece of frame 0 is now, so the model is given the latents of that piece at
+# its new place (Wan-Move copies first-frame features along tracks in the same way). All tracks
+# share one ID: the tiny model is too small to learn to look up IDs. The part of its velocity that
+# is linear in x_t is computed, not learned (Karras et al. 2022). Wan's weights get neither.
 
-COPY_CELL = 4       # pixels per side of the squares that follow one track
-NEIGHBOURS = 4      # tracks whose moves a square averages, see way_back
-BESIDE = 4          # a track this many pixels farther than the nearest one weighs 1 / e
-ALIKE = 6           # a track whose move differs by this many pixels from the nearest one's, 1 / e
+COPY_CELL = 4       # side in pixels of the squares that are moved as one
+NEIGHBOURS = 4      # tracks averaged for the motion of a square, see way_back
+BESIDE = 4          # pixels beyond the nearest track's distance at which a weight falls to 1 / e
+ALIKE = 6           # pixels of disagreement with the nearest track's motion at which it does so
 NEAR = (8, 32)      # distances in pixels at which nearness is 1 / e
-SHARES = 2          # outputs of the head for mix_copies
-SPREAD = 0.1        # standard deviation of x0 about the copies, as a share of the latents' own
+SHARES = 2          # extra outputs of the head, for mix_copies
+SPREAD = 0.1        # assumed std of x0 around the copies, relative to the latents' own
 
 
 def square_centres(height, width, device):
-    """Centres of the squares of COPY_CELL pixels of a picture: (rows, columns, 2), x first."""
+    """Centres of the squares of COPY_CELL pixels in a picture: (rows, columns, 2), x first."""
     y = (torch.arange(height // COPY_CELL, device=device) + 0.5) * COPY_CELL
     x = (torch.arange(width // COPY_CELL, device=device) + 0.5) * COPY_CELL
     y, x = torch.meshgrid(y, x, indexing="ij")
@@ -810,12 +807,12 @@ def square_centres(height, width, device):
 
 
 def nearest_points(places, points, visible, count):
-    """The visible points nearest to each place, frame by frame, the nearest first.
+    """The visible points nearest to each place, frame by frame, nearest first.
 
-    places (B, T, rows, columns, 2); points (B, T, N, 2), visible (B, T, N). Returns their indices,
-    int64, and their distances in pixels, (B, T, rows, columns, min(count, N)); infinite for those
-    that are not visible."""
-    far = 1e6                                                           # from all that is visible
+    places (B, T, rows, columns, 2); points (B, T, N, 2), visible (B, T, N). Returns indices, int64,
+    and distances in pixels, (B, T, rows, columns, min(count, N)) each; the distance is infinite for
+    points that are not visible."""
+    far = 1e6                                                           # beyond visible points
     points = points.masked_fill(~visible[..., None], far)
     distance = torch.cdist(places.flatten(2, 3), points)                # (B, T, rows columns, N)
     distance, index = distance.topk(min(count, points.shape[2]), largest=False)
@@ -825,16 +822,16 @@ def nearest_points(places, points, visible, count):
 
 
 def moves_of(index, tracks, start):
-    """How far tracks have moved since frame 0: index (B, T, rows, columns, near), tracks
-    (B, T, N, 2), start (B, N, 2) to (B, T, rows, columns, near, 2)."""
+    """Displacement since frame 0 of the tracks at `index`: index (B, T, rows, columns, near),
+    tracks (B, T, N, 2), start (B, N, 2) to (B, T, rows, columns, near, 2)."""
     moves = tracks.nan_to_num(0) - start.nan_to_num(0)[:, None]         # (B, T, N, 2)
     wanted = index.flatten(2)[..., None].expand(-1, -1, -1, 2)  # (B, T, rows columns near, 2)
     return moves.gather(2, wanted).unflatten(2, index.shape[2:])
 
 
 def from_outside(back, height, width):
-    """Which squares were, wholly or in part, outside the picture in frame 0: back (B, T, rows,
-    columns, 2), from the square to where it was, to (B, T, rows, columns) bool."""
+    """True for squares partly or wholly outside the picture in frame 0: (B, T, rows, columns) bool.
+    back (B, T, rows, columns, 2): displacement to their place in frame 0."""
     rows, columns = back.shape[2:4]
     x = COPY_CELL * torch.arange(columns, device=back.device) + back[..., 0]
     y = COPY_CELL * torch.arange(rows, device=back.device)[:, None] + back[..., 1]
@@ -842,14 +839,14 @@ def from_outside(back, height, width):
 
 
 def way_back(tracks, visible, start, height, width):
-    """From each square of COPY_CELL pixels of frame t to where it was in frame 0: the weighted mean
-    move of the nearest visible track and of those neighbours whose motion agrees with it, so that
-    rotation and zoom are smooth. A square follows no track if none is visible, or if the square
-    would then show what lay outside the picture.
+    """Displacement of each square of COPY_CELL pixels from frame t back to frame 0: the weighted
+    mean motion of the nearest visible track and of those neighbours whose motion agrees with it, so
+    that rotation and zoom are smooth. A square follows no track if none is visible, or if its
+    source would lie outside the picture.
 
-    tracks (B, T, N, 2), N > 0, visible (B, T, N); start (B, N, 2): where they were in frame 0.
-    Returns pixels, (B, T, rows, columns, 2), 0 for a square that follows none, and the distance in
-    pixels to the nearest track, (B, T, rows, columns), infinite if it follows none."""
+    tracks (B, T, N, 2), N > 0, visible (B, T, N); start (B, N, 2): positions in frame 0. Returns
+    the displacement, (B, T, rows, columns, 2), and the distance to the nearest track,
+    (B, T, rows, columns), in pixels: 0 and infinite for a square that follows no track."""
     place = square_centres(height, width, tracks.device)
     place = place.expand(*tracks.shape[:2], -1, -1, -1)
     index, distance = nearest_points(place, tracks, visible, NEIGHBOURS)
@@ -857,7 +854,7 @@ def way_back(tracks, visible, start, height, width):
     farther = distance - distance[..., :1]
     apart = (moves - moves[..., :1, :]).norm(dim=-1)
     weight = torch.exp(-farther / BESIDE - (apart / ALIKE) ** 2)
-    weight = weight.nan_to_num(0)                                       # infinite less infinite
+    weight = weight.nan_to_num(0)                                       # infinity minus infinity
     move = (weight[..., None] * moves).sum(4) / weight.sum(4, keepdim=True).clamp(min=1e-6)
     distance = distance[..., 0]
     none = distance.isinf() | from_outside(-move, height, width)
@@ -865,12 +862,12 @@ def way_back(tracks, visible, start, height, width):
 
 
 def warp(image, back):
-    """Each square of frame t shows what lies at `back` from it in the image, interpolated between
-    pixels: (B, 3, H, W) and (B, T, rows, columns, 2) of way_back to (B, 3, T, H, W)."""
+    """Backward warp: each square of frame t samples the image, bilinearly, at its own place plus
+    `back`. (B, 3, H, W) and (B, T, rows, columns, 2) from way_back to (B, 3, T, H, W)."""
     B, _, H, W = image.shape
     T = back.shape[1]
     back = back.repeat_interleave(COPY_CELL, 2)
-    back = back.repeat_interleave(COPY_CELL, 3)                         # of pixels: (B, T, H, W, 2)
+    back = back.repeat_interleave(COPY_CELL, 3)                         # per pixel: (B, T, H, W, 2)
     x = torch.arange(W, device=image.device) + 0.5 + back[..., 0]
     y = torch.arange(H, device=image.device)[:, None] + 0.5 + back[..., 1]
     source = torch.stack([2 * x / W - 1, 2 * y / H - 1], -1)            # the edges are -1 and 1
@@ -886,14 +883,14 @@ def nearness(distance):
 
 
 def gone_elsewhere(back, tracks, visible, start, height, width):
-    """Confidence, 0 to 1, that what a square shows is wrong there, because it has moved away with
-    another track: what lay near the start of a track is now where that track is. So an object
-    leaves its first place, and the ground behind it, which the image does not show, is not taken
-    for the object.
+    """Confidence (0 to 1) that the copied content of a square is wrong there because it moved away
+    with a different track: content near the start of a track is now where that track is. Without
+    this, an object would also stay at its first place, where the image does not show the ground
+    behind it.
 
-    back (B, T, rows, columns, 2): from each square to what it shows of frame 0. Returns (B, 2, T,
-    rows, columns): the nearness of the visible track that began nearest to that, times how surely
-    that track is not the square's own, 1 - exp(-d / 8), d the pixels between their ways."""
+    back (B, T, rows, columns, 2): displacement of each square to its source in frame 0. Returns
+    (B, 2, T, rows, columns): nearness to the source of the closest start of a visible track, times
+    1 - exp(-d / 8), d the difference in pixels between that track's motion and the square's."""
     source = square_centres(height, width, tracks.device) + back
     began = start[:, None].expand(-1, tracks.shape[1], -1, -1)
     index, distance = nearest_points(source, began, visible, 1)
@@ -904,19 +901,19 @@ def gone_elsewhere(back, tracks, visible, start, height, width):
 
 @torch.no_grad()
 def copy_along_tracks(vae, image, tracks, visible, start):
-    """What a copying model takes as `copies`, (B, C + 6, F, h, w): the latents of frame 0 as the
-    tracks move it, see warp; how near the track is that a square follows, see nearness; how surely
-    what these latents show has gone elsewhere, and how surely what the image itself shows there
-    has, see gone_elsewhere.
+    """The `copies` input of a copying model, (B, C + 6, F, h, w): the latents of frame 0 warped
+    along the tracks; two channels of nearness of the track that a square follows; two of confidence
+    that the warped content has gone elsewhere, and two of the same for the unmoved image, see
+    gone_elsewhere.
 
     vae: one without memory between latents (LinearVAE). image (B, 3, H, W) in [-1, 1]: frame 0,
-    which is itself copied as it is. tracks (B, T, N, 2), visible (B, T, N); start (B, N, 2): where
-    the tracks were in frame 0, see start_points; NaN: not seen there, such a track copies nothing.
-    T % 4 == 1 starts a clip, T % 4 == 0 continues one, and chunks joined equal the whole."""
+    which is copied unchanged. tracks (B, T, N, 2), visible (B, T, N); start (B, N, 2): positions in
+    frame 0, see start_points; a track that is NaN, not visible there, copies nothing. T % 4 == 1
+    starts a clip, T % 4 == 0 continues one: concatenated chunks equal the whole clip."""
     H, W = image.shape[2:]
     visible = visible & start.isfinite().all(2)[:, None]
-    tracks = F.pad(tracks, (0, 0, 0, 1))        # one more, never visible: squares that follow no
-    visible = F.pad(visible, (0, 1))            # track need no case of their own
+    tracks = F.pad(tracks, (0, 0, 0, 1))        # one more track, never visible, so that N = 0
+    visible = F.pad(visible, (0, 1))            # is no special case
     start = F.pad(start, (0, 0, 0, 1))
     back, distance = way_back(tracks, visible, start, H, W)
     video = warp(image, back)
@@ -931,7 +928,7 @@ def copy_along_tracks(vae, image, tracks, visible, start):
         before = signals[:, :, :1].expand(-1, -1, FRAMES - 1, -1, -1)
         signals = torch.cat([before, signals], 2)               # as the VAE packs frame 0
     else:
-        video = torch.cat([video[:, :, :1], video], 2)          # after a frame 0 that is dropped
+        video = torch.cat([video[:, :, :1], video], 2)          # as frame 0, dropped below
         latents = vae.encode(video)[:, :, 1:]
     squares = vae.stride // COPY_CELL
     signals = F.avg_pool3d(signals, (FRAMES, squares, squares))         # (B, 6, F, h, w)
@@ -939,8 +936,8 @@ def copy_along_tracks(vae, image, tracks, visible, start):
 
 
 def mix_copies(shares, moved, still):
-    """What the copies say x0 is: a share of the latents moved along the tracks, and a share of the
-    image's own, as at frame 0. shares (B, 2, F, h, w): the head's; moved, still (B, C, F, h, w)."""
+    """Estimate of x0: a weighted sum of the latents moved along the tracks and the image's own.
+    shares (B, 2, F, h, w): the weights, from the head; moved, still (B, C, F, h, w)."""
     return shares[:, :1] * moved + shares[:, 1:] * still
 
 
@@ -951,10 +948,10 @@ def channel_std(config, device):
 
 
 def linear_part(sigma, std):
-    """The part of the velocity that needs no network: the best guess that is linear in x_t. It is
-    exact if the latents are Gaussian with mean 0 and standard deviations std (1, C, 1, 1, 1).
+    """The linear part of the velocity: its best linear estimate from x_t, which needs no network.
+    Exact for Gaussian latents of mean 0 and standard deviations std (1, C, 1, 1, 1).
 
-    sigma (B,) or (B, F). Returns the factor and the variance of x_t, (B, C, 1 or F, 1, 1)."""
+    sigma (B,) or (B, F). Returns the factor and the variance of x_t, (B, C, 1 or F, 1, 1) each."""
     sigma = per_frame(sigma).float()
     variance = (1 - sigma) ** 2 * std ** 2 + sigma ** 2
     guess = (sigma - (1 - sigma) * std ** 2) / variance
@@ -962,17 +959,17 @@ def linear_part(sigma, std):
 
 
 def with_linear_part(output, x_t, sigma, std, expected=0.0):
-    """The velocity, from the output of a network that saw x_t / sqrt(V), V the variance of x_t:
+    """The velocity, from the output of a network with input x_t / sqrt(V), V the variance of x_t:
 
         linear part about `expected` + std / sqrt(V) output
 
     so that the network's input and target are about 1: the preconditioning of EDM (Karras et al.
-    2022, section 5), for rectified flow, channel by channel. The linear part is that of a Gaussian
-    about `expected`, with SPREAD std, which believes little of x_t: a token of the tiny model is
-    384 noisy numbers and the network 192 wide. What it cannot tell from noise would be kept as
-    detail, and sampling would end in noise.
+    2022, section 5), for rectified flow, per channel. The linear part assumes a Gaussian around
+    `expected` of standard deviation SPREAD std, and so takes little from x_t: a token of the tiny
+    model is 384 noisy numbers and the network 192 wide. Noise that the network cannot tell from
+    detail would be kept, and sampling would end in noise.
 
-    output, x_t (B, C, F, h, w); expected (B, C, F, h, w): what x0 is thought to be."""
+    output, x_t (B, C, F, h, w); expected (B, C, F, h, w): an estimate of x0."""
     _, variance = linear_part(sigma, std)
     guess, around = linear_part(sigma, SPREAD * std)
     given = guess * x_t - per_frame(sigma).float() / around * expected
@@ -980,8 +977,8 @@ def with_linear_part(output, x_t, sigma, std, expected=0.0):
 
 
 class CopyingMotionStream(MotionStream):
-    """A MotionStream for a config with `copies`: they are inputs just before the image's, and the
-    head has two more outputs, their shares in x0."""
+    """A MotionStream for a config with `copies`: they are input channels just before the image's,
+    and the head has two more outputs, the shares of mix_copies."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -990,7 +987,7 @@ class CopyingMotionStream(MotionStream):
             init_copying_head(self.head, config)
 
     def forward(self, x, sigma, text=None, *, image=None, copies=None, **rest):
-        """As MotionStream's, with copies (B, copy_dim, F, h, w) of copy_along_tracks, None:
+        """As in MotionStream, plus copies (B, copy_dim, F, h, w) from copy_along_tracks, None:
         zeros, nothing is copied. image: the image's latent in every frame, see image_inputs."""
         c = self.config
         B, C, frames, h, w = x.shape
@@ -1006,7 +1003,7 @@ class CopyingMotionStream(MotionStream):
 
 
 def init_copying_head(head, config):
-    """A fresh model predicts 0.8 of the latents moved along the tracks, 0.2 of the image's own."""
+    """A fresh model predicts 0.8 of the moved latents and 0.2 of the image's own."""
     nn.init.zeros_(head.head.weight)
     nn.init.normal_(head.modulation, std=config.dim ** -0.5)
     bias = torch.zeros(math.prod(config.patch_size), config.out_dim + SHARES)
@@ -1015,42 +1012,42 @@ def init_copying_head(head, config):
 
 
 # --------------------------------------------------------------------------------------------------
-# What sampling and training both make: a model of a config, its image inputs, its motion inputs.
+# Shared by sampling and training: a new model, its image inputs, its motion inputs.
 
 def new_model(config):
-    """A fresh model of that config."""
+    """A freshly initialised model."""
     if config.copies:
         return CopyingMotionStream(config)
     return MotionStream(config)
 
 
-MASK = FRAMES       # channels of a mask: one for each video frame of a latent
+MASK = FRAMES       # mask channels: one per video frame of a latent frame
 
 
 def image_channels(first_latent, frames):
-    """The image's latent (B, C, 1, h, w) as channels of a clip of `frames` latents: at frame 0,
-    with zeros after it (figure 2)."""
+    """Image channels of a clip of `frames` latent frames: the image's latent (B, C, 1, h, w),
+    followed by zeros (figure 2)."""
     return F.pad(first_latent, (0, 0, 0, 0, 0, frames - 1))
 
 
 def image_and_mask(latents):
-    """The image channels of weights with a mask (Config.has_mask). latents (B, C, F, h, w): of a
-    clip that is the image in video frame 0 and grey, 0, in all others. Returns the mask, 1 at
-    latent frame 0 and 0 after it, then the latents: (B, 4 + C, F, h, w)."""
+    """Image channels for weights with a mask (Config.has_mask). latents (B, C, F, h, w): encoded
+    clip of the image followed by grey (0) frames. Returns a mask, 1 at latent frame 0 and 0 after
+    it, then the latents: (B, 4 + C, F, h, w)."""
     B, _, frames, h, w = latents.shape
     mask = latents.new_ones(B, MASK, 1, h, w)
     return torch.cat([image_channels(mask, frames), latents], 1)
 
 
 def image_inputs(config, latents, frames):
-    """How a model takes the image: (channels of a clip of `frames` latents, clean latent frame 0),
-    None for what it does not take. latents: the image's, (B, C, 1, h, w); with a mask those of a
-    clip, (B, C, frames, h, w), see image_and_mask."""
+    """The image as model inputs: (channels for a clip of `frames` latents, clean latent frame 0),
+    None for an input that the model lacks. latents: the image's, (B, C, 1, h, w); with a mask those
+    of a clip, (B, C, frames, h, w), see image_and_mask."""
     channels = None
     first_latent = None
     if config.has_mask:
         channels = image_and_mask(latents)
-    elif config.copies:                     # what it falls back on, in every frame
+    elif config.copies:                     # the unmoved image, in every frame
         channels = latents.expand(-1, -1, frames, -1, -1)
     elif config.image_dim:
         channels = image_channels(latents, frames)
@@ -1060,9 +1057,9 @@ def image_inputs(config, latents, frames):
 
 
 def motion_inputs(model, tracks, visible, ids, *, start=None, image=None, vae=None):
-    """The tracks of a clip or a chunk as keyword arguments of the model: {"tracks": …}, see
-    track_features; for a copying model {"copies": …} too, see copy_along_tracks, which alone needs
-    start, image and vae."""
+    """The tracks of a clip or a chunk as keyword arguments of the model: {"tracks": …} from
+    track_features; for a copying model also {"copies": …} from copy_along_tracks. Only the latter
+    needs start, image and vae."""
     inputs = {"tracks": track_features(model, tracks, visible, ids)}
     if model.config.copies:
         assert start is not None, "a copying model needs to be told start, see start_points"
@@ -1074,15 +1071,15 @@ def motion_inputs(model, tracks, visible, ids, *, start=None, image=None, vae=No
 # Files. Nothing below is part of the method.
 
 class UserError(ValueError):
-    """What the user can put right: one line that says what was found and what to do. Whatever is
-    not printable in it, as a name in a damaged file may be, is escaped."""
+    """An error that the user can fix: one line with the finding and the cure. Unprintable
+    characters, as in the names of a damaged file, are escaped."""
 
     def __init__(self, text):
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
 
 
 def reason_of(error):
-    """What an exception says, on one line; its name, if it says nothing."""
+    """The message of an exception on one line; its class name if there is none."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, MemoryError):
@@ -1095,16 +1092,16 @@ def reason_of(error):
 
 @contextlib.contextmanager
 def naming(what, cure):
-    """Whatever is wrong with `what`, which comes from outside, in one line: the cure and what was
-    found, or what the system says (no such file, …)."""
+    """Report any error about `what`, an outside input, as a one-line UserError: the cure and the
+    exception's message, or the system's message (no such file, …)."""
     try:
         yield
     except UserError as e:
         raise UserError(f"{what}: {e}") from None
-    except Exception as e:      # damaged files raise ten kinds
+    except Exception as e:      # damaged files raise many kinds
         reason = reason_of(e)
         number = getattr(e, "errno", None)
-        if number == errno.EINVAL or "pickle" in reason:    # of damaged zip files; numpy's advice
+        if number == errno.EINVAL or "pickle" in reason:    # damaged zip files; numpy's advice
             raise UserError(f"{what}: {cure}") from None
         if number is not None:
             raise UserError(f"{what}: {reason}") from None
@@ -1112,25 +1109,25 @@ def naming(what, cure):
 
 
 def write(path, save, *args):
-    """Call save(*args, temporary path), then rename: a file is whole or not there. OSError, one
-    line that names it, if it cannot be written."""
+    """Call save(*args, temporary path), then rename: the file is complete or absent. One-line
+    OSError with its name if it cannot be written."""
     from safetensors import SafetensorError
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         save(*args, temporary)
-        with open(temporary, "r+b") as file:    # Windows syncs only what is open for writing
+        with open(temporary, "r+b") as file:    # Windows syncs only files open for writing
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as e:
         raise OSError(f"{path}: cannot be written: {reason_of(e)}{space_in(path.parent)}") from e
     finally:
-        with contextlib.suppress(OSError):      # of a folder that has gone
+        with contextlib.suppress(OSError):      # the folder may be gone
             temporary.unlink(missing_ok=True)
 
 
 def space_in(folder):
-    """How much can still be written to a folder; torch does not say that a disk is full."""
+    """Free space of a folder, for error messages: torch does not say that a disk is full."""
     try:
         free = shutil.disk_usage(folder).free
     except OSError:
@@ -1139,33 +1136,33 @@ def space_in(folder):
 
 
 # --------------------------------------------------------------------------------------------------
-# Reading weights: safetensors with Wan's names, in one file or shards with an index. All else that
-# is public is read by extras/checkpoints.py, which also knows what is wrong with a file.
+# Reading weights: safetensors with Wan's names, in one file or shards with an index. Other public
+# layouts are read by extras/checkpoints.py, which also diagnoses bad files.
 
 # The first tensor of a DiT, by Wan's name; vae.py has those of VAEs.
 WAN_DIT = ("blocks.0.self_attn.q.weight",)
 
 
 def read_weights(path, wanted="Wan DiT", marks=WAN_DIT):
-    """A file, a folder, or an index of shards to ({Wan's name: tensor}, metadata, the file or
-    index). Tensors are mapped, not read.
+    """Read a file, a folder, or an index of shards: ({Wan's name: tensor}, metadata, path of the
+    file or index). Tensors are memory-mapped.
 
-    wanted: what is expected, in words; it has one of the tensors `marks`. UserError, one line, if
-    it is something else or damaged."""
+    wanted: the expected kind, for messages; marks: tensors of which it has one. UserError, one
+    line, if it is something else or damaged."""
     file = file_in(Path(path))
     problem = f"it has no tensor {marks[-1]}"
     try:
         tensors, metadata = read_shards(file)
         if not tensors.keys().isdisjoint(marks):
             return tensors, metadata, file
-    except Exception as e:                      # of another layout, or damaged
+    except Exception as e:                      # another layout, or damaged
         problem = reason_of(e)
     tensors, metadata = checkpoints(file, problem).read(file, wanted, marks)
     return tensors, metadata, file
 
 
 def checkpoints(path, problem):
-    """extras/checkpoints.py, for what is not read here. UserError in a copy that is without it."""
+    """extras/checkpoints.py, which reads other layouts. UserError if this copy lacks it."""
     try:
         from extras import checkpoints
     except ImportError:
@@ -1175,12 +1172,12 @@ def checkpoints(path, problem):
 
 
 def file_in(path):
-    """The weights file in a folder, or the index of its shards, where Wan's repositories have it.
-    A file stays."""
+    """The weights file in a folder, or its index of shards, named as in Wan's repositories. The
+    path of a file is returned as it is."""
     if not path.is_dir():
         return path
     wans = "diffusion_pytorch_model.safetensors"
-    for pattern in "[!.]*.safetensors.index.json", wans, "[!.]*.safetensors":   # macOS has ._x
+    for pattern in "[!.]*.safetensors.index.json", wans, "[!.]*.safetensors":   # macOS adds ._x
         files = list(path.glob(pattern))
         if len(files) == 1:
             return files[0]
@@ -1188,8 +1185,8 @@ def file_in(path):
 
 
 def read_shards(file):
-    """A .safetensors file, or all that an index names, to ({name: tensor}, metadata). Whatever is
-    wrong raises."""
+    """Read a .safetensors file, or all shards of an index: ({name: tensor}, metadata). Any fault
+    raises some exception."""
     names = {file.name}
     if file.suffix == ".json":
         names = set(json.loads(file.read_bytes())["weight_map"].values())
@@ -1205,7 +1202,7 @@ def read_shards(file):
 
 
 def read_safetensors(path):
-    """A .safetensors file to ({name: tensor}, {key: text} of its metadata)."""
+    """Read a .safetensors file: ({name: tensor}, {key: text} of its metadata)."""
     from safetensors import safe_open
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -1213,10 +1210,10 @@ def read_safetensors(path):
 
 
 # --------------------------------------------------------------------------------------------------
-# The config of a weights file: data from outside, looked at before anything is built.
+# The config of a weights file: untrusted, so checked before anything is built.
 
-# Limits of what the tensors do not tell: type, least, most; of tuples those of each number, and how
-# many there are.
+# Limits of the fields that do not follow from tensor shapes: type, least, most; for tuples those of
+# each number, then of the length.
 LIMITS = {
     "num_heads": (int, 1, 1024),
     "text_len": (int, 1, 2 ** 14),
@@ -1245,8 +1242,8 @@ CHOICES = {
 
 
 def in_limits(value, kind, least, most, fewest=None, longest=None):
-    """Whether a value is a number of that kind from least to most; given fewest, a tuple of so
-    many."""
+    """True if value is a number of that kind in [least, most]; with `fewest`, a tuple of `fewest`
+    to `longest` of them."""
     if fewest is not None:
         if type(value) is not tuple or not fewest <= len(value) <= longest:
             return False
@@ -1256,7 +1253,7 @@ def in_limits(value, kind, least, most, fewest=None, longest=None):
 
 
 def check_limits(fields, limits, file):
-    """UserError, naming the file, for the first of the fields that is out of its limits."""
+    """UserError, naming the file, for the first field outside its limits."""
     for name, limit in limits.items():
         value = fields[name]
         if in_limits(value, *limit):
@@ -1269,19 +1266,19 @@ def check_limits(fields, limits, file):
 
 
 def check_config(c, file):
-    """UserError, naming the file, unless the fields of a Config are what a model can be made of."""
+    """UserError, naming the file, if no model can be built from this Config."""
     limits = dict(LIMITS)
     for name in "window", "first_chunk":
         if getattr(c, name) is None:
             del limits[name]
     check_limits(vars(c), limits, file)
-    rules = {}          # field: whether it is right, and what is expected
+    rules = {}          # field: (valid, expected)
     for name, choices in CHOICES.items():
         right = repr(getattr(c, name)) in map(repr, choices)            # 1 is not True
         rules[name] = (right, f"one of {', '.join(map(str, choices))}")
     height, width = c.size
     frames, p, q = c.patch_size
-    cell = (c.stride * p, c.stride * q)         # of a token, in pixels
+    cell = (c.stride * p, c.stride * q)         # pixels per token
     falling = all(a > b for a, b in zip(c.sigmas, c.sigmas[1:]))
     stds = len(c.latent_std)
     rules |= {
@@ -1302,7 +1299,7 @@ def check_config(c, file):
 
 
 def as_tuples(value):
-    """What JSON made of a value: lists are tuples again, at any depth."""
+    """Lists from JSON to tuples, at any depth."""
     if isinstance(value, list):
         return tuple(map(as_tuples, value))
     if isinstance(value, dict):
@@ -1311,7 +1308,7 @@ def as_tuples(value):
 
 
 def saved_config(cls, metadata, file):
-    """The dataclass that a file's metadata hold as JSON. UserError naming the file."""
+    """The dataclass stored as JSON in a file's metadata. UserError if unreadable."""
     try:
         fields = as_tuples(json.loads(metadata["config"]))
         return cls(**fields)
@@ -1320,8 +1317,8 @@ def saved_config(cls, metadata, file):
 
 
 def find_config(tensors, metadata, file):
-    """The config in the metadata; else that of the public weights that have such tensors, and what
-    config.json beside them adds. UserError if either contradicts the tensors."""
+    """The config from the metadata; without one, that of the public weights with these shapes, plus
+    the config.json beside them. UserError if either contradicts the tensors."""
     shaped = config_from_shapes(tensors, file)
     if metadata.get("format") == "motionstream":
         config = saved_config(Config, metadata, file)
@@ -1343,8 +1340,8 @@ def find_config(tensors, metadata, file):
 
 
 def config_from_shapes(tensors, file):
-    """The fields of Config that the shapes of the tensors tell, in a dict. UserError if this is no
-    complete DiT."""
+    """The fields of Config that follow from the tensors' shapes, as a dict. UserError if this is
+    not a complete DiT."""
     ranks = {"patch_embedding.weight": 5, "head.head.weight": 2, "blocks.0.ffn.0.weight": 2,
              "text_embedding.0.weight": 2, "time_embedding.0.weight": 2}
     for name, rank in ranks.items():
@@ -1367,9 +1364,9 @@ def config_from_shapes(tensors, file):
 
 
 def public_config(tensors, shaped, file):
-    """The config of weights that say nothing of themselves: Wan 2.2 5B or one of Wan 2.1's family,
-    by the width of its latents; 128 channels a head; a clean first latent where no other input
-    takes the image, and in 5B always."""
+    """The config of weights without metadata: Wan 2.2 5B or the Wan 2.1 family, by the number of
+    latent channels; 128 channels per head; clean_first for 5B and if no other input takes the
+    image."""
     like = PRESETS["wan2.1-1.3b"]
     if shaped["out_dim"] == PRESETS["wan2.2-5b"].out_dim:
         like = PRESETS["wan2.2-5b"]                         # for the VAE's stride, size and fps
@@ -1381,8 +1378,8 @@ def public_config(tensors, shaped, file):
 
 
 def config_beside(file, metadata):
-    """What config.json beside public weights says, as fields of Config, by extras/checkpoints.py. A
-    copy without that has no need to read one of Wan's own class."""
+    """Fields of Config from the config.json beside public weights, by extras/checkpoints.py. If
+    this copy lacks that, a config.json of Wan's own class adds nothing and is skipped."""
     if not file.is_file() and "motionstream.student" not in metadata:
         return {}
     try:
@@ -1395,11 +1392,11 @@ def config_beside(file, metadata):
 
 
 # --------------------------------------------------------------------------------------------------
-# A model of a weights file.
+# From a weights file to a model.
 
 def check_tensors(model, tensors, path):
-    """UserError that lists them, unless these are exactly the model's tensors by name and shape,
-    and floats."""
+    """UserError with the differences unless the tensors match the model's by name and shape and are
+    floats."""
     for name, tensor in tensors.items():
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise UserError(f"{path}: {name} is {tensor.dtype}; int8, fp8 and fp8 scaled weights are "
@@ -1419,7 +1416,7 @@ def check_tensors(model, tensors, path):
 
 
 def check_memory(needed, path, device="cpu"):
-    """UserError, naming the file, if so many bytes do not fit into the free memory of a device."""
+    """UserError, naming the file, if `needed` bytes exceed the free memory of a device."""
     free = free_memory(torch.device(device))
     if free is not None and needed > free:
         raise UserError(f"{path}: needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free "
@@ -1427,11 +1424,10 @@ def check_memory(needed, path, device="cpu"):
 
 
 def free_memory(device):
-    """Bytes that can be had on a device, or None where this cannot be told. On Linux a container's
-    limit counts."""
+    """Free bytes of a device, None if unknown. On Linux a container's limit counts."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    told = Path("/proc/meminfo")                                # of Linux
+    told = Path("/proc/meminfo")                                # Linux only
     if device.type != "cpu" or not told.exists():
         return None
     free = 1024 * int(re.search(r"MemAvailable: *(\d+)", told.read_text())[1])
@@ -1444,9 +1440,9 @@ def free_memory(device):
 
 
 def fill(model, tensors, path, dtype_of, device="cpu"):
-    """Give a model on the meta device its tensors, see check_tensors, in dtype_of(name), eval mode
-    and without gradients. Each is copied, one after the other: the file may change or go, and there
-    are never two copies of all. UserError, naming the file, for NaN or want of memory."""
+    """Load tensors that passed check_tensors into a model on the meta device: in dtype_of(name),
+    eval mode, no gradients. They are copied one by one: the file may change or go later, and memory
+    never holds two full copies. UserError, naming the file, for NaN or lack of memory."""
     needed = 0
     for name, tensor in tensors.items():
         needed += tensor.numel() * dtype_of(name).itemsize
@@ -1464,14 +1460,13 @@ def fill(model, tensors, path, dtype_of, device="cpu"):
     return model.eval().requires_grad_(False)
 
 
-# Parameters that are float32 whatever the rest is; "head." is the track head's too, whose input is
-# made in float32.
+# Parameters that are always float32; "head." matches the track head too, whose input is float32.
 FLOAT32 = r"time_embedding|time_projection|modulation|norm3|head\."
 
 
 def open_pretrained(cls, path, overrides):
-    """All of load_pretrained that takes no memory: (model on the meta device, its tensors, the
-    file's metadata)."""
+    """The part of load_pretrained that allocates no memory: (model on the meta device, its tensors,
+    the file's metadata)."""
     tensors, metadata, file = read_weights(path)
     config = find_config(tensors, metadata, file)
     slot = overrides.get("track_dim", config.track_dim)
@@ -1487,15 +1482,15 @@ def open_pretrained(cls, path, overrides):
 
 
 def load_pretrained(cls, path, dtype, device, overrides):
-    """A Wan DiT in any public form to a model in eval mode, without gradients.
+    """Load a Wan DiT in any public format, in eval mode, without gradients.
 
-    path: see read_weights. The config is in the metadata of files of this project, else tensors and
-    config.json tell; `overrides` replace its fields, track_dim=… adds a slot for tracks. dtype=None
-    keeps the file's, but what FLOAT32 names is float32. UserError, one line naming the file, if
-    anything is missing, unknown or contradictory, or memory cannot hold it."""
+    path: see read_weights. The config is that of the file's metadata, else it follows from tensor
+    shapes and config.json; `overrides` replace fields of it, track_dim=… adds an input for tracks.
+    dtype=None keeps the file's; parameters that match FLOAT32 are float32. UserError, one line
+    naming the file, if anything is missing, unknown or contradictory, or memory cannot hold it."""
     model, tensors, _ = open_pretrained(cls, path, overrides)
     if dtype is None:
-        dtype = tensors["blocks.0.ffn.0.weight"].dtype      # of mixed files: the matrices'
+        dtype = tensors["blocks.0.ffn.0.weight"].dtype      # in mixed files: the matrices'
 
     def dtype_of(name):
         if re.search(FLOAT32, name):
@@ -1506,8 +1501,8 @@ def load_pretrained(cls, path, dtype, device, overrides):
 
 
 def save_pretrained(model, path, dtype=None, **extra):
-    """Write one .safetensors file with Wan's names, whole or not at all: from_pretrained reads it
-    and, without a track head, other tools for Wan. The metadata hold the config and the texts in
+    """Write one .safetensors file with Wan's names, atomically. from_pretrained reads it, and so do
+    other tools for Wan if there is no track head. The metadata hold the config and the texts in
     `extra`. dtype=None keeps the model's."""
     from safetensors.torch import save_file
     tensors = {}

@@ -2,18 +2,18 @@
 
     python sample.py --image x.png --tracks t.npz
 
-t.npz holds `tracks` (T, N, 2): where N points are in T frames, x to the right and y down, in pixels of
-the image as it is seen (after its EXIF rotation); and if wanted
+t.npz holds `tracks` (T, N, 2): positions of N points in T frames, x to the right and y down, in pixels
+of the image as displayed (after its EXIF rotation); and optionally
 
     visibility (T, N)   hidden and "not specified" are the same; without it, NaN is hidden
-    width, height       of the picture that the pixels belong to, if it is not the image itself
-    ids (N,)            which vector each track has, see track_ids; track_id_mode: their kind
-    start (N, 2)        where each point was in frame 0; without it, where it is first seen
+    width, height       of the picture that the tracks refer to, if it is not the image itself
+    ids (N,)            ID of each track, see track_ids; track_id_mode: the kind of IDs
+    start (N, 2)        position of each point in frame 0; default: its first visible position
     fps                 only compared with the model's
-    format              "motionstream": written by this project, so nothing in it is doubted
+    format              "motionstream": written by this project, so its layout is trusted
 
-A recording of the page says besides how it was made (extras/recording.py), and plays again to the same
-frames. extras/tracks.py reads files of other programs. In place of --tracks: --drag, --pin.
+A recording of the page also stores its settings (extras/recording.py) and reproduces the same frames.
+extras/tracks.py reads files of other programs. --drag and --pin replace --tracks.
 """
 
 import argparse
@@ -35,8 +35,8 @@ import zlib
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-if "OMP_WAIT_POLICY" not in os.environ:                # what the user says wins
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")     # threads wait awake, but briefly: others need the cores
+if "OMP_WAIT_POLICY" not in os.environ:                # the user's setting wins
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")     # threads spin only briefly: others need the cores
 
 import numpy as np
 import torch
@@ -53,8 +53,8 @@ ASSETS = Path(__file__).resolve().parent / "assets"
 MOST_FRAMES = 1_000_000
 LARGEST = 2 ** 30           # bytes of a tracks file, unpacked
 SHORTEST_SIDE = 256         # pixels of a written video; smaller ones are enlarged
-CLIP = 81                   # frames of a clip of Wan's: made when nothing says how many; and as many
-                            # as weights without a window, which forget nothing, saw in training
+CLIP = 81                   # frames of Wan's clips: the default length, and the context that
+                            # weights without a window saw in training
 
 
 # --------------------------------------------------------------------------------------------------
@@ -62,26 +62,26 @@ CLIP = 81                   # frames of a clip of Wan's: made when nothing says 
 
 @dataclass(frozen=True)
 class Motion:
-    """What shall move where, in a clip or in one chunk, in pixels of the generated video."""
+    """The tracks of a clip or of one chunk, in pixels of the generated video."""
     tracks: torch.Tensor                    # (B, T, N, 2) float32, x and y
     visible: torch.Tensor                   # (B, T, N) bool
     ids: torch.Tensor                       # (B, N) int64, see track_ids
-    start: torch.Tensor | None = None       # (B, N, 2): where the tracks were in frame 0, for copies
-    control: torch.Tensor | None = None     # (B, track_dim, F, h, w): in place of the track head's
-    text: torch.Tensor | None = None        # (B, L, text_dim) of this chunk; None: that of Encoded
+    start: torch.Tensor | None = None       # (B, N, 2): positions in frame 0, for copies
+    control: torch.Tensor | None = None     # (B, track_dim, F, h, w): replaces the track head's
+    text: torch.Tensor | None = None        # (B, L, text_dim) of this chunk; None: Encoded's
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """What else the model reads, the same for the whole video."""
+    """The model's other inputs, the same for the whole video."""
     text: torch.Tensor | None = None        # (B, L, text_dim), None: the null text
-    null_text: torch.Tensor | None = None   # what guidance leads away from, None: zeros
+    null_text: torch.Tensor | None = None   # replaces text in guidance, None: zeros
     clip: torch.Tensor | None = None        # (B, 257, clip_dim): CLIP's features of the image
 
 
 def motion_by_chunk(motion, config):
-    """A whole Motion to one for each chunk, of n latents: 4 n - 3 frames in the first, 4 n in the
-    others. Nothing is specified where the last one reaches beyond the motion's end."""
+    """Split a whole Motion by chunk: for n latents 4 n - 3 frames in the first chunk, 4 n in the others.
+    Frames of the last chunk beyond the motion's end are "not specified"."""
     frames = motion.tracks.shape[1]
     stop = 1 - FRAMES
     for size in chunk_sizes(config, latent_frames(frames, config)):
@@ -99,11 +99,11 @@ def motion_by_chunk(motion, config):
 
 
 def live_motion(points, starts, config):
-    """One chunk of a live stream: points (T, N, 2) in pixels of the video, NaN where hidden, of tracks
-    that were at starts (N, 2) in frame 0. T is 4 chunk - 3 for the first chunk, then 4 chunk."""
+    """One chunk of a live stream: points (T, N, 2) in pixels of the video, NaN where hidden; starts
+    (N, 2): their positions in frame 0. T is 4 chunk - 3 for the first chunk, then 4 chunk."""
     points = torch.as_tensor(points, dtype=torch.float32)[None]             # (1, T, N, 2)
     starts = torch.as_tensor(starts, dtype=torch.float32)[None]             # (1, N, 2)
-    if config.track_id_mode == "random":           # but the same in every chunk
+    if config.track_id_mode == "random":           # but the same IDs in every chunk
         numbers = [zlib.crc32(start.numpy().tobytes()) for start in starts[0]]
         ids = torch.tensor([numbers], dtype=torch.int64)
     else:
@@ -126,8 +126,8 @@ def motion_conditions(model, vae, image, motion):
 
 
 def conditions(model, vae, image, motion, encoded, channels=None):
-    """The model's keyword arguments, chunk by chunk, each made when asked for. motion: a whole Motion, or
-    an iterator of one for each chunk. channels: the image's, of the first chunk, see image_inputs."""
+    """The model's keyword arguments by chunk, made lazily. motion: a whole Motion, or an iterator of one
+    per chunk. channels: the image channels of the first chunk, see image_inputs."""
     if isinstance(motion, Motion):
         motion = motion_by_chunk(motion, model.config)
     for part in motion:
@@ -145,7 +145,7 @@ def draw_noise(first_latent, frames, rng):
 
 
 def decode(vae, latents):
-    """Latents, an iterable of (B, C, f, h, w), to video, piece by piece: (B, 3, T, H, W) in [-1, 1]."""
+    """Decode latents chunk by chunk: an iterable of (B, C, f, h, w) to (B, 3, T, H, W) in [-1, 1]."""
     state = None
     for chunk in latents:
         video, state = vae.decode(chunk, state)
@@ -154,19 +154,19 @@ def decode(vae, latents):
 
 @torch.inference_mode()
 def stream(model, vae, image, motion, encoded=Encoded(), seed=0, **memory):
-    """The student: a video that goes on for as long as `motion` does, at constant memory. Yields its
-    chunks as soon as they are made, (B, 3, T, H, W) in [-1, 1]: 4 chunk - 3 frames, then 4 chunk
-    (with config.first_chunk, 4 first_chunk - 3 at first).
+    """Sample the student: a video as long as `motion`, at constant memory. Yields each chunk as soon as
+    it is decoded, (B, 3, T, H, W) in [-1, 1]: 4 chunk - 3 frames, then 4 chunk (with config.first_chunk,
+    4 first_chunk - 3 at first).
 
-    image (B, 3, H, W) in [-1, 1], of the model's size, is frame 0, see fit_image. motion: a Motion, or
-    an iterator of one for each chunk (see live_motion), asked for the next just before it is made, so
-    that tracks and text can change while it streams. memory: chunk, sink and window, if they are not
-    the config's."""
+    image (B, 3, H, W) in [-1, 1], of the model's size, is frame 0, see fit_image. motion: a Motion, or an
+    iterator of one per chunk (see live_motion), advanced just before that chunk is denoised, so that
+    tracks and text can change while it streams. memory: chunk, sink and window, to override the
+    config's."""
     yield from decode(vae, stream_latents(model, vae, image, motion, encoded, seed, **memory))
 
 
 def stream_latents(model, vae, image, motion, encoded=Encoded(), seed=0, **memory):
-    """`stream` before it is decoded: an iterator of (B, C, chunk, h, w)."""
+    """`stream` without the decoder: an iterator of latents (B, C, chunk, h, w)."""
     config = replace(model.config, **memory)
     image = image.to(next(model.parameters()).device)
     encoded_image = vae.encode(image[:, :, None])                           # (B, C, 1, h, w)
@@ -182,8 +182,8 @@ def stream_latents(model, vae, image, motion, encoded=Encoded(), seed=0, **memor
 
 @torch.inference_mode()
 def sample_teacher(model, vae, image, motion, encoded=Encoded(), seed=0):
-    """The teacher: whole chunks that cover a whole Motion, made all at once, then handed out as `stream`
-    does. Steps and guidance are the config's."""
+    """Sample the teacher: all chunks that cover a Motion at once, then yielded as `stream` does. Steps
+    and guidance are the config's."""
     config = model.config
     count = latent_frames(motion.tracks.shape[1], config)
     image = image.to(next(model.parameters()).device)
@@ -199,12 +199,12 @@ def sample_teacher(model, vae, image, motion, encoded=Encoded(), seed=0):
         given[name] = torch.cat([part[name] for part in parts], 2)
     noise = draw_noise(encoded_image, count, torch.Generator().manual_seed(seed))
     for x0, _ in euler(model, noise, given, first_latent, null_text=encoded.null_text):
-        pass                                # the last of the trajectory is clean
+        pass                                # the trajectory ends in the clean latents
     yield from decode(vae, x0.split(list(chunk_sizes(config, count)), 2))
 
 
 def latent_frames(frames, config):
-    """How many latent frames the whole chunks have that cover `frames` of the video."""
+    """Latent frames in the fewest whole chunks that cover `frames` video frames."""
     latents = math.ceil((frames + FRAMES - 1) / FRAMES)
     first = config.first_chunk or config.chunk
     after = math.ceil((latents - first) / config.chunk)     # chunks after the first
@@ -223,15 +223,15 @@ def to_frames(video):
 
 
 def decode_beside(vae, latents):
-    """On a GPU: latents, an iterable of (1, C, f, h, w), to frames in the CPU's memory, on a second CUDA
-    stream. Yields each chunk's, a uint8 tensor (T, H, W, 3), and the event after which they are there."""
+    """On a GPU: decode latents, an iterable of (1, C, f, h, w), on a second CUDA stream. Yields per chunk
+    the frames, a uint8 tensor (T, H, W, 3) in CPU memory, and the event that marks them as complete."""
     beside = None
     state = None
     for chunk in latents:
         if beside is None:
             beside = torch.cuda.Stream(chunk.device)
         beside.wait_stream(torch.cuda.current_stream(chunk.device))
-        chunk.record_stream(beside)             # its memory is not used again before it is decoded
+        chunk.record_stream(beside)             # its memory is not reused before it is decoded
         with torch.cuda.stream(beside):
             video, state = vae.decode(chunk, state)
             frames = to_bytes(video).to("cpu", non_blocking=True)
@@ -240,40 +240,40 @@ def decode_beside(vae, latents):
 
 
 def frames_ahead(vae, latents):
-    """On a GPU: latents to frames, as to_frames makes them. A chunk is decoded and handed out while the
-    next one is made, whose tracks are therefore asked for before anyone has seen this one."""
+    """On a GPU: latents to frames as in to_frames. Each chunk is decoded and yielded while the next one
+    is denoised, so the next tracks are requested before anyone has seen this chunk."""
     chunks = itertools.chain(decode_beside(vae, latents), [None])
-    for (frames, copied), _ in itertools.pairwise(chunks):      # the next one is begun before we wait
+    for (frames, copied), _ in itertools.pairwise(chunks):      # start the next one before waiting
         copied.synchronize()
         yield frames.numpy()
 
 
 def decoded_frames(vae, latents, ahead):
-    """Latents of a stream to frames, as to_frames makes them, chunk by chunk. ahead: by frames_ahead if
-    there is a GPU, for a stream whose tracks do not depend on what is seen."""
+    """Latents of a stream to frames as in to_frames, chunk by chunk. ahead: use frames_ahead on a GPU,
+    for streams whose tracks do not depend on what the user sees."""
     if ahead and next(vae.parameters()).device.type == "cuda":
         return frames_ahead(vae, latents)
     return map(to_frames, decode(vae, latents))
 
 
-# What the shipped tiny model has read in training: "fading light, spinning shapes" (extras/world.py).
+# The vocabulary of the shipped tiny model: "fading light, spinning shapes" (extras/world.py).
 WORDS = ("steady", "fading", "warming", "light", "spinning", "pulsing", "shapes")
 
 
 def words_in(text):
-    """The words of a prompt, None: of none."""
+    """The words of a prompt, none for None."""
     return re.findall(r"\w+", (text or "").lower())
 
 
 def unknown_words(text):
-    """The words of a prompt that the tiny model never read: to it they are noise."""
+    """The words of a prompt that the tiny model was not trained on: to it they are noise."""
     return [word for word in words_in(text) if word not in WORDS]
 
 
 def embed_words(text, config):
-    """A prompt for the tiny model, (1, L, text_dim): each word is random numbers seeded by its own
-    letters, the same in every process. At most text_len words; their order is not seen. None: the null
-    text."""
+    """Embed a prompt for the tiny model, (1, L, text_dim): each word is a random vector seeded by its
+    letters, the same in every process. At most text_len words; the model does not see their order. None:
+    the null text."""
     if text is None:
         return None
     rows = []
@@ -289,15 +289,15 @@ def embed_words(text, config):
 # The image.
 
 def load_image(path):
-    """A picture, a path or an open file, to RGB of 8 bits: turned as its EXIF says, transparent parts
-    over white."""
+    """Load a picture, a path or an open file, as 8-bit RGB: rotated by its EXIF tag, transparency over
+    white."""
     try:
         image = Image.open(path)
         image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode == "F":
             raise ValueError("its pixels are floats, of which no value is known to be white")
-        if image.mode.startswith("I"):      # 16 bits, which convert() would clip instead of scale
+        if image.mode.startswith("I"):      # 16 bits: convert() would clip, not scale
             levels = np.asarray(image).clip(0, 65535) / 257
             image = Image.fromarray(levels.round().astype(np.uint8))
         if image.has_transparency_data:
@@ -305,13 +305,13 @@ def load_image(path):
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image)
         return image.convert("RGB")
-    except Exception as e:                  # Pillow's decoders raise a dozen kinds for damaged files
+    except Exception as e:                  # Pillow's decoders raise many kinds for damaged files
         name = path if isinstance(path, str | Path) else "the picture"
         raise UserError(f"{name}: {picture_fault(e)}") from None
 
 
 def picture_fault(error):
-    """Why a picture could not be read, in words, with what to do."""
+    """Explain why a picture could not be read, and the cure."""
     reason = reason_of(error)
     if isinstance(error, OSError) and error.strerror:
         return reason                                                       # no such file, …
@@ -323,8 +323,8 @@ def picture_fault(error):
 
 
 def crop(width, height, size):
-    """Which part of a picture of width x height is scaled to `size` (height, width): (scale, left, top),
-    left and top in pixels of the picture. The part covers `size` and is centred."""
+    """The centred part of a width x height picture to be scaled to `size` (height, width):
+    (scale, left, top), left and top in pixels of the picture."""
     scale = max(size[0] / height, size[1] / width)
     left = max((width - size[1] / scale) / 2, 0)
     top = max((height - size[0] / scale) / 2, 0)
@@ -332,7 +332,7 @@ def crop(width, height, size):
 
 
 def crop_note(image_size, size):
-    """What is to be said of an image (width, height) of which a video of `size` shows a part: a list."""
+    """Notes for the user, a list, if a video of `size` crops an image (width, height)."""
     width, height = image_size
     _, left, top = crop(width, height, size)
     if max(left, top) < 0.5:
@@ -341,7 +341,7 @@ def crop_note(image_size, size):
 
 
 def seen_part(image_size, size):
-    """Which part of an image (width, height) a video of `size` shows, in words."""
+    """The part of an image (width, height) that a video of `size` shows, in words."""
     width, height = image_size
     _, left, top = crop(width, height, size)
     return f"x from {left:.0f} to {width - left:.0f} and y from {top:.0f} to {height - top:.0f}"
@@ -363,19 +363,19 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Tracks:
-    """Where points of the image are in every frame, in pixels of the image."""
+    """Positions of points in every frame, in pixels of the image."""
     tracks: np.ndarray                  # (T, N, 2) float32, finite
     visible: np.ndarray                 # (T, N) bool
     ids: np.ndarray | None = None       # (N,) integers below 2**32
-    id_mode: str = "random"             # what kind of IDs they are, as in Config
+    id_mode: str = "random"             # the kind of IDs, as in Config
     fps: float | None = None
-    recorded: dict | None = None        # of a recording: how it was made, see extras/recording.py
-    start: np.ndarray | None = None     # (N, 2) float32: where the points were in frame 0
+    recorded: dict | None = None        # settings of a recording, see extras/recording.py
+    start: np.ndarray | None = None     # (N, 2) float32: positions in frame 0
 
 
 def read_tracks(path, size, frames=None):
-    """The Tracks in a file, for an image of `size` (width, height). frames: how many are wanted, which
-    may tell that a file of another program has its axes swapped. Raises UserError, naming the file."""
+    """Read the Tracks in a file, for an image of `size` (width, height). frames: the number wanted, which
+    can reveal swapped axes in another program's file. Raises UserError, naming the file."""
     with naming(path, "damaged, or not what this project wrote; extras/tracks.py reads other files"):
         arrays = own_arrays(path)
         if arrays is not None:
@@ -385,7 +385,7 @@ def read_tracks(path, size, frames=None):
 
 
 def tracks_module(why):
-    """extras/tracks.py, for what is not done here. UserError in a copy that is without it."""
+    """extras/tracks.py, for less common tracks. UserError if this copy lacks it."""
     try:
         from extras import tracks
     except ImportError:
@@ -394,7 +394,7 @@ def tracks_module(why):
 
 
 def given_tracks(flags, size):
-    """The Tracks that the flags name, on the image of `size` (width, height)."""
+    """The Tracks given by the flags, on the image of `size` (width, height)."""
     frames = flags.frames or CLIP
     if flags.grid and not flags.paths:
         raise UserError("--grid belongs to --drag and --pin")
@@ -407,8 +407,8 @@ def given_tracks(flags, size):
 
 
 def refuse_cropped(paths, image_size, size):
-    """UserError for the first text of --drag and --pin whose point is in no frame of a video of `size`:
-    it starts in what is cropped of the image (width, height)."""
+    """UserError for the first --drag or --pin that starts outside a video of `size`, in the part of the
+    image (width, height) that is cropped away."""
     extras = tracks_module("--drag and --pin")
     for text in paths:
         x, y = to_video(extras.read_path(text)[0], image_size, size).tolist()
@@ -419,7 +419,7 @@ def refuse_cropped(paths, image_size, size):
 
 
 def own_arrays(path):
-    """The arrays in a file that this project wrote, None of any other. No pickle is loaded."""
+    """The arrays of a file written by this project, None for other files. Never unpickles."""
     if not zipfile.is_zipfile(path):
         return None
     with np.load(path) as file:
@@ -431,7 +431,7 @@ def own_arrays(path):
 
 
 def own_tracks(arrays, size):
-    """Arrays of a file that this project wrote to Tracks. Whatever is wrong with them raises."""
+    """Arrays of a file written by this project to Tracks. Any fault raises some exception."""
     numbers = arrays["tracks"].dtype.kind in "iuf"
     tracks = arrays["tracks"].astype(np.float32)
     visible = arrays.get("visibility", ~np.isnan(tracks).any(-1)) > 0
@@ -457,16 +457,16 @@ def own_tracks(arrays, size):
 
 
 def to_video(points, image_size, size):
-    """Points (…, 2) float32 on the image (width, height) to where they are in the video of `size` (height,
-    width): a tensor, not cut off at the borders."""
+    """Points (…, 2) float32 on the image (width, height) to positions in the video of `size`
+    (height, width): a tensor, not clipped at the borders."""
     scale, left, top = crop(*image_size, size)
     return torch.from_numpy((points - np.float32((left, top))) * np.float32(scale))
 
 
 def fit_tracks(tracks, image_size, frames, config, seed):
-    """Tracks on the image (width, height) to (Motion in the model's video, of whole chunks that cover
-    `frames`; notes on what is lost). They are moved and scaled as the image is, hidden where they are
-    cropped away, and not specified after their end."""
+    """Tracks on the image (width, height) to (Motion for the whole chunks that cover `frames`, in pixels
+    of the model's video; notes on losses). Tracks are scaled and cropped with the image, hidden where
+    cropped away, and "not specified" after their end."""
     notes = []
     given = len(tracks.tracks)
     if frames > given:
@@ -503,14 +503,13 @@ def fit_tracks(tracks, image_size, frames, config, seed):
 # Writing the video.
 
 def enlarge(frame):
-    """A frame (H, W, 3), each pixel as a square of so many that no side is below SHORTEST_SIDE."""
+    """Enlarge a frame (H, W, 3), nearest neighbour, until no side is below SHORTEST_SIDE."""
     factor = math.ceil(SHORTEST_SIDE / min(frame.shape[:2]))
     return frame.repeat(factor, 0).repeat(factor, 1)
 
 
 def find_ffmpeg():
-    """The path of an ffmpeg that does what is asked of it here. UserError, in its own words, if there is
-    none."""
+    """Path of an ffmpeg that works here. UserError with its own message if there is none."""
     exe = os.environ.get("IMAGEIO_FFMPEG_EXE")
     cure = "name another in IMAGEIO_FFMPEG_EXE, or unset it"
     if not exe:
@@ -529,7 +528,7 @@ def find_ffmpeg():
 
 @functools.cache
 def try_ffmpeg(exe):
-    """OSError, in its own words, unless an ffmpeg writes a frame, into nothing."""
+    """Encode one frame to the null muxer; raise OSError with ffmpeg's message if that fails."""
     encoder = Encoder(exe, 25, ["-fps_mode", "passthrough", "-f", "null", "-"])
     try:
         encoder.append(np.zeros((16, 16, 3), np.uint8))
@@ -539,8 +538,8 @@ def try_ffmpeg(exe):
 
 
 def ffmpeg_words(log, code):
-    """What ffmpeg, which has ended with a code, says is wrong, in one line: the first error of its log (with
-    level+ in -loglevel)."""
+    """The error of an ffmpeg that exited with `code`, in one line: the first one in its log (with level+
+    in -loglevel)."""
     lines = log.splitlines()
     errors = [line for line in lines if "[error] " in line or "[fatal] " in line]
     said = (errors or lines[-1:] or [f"it has ended with code {code}"])[0]
@@ -548,7 +547,7 @@ def ffmpeg_words(log, code):
 
 
 def count_frames(path):
-    """How many frames a video file holds, which are not decoded; 0 if it cannot be read."""
+    """Number of frames in a video file, without decoding them; 0 if it cannot be read."""
     command = [find_ffmpeg(), "-i", f"file:{path}", "-map", "0:v:0", "-c", "copy", "-f", "null", "-"]
     told = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).stderr
     counts = re.findall(rb"frame= *(\d+)", told) or [0]
@@ -556,13 +555,13 @@ def count_frames(path):
 
 
 class Encoder:
-    """An ffmpeg that writes frames, uint8 (H, W, 3) of one size. output: its last arguments. (imageio's
-    writer looks neither at the exit code nor at what ffmpeg says, so a full disk would go unnoticed.)"""
+    """An ffmpeg process that encodes frames, uint8 (H, W, 3) of one size. output: its last arguments.
+    (imageio's writer ignores ffmpeg's exit code and messages, so a full disk would go unnoticed.)"""
 
     def __init__(self, exe, fps, output):
         self.count = 0
         self.log = tempfile.TemporaryFile()
-        # In BT.709, and tagged so: what is not tagged, players take for one thing or another by its size.
+        # Convert to BT.709 and tag it: for untagged video, players guess the matrix from its size.
         converted = ("scale=2*ceil(iw/2):2*ceil(ih/2):out_color_matrix=bt709:out_range=tv,setsar=1,format=yuv420p,"
                      "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709")
         command = [exe, "-hide_banner", "-nostats", "-loglevel", "level+error", "-y"]
@@ -570,7 +569,7 @@ class Encoder:
         command += ["-vf", converted, "-color_range", "tv", "-colorspace", "bt709"]
         command += ["-color_primaries", "bt709", "-color_trc", "bt709"]
         command += ["-c:v", "libx264", "-preset", "veryfast", "-crf", "15"] + output
-        group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)          # of Windows; Ctrl-C is not for it
+        group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)          # Windows: no Ctrl-C for ffmpeg
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=self.log, process_group=0,
                                         creationflags=group)
 
@@ -584,8 +583,8 @@ class Encoder:
         self.count += 1
 
     def finish(self):
-        """The file is whole, or OSError: ffmpeg's own words."""
-        with contextlib.suppress(OSError):      # it has ended
+        """Wait until the file is complete. OSError with ffmpeg's message if that fails."""
+        with contextlib.suppress(OSError):      # it may have exited
             self.process.stdin.close()
         if self.process.wait():
             self.fail()
@@ -596,7 +595,7 @@ class Encoder:
         raise EncodingError(ffmpeg_words(self.log.read().decode(errors="replace"), code))
 
     def stop(self):
-        """Nothing of it is left running, whatever has happened."""
+        """Leave no process running, whatever has happened."""
         self.process.kill()
         self.process.wait()
         with contextlib.suppress(OSError):
@@ -605,14 +604,14 @@ class Encoder:
 
 
 class EncodingError(OSError):
-    """What ffmpeg says of a video that it cannot write."""
+    """ffmpeg's message about a video that it cannot write."""
 
 
 @contextlib.contextmanager
 def video_file(path, fps):
-    """`with video_file(path, fps) as append`: append(frame), uint8 (H, W, 3), goes to a temporary file
-    beside `path`, which takes its place when the block ends and all frames can be read back. If the
-    block ends in an exception, nothing is left behind."""
+    """`with video_file(path, fps) as append`: append(frame), uint8 (H, W, 3), writes to a temporary file
+    beside `path`, which replaces `path` when the block ends and all frames can be read back. If the block
+    raises, nothing is left behind."""
     path = Path(path)
     part = path.absolute().with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     encoder = Encoder(find_ffmpeg(), fps, ["-movflags", "+faststart", f"file:{part}"])
@@ -624,7 +623,7 @@ def video_file(path, fps):
         if count_frames(part) != encoder.count:
             raise EncodingError("not all frames can be read back")
         os.replace(part, path)
-    except BrokenPipeError:                 # of what is printed meanwhile
+    except BrokenPipeError:                 # from printing meanwhile
         raise
     except OSError as e:
         reason = e.strerror or e
@@ -636,7 +635,7 @@ def video_file(path, fps):
 
 @contextlib.contextmanager
 def picture_file(path):
-    """As video_file, for the last frame alone: an edited picture."""
+    """As video_file, but writes only the last frame: an edited picture."""
     last = collections.deque(maxlen=1)
     yield last.append
     write(path, lambda part: Image.fromarray(last[0]).save(part, "png"))
@@ -644,7 +643,7 @@ def picture_file(path):
 
 @contextlib.contextmanager
 def hold_signals():
-    """The first Ctrl-C or SIGTERM is only noted, in the list that this yields; the second one ends the
+    """Record the first Ctrl-C or SIGTERM in the list that this yields; the second one ends the
     program."""
     noted = []
 
@@ -664,7 +663,7 @@ def hold_signals():
 
 
 def check_output(path, endings, inputs):
-    """Refuse a path for output that cannot be right, or is one of the files that are read."""
+    """UserError if an output path cannot be written or is one of the inputs."""
     there = [file for file in inputs if file and file.exists()]
     faults = [
         (path.suffix.lower() not in endings, f"choose a name that ends in {' or '.join(endings)}"),
@@ -680,8 +679,8 @@ def check_output(path, endings, inputs):
 
 
 def write_frames(append, frames, total):
-    """Append frames, `total` of them, to a video while they come. Returns the exit code: 128 and the
-    signal that ended it early, or 0. From the first frame on, Ctrl-C keeps what there is."""
+    """Append frames, `total` of them, to a video as they arrive. Returns the exit code: 0, or 128 + the
+    signal that ended it early. From the first frame on, Ctrl-C keeps what is done."""
     started = time.perf_counter()
     frames = itertools.chain([next(frames)], frames)
     first_after = time.perf_counter() - started
@@ -700,7 +699,7 @@ def write_frames(append, frames, total):
 # The command line.
 
 class Parser(argparse.ArgumentParser):
-    """Its errors are one line, like all others."""
+    """An ArgumentParser whose errors are one line, like all others."""
 
     def error(self, message):
         raise UserError(message)
@@ -713,13 +712,13 @@ def number(kind, least, most):
         if not least <= value <= most:
             raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
         return value
-    parse.__name__ = {int: "whole number", float: "number"}[kind]      # argparse says it
+    parse.__name__ = {int: "whole number", float: "number"}[kind]      # argparse prints it
     return parse
 
 
 def memory(text):
-    """A flag's type: "c3s1w1" to what the student remembers, as fields of Config: 3 latent frames in a
-    chunk, 1 chunk as sink, 1 as window; wfull: all."""
+    """A flag's type: "c3s1w1" to the fields of Config for the student's KV cache: 3 latent frames per
+    chunk, a sink of 1 chunk, a window of 1; wfull: all chunks."""
     found = re.fullmatch(r"c([1-9]\d{0,2})s(\d{1,6})w(\d{1,6}|full)", text)
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} is not like c3s1w1 or c3s1wfull, chunk 1 to 999")
@@ -739,7 +738,7 @@ def guidance(text):
 
 
 class Points(argparse.Action):
-    """--drag and --pin: their texts, in one list. A drag has an arrow, a pin has none."""
+    """Collect --drag and --pin in one list. A drag has an arrow, a pin has none."""
 
     def __call__(self, parser, namespace, text, flag=None):
         if flag == "--drag" and "->" not in text:
@@ -764,10 +763,10 @@ def setting(text):
 
 @dataclass(frozen=True)
 class Flags:
-    """The command line as it was typed, None where nothing was said."""
+    """The command line as typed, None for flags not given."""
     image: Path
     tracks: Path | None
-    paths: list | None          # of --drag and --pin, texts
+    paths: list | None          # texts of --drag and --pin
     grid: str | None
     prompt: str | None
     out: Path
@@ -786,51 +785,51 @@ class Flags:
     sampler: str | None
     seed: int | None
     steps: int | None
-    memory: dict | None         # fields of Config, as those of settings
+    memory: dict | None         # fields of Config, as in settings
     guidance: tuple | None
     settings: list | None       # of --set, each (field, value)
 
 
 def add_flags(parser):
-    """The flags, which extras/page.py has too."""
+    """Add the flags, shared with extras/page.py."""
     file = {"type": Path, "metavar": "FILE"}
     add = parser.add_argument
     add("--image", required=True, help="first frame, any picture file", **file)
     either = parser.add_mutually_exclusive_group().add_argument
     either("--tracks", help=".npz and others, see the top of sample.py; default: none", **file)
     either("--drag", "--pin", dest="paths", action=Points, metavar='"X,Y -> X,Y"',
-           help="instead: where a point of the image goes, or that it stays; as often as wanted")
-    add("--grid", metavar="NxP", help="each of those N by N points, P pixels apart")
-    add("--prompt", metavar="TEXT", help="what image and tracks do not say; default: the model's own. The "
+           help="instead of --tracks: move a point of the image, or pin it; repeatable")
+    add("--grid", metavar="NxP", help="make each of those points N by N, P pixels apart")
+    add("--prompt", metavar="TEXT", help="for what image and tracks do not show; default: the model's. The "
         "tiny model knows steady, fading or warming light, and steady, spinning or pulsing shapes")
     add("--out", default="out.mp4", help=".mp4, or .png for the last frame; default: out.mp4", **file)
     frames = number(int, 1, MOST_FRAMES)
     add("--frames", type=frames, metavar="N", help=f"default: those of the tracks, or {CLIP}")
-    add("--fps", type=number(float, 0.1, 1000), metavar="F", help="of the file; default: the model's")
+    add("--fps", type=number(float, 0.1, 1000), metavar="F", help="of the output; default: the model's")
     add("--overlay", action="store_true", help="draw the tracks on the video")
     add = parser.add_argument_group("model").add_argument
     add("--weights", help="a Wan DiT, file or folder; default: the tiny model in assets/", **file)
     add("--vae", help="default: the tiny model's, or the one in the folder of --weights", **file)
     add("--device", default="auto", help="cpu, cuda, …; default: cuda if there is one")
     add("--dtype", default="auto", choices=("auto",) + DTYPES, help="auto: float32 on the CPU, else bfloat16")
-    add("--compile", action="store_true", help="the DiT's blocks by torch.compile: slower for a minute, then faster")
-    add("--text-encoder", help="a -Diffusers repository with it; default: --weights, if it is one", **file)
-    add("--image-encoder", help="the same of CLIP; default: that of --text-encoder", **file)
+    add("--compile", action="store_true", help="torch.compile the DiT's blocks: a minute slower, then faster")
+    add("--text-encoder", help="a -Diffusers folder with UMT5; default: --weights, if it is one", **file)
+    add("--image-encoder", help="a -Diffusers folder with CLIP; default: --text-encoder's", **file)
     add("--negative-prompt", metavar="TEXT", help="guidance avoids it; default: Wan's")
-    add("--prompt-embeds", help="instead of encoders: what they return, see docs/weights.md", **file)
+    add("--prompt-embeds", help="encoder outputs from a file; see docs/weights.md", **file)
     add = parser.add_argument_group("sampling; defaults are the model's").add_argument
-    add("--sampler", choices=("stream", "teacher"), help="default: what the weights are")
+    add("--sampler", choices=("stream", "teacher"), help="default: that of the weights")
     add("--seed", type=number(int, 0, 2 ** 63 - 1), metavar="N", help="of all noise; default: 0")
-    add("--steps", type=number(int, 1, 1000), metavar="N", help="noise levels, of the student or the teacher")
-    add("--memory", type=memory, metavar="cNsNwN", help="of the student: latent frames in a chunk, chunks "
-        "at the start and latest chunks that are remembered; wfull: all")
-    add("--guidance", type=guidance, metavar="T,M", help="of the teacher: weights of text and tracks (eq. 2)")
+    add("--steps", type=number(int, 1, 1000), metavar="N", help="denoising steps")
+    add("--memory", type=memory, metavar="cNsNwN", help="the student's KV cache: latent frames per chunk, "
+        "chunks in the sink and in the window; wfull: all")
+    add("--guidance", type=guidance, metavar="T,M", help="the teacher's weights of text and tracks (eq. 2)")
     add("--set", dest="settings", type=setting, action="append", metavar="FIELD=VALUE",
         help=f"other fields of Config: {', '.join(SETTINGS)}")
 
 
 def parse_flags(argv, parser=None):
-    """The command line as Flags. parser: one that has other flags too, which are ignored here."""
+    """Parse the command line into Flags. parser: one with further flags, which are ignored here."""
     if parser is None:
         parser = Parser(description="One image and some tracks in, a video out. To draw tracks while it "
                         "streams: python -m extras.page", allow_abbrev=False)
@@ -840,20 +839,20 @@ def parse_flags(argv, parser=None):
 
 
 # --------------------------------------------------------------------------------------------------
-# What is made, of what.
+# Resolving flags and weights into a job.
 
 @dataclass(frozen=True)
 class Weights:
-    """What a file or folder of weights tells."""
+    """Facts about a file or folder of weights."""
     path: Path
     config: Config
-    own: bool           # it says how it is sampled
-    has_head: bool      # for tracks, not all zeros
+    own: bool           # its metadata say how it is sampled
+    has_head: bool      # a track head that is not all zeros
     count: int = 0      # parameters
 
 
 def inspect(path):
-    """The Weights at a path. All but the numbers in them is checked. Raises UserError."""
+    """The Weights at a path, with everything checked but the values of the tensors. Raises UserError."""
     model, tensors, metadata = open_pretrained(MotionStream, path, {})
     head = tensors.get("track_head.conv.weight")
     own = metadata.get("format") == "motionstream"
@@ -863,21 +862,21 @@ def inspect(path):
 
 @dataclass(frozen=True)
 class Job:
-    """What is made, with everything decided."""
-    config: Config      # how the model is sampled; causal: by the stream, else by the teacher
+    """A fully resolved sampling job."""
+    config: Config      # for sampling; causal: the student, else the teacher
     frames: int
-    fps: float          # of the file
+    fps: float          # of the output file
     seed: int
     device: torch.device
     dtype: str
     prompt: str | None
-    moved: bool         # there are tracks
-    drawn: bool         # which enter as a video of them, not through the track head
-    notes: list         # what the user is told
+    moved: bool         # tracks were given
+    drawn: bool         # they enter as a control video, not through the track head
+    notes: list         # for the user
 
 
 def resolve(flags, weights, tracks):
-    """The Job that the flags ask for. What they leave open is what the weights say."""
+    """Resolve flags into a Job. The weights decide what the flags leave open."""
     config, notes = resolve_config(flags, weights)
     prompt = config.prompt if flags.prompt is None else flags.prompt
     device = find_device(flags.device)
@@ -887,19 +886,19 @@ def resolve(flags, weights, tracks):
     moved = bool(flags.tracks or flags.paths)
     drawn = moved and not weights.has_head and config.track_dim == config.out_dim
     if drawn:
-        notes.append(f"{weights.path}: takes tracks drawn as a control video, in a style that is ours and "
-                     "that no weights have proven")
+        notes.append(f"{weights.path}: takes tracks drawn as a control video, in a style that is "
+                     "untested with these weights")
     frames = flags.frames or len(tracks.tracks)
     return Job(config, frames, flags.fps or config.fps, flags.seed or 0, device, dtype, prompt, moved, drawn, notes)
 
 
 def find_device(name):
-    """The device of that name; auto: cuda if there is one."""
+    """The torch device called `name`; auto: cuda if available."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.zeros(1, device=name).device
-    except Exception as e:                  # of the kinds that each backend has
+    except Exception as e:                  # each backend has its own kinds
         raise UserError(f"--device {name}: not available here ({reason_of(e)})") from None
     if device.type == "meta":
         raise UserError("--device meta: computes nothing")
@@ -907,7 +906,7 @@ def find_device(name):
 
 
 def resolve_config(flags, weights):
-    """(How to sample, notes on it): as the weights say, or advice on their family, changed by flags."""
+    """(Sampling Config, notes): the weights' own, or advice for their family, overridden by flags."""
     config = weights.config
     notes = []
     if not weights.own:
@@ -919,7 +918,7 @@ def resolve_config(flags, weights):
     if flags.guidance:
         changes["guidance"] = flags.guidance
     elif config.text_encoder == "umt5" and flags.prompt is None and not flags.prompt_embeds:
-        changes["guidance"] = (0.0, config.guidance[1])     # there is no text
+        changes["guidance"] = (0.0, config.guidance[1])     # no text to guide by
     config = replace(config, **changes)
     if flags.steps or "shift" in changes:
         sigmas = schedule(flags.steps or len(config.sigmas), config.shift)
@@ -928,7 +927,7 @@ def resolve_config(flags, weights):
 
 
 def refuse(job, flags, weights):
-    """Raise UserError, what to do, for the first of these that is true."""
+    """Raise UserError with the cure for the first invalid combination."""
     config, streams = job.config, job.config.causal
     kind, sampler = ("student", "stream") if streams else ("teacher", "teacher")
     encoded = flags.prompt_embeds or flags.text_encoder or flags.image_encoder
@@ -955,17 +954,17 @@ def refuse(job, flags, weights):
 
 @dataclass(frozen=True)
 class Models:
-    """The networks, on one device, and what was encoded for them."""
+    """The networks, on one device, and the encoded inputs."""
     dit: MotionStream
     vae: torch.nn.Module
     encoded: Encoded
 
 
 def find_vae(weights, path=None):
-    """The VAE at `path`, else the tiny model's or, for Wan's weights, the one in their folder: its path.
-    All but its numbers is checked. Raises UserError."""
+    """Path of the VAE: `path`, else the tiny model's or, for Wan's weights, the one in their folder.
+    Everything is checked but the values of its tensors. Raises UserError."""
     c = weights.config
-    places = [ASSETS / "tiny_vae.safetensors"]          # which would fit Wan's shapes
+    places = [ASSETS / "tiny_vae.safetensors"]          # its shapes would fit Wan's too
     if c.text_encoder == "umt5":
         folder = weights.path if weights.path.is_dir() else weights.path.parent
         places = [folder / name for name in VAE_FILES[:3]]
@@ -982,20 +981,20 @@ def find_vae(weights, path=None):
 
 
 def open_vae(weights, path=None):
-    """The VAE that find_vae finds."""
+    """Load the VAE that find_vae finds."""
     return load_vae(find_vae(weights, path))
 
 
 def sources_of(job, flags, weights):
-    """What encoders are to encode, see extras/encoders.py."""
+    """Inputs of the encoders, see extras/encoders.py."""
     from extras.encoders import Sources
     return Sources(job.prompt, flags.negative_prompt, flags.prompt_embeds, flags.text_encoder,
                    flags.image_encoder, weights.path)
 
 
 def check_files(job, flags, weights, image):
-    """All that can be known of the files that load_models opens before it opens one: in a minute, not
-    after the encoders have run. Raises UserError."""
+    """Check all files before load_models loads one, so that an error comes within a minute and not after
+    the encoders have run. Raises UserError."""
     find_vae(weights, flags.vae)
     if job.config.text_encoder == "umt5":
         from extras import encoders
@@ -1007,9 +1006,9 @@ GROWS = "--compile needs a cache that stops growing, this one keeps all chunks; 
 
 
 def compile_blocks(model):
-    """torch.compile, for each block of a model. They share what is compiled, which the layers of a whole
-    model would not. It is compiled anew for each length of the cache, with `write` and without, until the
-    cache is full. UserError if that would never be, or if torch finds no compiler."""
+    """torch.compile each block of a model: the blocks share one compilation, the layers of a whole model
+    would not. It recompiles for each cache length, with `write` and without, until the cache is full.
+    UserError if the cache never fills, or if torch finds no compiler."""
     config = model.config
     if config.causal and config.window is None:
         raise UserError(GROWS)
@@ -1017,7 +1016,7 @@ def compile_blocks(model):
         torch.compile(torch.neg)(next(model.parameters())[:1])
     except RuntimeError as e:
         raise UserError(f"--compile: torch.compile does not work here ({reason_of(e)})") from None
-    if config.causal:       # beyond the limit nothing is compiled; the page has chunks of one, too
+    if config.causal:       # beyond the limit torch compiles nothing; the page also has chunks of 1
         lengths = (config.chunk + 1) * (config.sink + config.window + 1)
         limit = torch._dynamo.config.recompile_limit
         torch._dynamo.config.recompile_limit = max(limit, 2 * lengths)
@@ -1026,7 +1025,7 @@ def compile_blocks(model):
 
 
 def encode_inputs(job, flags, weights, image):
-    """What a Job's model reads beside the tracks. image (1, 3, H, W) in [-1, 1]."""
+    """Encode a Job's text and image inputs. image (1, 3, H, W) in [-1, 1]."""
     if job.config.text_encoder == "words":
         text = embed_words(job.prompt, job.config)
         return Encoded(text if text is None else text.to(job.device))
@@ -1036,7 +1035,7 @@ def encode_inputs(job, flags, weights, image):
 
 
 def load_models(job, flags, weights, image):
-    """The Models of a Job. image (1, 3, H, W) in [-1, 1]. Encoders are gone before the DiT is there."""
+    """Load the Models of a Job. image (1, 3, H, W) in [-1, 1]. Frees the encoders before the DiT."""
     check_files(job, flags, weights, image)
     vae = open_vae(weights, flags.vae).to(job.device)
     encoded = encode_inputs(job, flags, weights, image)
@@ -1054,14 +1053,14 @@ def load_models(job, flags, weights, image):
 
 
 def word_notes(job):
-    """What is to be said of words in the prompt that the tiny model never read: a list."""
+    """Notes for the user, a list, on prompt words that the tiny model was not trained on."""
     config = job.config
     if config.text_encoder != "words":
         return []
     notes = []
     if len(words_in(job.prompt)) > config.text_len:
         notes.append(f"only the first {config.text_len} words of {job.prompt!r} are read")
-    unknown = dict.fromkeys(unknown_words(job.prompt))          # a set in order
+    unknown = dict.fromkeys(unknown_words(job.prompt))          # an ordered set
     if unknown:
         notes.append(f"the tiny model never learned {', '.join(unknown)}, which is noise to it; it knows "
                      f"{', '.join(WORDS)}")
@@ -1069,7 +1068,7 @@ def word_notes(job):
 
 
 def with_prompts(motion, prompts, config):
-    """A whole Motion to one for each chunk, each with the text of its prompt."""
+    """Split a whole Motion by chunk, each with the text of its own prompt."""
     parts = motion_by_chunk(motion, config)
     for part, prompt in zip(parts, prompts):
         yield replace(part, text=embed_words(prompt, config))
@@ -1077,8 +1076,8 @@ def with_prompts(motion, prompts, config):
 
 @torch.inference_mode()
 def generate(job, models, image, motion):
-    """The video's frames, uint8 (H, W, 3), one by one: job.frames of them; None: as long as `motion`
-    goes on. image and motion: see `stream`."""
+    """Yield the video's frames, uint8 (H, W, 3): job.frames of them; None: as long as `motion` lasts.
+    image and motion: see `stream`."""
     config = job.config
     if job.drawn:
         latents = latent_frames(job.frames, config)
@@ -1099,7 +1098,7 @@ def generate(job, models, image, motion):
 
 
 def run(argv):
-    """The program. Returns the exit code. argv: None, that of the command line."""
+    """Run the program; returns the exit code. argv: None for the command line's."""
     flags = parse_flags(argv)
     read = [value for name, value in vars(flags).items() if name != "out" and isinstance(value, Path)]
     for path in read:
@@ -1146,8 +1145,8 @@ def run(argv):
 
 
 def reported(work, *args):
-    """The exit code of work(*args), a program: 2 and one line for what the user can put right, 130 if it
-    is interrupted, 141 if the reader of what it prints has closed the pipe, as | head -1 does."""
+    """Exit code of work(*args), a program: 2 and a one-line message for an error that the user can fix,
+    130 if interrupted, 141 if the reader of its output closed the pipe, as | head -1 does."""
     print_anything()
     try:
         code = work(*args)
@@ -1156,7 +1155,7 @@ def reported(work, *args):
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141                          # 128 + SIGPIPE, which Windows does not have
-    except (UserError, OSError) as e:       # OSError: a full disk, say
+    except (UserError, OSError) as e:       # OSError: a full disk, for one
         print(f"error: {UserError(str(e))}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as e:
@@ -1170,15 +1169,15 @@ def reported(work, *args):
 
 
 def print_anything():
-    """Consoles that lack a letter of a path, as those of Windows do, get its code; they raise otherwise."""
+    """Consoles that lack a character of a path, as on Windows, print its code instead of raising."""
     for console in sys.stdout, sys.stderr:
         if hasattr(console, "reconfigure"):
             console.reconfigure(errors="backslashreplace")
 
 
 def main(argv=None):
-    """`run`, with its errors as one line and an exit code."""
-    warnings.filterwarnings("ignore", module="PIL")     # of damaged pictures; errors are said anyway
+    """`run`, with errors as one line and an exit code."""
+    warnings.filterwarnings("ignore", module="PIL")     # damaged pictures; errors are reported
     return reported(run, argv)
 
 

@@ -1,4 +1,4 @@
-"""Train a tiny MotionStream from nothing, on video that is drawn: every stage of the paper, in order.
+"""Train a tiny MotionStream from scratch on rendered video: every stage of the paper, in order.
 
     vae      a tiny video autoencoder
     teacher  bidirectional rectified flow, given the first frame, text and tracks
@@ -10,25 +10,25 @@
     python train_distill.py                  all of it, resumed where it stopped
     python train_distill.py --smoke          a few steps of everything, to see it run
     python train_distill.py --stage teacher  one stage
-    python train_distill.py --data FOLDER --vae FILE --weights DIR    on a folder of clips, from Wan's
+    python train_distill.py --data FOLDER --vae FILE --weights DIR    your clips, Wan's weights
     torchrun --nproc-per-node 2 train_distill.py    in two processes
 
 Everything is written under --out (runs/tiny): weights, checkpoints, stats.jsonl. Shapes are those of
 motionstream.py. The paper is MotionStream, arXiv 2511.01266.
 
-A data set is a folder of clips, of which NAME.safetensors is one:
+A data set is a folder of clips, one safetensors file each:
 
     video    uint8 (3, T, H, W)      pixels at the model's size, T = 1 + 4 (F - 1); or, encoded,
     latents  float16 (C, F, h, w)    as the model sees them; F = 1 is enough for the stage distill
     first    uint8 (3, H, W)         beside latents: frame 0, for copying models
     tracks   float32 (T', N, 2)      pixels, x first; T' >= T: tracks may outlast the frames
     visible  bool (T', N)
-    group    int64 (N)               the object that a track is on, its first track the centre;
-                                     -1: the ground, or not known
+    group    int64 (N)               the track's object, whose first track is its centre;
+                                     -1: the ground, or unknown
     text     float (L, text_dim)     not padded
     clip     float (257, clip_dim)   CLIP's features of frame 0, for weights with an image branch
 
-extras/world.py draws such clips, python -m extras.clips makes them of your own videos.
+extras/world.py renders such clips, python -m extras.clips makes them from your own videos.
 """
 
 import argparse
@@ -51,7 +51,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from sample import (Parser, Weights, embed_words, guidance, hold_signals, inspect, memory, number,
-                    open_vae, reported)     # before torch: it says how torch's threads wait
+                    open_vae, reported)     # before torch: it sets how torch's threads wait
 
 import torch
 import torch.distributed as dist
@@ -75,32 +75,32 @@ from motionstream import (CLIP_ROWS, FRAMES, PRESETS, Config, MotionStream, User
 from vae import LinearVAE
 
 # --------------------------------------------------------------------------------------------------
-# The losses: functions of tensors and networks, which know nothing of the rest of this file.
+# The losses: functions of tensors and networks, independent of the rest of this file.
 
 def first_latent_of(config, x0):
-    """What with_first takes of clips x0 (B, C, F, h, w): their first latent, (B, C, 1, h, w); None
-    for models that have it as channels instead."""
+    """The argument of with_first for clips x0 (B, C, F, h, w): their first latent frame,
+    (B, C, 1, h, w); None for models that take it as channels instead."""
     return x0[:, :, :1] if config.clean_first else None
 
 
 # Stage 2, the teacher.
 
 def draw_sigma(batch, shift, p_pure_noise, p_uniform):
-    """Noise levels (B,), shifted (appendix D). Before the shift, a share p_uniform is uniform, as the
-    sampler's steps and score_sigma are, the rest logit-normal [O]. A share p_pure_noise is 1."""
+    """Noise levels (B,), shifted (appendix D). Before the shift a share p_uniform is uniform, like
+    the sampler's and score_sigma's, the rest logit-normal [O]. A share p_pure_noise is 1."""
     normal = torch.randn(batch)
     chance = torch.rand(batch)
-    uniform = torch.special.ndtr(normal)        # without random numbers of its own
+    uniform = torch.special.ndtr(normal)        # the normal's CDF: no extra random numbers
     sigma = torch.where(chance >= 1 - p_uniform, uniform, normal.sigmoid())
     sigma = shift_sigma(sigma, shift)
     return torch.where(chance < p_pure_noise, torch.ones(batch), sigma)
 
 
 def flow_loss(model, x0, sigma, conditions, first_latent, cell_weight=1.0, channel_weight=1.0):
-    """Rectified flow (appendix D): mean squared error of the velocity of x0 (B, C, F, h, w), noised to
-    sigma (B,). first_latent (B, C, 1, h, w): the image, clean, which then does not count; None: it is
-    among the conditions. cell_weight (B, F, h, w), channel_weight (B, C, 1, 1, 1): how much an error
-    counts. (They depend on the conditions alone: the minimum is the same.)"""
+    """Rectified flow (appendix D): mean squared error of the velocity of x0 (B, C, F, h, w), noised
+    to sigma (B,). first_latent (B, C, 1, h, w): the clean image, excluded from the loss; None: it
+    is among the conditions. cell_weight (B, F, h, w), channel_weight (B, C, 1, 1, 1): weights of
+    the error. (They depend on the conditions alone, so the minimum is the same.)"""
     noise = torch.randn_like(x0)
     x_t, sigma_frames = with_first(add_noise(x0, noise, sigma), sigma, first_latent)
     velocity = model(x_t, sigma_frames, **conditions)
@@ -113,14 +113,15 @@ def flow_loss(model, x0, sigma, conditions, first_latent, cell_weight=1.0, chann
     return (error * weight).sum() / weight.sum()
 
 
-# Stage 3, causal initialisation (section 3.2): a student that sees only what the cache holds.
+# Stage 3, causal initialisation (section 3.2): the student sees the past only through the cache.
 
 def causal_loss(model, states, x0, past, conditions, context, channel_weight=1.0):
     """Regression through the KV cache (section 3.2): each chunk predicts its clean end, x0
-    (B, C, F, h, w), from its own state at a random noise level, and from what a cache of `context`
-    (sink, window) holds of the chunks of `past`, which is x0, or x0 corrupted.
-    states: one (B, C, F, h, w) for each of the model's noise levels. channel_weight (1, C, 1, 1, 1):
-    how much an error counts."""
+    (B, C, F, h, w), from its own state at a random noise level and a cache of `context`
+    (sink, window) over the chunks of `past`: x0, or x0 corrupted.
+
+    states: one (B, C, F, h, w) per noise level of the model. channel_weight (1, C, 1, 1, 1):
+    weights of the error."""
     sink, window = context
     caches = model.new_caches(sink=sink, window=window)
     sigmas = model.config.sigmas
@@ -141,7 +142,7 @@ def causal_loss(model, states, x0, past, conditions, context, channel_weight=1.0
         velocity = model(x_t, sigma_frames, caches=caches, **part)
         predicted = to_x0(x_t, velocity, sigma_frames)
         loss = loss + ((predicted - target).square() * channel_weight).sum()
-        if stop == x0.shape[2]:         # which no chunk reads
+        if stop == x0.shape[2]:         # no chunk would read it
             break
         with torch.no_grad():           # the clean pass is the only one that writes
             clean = torch.zeros_like(sigma_frames)
@@ -150,19 +151,19 @@ def causal_loss(model, states, x0, past, conditions, context, channel_weight=1.0
 
 
 # Stage 4, Self-Forcing with distribution matching (eq. 3, 4). Generator: the student. Teacher: the
-# real score, under guidance. Critic: the fake score, which learns what the generator makes now.
+# real score, under guidance. Critic: the fake score, trained on the generator's current output.
 
 def score_sigma(batch, shift, device):
     """Noise levels (B,) at which generator and critic are scored: uniform, shifted, clamped to
-    [0.02, 0.98], one distribution for both, as in CausVid and Self-Forcing (model/dmd.py): the critic
-    learns where it is asked."""
+    [0.02, 0.98]. One distribution for both, as in CausVid and Self-Forcing (model/dmd.py): the
+    critic is trained where it is queried."""
     return shift_sigma(torch.rand(batch, device=device), shift).clamp(0.02, 0.98)
 
 
 @torch.no_grad()
 def real_and_fake(x0, sigma, teacher, critic, conditions, first_latent):
-    """What teacher, under its config's guidance, and critic predict as x0, both (B, C, F, h, w), from
-    x0 noised to sigma (B,). first_latent: see dmd_loss."""
+    """Predictions of x0 by the teacher, under its config's guidance, and by the critic, both
+    (B, C, F, h, w), from x0 noised to sigma (B,). first_latent: see dmd_loss."""
     noised = add_noise(x0, torch.randn_like(x0), sigma)
     x_t, sigma_frames = with_first(noised, sigma, first_latent)
     velocity = guided_velocity(teacher, x_t, sigma_frames, conditions, teacher.config.guidance)
@@ -173,10 +174,10 @@ def real_and_fake(x0, sigma, teacher, critic, conditions, first_latent):
 
 def dmd_loss(x0, teacher, critic, conditions, first_latent, shift, weight=1.0):
     """The generator's loss on its own latents x0 (B, C, F, h, w), eq. 3: its gradient is
-    (fake - real) / mean |x0 - real|, of real_and_fake at one sigma a clip (DMD eq. 7, 8).
-    first_latent (B, C, 1, h, w): the image, on which both agree, so that its gradient is zero; None:
-    it is among the conditions. shift: of the noise levels, see score_sigma. weight: broadcast over
-    x0, how much a clip or a channel counts."""
+    (fake - real) / mean |x0 - real|, from real_and_fake at one sigma per clip (DMD eq. 7, 8).
+    first_latent (B, C, 1, h, w): the image, on which both agree, so that its gradient is zero;
+    None: it is among the conditions. shift: of the noise levels, see score_sigma. weight: of clips
+    or channels, broadcast over x0."""
     sigma = score_sigma(len(x0), shift, x0.device)
     real, fake = real_and_fake(x0, sigma, teacher, critic, conditions, first_latent)
     with torch.no_grad():
@@ -189,7 +190,7 @@ def dmd_loss(x0, teacher, critic, conditions, first_latent, shift, weight=1.0):
 def critic_loss(x0, critic, conditions, first_latent, shift, channel_weight=lambda sigma: 1.0):
     """The critic's loss (eq. 4): rectified flow on the generator's own latents x0 (B, C, F, h, w),
     without guidance, at the noise levels of score_sigma. first_latent: see flow_loss.
-    channel_weight: its argument, as a function of sigma (B,)."""
+    channel_weight: a function of sigma (B,) that returns flow_loss's."""
     sigma = score_sigma(len(x0), shift, x0.device)
     weight = channel_weight(sigma)
     return flow_loss(critic, x0.detach(), sigma, conditions, first_latent, channel_weight=weight)
@@ -967,11 +968,11 @@ def export_weights(run, name, model, update):
 
 @dataclass(frozen=True)
 class Batch:
-    """Clips as the networks are given them."""
+    """Clips as inputs of the networks."""
     latents: torch.Tensor       # (B, C, F, h, w), float32
-    conditions: dict            # what a model takes as it is: text and, if it reads them, image, clip
-    points: dict                # of motion_inputs: tracks (B, T, N, 2), visible, ids; start, image
-    touched: torch.Tensor       # (B, F, h, w): 1 at cells of an object or a track and beside, else 0
+    conditions: dict            # inputs passed on as they are: text; image, clip if needed
+    points: dict                # for motion_inputs: tracks (B, T, N, 2), visible, ids; start, image
+    touched: torch.Tensor       # (B, F, h, w): 1 at and beside cells of objects or tracks
 
     def to(self, device):
         conditions = {name: value.to(device) for name, value in self.conditions.items()}
@@ -980,16 +981,16 @@ class Batch:
 
 
 def walk(folder):
-    """(The files in a folder and those below it, sorted; lines on what is not among them, and why.)
-    Links are followed, but each folder counts once, however many links lead to it, or even back."""
+    """(The files in a folder and below it, sorted; messages on what was left out, and why.) Links
+    are followed; a folder with several links to it, or in a cycle of links, counts once."""
     files = []
     left = []
     hidden = 0
-    seen = {}                               # where each folder really is: what it was reached as
+    seen = {}                               # {real path: path by which it was reached}
     places = [folder]
     links = []
     while places or links:
-        place = places.pop() if places else links.pop(0)    # folders themselves go before links to them
+        place = places.pop() if places else links.pop(0)    # real folders before links to them
         real = os.path.realpath(place)
         if real in seen:
             left.append(f"{place}: is a link to {seen[real]}, which counts already")
@@ -1001,7 +1002,7 @@ def walk(folder):
             left.append(f"{place}: {e.strerror}")
             continue
         for entry in entries:
-            if entry.name.startswith("."):  # as of macOS, which puts ._a.mp4 beside a.mp4
+            if entry.name.startswith("."):  # macOS puts ._a.mp4 beside a.mp4
                 hidden += 1
             elif entry.is_dir() and entry.is_symlink():
                 links.append(entry)
@@ -1022,12 +1023,12 @@ def clip_files(folder):
     return [file for file in files if file.suffix.lower() == ".safetensors"]
 
 
-PIECES = 16             # of a large tensor that content_digest reads
+PIECES = 16             # read from a large tensor by content_digest
 PIECE = 4096            # bytes
 
 
 def tensor_places(file, size):
-    """{name, type and shape, as a text: (begin, end), its bytes in the file} of a safetensors file."""
+    """{"name dtype shape": (begin, end), its bytes in the file} of a safetensors file."""
     length = int.from_bytes(file.read(8), "little")
     header = json.loads(file.read(min(length, size)))
     header.pop("__metadata__", None)
@@ -1039,10 +1040,10 @@ def tensor_places(file, size):
 
 
 def content_digest(path):
-    """A number that tells a file of tensors by what it holds, whatever its age, place or metadata:
-    names, types, shapes, and of each tensor all bytes, or, if it is large, 16 pieces that are evenly
-    spread. That reads 14B parameters in seconds, and misses changes between the pieces alone. Other
-    files than safetensors are taken as one tensor."""
+    """Digest of a weights file's content, whatever its age, place or metadata: names, types,
+    shapes, and all bytes of each tensor, or 16 evenly spaced pieces of a large one. That reads 14B
+    parameters in seconds and misses only changes between the pieces. Files other than safetensors
+    are treated as one tensor."""
     size = path.stat().st_size
     places = {f"{size} bytes": (0, size)}
     digest = 0
@@ -1064,8 +1065,8 @@ def content_digest(path):
 
 
 def weight_digests(path):
-    """{name: digest} of the weights that a user gave: a file, all shards of one, or a folder. None: of
-    none."""
+    """{name: digest} of the weights given by the user: a file, all of its shards, or a folder. {}
+    for None."""
     if not path:
         return {}
     if path.is_dir():
@@ -1075,17 +1076,17 @@ def weight_digests(path):
         files = shards_of(path)
     else:
         files = [path]
-    if len(files) == 1:                 # whatever it is called
+    if len(files) == 1:                 # independent of its name
         return {"--weights": content_digest(files[0])}
     return {f"--weights {file.name}": content_digest(file) for file in files}
 
 
 def read_digests(folder, kept):
-    """{name: digest} of the clips in a folder. The file `kept` holds them, with sizes and times, so
-    that only what is new is read."""
+    """{name: digest} of the clips in a folder. The file `kept` caches them with sizes and times, so
+    that only new clips are read."""
     before = {}
     if kept.exists():
-        with contextlib.suppress(ValueError):       # damaged: they are read again
+        with contextlib.suppress(ValueError):       # damaged: read all again
             before = json.loads(kept.read_text())
     now = {}
     for file in tqdm(clip_files(folder), "look at clips", delay=5):
@@ -1103,7 +1104,7 @@ def read_digests(folder, kept):
 
 
 def clip_digests(run):
-    """{name: digest} of the clips of --data, which process 0 reads; {} without."""
+    """{name: digest} of the clips of --data, read by process 0; {} without --data."""
     if not run.data:
         return {}
     digests = read_digests(run.data, run.out / "clips.json") if RANK == 0 else None
@@ -1120,18 +1121,18 @@ def read_header(file):
 
 
 def clip_latents(shapes):
-    """How many latents a clip has, or would have if it were encoded."""
+    """Latent frames of a clip, encoded or not."""
     if "latents" in shapes:
         return shapes["latents"][1]
     return (shapes["video"][1] + FRAMES - 1) // FRAMES
 
 
 def check_clip(file, shapes, config, track_frames):
-    """Raise UserError, one line, if a model of `config` cannot be trained on a clip."""
+    """UserError, one line, if a clip cannot train a model of `config`."""
     height, width = config.size
     h, w = config.latent_size
     expected = {"tracks": (None, None, 2), "visible": (None, None), "group": (None,),
-                "text": (None, config.text_dim)}        # None: whatever
+                "text": (None, config.text_dim)}        # None: any
     if "latents" in shapes:
         expected["latents"] = (config.out_dim, None, h, w)
     else:
@@ -1147,15 +1148,15 @@ def check_clip(file, shapes, config, track_frames):
             raise UserError(f"{file}: {name} is {found or 'missing'}, expected {shape}; see the top of "
                             "train_distill.py")
     if shapes["tracks"][0] < track_frames:
-        raise UserError(f"{file}: tracks of {shapes['tracks'][0]} frames, {track_frames} are wanted; "
-                        "see --rollout")
+        raise UserError(f"{file}: has tracks for {shapes['tracks'][0]} frames but needs {track_frames}; "
+                        "extend them, or lower --rollout")
     if shapes["text"][0] > config.text_len:
         raise UserError(f"{file}: text of {shapes['text'][0]} rows, at most {config.text_len}")
 
 
 def open_clips(folder, config, frames, track_frames):
-    """The files of the clips in a folder that have `frames` latents or more, with tracks of
-    `track_frames` video frames. UserError, one line, if one of them is wrong, or none is left."""
+    """Files of the clips in a folder with at least `frames` latents and tracks of `track_frames`
+    video frames. UserError, one line, if a clip is invalid, or none is left."""
     files = clip_files(folder)
     long_enough = []
     for file in files:
@@ -1169,15 +1170,15 @@ def open_clips(folder, config, frames, track_frames):
 
 
 def write_clip(path, tensors):
-    """A dict of tensors as a file, whole or not there, in a folder that need not be there."""
+    """Write a dict of tensors to a file, atomically. Creates the folder if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.contiguous().cpu() for name, value in tensors.items()}
     write(path, functools.partial(save_file, tensors))
 
 
 def rendered_clips(run, name, count, encode=None):
-    """Files of clips of the drawn world, drawn now or in an earlier run. The only function here that
-    knows of it. encode: see encode_video; with it they hold latents, else video."""
+    """Files of clips of the drawn world, rendered now or in an earlier run; only this function
+    knows that world. encode: see encode_video; if given, clips hold latents instead of video."""
     from extras.world import write_clips
     made_by = run.checksum("vae") if encode else None
     settings = {
@@ -1188,7 +1189,7 @@ def rendered_clips(run, name, count, encode=None):
         "text_dim": run.config.text_dim,
     }
     folder = run.out / f"{name}.{seed_of(made_by, settings):08x}"
-    if RANK == 0:                       # which uses as many processes as it may use threads
+    if RANK == 0:                       # one worker process per thread of torch
         write_clips(folder, count, encode=encode, workers=torch.get_num_threads(), **settings)
     wait_for_all(LATE)
     return sorted(folder.glob("*.safetensors"))[:count]
@@ -1203,10 +1204,10 @@ def encode_video(vae, video):
 
 
 def encode_clips(run, files):
-    """The same clips with latents in place of video, encoded now or in an earlier run, a part by each
-    process; their names hold what they were made from. Clips that have latents stay as they are: of
-    this VAE, or UserError."""
-    checksum = run.checksum("vae")                      # which extras/clips.py notes
+    """Replace video by latents in clips, encoded now or in an earlier run, divided among the
+    processes; the new names hold digests of the sources. Clips that already have latents are kept.
+    UserError if those are of another VAE."""
+    checksum = run.checksum("vae")                      # extras/clips.py stores it too
     folder = run.out / f"latents.{checksum:08x}"
     digests = clip_digests(run)
     made = []
@@ -1237,8 +1238,7 @@ def encode_clips(run, files):
 
 
 def training_clips(run, frames):
-    """Files of the clips that all stages but the first are trained on, of `frames` latents or more,
-    encoded."""
+    """Files of encoded clips, of at least `frames` latents, for all stages but the first."""
     if run.data:
         files = open_clips(run.data, run.config, frames, run.track_frames)
         return encode_clips(run, files)
@@ -1247,8 +1247,8 @@ def training_clips(run, frames):
 
 
 def read_clip(file, frames=None, track_frames=None):
-    """{name: tensor}: a clip's first `frames` latents, and tracks of `track_frames` video frames;
-    None: all. What is beyond is not read."""
+    """Read the first `frames` latents of a clip and `track_frames` video frames of its tracks:
+    {name: tensor}; None: all. The rest is not read from disk."""
     clip = {}
     with safe_open(file, "pt") as opened:
         for name in opened.keys():
@@ -1263,7 +1263,7 @@ def read_clip(file, frames=None, track_frames=None):
 
 
 def stack(tensors, fill=0):
-    """Tensors of clips to one (B, …); where some are shorter along an axis, `fill` follows."""
+    """Stack tensors of clips to one (B, …), padded with `fill` to the longest along each axis."""
     lengths = zip(*[tensor.shape for tensor in tensors])
     shape = [len(tensors)] + list(map(max, lengths))
     batch = tensors[0].new_full(shape, fill)
@@ -1285,33 +1285,33 @@ def pick(files, count, frames=None, track_frames=None):
 
 
 def random_subset(mask, count, preference=0):
-    """Of each row of a mask (B, N), `count` (B, 1) true places at random, all if there are fewer.
-    preference (B, N): added to the random order, lower ones are chosen rather."""
-    order = torch.rand(mask.shape) + preference + 9 * ~mask     # those that are not true come last
-    place = order.argsort(1).argsort(1)                         # in that order
+    """Keep `count` (B, 1) random true places of each row of a mask (B, N), or all if there are
+    fewer. preference (B, N): added to the random order; lower values are kept first."""
+    order = torch.rand(mask.shape) + preference + 9 * ~mask     # false places come last
+    place = order.argsort(1).argsort(1)                         # rank in that order
     return mask & (place < count)
 
 
-STILL = 2.0             # pixels: what goes no farther is at rest
+STILL = 2.0             # pixels; what moves no farther is at rest
 
 
 def goes_anywhere(tracks, visible, mine):
-    """True for the clips in which a thing moves, whose tracks are `mine` (B, N), of tracks
-    (B, T, N, 2), visible (B, T, N): (B, 1)."""
+    """True where an object (or the ground) moves, judged by its tracks: (B, 1). tracks (B, T, N, 2),
+    visible (B, T, N); mine (B, N): which of them are its own."""
     away = tracks - start_points(tracks, visible)[:, None]
     away = away.norm(dim=-1).masked_fill(~(visible & mine[:, None]), 0)     # (B, T, N)
     return away.amax((1, 2))[:, None] > STILL
 
 
 def user_tracks(visible, group, tracks=None):
-    """What of the true tracks (B, T, N) a user might have drawn: from nothing and a single drag to
-    the dense grid, some starting and ending in the middle, and a fifth of the clips with a pause in
-    all of them (section 3.1). group (B, N): each track's object, its first track the centre, and -1
-    the ground.
+    """Visibility (B, T, N) of random ground-truth tracks such as a user might draw: from nothing or
+    a single drag to the dense grid, some starting or ending midway, and in a fifth of the clips a
+    pause of all of them (section 3.1). group (B, N): each track's object, its first track the
+    centre; -1: the ground.
 
-    tracks (B, T, N, 2), if given: every object that moves, and a moving ground, keep one track at
-    least. So a model learns that what has none stays where it is; else it would show the mean of all
-    that could happen [O]."""
+    tracks (B, T, N, 2), if given: every object that moves, and a moving ground, keep at least one
+    track. So a model learns that whatever has no track stays put; otherwise it would have to predict
+    the mean of everything that could happen [O]."""
     B, T, N = visible.shape
     keep = torch.zeros(B, N, dtype=torch.bool)
     for thing in range(int(group.max()) + 1):
@@ -1320,7 +1320,7 @@ def user_tracks(visible, group, tracks=None):
         count = torch.tensor([0, 1, 1, 2, 4, 8, 16, 16])[torch.randint(0, 8, (B, 1))]
         if tracks is not None:
             count = count.maximum(goes_anywhere(tracks, visible, mine).long())
-        rather = -0.5 * torch.rand(B, 1) * centre               # the centre than the rim
+        rather = -0.5 * torch.rand(B, 1) * centre               # prefer the centre
         keep |= random_subset(mine, count, rather)
     count = torch.tensor([0, 0, 1, 4, 9, 32, 64])[torch.randint(0, 7, (B, 1))]
     if tracks is not None:
@@ -1338,12 +1338,13 @@ def user_tracks(visible, group, tracks=None):
 
 
 def dense_subset(visible, pauses, config):
-    """Of true tracks (B, T, N) 1,000 to 2,500, or all if there are fewer (section 4.1: a grid of
-    50x50); with pauses, none in a fifth of the chunks but the first (section 3.1, appendix D)."""
+    """Visibility (B, T, N) of 1,000 to 2,500 ground-truth tracks, or all if fewer (section 4.1: a
+    grid of 50x50). pauses: a fifth of the chunks after the first show none (section 3.1, appendix
+    D)."""
     B, T, _ = visible.shape
     count = torch.randint(1000, 2501, (B, 1))
     keep = random_subset(visible.any(1), count)                 # (B, N)
-    latent = (torch.arange(T) + FRAMES - 1) // FRAMES           # of each frame
+    latent = (torch.arange(T) + FRAMES - 1) // FRAMES           # of each video frame
     first = config.first_chunk or config.chunk
     number = (latent - first) // config.chunk + 1               # of its chunk
     shown = (torch.rand(B, T, 1) >= 0.2 * pauses)[:, number]
@@ -1352,10 +1353,9 @@ def dense_subset(visible, pauses, config):
 
 
 def given_tracks(run, tracks, visible, group, dense):
-    """Which of the true tracks (B, T, N, 2), visible (B, T, N), a model is given: (B, T, N) bool.
-    group (B, N): see user_tracks, which chooses them, unless `dense`. Where no clip says what is an
-    object, dense_subset chooses, but in a share p_sparse of the clips user_tracks, to which all is
-    ground: 0 to 64 tracks."""
+    """Visibility (B, T, N) of the ground-truth tracks given to a model: all if `dense`, else chosen
+    by user_tracks. In a batch without objects (group (B, N) all -1) dense_subset chooses or, unless
+    `dense`, in a share p_sparse of the clips user_tracks: 0 to 64 tracks."""
     if not run.settings.track_what_moves:
         tracks = None
     if (group >= 0).any():
@@ -1368,12 +1368,12 @@ def given_tracks(run, tracks, visible, group, dense):
 
 
 def touched_cells(tracks, visible, config):
-    """Cells of the latent grid where tracks (B, T, N, 2) are visible, and those beside them:
+    """Mask of the latent cells with a visible track of tracks (B, T, N, 2), and their neighbours:
     (B, F, h, w) of 0 and 1."""
     h, w = config.latent_size
     height, width = config.size
     cell = cell_of(tracks, config.stride, height, width)
-    cell = cell.masked_fill(~visible, h * w)                    # hidden ones: one beyond the grid
+    cell = cell.masked_fill(~visible, h * w)                    # hidden: past the last cell
     touched = torch.zeros(*cell.shape[:2], h * w + 1).scatter_(2, cell, 1.0)
     touched = touched[..., :-1]                                 # (B, T, h w)
     touched = F.pad(touched, (0, 0, FRAMES - 1, 0))             # as the VAE packs frame 0
@@ -1382,8 +1382,8 @@ def touched_cells(tracks, visible, config):
 
 
 def draw_batch(run, files, count, frames, *, dense=False, first_only=False):
-    """Random clips, a Batch of `count`, with conditions for `frames` latents and tracks as given_tracks
-    chooses them. first_only: no latents but the image's."""
+    """A Batch of `count` random clips, with conditions for `frames` latents and the tracks of
+    given_tracks. first_only: no latents but the image's."""
     config = run.config
     latents_read = 1 if first_only else frames
     clips = pick(files, count, latents_read, video_frames(frames))
@@ -1399,7 +1399,7 @@ def draw_batch(run, files, count, frames, *, dense=False, first_only=False):
     points = {"tracks": tracks, "visible": visible, "ids": track_ids(tracks, config)}
     if config.copies:
         start = start_points(tracks, true)
-        points["start"] = start.masked_fill(~true[:, 0, :, None], math.nan)     # not in the image
+        points["start"] = start.masked_fill(~true[:, 0, :, None], math.nan)     # not visible there
         points["image"] = clips["first"].float() / 127.5 - 1
     counted = true & on_object[:, None] if on_object.any() else visible
     touched = touched_cells(tracks, counted, config)
@@ -1407,9 +1407,8 @@ def draw_batch(run, files, count, frames, *, dense=False, first_only=False):
 
 
 def latent_weight(vae, config, sigma):
-    """What the squared errors of the velocity at sigma (B,) are multiplied by, so that they are those
-    of pixels and of the network behind linear_part: (B, C, 1, 1, 1); 1 for latents of unit
-    variance."""
+    """Weight of squared velocity errors at sigma (B,) that turns them into errors of pixels and of
+    the network behind linear_part: (B, C, 1, 1, 1); 1 for latents of unit variance."""
     if not config.latent_std:
         return 1.0
     _, variance = linear_part(sigma, channel_std(config, sigma.device))
@@ -1424,7 +1423,7 @@ CROP_FRAMES = 17
 
 
 def random_crop(files):
-    """A crop of a clip's video: uint8 (3, 17, 64, 64), or what there is."""
+    """A crop of a clip's video: uint8 (3, 17, 64, 64), smaller if the clip is."""
     file = files[int(torch.randint(len(files), ()))]
     with safe_open(file, "pt") as clip:
         video = clip.get_slice("video")
@@ -1436,7 +1435,7 @@ def random_crop(files):
 
 
 def random_crops(files, count):
-    """(count, 3, 17, 64, 64) in [-1, 1]: of three random crops each, that with most to be seen."""
+    """(count, 3, 17, 64, 64) in [-1, 1]: the most varied of three random crops each."""
     crops = []
     for _ in range(count):
         three = [random_crop(files) for _ in range(3)]
@@ -1445,9 +1444,9 @@ def random_crops(files, count):
 
 
 def principal_components(vae, videos):
-    """Give a LinearVAE the principal components of its cells, in the middle of its windows, to start
-    from. Cells in which something is to be seen count more. videos: of (3, T, H, W) uint8, in which
-    every 4 frames are a cell's."""
+    """Initialise a LinearVAE with the principal components of its cells, in the middle of its
+    windows. Cells with more detail count more. videos: a list of (3, T, H, W) uint8; every 4 frames
+    make cells."""
     side = vae.stride
     channels = vae.config.latent_channels
     moment = 0
@@ -1463,7 +1462,7 @@ def principal_components(vae, videos):
         flat = cells.flatten(1)                                 # (F h w, 768)
         moment = moment + (flat * weight[:, None]).T @ flat
         total = total + weight.sum()
-    _, vectors = torch.linalg.eigh(moment / total)              # the largest come last
+    _, vectors = torch.linalg.eigh(moment / total)              # the largest are last
     basis = vectors.flip(1)[:, :channels].T.reshape(channels, 3 * FRAMES, side, side)
     overlap = vae.config.overlap
     inner = slice(overlap, overlap + side)
@@ -1475,10 +1474,10 @@ def principal_components(vae, videos):
 
 
 def normalise_latents(vae, videos):
-    """Fold into a LinearVAE's weights that its latents have, by channel, a standard deviation (about
-    0) that is the square root of what the channel is worth in pixels, scaled to 1 in the mean and
-    kept within 0.6 to 2: the coarse channels, which come first out of the noise, are the larger ones.
-    videos: of (3, T, H, W) uint8, T = 1 + 4 k."""
+    """Rescale the latent channels, folded into a LinearVAE's encoder and decoder, so that the RMS
+    of each is proportional to the square root of its effect on pixels, clamped to [0.6, 2]: coarse
+    channels, the first to emerge from noise, become larger. videos: a list of (3, T, H, W) uint8, T
+    = 1 + 4 k."""
     with torch.no_grad():
         latents = [vae.encode(video[None].float() / 127.5 - 1) for video in videos]
         std = torch.cat(latents).square().mean((0, 2, 3, 4)).sqrt()
@@ -1492,13 +1491,13 @@ def normalise_latents(vae, videos):
 
 
 def psnr(a, b):
-    """Decibels between videos in [-1, 1]."""
+    """PSNR in dB between videos in [-1, 1]."""
     return -10 * torch.log10((a - b).square().mean() / 4 + 1e-10)
 
 
 def reconstruction_error(output, video):
-    """Mean squares of videos' (B, 3, T, H, W) pixels and, a tenth, of the differences between
-    neighbours."""
+    """Mean squared error of the pixels of videos (B, 3, T, H, W), plus 0.1 times that of the
+    differences between neighbouring pixels."""
     error = output - video
     pixels = error.square().mean()
     down = error.diff(dim=3).square().mean()
@@ -1507,7 +1506,7 @@ def reconstruction_error(output, video):
 
 
 def train_vae(run):
-    """Stage 1. The linear code, from principal components on, by reconstruction alone."""
+    """Stage 1: the linear VAE, initialised with principal components, by reconstruction alone."""
     s = run.settings
     if run.data:
         files = open_clips(run.data, run.config, run.clip_latents, run.track_frames)
@@ -1932,10 +1931,10 @@ class Flags:
     rollout: int | None = None
     reward: str | None = None
     dry_run: str | None = None
-    set: tuple = ()                     # of (name, value)
+    set: tuple = ()                     # (name, value) pairs
 
 
-LEAST_LATENTS = 12      # of a clip
+LEAST_LATENTS = 12      # of the shortest clip
 
 
 def student_memory(text):
@@ -1956,18 +1955,18 @@ def assignment(text):
     try:
         value = ast.literal_eval(value)
     except (ValueError, SyntaxError):
-        pass                            # a word
+        pass                            # a plain string
     return name, value
 
 
 def new_parser(description):
-    """The flags of a training but for its stage, which programs in extras know."""
+    """The flags of a training except --stage, shared with programs in extras."""
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     count = number(int, 1, 10 ** 9)
     add = parser.add_argument
     add("--smoke", action="store_true", help="a few steps of everything, in some minutes")
     add("--out", type=Path, help="folder to write to (runs/tiny; runs/smoke with --smoke)")
-    add("--data", type=Path, help="a folder of clips, see above (none: they are drawn)")
+    add("--data", type=Path, help="a folder of clips, see above (none: clips are rendered)")
     add("--weights", type=Path, help="the teacher's start: a Wan DiT, or a teacher made here")
     add("--vae", type=Path, help="a finished VAE's file; the stage vae is left out")
     add("--steps", type=count, help="steps of the one stage that is named")
@@ -1975,26 +1974,26 @@ def new_parser(description):
     add("--device", help="cpu, cuda:0, … (cuda if there is one)")
     add("--accumulate", type=count, help="steps of each process for an update (1; Wan's: the paper's)")
     add("--checkpointing", action=argparse.BooleanOptionalAction,
-        help="recompute blocks in the backward: less memory (as if given for Wan's weights)")
+        help="recompute blocks in the backward: less memory (default for Wan's weights)")
     add("--memory", type=student_memory, help="the student's chunk, sink, window (c3s1w1); drawn: many")
-    add("--guidance", type=guidance, help="of text and motion, in trajectories and the real score")
-    add("--rollout", type=number(int, 1, 100), help="longest, in chunks, of distillation (16)")
-    add("--reward", help="to weight distillation by: motion, or FILE.py:FUNCTION (none)")
-    add("--dry-run", nargs="?", choices=PRESETS, const="tiny", help="print what it would take")
+    add("--guidance", type=guidance, help="weights T,M of text and motion, for trajectories and real score")
+    add("--rollout", type=number(int, 1, 100), help="chunks of the longest rollout (16)")
+    add("--reward", help="weights clips in distillation: motion, or FILE.py:FUNCTION (none)")
+    add("--dry-run", nargs="?", choices=PRESETS, const="tiny", help="print the cost, then stop")
     add("--set", type=assignment, action="append", default=[], metavar="FIELD=VALUE",
-        help="another of the Settings or of the model's Config, as often as wanted")
+        help="override a field of Settings or Config; repeatable")
     return parser
 
 
 def parse_flags(argv):
-    """The command line to Flags. UserError, one line, for what cannot be."""
+    """Parse the command line into Flags. UserError, one line, if invalid."""
     parser = new_parser(__doc__)
     parser.add_argument("--stage", choices=["all", *STAGES], default="all", help="(all)")
     return check_flags(Flags(**vars(parser.parse_args(argv))))
 
 
 def check_flags(flags):
-    """The same flags, if they go together. UserError, one line, if not."""
+    """Return the flags. UserError, one line, if they are inconsistent."""
     stage = flags.stage
     distills = stage in ("all", "distill")
     streams = stage in ("all", "causal", "distill")
@@ -2012,8 +2011,8 @@ def check_flags(flags):
 
 
 def assign(thing, path, value):
-    """A frozen dataclass with the field "a", or "a.b", of another value. UserError if there is no such
-    field, or the value is of another type."""
+    """Copy of a frozen dataclass with the field "a", or "a.b", set to a value. UserError if there
+    is no such field, or the type differs."""
     name, _, inner = path.partition(".")
     if name not in vars(thing):
         raise UserError(f"--set {path}: no such field; there are {', '.join(vars(thing))}")
@@ -2027,7 +2026,7 @@ def assign(thing, path, value):
 
 
 def assign_all(config, settings, assignments):
-    """(config, settings) with those of --set."""
+    """(config, settings) with the assignments of --set. UserError, one line, if invalid."""
     for path, value in assignments:
         if path.partition(".")[0] in vars(config):
             config = assign(config, path, value)
@@ -2048,13 +2047,13 @@ def assign_all(config, settings, assignments):
 
 
 def is_wan(config):
-    """Whether a model is of Wan's kind, with its text encoder, and not the tiny one."""
+    """True for Wan's models, with their text encoder, False for the tiny one."""
     return config.text_encoder == "umt5"
 
 
 def resolve_config(flags, start):
-    """The config of what is trained: the tiny model's, a preset's, or that of the weights `start`:
-    without a slot for tracks they get one, and Wan's are sampled as the paper says."""
+    """The config to train: the tiny model's, a preset's, or that of the weights `start`. Weights
+    without a track input get one; Wan's are sampled as in the paper."""
     config = start.config if start else PRESETS[flags.dry_run or "tiny"]
     if start and not config.track_dim:
         slot = config.out_dim
@@ -2070,8 +2069,8 @@ def resolve_config(flags, start):
 
 
 def paper_settings(config, has_head):
-    """The paper's, for the first stage of the teacher and what follows, or, from weights with a track
-    head, for the second."""
+    """The paper's settings for the teacher's first stage and what follows or, for weights with a
+    track head, the second."""
     if config.out_dim == PRESETS["wan2.2-5b"].out_dim:
         return PAPER_5B_STAGE_2 if has_head else PAPER_5B
     return PAPER_STAGE_2 if has_head else PAPER
@@ -2102,8 +2101,8 @@ def resolve_settings(flags, start, config):
 
 
 def refuse(flags, start, has_video):
-    """UserError, one line, for weights and clips that cannot be trained on. has_video: the clips of
-    --data can be encoded."""
+    """UserError, one line, for weights or clips that cannot be used for training. has_video: the
+    clips of --data can be encoded."""
     config = start.config if start else None
     encoded = flags.data and not has_video
     for wrong, cure in [
@@ -2121,7 +2120,7 @@ def refuse(flags, start, has_video):
 
 
 def resolve(flags):
-    """Flags, and the weights that they name, to the Run."""
+    """Resolve flags, and the weights they name, into a Run."""
     start = inspect(flags.weights) if flags.weights else None
     if flags.data and RANK == 0:
         for line in walk(flags.data)[1]:
@@ -2148,7 +2147,7 @@ def resolve(flags):
         raise UserError(f"--device {device}: not available here") from None
     checkpointing = flags.checkpointing
     if checkpointing is None:
-        checkpointing = is_wan(config)      # without it, a pass of 81 frames saves 135 GiB
+        checkpointing = is_wan(config)      # without it, 81 frames need 135 GiB of activations
     reward = None
     if flags.reward:
         from extras.evaluate import find_reward
@@ -2158,8 +2157,8 @@ def resolve(flags):
 
 
 def check_prerequisites(run, stage):
-    """Refuse a stage whose prerequisite weights are missing or damaged, or of another memory, before
-    it starts."""
+    """UserError, before a stage starts, if its prerequisite weights are missing or damaged, or
+    trained with another chunk, sink or window."""
     for name in PREREQUISITES[stage]:
         try:
             if name == "vae":
@@ -2179,7 +2178,7 @@ def check_prerequisites(run, stage):
 
 
 def show(run, stage):
-    """The stage's curves and a preview, by extras, if they are there."""
+    """Plot the stage's curves and a preview, if extras is there."""
     if RANK > 0:
         return
     try:
@@ -2192,7 +2191,7 @@ def show(run, stage):
 
 
 def unusual(run):
-    """Settings that are not the usual ones, as texts."""
+    """Non-default settings, as texts."""
     usual = asdict(paper_settings(run.config, False) if is_wan(run.config) else TINY)
     usual |= asdict(run.start.config if run.start else PRESETS["tiny"])
     texts = []
@@ -2221,7 +2220,7 @@ def print_plan(run, stages):
     known from the log of its own steps."""
     print(f"{run.out}: on {run.device}, matrix products in {str(run.dtype)[6:]}, seed {run.seed}")
     if unusual(run):
-        print(f"not as usual: {', '.join(unusual(run))}")
+        print(f"non-default settings: {', '.join(unusual(run))}")
     logged = logged_steps(run.out / "stats.jsonl")
     print("\n| stage | steps | begun | hours left | weights |\n|---|---|---|---|---|")
     for stage in stages:
@@ -2254,7 +2253,7 @@ def run_stages(argv):
             print_plan(run, stages)
         for stage in stages:
             check_prerequisites(run, stage)
-            torch.manual_seed(seed_of(run.seed, stage))     # of weights that a stage begins with
+            torch.manual_seed(seed_of(run.seed, stage))     # for the initial weights
             STAGES[stage](run)
             show(run, stage)
     if flags.stage == "all" and RANK == 0 and not run.data:
@@ -2262,10 +2261,10 @@ def run_stages(argv):
 
 
 def main(argv=None):
-    """The program. Returns the exit code."""
+    """Run the program; returns the exit code."""
     return reported(run_stages, argv)
 
 
 if __name__ == "__main__":
-    import train_distill        # by its name, under which extras import it: one copy runs
+    import train_distill        # by name, as extras import it: only one copy runs
     sys.exit(train_distill.main())

@@ -1,10 +1,10 @@
-"""Video autoencoders: pixels to latents and back, streamed, with the state in the caller's hands.
+"""Video autoencoders: pixels to latents and back, streamed, with the state held by the caller.
 
-`LinearVAE` is the tiny model's own: one linear map each way, which moves exactly and costs next to nothing.
+`LinearVAE` is the tiny model's: one linear map each way, exact for moved pixels and almost free to compute.
 `TinyVAE` has the layout and the parameter names of TAEHV (github.com/madebyollin/taehv, MIT), so its public files for
 Wan (`taew2_1`, `taew2_2`) load. Its convolutions are 2-D: `MemBlock` sees the previous frame, `Repack` packs frames
-into channels and unpacks them. `WanVAE` is that of Wan 2.1 and 2.2 5B, with causal 3-D ones. Latents are normalised as
-the DiT sees them: no mean, no scale, about unit variance. Each computes in the dtype of its weights.
+into channels and unpacks them. `WanVAE` is that of Wan 2.1 and 2.2 5B, with causal 3-D convolutions. Latents
+are normalised as the DiT sees them: zero mean, about unit variance. Each computes in the dtype of its weights.
 
     B batch   T video frames   F latent frames, T = 1 + 4 (F - 1)   C channels   h w latent size   H W pixels
 """
@@ -30,23 +30,23 @@ def check_video(video, stride):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A linear code of windows of pixels.
+# The tiny model's VAE: linear maps of pixel windows.
 
 @dataclass
 class LinearVAEConfig:
-    """The code of the tiny model."""
+    """The defaults are the tiny model's."""
     latent_channels: int = 96
-    stride: int = 8             # pixels per side of a latent pixel's cell
-    overlap: int = 4            # pixels by which its window reaches beyond the cell: no seams
+    stride: int = 8             # side in pixels of a latent's cell
+    overlap: int = 4            # pixels of window beyond the cell on each side: no seams
 
 
 class LinearVAE(nn.Module):
     """Windows of 16x16 pixels by 4 frames, one every 8 pixels, to `latent_channels` numbers, linearly, and back.
 
-    It compresses little, but has what a small convolutional code lacks: what moves in the picture moves in the code in
-    the same way, everywhere, so that codes of moved pixels are exact (see `copy_along_tracks`); and decoding is one
-    matrix product. There is no state: a latent frame is its own four frames. Frame 0 stands behind three copies of
-    itself. Training starts from the principal components of cells (train_distill.py, stage vae)."""
+    It compresses little, but unlike a small convolutional VAE it encodes moved pixels in the same way everywhere, so
+    their latents are exact (see `copy_along_tracks`), and decoding is one matrix product. There is no state: a latent
+    frame depends only on its own four frames. Frame 0 is preceded by three copies of itself. Training starts from the
+    principal components of cells (train_distill.py, stage vae)."""
 
     def __init__(self, config=LinearVAEConfig()):
         super().__init__()
@@ -60,7 +60,7 @@ class LinearVAE(nn.Module):
 
     def encode(self, video):
         """Video (B, 3, T, H, W) in [-1, 1], T = 1 + 4 (F - 1), to latents (B, C, F, h, w). An image is T = 1.
-        AssertionError if T is another, or H or W do not divide by the stride."""
+        AssertionError for any other T, or if H or W do not divide by the stride."""
         check_video(video, self.stride)
         video = video.to(self.encoder.weight.dtype)
         before = video[:, :, :1].expand(-1, -1, FRAMES - 1, -1, -1)
@@ -71,10 +71,10 @@ class LinearVAE(nn.Module):
         return z.unflatten(0, (len(video), -1)).transpose(1, 2)             # (B, C, F, h, w)
 
     def decode_unclamped(self, latents, state=None):
-        """As `decode`, without the limit to [-1, 1]: what a reconstruction loss is computed on."""
+        """As `decode`, but not clamped to [-1, 1]: for reconstruction losses."""
         z = latents.to(self.decoder.weight.dtype)
         z = z.transpose(1, 2).flatten(0, 1)                                 # (B F, C, h, w)
-        z = F.pad(z, [1] * 4, mode="replicate")                             # the rim has all its windows
+        z = F.pad(z, [1] * 4, mode="replicate")                             # so that windows overlap at the borders too
         rim = self.stride + self.config.overlap
         x = self.decoder(z)[..., rim:-rim, rim:-rim]                        # (B F, 12, H, W)
         x = x.unflatten(1, (3, FRAMES)).unflatten(0, (len(latents), -1))    # (B, F, 3, 4, H, W)
@@ -84,68 +84,68 @@ class LinearVAE(nn.Module):
         return video, []
 
     def decode(self, latents, state=None):
-        """Latents (B, C, F, h, w) to video (B, 3, T, H, W) in [-1, 1], and the state that continues it: an empty list.
+        """Latents (B, C, F, h, w) to (video (B, 3, T, H, W) in [-1, 1], state for the next piece: an empty list).
         state=None starts a clip: T = 4F - 3. Otherwise T = 4F."""
         video, state = self.decode_unclamped(latents, state)
         return video.clamp(-1, 1), state
 
     def pixel_weight(self):
-        """(C,): how much an error in each channel is worth in pixels, 1 in the root mean square."""
+        """(C,): effect on pixels of an error in each latent channel, normalised to an RMS of 1."""
         size = self.decoder.weight.detach().flatten(1).norm(dim=1)
         return size / size.square().mean().sqrt()
 
     @classmethod
     def from_pretrained(cls, path):
-        """As `load_vae`, which must find a linear VAE."""
+        """As `load_vae`; UserError if it is not a linear VAE."""
         return load_vae(path, cls)
 
     def metadata(self):
-        """What a safetensors file says of itself: {"format": …, "config": JSON}."""
+        """Metadata for a safetensors file: {"format": …, "config": JSON}."""
         return {"format": "linear-vae", "config": json.dumps(asdict(self.config))}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Frames of (B, C, T, H, W). In memory the channels of a pixel stand side by side (torch.channels_last_3d), for which
-# convolutions are fastest. So do those of one frame, and slices and torch.cat of such tensors keep it so.
+# Helpers on frames (B, C, T, H, W). Memory format is torch.channels_last_3d, the fastest for convolutions; single
+# frames, slices and torch.cat of such tensors keep it.
 
 def each_frame(layer, x):
-    """A 2-D layer over each frame of x (B, C, T, H, W)."""
+    """Apply a 2-D layer to each frame of x (B, C, T, H, W)."""
     frames = x.permute(0, 2, 3, 4, 1).contiguous().flatten(0, 1)            # (B T, H, W, C)
     y = layer(frames.permute(0, 3, 1, 2))                                   # (B T, C, H, W)
     return y.unflatten(0, (len(x), -1)).transpose(1, 2)
 
 
 def frames_to_channels(x, count):
-    """Each `count` frames beside one another: (B, C, T, H, W) to (B, count C, T / count, H, W)."""
+    """Fold each `count` frames into channels: (B, C, T, H, W) to (B, count C, T / count, H, W)."""
     x = x.unflatten(2, (-1, count)).permute(0, 2, 4, 5, 3, 1)               # (B, T / count, H, W, count, C)
     return x.flatten(4).permute(0, 4, 1, 2, 3)
 
 
 def channels_to_frames(x, count):
-    """And back: (B, count C, T, H, W) to (B, C, count T, H, W)."""
+    """Its inverse: (B, count C, T, H, W) to (B, C, count T, H, W)."""
     x = x.unflatten(1, (count, -1)).permute(0, 3, 1, 4, 5, 2)               # (B, T, count, H, W, C)
     return x.flatten(1, 2).permute(0, 4, 1, 2, 3)
 
 
 def enlarging(weight, space):
-    """Weight (out, C, 3, 3) of a convolution over an image enlarged `space` times, nearest neighbour, to the weight
-    (out, C, space + 2, space + 2) that gives the same from the image itself, transposed, with stride `space`: a pixel
-    that is repeated meets the sum of the weights."""
+    """Fuse nearest-neighbour upsampling by `space` with a 3x3 convolution: its weight (out, C, 3, 3) to that of an
+    equivalent transposed convolution of stride `space`, (out, C, space + 2, space + 2). A repeated pixel meets the sum
+    of the weights."""
     weight = weight.flip(2, 3).contiguous(memory_format=torch.channels_last)
     weight = F.pad(weight, [space - 1] * 4)
     return F.avg_pool2d(weight, space, stride=1, divisor_override=1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The tiny VAE, of 2-D convolutions, as TAEHV's.
+# TAEHV: a tiny VAE of 2-D convolutions.
 
 @dataclass
 class TinyVAEConfig:
-    """A stage is (width, blocks, time, space): its channels, its MemBlocks, and its strides. The defaults are taew2_1.
-    pad: where frames are repeated so that T = 4F - 3 frames fill F latents. "end": the last one, as in public files, so
-    that a latent sees up to three frames of its future. "front": frame 0, for ever, and no latent sees the future."""
+    """A stage is (width, blocks, time, space): channels, number of MemBlocks, strides. The defaults are taew2_1. pad:
+    how T = 4F - 3 frames fill F latents. "end" repeats the last frame, as in the public files, so that a latent sees up
+    to three future frames. "front" repeats frame 0, so that no latent sees the future."""
     latent_channels: int = 16
-    patch: int = 1        # pixels per side that are folded into channels before the first convolution
+    patch: int = 1        # side of the pixel squares folded into channels before the first convolution
     pad: str = "end"
     stem: int = 64        # width of the encoder's first convolution
     encoder: tuple = ((64, 3, 2, 2), (64, 3, 2, 2), (64, 3, 1, 2))
@@ -158,12 +158,12 @@ TINY = TinyVAEConfig(patch=4, pad="front", stem=64, encoder=((128, 2, 4, 2),),
 
 
 def conv(inputs, outputs, stride=1, bias=True):
-    """A 3x3 convolution that keeps the size (stride 1) or halves it (stride 2)."""
+    """3x3 convolution that keeps the size (stride 1) or halves it (stride 2)."""
     return nn.Conv2d(inputs, outputs, 3, stride, 1, bias=bias)
 
 
 class MemBlock(nn.Module):
-    """Residual block over each frame and the one before it. `past` (B, C, 1, h, w) is the frame before the first."""
+    """Residual block over each frame and the one before it. `past` (B, C, 1, h, w): the frame before the first."""
 
     def __init__(self, width):
         super().__init__()
@@ -180,8 +180,8 @@ class MemBlock(nn.Module):
 
 
 class Repack(nn.Module):
-    """Pack `pack` consecutive frames into one, or unpack each into `grow`. TAEHV's TPool and TGrow. Unpacking is done
-    by `grow_frames`, together with what stands around it."""
+    """Pack `pack` consecutive frames into one, or unpack each into `grow`: TAEHV's TPool and TGrow. `grow_frames` does
+    the unpacking, fused with the adjacent layers."""
 
     def __init__(self, width, pack=1, grow=1):
         super().__init__()
@@ -194,8 +194,8 @@ class Repack(nn.Module):
 
 
 def grow_frames(x, space, repack, conv):
-    """nn.Upsample(scale_factor=space), then `repack`, then a 3x3 convolution `conv`, of x (B, C, T, h, w). No bias
-    and nothing nonlinear is between them: together they are one transposed convolution, 3 times as fast."""
+    """nn.Upsample(scale_factor=space), then `repack`, then a 3x3 convolution `conv`, of x (B, C, T, h, w). Without bias
+    or nonlinearity in between they fuse into one transposed convolution, 3 times as fast."""
     unpack = repack.conv.weight.unflatten(0, (repack.grow, -1)).flatten(2)      # (grow, mid, C)
     weight = torch.einsum("omyx,gmc->cgoyx", enlarging(conv.weight, space), unpack).flatten(1, 2)
     y = each_frame(lambda frames: F.conv_transpose2d(frames, weight, None, space, 1), x)
@@ -216,7 +216,7 @@ def build_encoder(c):
 
 
 def build_decoder(c):
-    """Config to nn.Sequential, indices as in TAEHV's files. Layer 0 has no weights: the limit in `decode_unclamped`."""
+    """Config to nn.Sequential, indices as in TAEHV's files. Layer 0 stands for the limit in `decode_unclamped`."""
     layers = nn.Sequential(nn.Identity(), conv(c.latent_channels, c.decoder[0][0]), nn.ReLU())
     widths = [stage[0] for stage in c.decoder] + [c.tail]
     for (width, blocks, time, space), out in zip(c.decoder, widths[1:]):
@@ -231,8 +231,8 @@ def build_decoder(c):
 
 def run_layers(layers, x, state, still):
     """Frames (B, C, T, H, W) through the layers. `state` holds the last input frame of every MemBlock; None starts a
-    clip, before which the first frame stood still (still=True), or all was zero (False). Returns the output and the new
-    state, and leaves the old one as it was."""
+    clip, preceded by copies of its first frame (still=True) or zeros (False). Returns the output and the new state; the
+    old one is not modified."""
     new_state = []
     layers = iter(layers)
     for layer in layers:
@@ -256,7 +256,7 @@ def run_layers(layers, x, state, still):
 
 
 class TinyVAE(nn.Module):
-    """Encoder and decoder; 8x8 pixels by 4 frames to one latent with `TINY` and taew2_1, 16x16 by 4 with taew2_2."""
+    """Encoder and decoder; a latent covers 8x8 pixels by 4 frames with `TINY` and taew2_1, 16x16 by 4 with taew2_2."""
 
     def __init__(self, config=TINY):
         super().__init__()
@@ -267,8 +267,8 @@ class TinyVAE(nn.Module):
         self.stride = config.patch * math.prod(stage[3] for stage in config.encoder)
 
     def encode(self, video, piece=4):
-        """As LinearVAE's, (B, 3, T, H, W) to (B, C, F, h, w). `piece` latent frames are computed at a time, which
-        bounds memory and changes nothing."""
+        """As in LinearVAE, (B, 3, T, H, W) to (B, C, F, h, w). `piece` latent frames are computed at a time, to bound
+        memory; the result is the same."""
         check_video(video, self.stride)
         x = video.to(self.encoder[0].weight.dtype) / 2 + 0.5        # in [0, 1]
         front = self.config.pad == "front"
@@ -285,7 +285,7 @@ class TinyVAE(nn.Module):
         return torch.cat(latents, 2)
 
     def decode_unclamped(self, latents, state=None):
-        """As `decode`, without the limit to [-1, 1]: what a reconstruction loss is computed on."""
+        """As `decode`, but not clamped to [-1, 1]: for reconstruction losses."""
         x = latents.to(self.decoder[1].weight.dtype)
         x = 3 * torch.tanh(x / 3)                               # soft limit at 3 standard deviations
         x, new_state = run_layers(self.decoder, x, state, self.config.pad == "front")
@@ -295,25 +295,25 @@ class TinyVAE(nn.Module):
         return video, new_state
 
     def decode(self, latents, state=None):
-        """Latents (B, C, F, h, w) to video (B, 3, T, H, W) in [-1, 1], and the state that continues it.
-        state=None starts a clip: T = 4F - 3. Otherwise T = 4F. The state passed in is not modified."""
+        """Latents (B, C, F, h, w) to (video (B, 3, T, H, W) in [-1, 1], state for the next piece). state=None starts a
+        clip: T = 4F - 3. Otherwise T = 4F. The state passed in is not modified."""
         video, state = self.decode_unclamped(latents, state)
         return video.clamp(-1, 1), state
 
     @classmethod
     def from_pretrained(cls, path):
-        """As `load_vae`, which must find a tiny VAE: this class, or `LinearVAE`, as the tiny model ships it."""
+        """As `load_vae`; UserError unless it is this class or `LinearVAE`, the tiny model's."""
         return load_vae(path, (cls, LinearVAE))
 
     def metadata(self):
-        """What a safetensors file says of itself: {"format": …, "config": JSON}."""
+        """Metadata for a safetensors file: {"format": …, "config": JSON}."""
         return {"format": "tiny-vae", "config": json.dumps(asdict(self.config))}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The VAE of Wan. Tensors are (B, C, T, H, W), names are those of Wan's files. A clip is computed in pieces: frame 0, a
-# latent of its own, then four frames or one latent at a time. `state` holds, for each convolution over time, the input
-# frames that its next piece still sees; None starts a clip. A layer takes its entry off it and adds one to `new_state`.
+# latent of its own, then four frames or one latent at a time. `state` holds, for each temporal convolution, the past
+# input frames for its next piece; None starts a clip. A layer pops its entry and appends one to `new_state`.
 
 @dataclass
 class WanVAEConfig:
@@ -321,11 +321,11 @@ class WanVAEConfig:
     latent_channels: int = 16
     encoder: int = 96
     decoder: int = 96
-    residual: bool = False      # Wan 2.2: 2x2 pixels are folded into channels, stages have shortcuts
+    residual: bool = False      # Wan 2.2: 2x2 pixels folded into channels, stages with shortcuts
 
 
-# Mean and standard deviation of each latent channel, by the number of channels: of Wan 2.2's wan/modules/vae2_1.py and
-# vae2_2.py.
+# Mean and standard deviation of each latent channel, by the number of channels: from Wan 2.2's wan/modules/vae2_1.py
+# and vae2_2.py.
 STATISTICS = {
     16: ((-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
           0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
@@ -347,7 +347,7 @@ STATISTICS = {
 
 
 class CausalConv(nn.Conv3d):
-    """A convolution that sees past frames and no future ones. Before a clip all is zero."""
+    """3-D convolution over past and present frames. A clip is preceded by zeros."""
 
     def __init__(self, inputs, outputs, kernel=(3, 3, 3), stride=1):
         padding = (0, kernel[1] // 2, kernel[2] // 2)
@@ -364,14 +364,14 @@ class CausalConv(nn.Conv3d):
 
 
 class TimeConv(CausalConv):
-    """Halve T (stride 2) or double it (stride 1), but frame 0 of a clip stays as it is."""
+    """Halve T (stride 2) or double it (stride 1), except for frame 0 of a clip."""
 
     def __init__(self, width, stride):
         super().__init__(width, 2 * width // stride, (3, 1, 1), stride)
 
     def forward(self, x, state, new_state):
         if state is None:
-            seen = x                    # what the next piece sees: frame 0 where T is halved, else zeros
+            seen = x                    # past for the next piece: frame 0 if T is halved, else zeros
             if self.past == 2:
                 seen = torch.zeros_like(x).expand(-1, -1, 2, -1, -1)
             new_state.append(seen)
@@ -381,7 +381,7 @@ class TimeConv(CausalConv):
 
 
 class Causal(nn.Sequential):
-    """Layers one after the other; those that see the past are handed `state` and `new_state`."""
+    """Sequential that passes `state` and `new_state` to the layers that need the past."""
 
     def forward(self, x, state, new_state):
         for layer in self:
@@ -393,14 +393,14 @@ class Causal(nn.Sequential):
 
 
 class PerFrame(nn.Sequential):
-    """2-D layers over each frame."""
+    """2-D layers applied to each frame."""
 
     def forward(self, x):
         return each_frame(super().forward, x)
 
 
 class Enlarge(nn.Sequential):
-    """Each frame twice as large, nearest neighbour (layer 0), and its convolution (layer 1), in one."""
+    """Upsample each frame by 2, nearest neighbour (layer 0), fused with its convolution (layer 1)."""
 
     def forward(self, x):
         conv = self[1]
@@ -409,7 +409,7 @@ class Enlarge(nn.Sequential):
 
 
 class ChannelNorm(nn.Module):
-    """RMS over the channels. `dims` is how many dimensions follow them."""
+    """RMS norm over the channels, which `dims` dimensions follow."""
 
     def __init__(self, width, dims=3):
         super().__init__()
@@ -420,7 +420,7 @@ class ChannelNorm(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two causal convolutions beside a shortcut."""
+    """Two causal convolutions and a shortcut."""
 
     def __init__(self, inputs, width):
         super().__init__()
@@ -436,7 +436,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Residual self-attention of one head within each frame."""
+    """Residual single-head self-attention within each frame."""
 
     def __init__(self, width):
         super().__init__()
@@ -456,8 +456,8 @@ class Attention(nn.Module):
 
 
 class DownStage(Causal):
-    """A stage of Wan 2.2's encoder: its layers, plus its input with space x space pixels averaged and `time` frames
-    folded into channels."""
+    """A stage of Wan 2.2's encoder: its layers, plus a shortcut that averages space x space pixels and folds `time`
+    frames into channels."""
 
     def __init__(self, layers, time, space):
         super().__init__(OrderedDict(downsamples=Causal(*layers)))
@@ -474,8 +474,8 @@ class DownStage(Causal):
 
 
 class UpStage(Causal):
-    """A stage of Wan 2.2's decoder: its layers, plus its input with channels repeated and unfolded to `time` frames and
-    space x space pixels; the last one, which keeps the size, is without."""
+    """A stage of Wan 2.2's decoder: its layers, plus a shortcut that repeats channels and unfolds them to `time` frames
+    and space x space pixels; the last stage, which keeps the size, has no shortcut."""
 
     def __init__(self, layers, width, time, space):
         super().__init__(OrderedDict(upsamples=Causal(*layers)))
@@ -516,12 +516,12 @@ def upsample(width, outputs, time):
 
 
 def res_blocks(inputs, width, count):
-    """`count` blocks, the first of which sees `inputs` channels."""
+    """`count` blocks; the first takes `inputs` channels."""
     return [ResBlock(inputs, width)] + [ResBlock(width, width) for _ in range(count - 1)]
 
 
 def middle(width):
-    """What stands between the stages and the latents, on either side."""
+    """Layers between the stages and the latents, on either side."""
     return Causal(ResBlock(width, width), Attention(width), ResBlock(width, width))
 
 
@@ -569,12 +569,12 @@ def build_wan_decoder(c):
 
 
 def columns_first(video, fold):
-    """F.pixel_unshuffle or F.pixel_shuffle on (B, C, T, H, W), in the order of Wan: columns before rows."""
+    """F.pixel_unshuffle or F.pixel_shuffle on (B, C, T, H, W) in Wan's order: columns before rows."""
     return fold(video.transpose(1, 2).mT).mT.transpose(1, 2)
 
 
 class WanVAE(nn.Module):
-    """Encoder and decoder; 8x8 pixels by 4 frames to one latent in Wan 2.1, 16x16 by 4 in Wan 2.2 5B."""
+    """Encoder and decoder; a latent covers 8x8 pixels by 4 frames in Wan 2.1, 16x16 by 4 in Wan 2.2 5B."""
 
     def __init__(self, config=WanVAEConfig()):
         super().__init__()
@@ -592,7 +592,7 @@ class WanVAE(nn.Module):
         return values.view(2, 1, -1, 1, 1, 1)
 
     def encode(self, video):
-        """As LinearVAE's, (B, 3, T, H, W) to (B, C, F, h, w): the means, nothing is drawn. Four frames at a time."""
+        """As in LinearVAE, (B, 3, T, H, W) to (B, C, F, h, w): the mean, without sampling. Four frames at a time."""
         check_video(video, self.stride)
         video = video.to(self.conv1.weight.dtype)
         mean, std = self.statistics(video)
@@ -609,15 +609,15 @@ class WanVAE(nn.Module):
         return torch.cat(latents, 2)
 
     def decode(self, latents, state=None):
-        """As TinyVAE's: latents (B, C, F, h, w) to video (B, 3, T, H, W) in [-1, 1], and the state that continues it.
-        One latent frame is computed at a time, so pieces give the bits of the whole."""
+        """As in TinyVAE: latents (B, C, F, h, w) to (video (B, 3, T, H, W) in [-1, 1], state for the next piece). One
+        latent frame is computed at a time, so pieces equal the whole bit by bit."""
         found = latents.shape[1]
         wanted = self.config.latent_channels
         assert found == wanted, f"latents of this VAE have {wanted} channels, these have {found}"
         latents = latents.to(self.conv2.weight.dtype)
         mean, std = self.statistics(latents)
         if state is not None:
-            state = list(state)                                 # the caller's is not modified
+            state = list(state)                                 # a copy: the caller's stays as it is
         video = []
         for z in latents.split(1, 2):
             new_state = []
@@ -630,26 +630,26 @@ class WanVAE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path):
-        """As `load_vae`, which must find a VAE of Wan."""
+        """As `load_vae`; UserError if it is not Wan's VAE."""
         return load_vae(path, cls)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Files. What is used of motionstream.py is imported where it is needed, so that all above lifts out
-# with torch alone.
+# Files. motionstream.py is imported only inside functions, so that everything above can be copied
+# and used with torch alone.
 
-# In a folder. Beside a .pth, the last is Wan's DiT.
+# File names in a folder. Beside a .pth, the last one is Wan's DiT.
 VAE_FILES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth", "vae/diffusion_pytorch_model.safetensors",
              "diffusion_pytorch_model.safetensors")
 
-# A tensor that files of each class have: the first layer of WanVAE, TinyVAE and LinearVAE.
+# One tensor that identifies each class: the first layer of WanVAE, TinyVAE and LinearVAE.
 VAE_MARKS = ("encoder.conv1.weight", "encoder.0.weight", "encoder.weight")
 
-# By the format that a file's metadata name.
+# By the format named in a file's metadata.
 OWN_CONFIGS = {"tiny-vae": TinyVAEConfig, "linear-vae": LinearVAEConfig}
 CLASSES = {TinyVAEConfig: TinyVAE, LinearVAEConfig: LinearVAE, WanVAEConfig: WanVAE}
 
-# Limits of their fields, which are data from outside: as LIMITS in motionstream.py.
+# Limits of the fields of untrusted configs, as LIMITS in motionstream.py.
 WIDTH = (int, 1, 2 ** 14)
 VAE_LIMITS = {
     LinearVAEConfig: {"latent_channels": WIDTH, "stride": (int, 1, 64), "overlap": (int, 0, 64)},
@@ -660,10 +660,9 @@ STAGE = {"width": WIDTH, "blocks": (int, 0, 32), "time": (int, 1, 4), "space": (
 
 
 def load_vae(path, kind=None):
-    """The VAE in a .safetensors or .pth file, or a folder as Wan and diffusers publish it:
-    `TinyVAE`, `LinearVAE` or `WanVAE`, in float32 and eval mode. Its own metadata, else the
-    tensors, tell which and how wide. UserError, one line naming the file, if it does not fit or is
-    not of the class, or one of the classes, `kind`."""
+    """Load a VAE from a .safetensors or .pth file, or from a folder as Wan and diffusers publish it: `TinyVAE`,
+    `LinearVAE` or `WanVAE`, in float32 and eval mode. Class and widths come from the metadata, else from the tensors.
+    UserError, one line naming the file, if it does not fit or is not of `kind`, a class or a tuple of classes."""
     from motionstream import UserError, fill
     vae, tensors, path = open_weights(path)
     if kind and not isinstance(vae, kind):
@@ -674,8 +673,7 @@ def load_vae(path, kind=None):
 
 
 def open_weights(path):
-    """(The VAE in a file or folder, on the meta device: without numbers, its tensors, its file).
-    UserError as above."""
+    """(The VAE on the meta device, its tensors, its file) for a file or folder. UserError as above."""
     from motionstream import check_tensors, read_weights, saved_config
     path = Path(path)
     if path.is_dir():
@@ -694,7 +692,7 @@ def open_weights(path):
 
 
 def vae_in(folder):
-    """The first of VAE_FILES that is in a folder."""
+    """The first of VAE_FILES in a folder."""
     for name in VAE_FILES:
         if (folder / name).is_file():
             return folder / name
@@ -702,7 +700,7 @@ def vae_in(folder):
 
 
 def check_vae_config(config, path):
-    """UserError, naming the file, unless a VAE can be made of the config."""
+    """UserError, naming the file, if no VAE can be built from the config."""
     from motionstream import UserError, check_limits
     check_limits(vars(config), VAE_LIMITS[type(config)], path)
     if isinstance(config, LinearVAEConfig) and config.overlap > config.stride:
@@ -721,7 +719,7 @@ def check_vae_config(config, path):
 
 
 def check_stages(stages, path):
-    """UserError, naming the file, unless these are the stages of one side of a TinyVAE."""
+    """UserError, naming the file, unless these are valid stages for one side of a TinyVAE."""
     from motionstream import UserError, check_limits
     if not isinstance(stages, tuple) or not 1 <= len(stages) <= 8:
         raise UserError(f"{path}: the stages in its config are {repr(stages)[:80]}; "
@@ -734,13 +732,12 @@ def check_stages(stages, path):
 
 
 def strides(stages):
-    """By how much the stages of a TinyVAE scale in all: (time, space)."""
+    """Total strides of a TinyVAE's stages: (time, space)."""
     return math.prod(stage[2] for stage in stages), math.prod(stage[3] for stage in stages)
 
 
 def config_from_shapes(tensors, path):
-    """Config of a public file, by the shapes of its tensors. UserError if it is no VAE of Wan or
-    TAEHV."""
+    """Config of a public file, from the shapes of its tensors. UserError if it is not a VAE of Wan or TAEHV."""
     from motionstream import UserError
     shapes = {name.removesuffix(".weight"): tensor.shape for name, tensor in tensors.items()}
     try:
@@ -761,12 +758,12 @@ def config_from_shapes(tensors, path):
 
 
 def taehv_config(shapes):
-    """Config of a public file of TAEHV for Wan, by the shapes of its layers."""
+    """Config of a public TAEHV file for Wan, from the shapes of its layers."""
     encoder = []
-    for layer, time in (3, 2), (8, 2), (13, 1):     # the convolution that halves the size; time stride
+    for layer, time in (3, 2), (8, 2), (13, 1):     # index of the strided convolution; time stride
         encoder.append((shapes[f"encoder.{layer}"][0], 3, time, 2))
     decoder = []
-    for layer, time in (7, 1), (13, 2), (19, 2):    # the Repack; time stride
+    for layer, time in (7, 1), (13, 2), (19, 2):    # index of the Repack; time stride
         decoder.append((shapes[f"decoder.{layer}.conv"][1], 3, time, 2))
     return TinyVAEConfig(
         latent_channels=shapes["encoder.17"][0], patch=math.isqrt(shapes["encoder.0"][1] // 3),

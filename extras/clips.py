@@ -3,16 +3,16 @@
     python -m extras.clips VIDEOS --out clips
     python -m extras.clips VIDEOS --out clips --weights DIR --vae FILE --text-encoder DIR     for Wan's
 
-In VIDEOS, or folders in it, or that links in it lead to, a clip is a.mp4, at the model's frame rate, a.npz,
-its tracks, in any format that extras/tracks.py reads, and a.txt, its prompt; or a row of a *.csv with columns
-video and caption. A picture, a.png, in place of the video is enough for the stage distill. Prompts and
-pictures may be encoded already: a.safetensors, with `prompt` and, for an image branch, `clip`.
+In VIDEOS, its subfolders and linked folders, a clip consists of a.mp4 (at the model's frame rate), a.npz (its
+tracks, in any format that extras/tracks.py reads) and a.txt (its prompt, or a row of a *.csv with columns video
+and caption). For the stage distill a picture, a.png, can replace the video. Prompt and picture may be encoded
+already: a.safetensors, with `prompt` and, for an image branch, `clip`.
 
-Names belong together if Windows or macOS would take them for one: a.mp4 and A.NPZ. What is not counted is said.
+Names match if Windows or macOS treats them as one, e.g. a.mp4 and A.NPZ. Files left out are listed.
 
-A file that is there, made from the same, is not made again: an interrupted run goes on. With torchrun each
-process makes its part, on its own GPU; --shard 2/8 is the second of eight parts, for machines that start alone.
-Without --vae the clips hold video, on which the stage vae can be trained; the tiny model reads words.
+Existing files with unchanged sources are kept: an interrupted run resumes. With torchrun each process makes its
+part, on its own GPU; --shard 2/8 makes the second of eight parts, for independent machines. Without --vae the
+clips hold video, for training the stage vae; the tiny model reads words.
 """
 
 import argparse
@@ -45,20 +45,20 @@ from train_distill import (PROCESSES, RANK, TINY, content_digest, default_device
                            walk)
 
 MOST_TRACKS = 2500                          # of a clip: the paper's grid of 50x50
-SEEN = (".mp4", ".png")                     # endings of what a clip shows
+SEEN = (".mp4", ".png")                     # endings of a clip's frames
 ENDINGS = SEEN + (".npz", ".txt", ".safetensors")
 
 
 @dataclass(frozen=True)
 class Job:
-    """What clips are made of, and what they are for."""
+    """Inputs and settings of the clips to make."""
     folder: Path
     out: Path
-    config: Config                          # of the model that is to be trained on them
+    config: Config                          # of the model to train
     frames: int
     device: str
     dtype: str = "float32"                  # of the VAE's convolutions
-    shard: tuple = (1, 1)                   # which part of the clips is made, of how many
+    shard: tuple = (1, 1)                   # (number from 1, count)
     vae: Path | None = None                 # None: the clips hold video
     text_encoder: Path | None = None
     image_encoder: Path | None = None
@@ -66,16 +66,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Source:
-    """The files of what may be a clip."""
-    stem: Path                              # what they are called, without the ending
+    """The files that may form a clip."""
+    stem: Path                              # their path without the ending
     files: dict                             # {ending: file}
 
     def path(self, ending):
-        """The file of that ending; where it should be, if it is not there."""
+        """The file with that ending; its expected path if there is none."""
         return self.files.get(ending, Path(f"{self.stem}{ending}"))
 
     def versions(self):
-        """What tells if the files are others by now."""
+        """Names, sizes and times of the files, to detect changes."""
         told = []
         for ending, file in sorted(self.files.items()):
             about = file.stat()
@@ -84,13 +84,13 @@ class Source:
 
 
 def alike(name):
-    """What names have in common that some systems take for one: they tell no case, or how é is composed."""
+    """A key that is equal for names that some systems treat as one: it ignores case and Unicode composition."""
     composed = unicodedata.normalize("NFC", name)
     return unicodedata.normalize("NFC", composed.casefold())
 
 
 def find_sources(folder):
-    """({name, a path in the folder without its ending: Source}; lines on what is in none of them, and
+    """({name, a path in the folder without its ending: Source}; messages on files that are left out, and
     why)."""
     files, left = walk(folder)
     files.sort(key=lambda file: file.suffix != file.suffix.lower())         # a.mp4 before a.MP4
@@ -106,7 +106,7 @@ def find_sources(folder):
             left.append(f"{file}: there is {stems[stem][ending].name}, too")
         stems[stem].setdefault(ending, file)
     tables = sum(table.parent == folder for table in files if table.suffix.lower() == ".csv")
-    others[".csv"] -= tables                # which read_captions reads
+    others[".csv"] -= tables                # read_captions reads them
     for ending, count in sorted((+others).items()):
         cure = "; make .mp4 of them" if ending in (".mov", ".avi", ".mkv", ".webm", ".m4v", ".gif") else ""
         left.append(f"{folder}: {count} files that end in {ending or 'nothing'}, which are no part of clips{cure}")
@@ -114,8 +114,8 @@ def find_sources(folder):
 
 
 def join_alike(stems, folder, left):
-    """Stems, {name: {ending: file}}, to sources: those whose names are alike are joined if each has what
-    the other lacks. What has neither video, picture nor tracks is added to `left`."""
+    """Turn stems, {name: {ending: file}}, into sources. Stems with equivalent names are joined if their endings
+    do not overlap. Stems without video, picture or tracks are added to `left`."""
     groups = collections.defaultdict(list)
     for name in stems:
         groups[alike(name)].append(name)
@@ -138,8 +138,8 @@ def join_alike(stems, folder, left):
 
 
 def read_captions(folder, sources):
-    """({name of a source: prompt} of the csv files in a folder; a line on what each of them holds).
-    UserError if one cannot be read."""
+    """({name of a source: prompt} from the csv files in a folder; one message per file). UserError if one
+    cannot be read."""
     name_of = {}
     for name in sources:
         name_of.setdefault(alike(name), name)
@@ -172,7 +172,7 @@ def read_captions(folder, sources):
 
 
 def read_table(table):
-    """The rows of a csv file, each (video, caption). UserError it, if it has none."""
+    """The rows of a csv file, each (video, caption). UserError if it has none."""
     try:
         rows = csv.DictReader(io.StringIO(decode_text(table.read_bytes()), newline=""))
         names = {str(name).strip().lower(): name for name in rows.fieldnames or ()}
@@ -185,7 +185,7 @@ def read_table(table):
 
 
 def clip_name(video, folder):
-    """The stem that a csv file means by a video: a path in the folder, as any system writes it."""
+    """The stem meant by a csv file's video: a path in the folder, with slashes or backslashes."""
     path = Path(video.replace("\\", "/"))
     if path.is_absolute() and path.is_relative_to(folder.absolute()):
         path = path.relative_to(folder.absolute())
@@ -195,9 +195,8 @@ def clip_name(video, folder):
 
 
 def read_images(job, source):
-    """(The frames of a clip as PIL images, job.frames of a video, or one picture; the size, (width,
-    height), that its tracks are on). ValueError, one line, if the video is at another frame rate or too
-    short."""
+    """(The frames of a clip as PIL images: job.frames of a video, or one picture; the size, (width, height),
+    that its tracks refer to). ValueError, one line, if the video has another frame rate or is too short."""
     if ".mp4" not in source.files:
         image = load_image(source.path(".png"))
         return [image], image.size
@@ -213,16 +212,16 @@ def read_images(job, source):
         raise ValueError(f"{len(images)} frames at {fps:g} a second, {job.frames} at {rate} are wanted")
     late = [time - n / rate for n, time in enumerate(video.times()[:job.frames])]
     uneven = max(late, default=0) - min(late, default=0)
-    if uneven > 1.01 / rate:                            # tracks are of frames, and models of even ones
+    if uneven > 1.01 / rate:                            # tracks and models assume even spacing
         raise ValueError(f"frames are up to {uneven:.2g} s away from {rate} a second; {cure}")
     return images, video.size
 
 
 def read_motion(job, path, stored, size):
-    """The tracks (T', N, 2) and visibility (T', N) in a file, on frames of `size` (width, height), as
-    the model sees them; at most MOST_TRACKS, and as long as they are. They are in pixels of the frames as
-    they are `stored`, which need not be square. ValueError if they are shorter than the clip."""
-    with contextlib.redirect_stdout(None):              # doubts are no news
+    """Read tracks (T', N, 2) and visibility (T', N) from a file and map them from frames as `stored`, with
+    pixels that need not be square, to frames of `size` (width, height) and then to the model's video. At most
+    MOST_TRACKS tracks, in full length. ValueError if they are shorter than the clip."""
+    with contextlib.redirect_stdout(None):              # without notes on doubtful files
         found = read_tracks(path, stored)
     length = len(found.tracks)
     if length < job.frames:
@@ -236,14 +235,13 @@ def read_motion(job, path, stored, size):
 
 
 def read_conditions(job, source, caption):
-    """What a clip says beside its frames: {"prompt": a text}, or encoded, as its .safetensors has it,
-    {"text": (L, text_dim)} and, for an image branch, {"clip": (257, clip_dim)}. Raises what is wrong
-    with it."""
+    """A clip's conditions besides its frames: {"prompt": a text} or, encoded in its .safetensors, {"text":
+    (L, text_dim)} and, for an image branch, {"clip": (257, clip_dim)}. Raises an exception for any fault."""
     wan = job.config.text_encoder == "umt5"
     if wan and ".safetensors" in source.files:
         rows = read_rows(source.path(".safetensors"), job.config)
         found = {"text": rows["prompt"]}
-        if job.config.clip_dim and "clip" in rows:      # else the encoder sees the frame
+        if job.config.clip_dim and "clip" in rows:      # else the frame is encoded
             found["clip"] = rows["clip"]
         return found
     if wan and not job.text_encoder:
@@ -258,8 +256,8 @@ def read_conditions(job, source, caption):
 
 
 def read_clip(job, source, caption):
-    """A clip as it is found: video (3, T, H, W) uint8, tracks, visible, group, and what
-    read_conditions returns. Raises whatever is wrong with it."""
+    """Read a clip: video (3, T, H, W) uint8, tracks, visible, group, and the result of read_conditions. Raises
+    an exception for any fault."""
     images, stored = read_images(job, source)
     tracks, visible = read_motion(job, source.path(".npz"), stored, images[0].size)
     video = torch.stack([fit_image(image, job.config.size)[0] for image in images], 1)
@@ -267,13 +265,13 @@ def read_clip(job, source, caption):
         "video": ((video + 1) * 127.5).round().byte(),
         "tracks": tracks,
         "visible": visible,
-        "group": torch.full((tracks.shape[1],), -1),            # what they are on is not known
+        "group": torch.full((tracks.shape[1],), -1),            # objects are unknown
     }
     return clip | read_conditions(job, source, caption)
 
 
 class Encoders:
-    """The networks that a job needs, each loaded when it is first asked for."""
+    """The networks of a job, each loaded on first use."""
 
     def __init__(self, job):
         self.job = job
@@ -293,8 +291,8 @@ class Encoders:
 
 
 def without_padding(text):
-    """Rows (L, text_dim) without the zeros after the last that is not: models add them again, and padded to
-    512 rows a text is 4 MB of a clip's 9."""
+    """Rows (L, text_dim) without trailing zeros: models pad again, and a text padded to 512 rows is 4 MB of a
+    clip's 9."""
     used = text.any(1).nonzero()
     length = 0
     if len(used):
@@ -304,7 +302,7 @@ def without_padding(text):
 
 @torch.no_grad()
 def encode_clip(job, encoders, clip):
-    """A clip as read_clip returns it to what is kept of it, see the top of train_distill.py."""
+    """Encode a clip from read_clip into the tensors of its file, see the top of train_distill.py."""
     config = job.config
     video = clip["video"]
     seen = video[None].to(job.device) / 127.5 - 1
@@ -328,30 +326,30 @@ def encode_clip(job, encoders, clip):
 
 
 def made_from(path):
-    """What a file says that it was made from; None if there is none, or it cannot be read."""
+    """The `source` key in a file's metadata; None if the file is missing or cannot be read."""
     try:
         with safe_open(path, "pt") as file:
             return file.metadata().get("source")
-    except Exception:                                   # not there, or of a dozen kinds
+    except Exception:                                   # missing, or damaged in many ways
         return None
 
 
 def part_of(names, shard):
-    """Those of the names that this process is to make: its part of the shard (number, from 1, and count)."""
+    """This process's part of the names, given the shard (number, from 1, and count)."""
     number, count = shard
     return names[(number - 1) * PROCESSES + RANK::count * PROCESSES]
 
 
 def make_clips(job):
-    """The files of a job, made now or before. What is broken is named and left out, up to a tenth of
-    all: UserError if it is more."""
+    """Make the files of a job, or keep those made before; returns them. Faulty clips are named and left out;
+    UserError if they are more than a tenth."""
     sources, left = find_sources(job.folder)
     captions, said = read_captions(job.folder, sources)
     for line in [f"left out: {line}" for line in left] + said:
         if RANK == 0:
             print(line)
     if any(".mp4" in source.files for source in sources.values()):
-        find_ffmpeg()                       # or every single one would be left out
+        find_ffmpeg()                       # else every single video would be left out
     encoders = Encoders(job)
     checksum = content_digest(job.vae) if job.vae else ""
     config = job.config
@@ -367,7 +365,7 @@ def make_clips(job):
         if made_from(path) != made_of:
             try:
                 clip = read_clip(job, source, captions.get(name))
-            except Exception as e:                      # of a dozen kinds
+            except Exception as e:                      # of many kinds
                 reason = (str(e).strip() or repr(e)).splitlines()[0]
                 print(f"left out: {source.stem}: {reason}")
                 continue
@@ -391,7 +389,7 @@ def shard(text):
 
 
 def parse_job(argv):
-    """The command line to a Job. UserError, one line, for what cannot be."""
+    """Parse the command line into a Job. UserError, one line, if invalid."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("folder", type=Path, metavar="VIDEOS")
@@ -427,21 +425,21 @@ def parse_job(argv):
 
 
 def clip_frames(config):
-    """How long a training's clips are, see Settings."""
+    """Frames of a training clip, see Settings."""
     if config.text_encoder == "words":
         return TINY.clip_frames
     return paper_settings(config, has_head=False).clip_frames
 
 
 def run(argv):
-    """The program."""
+    """Run the program."""
     job = parse_job(argv)
     files = make_clips(job)
     print(f"{job.out}: {len(files)} clips")
 
 
 def main(argv=None):
-    """`run`, with its errors as one line. Returns the exit code."""
+    """`run`, with errors as one line. Returns the exit code."""
     return reported(run, argv)
 
 

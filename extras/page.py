@@ -2,15 +2,15 @@
 
     python -m extras.page --image x.png
 
-It prints an address; whoever opens it can drag, pin, draw paths and move the camera, and all who do see the same. Flags
-are those of sample.py, but for what is known beforehand (tracks, frames); --host and --port say where the page is served,
---allow under which other name a tunnel brings it somewhere else.
+It prints an address; whoever opens it can drag, pin, draw paths and move the camera, and all see the same video. The
+flags are those of sample.py, except tracks and frames; --host and --port set the address of the page, --allow the public
+name of a tunnel to it.
 
-A recording that begins with the image is three files: NAME.mp4, NAME.png, the image, and NAME.npz, what each chunk was
-given. `python sample.py --image NAME.png --tracks NAME.npz` makes the same frames again, see save_recording.
+A recording that begins with the image is three files: NAME.mp4, NAME.png (the image) and NAME.npz (the inputs of each
+chunk). `python sample.py --image NAME.png --tracks NAME.npz` reproduces the same frames, see save_recording.
 
-Requests only read and replace values of `Live`; the main thread alone runs the model. What may be asked over HTTP, and
-what is refused, is in Handler.
+Requests only read and replace values of `Live`; only the main thread runs the model. Handler defines which HTTP
+requests are allowed.
 """
 
 import argparse
@@ -43,65 +43,65 @@ from motionstream import Config, UserError, naming, write
 from sample import (Tracks, crop, embed_words, enlarge, fit_image, hold_signals, live_motion, number, to_frames,
                     to_video, video_file)
 
-RECORDING = Path("recording.mp4")   # what is recorded, without --out
+RECORDING = Path("recording.mp4")   # the default of --out
 PORT = 8765
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What the threads share.
+# State shared by the threads.
 
 class Shown(NamedTuple):
-    """A frame of a video."""
-    number: int             # rises, over all takes
-    seq: int                # of the control that it obeys
+    """A frame of the video."""
+    number: int             # increasing over all takes
+    seq: int                # of the control that it follows
     pixels: np.ndarray      # uint8 (H, W, 3)
 
 
 class Given(NamedTuple):
-    """What a chunk was given, in pixels of the image."""
-    starts: list            # (x, y) of each point: where in frame 0 is what it moves
-    ids: np.ndarray         # (N,) int64, as the model got them
+    """Points given to a chunk, in pixels of the image."""
+    starts: list            # (x, y) of each point in frame 0
+    ids: np.ndarray         # (N,) int64, as given to the model
     tracks: np.ndarray      # (T, N, 2) float32
     prompt: str
 
 
 @dataclass
 class Take:
-    """A stream from an image on."""
+    """A stream that starts from one image."""
     number: int
     image: Image.Image
     config: Config
-    made: collections.deque = field(default_factory=collections.deque)      # of Shown, not seen yet
+    made: collections.deque = field(default_factory=collections.deque)      # of Shown, to be shown
     seen: collections.deque = field(default_factory=collections.deque)      # of frames, for the recorder
-    obeyed: dict | None = None      # the control that the latest chunk was begun with
-    begun: float | None = None      # when that was, until its first picture is there
+    obeyed: dict | None = None      # the control of the latest chunk
+    begun: float | None = None      # its start time, until its first frame is done
 
 
 @dataclass
 class Live:
-    """What a page can read and replace, and what the clock shows it."""
-    image: Image.Image      # that the next take starts from
-    config: Config          # how the model streams, at the chunk that the flags say
-    control: dict           # what all pages share, see merge
-    status: dict            # what a page is told besides
-    frame: Shown            # the one that is seen
+    """State shared with the pages, and the frame shown by the clock."""
+    image: Image.Image      # the start of the next take
+    config: Config          # for sampling, with the flags' chunk
+    control: dict           # shared by all pages, see merge
+    status: dict            # other state sent to a page
+    frame: Shown            # currently shown
     stop: list              # of signals: not empty once the program ends
-    out: Path | None = None         # of the first recording that begins with the image; None: it has been used
+    out: Path | None = None         # for the first recording that begins with the image; None: used
     hosts: list = field(default_factory=list)       # names of this server
-    allowed: list = field(default_factory=list)     # and what else a browser may call it, with a port
-    pictures: list = field(default_factory=list)    # files that a take can start from
+    allowed: list = field(default_factory=list)     # further allowed host names, with a port
+    pictures: list = field(default_factory=list)    # files to start a take from
     files: list = field(default_factory=list)       # of recordings
     take: Take | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
     count: itertools.count = field(default_factory=lambda: itertools.count(1))      # of frames
-    viewers: dict = field(default_factory=dict)     # when a page last asked for a frame, by its name
+    viewers: dict = field(default_factory=dict)     # {name of a page: time of its last request for a frame}
     runs: bool = False      # somebody watches, and it is not paused
-    tick: float = 0.0       # when the next frame is to be seen
-    lead: float = 0.0       # seconds that a chunk has to be begun beforehand
+    tick: float = 0.0       # time to show the next frame
+    lead: float = 0.0       # seconds by which a chunk must start early
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What a browser may ask.
+# Requests of a browser.
 
 TOKEN = secrets.token_urlsafe(16)
 NONCE = secrets.token_urlsafe(16)
@@ -110,9 +110,9 @@ HEADERS = {
     "Content-Security-Policy":
         f"default-src 'none'; script-src 'nonce-{NONCE}'; style-src 'nonce-{NONCE}'; connect-src 'self'; "
         "img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"}
-MOST = {"application/json": 2 ** 18, "image/png": 2 ** 23, "image/jpeg": 2 ** 23}      # bytes that may be posted
+MOST = {"application/json": 2 ** 18, "image/png": 2 ** 23, "image/jpeg": 2 ** 23}      # bytes in a post
 MOST_POINTS = 256
-MOST_LEFT = 64              # groups that were removed
+MOST_LEFT = 64              # removed groups
 MOST_PIXELS = 2 ** 25       # of an image
 FARTHEST = 1e6              # pixels
 PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8").replace("NONCE", NONCE).encode()
@@ -122,14 +122,14 @@ HELD = ("drag", "pin", "path")
 
 
 class Refused(Exception):
-    """What is asked for is not given: (HTTP code, why)."""
+    """A rejected request: (HTTP code, reason)."""
 
 
 def merge(control, data, chunks, apart):
-    """The control after a page's post, JSON of what is other now: values of SETTINGS ("take": another number starts
-    anew; "chunk": one of `chunks`) and groups of points by their names, see read_group. Groups that are not named stay, in
-    the same take. "seq" counts posts, and "points" are those that the model gets, see gather. Too many points are Refused;
-    whatever else is wrong raises something else."""
+    """The control after a page's post: JSON of the changed values of SETTINGS ("take": a new number starts over;
+    "chunk": one of `chunks`) and groups of points by name, see read_group. Other groups stay during a take. "seq"
+    counts posts, and "points" are the model's, see gather. Raises Refused for too many points, some other exception for
+    any other fault."""
     changes = json.loads(data, parse_constant=float)
     given = changes.pop("groups", {})
     kinds = {name: type(value) for name, value in changes.items()}
@@ -151,9 +151,9 @@ def merge(control, data, chunks, apart):
 
 
 def read_group(name, group):
-    """A group of points as the page sends it, checked: {"kind": one of KINDS, "points": [[x, y, x and y in frame 0, and
-    when grabbed], …], "path": [[x, y], …]}, in pixels of the image. The kind "left": they were removed.
-    Whatever is wrong raises."""
+    """Check a group of points sent by the page: {"kind": one of KINDS, "points": [[x, y, x and y in frame 0, and when
+    grabbed], …], "path": [[x, y], …]}, in pixels of the image. Kind "left": removed points. Any fault raises some
+    exception."""
     points = np.array(group["points"], np.float64)
     path = np.array(group["path"], np.float64).reshape(-1, 2)
     right = (
@@ -171,7 +171,7 @@ def read_group(name, group):
 
 
 def gather(groups, apart):
-    """The points that the model gets: those that are held, and of the ground, if the camera moves it, those that start at
+    """Points for the model: all held points and, if the camera moves the ground, those ground points that start at
     least `apart` pixels from all of them."""
     points = []
     ground = []
@@ -188,20 +188,20 @@ def gather(groups, apart):
 
 
 def named(names, port):
-    """The Host headers that name a server: a name of it and its port, which browsers leave out if it is 80."""
+    """Valid Host headers of a server: its names with the port, which browsers omit if it is 80."""
     hosts = [f"{name}:{port}" for name in names]
     return hosts + list(names) if port == 80 else hosts
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """What is asked for and posted, if it comes with the token and from this page; everything else is refused."""
+    """Serves requests that carry the token and come from this page; everything else is rejected."""
     protocol_version = "HTTP/1.1"
     timeout = 5                     # seconds that a socket may stall
     disable_nagle_algorithm = True
 
     def handle(self):
         """One connection, in a thread of its own."""
-        with contextlib.suppress(OSError):              # the other side has gone, or stalls
+        with contextlib.suppress(OSError):              # the client is gone, or stalls
             if threading.active_count() < 64:
                 super().handle()
 
@@ -272,7 +272,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.open_image(data)
         except Refused:
             raise
-        except Exception:                               # wrong data raise a dozen kinds
+        except Exception:                               # bad data raise many kinds
             raise Refused(400, "This is not what the page sends, or no picture.") from None
         self.reply("application/json", json.dumps({"seq": self.server.live.control["seq"]}).encode())
 
@@ -343,7 +343,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def numbered(paths, number):
-    """The path of that number, counted from 0, in digits; Refused if there is no such file."""
+    """The path with that number, counted from 0, in digits; Refused if there is no such file."""
     numbers = [str(n) for n in range(len(paths))]
     if number not in numbers or not paths[int(number)].is_file():
         raise Refused(404, "There is no such file.")
@@ -351,7 +351,7 @@ def numbered(paths, number):
 
 
 def count_viewers(live, viewer=None):
-    """How many pages have asked for a frame within two seconds. viewer: the name of one that does so now."""
+    """Number of pages that have asked for a frame within two seconds. viewer: the name of one that asks now."""
     now = time.monotonic()
     with live.lock:
         if viewer is not None:
@@ -361,7 +361,7 @@ def count_viewers(live, viewer=None):
 
 
 def told(live):
-    """What a page is told: the control and the status, and what changes besides."""
+    """State for a page: the control, the status and the lists that change."""
     state = live.control | live.status
     del state["points"]                                 # they are in its groups
     take = live.take
@@ -375,7 +375,7 @@ def told(live):
 
 
 def clock(live):
-    """Lets one frame after the other be seen, at the clip's rate, while somebody watches and it is not paused."""
+    """Show one frame after the other at the clip's rate, while somebody watches and it is not paused."""
     while not live.stop:
         take = live.take
         live.runs = count_viewers(live) > 0 and not live.control["pause"]
@@ -387,14 +387,14 @@ def clock(live):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# From points to what the model gets.
+# From points to the model's inputs.
 
 def glide(points, last, frames, begins):
-    """Where points are in the next `frames` frames: on lines from where they were to where they are now.
+    """Positions of points in the next `frames` frames: on lines from their old to their new positions.
 
-    points: rows, see read_group. last: {start: where it was asked to be at the end of the chunk before};
-    one that was not there yet begins where it was grabbed or, in the first chunk of a take (begins), at its start.
-    Returns (starts, a sorted list of (x, y), which names the points; tracks (frames, N, 2) float32)."""
+    points: rows, see read_group. last: {start: requested position at the end of the previous chunk}; a new point begins
+    where it was grabbed or, in the first chunk of a take (begins), at its start. Returns (starts, a sorted list of
+    (x, y), which identify the points; tracks (frames, N, 2) float32)."""
     begin = {}
     end = {}
     for x, y, start_x, start_y, grabbed_x, grabbed_y in points:
@@ -411,9 +411,9 @@ def glide(points, last, frames, begins):
 
 
 def fit_chunk(starts, tracks, prompt, size, config):
-    """Points of a chunk, see glide, on an image of `size` (width, height), as sample.Motion in the model's video: hidden
-    where they leave it, with the words of a prompt, if the model reads words. What a point moves is where it was in frame
-    0, wherever that is by now."""
+    """Points of a chunk, see glide, on an image of `size` (width, height), to a sample.Motion in the model's video:
+    hidden outside it, with the text of a prompt if the model reads words. Each point moves the content of its start in
+    frame 0, wherever that is now."""
     points = to_video(tracks, size, config.size).numpy()
     outside = ((points < 0) | (points >= config.size[::-1])).any(-1)
     points[outside] = np.nan
@@ -425,7 +425,7 @@ def fit_chunk(starts, tracks, prompt, size, config):
 
 
 def reads_words(config):
-    """Whether the prompt can change while it streams."""
+    """True if the prompt can change during the stream."""
     return config.text_encoder == "words"
 
 
@@ -433,18 +433,18 @@ def reads_words(config):
 # Recordings.
 
 class Recorder:
-    """Puts what has been seen of a take into videos, while that is wanted: a new one each time, whole when it ends.
+    """Records the shown frames of a take on request: a new video each time, complete when it ends.
 
-    A video that begins with the image can be made again: what its chunks were given is kept as long as that is possible,
-    and saved beside it. out: what the names of videos are made of; settings: see save_recording."""
+    A video that begins with the image is reproducible: the inputs of its chunks are kept while that holds, and saved
+    beside it. out: base of the videos' names; settings: see save_recording."""
 
     def __init__(self, live, take, out, settings):
         self.live = live
         self.take = take
         self.out = out
         self.settings = settings
-        self.chunks = []            # of Given; None: it is too late for a video that begins with the image
-        self.count = 0              # frames in the video that is open
+        self.chunks = []            # of Given; None: too late to begin with the image
+        self.count = 0              # frames in the open video
         self.path = None            # of it
         self.files = contextlib.ExitStack()
         self.append = None
@@ -460,7 +460,7 @@ class Recorder:
         if on and not os.access(self.out.absolute().parent, os.W_OK):
             self.live.status["recorded"] = "the folder is not writable, nothing is recorded"
             on = False
-        while seen and (on or self.count):              # those before it was turned off are recorded, too
+        while seen and (on or self.count):              # also those shown before it was turned off
             if not self.count:
                 self.begin()
             self.put(seen.popleft())
@@ -514,7 +514,7 @@ class Recorder:
 
 
 def unused(path):
-    """The path of a video, or the first of path-2, path-3, … of which no file of a recording is there."""
+    """The path of a video, or the first of path-2, path-3, … without any file of a recording."""
     for i in itertools.count(1):
         new = path.with_stem(f"{path.stem}-{i}") if i > 1 else path
         if not any(new.with_suffix(ending).exists() for ending in (".mp4", ".png", ".npz")):
@@ -525,9 +525,9 @@ def save_recording(path, image, chunks, settings):
     """Write NAME.png and NAME.npz beside the video NAME.mp4.
 
     The .npz is a file of tracks: tracks (T, N, 2) float32 in pixels of the image, T frames of whole chunks, NaN where a
-    point was not there; visibility (T, N); ids (N,) int64 as the model got them; start (N, 2) float32, where in frame 0 is
-    what they move. And it says how the stream was made: prompts, one a chunk, and `settings`: track_id_mode, seed, chunk, sink, window (-1: all), steps, fps, dtype, frames,
-    weights (a checksum). chunks: of Given."""
+    point did not exist; visibility (T, N); ids (N,) int64 as given to the model; start (N, 2) float32: positions in
+    frame 0. It also records the stream: prompts, one per chunk, and `settings`: track_id_mode, seed, chunk, sink,
+    window (-1: all), steps, fps, dtype, frames, weights (a checksum). chunks: of Given."""
     tracks, ids, start = join_chunks(chunks)
     arrays = settings | {
         "tracks": tracks, "visibility": ~np.isnan(tracks[..., 0]), "ids": ids, "start": start,
@@ -540,8 +540,8 @@ def save_recording(path, image, chunks, settings):
 
 
 def join_chunks(chunks):
-    """What chunks were given, one column a point, in the order in which the model got them: tracks (T, N, 2), NaN where a
-    point was not there, ids (N,) and starts (N, 2). Without any point there is one column, of nothing."""
+    """Join the points given to chunks, one column per point, in the model's order: tracks (T, N, 2), NaN where a point
+    did not exist, ids (N,) and starts (N, 2). Without any point there is one empty column."""
     id_of = {}
     for chunk in chunks:
         id_of.update(zip(chunk.starts, chunk.ids.tolist()))
@@ -562,7 +562,7 @@ def join_chunks(chunks):
 # The program.
 
 def chunks_to_make(live, take, recorder):
-    """What each chunk is given, a Motion, as soon as it has to be begun, until the take is over."""
+    """Yield a Motion for each chunk, as soon as it has to be started, until the take is over."""
     last = {}
     while wait_for_chunk(live, take, recorder):
         begins = take.obeyed is None
@@ -582,8 +582,8 @@ def chunks_to_make(live, take, recorder):
 
 
 def wait_for_chunk(live, take, recorder):
-    """True as soon as the next chunk has to be begun, so that its first picture is there in time; False if another take
-    is asked for, or the program ends."""
+    """True as soon as the next chunk has to be started for its first frame to be in time; False if another take is
+    requested, or the program ends."""
     while not live.stop and live.control["take"] == take.number:
         recorder.record(live.control["record"])
         left = live.tick + len(take.made) / live.status["fps"] - time.monotonic()
@@ -594,7 +594,7 @@ def wait_for_chunk(live, take, recorder):
 
 
 def with_chunk(config, chunk):
-    """The config with another chunk, and so many chunks remembered that they are as many frames."""
+    """The config with another chunk size, and a sink and window of as many frames as before."""
     more = config.chunk // chunk
     window = None if config.window is None else more * config.window
     return replace(config, chunk=chunk, sink=more * config.sink, window=window)
@@ -602,8 +602,8 @@ def with_chunk(config, chunk):
 
 @torch.inference_mode()
 def perform(live, job, models, out):
-    """One take: the stream from live.image on, until another take is asked for or the program ends. out: what the names
-    of recordings are made of, None: RECORDING."""
+    """One take: stream from live.image until another take is requested or the program ends. out: base of the
+    recordings' names, None: RECORDING."""
     control = live.control
     config = with_chunk(live.config, control["chunk"])
     take = Take(control["take"], live.image, config)
@@ -614,7 +614,7 @@ def perform(live, job, models, out):
     job = replace(job, config=config)
     with Recorder(live, take, out or RECORDING, settings_of(job, models)) as recorder:
         for frame in sample.generate(job, models, pixels, chunks_to_make(live, take, recorder)):
-            if take.begun:                              # it is the first of its chunk
+            if take.begun:                              # the first of its chunk
                 live.status["latency"] = time.monotonic() - take.begun
                 live.lead = max(1.2 * live.status["latency"], 0.8 * live.lead)
                 take.begun = None
@@ -622,7 +622,7 @@ def perform(live, job, models, out):
 
 
 def settings_of(job, models):
-    """What a recording says besides what its chunks were given."""
+    """A recording's settings, besides the inputs of its chunks."""
     config = job.config
     window = -1 if config.window is None else config.window
     return {"track_id_mode": config.track_id_mode, "seed": job.seed, "chunk": config.chunk, "sink": config.sink,
@@ -631,7 +631,7 @@ def settings_of(job, models):
 
 
 def serve(live, address, allowed):
-    """Answer browsers, in threads of their own, from now on. address: (host, port); allowed: see Live. Prints where."""
+    """Answer browsers in separate threads. address: (host, port); allowed: see Live. Prints the address."""
     host, port = address
     with naming(f"--host {host} --port {port}", "not an address of this machine"):
         server = http.server.ThreadingHTTPServer(address, Handler)
@@ -650,7 +650,7 @@ def serve(live, address, allowed):
 
 
 def host_header(address):
-    """What a browser that was given an address calls the host: x.example:9000 of http://x.example:9000/."""
+    """The Host header that a browser sends for an address: x.example:9000 of http://x.example:9000/."""
     host = address.lower().rpartition("://")[2].partition("/")[0]
     if not re.fullmatch(r"[\w.-]+(:\d+)?", host):
         raise argparse.ArgumentTypeError(f"{address!r} is no name of a host, as x.example or localhost:9000")
@@ -658,8 +658,8 @@ def host_header(address):
 
 
 def parse_flags(argv):
-    """The command line: sample.Flags, (host, port), and other names of that. UserError for what is known beforehand and
-    what the page asks for instead."""
+    """Parse the command line: sample.Flags, (host, port), and its other names. UserError for flags that fix tracks or
+    frames beforehand, or that the page replaces."""
     parser = sample.Parser(prog="python -m extras.page", description="Draw tracks on a video while it streams.",
                            allow_abbrev=False)
     sample.add_flags(parser)
@@ -680,13 +680,13 @@ def parse_flags(argv):
 
 
 def pictures(image):
-    """Files to start from: the image, and the examples, which have tracks beside them."""
+    """Files to start from: the image, and the examples that have tracks."""
     examples = [path for path in sorted(sample.ASSETS.glob("*.png")) if path.with_suffix(".npz").exists()]
     return [image] + [path for path in examples if path.resolve() != image.resolve()]
 
 
 def check_out(flags):
-    """UserError unless a recording can be written where --out says, and replaces no file that is read."""
+    """UserError unless a recording can be written to --out without replacing an input file."""
     inputs = [value for name, value in vars(flags).items() if isinstance(value, Path) and name != "out"]
     sample.check_output(flags.out, (".mp4",), inputs)
     for ending in (".png", ".npz"):
@@ -694,7 +694,7 @@ def check_out(flags):
 
 
 def run(argv):
-    """The program. Returns the exit code."""
+    """Run the program; returns the exit code."""
     flags, address, allowed = parse_flags(argv)
     image = sample.load_image(flags.image)
     sample.find_ffmpeg()                        # whoever watches may record
@@ -727,7 +727,7 @@ def run(argv):
 
 
 def main(argv=None):
-    """`run`, with its errors as one line and an exit code."""
+    """`run`, with errors as one line and an exit code."""
     return sample.reported(run, sys.argv[1:] if argv is None else argv)
 
 

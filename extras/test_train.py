@@ -1129,7 +1129,7 @@ def damaged_clips(file):
     yield "video is missing", without("latents")
     yield ("latents is (5, 12, 4, 6), expected (4, None, 4, 6)",
            clip | {"latents": rand(5, 12, 4, 6)})
-    yield ("tracks of 44 frames, 45 are wanted; see --rollout",
+    yield ("has tracks for 44 frames but needs 45; extend them, or lower --rollout",
            clip | {"tracks": rand(44, 5, 2)})
     yield "text of 6 rows, at most 5", clip | {"text": rand(6, 12)}
 
@@ -1514,7 +1514,7 @@ def test_the_first_lines_of_a_training_are_a_table():
     said = out.getvalue()
     assert f"| teacher | 700 | 200 | 0.5 | {here / 'teacher.safetensors'} |" in said, said
     assert f"| distill | 1,200 | - | - | {here / 'student.safetensors'} |" in said, said
-    assert "not as usual: batch=2, teacher_steps=700\n" in said
+    assert "non-default settings: batch=2, teacher_steps=700\n" in said
     assert str(here / "STAGE.png") in said
     assert "Config(" not in said
     assert "Learning(" not in said

@@ -1,7 +1,7 @@
-"""What the drawn world's grounds and objects are covered with: dead leaves, clouds, stripes,
-checks, shading, mixtures of them, and faces. Nothing is downloaded.
+"""Textures of the drawn world's grounds and objects: dead leaves, clouds, stripes, checks,
+shading, mixtures of them, and faces. Nothing is downloaded.
 
-A texture is (3, width, width) in [0, 1]. rng: a torch.Generator, the only source of chance.
+A texture is (3, width, width) in [0, 1]. rng: a torch.Generator, the only source of randomness.
 """
 
 import functools
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageDraw
 
-EXTENT = 1.2                 # how far an object's texture reaches from its centre, in radii
+EXTENT = 1.2                 # half the width of an object's texture, in radii
 
 
 def uniform(low, high, rng):
@@ -30,8 +30,7 @@ def choose(options, rng):
 
 
 def draw_palette(rng):
-    """(6, 3): colours that go together, from almost equal to wild, most of them greyish, as in
-    photographs."""
+    """(6, 3): a random palette, from nearly uniform to wild, mostly greyish, as in photographs."""
     base = torch.rand(3, generator=rng)
     greyness = uniform(0, 1, rng)
     base = torch.lerp(base, base.mean(), greyness)
@@ -43,13 +42,13 @@ def draw_palette(rng):
 
 
 def two_colours(mask, palette):
-    """The palette's first two colours, mixed by mask (width, width) in [0, 1]."""
+    """Blend the palette's first two colours by mask (width, width) in [0, 1]."""
     first, second = palette[:2, :, None, None]
     return torch.lerp(first, second, mask)
 
 
 def plane(width, rng):
-    """Two coordinates (width, width) in [-1.5, 1.5], at right angles, turned at random."""
+    """Two orthogonal coordinates (width, width) in [-1.5, 1.5], rotated at random."""
     axis = torch.linspace(-1, 1, width)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     angle = uniform(0, 2 * math.pi, rng)
@@ -62,15 +61,15 @@ def plane(width, rng):
 
 @functools.lru_cache
 def frequencies(width):
-    """(width, width // 2 + 1): distance from the zero frequency, in cycles a picture."""
+    """(width, width // 2 + 1): distance from the zero frequency, in cycles per picture."""
     down = torch.fft.fftfreq(width)[:, None] * width
     across = torch.fft.rfftfreq(width)[None] * width
     return torch.hypot(down, across).clamp(min=1)
 
 
 def power_noise(width, channels, power, rng):
-    """(channels, width, width): noise of spectrum 1 / frequency ** power, mean 0, of standard
-    deviation 1 on average."""
+    """(channels, width, width): noise with spectrum 1 / frequency ** power, mean 0 and an average
+    standard deviation of 1."""
     decay = frequencies(width) ** -power
     decay[0, 0] = 0
     decay = decay * (width ** 2 / (2 * decay.norm()))
@@ -83,8 +82,8 @@ def power_noise(width, channels, power, rng):
 # The kinds: each a function of width, palette (6, 3) and rng
 
 def leaves(width, palette, rng):
-    """Dead leaves: discs that cover one another, their radii by a power law, as in photographs
-    (Lee, Mumford and Huang 2001)."""
+    """Dead leaves: overlapping discs with power-law radii, as in photographs (Lee, Mumford and
+    Huang 2001)."""
     smallest = width * uniform(0.005, 0.03, rng)
     largest = width * uniform(0.06, 0.25, rng)
     mean_area = 2 * math.pi * smallest ** 2 * math.log(largest / smallest)
@@ -108,7 +107,7 @@ def leaves(width, palette, rng):
 
 
 def to_bytes(colours):
-    """Colours as Pillow wants them, lists of 0 to 255."""
+    """Colours for Pillow, lists of 0 to 255."""
     levels = colours.clamp(0, 1) * 255
     return levels.int().tolist()
 
@@ -119,7 +118,7 @@ def from_picture(picture):
 
 
 def clouds(width, palette, rng):
-    """1 / f noise in two of the palette's directions."""
+    """1 / f noise along two directions of the palette."""
     power = uniform(0.9, 1.8, rng)
     one, other = power_noise(width, 2, power, rng)
     first, second, third = palette[:3, :, None, None]
@@ -142,7 +141,7 @@ def stripes(width, palette, rng):
 
 
 def checks(width, palette, rng):
-    """A board of checks, soft or sharp."""
+    """A checkerboard, soft or sharp."""
     u, v = plane(width, rng)
     count = math.pi * uniform(2, 8, rng)
     wave = torch.sin(count * u) * torch.sin(count * v)
@@ -151,7 +150,7 @@ def checks(width, palette, rng):
 
 
 def shading(width, palette, rng):
-    """A gradient from one side to the other or from a spot outwards."""
+    """A gradient from side to side or around a spot."""
     u, v = plane(width, rng)
     if chance(0.5, rng):
         shaded = two_colours(0.5 + 0.5 * u, palette)
@@ -166,14 +165,14 @@ KINDS = (leaves, leaves, leaves, clouds, clouds, stripes, checks, shading)
 
 
 def draw_kind(width, rng):
-    """A texture of one of KINDS."""
+    """A texture of a random kind."""
     kind = choose(KINDS, rng)
     palette = draw_palette(rng)
     return kind(width, palette, rng)
 
 
 def draw_texture(width, rng):
-    """One texture or two in regions, perhaps shaded and grained."""
+    """One texture, or two in regions, with optional shading and grain."""
     texture = draw_kind(width, rng)
     if chance(0.35, rng):
         other = draw_kind(width, rng)
@@ -194,7 +193,7 @@ def draw_texture(width, rng):
 
 
 def vary(texture, rng):
-    """The texture flipped, turned by quarters and with its colour channels permuted at random."""
+    """Flip the texture, rotate it by quarter turns and permute its channels, at random."""
     if chance(0.5, rng):
         texture = texture.flip(2)
     quarters = choose(range(4), rng)
@@ -203,15 +202,15 @@ def vary(texture, rng):
 
 
 def soften(texture):
-    """Each pixel the mean of two by two: what has two pixels for one of a frame does not flicker
-    when it moves."""
+    """Average each pixel over 2x2: at two texture pixels per frame pixel it does not flicker when
+    moving."""
     texture = (texture + texture.roll(1, 1)) / 2
     return (texture + texture.roll(1, 2)) / 2
 
 
 @functools.lru_cache
 def cubic_weights(cells, width):
-    """(width, cells): what a smooth curve through `cells` values is at `width` places."""
+    """(width, cells): weights of bicubic interpolation from `cells` values to `width` places."""
     values = torch.eye(cells)[None, None]
     size = (width, cells)
     weights = F.interpolate(values, size=size, mode="bicubic", align_corners=True)
@@ -219,7 +218,7 @@ def cubic_weights(cells, width):
 
 
 def smooth_ground(width, grey, rng):
-    """A plain ground, one colour that changes little and slowly. grey: without any hue."""
+    """A plain ground: one colour with small, slow changes. grey: without hue."""
     base = uniform(0.2, 0.8, rng)
     cells = choose((2, 3, 8), rng)
     change = torch.randn(1, cells, cells, generator=rng)
@@ -236,7 +235,7 @@ def smooth_ground(width, grey, rng):
 
 
 # ------------------------------------------------------------------------------------------------
-# Faces: everyone sees at once whether one survives
+# Faces: a viewer sees at once whether one survives
 
 SKINS = ("#ffe0c4", "#f1c296", "#e0ac7d", "#b0784e", "#784e32", "#ffd65a", "#96cd78", "#8cb4eb")
 HAIRS = ("#1e1814", "#503018", "#8c5828", "#e1b95f", "#be461e", "#a0a0a5", "#c83c8c", "#3c5abe")
@@ -246,8 +245,8 @@ MAROON = "#6e141e"
 
 
 class Face:
-    """A pen that draws on a head's texture in radii from its centre, x to the right and y down. A
-    box is (left, top, right, bottom)."""
+    """A pen on a head's texture; units are radii from its centre, x to the right and y down. A box
+    is (left, top, right, bottom)."""
 
     def __init__(self, width, skin):
         self.scale = width / 2 / EXTENT
@@ -281,7 +280,7 @@ class Face:
 
 
 def draw_face(width, tilt, rng):
-    """The texture of a face turned by `tilt`, in radians; the head is cut out elsewhere."""
+    """The texture of a face rotated by `tilt` radians; the head's outline is cut out elsewhere."""
     skin = choose(SKINS, rng)
     hair = choose(HAIRS, rng)
     face = Face(4 * width, skin)

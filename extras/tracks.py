@@ -1,13 +1,13 @@
 """Tracks from other programs, cameras from depth, tracks drawn on pictures.
 
-    python -m extras.tracks FILE --image x.png --out t.npz              what another program wrote
+    python -m extras.tracks FILE --image x.png --out t.npz              another program's file
     python -m extras.tracks --image x.png --drag "9,9 -> 40,9" --out t.npz
     python -m extras.tracks --image x.png --depth d.npy --camera right:0.3 --out t.npz
 
-writes a file for --tracks of sample.py, in which nothing is left to doubt.
+writes an unambiguous file for --tracks of sample.py.
 
-Names decide what a file's arrays are; shapes and numbers only refuse; nothing is transposed, scaled or
-swapped on a guess. Sizes are checked before there is an array, and no pickle is loaded. Shapes: tracks
+Array names decide how a file is read; shapes and values only reject it; nothing is transposed, scaled
+or swapped on a guess. Sizes are checked before allocation, and no pickle is loaded. Shapes: tracks
 (T, N, 2), x to the right and y down, in pixels of a picture; visible (T, N) bool.
 """
 
@@ -30,11 +30,11 @@ from PIL import Image, ImageDraw
 from motionstream import UserError, naming, write
 
 LIMIT = 2 ** 30             # bytes of a file, unpacked, and of each of its arrays as float32
-LONGEST = 1_000_000         # of an array's sides: frames
+LONGEST = 1_000_000         # axis of an array: frames
 MOST = 20_000               # tracks
-LIMIT_TEXT = 2 ** 25        # bytes; as Python's lists it takes twenty times as many
-TRAIL = 12                  # frames that a track's trail lasts when it is drawn
-POSITIONS = {               # arrays by name: the order of their axes, and pixels or shares of the picture
+LIMIT_TEXT = 2 ** 25        # bytes; parsed into Python lists, 20 times as much
+TRAIL = 12                  # frames in a drawn track's trail
+POSITIONS = {               # arrays by name: order of the axes; pixels or fractions of the picture
     "tracks": ("tn", "px"), "pred_tracks": ("tn", "px"), "track_path": ("tn", "px"),
     "track_points": ("tn", "01"), "points": ("nt", "01"), "array": ("nt", "px")}
 VISIBLE = ("visibility", "pred_visibility", "track_visibility", "visibles")
@@ -42,16 +42,16 @@ HIDDEN = ("occluded", "occlusion")
 OTHERS = ("width", "height", "fps", "ids", "track_ids", "start", "format")
 KNOWN = tuple(POSITIONS) + VISIBLE + HIDDEN + OTHERS
 CURE = "damaged, or not numbers; write it with numpy.savez(path, tracks=tracks), (T, N, 2) float32"
-TOOL = "python -m extras.tracks"            # where the flags are that messages name
+TOOL = "python -m extras.tracks"            # the program whose flags messages name
 
 
 # --------------------------------------------------------------------------------------------------
-# Arrays from files that may come from anywhere. Whatever is wrong raises; call this within `naming`.
+# Arrays from untrusted files. Any fault raises some exception: call this within `naming`.
 
 def read_file(path):
-    """What a file holds: "npy", "npz" or "json", and arrays by name, None for those that are not KNOWN.
-    An .npy file, or one tensor of torch.save, has one, named tracks. ATI's .pth are bytes, which torch
-    takes out, and which are an .npz file."""
+    """Read a file: ("npy", "npz" or "json", arrays by name, None for names that are not KNOWN). An .npy
+    file, or a single tensor of torch.save, is named tracks. ATI's .pth holds the bytes of an .npz file,
+    wrapped by torch."""
     with open(path, "rb") as file:
         head = file.read(6)
         if head == np.lib.format.MAGIC_PREFIX:
@@ -63,7 +63,7 @@ def read_file(path):
     if is_zip and not any(name.endswith("data.pkl") for name in zipfile.ZipFile(path).namelist()):
         return "npz", read_arrays(path)
     packed = None
-    with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):  # which advise unpickling
+    with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):  # they advise unpickling
         packed = torch.load(path, map_location="cpu", weights_only=True)
     if packed is None:
         raise UserError("is a pickle, which may run code and is not opened; docs/tracks.md says how to "
@@ -82,26 +82,26 @@ def read_file(path):
 
 
 def to_array(name, value):
-    """A tensor, or a number, out of a file of torch.save as an array."""
+    """A tensor or a number from a torch.save file, as an array."""
     if isinstance(value, (int, float, str)):
         return np.asarray(value)
     if not torch.is_tensor(value) or value.layout != torch.strided or value.is_quantized:
         raise UserError(f"{name} is a {type(value).__name__}, and no plain tensor")
-    check_size(tuple(value.shape), value.itemsize)          # it may claim more than the file holds
+    check_size(tuple(value.shape), value.itemsize)          # its shape may claim more than the file holds
     if value.dtype == torch.bfloat16:
         value = value.float()
     return value.detach().numpy()
 
 
 def decode_text(data):
-    """The bytes of a text file to the text: in UTF-8, with or without a byte order mark, or in UTF-16 with
-    one. UserError if it is anything else."""
+    """Decode the bytes of a text file: UTF-8, with or without a byte order mark, or UTF-16 with one.
+    UserError for anything else."""
     encoding = "utf-8-sig"
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         encoding = "utf-16"
     try:
         text = data.decode(encoding)
-        if "\0" in text:                    # as of UTF-16 without its mark, or UTF-32
+        if "\0" in text:                    # UTF-16 without its mark, or UTF-32
             raise ValueError("it has zeros in it")
         return text
     except ValueError as e:
@@ -109,12 +109,12 @@ def decode_text(data):
 
 
 def check_unpacked(file):
-    """Refuse what is too large, or would be when unpacked. file: a path, or a whole file in memory."""
+    """UserError if a file is too large, packed or unpacked. file: a path, or a whole file in memory."""
     if isinstance(file, io.BytesIO):
         size = len(file.getbuffer())
     else:
         size = file.stat().st_size
-    with contextlib.suppress(Exception):    # no zip file, or a damaged one: the reader says it
+    with contextlib.suppress(Exception):    # not a zip file, or damaged: the reader reports it
         entries = zipfile.ZipFile(file).infolist()
         size = max(size, sum(entry.file_size for entry in entries))
     if size > LIMIT:
@@ -122,7 +122,7 @@ def check_unpacked(file):
 
 
 def check_size(shape, itemsize):
-    """Refuse an array that is too large, before there is one."""
+    """UserError if an array is too large, before it is allocated."""
     if max(shape, default=0) > LONGEST or math.prod(shape) * max(itemsize, 4) > LIMIT:
         raise UserError(f"has an array of {shape}, at most {LONGEST} a side and {LIMIT / 2 ** 30:g} GiB "
                         "are read")
@@ -130,8 +130,8 @@ def check_size(shape, itemsize):
 
 def read_npy(file):
     """The array in an open .npy file."""
-    numpy = np.lib.format                   # its functions
-    with warnings.catch_warnings(action="ignore"):      # of headers by Python 2
+    numpy = np.lib.format                   # the functions
+    with warnings.catch_warnings(action="ignore"):      # about headers by Python 2
         file.seek(0)
         read_header = numpy.read_array_header_2_0
         if numpy.read_magic(file) == (1, 0):
@@ -143,7 +143,7 @@ def read_npy(file):
 
 
 def read_arrays(file):
-    """The arrays of an .npz file by name, None for those that are not KNOWN. file: a path, or one in
+    """The arrays of an .npz file by name, None for names that are not KNOWN. file: a path, or a file in
     memory."""
     check_unpacked(file)
     arrays = {}
@@ -159,7 +159,7 @@ def read_arrays(file):
 
 
 def read_json(path):
-    """{"tracks": ..., "width": ...} as arrays by name, or the tracks alone: see read_paths."""
+    """Arrays by name from {"tracks": ..., "width": ...}, or from the tracks alone, see read_paths."""
     with open(path, "rb") as file:
         data = file.read(LIMIT_TEXT + 1)
     if len(data) > LIMIT_TEXT:
@@ -176,8 +176,8 @@ def read_json(path):
 
 
 def read_paths(paths):
-    """Tracks as lists of points, {"x": x, "y": y} or [x, y] or null, or one such list, to (N, T, 2), NaN
-    where null and after the end of the shorter ones. Each may be text in its turn."""
+    """Tracks as lists of points, {"x": x, "y": y}, [x, y] or null, or one such list, to (N, T, 2): NaN
+    for null and after the end of shorter tracks. Each list may itself be JSON text."""
     paths = parse(paths)
     first = next((point for point in paths if point is not None), None)
     is_pair = isinstance(first, list) and first and isinstance(first[0], (int, float))
@@ -209,7 +209,7 @@ def read_points(path, number):
 
 
 def parse(text):
-    """JSON, single quotes tolerated; what is no text is left as it is."""
+    """Parse JSON, tolerating single quotes; values other than text are returned as they are."""
     if not isinstance(text, str):
         return text
     try:
@@ -222,12 +222,12 @@ def parse(text):
 # Files of tracks.
 
 def load_tracks(path, size, layout="auto", units="auto", own_size=None, visibility=None, frames=None):
-    """A tracks file for an image of `size` (width, height), as a dict: tracks (T, N, 2) float32 in pixels
-    of that image, finite, visible (T, N) bool, ids (N,) and fps, None if the file does not say.
+    """Load a tracks file for an image of `size` (width, height), as a dict: tracks (T, N, 2) float32 in
+    pixels of that image, finite, visible (T, N) bool, ids (N,) and fps, None if the file lacks them.
 
-    For what names do not tell: layout "tn" or "nt"; units "px" or "01"; own_size (width, height) of the
-    picture that the tracks belong to; visibility, another file; frames, how many there shall be, which
-    may show that the axes are swapped. Raises UserError, naming the file and the flag."""
+    To resolve ambiguous files: layout "tn" or "nt"; units "px" or "01"; own_size (width, height) of the
+    picture that the tracks refer to; visibility, another file; frames, the expected number, which may
+    reveal swapped axes. Raises UserError, naming the file and the flag."""
     with naming(path, CURE):
         kind, arrays = read_file(path)
     beside = visibility
@@ -235,14 +235,14 @@ def load_tracks(path, size, layout="auto", units="auto", own_size=None, visibili
         beside = find_visibility(path)
     if beside:
         arrays["visibility"] = read_visibility(beside, path, arrays)
-    with naming(path, CURE), np.errstate(all="ignore"):     # too large for float32 has its own message
-        if str(arrays.get("format")) == "motionstream":     # written here: nothing is left to doubt
+    with naming(path, CURE), np.errstate(all="ignore"):     # overflow of float32 has its own message
+        if str(arrays.get("format")) == "motionstream":     # written here: unambiguous
             layout = layout.replace("auto", "tn")
             units = units.replace("auto", "px")
         tracks, seen, order, unit = by_name(arrays, kind)
         there = picture_of(arrays, size, own_size)
         tracks, seen = arrange(tracks, seen, order if layout == "auto" else layout)
-        told = seen is not None and "visibles" not in arrays    # TAPIR's, too, are (N, T)
+        told = seen is not None and "visibles" not in arrays    # TAPIR's are (N, T) too
         tracks, visible = check_tracks(tracks, seen, there, unit if units == "auto" else units)
         if units == "auto":
             doubt_tracks(tracks, visible, there, unit)
@@ -257,7 +257,7 @@ def load_tracks(path, size, layout="auto", units="auto", own_size=None, visibili
 
 
 def find_visibility(path):
-    """The file that other programs write beside tracks in an .npy file, if it is there."""
+    """The visibility file that other programs write beside an .npy file of tracks, if it exists."""
     for name in path.name.replace("tracks", "visibility"), f"{path.stem}_visibility.npy":
         beside = path.with_name(name)
         if name != path.name and beside.is_file():
@@ -266,7 +266,7 @@ def find_visibility(path):
 
 
 def read_visibility(file, path, arrays):
-    """The array in a file of visibility alone, for the tracks at `path`, which hold `arrays`."""
+    """The array in a visibility file, for the tracks at `path`, which hold `arrays`."""
     with naming(file, "damaged, or no .npy file of 0 and 1, (T, N)"), open(file, "rb") as opened:
         if {"array", *VISIBLE, *HIDDEN} & arrays.keys():
             raise UserError(f"{path} has a visibility of its own; drop --visibility")
@@ -274,7 +274,7 @@ def read_visibility(file, path, arrays):
 
 
 def positive(name, value):
-    """A number that a file holds, if it does."""
+    """A file's positive number, None if it has none."""
     if value is None:
         return None
     if value.size != 1 or not 0 < value.item() < math.inf:
@@ -284,8 +284,8 @@ def positive(name, value):
 
 
 def picture_of(arrays, size, own_size=None):
-    """(width, height) of the picture that a file's tracks are on: what the file says, else `own_size`
-    of --size, else `size`."""
+    """(width, height) of the picture that a file's tracks refer to: from the file, else `own_size` of
+    --size, else `size`."""
     usual = own_size or size
     width = positive("width", arrays.get("width")) or usual[0]
     height = positive("height", arrays.get("height")) or usual[1]
@@ -295,7 +295,7 @@ def picture_of(arrays, size, own_size=None):
 
 
 def by_name(arrays, kind):
-    """(positions, visibility or None, order of the axes, unit), as the names of a file's arrays tell."""
+    """(positions, visibility or None, order of the axes, unit), from the names of a file's arrays."""
     hidden = [name for name in HIDDEN if name in arrays]
     seen = hidden + [name for name in VISIBLE if name in arrays]
     found = [name for name in POSITIONS if name in arrays and (hidden or name != "points")]
@@ -308,7 +308,7 @@ def by_name(arrays, kind):
     if positions.dtype.kind not in "iuf" or positions.dtype.itemsize > 8:
         raise UserError(f"{found[0]} are {positions.dtype} {positions.shape}, expected numbers (T, N, 2)")
     if found == ["array"]:
-        arrays.setdefault("fps", np.array(24))          # which ATI's are
+        arrays.setdefault("fps", np.array(24))          # ATI's frame rate
         positions, visibility = from_ati(positions)
         return positions, visibility, order, unit
     if hidden or kind == "json":
@@ -334,8 +334,8 @@ def from_ati(array):
 
 
 def arrange(tracks, visibility, order):
-    """What a file holds in `order`, "tn" or "nt", as (T, N, 2) and (T, N) or None. A leading 1 is a batch
-    of one; (T, 2) is one track; a third channel is visibility if all of it is 0 or 1."""
+    """Rearrange arrays in `order`, "tn" or "nt", to (T, N, 2) and (T, N) or None. A leading 1 is a batch
+    of one; (T, 2) is one track; a third channel of only 0 and 1 is visibility."""
     if tracks.ndim == 4 and len(tracks) == 1:
         tracks = tracks[0]
     if visibility is not None:
@@ -360,9 +360,9 @@ def arrange(tracks, visibility, order):
 
 
 def check_tracks(tracks, visibility, size, unit="px"):
-    """Tracks (T, N, 2) as float32, finite and in pixels, and visible (T, N) bool: as the file says, else
-    wherever the position is not NaN. unit: "px" or "01", shares of a picture of `size` (width, height).
-    Refused is what cannot be, frame by frame."""
+    """Check tracks (T, N, 2): to float32, finite, in pixels, and visible (T, N) bool, from the file's
+    visibility, else True where the position is not NaN. unit: "px" or "01", fractions of a picture of
+    `size` (width, height). UserError for impossible values."""
     shape = tracks.shape
     if tracks.dtype.kind not in "iuf" or tracks.ndim != 3 or shape[2] != 2 or 0 in shape:
         raise UserError(f"tracks are {tracks.dtype} {shape}, expected numbers (T, N, 2): frames, tracks, "
@@ -395,7 +395,7 @@ def check_tracks(tracks, visibility, size, unit="px"):
 
 
 def check_ids(ids, count):
-    """Refuse IDs that are not a whole number below 2**32 for each of `count` tracks."""
+    """UserError unless ids are one integer in [0, 2**32) for each of `count` tracks."""
     whole = ids.dtype.kind in "iu" and ids.shape == (count,)
     if not whole or ids.min() < 0 or ids.max() >= 2 ** 32:
         raise UserError(f"ids are {ids.dtype} {ids.shape}, expected a whole number below 2**32 for each "
@@ -403,7 +403,7 @@ def check_ids(ids, count):
 
 
 def doubt_tracks(tracks, visible, size, unit):
-    """Refuse tracks in pixels that are unlikely to be on a picture of `size` (width, height)."""
+    """UserError if tracks in pixels are unlikely to belong to a picture of `size` (width, height)."""
     farthest = abs(tracks[visible]).max(initial=0)
     if unit == "px" and visible.any() and farthest <= 1:
         raise UserError("all positions lie in [-1, 1] and must be pixels; if they are shares of the "
@@ -422,8 +422,8 @@ def doubt_tracks(tracks, visible, size, unit):
 
 
 def doubt_order(tracks, visible, frames):
-    """Refuse tracks that look like (N, T, 2): a net for files that do not tell, not a proof. frames: how
-    many are wanted, or None."""
+    """UserError if tracks look like (N, T, 2): a heuristic for ambiguous files, not a proof. frames: the
+    expected number, or None."""
     T, N = visible.shape
     part = np.where(visible[..., None], tracks, math.nan)[:999, :999]
     in_time = usual_step(part, 0)
@@ -440,16 +440,16 @@ def doubt_order(tracks, visible, frames):
 
 
 def usual_step(tracks, axis):
-    """The median distance of neighbours along an axis of (T, N, 2), NaN if none are seen."""
+    """The median distance between neighbours along an axis of (T, N, 2), NaN if none are visible."""
     steps = np.linalg.norm(np.diff(tracks, axis=axis), axis=-1)
     steps = steps[~np.isnan(steps)]
     return np.median(steps) if steps.size else math.nan
 
 
 def write_tracks(path, arrays):
-    """A dict of arrays as an .npz file, whole or not there, for --tracks of sample.py: `tracks`
-    (T, N, 2) float32 in pixels of a picture of `width` and `height`, `visibility` (T, N) bool, and what
-    else is known. It says that it was written here, so it is read without a doubt."""
+    """Write a dict of arrays as an .npz file for --tracks of sample.py, atomically: `tracks` (T, N, 2)
+    float32 in pixels of a picture of `width` and `height`, `visibility` (T, N) bool, and optional ones.
+    Its format marks it as written here, so it is read without heuristics."""
     data = io.BytesIO()
     np.savez(data, format="motionstream", **arrays)
     write(path, lambda part: part.write_bytes(data.getbuffer()))
@@ -459,7 +459,7 @@ def write_tracks(path, arrays):
 # Points that are dragged.
 
 def read_path(text):
-    """Points of the image, "x,y -> x,y -> …", as (P, 2)."""
+    """Parse points of the image, "x,y -> x,y -> …", to (P, 2)."""
     point = r"\s*-?\d{1,6}(\.\d*)?\s*,\s*-?\d{1,6}(\.\d*)?\s*"
     if not re.fullmatch(f"{point}(->{point})*", text):
         raise UserError(f"--drag, --pin: {text!r} is not x,y -> x,y in pixels of the image")
@@ -468,7 +468,7 @@ def read_path(text):
 
 
 def read_grid(text):
-    """"3x20", 3x3 points 20 pixels apart, as offsets (9, 2) from the middle one."""
+    """Parse "3x20", 3x3 points 20 pixels apart, to offsets (9, 2) from the centre."""
     found = re.fullmatch(r"([1-9]\d?)x([1-9]\d{0,3})", text)
     if not found:
         raise UserError(f"--grid: {text!r} is not like 3x20, 3x3 points 20 pixels apart")
@@ -478,8 +478,8 @@ def read_grid(text):
 
 
 def follow(paths, frames):
-    """Tracks (frames, N, 2) float32 along N paths, each points (P, 2): each stretch takes as long; one
-    point alone is pinned."""
+    """Tracks (frames, N, 2) float32 along N paths of points (P, 2), with equal time per segment; a single
+    point is pinned."""
     tracks = np.zeros((frames, len(paths), 2), np.float32)
     for n, points in enumerate(paths):
         times = np.linspace(0, len(points) - 1, frames)
@@ -489,8 +489,8 @@ def follow(paths, frames):
 
 
 def drag_tracks(texts, grid, size, frames):
-    """(tracks, visible) of --drag and --pin, texts as for read_path, each of which must start inside the
-    image of `size` (width, height). grid: as for read_grid, what goes along with each; or None."""
+    """(tracks, visible) of --drag and --pin, texts for read_path that must start inside the image of
+    `size` (width, height). grid: text for read_grid, points that move along with each; or None."""
     paths = [read_path(text) for text in texts]
     for points in paths:
         x, y = points[0]
@@ -504,9 +504,9 @@ def drag_tracks(texts, grid, size, frames):
 
 
 # --------------------------------------------------------------------------------------------------
-# A camera that moves in a still scene of known depth.
+# A moving camera in a static scene of known depth.
 
-MOVES = {                   # what `camera` calls it, its value for an amount of 1, the usual amount
+MOVES = {                   # argument of `camera`, its value per unit amount, default amount
     "left": ("move", (-1, 0, 0), 0.2), "right": ("move", (1, 0, 0), 0.2),
     "up": ("move", (0, -1, 0), 0.2), "down": ("move", (0, 1, 0), 0.2),
     "in": ("move", (0, 0, 1), 0.3), "out": ("move", (0, 0, -1), 0.3),
@@ -515,7 +515,7 @@ MOVES = {                   # what `camera` calls it, its value for an amount of
 
 
 def camera_move(text):
-    """A flag's type: a camera's move and, if wanted, how far, "right:0.3", as arguments of `camera`."""
+    """A flag's type: a camera move with an optional amount, "right:0.3", to arguments of `camera`."""
     name, _, amount = text.partition(":")
     good = name in MOVES and re.fullmatch(r"(\d{1,3}(\.\d*)?|\.\d+)?", amount)
     if not good or amount and not float(amount):
@@ -531,8 +531,8 @@ def camera_move(text):
 
 
 def scene_points(depth, rows, columns, focal):
-    """Where a camera sees the pixels at rows and columns of depth (H, W): (n, 3), x to the right, y down
-    and z ahead, in the unit of depth."""
+    """Unproject the pixels at rows and columns of depth (H, W): (n, 3), x to the right, y down and z
+    ahead, in the unit of depth."""
     H, W = depth.shape
     x, y = np.meshgrid(columns + 0.5, rows + 0.5)
     z = np.float64(depth[np.ix_(rows, columns)])
@@ -540,8 +540,8 @@ def scene_points(depth, rows, columns, focal):
 
 
 def move_camera(scene, move, orbit):
-    """Points (n, 3) as seen by a camera that has moved, and has gone round the point ahead at depth 1,
-    `orbit` degrees to the right."""
+    """Points (n, 3) in the coordinates of a camera translated by `move` and rotated around the point
+    ahead at depth 1, `orbit` degrees to the right."""
     pivot = np.array([0, 0, 1])
     cosine = np.cos(np.radians(orbit))
     sine = np.sin(np.radians(orbit))
@@ -550,26 +550,26 @@ def move_camera(scene, move, orbit):
 
 
 def nearest_in_cell(xy, z, inside, size, cell):
-    """How near the nearest point is in the square of `cell` pixels in which each point (n, 2) lies: a
-    coarse picture of what is in front. size: (height, width) of the picture."""
+    """Depth of the nearest point in the square of `cell` pixels around each point (n, 2): a coarse
+    z-buffer. size: (height, width) of the picture."""
     H, W = size
     x, y = np.where(inside[:, None], xy // cell, 0).astype(int).T
-    number = np.where(inside, y * W + x, H * W)         # what is outside goes to a square of its own
+    number = np.where(inside, y * W + x, H * W)         # points outside share a square of their own
     nearest = np.full(H * W + 1, np.inf)
     np.minimum.at(nearest, number, z)
     return nearest[number]
 
 
 def camera(depth, frames, move=(0, 0, 0), orbit=0, zoom=1, grid=8, focal=None):
-    """What a camera that moves sees of a still scene of depth (H, W) > 0: tracks (frames, grid * grid, 2)
-    in pixels of depth, and visible, False outside the picture and behind what is nearer. In the end it
-    has moved by (x, y, z), to the right, down and ahead, in the unit of depth, has gone round the point
-    ahead at depth 1, `orbit` degrees to the right, and magnifies `zoom` times. focal: in pixels;
+    """Tracks of a static scene of depth (H, W) > 0 under a moving camera: (frames, grid * grid, 2) in
+    pixels of depth, and visible, False outside the picture and behind nearer points. By the last frame
+    the camera has moved by (x, y, z), to the right, down and ahead, in the unit of depth, has orbited the
+    point ahead at depth 1 by `orbit` degrees to the right, and magnifies `zoom` times. focal: in pixels;
     default: the longer side."""
     H, W = depth.shape
     focal = focal or max(H, W)
     count = grid * grid
-    step = math.ceil(max(H, W) / 512)                   # so coarsely what may hide points is looked at
+    step = math.ceil(max(H, W) / 512)                   # resolution of the occluders
     rows, columns = [((np.arange(grid) + 0.5) / grid * side).astype(int) for side in (H, W)]
     tracked = scene_points(depth, rows, columns, focal)
     hiding = scene_points(depth, np.arange(0, H, step), np.arange(0, W, step), focal)
@@ -579,23 +579,23 @@ def camera(depth, frames, move=(0, 0, 0), orbit=0, zoom=1, grid=8, focal=None):
     for t in np.linspace(0, 1, frames):
         magnified = zoom ** t
         points = move_camera(scene, t * np.array(move), t * orbit)
-        z = np.maximum(points[:, 2], 1e-6)              # that near or behind the camera: not seen
+        z = np.maximum(points[:, 2], 1e-6)              # too near or behind the camera: not visible
         xy = points[:, :2] / z[:, None] * focal * magnified + np.array([W, H]) / 2
         inside = ((xy >= 0) & (xy < (W, H))).all(1) & (points[:, 2] >= z)
-        larger = 1                                      # than in frame 0, so that squares have no holes
+        larger = 1                                      # than in frame 0, to leave no holes
         if inside.any():
             larger = max(np.quantile(scene[inside, 2] / z[inside], 0.99) * magnified, 1)
         nearest = nearest_in_cell(xy, z, inside, (H, W), 4 * step * larger)
         if slope is None:
-            slope = np.clip(z / nearest, 1, 1.25)       # of a surface within a square
+            slope = np.clip(z / nearest, 1, 1.25)       # depth ratio of a surface within a square
         tracks.append(xy[:count])
         visible.append((inside & (z < 1.05 * slope * nearest))[:count])
     return np.stack(tracks), np.stack(visible)
 
 
 def read_depth(path):
-    """The depth (H, W) in an .npy file, as it is, or of a grey picture, as such pictures are mostly made:
-    one over the brightness, so that bright is near."""
+    """The depth (H, W) in an .npy file, unchanged, or from a grey picture by the common convention: 1 /
+    brightness, so that bright is near."""
     with open(path, "rb") as file:
         if file.read(6) == np.lib.format.MAGIC_PREFIX:
             depth = read_npy(file)
@@ -618,9 +618,9 @@ def read_depth(path):
 
 
 def load_depth(path, size):
-    """The depth (H, W) > 0, as shares of the median of what is finite, of an image of `size` (width,
-    height), of as many pixels or of more or fewer in the same ratio: from an .npy file, in any unit, or
-    from a grey picture. Raises UserError, naming the file."""
+    """Load the depth (H, W) > 0 of an image of `size` (width, height), as multiples of its finite median:
+    from an .npy file in any unit, or from a grey picture; any resolution of the image's aspect ratio.
+    Raises UserError, naming the file."""
     cure = "damaged, or neither an .npy file of depth (H, W) nor a grey picture"
     with naming(path, cure), np.errstate(all="ignore"):
         depth = read_depth(path)
@@ -639,8 +639,8 @@ def load_depth(path, size):
 
 
 def camera_tracks(path, size, frames, grid, move, focal=None):
-    """(tracks, visible) that `camera` sees of an image of `size` (width, height) by a file of its depth.
-    move: arguments of `camera`; focal in pixels of the image."""
+    """(tracks, visible) of `camera` for an image of `size` (width, height) and a file of its depth. move:
+    arguments of `camera`; focal in pixels of the image."""
     depth = load_depth(path, size)
     scale = size[0] / depth.shape[1]
     focal = focal and focal / scale
@@ -652,8 +652,8 @@ def camera_tracks(path, size, frames, grid, move, focal=None):
 # Tracks drawn on pictures.
 
 def render_tracks(frame, motion, number, factor=1):
-    """Frame `number` (H, W, 3) of a video, enlarged by `factor`, with the tracks of a Motion that are
-    visible in it: trails that widen towards it, and a dot; edged in black, to be seen on any colour."""
+    """Draw the visible tracks of a Motion on frame `number` (H, W, 3) of a video, enlarged by `factor`: a
+    dot and a trail that widens towards it, edged in black to stand out on any colour."""
     span = slice(max(number + 1 - TRAIL, 0), number + 1)
     points = motion.tracks[0, span].numpy() * factor                        # (steps, N, 2)
     visible = motion.visible[0, span].numpy()
@@ -676,16 +676,16 @@ def render_tracks(frame, motion, number, factor=1):
 
 
 def overlaid(frames, motion, size):
-    """Frames of a video of `size` (height, width), which may be enlarged, with the tracks of its Motion."""
+    """Frames of a video of `size` (height, width), possibly enlarged, with a Motion's tracks drawn on."""
     for number, frame in enumerate(frames):
         yield render_tracks(frame, motion, number, len(frame) // size[0])
 
 
 @torch.inference_mode()
 def render_control(vae, motion, size, frames):
-    """Latents (1, C, F, h, w) of the tracks of a Motion as a video of `size` (height, width), T = `frames`
-    = 1 + 4 (F - 1), for a slot that expects one: drawn on black as --overlay draws them, a choice that
-    was not tried on Fun-Control's weights."""
+    """Render the tracks of a Motion as a control video of `size` (height, width), T = `frames` = 1 + 4 (F
+    - 1), and encode it: latents (1, C, F, h, w). Drawn on black as --overlay draws them, a choice
+    untested with Fun-Control's weights."""
     video = np.zeros((frames, *size, 3), np.uint8)
     for number in range(min(frames, motion.tracks.shape[1])):
         video[number] = render_tracks(video[number], motion, number)
@@ -733,7 +733,7 @@ def new_parser():
 
 
 def parse_flags(argv):
-    """The command line. Flags that do not go together are refused."""
+    """Parse the command line. UserError for flags that do not go together."""
     given = new_parser().parse_args(argv)
     kinds = bool(given.tracks) + bool(given.paths) + bool(given.depth)
     told = given.layout != "auto" or given.units != "auto" or given.size or given.visibility
@@ -775,7 +775,7 @@ def run(argv):
 
 
 def main(argv=None):
-    """`run`, with its errors as one line and an exit code."""
+    """`run`, with errors as one line and an exit code."""
     from sample import reported
     return reported(run, argv)
 

@@ -1,11 +1,11 @@
 """The drawn world that the tiny model is trained on and measured in. Not part of the method.
 
 Discs, polygons, stars, blobs and faces, plain or textured, move over plain or textured grounds,
-under a moving camera and changing light, and all true tracks are known. Nothing is downloaded.
+under a moving camera and changing light, with ground-truth tracks. Nothing is downloaded.
 
     python -m extras.world --out clips/drawn --clips 5000     writes a folder of clips
 
-    scene = new_scenes(batch, frames, rng)            what happens, drawn at random
+    scene = new_scenes(batch, frames, rng)            random objects and motion
     video = render(scene, size)                       (B, 3, T, size, size) in [-1, 1]
     tracks, visible = scene_tracks(scene, size, rng)  (B, T, N, 2) in pixels, (B, T, N)
     group = track_groups(scene)                       (N,): each track's object, -1 the ground
@@ -41,10 +41,10 @@ from motionstream import PRESETS, UserError
 
 OBJECTS = 3                  # object slots, at least
 GRID = 8                     # tracks on the ground per side
-TRIES = 4                    # draws of the objects' paths, of which one is taken
+TRIES = 4                    # candidate draws of the objects' paths
 DISC, POLYGON, STAR, BLOB = range(4)
 WAVES = 6                    # harmonics of a blob's outline
-LIGHT = {                    # the RGB gains that the light tends to
+LIGHT = {                    # RGB gains that the light converges to
     "steady": (1, 1, 1),
     "fading": (0.35, 0.35, 0.4),
     "warming": (1.1, 0.8, 0.5),
@@ -54,12 +54,12 @@ MOTION = ("steady", "spinning", "pulsing")
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """What differs between the textured world and the older, simple one."""
+    """Differences between the textured world and the older, simple one."""
     points: int              # tracks on each object; the first is its centre
-    object_pixels: int       # per side of an object's texture
-    ground_pixels: int       # per side of the ground's
-    steady_motion: float     # share of the clips whose shapes neither spin nor pulse
-    turn_frames: int         # frames of a full turn of what spins
+    object_pixels: int       # side of an object's texture
+    ground_pixels: int       # side of the ground's
+    steady_motion: float     # share of clips without spinning or pulsing
+    turn_frames: int         # frames per full turn when spinning
 
 
 STYLES = {
@@ -72,11 +72,11 @@ STYLES = {
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What can be asked of `new_scenes`. None: at random."""
+    """Options of `new_scenes`. None: random."""
     style: str = "textured"         # "simple": the older world, smooth grounds, smaller objects
-    texture: tuple = (0.0, 1.0)     # range of a clip's amount of texture; (0, 0): all is plain
-    objects: int | None = None      # how many there are; more than OBJECTS: more slots
-    camera: bool | None = None      # does it move
+    texture: tuple = (0.0, 1.0)     # range of a clip's amount of texture; (0, 0): plain
+    objects: int | None = None      # number of objects; may exceed OBJECTS
+    camera: bool | None = None      # whether it moves
     attributes: tuple = (None, None)   # indices into LIGHT and MOTION
     moving: bool = False            # no object rests
     flat: bool = False              # plain discs and squares on smooth grey, unlike most clips
@@ -93,8 +93,8 @@ class Options:
 # Scenes
 
 def new_scenes(batch, frames, rng, **options):
-    """Draw `batch` scenes of `frames` frames: a dict of all that `render` and `scene_tracks` need.
-    rng: a torch.Generator. options: the fields of `Options`."""
+    """Draw `batch` random scenes of `frames` frames: a dict with the inputs of `render` and
+    `scene_tracks`. rng: a torch.Generator. options: the fields of `Options`."""
     options = Options(**options)
     style = STYLES[options.style]
     light = draw_attribute(batch, options.attributes[0], len(LIGHT), 0.6, rng)
@@ -130,32 +130,32 @@ def new_scenes(batch, frames, rng, **options):
 
 
 def light_gains(light, frames):
-    """(B, frames, 3): what each colour channel is multiplied by."""
-    ramp = 1 - torch.exp(-torch.arange(frames) / 16)       # a state that tells what comes next
+    """(B, frames, 3): gain of each colour channel."""
+    ramp = 1 - torch.exp(-torch.arange(frames) / 16)       # visible state: predictable
     goal = torch.tensor([*LIGHT.values()])[light]                     # (B, 3)
     return 1 + ramp[:, None] * (goal[:, None] - 1)
 
 
 def turning(frames, turn_frames):
-    """(frames,): by how much what spins has turned, a full turn every `turn_frames` frames."""
+    """(frames,): rotation angle of spinning objects, one full turn per `turn_frames` frames."""
     step = 2 * math.pi / turn_frames
     return torch.arange(frames) * step
 
 
 def beat(frames):
-    """(frames,): by how much what pulses grows and shrinks."""
+    """(frames,): relative change in size of pulsing objects."""
     step = 2 * math.pi / 24
     phase = torch.arange(frames) * step
     return 0.22 * torch.sin(phase)
 
 
 def caption_phrases():
-    """What a caption is made of, one of each list: the words that the tiny model knows."""
+    """The parts of a caption, one from each list: the vocabulary of the tiny model."""
     return [[f"{light} light" for light in LIGHT], [f"{motion} shapes" for motion in MOTION]]
 
 
 def caption(light, motion):
-    """What neither the first frame nor a few tracks tell, in words."""
+    """A caption: light and motion, which neither the first frame nor a few tracks reveal."""
     lights, motions = caption_phrases()
     return f"{lights[light]}, {motions[motion]}"
 
@@ -167,7 +167,7 @@ def embed_words(text, text_dim=64):
 
 
 def draw_attribute(batch, value, count, steady, rng):
-    """(B,) indices below `count`: `value`, or at random, in a share `steady` of the clips 0."""
+    """(B,) indices below `count`: `value`, or random, 0 in a share `steady` of the clips."""
     if value is not None:
         return torch.full((batch,), value)
     changes = torch.rand(batch, generator=rng) > steady
@@ -175,8 +175,8 @@ def draw_attribute(batch, value, count, steady, rng):
 
 
 def smooth_path(batch, frames, step, knot, rng):
-    """(batch, frames, 2): a Catmull-Rom curve through a random walk of `step` (batch, 1, 1) a
-    knot, one every `knot` frames, reflected into [0, 1]; starts anywhere."""
+    """(batch, frames, 2): a Catmull-Rom curve through a random walk from a random start, reflected
+    into [0, 1]: a knot every `knot` frames, steps of std `step` (batch, 1, 1)."""
     count = (frames - 1) // knot + 4
     walk = torch.randn(batch, count, 2, generator=rng) * step
     start = torch.rand(batch, 1, 2, generator=rng)
@@ -195,7 +195,7 @@ def smooth_path(batch, frames, step, knot, rng):
 
 
 def draw_positions(frames, apart, moving, rng):
-    """The objects' paths (B, K, frames, 2). apart (B, K): how much room each wants at the start."""
+    """The objects' paths (B, K, frames, 2). apart (B, K): room that each needs at the start."""
     batch, slots = apart.shape
     speed = torch.rand(TRIES * batch * slots, 1, 1, generator=rng)
     if moving:
@@ -208,14 +208,14 @@ def draw_positions(frames, apart, moving, rng):
     start = paths[:, :, :, 0]
     gap = torch.cdist(start, start) - apart[:, :, None] - apart[:, None]
     gap = gap + 9 * torch.eye(slots)
-    # of several draws that whose objects start farthest apart: what another covers in the image
-    # cannot be known later
+    # keep the draw whose objects start farthest apart: an object hidden in the first frame cannot
+    # be known later
     best = gap.amin((2, 3)).argmax(0)
     return paths[best, torch.arange(batch)]
 
 
 def draw_camera(batch, frames, camera, rng):
-    """The camera's pan (B, frames, 2) and zoom (B, frames, 1): at rest unless it moves."""
+    """The camera's pan (B, frames, 2) and zoom (B, frames, 1). camera: see `Options`."""
     if camera is None:
         moves = torch.rand(batch, 1, 1, generator=rng) < 0.3
     else:
@@ -258,7 +258,7 @@ def blob_outline(waves, angle):
 
 
 def draw_waves(rng):
-    """(WAVES, 2): an outline between an ellipse and an amoeba, of largest radius 1."""
+    """(WAVES, 2): an outline between an ellipse and an amoeba, scaled to a maximum radius of 1."""
     ellipse = uniform(0.05, 0.2, rng)
     sizes = torch.tensor([0, 0, ellipse, 0.12, 0.08, 0.06])
     sizes[3:] *= uniform(0, 1, rng) ** 2
@@ -271,7 +271,7 @@ def draw_waves(rng):
 
 
 def head_waves(tilt):
-    """(WAVES, 2): the egg of a head, tilted by `tilt`."""
+    """(WAVES, 2): the egg-shaped outline of a head, rotated by `tilt`."""
     waves = torch.zeros(WAVES, 2)
     waves[0, 0] = 1
     waves[2, 0] = -0.1 * math.cos(2 * tilt)
@@ -285,8 +285,8 @@ def largest_radius(waves):
 
 
 def draw_points(shape, count, rng):
-    """Where tracks sit on objects of a shape, in radii: (B, K, count, 2). The centre, then all
-    over."""
+    """Positions of tracks on objects of a shape, in radii: (B, K, count, 2). The first is the
+    centre, the others are spread over the object."""
     batch, slots = shape[0].shape[:2]
     draw = torch.rand(2, batch, slots, count, generator=rng)
     angle = 2 * math.pi * draw[0]
@@ -300,7 +300,7 @@ def draw_points(shape, count, rng):
 
 
 def distinct_colours(batch, slots, rng):
-    """(B, K, 3): strong colours of different hues within a clip."""
+    """(B, K, 3): saturated colours, of different hues within a clip."""
     first = torch.rand(batch, 1, generator=rng)
     jitter = 0.5 * torch.rand(batch, slots, generator=rng)
     place = torch.arange(slots) + jitter - 0.25
@@ -317,7 +317,7 @@ def distinct_colours(batch, slots, rng):
 # Looks
 
 def draw_grounds(batch, options, rng):
-    """(B, 3, width, width) in [0, 1], and each clip's amount of texture (B,)."""
+    """Grounds (B, 3, width, width) in [0, 1], and the amount of texture of each clip (B,)."""
     low, high = options.texture
     amount = low + (high - low) * torch.rand(batch, generator=rng)
     if options.flat:
@@ -334,9 +334,8 @@ def draw_grounds(batch, options, rng):
 
 def draw_objects(present, spins, grounds, amount, options, rng):
     """Looks of objects: texture (B, K, 4, width, width) RGBA, colour (B, K, 3), radius (B, K),
-    shape, see `outline`, and face (B, K) bool: which are faces.
-    present (B, K) and spins (B,) bool: which objects there are, in which clips they spin.
-    grounds and amount: see `draw_grounds`."""
+    shape, see `outline`, and face (B, K) bool: True for faces. present (B, K) and spins (B,) bool:
+    existing objects, and clips in which they spin. grounds and amount: see `draw_grounds`."""
     batch, slots = present.shape
     width = STYLES["textured"].object_pixels
     colour = distinct_colours(batch, slots, rng).flatten(0, 1)        # (B * K, 3)
@@ -380,7 +379,7 @@ def draw_objects(present, spins, grounds, amount, options, rng):
 
 
 def draw_kind(flat, spins, rng):
-    """The kind of an object's outline. What spins is no disc: nobody could see it."""
+    """The kind of an object's outline. Spinning objects are never discs: nobody could see it."""
     if flat:
         return choose((DISC, POLYGON), rng)
     kinds = (POLYGON, POLYGON, STAR, STAR, BLOB, BLOB, BLOB)
@@ -390,15 +389,15 @@ def draw_kind(flat, spins, rng):
 
 
 def weaken(colour, rng):
-    """The colour (3,), perhaps mixed with a grey."""
+    """The colour (3,), sometimes mixed with grey."""
     grey = torch.full((3,), uniform(0, 1, rng))
     share = uniform(0, 0.7, rng) * chance(0.5, rng)
     return torch.lerp(colour, grey, share)
 
 
 def draw_skin(colour, ground, amount, width, rng):
-    """(3, width, width) in [0, 1]: what an object that is no face shows: its colour, a texture, or
-    a piece of the ground cut out and varied. amount: how much texture the clip has."""
+    """(3, width, width) in [0, 1]: the surface of an object without a face: its colour, a texture,
+    or a varied crop of the ground (camouflage). amount: of texture in the clip."""
     rgb = colour[:, None, None].expand(-1, width, width)
     if not chance(0.8 * min(1, 2 * amount.item()), rng):
         return rgb
@@ -415,8 +414,8 @@ def draw_skin(colour, ground, amount, width, rng):
 
 
 def cut_out(rgb, shape, radius, rim):
-    """RGBA (4, width, width): rgb inside the outline, its edge about a pixel of 128 wide.
-    rim: how wide its dark edge is, in radii, 0 for none. radius: of the object, in widths."""
+    """RGBA (4, width, width): rgb inside the outline, antialiased over a pixel of a frame 128 wide.
+    rim: width of a dark edge in radii, 0 for none. radius: of the object, in picture widths."""
     width = rgb.shape[-1]
     step = 2 * EXTENT / width                                         # a texture's pixel, in radii
     axis = step * (torch.arange(width) + 0.5) - EXTENT
@@ -435,8 +434,8 @@ def cut_out(rgb, shape, radius, rim):
 
 
 # ------------------------------------------------------------------------------------------------
-# The simple style: what the first tiny models were trained on, kept as a held-out world. Its draws
-# follow one another as they did then: the same rng gives the same scenes.
+# The simple style: training data of the first tiny models, kept as a held-out world. The order of
+# random draws is unchanged, so that an rng still gives the same scenes.
 
 def simple_objects(batch, slots, flat, rng):
     """As `draw_objects`."""
@@ -483,7 +482,7 @@ def simple_objects(batch, slots, flat, rng):
 
 
 def simple_grounds(batch, flat, rng):
-    """(B, 3, width, width) in [0, 1]: smooth, rather grey, half of them textured a little."""
+    """(B, 3, width, width) in [0, 1]: smooth, mostly grey, half of them with a faint texture."""
     width = STYLES["simple"].ground_pixels
     grey = 0.25 + 0.5 * torch.rand(batch, 1, 1, 1, generator=rng)
     grey = grey + 0.12 * torch.randn(batch, 1, 8, 8, generator=rng)
@@ -520,17 +519,17 @@ def turn(points, angle):
 
 
 def render(scene, size, start=0, stop=None):
-    """Frames start to stop of the scenes: video (B, 3, T, size, size) in [-1, 1]."""
+    """Render frames start to stop of the scenes: video (B, 3, T, size, size) in [-1, 1]."""
     span = slice(start, stop)
     clips, T, _ = scene["pan"][:, span].shape
     video = torch.empty(clips, 3, T, size, size)
-    for b in range(clips):                      # one clip at a time stays in the processor's cache
+    for b in range(clips):                      # one clip at a time fits the CPU's cache
         render_clip(scene, b, span, video[b].transpose(0, 1))
     return video
 
 
 def render_clip(scene, b, span, frames):
-    """Draw frames `span` of scene `b` into `frames` (T, 3, size, size), in [-1, 1]."""
+    """Render frames `span` of scene `b` into `frames` (T, 3, size, size), in [-1, 1]."""
     size = frames.shape[-1]
     pan = scene["pan"][b, span]                                       # (T, 2)
     zoom = scene["zoom"][b, span]                                     # (T, 1)
@@ -541,7 +540,7 @@ def render_clip(scene, b, span, frames):
         centre = size * ((position - pan - 0.5) * zoom + 0.5)
         reach = size * EXTENT * scene["radius"][b, k]
         while texture.shape[-1] > max(48, 5 * reach):
-            texture = F.avg_pool2d(texture, 2)          # finer than pixels: it would flicker
+            texture = F.avg_pool2d(texture, 2)          # too fine for the frame: flicker
         reach = reach * scene["pulse"][b, span, None] * zoom          # (T, 1)
         paste(frames, texture, centre, reach, scene["spin"][b, span])
     gains = scene["gains"][b, span]                                   # (T, 3)
@@ -550,7 +549,7 @@ def render_clip(scene, b, span, frames):
 
 
 def render_ground(ground, pan, zoom, size):
-    """The ground (3, width, width) as the camera sees it: (T, 3, size, size), or (1, ...) if the
+    """The ground (3, width, width) seen by the camera: (T, 3, size, size), or (1, ...) if the
     camera is at rest."""
     rests = (pan == pan[0]).all() and (zoom == zoom[0]).all()
     if rests:
@@ -567,9 +566,9 @@ def render_ground(ground, pan, zoom, size):
 
 
 def paste(frames, texture, centre, reach, angle):
-    """Draw an object into frames (T, 3, size, size), in place, touching only a square round it.
-    texture (4, width, width) RGBA. centre (T, 2) and reach (T, 1), half its width, in pixels of
-    the frames. angle (T,)."""
+    """Draw an object into frames (T, 3, size, size), in place, changing only a square around it.
+    texture (4, width, width) RGBA. centre (T, 2) and reach (T, 1), half its width, in pixels of the
+    frames. angle (T,)."""
     T, _, size, _ = frames.shape
     corners = math.sqrt(2) if angle.any() else 1.0
     largest = 2 * corners * reach.max().item()
@@ -594,8 +593,8 @@ def paste(frames, texture, centre, reach, angle):
 
 
 def scene_tracks(scene, size, rng):
-    """The true tracks of the scenes and when they can be seen: (B, T, N, 2) pixels, (B, T, N) bool.
-    P on each object, in their order, then GRID * GRID on the ground, a grid at some frame."""
+    """Ground-truth tracks of the scenes and their visibility: (B, T, N, 2) pixels, (B, T, N) bool.
+    P per object, then GRID * GRID on the ground, regular in one frame."""
     position = scene["position"]
     pan = scene["pan"]
     zoom = scene["zoom"]
@@ -628,8 +627,8 @@ def scene_tracks(scene, size, rng):
 
 
 def covered(scene, world):
-    """Which of the places `world` (B, T, N, 2), of tracks in their order, an object nearer to the
-    camera hides: (B, T, N) bool."""
+    """True for places `world` (B, T, N, 2), one per track, that are hidden by an object in front:
+    (B, T, N) bool."""
     group = track_groups(scene)
     hidden = torch.zeros(world.shape[:3]).bool()
     for k in range(scene["present"].shape[1]):                        # later ones are in front
@@ -646,7 +645,7 @@ def covered(scene, world):
 
 
 def track_groups(scene):
-    """(N,) int64: the object that each track is on, -1 the ground."""
+    """(N,) int64: the object of each track, -1: the ground."""
     _, K, P, _ = scene["points"].shape
     on_objects = torch.arange(K).repeat_interleave(P)
     on_ground = torch.full((GRID * GRID,), -1)
@@ -658,12 +657,12 @@ def track_groups(scene):
 
 @dataclasses.dataclass(frozen=True)
 class Clips:
-    """What a folder of drawn clips is made of, beside the fields of `Options`."""
+    """Settings of a folder of drawn clips, besides the fields of `Options`."""
     frames: int = 45                # of each clip; 1: images
-    track_frames: int | None = None     # of the tracks, which may outlast the clip's; None: as many
+    track_frames: int | None = None     # of the tracks, may exceed frames; None: the same
     size: int = 128                 # pixels per side
     seed: int = 0
-    text_dim: int = 64              # numbers for each word of the caption
+    text_dim: int = 64              # size of a word's embedding
 
     def __post_init__(self):
         for name in ("frames", "size"):
@@ -675,15 +674,15 @@ class Clips:
 
 
 def write_clips(folder, count, encode=None, workers=1, **settings):
-    """Write clips 0000000.safetensors to `count` of them into `folder`; those that are there stay.
+    """Write clips 0000000.safetensors and on, `count` of them, into `folder`; existing ones stay.
 
     A file holds video (3, frames, size, size) uint8, tracks (track_frames, N, 2) float32 in pixels,
-    visible (track_frames, N) bool, group (N,) int64 and text (L, text_dim) float32; its metadata
-    the caption. encode: a function from video, as it is kept, to latents (C, F, h, w), which can be
-    pickled if there are several workers, processes; then a file holds latents and first, frame 0
-    (3, size, size), in place of video. settings: the fields of `Clips` and of `Options`. A clip
-    depends on all this and its number only.
-    UserError: settings that cannot be, or the folder holds clips of others, see its world.json."""
+    visible (track_frames, N) bool, group (N,) int64 and text (L, text_dim) float32, and the caption
+    as metadata. encode: a function from uint8 video to latents (C, F, h, w), picklable if there are
+    several worker processes; files then hold latents and first, frame 0 (3, size, size), instead of
+    video. settings: the fields of `Clips` and of `Options`. A clip depends only on all these and
+    its number. UserError for invalid settings, or if the folder holds clips of other settings, see
+    its world.json."""
     if workers < 1:
         raise UserError(f"workers {workers}: give at least 1")
     names = [field.name for field in dataclasses.fields(Clips)]
@@ -710,9 +709,9 @@ def write_clips(folder, count, encode=None, workers=1, **settings):
 
 
 def start_worker(encode):
-    """Keep what is handed to a worker once, not with every clip."""
+    """Hand a worker `encode` once, not with every clip."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)       # Ctrl-C: what is being drawn is finished
+    signal.signal(signal.SIGINT, signal.SIG_IGN)       # Ctrl-C: finish the current clip
     start_worker.encode = encode
 
 
@@ -725,7 +724,7 @@ def clip_path(folder, index):
 
 
 def keep_settings(path, settings):
-    """Write `settings` into the file `path`. UserError: others are there."""
+    """Write `settings` into the file `path`. UserError if it holds other settings."""
     text = json.dumps(settings)
     if not path.exists():
         path.write_text(text)
@@ -738,7 +737,7 @@ def keep_settings(path, settings):
 
 
 def write_clip(folder, clips, options, encode, index):
-    """Draw clip `index` and write it: all of the file or nothing."""
+    """Render clip `index` and write it, atomically."""
     rng = torch.Generator().manual_seed(clips.seed * 10_000_019 + index)
     scene = new_scenes(1, clips.track_frames or clips.frames, rng, **dataclasses.asdict(options))
     tracks, visible = scene_tracks(scene, clips.size, rng)
