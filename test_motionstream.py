@@ -11,11 +11,15 @@ Beside this file: extras/test_copying.py has what the tiny model does and the pa
 extras/test_vae.py the VAEs, extras/test_weights.py weights files.
 """
 
+import contextlib
 import copy
+import faulthandler
 import functools
 import importlib
+import io
 import itertools
 import math
+import multiprocessing
 import os
 import re
 import sys
@@ -24,6 +28,8 @@ import traceback
 import unittest
 import unittest.mock
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -1299,16 +1305,29 @@ def cpu_seconds():
     return times.user + times.system + times.children_user + times.children_system
 
 
-def all_tests():
-    """(name, function) of the tests in this file and in extras."""
-    modules = [sys.modules[__name__]]
+def cores():
+    """That this process may use."""
+    if hasattr(os, "sched_getaffinity"):                        # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def files_with_tests():
+    """The names of the modules that hold tests, this one first."""
+    names = ["__main__"]
     for path in sorted((HERE / "extras").glob("test_*.py")):
-        modules.append(importlib.import_module(f"extras.{path.stem}"))
+        names.append(f"extras.{path.stem}")
+    return names
+
+
+def named_tests(file, words):
+    """(name, function) of the tests in a module of files_with_tests with one of the words in their name;
+    of all if there are no words."""
     tests = []
-    for module in modules:
-        for name, function in vars(module).items():
-            if name.startswith("test_"):
-                tests.append((name, function))
+    for name, function in vars(importlib.import_module(file)).items():
+        wanted = not words or any(word in name for word in words)
+        if name.startswith("test_") and wanted:
+            tests.append((name, function))
     return tests
 
 
@@ -1324,20 +1343,67 @@ def run_test(test):
     return "passed", ""
 
 
-def main(words):
-    """Run the tests with one of the words in their name; all if there are none. Each line says how
-    long a test took, and in brackets what it computed, which other programs change less."""
+def run_file(file, words=()):
+    """Run those tests. Returns a Counter of how they ended. Each line says how long a test took, and
+    in brackets what it computed, which other programs change less."""
     count = Counter()
-    started = time.time()
-    for name, test in all_tests():
-        if words and not any(word in name for word in words):
-            continue
+    for name, test in named_tests(file, words):
         begin = time.time()
         begin_cpu = cpu_seconds()
         result, reason = run_test(test)
         count[result.lower()] += 1
         seconds = f"{time.time() - begin:6.2f} s ({cpu_seconds() - begin_cpu:.1f})"
         print(f"{seconds:16} {result:7}  {name}{reason}", flush=True)
+    return count
+
+
+def begin_process():
+    """What each of two processes side by side does first: it leaves a core to the other, and should
+    it crash it says in which test."""
+    torch.set_num_threads(1)
+    faulthandler.enable()
+
+
+def run_file_quietly(file):
+    """(The Counter of run_file, what was printed)."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        count = run_file(file)
+    return count, said.getvalue()
+
+
+def run_side_by_side(files):
+    """Run all tests in two processes, each of which takes the next file when it is done with one;
+    what they print comes file by file, in order. Where a process dies, the files that were not
+    through have failed."""
+    count = Counter()
+    spawn = multiprocessing.get_context("spawn")                # as everywhere; a fork of threads may hang
+    pool = ProcessPoolExecutor(2, spawn, begin_process)
+    try:
+        runs = [pool.submit(run_file_quietly, file) for file in files]
+        for file, run in zip(files, runs):
+            try:
+                of_file, said = run.result()
+            except BrokenProcessPool as e:
+                of_file = Counter(failed=1)
+                said = f"FAILED  all of {file}: {e}\n"
+            print(said, end="", flush=True)
+            count += of_file
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return count
+
+
+def main(words, slow):
+    """Run the tests with one of the words in their name; all if there are none, and these in two
+    processes where there are two cores, but for slow ones, some of which measure."""
+    started = time.time()
+    if words or slow or cores() < 2:
+        count = Counter()
+        for file in files_with_tests():
+            count += run_file(file, words)
+    else:
+        count = run_side_by_side(files_with_tests())
     if not count:
         print(f"no test has one of these words in its name: {' '.join(words)}")
     print(f"{time.time() - started:.0f} s in all, {cpu_seconds():.0f} s of a core")
@@ -1348,4 +1414,4 @@ def main(words):
 
 if __name__ == "__main__":
     words = [word for word in sys.argv[1:] if not word.startswith("-")]
-    sys.exit(main(words))
+    sys.exit(main(words, "--slow" in sys.argv))
