@@ -1,6 +1,6 @@
 """A tiny decoder from nothing for the latents of a finished VAE, against a discriminator (appendix A).
 
-    python -m extras.decoder --vae assets/tiny_vae.safetensors --out runs/decoder
+    python -m extras.decoder --vae FILE --out runs/decoder                      for a TinyVAE, on drawn videos
     python -m extras.decoder --vae FILE --data FOLDER --weights DIR      for Wan's VAE, on a folder of clips
 
 Other flags are those of train_distill.py. It writes decoder.safetensors, a whole VAE, for --vae.

@@ -363,16 +363,18 @@ def test_drawn_tracks_are_encoded_in_pieces_as_at_once():
     assert_near(torch.cat([first, rest], 2), whole, 1e-5)
 
 
-def test_drawn_tracks_are_dots_in_the_colour_of_their_start():
+def test_drawn_tracks_are_dots_in_the_colour_of_their_id():
     tracks = torch.tensor([[[9.5, 20], [1, 1], [60, 3]]]).repeat(1, 5, 1, 1)
     visible = torch.ones(1, 5, 3).bool()
     visible[:, 2, 0] = False
     tracks[:, 4, 0] = torch.tensor([70.0, 0])                           # outside
-    ids = torch.tensor([[20, 1, 3]]) * 2 ** 16 + torch.tensor([[9, 1, 60]])
+    ids = torch.tensor([[0x8000_4000, 0x4000_C000, 0]])
     video = DrawnTracks(new_vae(), 4, 8).draw(tracks, visible, ids, 32, 64)
     assert video.shape == (1, 3, 5, 32, 64)
-    for x, y, dot in (9, 20, video[0, :, 0, 18:23, 7:12]), (1, 1, video[0, :, 0, :4, :4]):
-        colour = torch.tensor([x / 64, y / 32, 1])
+    middle = video[0, :, 0, 18:23, 7:12]
+    corner = video[0, :, 0, :4, :4]
+    for dot, red, green in (middle, 0.25, 0.5), (corner, 0.75, 0.25):
+        colour = torch.tensor([red, green, 1])
         assert_near(dot, (2 * colour - 1).view(3, 1, 1).expand_as(dot), 1e-6)
     lit = (video[0] > -1).any(0).sum((1, 2))                            # (T,)
     others = 16 + 25                                                    # one is cut off by a corner

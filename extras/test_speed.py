@@ -16,7 +16,7 @@ import sample
 from extras import bench
 from extras.page import with_chunk
 from extras.testing import SMALL, assert_near, folder, new_model, new_vae, quiet, rand
-from motionstream import MotionStream, apply_rope, attend, rollout, rope_table
+from motionstream import CopyingMotionStream, apply_rope, attend, rollout, rope_table
 from sample import ASSETS, compile_blocks
 
 
@@ -161,7 +161,7 @@ def test_the_flag_compiles_what_is_loaded():
         with folder() as here, quiet():
             for more in ((), ("--compile",)):
                 assert sample.main([*words, "--out", str(here / "x.png"), *more]) == 0
-    assert [type(model) for model in compiled] == [MotionStream]
+    assert [type(model) for model in compiled] == [CopyingMotionStream]
 
 
 # --------------------------------------------------------------------------------------------------
