@@ -446,7 +446,7 @@ def test_words_that_the_tiny_model_never_learned_are_named():
 
 def test_pictures_to_start_from_can_be_fetched():
     with served() as page:
-        assert page.status()["pictures"] == ["image", "camera", "drag", "several"]
+        assert page.status()["pictures"] == ["image", "camera", "drag", "photo", "several"]
         fetched = Image.open(io.BytesIO(page.ask("picture/2").body))
         with Image.open(HERE / "assets/drag.png") as image:
             assert np.array_equal(np.asarray(fetched), np.asarray(image.convert("RGB")))
@@ -1138,18 +1138,6 @@ def browsing(page, width=1280):
 
 
 # How much of a colour there is in the picture, and where: [n, x, y].
-LIME = """(() => {
-  const c = document.getElementById('video');
-  const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
-  let [n, x, y] = [0, 0, 0];
-  for (let i = 0; i < d.length; i += 4) {
-    if (d[i + 1] < 140 || d[i + 2] > 90) continue;
-    n++;
-    x += i / 4 % c.width / c.width;
-    y += Math.floor(i / 4 / c.width) / c.height;
-  }
-  return [n, x / n, y / n];
-})()"""
 HUE = """(target => {
   const c = document.getElementById('video');
   const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
@@ -1211,16 +1199,18 @@ def test_in_a_browser_one_object_goes_its_way_while_another_is_pinned():
 
 
 def test_in_a_browser_a_dragged_object_moves_again_and_again():
-    with served(*shipped(HERE / "assets/drag.png")) as page, browsing(page) as browser:
-        most = browser.until_at(LIME, (0.3, 0.667), 0.06)
-        begin = [0.3, 0.667]
-        for goal in (0.6, 0.55), (0.35, 0.35):                  # the second one takes hold of what has moved
-            browser.drag(begin, goal)
-            assert browser.until_at(LIME, goal, 0.12) > most / 3
-            begin = browser.run("pointsOf(['drag'])[0].p")
-        browser.run("actions.pause()")
-        groups = browser.until_told(page, pause=True)["groups"]
-        assert [len(group["points"]) for group in groups.values()] == [1]
+    with folder() as here:
+        red, _ = write_two_objects(here / "two.png")
+        with served(*shipped(here / "two.png")) as page, browsing(page) as browser:
+            begin = [0.3, 0.35]
+            most = browser.until_at(red, begin, 0.04)
+            for goal in (0.6, 0.4), (0.3, 0.6):                 # the second one takes hold of what has moved
+                browser.drag(begin, goal)
+                assert browser.until_at(red, goal, 0.12) > most / 3
+                begin = browser.run("pointsOf(['drag'])[0].p")
+            browser.run("actions.pause()")
+            groups = browser.until_told(page, pause=True)["groups"]
+            assert [len(group["points"]) for group in groups.values()] == [1]
 
 
 def test_in_a_browser_words_are_chosen_and_the_camera_is_moved_and_all_stays_on_reload():
