@@ -68,7 +68,7 @@ from tqdm import tqdm
 
 from motionstream import (CLIP_ROWS, FRAMES, PRESETS, Config, MotionStream, UserError, add_noise,
                           cell_of, channel_std, chunk_sizes, euler, guided_velocity, image_inputs,
-                          linear_part, motion_inputs, naming, new_model, rollout,
+                          linear_part, motion_inputs, naming, new_model, reason_of, rollout,
                           save_pretrained, schedule, shift_sigma, split_conditions, start_points,
                           to_x0, track_ids, with_first, write)
 from vae import LinearVAE
@@ -604,7 +604,7 @@ class Learner:
         self.optimizers = self.build_optimizers()
 
     def build_optimizers(self):
-        """[(optimizer, its rate)]: Muon for hidden matrices, AdamW for the rest."""
+        """Muon for hidden matrices, AdamW for the rest."""
         hidden = []
         rest = []
         for name, p in self.model.named_parameters():
@@ -613,14 +613,13 @@ class Learner:
             if p.requires_grad:
                 group = hidden if matrix and self.how.muon else rest
                 group.append(p)
-        decay = self.how.weight_decay
+        how = self.how
         optimizers = []
         if hidden:
-            muon = Muon(hidden, self.how.muon, decay, compute_dtype(hidden[0].device))
-            optimizers.append((muon, self.how.muon))
-        adam = torch.optim.AdamW(rest, self.how.adam, self.how.betas, weight_decay=decay)
-        optimizers.append((adam, self.how.adam))
-        return optimizers
+            dtype = compute_dtype(hidden[0].device)
+            optimizers.append(Muon(hidden, how.muon, how.weight_decay, dtype))
+        adam = torch.optim.AdamW(rest, how.adam, how.betas, weight_decay=how.weight_decay)
+        return optimizers + [adam]
 
     def backward(self, loss):
         """Add a micro-step's part of the gradient. The processes reduce it, to their mean, in the last
@@ -642,8 +641,9 @@ class Learner:
         if not norm.isfinite():
             raise UserError(f"{self.name}, update {number}: loss {self.loss.item()}, gradient norm "
                             f"{norm.item()}; stopped before anything moved")
-        for optimizer, rate in self.optimizers:
-            optimizer.param_groups[0]["lr"] = rate * self.rate_factor(number)
+        for optimizer in self.optimizers:
+            full_rate = optimizer.defaults["lr"]
+            optimizer.param_groups[0]["lr"] = full_rate * self.rate_factor(number)
             optimizer.step()
         self.model.zero_grad()
         if self.averaged is not None:
@@ -677,10 +677,9 @@ class Learner:
 
     def state_dict(self):
         """Whole tensors on the CPU, in process 0; the others, which hold parts, call it with it."""
-        optimizers = [optimizer for optimizer, _ in self.optimizers]
         state = {
             "model": get_model_state_dict(self.model, options=WHOLE),
-            "optimizer": get_optimizer_state_dict(self.model, optimizers, options=WHOLE),
+            "optimizer": get_optimizer_state_dict(self.model, self.optimizers, options=WHOLE),
         }
         if self.averaged is not None:
             state["average"] = get_model_state_dict(self.averaged, options=WHOLE)
@@ -688,9 +687,9 @@ class Learner:
 
     def load_state_dict(self, state):
         """The reverse: process 0 gives its state, the others {}, and each keeps its part."""
-        optimizers = [optimizer for optimizer, _ in self.optimizers]
+        of_optimizers = state.get("optimizer", {})
         set_model_state_dict(self.model, state.get("model", {}), options=SHARED)
-        set_optimizer_state_dict(self.model, optimizers, state.get("optimizer", {}), options=SHARED)
+        set_optimizer_state_dict(self.model, self.optimizers, of_optimizers, options=SHARED)
         if self.averaged is not None:
             set_model_state_dict(self.averaged, state.get("average", {}), options=SHARED)
 
@@ -698,26 +697,21 @@ class Learner:
 # --------------------------------------------------------------------------------------------------
 # The loop of a stage, its log and its checkpoints.
 
-def lock_file(file):
-    """Keep an open file for this process until it ends, however it ends. BlockingIOError or
-    PermissionError: another has it."""
-    if os.name == "nt":
-        import msvcrt
-        file.seek(2 ** 30)              # far behind what is written: others may read that
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
 def lock_folder(folder, file):
-    """Lock a training's folder by an open file in it, which says who has it. UserError: another."""
+    """Keep a training's folder for this process until it ends, however it ends, by an open file in it,
+    which says who has it. UserError: another has it."""
     try:
-        lock_file(file)
+        if os.name == "nt":
+            import msvcrt
+            file.seek(2 ** 30)          # far behind what is written: others may read that
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         file.seek(0)
-        raise UserError(f"{folder}: {file.read()} is training into it; wait for its end, or choose "
-                        "another --out") from None
+        raise UserError(f"{folder}: {file.read() or 'another'} is training into it; wait for its end, "
+                        "or choose another --out") from None
     except OSError as e:                # some network disks cannot
         print(f"{folder}: cannot be locked ({e.strerror}); start no other training into it")
     file.truncate(0)
@@ -776,8 +770,7 @@ def newest_checkpoint(folder, stage):
             checkpoint = read_checkpoint(path)
             break
         except Exception as e:
-            reason = f"{type(e).__name__}: {e}".splitlines()[0]
-            print(f"{path}: damaged ({reason})")
+            print(f"{path}: damaged ({reason_of(e)})")
             damaged.append(path)
     if damaged and checkpoint is None:
         raise UserError(f"{damaged[0]}: damaged, and no other checkpoint of the stage {stage} is "
@@ -889,8 +882,6 @@ class Loop:
                        "dtype": str(self.run.dtype)[6:]}                        # after "torch."
                 file.write(json.dumps(row) + "\n")
                 self.save_if_due(stop)
-            if begin < self.updates:            # else it has been saved
-                self.save()
 
     def micro_steps(self):
         """This process's micro-steps of the update, by their numbers over all processes and updates.
@@ -922,20 +913,18 @@ class Loop:
 
     def save_if_due(self, stop):
         """The processes do the same, whichever got the signal in the list `stop`."""
+        done = self.update + 1
         minutes = (time.time() - self.saved_at) / 60
-        told = [len(stop) > 0, minutes > self.run.settings.checkpoint_minutes]
-        stopped, due = mean_processes(torch.tensor(told).float())
+        due = minutes > self.run.settings.checkpoint_minutes or done == self.updates
+        stopped, due = mean_processes(torch.tensor([len(stop) > 0, due]).float())
         if stopped or due:
-            self.save()
+            save_checkpoint(self.run.out, self.stage, done, self.settings, self.learners)
+            self.saved_at = time.time()
         if stopped:
             if RANK == 0:
-                tqdm.write(f"saved at update {self.update + 1}; the same command goes on")
+                tqdm.write(f"saved at update {done}; the same command goes on")
             signum = stop[0] if stop else 15            # SIGTERM, which another process got
             raise SystemExit(128 + signum)
-
-    def save(self):
-        save_checkpoint(self.run.out, self.stage, self.update + 1, self.settings, self.learners)
-        self.saved_at = time.time()
 
 
 def save_weights(path, model):
@@ -1551,8 +1540,7 @@ def loss_of_teacher(run, model, vae, batch):
     first_latent = first_latent_of(run.config, x0)
     cell_weight = 1 + s.track_weight * batch.touched
     with run.autocast():
-        motion = motion_inputs(model, **batch.points, vae=vae)
-        motion = drop(motion, s.p_no_tracks)
+        motion = drop(motion_inputs(model, **batch.points, vae=vae), s.p_no_tracks)
         text = drop({"text": batch.conditions["text"]}, s.p_no_text)
         conditions = batch.conditions | motion | text
         channel_weight = latent_weight(vae, model.config, sigma)

@@ -181,7 +181,7 @@ def clones(model):
 def assert_moves_every_parameter(model, loss):
     model.requires_grad_(True)
     learner = td.Learner("toy", model, td.Learning(1e-3, 1e-3, ema=0.9))
-    (muon, _), (adam, _) = learner.optimizers
+    muon, adam = learner.optimizers
     hidden = muon.param_groups[0]["params"]
     rest = adam.param_groups[0]["params"]
     begin = clones(model)
