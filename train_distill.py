@@ -8,7 +8,7 @@
              score the result
 
     python train_distill.py                  all of it, resumed where it stopped
-    python train_distill.py --smoke          a few steps of everything, to see it run
+    python train_distill.py --smoke          a few updates of everything, to see it run
     python train_distill.py --stage teacher  one stage
     python train_distill.py --data FOLDER --vae FILE --weights DIR    your clips, Wan's weights
     torchrun --nproc-per-node 2 train_distill.py    in two processes
@@ -40,7 +40,6 @@ import itertools
 import json
 import math
 import os
-import re
 import socket
 import sys
 import time
@@ -69,7 +68,7 @@ from tqdm import tqdm
 
 from motionstream import (CLIP_ROWS, FRAMES, PRESETS, Config, MotionStream, UserError, add_noise,
                           cell_of, channel_std, chunk_sizes, euler, guided_velocity, image_inputs,
-                          linear_part, motion_inputs, naming, new_model, rollout,
+                          linear_part, motion_inputs, naming, new_model, reason_of, rollout,
                           save_pretrained, schedule, shift_sigma, split_conditions, start_points,
                           to_x0, track_ids, with_first, write)
 from vae import LinearVAE
@@ -216,20 +215,20 @@ class Learning:
 class Settings:
     """The numbers of a training. The defaults are those of the tiny model [O].
 
-    A step is a forward and a backward of `batch` clips in one process. An update follows the mean
-    gradient of STAGE_accumulate steps, of all processes together."""
+    A micro-step is a forward and a backward of `batch` clips in one process. An update follows the
+    mean gradient of STAGE_accumulate of them, which the processes share."""
     # data
     clip_frames: int = 45           # 12 latents, 4 chunks of 3
-    batch: int = 4                  # clips of a step
+    batch: int = 4                  # clips of a micro-step
     clips: int = 4096               # drawn for teacher and distillation
     trajectories: int = 480         # of the teacher, for the stage causal
     vae_clips: int = 256            # drawn for the vae
-    vae_batch: int = 8              # crops of a step
-    # how long
-    vae_steps: int = 400
-    teacher_steps: int = 6000
-    causal_steps: int = 800
-    distill_steps: int = 1200
+    vae_batch: int = 8              # crops of a micro-step
+    # how long: updates, and micro-steps of one, in all processes together
+    vae_updates: int = 400
+    teacher_updates: int = 6000
+    causal_updates: int = 800
+    distill_updates: int = 1200     # of the critic
     vae_accumulate: int = 1
     teacher_accumulate: int = 1
     causal_accumulate: int = 1
@@ -241,7 +240,7 @@ class Settings:
     generator: Learning = Learning(1e-3, 1e-4, betas=(0.0, 0.99), ema=0.98)
     critic: Learning = Learning(2e-3, 2e-4, betas=(0.0, 0.99))
     # teacher
-    dense_share: float = 0.25       # of the steps, the first, that see all tracks
+    dense_share: float = 0.25       # of the updates, the first, that see all tracks
     whole_every: int = 4            # one update in so many sees whole clips, the others short ones,
     short_latents: int = 6          # of so many latents, and twice as many clips
     p_pure_noise: float = 0.5       # clips at sigma 1, where only the conditions help
@@ -264,7 +263,7 @@ class Settings:
     beta: float = 0.5               # a clip weighs exp(reward / beta) (Reward Forcing, eq. 11)
     export_every: int = 0           # updates between weights to choose from, but for the vae's; 0: none
     # how
-    shard_gradients: bool = False   # reduced every step, not every update: less memory, more to send
+    shard_gradients: bool = False   # reduced every micro-step: less memory, more to send
     # how often
     checkpoint_minutes: float = 5   # between checkpoints; on a signal one is written anyway
     # dry run
@@ -280,11 +279,11 @@ PAPER = Settings(
     clips=0,                        # they come from --data
     trajectories=4000,
     vae_clips=0,
-    vae_steps=0,
-    teacher_steps=4800 * 128,       # stage 1 of the teacher: updates, of 128 clips
-    causal_steps=2000 * 128,
-    distill_steps=400 * 5 * 64,     # 400 updates of the generator, as we read it
-    teacher_accumulate=128,
+    vae_updates=0,
+    teacher_updates=4800,           # stage 1 of the teacher
+    causal_updates=2000,
+    distill_updates=400 * 5,        # 400 of the generator, as we read it
+    teacher_accumulate=128,         # clips, as batch is 1
     causal_accumulate=128,
     distill_accumulate=64,
     teacher=Learning(None, 1e-5, ema=0.99),
@@ -308,7 +307,7 @@ PAPER = Settings(
 PAPER_STAGE_2 = replace(
     PAPER,
     teacher=replace(PAPER.teacher, adam=1e-6),
-    teacher_steps=800 * 128,
+    teacher_updates=800,
     dense_share=0.0,
 )
 
@@ -318,18 +317,21 @@ PAPER_5B = replace(PAPER, clip_frames=121, shard_gradients=True)
 PAPER_5B_STAGE_2 = replace(
     PAPER_STAGE_2,
     clip_frames=121,
-    teacher_steps=400 * 128,
+    teacher_updates=400,
     shard_gradients=True,           # whole ones of two networks are 40 GB on every GPU
 )
 
-SMOKE = {"vae_steps": 4, "teacher_steps": 4, "causal_steps": 3, "distill_steps": 6,
-         "vae_clips": 8, "clips": 16, "trajectories": 8}
+SMOKE = {"vae_updates": 4, "teacher_updates": 4, "causal_updates": 3, "distill_updates": 6,
+         "vae_accumulate": 1, "teacher_accumulate": 1, "causal_accumulate": 1,
+         "distill_accumulate": 1, "vae_clips": 8, "clips": 16, "trajectories": 8}
 
 # Updates between the numbers of extras/watch.py.
 REPORT_EVERY = {"teacher": 200, "distill": 50}
 
-# What may be another when a training is resumed: nothing that is learned depends on it.
-FREE = ("tflops", "checkpoint_minutes", "export_every", "shard_gradients")
+# What may be another when a training is resumed: nothing that is learned depends on it, nor on how
+# many micro-steps an update of another stage has.
+FREE = ("tflops", "checkpoint_minutes", "export_every", "shard_gradients",
+        "vae_accumulate", "teacher_accumulate", "causal_accumulate", "distill_accumulate")
 
 NEUTRAL = PRESETS["tiny"].prompt
 WEIGHTS = {"vae": "vae", "teacher": "teacher", "causal": "causal", "distill": "student"}
@@ -355,7 +357,7 @@ class Run:
     data: Path | None = None        # a folder of clips, None: they are drawn
     start: object = None            # what --weights holds, see sample.inspect
     reward: object = None           # a function of a video and what it was made from, to (B,)
-    checkpointing: bool = False     # see recompute_blocks
+    checkpointing: bool = False     # see MotionStream.recompute
     network: object = new_model     # makes a teacher from nothing, of its config
 
     @property
@@ -416,8 +418,8 @@ class Run:
 
 
 # --------------------------------------------------------------------------------------------------
-# Processes. torchrun starts PROCESSES of this program: they share the steps of an update, what is to
-# be made of clips, and the parameters of every MotionStream (FSDP2).
+# Processes. torchrun starts PROCESSES of this program: they share the micro-steps of an update, what
+# is to be made of clips, and the parameters of every MotionStream (FSDP2).
 
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -465,12 +467,6 @@ def from_first(value):
     return told[0]
 
 
-def ends_update(i, accumulate):
-    """Whether the processes, which do PROCESSES steps at a time, are at the end of an update when
-    this one has done its step i."""
-    return (i - RANK + PROCESSES) % accumulate == 0
-
-
 def shard(model):
     """Divide a MotionStream's parameters among the processes, in place; a VAE stays whole in all.
     While a block runs, its own are gathered, in float32, which autocast rounds as in one process;
@@ -481,7 +477,8 @@ def shard(model):
     parts = list(model.blocks) + [model.track_head, model]
     for part in parts:
         fully_shard(part, mesh=mesh, reshard_after_forward=True)    # an average has no backward
-    fully_shard.state(model)._lazy_init()       # else the track head, run first, would be the root
+    # The root is what runs first, unless this says that it is the model: that would be the track head.
+    fully_shard.state(model)._lazy_init()
     return model
 
 
@@ -495,6 +492,14 @@ SHARED = StateDictOptions(full_state_dict=True, broadcast_from_rank0=PROCESSES >
 def seed_of(*what):
     """A seed for torch from anything printable, the same in every process."""
     return zlib.crc32(" ".join(map(str, what)).encode())
+
+
+def generators(device):
+    """Torch's own generators of random numbers: the CPU's and, if that is another, the device's."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return [torch.default_generator]
+    return [torch.default_generator, torch.cuda.default_generators[device.index or 0]]
 
 
 def matmul_seconds(dtype):
@@ -523,11 +528,6 @@ def cpu_dtype():
 def compute_dtype(device):
     """What matrix products are computed in on a device ("cpu", "cuda:0")."""
     return cpu_dtype() if torch.device(device).type == "cpu" else torch.bfloat16
-
-
-def recompute_blocks(model):
-    """Let each block of a MotionStream keep only its inputs for the backward, see its run_block."""
-    model.recompute = True
 
 
 def orthogonal(matrix, dtype):
@@ -581,20 +581,20 @@ class Muon(torch.optim.Optimizer):
 
 
 class Learner:
-    """A network, its optimizers, and the running average of its weights.
+    """A network, its optimizers, and the running average of its weights: `backward` for each of an
+    update's micro-steps, then `update`. The processes share all of these, see `shard`.
 
-    how: Learning. updates: how many there will be, for the rate, 0: it stays. An update follows the
-    mean gradient of `accumulate` steps, which the processes share, as they do the network's
-    parameters, average and optimizer states, see `shard`. Gradients are reduced once an update; until
-    then each process keeps its own, whole. shard_gradients: they are reduced after every step, and
-    each process keeps a part."""
+    how: Learning. updates: how many there will be, for the rate, 0: it stays. accumulate: micro-steps
+    of an update, of all processes together. shard_gradients: see backward."""
 
-    def __init__(self, name, model, how, *, updates=0, accumulate=1, shard_gradients=False):
+    def __init__(self, name, model, how, updates=0, accumulate=1, shard_gradients=False):
         self.name = name
         self.how = how
         self.updates = updates
-        self.accumulate = accumulate
+        self.accumulate = max(accumulate // PROCESSES, 1)       # of this process
         self.shard_gradients = shard_gradients
+        self.micro_steps = 0            # since the last update
+        self.loss = 0.0                 # their mean
         self.averaged = None
         self.average = None
         if how.ema:
@@ -605,7 +605,7 @@ class Learner:
         self.optimizers = self.build_optimizers()
 
     def build_optimizers(self):
-        """[(optimizer, its rate)]: Muon for hidden matrices, AdamW for the rest."""
+        """Muon for hidden matrices, AdamW for the rest."""
         hidden = []
         rest = []
         for name, p in self.model.named_parameters():
@@ -614,56 +614,60 @@ class Learner:
             if p.requires_grad:
                 group = hidden if matrix and self.how.muon else rest
                 group.append(p)
-        decay = self.how.weight_decay
+        how = self.how
         optimizers = []
         if hidden:
-            muon = Muon(hidden, self.how.muon, decay, compute_dtype(hidden[0].device))
-            optimizers.append((muon, self.how.muon))
-        adam = torch.optim.AdamW(rest, self.how.adam, self.how.betas, weight_decay=decay)
-        optimizers.append((adam, self.how.adam))
-        return optimizers
+            dtype = compute_dtype(hidden[0].device)
+            optimizers.append(Muon(hidden, how.muon, how.weight_decay, dtype))
+        adam = torch.optim.AdamW(rest, how.adam, how.betas, weight_decay=how.weight_decay)
+        return optimizers + [adam]
 
-    def parameters(self):
-        return [p for p in self.model.parameters() if p.requires_grad]
-
-    def step(self, loss, i, every=1):
-        """Backward of step i; after the last of an update, clip and move. every: only one in so many
-        updates of the stage is one of this network. Returns the gradient's norm, None without an
-        update. UserError, before anything moves, if it is not finite."""
-        at_end = ends_update(i, self.accumulate)
+    def backward(self, loss):
+        """Add a micro-step's part of the gradient. The processes reduce it, to their mean, in the last
+        micro-step of an update; until then each keeps its own, whole. With shard_gradients they
+        reduce it in all of them, and each keeps a part."""
+        self.micro_steps += 1
         if self.sharded:
-            self.model.set_requires_gradient_sync(at_end or self.shard_gradients)
-        (loss * PROCESSES / self.accumulate).backward()     # the mean of processes is taken below
-        if not at_end:
-            return None
+            last = self.micro_steps == self.accumulate
+            self.model.set_requires_gradient_sync(last or self.shard_gradients)
+        loss = loss / self.accumulate
+        loss.backward()
+        self.loss += loss.detach()
+
+    def update(self, number):
+        """Clip the gradient, then move the weights by it, and their average. number: of this network's
+        updates, from 0. Returns the norm before clipping. UserError, before anything moves, if it is
+        not finite."""
         norm = self.clip_gradient()
         if not norm.isfinite():
-            raise UserError(f"{self.name}, step {i}: loss {loss.item()}, gradient norm "
+            raise UserError(f"{self.name}, update {number}: loss {self.loss.item()}, gradient norm "
                             f"{norm.item()}; stopped before anything moved")
-        count = i // self.accumulate // every
-        for optimizer, rate in self.optimizers:
-            optimizer.param_groups[0]["lr"] = rate * self.rate_factor(count)
+        for optimizer in self.optimizers:
+            full_rate = optimizer.defaults["lr"]
+            optimizer.param_groups[0]["lr"] = full_rate * self.rate_factor(number)
             optimizer.step()
         self.model.zero_grad()
         if self.averaged is not None:
             self.averaged.update_parameters(self.model)
+        self.micro_steps = 0
+        self.loss = 0.0
         return norm
 
     def clip_gradient(self):
         """Make the gradient that of all processes, and no longer than how.clip_norm. Returns its
         norm before."""
-        parameters = self.parameters()
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
         if not self.sharded:
             for p in parameters:
                 mean_processes(p.grad)
         norm = nn.utils.clip_grad_norm_(parameters, self.how.clip_norm)
         return norm.full_tensor() if self.sharded else norm
 
-    def rate_factor(self, count):
-        """Of the learning rate at update `count`: rises, stays at 1, falls."""
-        factor = min(1.0, (count + 1) / self.how.warm_up)
+    def rate_factor(self, number):
+        """Of the learning rate at an update: rises, stays at 1, falls."""
+        factor = min(1.0, (number + 1) / self.how.warm_up)
         if self.updates:
-            factor = min(factor, (self.updates - count) / (self.how.decay * self.updates))
+            factor = min(factor, (self.updates - number) / (self.how.decay * self.updates))
         return factor
 
     def move_average(self, averages, weights, count):
@@ -674,10 +678,9 @@ class Learner:
 
     def state_dict(self):
         """Whole tensors on the CPU, in process 0; the others, which hold parts, call it with it."""
-        optimizers = [optimizer for optimizer, _ in self.optimizers]
         state = {
             "model": get_model_state_dict(self.model, options=WHOLE),
-            "optimizer": get_optimizer_state_dict(self.model, optimizers, options=WHOLE),
+            "optimizer": get_optimizer_state_dict(self.model, self.optimizers, options=WHOLE),
         }
         if self.averaged is not None:
             state["average"] = get_model_state_dict(self.averaged, options=WHOLE)
@@ -685,9 +688,9 @@ class Learner:
 
     def load_state_dict(self, state):
         """The reverse: process 0 gives its state, the others {}, and each keeps its part."""
-        optimizers = [optimizer for optimizer, _ in self.optimizers]
+        of_optimizers = state.get("optimizer", {})
         set_model_state_dict(self.model, state.get("model", {}), options=SHARED)
-        set_optimizer_state_dict(self.model, optimizers, state.get("optimizer", {}), options=SHARED)
+        set_optimizer_state_dict(self.model, self.optimizers, of_optimizers, options=SHARED)
         if self.averaged is not None:
             set_model_state_dict(self.averaged, state.get("average", {}), options=SHARED)
 
@@ -695,47 +698,26 @@ class Learner:
 # --------------------------------------------------------------------------------------------------
 # The loop of a stage, its log and its checkpoints.
 
-def lock_file(file):
-    """Keep an open file for this process until it ends, however it ends. BlockingIOError or
-    PermissionError: another has it."""
-    if os.name == "nt":
-        import msvcrt
-        file.seek(2 ** 30)              # far behind what is written: others may read that
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
 def lock_folder(folder, file):
-    """Lock a training's folder by an open file in it, which says who has it. UserError: another."""
+    """Keep a training's folder for this process until it ends, however it ends, by an open file in it,
+    which says who has it. UserError: another has it."""
     try:
-        lock_file(file)
+        if os.name == "nt":
+            import msvcrt
+            file.seek(2 ** 30)          # far behind what is written: others may read that
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         file.seek(0)
-        owner = file.read() or "another process"
-        raise UserError(f"{folder}: {owner} is training into it; wait for its end, or choose "
-                        "another --out") from None
+        raise UserError(f"{folder}: {file.read() or 'another'} is training into it; wait for its end, "
+                        "or choose another --out") from None
     except OSError as e:                # some network disks cannot
         print(f"{folder}: cannot be locked ({e.strerror}); start no other training into it")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
-
-
-# Names that motionstream.write uses meanwhile.
-UNFINISHED = re.compile(r"\..+\.(pt|safetensors|jsonl|json|png)\.\d+\.part")
-OWN_CLIPS = ("videos.*", "clips.*", "latents.*", "trajectories.*")
-
-
-def remove_unfinished(folder):
-    """Files that a training which was killed had begun to write."""
-    found = list(folder.glob(".*.part"))
-    for pattern in OWN_CLIPS:
-        found += folder.glob(f"{pattern}/**/.*.part")
-    for path in found:
-        if UNFINISHED.fullmatch(path.name):
-            path.unlink()
 
 
 @contextlib.contextmanager
@@ -746,143 +728,136 @@ def own_folder(folder):
     with open(folder / ".lock", "a+") as file:
         if RANK == 0:
             lock_folder(folder, file)
-            remove_unfinished(folder)
+            for path in folder.rglob(".*.part"):        # in which motionstream.write was killed
+                if ".mp4." not in path.name:            # a video is another program's
+                    path.unlink()
         wait_for_all()
         yield
 
 
-def read_checkpoint(path):
-    """(step, settings, {name of a Learner: its state}) of a file that is whole. Raises, of a dozen
-    kinds, if it is not: torch.load does not look at the checksums that torch.save has written."""
-    with zipfile.ZipFile(path) as file:
-        damaged = file.testzip()
-    if damaged:
-        raise ValueError(f"{damaged} is not as it was written")
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    return saved["step"], saved["settings"], saved["learners"]
+def checkpoint_path(folder, stage, updates):
+    return folder / f"{stage}.{updates:07}.checkpoint.pt"
 
 
-def newest_checkpoint(folder, stage):
-    """(path, what read_checkpoint returns) of the newest checkpoint of a stage that is whole. What is
-    not is said, and put aside. None: there are none. UserError: there are, but none is whole."""
-    damaged = []
-    for path in sorted(folder.glob(f"{stage}.*.checkpoint.pt"), reverse=True):
-        try:
-            found = read_checkpoint(path)
-        except Exception as e:
-            reason = f"{type(e).__name__}: {e}".splitlines()[0]
-            print(f"{path}: damaged ({reason})")
-            damaged.append(path)
-            continue
-        for each in damaged:
-            each.replace(each.with_suffix(".damaged"))
-        return path, found
-    if damaged:
-        raise UserError(f"{damaged[0]}: damaged, and no other checkpoint of the stage {stage} is "
-                        "whole; put one back, or remove them to begin the stage again")
-    return None
-
-
-def differences(was, now):
-    """What differs between the settings of a checkpoint and those of now, as texts."""
-    texts = []
-    for name, value in now.items():
-        if name != "files" and was.get(name) != value:
-            texts.append(f"{name} {was.get(name)}, now {value}")
-    before = was.get("files", {})
-    after = now.get("files", {})
-    for name in sorted(before.keys() | after.keys()):
-        if name not in before:
-            texts.append(f"{name} is new")
-        elif name not in after:
-            texts.append(f"{name} is gone")
-        elif before[name] != after[name]:
-            texts.append(f"{name} has changed")
-    return texts
-
-
-def load_checkpoint(folder, stage, settings, learners):
-    """Put the newest checkpoint of the stage that is whole into the learners; the step to go on with.
-    Process 0 reads it, whatever number of processes wrote it."""
-    found = newest_checkpoint(folder, stage) if RANK == 0 else None
-    step, was, states = 0, settings, {}
-    if found:
-        path, (step, was, states) = found
-    changed = differences(was, settings)
-    if changed:
-        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
-        raise UserError(f"{path}: is of other settings ({'; '.join(changed[:5])}{more}); choose "
-                        "another --out or remove it")
-    step = from_first(step)
-    if step:
-        try:
-            for learner in learners:
-                learner.load_state_dict(states.get(learner.name, {}))
-        except RuntimeError as e:       # the file is as it was written
-            reason = " ".join(str(e).split())[:300]
-            where = f"{folder}, {stage}, step {step}"
-            raise UserError(f"{where}: of another {learner.name}; {reason}") from None
-    if found:
-        print(f"{path.name}: resumed at step {step}")
-    return step
-
-
-def save_checkpoint(folder, stage, step, settings, learners):
+def save_checkpoint(folder, stage, updates, settings, learners):
     """To a file of its own, whole, so that any number of processes can go on; the newest two of a
     stage stay."""
     states = {learner.name: learner.state_dict() for learner in learners}
     if RANK > 0:
         return
-    saved = {"step": step, "settings": settings, "learners": states}
-    write(folder / f"{stage}.{step:07}.checkpoint.pt", functools.partial(torch.save, saved))
+    saved = {"updates": updates, "settings": settings, "learners": states}
+    write(checkpoint_path(folder, stage, updates), functools.partial(torch.save, saved))
     for old in sorted(folder.glob(f"{stage}.*.checkpoint.pt"))[:-2]:
         old.unlink()
+
+
+def read_checkpoint(path):
+    """What save_checkpoint has saved. Raises, of a dozen kinds, if the file is not as it was written:
+    torch.load does not look at the checksums that torch.save writes."""
+    with zipfile.ZipFile(path) as file:
+        damaged = file.testzip()
+    if damaged:
+        raise ValueError(f"{damaged} is not as it was written")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def newest_checkpoint(folder, stage):
+    """What read_checkpoint returns of the newest checkpoint of a stage that is whole, None: there is
+    none. Those that are damaged are said, and put aside. UserError: all are."""
+    checkpoint = None
+    damaged = []
+    for path in sorted(folder.glob(f"{stage}.*.checkpoint.pt"), reverse=True):
+        try:
+            checkpoint = read_checkpoint(path)
+            break
+        except Exception as e:
+            print(f"{path}: damaged ({reason_of(e)})")
+            damaged.append(path)
+    if damaged and checkpoint is None:
+        raise UserError(f"{damaged[0]}: damaged, and no other checkpoint of the stage {stage} is "
+                        "whole; put one back, or remove them to begin the stage again")
+    for path in damaged:
+        path.replace(path.with_suffix(".damaged"))
+    return checkpoint
+
+
+def differences(was, now):
+    """What differs between the settings of a checkpoint and those of now, as texts."""
+    changed = [name for name in was | now if was.get(name) != now.get(name)]
+    return [f"{name} {was.get(name)}, now {now.get(name)}" for name in changed]
+
+
+def load_checkpoint(folder, stage, settings, learners):
+    """Put the newest checkpoint of a stage, which process 0 reads, into the learners. Returns how many
+    updates it has, 0: there is none."""
+    checkpoint = {"updates": 0, "settings": settings, "learners": {}}
+    if RANK == 0:
+        checkpoint = newest_checkpoint(folder, stage) or checkpoint
+    updates = from_first(checkpoint["updates"])
+    if updates == 0:
+        return 0
+    path = checkpoint_path(folder, stage, updates)
+    changed = differences(checkpoint["settings"], settings)
+    if changed:
+        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+        raise UserError(f"{path}: is of other settings ({'; '.join(changed[:5])}{more}); choose "
+                        "another --out or remove it")
+    for learner in learners:
+        with naming(path, f"of another {learner.name}"):
+            learner.load_state_dict(checkpoint["learners"].get(learner.name, {}))
+    if RANK == 0:
+        print(f"{path.name}: resumed at update {updates}")
+    return updates
 
 
 def checkpoint_settings(run, stage):
     """What a checkpoint of the stage depends on: with another of these, going on would mix two
     trainings. Files are told by what they hold, not by place or time."""
-    files = {f"data/{name}": digest for name, digest in clip_digests(run).items()}
-    files |= weight_digests(run.files["start"])
+    digests = clip_digests(run) | weight_digests(run.files["start"])
     for name in PREREQUISITES[stage]:
-        files[f"weights of {name}"] = run.checksum(name)
-    settings = {"seed": run.seed, "files": files} | asdict(run.config) | asdict(run.settings)
-    free = FREE + tuple(f"{each}_accumulate" for each in STAGES)       # Loop adds the one that counts
-    return {name: value for name, value in settings.items() if name not in free}
+        digests[name] = run.checksum(name)
+    settings = {"seed": run.seed} | asdict(run.config) | asdict(run.settings)
+    for name in FREE:
+        settings.pop(name)
+    for name, digest in digests.items():
+        settings[f"checksum of {name}"] = digest
+    return settings
+
+
+def read_log(path):
+    """The rows of a stats.jsonl, but for a line that a crash has cut off."""
+    rows = []
+    for line in open(path) if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def drop_rows(path, stage, begin):
-    """Take out of a log what the stage logged from step `begin` on, which is not in the checkpoint and
-    is logged again, and lines that a crash has cut off."""
-    kept = []
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
+    """Take out of a log what the stage logged from update `begin` on: it is not in the checkpoint, and
+    is logged again."""
+    text = ""
+    for row in read_log(path):
         if row["stage"] != stage or row["step"] < begin:
-            kept.append(line)
-    if len(kept) < len(lines):
-        write(path, lambda part: part.write_text("".join(kept)))
+            text += json.dumps(row) + "\n"
+    write(path, lambda part: part.write_text(text))
 
 
 class Loop:
-    """The steps of a stage: `for i in Loop(…)` goes on where the newest checkpoint stopped.
+    """The updates of a stage, 0, 1, 2…: `for update in Loop(…)` goes on where the newest checkpoint
+    stopped.
 
-    Random numbers are drawn anew from (seed, stage, i) each step, so that resuming changes nothing.
-    A step's numbers are those given to `log`. When the caller is done with a step, its line is
-    written, and at the end of an update, if checkpoint_minutes have gone or a signal came, a
-    checkpoint. Ctrl-C and SIGTERM exit after it, with 130 or 143."""
+    When the caller is done with an update, its line is written, and, if checkpoint_minutes have gone
+    or a signal came, a checkpoint. Ctrl-C and SIGTERM exit after it, with 130 or 143."""
 
-    def __init__(self, run, stage, steps, *learners):
+    def __init__(self, run, stage, updates, *learners):
         self.run = run
         self.stage = stage
-        self.accumulate = learners[0].accumulate
-        self.steps = max(steps - steps % self.accumulate, self.accumulate)      # whole updates
-        self.settings = {"steps": self.steps, "steps an update, of all processes": self.accumulate}
-        self.settings |= checkpoint_settings(run, stage)
+        self.updates = updates
         self.learners = learners
+        self.accumulate = learners[0].accumulate
+        self.settings = {"updates": updates, "micro-steps an update": self.accumulate * PROCESSES}
+        self.settings |= checkpoint_settings(run, stage)
 
     def __iter__(self):
         begin = load_checkpoint(self.run.out, self.stage, self.settings, self.learners)
@@ -892,56 +867,65 @@ class Loop:
             file = self.run.out / "stats.jsonl"
             drop_rows(file, self.stage, begin)
         with hold_signals() as stop, open(file, "a", buffering=1) as file:
-            mine = range(begin + RANK, self.steps, PROCESSES)
-            bar = tqdm(mine, self.stage, disable=RANK > 0)
-            for i in bar:
-                torch.manual_seed(seed_of(self.run.seed, self.stage, i))
-                self.numbers = {}
+            bar = tqdm(range(begin, self.updates), self.stage, disable=RANK > 0)
+            for update in bar:
+                self.update = update
+                self.numbers = {}               # {name: [what has been logged]}
+                self.random = {}                # {micro-step: states of the generators at its end}
                 started = time.time()
-                yield i
-                bar.set_postfix(self.numbers)
+                yield update
+                means = {}
+                for name, values in self.numbers.items():
+                    means[name] = round(sum(values) / len(values), 5)
+                bar.set_postfix(means)
                 seconds = round(time.time() - started, 3)
-                row = {"stage": self.stage, "step": i, **self.numbers, "seconds": seconds,
+                row = {"stage": self.stage, "step": update, **means, "seconds": seconds,
                        "dtype": str(self.run.dtype)[6:]}                        # after "torch."
                 file.write(json.dumps(row) + "\n")
-                if ends_update(i, self.accumulate):
-                    self.save_if_due(i - RANK + PROCESSES, stop)
-            if begin < self.steps:              # else it has been saved
-                self.save(self.steps)
+                self.save_if_due(stop)
+
+    def micro_steps(self):
+        """This process's micro-steps of the update, by their numbers over all processes and updates.
+        Random numbers are from (seed, stage, number), so that resuming and sharing change nothing; a
+        second pass over the same micro-steps goes on with those of the first."""
+        end = (self.update + 1) * self.accumulate * PROCESSES
+        begin = end - self.accumulate * PROCESSES
+        sources = generators(self.run.device)
+        for i in range(begin + RANK, end, PROCESSES):
+            torch.manual_seed(seed_of(self.run.seed, self.stage, i))
+            for source, state in zip(sources, self.random.get(i, [])):
+                source.set_state(state)
+            yield i
+            self.random[i] = [source.get_state() for source in sources]
 
     def log(self, **numbers):
-        """Numbers of this step; None: not in this step."""
+        """Numbers of this update or, of which the mean is told, its micro-steps. None: there is none."""
         for name, value in numbers.items():
             if value is not None:
-                self.numbers[name] = round(torch.as_tensor(value).item(), 5)
-
-    def reports(self, i):
-        """Whether the processes, as in ends_update, are where the stage's numbers are told."""
-        return ends_update(i, REPORT_EVERY[self.stage] * self.accumulate)
+                value = torch.as_tensor(value).item()
+                self.numbers.setdefault(name, []).append(value)
 
     def tell(self, **numbers):
-        """The same, and print them in a line that stays."""
+        """Log numbers, and print them in a line that stays."""
         self.log(**numbers)
         if RANK == 0:
-            told = {name: self.numbers[name] for name in numbers}
+            told = {name: round(float(value), 5) for name, value in numbers.items()}
             tqdm.write(f"{self.stage}: {json.dumps(told)}")
 
-    def save_if_due(self, step, stop):
+    def save_if_due(self, stop):
         """The processes do the same, whichever got the signal in the list `stop`."""
+        done = self.update + 1
         minutes = (time.time() - self.saved_at) / 60
-        told = [len(stop) > 0, minutes > self.run.settings.checkpoint_minutes]
-        stopped, due = mean_processes(torch.tensor(told).float())
+        due = minutes > self.run.settings.checkpoint_minutes or done == self.updates
+        stopped, due = mean_processes(torch.tensor([len(stop) > 0, due]).float())
         if stopped or due:
-            self.save(step)
+            save_checkpoint(self.run.out, self.stage, done, self.settings, self.learners)
+            self.saved_at = time.time()
         if stopped:
             if RANK == 0:
-                tqdm.write(f"saved at step {step}; the same command goes on")
+                tqdm.write(f"saved at update {done}; the same command goes on")
             signum = stop[0] if stop else 15            # SIGTERM, which another process got
             raise SystemExit(128 + signum)
-
-    def save(self, step):
-        save_checkpoint(self.run.out, self.stage, step, self.settings, self.learners)
-        self.saved_at = time.time()
 
 
 def save_weights(path, model):
@@ -1515,14 +1499,16 @@ def train_vae(run):
     videos = [load_file(file)["video"] for file in files[:64]]
     vae = LinearVAE().to(run.device)
     principal_components(vae, videos)
-    learner = Learner("vae", vae, s.vae, updates=s.vae_steps // s.vae_accumulate,
-                      accumulate=s.vae_accumulate)
-    loop = Loop(run, "vae", s.vae_steps, learner)
-    for i in loop:
-        video = random_crops(files, s.vae_batch).to(run.device)
-        output, _ = vae.decode_unclamped(vae.encode(video))
-        loss = reconstruction_error(output, video)
-        loop.log(loss=loss, psnr=psnr(output, video), grad=learner.step(loss, i))
+    learner = Learner("vae", vae, s.vae, s.vae_updates, s.vae_accumulate)
+    loop = Loop(run, "vae", s.vae_updates, learner)
+    for update in loop:
+        for _ in loop.micro_steps():
+            video = random_crops(files, s.vae_batch).to(run.device)
+            output, _ = vae.decode_unclamped(vae.encode(video))
+            loss = reconstruction_error(output, video)
+            learner.backward(loss)
+            loop.log(loss=loss, psnr=psnr(output, video))
+        loop.log(grad=learner.update(update))
     whole = video_frames(run.clip_latents)
     normalise_latents(vae, [video[:, :whole].to(run.device) for video in videos])
     save_pretrained(vae, run.path("vae"), torch.float16, **vae.metadata())
@@ -1566,6 +1552,22 @@ def starting_teacher(run, vae):
     return model
 
 
+def loss_of_teacher(run, model, vae, batch):
+    """flow_loss of a Batch, text and tracks dropped in some of its clips."""
+    s = run.settings
+    x0 = batch.latents
+    sigma = draw_sigma(len(x0), run.config.shift, s.p_pure_noise, s.p_uniform_sigma)
+    sigma = sigma.to(run.device)
+    first_latent = first_latent_of(run.config, x0)
+    cell_weight = 1 + s.track_weight * batch.touched
+    with run.autocast():
+        motion = drop(motion_inputs(model, **batch.points, vae=vae), s.p_no_tracks)
+        text = drop({"text": batch.conditions["text"]}, s.p_no_text)
+        conditions = batch.conditions | motion | text
+        channel_weight = latent_weight(vae, model.config, sigma)
+        return flow_loss(model, x0, sigma, conditions, first_latent, cell_weight, channel_weight)
+
+
 def train_teacher(run):
     """Stage 2. Rectified flow on whole clips and short ones, given the image, text and tracks.
 
@@ -1577,33 +1579,25 @@ def train_teacher(run):
     files = files[len(files) // 20:]                # of fewer than 20, one is trained on too
     vae = run.load_vae()
     model = starting_teacher(run, vae)
-    learner = Learner("teacher", model, s.teacher, updates=s.teacher_steps // s.teacher_accumulate,
-                      accumulate=s.teacher_accumulate, shard_gradients=s.shard_gradients)
-    if run.checkpointing:
-        recompute_blocks(model)
+    model.recompute = run.checkpointing
+    learner = Learner("teacher", model, s.teacher, s.teacher_updates, s.teacher_accumulate,
+                      s.shard_gradients)
     watch = find_watch()
-    loop = Loop(run, "teacher", s.teacher_steps, learner)
-    for i in loop:
-        dense = i < int(s.dense_share * s.teacher_steps)
-        if i // s.teacher_accumulate % s.whole_every == 0:
-            batch = draw_batch(run, files, s.batch, run.clip_latents, dense=dense)
+    loop = Loop(run, "teacher", s.teacher_updates, learner)
+    for update in loop:
+        dense = update < int(s.dense_share * s.teacher_updates)
+        if update % s.whole_every == 0:
+            size = (s.batch, run.clip_latents)
         else:
-            batch = draw_batch(run, files, 2 * s.batch, s.short_latents, dense=dense)
-        x0 = batch.latents
-        sigma = draw_sigma(len(x0), run.config.shift, s.p_pure_noise, s.p_uniform_sigma)
-        sigma = sigma.to(run.device)
-        with run.autocast():
-            motion = motion_inputs(model, **batch.points, vae=vae)
-            motion = drop(motion, s.p_no_tracks)
-            text = drop({"text": batch.conditions["text"]}, s.p_no_text)
-            conditions = batch.conditions | motion | text
-            loss = flow_loss(model, x0, sigma, conditions, first_latent_of(run.config, x0),
-                             cell_weight=1 + s.track_weight * batch.touched,
-                             channel_weight=latent_weight(vae, model.config, sigma))
-        loop.log(loss=loss, grad=learner.step(loss, i))
-        if ends_update(i, s.teacher_accumulate):
-            export_weights(run, "teacher", learner.average, i // s.teacher_accumulate + 1)
-        if watch and loop.reports(i):
+            size = (2 * s.batch, s.short_latents)
+        for _ in loop.micro_steps():
+            batch = draw_batch(run, files, *size, dense=dense)
+            loss = loss_of_teacher(run, model, vae, batch)
+            learner.backward(loss)
+            loop.log(loss=loss)
+        loop.log(grad=learner.update(update))
+        export_weights(run, "teacher", learner.average, update + 1)
+        if watch and (update + 1) % REPORT_EVERY["teacher"] == 0:
             loop.tell(**watch.teacher_errors(run, learner.average, vae, held_back))
     save_weights(run.path("teacher"), learner.average)
 
@@ -1745,6 +1739,14 @@ CAUSAL_FROM = {"trajectories": loss_on_trajectories, "clips": loss_on_clips,
                "rollouts": loss_on_rollouts}
 
 
+def to_be_trained(run, model):
+    """The same MotionStream, but for its track head, frozen after the teacher (appendix D)."""
+    model.requires_grad_(True)
+    model.track_head.requires_grad_(False)
+    model.recompute = run.checkpointing
+    return model
+
+
 def train_causal(run):
     """Stage 3. The student from the teacher: on the teacher's ODE trajectories, on clips, or on its own
     rollouts, see CAUSAL_FROM."""
@@ -1754,21 +1756,19 @@ def train_causal(run):
     if s.causal_from == "trajectories":
         files = make_trajectories(run, files)
     vae = run.load_vae()
-    student = run.load("teacher", causal=True, **run.context)
-    student.requires_grad_(True)
-    student.track_head.requires_grad_(False)            # frozen after the teacher (appendix D)
+    student = to_be_trained(run, run.load("teacher", causal=True, **run.context))
     weight = latent_weight(vae, student.config, torch.ones(1, device=run.device))
-    learner = Learner("causal", student, s.causal, updates=s.causal_steps // s.causal_accumulate,
-                      accumulate=s.causal_accumulate, shard_gradients=s.shard_gradients)
-    if run.checkpointing:
-        recompute_blocks(student)
-    loop = Loop(run, "causal", s.causal_steps, learner)
-    for i in loop:
-        with run.autocast():
-            loss = loss_of(run, student, vae, files, weight)
-        loop.log(loss=loss, grad=learner.step(loss, i))
-        if ends_update(i, s.causal_accumulate):
-            export_weights(run, "causal", learner.average, i // s.causal_accumulate + 1)
+    learner = Learner("causal", student, s.causal, s.causal_updates, s.causal_accumulate,
+                      s.shard_gradients)
+    loop = Loop(run, "causal", s.causal_updates, learner)
+    for update in loop:
+        for _ in loop.micro_steps():
+            with run.autocast():
+                loss = loss_of(run, student, vae, files, weight)
+            learner.backward(loss)
+            loop.log(loss=loss)
+        loop.log(grad=learner.update(update))
+        export_weights(run, "causal", learner.average, update + 1)
     save_weights(run.path("causal"), learner.average)
 
 
@@ -1864,44 +1864,41 @@ def train_student(run):
     files = training_clips(run, frames=1)
     vae = run.load_vae()
     teacher = shard(run.load("teacher"))
-    generator = run.load("causal", **run.context)
-    critic = run.load("teacher")
-    for model in generator, critic:
-        model.requires_grad_(True)
-        model.track_head.requires_grad_(False)          # frozen after the teacher (appendix D)
-    updates = s.distill_steps // s.distill_accumulate // s.critic_steps
-    learner_g = Learner("generator", generator, s.generator, updates=updates,
-                        accumulate=s.distill_accumulate, shard_gradients=s.shard_gradients)
-    learner_c = Learner("critic", critic, s.critic, accumulate=s.distill_accumulate,
-                        shard_gradients=s.shard_gradients)
-    if run.checkpointing:
-        recompute_blocks(generator)
-        recompute_blocks(critic)
+    generator = to_be_trained(run, run.load("causal", **run.context))
+    critic = to_be_trained(run, run.load("teacher"))
+    learner_g = Learner("generator", generator, s.generator, s.distill_updates // s.critic_steps,
+                        s.distill_accumulate, s.shard_gradients)
+    learner_c = Learner("critic", critic, s.critic, 0, s.distill_accumulate, s.shard_gradients)
     channel_weight = functools.partial(latent_weight, vae, teacher.config)
     of_x0 = channel_weight(torch.ones(1, device=run.device))    # the velocity's at sigma 1
     watch = find_watch()
-    loop = Loop(run, "distill", s.distill_steps, learner_g, learner_c)
-    for i in loop:
-        update = i // s.distill_accumulate
+    loop = Loop(run, "distill", s.distill_updates, learner_g, learner_c)
+    for update in loop:
         if update % s.critic_steps == 0:
             shape = draw_rollout(run, update, grad=True)
-            x0, conditions, points = roll_out(run, generator, vae, files, shape, grad=True)
-            with run.autocast():
-                weight, reward = reward_weight(run, vae, x0, conditions, points)
-                first_latent = first_latent_of(run.config, x0.detach())
-                loss = dmd_loss(x0, teacher, critic, conditions, first_latent, shift, weight * of_x0)
-            loop.log(reward=reward, loss_g=loss, std=x0.std())
-            loop.log(grad_g=learner_g.step(loss, i, every=s.critic_steps))
+            for _ in loop.micro_steps():
+                x0, conditions, points = roll_out(run, generator, vae, files, shape, grad=True)
+                with run.autocast():
+                    weight, reward = reward_weight(run, vae, x0, conditions, points)
+                    weight = weight * of_x0
+                    first_latent = first_latent_of(run.config, x0.detach())
+                    loss = dmd_loss(x0, teacher, critic, conditions, first_latent, shift, weight)
+                learner_g.backward(loss)
+                loop.log(reward=reward, loss_g=loss, std=x0.std())
+            count = update // s.critic_steps
+            loop.log(grad_g=learner_g.update(count))
+            export_weights(run, "student", learner_g.average, count + 1)
         shape = draw_rollout(run, update, grad=False)
-        x0, conditions, _ = roll_out(run, generator, vae, files, shape, grad=False)
-        with run.autocast():
-            first_latent = first_latent_of(run.config, x0)
-            loss = critic_loss(x0, critic, conditions, first_latent, shift, channel_weight)
-        loop.log(loss_c=loss, grad_c=learner_c.step(loss, i))
-        if watch and loop.reports(i):
+        for _ in loop.micro_steps():
+            x0, conditions, _ = roll_out(run, generator, vae, files, shape, grad=False)
+            with run.autocast():
+                first_latent = first_latent_of(run.config, x0)
+                loss = critic_loss(x0, critic, conditions, first_latent, shift, channel_weight)
+            learner_c.backward(loss)
+            loop.log(loss_c=loss)
+        loop.log(grad_c=learner_c.update(update))
+        if watch and (update + 1) % REPORT_EVERY["distill"] == 0:
             loop.tell(**watch.student_numbers(run, generator, teacher, critic, vae, files))
-        if update % s.critic_steps == 0 and ends_update(i, s.distill_accumulate):
-            export_weights(run, "student", learner_g.average, update // s.critic_steps + 1)
     save_weights(run.path("student"), learner_g.average)
 
 
@@ -1964,15 +1961,15 @@ def new_parser(description):
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     count = number(int, 1, 10 ** 9)
     add = parser.add_argument
-    add("--smoke", action="store_true", help="a few steps of everything, in some minutes")
+    add("--smoke", action="store_true", help="a few updates of everything, in some minutes")
     add("--out", type=Path, help="folder to write to (runs/tiny; runs/smoke with --smoke)")
     add("--data", type=Path, help="a folder of clips, see above (none: clips are rendered)")
     add("--weights", type=Path, help="the teacher's start: a Wan DiT, or a teacher made here")
     add("--vae", type=Path, help="a finished VAE's file; the stage vae is left out")
-    add("--steps", type=count, help="steps of the one stage that is named")
+    add("--steps", type=count, help="updates of the one stage that is named")
     add("--seed", type=int, default=0, help="of everything random (0)")
     add("--device", help="cpu, cuda:0, … (cuda if there is one)")
-    add("--accumulate", type=count, help="steps of each process for an update (1; Wan's: the paper's)")
+    add("--accumulate", type=count, help="micro-steps of each process an update (1; Wan's: the paper's)")
     add("--checkpointing", action=argparse.BooleanOptionalAction,
         help="recompute blocks in the backward: less memory (default for Wan's weights)")
     add("--memory", type=student_memory, help="the student's chunk, sink, window (c3s1w1); drawn: many")
@@ -2092,11 +2089,11 @@ def resolve_settings(flags, start, config):
     if flags.memory == "drawn":
         settings = replace(settings, drawn_memory=True)
     if flags.steps:
-        settings = replace(settings, **{f"{flags.stage}_steps": flags.steps})
-    for stage in STAGES:
-        name = f"{stage}_accumulate"
-        each = flags.accumulate or max(getattr(settings, name) // PROCESSES, 1)
-        settings = replace(settings, **{name: PROCESSES * each})
+        settings = replace(settings, **{f"{flags.stage}_updates": flags.steps})
+    if flags.accumulate:
+        for stage in STAGES:
+            of_all = {f"{stage}_accumulate": flags.accumulate * PROCESSES}
+            settings = replace(settings, **of_all)
     return settings
 
 
@@ -2201,13 +2198,11 @@ def unusual(run):
     return texts
 
 
-def logged_steps(path):
-    """{stage: (steps that have been logged, seconds of each of the latest 100)} of a stats.jsonl."""
+def logged_updates(path):
+    """{stage: (updates that have been logged, seconds of one, of the latest 100)} of a stats.jsonl."""
     rows = {}
-    for line in open(path) if path.exists() else []:
-        with contextlib.suppress(ValueError):           # of a line that a crash has cut off
-            row = json.loads(line)
-            rows.setdefault(row["stage"], []).append(row)
+    for row in read_log(path):
+        rows.setdefault(row["stage"], []).append(row)
     logged = {}
     for stage, own in rows.items():
         seconds = [row["seconds"] for row in own[-100:]]
@@ -2217,21 +2212,21 @@ def logged_steps(path):
 
 def print_plan(run, stages):
     """What a training begins with: a table of the stages to be run. How many hours one has left is
-    known from the log of its own steps."""
+    known from the log of its own updates."""
     print(f"{run.out}: on {run.device}, matrix products in {str(run.dtype)[6:]}, seed {run.seed}")
     if unusual(run):
         print(f"non-default settings: {', '.join(unusual(run))}")
     logged = logged_steps(run.out / "stats.jsonl")
     print("\n| stage | steps | begun | hours left | weights |\n|---|---|---|---|---|")
     for stage in stages:
-        steps = getattr(run.settings, f"{stage}_steps")
+        updates = getattr(run.settings, f"{stage}_updates")
         begun = hours = "-"
         if stage in logged:
             begun, seconds = logged[stage]
-            hours = f"{max(steps - begun, 0) * seconds / PROCESSES / 3600:.1f}"
-        print(f"| {stage} | {steps:,} | {begun} | {hours} | {run.path(WEIGHTS[stage])} |")
+            hours = f"{max(updates - begun, 0) * seconds / 3600:.1f}"
+        print(f"| {stage} | {updates:,} | {begun} | {hours} | {run.path(WEIGHTS[stage])} |")
     pictures = " and STAGE_preview.png" if run.data is None else ""
-    print(f"\nnumbers of every step: {run.out / 'stats.jsonl'}; pictures after each stage: "
+    print(f"\nnumbers of every update: {run.out / 'stats.jsonl'}; pictures after each stage: "
           f"{run.out / 'STAGE.png'}{pictures}\n")
 
 

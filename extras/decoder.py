@@ -23,10 +23,10 @@ PIXELS = 144                        # per side of what Wan's latents are decoded
 LATENTS = 6                         # 21 frames [P]
 REPLAY = 64                         # clips that the replay buffer holds
 
-# Steps, and how decoder and discriminator learn: of a tiny VAE [O], and of Wan's [P].
-TINY_STEPS = 1000
+# Updates, and how decoder and discriminator learn: of a tiny VAE [O], and of Wan's [P].
+TINY_UPDATES = 1000
 TINY = (td.Learning(5e-3, 2e-3), td.Learning(0.01, 1e-3))
-WAN_STEPS = 200_000
+WAN_UPDATES = 200_000
 WAN = (td.Learning(None, 3e-4), td.Learning(None, 3e-4))
 
 # An encoder with one channel: a score for every 4x4 pixels of two frames and what is about them
@@ -95,7 +95,7 @@ def new_networks(given, wan):
     return vae, discriminator
 
 
-def train_decoder(run, steps, adversarial, distance):
+def train_decoder(run, updates, adversarial, distance):
     """A decoder from nothing for the latents of a finished VAE: the tiny one, on drawn videos, or
     with --data Wan's, in the layout of taew2_1, on what Wan's decoder makes of 144x144 pixels and 21
     frames, while an encoder learns the latents. Half of what is shown as false is from a replay
@@ -113,27 +113,28 @@ def train_decoder(run, steps, adversarial, distance):
     vae, discriminator = new_networks(given, wan)
     _, video = draw(given, files, run.device)
     discriminator.register_buffer("replay", torch.zeros(REPLAY, *video.shape[1:]).bfloat16())
-    count = {"accumulate": run.settings.vae_accumulate}
-    count["updates"] = steps // count["accumulate"]
-    learner = td.Learner("decoder", vae.to(run.device), how, **count)
-    learner_d = td.Learner("discriminator", discriminator.to(run.device), how_d, **count)
-    loop = td.Loop(run, "decoder", steps, learner, learner_d)
+    accumulate = run.settings.vae_accumulate
+    learner = td.Learner("decoder", vae.to(run.device), how, updates, accumulate)
+    learner_d = td.Learner("discriminator", discriminator.to(run.device), how_d, updates, accumulate)
+    loop = td.Loop(run, "decoder", updates, learner, learner_d)
     loop.settings["adversarial"] = adversarial
-    for i in loop:
-        with run.autocast():
-            with torch.no_grad():
-                latents, video = draw(given, files, run.device)
-            output, _ = vae.decode_unclamped(latents)
-            rows = torch.randperm(REPLAY)[:len(output) // 2]
-            shown = torch.cat([discriminator.replay[rows], output[len(rows):]])
-            loss_g, loss_d = adversarial_losses(discriminator, video, output, shown)
-            loss = reconstruction_loss(output, video) + distance(output, video, i)
-            if wan:
-                loss = loss + F.mse_loss(vae.encode(video), latents)
-        discriminator.replay[rows] = output[:len(rows)].detach().bfloat16()
-        loop.log(loss=loss, loss_g=loss_g, loss_d=loss_d, psnr=td.psnr(output.detach(), video))
-        loop.log(grad=learner.step(loss + adversarial * loss_g, i))
-        loop.log(grad_d=learner_d.step(loss_d, i))
+    for update in loop:
+        for i in loop.micro_steps():
+            with run.autocast():
+                with torch.no_grad():
+                    latents, video = draw(given, files, run.device)
+                output, _ = vae.decode_unclamped(latents)
+                rows = torch.randperm(REPLAY)[:len(output) // 2]
+                shown = torch.cat([discriminator.replay[rows], output[len(rows):]])
+                loss_g, loss_d = adversarial_losses(discriminator, video, output, shown)
+                loss = reconstruction_loss(output, video) + distance(output, video, i)
+                if wan:
+                    loss = loss + F.mse_loss(vae.encode(video), latents)
+            discriminator.replay[rows] = output[:len(rows)].detach().bfloat16()
+            learner.backward(loss + adversarial * loss_g)
+            learner_d.backward(loss_d)
+            loop.log(loss=loss, loss_g=loss_g, loss_d=loss_d, psnr=td.psnr(output.detach(), video))
+        loop.log(grad=learner.update(update), grad_d=learner_d.update(update))
     save_pretrained(vae, run.path("decoder"), **vae.metadata())
 
 
@@ -147,19 +148,19 @@ def train(argv):
     given = vars(parser.parse_args(argv))
     adversarial = given.pop("adversarial")
     perceptual = given.pop("perceptual")
-    steps = given.pop("steps")
+    updates = given.pop("steps")
     flags = td.check_flags(td.Flags(stage="decoder", **given))
     td.join_processes(flags.device)
     run = td.resolve(flags)
     run = replace(run, files=run.files | {"decoder": run.out / "decoder.safetensors"})
-    if steps is None and flags.smoke:
-        steps = 4
-    if steps is None:
-        steps = WAN_STEPS if td.is_wan(run.config) else TINY_STEPS
+    if updates is None and flags.smoke:
+        updates = 4
+    if updates is None:
+        updates = WAN_UPDATES if td.is_wan(run.config) else TINY_UPDATES
     with td.own_folder(run.out):
         distance = open_lpips(perceptual, run.device)
         torch.manual_seed(td.seed_of(run.seed, "decoder"))      # of the weights that it begins with
-        train_decoder(run, steps, adversarial, distance)
+        train_decoder(run, updates, adversarial, distance)
         td.show(run, "decoder")
 
 

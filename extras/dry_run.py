@@ -80,14 +80,14 @@ class Costs(Counts):
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one step of one process."""
+    """Of one micro-step of one process."""
     flops: float
     held: float             # bytes held at once, beside weights, AdamW's state and gradients
     gathers: float = 0      # how often the weights of one network are gathered, if they are shared
 
 
 def counted(build, run):
-    """The Cost of build(run), which is (networks, a function that does the step)."""
+    """The Cost of build(run), which is (networks, a function that does the micro-step)."""
     gathers = []
 
     def gathered(network, inputs):
@@ -123,10 +123,10 @@ def cost_of(build, run):
 
 
 # --------------------------------------------------------------------------------------------------
-# The steps of each stage, with the losses of train_distill.py.
+# The micro-steps of each stage, with the losses of train_distill.py.
 
 def network(run, learns, causal=False):
-    """A model without contents; one that learns has its gradients already, of the steps before."""
+    """A model without contents; one that learns has its gradients already, of those before."""
     config = replace(run.config, causal=causal)
     if config.copies:
         config = replace(config, latent_std=(1.0,) * config.out_dim)
@@ -262,13 +262,13 @@ class Stage:
     """A line of the tables."""
     name: str
     clips: int                  # all in all
-    cost: Cost                  # of a step
-    other: Cost                 # of a step with recomputation if that has none, and the reverse
-    batch: int = 1              # clips of a step
+    cost: Cost                  # of a micro-step
+    other: Cost                 # of one with recomputation if that has none, and the reverse
+    batch: int = 1              # clips of a micro-step
     sharded: float = 0          # bytes a parameter that the GPUs share: weights, AdamW's, averages
     whole: float = 0            # and that each has: gradients
     beside: float = 0           # bytes that each has besides
-    steps: int = 0              # for an update, of all processes; 0: there are none
+    micro_steps: int = 0        # of an update, of all processes; 0: there are no updates
     reduced: float = 0          # networks whose gradients an update needs
 
     @property
@@ -286,15 +286,15 @@ class Stage:
 
     def sent(self, parameters, gpus):
         """Bytes that each of so many GPUs sends for an update, in float32: (weights that are gathered,
-        gradients, and what these would be if they were reduced every step)."""
+        gradients, and what these would be if they were reduced every micro-step)."""
         network = 4 * parameters * (gpus - 1) / gpus
-        steps = max(self.steps / gpus, 1)
+        micro_steps = max(self.micro_steps / gpus, 1)
         reduced = self.reduced * network
-        return steps * self.cost.gathers * network, reduced, steps * reduced
+        return micro_steps * self.cost.gathers * network, reduced, micro_steps * reduced
 
 
 def distill_cost(run, critic):
-    """Of a step of the critic, which learns from a rollout as a teacher does from clips, with its share
+    """Of a micro-step of the critic, which learns from a rollout as a teacher does from clips, with its share
     of one of the generator. Each of the denoising steps at which a rollout may end adds as much as the
     one before: the mean is that of the first and the last."""
     last = len(run.config.sigmas) - 1
@@ -322,20 +322,20 @@ def stored_clips(run):
     return PAPER_CLIPS
 
 
-def teacher_steps(run):
-    """{name of a stage of the teacher: its steps}: the one that the training has or, from Wan's weights
+def teacher_updates(run):
+    """{name of a stage of the teacher: its updates}: the one that the training has or, from Wan's weights
     without a track head, both of the paper's."""
     s = run.settings
     if not td.is_wan(run.config):
-        return {"teacher": s.teacher_steps}
+        return {"teacher": s.teacher_updates}
     if run.start and run.start.has_head:
-        return {"teacher, second stage": s.teacher_steps}
-    second = td.paper_settings(run.config, True)
-    return {"teacher, first stage": s.teacher_steps, "teacher, second stage": second.teacher_steps}
+        return {"teacher, second stage": s.teacher_updates}
+    second = td.paper_settings(run.config, True).teacher_updates
+    return {"teacher, first stage": s.teacher_updates, "teacher, second stage": second}
 
 
 def learning_costs(run):
-    """{what learns: Cost of a step}."""
+    """{what learns: Cost of a micro-step}."""
     teacher = cost_of(teaching, run)
     return {"teacher": teacher,
             "causal": cost_of(regression, run),
@@ -362,19 +362,22 @@ def stages_of(run):
     encoders = ENCODERS if td.is_wan(run.config) else 0
     for name, clips in stored_clips(run).items():
         stages.append(Stage(f"encode, {name}", clips, encode, encode, beside=encoders))
-    for name, steps in teacher_steps(run).items():
-        stages.append(Stage(name, s.batch * steps, costs["teacher"], others["teacher"], s.batch,
-                            steps=s.teacher_accumulate, reduced=1, **kept_bytes(run, 1, 1)))
+    for name, updates in teacher_updates(run).items():
+        clips = s.batch * s.teacher_accumulate * updates
+        stages.append(Stage(name, clips, costs["teacher"], others["teacher"], s.batch,
+                            micro_steps=s.teacher_accumulate, reduced=1, **kept_bytes(run, 1, 1)))
     if s.causal_from == "trajectories":
         euler_step = cost_of(one_euler_step, run)
         trajectory = replace(euler_step, flops=euler_step.flops * run.config.steps)
         stages.append(Stage("trajectories", s.trajectories, trajectory, trajectory, 2 * s.batch,
                             whole=4))
-    stages.append(Stage("causal", s.batch * s.causal_steps, costs["causal"], others["causal"],
-                        s.batch, steps=s.causal_accumulate, reduced=1, **kept_bytes(run, 1, 1)))
+    clips = s.batch * s.causal_accumulate * s.causal_updates
+    stages.append(Stage("causal", clips, costs["causal"], others["causal"], s.batch,
+                        micro_steps=s.causal_accumulate, reduced=1, **kept_bytes(run, 1, 1)))
     # generator and critic, which has no average, and the teacher
-    stages.append(Stage("distill", s.batch * s.distill_steps, costs["distill"], others["distill"],
-                        s.batch, steps=s.distill_accumulate, reduced=1 + 1 / s.critic_steps,
+    clips = s.batch * s.distill_accumulate * s.distill_updates
+    stages.append(Stage("distill", clips, costs["distill"], others["distill"], s.batch,
+                        micro_steps=s.distill_accumulate, reduced=1 + 1 / s.critic_steps,
                         **kept_bytes(run, 2, 1, frozen=1)))
     return stages
 
@@ -461,7 +464,7 @@ def print_recomputation(stages):
     """What it costs."""
     more = []
     for stage in stages:
-        if stage.steps:
+        if stage.micro_steps:
             few, many = sorted([stage.cost.flops, stage.other.flops])
             more.append(f"{stage.name} {100 * (many / few - 1):.0f} %")
     print(f"\nrecomputation (--checkpointing, --no-checkpointing) costs more FLOPs: {', '.join(more)}")
@@ -470,11 +473,11 @@ def print_recomputation(stages):
 def print_sent(parameters, stages, gpus=8):
     rows = []
     for stage in stages:
-        if stage.steps:
+        if stage.micro_steps:
             sent = stage.sent(parameters, gpus)
             rows.append([stage.name, *[f"{count / 1e9:,.4g}" for count in sent]])
     print_table(f"GB that each of {gpus} GPUs sends for an update",
-                ["stage", "weights, gathered", "gradients", "gradients, reduced every step"], rows)
+                ["stage", "weights, gathered", "gradients", "gradients, reduced every micro-step"], rows)
 
 
 def print_disk(run, parameters):

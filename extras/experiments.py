@@ -150,7 +150,7 @@ def distillation_run(trained, how):
     settings = replace(
         td.TINY,
         batch=how.batch,
-        distill_steps=how.updates * how.critic_steps,
+        distill_updates=how.updates * how.critic_steps,
         critic_steps=how.critic_steps,
         rollout=how.rollout,
         drawn_memory=how.drawn_memory,
@@ -173,7 +173,7 @@ def start_run(trained, how):
     settings = replace(
         td.TINY,
         causal_from=how.causal_from,
-        causal_steps=how.steps,
+        causal_updates=how.steps,
         trajectories=how.trajectories,
         rollout=0)
     trained = replace(trained, seed=trained.seed + how.seed)
@@ -191,7 +191,7 @@ def start_briefly(trained, how):
 def lesson_run(trained, how):
     """The Run of a Lesson, but for its clips."""
     config = trained.model("teacher").config
-    settings = replace(td.TINY, teacher_steps=how.steps, rollout=0)
+    settings = replace(td.TINY, teacher_updates=how.steps, rollout=0)
     settings = replace(settings, track_weight=0.0)              # no cell of a drawn video is empty
     more = {}
     if how.start:

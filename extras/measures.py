@@ -221,7 +221,7 @@ def lpips_network(net):
 
 
 def open_lpips(net, device):
-    """The mean LPIPS of two videos (B, 3, T, H, W), of every fourth frame, from another one each step; None: 0."""
+    """The mean LPIPS of two videos (B, 3, T, H, W), of every fourth frame, from another one each micro-step; None: 0."""
     if net is None:
         return lambda video, truth, step: 0.0
     network = lpips_network(net).to(device)

@@ -85,9 +85,9 @@ def train(here, flags, code=None):
     return err.getvalue().splitlines()[-1]
 
 
-def tiny_flags(here, steps):
+def tiny_flags(here, updates):
     vae = saved(here / "small.safetensors", new_vae(SMALL_16))
-    return ["--vae", vae, "--steps", steps]
+    return ["--vae", vae, "--steps", updates]
 
 
 def test_a_new_decoder_is_trained_beside_the_old_encoder():
@@ -105,17 +105,17 @@ def test_a_new_decoder_is_trained_beside_the_old_encoder():
 
 
 def test_a_decoders_training_resumes_to_the_bit():
-    step = td.Learner.step
+    update = td.Learner.update
 
-    def stop(learner, loss, i):
-        if i == 0 and learner.name == "decoder":
+    def stop(learner, number):
+        if number == 0 and learner.name == "decoder":
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(learner, loss, i)
+        return update(learner, number)
 
     with folder() as one, folder() as two:
         flags = tiny_flags(one, 2)
         train(one, flags)
-        with unittest.mock.patch.object(td.Learner, "step", stop):
+        with unittest.mock.patch.object(td.Learner, "update", stop):
             assert_error(SystemExit, "143", train, two, flags)
         train(two, flags)
         assert len((two / "stats.jsonl").read_text().splitlines()) == 2

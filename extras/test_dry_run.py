@@ -1,4 +1,4 @@
-"""The dry run: its counts are those of real steps."""
+"""The dry run: its counts are those of real micro-steps."""
 
 import contextlib
 import functools
@@ -205,16 +205,17 @@ def bytes_of_an_update(accumulate, **more):
         how = td.Learning(None, 1e-3)
         learner = td.Learner("toy", model, how, accumulate=accumulate, **more)
         x0 = rand(2, 4, 2, 4, 6)
-        for i in range(0, accumulate, 2):
+        for _ in range(accumulate // 2):
             loss = td.flow_loss(model, x0, torch.rand(2, generator=seeded()), {}, x0[:, :, :1])
-            learner.step(loss, i)
+            learner.backward(loss)
+        learner.update(0)
     return sent, count
 
 
 def test_gradients_are_sent_once_an_update_and_the_dry_run_counts_what_is_sent():
     sent, count = bytes_of_an_update(accumulate=8)
     before, _ = bytes_of_an_update(accumulate=8, shard_gradients=True)
-    stage = dry_run.Stage("toy", 1, dry_run.Cost(0, 0, gathers=2), None, steps=8, reduced=1)
+    stage = dry_run.Stage("toy", 1, dry_run.Cost(0, 0, gathers=2), None, micro_steps=8, reduced=1)
     gathered, reduced, reduced_each = stage.sent(count, 2)
     for told, counted in (gathered, sent["gather"]), (reduced, sent["reduce"]), \
             (reduced_each, before["reduce"]):
@@ -271,13 +272,14 @@ def gradients_of_two(here):
         with keeping_gradients() as gradients, counting_reductions() as reduced:
             for i in range(td.RANK, 4, 2):
                 torch.manual_seed(i)
-                learner.step(toy_loss(model), i)
+                learner.backward(toy_loss(model))
+            learner.update(0)
         results.append((gradients[0], len(reduced)))
     torch.save(results, f"{here}/{td.RANK}.pt")
     td.dist.destroy_process_group()
 
 
-def test_gradients_that_are_shared_after_every_step_are_the_same():
+def test_gradients_that_are_shared_after_every_micro_step_are_the_same():
     code = "import sys\nfrom extras.test_dry_run import gradients_of_two\ngradients_of_two(sys.argv[1])"
     told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
             "OMP_NUM_THREADS": "1"}

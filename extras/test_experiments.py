@@ -247,7 +247,7 @@ def test_another_seed_is_another_training_on_other_clips():
 # What is asked of a Distillation, the fields of its config and the settings that it changes.
 ASKED = [
     ({"guidance": (0, 0)}, {"guidance": (0, 0)}, {}),
-    ({"critic_steps": 2}, {}, {"critic_steps": 2, "distill_steps": 100}),
+    ({"critic_steps": 2}, {}, {"critic_steps": 2, "distill_updates": 100}),
     ({"sink_decay": 0.9}, {"sink_decay": 0.9}, {}),
     ({"drawn_memory": True}, {}, {"drawn_memory": True}),
     ({"reward": "motion", "beta": 2.0}, {}, {"beta": 2.0}),
@@ -260,7 +260,7 @@ def test_what_is_said_of_a_distillation_reaches_its_training():
         usual = distillation_run(trained, Distillation())
         assert usual.settings.rollout == 8
         assert usual.settings.batch == 2
-        assert usual.settings.distill_steps == 250
+        assert usual.settings.distill_updates == 250
         assert usual.config.guidance == trained.model("teacher").config.guidance
         assert usual.path("teacher") == here / "teacher.safetensors"
         assert usual.reward is None
@@ -302,7 +302,7 @@ def test_a_brief_teacher_differs_in_what_its_row_says():
         runs = [plain, drawn, start, harm]
         assert len({run.out for run in runs}) == 4
         for run in runs:
-            assert run.settings.teacher_steps == 7
+            assert run.settings.teacher_updates == 7
             assert run.settings.track_weight == 0
 
 

@@ -285,7 +285,8 @@ def test_a_causal_student_learns_from_clips():
         noise = torch.randn_like(x0)
         states = [add_noise(x0, noise, torch.full((2,), sigma)) for sigma in SMALL.sigmas]
         loss = td.causal_loss(model, states, x0, x0, given, (1, 1))
-        learner.step(loss, i)
+        learner.backward(loss)
+        learner.update(i)
         losses.append(loss.item())
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5]), losses
 
@@ -310,7 +311,7 @@ def test_two_starts_of_two_seeds_are_compared_by_the_experiments():
     assert started.path("causal") == run.path("causal")
     assert started.seed == run.seed == 1
     assert run.settings.causal_from == "clips"
-    assert run.settings.causal_steps == 1
+    assert run.settings.causal_updates == 1
     assert row["psnr"] > 0
 
 
@@ -457,8 +458,8 @@ def test_the_numbers_of_teacher_and_student_are_logged_and_printed():
         before(here)
         with quiet() as (out, err), unittest.mock.patch.multiple(
                 td, REPORT_EVERY=every, show=lambda run, stage: evaluate.plot_stage(run.out, stage)):
-            for stage, steps in ("teacher", "1"), ("distill", "3"):
-                own = ["--stage", stage, "--steps", steps, "--accumulate", "1"]
+            for stage, updates in ("teacher", "1"), ("distill", "3"):
+                own = ["--stage", stage, "--steps", updates, "--accumulate", "1"]
                 code = td.main(flags + own)
                 assert code is None, err.getvalue()
         rows = [json.loads(line) for line in open(here / "runs/out/stats.jsonl")]

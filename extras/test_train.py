@@ -61,8 +61,8 @@ def refusal(flags):
     return lines[-1]
 
 
-def one_step_each(flags, *stages):
-    """Train one step of each stage."""
+def one_update_each(flags, *stages):
+    """Train one update of each stage."""
     for stage in stages:
         trained(flags + ["--stage", stage, "--steps", 1, "--accumulate", 1])
 
@@ -82,10 +82,10 @@ def new_run(**flags):
     return td.resolve(td.Flags(device="cpu", **flags))
 
 
-def distill_flags(here, steps, *more):
+def distill_flags(here, updates, *more):
     """Flags of a distillation of small models, from before_distillation, on a few clips drawn by
     small_scenes."""
-    flags = ["--smoke", "--stage", "distill", "--steps", steps, "--out", here, "--set", "clips=4"]
+    flags = ["--smoke", "--stage", "distill", "--steps", updates, "--out", here, "--set", "clips=4"]
     return flags + list(more)
 
 
@@ -204,20 +204,22 @@ def clones(model):
 def assert_moves_every_parameter(model, loss):
     model.requires_grad_(True)
     learner = td.Learner("toy", model, td.Learning(1e-3, 1e-3, ema=0.9))
-    (muon, _), (adam, _) = learner.optimizers
+    muon, adam = learner.optimizers
     hidden = muon.param_groups[0]["params"]
     rest = adam.param_groups[0]["params"]
     begin = clones(model)
     assert len(hidden) + len(rest) == len(begin)
     assert all(p.ndim > 1 for p in hidden)
-    learner.step(loss(model), 0)
+    learner.backward(loss(model))
+    learner.update(0)
     once = clones(model)
     for before, (name, p) in zip(begin, model.named_parameters(), strict=True):
         assert not p.equal(before), name
         assert p.grad is None, name
     for average, p in zip(learner.average.parameters(), once, strict=True):
         assert average.equal(p), "first, a copy"
-    learner.step(loss(model), 10)
+    learner.backward(loss(model))
+    learner.update(10)
     for average, a, b in zip(learner.average.parameters(), once, clones(model), strict=True):
         expected = a + (b - a) * 10 / 11                # the second update counts 1 - 1 / (1 + 10)
         assert_near(average, expected, 1e-5)
@@ -231,7 +233,7 @@ def test_a_learner_moves_every_parameter_of_the_model_itself():
 def test_the_rate_rises_over_20_updates_stays_and_falls_to_0():
     how = td.Learning(None, 1e-3)
     learner = td.Learner("toy", nn.Linear(2, 2), how, updates=100)
-    rates = [learner.rate_factor(count) for count in (0, 9, 19, 60, 80, 99)]
+    rates = [learner.rate_factor(number) for number in (0, 9, 19, 60, 80, 99)]
     assert_near(torch.tensor(rates), torch.tensor([0.05, 0.5, 1.0, 1.0, 0.5, 0.025]), 1e-6)
     endless = td.Learner("toy", nn.Linear(2, 2), how)
     assert endless.rate_factor(10 ** 6) == 1
@@ -315,15 +317,14 @@ def losses_and_gradients(loss, checkpointing):
     """(The loss of a new model, its parameters' gradients, how often its blocks ran forward in the
     loss, and in all)."""
     model = new_model().requires_grad_(True)
-    learner = td.Learner("toy", model, td.Learning(1e-3, 1e-3, ema=0.9), accumulate=2)
-    if checkpointing:
-        td.recompute_blocks(model)
+    model.recompute = checkpointing
+    learner = td.Learner("toy", model, td.Learning(1e-3, 1e-3, ema=0.9))
     runs = []
     for block in model.blocks:
         block.ffn.register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
     value = loss(model)
     forwards = runs.count(True)
-    learner.step(2 * value, 0)                          # half of an update: the gradients stay
+    learner.backward(value)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     return value, gradients, forwards, runs.count(True)
 
@@ -379,34 +380,40 @@ def new_toy():
     return new_model(num_layers=1).requires_grad_(True)
 
 
-class Toy:
-    """Some steps of a small model's training in the folder `here`. settings: of its checkpoints."""
+def toy_run(here, always_save=False):
+    settings = replace(td.TINY, checkpoint_minutes=-1 if always_save else 5)
+    return SimpleNamespace(out=here, seed=1, device="cpu", dtype=torch.float32, settings=settings)
 
-    def __init__(self, here, steps=6, accumulate=1, **settings):
+
+class Toy:
+    """Some updates of a small model's training in the folder `here`. settings: of its checkpoints."""
+
+    def __init__(self, here, updates=6, accumulate=1, **settings):
         self.here = here
-        self.steps = steps
+        self.updates = updates
         self.model = new_toy()
-        self.learner = td.Learner("toy", self.model, td.Learning(1e-2, 1e-2, ema=0.9),
-                                  updates=steps // accumulate, accumulate=accumulate)
+        self.learner = td.Learner("toy", self.model, td.Learning(1e-2, 1e-2, ema=0.9), updates, accumulate)
         self.settings = {"data": "toy", "seed": 1} | settings
         self.gradients = None
         self.said = ""
 
     def train(self, stop_at=None, nan_at=None, always_save=False):
-        """A signal comes in step stop_at; the loss of step nan_at is NaN."""
-        settings = replace(td.TINY, checkpoint_minutes=-1 if always_save else 5)
-        run = SimpleNamespace(out=self.here, seed=1, dtype=torch.float32, settings=settings)
+        """A signal comes in the first micro-step of update stop_at; the losses of update nan_at are
+        NaN."""
         told = patch.object(td, "checkpoint_settings", lambda run, stage: self.settings)
         with quiet() as (out, _), told, keeping_gradients() as self.gradients:
             try:
-                loop = td.Loop(run, "toy", self.steps, self.learner)
-                for i in loop:
-                    if i == stop_at:
-                        os.kill(os.getpid(), signal.SIGTERM)
-                    loss = toy_loss(self.model)
-                    if i == nan_at:
-                        loss = loss * math.nan
-                    loop.log(loss=loss, grad=self.learner.step(loss, i))
+                loop = td.Loop(toy_run(self.here, always_save), "toy", self.updates, self.learner)
+                for update in loop:
+                    for _ in loop.micro_steps():
+                        if update == stop_at and not self.learner.micro_steps:
+                            os.kill(os.getpid(), signal.SIGTERM)
+                        loss = toy_loss(self.model)
+                        if update == nan_at:
+                            loss = loss * math.nan
+                        self.learner.backward(loss)
+                        loop.log(loss=loss)
+                    loop.log(grad=self.learner.update(update))
             finally:
                 self.said = out.getvalue()
 
@@ -422,14 +429,14 @@ class Toy:
         return [row["loss"] for row in log_of(self.here)]
 
 
-def trained_toy(here, steps=6, accumulate=1):
-    toy = Toy(here, steps, accumulate)
+def trained_toy(here, updates=6, accumulate=1):
+    toy = Toy(here, updates, accumulate)
     toy.train()
     return toy
 
 
-def stopped_toy(here, stop_at, steps=6, accumulate=1, always_save=False):
-    toy = Toy(here, steps, accumulate)
+def stopped_toy(here, stop_at, updates=6, accumulate=1, always_save=False):
+    toy = Toy(here, updates, accumulate)
     assert_error(SystemExit, "143", toy.train, stop_at, always_save=always_save)
     return toy
 
@@ -438,43 +445,47 @@ def test_an_interrupted_training_continues_with_the_same_bits_and_no_other_setti
     with folder() as one, folder() as two:
         uninterrupted = trained_toy(one)
         stopped = stopped_toy(two, 2)
-        assert "saved at step 3; the same command goes on\n" in stopped.said
-        with open(two / "stats.jsonl", "a") as file:    # as if killed at step 4, after the checkpoint
+        assert "saved at update 3; the same command goes on\n" in stopped.said
+        with open(two / "stats.jsonl", "a") as file:    # as if killed at update 4, after the checkpoint
             file.write('{"stage": "toy", "step": 3, "loss": 1}\n')
             file.write('{"stage": "other", "step": 9, "loss": 1}\n{"sta')
         other_data = Toy(two, data="else")
         assert_error(td.UserError, "of other settings (data toy, now else);", other_data.train)
-        other = Toy(two, steps=7, seed=2)
-        assert_error(td.UserError, "(steps 6, now 7; seed 1, now 2);", other.train)
+        other = Toy(two, updates=7, seed=2)
+        assert_error(td.UserError, "(updates 6, now 7; seed 1, now 2);", other.train)
+        twice = Toy(two, accumulate=2)
+        assert_error(td.UserError, "(micro-steps an update 1, now 2);", twice.train)
         resumed = trained_toy(two)
         assert same(uninterrupted.tensors(), resumed.tensors())
         losses = resumed.losses()
         assert losses.pop(3) == 1, "another stage's line stays"
-        assert losses == uninterrupted.losses(), "each step once"
+        assert losses == uninterrupted.losses(), "each update once"
         assert len(losses) == 6
 
 
 def test_a_stop_waits_for_the_end_of_an_update():
     with folder() as one, folder() as two:
-        uninterrupted = trained_toy(one, 6, 3)
-        stopped_toy(two, 0, 6, 3)
-        assert (two / "toy.0000003.checkpoint.pt").exists()
-        resumed = trained_toy(two, 6, 3)
+        uninterrupted = trained_toy(one, 2, 3)
+        stopped_toy(two, 0, 2, 3)
+        assert (two / "toy.0000001.checkpoint.pt").exists()
+        resumed = trained_toy(two, 2, 3)
         assert same(uninterrupted.tensors(), resumed.tensors())
+        assert uninterrupted.losses() == resumed.losses()
+        assert len(resumed.losses()) == 2
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before_it():
     with folder() as one, folder() as two:
         uninterrupted = trained_toy(one)
         stopped = stopped_toy(two, 4, always_save=True)
-        assert "saved at step 5" in stopped.said
+        assert "saved at update 5" in stopped.said
         names = sorted(path.name for path in two.glob("*.pt"))
         assert names == ["toy.0000004.checkpoint.pt", "toy.0000005.checkpoint.pt"], "the last two"
         newest = two / names[1]
         newest.write_bytes(newest.read_bytes()[:1000])
         resumed = trained_toy(two)
         assert "0000005.checkpoint.pt: damaged" in resumed.said
-        assert "0000004.checkpoint.pt: resumed at step 4" in resumed.said
+        assert "0000004.checkpoint.pt: resumed at update 4" in resumed.said
         assert same(uninterrupted.tensors(), resumed.tensors())
         assert len(resumed.losses()) == 6
         assert (two / "toy.0000005.checkpoint.damaged").exists()
@@ -483,7 +494,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_it():
 def linear_learner():
     model = nn.Linear(3, 2)
     learner = td.Learner("toy", model, td.Learning(None, 1e-3, ema=0.9))
-    learner.step(model(torch.ones(1, 3)).sum(), 0)
+    learner.backward(model(torch.ones(1, 3)).sum())
+    learner.update(0)
     return learner
 
 
@@ -512,13 +524,12 @@ def assert_whole_or_the_one_before(here, written, second, content):
     held `written`."""
     second.write_bytes(content)
     with quiet() as (out, _):
-        path, (step, _, states) = td.newest_checkpoint(here, "toy")
-    if step == 2:                                       # what has changed is not read
-        assert path == second
-        assert same(states["toy"]["model"], written), content
+        checkpoint = td.newest_checkpoint(here, "toy")
+    if checkpoint["updates"] == 2:                      # what has changed is not read
+        assert same(checkpoint["learners"]["toy"]["model"], written), content
         return
     said = out.getvalue()
-    assert step == 1
+    assert checkpoint["updates"] == 1
     assert said.startswith(f"{second}: damaged (") and said.count("\n") == 1, said
     assert not second.exists()
 
@@ -526,8 +537,8 @@ def assert_whole_or_the_one_before(here, written, second, content):
 def test_whatever_happens_to_a_checkpoint_it_is_as_written_or_the_one_before_is_taken():
     with folder() as here:
         learner = linear_learner()
-        for step in 1, 2:
-            td.save_checkpoint(here, "toy", step, {}, [learner])
+        for updates in 1, 2:
+            td.save_checkpoint(here, "toy", updates, {}, [learner])
         second = here / "toy.0000002.checkpoint.pt"
         written = copy.deepcopy(learner.state_dict()["model"])
         content = second.read_bytes()
@@ -545,7 +556,7 @@ def test_checkpoints_that_fit_nothing_end_in_one_line_and_nothing_is_removed():
     with folder() as here:
         td.save_checkpoint(here, "toy", 2, {}, [linear_learner()])
         wider = td.Learner("toy", nn.Linear(4, 2), td.Learning(None, 1e-3))
-        assert_error(td.UserError, "step 2: of another toy; ",
+        assert_error(td.UserError, "toy.0000002.checkpoint.pt: of another toy (",
                      td.load_checkpoint, here, "toy", {}, [wider])
         path = here / "toy.0000002.checkpoint.pt"
         path.write_bytes(path.read_bytes()[:500])
@@ -587,27 +598,27 @@ def test_a_folder_is_that_of_one_training_until_it_ends_even_by_a_crash():
             assert lock.startswith(f"process {os.getpid()} on ")
 
 
-def saved_steps(minutes):
-    """The steps after which a training of 50 s a step has written a checkpoint."""
+def saved_updates(minutes):
+    """The updates after which a training of 50 s an update has written a checkpoint."""
     now = [0]
-    steps = []
+    saved = []
 
-    def save(here, stage, step, settings, learners):
-        steps.append(step)
+    def save(here, stage, updates, settings, learners):
+        saved.append(updates)
 
-    settings = replace(td.TINY, checkpoint_minutes=minutes)
     stubs = patch.multiple(td, checkpoint_settings=lambda run, stage: {}, save_checkpoint=save)
     clock = patch.object(td.time, "time", lambda: now[0])
     with folder() as here, quiet(), stubs, clock:
-        run = SimpleNamespace(out=here, seed=1, dtype=torch.float32, settings=settings)
+        run = toy_run(here)
+        run.settings = replace(run.settings, checkpoint_minutes=minutes)
         for _ in td.Loop(run, "toy", 5, linear_learner()):
             now[0] += 50
-    return steps
+    return saved
 
 
 def test_checkpoints_are_as_often_as_is_said_and_how_often_may_change():
-    assert saved_steps(5) == [5]
-    assert saved_steps(1.6) == [2, 4, 5]
+    assert saved_updates(5) == [5]
+    assert saved_updates(1.6) == [2, 4, 5]
     told = td.checkpoint_settings(new_run(), "vae")
     assert not told.keys() & {"checkpoint_minutes", "export_every", "tflops"}
     assert "batch" in told
@@ -629,7 +640,7 @@ def test_weights_of_some_updates_are_kept_to_choose_from():
 def test_nan_stops_a_training_before_anything_moves():
     with folder() as here, folder() as other:
         broken = Toy(here)
-        assert_error(td.UserError, "toy, step 3: loss nan, gradient norm nan; stopped before anything moved",
+        assert_error(td.UserError, "toy, update 3: loss nan, gradient norm nan; stopped before anything moved",
                      broken.train, nan_at=3)
         stopped = stopped_toy(other, 2)                 # three updates, none of NaN
         assert same(stopped.model.state_dict(), broken.model.state_dict())
@@ -658,25 +669,26 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before_it():
         clip.parent.rmdir()
         names = sorted(path.name for path in here.iterdir())
         assert names == ["stats.jsonl", "toy.0000003.checkpoint.pt"]
-        assert "resumed at step 3" in trained_toy(here).said
+        assert "resumed at update 3" in trained_toy(here).said
 
 
 # --------------------------------------------------------------------------------------------------
 # Two processes.
 
 def vae_gradients():
-    """Of an update by two steps, of one process or of two."""
+    """Of an update by two micro-steps, of one process or of two."""
     vae = new_vae().requires_grad_(True)
     learner = td.Learner("vae", vae, td.Learning(1e-3, 1e-3), accumulate=2)
     with keeping_gradients() as gradients:
         for i in range(td.RANK, 2, td.PROCESSES):
-            learner.step(decoding_loss(vae, seed=i), i)
+            learner.backward(decoding_loss(vae, seed=i))
+        learner.update(0)
     return gradients
 
 
 def distillation_gradients(here, *more):
-    """Of two updates of a distillation, the generator's and the critic's, in float32."""
-    flags = distill_flags(here, 2, "--rollout", "5", *more)
+    """Of an update of a distillation, the generator's and the critic's, in float32."""
+    flags = distill_flags(here, 1, "--rollout", "5", *more)
     stubs = patch.object(td, "cpu_dtype", lambda: torch.float32)
     with stubs, without_pictures(), small_scenes(), keeping_gradients() as gradients:
         trained(flags)
@@ -700,14 +712,14 @@ def counting_reductions():
         yield reduced
 
 
-STEPS = 10          # of a toy training in two processes
-ACCUMULATE = 4      # for an update: two of each process; the last two steps make none
+UPDATES = 2         # of a toy training in two processes
+ACCUMULATE = 4      # micro-steps of an update: two of each process
 
 
 def toy_results(here):
     """What a toy training gives that two processes share."""
     with counting_reductions() as reduced:
-        toy = trained_toy(here, STEPS, ACCUMULATE)
+        toy = trained_toy(here, UPDATES, ACCUMULATE)
     own = sum(p.to_local().numel() for p in toy.model.parameters())
     size = sum(p.numel() for p in toy.model.parameters())
     return {"gradients": toy.gradients, "tensors": toy.tensors(), "said": toy.said,
@@ -752,7 +764,7 @@ def two_processes():
     for name in "distilled", "fresh", "resumed":
         (here / name).mkdir()
     before_distillation(here / "distilled")
-    stopped_toy(here / "resumed", 3, STEPS, ACCUMULATE)     # after the first update, by one process
+    stopped_toy(here / "resumed", 0, UPDATES, ACCUMULATE)     # after the first update, by one process
     as_torchrun_says = {
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
@@ -788,18 +800,50 @@ def assert_moved_alike(start, ours, theirs):
 def toy_of_one():
     """The toy training by one process; its folder."""
     keeper = tempfile.TemporaryDirectory()
-    return keeper, trained_toy(Path(keeper.name), STEPS, ACCUMULATE)
+    return keeper, trained_toy(Path(keeper.name), UPDATES, ACCUMULATE)
 
 
-def test_an_update_follows_the_mean_gradient_of_its_steps():
+def test_an_update_follows_the_mean_gradient_of_its_micro_steps():
     _, toy = toy_of_one()
-    assert len(toy.losses()) == 8, "the two steps that make no update are left out"
+    assert len(toy.losses()) == UPDATES, "one row an update"
     model = new_toy()
+    losses = []
     for i in range(ACCUMULATE):
         torch.manual_seed(td.seed_of(1, "toy", i))
-        toy_loss(model).backward()
+        loss = toy_loss(model)
+        loss.backward()
+        losses.append(loss.item())
     for p, mean in zip(model.parameters(), toy.gradients[0], strict=True):
         assert_near(mean, p.grad / ACCUMULATE, 1e-5)
+    assert abs(toy.losses()[0] - sum(losses) / ACCUMULATE) < 1e-4
+
+
+def drawn_numbers(passes, rank=0, processes=1):
+    """{micro-step: what one of so many processes draws in it}, of two updates of four micro-steps, each
+    gone through so often."""
+    drawn = {}
+    learner = SimpleNamespace(name="toy", accumulate=4 // processes, state_dict=dict)
+    stubs = patch.multiple(td, RANK=rank, PROCESSES=processes, checkpoint_settings=lambda run, stage: {},
+                           mean_processes=lambda tensor: tensor, from_first=lambda value: value)
+    with folder() as here, quiet(), stubs:
+        loop = td.Loop(toy_run(here), "toy", 2, learner)
+        for _ in loop:
+            for i in itertools.chain(*[loop.micro_steps() for _ in range(passes)]):
+                drawn.setdefault(i, []).append(torch.rand(()).item())
+    return drawn
+
+
+def test_random_numbers_of_a_micro_step_are_its_own_whoever_draws_them_and_however_often():
+    once = drawn_numbers(1)
+    assert sorted(once) == list(range(8))
+    assert len({number for number, in once.values()}) == 8
+    torch.manual_seed(td.seed_of(1, "toy", 5))
+    assert once[5] == [torch.rand(()).item()]
+    twice = drawn_numbers(2)
+    torch.manual_seed(td.seed_of(1, "toy", 5))
+    assert twice[5] == [torch.rand(()).item(), torch.rand(()).item()], "goes on"
+    shared = drawn_numbers(2, 0, 2) | drawn_numbers(2, 1, 2)
+    assert shared == twice
 
 
 def test_two_processes_have_the_gradients_of_one_that_accumulates_as_many_steps():
@@ -822,7 +866,7 @@ def test_what_one_process_began_two_take_over_and_the_reverse():
     begin = Toy(Path("nowhere")).tensors()
     for rank, found in enumerate(results):
         resumed = found["resumed"]
-        assert ("resumed at step 4" in resumed["said"]) == (rank == 0)
+        assert ("resumed at update 1" in resumed["said"]) == (rank == 0)
         gradients, = resumed["gradients"]
         for a, b in zip(one.gradients[1], gradients, strict=True):
             assert_near(b, a, 1e-3)
@@ -830,20 +874,20 @@ def test_what_one_process_began_two_take_over_and_the_reverse():
         assert_moved_alike(begin, one.tensors(), resumed["tensors"])
     with folder() as copied:
         shutil.copytree(here / "fresh", copied, dirs_exist_ok=True)
-        assert "resumed at step 8" in trained_toy(copied, STEPS, ACCUMULATE).said
+        assert "resumed at update 2" in trained_toy(copied, UPDATES, ACCUMULATE).said
 
 
 def test_the_first_of_two_processes_writes_the_log_and_checkpoints_of_both():
     _, one = toy_of_one()
     _, here, _ = two_processes()
     rows = log_of(here / "fresh")
-    assert [row["step"] for row in rows] == [0, 2, 4, 6]
-    norms = [row["grad"] for row in rows if "grad" in row]
-    ours = [row["grad"] for row in log_of(one.here) if "grad" in row]
+    assert [row["step"] for row in rows] == [0, 1]
+    norms = [row["grad"] for row in rows]
+    ours = [row["grad"] for row in log_of(one.here)]
     assert_near(torch.tensor(norms), torch.tensor(ours), 1e-3)
     states = []
     for folder_of in one.here, here / "fresh":
-        checkpoint = torch.load(folder_of / "toy.0000008.checkpoint.pt")
+        checkpoint = torch.load(folder_of / "toy.0000002.checkpoint.pt")
         states.append(checkpoint["learners"]["toy"]["optimizer"]["state"])
     ours, theirs = states
     assert ours.keys() == theirs.keys()
@@ -852,15 +896,14 @@ def test_the_first_of_two_processes_writes_the_log_and_checkpoints_of_both():
             assert_near(theirs[name][key], value, 0.01)
 
 
-def test_two_processes_distil_as_one_that_accumulates_two_steps():
+def test_two_processes_distil_as_one_that_accumulates_two_micro_steps():
     _, here, results = two_processes()
     with folder() as one:
         before_distillation(one)
         gradients = distillation_gradients(one, "--accumulate", "2")
-        # Then the critic's: one process made half of what it saw before the generator's update.
+        assert len(gradients) == 2
         for found in results:
-            assert len(gradients) == len(found["distilled"]) == 2
-            assert_same_gradients(gradients[:1], found["distilled"][:1])
+            assert_same_gradients(gradients, found["distilled"])
         ours = load_file(one / "student.safetensors")
         begin = load_file(one / "causal.safetensors")
     theirs = load_file(here / "distilled/student.safetensors")
@@ -1047,10 +1090,10 @@ def test_clips_are_told_by_what_they_hold_and_not_by_age_or_place():
         td.write_clip(second, clip)
         (data / "2.safetensors").rename(data / "3.safetensors")
         now, others = told(here, data)
-        assert td.differences(was, now) == [
-            "data/1.safetensors has changed",
-            "data/2.safetensors is gone",
-            "data/3.safetensors is new"]
+        changed, gone, new = td.differences(was, now)
+        assert re.fullmatch(r"checksum of 1.safetensors \d+, now \d+", changed)
+        assert re.fullmatch(r"checksum of 2.safetensors \d+, now None", gone)
+        assert re.fullmatch(r"checksum of 3.safetensors None, now \d+", new)
         assert others[0] == files[0]
         assert others[1] != files[1], "what has changed is encoded again"
 
@@ -1190,7 +1233,7 @@ def test_causal_training_has_the_ema_sink_that_sampling_has():
         assert losses[1.0, context] == losses[0.5, context]
 
 
-# A step of a stage costs least with these.
+# An update of a stage costs least with these.
 FEW = ["--set", "batch=1", "--set", "trajectories=2"]
 
 REWARD = """
@@ -1231,7 +1274,8 @@ def distilling_by(rollout, critic_loss):
     """Distillation in here rolls out and has losses as these two functions say; nothing learns."""
     stubs = patch.multiple(td, rollout=rollout, critic_loss=critic_loss,
                            dmd_loss=lambda *arguments: torch.zeros(()))
-    standing_still = patch.object(td.Learner, "step", lambda learner, loss, i, every=1: 0.0)
+    standing_still = patch.multiple(td.Learner, backward=lambda *arguments: None,
+                                    update=lambda *arguments: 0.0)
     with stubs, standing_still, without_pictures(), small_scenes():
         yield
 
@@ -1333,7 +1377,7 @@ def test_a_student_is_trained_with_the_memory_that_is_asked_for():
             flags = own_flags(here, data, "--out", out) + more + FEW
             with recording_memories() as memories, \
                     patch.object(td, "flow_loss", wraps=td.flow_loss) as critic:
-                one_step_each(flags + ["--memory", name], "causal", "distill")
+                one_update_each(flags + ["--memory", name], "causal", "distill")
             assert memories == {wanted}
             judged = {call.args[1].shape[2] for call in critic.call_args_list}
             assert judged == {latents}, "whole clips"
@@ -1347,7 +1391,7 @@ def test_a_student_is_trained_with_the_memory_that_is_asked_for():
 def test_every_stage_runs_on_a_folder_of_clips():
     with folder() as here, patch.object(td, "rendered_clips", None):        # nothing is drawn
         flags = own_flags(here, new_clips(here / "data"))
-        one_step_each(flags, "teacher", "causal", "distill")
+        one_update_each(flags, "teacher", "causal", "distill")
         rows = {row["stage"]: row for row in log_of(here / "runs/out")}
         assert math.isfinite(rows["teacher"]["grad"])
         assert math.isfinite(rows["causal"]["grad"])
@@ -1361,7 +1405,7 @@ def test_the_vae_is_trained_on_clips_that_hold_video():
     with folder() as here, patch.dict(PRESETS, tiny=small), without_pictures():
         data = video_clips(here / "data", config=small)
         flags = ["--data", data, "--out", here / "out", "--smoke"]
-        one_step_each(flags, "vae", "teacher")
+        one_update_each(flags, "vae", "teacher")
         of_vae, of_teacher = log_of(here / "out")
         assert of_vae["psnr"] > 8
         assert math.isfinite(of_teacher["loss"])
@@ -1374,7 +1418,7 @@ def test_clips_may_be_longer():
     with folder() as here, without_pictures():
         flags = own_flags(here, new_clips(here / "data", frames=69))
         with patch.object(td, "flow_loss", wraps=td.flow_loss) as loss:
-            one_step_each(flags + ["--set", "clip_frames=57"], "teacher")
+            one_update_each(flags + ["--set", "clip_frames=57"], "teacher")
         lengths = {call.args[1].shape[2] for call in loss.call_args_list}
         assert lengths == {15}, "57 frames are 15 latents"
         longest = flags + ["--set", "clip_frames=69"]
@@ -1454,7 +1498,7 @@ def test_wans_weights_get_a_track_slot_and_learn_in_the_papers_first_stage_of_th
     with (folder() as here, without_pictures(), recording_calls() as calls,
           patch.object(td, "dense_subset", wraps=td.dense_subset) as subset):
         flags = wan_flags(here)
-        one_step_each(flags, "teacher")
+        one_update_each(flags, "teacher")
         teacher, = weights_of(here / "out", "teacher")
         state = torch.load(*(here / "out").glob("teacher.*.pt"), weights_only=True)
     assert teacher.config == replace(WAN, in_dim=48, track_dim=16, shift=6.0, sigmas=schedule(3, 6.0), steps=48)
@@ -1478,7 +1522,7 @@ def test_stages_after_the_papers_first_leave_the_track_head_as_it_is():
         flags = wan_flags(here)
         begin = randomised(MotionStream(replace(WAN, in_dim=48, track_dim=16)))
         flags[-1] = saved(here / "first.safetensors", begin)
-        one_step_each(flags + ["--set", "trajectories=2"], "teacher", "causal", "distill")
+        one_update_each(flags + ["--set", "trajectories=2"], "teacher", "causal", "distill")
         begin, *made = weights_of(here, "first", "out/teacher", "out/causal", "out/student")
         assert all(math.isfinite(row["seconds"]) for row in log_of(here / "out"))
         settings = td.resolve(td.parse_flags([str(flag) for flag in flags[1:]])).settings
@@ -1494,9 +1538,9 @@ def test_stages_after_the_papers_first_leave_the_track_head_as_it_is():
     assert x0.shape == given["image"].shape
     assert first_latent is None
     assert not x0[:, :, 0].equal(given["image"][:, :, 0]), "frame 0 is made too"
-    assert (settings.teacher_accumulate, settings.teacher_steps) == (128, 800 * 128)
-    assert (settings.causal_accumulate, settings.causal_steps) == (128, 2000 * 128)
-    assert (settings.distill_accumulate, settings.distill_steps) == (64, 400 * 5 * 64)
+    assert (settings.teacher_accumulate, settings.teacher_updates) == (128, 800)
+    assert (settings.causal_accumulate, settings.causal_updates) == (128, 2000)
+    assert (settings.distill_accumulate, settings.distill_updates) == (64, 400 * 5)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1504,7 +1548,7 @@ def test_stages_after_the_papers_first_leave_the_track_head_as_it_is():
 
 def test_the_first_lines_of_a_training_are_a_table():
     with folder() as here, quiet() as (out, _):
-        run = new_run(out=here, set=(("batch", 2), ("teacher_steps", 700)))
+        run = new_run(out=here, set=(("batch", 2), ("teacher_updates", 700)))
         lines = []
         for i in range(200):
             seconds = 100 if i < 40 else 3.6
@@ -1514,7 +1558,7 @@ def test_the_first_lines_of_a_training_are_a_table():
     said = out.getvalue()
     assert f"| teacher | 700 | 200 | 0.5 | {here / 'teacher.safetensors'} |" in said, said
     assert f"| distill | 1,200 | - | - | {here / 'student.safetensors'} |" in said, said
-    assert "non-default settings: batch=2, teacher_steps=700\n" in said
+    assert "non-default settings: batch=2, teacher_updates=700\n" in said
     assert str(here / "STAGE.png") in said
     assert "Config(" not in said
     assert "Learning(" not in said
