@@ -253,7 +253,7 @@ class Settings:
     p_sparse: float = 0.5           # where no clip says what is an object: clips with few tracks or
                                     # none, see given_tracks
     # causal
-    causal_from: str = "trajectories"       # of the teacher [P]; or see CAUSAL_FROM
+    causal_from: str = "rollouts"   # of the student; or see CAUSAL_FROM
     corrupt_context: bool = True    # see corrupt_context
     # distill
     critic_steps: int = 5           # critic updates for one of the generator (appendix D) [P]
@@ -298,6 +298,7 @@ PAPER = Settings(
     track_weight=0.0,
     track_what_moves=False,         # what has no track may do anything
     p_sparse=0.5,                   # [O], but in stage 1; the paper: 0, which never shows a drag
+    causal_from="trajectories",
     corrupt_context=False,
     rollout=0,
     neutral_long_rollouts=False,
@@ -2216,8 +2217,8 @@ def print_plan(run, stages):
     print(f"{run.out}: on {run.device}, matrix products in {str(run.dtype)[6:]}, seed {run.seed}")
     if unusual(run):
         print(f"non-default settings: {', '.join(unusual(run))}")
-    logged = logged_steps(run.out / "stats.jsonl")
-    print("\n| stage | steps | begun | hours left | weights |\n|---|---|---|---|---|")
+    logged = logged_updates(run.out / "stats.jsonl")
+    print("\n| stage | updates | begun | hours left | weights |\n|---|---|---|---|---|")
     for stage in stages:
         updates = getattr(run.settings, f"{stage}_updates")
         begun = hours = "-"
