@@ -41,7 +41,7 @@ CLIP = 45                       # frames of a clip, as in training
 REACH = 30                      # percent of the width: no object is looked for farther from where it should be
 
 MODELS = ("vae", "teacher", "causal", "student")       # in the order of the stages
-SHIPPED = {"vae": "tiny_vae", "teacher": "tiny_teacher", "causal": "tiny_causal", "student": "tiny"}
+SHIPPED = {"vae": "tiny_vae", "teacher": "tiny_teacher", "student": "tiny"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

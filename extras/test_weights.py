@@ -174,7 +174,7 @@ def test_wans_own_layout_and_ours_are_read_without_extras():
 
 def test_shipped_weights_are_read_without_extras():
     with without_extras():
-        for name in "tiny", "tiny_teacher", "tiny_causal":
+        for name in "tiny", "tiny_teacher":
             model = load(HERE / f"assets/{name}.safetensors")
             assert model.config.text_encoder == "words"
         load_vae(HERE / "assets/tiny_vae.safetensors")
@@ -192,7 +192,7 @@ def test_shipped_weights_are_read_as_they_are():
 
 
 def test_shipped_weights_are_of_the_preset():
-    for name in "tiny", "tiny_teacher", "tiny_causal":
+    for name in "tiny", "tiny_teacher":
         config = load(HERE / f"assets/{name}.safetensors").config
         assert len(config.latent_std) == config.out_dim
         assert replace(config, causal=False, latent_std=()) == PRESETS["tiny"], name
