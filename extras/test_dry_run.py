@@ -3,9 +3,6 @@
 import contextlib
 import functools
 import importlib
-import os
-import subprocess
-import sys
 import unittest
 import unittest.mock
 from dataclasses import replace
@@ -17,9 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_distill as td
 from extras import dry_run
-from extras.test_train import (counting_reductions, free_port, keeping_gradients, new_toy,
-                               toy_loss)
-from extras.testing import HERE, assert_near, folder, new_model, quiet, rand, seeded
+from extras.testing import folder, new_model, quiet, rand, seeded
 from motionstream import PRESETS, Config
 
 SMALL = Config(in_dim=32, track_dim=16, clip_dim=40, dim=96, ffn_dim=350, num_heads=3, num_layers=4,
@@ -257,38 +252,3 @@ def test_a_dry_run_of_another_config_tells_its_own_sizes():
     assert dry_run.stream_cache(run) == 4 * 4 * 96 * 6 * 16
     first = replace(run, config=replace(run.config, first_chunk=1))
     assert dry_run.stream_cache(first) == 4 * 4 * 96 * 4 * 16
-
-
-def gradients_of_two(here):
-    """Saves what each of two processes finds: the gradients of an update of a toy, and how often they
-    were reduced, with gradients whole until its end and with shared ones."""
-    td.dist.init_process_group("gloo")
-    results = []
-    for shared in False, True:
-        torch.manual_seed(0)
-        model = new_toy()
-        how = td.Learning(None, 1e-3)
-        learner = td.Learner("toy", model, how, accumulate=4, shard_gradients=shared)
-        with keeping_gradients() as gradients, counting_reductions() as reduced:
-            for i in range(td.RANK, 4, 2):
-                torch.manual_seed(i)
-                learner.backward(toy_loss(model))
-            learner.update(0)
-        results.append((gradients[0], len(reduced)))
-    torch.save(results, f"{here}/{td.RANK}.pt")
-    td.dist.destroy_process_group()
-
-
-def test_gradients_that_are_shared_after_every_micro_step_are_the_same():
-    code = "import sys\nfrom extras.test_dry_run import gradients_of_two\ngradients_of_two(sys.argv[1])"
-    told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-            "OMP_NUM_THREADS": "1"}
-    with folder() as here:
-        command = [sys.executable, "-W", "ignore", "-c", code, str(here)]
-        processes = [subprocess.Popen(command, cwd=HERE, env=os.environ | told | {"RANK": str(rank)})
-                     for rank in range(2)]
-        assert [process.wait(timeout=300) for process in processes] == [0, 0]
-        (whole, once), (shared, often) = torch.load(here / "0.pt")
-    assert often == 2 * once > 0, (once, often)
-    for a, b in zip(whole, shared, strict=True):
-        assert_near(b, a, 1e-5)

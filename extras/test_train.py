@@ -726,9 +726,26 @@ def toy_results(here):
             "own": own, "size": size, "reduced": len(reduced)}
 
 
+def toy_update(shard_gradients):
+    """(The gradients of an update of a toy by two processes, how often they were reduced), with
+    gradients that are whole until its end or that are shared after every micro-step."""
+    torch.manual_seed(0)
+    model = new_toy()
+    learner = td.Learner("toy", model, td.Learning(None, 1e-3), accumulate=ACCUMULATE,
+                         shard_gradients=shard_gradients)
+    with keeping_gradients() as gradients, counting_reductions() as reduced:
+        for i in range(td.RANK, ACCUMULATE, 2):
+            torch.manual_seed(i)
+            learner.backward(toy_loss(model))
+        learner.update(0)
+    return gradients[0], len(reduced)
+
+
 def be_one_of_two(here):
     """What each of the processes does that two_processes starts."""
     results = {"distilled": distillation_gradients(here / "distilled", "--checkpointing")}
+    results["whole"] = toy_update(shard_gradients=False)
+    results["shared"] = toy_update(shard_gradients=True)
     results["fresh"] = toy_results(here / "fresh")
     results["resumed"] = toy_results(here / "resumed")
     results["vae"] = vae_gradients()
@@ -858,6 +875,16 @@ def test_two_processes_have_the_gradients_of_one_that_accumulates_as_many_steps(
         assert found["fresh"]["own"] < 0.6 * found["fresh"]["size"], "each keeps a part"
         reduced = found["fresh"]["reduced"]
         assert reduced == 2 * 3, "once an update: the block, the track head, the rest"
+
+
+def test_gradients_that_are_shared_after_every_step_are_the_same():
+    _, _, results = two_processes()
+    for found in results:
+        whole, once = found["whole"]
+        shared, often = found["shared"]
+        assert often == 2 * once > 0, (once, often)
+        for a, b in zip(whole, shared, strict=True):
+            assert_near(b, a, 1e-5)
 
 
 def test_what_one_process_began_two_take_over_and_the_reverse():
