@@ -1108,7 +1108,7 @@ def naming(what, cure):
         raise UserError(f"{what}: {cure} ({reason})") from None
 
 
-def write(path, save, *args):
+def write_file(path, save, *args):
     """Call save(*args, temporary path), then rename: the file is complete or absent. One-line
     OSError with its name if it cannot be written."""
     from safetensors import SafetensorError
@@ -1509,4 +1509,4 @@ def save_pretrained(model, path, dtype=None, **extra):
     for name, tensor in model.state_dict().items():
         tensors[name] = tensor.to("cpu", dtype).contiguous()
     metadata = {"format": "motionstream", "config": json.dumps(asdict(model.config))} | extra
-    write(path, lambda temporary: save_file(tensors, temporary, metadata))
+    write_file(path, lambda temporary: save_file(tensors, temporary, metadata))

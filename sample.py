@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 from motionstream import (FRAMES, Config, MotionStream, UserError, check_memory, checkpoints, chunk_sizes,
                           euler, image_inputs, motion_inputs, naming, open_pretrained, reason_of, rollout, schedule,
-                          start_points, track_ids, write)
+                          start_points, track_ids, write_file)
 from vae import VAE_FILES, load_vae, open_weights
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -638,7 +638,7 @@ def picture_file(path):
     """As video_file, but writes only the last frame: an edited picture."""
     last = collections.deque(maxlen=1)
     yield last.append
-    write(path, lambda part: Image.fromarray(last[0]).save(part, "png"))
+    write_file(path, lambda part: Image.fromarray(last[0]).save(part, "png"))
 
 
 @contextlib.contextmanager

@@ -70,7 +70,7 @@ from motionstream import (CLIP_ROWS, FRAMES, PRESETS, Config, MotionStream, User
                           cell_of, channel_std, chunk_sizes, euler, guided_velocity, image_inputs,
                           linear_part, motion_inputs, naming, new_model, reason_of, rollout,
                           save_pretrained, schedule, shift_sigma, split_conditions, start_points,
-                          to_x0, track_ids, with_first, write)
+                          to_x0, track_ids, with_first, write_file)
 from vae import LinearVAE
 
 # --------------------------------------------------------------------------------------------------
@@ -729,7 +729,7 @@ def own_folder(folder):
     with open(folder / ".lock", "a+") as file:
         if RANK == 0:
             lock_folder(folder, file)
-            for path in folder.rglob(".*.part"):        # in which motionstream.write was killed
+            for path in folder.rglob(".*.part"):        # in which motionstream.write_file was killed
                 if ".mp4." not in path.name:            # a video is another program's
                     path.unlink()
         wait_for_all()
@@ -747,7 +747,7 @@ def save_checkpoint(folder, stage, updates, settings, learners):
     if RANK > 0:
         return
     saved = {"updates": updates, "settings": settings, "learners": states}
-    write(checkpoint_path(folder, stage, updates), functools.partial(torch.save, saved))
+    write_file(checkpoint_path(folder, stage, updates), functools.partial(torch.save, saved))
     for old in sorted(folder.glob(f"{stage}.*.checkpoint.pt"))[:-2]:
         old.unlink()
 
@@ -841,7 +841,7 @@ def drop_rows(path, stage, begin):
     for row in read_log(path):
         if row["stage"] != stage or row["step"] < begin:
             text += json.dumps(row) + "\n"
-    write(path, lambda part: part.write_text(text))
+    write_file(path, lambda part: part.write_text(text))
 
 
 class Loop:
@@ -1084,7 +1084,7 @@ def read_digests(folder, kept):
         now[name] = known
     if now != before:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        write(kept, lambda part: part.write_text(json.dumps(now)))
+        write_file(kept, lambda part: part.write_text(json.dumps(now)))
     return {name: known[2] for name, known in now.items()}
 
 
@@ -1158,7 +1158,7 @@ def write_clip(path, tensors):
     """Write a dict of tensors to a file, atomically. Creates the folder if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.contiguous().cpu() for name, value in tensors.items()}
-    write(path, functools.partial(save_file, tensors))
+    write_file(path, functools.partial(save_file, tensors))
 
 
 def rendered_clips(run, name, count, encode=None):

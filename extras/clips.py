@@ -38,7 +38,7 @@ from tqdm import tqdm
 from extras.encoders import image_encoder, listing, read_rows, text_encoder
 from extras.tracks import decode_text
 from extras.video import open_video, remade
-from motionstream import PRESETS, Config, UserError, write
+from motionstream import PRESETS, Config, UserError, write_file
 from sample import (Parser, Tracks, Weights, embed_words, fit_image, fit_tracks, inspect, load_image,
                     find_ffmpeg, number, open_vae, read_tracks, reported)
 from train_distill import (PROCESSES, RANK, TINY, content_digest, default_device, paper_settings,
@@ -372,7 +372,7 @@ def make_clips(job):
             clip = encode_clip(job, encoders, clip)
             path.parent.mkdir(parents=True, exist_ok=True)
             about = {"format": "motionstream clip", "source": made_of, "vae": str(checksum)}
-            write(path, lambda part: save_file(clip, part, about))
+            write_file(path, lambda part: save_file(clip, part, about))
         files.append(path)
     if not names or len(files) < 0.9 * len(names):
         raise UserError(f"{job.folder}: {len(files)} of {len(names)} clips can be used here; a clip is "

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from motionstream import CLIP_ROWS, UserError, reason_of, write
+from motionstream import CLIP_ROWS, UserError, reason_of, write_file
 from extras.checkpoints import read_tensors
 
 KINDS = (".mp4", ".png", ".npz", ".txt", ".csv", ".safetensors", ".json")   # files that count in a folder
@@ -93,7 +93,7 @@ def kept_rows(open_encoder, folder, device, what):
     rows = {name: encode(value) for name, value in what.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(path, lambda part: save_file(rows, part))
+        write_file(path, lambda part: save_file(rows, part))
     except OSError as e:
         print(f"note: what was encoded is not kept for the next run ({reason_of(e)})")
     return rows

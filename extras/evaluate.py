@@ -33,7 +33,7 @@ from extras import measures, world
 from extras.cases import NEUTRAL, Case, new_clips
 from extras.measures import lpips_network, psnr, ssim
 from extras.video import open_video
-from motionstream import FRAMES, PRESETS, Config, MotionStream, UserError, start_points, track_ids, write
+from motionstream import FRAMES, PRESETS, Config, MotionStream, UserError, start_points, track_ids, write_file
 from sample import ASSETS, Parser, embed_words, number
 from vae import load_vae
 
@@ -471,7 +471,7 @@ def measure_tables(trained, stage, what, tables):
                 case.pop(key, None)
             results[label] = case.pop("measure")(trained, **case)
             text = json.dumps(everything, indent=1)
-            write(path, lambda temporary: temporary.write_text(text))
+            write_file(path, lambda temporary: temporary.write_text(text))
         print_table(title, results)
     curves = {}
     for label, row in done["streams"].items():
@@ -518,7 +518,7 @@ def plot(path, curves, title, width=640, height=320):
         line = [(50 + right * (x - x0), height - 30 - up * (y - y0)) for x, y in curve]
         draw.line(line, COLOURS[i % len(COLOURS)], width=2)
         draw.text((width - 150, 34 + 14 * i), name, COLOURS[i % len(COLOURS)])
-    write(path, lambda temporary: page.save(temporary, "png"))
+    write_file(path, lambda temporary: page.save(temporary, "png"))
 
 
 # What is drawn of a stage, by the ending of the picture's name.
@@ -575,7 +575,7 @@ def preview(trained, stage, drawn=True):
     frames = torch.stack(videos, 1)[:, :, :, shown]             # (2, rows, 3, 6, H, W)
     page = frames.permute(2, 0, 1, 4, 3, 5).flatten(4).flatten(1, 3)        # (3, 2 rows H, 6 W)
     page = Image.fromarray(sample.to_frames(page[None, :, None])[0])
-    write(trained.folder / f"{stage}_preview.png", lambda path: page.save(path, "png"))
+    write_file(trained.folder / f"{stage}_preview.png", lambda path: page.save(path, "png"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ from PIL import Image
 
 import sample
 from extras import recording, world
-from motionstream import Config, UserError, naming, write
+from motionstream import Config, UserError, naming, write_file
 from sample import (Tracks, crop, embed_words, enlarge, fit_image, hold_signals, live_motion, number, to_frames,
                     to_video, video_file)
 
@@ -535,8 +535,8 @@ def save_recording(path, image, chunks, settings):
         "format": "motionstream"}
     data = io.BytesIO()
     np.savez(data, **arrays)
-    write(path.with_suffix(".npz"), lambda part: part.write_bytes(data.getbuffer()))
-    write(path.with_suffix(".png"), lambda part: image.save(part, "png"))
+    write_file(path.with_suffix(".npz"), lambda part: part.write_bytes(data.getbuffer()))
+    write_file(path.with_suffix(".png"), lambda part: image.save(part, "png"))
 
 
 def join_chunks(chunks):

@@ -28,7 +28,7 @@ from extras.clips import find_sources, read_captions
 from extras.measures import lpips_network, psnr, ssim
 from extras.tracks import decode_text
 from extras.video import open_video
-from motionstream import UserError, write
+from motionstream import UserError, write_file
 from sample import Parser
 
 
@@ -271,7 +271,7 @@ def run_papers(argv):
     kind = "student" if player.models.dit.config.causal else "teacher"
     print_table(args.protocol, rows | {f"mean of {len(rows)}": mean_row(rows)}, kind)
     told = {"protocol": args.protocol, "flags": words, "clips": rows, "mean": mean_row(rows)}
-    write(args.out / "papers.json", lambda part: part.write_text(json.dumps(told, indent=1)))
+    write_file(args.out / "papers.json", lambda part: part.write_text(json.dumps(told, indent=1)))
 
 
 def open_distance(name):

@@ -22,7 +22,7 @@ from extras.testing import (COPYING, HERE, SMALL, assert_error, command, folder,
                             new_model, new_vae, public, same_tensors, sampled, saved, workplace,
                             write_layout)
 from motionstream import (CHOICES, LIMITS, PRESETS, Config, MotionStream, UserError, check_config,
-                          config_from_shapes, free_memory, write)
+                          config_from_shapes, free_memory, write_file)
 from vae import load_vae
 
 # --------------------------------------------------------------------------------------------------
@@ -247,8 +247,8 @@ def test_a_file_that_cannot_be_written_says_why():
                 (full, "x.pt: cannot be written: No space left on device ("),
                 (torchs, "x.pt: cannot be written: PytorchStreamWriter"),
                 (denied, "x.pt: cannot be written: Permission denied (")):
-            assert_error(OSError, text, write, path, save, error)
-            assert_error(OSError, "MB are free there)", write, path, save, error)
+            assert_error(OSError, text, write_file, path, save, error)
+            assert_error(OSError, "MB are free there)", write_file, path, save, error)
         gone = here / "gone/x.pt"
         text = "gone/x.pt: cannot be written: No such file"
         assert_error(OSError, text, write, gone, lambda path: path.write_text("x"))

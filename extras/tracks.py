@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from motionstream import UserError, naming, write
+from motionstream import UserError, naming, write_file
 
 LIMIT = 2 ** 30             # bytes of a file, unpacked, and of each of its arrays as float32
 LONGEST = 1_000_000         # axis of an array: frames
@@ -452,7 +452,7 @@ def write_tracks(path, arrays):
     Its format marks it as written here, so it is read without heuristics."""
     data = io.BytesIO()
     np.savez(data, format="motionstream", **arrays)
-    write(path, lambda part: part.write_bytes(data.getbuffer()))
+    write_file(path, lambda part: part.write_bytes(data.getbuffer()))
 
 
 # --------------------------------------------------------------------------------------------------
