@@ -251,7 +251,7 @@ def test_a_file_that_cannot_be_written_says_why():
             assert_error(OSError, "MB are free there)", write_file, path, save, error)
         gone = here / "gone/x.pt"
         text = "gone/x.pt: cannot be written: No such file"
-        assert_error(OSError, text, write, gone, lambda path: path.write_text("x"))
+        assert_error(OSError, text, write_file, gone, lambda path: path.write_text("x"))
 
 
 # --------------------------------------------------------------------------------------------------
