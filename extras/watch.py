@@ -17,17 +17,19 @@ PAN = 0.25              # of the width, over a clip
 
 
 def pan_points(config, points, frames):
-    """The points of clips, as in a Batch, with tracks that the clips do not have: all of frame 0 moves
-    to the right, in every other clip to the left, until in the last of `frames` latents it has gone
-    PAN of the width, in whole cells. Returns them, and the cells (B,)."""
+    """Counterfactual tracks for the images of a Batch: a pan of the whole picture to the right, in
+    every other clip to the left, which by the last of `frames` latents has covered PAN of the width,
+    in whole cells. Returns the points of the Batch with these tracks, and the cells (B,)."""
     B, T = points["tracks"].shape[:2]
     height, width = config.size
     y = torch.arange(config.stride, height, 2 * config.stride)
     x = torch.arange(config.stride, width, 2 * config.stride)
     grid = torch.cartesian_prod(y, x).flip(1).to(points["tracks"])          # (N, 2), x first
-    cells = int(PAN * config.latent_size[1]) * (1 - 2 * (torch.arange(B) % 2))
+    direction = 1 - 2 * (torch.arange(B) % 2)
+    cells = direction * int(PAN * config.latent_size[1])
     middle = FRAMES * (frames - 1) - (FRAMES - 1) / 2           # of the last latent's frames
-    way = cells[:, None] * config.stride * torch.arange(T) / middle         # (B, T), in pixels
+    share = torch.arange(T) / middle
+    way = config.stride * cells[:, None] * share                # (B, T), in pixels
     tracks = grid.expand(B, T, -1, -1).clone()
     tracks[..., 0] += way[..., None].to(grid)
     visible = inside_picture(tracks, height, width)
@@ -38,27 +40,31 @@ def pan_points(config, points, frames):
 
 
 def found_shift(before, after, reach):
-    """By how many cells, at most `reach` either way, latents `before` (B, C, h, w) are to be moved to
-    the right to be most like `after`, in the mean square of what both show: (B,)."""
+    """The shift to the right, in cells from -reach to reach, that makes latents `before` (B, C, h, w)
+    most like `after`, by the mean square over what both show: (B,)."""
     width = before.shape[3]
     errors = []
     for shift in range(-reach, reach + 1):
-        source = before[..., max(-shift, 0):width - max(shift, 0)]
-        place = after[..., max(shift, 0):width - max(-shift, 0)]
-        errors.append((source - place).square().mean((1, 2, 3)))
+        right = max(shift, 0)
+        left = max(-shift, 0)
+        source = before[..., left:width - right]
+        target = after[..., right:width - left]
+        error = (source - target).square()
+        errors.append(error.mean((1, 2, 3)))
     return torch.stack(errors).argmin(0) - reach
 
 
 def pan_error(run, model, vae, batch):
-    """The end-point error, in pixels, of a teacher's x0 from pure noise on a pan over the same images
-    (pan_points). As all moves as one, no tracker is needed: where frame 0 has gone is found in whole
-    cells. 0: the teacher follows; the length of the pan: it ignores its tracks."""
+    """End-point error, in pixels, of a teacher's x0 from pure noise on counterfactual tracks
+    (pan_points). The picture moves as one, so no tracker is needed: found_shift finds where frame 0
+    went. 0: the teacher follows; the length of the pan: it ignores its tracks."""
     points, cells = pan_points(model.config, batch.points, run.clip_latents)
     noise = torch.randn_like(batch.latents)
     sigma = torch.ones(len(noise), device=noise.device)
     x_t, sigma_frames = with_first(noise, sigma, td.first_latent_of(model.config, batch.latents))
     conditions = batch.conditions | motion_inputs(model, **points, vae=vae)
-    x0 = to_x0(x_t, model(x_t, sigma_frames, **conditions), sigma_frames)
+    velocity = model(x_t, sigma_frames, **conditions)
+    x0 = to_x0(x_t, velocity, sigma_frames)
     reach = 2 * int(cells.abs().max())
     found = found_shift(batch.latents[:, :, 0], x0[:, :, -1], reach)
     return model.config.stride * (found - cells).abs().float().mean()
@@ -69,9 +75,9 @@ SIGMA_BINS = (0.0, 0.5, 0.9, 0.98, 1.0)
 
 @torch.no_grad()
 def teacher_errors(run, model, vae, files):
-    """What a teacher gets wrong on clips held back: x0 from pure noise, with all tracks, with none,
-    with those of another clip (x0_swapped: as x0_tracks, if they are ignored), on a pan, see
-    pan_error; and the flow loss, by bins of sigma."""
+    """A teacher's errors on held-out clips: of x0 from pure noise with all tracks, with none, and with
+    those of another clip (x0_swapped, which equals x0_tracks if tracks are ignored); pan_error; and
+    the flow loss by bins of sigma."""
     torch.manual_seed(0)
     batch = td.draw_batch(run, files, 6 * run.settings.batch, run.clip_latents, dense=True)
     x0 = batch.latents
@@ -104,18 +110,19 @@ def teacher_errors(run, model, vae, files):
 
 @torch.no_grad()
 def student_numbers(run, generator, teacher, critic, vae, files):
-    """What tells that distillation goes wrong, of the same images, rolled out with the same noise each
-    time: |fake - real| by sigma, the least and the greatest standard deviation of a latent channel,
-    as a share of the data's, how much moves from latent to latent, and how many pixels are
-    saturated."""
+    """Early signs that distillation diverges, always on the same images and noise: |fake - real| by
+    sigma; the least and the greatest standard deviation of a latent channel, as a share of the
+    data's; mean change from latent to latent; share of saturated pixels."""
     torch.manual_seed(0)
     whole = run.clip_chunks, len(run.config.sigmas) - 1, run.context
     x0, conditions, _ = td.roll_out(run, generator, vae, files, whole, grad=False)
     first_latent = td.first_latent_of(run.config, x0)
-    std = x0.square().mean((0, 2, 3, 4)).sqrt()                 # (C,); 1 is that of Wan's data
+    variance = x0.square().mean((0, 2, 3, 4))                   # (C,)
+    std = variance.sqrt()                                       # 1 is that of Wan's data
     if teacher.config.latent_std:
         std = std / channel_std(teacher.config, std.device).flatten()
-    numbers = {"std_least": std.min(), "std_most": std.max(), "moves": x0.diff(dim=2).abs().mean()}
+    change = x0.diff(dim=2).abs()
+    numbers = {"std_least": std.min(), "std_most": std.max(), "moves": change.mean()}
     with run.autocast():
         for sigma in 0.3, 0.6, 0.9:
             levels = torch.full((len(x0),), sigma, device=x0.device)
