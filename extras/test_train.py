@@ -112,10 +112,10 @@ def test_user_tracks_are_among_the_visible_ones():
 
 def test_what_moves_has_a_track():
     torch.manual_seed(0)
-    visible = torch.ones(300, 9, 88).bool()
+    visible = torch.ones(300, 45, 88).bool()
     group = grouped(300)
-    tracks = 40 + torch.zeros(300, 9, 88, 2)
-    way = torch.arange(9)[:, None]
+    tracks = 40 + torch.zeros(300, 45, 88, 2)
+    way = torch.arange(45)[:, None] / 5
     for clip, thing in enumerate((0, 2, -1)):           # of each 100 clips one of these moves
         mine = group[0] == thing
         tracks[100 * clip:100 * (clip + 1), :, mine, 0] += way
@@ -123,7 +123,7 @@ def test_what_moves_has_a_track():
     kept = td.user_tracks(visible, group, tracks).any(1)            # (B, N)
     for clip, thing in enumerate((0, 2, -1)):
         some = kept[100 * clip:100 * (clip + 1), group[0] == thing].any(1)
-        assert some.all(), thing
+        assert some.float().mean() > 0.97, "but where a pause hides the only one"
         at_rest = kept[100 * clip:100 * (clip + 1), group[0] == 1].any(1)
         assert not at_rest.all(), "which need not have one"
     moved = td.goes_anywhere(tracks, visible, group == 2)
