@@ -2,8 +2,8 @@
 
     vae      a tiny video autoencoder
     teacher  bidirectional rectified flow, given the first frame, text and tracks
-    causal   the student: regression on the teacher's ODE trajectories, chunk by chunk, through the
-             KV cache
+    causal   the student, chunk by chunk through the KV cache: regression on the truth on its own
+             rollouts (tiny) or on the teacher's ODE trajectories (paper), see causal_from
     distill  Self-Forcing DMD: the student rolls out as it will at inference, teacher and critic
              score the result
 
@@ -99,7 +99,8 @@ def flow_loss(model, x0, sigma, conditions, first_latent, cell_weight=1.0, chann
     """Rectified flow (appendix D): mean squared error of the velocity of x0 (B, C, F, h, w), noised
     to sigma (B,). first_latent (B, C, 1, h, w): the clean image, excluded from the loss; None: it
     is among the conditions. cell_weight (B, F, h, w), channel_weight (B, C, 1, 1, 1): weights of
-    the error. (They depend on the conditions alone, so the minimum is the same.)"""
+    the error. (channel_weight depends on sigma alone: the minimum is the same. cell_weight may know of tracks
+    that the conditions leave out, which draws the minimum towards what moves.)"""
     noise = torch.randn_like(x0)
     x_t, sigma_frames = with_first(add_noise(x0, noise, sigma), sigma, first_latent)
     velocity = model(x_t, sigma_frames, **conditions)
@@ -253,8 +254,8 @@ class Settings:
     p_sparse: float = 0.5           # where no clip says what is an object: clips with few tracks or
                                     # none, see given_tracks
     # causal
-    causal_from: str = "rollouts"   # of the student; or see CAUSAL_FROM
-    corrupt_context: bool = True    # see corrupt_context
+    causal_from: str = "rollouts"   # or "trajectories" (the paper's), "clips": see CAUSAL_FROM
+    corrupt_context: bool = True    # see corrupt_context; unused with rollouts
     # distill
     critic_steps: int = 5           # critic updates for one of the generator (appendix D) [P]
     rollout: int = 16               # chunks of the longest rollout; fewer than a clip's: a clip's
