@@ -585,7 +585,8 @@ class MotionStream(nn.Module):
 
     def forward(self, x, sigma, text=None, *, tracks=None, image=None, clip=None,
                 caches=None, write=False):
-        """Velocity (B, out_dim, F, h, w) float32 of the noised latents x at sigma (B,) or (B, F).
+        """Velocity (B, out_dim, F, h, w) float32 of the noised latents x at sigma (B,) or (B, F);
+        of a copying model's inner pass, two more channels.
 
         text (B, L, text_dim), None: the null text; tracks (B, track_dim, F, h, w) from
         track_features, None: all hidden; image: the image's channels, see image_inputs, None:
@@ -630,7 +631,7 @@ class MotionStream(nn.Module):
         """Input of the patch embedding, (B, in_dim, F, h, w): noisy latents, tracks, image."""
         c = self.config
         B, _, frames, h, w = x.shape
-        image_dim = c.in_dim - c.out_dim - c.track_dim
+        image_dim = c.copy_dim + c.image_dim        # copies come with the image
         name = "tracks, which are features (see track_features):"
         tracks = condition_or_zeros(name, tracks, (B, c.track_dim, frames, h, w), x)
         image = condition_or_zeros("image", image, (B, image_dim, frames, h, w), x)
@@ -701,7 +702,7 @@ def euler(model, noise, conditions, first_latent=None, null_text=None):
     """Sample the bidirectional teacher: noise (B, C, F, h, w) to clean latents by Euler steps with
     joint guidance. Steps and guidance are model.config's.
 
-    conditions: the model's keyword arguments (text, tracks, image, clip); first_latent
+    conditions: the model's keyword arguments (text, tracks, image, …); first_latent
     (B, C, 1, h, w): see with_first; null_text: see guided_velocity. Yields (x_t, sigma) at each
     noise level and finally (x0, 0.0): the ODE trajectory that causal initialisation learns from."""
     c = model.config
@@ -744,7 +745,7 @@ def rollout(model, noise, conditions, first_latent=None, exit_step=None, rng=Non
     the KV cache of the earlier ones.
 
     noise: (B, C, F, h, w), split into the config's chunks, or an iterator, possibly endless, of
-    chunks of any size. conditions: the model's keyword arguments (text, tracks, image, clip) for
+    chunks of any size. conditions: the model's keyword arguments (text, tracks, image, …) for
     the clip, or an iterator of such dicts, one per chunk, advanced just before that chunk is
     denoised, so the user can steer while the video streams. first_latent (B, C, 1, h, w): the
     image, see with_first. rng: draws the fresh noise between denoising steps. caches: None means
@@ -954,11 +955,11 @@ def linear_part(sigma, std):
     sigma (B,) or (B, F). Returns the factor and the variance of x_t, (B, C, 1 or F, 1, 1) each."""
     sigma = per_frame(sigma).float()
     variance = (1 - sigma) ** 2 * std ** 2 + sigma ** 2
-    guess = (sigma - (1 - sigma) * std ** 2) / variance
-    return guess, variance
+    factor = (sigma - (1 - sigma) * std ** 2) / variance
+    return factor, variance
 
 
-def with_linear_part(output, x_t, sigma, std, expected=0.0):
+def with_linear_part(output, x_t, sigma, std, expected):
     """The velocity, from the output of a network with input x_t / sqrt(V), V the variance of x_t:
 
         linear part about `expected` + std / sqrt(V) output
@@ -971,8 +972,8 @@ def with_linear_part(output, x_t, sigma, std, expected=0.0):
 
     output, x_t (B, C, F, h, w); expected (B, C, F, h, w): an estimate of x0."""
     _, variance = linear_part(sigma, std)
-    guess, around = linear_part(sigma, SPREAD * std)
-    given = guess * x_t - per_frame(sigma).float() / around * expected
+    factor, narrow = linear_part(sigma, SPREAD * std)
+    given = factor * x_t - per_frame(sigma).float() / narrow * expected
     return given + std / variance.sqrt() * output
 
 
@@ -1108,14 +1109,14 @@ def naming(what, cure):
         raise UserError(f"{what}: {cure} ({reason})") from None
 
 
-def write_file(path, save, *args):
-    """Call save(*args, temporary path), then rename: the file is complete or absent. One-line
+def write_file(path, save):
+    """Call save(temporary path), then rename: the file is complete or absent. One-line
     OSError with its name if it cannot be written."""
     from safetensors import SafetensorError
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        save(*args, temporary)
+        save(temporary)
         with open(temporary, "r+b") as file:    # Windows syncs only files open for writing
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -1281,6 +1282,7 @@ def check_config(c, file):
     cell = (c.stride * p, c.stride * q)         # pixels per token
     falling = all(a > b for a, b in zip(c.sigmas, c.sigmas[1:]))
     stds = len(c.latent_std)
+    even = c.sink != 1 or c.first_chunk in (None, c.chunk)      # EMA-Sink averages into the sink's last
     rules |= {
         "prompt": (isinstance(c.prompt, str | None), "a text"),
         "num_heads": (c.dim % (2 * c.num_heads) == 0, f"a divisor of {c.dim // 2}, give num_heads=…"),
@@ -1290,6 +1292,7 @@ def check_config(c, file):
         "copies": (not c.copies or c.image_dim == c.out_dim, "room for the image in in_dim"),
         "latent_std": (stds == c.out_dim or stds == 0 and not c.copies, f"{c.out_dim} numbers"),
         "sigmas": (falling, "falling ones"),
+        "sink_decay": (c.sink_decay == 1 or even, "1: the first chunk has another size"),
         "size": (height % cell[0] == width % cell[1] == 0, f"multiples of {cell}"),
     }
     for name, (right, expected) in rules.items():

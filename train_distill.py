@@ -99,8 +99,8 @@ def flow_loss(model, x0, sigma, conditions, first_latent, cell_weight=1.0, chann
     """Rectified flow (appendix D): mean squared error of the velocity of x0 (B, C, F, h, w), noised
     to sigma (B,). first_latent (B, C, 1, h, w): the clean image, excluded from the loss; None: it
     is among the conditions. cell_weight (B, F, h, w), channel_weight (B, C, 1, 1, 1): weights of
-    the error. (channel_weight depends on sigma alone: the minimum is the same. cell_weight may know of tracks
-    that the conditions leave out, which draws the minimum towards what moves.)"""
+    the error. (channel_weight depends on sigma alone, so the minimum is the same; cell_weight may
+    know tracks that the conditions leave out, which draws the minimum towards what moves.)"""
     noise = torch.randn_like(x0)
     x_t, sigma_frames = with_first(add_noise(x0, noise, sigma), sigma, first_latent)
     velocity = model(x_t, sigma_frames, **conditions)
@@ -924,6 +924,7 @@ class Loop:
             save_checkpoint(self.run.out, self.stage, done, self.settings, self.learners)
             self.saved_at = time.time()
         if stopped:
+            wait_for_all()              # for process 0, which writes
             if RANK == 0:
                 tqdm.write(f"saved at update {done}; the same command goes on")
             signum = stop[0] if stop else 15            # SIGTERM, which another process got
@@ -1384,8 +1385,7 @@ def draw_batch(run, files, count, frames, *, dense=False, first_only=False):
         conditions["image"] = image
     points = {"tracks": tracks, "visible": visible, "ids": track_ids(tracks, config)}
     if config.copies:
-        start = start_points(tracks, true)
-        points["start"] = start.masked_fill(~true[:, 0, :, None], math.nan)     # not visible there
+        points["start"] = tracks[:, 0].masked_fill(~true[:, 0, :, None], math.nan)
         points["image"] = clips["first"].float() / 127.5 - 1
     counted = true & on_object[:, None] if on_object.any() else visible
     touched = touched_cells(tracks, counted, config)
@@ -1706,33 +1706,32 @@ def causal_step(run, student, vae, drawn, channel_weight):
     return causal_loss(student, states, x0, past, conditions, context, channel_weight)
 
 
-def loss_on_trajectories(run, student, vae, files, channel_weight):
-    """Of random trajectories of the teacher, the paper's way."""
+def loss_on_trajectories(run, student, vae, files, channel_weight, update):
+    """causal_loss on random trajectories of the teacher, as in the paper."""
     drawn = draw_trajectories(run, files, run.settings.batch)
     return causal_step(run, student, vae, drawn, channel_weight)
 
 
-def loss_on_clips(run, student, vae, files, channel_weight):
-    """Of random clips, by teacher forcing."""
+def loss_on_clips(run, student, vae, files, channel_weight, update):
+    """causal_loss on random clips: teacher forcing."""
     drawn = draw_noised_clips(run, files, run.settings.batch)
     return causal_step(run, student, vae, drawn, channel_weight)
 
 
-def loss_on_rollouts(run, student, vae, files, channel_weight):
-    """Of random clips that the student makes from pure noise, chunk by chunk as at inference: it learns
-    what the truth is, given its own past, faults and all. Self-Forcing's rollout with a regression in
-    place of DMD: it gives the mean of what may be, which DMD sharpens."""
+def loss_on_rollouts(run, student, vae, files, channel_weight, update):
+    """Error against the truth of random clips that the student makes from pure noise, chunk by chunk
+    as at inference: it learns to go on from its own past, faults and all. Self-Forcing's rollout with
+    a regression in place of DMD, so it predicts the mean of all plausible videos, which is blurred
+    where they differ."""
     s = run.settings
     batch = draw_batch(run, files, s.batch, run.clip_latents)
-    config = run.config
-    exit_step = int(torch.randint(0, len(config.sigmas), ()))
+    rng = torch.Generator().manual_seed(seed_of(run.seed, "exit", update))
+    exit_step = int(torch.randint(0, len(run.config.sigmas), (), generator=rng))    # in all processes
     conditions = batch.conditions | motion_inputs(student, **batch.points, vae=vae)
-    sizes = list(chunk_sizes(config, batch.latents.shape[2]))
-    given = split_conditions(conditions, sizes)
-    noise = torch.randn_like(batch.latents).split(sizes, 2)
-    first_latent = first_latent_of(config, batch.latents)
-    made = rollout(student, noise, given, first_latent, exit_step)
-    x0 = torch.cat(list(itertools.islice(made, len(noise))), 2)
+    noise = torch.randn_like(batch.latents)
+    first_latent = first_latent_of(run.config, batch.latents)
+    made = rollout(student, noise, conditions, first_latent, exit_step)
+    x0 = torch.cat(list(itertools.islice(made, run.clip_chunks)), 2)    # the last is not cached
     cell_weight = 1 + s.track_weight * batch.touched[:, None]           # (B, 1, F, h, w)
     return ((x0 - batch.latents).square() * channel_weight * cell_weight).mean()
 
@@ -1742,7 +1741,8 @@ CAUSAL_FROM = {"trajectories": loss_on_trajectories, "clips": loss_on_clips,
 
 
 def to_be_trained(run, model):
-    """The same MotionStream, but for its track head, frozen after the teacher (appendix D)."""
+    """Unfreeze a MotionStream, but for its track head, frozen after the teacher (appendix D). Returns
+    it."""
     model.requires_grad_(True)
     model.track_head.requires_grad_(False)
     model.recompute = run.checkpointing
@@ -1766,7 +1766,7 @@ def train_causal(run):
     for update in loop:
         for _ in loop.micro_steps():
             with run.autocast():
-                loss = loss_of(run, student, vae, files, weight)
+                loss = loss_of(run, student, vae, files, weight, update)
             learner.backward(loss)
             loop.log(loss=loss)
         loop.log(grad=learner.update(update))
@@ -1868,7 +1868,7 @@ def train_student(run):
     teacher = shard(run.load("teacher"))
     generator = to_be_trained(run, run.load("causal", **run.context))
     critic = to_be_trained(run, run.load("teacher"))
-    learner_g = Learner("generator", generator, s.generator, s.distill_updates // s.critic_steps,
+    learner_g = Learner("generator", generator, s.generator, math.ceil(s.distill_updates / s.critic_steps),
                         s.distill_accumulate, s.shard_gradients)
     learner_c = Learner("critic", critic, s.critic, 0, s.distill_accumulate, s.shard_gradients)
     channel_weight = functools.partial(latent_weight, vae, teacher.config)
@@ -2027,7 +2027,7 @@ def assign(thing, path, value):
 def assign_all(config, settings, assignments):
     """(config, settings) with the assignments of --set. UserError, one line, if invalid."""
     for path, value in assignments:
-        if path.partition(".")[0] in vars(config):
+        if path in vars(config):
             config = assign(config, path, value)
         else:
             settings = assign(settings, path, value)
@@ -2059,7 +2059,8 @@ def resolve_config(flags, start):
         config = replace(config, track_dim=slot, in_dim=config.in_dim + slot)
     if is_wan(config):
         config = replace(config, shift=6.0, sigmas=schedule(3, 6.0), steps=48, guidance=(3.0, 1.5),
-                         chunk=3, sink=1, window=1)         # first_chunk stays that of the weights
+                         chunk=3, sink=1, window=1)         # of 48 sigmas the student's 3 are some;
+                                                            # first_chunk stays the weights' own
     if isinstance(flags.memory, dict):
         config = replace(config, **flags.memory)
     if flags.guidance:
@@ -2191,8 +2192,9 @@ def show(run, stage):
 
 def unusual(run):
     """Non-default settings, as texts."""
-    usual = asdict(paper_settings(run.config, False) if is_wan(run.config) else TINY)
-    usual |= asdict(run.start.config if run.start else PRESETS["tiny"])
+    has_head = bool(run.start) and run.start.has_head
+    usual = asdict(paper_settings(run.config, has_head) if is_wan(run.config) else TINY)
+    usual |= asdict(resolve_config(Flags(), run.start))
     texts = []
     for name, value in (asdict(run.settings) | asdict(run.config)).items():
         if value != usual[name]:

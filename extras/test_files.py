@@ -87,6 +87,8 @@ def test_what_a_file_says_of_itself_is_checked_before_anything_is_built():
     for name, values in BAD_FIELDS.items():
         for value in values:
             assert_config_refused(name, json.dumps(good | {name: value}))
+    uneven = json.dumps(good | {"sink_decay": 0.9, "first_chunk": 1})
+    assert_config_refused("sink_decay", uneven)                 # what has another size is no average
     copying = json.dumps(good | {"copies": True})
     assert_config_refused("in_dim", copying)                    # leaves no channels for copies
 
@@ -247,8 +249,9 @@ def test_a_file_that_cannot_be_written_says_why():
                 (full, "x.pt: cannot be written: No space left on device ("),
                 (torchs, "x.pt: cannot be written: PytorchStreamWriter"),
                 (denied, "x.pt: cannot be written: Permission denied (")):
-            assert_error(OSError, text, write_file, path, save, error)
-            assert_error(OSError, "MB are free there)", write_file, path, save, error)
+            failing = functools.partial(save, error)
+            assert_error(OSError, text, write_file, path, failing)
+            assert_error(OSError, "MB are free there)", write_file, path, failing)
         gone = here / "gone/x.pt"
         text = "gone/x.pt: cannot be written: No such file"
         assert_error(OSError, text, write_file, gone, lambda path: path.write_text("x"))

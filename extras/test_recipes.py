@@ -249,6 +249,7 @@ def test_a_causal_student_starts_from_clips_without_a_trajectory():
 def test_a_causal_student_learns_from_its_own_rollouts_what_the_truth_is():
     made = []
     truth = []
+    exits = []
     draw_batch = td.draw_batch
 
     def keep(*args):
@@ -256,7 +257,8 @@ def test_a_causal_student_learns_from_its_own_rollouts_what_the_truth_is():
         return truth[-1]
 
     def record(model, noise, conditions, first_latent, exit_step):
-        assert len(noise) == 4 and first_latent.shape[2] == 1
+        assert noise.shape[2] == 12 and first_latent.shape[2] == 1
+        exits.append(exit_step)
         for chunk in rollout(model, noise, conditions, first_latent, exit_step):
             made.append(chunk)
             yield chunk
@@ -267,8 +269,14 @@ def test_a_causal_student_learns_from_its_own_rollouts_what_the_truth_is():
         files = td.training_clips(run, run.clip_latents)
         student = new_model().requires_grad_(True)
         with unittest.mock.patch.multiple(td, rollout=record, draw_batch=keep):
-            loss = td.loss_on_rollouts(run, student, None, files, 2.0)
-    x0 = torch.cat(made, 2)
+            loss = td.loss_on_rollouts(run, student, None, files, 2.0, 0)
+            steps = []
+            for update in 0, 0, 1, 2, 3, 4:         # whatever else is random in a process
+                td.loss_on_rollouts(run, student, None, files, 2.0, update)
+                steps.append(exits[-1])
+    assert exits[0] == steps[0] == steps[1], "all processes end at the same step"
+    assert len(set(steps)) > 1
+    x0 = torch.cat(made[:4], 2)
     assert_near(loss, 2 * (x0 - truth[0].latents).square().mean(), 1e-5)
     loss.backward()
     assert student.blocks[0].ffn[0].weight.grad.abs().max() > 0

@@ -1611,14 +1611,16 @@ def test_threads_wait_briefly_unless_the_user_says_how():
 
 
 def test_settings_are_set_by_name_and_by_type():
-    values = {"batch": 2, "teacher.adam": 1e-4, "track_weight": 1, "eps": 1e-5, "corrupt_context": False}
+    values = {"batch": 2, "teacher.adam": 1e-4, "causal.adam": 1e-5, "track_weight": 1, "eps": 1e-5,
+              "corrupt_context": False}
     flags = ["--guidance", "2,0.5"]
     for name, value in values.items():
         flags += ["--set", f"{name}={value}"]
     run = td.resolve(td.parse_flags(flags))
     teacher = replace(td.TINY.teacher, adam=1e-4)
+    causal = replace(td.TINY.causal, adam=1e-5)                 # which is no field of Config
     assert run.settings == replace(
-        td.TINY, batch=2, teacher=teacher, track_weight=1, corrupt_context=False)
+        td.TINY, batch=2, teacher=teacher, causal=causal, track_weight=1, corrupt_context=False)
     assert run.config.eps == 1e-5
     assert run.config.guidance == (2.0, 0.5)
 
