@@ -1,6 +1,6 @@
 """The second reading: what the method promises, one sentence a test, in motionstream.py's order.
 
-    python test_motionstream.py                    all tests, those in extras too
+    python test_motionstream.py                    all tests, those in extras too, side by side
     python test_motionstream.py rollout cache      those with one of these words in their name
     python test_motionstream.py --slow             the slow ones too
 

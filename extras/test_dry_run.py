@@ -125,9 +125,18 @@ def test_the_activations_are_what_autograd_saves():
 @contextlib.contextmanager
 def on_real_tensors():
     """Steps are counted while they are done in here: that of a small model is done sooner than it is
-    counted on fake tensors, and to the same counts (see test_the_activations_are_what_autograd_saves)."""
+    counted on fake tensors."""
     with unittest.mock.patch.object(dry_run, "FakeTensorMode", contextlib.nullcontext):
         yield
+
+
+def test_what_is_counted_on_fake_tensors_is_what_is_counted_on_real_ones():
+    run = resolved(replace(SMALL, num_layers=1), "--set", "clip_frames=45")
+    generating = functools.partial(dry_run.generating, exit_step=0)
+    for build in dry_run.teaching, generating:
+        with on_real_tensors():
+            real = dry_run.counted(build, run)
+        assert dry_run.counted(build, run) == real
 
 
 def test_recomputation_keeps_a_blocks_input_and_costs_are_linear_in_layers():
