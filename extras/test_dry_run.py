@@ -124,8 +124,8 @@ def test_the_activations_are_what_autograd_saves():
 
 @contextlib.contextmanager
 def on_real_tensors():
-    """Steps are counted while they are done in here: that of a small model is done sooner than it is
-    counted on fake tensors."""
+    """Steps are counted while they are done in here: a small model does one sooner on real tensors
+    than on fake ones."""
     with unittest.mock.patch.object(dry_run, "FakeTensorMode", contextlib.nullcontext):
         yield
 
