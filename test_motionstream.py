@@ -1,6 +1,6 @@
 """The second reading: what the method promises, one sentence a test, in motionstream.py's order.
 
-    python test_motionstream.py                    all tests, those in extras too
+    python test_motionstream.py                    all tests, those in extras too, side by side
     python test_motionstream.py rollout cache      those with one of these words in their name
     python test_motionstream.py --slow             the slow ones too
 
@@ -29,7 +29,6 @@ import unittest
 import unittest.mock
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -1321,8 +1320,8 @@ def files_with_tests():
 
 
 def named_tests(file, words):
-    """(name, function) of the tests in a module of files_with_tests with one of the words in their name;
-    of all if there are no words."""
+    """(name, function) of a module's tests with one of the words in their name; of all if there are
+    no words."""
     tests = []
     for name, function in vars(importlib.import_module(file)).items():
         wanted = not words or any(word in name for word in words)
@@ -1344,8 +1343,8 @@ def run_test(test):
 
 
 def run_file(file, words=()):
-    """Run those tests. Returns a Counter of how they ended. Each line says how long a test took, and
-    in brackets what it computed, which other programs change less."""
+    """Run named_tests. Returns a Counter of how they ended. Each line says how long a test took and,
+    in brackets, what it computed, which other programs change less."""
     count = Counter()
     for name, test in named_tests(file, words):
         begin = time.time()
@@ -1361,6 +1360,7 @@ def begin_process():
     """What each of two processes side by side does first: it leaves a core to the other, and should
     it crash it says in which test."""
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"                         # of the programs that tests start
     faulthandler.enable()
 
 
@@ -1374,19 +1374,19 @@ def run_file_quietly(file):
 
 def run_side_by_side(files):
     """Run all tests in two processes, each of which takes the next file when it is done with one;
-    what they print comes file by file, in order. Where a process dies, the files that were not
-    through have failed."""
+    what they print comes file by file, in order. A file that cannot be imported has failed, and
+    where a process dies, so have all that were not through."""
     count = Counter()
-    spawn = multiprocessing.get_context("spawn")                # as everywhere; a fork of threads may hang
+    spawn = multiprocessing.get_context("spawn")                # a fork of threads may hang
     pool = ProcessPoolExecutor(2, spawn, begin_process)
     try:
         runs = [pool.submit(run_file_quietly, file) for file in files]
         for file, run in zip(files, runs):
             try:
                 of_file, said = run.result()
-            except BrokenProcessPool as e:
+            except Exception as e:
                 of_file = Counter(failed=1)
-                said = f"FAILED  all of {file}: {e}\n"
+                said = f"FAILED  all of {file}: {e!r}\n"
             print(said, end="", flush=True)
             count += of_file
     finally:

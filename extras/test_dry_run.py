@@ -124,14 +124,26 @@ def test_the_activations_are_what_autograd_saves():
 
 @contextlib.contextmanager
 def on_real_tensors():
-    """Steps are counted while they are done in here: that of a small model is done sooner than it is
-    counted on fake tensors, and to the same counts (see test_the_activations_are_what_autograd_saves)."""
+    """Steps are counted while they are done in here: a small model does one sooner on real tensors
+    than on fake ones."""
     with unittest.mock.patch.object(dry_run, "FakeTensorMode", contextlib.nullcontext):
         yield
 
 
+# Clips of two chunks.
+BRIEF = "--set", "clip_frames=45", "--memory", "c6s1w1"
+
+
+def test_what_is_counted_on_fake_tensors_is_what_is_counted_on_real_ones():
+    run = resolved(replace(SMALL, num_layers=1), *BRIEF)
+    generating = functools.partial(dry_run.generating, exit_step=0)
+    with on_real_tensors():
+        real = dry_run.counted(generating, run)
+    assert dry_run.counted(generating, run) == real
+
+
 def test_recomputation_keeps_a_blocks_input_and_costs_are_linear_in_layers():
-    run = resolved(SMALL, "--set", "clip_frames=45")
+    run = resolved(SMALL, *BRIEF)
     tokens = 12 * (64 // 16) ** 2
     generating = functools.partial(dry_run.generating, exit_step=0)
     kept = replace(run, checkpointing=False)
