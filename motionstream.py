@@ -499,10 +499,9 @@ class TrackHead(nn.Module):
 
 
 def start_points(tracks, visible):
-    """First visible position of each track: tracks (B, T, N, 2), visible (B, T, N) to (B, N, 2)."""
-    frame = visible.int().argmax(1)                         # (B, N), the first visible one
-    frame = frame[:, None, :, None].expand(-1, 1, -1, 2)
-    return tracks.gather(1, frame)[:, 0].nan_to_num(0)
+    """Positions in frame 0 of tracks (B, T, N, 2), visible (B, T, N): (B, N, 2); NaN: not visible
+    there."""
+    return tracks[:, 0].masked_fill(~visible[:, 0, :, None], math.nan)
 
 
 def track_ids(tracks, config, rng=None):

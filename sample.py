@@ -8,7 +8,7 @@ of the image as displayed (after its EXIF rotation); and optionally
     visibility (T, N)   hidden and "not specified" are the same; without it, NaN is hidden
     width, height       of the picture that the tracks refer to, if it is not the image itself
     ids (N,)            ID of each track, see track_ids; track_id_mode: the kind of IDs
-    start (N, 2)        position of each point in frame 0; default: its first visible position
+    start (N, 2)        position of each point in frame 0, if it is not visible there
     fps                 only compared with the model's
     format              "motionstream": written by this project, so its layout is trusted
 
@@ -126,10 +126,8 @@ def motion_conditions(model, vae, image, motion):
 
 
 def conditions(model, vae, image, motion, encoded, channels=None):
-    """The model's keyword arguments by chunk, made lazily. motion: a whole Motion, or an iterator of one
-    per chunk. channels: the image channels of the first chunk, see image_inputs."""
-    if isinstance(motion, Motion):
-        motion = motion_by_chunk(motion, model.config)
+    """The model's keyword arguments by chunk, made lazily. motion: an iterator of a Motion per chunk.
+    channels: the image channels of the first chunk, see image_inputs."""
     for part in motion:
         text = encoded.text if part.text is None else part.text.to(image.device)
         inputs = motion_conditions(model, vae, image, part)

@@ -705,16 +705,16 @@ def test_track_head_chunk_by_chunk_equals_the_whole():
     assert_error(AssertionError, "3 frames", head, three, visible[:, :3], ids)
 
 
-def test_a_track_starts_where_it_is_first_seen():
-    path = torch.tensor([[math.nan, 0.0], [24.7, 16.0], [40.0, 30.0]])
-    tracks = path[None, :, None].expand(2, 3, 2, 2)             # two tracks in each of two clips
+def test_a_track_starts_where_it_is_in_frame_0_if_it_is_visible_there():
+    tracks = rand(2, 3, 2, 2)                                   # two tracks in each of two clips
     visible = torch.tensor([
-        [[0, 0], [1, 0], [1, 0]],
-        [[0, 1], [0, 0], [1, 1]]]).bool()
+        [[1, 0], [1, 1], [0, 1]],
+        [[0, 1], [1, 0], [1, 0]]]).bool()
     start = start_points(tracks, visible)
-    assert start[0, 0].equal(path[1])
-    assert start[1, 0].equal(path[2])
-    assert not start[:, 1].any()                                # never, or at NaN: (0, 0)
+    assert start[0, 0].equal(tracks[0, 0, 0])
+    assert start[1, 1].equal(tracks[1, 0, 1])
+    assert start[0, 1].isnan().all()
+    assert start[1, 0].isnan().all()
 
 
 def test_track_ids_are_distinct_or_all_the_same():

@@ -1286,7 +1286,8 @@ def goes_anywhere(tracks, visible, mine):
     """True where an object (or the ground) moves, judged by its tracks: (B, 1). tracks (B, T, N, 2),
     visible (B, T, N); mine (B, N): which of them are its own."""
     away = tracks - start_points(tracks, visible)[:, None]
-    away = away.norm(dim=-1).masked_fill(~(visible & mine[:, None]), 0)     # (B, T, N)
+    away = away.norm(dim=-1).nan_to_num(0)                                  # (B, T, N)
+    away = away.masked_fill(~(visible & mine[:, None]), 0)
     return away.amax((1, 2))[:, None] > STILL
 
 
@@ -1385,7 +1386,7 @@ def draw_batch(run, files, count, frames, *, dense=False, first_only=False):
         conditions["image"] = image
     points = {"tracks": tracks, "visible": visible, "ids": track_ids(tracks, config)}
     if config.copies:
-        points["start"] = tracks[:, 0].masked_fill(~true[:, 0, :, None], math.nan)
+        points["start"] = start_points(tracks, true)
         points["image"] = clips["first"].float() / 127.5 - 1
     counted = true & on_object[:, None] if on_object.any() else visible
     touched = touched_cells(tracks, counted, config)

@@ -112,7 +112,6 @@ def videos_of(model, vae, clips, text=None, later=None, seed=0):
     image = clips.frames(0, 1)[:, :, 0]                         # (B, 3, H, W)
     ids = track_ids(clips.tracks, model.config)
     start = start_points(clips.tracks, clips.visible)
-    start = start.masked_fill(~clips.visible[:, 0, :, None], math.nan)      # not in the image
     motion = sample.Motion(clips.tracks, clips.visible, ids, start)
     device = next(model.parameters()).device
     if text is not None:

@@ -327,7 +327,8 @@ def test_sampled_frames_depend_on_seed_tracks_and_memory_and_on_nothing_else():
 def test_the_stream_hands_the_track_head_the_whole_motion():
     model = new_model()
     motion = new_motion(28, 5)
-    given = sample.conditions(model, None, rand(2, 3, 32, 48), motion, sample.Encoded())
+    chunks = sample.motion_by_chunk(motion, model.config)
+    given = sample.conditions(model, None, rand(2, 3, 32, 48), chunks, sample.Encoded())
     parts = [part["tracks"] for part in given]
     assert len(parts) == 3
     rest = 33 - 28                                          # 3 chunks of 3 latents are 33 frames
