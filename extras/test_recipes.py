@@ -340,7 +340,7 @@ def test_how_models_are_sampled_is_that_of_the_run_and_not_of_the_weights_it_sta
     more = ["--set", f"sigmas={sigmas}", "--set", "steps=4", "--set", "shift=3.0", "--guidance", "2,0"]
     with folder() as here:
         before(here)
-        more += ["--set", "trajectories=2"]
+        more += ["--set", "trajectories=2", "--set", "causal_from=trajectories"]
         with watched("euler") as solved, watched("causal_loss") as regressed:
             train(here, ["causal"], more)
         (here / "runs/out/causal.safetensors").unlink()
