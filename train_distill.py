@@ -13,8 +13,8 @@
     python train_distill.py --data FOLDER --vae FILE --weights DIR    your clips, Wan's weights
     torchrun --nproc-per-node 2 train_distill.py    in two processes
 
-Everything is written under --out (runs/tiny): weights, checkpoints, stats.jsonl. Shapes are those of
-motionstream.py. The paper is MotionStream, arXiv 2511.01266.
+Everything is written under --out (runs/tiny): weights, checkpoints, stats.jsonl. Shapes are those
+of motionstream.py. The paper is MotionStream, arXiv 2511.01266.
 
 A data set is a folder of clips, one safetensors file each:
 
@@ -197,115 +197,115 @@ def critic_loss(x0, critic, conditions, first_latent, shift, channel_weight=lamb
 
 
 # --------------------------------------------------------------------------------------------------
-# The settings of a training. Sources: [P] the paper, [O] ours, found by trying on the tiny model.
+# The training settings. Sources: [P] the paper, [O] ours, found by trial on the tiny model.
 
 @dataclass(frozen=True)
 class Learning:
-    """How one network learns."""
-    muon: float | None              # Muon's rate, on the hidden matrices; None: AdamW on everything
-    adam: float                     # AdamW's, on the rest
-    betas: tuple = (0.9, 0.99)      # AdamW's [O]
-    ema: float = 0.0                # of the running average of the weights, 0: none
+    """Optimizer settings of one network."""
+    muon: float | None              # Muon's learning rate, for hidden matrices; None: AdamW for all
+    adam: float                     # AdamW's learning rate, for the rest
+    betas: tuple = (0.9, 0.99)      # of AdamW [O]
+    ema: float = 0.0                # decay of the weights' moving average; 0: no average
     weight_decay: float = 0.01      # [O]
-    clip_norm: float = 1.0          # of the gradient [O]
-    warm_up: int = 20               # updates over which the rate rises [O]
-    decay: float = 0.4              # share of the updates, the last, over which it falls to 0 [O]
+    clip_norm: float = 1.0          # largest gradient norm [O]
+    warm_up: int = 20               # updates over which the learning rate rises [O]
+    decay: float = 0.4              # last share of the updates, over which it falls to 0 [O]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The numbers of a training. The defaults are those of the tiny model [O].
+    """The training settings. The defaults are the tiny model's [O].
 
-    A micro-step is a forward and a backward of `batch` clips in one process. An update follows the
-    mean gradient of STAGE_accumulate of them, which the processes share."""
+    A micro-step is a forward and backward pass over `batch` clips in one process. An update uses
+    the mean gradient of STAGE_accumulate micro-steps, divided among the processes."""
     # data
-    clip_frames: int = 45           # 12 latents, 4 chunks of 3
-    batch: int = 4                  # clips of a micro-step
-    clips: int = 4096               # drawn for teacher and distillation
-    trajectories: int = 480         # of the teacher, for the stage causal
-    vae_clips: int = 256            # drawn for the vae
-    vae_batch: int = 8              # crops of a micro-step
-    # how long: updates, and micro-steps of one, in all processes together
+    clip_frames: int = 45           # 12 latent frames, 4 chunks of 3
+    batch: int = 4                  # clips per micro-step
+    clips: int = 4096               # rendered for teacher and distillation
+    trajectories: int = 480         # of the teacher, for the stage causal; see causal_from
+    vae_clips: int = 256            # rendered for the vae
+    vae_batch: int = 8              # crops per micro-step
+    # length: updates, and micro-steps per update over all processes
     vae_updates: int = 400
     teacher_updates: int = 6000
     causal_updates: int = 800
-    distill_updates: int = 1200     # of the critic
+    distill_updates: int = 1200     # critic updates
     vae_accumulate: int = 1
     teacher_accumulate: int = 1
     causal_accumulate: int = 1
     distill_accumulate: int = 1
-    # how fast
+    # optimizers
     vae: Learning = Learning(None, 3e-4)
     teacher: Learning = Learning(0.015, 3e-3, ema=0.99)
     causal: Learning = Learning(2e-3, 1e-3, ema=0.98)
     generator: Learning = Learning(1e-3, 1e-4, betas=(0.0, 0.99), ema=0.98)
     critic: Learning = Learning(2e-3, 2e-4, betas=(0.0, 0.99))
     # teacher
-    dense_share: float = 0.25       # of the updates, the first, that see all tracks
-    whole_every: int = 4            # one update in so many sees whole clips, the others short ones,
-    short_latents: int = 6          # of so many latents, and twice as many clips
-    p_pure_noise: float = 0.5       # clips at sigma 1, where only the conditions help
-    p_uniform_sigma: float = 0.0    # clips whose sigma is uniform before the shift, see draw_sigma
-    track_weight: float = 4.0       # cells that a track touches count 1 + this in the loss
-    p_no_text: float = 0.1          # clips with the null text, for guidance (section 3.1) [P]
-    p_no_tracks: float = 0.1        # clips without tracks, the same
-    # which tracks are given
-    track_what_moves: bool = True   # what moves has a track at least, see user_tracks
-    p_sparse: float = 0.5           # where no clip says what is an object: clips with few tracks or
-                                    # none, see given_tracks
+    dense_share: float = 0.25       # first share of the updates, which sees all tracks
+    whole_every: int = 4            # every n-th update trains on whole clips,
+    short_latents: int = 6          # the others on clips of so many latent frames, twice the batch
+    p_pure_noise: float = 0.5       # share of clips at sigma 1, where only the conditions help
+    p_uniform_sigma: float = 0.0    # share with sigma uniform before the shift, see draw_sigma
+    track_weight: float = 4.0       # loss weight of cells that a track touches, minus 1
+    p_no_text: float = 0.1          # share of clips with null text, for guidance (section 3.1) [P]
+    p_no_tracks: float = 0.1        # share of clips without tracks, likewise
+    # choice of tracks
+    track_what_moves: bool = True   # all that moves has at least one track, see user_tracks
+    p_sparse: float = 0.5           # share of clips with few or no tracks, in batches without
+                                    # object labels, see given_tracks
     # causal
     causal_from: str = "rollouts"   # or "trajectories" (the paper's), "clips": see CAUSAL_FROM
     corrupt_context: bool = True    # see corrupt_context; unused with rollouts
     # distill
-    critic_steps: int = 5           # critic updates for one of the generator (appendix D) [P]
-    rollout: int = 16               # chunks of the longest rollout; fewer than a clip's: a clip's
-    neutral_long_rollouts: bool = True      # text of those beyond a clip: a light would have faded
-    drawn_memory: bool = False      # chunk, sink, window of each rollout drawn, see draw_rollout
-    beta: float = 0.5               # a clip weighs exp(reward / beta) (Reward Forcing, eq. 11)
-    export_every: int = 0           # updates between weights to choose from, but for the vae's; 0: none
-    # how
-    shard_gradients: bool = False   # reduced every micro-step: less memory, more to send
-    # how often
-    checkpoint_minutes: float = 5   # between checkpoints; on a signal one is written anyway
+    critic_steps: int = 5           # critic updates per generator update (appendix D) [P]
+    rollout: int = 16               # chunks of the longest rollout, but at least a clip's
+    neutral_long_rollouts: bool = True      # neutral text beyond a clip: its light has faded
+    drawn_memory: bool = False      # draw each rollout's chunk, sink, window, see draw_rollout
+    beta: float = 0.5               # clip weight is exp(reward / beta) (Reward Forcing, eq. 11)
+    export_every: int = 0           # updates between exported weights, except the vae's; 0: none
+    # distributed
+    shard_gradients: bool = False   # reduce them every micro-step: less memory, more traffic
+    # checkpoints
+    checkpoint_minutes: float = 5   # between checkpoints; a signal also causes one
     # dry run
-    tflops: float = 396             # a GPU's per second: 40 % of an H100's 989 in bfloat16
+    tflops: float = 396             # TFLOP/s of a GPU: 40 % of an H100's 989 in bfloat16
 
 
 TINY = Settings()
 
-# For weights of Wan (1.3B): appendix D [P], where nothing else is said.
+# For Wan's 1.3B weights: appendix D [P], unless noted otherwise.
 PAPER = Settings(
     clip_frames=81,                 # section 4.1: 5 s at 16 frames a second
     batch=1,
-    clips=0,                        # they come from --data
+    clips=0,                        # clips come from --data
     trajectories=4000,
     vae_clips=0,
     vae_updates=0,
     teacher_updates=4800,           # stage 1 of the teacher
     causal_updates=2000,
-    distill_updates=400 * 5,        # 400 of the generator, as we read it
-    teacher_accumulate=128,         # clips, as batch is 1
+    distill_updates=400 * 5,        # 400 generator updates, as we read it
+    teacher_accumulate=128,         # clips per update, as batch is 1
     causal_accumulate=128,
     distill_accumulate=64,
     teacher=Learning(None, 1e-5, ema=0.99),
     causal=Learning(None, 2e-6, ema=0.98),
     generator=Learning(None, 2e-6, betas=(0.0, 0.99), ema=0.98),
     critic=Learning(None, 4e-7, betas=(0.0, 0.99)),
-    dense_share=1.0,                # stage 1: no pauses
+    dense_share=1.0,                # stage 1: tracks do not pause
     whole_every=1,
     p_pure_noise=0.0,
-    p_uniform_sigma=1.0,            # [O]: of logit-normal ones, 1.8 % are 0.98 or more, as are 6 of
-                                    # the 48 Euler steps, the student's first, and 11 % of DMD's
+    p_uniform_sigma=1.0,            # [O]: logit-normal draws put 1.8 % at sigma >= 0.98, where 6 of
+                                    # 48 Euler steps, the student's first and 11 % of DMD's lie
     track_weight=0.0,
-    track_what_moves=False,         # what has no track may do anything
-    p_sparse=0.5,                   # [O], but in stage 1; the paper: 0, which never shows a drag
+    track_what_moves=False,         # anything may move without a track
+    p_sparse=0.5,                   # [O], except stage 1; the paper: 0, which never shows a drag
     causal_from="trajectories",
     corrupt_context=False,
     rollout=0,
     neutral_long_rollouts=False,
 )
 
-# Stage 2 of the teacher starts from weights of stage 1: with pauses, the track head as it is.
+# Stage 2 of the teacher starts from stage 1's weights: tracks pause, the track head is frozen.
 PAPER_STAGE_2 = replace(
     PAPER,
     teacher=replace(PAPER.teacher, adam=1e-6),
@@ -313,25 +313,25 @@ PAPER_STAGE_2 = replace(
     dense_share=0.0,
 )
 
-# The 5B model's second stage has clips of 121 frames, 5 s at 24 a second, and 400 updates (appendix D);
-# that its first stage has as long ones is ours.
+# The 5B model's second stage has clips of 121 frames (5 s at 24 fps) and 400 updates (appendix D).
+# The same clip length in its first stage is ours.
 PAPER_5B = replace(PAPER, clip_frames=121, shard_gradients=True)
 PAPER_5B_STAGE_2 = replace(
     PAPER_STAGE_2,
     clip_frames=121,
     teacher_updates=400,
-    shard_gradients=True,           # whole ones of two networks are 40 GB on every GPU
+    shard_gradients=True,           # unsharded, two networks' gradients take 40 GB on every GPU
 )
 
 SMOKE = {"vae_updates": 4, "teacher_updates": 4, "causal_updates": 3, "distill_updates": 6,
          "vae_accumulate": 1, "teacher_accumulate": 1, "causal_accumulate": 1,
          "distill_accumulate": 1, "vae_clips": 8, "clips": 16, "trajectories": 8}
 
-# Updates between the numbers of extras/watch.py.
+# Updates between measurements by extras/watch.py.
 REPORT_EVERY = {"teacher": 200, "distill": 50}
 
-# What may be another when a training is resumed: nothing that is learned depends on it, nor on how
-# many micro-steps an update of another stage has.
+# Settings that may differ on resuming: they do not change what a stage learns. (Loop adds the
+# stage's own micro-steps per update.)
 FREE = ("tflops", "checkpoint_minutes", "export_every", "shard_gradients",
         "vae_accumulate", "teacher_accumulate", "causal_accumulate", "distill_accumulate")
 
@@ -342,25 +342,25 @@ PREREQUISITES = {"vae": (), "teacher": ("vae",), "causal": ("vae", "teacher"),
 
 
 def video_frames(latents):
-    """How many video frames a clip of so many latents has."""
+    """Number of video frames in a clip of `latents` latent frames."""
     return 1 + FRAMES * (latents - 1)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training, resolved once from the flags and the weights that they name, see `resolve`."""
-    out: Path                       # the folder that all is written to
+    """A training run, fully resolved from the flags and the weights they name; see `resolve`."""
+    out: Path                       # output folder
     seed: int
     device: str
-    dtype: torch.dtype              # of matrix products, see compute_dtype; not a setting
-    config: Config                  # of the model, and of how it is sampled
+    dtype: torch.dtype              # of matrix products, see compute_dtype; may differ on resuming
+    config: Config                  # of the model and its sampling
     settings: Settings
-    files: dict                     # of the weights called vae, teacher, causal, student, start
-    data: Path | None = None        # a folder of clips, None: they are drawn
-    start: object = None            # what --weights holds, see sample.inspect
-    reward: object = None           # a function of a video and what it was made from, to (B,)
+    files: dict                     # {name: path} of vae, teacher, causal, student, start
+    data: Path | None = None        # folder of clips; None: clips are rendered
+    start: object = None            # contents of --weights, see sample.inspect
+    reward: object = None           # function of a video and its conditions; returns (B,)
     checkpointing: bool = False     # see MotionStream.recompute
-    network: object = new_model     # makes a teacher from nothing, of its config
+    network: object = new_model     # builds a new teacher from its config
 
     @property
     def clip_latents(self):
@@ -372,22 +372,22 @@ class Run:
 
     @property
     def longest_rollout(self):
-        """In chunks."""
+        """Length of the longest rollout, in chunks."""
         return max(self.settings.rollout, self.clip_chunks)
 
     def latents_of(self, chunks):
-        """How many latents a rollout of so many chunks has, a clip's or more."""
+        """Latent frames of a rollout of `chunks` chunks, at least a clip's."""
         return self.clip_latents + (chunks - self.clip_chunks) * self.config.chunk
 
     @property
     def track_frames(self):
-        """Frames that the tracks of all clips must have: a clip's and the longest rollout's."""
+        """Video frames that every clip's tracks must cover: a clip's or the longest rollout's."""
         longest = video_frames(self.latents_of(self.longest_rollout))
         return max(self.settings.clip_frames, longest)
 
     @property
     def context(self):
-        """What the student is trained to attend to: fields of Config."""
+        """The student's chunk and cache settings, {field of Config: value}."""
         names = ("chunk", "sink", "window", "sink_decay")
         return {name: getattr(self.config, name) for name in names}
 
@@ -395,33 +395,33 @@ class Run:
         return Path(self.files[name])
 
     def checksum(self, name):
-        """Of the tensors, see content_digest."""
+        """Checksum of the tensors in a weights file, see content_digest."""
         return content_digest(self.path(name))
 
     def load(self, name, **overrides):
-        """A trained MotionStream in float32, frozen, sampled as `config` says, not as its file does.
-        overrides: other fields of Config."""
+        """Load a trained MotionStream, in float32 and frozen. Sampling settings come from
+        `config`, not from its file. overrides: further fields of Config."""
         names = ("shift", "sigmas", "steps", "guidance")
         fields = {each: getattr(self.config, each) for each in names} | overrides
         return MotionStream.from_pretrained(
             self.path(name), dtype=torch.float32, device=self.device, **fields)
 
     def load_vae(self):
-        """The VAE that made the latents."""
+        """Load the VAE of the latents."""
         model = Weights(self.out, self.config, own=True, has_head=True)
         return open_vae(model, self.path("vae")).to(self.device)
 
     def autocast(self):
-        """bfloat16, unless compute_dtype says float32. No cache of weights: torch before 2.11 hands
-        those without a graph to all."""
+        """Autocast to bfloat16, disabled if compute_dtype gives float32. No weight cache: before
+        torch 2.11 it returns casts made without a graph to code that needs one."""
         kind = torch.device(self.device).type
         enabled = self.dtype == torch.bfloat16
         return torch.autocast(kind, torch.bfloat16, enabled, cache_enabled=False)
 
 
 # --------------------------------------------------------------------------------------------------
-# Processes. torchrun starts PROCESSES of this program: they share the micro-steps of an update, what
-# is to be made of clips, and the parameters of every MotionStream (FSDP2).
+# Processes. torchrun starts this program PROCESSES times. The processes divide the micro-steps of
+# an update, the preparation of clips and the parameters of every MotionStream (FSDP2).
 
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -433,12 +433,12 @@ def default_device():
     return f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu"
 
 
-SOON = timedelta(minutes=30)    # one may write a checkpoint while the others wait
-LATE = timedelta(hours=24)      # some may encode long after others
+SOON = timedelta(minutes=30)    # process 0 may write a checkpoint while the others wait
+LATE = timedelta(hours=24)      # some may finish encoding long after others
 
 
 def join_processes(device):
-    """Those that torchrun has started. device: None is the default."""
+    """Join torchrun's process group, if there is one. device: None for default_device()."""
     if PROCESSES > 1:
         device = device or default_device()
         dist.init_process_group(timeout=SOON)
@@ -446,15 +446,14 @@ def join_processes(device):
 
 
 def mean_processes(tensor):
-    """The mean of the processes' tensors, in place, in all of them. They wait for each other."""
+    """Average a tensor over the processes, in place, and return it. Collective."""
     if PROCESSES > 1:
         dist.all_reduce(tensor)
     return tensor.div_(PROCESSES)
 
 
 def wait_for_all(timeout=SOON):
-    """Return when all processes have come here. RuntimeError, which names one that has not, after
-    `timeout`."""
+    """Wait until all processes get here. RuntimeError after `timeout`, naming a missing one."""
     if PROCESSES > 1:
         group = dist.new_group(backend="gloo", timeout=timeout)
         dist.monitored_barrier(group, timeout)
@@ -462,7 +461,7 @@ def wait_for_all(timeout=SOON):
 
 
 def from_first(value):
-    """What process 0 has as `value`, in all of them."""
+    """Return process 0's `value` in all processes. Collective."""
     told = [value]
     if PROCESSES > 1:
         dist.broadcast_object_list(told)
@@ -470,21 +469,21 @@ def from_first(value):
 
 
 def shard(model):
-    """Divide a MotionStream's parameters among the processes, in place; a VAE stays whole in all.
-    While a block runs, its own are gathered, in float32, which autocast rounds as in one process;
-    while the model runs, the rest."""
+    """Shard a MotionStream's parameters over the processes, in place; a VAE stays whole. A block's
+    are gathered while it runs, all others while the model runs. They are gathered in float32,
+    which autocast rounds as in one process."""
     if PROCESSES == 1 or not isinstance(model, MotionStream):
         return model
     mesh = dist.init_device_mesh(next(model.parameters()).device.type, (PROCESSES,))
     parts = list(model.blocks) + [model.track_head, model]
     for part in parts:
-        fully_shard(part, mesh=mesh, reshard_after_forward=True)    # an average has no backward
-    # The root is what runs first, unless this says that it is the model: that would be the track head.
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)    # an EMA never runs a backward
+    # Make the model the FSDP root: otherwise the first module to run, the track head, becomes it.
     fully_shard.state(model)._lazy_init()
     return model
 
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)     # in process 0, others: nothing
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)     # in process 0; others get {}
 SHARED = StateDictOptions(full_state_dict=True, broadcast_from_rank0=PROCESSES > 1)
 
 
@@ -497,7 +496,7 @@ def seed_of(*what):
 
 
 def generators(device):
-    """Torch's own generators of random numbers: the CPU's and, if that is another, the device's."""
+    """Torch's default random generators: the CPU's and, on a GPU, the device's."""
     device = torch.device(device)
     if device.type != "cuda":
         return [torch.default_generator]
@@ -505,8 +504,8 @@ def generators(device):
 
 
 def matmul_seconds(dtype):
-    """What a product of the tiny model's size, a clip's tokens by a layer of its FFN, takes on the CPU
-    under autocast to `dtype`: the best of three, of which the first warms up the threads."""
+    """Seconds of a matrix product of the tiny model's size (a clip's tokens times an FFN layer) on
+    the CPU under autocast to `dtype`: the best of three; the first warms up the threads."""
     tokens = torch.zeros(768, 192)
     weight = torch.zeros(576, 192)
     seconds = []
@@ -520,22 +519,22 @@ def matmul_seconds(dtype):
 
 @functools.cache
 def cpu_dtype():
-    """bfloat16 if the CPU is clearly faster in it, else float32: without AVX-512 or AMX it is 10
-    times slower. The same in all processes, which have to ask together at first."""
+    """bfloat16 if the CPU is clearly faster in it, else float32: without AVX-512 or AMX, bfloat16
+    is 10 times slower. The same in all processes; the first call is collective."""
     ratio = matmul_seconds(torch.bfloat16) / matmul_seconds(torch.float32)
     ratio = mean_processes(torch.tensor(ratio))
     return torch.bfloat16 if ratio < 0.8 else torch.float32
 
 
 def compute_dtype(device):
-    """What matrix products are computed in on a device ("cpu", "cuda:0")."""
+    """Dtype of matrix products on a device ("cpu", "cuda:0")."""
     return cpu_dtype() if torch.device(device).type == "cpu" else torch.bfloat16
 
 
 def orthogonal(matrix, dtype):
-    """Nearly U V^T of a matrix U S V^T (rows, columns): a Newton-Schulz iteration in `dtype` that
-    brings all singular values which are not tiny between 0.7 and 1.2 in five steps (Jordan et al.
-    2024, kellerjordan.github.io/posts/muon)."""
+    """Approximate U V^T of a matrix U S V^T (rows, columns) by Newton-Schulz iteration in `dtype`:
+    five steps bring all but tiny singular values between 0.7 and 1.2 (Jordan et al. 2024,
+    kellerjordan.github.io/posts/muon)."""
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.to(dtype)
     if tall:
@@ -549,9 +548,9 @@ def orthogonal(matrix, dtype):
 
 
 class Muon(torch.optim.Optimizer):
-    """torch.optim.Muon with its constants, but with kernels too, as matrices (output, the rest), and
-    in a dtype that is given: there it is bfloat16, in which many CPUs are slow. Parameters may be
-    DTensors of matrices."""
+    """torch.optim.Muon with its constants, but also for convolution kernels, flattened to matrices
+    (output, the rest), and in a given dtype: torch's is bfloat16, which is slow on many CPUs.
+    Parameters may be DTensors of matrices."""
 
     def __init__(self, parameters, lr, weight_decay, dtype):
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": 0.95})
@@ -559,7 +558,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """An update by Nesterov's momentum of the gradients, made orthogonal."""
+        """Update by the orthogonalised Nesterov momentum of the gradients."""
         for group in self.param_groups:
             for p in group["params"]:
                 self.step_of(p, group["lr"], group["momentum"], group["weight_decay"])
@@ -572,7 +571,7 @@ class Muon(torch.optim.Optimizer):
         average.lerp_(p.grad, 1 - momentum)
         update = p.grad.lerp(average, momentum)
         if isinstance(update, DTensor):
-            update = update.full_tensor()       # gathered once; each process makes all of it
+            update = update.full_tensor()       # gathered once; each process orthogonalises it all
         matrix = update.flatten(1)              # (rows, columns)
         rows, columns = matrix.shape
         update = orthogonal(matrix, self.dtype).reshape(update.shape)
@@ -583,20 +582,20 @@ class Muon(torch.optim.Optimizer):
 
 
 class Learner:
-    """A network, its optimizers, and the running average of its weights: `backward` for each of an
-    update's micro-steps, then `update`. The processes share all of these, see `shard`.
+    """A network, its optimizers and the moving average (EMA) of its weights, all sharded, see
+    `shard`. Call `backward` for each micro-step of an update, then `update`.
 
-    how: Learning. updates: how many there will be, for the rate, 0: it stays. accumulate: micro-steps
-    of an update, of all processes together. shard_gradients: see backward."""
+    how: Learning. updates: their total, for the learning rate's decay; 0: no decay. accumulate:
+    micro-steps per update, over all processes. shard_gradients: see backward."""
 
     def __init__(self, name, model, how, updates=0, accumulate=1, shard_gradients=False):
         self.name = name
         self.how = how
         self.updates = updates
-        self.accumulate = max(accumulate // PROCESSES, 1)       # of this process
+        self.accumulate = max(accumulate // PROCESSES, 1)       # per process
         self.shard_gradients = shard_gradients
         self.micro_steps = 0            # since the last update
-        self.loss = 0.0                 # their mean
+        self.loss = 0.0                 # mean over these
         self.averaged = None
         self.average = None
         if how.ema:
@@ -625,9 +624,9 @@ class Learner:
         return optimizers + [adam]
 
     def backward(self, loss):
-        """Add a micro-step's part of the gradient. The processes reduce it, to their mean, in the last
-        micro-step of an update; until then each keeps its own, whole. With shard_gradients they
-        reduce it in all of them, and each keeps a part."""
+        """Accumulate the gradient of a micro-step's loss. The last micro-step of an update
+        averages it over the processes; until then each keeps its own, unsharded. With
+        shard_gradients every micro-step does, and each process keeps a shard."""
         self.micro_steps += 1
         if self.sharded:
             last = self.micro_steps == self.accumulate
@@ -637,9 +636,9 @@ class Learner:
         self.loss += loss.detach()
 
     def update(self, number):
-        """Clip the gradient, then move the weights by it, and their average. number: of this network's
-        updates, from 0. Returns the norm before clipping. UserError, before anything moves, if it is
-        not finite."""
+        """Clip the gradient, step the optimizers, update the average. number: index of this
+        network's update, from 0. Returns the gradient norm before clipping. UserError, before any
+        weight changes, if it is not finite."""
         norm = self.clip_gradient()
         if not norm.isfinite():
             raise UserError(f"{self.name}, update {number}: loss {self.loss.item()}, gradient norm "
@@ -656,8 +655,8 @@ class Learner:
         return norm
 
     def clip_gradient(self):
-        """Make the gradient that of all processes, and no longer than how.clip_norm. Returns its
-        norm before."""
+        """Average the gradient over the processes and clip its norm to how.clip_norm. Returns the
+        norm before clipping."""
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         if not self.sharded:
             for p in parameters:
@@ -666,20 +665,20 @@ class Learner:
         return norm.full_tensor() if self.sharded else norm
 
     def rate_factor(self, number):
-        """Of the learning rate at an update: rises, stays at 1, falls."""
+        """Factor on the learning rate at an update: warm-up, constant 1, decay."""
         factor = min(1.0, (number + 1) / self.how.warm_up)
         if self.updates:
             factor = min(factor, (self.updates - number) / (self.how.decay * self.updates))
         return factor
 
     def move_average(self, averages, weights, count):
-        """multi_avg_fn, after `count` updates: early on the average is the mean of the latest tenth
-        rather than of what the weights began as."""
+        """multi_avg_fn after `count` updates. Early on it averages roughly the latest tenth of
+        them, so that the initial weights are soon forgotten."""
         share = 1 - min(self.how.ema, int(count) / (int(count) + 10))
         torch._foreach_lerp_(averages, weights, share)
 
     def state_dict(self):
-        """Whole tensors on the CPU, in process 0; the others, which hold parts, call it with it."""
+        """Full tensors on the CPU of process 0. Collective: all processes must call it."""
         state = {
             "model": get_model_state_dict(self.model, options=WHOLE),
             "optimizer": get_optimizer_state_dict(self.model, self.optimizers, options=WHOLE),
@@ -689,7 +688,7 @@ class Learner:
         return state
 
     def load_state_dict(self, state):
-        """The reverse: process 0 gives its state, the others {}, and each keeps its part."""
+        """Load what state_dict returned: `state` in process 0, {} in the others. Collective."""
         of_optimizers = state.get("optimizer", {})
         set_model_state_dict(self.model, state.get("model", {}), options=SHARED)
         set_optimizer_state_dict(self.model, self.optimizers, of_optimizers, options=SHARED)
@@ -701,21 +700,21 @@ class Learner:
 # The loop of a stage, its log and its checkpoints.
 
 def lock_folder(folder, file):
-    """Keep a training's folder for this process until it ends, however it ends, by an open file in it,
-    which says who has it. UserError: another has it."""
+    """Lock a training's folder for this process until it ends, even by a crash. file: open file in
+    the folder; holds the lock and names its owner. UserError if another process has it."""
     try:
         if os.name == "nt":
             import msvcrt
-            file.seek(2 ** 30)          # far behind what is written: others may read that
+            file.seek(2 ** 30)          # far past the text: others may read that
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             import fcntl
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         file.seek(0)
-        raise UserError(f"{folder}: {file.read() or 'another'} is training into it; wait for its end, "
-                        "or choose another --out") from None
-    except OSError as e:                # some network disks cannot
+        raise UserError(f"{folder}: {file.read() or 'another'} is training into it; wait for its "
+                        "end, or choose another --out") from None
+    except OSError as e:                # some network disks cannot lock
         print(f"{folder}: cannot be locked ({e.strerror}); start no other training into it")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -724,14 +723,14 @@ def lock_folder(folder, file):
 
 @contextlib.contextmanager
 def own_folder(folder):
-    """The folder of a training, made and tidied, and refused to all others meanwhile. The processes of
-    torchrun are one training."""
+    """Create a training's folder, delete unfinished files and hold its lock. The processes of
+    torchrun count as one training."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a+") as file:
         if RANK == 0:
             lock_folder(folder, file)
-            for path in folder.rglob(".*.part"):        # in which motionstream.write_file was killed
-                if ".mp4." not in path.name:            # a video is another program's
+            for path in folder.rglob(".*.part"):        # left by a killed motionstream.write_file
+                if ".mp4." not in path.name:            # videos are another program's
                     path.unlink()
         wait_for_all()
         yield
@@ -742,8 +741,8 @@ def checkpoint_path(folder, stage, updates):
 
 
 def save_checkpoint(folder, stage, updates, settings, learners):
-    """To a file of its own, whole, so that any number of processes can go on; the newest two of a
-    stage stay."""
+    """Write a checkpoint to a new file; keep the stage's newest two. Tensors are whole, so any
+    number of processes can resume. Collective."""
     states = {learner.name: learner.state_dict() for learner in learners}
     if RANK > 0:
         return
@@ -754,8 +753,8 @@ def save_checkpoint(folder, stage, updates, settings, learners):
 
 
 def read_checkpoint(path):
-    """What save_checkpoint has saved. Raises, of a dozen kinds, if the file is not as it was written:
-    torch.load does not look at the checksums that torch.save writes."""
+    """Read a file of save_checkpoint. Raises one of a dozen exception types if it is damaged: its
+    checksums are tested here, as torch.load ignores them."""
     with zipfile.ZipFile(path) as file:
         damaged = file.testzip()
     if damaged:
@@ -764,8 +763,8 @@ def read_checkpoint(path):
 
 
 def newest_checkpoint(folder, stage):
-    """What read_checkpoint returns of the newest checkpoint of a stage that is whole, None: there is
-    none. Those that are damaged are said, and put aside. UserError: all are."""
+    """The newest undamaged checkpoint of a stage, see read_checkpoint; None without any. Damaged
+    ones are reported and renamed; UserError if all are."""
     checkpoint = None
     damaged = []
     for path in sorted(folder.glob(f"{stage}.*.checkpoint.pt"), reverse=True):
@@ -784,14 +783,14 @@ def newest_checkpoint(folder, stage):
 
 
 def differences(was, now):
-    """What differs between the settings of a checkpoint and those of now, as texts."""
+    """Differences between a checkpoint's settings and the current ones, as texts."""
     changed = [name for name in was | now if was.get(name) != now.get(name)]
     return [f"{name} {was.get(name)}, now {now.get(name)}" for name in changed]
 
 
 def load_checkpoint(folder, stage, settings, learners):
-    """Put the newest checkpoint of a stage, which process 0 reads, into the learners. Returns how many
-    updates it has, 0: there is none."""
+    """Load a stage's newest checkpoint, read by process 0, into the learners. Returns its number
+    of updates; 0 without one. UserError if it is of other settings."""
     checkpoint = {"updates": 0, "settings": settings, "learners": {}}
     if RANK == 0:
         checkpoint = newest_checkpoint(folder, stage) or checkpoint
@@ -813,8 +812,8 @@ def load_checkpoint(folder, stage, settings, learners):
 
 
 def checkpoint_settings(run, stage):
-    """What a checkpoint of the stage depends on: with another of these, going on would mix two
-    trainings. Files are told by what they hold, not by place or time."""
+    """Everything a stage's checkpoint depends on: resuming with other values would mix two
+    trainings. Files are identified by their content, not by path or time."""
     digests = clip_digests(run) | weight_digests(run.files["start"])
     for name in PREREQUISITES[stage]:
         digests[name] = run.checksum(name)
@@ -827,7 +826,7 @@ def checkpoint_settings(run, stage):
 
 
 def read_log(path):
-    """The rows of a stats.jsonl, but for a line that a crash has cut off."""
+    """Rows of a stats.jsonl, without a line that a crash cut off."""
     rows = []
     for line in open(path) if path.exists() else []:
         with contextlib.suppress(ValueError):
@@ -836,8 +835,8 @@ def read_log(path):
 
 
 def drop_rows(path, stage, begin):
-    """Take out of a log what the stage logged from update `begin` on: it is not in the checkpoint, and
-    is logged again."""
+    """Delete a stage's rows from update `begin` on: the checkpoint lacks these updates, so they
+    are run and logged again."""
     text = ""
     for row in read_log(path):
         if row["stage"] != stage or row["step"] < begin:
@@ -846,11 +845,10 @@ def drop_rows(path, stage, begin):
 
 
 class Loop:
-    """The updates of a stage, 0, 1, 2…: `for update in Loop(…)` goes on where the newest checkpoint
-    stopped.
+    """The updates 0, 1, 2… of a stage: `for update in Loop(…)` resumes at the newest checkpoint.
 
-    When the caller is done with an update, its line is written, and, if checkpoint_minutes have gone
-    or a signal came, a checkpoint. Ctrl-C and SIGTERM exit after it, with 130 or 143."""
+    After each update it writes a log row and, if checkpoint_minutes have passed or a signal came,
+    a checkpoint. Ctrl-C and SIGTERM exit after that, with 130 or 143."""
 
     def __init__(self, run, stage, updates, *learners):
         self.run = run
@@ -872,8 +870,8 @@ class Loop:
             bar = tqdm(range(begin, self.updates), self.stage, disable=RANK > 0)
             for update in bar:
                 self.update = update
-                self.numbers = {}               # {name: [what has been logged]}
-                self.random = {}                # {micro-step: states of the generators at its end}
+                self.numbers = {}               # {name: [values logged]}
+                self.random = {}                # {micro-step: generator states at its end}
                 started = time.time()
                 yield update
                 means = {}
@@ -887,9 +885,9 @@ class Loop:
                 self.save_if_due(stop)
 
     def micro_steps(self):
-        """This process's micro-steps of the update, by their numbers over all processes and updates.
-        Random numbers are from (seed, stage, number), so that resuming and sharing change nothing; a
-        second pass over the same micro-steps goes on with those of the first."""
+        """Yield this process's micro-steps of the update, numbered over all processes and updates.
+        Each is seeded by (seed, stage, number), so resuming or another number of processes changes
+        no draw. A second pass over them continues the random streams of the first."""
         end = (self.update + 1) * self.accumulate * PROCESSES
         begin = end - self.accumulate * PROCESSES
         sources = generators(self.run.device)
@@ -901,21 +899,21 @@ class Loop:
             self.random[i] = [source.get_state() for source in sources]
 
     def log(self, **numbers):
-        """Numbers of this update or, of which the mean is told, its micro-steps. None: there is none."""
+        """Record numbers; the log gets the mean of an update's micro-steps. None is skipped."""
         for name, value in numbers.items():
             if value is not None:
                 value = torch.as_tensor(value).item()
                 self.numbers.setdefault(name, []).append(value)
 
     def tell(self, **numbers):
-        """Log numbers, and print them in a line that stays."""
+        """Log numbers and print them above the progress bar."""
         self.log(**numbers)
         if RANK == 0:
             told = {name: round(float(value), 5) for name, value in numbers.items()}
             tqdm.write(f"{self.stage}: {json.dumps(told)}")
 
     def save_if_due(self, stop):
-        """The processes do the same, whichever got the signal in the list `stop`."""
+        """Write a checkpoint if due; exit if any process has a signal in `stop`. Collective."""
         done = self.update + 1
         minutes = (time.time() - self.saved_at) / 60
         due = minutes > self.run.settings.checkpoint_minutes or done == self.updates
@@ -924,7 +922,7 @@ class Loop:
             save_checkpoint(self.run.out, self.stage, done, self.settings, self.learners)
             self.saved_at = time.time()
         if stopped:
-            wait_for_all()              # for process 0, which writes
+            wait_for_all()              # until process 0 has written
             if RANK == 0:
                 tqdm.write(f"saved at update {done}; the same command goes on")
             signum = stop[0] if stop else 15            # SIGTERM, which another process got
@@ -932,18 +930,18 @@ class Loop:
 
 
 def save_weights(path, model):
-    """What a stage leaves behind, a MotionStream, in float16. All processes go on when it is there."""
+    """Write a stage's MotionStream in float16. Collective: returns when the file is there."""
     tensors = get_model_state_dict(model, options=WHOLE)
     if RANK == 0:
         with torch.device("meta"):
-            plain = new_model(model.config)             # one that is not sharded
+            plain = new_model(model.config)             # an unsharded one
         plain.load_state_dict(tensors, assign=True)
         save_pretrained(plain, path, torch.float16)
     wait_for_all()
 
 
 def export_weights(run, name, model, update):
-    """After every export_every updates, the weights so far of what is called `name`, to choose from."""
+    """Write intermediate weights, NAME.UPDATE.safetensors, every export_every updates."""
     every = run.settings.export_every
     if every and update % every == 0:
         path = run.path(name)
@@ -1132,11 +1130,11 @@ def check_clip(file, shapes, config, track_frames):
         found = shapes.get(name, ())
         fits = [side in (None, own) for own, side in zip(found, shape)]
         if len(found) != len(shape) or not all(fits):
-            raise UserError(f"{file}: {name} is {found or 'missing'}, expected {shape}; see the top of "
-                            "train_distill.py")
+            raise UserError(f"{file}: {name} is {found or 'missing'}, expected {shape}; see the "
+                            "top of train_distill.py")
     if shapes["tracks"][0] < track_frames:
-        raise UserError(f"{file}: has tracks for {shapes['tracks'][0]} frames but needs {track_frames}; "
-                        "extend them, or lower --rollout")
+        raise UserError(f"{file}: has tracks for {shapes['tracks'][0]} frames but needs "
+                        f"{track_frames}; extend them, or lower --rollout")
     if shapes["text"][0] > config.text_len:
         raise UserError(f"{file}: text of {shapes['text'][0]} rows, at most {config.text_len}")
 
@@ -1283,8 +1281,8 @@ STILL = 2.0             # pixels; what moves no farther is at rest
 
 
 def goes_anywhere(tracks, visible, mine):
-    """True where an object (or the ground) moves, judged by its tracks: (B, 1). tracks (B, T, N, 2),
-    visible (B, T, N); mine (B, N): which of them are its own."""
+    """True where an object (or the ground) moves, judged by its tracks: (B, 1). tracks
+    (B, T, N, 2), visible (B, T, N); mine (B, N): which of them are its own."""
     away = tracks - start_points(tracks, visible)[:, None]
     away = away.norm(dim=-1).nan_to_num(0)                                  # (B, T, N)
     away = away.masked_fill(~(visible & mine[:, None]), 0)
@@ -1298,8 +1296,8 @@ def user_tracks(visible, group, tracks=None):
     centre; -1: the ground.
 
     tracks (B, T, N, 2), if given: every object that moves, and a moving ground, keep at least one
-    track. So a model learns that whatever has no track stays put; otherwise it would have to predict
-    the mean of everything that could happen [O]."""
+    track. So a model learns that whatever has no track stays put; otherwise it would have to
+    predict the mean of everything that could happen [O]."""
     B, T, N = visible.shape
     keep = torch.zeros(B, N, dtype=torch.bool)
     for thing in range(int(group.max()) + 1):
@@ -1522,7 +1520,7 @@ def train_vae(run):
 
 
 def drop(conditions, share):
-    """Conditions (B, …) by name, all of them zeros in a share of the clips."""
+    """Zero all conditions, {name: (B, …)}, in a random share of the clips."""
     keep = torch.rand(len(next(iter(conditions.values())))) > share         # (B,)
     kept = {}
     for name, value in conditions.items():
@@ -1532,8 +1530,8 @@ def drop(conditions, share):
 
 
 def find_watch():
-    """The module extras/watch.py, whose numbers tell early that a training goes wrong; None, and a
-    line, in a copy without extras."""
+    """Import extras/watch.py, whose numbers show early that a training goes wrong. In a copy
+    without extras, print a line and return None."""
     try:
         from extras import watch
     except ImportError:
@@ -1543,8 +1541,8 @@ def find_watch():
 
 
 def starting_teacher(run, vae):
-    """A new model for the latents of `vae`, or that of --weights, to be trained. A track head that
-    comes with it stays as it is."""
+    """The model to be trained: new, for the latents of `vae`, or from --weights. A track head that
+    comes with the weights is frozen."""
     config = run.config
     if config.copies:
         config = replace(config, latent_std=tuple(vae.latent_std.tolist()))
@@ -1556,7 +1554,7 @@ def starting_teacher(run, vae):
 
 
 def loss_of_teacher(run, model, vae, batch):
-    """flow_loss of a Batch, text and tracks dropped in some of its clips."""
+    """flow_loss on a Batch, with text and tracks dropped in some clips."""
     s = run.settings
     x0 = batch.latents
     sigma = draw_sigma(len(x0), run.config.shift, s.p_pure_noise, s.p_uniform_sigma)
@@ -1572,14 +1570,14 @@ def loss_of_teacher(run, model, vae, batch):
 
 
 def train_teacher(run):
-    """Stage 2. Rectified flow on whole clips and short ones, given the image, text and tracks.
+    """Stage 2: rectified flow on whole and short clips, given the image, text and tracks.
 
-    All tracks at first, as in the paper's first stage: so a model learns sooner what they are for.
-    That shows early in extras/watch.py and not in the flow loss."""
+    All tracks are given at first, as in the paper's first stage: the model then learns sooner what
+    they mean. That shows early in extras/watch.py, but not in the flow loss."""
     s = run.settings
     files = training_clips(run, run.clip_latents)
     held_back = files[:max(len(files) // 20, 1)]
-    files = files[len(files) // 20:]                # of fewer than 20, one is trained on too
+    files = files[len(files) // 20:]                # if fewer than 20, also train on that one
     vae = run.load_vae()
     model = starting_teacher(run, vae)
     model.recompute = run.checkpointing
@@ -1608,13 +1606,13 @@ def train_teacher(run):
 # --------------------------------------------------------------------------------------------------
 # Stage 3: causal initialisation, see causal_loss.
 
-CONTEXTS = ((0, 1), (1, 0), (2, 1), (1, 2), (1, None))      # (sink, window), beside the model's own
+CONTEXTS = ((0, 1), (1, 0), (2, 1), (1, 2), (1, None))  # (sink, window), besides the model's own
 
 
 @torch.no_grad()
 def teacher_trajectories(run, teacher, vae, batch):
-    """ODE trajectories of the guided teacher, the states at the student's noise levels, then the end:
-    (B, levels + 1, C, F, h, w)."""
+    """ODE trajectories of the guided teacher: the states at the student's noise levels, then the
+    clean end, (B, levels + 1, C, F, h, w)."""
     wanted = run.config.sigmas + (0.0,)
     noise = torch.randn_like(batch.latents)
     with run.autocast():
@@ -1627,8 +1625,8 @@ def teacher_trajectories(run, teacher, vae, batch):
 
 
 def make_trajectories(run, files):
-    """Files of trajectories, one each, and of what the teacher was given; made now or in an earlier
-    run, a part by each process. They are named by what they were made from."""
+    """Files of one trajectory and its conditions each, made now or in an earlier run, divided
+    among the processes. The folder's name holds a digest of their sources."""
     s = run.settings
     each = 2 * s.batch
     weights = [run.checksum("vae"), run.checksum("teacher")]
@@ -1653,7 +1651,7 @@ def make_trajectories(run, files):
 
 
 def draw_trajectories(run, files, count):
-    """(states, one for each noise level, x0, points, conditions) of random trajectories; see
+    """(states, one per noise level; x0; points; conditions) of random trajectories, see
     make_trajectories."""
     clips = {name: value.to(run.device) for name, value in pick(files, count).items()}
     states = clips.pop("states").float()                        # (B, levels + 1, C, F, h, w)
@@ -1665,9 +1663,9 @@ def draw_trajectories(run, files, count):
 
 
 def draw_noised_clips(run, files, count):
-    """The same of random clips: x0 is the truth, the states are x0 with noise. So the causal flow of the
-    data is learned, unguided: teacher forcing on clean latents, which costs no trajectories. (Few-step
-    consistency, which others let follow, is not done here.)"""
+    """As draw_trajectories, but from clips: x0 is the ground truth, the states are noised x0. This
+    trains the causal flow of the data, unguided: teacher forcing on clean latents, which needs no
+    trajectories. (Few-step consistency, a usual next step, is not done here.)"""
     batch = draw_batch(run, files, count, run.clip_latents)
     x0 = batch.latents
     noise = torch.randn_like(x0)
@@ -1679,10 +1677,10 @@ def draw_noised_clips(run, files, count):
 
 
 def corrupt_context(x0, first):
-    """Corrupted-context augmentation: clean latents (B, C, F, h, w) as a memory gone wrong. In half of
-    the clips, a rectangle of all chunks but the first shows frame 0 again, so that what left it is
-    back and what came is gone. It is meant to teach the student not to pass that on. first: latents of
-    the first chunk."""
+    """Corrupted-context augmentation: imitates a faulty memory of clean latents x0
+    (B, C, F, h, w). In half of the clips, a rectangle of all chunks but the first shows frame 0
+    again, so what left it is back and what entered is gone. Meant to teach the student not to pass
+    such faults on. first: latent frames of the first chunk."""
     B, _, frames, h, w = x0.shape
     low, high = torch.rand(2, 2, B, 1, 1).sort(0).values        # each of rows and columns
     y = torch.arange(h)[:, None] / h
@@ -1695,7 +1693,7 @@ def corrupt_context(x0, first):
 
 
 def causal_step(run, student, vae, drawn, channel_weight):
-    """causal_loss of what draw_trajectories or draw_noised_clips gave, with a random context."""
+    """causal_loss on a draw of draw_trajectories or draw_noised_clips, in a random context."""
     states, x0, points, conditions = drawn
     own = (run.config.sink, run.config.window)
     contexts = (own, own, own) + CONTEXTS
@@ -1720,14 +1718,14 @@ def loss_on_clips(run, student, vae, files, channel_weight, update):
 
 
 def loss_on_rollouts(run, student, vae, files, channel_weight, update):
-    """Error against the truth of random clips that the student makes from pure noise, chunk by chunk
-    as at inference: it learns to go on from its own past, faults and all. Self-Forcing's rollout with
-    a regression in place of DMD, so it predicts the mean of all plausible videos, which is blurred
-    where they differ."""
+    """Squared error of the student's rollouts against the true clips. It rolls out from pure
+    noise, chunk by chunk as at inference, and so learns to continue its own past, faults included.
+    This is Self-Forcing's rollout with regression in place of DMD: it predicts the mean of all
+    plausible videos, which is blurred where they differ."""
     s = run.settings
     batch = draw_batch(run, files, s.batch, run.clip_latents)
     rng = torch.Generator().manual_seed(seed_of(run.seed, "exit", update))
-    exit_step = int(torch.randint(0, len(run.config.sigmas), (), generator=rng))    # in all processes
+    exit_step = int(torch.randint(0, len(run.config.sigmas), (), generator=rng))  # same in all
     conditions = batch.conditions | motion_inputs(student, **batch.points, vae=vae)
     noise = torch.randn_like(batch.latents)
     first_latent = first_latent_of(run.config, batch.latents)
@@ -1742,8 +1740,8 @@ CAUSAL_FROM = {"trajectories": loss_on_trajectories, "clips": loss_on_clips,
 
 
 def to_be_trained(run, model):
-    """Unfreeze a MotionStream, but for its track head, frozen after the teacher (appendix D). Returns
-    it."""
+    """Unfreeze a MotionStream except its track head, frozen after the teacher (appendix D), and
+    set checkpointing. Returns it."""
     model.requires_grad_(True)
     model.track_head.requires_grad_(False)
     model.recompute = run.checkpointing
@@ -1751,11 +1749,11 @@ def to_be_trained(run, model):
 
 
 def train_causal(run):
-    """Stage 3. The student from the teacher: on the teacher's ODE trajectories, on clips, or on its own
-    rollouts, see CAUSAL_FROM."""
+    """Stage 3: the student, initialised from the teacher, learns from ODE trajectories, clips or
+    its own rollouts, see CAUSAL_FROM."""
     s = run.settings
     loss_of = CAUSAL_FROM[s.causal_from]
-    files = training_clips(run, run.clip_latents)       # in all processes: they wait for each other
+    files = training_clips(run, run.clip_latents)       # collective: call it in all processes
     if s.causal_from == "trajectories":
         files = make_trajectories(run, files)
     vae = run.load_vae()
@@ -1778,13 +1776,13 @@ def train_causal(run):
 # --------------------------------------------------------------------------------------------------
 # Stage 4: distillation, see dmd_loss and critic_loss.
 
-DRAWN_CONTEXTS = tuple(itertools.product((1, 3, 5), (0, 1, 2, 3), (1, 2, 4)))   # chunk, sink, window
+DRAWN_CONTEXTS = tuple(itertools.product((1, 3, 5), (0, 1, 2, 3), (1, 2, 4)))  # chunk, sink, window
 
 
 def draw_rollout(run, update, grad):
-    """Draw the shape of one update's rollouts: how many chunks, half of the time more than a clip
-    has; the step at which they end; the context, fields of Config. All processes draw the same, or
-    their collectives would wait for each other in vain."""
+    """Draw (number of chunks, exit step, context as fields of Config) of an update's rollouts,
+    half of which are longer than a clip. All processes draw the same, or their collectives would
+    deadlock."""
     config = run.config
     rng = torch.Generator().manual_seed(seed_of(run.seed, update, grad))
     least = 2 * run.clip_chunks - run.longest_rollout
@@ -1798,15 +1796,15 @@ def draw_rollout(run, update, grad):
 
 
 def judged_clip(chunks, frames, first_latent, points):
-    """The end of a rollout, an iterator of chunks, as a clip that the teacher can judge: the image
-    (B, C, 1, h, w), then its last `frames` latents without their first (first_latent=None: with it),
-    and the points of these. After a rollout longer than that, time jumps behind the image: the teacher
-    says what should be there, whatever the student passed on."""
+    """Turn the end of a rollout, an iterator of chunks, into a clip that the teacher can judge:
+    (x0, points). x0 is the image (B, C, 1, h, w), then the last `frames` latents except their
+    first (first_latent=None: all of them). In longer rollouts time jumps after the image: the
+    teacher judges what should be there, whatever the student passed on."""
     held = []
     for chunk in chunks:
         held.append(chunk)
         while sum(x.shape[2] for x in held[1:]) >= frames:
-            held.pop(0)                                 # and its graph
+            held.pop(0)                                 # frees its graph too
     x0 = torch.cat(held, 2)[:, :, -frames:]
     if first_latent is not None:
         x0 = torch.cat([first_latent, x0[:, :, 1:]], 2)
@@ -1817,10 +1815,9 @@ def judged_clip(chunks, frames, first_latent, points):
 
 
 def roll_out(run, generator, vae, files, shape, grad):
-    """What the generator makes of the first frames of clips, as it will at inference, see rollout:
-    (x0 (B, C, F, h, w), a clip as judged_clip has it; its conditions; its points). shape: as
-    draw_rollout has it. grad: whether x0 has a graph, that of the last denoising step of each
-    chunk."""
+    """Roll out the generator from first frames of clips, as at inference, see rollout. Returns (x0
+    (B, C, F, h, w), a clip of judged_clip; its conditions; its points). shape: from draw_rollout.
+    grad: x0 has a graph, that of each chunk's last denoising step."""
     s = run.settings
     config = run.config
     chunks, exit_step, context = shape
@@ -1840,7 +1837,7 @@ def roll_out(run, generator, vae, files, shape, grad):
         given = split_conditions(conditions | motion, sizes)
         noises = noise.split(sizes, 2)
         made = rollout(generator, noises, given, first_latent, exit_step, caches=caches)
-        made = itertools.islice(made, len(noises))      # asks for no more: the last is not cached
+        made = itertools.islice(made, len(noises))      # stops there: the last is not cached
         shown = first_latent if chunks == run.clip_chunks else image
         x0, points = judged_clip(made, run.clip_latents, shown, batch.points)
         conditions = next(split_conditions(conditions, [x0.shape[2]]))
@@ -1849,8 +1846,8 @@ def roll_out(run, generator, vae, files, shape, grad):
 
 
 def reward_weight(run, vae, x0, conditions, points):
-    """(exp(reward / beta) of each clip, (B, 1, 1, 1, 1), the mean reward): Re-DMD (Reward Forcing,
-    eq. 11); 1 and None without a reward."""
+    """(clip weights exp(reward / beta) (B, 1, 1, 1, 1), mean reward): Re-DMD (Reward Forcing,
+    eq. 11). 1 and None without a reward."""
     if not run.reward:
         return 1.0, None
     video, _ = vae.decode(x0.detach())
@@ -1861,7 +1858,7 @@ def reward_weight(run, vae, x0, conditions, points):
 
 
 def train_student(run):
-    """Stage 4. One update of the generator for critic_steps of the critic, each on a new rollout."""
+    """Stage 4: critic_steps critic updates per generator update, each on a new rollout."""
     s = run.settings
     shift = run.config.shift
     files = training_clips(run, frames=1)
@@ -1869,11 +1866,12 @@ def train_student(run):
     teacher = shard(run.load("teacher"))
     generator = to_be_trained(run, run.load("causal", **run.context))
     critic = to_be_trained(run, run.load("teacher"))
-    learner_g = Learner("generator", generator, s.generator, math.ceil(s.distill_updates / s.critic_steps),
+    learner_g = Learner("generator", generator, s.generator,
+                        math.ceil(s.distill_updates / s.critic_steps),
                         s.distill_accumulate, s.shard_gradients)
     learner_c = Learner("critic", critic, s.critic, 0, s.distill_accumulate, s.shard_gradients)
     channel_weight = functools.partial(latent_weight, vae, teacher.config)
-    of_x0 = channel_weight(torch.ones(1, device=run.device))    # the velocity's at sigma 1
+    of_x0 = channel_weight(torch.ones(1, device=run.device))    # v's error at sigma 1 is x0's
     watch = find_watch()
     loop = Loop(run, "distill", s.distill_updates, learner_g, learner_c)
     for update in loop:
@@ -1972,11 +1970,14 @@ def new_parser(description):
     add("--steps", type=count, help="updates of the one stage that is named")
     add("--seed", type=int, default=0, help="of everything random (0)")
     add("--device", help="cpu, cuda:0, … (cuda if there is one)")
-    add("--accumulate", type=count, help="micro-steps of each process an update (1; Wan's: the paper's)")
+    add("--accumulate", type=count,
+        help="micro-steps of each process an update (1; Wan's: the paper's)")
     add("--checkpointing", action=argparse.BooleanOptionalAction,
         help="recompute blocks in the backward: less memory (default for Wan's weights)")
-    add("--memory", type=student_memory, help="the student's chunk, sink, window (c3s1w1); drawn: many")
-    add("--guidance", type=guidance, help="weights T,M of text and motion, for trajectories and real score")
+    add("--memory", type=student_memory,
+        help="the student's chunk, sink, window (c3s1w1); drawn: many")
+    add("--guidance", type=guidance,
+        help="weights T,M of text and motion, for trajectories and real score")
     add("--rollout", type=number(int, 1, 100), help="chunks of the longest rollout (16)")
     add("--reward", help="weights clips in distillation: motion, or FILE.py:FUNCTION (none)")
     add("--dry-run", nargs="?", choices=PRESETS, const="tiny", help="print the cost, then stop")
@@ -2060,7 +2061,7 @@ def resolve_config(flags, start):
         config = replace(config, track_dim=slot, in_dim=config.in_dim + slot)
     if is_wan(config):
         config = replace(config, shift=6.0, sigmas=schedule(3, 6.0), steps=48, guidance=(3.0, 1.5),
-                         chunk=3, sink=1, window=1)         # of 48 sigmas the student's 3 are some;
+                         chunk=3, sink=1, window=1)         # the student's 3 sigmas are among 48;
                                                             # first_chunk stays the weights' own
     if isinstance(flags.memory, dict):
         config = replace(config, **flags.memory)
@@ -2174,8 +2175,8 @@ def check_prerequisites(run, stage):
         config = inspect(run.path("causal")).config
         was = {name: getattr(config, name) for name in ("chunk", "sink", "window")}
         if not was.items() <= run.context.items():
-            raise UserError(f"{run.path('causal')}: was trained with {was}; say by --memory what the "
-                            "student gets")
+            raise UserError(f"{run.path('causal')}: was trained with {was}; say by --memory what "
+                            "the student gets")
 
 
 def show(run, stage):
@@ -2204,7 +2205,7 @@ def unusual(run):
 
 
 def logged_updates(path):
-    """{stage: (updates that have been logged, seconds of one, of the latest 100)} of a stats.jsonl."""
+    """{stage: (updates logged, mean seconds of the latest 100)} of a stats.jsonl."""
     rows = {}
     for row in read_log(path):
         rows.setdefault(row["stage"], []).append(row)
@@ -2216,8 +2217,8 @@ def logged_updates(path):
 
 
 def print_plan(run, stages):
-    """What a training begins with: a table of the stages to be run. How many hours one has left is
-    known from the log of its own updates."""
+    """Print a table of the stages to be run. Hours left are estimated from a stage's own logged
+    updates."""
     print(f"{run.out}: on {run.device}, matrix products in {str(run.dtype)[6:]}, seed {run.seed}")
     if unusual(run):
         print(f"non-default settings: {', '.join(unusual(run))}")
@@ -2236,7 +2237,7 @@ def print_plan(run, stages):
 
 
 def run_stages(argv):
-    """Run the stages that are not done yet."""
+    """Run the named stage, or all that are not done yet."""
     flags = parse_flags(argv)
     join_processes(flags.device)
     run = resolve(flags)
