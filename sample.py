@@ -356,9 +356,6 @@ def fit_image(image, size):
 # --------------------------------------------------------------------------------------------------
 # Tracks on the image.
 
-DTYPES = ("float32", "bfloat16", "float16")
-
-
 @dataclass(frozen=True)
 class Tracks:
     """Positions of points in every frame, in pixels of the image."""
@@ -527,7 +524,7 @@ def find_ffmpeg():
 @functools.cache
 def try_ffmpeg(exe):
     """Encode one frame to the null muxer; raise OSError with ffmpeg's message if that fails."""
-    encoder = Encoder(exe, 25, ["-fps_mode", "passthrough", "-f", "null", "-"])
+    encoder = FfmpegWriter(exe, 25, ["-fps_mode", "passthrough", "-f", "null", "-"])
     try:
         encoder.append(np.zeros((16, 16, 3), np.uint8))
         encoder.finish()
@@ -552,7 +549,7 @@ def count_frames(path):
     return int(counts[-1])
 
 
-class Encoder:
+class FfmpegWriter:
     """An ffmpeg process that encodes frames, uint8 (H, W, 3) of one size. output: its last arguments.
     (imageio's writer ignores ffmpeg's exit code and messages, so a full disk would go unnoticed.)"""
 
@@ -612,7 +609,7 @@ def video_file(path, fps):
     raises, nothing is left behind."""
     path = Path(path)
     part = path.absolute().with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    encoder = Encoder(find_ffmpeg(), fps, ["-movflags", "+faststart", f"file:{part}"])
+    encoder = FfmpegWriter(find_ffmpeg(), fps, ["-movflags", "+faststart", f"file:{part}"])
     try:
         yield encoder.append
         if not encoder.count:
@@ -809,7 +806,7 @@ def add_flags(parser):
     add("--weights", help="a Wan DiT, file or folder; default: the tiny model in assets/", **file)
     add("--vae", help="default: the tiny model's, or the one in the folder of --weights", **file)
     add("--device", default="auto", help="cpu, cuda, …; default: cuda if there is one")
-    add("--dtype", default="auto", choices=("auto",) + DTYPES, help="auto: float32 on the CPU, else bfloat16")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="auto: float32 on the CPU, else bfloat16")
     add("--compile", action="store_true", help="torch.compile the DiT's blocks: a minute slower, then faster")
     add("--text-encoder", help="a -Diffusers folder with UMT5; default: --weights, if it is one", **file)
     add("--image-encoder", help="a -Diffusers folder with CLIP; default: --text-encoder's", **file)
@@ -862,7 +859,7 @@ def inspect(path):
 class Job:
     """A fully resolved sampling job."""
     config: Config      # for sampling; causal: the student, else the teacher
-    frames: int
+    frames: int | None  # None: without end, as on the page
     fps: float          # of the output file
     seed: int
     device: torch.device

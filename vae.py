@@ -43,9 +43,8 @@ class LinearVAEConfig:
 class LinearVAE(nn.Module):
     """Windows of 16x16 pixels by 4 frames, one every 8 pixels, to `latent_channels` numbers, linearly, and back.
 
-    It compresses little, but unlike a small convolutional VAE it encodes moved pixels in the same way everywhere, so
-    their latents are exact (see `copy_along_tracks`), and decoding is one matrix product. There is no state: a latent
-    frame depends only on its own four frames. Frame 0 is preceded by three copies of itself. Training starts from the
+    It compresses little, but decoding is one matrix product, and there is no state: a latent frame depends only on its
+    own four frames, so pictures that were moved along tracks can be encoded chunk by chunk (see `copy_along_tracks`). Frame 0 is preceded by three copies of itself. Training starts from the
     principal components of cells (train_distill.py, stage vae)."""
 
     def __init__(self, config=LinearVAEConfig()):
