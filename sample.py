@@ -806,7 +806,8 @@ def add_flags(parser):
     add("--weights", help="a Wan DiT, file or folder; default: the tiny model in assets/", **file)
     add("--vae", help="default: the tiny model's, or the one in the folder of --weights", **file)
     add("--device", default="auto", help="cpu, cuda, …; default: cuda if there is one")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="auto: float32 on the CPU, else bfloat16")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+        help="auto: float32 on the CPU, else bfloat16")
     add("--compile", action="store_true", help="torch.compile the DiT's blocks: a minute slower, then faster")
     add("--text-encoder", help="a -Diffusers folder with UMT5; default: --weights, if it is one", **file)
     add("--image-encoder", help="a -Diffusers folder with CLIP; default: --text-encoder's", **file)

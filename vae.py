@@ -44,8 +44,9 @@ class LinearVAE(nn.Module):
     """Windows of 16x16 pixels by 4 frames, one every 8 pixels, to `latent_channels` numbers, linearly, and back.
 
     It compresses little, but decoding is one matrix product, and there is no state: a latent frame depends only on its
-    own four frames, so pictures that were moved along tracks can be encoded chunk by chunk (see `copy_along_tracks`). Frame 0 is preceded by three copies of itself. Training starts from the
-    principal components of cells (train_distill.py, stage vae)."""
+    own four frames, so pictures that were moved along tracks can be encoded chunk by chunk (see `copy_along_tracks`).
+    Frame 0 is preceded by three copies of itself. Training starts from the principal components of cells
+    (train_distill.py, stage vae)."""
 
     def __init__(self, config=LinearVAEConfig()):
         super().__init__()
