@@ -39,14 +39,14 @@ from sample import Parser, number
 from vae import LinearVAE, LinearVAEConfig, TinyVAE, TinyVAEConfig, WanVAE, WanVAEConfig
 
 GRID = 8                # tracks per side of the picture
-PAST = 6                # chunks held by a cache that holds all: the last of 81 frames has as many before it
+PAST = 6                # chunks in an unlimited cache: as many precede the last chunk of 81 frames
 CPU = torch.device("cpu")
-CLIP_LATENTS = 21       # of 81 frames, of which a DMD step makes one clip
+CLIP_LATENTS = 21       # of 81 frames, the clip of a DMD step
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is measured, and where."""
+    """What is measured, and on which device."""
     config: Config
     device: torch.device
     dtype: torch.dtype          # of DiT and VAE
@@ -55,7 +55,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Part:
-    """Something that is timed, or counted. frames: how many come of it, with the parts before it; 0: none."""
+    """A step that is timed or counted. frames: made by it and the parts before it; 0: none."""
     name: str
     work: Callable
     counts: str
@@ -64,15 +64,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table. seconds: for one chunk, one frame or one step."""
+    """A row of the table. seconds: per chunk, frame or training step."""
     name: str
     seconds: float
     counts: str
-    frames: int = 0             # that come of it; 0: no rate is told
-    flops: float = 0.0          # 0: not told
+    frames: int = 0             # produced; 0: no rate is shown
+    flops: float = 0.0          # 0: not shown
 
 
-# What the papers say, as they say it: name, frames/s, seconds until what is asked for is seen, what is counted.
+# Published numbers as stated: name, frames/s, latency in seconds, what is counted.
 PAPERS = (
     ("MotionStream 1.3B, Wan's VAE", "16.7", "0.69", "H100, bfloat16, FlashAttention 3, 832x480, c3s1w1, 3 passes + "
      "cache update + decoding; latency: one chunk (table A2)"),
@@ -91,8 +91,8 @@ PAPERS = (
 # Models with random weights.
 
 def randomise(module, device, dtype_of):
-    """Fill a module of the meta device where it runs, so that the matrices of 14 billion parameters are made only once.
-    dtype_of: from a parameter's name."""
+    """Initialise a module from the meta device on its target device, so that the matrices of 14 billion parameters
+    are allocated only once. dtype_of: function of a parameter's name."""
     tensors = {}
     for name, tensor in module.state_dict().items():
         made = torch.empty(tensor.shape, dtype=dtype_of(name), device=device)
@@ -102,7 +102,7 @@ def randomise(module, device, dtype_of):
 
 
 def random_model(config, device, dtype):
-    """A DiT whose matrices are in dtype."""
+    """A DiT with random matrices in dtype."""
     def dtype_of(name):
         return torch.float32 if re.search(FLOAT32, name) else dtype
 
@@ -112,7 +112,7 @@ def random_model(config, device, dtype):
 
 
 def new_vae(config, decoder, device, dtype):
-    """The VAE of such latents. decoder: see Job."""
+    """A random VAE for the config's latents. decoder: see Job."""
     channels = config.out_dim
     with torch.device("meta"):
         if config.copies:
@@ -127,7 +127,7 @@ def new_vae(config, decoder, device, dtype):
 
 
 def random_conditions(config, frames, device):
-    """What the model is told of a clip of so many latent frames: its keyword arguments."""
+    """Random conditions for a clip of `frames` latents: the model's keyword arguments."""
     shape = (frames, *config.latent_size)
     given = {"text": torch.randn(1, config.text_len, config.text_dim, device=device)}
     if config.track_dim:
@@ -141,7 +141,7 @@ def random_conditions(config, frames, device):
 
 
 def random_latents(config, frames, device):
-    """(1, C, frames, h, w)."""
+    """Random latents (1, C, frames, h, w)."""
     return torch.randn(1, config.out_dim, frames, *config.latent_size, device=device)
 
 
@@ -162,12 +162,12 @@ def new_motion(config, frames):
 # What is timed and counted.
 
 def chunks_held(config):
-    """By a full cache."""
+    """Number of chunks in a full cache."""
     return PAST if config.window is None else config.sink + config.window
 
 
 def chunk_parts(model, vae):
-    """The parts of one chunk, in the order in which they are done, and the full caches."""
+    """The parts of one chunk in order of execution, and the full caches."""
     config = model.config
     device = next(model.parameters()).device
     noise = random_latents(config, config.chunk, device)
@@ -196,8 +196,8 @@ def chunk_parts(model, vae):
 
 
 def training_parts(job):
-    """A DMD step on one clip of 81 frames, all weights in job.dtype, blocks computed again in the backward. The update
-    of the weights is not in it, nor the VAE, which takes no part."""
+    """A DMD step on one clip of 81 frames, all weights in job.dtype, with recomputation in the backward. Excludes the
+    optimizer's update, and the VAE, which is not used."""
     config = replace(job.config, causal=False)
     generator = random_model(job.config, job.device, job.dtype)
     critic = random_model(config, job.device, job.dtype)
@@ -240,12 +240,12 @@ FREE = ("prim", "aten.empty", "aten.new_empty", "aten.detach", "aten._unsafe_vie
 
 
 def cpu_attention(q, k, v, *args, out_val=None, **kwargs):
-    """FLOPs of the attention that a CPU runs, which torch does not count."""
+    """FLOPs of the CPU's attention kernel, which torch does not count."""
     return sdpa_flop_count(q.shape, k.shape, v.shape)
 
 
 def cpu_attention_backward(grad, q, k, v, *args, out_val=None, **kwargs):
-    """And of its backward."""
+    """FLOPs of its backward."""
     return sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
 
 
@@ -255,7 +255,7 @@ CPU_FLOPS = {CPU_ATTENTION: cpu_attention,
 
 
 def kind_of(name):
-    """Where an operation's FLOPs belong: "attention", "convolution", "matmul" or "other"."""
+    """Category of an operation's FLOPs: "attention", "convolution", "matmul" or "other"."""
     for word in "attention", "convolution":
         if word in name:
             return word
@@ -265,9 +265,9 @@ def kind_of(name):
 
 
 class Counts(TorchDispatchMode):
-    """What the tensor operations inside `with` cost when each is a kernel of its own, as in eager mode: how many are
-    launched, the bytes that they read and write, and their FLOPs, each a Counter by kind_of. Views cost nothing. A
-    multiplication and an addition are two FLOPs; those of elementwise operations are not counted."""
+    """Cost of the tensor operations inside `with` if each is a kernel of its own, as in eager mode: launches, bytes
+    read and written, and FLOPs, each a Counter by kind_of. Views cost nothing. A multiplication and an addition are
+    two FLOPs; those of elementwise operations are not counted."""
 
     def __init__(self):
         super().__init__()
@@ -293,8 +293,8 @@ class Counts(TorchDispatchMode):
 
 @contextlib.contextmanager
 def norms_of_a_gpu():
-    """Inside `with` an RMSNorm is what it is on a GPU: one kernel, which moves what that of a LayerNorm does. A CPU takes
-    six for it, and in bfloat16 seven times the bytes."""
+    """Inside `with`, count RMSNorm as on a GPU: one kernel that moves as many bytes as LayerNorm's. A CPU uses six
+    kernels and, in bfloat16, seven times the bytes."""
     real = F.rms_norm
     F.rms_norm = F.layer_norm
     try:
@@ -311,7 +311,7 @@ def count_part(part):
 
 
 def counted_chunk(job):
-    """[(Part, Counts)] of one chunk. Nothing is computed, whatever the size."""
+    """[(Part, Counts)] of one chunk. Nothing is computed, so any size will do."""
     with torch.inference_mode(False), torch.no_grad(), FakeTensorMode():
         model = random_model(job.config, CPU, job.dtype)
         vae = new_vae(job.config, job.decoder, CPU, job.dtype)
@@ -334,8 +334,8 @@ BANDWIDTH = 3.5e12                                                          # by
 
 
 def predicted_seconds(counts):
-    """Of all that was counted. A matrix product, attention or convolution takes what its FLOPs or its bytes take,
-    whichever is longer; other operations their bytes. Launches hide behind them."""
+    """Predicted time of Counts. A matrix product, attention or convolution takes the longer of its FLOPs' and its
+    bytes' time; other operations their bytes' time. Launches overlap with them."""
     seconds = counts.bytes["other"] / BANDWIDTH
     for kind, rate in RATES.items():
         seconds += max(counts.flops[kind] / rate, counts.bytes[kind] / BANDWIDTH)
@@ -343,7 +343,7 @@ def predicted_seconds(counts):
 
 
 def print_counts(counted):
-    """In Markdown."""
+    """Print the counts as a Markdown table."""
     print(f"| counted | launches | GB | {' | '.join(f'TFLOP, {kind}' for kind in RATES)} |\n|---|---|---|---|---|---|")
     for part, counts in counted:
         flops = " | ".join(f"{counts.flops[kind] / 1e12:.4g}" for kind in RATES)
@@ -355,13 +355,13 @@ def print_counts(counted):
 # Times.
 
 def wait_for(device):
-    """Until a GPU has done what it was asked for."""
+    """Wait until the device has finished its queue."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def median_seconds(work, device, repeats):
-    """Of so many calls of work(), after two that do not count."""
+    """Median time of `work()` over the given number of calls, after two warm-up calls."""
     times = []
     for _ in range(repeats + 2):
         wait_for(device)
@@ -373,7 +373,7 @@ def median_seconds(work, device, repeats):
 
 
 def matmul_rate(device, dtype):
-    """FLOPs/s of a square matrix product, the best of three: the peak of which the table tells the share."""
+    """FLOPs/s of a square matrix product, best of three: the peak for the table's percentages."""
     size = 8192 if device.type == "cuda" else 512
     a = torch.randn(size, size, device=device, dtype=dtype)
     seconds = min(median_seconds(lambda: a @ a, device, 1) for _ in range(3))
@@ -381,7 +381,7 @@ def matmul_rate(device, dtype):
 
 
 def summed_rows(parts, seconds, flops):
-    """A Row for each part of a chunk, with all that comes before it."""
+    """A Row for each part of a chunk, cumulative over the parts before it."""
     rows = []
     for i, part in enumerate(parts):
         rows.append(Row(part.name, sum(seconds[:i + 1]), part.counts, part.frames, sum(flops[:i + 1])))
@@ -390,15 +390,15 @@ def summed_rows(parts, seconds, flops):
 
 @dataclass(frozen=True)
 class Times:
-    """Of a chunk of a stream, time.perf_counter()."""
-    asked: float        # when its tracks were read
-    shown: float        # when its first frame was in the CPU's memory, as bytes
-    done: float         # and the last
+    """Times of one chunk of a stream, by time.perf_counter()."""
+    asked: float        # its tracks were read
+    shown: float        # its first frame was in the CPU's memory, as bytes
+    done: float         # its last frame was
 
 
 def watched(model, vae, motion, text, ahead):
-    """The whole program: from an image and tracks to frames in the CPU's memory. Yields Times, chunk by chunk. ahead:
-    see sample.decoded_frames; then `asked` may be the next chunk's."""
+    """The whole program, from an image and tracks to frames in the CPU's memory. Yields the Times of each chunk.
+    ahead: see sample.decoded_frames; then `asked` may be the next chunk's."""
     config = model.config
     image = torch.rand(1, 3, *config.size, device=text.device) * 2 - 1
     clip = None
@@ -422,18 +422,18 @@ def watched(model, vae, motion, text, ahead):
 
 
 def seconds_between(times):
-    """From one chunk's end to the next's."""
+    """Seconds from the end of each chunk to the end of the next."""
     return [after.done - before.done for before, after in itertools.pairwise(times)]
 
 
 def program_rows(model, vae, text, repeats, flops):
-    """Rows of the whole program. flops: of a chunk."""
+    """Rows of the whole program. flops: per chunk."""
     config = model.config
     held = chunks_held(config)
     chunks = held + repeats + 2
     frames = FRAMES * config.chunk
     motion = new_motion(config, frames * chunks - FRAMES + 1)
-    times = list(watched(model, vae, motion, text, ahead=True))         # which warms up, too
+    times = list(watched(model, vae, motion, text, ahead=True))         # also a warm-up
     chunk = torch.tensor(seconds_between(times)[held:]).median().item()
     started = time.perf_counter()
     times = list(watched(model, vae, motion, text, ahead=False))
@@ -447,7 +447,7 @@ def program_rows(model, vae, text, repeats, flops):
 
 
 def memory_now(device):
-    """Bytes held: by torch on a GPU, else by the process."""
+    """Bytes in use: torch's on a GPU, else the process's."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -455,7 +455,7 @@ def memory_now(device):
 
 
 def print_long(model, vae, text, frames):
-    """Whether chunks take as long, and memory is as much, after so many frames as at the beginning."""
+    """Compare chunk times and memory at the beginning with those after a long stream."""
     config = model.config
     device = text.device
     settled = chunks_held(config) + 2
@@ -480,12 +480,12 @@ def print_long(model, vae, text, frames):
 # Memory.
 
 def size_of(tensors):
-    """Bytes."""
+    """Size in bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def memory_rows(model, vae, caches, device):
-    """(name, bytes, what is counted)."""
+    """(name, bytes, what is counted) of each component."""
     held = [tensor for cache in caches for pair in cache.chunks for tensor in pair]
     rows = [
         ("weights", size_of(model.parameters()) + size_of(vae.parameters()), "of DiT and VAE"),
@@ -498,7 +498,7 @@ def memory_rows(model, vae, caches, device):
 
 
 def most_memory():
-    """Bytes that this process has held at most; None on Windows, which does not say."""
+    """Peak memory of this process in bytes; None on Windows, which does not report it."""
     try:
         import resource
     except ImportError:
@@ -513,7 +513,7 @@ def most_memory():
 # The program.
 
 def machine(device):
-    """What it runs on."""
+    """Description of the machine."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     name = platform.processor() or platform.machine()
@@ -525,7 +525,7 @@ def machine(device):
 
 
 def print_rows(rows, peak):
-    """In Markdown. peak: FLOPs/s."""
+    """Print the rows as a Markdown table. peak: FLOPs/s."""
     print("| | milliseconds | frames/s | TFLOP | of the peak | counts |\n|---|---|---|---|---|---|")
     for row in rows:
         rate = f"{row.frames / row.seconds:.1f}" if row.frames else ""
@@ -535,14 +535,14 @@ def print_rows(rows, peak):
 
 
 def print_papers():
-    """Beside them, what others say."""
+    """Print published numbers for comparison."""
     print("\n| as published | frames/s | latency, s | counts |\n|---|---|---|---|")
     for row in PAPERS:
         print("| " + " | ".join(row) + " |")
 
 
 def print_predicted(job, training):
-    """Counts, and the times that they predict."""
+    """Print counts and the times predicted from them."""
     counted = counted_chunk(job)
     steps = counted_training(job) if training else []
     print_counts(counted + steps)
@@ -562,7 +562,7 @@ def print_predicted(job, training):
 
 
 def print_measured(job, repeats, long, compiled):
-    """Of streaming: the table, memory and, with `long`, what many frames do."""
+    """Print streaming's table, its memory and, with `long`, the results of a long stream."""
     model = random_model(job.config, job.device, job.dtype)
     vae = new_vae(job.config, job.decoder, job.device, job.dtype)
     text = random_conditions(job.config, 1, job.device)["text"]
@@ -586,7 +586,7 @@ def print_measured(job, repeats, long, compiled):
 
 
 def print_training(job, repeats, peak):
-    """Of a DMD step."""
+    """Print the table of a DMD step."""
     flops = [counts.flops.total() for _, counts in counted_training(job)]
     rows = []
     for part, work in zip(training_parts(job), flops):

@@ -1,8 +1,8 @@
-"""What a training would take, before there is one: train_distill.py --dry-run PRESET.
+"""Estimate the cost of a training without running it: train_distill.py --dry-run PRESET.
 
-The losses of train_distill.py are run on tensors without contents, under bfloat16 as on a GPU, so
-that what is counted is what would be computed and kept, attention's backward and recomputation
-among it. All counts are linear in the number of layers: one and two of them tell the rest.
+The losses of train_distill.py run on tensors without contents, under bfloat16 as on a GPU. So the
+counts are of what would be computed and stored, including attention's backward and recomputation.
+All counts are linear in the number of layers, so they are extrapolated from one and two.
 """
 
 import functools
@@ -21,17 +21,17 @@ from motionstream import (CLIP_ROWS, chunk_sizes, guided_velocity, new_model, ro
                           split_conditions)
 
 GPUS = (1, 4, 8)
-CARDS = {               # GiB that a program finds on one
+CARDS = {               # GiB usable by a program
     "24 GB": 23.5,      # RTX 3090, 4090
     "48 GB": 44.5,      # L40S
     "80 GB": 79.1,      # A100, H100
     "141 GB": 139.8,    # H200
     "180 GB": 178.0,    # B200
 }
-SPARE = 0.9             # the share of it that is filled: the allocator and CUDA need the rest
+SPARE = 0.9             # share that is filled: the allocator and CUDA need the rest
 GIB = 2 ** 30
 
-# Of public encoders, which clips need once (UMT5-XXL in bfloat16, CLIP ViT-H in float32).
+# Public encoders, needed once to prepare clips (UMT5-XXL in bfloat16, CLIP ViT-H in float32).
 ENCODERS = 13.9e9       # bytes
 TEXT_ROWS = 200         # of a long caption, at most 512
 MOST_TRACKS = 2500      # of a clip: the paper's grid of 50x50
@@ -39,23 +39,23 @@ PAPER_CLIPS = {"first set": 600_000, "second set": 70_000}  # of the teacher's s
 
 
 # --------------------------------------------------------------------------------------------------
-# What is counted.
+# Counting.
 
 class Costs(Counts):
-    """Counts, and the most bytes that were held at once of what was made inside `with`.
+    """Counts, plus the peak number of bytes allocated inside `with`.
 
-    A tensor's contents, if they are asked for, are 0: which noise level a loss draws changes no
+    The contents of a tensor read as 0: the noise level that a loss draws does not change its
     cost."""
 
     def __init__(self, before=()):
-        """before: tensors that are there already, and that do not count."""
+        """before: existing tensors, which are not counted."""
         super().__init__()
         self.alive = {tensor.untyped_storage()._cdata: 0 for tensor in before}     # {storage: bytes}
         self.held = 0
         self.most = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.prim.device.default:       # asked so often that it takes most of the time
+        if func is torch.ops.prim.device.default:       # a shortcut: it is called very often
             return CPU
         if func is torch.ops.aten._local_scalar_dense.default:
             return 0
@@ -80,14 +80,14 @@ class Costs(Counts):
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one micro-step of one process."""
+    """Cost of one micro-step in one process."""
     flops: float
-    held: float             # bytes held at once, beside weights, AdamW's state and gradients
-    gathers: float = 0      # how often the weights of one network are gathered, if they are shared
+    held: float             # peak bytes besides weights, AdamW's state and gradients
+    gathers: float = 0      # times that one network's weights are gathered, if sharded
 
 
 def counted(build, run):
-    """The Cost of build(run), which is (networks, a function that does the micro-step)."""
+    """Cost of build(run), which returns (networks, function that runs the micro-step)."""
     gathers = []
 
     def gathered(network, inputs):
@@ -108,9 +108,9 @@ def counted(build, run):
 
 
 def cost_of(build, run):
-    """The same for all layers, from what one and two of them take. (At 1.3B, against what more layers
-    are counted to hold: with recomputation exact for teacher and causal at 30, for the generator at
-    16; without it exact for the teacher at 30, within 0.5 % for the others at 4.)"""
+    """As `counted` for all layers, extrapolated from one and two. (Bytes at 1.3B, against counts
+    with more layers: with recomputation exact for teacher and causal at 30 and for the generator
+    at 16; without it exact for the teacher at 30, within 0.5 % for the others at 4.)"""
     def with_layers(count):
         return replace(run, config=replace(run.config, num_layers=count))
 
@@ -126,7 +126,7 @@ def cost_of(build, run):
 # The micro-steps of each stage, with the losses of train_distill.py.
 
 def network(run, learns, causal=False):
-    """A model without contents; one that learns has its gradients already, of those before."""
+    """A model without contents; if it learns, with gradients of earlier micro-steps."""
     config = replace(run.config, causal=causal)
     if config.copies:
         config = replace(config, latent_std=(1.0,) * config.out_dim)
@@ -139,7 +139,7 @@ def network(run, learns, causal=False):
 
 
 def batch_of(run, count, frames):
-    """(Latents (count, C, frames, h, w), what a model is told of them)."""
+    """(latents (count, C, frames, h, w), the model's conditions)."""
     config = run.config
     latents = torch.randn(count, config.out_dim, frames, *config.latent_size)
     conditions = {}
@@ -149,7 +149,7 @@ def batch_of(run, count, frames):
 
 
 def encoding(run):
-    """A clip's latents from its pixels."""
+    """Encode the video of one clip."""
     vae = new_vae(run.config, "own", CPU, torch.float32)
     video = torch.zeros(1, 3, run.settings.clip_frames, *run.config.size)
 
@@ -161,7 +161,7 @@ def encoding(run):
 
 
 def teaching(run):
-    """The teacher, on whole clips."""
+    """Train the teacher on whole clips."""
     model = network(run, learns=True)
     x0, conditions = batch_of(run, run.settings.batch, run.clip_latents)
     sigma = torch.ones(len(x0))
@@ -176,7 +176,7 @@ def teaching(run):
 
 
 def one_euler_step(run):
-    """Of the teacher's trajectories, which two batches of clips take together."""
+    """One step of the teacher's trajectories, which are made for two batches at a time."""
     model = network(run, learns=False)
     x_t, conditions = batch_of(run, 2 * run.settings.batch, run.clip_latents)
     sigma = torch.ones(x_t.shape[0], x_t.shape[2])
@@ -189,7 +189,7 @@ def one_euler_step(run):
 
 
 def regression(run):
-    """The student, on a trajectory, with its own memory."""
+    """Train the student on a trajectory, with its own cache context."""
     model = network(run, learns=True, causal=True)
     x0, conditions = batch_of(run, run.settings.batch, run.clip_latents)
     states = [x0] * len(run.config.sigmas)
@@ -204,7 +204,7 @@ def regression(run):
 
 
 def roll_out(run, generator, exit_step):
-    """train_distill.roll_out on no files: (a clip (B, C, F, h, w), its conditions)."""
+    """train_distill.roll_out without files: (a clip (B, C, F, h, w), its conditions)."""
     config = run.config
     frames = run.latents_of(mean_chunks(run))
     noise, conditions = batch_of(run, run.settings.batch, frames)
@@ -220,7 +220,7 @@ def roll_out(run, generator, exit_step):
 
 
 def mean_chunks(run):
-    """Of the rollouts that train_distill.draw_rollout draws, whole."""
+    """Mean length of train_distill.draw_rollout's rollouts, rounded to whole chunks."""
     clip = run.clip_chunks
     longest = run.longest_rollout
     drawn = [max(clip, chunks) for chunks in range(2 * clip - longest, longest + 1)]
@@ -228,7 +228,7 @@ def mean_chunks(run):
 
 
 def generating(run, exit_step):
-    """The generator, on its own rollout."""
+    """Train the generator on its own rollout."""
     generator = network(run, learns=True, causal=True)
     critic = network(run, learns=True)
     teacher = network(run, learns=False)
@@ -244,7 +244,7 @@ def generating(run, exit_step):
 
 
 def rolling(run, exit_step):
-    """The rollout that the critic learns from."""
+    """Make the rollout that the critic learns from."""
     generator = network(run, learns=False, causal=True)
 
     def step():
@@ -255,38 +255,38 @@ def rolling(run, exit_step):
 
 
 # --------------------------------------------------------------------------------------------------
-# What the stages take.
+# The cost of each stage.
 
 @dataclass(frozen=True)
 class Stage:
-    """A line of the tables."""
+    """One stage, a row of the tables."""
     name: str
-    clips: int                  # all in all
+    clips: int                  # in total
     cost: Cost                  # of a micro-step
-    other: Cost                 # of one with recomputation if that has none, and the reverse
-    batch: int = 1              # clips of a micro-step
-    sharded: float = 0          # bytes a parameter that the GPUs share: weights, AdamW's, averages
-    whole: float = 0            # and that each has: gradients
-    beside: float = 0           # bytes that each has besides
-    micro_steps: int = 0        # of an update, of all processes; 0: there are no updates
-    reduced: float = 0          # networks whose gradients an update needs
+    other: Cost                 # the same with recomputation switched
+    batch: int = 1              # clips per micro-step
+    sharded: float = 0          # bytes per parameter sharded over GPUs: weights, AdamW, average
+    whole: float = 0            # bytes per parameter on every GPU: gradients
+    beside: float = 0           # further bytes on every GPU
+    micro_steps: int = 0        # per update, over all processes; 0: no updates
+    reduced: float = 0          # networks whose gradients are reduced per update
 
     @property
     def clip_flops(self):
         return self.cost.flops / self.batch
 
     def days(self, tflops, gpus):
-        """On so many GPUs that reach so many TFLOP/s each."""
+        """Days on `gpus` GPUs of `tflops` TFLOP/s each."""
         return self.clips * self.clip_flops / (tflops * 1e12 * gpus * 86400)
 
     def memory(self, parameters, gpus):
-        """Bytes that one of so many GPUs needs."""
+        """Bytes needed on each of `gpus` GPUs."""
         kept = (self.sharded / gpus + self.whole) * parameters
         return kept + self.beside + self.cost.held
 
     def sent(self, parameters, gpus):
-        """Bytes that each of so many GPUs sends for an update, in float32: (weights that are gathered,
-        gradients, and what these would be if they were reduced every micro-step)."""
+        """Bytes that each of `gpus` GPUs sends per update, in float32: (gathered weights,
+        gradients, gradients if reduced every micro-step)."""
         network = 4 * parameters * (gpus - 1) / gpus
         micro_steps = max(self.micro_steps / gpus, 1)
         reduced = self.reduced * network
@@ -294,9 +294,9 @@ class Stage:
 
 
 def distill_cost(run, critic):
-    """Of a micro-step of the critic, which learns from a rollout as a teacher does from clips, with its share
-    of one of the generator. Each of the denoising steps at which a rollout may end adds as much as the
-    one before: the mean is that of the first and the last."""
+    """Cost of a critic micro-step (a rollout, then training as the teacher's on clips) plus its
+    share of a generator micro-step. Cost is linear in the exit step, so its mean is that of the
+    first and last exit steps."""
     last = len(run.config.sigmas) - 1
     short = cost_of(functools.partial(rolling, exit_step=0), run)
     long = cost_of(functools.partial(rolling, exit_step=last), run)
@@ -304,7 +304,7 @@ def distill_cost(run, critic):
     share = 1 / run.settings.critic_steps
 
     def mean(name):
-        saved = (getattr(long, name) - getattr(short, name)) / 2        # against the longest rollout
+        saved = (getattr(long, name) - getattr(short, name)) / 2        # from the last exit step's
         of_critic = getattr(critic, name) + getattr(long, name) - saved
         return of_critic + share * (getattr(generator, name) - saved)
 
@@ -312,7 +312,7 @@ def distill_cost(run, critic):
 
 
 def stored_clips(run):
-    """{name of a set: its clips}, of what the training reads."""
+    """{name of a data set: number of clips} that the training reads."""
     if run.data:
         return {"--data": len(td.clip_files(run.data))}
     if not td.is_wan(run.config):
@@ -323,8 +323,8 @@ def stored_clips(run):
 
 
 def teacher_updates(run):
-    """{name of a stage of the teacher: its updates}: the one that the training has or, from Wan's weights
-    without a track head, both of the paper's."""
+    """{name of a teacher stage: updates}: the stage of this training or, from Wan's weights
+    without a track head, both stages of the paper."""
     s = run.settings
     if not td.is_wan(run.config):
         return {"teacher": s.teacher_updates}
@@ -335,7 +335,7 @@ def teacher_updates(run):
 
 
 def learning_costs(run):
-    """{what learns: Cost of a micro-step}."""
+    """{stage: Cost of a micro-step}."""
     teacher = cost_of(teaching, run)
     return {"teacher": teacher,
             "causal": cost_of(regression, run),
@@ -343,8 +343,8 @@ def learning_costs(run):
 
 
 def kept_bytes(run, trained, averaged, frozen=0):
-    """{"sharded", "whole": bytes a parameter}, fields of Stage, for so many networks in float32: 4 of
-    weights, 8 of AdamW's and 4 of gradients if they are trained, 4 of an average."""
+    """{"sharded", "whole": bytes per parameter}, fields of Stage, for these numbers of networks in
+    float32: 4 for weights; if trained, 8 for AdamW and 4 for gradients; 4 for an average."""
     shared = 12 * trained + 4 * averaged + 4 * frozen
     gradients = 4 * trained
     if run.settings.shard_gradients:
@@ -374,7 +374,7 @@ def stages_of(run):
     clips = s.batch * s.causal_accumulate * s.causal_updates
     stages.append(Stage("causal", clips, costs["causal"], others["causal"], s.batch,
                         micro_steps=s.causal_accumulate, reduced=1, **kept_bytes(run, 1, 1)))
-    # generator and critic, which has no average, and the teacher
+    # generator, critic (without an average) and teacher
     clips = s.batch * s.distill_accumulate * s.distill_updates
     stages.append(Stage("distill", clips, costs["distill"], others["distill"], s.batch,
                         micro_steps=s.distill_accumulate, reduced=1 + 1 / s.critic_steps,
@@ -383,7 +383,7 @@ def stages_of(run):
 
 
 def clip_bytes(run):
-    """{what a clip holds on disk, as extras/clips.py writes it: bytes}."""
+    """{part of a clip on disk, as written by extras/clips.py: bytes}."""
     config = run.config
     parts = {
         "latents": 2 * config.out_dim * run.clip_latents * math.prod(config.latent_size),
@@ -396,7 +396,7 @@ def clip_bytes(run):
 
 
 def trajectory_bytes(run):
-    """Of the file of a trajectory."""
+    """Bytes of a trajectory's file."""
     parts = clip_bytes(run)
     states = len(run.config.sigmas) + 1
     image = 0
@@ -410,7 +410,7 @@ def trajectory_bytes(run):
 # The tables.
 
 def smallest_card(needed):
-    """The name of the smallest of CARDS that has so many bytes; "no card"."""
+    """Name of the smallest of CARDS with `needed` bytes; "no card" if there is none."""
     for name, gib in CARDS.items():
         if needed <= SPARE * gib * GIB:
             return name
@@ -418,7 +418,7 @@ def smallest_card(needed):
 
 
 def print_table(title, columns, rows):
-    """In Markdown."""
+    """Print a Markdown table."""
     print(f"\n{title}\n")
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for row in rows:
@@ -461,7 +461,7 @@ def print_memory(run, parameters, stages):
 
 
 def print_recomputation(stages):
-    """What it costs."""
+    """Print the cost of recomputation."""
     more = []
     for stage in stages:
         if stage.micro_steps:
@@ -515,7 +515,7 @@ def stream_cache(run):
 
 
 def print_dry_run(run):
-    """Print what the training of `run` would be and take. Nothing is written."""
+    """Print the plan and cost of the training `run`. Nothing is written."""
     config = run.config
     run = replace(run, device="cpu", dtype=torch.bfloat16)      # as on a GPU
     with torch.device("meta"):

@@ -45,11 +45,11 @@ SHIPPED = {"vae": "tiny_vae", "teacher": "tiny_teacher", "student": "tiny"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What is measured.
+# The models, and the videos they make.
 
 @dataclass(frozen=True)
 class Trained:
-    """The finished models of a training: NAME.safetensors in a folder, opened when they are asked for."""
+    """The finished models of a training: NAME.safetensors in a folder, loaded on request."""
     folder: Path
     device: str = "cpu"
     seed: int = 0               # of all noise
@@ -61,7 +61,7 @@ class Trained:
         return Path(self.files.get(name, self.folder / f"{name}.safetensors"))
 
     def checksum(self, name):
-        """Of the file of that name."""
+        """Checksum of the file of a model."""
         return zlib.crc32(self.path(name).read_bytes())
 
     def vae(self, name="vae"):
@@ -75,14 +75,14 @@ class Trained:
 
     @functools.cached_property
     def config(self):
-        """The config of the latest model there is."""
+        """Config of the model of the latest finished stage."""
         for name in reversed(MODELS):
             if name != "vae" and self.path(name).exists():
                 return self.model(name).config
         return PRESETS["tiny"]
 
     def names(self):
-        """Those of MODELS that there are. UserError if one cannot be opened."""
+        """Those of MODELS that exist. UserError if one cannot be opened."""
         found = [name for name in MODELS if self.path(name).exists()]
         for name in found:
             if name == "vae":
@@ -93,9 +93,9 @@ class Trained:
 
 
 def play(trained, name, clips, text=None, later=None, **overrides):
-    """The video (B, 3, T, H, W), in pieces, that a model makes of the first frames of `clips`, their tracks and a text
-    (1 or B, L, text_dim). name: "teacher", "causal", "student"; "vae" and "decoder" are the truth through the VAE,
-    "still" is frame 0. later: the text of the second half of a stream. overrides: fields of Config."""
+    """Generate the video (B, 3, T, H, W), in pieces, from the first frames of `clips`, their tracks and a text (1 or
+    B, L, text_dim). name: "teacher", "causal", "student"; "vae" and "decoder": the truth through the VAE; "still":
+    frame 0. later: the text of the second half of a stream. overrides: fields of Config."""
     if name == "still":
         image = clips.frames(0, 1)
         return iter([image.expand(-1, -1, clips.length, -1, -1)])
@@ -108,7 +108,7 @@ def play(trained, name, clips, text=None, later=None, **overrides):
 
 
 def videos_of(model, vae, clips, text=None, later=None, seed=0):
-    """The same by a model that is open."""
+    """As `play`, with a model that is loaded."""
     image = clips.frames(0, 1)[:, :, 0]                         # (B, 3, H, W)
     ids = track_ids(clips.tracks, model.config)
     start = start_points(clips.tracks, clips.visible)
@@ -125,7 +125,7 @@ def videos_of(model, vae, clips, text=None, later=None, seed=0):
 
 
 def with_texts(motion, text, later, config):
-    """A Motion chunk by chunk, each with its text: `later` from the chunk on that lies in the second half."""
+    """A Motion chunk by chunk, each with its text: `later` from the chunk that lies in the second half on."""
     half = motion.tracks.shape[1] / 2
     start = FRAMES - 1                                          # as the VAE packs frame 0
     for part in sample.motion_by_chunk(motion, config):
@@ -134,26 +134,26 @@ def with_texts(motion, text, later, config):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# How it is measured.
+# The measures.
 
 @dataclass(frozen=True)
 class Places:
-    """Where objects are in a piece of video, (B, T, K, 2) in pixels, and of each, (B, T, K):"""
+    """Object positions in a piece of video, (B, T, K, 2) in pixels, and other values per object, (B, T, K)."""
     found: torch.Tensor
     true: torch.Tensor          # where they should be
-    lost: torch.Tensor          # it is hardly there
-    seen: torch.Tensor          # at least half of its largest size can be seen in the truth
-    colour: float = math.nan    # how much there is of the first one's colour, as a share of the truth's
+    lost: torch.Tensor          # hardly any of it is found
+    seen: torch.Tensor          # at least half of its largest size is visible in the truth
+    colour: float = math.nan    # amount of the first object's colour, relative to the truth
 
 
 def half_seen(size, least, present):
-    """Whether each object's size (B, T, K) is half of its largest and more than `least`, and it is there at all."""
+    """True where an object is present and its size (B, T, K) exceeds `least` and half of its maximum."""
     largest = size.amax(1, keepdim=True)
     return present[:, None] & (size > 0.5 * largest) & (size > least)
 
 
 def places_by_colour(video, truth, clips):
-    """Places by objects' hues. An object is lost if less than a quarter of its colour is there."""
+    """Places by objects' hues. An object is lost if less than a quarter of its colour is found."""
     mass, found = measures.colour_mass(video, clips.scene["colour"])
     true_mass, true = measures.colour_mass(truth, clips.scene["colour"])
     lost = mass < 0.25 * true_mass
@@ -163,8 +163,8 @@ def places_by_colour(video, truth, clips):
 
 
 def places_by_shift(video, truth, ground, outlines, clips):
-    """Places by what objects show: each is where the whole shift puts it that makes the truth inside its outline most
-    like the video. It is lost if even there three quarters of what tells it from the ground are missing."""
+    """Places by texture: each object is at the whole-pixel shift at which the truth inside its outline is most like
+    the video. It is lost if even there three quarters of its contrast to the ground are missing."""
     used = int(clips.present.sum(1).max())                      # slots without an object come last
     outlines = outlines[:, :used]                               # (B, K, T, H, W)
     B, K, T, H, W = outlines.shape
@@ -189,8 +189,8 @@ def places_by_shift(video, truth, ground, outlines, clips):
 
 
 def overlaps(video, truth, ground, outlines, clips):
-    """{"disc", "shape"}: the mean overlap with their outlines, wherever they were found, of discs and of other objects,
-    where they can be seen; NaN without any."""
+    """{"disc", "shape"}: mean overlap of discs and of other objects with their outlines, wherever they were found,
+    while they are visible; NaN without any."""
     of_discs = []
     of_others = []
     area = outlines.sum((3, 4)).transpose(1, 2)                 # (B, T, K)
@@ -255,7 +255,7 @@ def measure(video, first, clips, start):
 
 
 def settings_of(what, settings):
-    """Those of the settings that are fields of a dataclass, taken out of them."""
+    """Remove from the settings those that are fields of a dataclass, and return them."""
     found = {}
     for one in fields(what):
         if one.name in settings:
@@ -264,7 +264,7 @@ def settings_of(what, settings):
 
 
 def case_of(settings):
-    """The Case that settings describe, fields of it and of world.Options, which are taken out of them."""
+    """The Case for settings (fields of Case and of world.Options), which are removed from them."""
     options = settings_of(world.Options, settings)
     return Case(options=options, **settings_of(Case, settings))
 
@@ -310,7 +310,7 @@ def text_of(text, clips, config):
 
 
 def summary(rows):
-    """Rows of numbers, the first of them "from", to the mean of each number, "drift" and "tenths"."""
+    """Average rows of numbers, each beginning with "from": the mean of each number, "drift" and "tenths"."""
     names = list(rows[0])
     numbers = torch.tensor([list(row.values()) for row in rows])
     mean = dict(zip(names, numbers.nanmean(0).tolist()))
@@ -324,8 +324,8 @@ def summary(rows):
 
 
 def caption_row(trained, model, attributes, points="drag", **settings):
-    """How much nearer to the truth the right caption brings a video than the opposite one, in dB: of all pixels, and of
-    objects. attributes: indices into world.LIGHT and MOTION, of which one is not 0."""
+    """PSNR gain, in dB, of the right caption over the opposite one: of all pixels, and of objects. attributes:
+    indices into world.LIGHT and MOTION, of which one is not 0."""
     light, motion = attributes
     right = world.caption(light, motion)
     wrong = world.caption(-light % 3, -motion % 3)              # 1 for 2
@@ -356,14 +356,14 @@ AT = {                          # the last 12 frames, at 16 a second
 
 
 def grid(**values):
-    """Every combination of the values, as dicts."""
+    """All combinations of the values, as dicts."""
     rows = itertools.product(*values.values())
     return [dict(zip(values, row)) for row in rows]
 
 
 def tables(count, frames, photographs=None):
-    """What is measured: {title: (what all rows have in common, [what each has besides])}: arguments of eval_row, or of
-    another function, "measure". count: clips of each kind; frames: of the streams."""
+    """The tables to be measured: {title: (settings common to all rows, [settings of each row])}, arguments of
+    eval_row or of another function, "measure". count: clips of each kind; frames: of the streams."""
     clip = {"seed": "eval 1 False", "clips": count, "frames": CLIP, "objects": 1}
     picture = {"clips": count, "drawn": AT["10 s"]["frames"]}
     text = clip | {"objects": 2, "piece": CLIP // 3}
@@ -377,7 +377,7 @@ def tables(count, frames, photographs=None):
 
 
 def following_rows():
-    """Kinds of scenes by models by what they are told."""
+    """Rows for kinds of scenes by models by conditions."""
     kinds = [
         {"objects": 1},
         {"objects": 3, "seed": "eval 3 False"},
@@ -439,7 +439,7 @@ HIDDEN = ("seed", "measure", "clips", "drawn", "after", "frames", "photographs")
 
 
 def label_of(row):
-    """What a row is called."""
+    """Label of a row."""
     words = []
     for key, value in row.items():
         if "set" in row and (key in HIDDEN or key in SETS.get(row["set"], ())):
@@ -480,7 +480,7 @@ def measure_tables(trained, stage, what, tables):
 
 
 def print_table(title, results):
-    """{row: {name: number}}, in Markdown."""
+    """Print {row: {name: number}} as a Markdown table."""
     if not results:
         return
     names = []
@@ -499,7 +499,7 @@ COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
 
 
 def plot(path, curves, title, width=640, height=320):
-    """Lines {name: [(x, y)]} as a PNG, with the ranges written on it."""
+    """Plot lines {name: [(x, y)]} to a PNG, labelled with their ranges."""
     page = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(page)
     points = np.array([point for curve in curves.values() for point in curve])
@@ -529,7 +529,7 @@ PLOTTED = {
 
 
 def curve_of(rows, name):
-    """A number of a stage's rows as [[step, value]], averaged over 2 % of the stage; []: it is in none."""
+    """A number of a stage's rows as [[step, value]], averaged over 2 % of the stage; [] if no row has it."""
     values = [(row["step"], row[name]) for row in rows if name in row]
     if not values:
         return []
@@ -539,7 +539,7 @@ def curve_of(rows, name):
 
 
 def plot_stage(folder, stage):
-    """Curves of a stage from stats.jsonl in the folder of a training."""
+    """Plot a stage's curves from the stats.jsonl in a training's folder."""
     rows = {}
     for line in open(folder / "stats.jsonl"):
         row = json.loads(line)
@@ -557,8 +557,8 @@ def plot_stage(folder, stage):
 
 @torch.no_grad()
 def preview(trained, stage, drawn=True):
-    """The curves of a stage that has just been trained, and, of a training on the drawn world, six frames of a dragged
-    scene in rows: truth, that through the VAE, each model there is; then another scene."""
+    """Plot the curves of a finished stage and, if it was trained on the drawn world, six frames of a dragged scene in
+    rows: truth, truth through the VAE, each existing model; then another scene."""
     plot_stage(trained.folder, stage)
     if not drawn:
         return
@@ -581,8 +581,8 @@ def preview(trained, stage, drawn=True):
 # Rewards of distillation.
 
 def motion_reward(video, batch):
-    """How well the video (B, 3, T, H, W) follows the tracks in `batch`: (B,) in [-1, 1]. Where a track goes, the colour
-    should be that of its start. 1: it is everywhere; 0: a video that stands still does as well."""
+    """How well the video (B, 3, T, H, W) follows the tracks in `batch`: (B,) in [-1, 1]. Along a track the colour
+    should stay that of its start. 1: it does everywhere; 0: no better than a still video."""
     B, _, T, H, W = video.shape
     seen = batch["visible"] & batch["visible"][:, :1]           # (B, T, N)
     size = torch.tensor([W, H]).to(video)
@@ -602,8 +602,8 @@ def motion_reward(video, batch):
 
 
 def find_reward(name):
-    """--reward: "motion", or a function of your own, FILE.py:FUNCTION, called as motion_reward is. UserError if it is
-    neither."""
+    """Resolve --reward: "motion", or your own function, FILE.py:FUNCTION, called like motion_reward. UserError if it
+    is neither."""
     file, _, function = name.rpartition(":")
     try:
         if not file:
@@ -639,9 +639,9 @@ def compare(made, real, net=None):
 
 
 def end_point_error(given, found, size, image_size):
-    """The mean distance, in pixels of a video of `size` (width, height), of the points that a tracker found in it, a
-    file, from those that it was told to show, a file in pixels of the image of image_size (width, height): (mean, how
-    many). Points count that both say are visible."""
+    """(mean distance, number of points) between points that a tracker found in a video of `size` (width, height) and
+    the points requested, in pixels of the video. Both are files; the latter is in pixels of the image of image_size
+    (width, height). Only points visible in both count."""
     seen = sample.read_tracks(found, size)
     told = sample.read_tracks(given, image_size)
     if seen.tracks.shape[1] != told.tracks.shape[1]:
@@ -671,7 +671,7 @@ def run_tables(argv):
 
 
 def new_parser(description):
-    """The flags of what measures trained models."""
+    """The flags shared by programs that measure trained models."""
     count = number(int, 1, 10 ** 9)
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder of a training, and of the results")
@@ -683,7 +683,7 @@ def new_parser(description):
 
 
 def open_trained(folder, device="cpu", seed=0):
-    """The models of a training in a folder, the shipped ones if it has no student. UserError: no such device."""
+    """The models of a training in a folder, or the shipped ones if it has no student. UserError: no such device."""
     check_device(device)
     files = {}
     if not (folder / "student.safetensors").exists():
@@ -695,7 +695,7 @@ def open_trained(folder, device="cpu", seed=0):
 
 
 def check_device(name):
-    """UserError unless there is a device of that name."""
+    """UserError if the device does not exist."""
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError):
@@ -703,13 +703,13 @@ def check_device(name):
 
 
 def weights_of(trained):
-    """A line that tells trained models, and the seed, from others."""
+    """A line that identifies the trained models and the seed."""
     sums = [f"{name} {trained.checksum(name):08x}" for name in trained.names()]
     return f"seed {trained.seed}, {', '.join(sums)}"
 
 
 def run_curves(argv):
-    """Draw the curves of every stage that a training has logged."""
+    """Plot the curves of every stage in a training's log."""
     parser = Parser(description=run_curves.__doc__, prog="python -m extras.evaluate curves")
     parser.add_argument("folder", type=Path, help="of the training")
     folder = parser.parse_args(argv).folder
@@ -722,7 +722,7 @@ def run_curves(argv):
 
 
 def run_compare(argv):
-    """Compare two videos frame by frame, and tracks that were asked for with those that a tracker found."""
+    """Compare two videos frame by frame, and requested tracks with a tracker's."""
     parser = Parser(description=run_compare.__doc__, prog="python -m extras.evaluate compare")
     parser.add_argument("made", type=Path, help="a video that was made")
     parser.add_argument("real", type=Path, nargs="?", help="what it should look like")
@@ -760,7 +760,7 @@ COMMANDS = {"curves": run_curves, "compare": run_compare, "papers": run_papers}
 
 
 def run(argv):
-    """The program. Returns the exit code."""
+    """Run the program. Returns the exit code."""
     if argv and argv[0] in COMMANDS:
         COMMANDS[argv[0]](argv[1:])
     else:

@@ -30,10 +30,10 @@ from vae import TinyVAE, TinyVAEConfig, WanVAE
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Short trainings. Each is in a folder of its own, named by what is special about it, and done only once.
+# Short trainings. Each has a folder of its own, named by a digest of its settings, and is done only once.
 
 class Brief:
-    """Settings of a short training: says only what is not as usual."""
+    """Settings of a short training. As text: the non-default ones."""
 
     def __str__(self):
         usual = type(self)()
@@ -47,29 +47,29 @@ class Brief:
 
 @dataclass(frozen=True)
 class Distillation(Brief):
-    """Of the causal student."""
+    """A short distillation of the causal student."""
     updates: int = 50               # of the generator
     batch: int = 2
-    clips: int = 512                # to draw from
-    rollout: int = 8                # the longest, in chunks
-    critic_steps: int = 5           # the critic's updates for one of the generator
+    clips: int = 512                # clips to sample from
+    rollout: int = 8                # longest rollout, in chunks
+    critic_steps: int = 5           # critic updates per generator update
     guidance: tuple | None = None   # of the real score; None: the teacher's own
-    drawn_memory: bool = False      # chunk, sink and window of every rollout at random
+    drawn_memory: bool = False      # draw chunk, sink and window per rollout
     sink_decay: float = 1.0
     reward: str | None = None
     beta: float = 0.5
     seed: int = 0                   # beside that of all noise
 
 
-# Of the student for the tables of memory, which knows many: longer, but shorter than that of the shipped one.
+# The student for the tables of memory, trained with many contexts: longer, but shorter than the shipped one.
 MANY_MEMORIES = Distillation(updates=180, batch=4, clips=5120, rollout=12, drawn_memory=True)
 
 
 @dataclass(frozen=True)
 class Lesson(Brief):
-    """Of a teacher: from nothing, on dense tracks; or from the trained one, at the rates of the causal student."""
+    """A short training of a teacher: new, on dense tracks; or the trained one, at the causal stage's rates."""
     steps: int = 400
-    start: bool = False             # from the trained one
+    start: bool = False             # from the trained teacher
     harm: bool = False              # on damaged tracks
     drawn: bool = False             # tracks are drawn as a video, see DrawnTracks
     clips: int = 512
@@ -77,7 +77,7 @@ class Lesson(Brief):
 
 @dataclass(frozen=True)
 class Start(Brief):
-    """Of the causal student, from the teacher."""
+    """A short causal initialisation of the student from the teacher."""
     causal_from: str = "trajectories"
     steps: int = 200
     trajectories: int = 96
@@ -86,8 +86,8 @@ class Start(Brief):
 
 
 def brief_run(trained, made, how, config, settings, **more):
-    """The Run of a short training of `made`, "teacher" or "student". how: what is special about it. more: fields of Run
-    besides; "start" is what the trained teacher's file holds."""
+    """The Run of a short training of `made`, "teacher" or "student". how: its special settings. more: further fields
+    of Run; "start" is the contents of the trained teacher's file."""
     if td.PROCESSES > 1:
         raise UserError("experiments train in one process, leave out torchrun")
     sums = [trained.checksum(name) for name in MODELS[:MODELS.index(made)]]
@@ -101,10 +101,10 @@ def brief_run(trained, made, how, config, settings, **more):
 
 
 def train_briefly(run, made, train):
-    """Train what brief_run has set up, unless its weights are there. Returns it, with what it was made from, as Trained."""
+    """Run a training of brief_run, unless its weights exist. Returns it and the models it came from, as Trained."""
     if not run.path(made).exists():
         started = time.time()
-        torch.manual_seed(seed_of(run.seed, made))              # of the weights that it begins with
+        torch.manual_seed(seed_of(run.seed, made))              # for the initial weights
         with torch.enable_grad(), td.own_folder(run.out):
             train(run)
         print(f"{run.out}: trained in {(time.time() - started) / 60:.1f} minutes")
@@ -113,7 +113,7 @@ def train_briefly(run, made, train):
 
 def clips_folder(trained, count):
     """A folder of clips of the drawn world, encoded by the VAE of `trained`, with tracks as long as the longest
-    rollout: drawn once, for all short trainings."""
+    rollout: rendered once, for all short trainings."""
     settings = replace(td.TINY, clips=count, rollout=MANY_MEMORIES.rollout)
     files = {name: trained.path(name) for name in MODELS}
     dtype = td.compute_dtype(trained.device)
@@ -123,8 +123,8 @@ def clips_folder(trained, count):
 
 
 def damaged_folder(folder, size):
-    """A copy of a folder of clips with tracks as a bad tracker gives them, in three of four: jittered by 2 % of the
-    width, late (nothing is said of frames 1 to 12), or broken (half of the pieces of 4 frames are missing)."""
+    """A copy of a folder of clips whose tracks, in three of four, are as bad as a poor tracker's: jittered by 2 % of
+    the width, late (frames 1 to 12 are missing), or broken (half of the pieces of 4 frames are missing)."""
     copy = folder.with_name(f"{folder.name}.damaged")
     for file in sorted(folder.glob("*.safetensors")):
         if (copy / file.name).exists():
@@ -142,7 +142,7 @@ def damaged_folder(folder, size):
 
 
 def distillation_run(trained, how):
-    """The Run of a Distillation, but for its clips."""
+    """The Run of a Distillation, without its clips."""
     guidance = how.guidance
     if guidance is None:
         guidance = trained.model("teacher").config.guidance
@@ -169,7 +169,7 @@ def distil_briefly(trained, how):
 
 
 def start_run(trained, how):
-    """The Run of a Start, but for its clips."""
+    """The Run of a Start, without its clips."""
     settings = replace(
         td.TINY,
         causal_from=how.causal_from,
@@ -189,7 +189,7 @@ def start_briefly(trained, how):
 
 
 def lesson_run(trained, how):
-    """The Run of a Lesson, but for its clips."""
+    """The Run of a Lesson, without its clips."""
     config = trained.model("teacher").config
     settings = replace(td.TINY, teacher_updates=how.steps, rollout=0)
     settings = replace(settings, track_weight=0.0)              # no cell of a drawn video is empty
@@ -219,10 +219,10 @@ def teach_briefly(trained, how):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Networks that differ.
+# Network variants.
 
 class Refreshed(KVCache):
-    """A cache whose sink is, every 25 chunks, the one just written."""
+    """A cache whose sink is replaced, every 25 chunks, by the latest chunk."""
     written = 0
 
     def write(self, k, v):
@@ -233,7 +233,7 @@ class Refreshed(KVCache):
 
 
 def refreshing(kind):
-    """A class of students of that kind, MotionStream or CopyingMotionStream, with such caches."""
+    """A class of students with Refreshed caches, from MotionStream or CopyingMotionStream."""
     class RefreshedStudent(kind):
         def new_caches(self, **overrides):
             config = replace(self.config, **overrides)
@@ -243,8 +243,8 @@ def refreshing(kind):
 
 
 class DrawnTracks(TrackHead):
-    """A track head that draws the tracks instead, as dots of 5x5 pixels, and encodes them as a video, which is what
-    MotionStream's table 3 compares with: a dot has the colour of its ID."""
+    """A track head that draws the tracks as dots of 5x5 pixels, coloured by ID, and encodes them as a video: the
+    baseline of MotionStream's table 3."""
 
     def __init__(self, vae, out_channels, stride):
         super().__init__(out_channels=out_channels, stride=stride)
@@ -263,7 +263,7 @@ class DrawnTracks(TrackHead):
         return latents + 0 * self.conv.weight.sum()                     # a gradient for what is not used
 
     def draw(self, tracks, visible, ids, height, width):
-        """(B, 3, T, H, W) in [-1, 1], black where no track is."""
+        """The video (B, 3, T, H, W) in [-1, 1], black where there is no track."""
         B, T, N, _ = tracks.shape
         lower = (ids & 0xFFFF) / 2 ** 16
         upper = (ids >> 16) / 2 ** 16
@@ -291,10 +291,10 @@ def drawing(vae):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What a row measures.
+# Measurements of a row.
 
 def distilled_row(trained, distil, refreshed=False, **settings):
-    """eval_row of the student of a short Distillation; refreshed: with caches that are, see Refreshed."""
+    """eval_row of the student of a short Distillation; refreshed: with Refreshed caches."""
     student = distil_briefly(trained, distil)
     if refreshed:
         student = replace(student, network=refreshing(type(student.model("student"))))
@@ -318,8 +318,8 @@ def taught_row(trained, teach, **settings):
 
 
 def speed_row(trained, **settings):
-    """Time for a chunk and for a frame, decoded, as shares of those of the student as it is: of two streams in turn,
-    medians of 15 chunks, the first of them the sixth."""
+    """Time per chunk and per decoded frame, relative to the unchanged student: two streams in turn, medians of 15
+    chunks from the sixth on."""
     overrides = settings_of(Config, settings)
     clips = new_clips(case_of(settings))
     text = embed_words(NEUTRAL, trained.config)
@@ -339,8 +339,8 @@ def speed_row(trained, **settings):
 
 
 def decoders_row(trained, **_):
-    """How many times longer the decoder of Wan 2.1 takes than that of taew2_1 for a chunk of 12 frames of 64x64 pixels,
-    in turn, medians of 5: random weights."""
+    """Ratio of the decoding times of Wan 2.1's decoder and taew2_1 for a chunk of 12 frames of 64x64 pixels, in turn,
+    medians of 5: random weights."""
     latents = torch.zeros(1, 16, 3, 8, 8)
     vaes = [WanVAE().eval(), TinyVAE(TinyVAEConfig()).eval()]
     states = [vae.decode(latents)[1] for vae in vaes]
@@ -355,9 +355,9 @@ def decoders_row(trained, **_):
 
 
 def attention_row(trained, layer, model="student", distil=None, **settings):
-    """Where a layer's self-attention goes once the cache is full: in percent, to the sink, to the window and to the
-    chunk itself. Means over a stream's passes (the clean ones too), clips, heads and tokens. distil: of the student of a
-    short Distillation."""
+    """Percentages of a layer's self-attention on the sink, the window and the chunk itself once the cache is full.
+    Means over a stream's passes (including the clean ones), clips, heads and tokens. distil: measures the student of
+    a short Distillation."""
     if distil:
         trained = distil_briefly(trained, distil)
     clips = new_clips(case_of(settings))
@@ -378,7 +378,7 @@ def attention_row(trained, layer, model="student", distil=None, **settings):
 
 
 def attention_shares(attention, x, rope, cache):
-    """What SelfAttention's softmax gives to sink, window and the chunk x (B, L, D) itself: (3,), of sum 1."""
+    """Softmax mass of SelfAttention on sink, window and the chunk x (B, L, D) itself: (3,), of sum 1."""
     heads = (attention.num_heads, -1)
     q = attention.norm_q(attention.q(x)).unflatten(2, heads)            # (B, L, N, K)
     k = attention.norm_k(attention.k(x)).unflatten(2, heads)
@@ -394,9 +394,9 @@ def attention_shares(attention, x, rope, cache):
 
 
 def words_row(trained, model="teacher", text=None, guidance=None, **settings):
-    """How often a motion that the caption names appears, in percent of the clips: those nearer, in mean square, to the
-    video as captioned than to the same one with rigid objects, which neither spin nor pulse. share: where they lie
-    between the two, 0 rigid, 1 as captioned. Clips whose two videos are alike (40 dB), a spinning disc, do not count."""
+    """How often a motion named in the caption appears, in percent of the clips: those nearer, in mean square, to the
+    captioned video than to the same one with rigid objects, which neither spin nor pulse. share: position between the
+    two, 0 rigid, 1 captioned. Clips whose two videos are alike (40 dB), a spinning disc, do not count."""
     attributes = settings["attributes"]
     clips = new_clips(case_of(settings))
     scene = clips.scene
@@ -455,7 +455,7 @@ def tables(config, count, frames):
 
 
 def memory_tables(config, stream, half):
-    """Of streams: what is remembered, how much is made at once, in how many steps."""
+    """Tables of streams: cache context, chunk size, number of steps."""
     drawn = {"measure": distilled_row, "distil": MANY_MEMORIES}
     moving = stream | drawn | {"seed": "stream True", "camera": True, "points": "dense"}
     sinks = grid(sink_decay=(1.0, 0.999, 0.99, 0.9, 0.5))
@@ -481,7 +481,7 @@ def step_counts(config):
 
 
 def clip_tables(config, clip):
-    """Of clips: guidance, limits, objects, attention, speed, words."""
+    """Tables of clips: guidance, limits, objects, attention, speed, words."""
     dense = clip | {"points": "dense"}
     changes = ("teleport", "two ways", "jittered", "late", "broken")
     crossing = clip | {"objects": 2, "seed": "crossing"}
@@ -512,8 +512,8 @@ def clip_tables(config, clip):
 
 
 def training_tables(clip, half):
-    """Of short trainings: distillations, by both papers' settings; causal students from trajectories and from clips;
-    teachers with damaged tracks, and with tracks as a drawn video. half: a stream."""
+    """Tables of short trainings: distillations, by both papers' settings; causal students from trajectories and from
+    clips; teachers with damaged tracks, and with tracks as a drawn video. half: settings of a stream."""
     ways = [
         Distillation(),
         Distillation(guidance=(0, 0)),

@@ -1,6 +1,6 @@
-"""What tells early that a training goes wrong: train_distill.py prints these numbers and logs them,
-every REPORT_EVERY updates of the stages teacher and distill. docs/training.md says what to make of
-them. Shapes are those of motionstream.py."""
+"""Early signs that a training goes wrong: train_distill.py prints and logs these numbers every
+REPORT_EVERY updates of the stages teacher and distill. docs/training.md explains how to read them.
+Shapes are those of motionstream.py."""
 
 import itertools
 
@@ -11,15 +11,15 @@ from motionstream import (FRAMES, channel_std, inside_picture, motion_inputs, to
                           with_first)
 
 # --------------------------------------------------------------------------------------------------
-# The teacher: does it follow tracks that no clip has?
+# The teacher: does it follow counterfactual tracks?
 
-PAN = 0.25              # of the width, over a clip
+PAN = 0.25              # share of the width, over a clip
 
 
 def pan_points(config, points, frames):
-    """Counterfactual tracks for the images of a Batch: a pan of the whole picture to the right, in
-    every other clip to the left, which by the last of `frames` latents has covered PAN of the width,
-    in whole cells. Returns the points of the Batch with these tracks, and the cells (B,)."""
+    """Counterfactual tracks for the images of a Batch: the whole picture pans to the right, in
+    every other clip to the left, by PAN of the width (in whole cells) until the last of `frames`
+    latents. Returns the Batch's points with these tracks, and the distances in cells (B,)."""
     B, T = points["tracks"].shape[:2]
     height, width = config.size
     y = torch.arange(config.stride, height, 2 * config.stride)
@@ -27,7 +27,7 @@ def pan_points(config, points, frames):
     grid = torch.cartesian_prod(y, x).flip(1).to(points["tracks"])          # (N, 2), x first
     direction = 1 - 2 * (torch.arange(B) % 2)
     cells = direction * int(PAN * config.latent_size[1])
-    middle = FRAMES * (frames - 1) - (FRAMES - 1) / 2           # of the last latent's frames
+    middle = FRAMES * (frames - 1) - (FRAMES - 1) / 2           # mid-frame of the last latent
     share = torch.arange(T) / middle
     way = config.stride * cells[:, None] * share                # (B, T), in pixels
     tracks = grid.expand(B, T, -1, -1).clone()
@@ -40,8 +40,8 @@ def pan_points(config, points, frames):
 
 
 def found_shift(before, after, reach):
-    """The shift to the right, in cells from -reach to reach, that makes latents `before` (B, C, h, w)
-    most like `after`, by the mean square over what both show: (B,)."""
+    """The shift to the right, in cells from -reach to reach, with the smallest mean squared
+    difference between latents `before` (B, C, h, w) and `after` where they overlap: (B,)."""
     width = before.shape[3]
     errors = []
     for shift in range(-reach, reach + 1):
@@ -56,8 +56,8 @@ def found_shift(before, after, reach):
 
 def pan_error(run, model, vae, batch):
     """End-point error, in pixels, of a teacher's x0 from pure noise on counterfactual tracks
-    (pan_points). The picture moves as one, so no tracker is needed: found_shift finds where frame 0
-    went. 0: the teacher follows; the length of the pan: it ignores its tracks."""
+    (pan_points). The picture moves as one, so found_shift locates frame 0 without a tracker. 0:
+    the teacher follows its tracks; the length of the pan: it ignores them."""
     points, cells = pan_points(model.config, batch.points, run.clip_latents)
     noise = torch.randn_like(batch.latents)
     sigma = torch.ones(len(noise), device=noise.device)
@@ -110,15 +110,15 @@ def teacher_errors(run, model, vae, files):
 
 @torch.no_grad()
 def student_numbers(run, generator, teacher, critic, vae, files):
-    """Early signs that distillation diverges, always on the same images and noise: |fake - real| by
-    sigma; the least and the greatest standard deviation of a latent channel, as a share of the
-    data's; mean change from latent to latent; share of saturated pixels."""
+    """Early signs that distillation diverges, always on the same images and noise: |fake - real|
+    by sigma; smallest and largest standard deviation of a latent channel, relative to the data's;
+    mean change between successive latents; share of saturated pixels."""
     torch.manual_seed(0)
     whole = run.clip_chunks, len(run.config.sigmas) - 1, run.context
     x0, conditions, _ = td.roll_out(run, generator, vae, files, whole, grad=False)
     first_latent = td.first_latent_of(run.config, x0)
     variance = x0.square().mean((0, 2, 3, 4))                   # (C,)
-    std = variance.sqrt()                                       # 1 is that of Wan's data
+    std = variance.sqrt()                                       # Wan's data: 1
     if teacher.config.latent_std:
         std = std / channel_std(teacher.config, std.device).flatten()
     change = x0.diff(dim=2).abs()
