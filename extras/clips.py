@@ -376,7 +376,7 @@ def make_clips(job):
         files.append(path)
     if not names or len(files) < 0.9 * len(names):
         raise UserError(f"{job.folder}: {len(files)} of {len(names)} clips can be used here; a clip is "
-                        "a.mp4 or a.png, a.npz and a.txt")
+                        "a.mp4 or a.png, a.npz and a.txt; what is made stays, run it again")
     return files
 
 

@@ -35,7 +35,10 @@ GIB = 2 ** 30
 ENCODERS = 13.9e9       # bytes
 TEXT_ROWS = 200         # of a long caption, at most 512
 MOST_TRACKS = 2500      # of a clip: the paper's grid of 50x50
-PAPER_CLIPS = {"first set": 600_000, "second set": 70_000}  # of the teacher's stages (section 4.1)
+
+# Of the teacher's two stages (section 4.1).
+PAPER_CLIPS = {"first set": 600_000, "second set": 70_000}
+PAPER_5B_CLIPS = {"first set": 600_000, "second set": 30_000}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -317,9 +320,12 @@ def stored_clips(run):
         return {"--data": len(td.clip_files(run.data))}
     if not td.is_wan(run.config):
         return {"drawn": run.settings.clips}
+    clips = PAPER_CLIPS
+    if td.paper_settings(run.config, False) == td.PAPER_5B:
+        clips = PAPER_5B_CLIPS
     if run.start and run.start.has_head:
-        return {"second set": PAPER_CLIPS["second set"]}
-    return PAPER_CLIPS
+        return {"second set": clips["second set"]}
+    return clips
 
 
 def teacher_updates(run):
@@ -478,6 +484,8 @@ def print_sent(parameters, stages, gpus=8):
             rows.append([stage.name, *[f"{count / 1e9:,.4g}" for count in sent]])
     print_table(f"GB that each of {gpus} GPUs sends for an update",
                 ["stage", "weights, gathered", "gradients", "gradients, reduced every micro-step"], rows)
+    print("\nThose of a student's blocks are sent twice where a process has several micro-steps an update: "
+          "first what\nthose before have added up, then the last one's (every micro-step: once).")
 
 
 def print_disk(run, parameters):

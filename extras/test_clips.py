@@ -507,7 +507,6 @@ def write_plain_video(path, width, height, frames):
 def test_the_filter_in_docs_takes_wide_clips_of_81_frames_at_16_a_second():
     with folder() as here, patch.object(sys, "argv", ["x", str(here), str(here / "out")]):
         out = here / "out"
-        out.mkdir()
         rows = ["video,caption,aesthetic score,motion score,temporal consistency score,camera motion,"
                 "frame,fps,seconds"]
         for name, width, height, frames in (
@@ -518,8 +517,12 @@ def test_the_filter_in_docs_takes_wide_clips_of_81_frames_at_16_a_second():
         rows.append("gone.mp4,b,5,1,1,static,200,30,7")
         (here / "OpenVid-1M.csv").write_text("\n".join(rows))
         for _ in range(2):                                              # again: what is there stays
-            exec(recipe("training.md", "OpenVid-1M.csv"), {})
+            with quiet() as (said, _):
+                exec(recipe("training.md", "OpenVid-1M.csv"), {})
+        assert f"4 rows, 3 of them in {here}; 1 clips" in said.getvalue()
         assert {file.name for file in out.iterdir()} == {"a.mp4", "a.txt"}
-        assert len(pictures_in(out / "a.mp4")) == 81
+        pictures = pictures_in(out / "a.mp4")
+        assert len(pictures) == 81
+        assert pictures[0].shape[:2] == (480, 854)
         assert imageio.get_reader(out / "a.mp4").get_meta_data()["fps"] == 16
         assert (out / "a.txt").read_text() == "a a, one"

@@ -204,17 +204,27 @@ def two_fake_processes():
         td.dist.destroy_process_group()
 
 
-def bytes_of_an_update(accumulate, **more):
+def flow_step(model):
+    x0 = rand(2, 4, 2, 4, 6)
+    return td.flow_loss(model, x0, torch.rand(2, generator=seeded()), {}, x0[:, :, :1])
+
+
+def causal_step(model):
+    """Of a clip of three chunks."""
+    x0 = rand(2, 4, 3 * model.config.chunk, 4, 6)
+    states = [x0] * len(model.config.sigmas)
+    return td.causal_loss(model, states, x0, x0, {}, (1, 1))
+
+
+def bytes_of_an_update(accumulate, step=flow_step, **more):
     """What each of two processes sends for an update of a small model. more: of a Learner."""
     with two_fake_processes() as sent:
-        model = new_model().requires_grad_(True)
+        model = new_model(causal=step is causal_step).requires_grad_(True)
         count = sum(p.numel() for p in model.parameters())
         how = td.Learning(None, 1e-3)
         learner = td.Learner("toy", model, how, accumulate=accumulate, **more)
-        x0 = rand(2, 4, 2, 4, 6)
         for _ in range(accumulate // 2):
-            loss = td.flow_loss(model, x0, torch.rand(2, generator=seeded()), {}, x0[:, :, :1])
-            learner.backward(loss)
+            learner.backward(step(model))
         learner.update(0)
     return sent, count
 
@@ -229,6 +239,25 @@ def test_gradients_are_sent_once_an_update_and_the_dry_run_counts_what_is_sent()
         assert abs(told / counted - 1) < 0.1, (told, counted)       # FSDP pads rows to the processes
     assert before["reduce"] == 4 * sent["reduce"]
     assert before["gather"] == sent["gather"]
+
+
+def test_the_gradients_of_a_students_blocks_are_sent_once_or_twice_whatever_its_chunks():
+    alone, count = bytes_of_an_update(accumulate=2, step=causal_step)
+    one_chunk, _ = bytes_of_an_update(accumulate=2)
+    several, _ = bytes_of_an_update(accumulate=8, step=causal_step)
+    each, _ = bytes_of_an_update(accumulate=8, step=causal_step, shard_gradients=True)
+    blocks = sum(p.numel() for p in new_model(causal=True).blocks.parameters())
+    assert alone["reduce"] == one_chunk["reduce"]
+    assert each["reduce"] == 4 * alone["reduce"]
+    more = several["reduce"] / alone["reduce"] - 1
+    assert abs(more / (blocks / count) - 1) < 0.05, more
+
+
+def test_the_second_set_is_as_large_as_the_papers():
+    assert dry_run.stored_clips(resolved())["second set"] == 70_000
+    with quiet():
+        larger = td.resolve(td.parse_flags(["--dry-run", "wan2.2-5b"]))
+    assert dry_run.stored_clips(larger)["second set"] == 30_000
 
 
 def test_the_smallest_card_that_is_not_full():
