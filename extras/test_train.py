@@ -1640,7 +1640,7 @@ REFUSED_FLAGS = {
         "--set clip_frames=80: needs whole chunks of 12, the first of 9: 45, 57,",
     "--memory c5s1w1":
         "--set clip_frames=45: needs whole chunks of 20, the first of 17: 57, 77,",
-    "--set steps=50": "50 steps of the teacher: the student's noise levels",
+    "--set steps=50 --set causal_from=trajectories": "50 steps of the teacher: the student's noise levels",
     "--stage eval": "--stage: invalid choice: 'eval'",
     "--clips 3": "unrecognized arguments: --clips 3",
     "--adversarial 1": "unrecognized arguments: --adversarial 1",
