@@ -958,8 +958,10 @@ def test_a_control_video_is_handed_over_chunk_by_chunk():
     ids = torch.zeros(1, 2).long()
     motion = sample.Motion(at, visible, ids, control=control)
     image = rand(1, 3, 32, 48)
+    model = new_model(causal=False)
+    chunks = sample.motion_by_chunk(motion, model.config)
     parts = []
-    for part in sample.conditions(new_model(causal=False), None, image, motion, sample.Encoded()):
+    for part in sample.conditions(model, None, image, chunks, sample.Encoded()):
         parts.append(part["tracks"])
     assert [part.shape[2] for part in parts] == [3, 3]
     assert torch.cat(parts, 2).equal(control)

@@ -12,13 +12,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import train_distill as td
 from extras.testing import (COPYING, FAMILIES, HERE, SMALL, TAEW22, WAN, WAN21, assert_error,
                             assert_near, clip_of, folder, in_diffusers_layout, new_model,
                             new_tracks, new_vae, public, rand, randomised, same, same_tensors,
                             saved, shards, slow, write_layout)
 from motionstream import (PRESETS, MotionStream, UserError, find_config, image_and_mask,
-                          save_pretrained)
+                          save_pretrained, write_file)
 from sample import embed_words
 from vae import TinyVAE, WanVAE, WanVAEConfig, load_vae
 
@@ -234,8 +233,8 @@ def write_half(path):
 def test_writing_leaves_the_old_file_when_it_fails():
     with folder() as here:
         path = here / "a.txt"
-        td.write(path, lambda part: Path(part).write_text("old"))
-        assert_error(OSError, "disk full", td.write, path, write_half)
+        write_file(path, lambda part: Path(part).write_text("old"))
+        assert_error(OSError, "disk full", write_file, path, write_half)
         assert path.read_text() == "old"
         assert os.listdir(here) == ["a.txt"]
 
