@@ -247,7 +247,7 @@ class Settings:
     p_pure_noise: float = 0.5       # share of clips at sigma 1, where only the conditions help
     p_uniform_sigma: float = 0.0    # share with sigma uniform before the shift, see draw_sigma
     track_weight: float = 4.0       # loss weight of cells that a track touches, minus 1
-    p_no_text: float = 0.1          # share of clips with null text, for guidance (section 3.1) [P]
+    p_no_text: float = 0.1          # share of clips with null text, for guidance (section 3.1)
     p_no_tracks: float = 0.1        # share of clips without tracks, likewise
     # choice of tracks
     track_what_moves: bool = True   # all that moves has at least one track, see user_tracks
@@ -1535,7 +1535,8 @@ def find_watch():
     try:
         from extras import watch
     except ImportError:
-        print("extras/watch.py, which tells early that a training goes wrong, is not there")
+        if RANK == 0:
+            print("extras/watch.py, which tells early that a training goes wrong, is not there")
         return None
     return watch
 
@@ -2195,12 +2196,13 @@ def show(run, stage):
 def unusual(run):
     """Non-default settings, as texts."""
     has_head = bool(run.start) and run.start.has_head
-    usual = asdict(paper_settings(run.config, has_head) if is_wan(run.config) else TINY)
-    usual |= asdict(resolve_config(Flags(), run.start))
+    usual_settings = paper_settings(run.config, has_head) if is_wan(run.config) else TINY
+    usual_config = resolve_config(Flags(), run.start)
     texts = []
-    for name, value in (asdict(run.settings) | asdict(run.config)).items():
-        if value != usual[name]:
-            texts.append(f"{name}={value}")
+    for used, usual in (run.settings, usual_settings), (run.config, usual_config):
+        for name, value in vars(used).items():
+            if value != getattr(usual, name):
+                texts.append(f"{name}={value}")
     return texts
 
 

@@ -552,7 +552,7 @@ def plot_stage(folder, stage):
             if curve:
                 curves[name] = curve
         if curves:
-            plot(folder / f"{stage}{ending}.png", curves, f"{stage}: {len(rows)} steps")
+            plot(folder / f"{stage}{ending}.png", curves, f"{stage}: {len(rows)} updates")
 
 
 @torch.no_grad()

@@ -863,7 +863,7 @@ def test_random_numbers_of_a_micro_step_are_its_own_whoever_draws_them_and_howev
     assert shared == twice
 
 
-def test_two_processes_have_the_gradients_of_one_that_accumulates_as_many_steps():
+def test_two_processes_have_the_gradients_of_one_that_accumulates_as_many_micro_steps():
     _, one = toy_of_one()
     _, _, results = two_processes()
     begin = Toy(Path("nowhere")).tensors()
@@ -877,7 +877,7 @@ def test_two_processes_have_the_gradients_of_one_that_accumulates_as_many_steps(
         assert reduced == 2 * 3, "once an update: the block, the track head, the rest"
 
 
-def test_gradients_that_are_shared_after_every_step_are_the_same():
+def test_gradients_that_are_shared_after_every_micro_step_are_the_same():
     _, _, results = two_processes()
     for found in results:
         whole, once = found["whole"]
