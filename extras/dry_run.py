@@ -535,6 +535,8 @@ def print_dry_run(run):
           f"a clip\nthe KV cache of a stream, c{config.chunk}s{config.sink}w{window}: "
           f"{stream_cache(run) / 2 ** 20:,.0f} MiB in bfloat16\ncounted on tensors without contents, "
           "in bfloat16; nothing is measured")
+    if run.settings.causal_from == "rollouts":
+        print("causal is counted as from trajectories; its rollouts take more forwards")
     stages = stages_of(run)
     print_days(run, stages)
     print_recomputation(stages)
