@@ -1341,7 +1341,7 @@ def test_in_a_browser_nine_points_are_placed_and_one_click_removes_them():
 def test_in_a_browser_an_example_is_chosen_and_a_recording_is_offered():
     with (folder() as mine, into(mine / "recording.mp4"), served("--fps", 24) as page,
           browsing(page) as browser):
-        browser.until("$('pictures').querySelectorAll('img').length === 4")
+        browser.until("$('pictures').querySelectorAll('img').length === 5")
         browser.run("[...document.images].find(image => image.alt === 'drag').parentElement.click()")
         wait_until(lambda: page.status()["image"] == [384, 384])
         browser.run("actions.record(), actions.pause()")
