@@ -791,9 +791,10 @@ def add_flags(parser):
     add = parser.add_argument
     add("--image", required=True, help="first frame, any picture file", **file)
     either = parser.add_mutually_exclusive_group().add_argument
-    either("--tracks", help=".npz and others, see the top of sample.py; default: none", **file)
-    either("--drag", "--pin", dest="paths", action=Points, metavar='"X,Y -> X,Y"',
-           help="instead of --tracks: move a point of the image, or pin it; repeatable")
+    either("--tracks", help=".npz and others, see docs/tracks.md; default: none", **file)
+    either("--drag", "--pin", dest="paths", action=Points, metavar="POINT",
+           help='instead of --tracks: move a point of the image, "X,Y -> X,Y", or pin what should stay, X,Y; '
+           "repeatable")
     add("--grid", metavar="NxP", help="make each of those points N by N, P pixels apart")
     add("--prompt", metavar="TEXT", help="for what image and tracks do not show; default: the model's. The "
         "tiny model knows steady, fading or warming light, and steady, spinning or pulsing shapes")

@@ -2260,7 +2260,7 @@ def run_stages(argv):
             STAGES[stage](run)
             show(run, stage)
     if flags.stage == "all" and RANK == 0 and not run.data:
-        print(f"measured by: python -m extras.evaluate --out {run.out}")
+        print(f"to measure it: python -m extras.evaluate --out {run.out}")
 
 
 def main(argv=None):
