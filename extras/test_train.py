@@ -1595,16 +1595,18 @@ def test_the_first_lines_of_a_training_are_a_table():
 def test_threads_wait_briefly_unless_the_user_says_how():
     source = (HERE / "sample.py").read_text()
     before_numpy, _, _ = source.partition("import numpy")
-    for given, count in (
+    of_extras = (HERE / "extras/__init__.py").read_text()       # which runs before any module there
+    cases = (
         ({}, "1000"),
         ({"GOMP_SPINCOUNT": "7"}, "7"),
         ({"OMP_WAIT_POLICY": "ACTIVE"}, None),
-    ):
+    )
+    for (given, count), code in itertools.product(cases, (before_numpy, of_extras)):
         with patch.dict(os.environ):
             os.environ.pop("GOMP_SPINCOUNT", None)
             os.environ.pop("OMP_WAIT_POLICY", None)
             os.environ.update(given)
-            exec(before_numpy, {})
+            exec(code, {})
             assert os.environ.get("GOMP_SPINCOUNT") == count, given
     imports = re.findall(r"^(?:import|from) (\w+)", (HERE / "train_distill.py").read_text(), re.M)
     assert imports.index("sample") < imports.index("torch"), "torch reads it when it is loaded"
