@@ -1079,7 +1079,7 @@ def generate(job, models, image, motion):
     if job.drawn:
         latents = latent_frames(job.frames, config)
         frames = FRAMES * latents - (FRAMES - 1)
-        extras = tracks_module("a control video")
+        extras = tracks_module("drawing tracks")
         control = extras.render_control(models.vae, motion, config.size, frames)
         motion = replace(motion, control=control)
     if config.causal:
@@ -1112,8 +1112,8 @@ def run(argv):
         flags = recording.replayed(flags, tracks.recorded, weights.config)
     job = resolve(flags, weights, tracks)
     refuse(job, flags, weights)
-    if flags.overlay:
-        tracks_module("--overlay")
+    if flags.overlay or job.drawn:
+        tracks_module("drawing tracks")     # found missing here, before any model loads
     if flags.paths:
         refuse_cropped(flags.paths, image.size, job.config.size)
     motion, lost = fit_tracks(tracks, image.size, job.frames, job.config, job.seed)
@@ -1133,7 +1133,7 @@ def run(argv):
         print(f"note: {note}")
     frames = map(enlarge, generate(job, models, pixels, steered))
     if flags.overlay:
-        frames = tracks_module("--overlay").overlaid(frames, motion, job.config.size)
+        frames = tracks_module("drawing tracks").overlaid(frames, motion, job.config.size)
     is_picture = flags.out.suffix.lower() == ".png"
     with picture_file(flags.out) if is_picture else video_file(flags.out, job.fps) as append:
         code = write_frames(append, frames, job.frames)

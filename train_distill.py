@@ -737,6 +737,7 @@ def own_folder(folder):
 
 
 def checkpoint_path(folder, stage, updates):
+    """File of a stage's checkpoint after so many updates; names sort by updates."""
     return folder / f"{stage}.{updates:07}.checkpoint.pt"
 
 
@@ -1296,8 +1297,9 @@ def user_tracks(visible, group, tracks=None):
     centre; -1: the ground.
 
     tracks (B, T, N, 2), if given: every object that moves, and a moving ground, keep at least one
-    track. So a model learns that whatever has no track stays put; otherwise it would have to
-    predict the mean of everything that could happen [O]."""
+    track, which a pause or an early end may hide for a while. So a model learns that whatever has
+    no track stays put; otherwise it would have to predict the mean of everything that could happen
+    [O]."""
     B, T, N = visible.shape
     keep = torch.zeros(B, N, dtype=torch.bool)
     for thing in range(int(group.max()) + 1):
