@@ -206,8 +206,8 @@ def regression(run):
     return [model], step
 
 
-def roll_out(run, generator, exit_step):
-    """train_distill.roll_out without files: (a clip (B, C, F, h, w), its conditions)."""
+def generated_clip(run, generator, exit_step):
+    """train_distill.generated_clip without files: (a clip (B, C, F, h, w), its conditions)."""
     config = run.config
     frames = run.latents_of(mean_chunks(run))
     noise, conditions = batch_of(run, run.settings.batch, frames)
@@ -223,7 +223,7 @@ def roll_out(run, generator, exit_step):
 
 
 def mean_chunks(run):
-    """Mean length of train_distill.draw_rollout's rollouts, rounded to whole chunks."""
+    """Mean length of train_distill.draw_plan's rollouts, rounded to whole chunks."""
     clip = run.clip_chunks
     longest = run.longest_rollout
     drawn = [max(clip, chunks) for chunks in range(2 * clip - longest, longest + 1)]
@@ -238,7 +238,7 @@ def generating(run, exit_step):
 
     def step():
         with run.autocast():
-            x0, conditions = roll_out(run, generator, exit_step)
+            x0, conditions = generated_clip(run, generator, exit_step)
             first_latent = td.first_latent_of(run.config, x0.detach())
             loss = td.dmd_loss(x0, teacher, critic, conditions, first_latent, run.config.shift)
         loss.backward()
@@ -252,7 +252,7 @@ def rolling(run, exit_step):
 
     def step():
         with torch.no_grad(), run.autocast():
-            roll_out(run, generator, exit_step)
+            generated_clip(run, generator, exit_step)
 
     return [generator], step
 

@@ -21,6 +21,7 @@ import sample
 import train_distill as td
 from extras import world
 from extras.cases import CHANGES, NEUTRAL, new_clips, seed_of
+from extras.clips import encode_video
 from extras.evaluate import (CLIP, MODELS, Trained, case_of, eval_row, find_reward, grid, measure_tables, new_parser,
                              open_trained, play, settings_of, videos_of, weights_of)
 from extras.tracks import render_control
@@ -118,8 +119,8 @@ def clips_folder(trained, count):
     files = {name: trained.path(name) for name in MODELS}
     dtype = td.compute_dtype(trained.device)
     run = td.Run(trained.folder, trained.seed, trained.device, dtype, trained.config, settings, files)
-    encode = functools.partial(td.encode_video, trained.vae().cpu())
-    return td.rendered_clips(run, f"clips{count}", count, encode)[0].parent
+    encode = functools.partial(encode_video, trained.vae().cpu())
+    return world.rendered_clips(run, f"clips{count}", count, encode)[0].parent
 
 
 def damaged_folder(folder, size):
