@@ -24,7 +24,7 @@ SMALL = Config(in_dim=32, track_dim=16, clip_dim=40, dim=96, ffn_dim=350, num_he
 def resolved(config=SMALL, *flags):
     """A training of that config, on the CPU in float32."""
     with quiet(), unittest.mock.patch.dict(PRESETS, {"wan2.1-1.3b": config}):
-        run = td.resolve(td.parse_flags(["--dry-run", "wan2.1-1.3b", *flags]))
+        run = td.resolve(td.parse(["--dry-run", "wan2.1-1.3b", *flags]))
     return replace(run, device="cpu", dtype=torch.float32)
 
 
@@ -256,7 +256,7 @@ def test_the_gradients_of_a_students_blocks_are_sent_once_or_twice_whatever_its_
 def test_the_second_set_is_as_large_as_the_papers():
     assert dry_run.stored_clips(resolved())["second set"] == 70_000
     with quiet():
-        larger = td.resolve(td.parse_flags(["--dry-run", "wan2.2-5b"]))
+        larger = td.resolve(td.parse(["--dry-run", "wan2.2-5b"]))
     assert dry_run.stored_clips(larger)["second set"] == 30_000
 
 
@@ -282,7 +282,7 @@ def test_at_full_size_blocks_are_recomputed_unless_that_is_switched_off():
     assert resolved().checkpointing
     assert not resolved(SMALL, "--no-checkpointing").checkpointing
     with quiet():
-        tiny = [td.resolve(td.parse_flags(["--dry-run", *flags])) for flags in ([], ["--checkpointing"])]
+        tiny = [td.resolve(td.parse(["--dry-run", *flags])) for flags in ([], ["--checkpointing"])]
     assert [run.checkpointing for run in tiny] == [False, True]
 
 
