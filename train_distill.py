@@ -48,8 +48,8 @@ from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
-from sample import (Parser, Weights, embed_words, guidance, hold_signals, inspect, memory, number,
-                    open_vae, reported)     # before torch: it sets how torch's threads wait
+from sample import (Parser, Weights, embed_words, find_device, guidance, hold_signals, inspect,
+                    memory, number, open_vae, reported)     # before torch: sets how threads wait
 
 import torch
 import torch.distributed as dist
@@ -67,7 +67,7 @@ from tqdm import tqdm
 
 from motionstream import (FRAMES, PRESETS, Config, MotionStream, UserError, add_noise,
                           cell_of, channel_std, chunk_sizes, euler, guided_velocity, image_inputs,
-                          linear_part, motion_inputs, naming, new_model, rollout,
+                          linear_part, motion_inputs, naming, new_model, rollout, same_sigma,
                           save_pretrained, schedule, shift_sigma, split_conditions, start_points,
                           to_x0, track_ids, with_first, write_file)
 
@@ -132,7 +132,7 @@ def causal_loss(model, states, x0, past, conditions, context, channel_weight=1.0
         now = slice(start, stop)
         target = x0[:, :, now]
         step = int(torch.randint(0, len(sigmas), ()))
-        sigma = torch.full((len(x0),), sigmas[step], device=x0.device)
+        sigma = same_sigma(sigmas[step], x0).float()
         first_latent = None
         if start == 0:
             first_latent = first_latent_of(model.config, target)
@@ -373,7 +373,7 @@ class Run:
     data: Path | None = None        # folder of clips; None: clips are rendered
     start: object = None            # contents of --weights, see sample.inspect
     reward: object = None           # function of a video and its conditions; returns (B,)
-    checkpointing: bool = False     # see MotionStream.recompute
+    checkpointing: bool = False     # see recompute_blocks
     network: object = new_model     # builds a new teacher from its config
 
     @property
@@ -440,19 +440,13 @@ class Run:
 
 @functools.cache
 def extra(name):
-    """A module of extras/ that a training does without: None in a copy that lacks it, said once."""
+    """A module of extras/ that a training does without; None, said once, in a copy that lacks it."""
     try:
         return importlib.import_module(f"extras.{name}")
     except ModuleNotFoundError:
         if RANK == 0:
-            print(f"extras/{name}.py is not there: {WITHOUT[name]}")
+            print(f"extras/{name}.py is not there; going on without it")
         return None
-
-
-WITHOUT = {
-    "guard": "bad inputs, damaged checkpoints and changed files are not found out",
-    "watch": "numbers that tell early that a training goes wrong, and pictures, are not made",
-}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -521,8 +515,8 @@ def shard(model):
 
 @contextlib.contextmanager
 def gathered(model):
-    """Keep a sharded MotionStream's parameters gathered in here, from a block's first forward on:
-    a rollout gathers them once instead of once a forward."""
+    """Keep a sharded MotionStream's parameters gathered in here from their first use on: chunks
+    gather them once, not each anew. In return each process holds all of them meanwhile."""
     if not isinstance(model, FSDPModule):
         yield
         return
@@ -726,23 +720,6 @@ class Learner:
 
 # --------------------------------------------------------------------------------------------------
 # The loop of a stage, its log and its checkpoints.
-
-@contextlib.contextmanager
-def own_folder(folder):
-    """Create a training's folder, delete unfinished files and hold its lock. The processes of
-    torchrun count as one training."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+") as file:
-        if RANK == 0:
-            guard = extra("guard")
-            if guard:
-                guard.lock_folder(folder, file)
-            for path in folder.rglob(".*.part"):        # left by a killed motionstream.write_file
-                if ".mp4." not in path.name:            # videos are another program's
-                    path.unlink()
-        wait_for_all()
-        yield
-
 
 def checkpoint_path(folder, stage, updates):
     """File of a stage's checkpoint after so many updates; names sort by updates."""
@@ -982,16 +959,18 @@ def clip_latents(shapes):
     return (shapes["video"][1] + FRAMES - 1) // FRAMES
 
 
-def open_clips(folder, config, frames, track_frames):
+def open_clips(folder, config, frames, track_frames, vae=None):
     """Files of the clips in a folder with at least `frames` latents and tracks of `track_frames`
-    video frames. UserError, one line, if a clip is invalid, or none is left."""
+    video frames. UserError, one line, if a clip is invalid, or none is left. vae: checksum of the
+    VAE that latents should be of."""
     guard = extra("guard")
     files = clip_files(folder)
     long_enough = []
     for file in files:
-        shapes, _ = read_header(file)
+        shapes, metadata = read_header(file)
         if guard:
             guard.check_clip(file, shapes, config, track_frames)
+            guard.check_latents(file, metadata, vae)
         if clip_latents(shapes) >= frames:
             long_enough.append(file)
     if not long_enough:
@@ -1014,10 +993,7 @@ def training_clips(run, frames):
         from extras.world import rendered_clips
         encode = functools.partial(encode_video, run.load_vae().cpu())
         return rendered_clips(run, "clips", run.settings.clips, encode)
-    guard = extra("guard")
-    files = open_clips(run.data, run.config, frames, run.track_frames)
-    if guard:
-        guard.check_latents(files, run)
+    files = open_clips(run.data, run.config, frames, run.track_frames, run.checksum("vae"))
     videos = [file for file in files if "latents" not in read_header(file)[0]]
     if not videos:
         return files
@@ -1339,10 +1315,8 @@ def draw_noised_clips(run, files, count):
     batch = draw_batch(run, files, count, run.clip_latents)
     x0 = batch.latents
     noise = torch.randn_like(x0)
-    states = []
-    for sigma in run.config.sigmas:
-        levels = torch.full((count,), sigma, device=x0.device)
-        states.append(add_noise(x0, noise, levels))
+    sigmas = [same_sigma(sigma, x0).float() for sigma in run.config.sigmas]
+    states = [add_noise(x0, noise, sigma) for sigma in sigmas]
     return states, x0, batch.points, batch.conditions
 
 
@@ -1384,13 +1358,12 @@ def loss_on_rollouts(run, student, vae, files, channel_weight, update):
     batch = draw_batch(run, files, s.batch, run.clip_latents)
     rng = torch.Generator().manual_seed(seed_of(run.seed, "exit", update))
     exit_step = int(torch.randint(0, len(run.config.sigmas), (), generator=rng))
+    conditions = batch.conditions | motion_inputs(student, **batch.points, vae=vae)
     x0 = batch.latents
     first_latent = first_latent_of(run.config, x0)
     cell_weight = 1 + s.track_weight * batch.touched[:, None]           # (B, 1, F, h, w)
     weight = channel_weight * cell_weight
-    with gathered(student):
-        conditions = batch.conditions | motion_inputs(student, **batch.points, vae=vae)
-        return rollout_loss(student, x0, conditions, first_latent, exit_step, weight)
+    return rollout_loss(student, x0, conditions, first_latent, exit_step, weight)
 
 
 CAUSAL_FROM = {"trajectories": loss_on_states, "clips": loss_on_states,
@@ -1421,7 +1394,7 @@ def train_causal(run):
     loop = Loop(run, "causal", s.causal_updates, learner)
     for update in loop:
         for _ in loop.micro_steps():
-            with run.autocast():
+            with run.autocast(), gathered(student):
                 loss = loss_of(run, student, vae, files, weight, update)
             learner.backward(loss)
             loop.log(loss=loss)
@@ -1630,24 +1603,15 @@ def new_parser(description):
 def parse(argv, parser=None):
     """Parse the command line of this program, or of one whose parser comes from new_parser. Flags
     that change single fields of Config or Settings become part of flags.set, a list of (field,
-    value) to be applied in order. UserError, one line, if flags are inconsistent."""
+    value) to be applied in order. UserError, one line, if flags do not go together."""
     if parser is None:
         parser = new_parser(__doc__)
         parser.add_argument("--stage", choices=["all", *STAGES], default="all", help="(all)")
     flags = parser.parse_args(argv)
     stage = flags.stage
-    distills = stage in ("all", "distill")
-    streams = stage in ("all", "causal", "distill")
-    for wrong, cure in [
-        (flags.steps and stage == "all", "--steps needs --stage with one training stage"),
-        (flags.reward and not distills, "--reward needs --stage distill"),
-        (flags.memory and not streams, "--memory needs --stage causal or distill"),
-        (flags.data and not flags.data.is_dir(), f"--data {flags.data}: no such folder"),
-        (flags.vae and stage == "vae", f"--vae {flags.vae}: drop it, or --stage vae"),
-        (flags.vae and not flags.vae.is_file(), f"--vae {flags.vae}: no such file"),
-    ]:
-        if wrong:
-            raise UserError(cure)
+    guard = extra("guard")
+    if guard:
+        guard.check_flags(stage, flags.steps, flags.reward, flags.memory, flags.data, flags.vae)
     changes = dict(flags.memory or {})
     if flags.guidance:
         changes["guidance"] = flags.guidance
@@ -1722,9 +1686,7 @@ def resolve(flags):
     that cannot be."""
     start = inspect(flags.weights) if flags.weights else None
     guard = extra("guard")
-    if guard:
-        guard.check_inputs(start, flags.data, flags.vae, flags.stage, flags.dry_run)
-    elif not flags.data or not flags.vae:
+    if not guard and not (flags.data and flags.vae):
         raise UserError("without extras/, give --data FOLDER of encoded clips, and --vae FILE")
     config = starting_config(start, flags.dry_run or "tiny")
     settings = starting_settings(start, config)
@@ -1733,17 +1695,11 @@ def resolve(flags):
             config = assign(config, path, value)
         else:
             settings = assign(settings, path, value)
-    if guard:
-        guard.check_settings(config, settings, flags.stage)
     out = flags.out or Path("runs/smoke" if flags.smoke else "runs/tiny")
     files = {name: out / f"{name}.safetensors" for name in WEIGHTS.values()}
     files["vae"] = flags.vae or files["vae"]
     files["start"] = flags.weights
-    device = flags.device or default_device()
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {device}: not available here") from None
+    device = str(find_device(flags.device or default_device()))
     checkpointing = flags.checkpointing
     if checkpointing is None:
         checkpointing = is_wan(config)      # without it, 81 frames need 135 GiB of activations
@@ -1751,8 +1707,11 @@ def resolve(flags):
     if flags.reward:
         from extras.evaluate import find_reward
         reward = find_reward(flags.reward)
-    return Run(out, flags.seed, device, compute_dtype(device), config, settings, files, flags.data,
-               start, reward, checkpointing)
+    run = Run(out, flags.seed, device, compute_dtype(device), config, settings, files, flags.data,
+              start, reward, checkpointing)
+    if guard:
+        guard.check_run(run, flags.stage, flags.vae, flags.dry_run)
+    return run
 
 
 def show(run, stage):
@@ -1777,7 +1736,11 @@ def run_stages(argv):
             stages.append(stage)
     guard = extra("guard")
     watch = extra("watch")
-    with own_folder(run.out):
+    run.out.mkdir(parents=True, exist_ok=True)
+    owned = contextlib.nullcontext()
+    if guard:
+        owned = guard.own_folder(run.out)
+    with owned:
         if watch and RANK == 0:
             watch.print_plan(run, stages)
         for stage in stages:

@@ -14,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import train_distill as td
+from extras.guard import own_folder
 from extras.linear_vae import random_crops
 from extras.measures import open_lpips, psnr
 from extras.world import rendered_clips
@@ -156,7 +157,7 @@ def train(argv):
     if flags.smoke:
         updates = 4
     updates = flags.steps or updates
-    with td.own_folder(run.out):
+    with own_folder(run.out):
         distance = open_lpips(flags.perceptual, run.device)
         torch.manual_seed(td.seed_of(run.seed, "decoder"))      # of the weights that it begins with
         train_decoder(run, updates, flags.adversarial, distance)

@@ -92,9 +92,13 @@ class Cost:
 def counted(build, run):
     """Cost of build(run), which returns (networks, function that runs the micro-step)."""
     gathers = []
+    kept = set()
 
     def gathered(network, inputs):
-        gathers.append("forward")
+        if network not in kept:
+            gathers.append("forward")
+        if getattr(network.config, "causal", False):
+            kept.add(network)                       # see train_distill.gathered
         if torch.is_grad_enabled():
             gathers.append("backward")
 
@@ -271,6 +275,7 @@ class Stage:
     sharded: float = 0          # bytes per parameter sharded over GPUs: weights, AdamW, average
     whole: float = 0            # bytes per parameter on every GPU: gradients
     beside: float = 0           # further bytes on every GPU
+    gathered: float = 0         # bytes per parameter that several GPUs gather for all chunks
     micro_steps: int = 0        # per update, over all processes; 0: no updates
     reduced: float = 0          # networks whose gradients are reduced per update
 
@@ -284,7 +289,8 @@ class Stage:
 
     def memory(self, parameters, gpus):
         """Bytes needed on each of `gpus` GPUs."""
-        kept = (self.sharded / gpus + self.whole) * parameters
+        gathered = self.gathered * (1 - 1 / gpus)
+        kept = (self.sharded / gpus + self.whole + gathered) * parameters
         return kept + self.beside + self.cost.held
 
     def sent(self, parameters, gpus):
@@ -379,11 +385,12 @@ def stages_of(run):
                             whole=4))
     clips = s.batch * s.causal_accumulate * s.causal_updates
     stages.append(Stage("causal", clips, costs["causal"], others["causal"], s.batch,
-                        micro_steps=s.causal_accumulate, reduced=1, **kept_bytes(run, 1, 1)))
+                        micro_steps=s.causal_accumulate, reduced=1, gathered=4,
+                        **kept_bytes(run, 1, 1)))
     # generator, critic (without an average) and teacher
     clips = s.batch * s.distill_accumulate * s.distill_updates
     stages.append(Stage("distill", clips, costs["distill"], others["distill"], s.batch,
-                        micro_steps=s.distill_accumulate, reduced=1 + 1 / s.critic_steps,
+                        micro_steps=s.distill_accumulate, reduced=1 + 1 / s.critic_steps, gathered=4,
                         **kept_bytes(run, 2, 1, frozen=1)))
     return stages
 

@@ -22,36 +22,30 @@ from sample import inspect
 # --------------------------------------------------------------------------------------------------
 # Flags, settings and the weights they name.
 
-def check_inputs(start, data, vae, stage, dry_run):
-    """UserError, one line, for weights (sample.Weights), a folder of clips and a VAE that cannot
-    be trained on together. Each may be None, in a dry run all."""
-    clips = td.clip_files(data) if data else []
-    has_video = bool(clips) and "video" in td.read_header(clips[0])[0]
-    encoded = data and not has_video
-    config = start.config if start else None
+def check_flags(stage, steps, reward, memory, data, vae):
+    """UserError, one line, for flags that do not go together. stage: one, or "all"; the others are
+    None if not given."""
+    distills = stage in ("all", "distill")
+    streams = stage in ("all", "causal", "distill")
     for wrong, cure in [
-        (start and config.causal, "holds a student; a training starts from a teacher"),
-        (start and config.has_mask,
-         "takes the image as a clip with a mask, which cannot stream; take Fun-Control or T2V"),
-        (encoded and stage == "vae", "holds latents; the stage vae needs clips with video"),
-        ((start or encoded) and not vae and not dry_run, "give --vae FILE, which made its latents"),
-        (start and td.is_wan(config) and not data and not dry_run,
-         "give --data FOLDER; the clips drawn here are small"),
+        (steps and stage == "all", "--steps needs --stage with one training stage"),
+        (reward and not distills, "--reward needs --stage distill"),
+        (memory and not streams, "--memory needs --stage causal or distill"),
+        (data and not data.is_dir(), f"--data {data}: no such folder"),
+        (vae and stage == "vae", f"--vae {vae}: drop it, or --stage vae"),
+        (vae and not vae.is_file(), f"--vae {vae}: no such file"),
     ]:
         if wrong:
-            raise UserError(f"{start.path if start else data}: {cure}")
+            raise UserError(cure)
 
 
-def check_settings(config, settings, stage):
-    """UserError, one line, for values with which a stage ("all") cannot be trained."""
-    frames = settings.clip_frames
-    chunk = config.chunk
-    first = config.first_chunk or chunk
-    least = first + math.ceil((td.LEAST_LATENTS - first) / chunk) * chunk
-    if frames < td.video_frames(least) or (frames - td.video_frames(first)) % (FRAMES * chunk):
-        some = [td.video_frames(least + i * chunk) for i in range(3)]
-        raise UserError(f"--set clip_frames={frames}: needs whole chunks of {FRAMES * chunk}, the "
-                        f"first of {td.video_frames(first)}: {', '.join(map(str, some))}, …")
+def check_run(run, stage, vae, dry_run):
+    """UserError, one line, for a Run with which a stage, or "all", cannot be trained. vae: as given
+    by a flag, or None."""
+    check_inputs(run, stage, vae, dry_run)
+    config = run.config
+    settings = run.settings
+    check_length(settings.clip_frames, config.chunk, config.first_chunk or config.chunk)
     if settings.causal_from not in td.CAUSAL_FROM:
         known = ", ".join(td.CAUSAL_FROM)
         raise UserError(f"--set causal_from={settings.causal_from}: is one of {known}")
@@ -59,6 +53,37 @@ def check_settings(config, settings, stage):
     if solves and not set(config.sigmas) <= set(schedule(config.steps, config.shift)):
         raise UserError(f"{config.steps} steps of the teacher: the student's noise levels "
                         f"{config.sigmas} are not among its own; choose another number")
+
+
+def check_inputs(run, stage, vae, dry_run):
+    """UserError, one line, for weights, clips and a VAE that cannot be trained on together."""
+    start = run.start
+    data = run.data
+    clips = td.clip_files(data) if data else []
+    has_video = bool(clips) and "video" in td.read_header(clips[0])[0]
+    encoded = data and not has_video
+    needs_vae = (start or encoded) and not vae
+    needs_clips = start and td.is_wan(start.config) and not data
+    for wrong, cure in [
+        (start and start.config.causal, "holds a student; a training starts from a teacher"),
+        (start and start.config.has_mask,
+         "takes the image as a clip with a mask, which cannot stream; take Fun-Control or T2V"),
+        (encoded and stage == "vae", "holds latents; the stage vae needs clips with video"),
+        (needs_vae and not dry_run, "give --vae FILE, which made its latents"),
+        (needs_clips and not dry_run, "give --data FOLDER; the clips drawn here are small"),
+    ]:
+        if wrong:
+            raise UserError(f"{start.path if start else data}: {cure}")
+
+
+def check_length(frames, chunk, first):
+    """UserError if clips of so many frames are not whole chunks: `first` latents, then `chunk`
+    each."""
+    least = first + math.ceil((td.LEAST_LATENTS - first) / chunk) * chunk
+    if frames < td.video_frames(least) or (frames - td.video_frames(first)) % (FRAMES * chunk):
+        some = [td.video_frames(least + i * chunk) for i in range(3)]
+        raise UserError(f"--set clip_frames={frames}: needs whole chunks of {FRAMES * chunk}, the "
+                        f"first of {td.video_frames(first)}: {', '.join(map(str, some))}, …")
 
 
 def check_prerequisites(run, stage):
@@ -110,13 +135,12 @@ def check_clip(file, shapes, config, track_frames):
         raise UserError(f"{file}: text of {shapes['text'][0]} rows, at most {config.text_len}")
 
 
-def check_latents(files, run):
-    """UserError, one line, if latents in clips are of another VAE than the run's."""
-    checksum = str(run.checksum("vae"))
-    for file in files:
-        shapes, metadata = td.read_header(file)
-        if "latents" in shapes and metadata.get("vae", checksum) != checksum:
-            raise UserError(f"{file}: its latents are of another VAE than {run.path('vae')}")
+def check_latents(file, metadata, vae):
+    """UserError, one line, if a clip's metadata say that its latents are of another VAE than the
+    one with the checksum `vae`. None: of any."""
+    made_by = metadata.get("vae")           # extras/clips.py writes it
+    if made_by and vae and made_by != str(vae):
+        raise UserError(f"{file}: its latents are of another VAE than the one of this training")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -199,6 +223,21 @@ def read_digests(folder, kept):
 
 # --------------------------------------------------------------------------------------------------
 # The folder of a training, and its checkpoints.
+
+@contextlib.contextmanager
+def own_folder(folder):
+    """Delete unfinished files in a training's folder and hold its lock. The processes of torchrun
+    count as one training."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+") as file:
+        if td.RANK == 0:
+            lock_folder(folder, file)
+            for path in folder.rglob(".*.part"):        # left by a killed motionstream.write_file
+                if ".mp4." not in path.name:            # videos are another program's
+                    path.unlink()
+        td.wait_for_all()
+        yield
+
 
 def lock_folder(folder, file):
     """Lock a training's folder for this process until it ends, even by a crash. file: open file in

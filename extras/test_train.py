@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 
 import train_distill as td
 from extras import clips, guard, watch, world
-from extras.testing import (DRAWN, HERE, SMALL, SMALL_VAE, STUB, STUB_VAE, assert_error, assert_near,
+from extras.testing import (DRAWN, HERE, SMALL, SMALL_VAE, STUB, STUB_VAE, all_equal, assert_error, assert_near,
                             before_distillation, clip_of, folder, new_model, new_tracks, new_vae,
                             own_flags, public, quiet, rand, randomised, same, saved, seeded, shards,
                             slow, small_scenes)
@@ -574,7 +574,7 @@ def test_a_folder_is_that_of_one_training_until_it_ends_even_by_a_crash():
         ready, told = os.pipe()
         child = os.fork()
         if child == 0:
-            with td.own_folder(here):
+            with guard.own_folder(here):
                 os.write(told, b"!")
                 time.sleep(60)
         try:
@@ -582,13 +582,13 @@ def test_a_folder_is_that_of_one_training_until_it_ends_even_by_a_crash():
             assert not left.exists() and not among_clips.exists()
             assert users.exists()
             left.touch()
-            owned = td.own_folder(here)
+            owned = guard.own_folder(here)
             assert_error(td.UserError, f"{here}: process {child} on ", owned.__enter__)
             assert left.exists(), "the other may be writing it"
         finally:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-        with td.own_folder(here):
+        with guard.own_folder(here):
             assert not left.exists()
             lock = (here / ".lock").read_text()
             assert lock.startswith(f"process {os.getpid()} on ")
@@ -691,20 +691,29 @@ def distillation_gradients(here, *more):
 
 
 @contextlib.contextmanager
-def counting_reductions():
-    """Notes in a list each time that FSDP reduces gradients."""
-    name = "reduce_scatter_single"
-    if not hasattr(td.dist, name):                      # torch before 2.12
-        name = "reduce_scatter_tensor"
-    reduce = getattr(td.dist, name)
-    reduced = []
+def counting(name, older):
+    """Notes in a list each time that FSDP calls a collective; older: its name before torch 2.12."""
+    if not hasattr(td.dist, name):
+        name = older
+    collective = getattr(td.dist, name)
+    calls = []
 
     def note(*args, **kwargs):
-        reduced.append(name)
-        return reduce(*args, **kwargs)
+        calls.append(name)
+        return collective(*args, **kwargs)
 
     with patch.object(td.dist, name, note):
-        yield reduced
+        yield calls
+
+
+def counting_reductions():
+    """Counts how often gradients are reduced."""
+    return counting("reduce_scatter_single", "reduce_scatter_tensor")
+
+
+def counting_gathers():
+    """Counts how often parameters are gathered."""
+    return counting("all_gather_single", "all_gather_into_tensor")
 
 
 UPDATES = 2         # of a toy training in two processes
@@ -736,11 +745,33 @@ def toy_update(shard_gradients):
     return gradients[0], len(reduced)
 
 
+CHUNKS = 4
+LAYERS = 2
+
+
+def rollout_update(gathered):
+    """(Gathers of a rollout of CHUNKS chunks, those of its backward, its loss, the gradients) of a
+    student of two processes, which `gathered` surrounds."""
+    torch.manual_seed(0)
+    student = new_model(num_layers=LAYERS).requires_grad_(True)
+    student.track_head.requires_grad_(False)
+    learner = td.Learner("student", student, td.Learning(None, 1e-3), accumulate=2)
+    x0, given, first = clip_of(3 * CHUNKS)
+    with counting_gathers() as forward, gathered(student):
+        loss = td.rollout_loss(student, x0, given, first, exit_step=1)
+    with counting_gathers() as backward, keeping_gradients() as gradients:
+        learner.backward(loss)
+        learner.update(0)
+    return len(forward), len(backward), loss.item(), gradients[0]
+
+
 def be_one_of_two(here):
     """What each of the processes does that two_processes starts."""
     results = {"distilled": distillation_gradients(here / "distilled", "--checkpointing")}
     results["whole"] = toy_update(shard_gradients=False)
     results["shared"] = toy_update(shard_gradients=True)
+    results["kept"] = rollout_update(td.gathered)
+    results["each"] = rollout_update(contextlib.nullcontext)
     results["fresh"] = toy_results(here / "fresh")
     results["resumed"] = toy_results(here / "resumed")
     results["vae"] = vae_gradients()
@@ -882,6 +913,20 @@ def test_gradients_that_are_shared_after_every_micro_step_are_the_same():
             assert_near(b, a, 1e-5)
 
 
+def test_a_rollout_gathers_its_student_once_and_its_losses_stay_the_same():
+    _, _, results = two_processes()
+    parts = LAYERS + 1                                  # each block, and the rest of the model
+    passes = 2 * CHUNKS + CHUNKS - 1                    # denoising steps, and clean passes but one
+    for found in results:
+        gathers, backward, loss, gradients = found["kept"]
+        gathers_each, backward_each, loss_each, gradients_each = found["each"]
+        assert gathers_each == passes * parts, gathers_each
+        assert gathers == parts, gathers
+        assert backward == backward_each > 0
+        assert loss == loss_each
+        assert all_equal(gradients, gradients_each)
+
+
 def test_what_one_process_began_two_take_over_and_the_reverse():
     _, one = toy_of_one()
     _, here, results = two_processes()
@@ -992,7 +1037,7 @@ def test_batches_are_of_random_clips_padded_with_hidden_tracks_and_empty_text():
 
 def test_which_tracks_a_batch_gets_depends_on_the_clips_alone():
     with folder() as here:
-        run = replace(new_run(out=here), config=replace(SMALL, causal=False))
+        run = replace(new_run("--out", here), config=replace(SMALL, causal=False))
         plain = new_clips(here / "plain")
         drawn = new_clips(here / "drawn", group=torch.tensor([0, 0, -1, -1]),
                           tracks=rand(45, 4, 2) * 6 + 18, visible=torch.ones(45, 4).bool())

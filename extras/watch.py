@@ -8,8 +8,8 @@ import statistics
 import torch
 
 import train_distill as td
-from motionstream import (FRAMES, channel_std, inside_picture, motion_inputs, to_x0, track_ids,
-                          with_first)
+from motionstream import (FRAMES, channel_std, inside_picture, motion_inputs, same_sigma, to_x0,
+                          track_ids, with_first)
 from sample import ASSETS
 
 # --------------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def student_numbers(run, generator, teacher, critic, vae, files):
     numbers = {"std_least": std.min(), "std_most": std.max(), "moves": change.mean()}
     with run.autocast():
         for sigma in 0.3, 0.6, 0.9:
-            levels = torch.full((len(x0),), sigma, device=x0.device)
+            levels = same_sigma(sigma, x0)
             real, fake = td.real_and_fake(x0, levels, teacher, critic, conditions, first_latent)
             numbers[f"apart_{sigma}"] = (fake - real).abs().mean()
         video, _ = vae.decode(x0[:1])
