@@ -33,11 +33,10 @@ import train_distill as td
 from extras import clips, guard, watch, world
 from extras.testing import (DRAWN, HERE, SMALL, SMALL_VAE, STUB, STUB_VAE, all_equal, assert_error, assert_near,
                             before_distillation, clip_of, folder, new_model, new_tracks, new_vae,
-                            own_flags, public, quiet, rand, randomised, same, saved, seeded, shards,
-                            slow, small_scenes)
-from motionstream import PRESETS, MotionStream, euler, rollout, schedule
+                            own_flags, quiet, rand, randomised, same, saved, seeded, slow,
+                            small_scenes)
+from motionstream import MotionStream, euler, rollout, schedule
 from sample import ASSETS, embed_words
-from vae import LinearVAE, load_vae
 
 patch = unittest.mock.patch
 
@@ -561,37 +560,6 @@ def test_checkpoints_that_fit_nothing_end_in_one_line_and_nothing_is_removed():
             assert_error(td.UserError, "no other checkpoint of the stage toy is whole",
                          td.load_checkpoint, here, "toy", {}, [wider])
         assert sorted(here.iterdir()) == there
-
-
-def test_a_folder_is_that_of_one_training_until_it_ends_even_by_a_crash():
-    with folder() as here:
-        left = here / ".toy.0000003.checkpoint.pt.12.part"
-        among_clips = here / "latents.1/a/.b.safetensors.12.part"
-        users = here / ".x.mp4.12.part"
-        among_clips.parent.mkdir(parents=True)
-        for path in left, among_clips, users:
-            path.touch()
-        ready, told = os.pipe()
-        child = os.fork()
-        if child == 0:
-            with guard.own_folder(here):
-                os.write(told, b"!")
-                time.sleep(60)
-        try:
-            os.read(ready, 1)
-            assert not left.exists() and not among_clips.exists()
-            assert users.exists()
-            left.touch()
-            owned = guard.own_folder(here)
-            assert_error(td.UserError, f"{here}: process {child} on ", owned.__enter__)
-            assert left.exists(), "the other may be writing it"
-        finally:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-        with guard.own_folder(here):
-            assert not left.exists()
-            lock = (here / ".lock").read_text()
-            assert lock.startswith(f"process {os.getpid()} on ")
 
 
 def saved_updates(minutes):
@@ -1166,44 +1134,6 @@ def test_clips_are_told_by_what_they_hold_and_not_by_age_or_place():
         assert others[1] != files[1], "what has changed is encoded again"
 
 
-def test_weights_are_told_by_what_they_hold_in_however_many_files():
-    with folder() as here:
-        start = saved(here / "start.safetensors", new_model())
-        copied = here / "copied.safetensors"
-        shutil.copy(start, copied)
-        assert guard.weights_digest(start) == guard.weights_digest(copied)
-        saved(copied, new_model(seed=1))
-        assert guard.weights_digest(start) != guard.weights_digest(copied)
-        index = shards(here, public())
-        first_shard = next(here.glob("*-00001-of-*"))
-        whole = guard.weights_digest(index)
-        assert whole == guard.weights_digest(first_shard)
-        last_shard = next(here.glob("*-00003-of-*"))
-        tensors = load_file(last_shard)
-        save_file({name: t + 1 for name, t in tensors.items()}, last_shard)
-        assert whole != guard.weights_digest(index)
-
-
-def test_a_large_tensor_is_told_by_pieces_from_its_first_byte_to_its_last():
-    with folder() as here:
-        zeros = torch.zeros(2 ** 20)
-        path = here / "a.safetensors"
-        save_file({"a": zeros}, path)
-        digests = {guard.content_digest(path)}
-        for at in 0, 1023, 2 ** 20 - 1:
-            changed = zeros.clone()
-            changed[at] = 1
-            save_file({"a": changed}, path)
-            digests.add(guard.content_digest(path))
-        save_file({"a": zeros.reshape(2 ** 10, 2 ** 10)}, path)
-        digests.add(guard.content_digest(path))
-        torch.save(zeros, here / "a.pt")
-        digests.add(guard.content_digest(here / "a.pt"))
-        assert len(digests) == 6
-        path.write_bytes(path.read_bytes()[:40])
-        assert_error(td.UserError, f"{path}: damaged", guard.content_digest, path)
-
-
 def waits_and_files(here, rank):
     """How process `rank` of two waits while it makes what stage causal needs, and what it writes."""
     waits = []
@@ -1472,18 +1402,30 @@ def test_every_stage_runs_on_a_folder_of_clips():
         assert student.config == replace(SMALL, causal=True)
 
 
-def test_the_vae_is_trained_on_clips_that_hold_video():
-    small = replace(DRAWN, out_dim=96, in_dim=96 + 16)
-    with folder() as here, patch.dict(PRESETS, tiny=small), without_pictures():
-        data = video_clips(here / "data", config=small)
-        flags = ["--data", data, "--out", here / "out", "--smoke"]
-        one_update_each(flags, "vae", "teacher")
-        of_vae, of_teacher = log_of(here / "out")
-        assert of_vae["psnr"] > 8
-        assert math.isfinite(of_teacher["loss"])
-        vae = load_vae(here / "out/vae.safetensors")
-        assert isinstance(vae, LinearVAE)
-        assert 0.6 <= vae.latent_std.min() < vae.latent_std.max() <= 2
+# Each stage, twice, and what else is asked without extras.
+ALONE = """
+import sys, train_distill
+words = sys.argv[1:]
+for stage in "teacher", "causal", "distill", "distill":
+    assert train_distill.main(words + ["--stage", stage, "--steps", "1"]) is None
+code = train_distill.main(["--out", "none"])
+assert code == 2 and "extras.guard" not in sys.modules
+"""
+
+
+def test_a_copy_without_extras_trains_on_encoded_clips():
+    with folder() as here:
+        flags = own_flags(here, new_clips(here / "data"), "--set", "batch=1")
+        for file in HERE.glob("*.py"):
+            shutil.copy(file, here)
+        ran = subprocess.run([sys.executable, "-c", ALONE, *flags], cwd=here, text=True,
+                             capture_output=True)
+        assert ran.returncode == 0, ran.stderr
+        assert len(log_of(here / "runs/out")) == 3
+        assert (here / "runs/out/student.safetensors").exists()
+    assert ran.stdout.count("extras/guard.py is not there") == 1
+    assert "distill.0000001.checkpoint.pt: resumed at update 1" in ran.stdout
+    assert "error: without extras/, give --data FOLDER of encoded clips" in ran.stderr
 
 
 def test_clips_may_be_longer():
