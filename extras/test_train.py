@@ -31,10 +31,10 @@ from safetensors.torch import load_file, save_file
 
 import train_distill as td
 from extras import clips, guard, watch, world
-from extras.testing import (DRAWN, HERE, SMALL, SMALL_VAE, STUB, STUB_VAE, all_equal, assert_error, assert_near,
-                            before_distillation, clip_of, folder, new_model, new_tracks, new_vae,
-                            own_flags, quiet, rand, randomised, same, saved, seeded, slow,
-                            small_scenes)
+from extras.testing import (DRAWN, HERE, SMALL, SMALL_VAE, STUB, STUB_VAE, all_equal,
+                            assert_error, assert_near, before_distillation, clip_of, folder,
+                            new_model, new_tracks, new_vae, own_flags, quiet, rand, randomised,
+                            same, saved, seeded, slow, small_scenes)
 from motionstream import MotionStream, euler, rollout, schedule
 from sample import ASSETS, embed_words
 
