@@ -378,17 +378,25 @@ def test_a_linear_vae_comes_back_from_its_file():
     with folder() as here:
         path = here / "vae.safetensors"
         save_file(tensors, path, vae.metadata())
-        for load in LinearVAE.from_pretrained, TinyVAE.from_pretrained, load_vae:
-            back = load(path)
-            assert back.config == vae.config
-            assert same(back.state_dict(), vae.state_dict())
-            assert back.latent_std.equal(std)
-            assert not back.training
-        text = "vae.safetensors: a LinearVAE, not a WanVAE"
-        assert_error(UserError, text, WanVAE.from_pretrained, path)
-        saved(path, new_vae())
-        text = "vae.safetensors: a TinyVAE, not a LinearVAE"
-        assert_error(UserError, text, LinearVAE.from_pretrained, path)
+        back = load_vae(path)
+        assert back.config == vae.config
+        assert same(back.state_dict(), vae.state_dict())
+        assert back.latent_std.equal(std)
+        assert not back.training
+        for cls in WanVAE, TinyVAE:
+            text = f"vae.safetensors: a LinearVAE, not a {cls.__name__}; load_vae opens both"
+            assert_error(UserError, text, cls.from_pretrained, path)
+
+
+def test_tensors_of_our_vaes_that_have_lost_their_config_are_not_guessed_at():
+    for vae, first in (linear_vae(), "decoder.bias"), (new_vae(), "decoder.1.bias"):
+        tensors = {name: vae.state_dict()[name].contiguous() for name in sorted(vae.state_dict())}
+        with folder() as here:
+            save_file(tensors, here / "a.safetensors")
+            torch.save(tensors, here / "a.pt")
+            for path in here / "a.safetensors", here / "a.pt":
+                text = f"{path}: holds no config, and its first tensor, {first}, is none of"
+                assert_error(UserError, text, load_vae, path)
 
 
 # --------------------------------------------------------------------------------------------------
