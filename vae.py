@@ -121,15 +121,6 @@ def channels_to_frames(x, count):
     return x.flatten(1, 2).permute(0, 4, 1, 2, 3)
 
 
-def enlarging(weight, space):
-    """Fuse nearest-neighbour upsampling by `space` with a 3x3 convolution: its weight (out, C, 3, 3) to that of an
-    equivalent transposed convolution of stride `space`, (out, C, space + 2, space + 2). A repeated pixel meets the sum
-    of the weights."""
-    weight = weight.flip(2, 3).contiguous(memory_format=torch.channels_last)
-    weight = F.pad(weight, [space - 1] * 4)
-    return F.avg_pool2d(weight, space, stride=1, divisor_override=1)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # TAEHV: a tiny VAE of 2-D convolutions.
 
@@ -185,9 +176,12 @@ class Repack(nn.Module):
 
 def grow_frames(x, space, repack, conv):
     """nn.Upsample(scale_factor=space), then `repack`, then a 3x3 convolution `conv`, of x (B, C, T, h, w). Without bias
-    or nonlinearity in between they fuse into one transposed convolution, 3 times as fast."""
+    or nonlinearity in between they fuse into one transposed convolution, 3 times as fast: a repeated pixel meets the
+    sum of the weights that fall on it."""
+    weight = F.pad(conv.weight.flip(2, 3), [space - 1] * 4)
+    weight = F.avg_pool2d(weight, space, stride=1, divisor_override=1)          # (out, mid, space + 2, space + 2)
     unpack = repack.conv.weight.unflatten(0, (repack.grow, -1)).flatten(2)      # (grow, mid, C)
-    weight = torch.einsum("omyx,gmc->cgoyx", enlarging(conv.weight, space), unpack).flatten(1, 2)
+    weight = torch.einsum("omyx,gmc->cgoyx", weight, unpack).flatten(1, 2)
     y = each_frame(lambda frames: F.conv_transpose2d(frames, weight, None, space, 1), x)
     return channels_to_frames(y, repack.grow)                                   # (B, out, grow T, H, W)
 
@@ -285,8 +279,7 @@ class TinyVAE(nn.Module):
         return video, new_state
 
     def decode(self, latents, state=None):
-        """Latents (B, C, F, h, w) to (video (B, 3, T, H, W) in [-1, 1], state for the next piece). state=None starts a
-        clip: T = 4F - 3. Otherwise T = 4F. The state passed in is not modified."""
+        """As in LinearVAE, but the state is what the next piece needs; the one passed in is not modified."""
         video, state = self.decode_unclamped(latents, state)
         return video.clamp(-1, 1), state
 
@@ -387,15 +380,6 @@ class PerFrame(nn.Sequential):
 
     def forward(self, x):
         return each_frame(super().forward, x)
-
-
-class Enlarge(nn.Sequential):
-    """Upsample each frame by 2, nearest neighbour (layer 0), fused with its convolution (layer 1)."""
-
-    def forward(self, x):
-        conv = self[1]
-        weight = enlarging(conv.weight, 2).transpose(0, 1)
-        return each_frame(lambda frames: F.conv_transpose2d(frames, weight, conv.bias, 2, 1), x)
 
 
 class ChannelNorm(nn.Module):
@@ -501,7 +485,7 @@ def upsample(width, outputs, time):
     layers = OrderedDict()
     if time == 2:
         layers["time_conv"] = TimeConv(width, 1)
-    layers["resample"] = Enlarge(nn.Upsample(scale_factor=2), nn.Conv2d(width, outputs, 3, padding=1))
+    layers["resample"] = PerFrame(nn.Upsample(scale_factor=2), nn.Conv2d(width, outputs, 3, padding=1))
     return Causal(layers)
 
 

@@ -208,15 +208,14 @@ ATTENTION = ["KVCache", "RMSNorm", "apply_rope", "ATTENTION", "attend", "SelfAtt
 HEAD = ["FRAMES", "sinusoid", "inside_picture", "cell_of", "TrackHead"]
 GUIDANCE = ["joint_guidance", "without", "guided_velocity"]
 VAE = ["FRAMES", "check_video"]
-LAYERS = VAE + ["each_frame", "channels_to_frames", "enlarging"]
+LAYERS = VAE + ["each_frame", "channels_to_frames"]
 TINY_VAE = LAYERS + [
     "TinyVAEConfig", "conv", "MemBlock", "Repack", "frames_to_channels", "grow_frames",
     "build_encoder", "build_decoder", "run_layers", "TinyVAE"]
 LINEAR_VAE = VAE + ["LinearVAEConfig", "LinearVAE"]
 WAN_VAE = LAYERS + [
-    "WanVAEConfig", "STATISTICS", "CausalConv", "TimeConv", "Causal", "PerFrame", "Enlarge",
-    "ChannelNorm", "ResBlock", "Attention", "DownStage", "UpStage", "downsample", "upsample",
-    "res_blocks", "middle", "head", "build_wan_encoder", "build_wan_decoder", "columns_first",
+    "WanVAEConfig", "STATISTICS", "CausalConv", "TimeConv", "Causal", "PerFrame", "ChannelNorm",
+    "ResBlock", "Attention", "DownStage", "UpStage", "downsample", "upsample", "res_blocks", "middle", "head", "build_wan_encoder", "build_wan_decoder", "columns_first",
     "WanVAE"]
 
 

@@ -12,9 +12,8 @@ from extras.testing import (SMALL_VAE, TAEW21, TAEW22, WAN21, WAN22, all_equal, 
                             assert_near, folder, linear_vae, new_vae, rand, rand_like, randomised,
                             same, saved, wan_video)
 from motionstream import UserError
-from vae import (STATISTICS, CausalConv, ChannelNorm, Enlarge, LinearVAE, LinearVAEConfig,
-                 MemBlock, Repack, TinyVAE, TinyVAEConfig, WanVAE, WanVAEConfig, enlarging,
-                 load_vae)
+from vae import (STATISTICS, CausalConv, ChannelNorm, LinearVAE, LinearVAEConfig, MemBlock, Repack,
+                 TinyVAE, TinyVAEConfig, WanVAE, WanVAEConfig, load_vae)
 
 
 def new_wan_vae(config):
@@ -267,25 +266,6 @@ def check_folded_stages(stages):
 def test_a_stage_of_the_tiny_decoder_in_one_convolution_is_its_layers_and_learns_as_they_do():
     check_folded_stages(((6, 1, 4, 2), (5, 1, 1, 1)))
     check_folded_stages(((6, 2, 2, 3), (4, 1, 2, 2)))
-
-
-def test_enlarging_and_convolving_in_one_is_both_in_turn():
-    weight = rand(5, 4, 3, 3)
-    bias = rand(5, seed=1)
-    x = rand(2, 4, 3, 6, seed=2)
-    for space in 1, 2, 3:
-        larger = nn.Upsample(scale_factor=space)(x)
-        plain = F.conv2d(larger, weight, bias, padding=1)
-        folded = enlarging(weight, space).transpose(0, 1)
-        assert_near(F.conv_transpose2d(x, folded, bias, space, 1), plain, 1e-5)
-
-    enlarge = randomised(Enlarge(nn.Upsample(scale_factor=2), nn.Conv2d(4, 5, 3, padding=1)))
-    x = rand(2, 4, 3, 5, 6)                                     # three frames
-    plain = []
-    for frame in x.unbind(2):
-        larger = enlarge[0](frame)
-        plain.append(enlarge[1](larger))
-    assert_near(enlarge(x), torch.stack(plain, 2), 1e-5)
 
 
 def test_encoding_in_pieces_equals_the_whole_and_an_image_is_the_first_latent():
