@@ -63,6 +63,11 @@ def schedule(steps, shift):
     return tuple(shift_sigma(1 - i / steps, shift) for i in range(steps))
 
 
+def same_sigma(sigma, x):
+    """One noise level, a number, for all clips of latents x (B, …): (B,) float64."""
+    return x.new_full((len(x),), sigma, dtype=torch.float64)
+
+
 def with_first(x_t, sigma, first_latent):
     """Replace latent frame 0 with the image's: clean, at sigma 0 (as in Wan 2.2).
 
@@ -90,6 +95,7 @@ def joint_guidance(v_full, v_notext, v_nomotion, w_text, w_motion):
 
 FRAMES = 4          # video frames per latent frame, in every VAE of the Wan family
 CLIP_ROWS = 257     # rows of CLIP's image features: 16 x 16 patches and the class token
+SIGNALS = 6         # channels of confidence beside copied latents, see copy_along_tracks
 
 
 @dataclass(frozen=True)
@@ -146,10 +152,10 @@ class Config:
 
     @property
     def copy_dim(self):
-        """Input channels for copies: latents and six of confidence, see copy_along_tracks."""
+        """Input channels for copies: latents and signals of confidence."""
         if not self.copies:
             return 0
-        return self.out_dim + 6
+        return self.out_dim + SIGNALS
 
     @property
     def image_dim(self):
@@ -173,7 +179,8 @@ PRESETS = {
         first_chunk=1, stride=16, size=(704, 1280), fps=24),     # 121 frames: 1 + 10 x 3 latents
     "tiny": Config(
         dim=192, ffn_dim=576, num_heads=3, num_layers=5,
-        in_dim=96 + 32 + 102 + 96, out_dim=96, track_dim=32, copies=True, track_id_mode="same",
+        in_dim=96 + 32 + (96 + SIGNALS) + 96, out_dim=96, track_dim=32, copies=True,
+        track_id_mode="same",
         text_dim=64, text_len=8, text_encoder="words",
         steps=15, guidance=(0.0, 0.0),      # text at 1.5 costs objects 0.2 dB of PSNR
         size=(128, 128), prompt="steady light, steady shapes"),
@@ -251,7 +258,8 @@ class KVCache:
 
     def read(self, k, v):
         """Keys and values of [cache | new], (B, S, heads, K) each. The cache is not changed."""
-        keys, values = zip(*self.chunks, (k, v))
+        keys = [held[0] for held in self.chunks] + [k]
+        values = [held[1] for held in self.chunks] + [v]
         return torch.cat(keys, 1), torch.cat(values, 1)
 
     def write(self, k, v):
@@ -554,11 +562,10 @@ class MotionStream(nn.Module):
     """Wan's DiT with a track head. Parameters have the names of Wan's public checkpoints; only
     track_head.* is new."""
 
-    recompute = False       # gradient checkpointing of the blocks, see run_block
-
     def __init__(self, config):
         super().__init__()
         self.config = c = config
+        self.recompute = False
         self.patch_embedding = nn.Conv3d(c.in_dim, c.dim, c.patch_size, c.patch_size)
         self.text_embedding = nn.Sequential(
             nn.Linear(c.text_dim, c.dim), nn.GELU("tanh"), nn.Linear(c.dim, c.dim))
@@ -618,9 +625,14 @@ class MotionStream(nn.Module):
             patches = self.head(tokens, time)                   # (B, F, P, patch area * channels)
         return self.unpatchify(patches, rows, columns)          # (B, channels, F, h, w)
 
+    def recompute_blocks(self, on=True):
+        """Turn gradient checkpointing of the blocks on or off: less memory, a third more time.
+        Returns the model."""
+        self.recompute = on
+        return self
+
     def run_block(self, block, inputs, cache, write):
-        """Run one block, with gradient checkpointing if self.recompute: less memory, a third more
-        time."""
+        """Run one block, with gradient checkpointing if recompute_blocks asked for it."""
         if write or not self.recompute:         # passes that write have no backward
             return block(*inputs, cache, write)
         # The backward runs after later writes to the cache, so the block gets a snapshot.
@@ -717,8 +729,7 @@ def euler(model, noise, conditions, first_latent=None, null_text=None):
     sigmas = schedule(c.steps, c.shift)
     x = noise
     for sigma, following in zip(sigmas, sigmas[1:] + (0.0,)):
-        sigma_batch = x.new_full((len(x),), sigma, dtype=torch.float64)
-        x, sigma_frames = with_first(x, sigma_batch, first_latent)      # (B, F)
+        x, sigma_frames = with_first(x, same_sigma(sigma, x), first_latent)     # (B, F)
         yield x, sigma
         velocity = guided_velocity(model, x, sigma_frames, conditions, c.guidance, null_text)
         x = x + (following - sigma) * velocity
@@ -774,15 +785,13 @@ def rollout(model, noise, conditions, first_latent=None, exit_step=None, rng=Non
     for x, condition in zip(noise, conditions):
         for step, sigma in enumerate(c.sigmas[:last + 1]):
             with torch.set_grad_enabled(grad and step == last):
-                sigma_batch = x.new_full((len(x),), sigma, dtype=torch.float64)
-                x, sigma_frames = with_first(x, sigma_batch, first_latent)      # (B, F)
+                x, sigma_frames = with_first(x, same_sigma(sigma, x), first_latent)     # (B, F)
                 velocity = model(x, sigma_frames, caches=caches, **condition)
                 x0 = to_x0(x, velocity, sigma_frames)
             if step < last:
                 device = getattr(rng, "device", x.device)   # same noise on any device
                 fresh = torch.randn(x.shape, generator=rng, device=device).to(x)
-                following = x.new_full((len(x),), c.sigmas[step + 1], dtype=torch.float64)
-                x = add_noise(x0, fresh, following)
+                x = add_noise(x0, fresh, same_sigma(c.sigmas[step + 1], x))
         yield x0                                    # so it can be shown before it is cached
         with torch.no_grad():                       # the clean pass is the only one that writes
             clean = torch.zeros_like(sigma_frames)
@@ -910,10 +919,10 @@ def gone_elsewhere(back, tracks, visible, start, height, width):
 
 @torch.no_grad()
 def copy_along_tracks(vae, image, tracks, visible, start):
-    """The `copies` input of a copying model, (B, C + 6, F, h, w): the latents of frame 0 warped
-    along the tracks; two channels of nearness of the track that a square follows; two of confidence
-    that the warped content has gone elsewhere, and two of the same for the unmoved image, see
-    gone_elsewhere.
+    """The `copies` input of a copying model, (B, C + SIGNALS, F, h, w): the latents of frame 0
+    warped along the tracks; two channels of nearness of the track that a square follows; two of
+    confidence that the warped content has gone elsewhere, and two of the same for the unmoved
+    image, see gone_elsewhere.
 
     vae: one without memory between latents (LinearVAE). image (B, 3, H, W) in [-1, 1]: frame 0,
     which is copied unchanged. tracks (B, T, N, 2), visible (B, T, N); start (B, N, 2): positions in
@@ -940,7 +949,7 @@ def copy_along_tracks(vae, image, tracks, visible, start):
         video = torch.cat([video[:, :, :1], video], 2)          # as frame 0, dropped below
         latents = vae.encode(video)[:, :, 1:]
     squares = vae.stride // COPY_CELL
-    signals = F.avg_pool3d(signals, (FRAMES, squares, squares))         # (B, 6, F, h, w)
+    signals = F.avg_pool3d(signals, (FRAMES, squares, squares))     # (B, SIGNALS, F, h, w)
     return torch.cat([latents, signals], 1)
 
 
