@@ -215,8 +215,8 @@ TINY_VAE = LAYERS + [
 LINEAR_VAE = VAE + ["LinearVAEConfig", "LinearVAE"]
 WAN_VAE = LAYERS + [
     "WanVAEConfig", "STATISTICS", "CausalConv", "TimeConv", "Causal", "PerFrame", "ChannelNorm",
-    "ResBlock", "Attention", "DownStage", "UpStage", "downsample", "upsample", "res_blocks", "middle", "head", "build_wan_encoder", "build_wan_decoder", "columns_first",
-    "WanVAE"]
+    "ResBlock", "Attention", "DownStage", "UpStage", "downsample", "upsample", "res_blocks",
+    "middle", "head", "build_wan_encoder", "build_wan_decoder", "columns_first", "WanVAE"]
 
 
 def test_attention_with_its_cache_runs_from_its_own_source():
