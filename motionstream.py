@@ -1174,6 +1174,8 @@ def read_weights(path, wanted="Wan DiT", marks=WAN_DIT, names=WAN_FILES):
             shards = set(json.loads(file.read_bytes())["weight_map"].values())
         elif "-of-" in file.name:
             raise ValueError("one of several shards")
+        elif file.is_dir():
+            raise ValueError(f"holds no {names[-1]}")
         tensors, metadata = read_safetensors([file.with_name(shard) for shard in shards])
         if not tensors.keys().isdisjoint(marks):
             return tensors, metadata, file
@@ -1248,9 +1250,9 @@ def public_config(tensors, file):
             in_dim=in_dim,
             out_dim=out_dim,
             track_dim=len(tensors.get("track_head.conv.weight", ())),
-            text_dim=tensors["text_embedding.0.weight"].shape[1],
+            text_dim=tensors["text_embedding.0.weight"].numel() // dim,     # (D, text_dim)
             clip_dim=len(tensors.get("img_emb.proj.0.weight", ())),
-            freq_dim=tensors["time_embedding.0.weight"].shape[1],
+            freq_dim=tensors["time_embedding.0.weight"].numel() // dim,     # (D, freq_dim)
             patch_size=tuple(patch_size))
     return replace(config, clean_first=like is PRESETS["wan2.2-5b"] or config.image_dim == 0)
 
@@ -1288,9 +1290,9 @@ def build(make, config, tensors, file):
     try:
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as e:                   # torch's message, one line per kind of difference
-        faults = [line.strip()[:150] for line in str(e).splitlines()[1:]]
+        faults = [line.strip()[:200] for line in str(e).splitlines()[1:]]
         raise UserError(f"{file}: not a complete {type(model).__name__}; "
-                        f"{' '.join(faults)[:300]}") from None
+                        f"{' '.join(faults)[:400]}") from None
     return model
 
 

@@ -656,7 +656,7 @@ def public_config(tensors, file):
     UserError if it is neither."""
     from motionstream import UserError, checkpoints, naming
     if "encoder.17.weight" in tensors:
-        return checkpoints(file, "a public TAEHV").taehv_config(tensors, file)
+        return checkpoints(file, "is a public TAEHV").taehv_config(tensors, file)
     if "encoder.conv1.weight" not in tensors:
         first = next(iter(tensors))[:80]
         raise UserError(f"{file}: holds no config, and its first tensor, {first}, is none of the VAEs of Wan or TAEHV")

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from extras.checkpoints import checked_config
 from extras.testing import (COPYING, FAMILIES, HERE, SMALL, TAEW22, WAN, WAN21, assert_error,
-                            assert_near, clip_of, folder, in_diffusers_layout, new_model,
-                            new_tracks, new_vae, public, rand, randomised, same, same_tensors,
-                            saved, shards, slow, write_layout)
+                            assert_near, clip_of, folder, in_diffusers_layout, linear_vae,
+                            new_model, new_tracks, new_vae, public, rand, randomised, same,
+                            same_tensors, saved, shards, slow, write_layout)
 from motionstream import (PRESETS, MotionStream, UserError, image_and_mask, public_config,
                           save_pretrained, write_file)
 from sample import embed_words
@@ -170,6 +170,34 @@ def test_wans_own_layout_and_ours_are_read_without_extras():
         other = here / "other.safetensors"
         assert_error(UserError, "other.safetensors: it has no tensor blocks.0", load, other)
         assert_error(UserError, "is missing", load, other)
+
+
+def test_a_copy_without_extras_trusts_a_config_of_which_a_model_can_be_built():
+    model = new_model()
+    with folder() as here:
+        path = here / "a.safetensors"
+        for name, value, said in (
+                ("dim", -40, "no model can be built from its config ("),
+                ("ffn_dim", "wide", "no model can be built from its config ("),
+                ("num_layers", 3, 'Missing key(s) in state_dict: "blocks.2.'),
+                ("in_dim", 1, "size mismatch for patch_embedding.weight"),
+                ("unheard", 1, "the config in it has an unknown field, unheard")):
+            saved(path, model, config=json.dumps(asdict(SMALL) | {name: value}))
+            with without_extras():
+                assert_error(UserError, f"{path}: ", load, path)
+                assert_error(UserError, said, load, path)
+        saved(path, model, config=json.dumps(asdict(SMALL) | {"fps": 10 ** 9}))
+        assert_error(UserError, "fps is 1000000000", load, path)
+        with without_extras():
+            assert load(path).config.fps == 10 ** 9
+        about = linear_vae().metadata()
+        tensors = {name: t.contiguous() for name, t in linear_vae().state_dict().items()}
+        for config, said in (
+                ('{"latent_channels": -1}', "no model can be built from its config ("),
+                ('{"latent_channels": 5}', "not a complete LinearVAE; size mismatch for")):
+            save_file(tensors, path, about | {"config": config})
+            with without_extras():
+                assert_error(UserError, said, load_vae, path)
 
 
 def test_shipped_weights_are_read_without_extras():
