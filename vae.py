@@ -659,7 +659,7 @@ def public_config(tensors, file):
         return checkpoints(file, "is a public TAEHV").taehv_config(tensors, file)
     if "encoder.conv1.weight" not in tensors:
         first = next(iter(tensors))[:80]
-        raise UserError(f"{file}: holds no config, and its first tensor, {first}, is none of the VAEs of Wan or TAEHV")
+        raise UserError(f"{file}: holds no config, and its first tensor, {first}, is in no VAE of Wan or TAEHV")
     with naming(file, "expected a complete VAE of Wan"):
         channels = len(tensors["conv2.weight"])
         assert channels in STATISTICS, f"its latents have {channels} channels, not 16 or 48"

@@ -375,7 +375,7 @@ def test_tensors_of_our_vaes_that_have_lost_their_config_are_not_guessed_at():
             save_file(tensors, here / "a.safetensors")
             torch.save(tensors, here / "a.pt")
             for path in here / "a.safetensors", here / "a.pt":
-                text = f"{path}: holds no config, and its first tensor, {first}, is none of"
+                text = f"{path}: holds no config, and its first tensor, {first}, is in no VAE of"
                 assert_error(UserError, text, load_vae, path)
 
 
