@@ -52,6 +52,8 @@ def test_a_dry_run_tells_parameters_and_costs_and_makes_nothing():
     assert "| causal | 256,000 |" in said
     # 26.4 GiB as in docs/training.md, and 16 of activations, on one card of 80 GB
     assert "| teacher, first stage | 16 | 16 | 42.4 (80 GB) | 26.6 (48 GB) | 23.9 (48 GB) |" in said, said
+    # of two and more GPUs each gathers the whole student, too: 4 bytes a parameter
+    assert "| distill | 16 | 16 | 68.9 (80 GB) | 41.1 (80 GB) | 36.5 (48 GB) |" in said, said
     assert "600,000 clips, first set" in said, said
     assert "text 1.64" in said, said
 
