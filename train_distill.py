@@ -49,7 +49,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
-from sample import (Parser, Weights, embed_words, guidance, hold_signals, inspect, memory, number,
+from sample import (Parser, embed_words, guidance, hold_signals, inspect, memory, number,
                     open_vae, reported)     # before torch: it sets how torch's threads wait
 
 import torch
@@ -408,8 +408,7 @@ class Run:
 
     def load_vae(self):
         """Load the VAE of the latents."""
-        model = Weights(self.out, self.config, own=True, has_head=True)
-        return open_vae(model, self.path("vae")).to(self.device)
+        return open_vae(self.config, self.out, self.path("vae")).to(self.device)
 
     def autocast(self):
         """Autocast to bfloat16, disabled if compute_dtype gives float32. No weight cache: before
