@@ -12,8 +12,8 @@ pixels of the image as displayed (after its EXIF rotation); and optionally
     fps                 only compared with the model's
     format              "motionstream": written by this project, so its layout is trusted
 
-A recording of the page also stores its settings (extras/recording.py) and reproduces the same frames.
-extras/tracks.py reads files of other programs. --drag and --pin replace --tracks.
+A recording of the page also stores its settings (extras/recording.py) and gives the same frames
+again. extras/tracks.py reads files of other programs. --drag and --pin replace --tracks.
 """
 
 import argparse
@@ -48,8 +48,9 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from motionstream import (FRAMES, Config, MotionStream, UserError, check_memory, checkpoints,
-                          chunk_sizes, euler, image_inputs, motion_inputs, naming, open_pretrained,
-                          reason_of, rollout, schedule, space_in, start_points, track_ids, write_file)
+                          chunk_sizes, euler, image_inputs, motion_inputs, naming,
+                          open_pretrained, reason_of, rollout, schedule, space_in, start_points,
+                          track_ids, write_file)
 from vae import VAE_FILES, WanVAE, load_vae, open_weights
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -83,8 +84,8 @@ class Encoded:
 
 
 def motion_by_chunk(motion, config):
-    """Split a whole Motion by chunk: for n latents 4 n - 3 frames in the first chunk, 4 n in the others.
-    Frames of the last chunk beyond the motion's end are "not specified"."""
+    """Split a whole Motion by chunk: for n latents 4 n - 3 frames in the first chunk, 4 n in the
+    others. Frames of the last chunk beyond the motion's end are "not specified"."""
     frames = motion.tracks.shape[1]
     stop = 1 - FRAMES
     for size in chunk_sizes(config, latent_frames(frames, config)):
@@ -129,8 +130,8 @@ def motion_conditions(model, vae, image, motion):
 
 
 def conditions(model, vae, image, motion, encoded, channels=None):
-    """The model's keyword arguments by chunk, made lazily. motion: an iterator of a Motion per chunk.
-    channels: the image channels of the first chunk, see image_inputs."""
+    """The model's keyword arguments by chunk, made lazily. motion: an iterator of a Motion per
+    chunk. channels: the image channels of the first chunk, see image_inputs."""
     for part in motion:
         text = encoded.text if part.text is None else part.text.to(image.device)
         inputs = motion_conditions(model, vae, image, part)
@@ -140,13 +141,13 @@ def conditions(model, vae, image, motion, encoded, channels=None):
 
 
 def draw_noise(first_latent, frames, rng):
-    """Noise (B, C, frames, h, w) for the image's latent; drawn on the CPU, the same on every device."""
+    """Noise (B, C, frames, h, w) for the image's latent, the same on every device."""
     B, C, _, h, w = first_latent.shape
     return torch.randn((B, C, frames, h, w), generator=rng).to(first_latent)
 
 
 def decode(vae, latents):
-    """Decode latents chunk by chunk: an iterable of (B, C, f, h, w) to (B, 3, T, H, W) in [-1, 1]."""
+    """Decode latents chunk by chunk, an iterable of (B, C, f, h, w): (B, 3, T, H, W) in [-1, 1]."""
     state = None
     for chunk in latents:
         video, state = vae.decode(chunk, state)
@@ -155,14 +156,14 @@ def decode(vae, latents):
 
 @torch.inference_mode()
 def stream(model, vae, image, motion, encoded=Encoded(), seed=0, **memory):
-    """Sample the student: a video as long as `motion`, at constant memory. Yields each chunk as soon as
-    it is decoded, (B, 3, T, H, W) in [-1, 1]: 4 chunk - 3 frames, then 4 chunk (with config.first_chunk,
-    4 first_chunk - 3 at first).
+    """Sample the student: a video as long as `motion`, at constant memory. Yields each chunk as
+    soon as it is decoded, (B, 3, T, H, W) in [-1, 1]: 4 chunk - 3 frames, then 4 chunk (with
+    config.first_chunk, 4 first_chunk - 3 at first).
 
-    image (B, 3, H, W) in [-1, 1], of the model's size, is frame 0, see fit_image. motion: a Motion, or an
-    iterator of one per chunk (see live_motion), advanced just before that chunk is denoised, so that
-    tracks and text can change while it streams. memory: chunk, sink and window, to override the
-    config's."""
+    image (B, 3, H, W) in [-1, 1], of the model's size, is frame 0, see fit_image. motion: a Motion,
+    or an iterator of one per chunk (see live_motion), advanced just before that chunk is denoised,
+    so that tracks and text can change while it streams. memory: chunk, sink and window, to override
+    the config's."""
     yield from decode(vae, stream_latents(model, vae, image, motion, encoded, seed, **memory))
 
 
@@ -183,8 +184,8 @@ def stream_latents(model, vae, image, motion, encoded=Encoded(), seed=0, **memor
 
 @torch.inference_mode()
 def sample_teacher(model, vae, image, motion, encoded=Encoded(), seed=0):
-    """Sample the teacher: all chunks that cover a Motion at once, then yielded as `stream` does. Steps
-    and guidance are the config's."""
+    """Sample the teacher: all chunks that cover a Motion at once, then yielded as `stream` does.
+    Steps and guidance are the config's."""
     config = model.config
     count = latent_frames(motion.tracks.shape[1], config)
     image = image.to(next(model.parameters()).device)
@@ -219,9 +220,9 @@ def to_frames(video):
 
 
 def frames_beside(vae, latents, device):
-    """On a GPU: latents, chunk by chunk, to frames as in to_frames. A second CUDA stream decodes and
-    copies each chunk while the next one is denoised, so the next tracks are requested before anyone
-    has seen this chunk."""
+    """On a GPU: latents, chunk by chunk, to frames as in to_frames. A second CUDA stream decodes
+    and copies each chunk while the next one is denoised, so the next tracks are requested before
+    anyone has seen this chunk."""
     beside = torch.cuda.Stream(device)
     video = None
     state = None
@@ -244,9 +245,9 @@ def words_in(text):
 
 
 def embed_words(text, config):
-    """Embed a prompt for the tiny model, (1, L, text_dim): each word is a random vector seeded by its
-    letters, the same in every process. At most text_len words; the model does not see their order. None:
-    the null text."""
+    """Embed a prompt for the tiny model, (1, L, text_dim): each word is a random vector seeded by
+    its letters, the same in every process. At most text_len words; the model does not see their
+    order. None: the null text."""
     if text is None:
         return None
     rows = []
@@ -262,8 +263,8 @@ def embed_words(text, config):
 # The image.
 
 def load_image(path):
-    """Load a picture, a path or an open file, as 8-bit RGB: rotated by its EXIF tag, transparency over
-    white."""
+    """Load a picture, a path or an open file, as 8-bit RGB: rotated by its EXIF tag, transparency
+    over white."""
     name = path if isinstance(path, str | Path) else "the picture"
     with naming(name, "cannot be read as a picture; save it again as .png, or smaller"):
         image = Image.open(path)
@@ -291,7 +292,7 @@ def crop(width, height, size):
 
 
 def shown_part(image_size, size):
-    """The part of an image (width, height) that a video of `size` shows: (left, top, right, bottom)."""
+    """(left, top, right, bottom) of what a video of `size` shows of an image (width, height)."""
     width, height = image_size
     _, left, top = crop(width, height, size)
     return left, top, width - left, height - top
@@ -320,9 +321,9 @@ class Tracks:
 
 
 def read_tracks(path, size, frames=None):
-    """Read the Tracks in a file, for an image of `size` (width, height). frames: the number wanted, which
-    can reveal swapped axes in another program's file. Raises UserError, naming the file."""
-    with naming(path, "damaged, or not what this project wrote; extras/tracks.py reads other files"):
+    """Read the Tracks in a file, for an image of `size` (width, height). frames: the number wanted,
+    which can reveal swapped axes in another program's file. Raises UserError, naming the file."""
+    with naming(path, "damaged, or not written by this project; extras/tracks.py reads others"):
         arrays = own_arrays(path)
         if arrays is not None:
             return own_tracks(arrays, size)
@@ -423,7 +424,8 @@ def enlarge(frame):
 ENCODED = [
     "-vf", "scale=2*ceil(iw/2):2*ceil(ih/2):out_color_matrix=bt709:out_range=tv,setsar=1,"
     "format=yuv420p,setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709",
-    "-color_range", "tv", "-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709",
+    "-color_range", "tv", "-colorspace", "bt709",
+    "-color_primaries", "bt709", "-color_trc", "bt709",
     "-preset", "veryfast", "-crf", "15", "-movflags", "+faststart"]
 
 
@@ -435,8 +437,8 @@ def find_ffmpeg():
         exe = imageio_ffmpeg.get_ffmpeg_exe()
         try_ffmpeg(exe)
     except (ImportError, RuntimeError, OSError) as e:
-        raise UserError(f"{exe}: cannot be used ({reason_of(e)}); pip install -U imageio[ffmpeg], or "
-                        "name another in IMAGEIO_FFMPEG_EXE") from None
+        raise UserError(f"{exe}: cannot be used ({reason_of(e)}); pip install -U imageio[ffmpeg], "
+                        "or name another in IMAGEIO_FFMPEG_EXE") from None
     return exe
 
 
@@ -453,7 +455,8 @@ def try_ffmpeg(exe):
 
 def count_frames(path):
     """Number of frames in a video file, without decoding them; 0 if it cannot be read."""
-    command = [find_ffmpeg(), "-i", f"file:{path}", "-map", "0:v:0", "-c", "copy", "-f", "null", "-"]
+    command = [find_ffmpeg(), "-i", f"file:{path}", "-map", "0:v:0", "-c", "copy"]
+    command += ["-f", "null", "-"]
     told = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).stderr
     counts = re.findall(rb"frame= *(\d+)", told) or [0]
     return int(counts[-1])
@@ -462,8 +465,8 @@ def count_frames(path):
 @contextlib.contextmanager
 def video_file(path, fps):
     """`with video_file(path, fps) as append`: append(frame), uint8 (H, W, 3), writes to a temporary
-    file beside `path`, which replaces `path` when the block ends and all frames can be read back. If
-    the block raises, nothing is left behind."""
+    file beside `path`, which replaces `path` when the block ends and all frames can be read back.
+    If the block raises, nothing is left behind."""
     path = Path(path)
     part = path.absolute().with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     count = 0
@@ -523,9 +526,11 @@ def check_output(path, endings, inputs):
     there = [file for file in inputs if file and file.exists()]
     faults = [
         (path.suffix.lower() not in endings, f"choose a name that ends in {' or '.join(endings)}"),
-        (not os.access(path.parent, os.W_OK), f"the folder {path.parent} is missing or not writable"),
+        (not os.access(path.parent, os.W_OK),
+         f"the folder {path.parent} is missing or not writable"),
         (path.is_dir(), "is a folder"),
-        (path.exists() and any(map(path.samefile, there)), "is a file that is read; choose another name"),
+        (path.exists() and any(map(path.samefile, there)),
+         "is a file that is read; choose another name"),
     ]
     for wrong, cure in faults:
         if wrong:
@@ -535,8 +540,8 @@ def check_output(path, endings, inputs):
 
 
 def write_frames(append, frames, total):
-    """Append frames, `total` of them, to a video as they arrive. Returns the exit code: 0, or 128 + the
-    signal that ended it early. From the first frame on, Ctrl-C keeps what is done."""
+    """Append frames, `total` of them, to a video as they arrive. Returns the exit code: 0, or 128 +
+    the signal that ended it early. From the first frame on, Ctrl-C keeps what is done."""
     started = time.perf_counter()
     frames = itertools.chain([next(frames)], frames)
     first_after = time.perf_counter() - started
@@ -546,8 +551,8 @@ def write_frames(append, frames, total):
             if noted:
                 break
     seconds = time.perf_counter() - started
-    print(f"{count} of {total} frames in {seconds:.2f} s, {count / seconds:.1f} frames/s, the first "
-          f"after {first_after:.2f} s")
+    print(f"{count} of {total} frames in {seconds:.2f} s, {count / seconds:.1f} frames/s, the "
+          f"first after {first_after:.2f} s")
     return sum(128 + signum for signum in noted)
 
 
@@ -573,11 +578,12 @@ def number(kind, least, most):
 
 
 def memory(text):
-    """A flag's type: "c3s1w1" to the fields of Config for the student's KV cache: 3 latent frames per
-    chunk, a sink of 1 chunk, a window of 1; wfull: all chunks."""
+    """A flag's type: "c3s1w1" to the fields of Config for the student's KV cache: 3 latent frames
+    per chunk, a sink of 1 chunk, a window of 1; wfull: all chunks."""
     found = re.fullmatch(r"c([1-9]\d{0,2})s(\d{1,6})w(\d{1,6}|full)", text)
     if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is not like c3s1w1 or c3s1wfull, chunk 1 to 999")
+        raise argparse.ArgumentTypeError(f"{text!r} is not like c3s1w1 or c3s1wfull, chunk 1 to "
+                                         "999")
     chunk, sink, window = found.groups()
     fields = {"chunk": int(chunk), "sink": int(sink), "window": None}
     if window != "full":
@@ -589,7 +595,8 @@ def guidance(text):
     """A flag's type: "3,1.5" to (w_text, w_motion), see joint_guidance."""
     weights = tuple(map(float, text.split(",")))
     if len(weights) != 2 or not all(0 <= weight <= 100 for weight in weights):
-        raise argparse.ArgumentTypeError(f"{text!r} is not like 3,1.5: weights of text and of tracks, 0 to 100")
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 3,1.5: weights of text and of "
+                                         "tracks, 0 to 100")
     return weights
 
 
@@ -611,12 +618,13 @@ def add_flags(parser):
     add("--image", required=True, help="first frame, any picture file", **file)
     add("--tracks", help=".npz and others, see docs/tracks.md; default: none", **file)
     add("--drag", action="append", metavar="X,Y->X,Y",
-        help="instead of --tracks: move a point of the image, to one or more others; repeatable")
-    add("--pin", action="append", metavar="X,Y", help="likewise, for a point that stays; repeatable")
+        help="instead of --tracks: move a point of the image to another, or on; repeatable")
+    add("--pin", action="append", metavar="X,Y", help="the same, for a point that stays")
     add("--grid", metavar="NxP", help="make each of those points N by N, P pixels apart")
-    add("--prompt", metavar="TEXT", help="for what image and tracks do not show; default: the model's. "
-        "The tiny model knows steady, fading or warming light, and steady, spinning or pulsing shapes")
-    add("--out", default="out.mp4", help=".mp4, or .png for the last frame; default: out.mp4", **file)
+    add("--prompt", metavar="TEXT", help="for what image and tracks do not show; default: the "
+        "model's. The tiny model knows steady, fading or warming light, and steady, spinning or "
+        "pulsing shapes")
+    add("--out", default="out.mp4", help=".mp4, or .png for the last frame (out.mp4)", **file)
     frames = number(int, 1, MOST_FRAMES)
     add("--frames", type=frames, metavar="N", help=f"default: those of the tracks, or {CLIP}")
     add("--fps", type=number(float, 0.1, 1000), metavar="F",
@@ -630,7 +638,7 @@ def add_flags(parser):
         help="auto: float32 on the CPU, else bfloat16")
     add("--compile", action="store_true",
         help="torch.compile the DiT's blocks: a minute slower, then faster")
-    add("--text-encoder", help="a -Diffusers folder with UMT5; default: --weights, if it is one", **file)
+    add("--text-encoder", help="a -Diffusers folder with UMT5; default: --weights, if one", **file)
     add("--image-encoder", help="a -Diffusers folder with CLIP; default: --text-encoder's", **file)
     add("--negative-prompt", metavar="TEXT", help="guidance avoids it; default: Wan's")
     add("--prompt-embeds", help="encoder outputs from a file; see docs/weights.md", **file)
@@ -648,8 +656,8 @@ def add_flags(parser):
 
 def parse_flags(argv):
     """The command line as a namespace, None for what is not given: of `run` and `resolve`."""
-    parser = Parser(description="One image and some tracks in, a video out. To draw tracks while it "
-                    "streams: python -m extras.page", allow_abbrev=False)
+    parser = Parser(description="One image and some tracks in, a video out. To draw tracks while "
+                    "it streams: python -m extras.page", allow_abbrev=False)
     add_flags(parser)
     given = parser.parse_args(argv)
     moved = given.drag or given.pin
@@ -674,7 +682,7 @@ class Weights:
 
 
 def inspect(path):
-    """The Weights at a path, with everything checked but the values of the tensors. Raises UserError."""
+    """The Weights at a path, checked but for the values of the tensors. Raises UserError."""
     model, tensors, metadata = open_pretrained(MotionStream, path, {})
     head = tensors.get("track_head.conv.weight")
     own = metadata.get("format") == "motionstream"
@@ -734,16 +742,15 @@ def find_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.zeros(1, device=name).device
+        tensor = torch.zeros(1, device=name)
+        tensor.item()                       # "meta" has none
     except Exception as e:                  # each backend has its own kinds
         raise UserError(f"--device {name}: not available here ({reason_of(e)})") from None
-    if device.type == "meta":
-        raise UserError("--device meta: computes nothing")
-    return device
+    return tensor.device
 
 
 def resolve_config(given, weights):
-    """(Sampling Config, notes): the weights' own, or advice for their family, overridden by given."""
+    """(Sampling Config, notes): the weights' own, or advice for their family, with the flags'."""
     config = weights.config
     notes = []
     if not weights.own:
@@ -771,28 +778,27 @@ def refuse(given, job, moved):
     encoded = given.prompt_embeds or given.text_encoder or given.image_encoder
     weight = given.guidance and given.guidance[1]
     for wrong, cure in [
-        (weights.own and given.sampler not in (None, sampler), f"holds a {kind}, use --sampler {sampler}"),
+        (weights.own and given.sampler not in (None, sampler),
+         f"holds a {kind}, use --sampler {sampler}"),
         (streams and given.guidance, "--guidance belongs to --sampler teacher"),
         (streams and given.negative_prompt is not None,
          "--negative-prompt belongs to --sampler teacher"),
         (not streams and given.memory, "--memory belongs to --sampler stream"),
         (streams and config.window is None and job.frames > CLIP and not given.memory,
-         f"trained to remember {CLIP} frames, all of them; add --memory c{config.chunk}s1w5 for more"),
-        (streams and config.window is None and given.compile, GROWS),
+         f"trained to remember {CLIP} frames, all of them; for more: --memory c{config.chunk}s1w5"),
+        (streams and config.window is None and given.compile,
+         "--compile needs a cache that stops growing; add --memory c3s1w5"),
         (streams and config.has_mask,
          "takes the image as a clip with a mask, which cannot stream; use --sampler teacher"),
         (not config.track_dim and (moved or weight),
          "has no input for tracks; take Fun-Control, or drop --tracks, and give --guidance T,0"),
-        (moved and not job.drawn and not weights.has_head, "has no trained track head, and its input "
-         f"for tracks has {config.track_dim} channels, none for a drawn video"),
+        (moved and not job.drawn and not weights.has_head, "has no trained track head, and its "
+         f"input for tracks has {config.track_dim} channels, none for a drawn video"),
         (config.text_encoder == "words" and encoded,
          "reads words, give it --prompt and nothing encoded"),
     ]:
         if wrong:
             raise UserError(f"{weights.path}: {cure}")
-
-
-GROWS = "--compile needs a cache that stops growing, this one keeps all chunks; add --memory c3s1w5"
 
 
 @dataclass(frozen=True)
@@ -805,7 +811,7 @@ class Models:
 
 def find_vae(config, beside, path=None):
     """Path of the VAE of a model's Config: `path`, else the tiny model's or, for Wan's weights, the
-    one in their folder, beside `beside`. Everything is checked but the values of its tensors. Raises
+    one in their folder, beside `beside`. It is checked but for the values of its tensors. Raises
     UserError."""
     places = [ASSETS / "tiny_vae.safetensors"]          # its shapes would fit Wan's too
     if config.text_encoder == "umt5":
@@ -818,8 +824,8 @@ def find_vae(config, beside, path=None):
     vae, _, _ = open_weights(path)
     channels = vae.config.latent_channels
     if (channels, vae.stride) != (config.out_dim, config.stride):
-        raise UserError(f"{path}: latents have {channels} channels and stride {vae.stride}, those of "
-                        f"{beside} have {config.out_dim} and {config.stride}; give --vae its own")
+        raise UserError(f"{path}: latents have {channels} channels and stride {vae.stride}, those "
+                        f"of {beside} have {config.out_dim} and {config.stride}; give --vae its own")
     return path
 
 
@@ -856,7 +862,7 @@ def decode_in(dtype, vae):
 
 
 def load_models(job, image):
-    """Load the Models of a Job. image (1, 3, H, W) in [-1, 1]. Frees the encoders before the DiT."""
+    """Load the Models of a Job; the encoders are freed before the DiT. image (1, 3, H, W)."""
     check_files(job, image)
     path = job.weights.path
     dtype = getattr(torch, job.dtype)
@@ -869,7 +875,8 @@ def load_models(job, image):
     c = dit.config
     how = f"teacher, whole clip, {c.steps} steps"
     if c.causal:
-        how = f"stream, c{c.chunk}s{c.sink}w{c.window}, {len(c.sigmas)} steps".replace("None", "full")
+        window = "full" if c.window is None else c.window
+        how = f"stream, c{c.chunk}s{c.sink}w{window}, {len(c.sigmas)} steps"
     print(f"{path.name}: {c.size[1]}x{c.size[0]} pixels, {how}, seed {job.seed}, {job.device}, "
           f"{job.dtype}")
     return Models(dit, vae, encoded)
@@ -877,8 +884,8 @@ def load_models(job, image):
 
 @torch.inference_mode()
 def generate(job, models, image, motion):
-    """Yield the video's frames, uint8 (H, W, 3): job.frames of them; None: as long as `motion` lasts.
-    image and motion: see `stream`."""
+    """Yield the video's frames, uint8 (H, W, 3): job.frames of them; None: as long as `motion`
+    lasts. image and motion: see `stream`."""
     config = job.config
     if job.drawn:
         frames = FRAMES * latent_frames(job.frames, config) - (FRAMES - 1)
@@ -899,51 +906,51 @@ def generate(job, models, image, motion):
     yield from itertools.islice(frames, job.frames)
 
 
-def given_tracks(given, size):
-    """The Tracks that the command line says, on the image of `size` (width, height)."""
-    if given.tracks:
-        return read_tracks(given.tracks, size, given.frames)
-    frames = given.frames or CLIP
-    if given.drag or given.pin:
-        tracks = extra("tracks", "--drag and --pin")
-        return Tracks(*tracks.drag_tracks(given.drag, given.pin, given.grid, size, frames))
-    return no_tracks(frames)
+def print_notes(job, tracks, motion, image_size, shown):
+    """Print what the user should know. motion: of the tracks, on the image (width, height), of which
+    the video shows a part."""
+    notes = list(job.notes)
+    with contextlib.suppress(UserError):        # a copy without extras has no more to say
+        about = extra("notes", "notes")
+        notes += about.notes_on(job, words_in(job.prompt), tracks, motion, image_size, shown)
+    for note in notes:
+        print(f"note: {note}")
 
 
 def run(argv):
     """Run the program; returns the exit code. argv: None for the command line's."""
     given = parse_flags(argv)
-    read = [value for name, value in vars(given).items() if name != "out" and isinstance(value, Path)]
-    for path in read:
+    inputs = [given.image, given.tracks, given.weights, given.vae, given.text_encoder,
+              given.image_encoder, given.prompt_embeds]
+    for path in filter(None, inputs):
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
-    check_output(given.out, (".mp4", ".png"), read)
+    check_output(given.out, (".mp4", ".png"), inputs)
     image = load_image(given.image)
     shipped = {"teacher": "tiny_teacher.safetensors"}.get(given.sampler, "tiny.safetensors")
     weights = inspect(given.weights or ASSETS / shipped)
-    tracks = given_tracks(given, image.size)
+    shown = shown_part(image.size, weights.config.size)
+    tracks = no_tracks(given.frames or CLIP)
+    if given.tracks:
+        tracks = read_tracks(given.tracks, image.size, given.frames)
+    elif given.drag or given.pin:
+        drag_tracks = extra("tracks", "--drag and --pin").drag_tracks
+        tracks = Tracks(*drag_tracks(given.drag, given.pin, given.grid, given.frames or CLIP,
+                                     image.size, shown))
     job = resolve(given, weights, tracks)
-    shown = shown_part(image.size, job.config.size)
     if given.overlay or job.drawn:
         extra("tracks", "drawing tracks")       # found missing here, before any model loads
-    if given.drag or given.pin:
-        extra("tracks", "--drag and --pin").refuse_cropped(given.drag, given.pin, image.size, shown)
     motion = fit_tracks(tracks, image.size, job.frames, job.config, job.seed)
     pixels = fit_image(image, job.config.size)
     models = load_models(job, pixels)
-    notes = list(job.notes)
-    with contextlib.suppress(UserError):        # a copy without extras has no more to say
-        about = extra("notes", "notes")
-        notes += about.notes_on(job, words_in(job.prompt), tracks, motion, image.size, shown)
+    print_notes(job, tracks, motion, image.size, shown)
     steered = motion
     if tracks.recorded:
         recording = extra("recording", "a recording")
-        notes += recording.doubts(tracks.recorded, models)
+        recording.print_doubts(tracks.recorded, models)
         if given.prompt is None and job.config.causal and job.config.text_encoder == "words":
             parts = motion_by_chunk(motion, job.config)
             steered = recording.with_prompts(parts, tracks.recorded, job.config, embed_words)
-    for note in notes:
-        print(f"note: {note}")
     frames = map(enlarge, generate(job, models, pixels, steered))
     if given.overlay:
         frames = extra("tracks", "--overlay").overlaid(frames, motion, job.config.size)
@@ -955,9 +962,12 @@ def run(argv):
 
 
 def reported(work, *args):
-    """Exit code of work(*args), a program: 2 and a one-line message for an error that the user can fix,
-    130 if interrupted, 141 if the reader of its output closed the pipe, as | head -1 does."""
-    print_anything()
+    """Exit code of work(*args), a program: 2 and a one-line message for an error that the user can
+    fix, 130 if interrupted, 141 if the reader of its output closed the pipe, as | head -1 does.
+    Consoles that lack a character of a path, as on Windows, print its code."""
+    for console in sys.stdout, sys.stderr:
+        if hasattr(console, "reconfigure"):
+            console.reconfigure(errors="backslashreplace")
     try:
         code = work(*args)
         sys.stdout.flush()
@@ -976,13 +986,6 @@ def reported(work, *args):
         return 2
     except KeyboardInterrupt:
         return 130
-
-
-def print_anything():
-    """Consoles that lack a character of a path, as on Windows, print its code instead of raising."""
-    for console in sys.stdout, sys.stderr:
-        if hasattr(console, "reconfigure"):
-            console.reconfigure(errors="backslashreplace")
 
 
 def main(argv=None):

@@ -8,8 +8,10 @@ from motionstream import UserError, reason_of
 def compile_blocks(model):
     """torch.compile each block of a model: the blocks share one compilation, the layers of a whole
     model would not. It recompiles for each cache length, with `write` and without, until the cache is
-    full; a cache without a window never is. UserError if torch finds no compiler."""
+    full. UserError if the cache never fills, or if torch finds no compiler."""
     config = model.config
+    if config.causal and config.window is None:
+        raise UserError("--compile needs a cache that stops growing; add --memory c3s1w5")
     try:
         torch.compile(torch.neg)(next(model.parameters())[:1])
     except RuntimeError as e:

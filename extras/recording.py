@@ -81,11 +81,10 @@ def prompts_by_chunk(said, chunk):
         yield said["prompts"][min(latent // said["chunk"], last)]
 
 
-def doubts(said, models):
-    """Why the frames may be others, a list of words."""
-    if said["weights"] == checksum(models):
-        return []
-    return ["it was recorded with other weights"]
+def print_doubts(said, models):
+    """Print why the frames may be others."""
+    if said["weights"] != checksum(models):
+        print("note: it was recorded with other weights")
 
 
 def checksum(models):

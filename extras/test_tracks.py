@@ -24,6 +24,7 @@ from extras.tracks import (MOVES, camera, camera_move, camera_tracks, drag_track
 from motionstream import UserError
 
 SIZE = (48, 32)             # width, height of the picture that most tracks here are on
+WHOLE = (0, 0, 48, 32)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -678,7 +679,7 @@ def test_what_is_no_drag_is_refused():
         drags = []
         if "->" in text:
             pins, drags = drags, pins
-        assert_error(UserError, said, drag_tracks, drags, pins, None, SIZE, 9)
+        assert_error(UserError, said, drag_tracks, drags, pins, None, 9, SIZE, WHOLE)
 
 
 def test_sample_drags_and_pins_points_of_the_image():
@@ -728,7 +729,7 @@ def test_a_drag_has_to_start_inside_the_image():
 
 
 def test_a_grid_of_points_goes_where_one_would():
-    tracks, visible = drag_tracks(["20,16 -> 28,16"], ["9,9"], "3x5", SIZE, 9)
+    tracks, visible = drag_tracks(["20,16 -> 28,16"], ["9,9"], "3x5", 9, SIZE, WHOLE)
     assert tracks.shape == (9, 18, 2)
     assert visible.all()
     y, x = np.mgrid[11:22:5, 15:26:5]
@@ -739,7 +740,7 @@ def test_a_grid_of_points_goes_where_one_would():
     assert (moved[9:] == 0).all()
     for grid in "0x5", "3", "3x0", "100x1", "axb":
         said = f"{grid!r} is not like 3x20"
-        assert_error(UserError, said, drag_tracks, [], ["9,9"], grid, SIZE, 9)
+        assert_error(UserError, said, drag_tracks, [], ["9,9"], grid, 9, SIZE, WHOLE)
     file = workplace()[1] / "tracks.npy"
     code, _, err = sampled_with(["--tracks", file, "--grid", "3x5"])
     assert code == 2

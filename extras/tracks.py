@@ -503,27 +503,28 @@ def dragged(drags, pins):
         yield "--pin", text, read_path(text)
 
 
-def refuse_cropped(drags, pins, size, shown):
-    """UserError for the first --drag or --pin with a point that is cropped away: on the image of
-    `size` (width, height), but outside the part that the video shows, (left, top, right, bottom). A
-    drag may lead out of the image."""
-    left, top, right, bottom = shown
+def in_box(x, y, box):
+    """True in the box (left, top, right, bottom), whose right and bottom border are outside."""
+    left, top, right, bottom = box
+    return left <= x < right and top <= y < bottom
+
+
+def drag_tracks(drags, pins, grid, frames, size, shown):
+    """(tracks, visible) of --drag and --pin, see `dragged`, on an image of `size` (width, height), in
+    which they start. They may lead out of it, but not into what is cropped of it: outside of the part
+    that is shown, (left, top, right, bottom). grid: text for read_grid, points that move along with
+    each; or None."""
+    whole = (0, 0, size[0], size[1])
+    paths = []
     for flag, text, points in dragged(drags, pins):
+        x, y = points[0]
+        if not in_box(x, y, whole):
+            raise UserError(f"{flag} {x:g},{y:g}: outside the image, which has {size[0]}x{size[1]} "
+                            "pixels")
         for x, y in points:
-            on_image = 0 <= x < size[0] and 0 <= y < size[1]
-            if on_image and not (left <= x < right and top <= y < bottom):
+            if in_box(x, y, whole) and not in_box(x, y, shown):
                 raise UserError(f"{flag} {text}: {x:g},{y:g} lies in what is cropped of the image; the "
                                 f"video shows {part_in_words(shown)}")
-
-
-def drag_tracks(drags, pins, grid, size, frames):
-    """(tracks, visible) of --drag and --pin, see `dragged`, which must start inside the image of
-    `size` (width, height). grid: text for read_grid, points that move along with each; or None."""
-    paths = []
-    for flag, _, points in dragged(drags, pins):
-        x, y = points[0]
-        if not (0 <= x < size[0] and 0 <= y < size[1]):
-            raise UserError(f"{flag} {x:g},{y:g}: outside the image, which has {size[0]}x{size[1]} pixels")
         paths.append(points)
     if grid:
         paths = [points + offset for points in paths for offset in read_grid(grid)]
@@ -798,7 +799,8 @@ def run(argv):
         tracks, visible = camera_tracks(given.depth, image.size, frames, given.points, given.camera,
                                         given.focal)
     else:
-        tracks, visible = drag_tracks(given.drag, given.pin, given.grid, image.size, frames)
+        whole = (0, 0, image.width, image.height)
+        tracks, visible = drag_tracks(given.drag, given.pin, given.grid, frames, image.size, whole)
     write_tracks(given.out, arrays | {"tracks": tracks, "visibility": visible})
     print(f"{given.out}: {tracks.shape[1]} tracks of {len(tracks)} frames")
     return 0
