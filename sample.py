@@ -20,12 +20,10 @@ import argparse
 import collections
 import contextlib
 import functools
-import importlib
 import itertools
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -47,6 +45,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from cli import Parser, check_output, extra, hold_signals, number, reported
 from motionstream import (FRAMES, Config, MotionStream, UserError, check_memory, checkpoints,
                           chunk_sizes, euler, image_inputs, motion_inputs, naming,
                           open_pretrained, reason_of, rollout, schedule, space_in, start_points,
@@ -337,14 +336,6 @@ def no_tracks(frames):
     return Tracks(points, points[..., 0] > 0)
 
 
-def extra(name, why):
-    """The module extras/NAME.py, for what few need. UserError if this copy lacks it."""
-    try:
-        return importlib.import_module(f"extras.{name}")
-    except ImportError:
-        raise UserError(f"{why}; extras/{name}.py, which that needs, is missing") from None
-
-
 def own_arrays(path):
     """The arrays of a file written by this project, None for other files. Never unpickles."""
     if not zipfile.is_zipfile(path):
@@ -500,45 +491,6 @@ def picture_file(path):
     write_file(path, lambda part: Image.fromarray(last[0]).save(part, "png"))
 
 
-@contextlib.contextmanager
-def hold_signals():
-    """Record the first Ctrl-C or SIGTERM in the list that this yields; the second one ends the
-    program."""
-    noted = []
-
-    def handle(signum, _):
-        if noted:
-            raise KeyboardInterrupt
-        noted.append(signum)
-
-    before = {}
-    for signum in signal.SIGINT, signal.SIGTERM:
-        before[signum] = signal.signal(signum, handle)
-    try:
-        yield noted
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
-def check_output(path, endings, inputs):
-    """UserError if an output path cannot be written or is one of the inputs."""
-    there = [file for file in inputs if file and file.exists()]
-    faults = [
-        (path.suffix.lower() not in endings, f"choose a name that ends in {' or '.join(endings)}"),
-        (not os.access(path.parent, os.W_OK),
-         f"the folder {path.parent} is missing or not writable"),
-        (path.is_dir(), "is a folder"),
-        (path.exists() and any(map(path.samefile, there)),
-         "is a file that is read; choose another name"),
-    ]
-    for wrong, cure in faults:
-        if wrong:
-            raise UserError(f"{path}: {cure}")
-    if path.suffix.lower() == ".mp4":
-        find_ffmpeg()
-
-
 def write_frames(append, frames, total):
     """Append frames, `total` of them, to a video as they arrive. Returns the exit code: 0, or 128 +
     the signal that ended it early. From the first frame on, Ctrl-C keeps what is done."""
@@ -558,24 +510,6 @@ def write_frames(append, frames, total):
 
 # --------------------------------------------------------------------------------------------------
 # The command line.
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, like all others."""
-
-    def error(self, message):
-        raise UserError(message)
-
-
-def number(kind, least, most):
-    """A flag's type: an int or float from `least` to `most`."""
-    def parse(text):
-        value = kind(text)
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
-        return value
-    parse.__name__ = {int: "whole number", float: "number"}[kind]      # argparse prints it
-    return parse
-
 
 def memory(text):
     """A flag's type: "c3s1w1" to the fields of Config for the student's KV cache: 3 latent frames
@@ -785,7 +719,7 @@ def refuse(given, job, moved):
          "--negative-prompt belongs to --sampler teacher"),
         (not streams and given.memory, "--memory belongs to --sampler stream"),
         (streams and config.window is None and job.frames > CLIP and not given.memory,
-         f"trained to remember {CLIP} frames, all of them; for more: --memory c{config.chunk}s1w5"),
+         f"trained to remember {CLIP} frames, all of them; add --memory c{config.chunk}s1w5"),
         (streams and config.window is None and given.compile,
          "--compile needs a cache that stops growing; add --memory c3s1w5"),
         (streams and config.has_mask,
@@ -926,6 +860,9 @@ def run(argv):
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
     check_output(given.out, (".mp4", ".png"), inputs)
+    is_picture = given.out.suffix.lower() == ".png"
+    if not is_picture:
+        find_ffmpeg()                           # found to fail here, before any model loads
     image = load_image(given.image)
     shipped = {"teacher": "tiny_teacher.safetensors"}.get(given.sampler, "tiny.safetensors")
     weights = inspect(given.weights or ASSETS / shipped)
@@ -954,38 +891,10 @@ def run(argv):
     frames = map(enlarge, generate(job, models, pixels, steered))
     if given.overlay:
         frames = extra("tracks", "--overlay").overlaid(frames, motion, job.config.size)
-    is_picture = given.out.suffix.lower() == ".png"
     with picture_file(given.out) if is_picture else video_file(given.out, job.fps) as append:
         code = write_frames(append, frames, job.frames)
     print(given.out)
     return code
-
-
-def reported(work, *args):
-    """Exit code of work(*args), a program: 2 and a one-line message for an error that the user can
-    fix, 130 if interrupted, 141 if the reader of its output closed the pipe, as | head -1 does.
-    Consoles that lack a character of a path, as on Windows, print its code."""
-    for console in sys.stdout, sys.stderr:
-        if hasattr(console, "reconfigure"):
-            console.reconfigure(errors="backslashreplace")
-    try:
-        code = work(*args)
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141                          # 128 + SIGPIPE, which Windows does not have
-    except (UserError, OSError) as e:       # OSError: a full disk, for one
-        print(f"error: {UserError(str(e))}", file=sys.stderr)
-        return 2
-    except (MemoryError, RuntimeError) as e:
-        of_memory = MemoryError, torch.OutOfMemoryError
-        if not isinstance(e, of_memory) and "DefaultCPUAllocator" not in str(e):
-            raise
-        print(f"error: out of memory: {UserError(reason_of(e))}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
 
 
 def main(argv=None):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 import sample
-from extras.testing import assert_error, folder
+from extras.testing import assert_error, command, folder, sampled
 from extras.video import open_video, refuse
 from motionstream import UserError
 from sample import find_ffmpeg
@@ -323,11 +323,12 @@ exec {} "$@"
 
 
 def test_an_ffmpeg_that_cannot_be_used_is_found_before_anything_is_loaded():
-    suffixes = (".mp4", ".png")
-
     def refused(cause):
-        assert_error(UserError, cause, sample.check_output, here / "x.mp4", suffixes, [])
-        sample.check_output(here / "x.png", suffixes, [])       # which needs none
+        with unittest.mock.patch.object(sample, "inspect", None):
+            code, _, err = sampled(*command("--out", here / "x.mp4"))
+        assert code == 2
+        assert cause in err, err
+        assert err.count("\n") == 1, err
 
     with folder() as here:
         without = program(here / "without", WITHOUT_H264.format(find_ffmpeg()))
@@ -348,6 +349,8 @@ def test_an_ffmpeg_that_cannot_be_used_is_found_before_anything_is_loaded():
         none = RuntimeError("No ffmpeg exe")
         with unittest.mock.patch("imageio_ffmpeg.get_ffmpeg_exe", side_effect=none):
             refused("(No ffmpeg exe); pip install")
+            code, _, err = sampled(*command("--frames", 1, "--steps", 1, "--out", here / "x.png"))
+            assert code == 0, "a picture needs none: " + err
 
 
 @contextlib.contextmanager
