@@ -48,8 +48,8 @@ from tqdm import tqdm
 from cli import Parser, check_output, extra, hold_signals, number, reported
 from motionstream import (FRAMES, Config, MotionStream, UserError, check_memory, checkpoints,
                           chunk_sizes, euler, image_inputs, motion_inputs, naming,
-                          open_pretrained, reason_of, rollout, schedule, space_in, start_points,
-                          track_ids, write_file)
+                          open_pretrained, reason_of, rollout, schedule, start_points, track_ids,
+                          write_file)
 from vae import VAE_FILES, WanVAE, load_vae, open_weights
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -464,7 +464,10 @@ def video_file(path, fps):
 
     def append(frame):
         nonlocal count
-        writer.append_data(frame)
+        try:
+            writer.append_data(frame)
+        except OSError:
+            raise OSError("ffmpeg has stopped; is the disk full?") from None
         count += 1
 
     try:
@@ -472,13 +475,13 @@ def video_file(path, fps):
                                 macro_block_size=1, output_params=list(ENCODED)) as writer:
             yield append
         if count_frames(part) != count:
-            raise OSError("not all frames can be read back")
+            raise OSError("not all frames can be read back; is the disk full?")
         os.replace(part, path)
     except BrokenPipeError:                 # from printing meanwhile
         raise
     except OSError as e:
-        raise UserError(f"{path}: cannot be written after {count} frames ({reason_of(e)})"
-                        f"{space_in(path.parent)}") from None
+        reason = reason_of(e)
+        raise UserError(f"{path}: cannot be written after {count} frames ({reason})") from None
     finally:
         part.unlink(missing_ok=True)
 

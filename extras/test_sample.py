@@ -170,7 +170,7 @@ def failing_video(here, read_back):
 
 def test_a_video_is_there_whole_or_not_at_all():
     with folder() as here:
-        damaged = "out.mp4: cannot be written after 3 frames (not all frames can be read back)"
+        damaged = "out.mp4: cannot be written after 3 frames (not all frames can be read back; "
         assert_error(sample.UserError, damaged, failing_video, here, 2)
         assert_error(ValueError, "something else", failing_video, here, 3)
         assert not list(here.iterdir())
