@@ -762,7 +762,7 @@ def find_vae(config, beside, path=None):
     channels = vae.config.latent_channels
     if (channels, vae.stride) != (config.out_dim, config.stride):
         raise UserError(f"{path}: latents have {channels} channels and stride {vae.stride}, those "
-                        f"of {beside} have {config.out_dim} and {config.stride}; give --vae its own")
+                        f"of {beside} {config.out_dim} and {config.stride}; give --vae its own")
     return path
 
 
