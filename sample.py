@@ -844,8 +844,8 @@ def generate(job, models, image, motion):
 
 
 def print_notes(job, tracks, motion, image_size, shown):
-    """Print what the user should know. motion: of the tracks, on the image (width, height), of which
-    the video shows a part."""
+    """Print what the user should know. motion: of the tracks, which are on the image (width,
+    height), of which the video shows a part."""
     notes = list(job.notes)
     with contextlib.suppress(UserError):        # a copy without extras has no more to say
         about = extra("notes", "notes")
