@@ -20,10 +20,13 @@ import argparse
 import collections
 import contextlib
 import functools
+import importlib
 import itertools
 import math
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -45,7 +48,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from cli import Parser, check_output, extra, hold_signals, number, reported
 from motionstream import (FRAMES, Config, MotionStream, UserError, check_memory, checkpoints,
                           chunk_sizes, euler, image_inputs, motion_inputs, naming,
                           open_pretrained, reason_of, rollout, schedule, start_points, track_ids,
@@ -319,6 +321,14 @@ class Tracks:
     start: np.ndarray | None = None     # (N, 2) float32: positions in frame 0
 
 
+def extra(name, why):
+    """The module extras/NAME.py, for what few need. UserError if this copy lacks it."""
+    try:
+        return importlib.import_module(f"extras.{name}")
+    except ImportError:
+        raise UserError(f"{why}; extras/{name}.py, which that needs, is missing") from None
+
+
 def read_tracks(path, size, frames=None):
     """Read the Tracks in a file, for an image of `size` (width, height). frames: the number wanted,
     which can reveal swapped axes in another program's file. Raises UserError, naming the file."""
@@ -467,7 +477,7 @@ def video_file(path, fps):
         try:
             writer.append_data(frame)
         except OSError:
-            raise OSError("ffmpeg has stopped; is the disk full?") from None
+            raise OSError("ffmpeg has stopped") from None
         count += 1
 
     try:
@@ -475,12 +485,15 @@ def video_file(path, fps):
                                 macro_block_size=1, output_params=list(ENCODED)) as writer:
             yield append
         if count_frames(part) != count:
-            raise OSError("not all frames can be read back; is the disk full?")
+            raise OSError("not all frames can be read back")
         os.replace(part, path)
     except BrokenPipeError:                 # from printing meanwhile
         raise
     except OSError as e:
         reason = reason_of(e)
+        if part.parent.is_dir():            # ffmpeg's own words are lost
+            free = shutil.disk_usage(part.parent).free
+            reason += f"; {free / 1e6:.0f} MB are free there"
         raise UserError(f"{path}: cannot be written after {count} frames ({reason})") from None
     finally:
         part.unlink(missing_ok=True)
@@ -492,6 +505,27 @@ def picture_file(path):
     last = collections.deque(maxlen=1)
     yield last.append
     write_file(path, lambda part: Image.fromarray(last[0]).save(part, "png"))
+
+
+@contextlib.contextmanager
+def hold_signals():
+    """Record the first Ctrl-C or SIGTERM in the list that this yields; the second one ends the
+    program."""
+    noted = []
+
+    def handle(signum, _):
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(signum)
+
+    before = {}
+    for signum in signal.SIGINT, signal.SIGTERM:
+        before[signum] = signal.signal(signum, handle)
+    try:
+        yield noted
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def write_frames(append, frames, total):
@@ -513,6 +547,40 @@ def write_frames(append, frames, total):
 
 # --------------------------------------------------------------------------------------------------
 # The command line.
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, like all others."""
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def number(kind, least, most):
+    """A flag's type: an int or float from `least` to `most`."""
+    def parse(text):
+        value = kind(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
+        return value
+    parse.__name__ = {int: "whole number", float: "number"}[kind]      # argparse prints it
+    return parse
+
+
+def check_output(path, endings, inputs):
+    """UserError if an output path cannot be written or is one of the inputs."""
+    there = [file for file in inputs if file and file.exists()]
+    faults = [
+        (path.suffix.lower() not in endings, f"choose a name that ends in {' or '.join(endings)}"),
+        (not os.access(path.parent, os.W_OK),
+         f"the folder {path.parent} is missing or not writable"),
+        (path.is_dir(), "is a folder"),
+        (path.exists() and any(map(path.samefile, there)),
+         "is a file that is read; choose another name"),
+    ]
+    for wrong, cure in faults:
+        if wrong:
+            raise UserError(f"{path}: {cure}")
+
 
 def memory(text):
     """A flag's type: "c3s1w1" to the fields of Config for the student's KV cache: 3 latent frames
@@ -898,6 +966,33 @@ def run(argv):
         code = write_frames(append, frames, job.frames)
     print(given.out)
     return code
+
+
+def reported(work, *args):
+    """Exit code of work(*args), a program: 2 and a one-line message for an error that the user can
+    fix, 130 if interrupted, 141 if the reader of its output closed the pipe, as | head -1 does.
+    Consoles that lack a character of a path, as on Windows, print its code."""
+    for console in sys.stdout, sys.stderr:
+        if hasattr(console, "reconfigure"):
+            console.reconfigure(errors="backslashreplace")
+    try:
+        code = work(*args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141                          # 128 + SIGPIPE, which Windows does not have
+    except (UserError, OSError) as e:       # OSError: a full disk, for one
+        print(f"error: {UserError(str(e))}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as e:
+        of_memory = MemoryError, torch.OutOfMemoryError
+        if not isinstance(e, of_memory) and "DefaultCPUAllocator" not in str(e):
+            raise
+        print(f"error: out of memory: {UserError(reason_of(e))}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 def main(argv=None):

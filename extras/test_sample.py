@@ -91,7 +91,7 @@ for unbuffered in True, False:
 
 def test_a_copy_without_extras_samples_and_a_reader_that_has_gone_is_no_error():
     with folder() as here:
-        for name in "motionstream.py", "vae.py", "cli.py", "sample.py":
+        for name in "motionstream.py", "vae.py", "sample.py":
             shutil.copy(HERE / name, here)
         shutil.copytree(HERE / "assets", here / "assets")
         alone = os.environ | {"OMP_NUM_THREADS": "1"}       # a fork of OpenMP's threads would wait for ever

@@ -380,8 +380,8 @@ def test_a_video_that_cannot_be_written_says_what_ffmpeg_says():
         path.mkdir()
         assert_error(UserError, "Is a directory", attempt, path, 3)
         with files_of_at_most(2000):
-            text = "y.mp4: cannot be written after 9 frames (not all frames can be read back; is"
+            text = "y.mp4: cannot be written after 9 frames (not all frames can be read back; "
             assert_error(UserError, text, attempt, here / "y.mp4", 9)
-            text = "frames (ffmpeg has stopped; is the disk full?)"
+            text = "MB are free there)"
             assert_error(UserError, text, attempt, here / "y.mp4", 9999)
         assert list(here.iterdir()) == [path]
