@@ -48,7 +48,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
-from sample import (Parser, Weights, embed_words, find_device, guidance, hold_signals, inspect,
+from sample import (Parser, embed_words, find_device, guidance, hold_signals, inspect,
                     memory, number, open_vae, reported)     # before torch: sets how threads wait
 
 import torch
@@ -427,8 +427,7 @@ class Run:
 
     def load_vae(self):
         """Load the VAE of the latents."""
-        model = Weights(self.out, self.config, own=True, has_head=True)
-        return open_vae(model, self.path("vae")).to(self.device)
+        return open_vae(self.config, self.out, self.path("vae")).to(self.device)
 
     def autocast(self):
         """Autocast to bfloat16, disabled if dtype is float32. No weight cache: before torch 2.11 it

@@ -41,7 +41,7 @@ from extras.guard import content_digest
 from extras.tracks import decode_text
 from extras.video import open_video, remade
 from motionstream import FRAMES, PRESETS, Config, UserError, write_file
-from sample import (Parser, Tracks, Weights, embed_words, fit_image, fit_tracks, inspect, load_image,
+from sample import (Parser, Tracks, embed_words, fit_image, fit_tracks, inspect, load_image,
                     find_ffmpeg, number, open_vae, read_tracks, reported)
 from train_distill import (LATE, PROCESSES, RANK, TINY, clip_digests, default_device, paper_settings,
                            video_frames, wait_for_all, write_clip)
@@ -269,7 +269,7 @@ def read_motion(job, path, stored, size):
     some.sort()
     square = np.float32(size) / np.float32(stored)
     some_tracks = Tracks(found.tracks[:, some] * square, found.visible[:, some])
-    motion, _ = fit_tracks(some_tracks, size, length, job.config, 0)
+    motion = fit_tracks(some_tracks, size, length, job.config, 0)
     return motion.tracks[0, :length], motion.visible[0, :length]
 
 
@@ -317,8 +317,7 @@ class Encoders:
 
     @functools.cached_property
     def vae(self):
-        model = Weights(self.job.out, self.job.config, own=True, has_head=True)
-        return open_vae(model, self.job.vae).to(self.job.device)
+        return open_vae(self.job.config, self.job.out, self.job.vae).to(self.job.device)
 
     @functools.cached_property
     def text(self):
