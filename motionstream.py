@@ -748,12 +748,13 @@ def chunk_sizes(config, frames=math.inf):
 
 
 def split_conditions(conditions, sizes):
-    """A clip's conditions by chunk: those with a frame axis are sliced. sizes: see chunk_sizes."""
+    """A clip's conditions by chunk: those with a frame axis are sliced, but for a single frame,
+    such as a copying model's image, which every chunk gets. sizes: see chunk_sizes."""
     start = 0
     for size in sizes:
         part = dict(conditions)
         for name, value in conditions.items():
-            if value is not None and value.ndim == 5:
+            if value is not None and value.ndim == 5 and value.shape[2] > 1:
                 part[name] = value[:, :, start:start + size]
         start += size
         yield part
@@ -1006,13 +1007,14 @@ class CopyingMotionStream(MotionStream):
 
     def forward(self, x, sigma, text=None, *, image=None, copies=None, **rest):
         """As in MotionStream, plus copies (B, copy_dim, F, h, w) from copy_along_tracks, None:
-        zeros, nothing is copied. image: the image's latent in every frame, see image_inputs."""
+        zeros, nothing is copied. image (B, C, 1, h, w): the image's latent, see image_inputs."""
         c = self.config
         B, C, frames, h, w = x.shape
         std = channel_std(c, x.device)
         _, variance = linear_part(sigma, std)
         copied = condition_or_zeros("copies", copies, (B, c.copy_dim, frames, h, w), x)
-        still = condition_or_zeros("image", image, (B, C, frames, h, w), x)
+        still = condition_or_zeros("image", image, (B, C, 1, h, w), x)
+        still = still.expand(-1, -1, frames, -1, -1)    # the unmoved image, in every frame
         image = torch.cat([copied, still], 1)
         output = super().forward(x / variance.sqrt(), sigma, text, image=image, **rest)
         output, shares = output.split([C, SHARES], 1)
@@ -1065,8 +1067,8 @@ def image_inputs(config, latents, frames):
     first_latent = None
     if config.has_mask:
         channels = image_and_mask(latents)
-    elif config.copies:                     # the unmoved image, in every frame
-        channels = latents.expand(-1, -1, frames, -1, -1)
+    elif config.copies:
+        channels = latents                  # one frame, which CopyingMotionStream repeats
     elif config.image_dim:
         channels = image_channels(latents, frames)
     if config.clean_first:

@@ -135,7 +135,8 @@ def random_conditions(config, frames, device):
         given["tracks"] = torch.randn(1, config.track_dim, *shape, device=device)
     if config.copies:
         given["copies"] = torch.randn(1, config.copy_dim, *shape, device=device)
-        given["image"] = torch.randn(1, config.out_dim, *shape, device=device)
+        image = (1, config.out_dim, 1, *config.latent_size)
+        given["image"] = torch.randn(image, device=device)
     if config.clip_dim:
         given["clip"] = torch.randn(1, CLIP_ROWS, config.clip_dim, device=device)
     return given
