@@ -269,14 +269,17 @@ class KVCache:
             return
         evicted = self.chunks.pop(self.sink)
         if self.sink and self.decay < 1:
-            self.absorb(evicted)
+            self.absorb(*evicted)
 
-    def absorb(self, evicted):
-        """EMA-Sink: average the evicted (k, v) into the sink's last chunk."""
-        k, v = self.chunks[self.sink - 1]
-        k = k.lerp(evicted[0], 1 - self.decay)
-        v = v.lerp(evicted[1], 1 - self.decay)
-        self.chunks[self.sink - 1] = (k, v)
+    def absorb(self, k, v):
+        """EMA-Sink: average an evicted chunk into the sink's last one."""
+        sink_k, sink_v = self.chunks[self.sink - 1]
+        tokens = k.shape[1]
+        held = sink_k.shape[1]
+        assert tokens == held, f"EMA-Sink averages a chunk of {tokens} tokens into one of {held}"
+        sink_k = sink_k.lerp(k, 1 - self.decay)
+        sink_v = sink_v.lerp(v, 1 - self.decay)
+        self.chunks[self.sink - 1] = (sink_k, sink_v)
 
 
 class RMSNorm(nn.Module):
@@ -558,6 +561,16 @@ def condition_or_zeros(name, value, shape, x):
     return value.to(x.dtype)
 
 
+def check_latents(config, x, sigma):
+    """AssertionError unless the latents x (B, C, F, h, w) and sigma fit the model and each other."""
+    B, C, frames, h, w = x.shape
+    _, p, q = config.patch_size
+    assert C == config.out_dim, f"latents of {C} channels, expected {config.out_dim}"
+    assert h % p == 0 and w % q == 0, f"latents of {h}x{w} do not divide into patches of {p}x{q}"
+    found = tuple(sigma.shape)
+    assert found in ((B,), (B, frames)), f"sigma {found}, expected {(B,)} or {(B, frames)}"
+
+
 class MotionStream(nn.Module):
     """Wan's DiT with a track head. Parameters have the names of Wan's public checkpoints; only
     track_head.* is new."""
@@ -600,6 +613,7 @@ class MotionStream(nn.Module):
         attends to [cache | new]; only write=True changes the caches."""
         c = self.config
         B = len(x)
+        check_latents(c, x, sigma)
         tokens = self.patch_embedding(self.input_channels(x, tracks, image))
         frames, rows, columns = tokens.shape[2:]
         tokens = tokens.flatten(3).permute(0, 2, 3, 1).float()          # (B, F, P, D)
@@ -705,6 +719,9 @@ def guided_velocity(model, x_t, sigma, conditions, guidance, null_text=None):
     if w_text:
         no_text = without(given, "text")
         if null_text is not None and "text" in given:
+            rows = null_text.shape[1]
+            wanted = given["text"].shape[1]
+            assert rows == wanted, f"null_text has {rows} rows, text {wanted}: pad one with zeros"
             no_text["text"][:] = null_text
         variants.append(no_text)
     if w_motion:
@@ -1009,6 +1026,7 @@ class CopyingMotionStream(MotionStream):
         """As in MotionStream, plus copies (B, copy_dim, F, h, w) from copy_along_tracks, None:
         zeros, nothing is copied. image (B, C, 1, h, w): the image's latent, see image_inputs."""
         c = self.config
+        check_latents(c, x, sigma)
         B, C, frames, h, w = x.shape
         std = channel_std(c, x.device)
         _, variance = linear_part(sigma, std)

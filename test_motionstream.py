@@ -526,6 +526,21 @@ def test_an_ema_sink_takes_up_what_leaves_the_window():
     check_ema_sink(sink=1, window=1, decay=1.0)                 # which is the paper's
 
 
+def test_an_ema_sink_refuses_chunks_of_another_size():
+    """They would have no average; nothing else minds them."""
+    cache = KVCache(1, 1, 0.9)
+    for tokens in 6, 18:
+        k = numbered(0, tokens)
+        cache.write(k, -k)
+    text = "EMA-Sink averages a chunk of 18 tokens into one of 6"
+    assert_error(AssertionError, text, cache.write, k, -k)
+    cache = KVCache(1, 1)
+    for tokens in 6, 18, 12:
+        k = numbered(0, tokens)
+        cache.write(k, -k)
+    assert len(cache) == 6 + 12
+
+
 def test_a_models_caches_are_as_its_config_says_or_as_asked_for():
     model = new_model(sink=2, window=3, sink_decay=0.5)
     for cache in model.new_caches():
@@ -738,6 +753,23 @@ def test_tracks_handed_to_the_model_as_points_are_refused_by_the_name_of_what_ma
     assert_error(AssertionError, shapes, model, noise, sigma, image=noise[:, :3])
 
 
+def test_latents_and_sigma_that_do_not_fit_are_refused_in_numbers():
+    one = torch.ones(1)
+    for model in new_model(), new_model(**vars(COPYING)):
+        def refused(text, x, sigma, model=model):
+            assert_error(AssertionError, text, model, x, sigma)
+
+        refused("latents of 5x6 do not divide into patches of 2x2", rand(1, 4, 3, 5, 6), one)
+        refused("latents of 4x5 do not divide into patches of 2x2", rand(1, 4, 3, 4, 5), one)
+        refused("latents of 3 channels, expected 4", rand(1, 3, 3, 4, 6), one)
+        x = rand(2, 4, 3, 4, 6)
+        expected = "expected (2,) or (2, 3)"
+        refused(f"sigma (3,), {expected}", x, torch.ones(3))
+        refused(f"sigma (1,), {expected}", x, one)
+        refused(f"sigma (2, 2), {expected}", x, torch.ones(2, 2))
+        refused(f"sigma (), {expected}", x, torch.tensor(1.0))
+
+
 # --------------------------------------------------------------------------------------------------
 # The teacher: joint guidance, Euler steps.
 
@@ -784,6 +816,20 @@ def test_guided_velocity_is_three_evaluations_without_text_and_without_tracks():
     tracks_alone = {"tracks": given["tracks"]}
     text_alone = {"text": given["text"]}
     assert_guided(new_model(), x, given, tracks_alone, text_alone)
+
+
+def test_a_null_text_of_another_length_is_refused():
+    x, given, _ = clip_of(3)
+    weights = (3.0, 0.0)
+    for rows in 2, 4:
+        null = rand(1, rows, SMALL.text_dim)
+        text = f"null_text has {rows} rows, text 3"
+        call = (guided_velocity, new_model(), x, torch.ones(2), given, weights, null)
+        assert_error(AssertionError, text, *call)
+    null = rand(1, 3, SMALL.text_dim)
+    one = guided_velocity(new_model(), x, torch.ones(2), given, weights, null)
+    two = guided_velocity(new_model(), x, torch.ones(2), given, weights)
+    assert not one.equal(two)
 
 
 def test_guidance_by_one_weight_is_two_evaluations():
