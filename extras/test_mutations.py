@@ -28,7 +28,7 @@ from vae import WanVAE, load_vae
 
 FEW = 40            # changes of a kind of file, with each run of the tests
 MANY = 2000         # with --slow
-SECONDS = 5         # of computing, to read or refuse a small file
+SECONDS = 20        # of computing, to read or refuse a small file
 
 
 # --------------------------------------------------------------------------------------------------
