@@ -63,6 +63,11 @@ def schedule(steps, shift):
     return tuple(shift_sigma(1 - i / steps, shift) for i in range(steps))
 
 
+def same_sigma(sigma, x):
+    """One noise level, a number, for all clips of latents x (B, …): (B,) float64."""
+    return x.new_full((len(x),), sigma, dtype=torch.float64)
+
+
 def with_first(x_t, sigma, first_latent):
     """Replace latent frame 0 with the image's: clean, at sigma 0 (as in Wan 2.2).
 
@@ -90,6 +95,7 @@ def joint_guidance(v_full, v_notext, v_nomotion, w_text, w_motion):
 
 FRAMES = 4          # video frames per latent frame, in every VAE of the Wan family
 CLIP_ROWS = 257     # rows of CLIP's image features: 16 x 16 patches and the class token
+SIGNALS = 6         # channels of confidence beside copied latents, see copy_along_tracks
 
 
 @dataclass(frozen=True)
@@ -146,10 +152,10 @@ class Config:
 
     @property
     def copy_dim(self):
-        """Input channels for copies: latents and six of confidence, see copy_along_tracks."""
+        """Input channels for copies: latents and signals of confidence."""
         if not self.copies:
             return 0
-        return self.out_dim + 6
+        return self.out_dim + SIGNALS
 
     @property
     def image_dim(self):
@@ -173,7 +179,8 @@ PRESETS = {
         first_chunk=1, stride=16, size=(704, 1280), fps=24),     # 121 frames: 1 + 10 x 3 latents
     "tiny": Config(
         dim=192, ffn_dim=576, num_heads=3, num_layers=5,
-        in_dim=96 + 32 + 102 + 96, out_dim=96, track_dim=32, copies=True, track_id_mode="same",
+        in_dim=96 + 32 + (96 + SIGNALS) + 96, out_dim=96, track_dim=32, copies=True,
+        track_id_mode="same",
         text_dim=64, text_len=8, text_encoder="words",
         steps=15, guidance=(0.0, 0.0),      # text at 1.5 costs objects 0.2 dB of PSNR
         size=(128, 128), prompt="steady light, steady shapes"),
@@ -251,7 +258,8 @@ class KVCache:
 
     def read(self, k, v):
         """Keys and values of [cache | new], (B, S, heads, K) each. The cache is not changed."""
-        keys, values = zip(*self.chunks, (k, v))
+        keys = [held[0] for held in self.chunks] + [k]
+        values = [held[1] for held in self.chunks] + [v]
         return torch.cat(keys, 1), torch.cat(values, 1)
 
     def write(self, k, v):
@@ -554,11 +562,10 @@ class MotionStream(nn.Module):
     """Wan's DiT with a track head. Parameters have the names of Wan's public checkpoints; only
     track_head.* is new."""
 
-    recompute = False       # gradient checkpointing of the blocks, see run_block
-
     def __init__(self, config):
         super().__init__()
         self.config = c = config
+        self.recompute = False
         self.patch_embedding = nn.Conv3d(c.in_dim, c.dim, c.patch_size, c.patch_size)
         self.text_embedding = nn.Sequential(
             nn.Linear(c.text_dim, c.dim), nn.GELU("tanh"), nn.Linear(c.dim, c.dim))
@@ -618,9 +625,14 @@ class MotionStream(nn.Module):
             patches = self.head(tokens, time)                   # (B, F, P, patch area * channels)
         return self.unpatchify(patches, rows, columns)          # (B, channels, F, h, w)
 
+    def recompute_blocks(self, on=True):
+        """Turn gradient checkpointing of the blocks on or off: less memory, a third more time.
+        Returns the model."""
+        self.recompute = on
+        return self
+
     def run_block(self, block, inputs, cache, write):
-        """Run one block, with gradient checkpointing if self.recompute: less memory, a third more
-        time."""
+        """Run one block, with gradient checkpointing if recompute_blocks asked for it."""
         if write or not self.recompute:         # passes that write have no backward
             return block(*inputs, cache, write)
         # The backward runs after later writes to the cache, so the block gets a snapshot.
@@ -656,8 +668,17 @@ class MotionStream(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, *, dtype=None, device="cpu", **overrides):
-        """Weights from a file or a folder; see load_pretrained below."""
-        return load_pretrained(cls, path, dtype, device, overrides)
+        """Load a Wan DiT in any public format, in eval mode, without gradients.
+
+        path: see read_weights. The config is that of the file's metadata, else it follows from
+        tensor shapes and config.json; `overrides` replace fields of it, track_dim=… adds an input
+        for tracks. dtype=None keeps the file's; parameters that match FLOAT32 are float32.
+        UserError, one line naming the file, if anything is missing, unknown or contradictory, or
+        memory cannot hold it."""
+        model, _ = open_pretrained(cls, path, overrides)
+        if dtype is None:
+            dtype = model.blocks[0].ffn[0].weight.dtype     # in mixed files: the matrices'
+        return copy_weights(model, path, dtype, device)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -708,8 +729,7 @@ def euler(model, noise, conditions, first_latent=None, null_text=None):
     sigmas = schedule(c.steps, c.shift)
     x = noise
     for sigma, following in zip(sigmas, sigmas[1:] + (0.0,)):
-        sigma_batch = x.new_full((len(x),), sigma, dtype=torch.float64)
-        x, sigma_frames = with_first(x, sigma_batch, first_latent)      # (B, F)
+        x, sigma_frames = with_first(x, same_sigma(sigma, x), first_latent)     # (B, F)
         yield x, sigma
         velocity = guided_velocity(model, x, sigma_frames, conditions, c.guidance, null_text)
         x = x + (following - sigma) * velocity
@@ -765,15 +785,13 @@ def rollout(model, noise, conditions, first_latent=None, exit_step=None, rng=Non
     for x, condition in zip(noise, conditions):
         for step, sigma in enumerate(c.sigmas[:last + 1]):
             with torch.set_grad_enabled(grad and step == last):
-                sigma_batch = x.new_full((len(x),), sigma, dtype=torch.float64)
-                x, sigma_frames = with_first(x, sigma_batch, first_latent)      # (B, F)
+                x, sigma_frames = with_first(x, same_sigma(sigma, x), first_latent)     # (B, F)
                 velocity = model(x, sigma_frames, caches=caches, **condition)
                 x0 = to_x0(x, velocity, sigma_frames)
             if step < last:
                 device = getattr(rng, "device", x.device)   # same noise on any device
                 fresh = torch.randn(x.shape, generator=rng, device=device).to(x)
-                following = x.new_full((len(x),), c.sigmas[step + 1], dtype=torch.float64)
-                x = add_noise(x0, fresh, following)
+                x = add_noise(x0, fresh, same_sigma(c.sigmas[step + 1], x))
         yield x0                                    # so it can be shown before it is cached
         with torch.no_grad():                       # the clean pass is the only one that writes
             clean = torch.zeros_like(sigma_frames)
@@ -901,10 +919,10 @@ def gone_elsewhere(back, tracks, visible, start, height, width):
 
 @torch.no_grad()
 def copy_along_tracks(vae, image, tracks, visible, start):
-    """The `copies` input of a copying model, (B, C + 6, F, h, w): the latents of frame 0 warped
-    along the tracks; two channels of nearness of the track that a square follows; two of confidence
-    that the warped content has gone elsewhere, and two of the same for the unmoved image, see
-    gone_elsewhere.
+    """The `copies` input of a copying model, (B, C + SIGNALS, F, h, w): the latents of frame 0
+    warped along the tracks; two channels of nearness of the track that a square follows; two of
+    confidence that the warped content has gone elsewhere, and two of the same for the unmoved
+    image, see gone_elsewhere.
 
     vae: one without memory between latents (LinearVAE). image (B, 3, H, W) in [-1, 1]: frame 0,
     which is copied unchanged. tracks (B, T, N, 2), visible (B, T, N); start (B, N, 2): positions in
@@ -931,7 +949,7 @@ def copy_along_tracks(vae, image, tracks, visible, start):
         video = torch.cat([video[:, :, :1], video], 2)          # as frame 0, dropped below
         latents = vae.encode(video)[:, :, 1:]
     squares = vae.stride // COPY_CELL
-    signals = F.avg_pool3d(signals, (FRAMES, squares, squares))         # (B, 6, F, h, w)
+    signals = F.avg_pool3d(signals, (FRAMES, squares, squares))     # (B, SIGNALS, F, h, w)
     return torch.cat([latents, signals], 1)
 
 
@@ -1082,11 +1100,9 @@ def reason_of(error):
     """The message of an exception on one line; its class name if there is none."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    if isinstance(error, MemoryError):
-        return "not enough memory"
-    lines = str(error).strip().splitlines()
-    if isinstance(error, KeyError) or not lines:
-        return f"{type(error).__name__} {error}".strip()
+    if isinstance(error, KeyError):
+        return f"there is no {error}"
+    lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:200]
 
 
@@ -1098,14 +1114,13 @@ def naming(what, cure):
         yield
     except UserError as e:
         raise UserError(f"{what}: {e}") from None
-    except Exception as e:      # damaged files raise many kinds
-        reason = reason_of(e)
+    except Exception as e:                          # damaged files raise many kinds
         number = getattr(e, "errno", None)
-        if number == errno.EINVAL or "pickle" in reason:    # damaged zip files; numpy's advice
+        if number == errno.EINVAL:                  # "Invalid argument", of damaged zip files
             raise UserError(f"{what}: {cure}") from None
         if number is not None:
-            raise UserError(f"{what}: {reason}") from None
-        raise UserError(f"{what}: {cure} ({reason})") from None
+            raise UserError(f"{what}: {reason_of(e)}") from None
+        raise UserError(f"{what}: {cure} ({reason_of(e)})") from None
 
 
 def write_file(path, save):
@@ -1114,190 +1129,84 @@ def write_file(path, save):
     from safetensors import SafetensorError
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    room = ""
     try:
+        free = shutil.disk_usage(path.parent).free
+        room = f" ({free / 1e6:.0f} MB were free there)"    # torch does not say that a disk is full
         save(temporary)
         with open(temporary, "r+b") as file:    # Windows syncs only files open for writing
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as e:
-        raise OSError(f"{path}: cannot be written: {reason_of(e)}{space_in(path.parent)}") from e
+        raise OSError(f"{path}: cannot be written: {reason_of(e)}{room}") from e
     finally:
         with contextlib.suppress(OSError):      # the folder may be gone
             temporary.unlink(missing_ok=True)
 
 
-def space_in(folder):
-    """Free space of a folder, for error messages: torch does not say that a disk is full."""
-    try:
-        free = shutil.disk_usage(folder).free
-    except OSError:
-        return ""
-    return f" ({free / 1e6:.0f} MB are free there)"
-
-
 # --------------------------------------------------------------------------------------------------
-# Reading weights: safetensors with Wan's names, in one file or shards with an index. Other public
-# layouts are read by extras/checkpoints.py, which also diagnoses bad files.
+# Weights: safetensors with Wan's names, one file or an index of shards. extras/checkpoints.py reads
+# all other public layouts, says what a wrong file is, and checks the config in a file before
+# anything is built. A copy without it trusts that config.
 
-# The first tensor of a DiT, by Wan's name; vae.py has those of VAEs.
-WAN_DIT = ("blocks.0.self_attn.q.weight",)
+WAN_DIT = ("blocks.0.self_attn.q.weight",)      # the first tensor of a DiT, by Wan's name
+WAN_FILES = ("diffusion_pytorch_model.safetensors.index.json",
+             "diffusion_pytorch_model.safetensors")
+
+# Parameters that are always float32; "head." matches the track head too, whose input is float32.
+FLOAT32 = r"time_embedding|time_projection|modulation|norm3|head\."
 
 
-def read_weights(path, wanted="Wan DiT", marks=WAN_DIT):
-    """Read a file, a folder, or an index of shards: ({Wan's name: tensor}, metadata, path of the
-    file or index). Tensors are memory-mapped.
+def read_weights(path, wanted="Wan DiT", marks=WAN_DIT, names=WAN_FILES):
+    """Read a file, an index of shards, or the first of `names` in a folder: ({Wan's name: tensor},
+    metadata, path of the file or index). Tensors are memory-mapped.
 
     wanted: the expected kind, for messages; marks: tensors of which it has one. UserError, one
     line, if it is something else or damaged."""
-    file = file_in(Path(path))
+    file = Path(path)
+    for name in names:
+        if (file / name).is_file():
+            file = file / name
     problem = f"it has no tensor {marks[-1]}"
     try:
-        tensors, metadata = read_shards(file)
+        shards = [file.name]
+        if file.suffix == ".json":
+            shards = set(json.loads(file.read_bytes())["weight_map"].values())
+        elif "-of-" in file.name:
+            raise ValueError("one of several shards")
+        elif file.is_dir():
+            raise ValueError(f"holds no {names[-1]}")
+        tensors, metadata = read_safetensors([file.with_name(shard) for shard in shards])
         if not tensors.keys().isdisjoint(marks):
             return tensors, metadata, file
     except Exception as e:                      # another layout, or damaged
         problem = reason_of(e)
-    tensors, metadata = checkpoints(file, problem).read(file, wanted, marks)
-    return tensors, metadata, file
+    return checkpoints(file, problem).read(file, wanted, marks)
 
 
-def checkpoints(path, problem):
-    """extras/checkpoints.py, which reads other layouts. UserError if this copy lacks it."""
-    try:
-        from extras import checkpoints
-    except ImportError:
-        raise UserError(f"{path}: {problem}; extras/checkpoints.py, which reads other layouts, "
-                        "is missing") from None
-    return checkpoints
-
-
-def file_in(path):
-    """The weights file in a folder, or its index of shards, named as in Wan's repositories. The
-    path of a file is returned as it is."""
-    if not path.is_dir():
-        return path
-    wans = "diffusion_pytorch_model.safetensors"
-    for pattern in "[!.]*.safetensors.index.json", wans, "[!.]*.safetensors":   # macOS adds ._x
-        files = list(path.glob(pattern))
-        if len(files) == 1:
-            return files[0]
-    return checkpoints(path, "not one weights file of Wan").file_in(path)
-
-
-def read_shards(file):
-    """Read a .safetensors file, or all shards of an index: ({name: tensor}, metadata). Any fault
-    raises some exception."""
-    names = {file.name}
-    if file.suffix == ".json":
-        names = set(json.loads(file.read_bytes())["weight_map"].values())
-    elif "-of-" in file.name:
-        raise ValueError("one of several shards")
+def read_safetensors(paths):
+    """Read .safetensors files: ({name: tensor}, {key: text} of their metadata)."""
+    from safetensors import safe_open
     tensors = {}
     metadata = {}
-    for name in names:
-        found, about = read_safetensors(file.with_name(name))       # ValueError for ../name
-        tensors |= found
-        metadata |= about
+    for path in paths:
+        with safe_open(path, "pt") as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}
+            metadata |= file.metadata() or {}
     return tensors, metadata
 
 
-def read_safetensors(path):
-    """Read a .safetensors file: ({name: tensor}, {key: text} of its metadata)."""
-    from safetensors import safe_open
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-        return tensors, file.metadata() or {}
-
-
-# --------------------------------------------------------------------------------------------------
-# The config of a weights file: untrusted, so checked before anything is built.
-
-# Limits of the fields that do not follow from tensor shapes: type, least, most; for tuples those of
-# each number, then of the length.
-LIMITS = {
-    "num_heads": (int, 1, 1024),
-    "text_len": (int, 1, 2 ** 14),
-    "eps": (float, 0, 1),
-    "latent_std": (float, 1e-6, 1e6, 0, 2 ** 12),
-    "shift": (float, 0.01, 100),
-    "sigmas": (float, 1e-6, 1 + 1e-6, 1, 1000),
-    "steps": (int, 1, 1000),
-    "guidance": (float, 0, 100, 2, 2),
-    "chunk": (int, 1, 999),
-    "first_chunk": (int, 1, 999),
-    "sink": (int, 0, 10 ** 6),
-    "window": (int, 0, 10 ** 6),
-    "sink_decay": (float, 0, 1),
-    "stride": (int, 1, 256),
-    "size": (int, 8, 4096, 2, 2),
-    "fps": (float, 0.1, 1000),
-}
-CHOICES = {
-    "text_encoder": ("umt5", "words"),
-    "track_id_mode": ("random", "same"),
-    "clean_first": (True, False),
-    "causal": (True, False),
-    "copies": (True, False),
-}
-
-
-def in_limits(value, kind, least, most, fewest=None, longest=None):
-    """True if value is a number of that kind in [least, most]; with `fewest`, a tuple of `fewest`
-    to `longest` of them."""
-    if fewest is not None:
-        if type(value) is not tuple or not fewest <= len(value) <= longest:
-            return False
-        return all(in_limits(each, kind, least, most) for each in value)
-    kinds = (int,) if kind is int else (int, float)
-    return type(value) in kinds and least <= value <= most          # no bool, no NaN
-
-
-def check_limits(fields, limits, file):
-    """UserError, naming the file, for the first field outside its limits."""
-    for name, limit in limits.items():
-        value = fields[name]
-        if in_limits(value, *limit):
-            continue
-        kind, least, most, *count = limit
-        expected = f"{kind.__name__} from {least} to {most}"
-        if count:
-            expected = f"{count[0]} to {count[1]} of {expected}"
-        raise UserError(f"{file}: {name} is {repr(value)[:80]} in its config; expected {expected}")
-
-
-def check_config(c, file):
-    """UserError, naming the file, if no model can be built from this Config."""
-    limits = dict(LIMITS)
-    for name in "window", "first_chunk":
-        if getattr(c, name) is None:
-            del limits[name]
-    check_limits(vars(c), limits, file)
-    rules = {}          # field: (valid, expected)
-    for name, choices in CHOICES.items():
-        right = repr(getattr(c, name)) in map(repr, choices)            # 1 is not True
-        rules[name] = (right, f"one of {', '.join(map(str, choices))}")
-    height, width = c.size
-    frames, p, q = c.patch_size
-    cell = (c.stride * p, c.stride * q)         # pixels per token
-    falling = all(a > b for a, b in zip(c.sigmas, c.sigmas[1:]))
-    stds = len(c.latent_std)
-    even = c.sink != 1 or c.first_chunk in (None, c.chunk)      # EMA-Sink averages into the sink's last
-    rules |= {
-        "prompt": (isinstance(c.prompt, str | None), "a text"),
-        "num_heads": (c.dim % (2 * c.num_heads) == 0, f"a divisor of {c.dim // 2}, give num_heads=…"),
-        "patch_size": (frames == 1, "one latent frame in a patch"),
-        "freq_dim": (c.freq_dim % 2 == 0, "an even number"),
-        "in_dim": (c.image_dim >= 0, f"at least {c.in_dim - c.image_dim}"),
-        "copies": (not c.copies or c.image_dim == c.out_dim, "room for the image in in_dim"),
-        "latent_std": (stds == c.out_dim or stds == 0 and not c.copies, f"{c.out_dim} numbers"),
-        "sigmas": (falling, "falling ones"),
-        "sink_decay": (c.sink_decay == 1 or even, "1: the first chunk has another size"),
-        "size": (height % cell[0] == width % cell[1] == 0, f"multiples of {cell}"),
-    }
-    for name, (right, expected) in rules.items():
-        if not right:
-            found = repr(getattr(c, name))[:80]
-            raise UserError(f"{file}: {name} is {found} in its config; expected {expected}")
+def checkpoints(path, problem=None):
+    """extras/checkpoints.py. In a copy without it: None, or UserError if `path` has a problem that
+    only it could solve."""
+    try:
+        from extras import checkpoints
+    except ImportError:
+        if problem is None:
+            return None
+        raise UserError(f"{path}: {problem}; extras/checkpoints.py, which reads other layouts, "
+                        "is missing") from None
+    return checkpoints
 
 
 def as_tuples(value):
@@ -1311,195 +1220,109 @@ def as_tuples(value):
 
 def saved_config(cls, metadata, file):
     """The dataclass stored as JSON in a file's metadata. UserError if unreadable."""
-    try:
-        fields = as_tuples(json.loads(metadata["config"]))
-        return cls(**fields)
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as e:
-        raise UserError(f"{file}: the config in it cannot be read ({reason_of(e)})") from None
+    with naming(file, "the config in it cannot be read"):
+        said = as_tuples(json.loads(metadata["config"]))
+        unknown = said.keys() - cls.__dataclass_fields__.keys()
+        if unknown:
+            raise UserError(f"the config in it has an unknown field, {min(unknown)[:80]}")
+        return cls(**said)
 
 
-def find_config(tensors, metadata, file):
-    """The config from the metadata; without one, that of the public weights with these shapes, plus
-    the config.json beside them. UserError if either contradicts the tensors."""
-    shaped = config_from_shapes(tensors, file)
-    if metadata.get("format") == "motionstream":
-        config = saved_config(Config, metadata, file)
-        source = "its metadata"
-        said = vars(config)
-        if config.copies:
-            shaped.pop("out_dim")       # the head has more outputs
-    else:
-        source = file.with_name("config.json")
-        said = config_beside(source, metadata)
-        config = public_config(tensors, shaped, file)
-    for name, value in shaped.items():
-        found = repr(said.get(name, value))
-        if found != repr(value):
-            raise UserError(f"{file}: {name} is {value} by its tensors, but {found[:80]} in {source}")
-    config = replace(config, **said)
-    check_config(config, file)
-    return config
-
-
-def config_from_shapes(tensors, file):
-    """The fields of Config that follow from the tensors' shapes, as a dict. UserError if this is
-    not a complete DiT."""
-    ranks = {"patch_embedding.weight": 5, "head.head.weight": 2, "blocks.0.ffn.0.weight": 2,
-             "text_embedding.0.weight": 2, "time_embedding.0.weight": 2}
-    for name, rank in ranks.items():
-        shape = "missing"
-        if name in tensors:
-            shape = tuple(tensors[name].shape)
-        if shape == "missing" or len(shape) != rank or 0 in shape:
-            raise UserError(f"{file}: expected a complete Wan DiT checkpoint; {name} is {shape}")
-    patch, head, ffn, text, time = [tensors[name].shape for name in ranks]
-    found = [re.match(r"blocks\.(\d{1,6})\.", name) for name in tensors]
-    blocks = {block[1] for block in found if block}         # gaps are found by check_tensors
-    fields = {"dim": patch[0], "in_dim": patch[1], "patch_size": tuple(patch[2:]), "ffn_dim": ffn[0],
-              "out_dim": head[0] // patch[2:].numel(), "num_layers": len(blocks),
-              "text_dim": text[1], "freq_dim": time[1], "clip_dim": 0}
-    if "img_emb.proj.1.weight" in tensors:
-        fields["clip_dim"] = tensors["img_emb.proj.1.weight"].shape[-1:].numel()
-    if "track_head.conv.weight" in tensors:
-        fields["track_dim"] = tensors["track_head.conv.weight"].shape[:1].numel()
-    return fields
-
-
-def public_config(tensors, shaped, file):
-    """The config of weights without metadata: Wan 2.2 5B or the Wan 2.1 family, by the number of
-    latent channels; 128 channels per head; clean_first for 5B and if no other input takes the
-    image."""
-    like = PRESETS["wan2.1-1.3b"]
-    if shaped["out_dim"] == PRESETS["wan2.2-5b"].out_dim:
-        like = PRESETS["wan2.2-5b"]                         # for the VAE's stride, size and fps
-    config = replace(like, num_heads=shaped["dim"] // 128, **shaped)
-    if config.track_dim == 0 and config.image_dim not in (0, MASK + config.out_dim):
-        extras = checkpoints(file, f"{config.in_dim} input channels, of which some may be a control's")
-        config = extras.control_as_tracks(tensors, config, file)
+def public_config(tensors, file):
+    """The config of public weights, which hold none, by the shapes of their tensors: Wan 2.2 5B or
+    the Wan 2.1 family, by the number of latent channels; 128 channels per head; clean_first for 5B
+    and if no other input takes the image. UserError if this is no complete DiT."""
+    with naming(file, "expected a complete Wan DiT checkpoint"):
+        weight = tensors["patch_embedding.weight"]
+        assert weight.ndim == 5, f"patch_embedding.weight is {tuple(weight.shape)}"
+        dim, in_dim, *patch_size = weight.shape
+        out_dim = len(tensors["head.head.weight"]) // math.prod(patch_size)
+        blocks = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
+        like = PRESETS["wan2.1-1.3b"]
+        if out_dim == PRESETS["wan2.2-5b"].out_dim:
+            like = PRESETS["wan2.2-5b"]                 # for the VAE's stride, size and fps
+        config = replace(
+            like,
+            dim=dim,
+            ffn_dim=len(tensors["blocks.0.ffn.0.weight"]),
+            num_heads=dim // 128,
+            num_layers=len(blocks),
+            in_dim=in_dim,
+            out_dim=out_dim,
+            track_dim=len(tensors.get("track_head.conv.weight", ())),
+            text_dim=tensors["text_embedding.0.weight"].numel() // dim,     # (D, text_dim)
+            clip_dim=len(tensors.get("img_emb.proj.0.weight", ())),
+            freq_dim=tensors["time_embedding.0.weight"].numel() // dim,     # (D, freq_dim)
+            patch_size=tuple(patch_size))
     return replace(config, clean_first=like is PRESETS["wan2.2-5b"] or config.image_dim == 0)
 
 
-def config_beside(file, metadata):
-    """Fields of Config from the config.json beside public weights, by extras/checkpoints.py. If
-    this copy lacks that, a config.json of Wan's own class adds nothing and is skipped."""
-    if not file.is_file() and "motionstream.student" not in metadata:
-        return {}
-    try:
-        extras = checkpoints(file, "not of Wan's own WanModel")
-    except UserError:
-        if b'"WanModel"' in file.read_bytes():
-            return {}
-        raise
-    return extras.config_beside(file, metadata)
+def open_pretrained(cls, path, overrides):
+    """The part of from_pretrained that allocates no memory: (the model, its weights still mapped;
+    the file's metadata)."""
+    tensors, metadata, file = read_weights(path)
+    problem = None
+    if metadata.get("format") == "motionstream":
+        config = saved_config(Config, metadata, file)
+    else:
+        config = public_config(tensors, file)
+        beside = file.with_name("config.json")
+        if beside.is_file() and b'"WanModel"' not in beside.read_bytes():
+            problem = "its config.json is not of Wan's own WanModel"
+    extras = checkpoints(file, problem)
+    if extras is None:
+        config = replace(config, **overrides)
+    else:
+        config = extras.checked_config(config, overrides, tensors, metadata, file)
+    make = new_model if cls is MotionStream else cls
+    return build(make, config, tensors, file), metadata
 
 
-# --------------------------------------------------------------------------------------------------
-# From a weights file to a model.
-
-def check_tensors(model, tensors, path):
-    """UserError with the differences unless the tensors match the model's by name and shape and are
-    floats."""
+def build(make, config, tensors, file):
+    """make(config), a model, with a file's tensors as its weights, which stay mapped. UserError,
+    naming the file, unless these are floats and have the names and shapes of the model's."""
+    with naming(file, "no model can be built from its config"), torch.device("meta"):
+        model = make(config)
     for name, tensor in tensors.items():
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise UserError(f"{path}: {name} is {tensor.dtype}; int8, fp8 and fp8 scaled weights are "
+            raise UserError(f"{file}: {name} is {tensor.dtype}; int8, fp8 and fp8 scaled weights are "
                             "not supported, take this model's file in bfloat16 or float16")
-    expected = model.state_dict()
-    common = expected.keys() & tensors.keys()
-    faults = {"missing": expected.keys() - common,
-              "unknown": tensors.keys() - common,
-              "of another shape": {name for name in common
-                                   if tensors[name].shape != expected[name].shape}}
-    found = []
-    for fault, names in faults.items():
-        if names:
-            found.append(f"{len(names)} tensors are {fault}: {', '.join(sorted(names)[:5])}")
-    if found:
-        raise UserError(f"{path}: not a complete {type(model).__name__}; {'; '.join(found)}")
+    try:
+        model.load_state_dict(tensors, assign=True)
+    except RuntimeError as e:                   # torch's message, one line per kind of difference
+        faults = [line.strip()[:200] for line in str(e).splitlines()[1:]]
+        raise UserError(f"{file}: not a complete {type(model).__name__}; "
+                        f"{' '.join(faults)[:400]}") from None
+    return model
+
+
+def copy_weights(model, path, dtype, device="cpu"):
+    """Copy the mapped weights of a model into memory: in dtype, those that match FLOAT32 in
+    float32; in eval mode, without gradients. One by one: memory never holds two full copies, and
+    the file may change or go later. UserError, naming the file, for NaN or lack of memory."""
+    model.eval().requires_grad_(False)
+    weights = model.state_dict(keep_vars=True)
+    dtypes = {}
+    needed = 0
+    for name, weight in weights.items():
+        dtypes[name] = torch.float32 if re.search(FLOAT32, name) else dtype
+        needed += weight.numel() * dtypes[name].itemsize
+    check_memory(needed, path, device)
+    for name, weight in weights.items():
+        with naming(path, f"{name} cannot be copied to {device}"):
+            extremes = torch.stack(weight.aminmax())    # 20 times as fast as weight.isfinite()
+            if not extremes.isfinite().all():
+                raise UserError(f"{name} holds NaN or infinity")
+            weight.data = weight.to(device, dtypes[name], copy=True)
+    return model
 
 
 def check_memory(needed, path, device="cpu"):
-    """UserError, naming the file, if `needed` bytes exceed the free memory of a device."""
-    free = free_memory(torch.device(device))
-    if free is not None and needed > free:
-        raise UserError(f"{path}: needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free "
-                        f"on {device}; take a smaller model, or a dtype of 16 bits")
-
-
-def free_memory(device):
-    """Free bytes of a device, None if unknown. On Linux a container's limit counts."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    told = Path("/proc/meminfo")                                # Linux only
-    if device.type != "cpu" or not told.exists():
-        return None
-    free = 1024 * int(re.search(r"MemAvailable: *(\d+)", told.read_text())[1])
-    with contextlib.suppress(OSError, ValueError, TypeError):   # no such file; "max": no limit
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        used = int(re.search(r"^anon (\d+)", (group / "memory.stat").read_text())[1])
-        free = min(free, limit - used)
-    return free
-
-
-def fill(model, tensors, path, dtype_of, device="cpu"):
-    """Load tensors that passed check_tensors into a model on the meta device: in dtype_of(name),
-    eval mode, no gradients. They are copied one by one: the file may change or go later, and memory
-    never holds two full copies. UserError, naming the file, for NaN or lack of memory."""
-    needed = 0
-    for name, tensor in tensors.items():
-        needed += tensor.numel() * dtype_of(name).itemsize
-    check_memory(needed, path, device)
-    for name, tensor in tensors.items():
-        extremes = torch.stack(tensor.aminmax())        # 20 times as fast as tensor.isfinite()
-        if not extremes.isfinite().all():
-            raise UserError(f"{path}: {name} holds NaN or infinity")
-        try:
-            tensors[name] = tensor.detach().to(device, dtype_of(name), copy=True)
-        except (MemoryError, RuntimeError) as e:
-            raise UserError(f"{path}: {name} cannot be copied to {device} "
-                            f"({reason_of(e)})") from None
-    model.load_state_dict(tensors, assign=True)
-    return model.eval().requires_grad_(False)
-
-
-# Parameters that are always float32; "head." matches the track head too, whose input is float32.
-FLOAT32 = r"time_embedding|time_projection|modulation|norm3|head\."
-
-
-def open_pretrained(cls, path, overrides):
-    """The part of load_pretrained that allocates no memory: (model on the meta device, its tensors,
-    the file's metadata)."""
-    tensors, metadata, file = read_weights(path)
-    config = find_config(tensors, metadata, file)
-    slot = overrides.get("track_dim", config.track_dim)
-    if slot != config.track_dim:
-        extras = checkpoints(file, f"has {config.track_dim} channels for tracks")
-        config = extras.add_track_slot(tensors, config, slot, file)
-    config = replace(config, **overrides)
-    check_config(config, file)
-    with torch.device("meta"):
-        model = new_model(config) if cls is MotionStream else cls(config)
-    check_tensors(model, tensors, path)
-    return model, tensors, metadata
-
-
-def load_pretrained(cls, path, dtype, device, overrides):
-    """Load a Wan DiT in any public format, in eval mode, without gradients.
-
-    path: see read_weights. The config is that of the file's metadata, else it follows from tensor
-    shapes and config.json; `overrides` replace fields of it, track_dim=… adds an input for tracks.
-    dtype=None keeps the file's; parameters that match FLOAT32 are float32. UserError, one line
-    naming the file, if anything is missing, unknown or contradictory, or memory cannot hold it."""
-    model, tensors, _ = open_pretrained(cls, path, overrides)
-    if dtype is None:
-        dtype = tensors["blocks.0.ffn.0.weight"].dtype      # in mixed files: the matrices'
-
-    def dtype_of(name):
-        if re.search(FLOAT32, name):
-            return torch.float32
-        return dtype
-
-    return fill(model, tensors, path, dtype_of, device)
+    """UserError, naming the file, if `needed` bytes exceed the free memory of a device. A copy
+    without extras/ does not know that."""
+    extras = checkpoints(path)
+    if extras is not None:
+        extras.check_memory(needed, path, device)
 
 
 def save_pretrained(model, path, dtype=None, **extra):

@@ -850,10 +850,10 @@ class Weights:
 
 def inspect(path):
     """The Weights at a path, with everything checked but the values of the tensors. Raises UserError."""
-    model, tensors, metadata = open_pretrained(MotionStream, path, {})
-    head = tensors.get("track_head.conv.weight")
+    model, metadata = open_pretrained(MotionStream, path, {})
+    head = model.state_dict().get("track_head.conv.weight")
     own = metadata.get("format") == "motionstream"
-    count = sum(tensor.numel() for tensor in tensors.values())
+    count = sum(parameter.numel() for parameter in model.parameters())
     return Weights(path, model.config, own, head is not None and bool(head.any()), count)
 
 
@@ -969,7 +969,7 @@ def find_vae(weights, path=None):
     if path is None:
         names = " or ".join(VAE_FILES[:3])
         raise UserError(f"{weights.path}: give --vae PATH; there is no {names} in its folder")
-    vae, _, _ = open_weights(path)
+    vae, _ = open_weights(path)
     channels = vae.config.latent_channels
     if (channels, vae.stride) != (c.out_dim, c.stride):
         raise UserError(f"{path}: latents have {channels} channels and stride {vae.stride}, those of "

@@ -1583,7 +1583,7 @@ def train_teacher(run):
     files = files[len(files) // 20:]                # if fewer than 20, also train on that one
     vae = run.load_vae()
     model = starting_teacher(run, vae)
-    model.recompute = run.checkpointing
+    model.recompute_blocks(run.checkpointing)
     learner = Learner("teacher", model, s.teacher, s.teacher_updates, s.teacher_accumulate,
                       s.shard_gradients)
     watch = find_watch()
@@ -1747,8 +1747,7 @@ def to_be_trained(run, model):
     set checkpointing. Returns it."""
     model.requires_grad_(True)
     model.track_head.requires_grad_(False)
-    model.recompute = run.checkpointing
-    return model
+    return model.recompute_blocks(run.checkpointing)
 
 
 def train_causal(run):

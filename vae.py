@@ -13,7 +13,6 @@ import json
 import math
 from collections import OrderedDict
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -94,11 +93,6 @@ class LinearVAE(nn.Module):
         size = self.decoder.weight.detach().flatten(1).norm(dim=1)
         return size / size.square().mean().sqrt()
 
-    @classmethod
-    def from_pretrained(cls, path):
-        """As `load_vae`; UserError if it is not a linear VAE."""
-        return load_vae(path, cls)
-
     def metadata(self):
         """Metadata for a safetensors file: {"format": …, "config": JSON}."""
         return {"format": "linear-vae", "config": json.dumps(asdict(self.config))}
@@ -127,15 +121,6 @@ def channels_to_frames(x, count):
     return x.flatten(1, 2).permute(0, 4, 1, 2, 3)
 
 
-def enlarging(weight, space):
-    """Fuse nearest-neighbour upsampling by `space` with a 3x3 convolution: its weight (out, C, 3, 3) to that of an
-    equivalent transposed convolution of stride `space`, (out, C, space + 2, space + 2). A repeated pixel meets the sum
-    of the weights."""
-    weight = weight.flip(2, 3).contiguous(memory_format=torch.channels_last)
-    weight = F.pad(weight, [space - 1] * 4)
-    return F.avg_pool2d(weight, space, stride=1, divisor_override=1)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # TAEHV: a tiny VAE of 2-D convolutions.
 
@@ -151,10 +136,6 @@ class TinyVAEConfig:
     encoder: tuple = ((64, 3, 2, 2), (64, 3, 2, 2), (64, 3, 1, 2))
     decoder: tuple = ((256, 3, 1, 2), (128, 3, 2, 2), (64, 3, 2, 2))
     tail: int = 64        # width of the decoder's last hidden layer
-
-
-TINY = TinyVAEConfig(patch=4, pad="front", stem=64, encoder=((128, 2, 4, 2),),
-                     decoder=((128, 3, 4, 2), (56, 1, 1, 1)), tail=56)
 
 
 def conv(inputs, outputs, stride=1, bias=True):
@@ -195,9 +176,12 @@ class Repack(nn.Module):
 
 def grow_frames(x, space, repack, conv):
     """nn.Upsample(scale_factor=space), then `repack`, then a 3x3 convolution `conv`, of x (B, C, T, h, w). Without bias
-    or nonlinearity in between they fuse into one transposed convolution, 3 times as fast."""
+    or nonlinearity in between they fuse into one transposed convolution, 3 times as fast: a repeated pixel meets the
+    sum of the weights that fall on it."""
+    weight = F.pad(conv.weight.flip(2, 3), [space - 1] * 4)
+    weight = F.avg_pool2d(weight, space, stride=1, divisor_override=1)          # (out, mid, space + 2, space + 2)
     unpack = repack.conv.weight.unflatten(0, (repack.grow, -1)).flatten(2)      # (grow, mid, C)
-    weight = torch.einsum("omyx,gmc->cgoyx", enlarging(conv.weight, space), unpack).flatten(1, 2)
+    weight = torch.einsum("omyx,gmc->cgoyx", weight, unpack).flatten(1, 2)
     y = each_frame(lambda frames: F.conv_transpose2d(frames, weight, None, space, 1), x)
     return channels_to_frames(y, repack.grow)                                   # (B, out, grow T, H, W)
 
@@ -256,9 +240,9 @@ def run_layers(layers, x, state, still):
 
 
 class TinyVAE(nn.Module):
-    """Encoder and decoder; a latent covers 8x8 pixels by 4 frames with `TINY` and taew2_1, 16x16 by 4 with taew2_2."""
+    """Encoder and decoder; a latent covers 8x8 pixels by 4 frames with taew2_1, 16x16 by 4 with taew2_2."""
 
-    def __init__(self, config=TINY):
+    def __init__(self, config=TinyVAEConfig()):
         super().__init__()
         self.config = config
         self.encoder = build_encoder(config)
@@ -295,15 +279,14 @@ class TinyVAE(nn.Module):
         return video, new_state
 
     def decode(self, latents, state=None):
-        """Latents (B, C, F, h, w) to (video (B, 3, T, H, W) in [-1, 1], state for the next piece). state=None starts a
-        clip: T = 4F - 3. Otherwise T = 4F. The state passed in is not modified."""
+        """As in LinearVAE, but the state is what the next piece needs; the one passed in is not modified."""
         video, state = self.decode_unclamped(latents, state)
         return video.clamp(-1, 1), state
 
     @classmethod
     def from_pretrained(cls, path):
-        """As `load_vae`; UserError unless it is this class or `LinearVAE`, the tiny model's."""
-        return load_vae(path, (cls, LinearVAE))
+        """As `load_vae`; UserError if it is another VAE, the tiny model's too."""
+        return load_vae(path, cls)
 
     def metadata(self):
         """Metadata for a safetensors file: {"format": …, "config": JSON}."""
@@ -397,15 +380,6 @@ class PerFrame(nn.Sequential):
 
     def forward(self, x):
         return each_frame(super().forward, x)
-
-
-class Enlarge(nn.Sequential):
-    """Upsample each frame by 2, nearest neighbour (layer 0), fused with its convolution (layer 1)."""
-
-    def forward(self, x):
-        conv = self[1]
-        weight = enlarging(conv.weight, 2).transpose(0, 1)
-        return each_frame(lambda frames: F.conv_transpose2d(frames, weight, conv.bias, 2, 1), x)
 
 
 class ChannelNorm(nn.Module):
@@ -511,7 +485,7 @@ def upsample(width, outputs, time):
     layers = OrderedDict()
     if time == 2:
         layers["time_conv"] = TimeConv(width, 1)
-    layers["resample"] = Enlarge(nn.Upsample(scale_factor=2), nn.Conv2d(width, outputs, 3, padding=1))
+    layers["resample"] = PerFrame(nn.Upsample(scale_factor=2), nn.Conv2d(width, outputs, 3, padding=1))
     return Causal(layers)
 
 
@@ -630,7 +604,7 @@ class WanVAE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path):
-        """As `load_vae`; UserError if it is not Wan's VAE."""
+        """As `load_vae`; UserError if it is another VAE."""
         return load_vae(path, cls)
 
 
@@ -645,127 +619,51 @@ VAE_FILES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth", "vae/diffusion_pytorch_model.sa
 # One tensor that identifies each class: the first layer of WanVAE, TinyVAE and LinearVAE.
 VAE_MARKS = ("encoder.conv1.weight", "encoder.0.weight", "encoder.weight")
 
-# By the format named in a file's metadata.
-OWN_CONFIGS = {"tiny-vae": TinyVAEConfig, "linear-vae": LinearVAEConfig}
-CLASSES = {TinyVAEConfig: TinyVAE, LinearVAEConfig: LinearVAE, WanVAEConfig: WanVAE}
-
-# Limits of the fields of untrusted configs, as LIMITS in motionstream.py.
-WIDTH = (int, 1, 2 ** 14)
-VAE_LIMITS = {
-    LinearVAEConfig: {"latent_channels": WIDTH, "stride": (int, 1, 64), "overlap": (int, 0, 64)},
-    TinyVAEConfig: {"latent_channels": WIDTH, "patch": (int, 1, 16), "stem": WIDTH, "tail": WIDTH},
-    WanVAEConfig: {"latent_channels": WIDTH, "encoder": WIDTH, "decoder": WIDTH},
-}
-STAGE = {"width": WIDTH, "blocks": (int, 0, 32), "time": (int, 1, 4), "space": (int, 1, 4)}
+# By the format named in a file's metadata; public files name none.
+CONFIGS = {"linear-vae": LinearVAEConfig, "tiny-vae": TinyVAEConfig}
+CLASSES = {LinearVAEConfig: LinearVAE, TinyVAEConfig: TinyVAE, WanVAEConfig: WanVAE}
 
 
-def load_vae(path, kind=None):
+def load_vae(path, cls=None):
     """Load a VAE from a .safetensors or .pth file, or from a folder as Wan and diffusers publish it: `TinyVAE`,
     `LinearVAE` or `WanVAE`, in float32 and eval mode. Class and widths come from the metadata, else from the tensors.
-    UserError, one line naming the file, if it does not fit or is not of `kind`, a class or a tuple of classes."""
-    from motionstream import UserError, fill
-    vae, tensors, path = open_weights(path)
-    if kind and not isinstance(vae, kind):
-        wanted = kind if isinstance(kind, type) else kind[0]
+    UserError, one line naming the file, if it does not fit or is not of the class `cls`."""
+    from motionstream import UserError, copy_weights
+    vae, file = open_weights(path)
+    if cls and not isinstance(vae, cls):
         found = type(vae).__name__
-        raise UserError(f"{path}: a {found}, not a {wanted.__name__}; load_vae opens both")
-    return fill(vae, tensors, path, lambda name: torch.float32)
+        raise UserError(f"{file}: a {found}, not a {cls.__name__}; load_vae opens both")
+    return copy_weights(vae, file, torch.float32)
 
 
 def open_weights(path):
-    """(The VAE on the meta device, its tensors, its file) for a file or folder. UserError as above."""
-    from motionstream import check_tensors, read_weights, saved_config
-    path = Path(path)
-    if path.is_dir():
-        path = vae_in(path)
-    tensors, metadata, _ = read_weights(path, "VAE (Wan or TAEHV)", VAE_MARKS)
-    config_class = OWN_CONFIGS.get(metadata.get("format"))
-    if config_class:
-        config = saved_config(config_class, metadata, path)
+    """(The VAE, its weights still mapped, and its file) for a file or folder. UserError as above."""
+    from motionstream import build, checkpoints, read_weights, saved_config
+    tensors, metadata, file = read_weights(path, "VAE (Wan or TAEHV)", VAE_MARKS, VAE_FILES)
+    cls = CONFIGS.get(metadata.get("format"))
+    if cls:
+        config = saved_config(cls, metadata, file)
     else:
-        config = config_from_shapes(tensors, path)
-    check_vae_config(config, path)
-    with torch.device("meta"):
-        vae = CLASSES[type(config)](config)
-    check_tensors(vae, tensors, path)
-    return vae, tensors, path
+        config = public_config(tensors, file)
+    extras = checkpoints(file)
+    if extras is not None:              # a copy without extras/ trusts the file's config
+        extras.check_vae_config(config, file)
+    return build(CLASSES[type(config)], config, tensors, file), file
 
 
-def vae_in(folder):
-    """The first of VAE_FILES in a folder."""
-    for name in VAE_FILES:
-        if (folder / name).is_file():
-            return folder / name
-    return folder / VAE_FILES[0]
-
-
-def check_vae_config(config, path):
-    """UserError, naming the file, if no VAE can be built from the config."""
-    from motionstream import UserError, check_limits
-    check_limits(vars(config), VAE_LIMITS[type(config)], path)
-    if isinstance(config, LinearVAEConfig) and config.overlap > config.stride:
-        raise UserError(f"{path}: overlap is {config.overlap} in its config; expected at most "
-                        f"the stride, {config.stride}")
-    if not isinstance(config, TinyVAEConfig):
-        return
-    if config.pad not in ("end", "front"):
-        raise UserError(f"{path}: pad is {repr(config.pad)[:80]} in its config; "
-                        "expected end or front")
-    for side in config.encoder, config.decoder:
-        check_stages(side, path)
-    if strides(config.encoder) != strides(config.decoder) or strides(config.encoder)[0] != FRAMES:
-        raise UserError(f"{path}: the stages in its config do not lead to {FRAMES} frames in a "
-                        "latent and back to the same size")
-
-
-def check_stages(stages, path):
-    """UserError, naming the file, unless these are valid stages for one side of a TinyVAE."""
-    from motionstream import UserError, check_limits
-    if not isinstance(stages, tuple) or not 1 <= len(stages) <= 8:
-        raise UserError(f"{path}: the stages in its config are {repr(stages)[:80]}; "
-                        "expected 1 to 8 of them")
-    for stage in stages:
-        if not isinstance(stage, tuple) or len(stage) != len(STAGE):
-            raise UserError(f"{path}: a stage in its config is {repr(stage)[:80]}; "
-                            f"expected {', '.join(STAGE)}")
-        check_limits(dict(zip(STAGE, stage)), STAGE, path)
-
-
-def strides(stages):
-    """Total strides of a TinyVAE's stages: (time, space)."""
-    return math.prod(stage[2] for stage in stages), math.prod(stage[3] for stage in stages)
-
-
-def config_from_shapes(tensors, path):
-    """Config of a public file, from the shapes of its tensors. UserError if it is not a VAE of Wan or TAEHV."""
-    from motionstream import UserError
-    shapes = {name.removesuffix(".weight"): tensor.shape for name, tensor in tensors.items()}
-    try:
-        if "encoder.17" in shapes:
-            return taehv_config(shapes)
-        channels = shapes["conv2"][0]
-        if channels not in STATISTICS:
-            raise UserError(f"{path}: its latents have {channels} channels; "
-                            "a VAE of Wan has 16 or 48")
-        return WanVAEConfig(channels, shapes["encoder.conv1"][0], shapes["decoder.head.2"][1],
-                            residual="encoder.downsamples.0.downsamples.0.residual.2" in shapes)
-    except KeyError as e:
-        raise UserError(f"{path}: expected a complete VAE (Wan or TAEHV); "
-                        f"there is no {e.args[0]}.weight") from None
-    except IndexError:
-        raise UserError(f"{path}: expected a complete VAE (Wan or TAEHV); "
-                        "its tensors have too few axes") from None
-
-
-def taehv_config(shapes):
-    """Config of a public TAEHV file for Wan, from the shapes of its layers."""
-    encoder = []
-    for layer, time in (3, 2), (8, 2), (13, 1):     # index of the strided convolution; time stride
-        encoder.append((shapes[f"encoder.{layer}"][0], 3, time, 2))
-    decoder = []
-    for layer, time in (7, 1), (13, 2), (19, 2):    # index of the Repack; time stride
-        decoder.append((shapes[f"decoder.{layer}.conv"][1], 3, time, 2))
-    return TinyVAEConfig(
-        latent_channels=shapes["encoder.17"][0], patch=math.isqrt(shapes["encoder.0"][1] // 3),
-        pad="end", stem=shapes["encoder.0"][0], encoder=tuple(encoder), decoder=tuple(decoder),
-        tail=shapes["decoder.22"][1])
+def public_config(tensors, file):
+    """Config of a public file, which holds none: Wan's by the shapes of its tensors, TAEHV's by extras/checkpoints.py.
+    UserError if it is neither."""
+    from motionstream import UserError, checkpoints, naming
+    if "encoder.17.weight" in tensors:
+        return checkpoints(file, "is a public TAEHV").taehv_config(tensors, file)
+    if "encoder.conv1.weight" not in tensors:
+        first = next(iter(tensors))[:80]
+        raise UserError(f"{file}: holds no config, and its first tensor, {first}, is in no VAE of Wan or TAEHV")
+    with naming(file, "expected a complete VAE of Wan"):
+        channels = len(tensors["conv2.weight"])
+        assert channels in STATISTICS, f"its latents have {channels} channels, not 16 or 48"
+        return WanVAEConfig(channels,
+                            encoder=len(tensors["encoder.conv1.weight"]),
+                            decoder=tensors["decoder.head.2.weight"].shape[1],
+                            residual="encoder.downsamples.0.downsamples.0.residual.2.weight" in tensors)

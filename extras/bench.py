@@ -204,7 +204,7 @@ def training_parts(job):
     teacher = random_model(config, job.device, job.dtype)
     for model in generator, critic:
         model.requires_grad_(True)
-        model.recompute = True
+        model.recompute_blocks()
     noise = random_latents(config, CLIP_LATENTS, job.device)
     conditions = random_conditions(config, CLIP_LATENTS, job.device)
     last = len(config.sigmas) - 1

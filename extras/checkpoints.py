@@ -1,6 +1,6 @@
 """Weights in every other public layout, as tensors with Wan's names; else, what the file is.
 
-    read(path, wanted, marks) -> (tensors, metadata)
+    read(path, wanted, marks) -> (tensors, metadata, file)
         a .pt of Wan, Self-Forcing or CausVid; Diffusers' names of DiT and VAE; names that other
         programs have put a prefix before; folders of repositories
     what_it_is(names, wanted), explain(path, start, error)
@@ -8,12 +8,17 @@
     advice(config, sampler)
         how public weights, whose files do not say it, are sampled
 
-    config_beside(path, metadata), control_as_tracks(…), add_track_slot(…)
-        what config.json beside public weights says, and how they take tracks
+    checked_config(…), check_vae_config(config, path), check_memory(needed, path)
+        what config.json beside public weights says, how they take tracks; and whether what a file
+        says of itself can be, and fits into memory: nothing is built or allocated before
+    taehv_config(tensors, path)
+        the config of TAEHV's public files
 
-motionstream.py reads safetensors with Wan's names by itself, and asks this module about all else.
+motionstream.py and vae.py read safetensors with Wan's names by themselves, and ask this module
+about all else. Without it they trust what a file says of itself.
 """
 
+import contextlib
 import json
 import math
 import re
@@ -24,8 +29,9 @@ from pathlib import Path
 
 import torch
 
-from motionstream import (LIMITS, MASK, PRESETS, WAN_DIT, TrackHead, UserError, as_tuples, check_limits,
-                          check_memory, read_safetensors, reason_of, schedule)
+from motionstream import (FRAMES, MASK, PRESETS, WAN_DIT, TrackHead, UserError, as_tuples, public_config,
+                          read_safetensors, reason_of, schedule)
+from vae import LinearVAEConfig, TinyVAEConfig, WanVAEConfig
 
 # What training code puts into names, anywhere in them.
 WRAPPERS = r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\."
@@ -106,6 +112,47 @@ CONFIG_JSON = {
 WAN_WORDS = ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "text_dim", "text_len",
              "clip_dim", "freq_dim", "patch_size", "eps")
 
+# The fields of Config that follow from the shapes of tensors.
+SHAPED = ("dim", "ffn_dim", "num_layers", "in_dim", "out_dim", "track_dim", "text_dim", "clip_dim",
+          "freq_dim", "patch_size")
+
+# Limits of the others: type, least, most; for tuples those of each number, then of the length.
+LIMITS = {
+    "num_heads": (int, 1, 1024),
+    "text_len": (int, 1, 2 ** 14),
+    "eps": (float, 0, 1),
+    "latent_std": (float, 1e-6, 1e6, 0, 2 ** 12),
+    "shift": (float, 0.01, 100),
+    "sigmas": (float, 1e-6, 1 + 1e-6, 1, 1000),
+    "steps": (int, 1, 1000),
+    "guidance": (float, 0, 100, 2, 2),
+    "chunk": (int, 1, 999),
+    "first_chunk": (int, 1, 999),
+    "sink": (int, 0, 10 ** 6),
+    "window": (int, 0, 10 ** 6),
+    "sink_decay": (float, 0, 1),
+    "stride": (int, 1, 256),
+    "size": (int, 8, 4096, 2, 2),
+    "fps": (float, 0.1, 1000),
+}
+MAY_BE_NONE = ("first_chunk", "window")
+CHOICES = {
+    "text_encoder": ("umt5", "words"),
+    "track_id_mode": ("random", "same"),
+    "clean_first": (True, False),
+    "causal": (True, False),
+    "copies": (True, False),
+}
+
+# The same of the configs of VAEs, and of a stage of TinyVAE's.
+WIDTH = (int, 1, 2 ** 14)
+VAE_LIMITS = {
+    LinearVAEConfig: {"latent_channels": WIDTH, "stride": (int, 1, 64), "overlap": (int, 0, 64)},
+    TinyVAEConfig: {"latent_channels": WIDTH, "patch": (int, 1, 16), "stem": WIDTH, "tail": WIDTH},
+    WanVAEConfig: {"latent_channels": WIDTH, "encoder": WIDTH, "decoder": WIDTH},
+}
+STAGE = {"width": WIDTH, "blocks": (int, 0, 32), "time": (int, 1, 4), "space": (int, 1, 4)}
+
 # How the students of Self-Forcing are sampled: they remember all of 21 latents, so there is no
 # sink.
 SELF_FORCING = {"causal": True, "shift": 5.0, "sigmas": schedule(4, 5.0),
@@ -147,7 +194,7 @@ STARTS = {
 
 def read(path, wanted="Wan DiT", marks=WAN_DIT):
     """A file, one of several shards, their index or a repository's folder to ({Wan's name: tensor},
-    metadata).
+    metadata, path of the file or index).
 
     wanted: what is expected, in words; it has one of the tensors `marks`. Tensors are mapped where
     the file allows it, and no pickle's code is ever run. Of a student of Self-Forcing, metadata
@@ -173,7 +220,7 @@ def read(path, wanted="Wan DiT", marks=WAN_DIT):
         raise UserError(f"{path}: expected a complete {wanted} checkpoint; {found}")
     if STUDENTS & words_of(prefix):
         metadata["motionstream.student"] = prefix
-    return tensors, metadata
+    return tensors, metadata, path
 
 
 def file_in(folder):
@@ -248,7 +295,7 @@ def read_tensors(path):
         with open(path, "rb") as file:
             start = file.read(2 ** 20)
         if start[8:9] == b"{":
-            return read_safetensors(path)
+            return read_safetensors([path])
         return read_pickle(path)
     except UserError:
         raise
@@ -407,7 +454,96 @@ def wan22_vae_name(name):
 
 
 # --------------------------------------------------------------------------------------------------
-# What config.json tells.
+# The config of a DiT.
+
+def checked_config(config, overrides, tensors, metadata, file):
+    """The Config to build a model of: `config`, of the file's own metadata or, if it has none, of
+    its shapes (public_config); then what config.json beside public weights tells; then `overrides`.
+    A new slot for tracks is added to `tensors`. UserError, naming the file, if two of these
+    contradict each other or no such model can be built."""
+    shaped = vars(public_config(tensors, file))
+    if metadata.get("format") == "motionstream":
+        source = "its metadata"
+        said = vars(config)
+    else:
+        source = file.with_name("config.json")
+        said = config_beside(source, metadata)
+        config = control_as_tracks(tensors, config, file)
+    for name in SHAPED:
+        more_outputs = name == "out_dim" and config.copies      # of the head, see CopyingMotionStream
+        no_head = name == "track_dim" and not shaped[name]      # is found when tensors are compared
+        if name not in said or more_outputs or no_head:
+            continue
+        if repr(said[name]) != repr(shaped[name]):
+            raise UserError(f"{file}: {name} is {shaped[name]} by its tensors, but "
+                            f"{repr(said[name])[:80]} in {source}")
+    config = replace(config, **said)
+    check_config(config, file)
+    slot = overrides.get("track_dim", config.track_dim)
+    if slot != config.track_dim:
+        config = add_track_slot(tensors, config, slot, file)
+    config = replace(config, **overrides)
+    check_config(config, file)
+    return config
+
+
+def refuse(file, name, value, expected):
+    """UserError for a field of a config."""
+    raise UserError(f"{file}: {name} is {repr(value)[:80]} in its config; expected {expected}")
+
+
+def in_limits(value, kind, least, most):
+    """Whether value is a number of that kind, int or float, in [least, most]: no bool, no NaN."""
+    kinds = (int,) if kind is int else (int, float)
+    return type(value) in kinds and least <= value <= most
+
+
+def check_limits(fields, limits, file):
+    """UserError, naming the file, for the first field outside its limits."""
+    for name, (kind, least, most, *count) in limits.items():
+        value = fields[name]
+        expected = f"{kind.__name__} from {least} to {most}"
+        numbers = [value]
+        right = True
+        if count:
+            fewest, longest = count
+            expected = f"{fewest} to {longest} of {expected}"
+            right = type(value) is tuple and fewest <= len(value) <= longest
+            numbers = value if right else []
+        if not right or not all(in_limits(number, kind, least, most) for number in numbers):
+            refuse(file, name, value, expected)
+
+
+def check_config(c, file):
+    """UserError, naming the file, if no model can be built from this Config."""
+    optional = [name for name in MAY_BE_NONE if getattr(c, name) is None]
+    limits = {name: limit for name, limit in LIMITS.items() if name not in optional}
+    check_limits(vars(c), limits, file)
+    for name, choices in CHOICES.items():
+        if repr(getattr(c, name)) not in map(repr, choices):            # 1 is not True
+            refuse(file, name, getattr(c, name), f"one of {', '.join(map(str, choices))}")
+    height, width = c.size
+    frames, p, q = c.patch_size
+    cell = (c.stride * p, c.stride * q)         # pixels per token
+    falling = all(a > b for a, b in zip(c.sigmas, c.sigmas[1:]))
+    stds = len(c.latent_std)
+    even = c.sink != 1 or c.first_chunk in (None, c.chunk)  # EMA-Sink averages into the sink's last
+    rules = {           # field: (valid, expected)
+        "prompt": (isinstance(c.prompt, str | None), "a text"),
+        "num_heads": (c.dim % (2 * c.num_heads) == 0, f"a divisor of {c.dim // 2}, give num_heads=…"),
+        "patch_size": (frames == 1, "one latent frame in a patch"),
+        "freq_dim": (c.freq_dim % 2 == 0, "an even number"),
+        "in_dim": (c.image_dim >= 0, f"at least {c.in_dim - c.image_dim}"),
+        "copies": (not c.copies or c.image_dim == c.out_dim, "room for the image in in_dim"),
+        "latent_std": (stds == c.out_dim or stds == 0 and not c.copies, f"{c.out_dim} numbers"),
+        "sigmas": (falling, "falling ones"),
+        "sink_decay": (c.sink_decay == 1 or even, "1: the first chunk has another size"),
+        "size": (height % cell[0] == width % cell[1] == 0, f"multiples of {cell}"),
+    }
+    for name, (right, expected) in rules.items():
+        if not right:
+            refuse(file, name, getattr(c, name), expected)
+
 
 def config_beside(path, metadata):
     """What config.json beside public weights says, if it is there, as fields of Config; of a causal
@@ -462,13 +598,16 @@ def student_of(said, path):
 # Slots for tracks.
 
 def control_as_tracks(tensors, config, file):
-    """The config of weights with a control slot (Fun-Control), which becomes that of the tracks. Its
-    columns are trained, so it gets a head of zeros in `tensors`, which changes nothing yet.
+    """The config of public weights; if they have a control slot (Fun-Control), it becomes that of
+    the tracks. Its columns are trained, so it gets a head of zeros in `tensors`, which changes
+    nothing yet.
 
     Beside the noisy latents there are control and image, or control, mask and image. The latter,
     148 channels for the 5B model, is inferred from how its pipeline joins them, not seen in a file.
     UserError for other widths."""
     out = config.out_dim
+    if config.track_dim or config.image_dim in (0, MASK + out):
+        return config
     if config.in_dim - out not in (out + out, out + MASK + out):
         raise UserError(f"{file}: no Wan DiT known here has {config.in_dim} input channels for "
                         f"{out} output channels")
@@ -489,6 +628,89 @@ def add_track_slot(tensors, config, track_dim, file):
     new = torch.zeros_like(weight[:, :1]).repeat(1, track_dim, 1, 1, 1)
     tensors["patch_embedding.weight"] = torch.cat([noisy, new, image], 1)
     return replace(config, in_dim=config.in_dim + track_dim, track_dim=track_dim)
+
+
+# --------------------------------------------------------------------------------------------------
+# The config of a VAE.
+
+def check_vae_config(config, path):
+    """UserError, naming the file, if no VAE can be built from the config."""
+    check_limits(vars(config), VAE_LIMITS[type(config)], path)
+    if isinstance(config, LinearVAEConfig) and config.overlap > config.stride:
+        refuse(path, "overlap", config.overlap, f"at most the stride, {config.stride}")
+    if not isinstance(config, TinyVAEConfig):
+        return
+    if config.pad not in ("end", "front"):
+        refuse(path, "pad", config.pad, "end or front")
+    strides = []
+    for side in "encoder", "decoder":
+        stages = getattr(config, side)
+        check_stages(side, stages, path)
+        time = math.prod(stage[2] for stage in stages)
+        space = math.prod(stage[3] for stage in stages)
+        strides.append((time, space))
+    if strides[0] != strides[1] or strides[0][0] != FRAMES:
+        raise UserError(f"{path}: the stages in its config do not lead to {FRAMES} frames in a "
+                        "latent and back to the same size")
+
+
+def check_stages(side, stages, path):
+    """UserError, naming the file, unless these are valid stages for one side of a TinyVAE."""
+    if not isinstance(stages, tuple) or not 1 <= len(stages) <= 8:
+        refuse(path, side, stages, "1 to 8 stages")
+    for stage in stages:
+        if not isinstance(stage, tuple) or len(stage) != len(STAGE):
+            refuse(path, f"a stage of {side}", stage, ", ".join(STAGE))
+        check_limits(dict(zip(STAGE, stage)), STAGE, path)
+
+
+def taehv_config(tensors, path):
+    """The config of a public TAEHV file for Wan, from the shapes of its tensors. UserError, naming
+    the file, if it is not complete."""
+    def width(layer, axis=0):
+        """Outputs (axis 0) or inputs (axis 1) of a layer."""
+        name = f"{layer}.weight"
+        if name not in tensors or tensors[name].ndim != 4:
+            raise UserError(f"{path}: expected a complete TAEHV; it has no convolution {name}")
+        return tensors[name].shape[axis]
+
+    encoder = []
+    for layer, time in (3, 2), (8, 2), (13, 1):     # index of the strided convolution; time stride
+        encoder.append((width(f"encoder.{layer}"), 3, time, 2))
+    decoder = []
+    for layer, time in (7, 1), (13, 2), (19, 2):    # index of the Repack; time stride
+        decoder.append((width(f"decoder.{layer}.conv", 1), 3, time, 2))
+    return TinyVAEConfig(
+        latent_channels=width("encoder.17"), patch=math.isqrt(width("encoder.0", 1) // 3),
+        pad="end", stem=width("encoder.0"), encoder=tuple(encoder), decoder=tuple(decoder),
+        tail=width("decoder.22", 1))
+
+
+# --------------------------------------------------------------------------------------------------
+# Memory.
+
+def check_memory(needed, path, device="cpu"):
+    """UserError, naming the file, if `needed` bytes exceed the free memory of a device."""
+    free = free_memory(torch.device(device))
+    if free is not None and needed > free:
+        raise UserError(f"{path}: needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free "
+                        f"on {device}; take a smaller model, or a dtype of 16 bits")
+
+
+def free_memory(device):
+    """Free bytes of a device, None if unknown. On Linux a container's limit counts."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    told = Path("/proc/meminfo")                                # Linux only
+    if device.type != "cpu" or not told.exists():
+        return None
+    free = 1024 * int(re.search(r"MemAvailable: *(\d+)", told.read_text())[1])
+    with contextlib.suppress(OSError, ValueError, TypeError):   # no such file; "max": no limit
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        used = int(re.search(r"^anon (\d+)", (group / "memory.stat").read_text())[1])
+        free = min(free, limit - used)
+    return free
 
 
 # --------------------------------------------------------------------------------------------------

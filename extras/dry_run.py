@@ -137,7 +137,7 @@ def network(run, learns, causal=False):
     if learns:
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
-        model.recompute = run.checkpointing
+        model.recompute_blocks(run.checkpointing)
     return model
 
 

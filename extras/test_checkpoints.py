@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-import motionstream
 import sample
+from extras import checkpoints
 from extras.testing import (FAMILIES, HERE, WAN21, WAN22, assert_error, assert_near, diffusers_config,
                             folder, in_diffusers_layout, new_vae, public, rand, randomised, same,
                             same_tensors, settled, slow, wan_video, wan_workplace, write_layout)
@@ -321,7 +321,7 @@ def test_of_several_models_that_say_nothing_none_is_taken():
         assert_refused(path, "holds 2 models, whose names begin with 'first.', 'second.'; save one")
         control = {"model.control.weight": torch.ones(2), "adapter.weight": torch.ones(2)}
         save_file(under("model.", dit) | control, path)
-        assert_refused(path, "2 tensors are unknown: adapter.weight, control.weight")
+        assert_refused(path, 'Unexpected key(s) in state_dict: "adapter.weight", "control.weight"')
 
 
 # --------------------------------------------------------------------------------------------------
@@ -507,11 +507,11 @@ def test_a_pt_that_holds_what_memory_cannot_hold_is_refused():
     with folder() as here:
         path = here / "a.pt"
         torch.save(huge, path)
-        with unittest.mock.patch.object(motionstream, "free_memory", lambda device: 2 ** 24):
+        with unittest.mock.patch.object(checkpoints, "free_memory", lambda device: 2 ** 24):
             assert_refused(path, "a.pt: needs 0.1 GB of memory, 0.0 GB are free on cpu")
         huge["blocks.987654.norm3.bias"] = torch.zeros(256)     # that many blocks are not built
         torch.save(huge, path)
-        assert_refused(path, "are missing: blocks.2.")
+        assert_refused(path, 'Missing key(s) in state_dict: "blocks.2.')
 
 
 def test_a_pt_of_tensors_without_plain_numbers_or_a_broken_zip_is_refused():

@@ -17,12 +17,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import sample
-from extras import world
+from extras import checkpoints, world
+from extras.checkpoints import CHOICES, LIMITS, SHAPED, check_config, free_memory
 from extras.testing import (COPYING, HERE, SMALL, assert_error, command, folder, linear_vae,
                             new_model, new_vae, public, same_tensors, sampled, saved, workplace,
                             write_layout)
-from motionstream import (CHOICES, LIMITS, PRESETS, Config, MotionStream, UserError, check_config,
-                          config_from_shapes, free_memory, write_file)
+from motionstream import PRESETS, Config, MotionStream, UserError, write_file
 from vae import load_vae
 
 # --------------------------------------------------------------------------------------------------
@@ -94,8 +94,19 @@ def test_what_a_file_says_of_itself_is_checked_before_anything_is_built():
 
 
 def test_a_config_that_is_no_json_of_fields_is_refused():
-    for text in "", "{", "[]", "[" * 10 ** 5, "null", '{"tracks": 1}':
+    for text in "", "{", "[]", "[" * 10 ** 5, "null":
         assert_config_refused("a.safetensors: the config in it cannot be read", text)
+
+
+def test_a_field_that_no_config_has_is_named():
+    said = "a.safetensors: the config in it has an unknown field, tracks\n"
+    assert_config_refused(said, '{"tracks": 1, "dim": "wide"}')
+    assert_config_refused("an unknown field, " + "x" * 80 + "\n", json.dumps({"x" * 999: 1}))
+    about = new_vae().metadata() | {"config": '{"widths": 1}'}
+    with folder() as here:
+        save_file(whole(new_vae()), here / "a.safetensors", about)
+        text = "the config in it has an unknown field, widths\n"
+        assert_error(UserError, text, load_vae, here / "a.safetensors")
 
 
 BAD_TINY = {
@@ -120,11 +131,14 @@ def test_what_a_vae_says_of_itself_is_checked_before_anything_is_built():
     for vae, bad in (new_vae(), BAD_TINY), (linear_vae(), BAD_LINEAR):
         about = vae.metadata()
         good = json.loads(about["config"])
-        tensors = {name: t.contiguous() for name, t in vae.state_dict().items()}
         for name, values in bad.items():
             for value in values:
                 about["config"] = json.dumps(good | {name: value})
-                assert_vae_refused(tensors, about)
+                assert_vae_refused(whole(vae), about)
+
+
+def whole(vae):
+    return {name: t.contiguous() for name, t in vae.state_dict().items()}
 
 
 def assert_vae_refused(tensors, about):
@@ -137,9 +151,8 @@ def assert_vae_refused(tensors, about):
 
 def test_every_field_of_a_config_has_limits_that_all_presets_are_in():
     named = {field.name for field in fields(Config)}
-    by_tensors = config_from_shapes(small_model().state_dict(), "a.safetensors").keys()
     limited = LIMITS.keys() | CHOICES.keys()
-    assert named - {"prompt"} == limited | by_tensors           # check_config looks at the prompt
+    assert named - {"prompt"} == limited | set(SHAPED)          # check_config looks at the prompt
     tiny = replace(PRESETS["tiny"], latent_std=(1.0,) * 96)     # of the VAE, in a file
     presets = PRESETS | {"tiny": tiny}
     for config in list(presets.values()) + [SMALL, COPYING]:
@@ -159,7 +172,7 @@ def test_a_causal_class_beside_wans_names_streams():
         said["_class_name"] = "CausalWanModel"
         beside.write_text(json.dumps(said))
         with without_extras:
-            text = "config.json: not of Wan's own WanModel; extras/checkpoints.py"
+            text = "its config.json is not of Wan's own WanModel; extras/checkpoints.py"
             assert_error(UserError, text, load, path)
         config = load(path).config
     assert config.causal
@@ -201,14 +214,14 @@ def test_names_in_messages_stay_on_one_line():
     with folder() as here:
         path = here / "a\tb.safetensors"
         save_file(public() | {"a\nb\u202e": torch.zeros(2)}, path)
-        text = ("a\\tb.safetensors: not a complete MotionStream; "
-                "1 tensors are unknown: a\\nb\\u202e")
+        text = ('a\\tb.safetensors: not a complete MotionStream; '
+                'Unexpected key(s) in state_dict: "a b\\u202e"')
         assert_error(UserError, text, MotionStream.from_pretrained, path)
 
 
 def having_memory(free):
     """So many bytes are free in here; None: it cannot be told."""
-    return unittest.mock.patch("motionstream.free_memory", lambda device: free)
+    return unittest.mock.patch.object(checkpoints, "free_memory", lambda device: free)
 
 
 def test_what_memory_cannot_hold_is_refused_before_it_is_read():
@@ -251,7 +264,7 @@ def test_a_file_that_cannot_be_written_says_why():
                 (denied, "x.pt: cannot be written: Permission denied (")):
             failing = functools.partial(save, error)
             assert_error(OSError, text, write_file, path, failing)
-            assert_error(OSError, "MB are free there)", write_file, path, failing)
+            assert_error(OSError, "MB were free there)", write_file, path, failing)
         gone = here / "gone/x.pt"
         text = "gone/x.pt: cannot be written: No such file"
         assert_error(OSError, text, write_file, gone, lambda path: path.write_text("x"))

@@ -317,7 +317,7 @@ def losses_and_gradients(loss, checkpointing):
     """(The loss of a new model, its parameters' gradients, how often its blocks ran forward in the
     loss, and in all)."""
     model = new_model().requires_grad_(True)
-    model.recompute = checkpointing
+    model.recompute_blocks(checkpointing)
     learner = td.Learner("toy", model, td.Learning(1e-3, 1e-3, ema=0.9))
     runs = []
     for block in model.blocks:

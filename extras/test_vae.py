@@ -12,9 +12,8 @@ from extras.testing import (SMALL_VAE, TAEW21, TAEW22, WAN21, WAN22, all_equal, 
                             assert_near, folder, linear_vae, new_vae, rand, rand_like, randomised,
                             same, saved, wan_video)
 from motionstream import UserError
-from vae import (STATISTICS, CausalConv, ChannelNorm, Enlarge, LinearVAE, LinearVAEConfig,
-                 MemBlock, Repack, TinyVAE, TinyVAEConfig, WanVAE, WanVAEConfig, enlarging,
-                 load_vae)
+from vae import (STATISTICS, CausalConv, ChannelNorm, LinearVAE, LinearVAEConfig, MemBlock, Repack,
+                 TinyVAE, TinyVAEConfig, WanVAE, WanVAEConfig, load_vae)
 
 
 def new_wan_vae(config):
@@ -269,25 +268,6 @@ def test_a_stage_of_the_tiny_decoder_in_one_convolution_is_its_layers_and_learns
     check_folded_stages(((6, 2, 2, 3), (4, 1, 2, 2)))
 
 
-def test_enlarging_and_convolving_in_one_is_both_in_turn():
-    weight = rand(5, 4, 3, 3)
-    bias = rand(5, seed=1)
-    x = rand(2, 4, 3, 6, seed=2)
-    for space in 1, 2, 3:
-        larger = nn.Upsample(scale_factor=space)(x)
-        plain = F.conv2d(larger, weight, bias, padding=1)
-        folded = enlarging(weight, space).transpose(0, 1)
-        assert_near(F.conv_transpose2d(x, folded, bias, space, 1), plain, 1e-5)
-
-    enlarge = randomised(Enlarge(nn.Upsample(scale_factor=2), nn.Conv2d(4, 5, 3, padding=1)))
-    x = rand(2, 4, 3, 5, 6)                                     # three frames
-    plain = []
-    for frame in x.unbind(2):
-        larger = enlarge[0](frame)
-        plain.append(enlarge[1](larger))
-    assert_near(enlarge(x), torch.stack(plain, 2), 1e-5)
-
-
 def test_encoding_in_pieces_equals_the_whole_and_an_image_is_the_first_latent():
     video = rand(2, 3, 29, 16, 24).clamp(-1, 1)
     for pad in "front", "end":
@@ -378,17 +358,25 @@ def test_a_linear_vae_comes_back_from_its_file():
     with folder() as here:
         path = here / "vae.safetensors"
         save_file(tensors, path, vae.metadata())
-        for load in LinearVAE.from_pretrained, TinyVAE.from_pretrained, load_vae:
-            back = load(path)
-            assert back.config == vae.config
-            assert same(back.state_dict(), vae.state_dict())
-            assert back.latent_std.equal(std)
-            assert not back.training
-        text = "vae.safetensors: a LinearVAE, not a WanVAE"
-        assert_error(UserError, text, WanVAE.from_pretrained, path)
-        saved(path, new_vae())
-        text = "vae.safetensors: a TinyVAE, not a LinearVAE"
-        assert_error(UserError, text, LinearVAE.from_pretrained, path)
+        back = load_vae(path)
+        assert back.config == vae.config
+        assert same(back.state_dict(), vae.state_dict())
+        assert back.latent_std.equal(std)
+        assert not back.training
+        for cls in WanVAE, TinyVAE:
+            text = f"vae.safetensors: a LinearVAE, not a {cls.__name__}; load_vae opens both"
+            assert_error(UserError, text, cls.from_pretrained, path)
+
+
+def test_tensors_of_our_vaes_that_have_lost_their_config_are_not_guessed_at():
+    for vae, first in (linear_vae(), "decoder.bias"), (new_vae(), "decoder.1.bias"):
+        tensors = {name: vae.state_dict()[name].contiguous() for name in sorted(vae.state_dict())}
+        with folder() as here:
+            save_file(tensors, here / "a.safetensors")
+            torch.save(tensors, here / "a.pt")
+            for path in here / "a.safetensors", here / "a.pt":
+                text = f"{path}: holds no config, and its first tensor, {first}, is in no VAE of"
+                assert_error(UserError, text, load_vae, path)
 
 
 # --------------------------------------------------------------------------------------------------

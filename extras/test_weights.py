@@ -12,11 +12,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from extras.checkpoints import checked_config
 from extras.testing import (COPYING, FAMILIES, HERE, SMALL, TAEW22, WAN, WAN21, assert_error,
-                            assert_near, clip_of, folder, in_diffusers_layout, new_model,
-                            new_tracks, new_vae, public, rand, randomised, same, same_tensors,
-                            saved, shards, slow, write_layout)
-from motionstream import (PRESETS, MotionStream, UserError, find_config, image_and_mask,
+                            assert_near, clip_of, folder, in_diffusers_layout, linear_vae,
+                            new_model, new_tracks, new_vae, public, rand, randomised, same,
+                            same_tensors, saved, shards, slow, write_layout)
+from motionstream import (PRESETS, MotionStream, UserError, image_and_mask, public_config,
                           save_pretrained, write_file)
 from sample import embed_words
 from vae import TinyVAE, WanVAE, WanVAEConfig, load_vae
@@ -171,6 +172,34 @@ def test_wans_own_layout_and_ours_are_read_without_extras():
         assert_error(UserError, "is missing", load, other)
 
 
+def test_a_copy_without_extras_trusts_a_config_of_which_a_model_can_be_built():
+    model = new_model()
+    with folder() as here:
+        path = here / "a.safetensors"
+        for name, value, said in (
+                ("dim", -40, "no model can be built from its config ("),
+                ("ffn_dim", "wide", "no model can be built from its config ("),
+                ("num_layers", 3, 'Missing key(s) in state_dict: "blocks.2.'),
+                ("in_dim", 1, "size mismatch for patch_embedding.weight"),
+                ("unheard", 1, "the config in it has an unknown field, unheard")):
+            saved(path, model, config=json.dumps(asdict(SMALL) | {name: value}))
+            with without_extras():
+                assert_error(UserError, f"{path}: ", load, path)
+                assert_error(UserError, said, load, path)
+        saved(path, model, config=json.dumps(asdict(SMALL) | {"fps": 10 ** 9}))
+        assert_error(UserError, "fps is 1000000000", load, path)
+        with without_extras():
+            assert load(path).config.fps == 10 ** 9
+        about = linear_vae().metadata()
+        tensors = {name: t.contiguous() for name, t in linear_vae().state_dict().items()}
+        for config, said in (
+                ('{"latent_channels": -1}', "no model can be built from its config ("),
+                ('{"latent_channels": 5}', "not a complete LinearVAE; size mismatch for")):
+            save_file(tensors, path, about | {"config": config})
+            with without_extras():
+                assert_error(UserError, said, load_vae, path)
+
+
 def test_shipped_weights_are_read_without_extras():
     with without_extras():
         for name in "tiny", "tiny_teacher":
@@ -283,7 +312,9 @@ def test_families_are_told_at_their_real_sizes():
         with torch.device("meta"):
             tensors = MotionStream(config).state_dict()
         tensors.pop("track_head.conv.weight", None)
-        assert find_config(tensors, {}, Path("nowhere/a.safetensors")) == config
+        nowhere = Path("nowhere/a.safetensors")
+        found = public_config(tensors, nowhere)
+        assert checked_config(found, {}, tensors, {}, nowhere) == config
 
 
 def test_a_track_head_tells_how_wide_its_slot_is():
@@ -426,22 +457,23 @@ def with_zeros(*names, shape=(4,)):
 
 
 def test_public_weights_of_other_names_or_shapes_are_refused_in_one_line():
+    missing = "not a complete MotionStream; Missing key(s) in state_dict: "
+    unknown = "not a complete MotionStream; Unexpected key(s) in state_dict: "
+    assert_refused(missing + '"blocks.1.ffn.2.bias"', without("blocks.1.ffn.2.bias"))
+    assert_refused(missing + '"blocks.0.cross_attn.q.weight", ', without("blocks.0.cross_attn"))
     assert_refused(
-        "not a complete MotionStream; 1 tensors are missing: blocks.1.ffn.2.bias",
-        without("blocks.1.ffn.2.bias"))
-    assert_refused(
-        "10 tensors are missing: blocks.0.cross_attn.k.bias, ", without("blocks.0.cross_attn"))
-    assert_refused(
-        "2 tensors are unknown: ref_conv.bias, ref_conv.weight",
+        unknown + '"ref_conv.bias", "ref_conv.weight".\n',
         with_zeros("ref_conv.bias", "ref_conv.weight"))
     assert_refused(
-        "1 tensors are unknown: model.blocks.0.norm3.bias\n",
+        unknown + '"model.blocks.0.norm3.bias".\n',
         with_zeros("model.blocks.0.norm3.bias", shape=(256,)))
     assert_refused(
-        "1 tensors are of another shape: head.head.bias", with_zeros("head.head.bias", shape=(3,)))
-    vace = with_zeros(*[f"vace_blocks.{i}" for i in range(7)])
-    assert_refused("7 tensors are unknown", vace)
-    assert_refused("vace_blocks.3, vace_blocks.4\n", vace)      # five names, not all
+        "not a complete MotionStream; size mismatch for head.head.bias: ",
+        with_zeros("head.head.bias", shape=(3,)))
+    vace = with_zeros(*[f"vace_blocks.{i}" for i in range(99)])
+    assert_refused(unknown + '"vace_blocks.0", ', vace)
+    both = {name.replace("ffn.0.bias", "ffn.x.bias"): t for name, t in vace.items()}
+    assert_refused('"blocks.1.ffn.0.bias". Unexpected key(s) in state_dict: "', both)
 
 
 def test_what_is_no_dit_of_a_known_family_is_refused_in_one_line():
