@@ -200,6 +200,7 @@ def read_or_refused(read, path):
 def refusals(path, change, read, right, count):
     """Change the file at `path` so often, each time from what it is now. Returns how often it was refused;
     else right(what was read) has to be true."""
+    assert right(read_or_refused(read, path)), "as it is"
     whole = path.read_bytes()
     refused = 0
     for number in range(count):
@@ -377,26 +378,26 @@ def refused_checkpoints(count):
 
 
 # --------------------------------------------------------------------------------------------------
-# The tests. Of each kind most are refused, and some are read.
+# The tests. Most changes are seen, so most files are refused.
 
 def test_changed_checkpoints_are_read_as_written_or_not_at_all():
-    assert 0 < refused_checkpoints(FEW) < FEW
+    assert FEW / 2 < refused_checkpoints(FEW) <= FEW
 
 
 def test_changed_weights_load_or_are_refused_in_one_line():
-    assert 0 < refused_weights(FEW) < FEW
+    assert FEW / 2 < refused_weights(FEW) <= FEW
 
 
 def test_changed_vaes_load_or_are_refused_in_one_line():
-    assert 0 < refused_vaes(FEW) < FEW
+    assert FEW / 2 < refused_vaes(FEW) <= FEW
 
 
 def test_changed_configs_are_of_a_model_that_can_be_built_or_refused_in_one_line():
-    assert 0 < refused_configs(FEW) < FEW
+    assert FEW / 2 < refused_configs(FEW) <= FEW
 
 
 def test_changed_recordings_are_played_or_refused_in_one_line():
-    assert 0 < refused_recordings(FEW // 2) < FEW // 2
+    assert FEW / 4 < refused_recordings(FEW // 2) <= FEW // 2
 
 
 @slow
@@ -406,4 +407,4 @@ def test_two_thousand_changes_of_each_kind_of_file():
     ):
         count = refused(MANY)
         print(f"{refused.__name__}: {count} of {MANY}")
-        assert 0 < count < MANY
+        assert MANY / 2 < count < MANY
