@@ -2,8 +2,8 @@
 
     python sample.py --image x.png --tracks t.npz
 
-t.npz holds `tracks` (T, N, 2): positions of N points in T frames, x to the right and y down, in pixels
-of the image as displayed (after its EXIF rotation); and optionally
+t.npz holds `tracks` (T, N, 2): positions of N points in T frames, x to the right and y down, in
+pixels of the image as displayed (after its EXIF rotation); and optionally
 
     visibility (T, N)   hidden and "not specified" are the same; without it, NaN is hidden
     width, height       of the picture that the tracks refer to, if it is not the image itself
@@ -12,42 +12,47 @@ of the image as displayed (after its EXIF rotation); and optionally
     fps                 only compared with the model's
     format              "motionstream": written by this project, so its layout is trusted
 
-A recording of the page also stores its settings (extras/recording.py) and reproduces the same frames.
-extras/tracks.py reads files of other programs. --drag and --pin replace --tracks.
+A recording of the page also stores its settings (extras/recording.py) and gives the same frames
+again. extras/tracks.py reads files of other programs. --drag and --pin replace --tracks.
 """
 
 import argparse
 import collections
 import contextlib
 import functools
+import importlib
 import itertools
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 import zipfile
 import zlib
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-if "OMP_WAIT_POLICY" not in os.environ:                # the user's setting wins
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")     # threads spin only briefly: others need the cores
+# Threads spin only briefly, since others need the cores; the user's setting wins. OpenMP reads this
+# once, when numpy or torch loads it.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+import imageio.v2 as imageio
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from motionstream import (FRAMES, Config, MotionStream, UserError, check_memory, checkpoints, chunk_sizes,
-                          euler, image_inputs, motion_inputs, naming, open_pretrained, reason_of, rollout, schedule,
-                          start_points, track_ids, write_file)
-from vae import VAE_FILES, load_vae, open_weights
+from motionstream import (FRAMES, Config, MotionStream, UserError, check_memory, checkpoints,
+                          chunk_sizes, euler, image_inputs, motion_inputs, naming,
+                          open_pretrained, reason_of, rollout, schedule, start_points, track_ids,
+                          write_file)
+from vae import VAE_FILES, WanVAE, load_vae, open_weights
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 MOST_FRAMES = 1_000_000
@@ -80,8 +85,8 @@ class Encoded:
 
 
 def motion_by_chunk(motion, config):
-    """Split a whole Motion by chunk: for n latents 4 n - 3 frames in the first chunk, 4 n in the others.
-    Frames of the last chunk beyond the motion's end are "not specified"."""
+    """Split a whole Motion by chunk: for n latents 4 n - 3 frames in the first chunk, 4 n in the
+    others. Frames of the last chunk beyond the motion's end are "not specified"."""
     frames = motion.tracks.shape[1]
     stop = 1 - FRAMES
     for size in chunk_sizes(config, latent_frames(frames, config)):
@@ -126,8 +131,8 @@ def motion_conditions(model, vae, image, motion):
 
 
 def conditions(model, vae, image, motion, encoded, channels=None):
-    """The model's keyword arguments by chunk, made lazily. motion: an iterator of a Motion per chunk.
-    channels: the image channels of the first chunk, see image_inputs."""
+    """The model's keyword arguments by chunk, made lazily. motion: an iterator of a Motion per
+    chunk. channels: the image channels of the first chunk, see image_inputs."""
     for part in motion:
         text = encoded.text if part.text is None else part.text.to(image.device)
         inputs = motion_conditions(model, vae, image, part)
@@ -137,13 +142,13 @@ def conditions(model, vae, image, motion, encoded, channels=None):
 
 
 def draw_noise(first_latent, frames, rng):
-    """Noise (B, C, frames, h, w) for the image's latent; drawn on the CPU, the same on every device."""
+    """Noise (B, C, frames, h, w) for the image's latent, the same on every device."""
     B, C, _, h, w = first_latent.shape
     return torch.randn((B, C, frames, h, w), generator=rng).to(first_latent)
 
 
 def decode(vae, latents):
-    """Decode latents chunk by chunk: an iterable of (B, C, f, h, w) to (B, 3, T, H, W) in [-1, 1]."""
+    """Decode latents chunk by chunk, an iterable of (B, C, f, h, w): (B, 3, T, H, W) in [-1, 1]."""
     state = None
     for chunk in latents:
         video, state = vae.decode(chunk, state)
@@ -152,14 +157,14 @@ def decode(vae, latents):
 
 @torch.inference_mode()
 def stream(model, vae, image, motion, encoded=Encoded(), seed=0, **memory):
-    """Sample the student: a video as long as `motion`, at constant memory. Yields each chunk as soon as
-    it is decoded, (B, 3, T, H, W) in [-1, 1]: 4 chunk - 3 frames, then 4 chunk (with config.first_chunk,
-    4 first_chunk - 3 at first).
+    """Sample the student: a video as long as `motion`, at constant memory. Yields each chunk as
+    soon as it is decoded, (B, 3, T, H, W) in [-1, 1]: 4 chunk - 3 frames, then 4 chunk (with
+    config.first_chunk, 4 first_chunk - 3 at first).
 
-    image (B, 3, H, W) in [-1, 1], of the model's size, is frame 0, see fit_image. motion: a Motion, or an
-    iterator of one per chunk (see live_motion), advanced just before that chunk is denoised, so that
-    tracks and text can change while it streams. memory: chunk, sink and window, to override the
-    config's."""
+    image (B, 3, H, W) in [-1, 1], of the model's size, is frame 0, see fit_image. motion: a Motion,
+    or an iterator of one per chunk (see live_motion), advanced just before that chunk is denoised,
+    so that tracks and text can change while it streams. memory: chunk, sink and window, to override
+    the config's."""
     yield from decode(vae, stream_latents(model, vae, image, motion, encoded, seed, **memory))
 
 
@@ -180,8 +185,8 @@ def stream_latents(model, vae, image, motion, encoded=Encoded(), seed=0, **memor
 
 @torch.inference_mode()
 def sample_teacher(model, vae, image, motion, encoded=Encoded(), seed=0):
-    """Sample the teacher: all chunks that cover a Motion at once, then yielded as `stream` does. Steps
-    and guidance are the config's."""
+    """Sample the teacher: all chunks that cover a Motion at once, then yielded as `stream` does.
+    Steps and guidance are the config's."""
     config = model.config
     count = latent_frames(motion.tracks.shape[1], config)
     image = image.to(next(model.parameters()).device)
@@ -209,53 +214,30 @@ def latent_frames(frames, config):
     return first + max(after, 0) * config.chunk
 
 
-def to_bytes(video):
-    """Video (1, 3, T, H, W) in [-1, 1] to a uint8 tensor (T, H, W, 3)."""
-    pixels = (video[0].float() + 1) * 127.5                 # (3, T, H, W)
-    return pixels.round().byte().permute(1, 2, 3, 0).contiguous()
-
-
 def to_frames(video):
     """Video (1, 3, T, H, W) in [-1, 1] to a uint8 array (T, H, W, 3)."""
-    return to_bytes(video).cpu().numpy()
+    pixels = (video[0].float() + 1) * 127.5                                 # (3, T, H, W)
+    return pixels.round().byte().permute(1, 2, 3, 0).contiguous().cpu().numpy()
 
 
-def decode_beside(vae, latents):
-    """On a GPU: decode latents, an iterable of (1, C, f, h, w), on a second CUDA stream. Yields per chunk
-    the frames, a uint8 tensor (T, H, W, 3) in CPU memory, and the event that marks them as complete."""
-    beside = None
+def frames_beside(vae, latents, device):
+    """On a GPU: latents, chunk by chunk, to frames as in to_frames. A second CUDA stream decodes
+    and copies each chunk while the next one is denoised, so the next tracks are requested before
+    anyone has seen this chunk."""
+    beside = torch.cuda.Stream(device)
+    video = None
     state = None
-    for chunk in latents:
-        if beside is None:
-            beside = torch.cuda.Stream(chunk.device)
-        beside.wait_stream(torch.cuda.current_stream(chunk.device))
-        chunk.record_stream(beside)             # its memory is not reused before it is decoded
+    for chunk in itertools.chain(latents, [None]):      # asks for the next one, which is queued
+        if video is not None:
+            with torch.cuda.stream(beside):
+                frames = to_frames(video)               # waits for this stream only
+            yield frames
+        if chunk is None:
+            return
+        beside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(beside):
             video, state = vae.decode(chunk, state)
-            frames = to_bytes(video).to("cpu", non_blocking=True)
-            copied = beside.record_event()
-        yield frames, copied
-
-
-def frames_ahead(vae, latents):
-    """On a GPU: latents to frames as in to_frames. Each chunk is decoded and yielded while the next one
-    is denoised, so the next tracks are requested before anyone has seen this chunk."""
-    chunks = itertools.chain(decode_beside(vae, latents), [None])
-    for (frames, copied), _ in itertools.pairwise(chunks):      # start the next one before waiting
-        copied.synchronize()
-        yield frames.numpy()
-
-
-def decoded_frames(vae, latents, ahead):
-    """Latents of a stream to frames as in to_frames, chunk by chunk. ahead: use frames_ahead on a GPU,
-    for streams whose tracks do not depend on what the user sees."""
-    if ahead and next(vae.parameters()).device.type == "cuda":
-        return frames_ahead(vae, latents)
-    return map(to_frames, decode(vae, latents))
-
-
-# The vocabulary of the shipped tiny model: "fading light, spinning shapes" (extras/world.py).
-WORDS = ("steady", "fading", "warming", "light", "spinning", "pulsing", "shapes")
+        chunk.record_stream(beside)                     # its memory is not reused before that
 
 
 def words_in(text):
@@ -263,15 +245,10 @@ def words_in(text):
     return re.findall(r"\w+", (text or "").lower())
 
 
-def unknown_words(text):
-    """The words of a prompt that the tiny model was not trained on: to it they are noise."""
-    return [word for word in words_in(text) if word not in WORDS]
-
-
 def embed_words(text, config):
-    """Embed a prompt for the tiny model, (1, L, text_dim): each word is a random vector seeded by its
-    letters, the same in every process. At most text_len words; the model does not see their order. None:
-    the null text."""
+    """Embed a prompt for the tiny model, (1, L, text_dim): each word is a random vector seeded by
+    its letters, the same in every process. At most text_len words; the model does not see their
+    order. None: the null text."""
     if text is None:
         return None
     rows = []
@@ -287,9 +264,10 @@ def embed_words(text, config):
 # The image.
 
 def load_image(path):
-    """Load a picture, a path or an open file, as 8-bit RGB: rotated by its EXIF tag, transparency over
-    white."""
-    try:
+    """Load a picture, a path or an open file, as 8-bit RGB: rotated by its EXIF tag, transparency
+    over white."""
+    name = path if isinstance(path, str | Path) else "the picture"
+    with naming(name, "cannot be read as a picture; save it again as .png, or smaller"):
         image = Image.open(path)
         image.load()
         image = ImageOps.exif_transpose(image)
@@ -303,21 +281,6 @@ def load_image(path):
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image)
         return image.convert("RGB")
-    except Exception as e:                  # Pillow's decoders raise many kinds for damaged files
-        name = path if isinstance(path, str | Path) else "the picture"
-        raise UserError(f"{name}: {picture_fault(e)}") from None
-
-
-def picture_fault(error):
-    """Explain why a picture could not be read, and the cure."""
-    reason = reason_of(error)
-    if isinstance(error, OSError) and error.strerror:
-        return reason                                                       # no such file, …
-    if isinstance(error, Image.DecompressionBombError):
-        return f"too large a picture: {reason.split(', could')[0]}; save it smaller"
-    if isinstance(error, UnidentifiedImageError):
-        return "not a picture of a kind that Pillow reads; save it again as .png"
-    return f"cannot be read as a picture ({reason}); save it again as .png"
 
 
 def crop(width, height, size):
@@ -329,26 +292,16 @@ def crop(width, height, size):
     return scale, left, top
 
 
-def crop_note(image_size, size):
-    """Notes for the user, a list, if a video of `size` crops an image (width, height)."""
+def shown_part(image_size, size):
+    """(left, top, right, bottom) of what a video of `size` shows of an image (width, height)."""
     width, height = image_size
     _, left, top = crop(width, height, size)
-    if max(left, top) < 0.5:
-        return []
-    return [f"the image of {width}x{height} pixels is cropped, the video shows {seen_part(image_size, size)}"]
-
-
-def seen_part(image_size, size):
-    """The part of an image (width, height) that a video of `size` shows, in words."""
-    width, height = image_size
-    _, left, top = crop(width, height, size)
-    return f"x from {left:.0f} to {width - left:.0f} and y from {top:.0f} to {height - top:.0f}"
+    return left, top, width - left, height - top
 
 
 def fit_image(image, size):
     """An RGB image to (1, 3, H, W) in [-1, 1], (H, W) = size."""
-    _, left, top = crop(image.width, image.height, size)
-    box = (left, top, image.width - left, image.height - top)
+    box = shown_part(image.size, size)
     pixels = np.array(image.resize(size[::-1], Image.Resampling.LANCZOS, box))      # (H, W, 3)
     return torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
 
@@ -368,49 +321,29 @@ class Tracks:
     start: np.ndarray | None = None     # (N, 2) float32: positions in frame 0
 
 
+def extra(name, why):
+    """The module extras/NAME.py, for what few need. UserError if this copy lacks it."""
+    try:
+        return importlib.import_module(f"extras.{name}")
+    except ImportError:
+        raise UserError(f"{why}; extras/{name}.py, which that needs, is missing") from None
+
+
 def read_tracks(path, size, frames=None):
-    """Read the Tracks in a file, for an image of `size` (width, height). frames: the number wanted, which
-    can reveal swapped axes in another program's file. Raises UserError, naming the file."""
-    with naming(path, "damaged, or not what this project wrote; extras/tracks.py reads other files"):
+    """Read the Tracks in a file, for an image of `size` (width, height). frames: the number wanted,
+    which can reveal swapped axes in another program's file. Raises UserError, naming the file."""
+    with naming(path, "damaged, or not written by this project; extras/tracks.py reads others"):
         arrays = own_arrays(path)
         if arrays is not None:
             return own_tracks(arrays, size)
-    extras = tracks_module(f"{path} is not a file that this project wrote")
-    return Tracks(**extras.load_tracks(path, size, frames=frames))
+    tracks = extra("tracks", f"{path} is not a file that this project wrote")
+    return Tracks(**tracks.load_tracks(path, size, frames=frames))
 
 
-def tracks_module(why):
-    """extras/tracks.py, for less common tracks. UserError if this copy lacks it."""
-    try:
-        from extras import tracks
-    except ImportError:
-        raise UserError(f"{why}; extras/tracks.py, which such tracks need, is missing") from None
-    return tracks
-
-
-def given_tracks(flags, size):
-    """The Tracks given by the flags, on the image of `size` (width, height)."""
-    frames = flags.frames or CLIP
-    if flags.grid and not flags.paths:
-        raise UserError("--grid belongs to --drag and --pin")
-    if flags.tracks:
-        return read_tracks(flags.tracks, size, flags.frames)
-    if flags.paths:
-        extras = tracks_module("--drag and --pin")
-        return Tracks(*extras.drag_tracks(flags.paths, flags.grid, size, frames))
-    return Tracks(np.zeros((frames, 0, 2), np.float32), np.zeros((frames, 0), bool))
-
-
-def refuse_cropped(paths, image_size, size):
-    """UserError for the first --drag or --pin that starts outside a video of `size`, in the part of the
-    image (width, height) that is cropped away."""
-    extras = tracks_module("--drag and --pin")
-    for text in paths:
-        x, y = to_video(extras.read_path(text)[0], image_size, size).tolist()
-        if not (0 <= x < size[1] and 0 <= y < size[0]):
-            flag = "--drag" if "->" in text else "--pin"
-            raise UserError(f"{flag} {text}: starts in what is cropped of the image; the video shows "
-                            f"{seen_part(image_size, size)}")
+def no_tracks(frames):
+    """Tracks of no points."""
+    points = np.zeros((frames, 0, 2), np.float32)
+    return Tracks(points, points[..., 0] > 0)
 
 
 def own_arrays(path):
@@ -444,8 +377,7 @@ def own_tracks(arrays, size):
         start = start.astype(np.float32).reshape(N, 2).clip(-1e6, 1e6) * scale
     recorded = None
     if "prompts" in arrays:
-        from extras.recording import settings_in
-        recorded = settings_in(arrays)
+        recorded = extra("recording", "is a recording").settings_in(arrays)
     fps = float(arrays["fps"]) if "fps" in arrays else None
     mode = str(arrays.get("track_id_mode", "random"))
     return Tracks(tracks, visible, ids if "ids" in arrays else None, mode, fps, recorded, start)
@@ -459,39 +391,25 @@ def to_video(points, image_size, size):
 
 
 def fit_tracks(tracks, image_size, frames, config, seed):
-    """Tracks on the image (width, height) to (Motion for the whole chunks that cover `frames`, in pixels
-    of the model's video; notes on losses). Tracks are scaled and cropped with the image, hidden where
-    cropped away, and "not specified" after their end."""
-    notes = []
-    given = len(tracks.tracks)
-    if frames > given:
-        notes.append(f"the tracks end after {given} frames, the last {frames - given} are not specified")
-    points = to_video(tracks.tracks, image_size, config.size)[None]              # (1, T, N, 2)
-    visible = torch.from_numpy(tracks.visible)[None]                        # (1, T, N)
+    """Tracks on the image (width, height) to a Motion for the whole chunks that cover `frames`, in
+    pixels of the model's video. Tracks are scaled and cropped with the image, hidden where cropped
+    away, and "not specified" after their end."""
+    points = to_video(tracks.tracks, image_size, config.size)[None]         # (1, T, N, 2)
     inside = ((points >= 0) & (points < torch.tensor(config.size[::-1]))).all(-1)
-    lost = (visible & ~inside).sum()
-    if lost:
-        notes.append(f"{lost} of {visible.sum()} visible track points lie outside the video and are hidden")
-    visible = visible & inside
+    visible = torch.from_numpy(tracks.visible)[None] & inside               # (1, T, N)
     if tracks.start is None:
-        start = start_points(points, visible)
+        start = start_points(points, visible)                               # (1, N, 2)
     else:
-        start = to_video(tracks.start, image_size, config.size)[None]            # (1, N, 2)
+        start = to_video(tracks.start, image_size, config.size)[None]
     if tracks.ids is not None and tracks.id_mode == config.track_id_mode:
-        ids = torch.from_numpy(tracks.ids.astype(np.int64))[None]
+        ids = torch.from_numpy(tracks.ids.astype(np.int64))[None]           # (1, N)
     else:
         ids = track_ids(points, config, torch.Generator().manual_seed(seed))
-        if tracks.ids is not None:
-            notes.append(f"the IDs of these weights are of the kind {config.track_id_mode!r}, not "
-                         f"{tracks.id_mode!r}; the file's ids are not used")
-    latents = latent_frames(frames, config)
-    whole = FRAMES * latents - (FRAMES - 1)
-    missing = max(whole - given, 0)
-    points = F.pad(points[:, :whole], (0, 0, 0, 0, 0, missing))
+    whole = FRAMES * latent_frames(frames, config) - (FRAMES - 1)
+    missing = max(whole - points.shape[1], 0)
+    points = F.pad(points[:, :whole], (0, 0, 0, 0, 0, missing))             # (1, whole, N, 2)
     visible = F.pad(visible[:, :whole], (0, 0, 0, missing))
-    if not visible.any():
-        notes.append("no track is seen in the video, nothing is specified")
-    return Motion(points, visible, ids, start), notes
+    return Motion(points, visible, ids, start)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -503,128 +421,81 @@ def enlarge(frame):
     return frame.repeat(factor, 0).repeat(factor, 1)
 
 
+# How ffmpeg encodes: converted to BT.709 and tagged; of untagged video, players guess the matrix.
+ENCODED = [
+    "-vf", "scale=2*ceil(iw/2):2*ceil(ih/2):out_color_matrix=bt709:out_range=tv,setsar=1,"
+    "format=yuv420p,setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709",
+    "-color_range", "tv", "-colorspace", "bt709",
+    "-color_primaries", "bt709", "-color_trc", "bt709",
+    "-preset", "veryfast", "-crf", "15", "-movflags", "+faststart"]
+
+
 def find_ffmpeg():
-    """Path of an ffmpeg that works here. UserError with its own message if there is none."""
-    exe = os.environ.get("IMAGEIO_FFMPEG_EXE")
-    cure = "name another in IMAGEIO_FFMPEG_EXE, or unset it"
-    if not exe:
-        cure = "pip install -U imageio[ffmpeg]"
-        try:
-            import imageio_ffmpeg
-            exe = imageio_ffmpeg.get_ffmpeg_exe()
-        except (ImportError, RuntimeError) as e:
-            raise UserError(f"{e}; {cure}") from None
+    """Path of an ffmpeg that encodes here. UserError with its own message if there is none."""
+    exe = "ffmpeg"
     try:
+        import imageio_ffmpeg
+        exe = imageio_ffmpeg.get_ffmpeg_exe()
         try_ffmpeg(exe)
-    except OSError as e:
-        raise UserError(f"{exe}: cannot be used ({e.strerror or e}); {cure}") from None
+    except (ImportError, RuntimeError, OSError) as e:
+        raise UserError(f"{exe}: cannot be used ({reason_of(e)}); pip install -U imageio[ffmpeg], "
+                        "or name another in IMAGEIO_FFMPEG_EXE") from None
     return exe
 
 
 @functools.cache
 def try_ffmpeg(exe):
-    """Encode one frame to the null muxer; raise OSError with ffmpeg's message if that fails."""
-    encoder = FfmpegWriter(exe, 25, ["-fps_mode", "passthrough", "-f", "null", "-"])
-    try:
-        encoder.append(np.zeros((16, 16, 3), np.uint8))
-        encoder.finish()
-    finally:
-        encoder.stop()
-
-
-def ffmpeg_words(log, code):
-    """The error of an ffmpeg that exited with `code`, in one line: the first one in its log (with level+
-    in -loglevel)."""
-    lines = log.splitlines()
-    errors = [line for line in lines if "[error] " in line or "[fatal] " in line]
-    said = (errors or lines[-1:] or [f"it has ended with code {code}"])[0]
-    return re.sub(r"^(\[[^]]*\] )+", "", said)[:300]
+    """Encode one frame to the null muxer. RuntimeError with ffmpeg's message if that fails."""
+    command = [exe, "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "16x16", "-i", "-"]
+    command += ["-c:v", "libx264"] + ENCODED + ["-f", "null", "-"]
+    done = subprocess.run(command, input=bytes(16 * 16 * 3), capture_output=True)
+    if done.returncode:
+        said = done.stderr.decode(errors="replace")
+        raise RuntimeError(said.strip() or f"it has ended with code {done.returncode}")
 
 
 def count_frames(path):
     """Number of frames in a video file, without decoding them; 0 if it cannot be read."""
-    command = [find_ffmpeg(), "-i", f"file:{path}", "-map", "0:v:0", "-c", "copy", "-f", "null", "-"]
+    command = [find_ffmpeg(), "-i", f"file:{path}", "-map", "0:v:0", "-c", "copy"]
+    command += ["-f", "null", "-"]
     told = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).stderr
     counts = re.findall(rb"frame= *(\d+)", told) or [0]
     return int(counts[-1])
 
 
-class FfmpegWriter:
-    """An ffmpeg process that encodes frames, uint8 (H, W, 3) of one size. output: its last arguments.
-    (imageio's writer ignores ffmpeg's exit code and messages, so a full disk would go unnoticed.)"""
-
-    def __init__(self, exe, fps, output):
-        self.count = 0
-        self.log = tempfile.TemporaryFile()
-        # Convert to BT.709 and tag it: for untagged video, players guess the matrix from its size.
-        converted = ("scale=2*ceil(iw/2):2*ceil(ih/2):out_color_matrix=bt709:out_range=tv,setsar=1,format=yuv420p,"
-                     "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709")
-        command = [exe, "-hide_banner", "-nostats", "-loglevel", "level+error", "-y"]
-        command += ["-f", "image2pipe", "-c:v", "ppm", "-framerate", f"{fps:g}", "-i", "-"]
-        command += ["-vf", converted, "-color_range", "tv", "-colorspace", "bt709"]
-        command += ["-color_primaries", "bt709", "-color_trc", "bt709"]
-        command += ["-c:v", "libx264", "-preset", "veryfast", "-crf", "15"] + output
-        group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)          # Windows: no Ctrl-C for ffmpeg
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=self.log, process_group=0,
-                                        creationflags=group)
-
-    def append(self, frame):
-        height, width, _ = frame.shape
-        try:
-            self.process.stdin.write(b"P6 %d %d 255\n" % (width, height))
-            self.process.stdin.write(np.ascontiguousarray(frame, np.uint8))
-        except OSError:
-            self.fail()
-        self.count += 1
-
-    def finish(self):
-        """Wait until the file is complete. OSError with ffmpeg's message if that fails."""
-        with contextlib.suppress(OSError):      # it may have exited
-            self.process.stdin.close()
-        if self.process.wait():
-            self.fail()
-
-    def fail(self):
-        code = self.process.wait()
-        self.log.seek(0)
-        raise EncodingError(ffmpeg_words(self.log.read().decode(errors="replace"), code))
-
-    def stop(self):
-        """Leave no process running, whatever has happened."""
-        self.process.kill()
-        self.process.wait()
-        with contextlib.suppress(OSError):
-            self.process.stdin.close()
-        self.log.close()
-
-
-class EncodingError(OSError):
-    """ffmpeg's message about a video that it cannot write."""
-
-
 @contextlib.contextmanager
 def video_file(path, fps):
-    """`with video_file(path, fps) as append`: append(frame), uint8 (H, W, 3), writes to a temporary file
-    beside `path`, which replaces `path` when the block ends and all frames can be read back. If the block
-    raises, nothing is left behind."""
+    """`with video_file(path, fps) as append`: append(frame), uint8 (H, W, 3), writes to a temporary
+    file beside `path`, which replaces `path` when the block ends and all frames can be read back.
+    If the block raises, nothing is left behind."""
     path = Path(path)
     part = path.absolute().with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    encoder = FfmpegWriter(find_ffmpeg(), fps, ["-movflags", "+faststart", f"file:{part}"])
+    count = 0
+
+    def append(frame):
+        nonlocal count
+        try:
+            writer.append_data(frame)
+        except OSError:
+            raise OSError("ffmpeg has stopped") from None
+        count += 1
+
     try:
-        yield encoder.append
-        if not encoder.count:
-            raise EncodingError("there are no frames")
-        encoder.finish()
-        if count_frames(part) != encoder.count:
-            raise EncodingError("not all frames can be read back")
+        with imageio.get_writer(part, "FFMPEG", fps=fps, codec="libx264", pixelformat="yuv420p",
+                                macro_block_size=1, output_params=list(ENCODED)) as writer:
+            yield append
+        if count_frames(part) != count:
+            raise OSError("not all frames can be read back")
         os.replace(part, path)
     except BrokenPipeError:                 # from printing meanwhile
         raise
     except OSError as e:
-        reason = e.strerror or e
-        raise UserError(f"{path}: cannot be written after {encoder.count} frames ({reason})") from None
+        reason = reason_of(e)
+        if part.parent.is_dir():            # ffmpeg's own words are lost
+            free = shutil.disk_usage(part.parent).free
+            reason += f"; {free / 1e6:.0f} MB are free there"
+        raise UserError(f"{path}: cannot be written after {count} frames ({reason})") from None
     finally:
-        encoder.stop()
         part.unlink(missing_ok=True)
 
 
@@ -657,25 +528,9 @@ def hold_signals():
             signal.signal(signum, handler)
 
 
-def check_output(path, endings, inputs):
-    """UserError if an output path cannot be written or is one of the inputs."""
-    there = [file for file in inputs if file and file.exists()]
-    faults = [
-        (path.suffix.lower() not in endings, f"choose a name that ends in {' or '.join(endings)}"),
-        (not os.access(path.parent, os.W_OK), f"the folder {path.parent} is missing or not writable"),
-        (path.is_dir(), "is a folder"),
-        (path.exists() and any(map(path.samefile, there)), "is a file that is read; choose another name"),
-    ]
-    for wrong, cure in faults:
-        if wrong:
-            raise UserError(f"{path}: {cure}")
-    if path.suffix.lower() == ".mp4":
-        find_ffmpeg()
-
-
 def write_frames(append, frames, total):
-    """Append frames, `total` of them, to a video as they arrive. Returns the exit code: 0, or 128 + the
-    signal that ended it early. From the first frame on, Ctrl-C keeps what is done."""
+    """Append frames, `total` of them, to a video as they arrive. Returns the exit code: 0, or 128 +
+    the signal that ended it early. From the first frame on, Ctrl-C keeps what is done."""
     started = time.perf_counter()
     frames = itertools.chain([next(frames)], frames)
     first_after = time.perf_counter() - started
@@ -685,8 +540,8 @@ def write_frames(append, frames, total):
             if noted:
                 break
     seconds = time.perf_counter() - started
-    print(f"{count} of {total} frames in {seconds:.2f} s, {count / seconds:.1f} frames/s, the first "
-          f"after {first_after:.2f} s")
+    print(f"{count} of {total} frames in {seconds:.2f} s, {count / seconds:.1f} frames/s, the "
+          f"first after {first_after:.2f} s")
     return sum(128 + signum for signum in noted)
 
 
@@ -711,12 +566,29 @@ def number(kind, least, most):
     return parse
 
 
+def check_output(path, endings, inputs):
+    """UserError if an output path cannot be written or is one of the inputs."""
+    there = [file for file in inputs if file and file.exists()]
+    faults = [
+        (path.suffix.lower() not in endings, f"choose a name that ends in {' or '.join(endings)}"),
+        (not os.access(path.parent, os.W_OK),
+         f"the folder {path.parent} is missing or not writable"),
+        (path.is_dir(), "is a folder"),
+        (path.exists() and any(map(path.samefile, there)),
+         "is a file that is read; choose another name"),
+    ]
+    for wrong, cure in faults:
+        if wrong:
+            raise UserError(f"{path}: {cure}")
+
+
 def memory(text):
-    """A flag's type: "c3s1w1" to the fields of Config for the student's KV cache: 3 latent frames per
-    chunk, a sink of 1 chunk, a window of 1; wfull: all chunks."""
+    """A flag's type: "c3s1w1" to the fields of Config for the student's KV cache: 3 latent frames
+    per chunk, a sink of 1 chunk, a window of 1; wfull: all chunks."""
     found = re.fullmatch(r"c([1-9]\d{0,2})s(\d{1,6})w(\d{1,6}|full)", text)
     if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is not like c3s1w1 or c3s1wfull, chunk 1 to 999")
+        raise argparse.ArgumentTypeError(f"{text!r} is not like c3s1w1 or c3s1wfull, chunk 1 to "
+                                         "999")
     chunk, sink, window = found.groups()
     fields = {"chunk": int(chunk), "sink": int(sink), "window": None}
     if window != "full":
@@ -728,21 +600,9 @@ def guidance(text):
     """A flag's type: "3,1.5" to (w_text, w_motion), see joint_guidance."""
     weights = tuple(map(float, text.split(",")))
     if len(weights) != 2 or not all(0 <= weight <= 100 for weight in weights):
-        raise argparse.ArgumentTypeError(f"{text!r} is not like 3,1.5: weights of text and of tracks, 0 to 100")
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 3,1.5: weights of text and of "
+                                         "tracks, 0 to 100")
     return weights
-
-
-class Points(argparse.Action):
-    """Collect --drag and --pin in one list. A drag has an arrow, a pin has none."""
-
-    def __call__(self, parser, namespace, text, flag=None):
-        if flag == "--drag" and "->" not in text:
-            parser.error(f"--drag {text}: there is no arrow; write \"X,Y -> X,Y\", or --pin X,Y for a "
-                         "point that stays")
-        if flag == "--pin" and "->" in text:
-            parser.error(f"--pin {text}: a pinned point stays; write --drag for one that moves")
-        before = getattr(namespace, self.dest) or []
-        setattr(namespace, self.dest, before + [text])
 
 
 SETTINGS = {"shift": number(float, 0.01, 100), "sink_decay": number(float, 0, 1)}
@@ -756,52 +616,24 @@ def setting(text):
     return name, SETTINGS[name](value)
 
 
-@dataclass(frozen=True)
-class Flags:
-    """The command line as typed, None for flags not given."""
-    image: Path
-    tracks: Path | None
-    paths: list | None          # texts of --drag and --pin
-    grid: str | None
-    prompt: str | None
-    out: Path
-    frames: int | None
-    fps: float | None
-    overlay: bool
-    weights: Path | None
-    vae: Path | None
-    device: str
-    dtype: str
-    compile: bool
-    text_encoder: Path | None
-    image_encoder: Path | None
-    negative_prompt: str | None
-    prompt_embeds: Path | None
-    sampler: str | None
-    seed: int | None
-    steps: int | None
-    memory: dict | None         # fields of Config, as in settings
-    guidance: tuple | None
-    settings: list | None       # of --set, each (field, value)
-
-
 def add_flags(parser):
     """Add the flags, shared with extras/page.py."""
     file = {"type": Path, "metavar": "FILE"}
     add = parser.add_argument
     add("--image", required=True, help="first frame, any picture file", **file)
-    either = parser.add_mutually_exclusive_group().add_argument
-    either("--tracks", help=".npz and others, see docs/tracks.md; default: none", **file)
-    either("--drag", "--pin", dest="paths", action=Points, metavar="POINT",
-           help='instead of --tracks: move a point of the image, "X,Y -> X,Y", or pin what should stay, X,Y; '
-           "repeatable")
+    add("--tracks", help=".npz and others, see docs/tracks.md; default: none", **file)
+    add("--drag", action="append", metavar="X,Y->X,Y",
+        help="instead of --tracks: move a point of the image to another, or on; repeatable")
+    add("--pin", action="append", metavar="X,Y", help="the same, for a point that stays")
     add("--grid", metavar="NxP", help="make each of those points N by N, P pixels apart")
-    add("--prompt", metavar="TEXT", help="for what image and tracks do not show; default: the model's. The "
-        "tiny model knows steady, fading or warming light, and steady, spinning or pulsing shapes")
-    add("--out", default="out.mp4", help=".mp4, or .png for the last frame; default: out.mp4", **file)
+    add("--prompt", metavar="TEXT", help="for what image and tracks do not show; default: the "
+        "model's. The tiny model knows steady, fading or warming light, and steady, spinning or "
+        "pulsing shapes")
+    add("--out", default="out.mp4", help=".mp4, or .png for the last frame (out.mp4)", **file)
     frames = number(int, 1, MOST_FRAMES)
     add("--frames", type=frames, metavar="N", help=f"default: those of the tracks, or {CLIP}")
-    add("--fps", type=number(float, 0.1, 1000), metavar="F", help="of the output; default: the model's")
+    add("--fps", type=number(float, 0.1, 1000), metavar="F",
+        help="of the output; default: the model's")
     add("--overlay", action="store_true", help="draw the tracks on the video")
     add = parser.add_argument_group("model").add_argument
     add("--weights", help="a Wan DiT, file or folder; default: the tiny model in assets/", **file)
@@ -809,8 +641,9 @@ def add_flags(parser):
     add("--device", default="auto", help="cpu, cuda, …; default: cuda if there is one")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
         help="auto: float32 on the CPU, else bfloat16")
-    add("--compile", action="store_true", help="torch.compile the DiT's blocks: a minute slower, then faster")
-    add("--text-encoder", help="a -Diffusers folder with UMT5; default: --weights, if it is one", **file)
+    add("--compile", action="store_true",
+        help="torch.compile the DiT's blocks: a minute slower, then faster")
+    add("--text-encoder", help="a -Diffusers folder with UMT5; default: --weights, if one", **file)
     add("--image-encoder", help="a -Diffusers folder with CLIP; default: --text-encoder's", **file)
     add("--negative-prompt", metavar="TEXT", help="guidance avoids it; default: Wan's")
     add("--prompt-embeds", help="encoder outputs from a file; see docs/weights.md", **file)
@@ -818,21 +651,26 @@ def add_flags(parser):
     add("--sampler", choices=("stream", "teacher"), help="default: that of the weights")
     add("--seed", type=number(int, 0, 2 ** 63 - 1), metavar="N", help="of all noise; default: 0")
     add("--steps", type=number(int, 1, 1000), metavar="N", help="denoising steps")
-    add("--memory", type=memory, metavar="cNsNwN", help="the student's KV cache: latent frames per chunk, "
-        "chunks in the sink and in the window; wfull: all")
-    add("--guidance", type=guidance, metavar="T,M", help="the teacher's weights of text and tracks (eq. 2)")
+    add("--memory", type=memory, metavar="cNsNwN", help="the student's KV cache: latent frames per "
+        "chunk, chunks in the sink and in the window; wfull: all")
+    add("--guidance", type=guidance, metavar="T,M",
+        help="the teacher's weights of text and tracks (eq. 2)")
     add("--set", dest="settings", type=setting, action="append", metavar="FIELD=VALUE",
         help=f"other fields of Config: {', '.join(SETTINGS)}")
 
 
-def parse_flags(argv, parser=None):
-    """Parse the command line into Flags. parser: one with further flags, which are ignored here."""
-    if parser is None:
-        parser = Parser(description="One image and some tracks in, a video out. To draw tracks while it "
-                        "streams: python -m extras.page", allow_abbrev=False)
-        add_flags(parser)
-    given = vars(parser.parse_args(argv))
-    return Flags(**{flag.name: given[flag.name] for flag in fields(Flags)})
+def parse_flags(argv):
+    """The command line as a namespace, None for what is not given: of `run` and `resolve`."""
+    parser = Parser(description="One image and some tracks in, a video out. To draw tracks while "
+                    "it streams: python -m extras.page", allow_abbrev=False)
+    add_flags(parser)
+    given = parser.parse_args(argv)
+    moved = given.drag or given.pin
+    if given.grid and not moved:
+        raise UserError("--grid belongs to --drag and --pin")
+    if given.tracks and moved:
+        raise UserError("--drag and --pin replace --tracks, drop one of them")
+    return given
 
 
 # --------------------------------------------------------------------------------------------------
@@ -849,7 +687,7 @@ class Weights:
 
 
 def inspect(path):
-    """The Weights at a path, with everything checked but the values of the tensors. Raises UserError."""
+    """The Weights at a path, checked but for the values of the tensors. Raises UserError."""
     model, metadata = open_pretrained(MotionStream, path, {})
     head = model.state_dict().get("track_head.conv.weight")
     own = metadata.get("format") == "motionstream"
@@ -860,33 +698,48 @@ def inspect(path):
 @dataclass(frozen=True)
 class Job:
     """A fully resolved sampling job."""
-    config: Config      # for sampling; causal: the student, else the teacher
-    frames: int | None  # None: without end, as on the page
-    fps: float          # of the output file
+    weights: Weights
+    config: Config          # for sampling; causal: the student, else the teacher
+    frames: int | None      # None: without end, as on the page
+    fps: float              # of the output file
     seed: int
     device: torch.device
-    dtype: str
+    dtype: str              # of the DiT and of the VAE's decoder
     prompt: str | None
-    moved: bool         # tracks were given
-    drawn: bool         # they enter as a control video, not through the track head
-    notes: list         # for the user
+    drawn: bool = False     # tracks enter as a control video, not through the track head
+    vae: Path | None = None                 # None: see find_vae
+    sources: object = None                  # for Wan's encoders, see extras/encoders.py
+    compile: bool = False
+    notes: tuple = ()       # for the user
 
 
-def resolve(flags, weights, tracks):
-    """Resolve flags into a Job. The weights decide what the flags leave open."""
-    config, notes = resolve_config(flags, weights)
-    prompt = config.prompt if flags.prompt is None else flags.prompt
-    device = find_device(flags.device)
-    dtype = flags.dtype
+def resolve(given, weights, tracks):
+    """Resolve flags, see parse_flags, into a Job. Weights and tracks decide what they leave open.
+    UserError with the cure if these do not go together."""
+    if tracks.recorded:
+        recording = extra("recording", "a recording")
+        given = recording.replayed(given, tracks.recorded, weights.config)
+    config, notes = resolve_config(given, weights)
+    prompt = config.prompt if given.prompt is None else given.prompt
+    device = find_device(given.device)
+    dtype = given.dtype
     if dtype == "auto":
         dtype = "float32" if device.type == "cpu" else "bfloat16"
-    moved = bool(flags.tracks or flags.paths)
+    moved = tracks.tracks.shape[1] > 0
     drawn = moved and not weights.has_head and config.track_dim == config.out_dim
     if drawn:
         notes.append(f"{weights.path}: takes tracks drawn as a control video, in a style that is "
                      "untested with these weights")
-    frames = flags.frames or len(tracks.tracks)
-    return Job(config, frames, flags.fps or config.fps, flags.seed or 0, device, dtype, prompt, moved, drawn, notes)
+    sources = None
+    if config.text_encoder == "umt5":
+        encoders = extra("encoders", f"{weights.path}: reads what Wan's encoders return")
+        sources = encoders.Sources(prompt, given.negative_prompt, given.prompt_embeds,
+                                   given.text_encoder, given.image_encoder, weights.path)
+    job = Job(weights, config, given.frames or len(tracks.tracks), given.fps or config.fps,
+              given.seed or 0, device, dtype, prompt, drawn, given.vae, sources, given.compile,
+              tuple(notes))
+    refuse(given, job, moved)
+    return job
 
 
 def find_device(name):
@@ -894,56 +747,60 @@ def find_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.zeros(1, device=name).device
+        tensor = torch.zeros(1, device=name)
+        tensor.item()                       # "meta" has none
     except Exception as e:                  # each backend has its own kinds
         raise UserError(f"--device {name}: not available here ({reason_of(e)})") from None
-    if device.type == "meta":
-        raise UserError("--device meta: computes nothing")
-    return device
+    return tensor.device
 
 
-def resolve_config(flags, weights):
-    """(Sampling Config, notes): the weights' own, or advice for their family, overridden by flags."""
+def resolve_config(given, weights):
+    """(Sampling Config, notes): the weights' own, or advice for their family, with the flags'."""
     config = weights.config
     notes = []
     if not weights.own:
         usual = "stream" if config.causal else "teacher"
         advice = checkpoints(weights.path, "does not say how it is sampled").advice
-        config, words = advice(config, flags.sampler or usual)
+        config, words = advice(config, given.sampler or usual)
         notes = [f"{weights.path}: {note}" for note in words]
-    changes = dict(flags.settings or ()) | (flags.memory or {})
-    if flags.guidance:
-        changes["guidance"] = flags.guidance
-    elif config.text_encoder == "umt5" and flags.prompt is None and not flags.prompt_embeds:
+    changes = dict(given.settings or ()) | (given.memory or {})
+    if given.guidance:
+        changes["guidance"] = given.guidance
+    elif config.text_encoder == "umt5" and given.prompt is None and not given.prompt_embeds:
         changes["guidance"] = (0.0, config.guidance[1])     # no text to guide by
     config = replace(config, **changes)
-    if flags.steps or "shift" in changes:
-        sigmas = schedule(flags.steps or len(config.sigmas), config.shift)
-        config = replace(config, steps=flags.steps or config.steps, sigmas=sigmas)
+    if given.steps or "shift" in changes:
+        sigmas = schedule(given.steps or len(config.sigmas), config.shift)
+        config = replace(config, steps=given.steps or config.steps, sigmas=sigmas)
     return config, notes
 
 
-def refuse(job, flags, weights):
-    """Raise UserError with the cure for the first invalid combination."""
-    config, streams = job.config, job.config.causal
+def refuse(given, job, moved):
+    """Raise UserError with the cure for the first invalid combination. moved: there are tracks."""
+    weights, config = job.weights, job.config
+    streams = config.causal
     kind, sampler = ("student", "stream") if streams else ("teacher", "teacher")
-    encoded = flags.prompt_embeds or flags.text_encoder or flags.image_encoder
-    weight = flags.guidance and flags.guidance[1]
+    encoded = given.prompt_embeds or given.text_encoder or given.image_encoder
+    weight = given.guidance and given.guidance[1]
     for wrong, cure in [
-        (weights.own and flags.sampler not in (None, sampler), f"holds a {kind}, use --sampler {sampler}"),
-        (streams and flags.guidance, "--guidance belongs to --sampler teacher"),
-        (streams and flags.negative_prompt is not None, "--negative-prompt belongs to --sampler teacher"),
-        (not streams and flags.memory, "--memory belongs to --sampler stream"),
-        (streams and config.window is None and job.frames > CLIP and not flags.memory,
-         f"trained to remember {CLIP} frames, all of them; add --memory c{config.chunk}s1w5 for more"),
-        (streams and config.window is None and flags.compile, GROWS),
+        (weights.own and given.sampler not in (None, sampler),
+         f"holds a {kind}, use --sampler {sampler}"),
+        (streams and given.guidance, "--guidance belongs to --sampler teacher"),
+        (streams and given.negative_prompt is not None,
+         "--negative-prompt belongs to --sampler teacher"),
+        (not streams and given.memory, "--memory belongs to --sampler stream"),
+        (streams and config.window is None and job.frames > CLIP and not given.memory,
+         f"trained to remember {CLIP} frames, all of them; add --memory c{config.chunk}s1w5"),
+        (streams and config.window is None and given.compile,
+         "--compile needs a cache that stops growing; add --memory c3s1w5"),
         (streams and config.has_mask,
          "takes the image as a clip with a mask, which cannot stream; use --sampler teacher"),
-        (not config.track_dim and (job.moved or weight),
+        (not config.track_dim and (moved or weight),
          "has no input for tracks; take Fun-Control, or drop --tracks, and give --guidance T,0"),
-        (job.moved and not job.drawn and not weights.has_head, "has no trained track head, and its input "
-         f"for tracks has {config.track_dim} channels, none for a drawn video"),
-        (config.text_encoder == "words" and encoded, "reads words, give it --prompt and nothing encoded"),
+        (moved and not job.drawn and not weights.has_head, "has no trained track head, and its "
+         f"input for tracks has {config.track_dim} channels, none for a drawn video"),
+        (config.text_encoder == "words" and encoded,
+         "reads words, give it --prompt and nothing encoded"),
     ]:
         if wrong:
             raise UserError(f"{weights.path}: {cure}")
@@ -957,194 +814,167 @@ class Models:
     encoded: Encoded
 
 
-def find_vae(weights, path=None):
-    """Path of the VAE: `path`, else the tiny model's or, for Wan's weights, the one in their folder.
-    Everything is checked but the values of its tensors. Raises UserError."""
-    c = weights.config
+def find_vae(config, beside, path=None):
+    """Path of the VAE of a model's Config: `path`, else the tiny model's or, for Wan's weights, the
+    one in their folder, beside `beside`. It is checked but for the values of its tensors. Raises
+    UserError."""
     places = [ASSETS / "tiny_vae.safetensors"]          # its shapes would fit Wan's too
-    if c.text_encoder == "umt5":
-        folder = weights.path if weights.path.is_dir() else weights.path.parent
+    if config.text_encoder == "umt5":
+        folder = beside if beside.is_dir() else beside.parent
         places = [folder / name for name in VAE_FILES[:3]]
     path = path or next(filter(Path.is_file, places), None)
     if path is None:
         names = " or ".join(VAE_FILES[:3])
-        raise UserError(f"{weights.path}: give --vae PATH; there is no {names} in its folder")
+        raise UserError(f"{beside}: give --vae PATH; there is no {names} in its folder")
     vae, _ = open_weights(path)
     channels = vae.config.latent_channels
-    if (channels, vae.stride) != (c.out_dim, c.stride):
-        raise UserError(f"{path}: latents have {channels} channels and stride {vae.stride}, those of "
-                        f"{weights.path} have {c.out_dim} and {c.stride}; give --vae its own")
+    if (channels, vae.stride) != (config.out_dim, config.stride):
+        raise UserError(f"{path}: latents have {channels} channels and stride {vae.stride}, those "
+                        f"of {beside} {config.out_dim} and {config.stride}; give --vae its own")
     return path
 
 
-def open_vae(weights, path=None):
+def open_vae(config, beside, path=None):
     """Load the VAE that find_vae finds."""
-    return load_vae(find_vae(weights, path))
+    return load_vae(find_vae(config, beside, path))
 
 
-def sources_of(job, flags, weights):
-    """Inputs of the encoders, see extras/encoders.py."""
-    from extras.encoders import Sources
-    return Sources(job.prompt, flags.negative_prompt, flags.prompt_embeds, flags.text_encoder,
-                   flags.image_encoder, weights.path)
-
-
-def check_files(job, flags, weights, image):
-    """Check all files before load_models loads one, so that an error comes within a minute and not after
-    the encoders have run. Raises UserError."""
-    find_vae(weights, flags.vae)
-    if job.config.text_encoder == "umt5":
-        from extras import encoders
-        encoders.check(sources_of(job, flags, weights), job.config, image)
+def check_files(job, image):
+    """Check all files before load_models loads one, so that an error comes within a minute and not
+    after the encoders have run. Raises UserError."""
+    weights = job.weights
+    find_vae(job.config, weights.path, job.vae)
+    if job.sources:
+        extra("encoders", "text").check(job.sources, job.config, image)
     check_memory(weights.count * getattr(torch, job.dtype).itemsize, weights.path, job.device)
 
 
-GROWS = "--compile needs a cache that stops growing, this one keeps all chunks; add --memory c3s1w5"
-
-
-def compile_blocks(model):
-    """torch.compile each block of a model: the blocks share one compilation, the layers of a whole model
-    would not. It recompiles for each cache length, with `write` and without, until the cache is full.
-    UserError if the cache never fills, or if torch finds no compiler."""
-    config = model.config
-    if config.causal and config.window is None:
-        raise UserError(GROWS)
-    try:
-        torch.compile(torch.neg)(next(model.parameters())[:1])
-    except RuntimeError as e:
-        raise UserError(f"--compile: torch.compile does not work here ({reason_of(e)})") from None
-    if config.causal:       # beyond the limit torch compiles nothing; the page also has chunks of 1
-        lengths = (config.chunk + 1) * (config.sink + config.window + 1)
-        limit = torch._dynamo.config.recompile_limit
-        torch._dynamo.config.recompile_limit = max(limit, 2 * lengths)
-    for block in model.blocks:
-        block.compile()
-
-
-def encode_inputs(job, flags, weights, image):
+def encode_inputs(job, image):
     """Encode a Job's text and image inputs. image (1, 3, H, W) in [-1, 1]."""
-    if job.config.text_encoder == "words":
-        text = embed_words(job.prompt, job.config)
-        return Encoded(text if text is None else text.to(job.device))
-    from extras import encoders
-    sources = sources_of(job, flags, weights)
-    return Encoded(*encoders.encode(sources, job.config, image, job.device))
+    if job.sources:
+        encoders = extra("encoders", "text")
+        return Encoded(*encoders.encode(job.sources, job.config, image, job.device))
+    text = embed_words(job.prompt, job.config)
+    return Encoded(text if text is None else text.to(job.device))
 
 
-def load_models(job, flags, weights, image):
-    """Load the Models of a Job. image (1, 3, H, W) in [-1, 1]. Frees the encoders before the DiT."""
-    check_files(job, flags, weights, image)
-    vae = open_vae(weights, flags.vae).to(job.device)
-    encoded = encode_inputs(job, flags, weights, image)
-    dit = MotionStream.from_pretrained(weights.path, dtype=getattr(torch, job.dtype), device=job.device,
-                                       **vars(job.config))
-    if flags.compile:
-        compile_blocks(dit)
+def decode_in(dtype, vae):
+    """Let a VAE decode in this dtype. It still encodes in float32: an image costs little, and the
+    latents' precision is that of the sampler."""
+    vae.decoder.to(dtype)
+    if isinstance(vae, WanVAE):
+        vae.conv2.to(dtype)                 # the decoder's first layer
+
+
+def load_models(job, image):
+    """Load the Models of a Job; the encoders are freed before the DiT. image (1, 3, H, W)."""
+    check_files(job, image)
+    path = job.weights.path
+    dtype = getattr(torch, job.dtype)
+    vae = open_vae(job.config, path, job.vae).to(job.device)
+    decode_in(dtype, vae)
+    encoded = encode_inputs(job, image)
+    dit = MotionStream.from_pretrained(path, dtype=dtype, device=job.device, **vars(job.config))
+    if job.compile:
+        extra("compiling", "--compile").compile_blocks(dit)
     c = dit.config
     how = f"teacher, whole clip, {c.steps} steps"
     if c.causal:
-        how = f"stream, c{c.chunk}s{c.sink}w{c.window}, {len(c.sigmas)} steps".replace("None", "full")
-    print(f"{weights.path.name}: {c.size[1]}x{c.size[0]} pixels, {how}, seed {job.seed}, {job.device}, "
+        window = "full" if c.window is None else c.window
+        how = f"stream, c{c.chunk}s{c.sink}w{window}, {len(c.sigmas)} steps"
+    print(f"{path.name}: {c.size[1]}x{c.size[0]} pixels, {how}, seed {job.seed}, {job.device}, "
           f"{job.dtype}")
     return Models(dit, vae, encoded)
 
 
-def word_notes(job):
-    """Notes for the user, a list, on prompt words that the tiny model was not trained on."""
-    config = job.config
-    if config.text_encoder != "words":
-        return []
-    notes = []
-    if len(words_in(job.prompt)) > config.text_len:
-        notes.append(f"only the first {config.text_len} words of {job.prompt!r} are read")
-    unknown = dict.fromkeys(unknown_words(job.prompt))          # an ordered set
-    if unknown:
-        notes.append(f"the tiny model never learned {', '.join(unknown)}, which is noise to it; it knows "
-                     f"{', '.join(WORDS)}")
-    return notes
-
-
-def with_prompts(motion, prompts, config):
-    """Split a whole Motion by chunk, each with the text of its own prompt."""
-    parts = motion_by_chunk(motion, config)
-    for part, prompt in zip(parts, prompts):
-        yield replace(part, text=embed_words(prompt, config))
-
-
 @torch.inference_mode()
 def generate(job, models, image, motion):
-    """Yield the video's frames, uint8 (H, W, 3): job.frames of them; None: as long as `motion` lasts.
-    image and motion: see `stream`."""
+    """Yield the video's frames, uint8 (H, W, 3): job.frames of them; None: as long as `motion`
+    lasts. image and motion: see `stream`."""
     config = job.config
     if job.drawn:
-        latents = latent_frames(job.frames, config)
-        frames = FRAMES * latents - (FRAMES - 1)
-        extras = tracks_module("drawing tracks")
-        control = extras.render_control(models.vae, motion, config.size, frames)
+        frames = FRAMES * latent_frames(job.frames, config) - (FRAMES - 1)
+        tracks = extra("tracks", "drawing tracks")
+        control = tracks.render_control(models.vae, motion, config.size, frames)
         motion = replace(motion, control=control)
-    if config.causal:
-        latents = stream_latents(models.dit, models.vae, image, motion, models.encoded, job.seed,
-                                 chunk=config.chunk, sink=config.sink, window=config.window)
-        live = job.frames is None
-        chunks = decoded_frames(models.vae, latents, ahead=not live)
-    else:
+    if not config.causal:
         videos = sample_teacher(models.dit, models.vae, image, motion, models.encoded, job.seed)
         chunks = map(to_frames, videos)
+    else:
+        latents = stream_latents(models.dit, models.vae, image, motion, models.encoded, job.seed,
+                                 chunk=config.chunk, sink=config.sink, window=config.window)
+        if job.device.type == "cuda" and job.frames:        # nobody waits to steer the next chunk
+            chunks = frames_beside(models.vae, latents, job.device)
+        else:
+            chunks = map(to_frames, decode(models.vae, latents))
     frames = itertools.chain.from_iterable(chunks)
     yield from itertools.islice(frames, job.frames)
 
 
-def run(argv):
-    """Run the program; returns the exit code. argv: None for the command line's."""
-    flags = parse_flags(argv)
-    read = [value for name, value in vars(flags).items() if name != "out" and isinstance(value, Path)]
-    for path in read:
-        if not path.exists():
-            raise UserError(f"{path}: no such file or folder")
-    check_output(flags.out, (".mp4", ".png"), read)
-    image = load_image(flags.image)
-    shipped = {"teacher": "tiny_teacher.safetensors"}.get(flags.sampler, "tiny.safetensors")
-    weights = inspect(flags.weights or ASSETS / shipped)
-    tracks = given_tracks(flags, image.size)
-    typed = flags.prompt
-    if tracks.recorded:
-        from extras import recording
-        flags = recording.replayed(flags, tracks.recorded, weights.config)
-    job = resolve(flags, weights, tracks)
-    refuse(job, flags, weights)
-    if flags.overlay or job.drawn:
-        tracks_module("drawing tracks")     # found missing here, before any model loads
-    if flags.paths:
-        refuse_cropped(flags.paths, image.size, job.config.size)
-    motion, lost = fit_tracks(tracks, image.size, job.frames, job.config, job.seed)
-    notes = job.notes + word_notes(job) + crop_note(image.size, job.config.size) + lost
-    if tracks.fps not in (None, job.fps):
-        notes.append(f"the tracks are at {tracks.fps:g} frames/s, the video at {job.fps:g}; they are not "
-                     "resampled")
-    pixels = fit_image(image, job.config.size)
-    models = load_models(job, flags, weights, pixels)
-    steered = motion
-    if tracks.recorded:
-        notes += recording.doubts(tracks.recorded, models)
-        if typed is None and job.config.causal and job.config.text_encoder == "words":
-            prompts = recording.prompts_by_chunk(tracks.recorded, job.config.chunk)
-            steered = with_prompts(motion, prompts, job.config)
+def print_notes(job, tracks, motion, image_size, shown):
+    """Print what the user should know. motion: of the tracks, which are on the image (width,
+    height), of which the video shows a part."""
+    notes = list(job.notes)
+    with contextlib.suppress(UserError):        # a copy without extras has no more to say
+        about = extra("notes", "notes")
+        notes += about.notes_on(job, words_in(job.prompt), tracks, motion, image_size, shown)
     for note in notes:
         print(f"note: {note}")
+
+
+def run(argv):
+    """Run the program; returns the exit code. argv: None for the command line's."""
+    given = parse_flags(argv)
+    inputs = [given.image, given.tracks, given.weights, given.vae, given.text_encoder,
+              given.image_encoder, given.prompt_embeds]
+    for path in filter(None, inputs):
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder")
+    check_output(given.out, (".mp4", ".png"), inputs)
+    is_picture = given.out.suffix.lower() == ".png"
+    if not is_picture:
+        find_ffmpeg()                           # found to fail here, before any model loads
+    image = load_image(given.image)
+    shipped = {"teacher": "tiny_teacher.safetensors"}.get(given.sampler, "tiny.safetensors")
+    weights = inspect(given.weights or ASSETS / shipped)
+    shown = shown_part(image.size, weights.config.size)
+    tracks = no_tracks(given.frames or CLIP)
+    if given.tracks:
+        tracks = read_tracks(given.tracks, image.size, given.frames)
+    elif given.drag or given.pin:
+        drag_tracks = extra("tracks", "--drag and --pin").drag_tracks
+        tracks = Tracks(*drag_tracks(given.drag, given.pin, given.grid, given.frames or CLIP,
+                                     image.size, shown))
+    job = resolve(given, weights, tracks)
+    if given.overlay or job.drawn:
+        extra("tracks", "drawing tracks")       # found missing here, before any model loads
+    motion = fit_tracks(tracks, image.size, job.frames, job.config, job.seed)
+    pixels = fit_image(image, job.config.size)
+    models = load_models(job, pixels)
+    print_notes(job, tracks, motion, image.size, shown)
+    steered = motion
+    if tracks.recorded:
+        recording = extra("recording", "a recording")
+        recording.print_doubts(tracks.recorded, models)
+        if given.prompt is None and job.config.causal and job.config.text_encoder == "words":
+            parts = motion_by_chunk(motion, job.config)
+            steered = recording.with_prompts(parts, tracks.recorded, job.config, embed_words)
     frames = map(enlarge, generate(job, models, pixels, steered))
-    if flags.overlay:
-        frames = tracks_module("drawing tracks").overlaid(frames, motion, job.config.size)
-    is_picture = flags.out.suffix.lower() == ".png"
-    with picture_file(flags.out) if is_picture else video_file(flags.out, job.fps) as append:
+    if given.overlay:
+        frames = extra("tracks", "--overlay").overlaid(frames, motion, job.config.size)
+    with picture_file(given.out) if is_picture else video_file(given.out, job.fps) as append:
         code = write_frames(append, frames, job.frames)
-    print(flags.out)
+    print(given.out)
     return code
 
 
 def reported(work, *args):
-    """Exit code of work(*args), a program: 2 and a one-line message for an error that the user can fix,
-    130 if interrupted, 141 if the reader of its output closed the pipe, as | head -1 does."""
-    print_anything()
+    """Exit code of work(*args), a program: 2 and a one-line message for an error that the user can
+    fix, 130 if interrupted, 141 if the reader of its output closed the pipe, as | head -1 does.
+    Consoles that lack a character of a path, as on Windows, print its code."""
+    for console in sys.stdout, sys.stderr:
+        if hasattr(console, "reconfigure"):
+            console.reconfigure(errors="backslashreplace")
     try:
         code = work(*args)
         sys.stdout.flush()
@@ -1163,13 +993,6 @@ def reported(work, *args):
         return 2
     except KeyboardInterrupt:
         return 130
-
-
-def print_anything():
-    """Consoles that lack a character of a path, as on Windows, print its code instead of raising."""
-    for console in sys.stdout, sys.stderr:
-        if hasattr(console, "reconfigure"):
-            console.reconfigure(errors="backslashreplace")
 
 
 def main(argv=None):

@@ -36,28 +36,27 @@ import ast
 import contextlib
 import dataclasses
 import functools
+import importlib
 import itertools
 import json
 import math
 import os
-import socket
 import sys
 import time
-import zipfile
 import zlib
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
-from sample import (Parser, Weights, embed_words, guidance, hold_signals, inspect, memory, number,
-                    open_vae, reported)     # before torch: it sets how torch's threads wait
+from sample import (Parser, embed_words, find_device, guidance, hold_signals, inspect,
+                    memory, number, open_vae, reported)     # before torch: sets how threads wait
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
                                                      get_optimizer_state_dict, set_model_state_dict,
                                                      set_optimizer_state_dict)
@@ -66,12 +65,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from motionstream import (CLIP_ROWS, FRAMES, PRESETS, Config, MotionStream, UserError, add_noise,
+from motionstream import (FRAMES, PRESETS, Config, MotionStream, UserError, add_noise,
                           cell_of, channel_std, chunk_sizes, euler, guided_velocity, image_inputs,
-                          linear_part, motion_inputs, naming, new_model, reason_of, rollout,
+                          linear_part, motion_inputs, naming, new_model, rollout, same_sigma,
                           save_pretrained, schedule, shift_sigma, split_conditions, start_points,
                           to_x0, track_ids, with_first, write_file)
-from vae import LinearVAE
 
 # --------------------------------------------------------------------------------------------------
 # The losses: functions of tensors and networks, independent of the rest of this file.
@@ -134,7 +132,7 @@ def causal_loss(model, states, x0, past, conditions, context, channel_weight=1.0
         now = slice(start, stop)
         target = x0[:, :, now]
         step = int(torch.randint(0, len(sigmas), ()))
-        sigma = torch.full((len(x0),), sigmas[step], device=x0.device)
+        sigma = same_sigma(sigmas[step], x0).float()
         first_latent = None
         if start == 0:
             first_latent = first_latent_of(model.config, target)
@@ -148,6 +146,21 @@ def causal_loss(model, states, x0, past, conditions, context, channel_weight=1.0
             clean = torch.zeros_like(sigma_frames)
             model(past[:, :, now], clean, caches=caches, write=True, **part)
     return loss / x0.numel()
+
+
+def rollout_loss(student, x0, conditions, first_latent, exit_step, weight=1.0):
+    """Regression on own rollouts (ours): the squared error of what the student makes of pure noise,
+    chunk by chunk as at inference, against the true clips x0 (B, C, F, h, w). So it learns to
+    continue its own past, faults included. This is Self-Forcing's rollout with regression in place
+    of DMD: it predicts the mean of all plausible videos, which is blurred where they differ.
+
+    first_latent, exit_step: see motionstream.rollout. weight: of cells or channels, broadcast."""
+    noise = torch.randn_like(x0)
+    chunks = list(chunk_sizes(student.config, x0.shape[2]))
+    made = rollout(student, noise, conditions, first_latent, exit_step)
+    made = itertools.islice(made, len(chunks))          # stops there: the last is not cached
+    error = torch.cat(list(made), 2) - x0
+    return (error.square() * weight).mean()
 
 
 # Stage 4, Self-Forcing with distribution matching (eq. 3, 4). Generator: the student. Teacher: the
@@ -254,13 +267,14 @@ class Settings:
     p_sparse: float = 0.5           # share of clips with few or no tracks, in batches without
                                     # object labels, see given_tracks
     # causal
-    causal_from: str = "rollouts"   # or "trajectories" (the paper's), "clips": see CAUSAL_FROM
+    causal_from: str = "rollouts"   # rollout_loss; "trajectories" (the paper's), "clips":
+                                    # causal_loss on the teacher's, or on noised clips
     corrupt_context: bool = True    # see corrupt_context; unused with rollouts
     # distill
     critic_steps: int = 5           # critic updates per generator update (appendix D) [P]
     rollout: int = 16               # chunks of the longest rollout, but at least a clip's
     neutral_long_rollouts: bool = True      # neutral text beyond a clip: its light has faded
-    drawn_memory: bool = False      # draw each rollout's chunk, sink, window, see draw_rollout
+    drawn_memory: bool = False      # draw each rollout's chunk, sink, window, see draw_plan
     beta: float = 0.5               # clip weight is exp(reward / beta) (Reward Forcing, eq. 11)
     export_every: int = 0           # updates between exported weights, except the vae's; 0: none
     # distributed
@@ -359,7 +373,7 @@ class Run:
     data: Path | None = None        # folder of clips; None: clips are rendered
     start: object = None            # contents of --weights, see sample.inspect
     reward: object = None           # function of a video and its conditions; returns (B,)
-    checkpointing: bool = False     # see MotionStream.recompute
+    checkpointing: bool = False     # see recompute_blocks
     network: object = new_model     # builds a new teacher from its config
 
     @property
@@ -395,8 +409,13 @@ class Run:
         return Path(self.files[name])
 
     def checksum(self, name):
-        """Checksum of the tensors in a weights file, see content_digest."""
-        return content_digest(self.path(name))
+        """What tells the content of weights: a checksum of their tensors or, without extras, of
+        size and time."""
+        guard = extra("guard")
+        if guard:
+            return guard.weights_digest(self.path(name))
+        about = self.path(name).stat()
+        return seed_of(about.st_size, about.st_mtime_ns)
 
     def load(self, name, **overrides):
         """Load a trained MotionStream, in float32 and frozen. Sampling settings come from
@@ -408,15 +427,25 @@ class Run:
 
     def load_vae(self):
         """Load the VAE of the latents."""
-        model = Weights(self.out, self.config, own=True, has_head=True)
-        return open_vae(model, self.path("vae")).to(self.device)
+        return open_vae(self.config, self.out, self.path("vae")).to(self.device)
 
     def autocast(self):
-        """Autocast to bfloat16, disabled if compute_dtype gives float32. No weight cache: before
-        torch 2.11 it returns casts made without a graph to code that needs one."""
+        """Autocast to bfloat16, disabled if dtype is float32. No weight cache: before torch 2.11 it
+        returns casts made without a graph to code that needs one."""
         kind = torch.device(self.device).type
         enabled = self.dtype == torch.bfloat16
         return torch.autocast(kind, torch.bfloat16, enabled, cache_enabled=False)
+
+
+@functools.cache
+def extra(name):
+    """A module of extras/ that a training does without; None, said once, in a copy that lacks it."""
+    try:
+        return importlib.import_module(f"extras.{name}")
+    except ModuleNotFoundError:
+        if RANK == 0:
+            print(f"extras/{name}.py is not there; going on without it")
+        return None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -479,8 +508,23 @@ def shard(model):
     for part in parts:
         fully_shard(part, mesh=mesh, reshard_after_forward=True)    # an EMA never runs a backward
     # Make the model the FSDP root: otherwise the first module to run, the track head, becomes it.
-    fully_shard.state(model)._lazy_init()
+    fully_shard.state(model)._lazy_init()           # torch has no public way
     return model
+
+
+@contextlib.contextmanager
+def gathered(model):
+    """Keep a sharded MotionStream's parameters gathered in here from their first use on: chunks
+    gather them once, not each anew. In return each process holds all of them meanwhile."""
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    model.set_reshard_after_forward(False)
+    yield
+    model.set_reshard_after_forward(True)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)     # in process 0; others get {}
@@ -503,32 +547,10 @@ def generators(device):
     return [torch.default_generator, torch.cuda.default_generators[device.index or 0]]
 
 
-def matmul_seconds(dtype):
-    """Seconds of a matrix product of the tiny model's size (a clip's tokens times an FFN layer) on
-    the CPU under autocast to `dtype`: the best of three; the first warms up the threads."""
-    tokens = torch.zeros(768, 192)
-    weight = torch.zeros(576, 192)
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            F.linear(tokens, weight)
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
-
-
-@functools.cache
-def cpu_dtype():
-    """bfloat16 if the CPU is clearly faster in it, else float32: without AVX-512 or AMX, bfloat16
-    is 10 times slower. The same in all processes; the first call is collective."""
-    ratio = matmul_seconds(torch.bfloat16) / matmul_seconds(torch.float32)
-    ratio = mean_processes(torch.tensor(ratio))
-    return torch.bfloat16 if ratio < 0.8 else torch.float32
-
-
 def compute_dtype(device):
-    """Dtype of matrix products on a device ("cpu", "cuda:0")."""
-    return cpu_dtype() if torch.device(device).type == "cpu" else torch.bfloat16
+    """Dtype of matrix products on a device ("cpu", "cuda:0"): bfloat16, but float32 on a CPU, most
+    of which are slow in bfloat16."""
+    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
 
 
 def orthogonal(matrix, dtype):
@@ -549,12 +571,11 @@ def orthogonal(matrix, dtype):
 
 class Muon(torch.optim.Optimizer):
     """torch.optim.Muon with its constants, but also for convolution kernels, flattened to matrices
-    (output, the rest), and in a given dtype: torch's is bfloat16, which is slow on many CPUs.
-    Parameters may be DTensors of matrices."""
+    (output, the rest), and in compute_dtype instead of always bfloat16. Parameters may be DTensors
+    of matrices."""
 
-    def __init__(self, parameters, lr, weight_decay, dtype):
+    def __init__(self, parameters, lr, weight_decay):
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": 0.95})
-        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -574,7 +595,8 @@ class Muon(torch.optim.Optimizer):
             update = update.full_tensor()       # gathered once; each process orthogonalises it all
         matrix = update.flatten(1)              # (rows, columns)
         rows, columns = matrix.shape
-        update = orthogonal(matrix, self.dtype).reshape(update.shape)
+        matrix = orthogonal(matrix, compute_dtype(matrix.device))
+        update = matrix.reshape(update.shape)
         if isinstance(p, DTensor):
             update = distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
         p.mul_(1 - rate * weight_decay)
@@ -618,8 +640,7 @@ class Learner:
         how = self.how
         optimizers = []
         if hidden:
-            dtype = compute_dtype(hidden[0].device)
-            optimizers.append(Muon(hidden, how.muon, how.weight_decay, dtype))
+            optimizers.append(Muon(hidden, how.muon, how.weight_decay))
         adam = torch.optim.AdamW(rest, how.adam, how.betas, weight_decay=how.weight_decay)
         return optimizers + [adam]
 
@@ -699,43 +720,6 @@ class Learner:
 # --------------------------------------------------------------------------------------------------
 # The loop of a stage, its log and its checkpoints.
 
-def lock_folder(folder, file):
-    """Lock a training's folder for this process until it ends, even by a crash. file: open file in
-    the folder; holds the lock and names its owner. UserError if another process has it."""
-    try:
-        if os.name == "nt":
-            import msvcrt
-            file.seek(2 ** 30)          # far past the text: others may read that
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.seek(0)
-        raise UserError(f"{folder}: {file.read() or 'another'} is training into it; wait for its "
-                        "end, or choose another --out") from None
-    except OSError as e:                # some network disks cannot lock
-        print(f"{folder}: cannot be locked ({e.strerror}); start no other training into it")
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-
-
-@contextlib.contextmanager
-def own_folder(folder):
-    """Create a training's folder, delete unfinished files and hold its lock. The processes of
-    torchrun count as one training."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+") as file:
-        if RANK == 0:
-            lock_folder(folder, file)
-            for path in folder.rglob(".*.part"):        # left by a killed motionstream.write_file
-                if ".mp4." not in path.name:            # videos are another program's
-                    path.unlink()
-        wait_for_all()
-        yield
-
-
 def checkpoint_path(folder, stage, updates):
     """File of a stage's checkpoint after so many updates; names sort by updates."""
     return folder / f"{stage}.{updates:07}.checkpoint.pt"
@@ -753,57 +737,21 @@ def save_checkpoint(folder, stage, updates, settings, learners):
         old.unlink()
 
 
-def read_checkpoint(path):
-    """Read a file of save_checkpoint. Raises one of a dozen exception types if it is damaged: its
-    checksums are tested here, as torch.load ignores them."""
-    with zipfile.ZipFile(path) as file:
-        damaged = file.testzip()
-    if damaged:
-        raise ValueError(f"{damaged} is not as it was written")
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def newest_checkpoint(folder, stage):
-    """The newest undamaged checkpoint of a stage, see read_checkpoint; None without any. Damaged
-    ones are reported and renamed; UserError if all are."""
-    checkpoint = None
-    damaged = []
-    for path in sorted(folder.glob(f"{stage}.*.checkpoint.pt"), reverse=True):
-        try:
-            checkpoint = read_checkpoint(path)
-            break
-        except Exception as e:
-            print(f"{path}: damaged ({reason_of(e)})")
-            damaged.append(path)
-    if damaged and checkpoint is None:
-        raise UserError(f"{damaged[0]}: damaged, and no other checkpoint of the stage {stage} is "
-                        "whole; put one back, or remove them to begin the stage again")
-    for path in damaged:
-        path.replace(path.with_suffix(".damaged"))
-    return checkpoint
-
-
-def differences(was, now):
-    """Differences between a checkpoint's settings and the current ones, as texts."""
-    changed = [name for name in was | now if was.get(name) != now.get(name)]
-    return [f"{name} {was.get(name)}, now {now.get(name)}" for name in changed]
-
-
 def load_checkpoint(folder, stage, settings, learners):
     """Load a stage's newest checkpoint, read by process 0, into the learners. Returns its number
-    of updates; 0 without one. UserError if it is of other settings."""
-    checkpoint = {"updates": 0, "settings": settings, "learners": {}}
-    if RANK == 0:
-        checkpoint = newest_checkpoint(folder, stage) or checkpoint
+    of updates; 0 without one. UserError if it is of other settings or learners."""
+    checkpoint = {"updates": 0, "learners": {}}
+    paths = sorted(folder.glob(f"{stage}.*.checkpoint.pt"))
+    if paths and RANK == 0:
+        guard = extra("guard")
+        if guard:
+            checkpoint = guard.newest_checkpoint(paths, stage, settings)
+        else:
+            checkpoint = torch.load(paths[-1], map_location="cpu", weights_only=True)
     updates = from_first(checkpoint["updates"])
     if updates == 0:
         return 0
     path = checkpoint_path(folder, stage, updates)
-    changed = differences(checkpoint["settings"], settings)
-    if changed:
-        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
-        raise UserError(f"{path}: is of other settings ({'; '.join(changed[:5])}{more}); choose "
-                        "another --out or remove it")
     for learner in learners:
         with naming(path, f"of another {learner.name}"):
             learner.load_state_dict(checkpoint["learners"].get(learner.name, {}))
@@ -815,14 +763,15 @@ def load_checkpoint(folder, stage, settings, learners):
 def checkpoint_settings(run, stage):
     """Everything a stage's checkpoint depends on: resuming with other values would mix two
     trainings. Files are identified by their content, not by path or time."""
-    digests = clip_digests(run) | weight_digests(run.files["start"])
-    for name in PREREQUISITES[stage]:
-        digests[name] = run.checksum(name)
     settings = {"seed": run.seed} | asdict(run.config) | asdict(run.settings)
     for name in FREE:
         settings.pop(name)
-    for name, digest in digests.items():
+    for name, digest in clip_digests(run).items():
         settings[f"checksum of {name}"] = digest
+    if run.start:
+        settings["checksum of --weights"] = run.checksum("start")
+    for name in PREREQUISITES[stage]:
+        settings[f"checksum of {name}"] = run.checksum(name)
     return settings
 
 
@@ -966,134 +915,30 @@ class Batch:
         return Batch(self.latents.to(device), conditions, points, self.touched.to(device))
 
 
-def walk(folder):
-    """(The files in a folder and below it, sorted; messages on what was left out, and why.) Links
-    are followed; a folder with several links to it, or in a cycle of links, counts once."""
+def clip_files(folder):
+    """The clips in a folder and those below it, sorted. Links are followed; each folder counts
+    once, whatever leads to it."""
     files = []
-    left = []
-    hidden = 0
-    seen = {}                               # {real path: path by which it was reached}
-    places = [folder]
-    links = []
-    while places or links:
-        place = places.pop() if places else links.pop(0)    # real folders before links to them
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
         if real in seen:
-            left.append(f"{place}: is a link to {seen[real]}, which counts already")
+            folders.clear()
             continue
-        seen[real] = place
-        try:
-            entries = sorted(place.iterdir())
-        except OSError as e:
-            left.append(f"{place}: {e.strerror}")
-            continue
-        for entry in entries:
-            if entry.name.startswith("."):  # macOS puts ._a.mp4 beside a.mp4
-                hidden += 1
-            elif entry.is_dir() and entry.is_symlink():
-                links.append(entry)
-            elif entry.is_dir():
-                places.append(entry)
-            elif entry.is_file():
-                files.append(entry)
-            else:
-                left.append(f"{entry}: is no file, or a link to none")
-    if hidden:
-        left.append(f"{folder}: {hidden} hidden files or folders, whose names begin with a dot")
-    return sorted(files), left
-
-
-def clip_files(folder):
-    """The clips in a folder and those below it, see walk."""
-    files, _ = walk(folder)
-    return [file for file in files if file.suffix.lower() == ".safetensors"]
-
-
-PIECES = 16             # read from a large tensor by content_digest
-PIECE = 4096            # bytes
-
-
-def tensor_places(file, size):
-    """{"name dtype shape": (begin, end), its bytes in the file} of a safetensors file."""
-    length = int.from_bytes(file.read(8), "little")
-    header = json.loads(file.read(min(length, size)))
-    header.pop("__metadata__", None)
-    places = {}
-    for name, about in header.items():
-        begin, end = about["data_offsets"]
-        places[f"{name} {about['dtype']} {about['shape']}"] = (8 + length + begin, 8 + length + end)
-    return places
-
-
-def content_digest(path):
-    """Digest of a weights file's content, whatever its age, place or metadata: names, types,
-    shapes, and all bytes of each tensor, or 16 evenly spaced pieces of a large one. That reads 14B
-    parameters in seconds and misses only changes between the pieces. Files other than safetensors
-    are treated as one tensor."""
-    size = path.stat().st_size
-    places = {f"{size} bytes": (0, size)}
-    digest = 0
-    with naming(path, "damaged"), open(path, "rb") as file:
-        if path.suffix == ".safetensors":
-            places = tensor_places(file, size)
-        for about, (begin, end) in sorted(places.items()):
-            digest = zlib.crc32(about.encode(), digest)
-            begins = [begin]
-            length = end - begin
-            if length > PIECES * PIECE:
-                length = PIECE
-                last = end - PIECE
-                begins = [begin + (last - begin) * i // (PIECES - 1) for i in range(PIECES)]
-            for each in begins:
-                file.seek(each)
-                digest = zlib.crc32(file.read(length), digest)
-    return digest
-
-
-def weight_digests(path):
-    """{name: digest} of the weights given by the user: a file, all of its shards, or a folder. {}
-    for None."""
-    if not path:
-        return {}
-    if path.is_dir():
-        files = [file for file in path.rglob("*") if file.suffix in (".safetensors", ".pt", ".pth")]
-    elif "-of-" in path.name or path.suffix == ".json":
-        from extras.checkpoints import shards_of
-        files = shards_of(path)
-    else:
-        files = [path]
-    if len(files) == 1:                 # independent of its name
-        return {"--weights": content_digest(files[0])}
-    return {f"--weights {file.name}": content_digest(file) for file in files}
-
-
-def read_digests(folder, kept):
-    """{name: digest} of the clips in a folder. The file `kept` caches them with sizes and times, so
-    that only new clips are read."""
-    before = {}
-    if kept.exists():
-        with contextlib.suppress(ValueError):       # damaged: read all again
-            before = json.loads(kept.read_text())
-    now = {}
-    for file in tqdm(clip_files(folder), "look at clips", delay=5):
-        about = file.stat()
-        age = [about.st_size, about.st_mtime_ns]
-        name = file.relative_to(folder).as_posix()
-        known = before.get(name, [])
-        if known[:2] != age:
-            known = age + [content_digest(file)]
-        now[name] = known
-    if now != before:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_file(kept, lambda part: part.write_text(json.dumps(now)))
-    return {name: known[2] for name, known in now.items()}
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if name.lower().endswith(".safetensors") and not name.startswith("."):
+                files.append(Path(place, name))     # macOS puts ._a.safetensors beside a file
+    return sorted(files)
 
 
 def clip_digests(run):
-    """{name: digest} of the clips of --data, read by process 0; {} without --data."""
-    if not run.data:
+    """{name: digest} of the clips of --data, read by process 0; {} without --data, or extras."""
+    guard = extra("guard")
+    if not run.data or not guard:
         return {}
-    digests = read_digests(run.data, run.out / "clips.json") if RANK == 0 else None
+    digests = guard.read_digests(run.data, run.out / "clips.json") if RANK == 0 else None
     wait_for_all(LATE)
     return from_first(digests)
 
@@ -1113,41 +958,18 @@ def clip_latents(shapes):
     return (shapes["video"][1] + FRAMES - 1) // FRAMES
 
 
-def check_clip(file, shapes, config, track_frames):
-    """UserError, one line, if a clip cannot train a model of `config`."""
-    height, width = config.size
-    h, w = config.latent_size
-    expected = {"tracks": (None, None, 2), "visible": (None, None), "group": (None,),
-                "text": (None, config.text_dim)}        # None: any
-    if "latents" in shapes:
-        expected["latents"] = (config.out_dim, None, h, w)
-    else:
-        expected["video"] = (3, None, height, width)
-    if "latents" in shapes and config.copies:
-        expected["first"] = (3, height, width)
-    if config.clip_dim:
-        expected["clip"] = (CLIP_ROWS, config.clip_dim)
-    for name, shape in expected.items():
-        found = shapes.get(name, ())
-        fits = [side in (None, own) for own, side in zip(found, shape)]
-        if len(found) != len(shape) or not all(fits):
-            raise UserError(f"{file}: {name} is {found or 'missing'}, expected {shape}; see the "
-                            "top of train_distill.py")
-    if shapes["tracks"][0] < track_frames:
-        raise UserError(f"{file}: has tracks for {shapes['tracks'][0]} frames but needs "
-                        f"{track_frames}; extend them, or lower --rollout")
-    if shapes["text"][0] > config.text_len:
-        raise UserError(f"{file}: text of {shapes['text'][0]} rows, at most {config.text_len}")
-
-
-def open_clips(folder, config, frames, track_frames):
+def open_clips(folder, config, frames, track_frames, vae=None):
     """Files of the clips in a folder with at least `frames` latents and tracks of `track_frames`
-    video frames. UserError, one line, if a clip is invalid, or none is left."""
+    video frames. UserError, one line, if a clip is invalid, or none is left. vae: checksum of the
+    VAE that latents should be of."""
+    guard = extra("guard")
     files = clip_files(folder)
     long_enough = []
     for file in files:
-        shapes, _ = read_header(file)
-        check_clip(file, shapes, config, track_frames)
+        shapes, metadata = read_header(file)
+        if guard:
+            guard.check_clip(file, shapes, config, track_frames)
+            guard.check_latents(file, metadata, vae)
         if clip_latents(shapes) >= frames:
             long_enough.append(file)
     if not long_enough:
@@ -1162,74 +984,21 @@ def write_clip(path, tensors):
     write_file(path, functools.partial(save_file, tensors))
 
 
-def rendered_clips(run, name, count, encode=None):
-    """Files of clips of the drawn world, rendered now or in an earlier run; only this function
-    knows that world. encode: see encode_video; if given, clips hold latents instead of video."""
-    from extras.world import write_clips
-    made_by = run.checksum("vae") if encode else None
-    settings = {
-        "frames": run.settings.clip_frames,
-        "track_frames": run.track_frames,
-        "size": run.config.size[0],
-        "seed": seed_of(run.seed, name),
-        "text_dim": run.config.text_dim,
-    }
-    folder = run.out / f"{name}.{seed_of(made_by, settings):08x}"
-    if RANK == 0:                       # one worker process per thread of torch
-        write_clips(folder, count, encode=encode, workers=torch.get_num_threads(), **settings)
-    wait_for_all(LATE)
-    return sorted(folder.glob("*.safetensors"))[:count]
-
-
-@torch.no_grad()
-def encode_video(vae, video):
-    """uint8 (3, T, H, W) to float16 (C, F, h, w)."""
-    device = next(vae.parameters()).device
-    video = video[None].to(device) / 127.5 - 1
-    return vae.encode(video)[0].half().cpu()
-
-
-def encode_clips(run, files):
-    """Replace video by latents in clips, encoded now or in an earlier run, divided among the
-    processes; the new names hold digests of the sources. Clips that already have latents are kept.
-    UserError if those are of another VAE."""
-    checksum = run.checksum("vae")                      # extras/clips.py stores it too
-    folder = run.out / f"latents.{checksum:08x}"
-    digests = clip_digests(run)
-    made = []
-    sources = {}
-    for file in files:
-        shapes, metadata = read_header(file)
-        if "latents" not in shapes:
-            name = file.relative_to(run.data)
-            ending = f".{digests[name.as_posix()]:08x}.safetensors"
-            path = folder / name.with_suffix(ending)
-            sources[path] = file
-            made.append(path)
-        elif metadata.get("vae", str(checksum)) == str(checksum):
-            made.append(file)
-        else:
-            raise UserError(f"{file}: its latents are of another VAE than {run.path('vae')}")
-    missing = [path for path in sources if not path.exists()]
-    vae = run.load_vae()
-    for path in tqdm(missing[RANK::PROCESSES], "encode clips", disable=not missing):
-        clip = load_file(sources[path])
-        video = clip.pop("video")
-        length = video_frames((video.shape[1] + FRAMES - 1) // FRAMES)
-        clip["first"] = video[:, 0]
-        clip["latents"] = encode_video(vae, video[:, :length])
-        write_clip(path, clip)
-    wait_for_all(LATE)
-    return made
-
-
 def training_clips(run, frames):
-    """Files of encoded clips, of at least `frames` latents, for all stages but the first."""
-    if run.data:
-        files = open_clips(run.data, run.config, frames, run.track_frames)
-        return encode_clips(run, files)
-    encode = functools.partial(encode_video, run.load_vae().cpu())
-    return rendered_clips(run, "clips", run.settings.clips, encode)
+    """Files of encoded clips, of at least `frames` latents, for all stages but the first: those of
+    --data, where video is encoded, or of the drawn world."""
+    if not run.data:
+        from extras.clips import encode_video
+        from extras.world import rendered_clips
+        encode = functools.partial(encode_video, run.load_vae().cpu())
+        return rendered_clips(run, "clips", run.settings.clips, encode)
+    files = open_clips(run.data, run.config, frames, run.track_frames, run.checksum("vae"))
+    videos = [file for file in files if "latents" not in read_header(file)[0]]
+    if not videos:
+        return files
+    from extras.clips import encode_videos
+    encoded = encode_videos(run, videos)
+    return [encoded.get(file, file) for file in files]
 
 
 def read_clip(file, frames=None, track_frames=None):
@@ -1403,121 +1172,6 @@ def latent_weight(vae, config, sigma):
 
 
 # --------------------------------------------------------------------------------------------------
-# Stage 1: the tiny VAE.
-
-CROP = 64               # pixels per side
-CROP_FRAMES = 17
-
-
-def random_crop(files):
-    """A crop of a clip's video: uint8 (3, 17, 64, 64), smaller if the clip is."""
-    file = files[int(torch.randint(len(files), ()))]
-    with safe_open(file, "pt") as clip:
-        video = clip.get_slice("video")
-        _, frames, height, width = video.get_shape()
-        t = int(torch.randint(max(frames - CROP_FRAMES, 0) + 1, ()))
-        y = int(torch.randint(max(height - CROP, 0) + 1, ()))
-        x = int(torch.randint(max(width - CROP, 0) + 1, ()))
-        return video[:, t:t + CROP_FRAMES, y:y + CROP, x:x + CROP]
-
-
-def random_crops(files, count):
-    """(count, 3, 17, 64, 64) in [-1, 1]: the most varied of three random crops each."""
-    crops = []
-    for _ in range(count):
-        three = [random_crop(files) for _ in range(3)]
-        crops.append(max(three, key=lambda crop: crop[:, ::8].float().var()))
-    return torch.stack(crops).float() / 127.5 - 1
-
-
-def principal_components(vae, videos):
-    """Initialise a LinearVAE with the principal components of its cells, in the middle of its
-    windows. Cells with more detail count more. videos: a list of (3, T, H, W) uint8; every 4 frames
-    make cells."""
-    side = vae.stride
-    channels = vae.config.latent_channels
-    moment = 0
-    total = 0
-    for video in videos:
-        whole = video.shape[1] // FRAMES * FRAMES
-        x = video[:, :whole].float() / 127.5 - 1
-        x = x.unflatten(1, (-1, FRAMES)).unflatten(3, (-1, side)).unflatten(5, (-1, side))
-        cells = x.permute(1, 3, 5, 0, 2, 4, 6)                  # (F, h, w, 3, 4, 8, 8)
-        cells = cells.flatten(0, 2)                             # (F h w, 3, 4, 8, 8)
-        spread = cells.flatten(2).var(2).mean(1)
-        weight = (spread / 0.05).clamp(0.1, 5)
-        flat = cells.flatten(1)                                 # (F h w, 768)
-        moment = moment + (flat * weight[:, None]).T @ flat
-        total = total + weight.sum()
-    _, vectors = torch.linalg.eigh(moment / total)              # the largest are last
-    basis = vectors.flip(1)[:, :channels].T.reshape(channels, 3 * FRAMES, side, side)
-    overlap = vae.config.overlap
-    inner = slice(overlap, overlap + side)
-    with torch.no_grad():
-        for layer in vae.encoder, vae.decoder:
-            layer.weight.zero_()
-            layer.bias.zero_()
-            layer.weight[:, :, inner, inner] = basis
-
-
-def normalise_latents(vae, videos):
-    """Rescale the latent channels, folded into a LinearVAE's encoder and decoder, so that the RMS
-    of each is proportional to the square root of its effect on pixels, clamped to [0.6, 2]: coarse
-    channels, the first to emerge from noise, become larger. videos: a list of (3, T, H, W) uint8, T
-    = 1 + 4 k."""
-    with torch.no_grad():
-        latents = [vae.encode(video[None].float() / 127.5 - 1) for video in videos]
-        std = torch.cat(latents).square().mean((0, 2, 3, 4)).sqrt()
-        worth = (std * vae.decoder.weight.flatten(1).norm(dim=1)).sqrt()
-        wanted = (worth / worth.square().mean().sqrt()).clamp(0.6, 2)
-        gain = wanted / std
-        vae.encoder.bias *= gain
-        vae.encoder.weight *= gain.view(-1, 1, 1, 1)
-        vae.decoder.weight /= gain.view(-1, 1, 1, 1)
-        vae.latent_std.copy_(wanted)
-
-
-def psnr(a, b):
-    """PSNR in dB between videos in [-1, 1]."""
-    return -10 * torch.log10((a - b).square().mean() / 4 + 1e-10)
-
-
-def reconstruction_error(output, video):
-    """Mean squared error of the pixels of videos (B, 3, T, H, W), plus 0.1 times that of the
-    differences between neighbouring pixels."""
-    error = output - video
-    pixels = error.square().mean()
-    down = error.diff(dim=3).square().mean()
-    across = error.diff(dim=4).square().mean()
-    return pixels + 0.1 * (down + across)
-
-
-def train_vae(run):
-    """Stage 1: the linear VAE, initialised with principal components, by reconstruction alone."""
-    s = run.settings
-    if run.data:
-        files = open_clips(run.data, run.config, run.clip_latents, run.track_frames)
-    else:
-        files = rendered_clips(run, "videos", s.vae_clips)
-    videos = [load_file(file)["video"] for file in files[:64]]
-    vae = LinearVAE().to(run.device)
-    principal_components(vae, videos)
-    learner = Learner("vae", vae, s.vae, s.vae_updates, s.vae_accumulate)
-    loop = Loop(run, "vae", s.vae_updates, learner)
-    for update in loop:
-        for _ in loop.micro_steps():
-            video = random_crops(files, s.vae_batch).to(run.device)
-            output, _ = vae.decode_unclamped(vae.encode(video))
-            loss = reconstruction_error(output, video)
-            learner.backward(loss)
-            loop.log(loss=loss, psnr=psnr(output, video))
-        loop.log(grad=learner.update(update))
-    whole = video_frames(run.clip_latents)
-    normalise_latents(vae, [video[:, :whole].to(run.device) for video in videos])
-    save_pretrained(vae, run.path("vae"), torch.float16, **vae.metadata())
-
-
-# --------------------------------------------------------------------------------------------------
 # Stage 2: the teacher.
 
 
@@ -1529,18 +1183,6 @@ def drop(conditions, share):
         shape = [-1] + [1] * (value.ndim - 1)
         kept[name] = value * keep.view(shape).to(value.device)
     return kept
-
-
-def find_watch():
-    """Import extras/watch.py, whose numbers show early that a training goes wrong. In a copy
-    without extras, print a line and return None."""
-    try:
-        from extras import watch
-    except ImportError:
-        if RANK == 0:
-            print("extras/watch.py, which tells early that a training goes wrong, is not there")
-        return None
-    return watch
 
 
 def starting_teacher(run, vae):
@@ -1586,7 +1228,7 @@ def train_teacher(run):
     model.recompute_blocks(run.checkpointing)
     learner = Learner("teacher", model, s.teacher, s.teacher_updates, s.teacher_accumulate,
                       s.shard_gradients)
-    watch = find_watch()
+    watch = extra("watch")
     loop = Loop(run, "teacher", s.teacher_updates, learner)
     for update in loop:
         dense = update < int(s.dense_share * s.teacher_updates)
@@ -1672,10 +1314,8 @@ def draw_noised_clips(run, files, count):
     batch = draw_batch(run, files, count, run.clip_latents)
     x0 = batch.latents
     noise = torch.randn_like(x0)
-    states = []
-    for sigma in run.config.sigmas:
-        levels = torch.full((count,), sigma, device=x0.device)
-        states.append(add_noise(x0, noise, levels))
+    sigmas = [same_sigma(sigma, x0).float() for sigma in run.config.sigmas]
+    states = [add_noise(x0, noise, sigma) for sigma in sigmas]
     return states, x0, batch.points, batch.conditions
 
 
@@ -1695,50 +1335,37 @@ def corrupt_context(x0, first):
     return torch.where(corrupt, x0[:, :, :1], x0)
 
 
-def causal_step(run, student, vae, drawn, channel_weight):
-    """causal_loss on a draw of draw_trajectories or draw_noised_clips, in a random context."""
-    states, x0, points, conditions = drawn
+def loss_on_states(run, student, vae, files, channel_weight, update):
+    """causal_loss in a random context, on trajectories of the teacher or on noised clips."""
+    s = run.settings
+    draw = draw_trajectories if s.causal_from == "trajectories" else draw_noised_clips
+    states, x0, points, conditions = draw(run, files, s.batch)
     own = (run.config.sink, run.config.window)
     contexts = (own, own, own) + CONTEXTS
     context = contexts[int(torch.randint(0, len(contexts), ()))]
     conditions = conditions | motion_inputs(student, **points, vae=vae)
     past = x0
-    if run.settings.corrupt_context:
+    if s.corrupt_context:
         past = corrupt_context(x0, next(chunk_sizes(run.config)))
     return causal_loss(student, states, x0, past, conditions, context, channel_weight)
 
 
-def loss_on_trajectories(run, student, vae, files, channel_weight, update):
-    """causal_loss on random trajectories of the teacher, as in the paper."""
-    drawn = draw_trajectories(run, files, run.settings.batch)
-    return causal_step(run, student, vae, drawn, channel_weight)
-
-
-def loss_on_clips(run, student, vae, files, channel_weight, update):
-    """causal_loss on random clips: teacher forcing."""
-    drawn = draw_noised_clips(run, files, run.settings.batch)
-    return causal_step(run, student, vae, drawn, channel_weight)
-
-
 def loss_on_rollouts(run, student, vae, files, channel_weight, update):
-    """Squared error of the student's rollouts against the true clips. It rolls out from pure
-    noise, chunk by chunk as at inference, and so learns to continue its own past, faults included.
-    This is Self-Forcing's rollout with regression in place of DMD: it predicts the mean of all
-    plausible videos, which is blurred where they differ."""
+    """rollout_loss on random clips. All processes end at the same step of an update, or their
+    collectives would deadlock."""
     s = run.settings
     batch = draw_batch(run, files, s.batch, run.clip_latents)
     rng = torch.Generator().manual_seed(seed_of(run.seed, "exit", update))
-    exit_step = int(torch.randint(0, len(run.config.sigmas), (), generator=rng))  # same in all
+    exit_step = int(torch.randint(0, len(run.config.sigmas), (), generator=rng))
     conditions = batch.conditions | motion_inputs(student, **batch.points, vae=vae)
-    noise = torch.randn_like(batch.latents)
-    first_latent = first_latent_of(run.config, batch.latents)
-    made = rollout(student, noise, conditions, first_latent, exit_step)
-    x0 = torch.cat(list(itertools.islice(made, run.clip_chunks)), 2)    # the last is not cached
+    x0 = batch.latents
+    first_latent = first_latent_of(run.config, x0)
     cell_weight = 1 + s.track_weight * batch.touched[:, None]           # (B, 1, F, h, w)
-    return ((x0 - batch.latents).square() * channel_weight * cell_weight).mean()
+    weight = channel_weight * cell_weight
+    return rollout_loss(student, x0, conditions, first_latent, exit_step, weight)
 
 
-CAUSAL_FROM = {"trajectories": loss_on_trajectories, "clips": loss_on_clips,
+CAUSAL_FROM = {"trajectories": loss_on_states, "clips": loss_on_states,
                "rollouts": loss_on_rollouts}
 
 
@@ -1766,7 +1393,7 @@ def train_causal(run):
     loop = Loop(run, "causal", s.causal_updates, learner)
     for update in loop:
         for _ in loop.micro_steps():
-            with run.autocast():
+            with run.autocast(), gathered(student):
                 loss = loss_of(run, student, vae, files, weight, update)
             learner.backward(loss)
             loop.log(loss=loss)
@@ -1781,10 +1408,9 @@ def train_causal(run):
 DRAWN_CONTEXTS = tuple(itertools.product((1, 3, 5), (0, 1, 2, 3), (1, 2, 4)))  # chunk, sink, window
 
 
-def draw_rollout(run, update, grad):
-    """Draw (number of chunks, exit step, context as fields of Config) of an update's rollouts,
-    half of which are longer than a clip. All processes draw the same, or their collectives would
-    deadlock."""
+def draw_plan(run, update, grad):
+    """Plan an update's rollouts: (number of chunks, exit step, context as fields of Config). Half
+    are longer than a clip. All processes draw the same, or their collectives would deadlock."""
     config = run.config
     rng = torch.Generator().manual_seed(seed_of(run.seed, update, grad))
     least = 2 * run.clip_chunks - run.longest_rollout
@@ -1816,13 +1442,13 @@ def judged_clip(chunks, frames, first_latent, points):
     return x0, points | cut
 
 
-def roll_out(run, generator, vae, files, shape, grad):
+def generated_clip(run, generator, vae, files, plan, grad):
     """Roll out the generator from first frames of clips, as at inference, see rollout. Returns (x0
-    (B, C, F, h, w), a clip of judged_clip; its conditions; its points). shape: from draw_rollout.
-    grad: x0 has a graph, that of each chunk's last denoising step."""
+    (B, C, F, h, w), a clip of judged_clip; its conditions; its points). plan: from draw_plan. grad:
+    x0 has a graph, that of each chunk's last denoising step."""
     s = run.settings
     config = run.config
-    chunks, exit_step, context = shape
+    chunks, exit_step, context = plan
     frames = run.latents_of(chunks)
     sizes = list(chunk_sizes(replace(config, **context), frames))
     batch = draw_batch(run, files, s.batch, frames, first_only=True)
@@ -1834,7 +1460,7 @@ def roll_out(run, generator, vae, files, shape, grad):
     noise = torch.randn(*image.shape[:2], frames, *image.shape[3:], device=run.device)
     first_latent = first_latent_of(config, image)
     caches = generator.new_caches(**context)
-    with run.autocast(), torch.set_grad_enabled(grad):
+    with run.autocast(), torch.set_grad_enabled(grad), gathered(generator):
         motion = motion_inputs(generator, **batch.points, vae=vae)
         given = split_conditions(conditions | motion, sizes)
         noises = noise.split(sizes, 2)
@@ -1874,13 +1500,14 @@ def train_student(run):
     learner_c = Learner("critic", critic, s.critic, 0, s.distill_accumulate, s.shard_gradients)
     channel_weight = functools.partial(latent_weight, vae, teacher.config)
     of_x0 = channel_weight(torch.ones(1, device=run.device))    # v's error at sigma 1 is x0's
-    watch = find_watch()
+    watch = extra("watch")
     loop = Loop(run, "distill", s.distill_updates, learner_g, learner_c)
     for update in loop:
         if update % s.critic_steps == 0:
-            shape = draw_rollout(run, update, grad=True)
+            plan = draw_plan(run, update, grad=True)
             for _ in loop.micro_steps():
-                x0, conditions, points = roll_out(run, generator, vae, files, shape, grad=True)
+                x0, conditions, points = generated_clip(
+                    run, generator, vae, files, plan, grad=True)
                 with run.autocast():
                     weight, reward = reward_weight(run, vae, x0, conditions, points)
                     weight = weight * of_x0
@@ -1891,9 +1518,9 @@ def train_student(run):
             count = update // s.critic_steps
             loop.log(grad_g=learner_g.update(count))
             export_weights(run, "student", learner_g.average, count + 1)
-        shape = draw_rollout(run, update, grad=False)
+        plan = draw_plan(run, update, grad=False)
         for _ in loop.micro_steps():
-            x0, conditions, _ = roll_out(run, generator, vae, files, shape, grad=False)
+            x0, conditions, _ = generated_clip(run, generator, vae, files, plan, grad=False)
             with run.autocast():
                 first_latent = first_latent_of(run.config, x0)
                 loss = critic_loss(x0, critic, conditions, first_latent, shift, channel_weight)
@@ -1905,6 +1532,12 @@ def train_student(run):
     save_weights(run.path("student"), learner_g.average)
 
 
+def train_vae(run):
+    """Stage 1, the code of the tiny model, see extras/linear_vae.py."""
+    from extras.linear_vae import train_vae
+    train_vae(run)
+
+
 STAGES = {"vae": train_vae, "teacher": train_teacher, "causal": train_causal,
           "distill": train_student}
 
@@ -1912,35 +1545,13 @@ STAGES = {"vae": train_vae, "teacher": train_teacher, "causal": train_causal,
 # --------------------------------------------------------------------------------------------------
 # The command.
 
-@dataclass(frozen=True)
-class Flags:
-    """The command line as typed; None: not given."""
-    stage: str = "all"
-    smoke: bool = False
-    out: Path | None = None
-    data: Path | None = None
-    weights: Path | None = None
-    vae: Path | None = None
-    steps: int | None = None
-    seed: int = 0
-    device: str | None = None
-    accumulate: int | None = None
-    checkpointing: bool | None = None
-    memory: object = None               # fields of Config, or "drawn"
-    guidance: tuple | None = None
-    rollout: int | None = None
-    reward: str | None = None
-    dry_run: str | None = None
-    set: tuple = ()                     # (name, value) pairs
-
-
 LEAST_LATENTS = 12      # of the shortest clip
 
 
 def student_memory(text):
-    """A flag's type: see sample.memory; or "drawn"."""
+    """A flag's type: fields of Config, see sample.memory; "drawn": of Settings."""
     if text == "drawn":
-        return text
+        return {"drawn_memory": True}
     fields = memory(text)
     if fields["chunk"] > LEAST_LATENTS:
         raise argparse.ArgumentTypeError(f"{text} is not chunk 1 to {LEAST_LATENTS}, and not drawn")
@@ -1988,28 +1599,33 @@ def new_parser(description):
     return parser
 
 
-def parse_flags(argv):
-    """Parse the command line into Flags. UserError, one line, if invalid."""
-    parser = new_parser(__doc__)
-    parser.add_argument("--stage", choices=["all", *STAGES], default="all", help="(all)")
-    return check_flags(Flags(**vars(parser.parse_args(argv))))
-
-
-def check_flags(flags):
-    """Return the flags. UserError, one line, if they are inconsistent."""
+def parse(argv, parser=None):
+    """Parse the command line of this program, or of one whose parser comes from new_parser. Flags
+    that change single fields of Config or Settings become part of flags.set, a list of (field,
+    value) to be applied in order. UserError, one line, if flags do not go together."""
+    if parser is None:
+        parser = new_parser(__doc__)
+        parser.add_argument("--stage", choices=["all", *STAGES], default="all", help="(all)")
+    flags = parser.parse_args(argv)
     stage = flags.stage
-    distills = stage in ("all", "distill")
-    streams = stage in ("all", "causal", "distill")
-    for wrong, cure in [
-        (flags.steps and stage not in STAGES, "--steps needs --stage with one training stage"),
-        (flags.reward and not distills, "--reward needs --stage distill"),
-        (flags.memory and not streams, "--memory needs --stage causal or distill"),
-        (flags.data and not flags.data.is_dir(), f"--data {flags.data}: no such folder"),
-        (flags.vae and stage == "vae", f"--vae {flags.vae}: drop it, or --stage vae"),
-        (flags.vae and not flags.vae.is_file(), f"--vae {flags.vae}: no such file"),
-    ]:
-        if wrong:
-            raise UserError(cure)
+    guard = extra("guard")
+    if guard:
+        guard.check_flags(stage, flags.steps, flags.reward, flags.memory, flags.data, flags.vae)
+    changes = dict(flags.memory or {})
+    if flags.guidance:
+        changes["guidance"] = flags.guidance
+    if flags.data:                      # whose tracks may end with the clip
+        changes |= {"rollout": 0, "neutral_long_rollouts": False}
+    if flags.smoke:
+        changes |= SMOKE
+    if flags.rollout:
+        changes["rollout"] = flags.rollout
+    if flags.steps and stage in STAGES:
+        changes[f"{stage}_updates"] = flags.steps
+    if flags.accumulate:
+        for each in STAGES:
+            changes[f"{each}_accumulate"] = flags.accumulate * PROCESSES
+    flags.set = list(changes.items()) + flags.set
     return flags
 
 
@@ -2028,36 +1644,15 @@ def assign(thing, path, value):
     return replace(thing, **{name: value})
 
 
-def assign_all(config, settings, assignments):
-    """(config, settings) with the assignments of --set. UserError, one line, if invalid."""
-    for path, value in assignments:
-        if path in vars(config):
-            config = assign(config, path, value)
-        else:
-            settings = assign(settings, path, value)
-    frames = settings.clip_frames
-    chunk = config.chunk
-    first = config.first_chunk or chunk
-    least = first + math.ceil((LEAST_LATENTS - first) / chunk) * chunk
-    if frames < video_frames(least) or (frames - video_frames(first)) % (FRAMES * chunk):
-        some = [video_frames(least + i * chunk) for i in range(3)]
-        raise UserError(f"--set clip_frames={frames}: needs whole chunks of {FRAMES * chunk}, the "
-                        f"first of {video_frames(first)}: {', '.join(map(str, some))}, …")
-    if settings.causal_from not in CAUSAL_FROM:
-        known = ", ".join(CAUSAL_FROM)
-        raise UserError(f"--set causal_from={settings.causal_from}: is one of {known}")
-    return config, settings
-
-
 def is_wan(config):
     """True for Wan's models, with their text encoder, False for the tiny one."""
     return config.text_encoder == "umt5"
 
 
-def resolve_config(flags, start):
-    """The config to train: the tiny model's, a preset's, or that of the weights `start`. Weights
-    without a track input get one; Wan's are sampled as in the paper."""
-    config = start.config if start else PRESETS[flags.dry_run or "tiny"]
+def starting_config(start, preset):
+    """The config to train before flags change it: that of the weights `start` (sample.Weights), or
+    a preset's. Weights without a track input get one; Wan's are sampled as in the paper."""
+    config = start.config if start else PRESETS[preset]
     if start and not config.track_dim:
         slot = config.out_dim
         config = replace(config, track_dim=slot, in_dim=config.in_dim + slot)
@@ -2065,10 +1660,6 @@ def resolve_config(flags, start):
         config = replace(config, shift=6.0, sigmas=schedule(3, 6.0), steps=48, guidance=(3.0, 1.5),
                          chunk=3, sink=1, window=1)         # the student's 3 sigmas are among 48;
                                                             # first_chunk stays the weights' own
-    if isinstance(flags.memory, dict):
-        config = replace(config, **flags.memory)
-    if flags.guidance:
-        config = replace(config, guidance=flags.guidance)
     return config
 
 
@@ -2080,75 +1671,34 @@ def paper_settings(config, has_head):
     return PAPER_STAGE_2 if has_head else PAPER
 
 
-def resolve_settings(flags, start, config):
-    """The settings: of the tiny model or of the paper, then as the flags say."""
-    settings = TINY
-    if is_wan(config):
-        settings = paper_settings(config, bool(start) and start.has_head)
+def starting_settings(start, config):
+    """The settings before flags change them: the tiny model's, or the paper's."""
+    has_head = bool(start) and start.has_head
+    settings = paper_settings(config, has_head) if is_wan(config) else TINY
     if start:
-        settings = replace(settings, dense_share=0.0 if start.has_head else 1.0)
-    if flags.data:
-        settings = replace(settings, rollout=0, neutral_long_rollouts=False)
-    if flags.smoke:
-        settings = replace(settings, **SMOKE)
-    if flags.rollout:
-        settings = replace(settings, rollout=flags.rollout)
-    if flags.memory == "drawn":
-        settings = replace(settings, drawn_memory=True)
-    if flags.steps:
-        settings = replace(settings, **{f"{flags.stage}_updates": flags.steps})
-    if flags.accumulate:
-        for stage in STAGES:
-            of_all = {f"{stage}_accumulate": flags.accumulate * PROCESSES}
-            settings = replace(settings, **of_all)
+        settings = replace(settings, dense_share=0.0 if has_head else 1.0)
     return settings
 
 
-def refuse(flags, start, has_video):
-    """UserError, one line, for weights or clips that cannot be used for training. has_video: the
-    clips of --data can be encoded."""
-    config = start.config if start else None
-    encoded = flags.data and not has_video
-    for wrong, cure in [
-        (start and config.causal, "holds a student; a training starts from a teacher"),
-        (start and config.has_mask,
-         "takes the image as a clip with a mask, which cannot stream; take Fun-Control or T2V"),
-        (encoded and flags.stage == "vae", "holds latents; the stage vae needs clips with video"),
-        ((start or encoded) and not flags.vae and not flags.dry_run,
-         "give --vae FILE, which made its latents"),
-        (start and is_wan(config) and not flags.data and not flags.dry_run,
-         "give --data FOLDER; the clips drawn here are small"),
-    ]:
-        if wrong:
-            raise UserError(f"{start.path if start else flags.data}: {cure}")
-
-
 def resolve(flags):
-    """Resolve flags, and the weights they name, into a Run."""
+    """Resolve what parse returns, and the weights named there, into a Run. UserError, one line, if
+    that cannot be."""
     start = inspect(flags.weights) if flags.weights else None
-    if flags.data and RANK == 0:
-        for line in walk(flags.data)[1]:
-            print(f"left out: {line}")
-    clips = clip_files(flags.data) if flags.data else []
-    has_video = bool(clips) and "video" in read_header(clips[0])[0]
-    refuse(flags, start, has_video)
-    config = resolve_config(flags, start)
-    settings = resolve_settings(flags, start, config)
-    config, settings = assign_all(config, settings, flags.set)
-    on_schedule = set(config.sigmas) <= set(schedule(config.steps, config.shift))
-    from_teacher = settings.causal_from == "trajectories"
-    if flags.stage in ("all", "causal") and from_teacher and not on_schedule:
-        raise UserError(f"{config.steps} steps of the teacher: the student's noise levels "
-                        f"{config.sigmas} are not among its own; choose another number")
+    guard = extra("guard")
+    if not guard and not (flags.data and flags.vae):
+        raise UserError("without extras/, give --data FOLDER of encoded clips, and --vae FILE")
+    config = starting_config(start, flags.dry_run or "tiny")
+    settings = starting_settings(start, config)
+    for path, value in flags.set:
+        if path in vars(config):
+            config = assign(config, path, value)
+        else:
+            settings = assign(settings, path, value)
     out = flags.out or Path("runs/smoke" if flags.smoke else "runs/tiny")
     files = {name: out / f"{name}.safetensors" for name in WEIGHTS.values()}
     files["vae"] = flags.vae or files["vae"]
     files["start"] = flags.weights
-    device = flags.device or default_device()
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {device}: not available here") from None
+    device = str(find_device(flags.device or default_device()))
     checkpointing = flags.checkpointing
     if checkpointing is None:
         checkpointing = is_wan(config)      # without it, 81 frames need 135 GiB of activations
@@ -2156,92 +1706,23 @@ def resolve(flags):
     if flags.reward:
         from extras.evaluate import find_reward
         reward = find_reward(flags.reward)
-    return Run(out, flags.seed, device, compute_dtype(device), config, settings, files, flags.data,
-               start, reward, checkpointing)
-
-
-def check_prerequisites(run, stage):
-    """UserError, before a stage starts, if its prerequisite weights are missing or damaged, or
-    trained with another chunk, sink or window."""
-    for name in PREREQUISITES[stage]:
-        try:
-            if name == "vae":
-                run.load_vae()
-            else:
-                run.load(name)
-        except ValueError as e:
-            made_by = next(stage for stage, made in WEIGHTS.items() if made == name)
-            given = run.path(name) != run.out / f"{name}.safetensors"
-            raise UserError(str(e) if given else f"{e}; --stage {made_by} makes it") from None
-    if stage == "distill":
-        config = inspect(run.path("causal")).config
-        was = {name: getattr(config, name) for name in ("chunk", "sink", "window")}
-        if not was.items() <= run.context.items():
-            raise UserError(f"{run.path('causal')}: was trained with {was}; say by --memory what "
-                            "the student gets")
+    run = Run(out, flags.seed, device, compute_dtype(device), config, settings, files, flags.data,
+              start, reward, checkpointing)
+    if guard:
+        guard.check_run(run, flags.stage, flags.vae, flags.dry_run)
+    return run
 
 
 def show(run, stage):
-    """Plot the stage's curves and a preview, if extras is there."""
-    if RANK > 0:
-        return
-    try:
-        from extras.evaluate import Trained, preview
-    except ImportError:
-        print(f"{run.out / 'stats.jsonl'} has the numbers; extras/evaluate.py draws curves of them")
-        return
-    trained = Trained(run.out, run.device, files={"vae": run.path("vae")})
-    preview(trained, stage, drawn=run.data is None)
-
-
-def unusual(run):
-    """Non-default settings, as texts."""
-    has_head = bool(run.start) and run.start.has_head
-    usual_settings = paper_settings(run.config, has_head) if is_wan(run.config) else TINY
-    usual_config = resolve_config(Flags(), run.start)
-    texts = []
-    for used, usual in (run.settings, usual_settings), (run.config, usual_config):
-        for name, value in vars(used).items():
-            if value != getattr(usual, name):
-                texts.append(f"{name}={value}")
-    return texts
-
-
-def logged_updates(path):
-    """{stage: (updates logged, mean seconds of the latest 100)} of a stats.jsonl."""
-    rows = {}
-    for row in read_log(path):
-        rows.setdefault(row["stage"], []).append(row)
-    logged = {}
-    for stage, own in rows.items():
-        seconds = [row["seconds"] for row in own[-100:]]
-        logged[stage] = own[-1]["step"] + 1, sum(seconds) / len(seconds)
-    return logged
-
-
-def print_plan(run, stages):
-    """Print a table of the stages to be run. Hours left are estimated from a stage's own logged
-    updates."""
-    print(f"{run.out}: on {run.device}, matrix products in {str(run.dtype)[6:]}, seed {run.seed}")
-    if unusual(run):
-        print(f"non-default settings: {', '.join(unusual(run))}")
-    logged = logged_updates(run.out / "stats.jsonl")
-    print("\n| stage | updates | begun | hours left | weights |\n|---|---|---|---|---|")
-    for stage in stages:
-        updates = getattr(run.settings, f"{stage}_updates")
-        begun = hours = "-"
-        if stage in logged:
-            begun, seconds = logged[stage]
-            hours = f"{max(updates - begun, 0) * seconds / 3600:.1f}"
-        print(f"| {stage} | {updates:,} | {begun} | {hours} | {run.path(WEIGHTS[stage])} |")
-    pictures = " and STAGE_preview.png" if run.data is None else ""
-    print(f"\nnumbers of every update: {run.out / 'stats.jsonl'}; pictures after each stage: "
-          f"{run.out / 'STAGE.png'}{pictures}\n")
+    """Draw the stage's curves and a preview, if extras is there."""
+    watch = extra("watch")
+    if watch and RANK == 0:
+        watch.show(run, stage)
 
 
 def run_stages(argv):
     """Run the named stage, or all that are not done yet."""
-    flags = parse_flags(argv)
+    flags = parse(argv)
     join_processes(flags.device)
     run = resolve(flags)
     if flags.dry_run:
@@ -2252,11 +1733,18 @@ def run_stages(argv):
         missing = not run.path(WEIGHTS[stage]).exists()
         if flags.stage == stage or (flags.stage == "all" and missing):
             stages.append(stage)
-    with own_folder(run.out):
-        if RANK == 0:
-            print_plan(run, stages)
+    guard = extra("guard")
+    watch = extra("watch")
+    run.out.mkdir(parents=True, exist_ok=True)
+    owned = contextlib.nullcontext()
+    if guard:
+        owned = guard.own_folder(run.out)
+    with owned:
+        if watch and RANK == 0:
+            watch.print_plan(run, stages)
         for stage in stages:
-            check_prerequisites(run, stage)
+            if guard:
+                guard.check_prerequisites(run, stage)
             torch.manual_seed(seed_of(run.seed, stage))     # for the initial weights
             STAGES[stage](run)
             show(run, stage)

@@ -32,6 +32,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 import sample
 import train_distill
+from extras.compiling import compile_blocks
 from extras.evaluate import check_device
 from motionstream import (CLIP_ROWS, FLOAT32, FRAMES, PRESETS, Config, new_model, rollout, schedule,
                           start_points, track_ids)
@@ -398,7 +399,7 @@ class Times:
 
 def watched(model, vae, motion, text, ahead):
     """The whole program, from an image and tracks to frames in the CPU's memory. Yields the Times of each chunk.
-    ahead: see sample.decoded_frames; then `asked` may be the next chunk's."""
+    ahead: on a GPU, see sample.frames_beside; then `asked` may be the next chunk's."""
     config = model.config
     image = torch.rand(1, 3, *config.size, device=text.device) * 2 - 1
     clip = None
@@ -412,7 +413,10 @@ def watched(model, vae, motion, text, ahead):
             yield part
 
     latents = sample.stream_latents(model, vae, image, live(), sample.Encoded(text, clip=clip))
-    for chunk in sample.decoded_frames(vae, latents, ahead):
+    chunks = map(sample.to_frames, sample.decode(vae, latents))
+    if ahead and text.device.type == "cuda":
+        chunks = sample.frames_beside(vae, latents, text.device)
+    for chunk in chunks:
         frames = iter(chunk)
         next(frames)
         shown = time.perf_counter()
@@ -567,7 +571,7 @@ def print_measured(job, repeats, long, compiled):
     vae = new_vae(job.config, job.decoder, job.device, job.dtype)
     text = random_conditions(job.config, 1, job.device)["text"]
     if compiled:
-        sample.compile_blocks(model)
+        compile_blocks(model)
     flops = [counts.flops.total() for _, counts in counted_chunk(job)]
     peak = matmul_rate(job.device, job.dtype)
     print(f"peak: {peak / 1e12:.4g} TFLOP/s, of a square matrix product in this run\n")

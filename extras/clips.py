@@ -21,6 +21,7 @@ import contextlib
 import csv
 import functools
 import io
+import os
 import re
 import sys
 import unicodedata
@@ -32,17 +33,18 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from extras.encoders import image_encoder, listing, read_rows, text_encoder
+from extras.guard import content_digest
 from extras.tracks import decode_text
 from extras.video import open_video, remade
-from motionstream import PRESETS, Config, UserError, write_file
-from sample import (Parser, Tracks, Weights, embed_words, fit_image, fit_tracks, inspect, load_image,
+from motionstream import FRAMES, PRESETS, Config, UserError, write_file
+from sample import (Parser, Tracks, embed_words, fit_image, fit_tracks, inspect, load_image,
                     find_ffmpeg, number, open_vae, read_tracks, reported)
-from train_distill import (PROCESSES, RANK, TINY, content_digest, default_device, paper_settings,
-                           walk)
+from train_distill import (LATE, PROCESSES, RANK, TINY, clip_digests, default_device, paper_settings,
+                           video_frames, wait_for_all, write_clip)
 
 MOST_TRACKS = 2500                          # of a clip: the paper's grid of 50x50
 SEEN = (".mp4", ".png")                     # endings of a clip's frames
@@ -87,6 +89,43 @@ def alike(name):
     """A key that is equal for names that some systems treat as one: it ignores case and Unicode composition."""
     composed = unicodedata.normalize("NFC", name)
     return unicodedata.normalize("NFC", composed.casefold())
+
+
+def walk(folder):
+    """(The files in a folder and below it, sorted; messages on what was left out, and why.) Links
+    are followed; a folder with several links to it, or in a cycle of links, counts once."""
+    files = []
+    left = []
+    hidden = 0
+    seen = {}                               # {real path: path by which it was reached}
+    places = [folder]
+    links = []
+    while places or links:
+        place = places.pop() if places else links.pop(0)    # real folders before links to them
+        real = os.path.realpath(place)
+        if real in seen:
+            left.append(f"{place}: is a link to {seen[real]}, which counts already")
+            continue
+        seen[real] = place
+        try:
+            entries = sorted(place.iterdir())
+        except OSError as e:
+            left.append(f"{place}: {e.strerror}")
+            continue
+        for entry in entries:
+            if entry.name.startswith("."):  # macOS puts ._a.mp4 beside a.mp4
+                hidden += 1
+            elif entry.is_dir() and entry.is_symlink():
+                links.append(entry)
+            elif entry.is_dir():
+                places.append(entry)
+            elif entry.is_file():
+                files.append(entry)
+            else:
+                left.append(f"{entry}: is no file, or a link to none")
+    if hidden:
+        left.append(f"{folder}: {hidden} hidden files or folders, whose names begin with a dot")
+    return sorted(files), left
 
 
 def find_sources(folder):
@@ -230,7 +269,7 @@ def read_motion(job, path, stored, size):
     some.sort()
     square = np.float32(size) / np.float32(stored)
     some_tracks = Tracks(found.tracks[:, some] * square, found.visible[:, some])
-    motion, _ = fit_tracks(some_tracks, size, length, job.config, 0)
+    motion = fit_tracks(some_tracks, size, length, job.config, 0)
     return motion.tracks[0, :length], motion.visible[0, :length]
 
 
@@ -278,8 +317,7 @@ class Encoders:
 
     @functools.cached_property
     def vae(self):
-        model = Weights(self.job.out, self.job.config, own=True, has_head=True)
-        return open_vae(model, self.job.vae).to(self.job.device)
+        return open_vae(self.job.config, self.job.out, self.job.vae).to(self.job.device)
 
     @functools.cached_property
     def text(self):
@@ -379,6 +417,43 @@ def make_clips(job):
                         "a.mp4 or a.png, a.npz and a.txt; what is made stays, run it again")
     return files
 
+
+# --------------------------------------------------------------------------------------------------
+# Clips that hold video are encoded when a training needs their latents.
+
+@torch.no_grad()
+def encode_video(vae, video):
+    """uint8 (3, T, H, W) to float16 latents (C, F, h, w)."""
+    device = next(vae.parameters()).device
+    video = video[None].to(device) / 127.5 - 1
+    return vae.encode(video)[0].half().cpu()
+
+
+def encode_videos(run, files):
+    """{file: its encoded copy} of clips of a training's --data that hold video, made now or in an earlier run,
+    divided among the processes. The copies' names hold digests of their sources. run: train_distill.Run."""
+    folder = run.out / f"latents.{run.checksum('vae'):08x}"
+    digests = clip_digests(run)
+    encoded = {}
+    for file in files:
+        name = file.relative_to(run.data)
+        digest = digests[name.as_posix()]
+        encoded[file] = folder / name.with_suffix(f".{digest:08x}.safetensors")
+    missing = [file for file in files if not encoded[file].exists()]
+    vae = run.load_vae()
+    for file in tqdm(missing[RANK::PROCESSES], "encode clips", disable=not missing):
+        clip = load_file(file)
+        video = clip.pop("video")
+        length = video_frames((video.shape[1] + FRAMES - 1) // FRAMES)
+        clip["first"] = video[:, 0]
+        clip["latents"] = encode_video(vae, video[:, :length])
+        write_clip(encoded[file], clip)
+    wait_for_all(LATE)
+    return encoded
+
+
+# --------------------------------------------------------------------------------------------------
+# The command.
 
 def shard(text):
     """A flag's type: "2/8" to (2, 8)."""

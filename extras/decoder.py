@@ -14,7 +14,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import train_distill as td
-from extras.measures import open_lpips
+from extras.guard import own_folder
+from extras.linear_vae import random_crops
+from extras.measures import open_lpips, psnr
+from extras.world import rendered_clips
 from motionstream import UserError, save_pretrained
 from sample import number, reported
 from vae import LinearVAE, TinyVAE, TinyVAEConfig, WanVAE, load_vae
@@ -56,7 +59,7 @@ def reconstruction_loss(output, video):
 
 def draw_tiny(given, files, device):
     """(Latents by the finished VAE, video) of random crops of the clips' videos."""
-    video = td.random_crops(files, 8).to(device)
+    video = random_crops(files, 8).to(device)
     return given.encode(video), video
 
 
@@ -107,7 +110,7 @@ def train_decoder(run, updates, adversarial, distance):
     if wan:
         files = td.training_clips(run, LATENTS)
     else:
-        files = td.rendered_clips(run, "videos", run.settings.vae_clips)
+        files = rendered_clips(run, "videos", run.settings.vae_clips)
     draw = draw_wan if wan else draw_tiny
     how, how_d = WAN if wan else TINY
     vae, discriminator = new_networks(given, wan)
@@ -133,7 +136,7 @@ def train_decoder(run, updates, adversarial, distance):
             discriminator.replay[rows] = output[:len(rows)].detach().bfloat16()
             learner.backward(loss + adversarial * loss_g)
             learner_d.backward(loss_d)
-            loop.log(loss=loss, loss_g=loss_g, loss_d=loss_d, psnr=td.psnr(output.detach(), video))
+            loop.log(loss=loss, loss_g=loss_g, loss_d=loss_d, psnr=psnr(output, video))
         loop.log(grad=learner.update(update), grad_d=learner_d.update(update))
     save_pretrained(vae, run.path("decoder"), **vae.metadata())
 
@@ -141,26 +144,23 @@ def train_decoder(run, updates, adversarial, distance):
 def train(argv):
     """What the command line says."""
     parser = td.new_parser(__doc__)
+    parser.set_defaults(stage="decoder")
     add = parser.add_argument
     add("--adversarial", type=number(float, 0, 100), default=0.01,
         help="weight of the discriminator's loss (0.01)")
     add("--perceptual", choices=["alex", "vgg"], help="LPIPS in the loss too, by its package (none)")
-    given = vars(parser.parse_args(argv))
-    adversarial = given.pop("adversarial")
-    perceptual = given.pop("perceptual")
-    updates = given.pop("steps")
-    flags = td.check_flags(td.Flags(stage="decoder", **given))
+    flags = td.parse(argv, parser)
     td.join_processes(flags.device)
     run = td.resolve(flags)
     run = replace(run, files=run.files | {"decoder": run.out / "decoder.safetensors"})
-    if updates is None and flags.smoke:
+    updates = WAN_UPDATES if td.is_wan(run.config) else TINY_UPDATES
+    if flags.smoke:
         updates = 4
-    if updates is None:
-        updates = WAN_UPDATES if td.is_wan(run.config) else TINY_UPDATES
-    with td.own_folder(run.out):
-        distance = open_lpips(perceptual, run.device)
+    updates = flags.steps or updates
+    with own_folder(run.out):
+        distance = open_lpips(flags.perceptual, run.device)
         torch.manual_seed(td.seed_of(run.seed, "decoder"))      # of the weights that it begins with
-        train_decoder(run, updates, adversarial, distance)
+        train_decoder(run, updates, flags.adversarial, distance)
         td.show(run, "decoder")
 
 

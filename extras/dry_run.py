@@ -92,9 +92,13 @@ class Cost:
 def counted(build, run):
     """Cost of build(run), which returns (networks, function that runs the micro-step)."""
     gathers = []
+    kept = set()
 
     def gathered(network, inputs):
-        gathers.append("forward")
+        if network not in kept:
+            gathers.append("forward")
+        if getattr(network.config, "causal", False):
+            kept.add(network)                       # see train_distill.gathered
         if torch.is_grad_enabled():
             gathers.append("backward")
 
@@ -206,8 +210,8 @@ def regression(run):
     return [model], step
 
 
-def roll_out(run, generator, exit_step):
-    """train_distill.roll_out without files: (a clip (B, C, F, h, w), its conditions)."""
+def generated_clip(run, generator, exit_step):
+    """train_distill.generated_clip without files: (a clip (B, C, F, h, w), its conditions)."""
     config = run.config
     frames = run.latents_of(mean_chunks(run))
     noise, conditions = batch_of(run, run.settings.batch, frames)
@@ -223,7 +227,7 @@ def roll_out(run, generator, exit_step):
 
 
 def mean_chunks(run):
-    """Mean length of train_distill.draw_rollout's rollouts, rounded to whole chunks."""
+    """Mean length of train_distill.draw_plan's rollouts, rounded to whole chunks."""
     clip = run.clip_chunks
     longest = run.longest_rollout
     drawn = [max(clip, chunks) for chunks in range(2 * clip - longest, longest + 1)]
@@ -238,7 +242,7 @@ def generating(run, exit_step):
 
     def step():
         with run.autocast():
-            x0, conditions = roll_out(run, generator, exit_step)
+            x0, conditions = generated_clip(run, generator, exit_step)
             first_latent = td.first_latent_of(run.config, x0.detach())
             loss = td.dmd_loss(x0, teacher, critic, conditions, first_latent, run.config.shift)
         loss.backward()
@@ -252,7 +256,7 @@ def rolling(run, exit_step):
 
     def step():
         with torch.no_grad(), run.autocast():
-            roll_out(run, generator, exit_step)
+            generated_clip(run, generator, exit_step)
 
     return [generator], step
 
@@ -271,6 +275,7 @@ class Stage:
     sharded: float = 0          # bytes per parameter sharded over GPUs: weights, AdamW, average
     whole: float = 0            # bytes per parameter on every GPU: gradients
     beside: float = 0           # further bytes on every GPU
+    gathered: float = 0         # bytes per parameter that several GPUs gather for all chunks
     micro_steps: int = 0        # per update, over all processes; 0: no updates
     reduced: float = 0          # networks whose gradients are reduced per update
 
@@ -284,7 +289,8 @@ class Stage:
 
     def memory(self, parameters, gpus):
         """Bytes needed on each of `gpus` GPUs."""
-        kept = (self.sharded / gpus + self.whole) * parameters
+        gathered = self.gathered * (1 - 1 / gpus)
+        kept = (self.sharded / gpus + self.whole + gathered) * parameters
         return kept + self.beside + self.cost.held
 
     def sent(self, parameters, gpus):
@@ -379,11 +385,12 @@ def stages_of(run):
                             whole=4))
     clips = s.batch * s.causal_accumulate * s.causal_updates
     stages.append(Stage("causal", clips, costs["causal"], others["causal"], s.batch,
-                        micro_steps=s.causal_accumulate, reduced=1, **kept_bytes(run, 1, 1)))
+                        micro_steps=s.causal_accumulate, reduced=1, gathered=4,
+                        **kept_bytes(run, 1, 1)))
     # generator, critic (without an average) and teacher
     clips = s.batch * s.distill_accumulate * s.distill_updates
     stages.append(Stage("distill", clips, costs["distill"], others["distill"], s.batch,
-                        micro_steps=s.distill_accumulate, reduced=1 + 1 / s.critic_steps,
+                        micro_steps=s.distill_accumulate, reduced=1 + 1 / s.critic_steps, gathered=4,
                         **kept_bytes(run, 2, 1, frozen=1)))
     return stages
 

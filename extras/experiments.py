@@ -21,8 +21,10 @@ import sample
 import train_distill as td
 from extras import world
 from extras.cases import CHANGES, NEUTRAL, new_clips, seed_of
+from extras.clips import encode_video
 from extras.evaluate import (CLIP, MODELS, Trained, case_of, eval_row, find_reward, grid, measure_tables, new_parser,
                              open_trained, play, settings_of, videos_of, weights_of)
+from extras.guard import own_folder
 from extras.tracks import render_control
 from motionstream import (Config, KVCache, MotionStream, TrackHead, UserError, apply_rope, schedule, track_ids)
 from sample import embed_words
@@ -105,7 +107,7 @@ def train_briefly(run, made, train):
     if not run.path(made).exists():
         started = time.time()
         torch.manual_seed(seed_of(run.seed, made))              # for the initial weights
-        with torch.enable_grad(), td.own_folder(run.out):
+        with torch.enable_grad(), own_folder(run.out):
             train(run)
         print(f"{run.out}: trained in {(time.time() - started) / 60:.1f} minutes")
     return Trained(run.out, run.device, run.seed, {name: run.path(name) for name in MODELS})
@@ -118,8 +120,8 @@ def clips_folder(trained, count):
     files = {name: trained.path(name) for name in MODELS}
     dtype = td.compute_dtype(trained.device)
     run = td.Run(trained.folder, trained.seed, trained.device, dtype, trained.config, settings, files)
-    encode = functools.partial(td.encode_video, trained.vae().cpu())
-    return td.rendered_clips(run, f"clips{count}", count, encode)[0].parent
+    encode = functools.partial(encode_video, trained.vae().cpu())
+    return world.rendered_clips(run, f"clips{count}", count, encode)[0].parent
 
 
 def damaged_folder(folder, size):

@@ -38,9 +38,9 @@ import torch
 from PIL import Image
 
 import sample
-from extras import recording, world
+from extras import notes, recording, world
 from motionstream import Config, UserError, naming, write_file
-from sample import (Tracks, crop, embed_words, enlarge, fit_image, hold_signals, live_motion, number, to_frames,
+from sample import (crop, embed_words, enlarge, fit_image, hold_signals, live_motion, number, to_frames,
                     to_video, video_file)
 
 RECORDING = Path("recording.mp4")   # the default of --out
@@ -370,7 +370,7 @@ def told(live):
     state["viewers"] = count_viewers(live)
     state["files"] = [path.name for path in live.files]
     state["pictures"] = [path.stem for path in live.pictures]
-    state["unknown"] = sample.unknown_words(state["prompt"]) if state["words"] else []
+    state["unknown"] = notes.unknown_words(sample.words_in(state["prompt"])) if state["words"] else []
     return state
 
 
@@ -658,7 +658,7 @@ def host_header(address):
 
 
 def parse_flags(argv):
-    """Parse the command line: sample.Flags, (host, port), and its other names. UserError for flags that fix tracks or
+    """Parse the command line: a namespace, (host, port), and its other names. UserError for flags that fix tracks or
     frames beforehand, or that the page replaces."""
     parser = sample.Parser(prog="python -m extras.page", description="Draw tracks on a video while it streams.",
                            allow_abbrev=False)
@@ -669,14 +669,13 @@ def parse_flags(argv):
     add("--allow", type=host_header, action="append", default=[], metavar="HOST",
         help="what a browser calls it behind a tunnel or another port: x.example, localhost:9000")
     parser.set_defaults(out=None)
-    flags = sample.parse_flags(argv, parser)
-    address = parser.parse_args(argv)
-    for given, name in ((flags.tracks or flags.paths, "--tracks, --drag and --pin"), (flags.grid is not None, "--grid"),
+    flags = parser.parse_args(argv)
+    for given, name in ((flags.tracks or flags.drag or flags.pin, "--tracks, --drag and --pin"), (flags.grid is not None, "--grid"),
                         (flags.frames, "--frames"), (flags.overlay, "--overlay"),
                         (flags.sampler == "teacher", "--sampler teacher")):
         if given:
             raise UserError(f"the page streams for as long as it is open, and tracks are drawn there: drop {name}")
-    return flags, (address.host, address.port), address.allow
+    return flags, (flags.host, flags.port), flags.allow
 
 
 def pictures(image):
@@ -701,14 +700,12 @@ def run(argv):
     if flags.out:
         check_out(flags)
     weights = sample.inspect(flags.weights or sample.ASSETS / "tiny.safetensors")
-    nothing = np.zeros((sample.MOST_FRAMES, 0, 2), np.float32)
-    job = sample.resolve(flags, weights, Tracks(nothing, nothing[..., 0] > 0))
-    sample.refuse(job, flags, weights)
+    job = sample.resolve(flags, weights, sample.no_tracks(sample.MOST_FRAMES))
     config = job.config
     if not (config.causal and config.track_dim and weights.has_head):
         raise UserError(f"{weights.path}: the page needs a trained student, which streams and follows tracks")
     pixels = fit_image(image, config.size)
-    models = sample.load_models(job, flags, weights, pixels)
+    models = sample.load_models(job, pixels)
     for note in job.notes:
         print(f"note: {note}")
     job = replace(job, frames=None)

@@ -140,14 +140,13 @@ class Player:
         weights = sample.inspect(flags.weights or sample.ASSETS / "tiny.safetensors")
         size = clip.frames.shape[2], clip.frames.shape[1]
         job = sample.resolve(flags, weights, clip.tracks)
-        sample.refuse(job, flags, weights)
         config = job.config
-        motion, _ = sample.fit_tracks(clip.tracks, size, job.frames, config, job.seed)
+        motion = sample.fit_tracks(clip.tracks, size, job.frames, config, job.seed)
         pixels = sample.fit_image(Image.fromarray(clip.frames[0]), config.size)
         if self.models is None:
-            self.models = sample.load_models(job, flags, weights, pixels)
+            self.models = sample.load_models(job, pixels)
         else:
-            encoded = sample.encode_inputs(job, flags, weights, pixels)
+            encoded = sample.encode_inputs(job, pixels)
             self.models = sample.Models(self.models.dit, self.models.vae, encoded)
         frames = []
         with sample.video_file(self.out / f"{clip.name}.mp4", job.fps) as append:

@@ -2,19 +2,18 @@
 frames again.
 
     settings_in(arrays)                  -> {name: value}, see SETTINGS
-    replayed(flags, said, config)        -> the flags of sample.py, with what they leave open
-    prompts_by_chunk(said, chunk)        -> one for each chunk
+    replayed(given, said, config)        -> the flags of sample.py, with what they leave open
+    with_prompts(parts, said, …)         -> the motion, each chunk with its own text
 
 What is recorded is written by extras/page.py, see save_recording there.
 """
 
+import argparse
 import itertools
 import zlib
 from dataclasses import replace
 
 import torch
-
-from sample import MOST_FRAMES
 
 # How the frames were made; window -1: all; weights: see checksum.
 SETTINGS = {
@@ -31,7 +30,7 @@ SETTINGS = {
 
 # Their least and greatest, as of the flags of sample.py; a window below 0 is all of the past.
 LIMITS = {"chunk": (1, 999), "sink": (0, 10 ** 6), "window": (-10 ** 6, 10 ** 6),
-          "steps": (1, 1000), "fps": (0.1, 1000), "frames": (1, MOST_FRAMES)}
+          "steps": (1, 1000), "fps": (0.1, 1000), "frames": (1, 10 ** 6)}
 
 
 def settings_in(arrays):
@@ -48,23 +47,30 @@ def settings_in(arrays):
     return said
 
 
-def replayed(flags, said, config):
-    """The sample.Flags with what a recording has `said` where nothing was typed. config: of the
-    weights."""
-    fields = {"frames": flags.frames or said["frames"], "fps": flags.fps or said["fps"]}
-    if flags.seed is None:
+def replayed(given, said, config):
+    """The flags of sample.py, a namespace, with what a recording has `said` where nothing was typed.
+    config: of the weights."""
+    fields = {"frames": given.frames or said["frames"], "fps": given.fps or said["fps"]}
+    if given.seed is None:
         fields["seed"] = said["seed"]
-    if flags.dtype == "auto":
+    if given.dtype == "auto":
         fields["dtype"] = said["dtype"]
     first = said["prompts"][0]
-    if flags.prompt is None and (first or config.text_encoder == "words"):
+    if given.prompt is None and (first or config.text_encoder == "words"):
         fields["prompt"] = first
-    streams = flags.sampler == "stream" or flags.sampler is None and config.causal
-    if streams and flags.memory is None:
+    streams = given.sampler == "stream" or given.sampler is None and config.causal
+    if streams and given.memory is None:
         fields["memory"] = {name: said[name] for name in ("chunk", "sink", "window")}
-    if streams and flags.steps is None and said["steps"] != len(config.sigmas):
+    if streams and given.steps is None and said["steps"] != len(config.sigmas):
         fields["steps"] = said["steps"]
-    return replace(flags, **fields)
+    return argparse.Namespace(**vars(given) | fields)
+
+
+def with_prompts(parts, said, config, embed):
+    """Yield the parts of a motion, one for each chunk, each with the text of its own prompt.
+    embed(prompt, config): the text."""
+    for part, prompt in zip(parts, prompts_by_chunk(said, config.chunk)):
+        yield replace(part, text=embed(prompt, config))
 
 
 def prompts_by_chunk(said, chunk):
@@ -75,11 +81,10 @@ def prompts_by_chunk(said, chunk):
         yield said["prompts"][min(latent // said["chunk"], last)]
 
 
-def doubts(said, models):
-    """Why the frames may be others, a list of words."""
-    if said["weights"] == checksum(models):
-        return []
-    return ["it was recorded with other weights"]
+def print_doubts(said, models):
+    """Print why the frames may be others."""
+    if said["weights"] != checksum(models):
+        print("note: it was recorded with other weights")
 
 
 def checksum(models):

@@ -368,7 +368,7 @@ REPOSITORIES = [            # the class in transformer/config.json, model_index.
 def job_of(path, *flags):
     """The Job that sample.py makes of weights and flags."""
     flags = sample.parse_flags(["--image", "x.png", "--prompt-embeds", "x"] + list(flags))
-    return sample.resolve(flags, sample.inspect(path), sample.given_tracks(flags, (48, 32)))
+    return sample.resolve(flags, sample.inspect(path), sample.no_tracks(81))
 
 
 def memory_of(config):
@@ -718,7 +718,7 @@ def test_weights_as_wide_as_wans_1_3b_have_their_own_shift_and_guidance():
         given = sample.inspect(wan_workplace()[1] / f"{weights}.safetensors")
         wide = replace(given, config=replace(given.config, dim=1536))
         flags = sample.parse_flags(["--image", "x", "--prompt-embeds", "x"])
-        config = sample.resolve(flags, wide, sample.given_tracks(flags, (48, 32))).config
+        config = sample.resolve(flags, wide, sample.no_tracks(81)).config
         assert config.shift == shift
         assert config.guidance == guidance
 

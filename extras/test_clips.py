@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import sample
 import train_distill as td
-from extras import clips, encoders
+from extras import clips, encoders, guard
 from extras.test_video import ffmpeg
 from extras.testing import (SMALL, STUB, STUB_VAE, assert_error, assert_near, folder, new_model, new_vae,
                             own_clips, quiet, rand, recipe, saved, small_encoders, with_transformers)
@@ -471,10 +471,10 @@ def test_what_a_training_reads_may_lie_behind_links():
         (everything / "link").symlink_to(here / "clips")
         (everything / "link/loop").symlink_to(everything)
         assert len(td.open_clips(everything, SMALL, 12, 45)) == 2
-        digests = td.read_digests(everything, here / "kept")
+        digests = guard.read_digests(everything, here / "kept")
         assert sorted(digests) == ["link/a.safetensors", "link/b.safetensors"]
         (here / "clips/b.safetensors").unlink()
-        digests = td.read_digests(everything, here / "kept")
+        digests = guard.read_digests(everything, here / "kept")
         assert sorted(digests) == ["link/a.safetensors"]
 
 

@@ -70,16 +70,15 @@ def noise(files, count):
 
 
 def train(here, flags, code=None):
-    """Run extras.decoder in float32, on noise instead of drawn videos. Returns the last line that it printed
+    """Run extras.decoder on noise instead of drawn videos. Returns the last line that it printed
     as an error."""
     words = ["--smoke", "--out", here] + flags
     stubs = unittest.mock.patch.multiple(
-        td,
-        show=lambda run, stage: None,
+        decoder,
         rendered_clips=lambda run, name, count: None,
-        random_crops=noise,
-        cpu_dtype=lambda: torch.float32)
-    with quiet() as (_, err), stubs:
+        random_crops=noise)
+    without_pictures = unittest.mock.patch.object(td, "show", lambda run, stage: None)
+    with quiet() as (_, err), stubs, without_pictures:
         result = decoder.main([str(word) for word in words])
     assert result == code, err.getvalue()
     return err.getvalue().splitlines()[-1]

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import sample
-from extras import checkpoints, world
+from extras import checkpoints, notes, world
 from extras.checkpoints import CHOICES, LIMITS, SHAPED, check_config, free_memory
 from extras.testing import (COPYING, HERE, SMALL, assert_error, command, folder, linear_vae,
                             new_model, new_vae, public, same_tensors, sampled, saved, workplace,
@@ -282,27 +282,27 @@ def test_pictures_are_refused_for_what_is_wrong_with_them():
         (here / "text.png").write_text("hello")
         Image.new("F", (4, 4)).save(here / "floats.tiff")
         for name, text in (
-                ("half.png", "cannot be read as a picture ("),
-                ("text.png", "not a picture of a kind that Pillow"),
+                ("half.png", "cannot be read as a picture; save it again as .png, or smaller ("),
+                ("text.png", "cannot identify image file"),
                 ("floats.tiff", "its pixels are floats"),
                 ("none.png", "No such file"),
                 (".", "Is a directory")):
             assert_error(UserError, text, sample.load_image, here / name)
         with unittest.mock.patch.object(Image, "MAX_IMAGE_PIXELS", 500):
-            text = ("large.png: too large a picture: "
-                    "Image size (1200 pixels) exceeds limit of 1000 pixels; save")
+            text = ("large.png: cannot be read as a picture; save it again as .png, or smaller "
+                    "(Image size (1200 pixels) exceeds limit of 1000 pixels")
             assert_error(UserError, text, sample.load_image, large)
     unnamed = io.BytesIO(b"hello")
-    assert_error(UserError, "the picture: not a picture", sample.load_image, unnamed)
+    assert_error(UserError, "the picture: cannot be read as a picture", sample.load_image, unnamed)
 
 
 def test_a_crop_of_the_image_is_said():
     size = (32, 48)
-    assert sample.crop_note((96, 64), size) == []
-    note, = sample.crop_note((48, 40), size)
-    assert "x from 0 to 48 and y from 4 to 36" in note
-    note, = sample.crop_note((100, 32), size)
-    assert "x from 26 to 74 and y from 0 to 32" in note
+    assert sample.shown_part((96, 64), size) == (0, 0, 96, 64)
+    shown = sample.shown_part((48, 40), size)
+    assert notes.part_in_words(shown) == "x from 0 to 48 and y from 4 to 36"
+    shown = sample.shown_part((100, 32), size)
+    assert notes.part_in_words(shown) == "x from 26 to 74 and y from 0 to 32"
 
 
 def test_the_words_of_the_tiny_model_are_those_of_the_drawn_world():
@@ -311,11 +311,11 @@ def test_the_words_of_the_tiny_model_are_those_of_the_drawn_world():
         for motion in range(len(world.MOTION)):
             captions.append(world.caption(light, motion))
     words = re.findall(r"\w+", " ".join(captions))
-    assert set(words) == set(sample.WORDS)
+    assert set(words) == set(notes.WORDS)
     parser = sample.Parser()
     sample.add_flags(parser)
     said = parser.format_help()
-    for word in sample.WORDS:
+    for word in notes.WORDS:
         assert word in said, f"--help does not name {word}"
 
 

@@ -36,7 +36,7 @@ def write_clips(here, count=4, frames=45, tracks=40):
 def small_run(here, more=()):
     """The Run of a training of small models on clips that lie in `here`."""
     flags = own_flags(here, write_clips(here / "data"))
-    return td.resolve(td.parse_flags(flags + list(more)))
+    return td.resolve(td.parse(flags + list(more)))
 
 
 def before(here):
@@ -187,18 +187,18 @@ def test_a_rollout_in_training_does_not_cache_its_last_chunk_and_has_the_same_bi
                 yield chunk
 
         for grad in True, False:
-            shape = td.draw_rollout(run, 0, grad)
+            plan = td.draw_plan(run, 0, grad)
             torch.manual_seed(0)
             with counted_passes() as count:
-                x0, _, _ = td.roll_out(run, generator, None, files, shape, grad)
-            assert count == {True: run.clip_chunks - 1, False: run.clip_chunks * (shape[1] + 1)}
+                x0, _, _ = td.generated_clip(run, generator, None, files, plan, grad)
+            assert count == {True: run.clip_chunks - 1, False: run.clip_chunks * (plan[1] + 1)}
             assert x0.requires_grad == grad
             torch.manual_seed(0)
             kept.clear()
             with unittest.mock.patch.multiple(td, rollout=keeping), \
                     unittest.mock.patch.object(td.itertools, "islice", lambda chunks, _: chunks), \
                     counted_passes() as count:
-                td.roll_out(run, generator, None, files, shape, grad)
+                td.generated_clip(run, generator, None, files, plan, grad)
             assert count[True] == run.clip_chunks, "as it was"
             assert x0[:, :, 1:].equal(torch.cat(kept, 2)[:, :, 1:])
 
@@ -504,17 +504,17 @@ def test_the_numbers_of_a_student_are_those_of_what_it_makes():
         x0[:, 0] = 3
         x0[:, :, 1::2] *= -1
         conditions = clip_of(12)[1]
-        shapes = []
+        plans = []
 
-        def made(run, generator, vae, files, shape, grad):
-            shapes.append(shape)
+        def made(run, generator, vae, files, plan, grad):
+            plans.append(plan)
             return x0, conditions, None
 
-        with unittest.mock.patch.object(td, "roll_out", made):
+        with unittest.mock.patch.object(td, "generated_clip", made):
             numbers = watch.student_numbers(run, None, teacher, teacher, Still(), files)
             critic = new_model(2, causal=False)
             other = watch.student_numbers(run, None, teacher, critic, Still(), files)
-    assert shapes[0] == (4, 2, run.context), "a whole clip, to the last step"
+    assert plans[0] == (4, 2, run.context), "a whole clip, to the last step"
     assert numbers["std_least"] == 0.25
     assert numbers["std_most"] == 3
     assert numbers["moves"] == 2 * (3 + 1 + 1 + 1) / 4

@@ -21,10 +21,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import sample
+from extras.notes import on_tracks
 from extras.recording import checksum as recording_checksum
-from extras.testing import (COPYING, HERE, SMALL, STUB, assert_error, assert_near, clip_of, command,
-                            folder, new_model, new_tracks, quiet, rand, randomised, sampled, saved,
-                            settled, wan_sampled, wan_workplace, workplace)
+from extras.testing import (COPYING, HERE, SMALL, STUB, WAN22, assert_error, assert_near, clip_of,
+                            command, folder, linear_vae, new_model, new_tracks, new_vae, quiet, rand,
+                            randomised, sampled, saved, settled, wan_sampled, wan_workplace, workplace)
 from motionstream import (MotionStream, copy_along_tracks, euler, guided_velocity, image_and_mask,
                           image_inputs, joint_guidance, start_points, track_features)
 from sample import count_frames
@@ -102,7 +103,7 @@ def test_a_copy_without_extras_samples_and_a_reader_that_has_gone_is_no_error():
         refused = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert len(refused) == 3, done.stderr
         for line in refused:
-            assert line.endswith("extras/tracks.py, which such tracks need, is missing"), line
+            assert line.endswith("extras/tracks.py, which that needs, is missing"), line
         assert count_frames(here / "out.mp4") == 9
 
 
@@ -169,7 +170,7 @@ def failing_video(here, read_back):
 
 def test_a_video_is_there_whole_or_not_at_all():
     with folder() as here:
-        damaged = "out.mp4: cannot be written after 3 frames (not all frames can be read back)"
+        damaged = "out.mp4: cannot be written after 3 frames (not all frames can be read back; "
         assert_error(sample.UserError, damaged, failing_video, here, 2)
         assert_error(ValueError, "something else", failing_video, here, 3)
         assert not list(here.iterdir())
@@ -405,7 +406,7 @@ def test_the_image_and_its_tracks_are_cropped_alike():
         points = np.tile(np.float32([spot, corner]), (5, 1, 1))
         given = sample.Tracks(points, np.ones((5, 2), bool))
         with quiet():
-            motion, _ = sample.fit_tracks(given, (width, height), 5, config, 0)
+            motion = sample.fit_tracks(given, (width, height), 5, config, 0)
         apart = centre_of_light(light) - motion.tracks[0, 0, 0]
         assert apart.norm() < 0.7, (width, height)
         whole = (width, height) == (96, 64)                 # else the corner is cut off
@@ -422,8 +423,9 @@ def test_ids_of_a_file_are_used_if_they_are_of_the_kind_that_the_weights_know():
     ):
         given = sample.Tracks(points, seen, np.array([7, 3]), own)
         config = replace(SMALL, track_id_mode=mode)
-        motion, notes = sample.fit_tracks(given, (48, 32), 5, config, 0)
+        motion = sample.fit_tracks(given, (48, 32), 5, config, 0)
         assert motion.ids.tolist() == [expected], (mode, own)
+        notes = on_tracks(SimpleNamespace(config=config, frames=5), given, motion)
         assert any("not used" in note for note in notes) == (mode != own)
 
 
@@ -431,9 +433,10 @@ def test_tracks_are_cut_to_whole_chunks_and_say_nothing_after_their_end():
     points = np.full((12, 2, 2), 9, np.float32)
     given = sample.Tracks(points, np.ones((12, 2), bool))
     for frames, whole, seen in (3, 9, 9), (9, 9, 9), (10, 21, 12), (15, 21, 12):
-        motion, notes = sample.fit_tracks(given, (48, 32), frames, SMALL, 0)
+        motion = sample.fit_tracks(given, (48, 32), frames, SMALL, 0)
         assert motion.tracks.shape == (1, whole, 2, 2)
         assert motion.visible.sum() == 2 * seen
+        notes = on_tracks(SimpleNamespace(config=SMALL, frames=frames), given, motion)
         told = any("the last 3 are not specified" in note for note in notes)
         assert told == (frames == 15)
 
@@ -493,6 +496,44 @@ def test_copying_models_copy_in_every_path():
         assert all(given["image"] is not None for given in seen), "the still image is in every chunk"
 
 
+def test_a_vae_decodes_in_16_bits_and_encodes_as_before():
+    video = rand(1, 3, 5, 32, 48).clamp(-1, 1)
+    wan = [randomised(WanVAE(config)) for config in (WanVAEConfig(16, 8, 8), WAN22)]
+    for vae in [new_vae(), linear_vae()] + wan:
+        latents = vae.encode(video)
+        expected, _ = vae.decode(latents)
+        sample.decode_in(torch.float32, vae)
+        found, _ = vae.decode(latents)
+        assert found.equal(expected)
+        sample.decode_in(torch.bfloat16, vae)
+        found, state = vae.decode(latents)
+        assert found.dtype == torch.bfloat16
+        assert_near(found.float(), expected, 0.1)
+        assert not found.equal(expected.bfloat16()), "rounded at the end only"
+        again, _ = vae.decode(latents, state)           # a next chunk
+        assert again.dtype == torch.bfloat16
+        assert vae.encode(video).equal(latents)
+
+
+def test_models_are_loaded_in_the_jobs_dtype():
+    _, here = workplace()
+    loaded = []
+    load = sample.load_models
+
+    def keep(job, image):
+        loaded.append(load(job, image))
+        return loaded[-1]
+
+    with patch.object(sample, "load_models", keep):
+        for dtype in "float32", "bfloat16":
+            code, _, err = run_with(["--frames", 1, "--steps", 1, "--dtype", dtype])
+            assert code == 0, err
+            vae = loaded[-1].vae
+            assert next(vae.encoder.parameters()).dtype == torch.float32
+            assert next(vae.decoder.parameters()).dtype == getattr(torch, dtype)
+    (here / "out.mp4").unlink()
+
+
 # --------------------------------------------------------------------------------------------------
 # Recordings.
 
@@ -511,7 +552,7 @@ def record_by_hand(here, mode):
     ids = np.array([3 << 16, (7 << 16) + 5])
     prompts = ["", "fading light", "fading light", "red"]
     tracks = sample.Tracks(np.nan_to_num(points), visible, ids, mode)
-    motion, _ = sample.fit_tracks(tracks, image.size, 13, model.config, 0)
+    motion = sample.fit_tracks(tracks, image.size, 13, model.config, 0)
     given = []
     for part, prompt in zip(sample.motion_by_chunk(motion, replace(SMALL, chunk=1)), prompts):
         given.append(replace(part, text=sample.embed_words(prompt, SMALL)))
@@ -644,15 +685,17 @@ def test_weights_with_a_mask_see_the_image_and_then_grey():
 def test_the_vae_beside_the_weights_is_theirs():
     _, here = wan_workplace()
     text_to_video = sample.inspect(here / "t2v.safetensors")
-    assert isinstance(sample.open_vae(text_to_video, here / "vae.safetensors"), TinyVAE)
-    control = sample.inspect(here / "fun.safetensors")
-    assert_error(sample.UserError, "give --vae PATH", sample.open_vae, control)
+    config = text_to_video.config
+    assert isinstance(sample.open_vae(config, here, here / "vae.safetensors"), TinyVAE)
+    control = here / "fun.safetensors"
+    config = sample.inspect(control).config
+    assert_error(sample.UserError, "give --vae PATH", sample.open_vae, config, control)
     with folder() as repository:
         tensors = load_file(here / "t2v.safetensors")
         save_file(tensors, repository / "diffusion_pytorch_model.safetensors")
         vae = randomised(WanVAE(WanVAEConfig(16, 8, 8)))
         torch.save(vae.state_dict(), repository / "Wan2.1_VAE.pth")
-        assert isinstance(sample.open_vae(sample.inspect(repository)), WanVAE)
+        assert isinstance(sample.open_vae(sample.inspect(repository).config, repository), WanVAE)
 
 
 def test_tracks_go_to_a_trained_head_or_are_drawn():

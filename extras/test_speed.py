@@ -13,11 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 import motionstream
 import sample
-from extras import bench
+from extras import bench, compiling
+from extras.compiling import compile_blocks
 from extras.page import with_chunk
 from extras.testing import SMALL, assert_near, folder, new_model, new_vae, quiet, rand
 from motionstream import CopyingMotionStream, apply_rope, attend, rollout, rope_table
-from sample import ASSETS, compile_blocks
+from sample import ASSETS
 
 
 def test_attention_asks_cudnn_first_and_forbids_nothing():
@@ -157,7 +158,7 @@ def test_compile_without_a_compiler_is_one_line():
 def test_the_flag_compiles_what_is_loaded():
     words = ("--image", str(ASSETS / "drag.png"), "--frames", "1")
     compiled = []
-    with unittest.mock.patch.object(sample, "compile_blocks", compiled.append):
+    with unittest.mock.patch.object(compiling, "compile_blocks", compiled.append):
         with folder() as here, quiet():
             for more in ((), ("--compile",)):
                 assert sample.main([*words, "--out", str(here / "x.png"), *more]) == 0
@@ -168,20 +169,13 @@ def test_the_flag_compiles_what_is_loaded():
 # Decoding on a second CUDA stream, on a GPU that does nothing but note what it is asked for.
 
 class FakeStream:
-    """A CUDA stream, and its events."""
+    """A CUDA stream."""
 
     def __init__(self, log):
         self.log = log
 
     def wait_stream(self, other):
         self.log.append("wait")
-
-    def record_event(self):
-        self.log.append("copy")
-        return self
-
-    def synchronize(self):
-        self.log.append("synchronize")
 
 
 @contextlib.contextmanager
@@ -221,52 +215,54 @@ def test_frames_made_beside_are_the_same_and_the_next_chunk_is_begun_before_one_
     expected = [sample.to_frames(video) for video in sample.decode(vae, latents.split(2, 2))]
     with torch.inference_mode(), fake_gpu() as log:
         found = []
-        for frames in sample.frames_ahead(vae, chunks_of(latents, log)):
+        for frames in sample.frames_beside(vae, chunks_of(latents, log), "cuda"):
             log.append(f"show {len(found)}")
             found.append(frames)
     assert len(found) == len(expected) == 3
     for ours, theirs in zip(found, expected):
         assert ours.dtype == np.uint8 and np.array_equal(ours, theirs)
-    beside = ["wait", "keep", "enter", "copy", "leave"]         # and never left open
-    shown = "synchronize"
-    assert log == ["make 0", *beside, "make 1", *beside, shown, "show 0",
-                   "make 2", *beside, shown, "show 1", shown, "show 2"]
+    decoded = ["wait", "enter", "leave", "keep"]        # and never left open
+    copied = ["enter", "leave"]
+    assert log == ["make 0", *decoded, "make 1", *copied, "show 0", *decoded,
+                   "make 2", *copied, "show 1", *decoded, *copied, "show 2"]
 
 
-def test_a_live_stream_begins_no_chunk_before_the_last_is_shown_nor_does_a_cpu():
+def job_on(device, frames):
+    """A Job of new_model's student."""
+    config = new_model(track_id_mode="random").config
+    return sample.Job(None, config, frames, 16, 0, torch.device(device), "float32", None)
+
+
+def test_a_live_stream_begins_no_chunk_before_the_last_is_shown():
     model = new_model(track_id_mode="random")
-    vae = new_vae()
+    models = sample.Models(model, new_vae(), sample.Encoded())
     motion = bench.new_motion(model.config, 21)
-    for ahead in False, True:
-        log = []
+    log = []
 
-        def live():
-            for i, part in enumerate(sample.motion_by_chunk(motion, model.config)):
-                log.append(f"make {i}")
-                yield part
+    def live():
+        for i, part in enumerate(sample.motion_by_chunk(motion, model.config)):
+            log.append(f"make {i}")
+            yield part
 
-        with torch.inference_mode():
-            latents = sample.stream_latents(model, vae, rand(1, 3, 32, 48), live())
-            for _ in sample.decoded_frames(vae, latents, ahead):
-                log.append("show")
-        assert log == ["make 0", "show", "make 1", "show"], ahead
+    for _ in sample.generate(job_on("cpu", None), models, rand(1, 3, 32, 48), live()):
+        log.append("show")
+    assert log == ["make 0"] + ["show"] * 9 + ["make 1"] + ["show"] * 12
 
 
-def test_only_a_motion_that_is_known_beforehand_is_made_ahead():
+def test_only_a_motion_that_is_known_beforehand_is_made_ahead_on_a_gpu():
     model = new_model(track_id_mode="random")
     models = sample.Models(model, new_vae(), sample.Encoded())
     motion = bench.new_motion(model.config, 9)
     asked = []
 
-    def noted(vae, latents, ahead):
-        asked.append(ahead)
+    def beside(vae, latents, device):
+        asked.append(device.type)
         return iter([np.zeros((9, 32, 48, 3), np.uint8)])
 
-    with unittest.mock.patch.object(sample, "decoded_frames", noted):
-        for frames in 9, None:
-            job = sample.Job(model.config, frames, 16, 0, torch.device("cpu"), "float32", None, True, False, [])
-            list(sample.generate(job, models, rand(1, 3, 32, 48), motion))
-    assert asked == [True, False]
+    with unittest.mock.patch.object(sample, "frames_beside", beside):
+        for device, frames in ("cpu", 9), ("cuda", None), ("cuda", 9):
+            list(sample.generate(job_on(device, frames), models, rand(1, 3, 32, 48), motion))
+            assert len(asked) == ((device, frames) == ("cuda", 9))
 
 
 def test_frames_of_a_video_in_16_bits_lie_next_to_those_in_32():

@@ -28,7 +28,7 @@ MASKED = ("Wan 2.1 I2V, Fun-InP", "Wan 2.2 Fun-Control 5B")            # and wha
 
 def resolved(*flags):
     with quiet():
-        return td.resolve(td.parse_flags([str(flag) for flag in flags]))
+        return td.resolve(td.parse([str(flag) for flag in flags]))
 
 
 def first_teacher(here, family):

@@ -24,6 +24,7 @@ from extras.tracks import (MOVES, camera, camera_move, camera_tracks, drag_track
 from motionstream import UserError
 
 SIZE = (48, 32)             # width, height of the picture that most tracks here are on
+WHOLE = (0, 0, 48, 32)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -674,7 +675,11 @@ def test_drags_and_pins_are_tracks_along_lines():
 def test_what_is_no_drag_is_refused():
     for text in "10", "1,2 -> 3", "1,2,3", "a,b", "1,nan", "1,2 ->", "1,9e9":
         said = f"--drag, --pin: {text!r} is not x,y -> x,y"
-        assert_error(UserError, said, drag_tracks, [text], None, SIZE, 9)
+        pins = [text]
+        drags = []
+        if "->" in text:
+            pins, drags = drags, pins
+        assert_error(UserError, said, drag_tracks, drags, pins, None, 9, SIZE, WHOLE)
 
 
 def test_sample_drags_and_pins_points_of_the_image():
@@ -695,8 +700,10 @@ def test_sample_drags_and_pins_points_of_the_image():
 
 def test_drags_and_pins_are_told_apart_and_refused_where_the_image_is_cropped():
     cases = [
-        ("--pin", "9,1", "starts in what is cropped of the image; the video shows x from 0"),
-        ("--drag", "9,36.5 -> 9,9", "starts in what is cropped"),
+        ("--pin", "9,1", "9,1 lies in what is cropped of the image; the video shows x from 0"),
+        ("--drag", "9,36.5 -> 9,9", "9,36.5 lies in what is cropped"),
+        ("--drag", "9,9 -> 9,2", "9,2 lies in what is cropped"),
+        ("--drag", "9,9 -> 9,3.5 -> 9,20", "9,3.5 lies in what is cropped"),
         ("--drag", "30,20", "there is no arrow"),
         ("--pin", "30,20 -> 9,9", "a pinned point stays; write --drag"),
     ]
@@ -722,7 +729,7 @@ def test_a_drag_has_to_start_inside_the_image():
 
 
 def test_a_grid_of_points_goes_where_one_would():
-    tracks, visible = drag_tracks(["20,16 -> 28,16", "9,9"], "3x5", SIZE, 9)
+    tracks, visible = drag_tracks(["20,16 -> 28,16"], ["9,9"], "3x5", 9, SIZE, WHOLE)
     assert tracks.shape == (9, 18, 2)
     assert visible.all()
     y, x = np.mgrid[11:22:5, 15:26:5]
@@ -733,7 +740,7 @@ def test_a_grid_of_points_goes_where_one_would():
     assert (moved[9:] == 0).all()
     for grid in "0x5", "3", "3x0", "100x1", "axb":
         said = f"{grid!r} is not like 3x20"
-        assert_error(UserError, said, drag_tracks, ["9,9"], grid, SIZE, 9)
+        assert_error(UserError, said, drag_tracks, [], ["9,9"], grid, 9, SIZE, WHOLE)
     file = workplace()[1] / "tracks.npy"
     code, _, err = sampled_with(["--tracks", file, "--grid", "3x5"])
     assert code == 2

@@ -30,13 +30,13 @@ import torch.nn as nn
 from safetensors.torch import load_file, save_file
 
 import train_distill as td
-from extras.testing import (DRAWN, HERE, SMALL, SMALL_VAE, STUB, STUB_VAE, assert_error, assert_near,
-                            before_distillation, clip_of, folder, new_model, new_tracks, new_vae,
-                            own_flags, public, quiet, rand, randomised, same, saved, seeded, shards,
-                            slow, small_scenes)
-from motionstream import PRESETS, MotionStream, euler, rollout, schedule
-from sample import embed_words
-from vae import LinearVAE, load_vae
+from extras import clips, guard, watch, world
+from extras.testing import (DRAWN, HERE, SMALL, SMALL_VAE, STUB, STUB_VAE, all_equal,
+                            assert_error, assert_near, before_distillation, clip_of, folder,
+                            new_model, new_tracks, new_vae, own_flags, quiet, rand, randomised,
+                            same, saved, seeded, slow, small_scenes)
+from motionstream import MotionStream, euler, rollout, schedule
+from sample import ASSETS, embed_words
 
 patch = unittest.mock.patch
 
@@ -78,8 +78,9 @@ def without_pictures():
     return patch.object(td, "show", lambda run, stage: None)
 
 
-def new_run(**flags):
-    return td.resolve(td.Flags(device="cpu", **flags))
+def new_run(*flags):
+    words = [str(flag) for flag in flags]
+    return td.resolve(td.parse(["--device", "cpu"] + words))
 
 
 def distill_flags(here, updates, *more):
@@ -244,8 +245,8 @@ def test_muon_takes_kernels_as_matrices():
     matrix = nn.Parameter(kernel.detach().flatten(1).clone())
     kernel.grad = rand(6, 4, 3, 3, seed=1)
     matrix.grad = kernel.grad.flatten(1)
-    td.Muon([kernel], 0.1, 0.01, torch.float32).step()
-    td.Muon([matrix], 0.1, 0.01, torch.float32).step()
+    td.Muon([kernel], 0.1, 0.01).step()
+    td.Muon([matrix], 0.1, 0.01).step()
     assert kernel.flatten(1).equal(matrix)
 
 
@@ -265,8 +266,9 @@ def test_muon_is_that_of_torch_which_is_in_bfloat16():
     torchs = functools.partial(torch.optim.Muon, **settings)
     theirs, their_state = updated_matrices(torchs)
     for dtype, tolerance in (torch.bfloat16, 1e-6), (torch.float32, 1e-2):
-        own = functools.partial(td.Muon, dtype=dtype, **settings)
-        ours, state = updated_matrices(own)
+        own = functools.partial(td.Muon, **settings)
+        with patch.object(td, "compute_dtype", lambda device: dtype):
+            ours, state = updated_matrices(own)
         for n in range(2):
             assert_near(ours[n], theirs[n], tolerance)
             assert_near(state[n]["momentum_buffer"], their_state[n]["momentum_buffer"], 1e-6)
@@ -292,25 +294,16 @@ def test_muons_iteration_is_in_the_dtype_that_is_given():
     assert singular.max() < 1.3
 
 
-def test_matrix_products_are_in_the_dtype_that_the_processor_is_faster_in():
-    for slower, dtype in (13.0, torch.float32), (0.9, torch.float32), (0.5, torch.bfloat16):
-        seconds = {torch.float32: 0.002, torch.bfloat16: 0.002 * slower}
-        with patch.object(td, "matmul_seconds", seconds.get):
-            assert td.cpu_dtype.__wrapped__() == dtype
-    assert td.matmul_seconds(torch.float32) > 0
-
-
-def test_a_cpu_computes_in_its_faster_dtype_and_a_gpu_in_bfloat16():
+def test_matrix_products_are_in_float32_on_a_cpu_and_in_bfloat16_on_a_gpu():
+    assert td.compute_dtype("cpu") == td.compute_dtype(torch.device("cpu")) == torch.float32
+    assert td.compute_dtype("cuda:0") == torch.bfloat16
+    run = new_run()
+    assert run.dtype == torch.float32
+    assert "dtype" not in td.checkpoint_settings(run, "vae")
     for dtype in torch.float32, torch.bfloat16:
-        with patch.object(td, "cpu_dtype", lambda: dtype):
-            assert td.compute_dtype("cpu") == dtype
-            assert td.compute_dtype(torch.device("cpu")) == dtype
-            assert td.compute_dtype("cuda:0") == torch.bfloat16
-            run = new_run()
-            with run.autocast():
-                product = rand(4, 4) @ rand(4, 4)
-            assert product.dtype == dtype
-            assert "dtype" not in td.checkpoint_settings(run, "vae")
+        with replace(run, dtype=dtype).autocast():
+            product = rand(4, 4) @ rand(4, 4)
+        assert product.dtype == dtype
 
 
 def losses_and_gradients(loss, checkpointing):
@@ -520,17 +513,19 @@ def mutated(data, rng):
 
 
 def assert_whole_or_the_one_before(here, written, second, content):
-    """What newest_checkpoint makes of `content` in the place of the second checkpoint of two, which
-    held `written`."""
+    """What is loaded with `content` in the place of the second checkpoint of two, which held
+    `written`."""
     second.write_bytes(content)
+    learner = linear_learner()
     with quiet() as (out, _):
-        checkpoint = td.newest_checkpoint(here, "toy")
-    if checkpoint["updates"] == 2:                      # what has changed is not read
-        assert same(checkpoint["learners"]["toy"]["model"], written), content
+        updates = td.load_checkpoint(here, "toy", {}, [learner])
+    if updates == 2:                                    # what has changed is not read
+        assert same(learner.model.state_dict(), written), content
         return
-    said = out.getvalue()
-    assert checkpoint["updates"] == 1
-    assert said.startswith(f"{second}: damaged (") and said.count("\n") == 1, said
+    said, resumed = out.getvalue().splitlines()
+    assert updates == 1
+    assert said.startswith(f"{second}: damaged ("), said
+    assert resumed == "toy.0000001.checkpoint.pt: resumed at update 1"
     assert not second.exists()
 
 
@@ -563,39 +558,8 @@ def test_checkpoints_that_fit_nothing_end_in_one_line_and_nothing_is_removed():
         there = sorted(here.iterdir())
         with quiet():
             assert_error(td.UserError, "no other checkpoint of the stage toy is whole",
-                         td.newest_checkpoint, here, "toy")
+                         td.load_checkpoint, here, "toy", {}, [wider])
         assert sorted(here.iterdir()) == there
-
-
-def test_a_folder_is_that_of_one_training_until_it_ends_even_by_a_crash():
-    with folder() as here:
-        left = here / ".toy.0000003.checkpoint.pt.12.part"
-        among_clips = here / "latents.1/a/.b.safetensors.12.part"
-        users = here / ".x.mp4.12.part"
-        among_clips.parent.mkdir(parents=True)
-        for path in left, among_clips, users:
-            path.touch()
-        ready, told = os.pipe()
-        child = os.fork()
-        if child == 0:
-            with td.own_folder(here):
-                os.write(told, b"!")
-                time.sleep(60)
-        try:
-            os.read(ready, 1)
-            assert not left.exists() and not among_clips.exists()
-            assert users.exists()
-            left.touch()
-            owned = td.own_folder(here)
-            assert_error(td.UserError, f"{here}: process {child} on ", owned.__enter__)
-            assert left.exists(), "the other may be writing it"
-        finally:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-        with td.own_folder(here):
-            assert not left.exists()
-            lock = (here / ".lock").read_text()
-            assert lock.startswith(f"process {os.getpid()} on ")
 
 
 def saved_updates(minutes):
@@ -626,7 +590,7 @@ def test_checkpoints_are_as_often_as_is_said_and_how_often_may_change():
 
 def test_weights_of_some_updates_are_kept_to_choose_from():
     with folder() as here:
-        run = new_run(out=here, set=(("export_every", 2),))
+        run = new_run("--out", here, "--set", "export_every=2")
         model = new_model()
         for update in range(1, 6):
             td.export_weights(run, "student", model, update)
@@ -687,29 +651,37 @@ def vae_gradients():
 
 
 def distillation_gradients(here, *more):
-    """Of an update of a distillation, the generator's and the critic's, in float32."""
+    """Of an update of a distillation, the generator's and the critic's."""
     flags = distill_flags(here, 1, "--rollout", "5", *more)
-    stubs = patch.object(td, "cpu_dtype", lambda: torch.float32)
-    with stubs, without_pictures(), small_scenes(), keeping_gradients() as gradients:
+    with without_pictures(), small_scenes(), keeping_gradients() as gradients:
         trained(flags)
     return gradients
 
 
 @contextlib.contextmanager
-def counting_reductions():
-    """Notes in a list each time that FSDP reduces gradients."""
-    name = "reduce_scatter_single"
-    if not hasattr(td.dist, name):                      # torch before 2.12
-        name = "reduce_scatter_tensor"
-    reduce = getattr(td.dist, name)
-    reduced = []
+def counting(name, older):
+    """Notes in a list each time that FSDP calls a collective; older: its name before torch 2.12."""
+    if not hasattr(td.dist, name):
+        name = older
+    collective = getattr(td.dist, name)
+    calls = []
 
     def note(*args, **kwargs):
-        reduced.append(name)
-        return reduce(*args, **kwargs)
+        calls.append(name)
+        return collective(*args, **kwargs)
 
     with patch.object(td.dist, name, note):
-        yield reduced
+        yield calls
+
+
+def counting_reductions():
+    """Counts how often gradients are reduced."""
+    return counting("reduce_scatter_single", "reduce_scatter_tensor")
+
+
+def counting_gathers():
+    """Counts how often parameters are gathered."""
+    return counting("all_gather_single", "all_gather_into_tensor")
 
 
 UPDATES = 2         # of a toy training in two processes
@@ -741,11 +713,33 @@ def toy_update(shard_gradients):
     return gradients[0], len(reduced)
 
 
+CHUNKS = 4
+LAYERS = 2
+
+
+def rollout_update(gathered):
+    """(Gathers of a rollout of CHUNKS chunks, those of its backward, its loss, the gradients) of a
+    student of two processes, which `gathered` surrounds."""
+    torch.manual_seed(0)
+    student = new_model(num_layers=LAYERS).requires_grad_(True)
+    student.track_head.requires_grad_(False)
+    learner = td.Learner("student", student, td.Learning(None, 1e-3), accumulate=2)
+    x0, given, first = clip_of(3 * CHUNKS)
+    with counting_gathers() as forward, gathered(student):
+        loss = td.rollout_loss(student, x0, given, first, exit_step=1)
+    with counting_gathers() as backward, keeping_gradients() as gradients:
+        learner.backward(loss)
+        learner.update(0)
+    return len(forward), len(backward), loss.item(), gradients[0]
+
+
 def be_one_of_two(here):
     """What each of the processes does that two_processes starts."""
     results = {"distilled": distillation_gradients(here / "distilled", "--checkpointing")}
     results["whole"] = toy_update(shard_gradients=False)
     results["shared"] = toy_update(shard_gradients=True)
+    results["kept"] = rollout_update(td.gathered)
+    results["each"] = rollout_update(contextlib.nullcontext)
     results["fresh"] = toy_results(here / "fresh")
     results["resumed"] = toy_results(here / "resumed")
     results["vae"] = vae_gradients()
@@ -887,6 +881,20 @@ def test_gradients_that_are_shared_after_every_micro_step_are_the_same():
             assert_near(b, a, 1e-5)
 
 
+def test_a_rollout_gathers_its_student_once_and_its_losses_stay_the_same():
+    _, _, results = two_processes()
+    parts = LAYERS + 1                                  # each block, and the rest of the model
+    passes = 2 * CHUNKS + CHUNKS - 1                    # denoising steps, and clean passes but one
+    for found in results:
+        gathers, backward, loss, gradients = found["kept"]
+        gathers_each, backward_each, loss_each, gradients_each = found["each"]
+        assert gathers_each == passes * parts, gathers_each
+        assert gathers == parts, gathers
+        assert backward == backward_each > 0
+        assert loss == loss_each
+        assert all_equal(gradients, gradients_each)
+
+
 def test_what_one_process_began_two_take_over_and_the_reverse():
     _, one = toy_of_one()
     _, here, results = two_processes()
@@ -997,7 +1005,7 @@ def test_batches_are_of_random_clips_padded_with_hidden_tracks_and_empty_text():
 
 def test_which_tracks_a_batch_gets_depends_on_the_clips_alone():
     with folder() as here:
-        run = replace(new_run(out=here), config=replace(SMALL, causal=False))
+        run = replace(new_run("--out", here), config=replace(SMALL, causal=False))
         plain = new_clips(here / "plain")
         drawn = new_clips(here / "drawn", group=torch.tensor([0, 0, -1, -1]),
                           tracks=rand(45, 4, 2) * 6 + 18, visible=torch.ones(45, 4).bool())
@@ -1020,13 +1028,13 @@ def test_which_tracks_a_batch_gets_depends_on_the_clips_alone():
 
 def encoding_nothing():
     """In here it is an error to encode a video."""
-    return patch.object(td, "encode_video", None)
+    return patch.object(clips, "encode_video", None)
 
 
 def test_clips_that_hold_video_are_encoded_once():
     with folder() as here, quiet():
         data = video_clips(here / "data")
-        run = td.resolve(td.parse_flags(own_flags(here, data)))
+        run = td.resolve(td.parse(own_flags(here, data)))
         files = td.training_clips(run, 12)
         vae = new_vae()
         for file, source in zip(files, sorted(data.iterdir()), strict=True):
@@ -1046,11 +1054,11 @@ def test_clips_that_hold_video_are_encoded_once():
 def test_drawn_clips_are_the_same_whether_they_are_encoded_while_drawn_or_later():
     with folder() as here, quiet(), small_scenes():
         before_distillation(here)
-        run = new_run(smoke=True, out=here, set=(("clips", 2),))
+        run = new_run("--smoke", "--out", here, "--set", "clips=2")
         files = td.training_clips(run, 12)
         assert td.training_clips(run, 12) == files
         assert len(files) == 2
-        videos = td.rendered_clips(run, "clips", 2)                 # the same, not encoded
+        videos = world.rendered_clips(run, "clips", 2)                 # the same, not encoded
         clip = load_file(files[0])
         drawn = load_file(videos[0])
         with torch.no_grad():
@@ -1061,14 +1069,14 @@ def test_drawn_clips_are_the_same_whether_they_are_encoded_while_drawn_or_later(
     assert clip["tracks"].shape[0] == 189, "those of 16 chunks"
 
 
-def made_folders(here, vae, **flags):
+def made_folders(here, vae, *flags):
     """(The folders of clips in `here` once a training with that VAE has made its own, what its
     checkpoints depend on). Nothing is drawn."""
     def make(folder, count, **settings):
         folder.mkdir(exist_ok=True)
 
     saved(here / "vae.safetensors", vae, anything=str(time.time()))
-    run = new_run(smoke=True, out=here, **flags)
+    run = new_run("--smoke", "--out", here, *flags)
     with patch("extras.world.write_clips", make):
         td.training_clips(run, 12)
     folders = {path for path in here.iterdir() if path.is_dir()}
@@ -1083,18 +1091,18 @@ def test_what_is_made_is_named_by_what_made_it():
         folders, settings = made_folders(here, vae)
         assert len(folders) == 1
         assert made_folders(here, vae) == (folders, settings)
-        more_clips, _ = made_folders(here, vae, set=(("clips", 40),))
+        more_clips, _ = made_folders(here, vae, "--set", "clips=40")
         assert more_clips == folders, "what is there stays"
-        changes = (other, {}), (vae, {"seed": 1}), (vae, {"rollout": 20})
+        changes = (other, []), (vae, ["--seed", 1]), (vae, ["--rollout", 20])
         for count, (weights, flags) in enumerate(changes, 2):
-            folders, now = made_folders(here, weights, **flags)
+            folders, now = made_folders(here, weights, *flags)
             assert len(folders) == count, flags
             assert now != settings, flags
 
 
 def told(here, data):
     """(What checkpoints of a training on `data` depend on, its clips)."""
-    run = td.resolve(td.parse_flags(own_flags(here, data)))
+    run = td.resolve(td.parse(own_flags(here, data)))
     return td.checkpoint_settings(run, "teacher"), td.training_clips(run, 12)
 
 
@@ -1111,52 +1119,19 @@ def test_clips_are_told_by_what_they_hold_and_not_by_age_or_place():
         shutil.copytree(data, here / "moved/clips")
         with encoding_nothing():
             assert told(here, here / "moved/clips") == (was, files)
-        with patch.object(td, "content_digest", None):              # nor are they read again
-            td.read_digests(here / "moved/clips", here / "runs/out/clips.json")
+        with patch.object(guard, "content_digest", None):           # nor are they read again
+            guard.read_digests(here / "moved/clips", here / "runs/out/clips.json")
         clip["text"][-1] += 1e-3
         td.write_clip(second, clip)
         (data / "2.safetensors").rename(data / "3.safetensors")
         now, others = told(here, data)
-        changed, gone, new = td.differences(was, now)
-        assert re.fullmatch(r"checksum of 1.safetensors \d+, now \d+", changed)
-        assert re.fullmatch(r"checksum of 2.safetensors \d+, now None", gone)
-        assert re.fullmatch(r"checksum of 3.safetensors None, now \d+", new)
+        td.save_checkpoint(here, "teacher", 1, was, [])
+        for number in 1, 2, 3:
+            name = f"checksum of {number}.safetensors"
+            change = f"{name} {was.get(name)}, now {now.get(name)}"
+            assert_error(td.UserError, change, td.load_checkpoint, here, "teacher", now, [])
         assert others[0] == files[0]
         assert others[1] != files[1], "what has changed is encoded again"
-
-
-def test_weights_are_told_by_what_they_hold_in_however_many_files():
-    with folder() as here:
-        start = saved(here / "start.safetensors", new_model())
-        copied = here / "copied.safetensors"
-        shutil.copy(start, copied)
-        assert td.weight_digests(start) == td.weight_digests(copied)
-        saved(copied, new_model(seed=1))
-        assert td.weight_digests(start) != td.weight_digests(copied)
-        index = shards(here, public())
-        first_shard = next(here.glob("*-00001-of-*"))
-        assert len(td.weight_digests(index)) == 3
-        assert td.weight_digests(index) == td.weight_digests(first_shard)
-
-
-def test_a_large_tensor_is_told_by_pieces_from_its_first_byte_to_its_last():
-    with folder() as here:
-        zeros = torch.zeros(2 ** 20)
-        path = here / "a.safetensors"
-        save_file({"a": zeros}, path)
-        digests = {td.content_digest(path)}
-        for at in 0, 1023, 2 ** 20 - 1:
-            changed = zeros.clone()
-            changed[at] = 1
-            save_file({"a": changed}, path)
-            digests.add(td.content_digest(path))
-        save_file({"a": zeros.reshape(2 ** 10, 2 ** 10)}, path)
-        digests.add(td.content_digest(path))
-        torch.save(zeros, here / "a.pt")
-        digests.add(td.content_digest(here / "a.pt"))
-        assert len(digests) == 6
-        path.write_bytes(path.read_bytes()[:40])
-        assert_error(td.UserError, f"{path}: damaged", td.content_digest, path)
 
 
 def waits_and_files(here, rank):
@@ -1170,7 +1145,7 @@ def waits_and_files(here, rank):
         path.touch()
 
     flags = own_flags(here, new_clips(here / "data"), "--set", "trajectories=8")
-    run = td.resolve(td.parse_flags(flags))
+    run = td.resolve(td.parse(flags))
     teacher = saved(here / "teacher.safetensors", new_model(causal=False, steps=3))
     run = replace(run, files=run.files | {"teacher": teacher})
     with patch.multiple(td, PROCESSES=2, RANK=rank, wait_for_all=waits.append,
@@ -1184,7 +1159,7 @@ def test_processes_wait_equally_often_whatever_each_has_to_make():
     for rank, count in (0, 8), (1, 0):                  # one batch, which process 0 makes
         with folder() as here, quiet():
             waits, made = waits_and_files(here, rank)
-        assert waits == 4 * [td.LATE]
+        assert waits == 2 * [td.LATE]
         assert len(made) == count
 
 
@@ -1238,7 +1213,7 @@ def test_text_is_dropped_for_the_teacher_and_for_nobody_else():
     with folder() as here, without_pictures(), patch.object(td, "flow_loss", loss):
         flags = own_flags(here, new_clips(here / "data"))
         trained(flags + ["--stage", "teacher", "--steps", 4, "--set", "batch=10"])
-        run = td.resolve(td.parse_flags(flags))
+        run = td.resolve(td.parse(flags))
         batch = td.draw_batch(run, td.open_clips(here / "data", SMALL, 12, 45), 200, 12)
     assert batch.conditions["text"].flatten(1).any(1).all()
     assert len(kept) == 10 + 3 * 20                     # a batch of whole clips, three of short ones
@@ -1416,7 +1391,7 @@ def test_a_student_is_trained_with_the_memory_that_is_asked_for():
 
 
 def test_every_stage_runs_on_a_folder_of_clips():
-    with folder() as here, patch.object(td, "rendered_clips", None):        # nothing is drawn
+    with folder() as here, patch.object(world, "rendered_clips", None):     # nothing is drawn
         flags = own_flags(here, new_clips(here / "data"))
         one_update_each(flags, "teacher", "causal", "distill")
         rows = {row["stage"]: row for row in log_of(here / "runs/out")}
@@ -1427,18 +1402,30 @@ def test_every_stage_runs_on_a_folder_of_clips():
         assert student.config == replace(SMALL, causal=True)
 
 
-def test_the_vae_is_trained_on_clips_that_hold_video():
-    small = replace(DRAWN, out_dim=96, in_dim=96 + 16)
-    with folder() as here, patch.dict(PRESETS, tiny=small), without_pictures():
-        data = video_clips(here / "data", config=small)
-        flags = ["--data", data, "--out", here / "out", "--smoke"]
-        one_update_each(flags, "vae", "teacher")
-        of_vae, of_teacher = log_of(here / "out")
-        assert of_vae["psnr"] > 8
-        assert math.isfinite(of_teacher["loss"])
-        vae = load_vae(here / "out/vae.safetensors")
-        assert isinstance(vae, LinearVAE)
-        assert 0.6 <= vae.latent_std.min() < vae.latent_std.max() <= 2
+# Each stage, twice, and what else is asked without extras.
+ALONE = """
+import sys, train_distill
+words = sys.argv[1:]
+for stage in "teacher", "causal", "distill", "distill":
+    assert train_distill.main(words + ["--stage", stage, "--steps", "1"]) is None
+code = train_distill.main(["--out", "none"])
+assert code == 2 and "extras.guard" not in sys.modules
+"""
+
+
+def test_a_copy_without_extras_trains_on_encoded_clips():
+    with folder() as here:
+        flags = own_flags(here, new_clips(here / "data"), "--set", "batch=1")
+        for file in HERE.glob("*.py"):
+            shutil.copy(file, here)
+        ran = subprocess.run([sys.executable, "-c", ALONE, *flags], cwd=here, text=True,
+                             capture_output=True)
+        assert ran.returncode == 0, ran.stderr
+        assert len(log_of(here / "runs/out")) == 3
+        assert (here / "runs/out/student.safetensors").exists()
+    assert ran.stdout.count("extras/guard.py is not there") == 1
+    assert "distill.0000001.checkpoint.pt: resumed at update 1" in ran.stdout
+    assert "error: without extras/, give --data FOLDER of encoded clips" in ran.stderr
 
 
 def test_clips_may_be_longer():
@@ -1552,7 +1539,7 @@ def test_stages_after_the_papers_first_leave_the_track_head_as_it_is():
         one_update_each(flags + ["--set", "trajectories=2"], "teacher", "causal", "distill")
         begin, *made = weights_of(here, "first", "out/teacher", "out/causal", "out/student")
         assert all(math.isfinite(row["seconds"]) for row in log_of(here / "out"))
-        settings = td.resolve(td.parse_flags([str(flag) for flag in flags[1:]])).settings
+        settings = td.resolve(td.parse([str(flag) for flag in flags[1:]])).settings
     assert all(call.args[1] for call in subset.call_args_list), "with pauses"
     for model in made:
         ours = model.track_head.conv.weight.half()      # as it is written
@@ -1575,13 +1562,13 @@ def test_stages_after_the_papers_first_leave_the_track_head_as_it_is():
 
 def test_the_first_lines_of_a_training_are_a_table():
     with folder() as here, quiet() as (out, _):
-        run = new_run(out=here, set=(("batch", 2), ("teacher_updates", 700)))
+        run = new_run("--out", here, "--set", "batch=2", "--set", "teacher_updates=700")
         lines = []
         for i in range(200):
             seconds = 100 if i < 40 else 3.6
             lines.append(json.dumps({"stage": "teacher", "step": i, "seconds": seconds}))
         (here / "stats.jsonl").write_text("\n".join(lines) + '\n{"stage')
-        td.print_plan(run, ["teacher", "distill"])
+        watch.print_plan(run, ["teacher", "distill"])
     said = out.getvalue()
     assert f"| teacher | 700 | 200 | 0.5 | {here / 'teacher.safetensors'} |" in said, said
     assert f"| distill | 1,200 | - | - | {here / 'student.safetensors'} |" in said, said
@@ -1590,6 +1577,20 @@ def test_the_first_lines_of_a_training_are_a_table():
     assert "Config(" not in said
     assert "Learning(" not in said
     assert len(said.splitlines()) < 12
+
+
+def test_a_fresh_training_of_the_tiny_model_tells_hours_by_the_shipped_log():
+    seconds = [row["seconds"] for row in log_of(ASSETS) if row["stage"] == "causal"]
+    expected = 100 * sum(seconds) / len(seconds) / 3600
+    with folder() as here, quiet() as (out, _):
+        run = new_run("--out", here, "--set", "causal_updates=100")
+        watch.print_plan(run, ["causal"])
+        smaller = new_run("--out", here, "--set", "dim=96")
+        watch.print_plan(smaller, ["causal"])
+    said = out.getvalue()
+    hours = f"{expected:.1f}, as in assets/stats.jsonl"
+    assert f"| causal | 100 | - | {hours} | {here / 'causal.safetensors'} |" in said, said
+    assert f"| causal | 800 | - | - | {here / 'causal.safetensors'} |" in said, said
 
 
 def test_threads_wait_briefly_unless_the_user_says_how():
@@ -1618,7 +1619,7 @@ def test_settings_are_set_by_name_and_by_type():
     flags = ["--guidance", "2,0.5"]
     for name, value in values.items():
         flags += ["--set", f"{name}={value}"]
-    run = td.resolve(td.parse_flags(flags))
+    run = td.resolve(td.parse(flags))
     teacher = replace(td.TINY.teacher, adam=1e-4)
     causal = replace(td.TINY.causal, adam=1e-5)                 # which is no field of Config
     assert run.settings == replace(

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 import sample
-from extras.testing import assert_error, folder
+from extras.testing import assert_error, command, folder, sampled
 from extras.video import open_video, refuse
 from motionstream import UserError
 from sample import find_ffmpeg
@@ -323,11 +323,12 @@ exec {} "$@"
 
 
 def test_an_ffmpeg_that_cannot_be_used_is_found_before_anything_is_loaded():
-    suffixes = (".mp4", ".png")
-
     def refused(cause):
-        assert_error(UserError, cause, sample.check_output, here / "x.mp4", suffixes, [])
-        sample.check_output(here / "x.png", suffixes, [])       # which needs none
+        with unittest.mock.patch.object(sample, "inspect", None):
+            code, _, err = sampled(*command("--out", here / "x.mp4"))
+        assert code == 2
+        assert cause in err, err
+        assert err.count("\n") == 1, err
 
     with folder() as here:
         without = program(here / "without", WITHOUT_H264.format(find_ffmpeg()))
@@ -340,13 +341,16 @@ def test_an_ffmpeg_that_cannot_be_used_is_found_before_anything_is_loaded():
                 (ill, "no luck"),
                 (silent, "it has ended with code 1")):
             with unittest.mock.patch.dict(os.environ, IMAGEIO_FFMPEG_EXE=str(exe)):
+                refused(f"{exe}: cannot be used (")
                 refused(cause)
                 refused("IMAGEIO_FFMPEG_EXE")
         with unittest.mock.patch.dict(sys.modules, imageio_ffmpeg=None):
             refused("pip install -U imageio[ffmpeg]")
         none = RuntimeError("No ffmpeg exe")
         with unittest.mock.patch("imageio_ffmpeg.get_ffmpeg_exe", side_effect=none):
-            refused("No ffmpeg exe; pip install")
+            refused("(No ffmpeg exe); pip install")
+            code, _, err = sampled(*command("--frames", 1, "--steps", 1, "--out", here / "x.png"))
+            assert code == 0, "a picture needs none: " + err
 
 
 @contextlib.contextmanager
@@ -371,11 +375,13 @@ def test_a_video_that_cannot_be_written_says_what_ffmpeg_says():
 
     with folder() as here:
         path = here / "x.mp4"
-        assert_error(UserError, "No such file or directory", attempt, here / "none/x.mp4", 3)
-        assert_error(UserError, "no frames", attempt, path, 0)
+        assert_error(UserError, "does not exist", attempt, here / "none/x.mp4", 3)
+        assert_error(UserError, "after 0 frames (No such file", attempt, path, 0)
         path.mkdir()
         assert_error(UserError, "Is a directory", attempt, path, 3)
-        text = "y.mp4: cannot be written after 9 frames (it has ended with code -25"
         with files_of_at_most(2000):
+            text = "y.mp4: cannot be written after 9 frames (not all frames can be read back; "
             assert_error(UserError, text, attempt, here / "y.mp4", 9)
+            text = "MB are free there)"
+            assert_error(UserError, text, attempt, here / "y.mp4", 9999)
         assert list(here.iterdir()) == [path]

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from extras.notes import part_in_words
 from motionstream import UserError, naming, write_file
 
 LIMIT = 2 ** 30             # bytes of a file, unpacked, and of each of its arrays as float32
@@ -488,15 +489,43 @@ def follow(paths, frames):
     return tracks
 
 
-def drag_tracks(texts, grid, size, frames):
-    """(tracks, visible) of --drag and --pin, texts for read_path that must start inside the image of
-    `size` (width, height). grid: text for read_grid, points that move along with each; or None."""
-    paths = [read_path(text) for text in texts]
-    for points in paths:
+def dragged(drags, pins):
+    """Yield (flag, text, points (P, 2)) of each text of --drag and then of --pin, lists or None.
+    UserError for a drag without an arrow and a pin with one."""
+    for text in drags or ():
+        if "->" not in text:
+            raise UserError(f'--drag {text}: there is no arrow; write "X,Y -> X,Y", or --pin X,Y for a '
+                            "point that stays")
+        yield "--drag", text, read_path(text)
+    for text in pins or ():
+        if "->" in text:
+            raise UserError(f"--pin {text}: a pinned point stays; write --drag for one that moves")
+        yield "--pin", text, read_path(text)
+
+
+def in_box(x, y, box):
+    """True in the box (left, top, right, bottom), whose right and bottom border are outside."""
+    left, top, right, bottom = box
+    return left <= x < right and top <= y < bottom
+
+
+def drag_tracks(drags, pins, grid, frames, size, shown):
+    """(tracks, visible) of --drag and --pin, see `dragged`, on an image of `size` (width, height), in
+    which they start. They may lead out of it, but not into what is cropped of it: outside of the part
+    that is shown, (left, top, right, bottom). grid: text for read_grid, points that move along with
+    each; or None."""
+    whole = (0, 0, size[0], size[1])
+    paths = []
+    for flag, text, points in dragged(drags, pins):
         x, y = points[0]
-        if not (0 <= x < size[0] and 0 <= y < size[1]):
-            flag = "--pin" if len(points) == 1 else "--drag"
-            raise UserError(f"{flag} {x:g},{y:g}: outside the image, which has {size[0]}x{size[1]} pixels")
+        if not in_box(x, y, whole):
+            raise UserError(f"{flag} {x:g},{y:g}: outside the image, which has {size[0]}x{size[1]} "
+                            "pixels")
+        for x, y in points:
+            if in_box(x, y, whole) and not in_box(x, y, shown):
+                raise UserError(f"{flag} {text}: {x:g},{y:g} lies in what is cropped of the image; the "
+                                f"video shows {part_in_words(shown)}")
+        paths.append(points)
     if grid:
         paths = [points + offset for points in paths for offset in read_grid(grid)]
     tracks = follow(paths, frames)
@@ -706,16 +735,17 @@ def picture_size(text):
 
 def new_parser():
     """The flags."""
-    from sample import MOST_FRAMES, Parser, Points, number
+    from sample import CLIP, MOST_FRAMES, Parser, number
     parser = Parser(prog="python -m extras.tracks", description="Tracks for --tracks of sample.py.")
     file = {"type": Path, "metavar": "FILE"}
     add = parser.add_argument
     add("tracks", nargs="?", type=Path, metavar="FILE", help="tracks as another program wrote them")
     add("--image", required=True, help="that the tracks are for", **file)
     add("--out", required=True, help=".npz", **file)
-    add("--frames", type=number(int, 1, MOST_FRAMES), metavar="N", help="of what is made here; default: 81")
-    add("--drag", "--pin", dest="paths", action=Points, metavar='"X,Y -> X,Y"',
-        help="where a point of the image goes, or that it stays; as often as wanted")
+    add("--frames", type=number(int, 1, MOST_FRAMES), metavar="N", 
+        help=f"of what is made here; default: {CLIP}")
+    add("--drag", action="append", metavar="X,Y->X,Y", help="where a point of the image goes; repeatable")
+    add("--pin", action="append", metavar="X,Y", help="a point that stays; repeatable")
     add("--grid", metavar="NxP", help="each of those N by N points, P pixels apart")
     add = parser.add_argument_group("what a FILE does not say itself").add_argument
     add("--layout", choices=("auto", "tn", "nt"), default="auto", help="frames first, or tracks; auto: by names")
@@ -735,12 +765,13 @@ def new_parser():
 def parse_flags(argv):
     """Parse the command line. UserError for flags that do not go together."""
     given = new_parser().parse_args(argv)
-    kinds = bool(given.tracks) + bool(given.paths) + bool(given.depth)
+    moved = bool(given.drag or given.pin)
+    kinds = bool(given.tracks) + moved + bool(given.depth)
     told = given.layout != "auto" or given.units != "auto" or given.size or given.visibility
     faults = [
         (bool(given.depth) != bool(given.camera), "--depth and --camera need each other"),
         (given.focal and not given.depth, "--focal belongs to --depth"),
-        (given.grid and not given.paths, "--grid belongs to --drag and --pin"),
+        (given.grid and not moved, "--grid belongs to --drag and --pin"),
         (told and not given.tracks, "--layout, --units, --size and --visibility belong to a FILE"),
         (kinds != 1, "give one of FILE, --drag and --pin, or --depth with --camera"),
     ]
@@ -752,12 +783,12 @@ def parse_flags(argv):
 
 def run(argv):
     """Write the tracks that the command line asks for. Returns the exit code."""
-    from sample import check_output, load_image
+    from sample import CLIP, check_output, load_image
     given = parse_flags(argv)
     image = load_image(given.image)
     inputs = [given.image, given.tracks, given.depth, given.visibility]
     check_output(given.out, (".npz",), inputs)
-    frames = given.frames or 81
+    frames = given.frames or CLIP
     arrays = {"width": image.width, "height": image.height}
     if given.tracks:
         found = load_tracks(given.tracks, image.size, given.layout, given.units, given.size,
@@ -768,7 +799,8 @@ def run(argv):
         tracks, visible = camera_tracks(given.depth, image.size, frames, given.points, given.camera,
                                         given.focal)
     else:
-        tracks, visible = drag_tracks(given.paths, given.grid, image.size, frames)
+        whole = (0, 0, image.width, image.height)
+        tracks, visible = drag_tracks(given.drag, given.pin, given.grid, frames, image.size, whole)
     write_tracks(given.out, arrays | {"tracks": tracks, "visibility": visible})
     print(f"{given.out}: {tracks.shape[1]} tracks of {len(tracks)} frames")
     return 0

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from motionstream import UserError
-from sample import ffmpeg_words, find_ffmpeg
+from sample import find_ffmpeg
 
 # Tags of colours that are read as they are. Others are wrong unless they are mapped to the gamut of
 # BT.709, and in HDR brightness too.
@@ -121,6 +121,15 @@ def decode(path, most, log):
     if failed and count != most:
         reason = ffmpeg_words(told, code)
         raise UserError(f"{path}: cannot be read as a video after {count} frames ({reason})")
+
+
+def ffmpeg_words(log, code):
+    """The error of an ffmpeg that exited with `code`, in one line: the first one in its log (with
+    level+ in -loglevel)."""
+    lines = log.splitlines()
+    errors = [line for line in lines if "[error] " in line or "[fatal] " in line]
+    said = (errors or lines[-1:] or [f"it has ended with code {code}"])[0]
+    return re.sub(r"^(\[[^]]*\] )+", "", said)[:300]
 
 
 def read_frames(pipe):

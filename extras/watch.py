@@ -1,14 +1,79 @@
-"""Early signs that a training goes wrong: train_distill.py prints and logs these numbers every
-REPORT_EVERY updates of the stages teacher and distill. docs/training.md explains how to read them.
-Shapes are those of motionstream.py."""
+"""What a training shows: its plan; early signs that it goes wrong, which train_distill.py prints and
+logs every REPORT_EVERY updates of the stages teacher and distill; pictures after each stage.
+docs/training.md explains how to read them. Shapes are those of motionstream.py."""
 
 import itertools
+import statistics
 
 import torch
 
 import train_distill as td
-from motionstream import (FRAMES, channel_std, inside_picture, motion_inputs, to_x0, track_ids,
-                          with_first)
+from motionstream import (FRAMES, channel_std, inside_picture, motion_inputs, same_sigma, to_x0,
+                          track_ids, with_first)
+from sample import ASSETS
+
+# --------------------------------------------------------------------------------------------------
+# The plan.
+
+def unusual(run):
+    """{name: value} of the settings that are not the defaults."""
+    config = td.starting_config(run.start, "tiny")
+    settings = td.starting_settings(run.start, config)
+    found = {}
+    for used, usual in (run.settings, settings), (run.config, config):
+        for name, value in vars(used).items():
+            if value != getattr(usual, name):
+                found[name] = value
+    return found
+
+
+def logged_rows(path):
+    """{stage: its rows} of a stats.jsonl."""
+    rows = {}
+    for row in td.read_log(path):
+        rows.setdefault(row["stage"], []).append(row)
+    return rows
+
+
+def hours_left(rows, updates):
+    """Hours of so many updates at the mean speed of the latest 100 of the rows, as text."""
+    seconds = statistics.mean(row["seconds"] for row in rows[-100:])
+    return f"{updates * seconds / 3600:.1f}"
+
+
+def print_plan(run, stages):
+    """Print a table of the stages to be run. Hours left are estimated from a stage's own logged
+    updates or, for the tiny model by default settings, from those of the shipped weights."""
+    print(f"{run.out}: on {run.device}, matrix products in {str(run.dtype)[6:]}, seed {run.seed}")
+    changed = unusual(run)
+    if changed:
+        texts = [f"{name}={value}" for name, value in changed.items()]
+        print(f"non-default settings: {', '.join(texts)}")
+    logged = logged_rows(run.out / "stats.jsonl")
+    shipped = {}
+    if not run.start and all(name.endswith("_updates") for name in changed):
+        shipped = logged_rows(ASSETS / "stats.jsonl")
+    print("\n| stage | updates | begun | hours left | weights |\n|---|---|---|---|---|")
+    for stage in stages:
+        updates = getattr(run.settings, f"{stage}_updates")
+        begun = hours = "-"
+        if stage in logged:
+            begun = logged[stage][-1]["step"] + 1
+            hours = hours_left(logged[stage], max(updates - begun, 0))
+        elif stage in shipped:
+            hours = f"{hours_left(shipped[stage], updates)}, as in assets/stats.jsonl"
+        print(f"| {stage} | {updates:,} | {begun} | {hours} | {run.path(td.WEIGHTS[stage])} |")
+    pictures = " and STAGE_preview.png" if run.data is None else ""
+    print(f"\nnumbers of every update: {run.out / 'stats.jsonl'}; pictures after each stage: "
+          f"{run.out / 'STAGE.png'}{pictures}\n")
+
+
+def show(run, stage):
+    """Draw a finished stage's curves and a preview, see extras/evaluate.py."""
+    from extras.evaluate import Trained, preview
+    trained = Trained(run.out, run.device, files={"vae": run.path("vae")})
+    preview(trained, stage, drawn=run.data is None)
+
 
 # --------------------------------------------------------------------------------------------------
 # The teacher: does it follow counterfactual tracks?
@@ -114,8 +179,8 @@ def student_numbers(run, generator, teacher, critic, vae, files):
     by sigma; smallest and largest standard deviation of a latent channel, relative to the data's;
     mean change between successive latents; share of saturated pixels."""
     torch.manual_seed(0)
-    whole = run.clip_chunks, len(run.config.sigmas) - 1, run.context
-    x0, conditions, _ = td.roll_out(run, generator, vae, files, whole, grad=False)
+    plan = run.clip_chunks, len(run.config.sigmas) - 1, run.context
+    x0, conditions, _ = td.generated_clip(run, generator, vae, files, plan, grad=False)
     first_latent = td.first_latent_of(run.config, x0)
     variance = x0.square().mean((0, 2, 3, 4))                   # (C,)
     std = variance.sqrt()                                       # Wan's data: 1
@@ -125,7 +190,7 @@ def student_numbers(run, generator, teacher, critic, vae, files):
     numbers = {"std_least": std.min(), "std_most": std.max(), "moves": change.mean()}
     with run.autocast():
         for sigma in 0.3, 0.6, 0.9:
-            levels = torch.full((len(x0),), sigma, device=x0.device)
+            levels = same_sigma(sigma, x0)
             real, fake = td.real_and_fake(x0, levels, teacher, critic, conditions, first_latent)
             numbers[f"apart_{sigma}"] = (fake - real).abs().mean()
         video, _ = vae.decode(x0[:1])

@@ -708,6 +708,25 @@ def write_clips(folder, count, encode=None, workers=1, **settings):
             pass
 
 
+def rendered_clips(run, name, count, encode=None):
+    """Files of the clips that a training (train_distill.Run) draws for itself, rendered now or in an
+    earlier run into a folder called `name` and a digest of its settings. encode: see write_clips."""
+    from train_distill import LATE, RANK, seed_of, wait_for_all     # which workers do without
+    made_by = run.checksum("vae") if encode else None
+    settings = {
+        "frames": run.settings.clip_frames,
+        "track_frames": run.track_frames,
+        "size": run.config.size[0],
+        "seed": seed_of(run.seed, name),
+        "text_dim": run.config.text_dim,
+    }
+    folder = run.out / f"{name}.{seed_of(made_by, settings):08x}"
+    if RANK == 0:                       # one worker process per thread of torch
+        write_clips(folder, count, encode=encode, workers=torch.get_num_threads(), **settings)
+    wait_for_all(LATE)
+    return sorted(folder.glob("*.safetensors"))[:count]
+
+
 def start_worker(encode):
     """Hand a worker `encode` once, not with every clip."""
     torch.set_num_threads(1)

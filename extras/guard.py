@@ -1,0 +1,299 @@
+"""What guards a training against mistakes and accidents: it refuses bad inputs in one line, locks the
+folder, tells files by their content and puts damaged checkpoints aside. train_distill.py trains
+without it too. Shapes are those of motionstream.py."""
+
+import contextlib
+import functools
+import json
+import math
+import os
+import socket
+import zipfile
+import zlib
+
+import torch
+from tqdm import tqdm
+
+import train_distill as td
+from motionstream import (CLIP_ROWS, FRAMES, UserError, naming, reason_of, schedule,
+                          write_file)
+from sample import inspect
+
+# --------------------------------------------------------------------------------------------------
+# Flags, settings and the weights they name.
+
+def check_flags(stage, steps, reward, memory, data, vae):
+    """UserError, one line, for flags that do not go together. stage: one, or "all"; the others are
+    None if not given."""
+    distills = stage in ("all", "distill")
+    streams = stage in ("all", "causal", "distill")
+    for wrong, cure in [
+        (steps and stage == "all", "--steps needs --stage with one training stage"),
+        (reward and not distills, "--reward needs --stage distill"),
+        (memory and not streams, "--memory needs --stage causal or distill"),
+        (data and not data.is_dir(), f"--data {data}: no such folder"),
+        (vae and stage == "vae", f"--vae {vae}: drop it, or --stage vae"),
+        (vae and not vae.is_file(), f"--vae {vae}: no such file"),
+    ]:
+        if wrong:
+            raise UserError(cure)
+
+
+def check_run(run, stage, vae, dry_run):
+    """UserError, one line, for a Run with which a stage, or "all", cannot be trained. vae: as given
+    by a flag, or None."""
+    check_inputs(run, stage, vae, dry_run)
+    config = run.config
+    settings = run.settings
+    check_length(settings.clip_frames, config.chunk, config.first_chunk or config.chunk)
+    if settings.causal_from not in td.CAUSAL_FROM:
+        known = ", ".join(td.CAUSAL_FROM)
+        raise UserError(f"--set causal_from={settings.causal_from}: is one of {known}")
+    solves = stage in ("all", "causal") and settings.causal_from == "trajectories"
+    if solves and not set(config.sigmas) <= set(schedule(config.steps, config.shift)):
+        raise UserError(f"{config.steps} steps of the teacher: the student's noise levels "
+                        f"{config.sigmas} are not among its own; choose another number")
+
+
+def check_inputs(run, stage, vae, dry_run):
+    """UserError, one line, for weights, clips and a VAE that cannot be trained on together."""
+    start = run.start
+    data = run.data
+    clips = td.clip_files(data) if data else []
+    has_video = bool(clips) and "video" in td.read_header(clips[0])[0]
+    encoded = data and not has_video
+    needs_vae = (start or encoded) and not vae
+    needs_clips = start and td.is_wan(start.config) and not data
+    for wrong, cure in [
+        (start and start.config.causal, "holds a student; a training starts from a teacher"),
+        (start and start.config.has_mask,
+         "takes the image as a clip with a mask, which cannot stream; take Fun-Control or T2V"),
+        (encoded and stage == "vae", "holds latents; the stage vae needs clips with video"),
+        (needs_vae and not dry_run, "give --vae FILE, which made its latents"),
+        (needs_clips and not dry_run, "give --data FOLDER; the clips drawn here are small"),
+    ]:
+        if wrong:
+            raise UserError(f"{start.path if start else data}: {cure}")
+
+
+def check_length(frames, chunk, first):
+    """UserError if clips of so many frames are not whole chunks: `first` latents, then `chunk`
+    each."""
+    least = first + math.ceil((td.LEAST_LATENTS - first) / chunk) * chunk
+    if frames < td.video_frames(least) or (frames - td.video_frames(first)) % (FRAMES * chunk):
+        some = [td.video_frames(least + i * chunk) for i in range(3)]
+        raise UserError(f"--set clip_frames={frames}: needs whole chunks of {FRAMES * chunk}, the "
+                        f"first of {td.video_frames(first)}: {', '.join(map(str, some))}, …")
+
+
+def check_prerequisites(run, stage):
+    """UserError, before a stage starts, if its prerequisite weights are missing or damaged, or
+    trained with another chunk, sink or window."""
+    for name in td.PREREQUISITES[stage]:
+        load = run.load_vae if name == "vae" else functools.partial(run.load, name)
+        try:
+            load()
+        except ValueError as e:
+            made_here = run.path(name) == run.out / f"{name}.safetensors"
+            cure = f"; --stage {name} makes it" if made_here else ""
+            raise UserError(f"{e}{cure}") from None
+    if stage == "distill":
+        config = inspect(run.path("causal")).config
+        was = {name: getattr(config, name) for name in ("chunk", "sink", "window")}
+        if not was.items() <= run.context.items():
+            raise UserError(f"{run.path('causal')}: was trained with {was}; say by --memory what "
+                            "the student gets")
+
+
+# --------------------------------------------------------------------------------------------------
+# Clips.
+
+def check_clip(file, shapes, config, track_frames):
+    """UserError, one line, if a clip cannot train a model of `config`."""
+    height, width = config.size
+    h, w = config.latent_size
+    expected = {"tracks": (None, None, 2), "visible": (None, None), "group": (None,),
+                "text": (None, config.text_dim)}        # None: any
+    if "latents" in shapes:
+        expected["latents"] = (config.out_dim, None, h, w)
+    else:
+        expected["video"] = (3, None, height, width)
+    if "latents" in shapes and config.copies:
+        expected["first"] = (3, height, width)
+    if config.clip_dim:
+        expected["clip"] = (CLIP_ROWS, config.clip_dim)
+    for name, shape in expected.items():
+        found = shapes.get(name, ())
+        fits = [side in (None, own) for own, side in zip(found, shape)]
+        if len(found) != len(shape) or not all(fits):
+            raise UserError(f"{file}: {name} is {found or 'missing'}, expected {shape}; see the "
+                            "top of train_distill.py")
+    if shapes["tracks"][0] < track_frames:
+        raise UserError(f"{file}: has tracks for {shapes['tracks'][0]} frames but needs "
+                        f"{track_frames}; extend them, or lower --rollout")
+    if shapes["text"][0] > config.text_len:
+        raise UserError(f"{file}: text of {shapes['text'][0]} rows, at most {config.text_len}")
+
+
+def check_latents(file, metadata, vae):
+    """UserError, one line, if a clip's metadata say that its latents are of another VAE than the
+    one with the checksum `vae`. None: of any."""
+    made_by = metadata.get("vae")           # extras/clips.py writes it
+    if made_by and vae and made_by != str(vae):
+        raise UserError(f"{file}: its latents are of another VAE than the one of this training")
+
+
+# --------------------------------------------------------------------------------------------------
+# Files are told by their content.
+
+PIECES = 16             # read from a large tensor by content_digest
+PIECE = 4096            # bytes
+
+
+def tensor_places(file, size):
+    """{"name dtype shape": (begin, end), its bytes in the file} of a safetensors file."""
+    length = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(min(length, size)))
+    header.pop("__metadata__", None)
+    places = {}
+    for name, about in header.items():
+        begin, end = about["data_offsets"]
+        places[f"{name} {about['dtype']} {about['shape']}"] = (8 + length + begin, 8 + length + end)
+    return places
+
+
+def content_digest(path):
+    """Digest of a weights file's content, whatever its age, place or metadata: names, types,
+    shapes, and all bytes of each tensor, or 16 evenly spaced pieces of a large one. That reads 14B
+    parameters in seconds and misses only changes between the pieces. Files other than safetensors
+    are treated as one tensor."""
+    size = path.stat().st_size
+    places = {f"{size} bytes": (0, size)}
+    digest = 0
+    with naming(path, "damaged"), open(path, "rb") as file:
+        if path.suffix == ".safetensors":
+            places = tensor_places(file, size)
+        for about, (begin, end) in sorted(places.items()):
+            digest = zlib.crc32(about.encode(), digest)
+            begins = [begin]
+            length = end - begin
+            if length > PIECES * PIECE:
+                length = PIECE
+                last = end - PIECE
+                begins = [begin + (last - begin) * i // (PIECES - 1) for i in range(PIECES)]
+            for each in begins:
+                file.seek(each)
+                digest = zlib.crc32(file.read(length), digest)
+    return digest
+
+
+def weights_digest(path):
+    """content_digest of weights: a file, all of its shards, or a folder of files."""
+    files = [path]
+    if path.is_dir():
+        files = [file for file in path.rglob("*") if file.suffix in (".safetensors", ".pt", ".pth")]
+    elif "-of-" in path.name or path.suffix == ".json":
+        from extras.checkpoints import shards_of
+        files = shards_of(path)
+    digests = sorted(content_digest(file) for file in files)
+    return digests[0] if len(digests) == 1 else td.seed_of(digests)
+
+
+def read_digests(folder, kept):
+    """{name: digest} of the clips in a folder. The file `kept` caches them with sizes and times, so
+    that only new clips are read."""
+    before = {}
+    if kept.exists():
+        with contextlib.suppress(ValueError):       # damaged: read all again
+            before = json.loads(kept.read_text())
+    now = {}
+    for file in tqdm(td.clip_files(folder), "look at clips", delay=5):
+        about = file.stat()
+        age = [about.st_size, about.st_mtime_ns]
+        name = file.relative_to(folder).as_posix()
+        known = before.get(name, [])
+        if known[:2] != age:
+            known = age + [content_digest(file)]
+        now[name] = known
+    if now != before:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_file(kept, lambda part: part.write_text(json.dumps(now)))
+    return {name: known[2] for name, known in now.items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# The folder of a training, and its checkpoints.
+
+@contextlib.contextmanager
+def own_folder(folder):
+    """Delete unfinished files in a training's folder and hold its lock. The processes of torchrun
+    count as one training."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+") as file:
+        if td.RANK == 0:
+            lock_folder(folder, file)
+            for path in folder.rglob(".*.part"):        # left by a killed motionstream.write_file
+                if ".mp4." not in path.name:            # videos are another program's
+                    path.unlink()
+        td.wait_for_all()
+        yield
+
+
+def lock_folder(folder, file):
+    """Lock a training's folder for this process until it ends, even by a crash. file: open file in
+    the folder; holds the lock and names its owner. UserError if another process has it."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+            file.seek(2 ** 30)          # far past the text: others may read that
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise UserError(f"{folder}: {file.read() or 'another'} is training into it; wait for its "
+                        "end, or choose another --out") from None
+    except OSError as e:                # some network disks cannot lock
+        print(f"{folder}: cannot be locked ({e.strerror}); start no other training into it")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+
+
+def read_checkpoint(path):
+    """Read a file of save_checkpoint. Raises one of a dozen exception types if it is damaged: its
+    checksums are tested here, as torch.load ignores them."""
+    with zipfile.ZipFile(path) as file:
+        damaged = file.testzip()
+    if damaged:
+        raise ValueError(f"{damaged} is not as it was written")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def newest_checkpoint(paths, stage, settings):
+    """Contents of the newest undamaged of a stage's checkpoints, see read_checkpoint. Damaged ones
+    are reported and renamed. UserError if all are, or if it is of other settings."""
+    damaged = []
+    for path in sorted(paths, reverse=True):
+        try:
+            checkpoint = read_checkpoint(path)
+            break
+        except Exception as e:
+            print(f"{path}: damaged ({reason_of(e)})")
+            damaged.append(path)
+    else:
+        raise UserError(f"{damaged[0]}: damaged, and no other checkpoint of the stage {stage} is "
+                        "whole; put one back, or remove them to begin the stage again")
+    was = checkpoint["settings"]
+    changed = []
+    for name in was | settings:
+        if was.get(name) != settings.get(name):
+            changed.append(f"{name} {was.get(name)}, now {settings.get(name)}")
+    if changed:
+        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+        raise UserError(f"{path}: is of other settings ({'; '.join(changed[:5])}{more}); choose "
+                        "another --out or remove it")
+    for path in damaged:
+        path.replace(path.with_suffix(".damaged"))
+    return checkpoint
