@@ -331,17 +331,19 @@ def refused_recordings(count):
         return refused + refusals(path, change_arrays, play, bool, count // 2)
 
 
-def written_checkpoints(here):
-    """Two checkpoints of a training, one after the other: what they hold."""
-    learner = td.Learner("toy", nn.Linear(3, 2), td.Learning(None, 1e-3, ema=0.9))
-    written = []
+def toy():
+    """A learner of a training."""
+    return td.Learner("toy", nn.Linear(3, 2), td.Learning(None, 1e-3, ema=0.9))
+
+
+def save_two(here):
+    """Write two checkpoints of a training, one after the other; what the second is of."""
+    learner = toy()
     for updates in 1, 2:
         learner.backward(learner.model(torch.ones(1, 3)).sum())
         learner.update(0)
         td.save_checkpoint(here, "toy", updates, {"lr": 1e-3}, [learner])
-        path = td.checkpoint_path(here, "toy", updates)
-        written.append(torch.load(path, weights_only=True))
-    return written
+    return learner
 
 
 def as_bytes(value):
@@ -350,31 +352,36 @@ def as_bytes(value):
         return value.dtype, value.shape, value.numpy().tobytes()
     if isinstance(value, dict):
         return {name: as_bytes(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):                         # torch makes lists of tuples
+        return [as_bytes(each) for each in value]
     return value
 
 
-def newest(path):
-    """What is taken from a folder whose newest checkpoint is `path`; None: the one before it, which is said
-    in one line."""
+def resumed(path):
+    """What a training resumes from in a folder whose newest checkpoint is `path`; None: from the one before
+    it, which is said in one line."""
+    learner = toy()
     with quiet() as (out, _):
-        checkpoint = td.newest_checkpoint(path.parent, "toy")
-    said = out.getvalue()
-    if said:
-        assert said.startswith(f"{path}: damaged (") and said.count("\n") == 1, said
-        assert checkpoint["updates"] == 1
+        updates = td.load_checkpoint(path.parent, "toy", {"lr": 1e-3}, [learner])
+    *said, last = out.getvalue().splitlines()
+    assert last == f"toy.000000{updates}.checkpoint.pt: resumed at update {updates}"
+    if updates == 1:
+        line, = said
+        assert line.startswith(f"{path}: damaged ("), line
         return None
-    return as_bytes(checkpoint)
+    assert not said
+    return as_bytes(learner.state_dict())
 
 
 def refused_checkpoints(count):
     """Of changed checkpoints, with a whole one before it and without."""
     with folder() as here:
-        _, written = written_checkpoints(here)
-        is_as_written = functools.partial(operator.eq, as_bytes(written))
+        learner = save_two(here)
+        is_as_written = functools.partial(operator.eq, as_bytes(learner.state_dict()))
         path = td.checkpoint_path(here, "toy", 2)
-        refused = refusals(path, change_bytes, newest, is_as_written, count // 2)
+        refused = refusals(path, change_bytes, resumed, is_as_written, count // 2)
         td.checkpoint_path(here, "toy", 1).unlink()
-        return refused + refusals(path, change_bytes, newest, is_as_written, count // 2)
+        return refused + refusals(path, change_bytes, resumed, is_as_written, count // 2)
 
 
 # --------------------------------------------------------------------------------------------------
