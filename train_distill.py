@@ -917,10 +917,13 @@ class Batch:
 
 def clip_files(folder):
     """The clips in a folder and those below it, sorted. Links are followed; each folder counts
-    once, whatever leads to it."""
+    once, whatever leads to it. UserError if one cannot be read."""
+    def refuse(error):
+        raise UserError(f"{error.filename}: {error.strerror}; make it readable, or move it away")
+
     files = []
     seen = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(place)
         if real in seen:
             folders.clear()
