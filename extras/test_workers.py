@@ -4,13 +4,13 @@ import functools
 import sys
 import unittest.mock
 
-import train_distill as td
 from extras import world
+from extras.clips import encode_video
 from extras.testing import folder, new_vae
 
 
 def test_workers_that_begin_anew_encode_as_this_process_does():
-    encode = functools.partial(td.encode_video, new_vae())
+    encode = functools.partial(encode_video, new_vae())
     options = {"frames": 5, "size": 16, "seed": 2, "encode": encode}
     with folder() as one, folder() as two:
         world.write_clips(one, 3, workers=1, **options)
