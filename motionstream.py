@@ -19,6 +19,7 @@ Shapes, in every file of this project:
 import contextlib
 import copy
 import errno
+import importlib
 import json
 import math
 import os
@@ -98,6 +99,16 @@ CLIP_ROWS = 257     # rows of CLIP's image features: 16 x 16 patches and the cla
 SIGNALS = 6         # channels of confidence beside copied latents, see copy_along_tracks
 
 
+def video_frames(latents):
+    """Number of video frames in a clip of `latents` latent frames."""
+    return 1 + FRAMES * (latents - 1)
+
+
+def latent_frames(frames):
+    """Number of latent frames in the longest clip within `frames` video frames."""
+    return (frames + FRAMES - 1) // FRAMES
+
+
 @dataclass(frozen=True)
 class Config:
     """Model and sampling settings, stored in the metadata of a weights file."""
@@ -143,6 +154,16 @@ class Config:
     def head_dim(self):
         """Channels of one attention head."""
         return self.dim // self.num_heads
+
+    @property
+    def is_wan(self):
+        """True for Wan's weights and for those trained from them; False for the tiny model's."""
+        return self.text_encoder == "umt5"
+
+    @property
+    def first_chunk_size(self):
+        """Latent frames in the first chunk."""
+        return self.first_chunk or self.chunk
 
     @property
     def latent_size(self):
@@ -755,9 +776,9 @@ def euler(model, noise, conditions, first_latent=None, null_text=None):
 
 
 def chunk_sizes(config, frames=math.inf):
-    """Sizes of the chunks in latent frames: config.first_chunk, then config.chunk, endlessly or up
+    """Sizes of the chunks in latent frames: config.first_chunk_size, then config.chunk, endlessly or up
     to `frames` in total, where the last chunk may be shorter."""
-    size = config.first_chunk or config.chunk
+    size = config.first_chunk_size
     while frames > 0:
         yield min(size, frames)
         frames = frames - size
@@ -1126,6 +1147,17 @@ def reason_of(error):
     return lines[0][:200]
 
 
+def extra(name, why=None):
+    """The module extras/NAME.py. In a copy of the project that lacks it: UserError, if `why` says
+    what needs it, else None."""
+    try:
+        return importlib.import_module(f"extras.{name}")
+    except ImportError:
+        if why is None:
+            return None
+        raise UserError(f"{why}; extras/{name}.py, which that needs, is missing") from None
+
+
 @contextlib.contextmanager
 def naming(what, cure):
     """Report any error about `what`, an outside input, as a one-line UserError: the cure and the
@@ -1201,7 +1233,8 @@ def read_weights(path, wanted="Wan DiT", marks=WAN_DIT, names=WAN_FILES):
             return tensors, metadata, file
     except Exception as e:                      # another layout, or damaged
         problem = reason_of(e)
-    return checkpoints(file, problem).read(file, wanted, marks)
+    why = f"{file}: {problem}, so another layout"
+    return extra("checkpoints", why).read(file, wanted, marks)
 
 
 def read_safetensors(paths):
@@ -1214,19 +1247,6 @@ def read_safetensors(paths):
             tensors |= {name: file.get_tensor(name) for name in file.keys()}
             metadata |= file.metadata() or {}
     return tensors, metadata
-
-
-def checkpoints(path, problem=None):
-    """extras/checkpoints.py. In a copy without it: None, or UserError if `path` has a problem that
-    only it could solve."""
-    try:
-        from extras import checkpoints
-    except ImportError:
-        if problem is None:
-            return None
-        raise UserError(f"{path}: {problem}; extras/checkpoints.py, which reads other layouts, "
-                        "is missing") from None
-    return checkpoints
 
 
 def as_tuples(value):
@@ -1249,9 +1269,10 @@ def saved_config(cls, metadata, file):
 
 
 def public_config(tensors, file):
-    """The config of public weights, which hold none, by the shapes of their tensors: Wan 2.2 5B or
-    the Wan 2.1 family, by the number of latent channels; 128 channels per head; clean_first for 5B
-    and if no other input takes the image. UserError if this is no complete DiT."""
+    """Infer the config of public weights, which store none, from tensor shapes. The number of
+    latent channels tells Wan 2.2 5B from the Wan 2.1 family. All have the same head_dim.
+    clean_first is set for 5B, and where no other input takes the image. UserError if this is no
+    complete DiT."""
     with naming(file, "expected a complete Wan DiT checkpoint"):
         weight = tensors["patch_embedding.weight"]
         assert weight.ndim == 5, f"patch_embedding.weight is {tuple(weight.shape)}"
@@ -1265,7 +1286,7 @@ def public_config(tensors, file):
             like,
             dim=dim,
             ffn_dim=len(tensors["blocks.0.ffn.0.weight"]),
-            num_heads=dim // 128,
+            num_heads=dim // like.head_dim,
             num_layers=len(blocks),
             in_dim=in_dim,
             out_dim=out_dim,
@@ -1281,19 +1302,19 @@ def open_pretrained(cls, path, overrides):
     """The part of from_pretrained that allocates no memory: (the model, its weights still mapped;
     the file's metadata)."""
     tensors, metadata, file = read_weights(path)
-    problem = None
+    why = None
     if metadata.get("format") == "motionstream":
         config = saved_config(Config, metadata, file)
     else:
         config = public_config(tensors, file)
         beside = file.with_name("config.json")
         if beside.is_file() and b'"WanModel"' not in beside.read_bytes():
-            problem = "its config.json is not of Wan's own WanModel"
-    extras = checkpoints(file, problem)
-    if extras is None:
+            why = f"{file}: its config.json is not of Wan's own WanModel"
+    checkpoints = extra("checkpoints", why)
+    if checkpoints is None:
         config = replace(config, **overrides)
     else:
-        config = extras.checked_config(config, overrides, tensors, metadata, file)
+        config = checkpoints.checked_config(config, overrides, tensors, metadata, file)
     make = new_model if cls is MotionStream else cls
     return build(make, config, tensors, file), metadata
 
@@ -1340,9 +1361,9 @@ def copy_weights(model, path, dtype, device="cpu"):
 def check_memory(needed, path, device="cpu"):
     """UserError, naming the file, if `needed` bytes exceed the free memory of a device. A copy
     without extras/ does not know that."""
-    extras = checkpoints(path)
-    if extras is not None:
-        extras.check_memory(needed, path, device)
+    checkpoints = extra("checkpoints")
+    if checkpoints is not None:
+        checkpoints.check_memory(needed, path, device)
 
 
 def save_pretrained(model, path, dtype=None, **extra):

@@ -42,9 +42,9 @@ import train_distill as td
 from extras.testing import (COPYING, HERE, SMALL, all_equal, assert_error, assert_near, clip_of,
                             new_model, new_tracks, part_of, rand, rand_like, randomised, seeded)
 from motionstream import (PRESETS, KVCache, MotionStream, TrackHead, add_noise, apply_rope, euler,
-                          guided_velocity, joint_guidance, rollout, rope_table, schedule,
-                          shift_sigma, sinusoid, split_conditions, start_points, to_x0,
-                          track_ids, with_first)
+                          guided_velocity, joint_guidance, latent_frames, rollout, rope_table,
+                          schedule, shift_sigma, sinusoid, split_conditions, start_points, to_x0,
+                          track_ids, video_frames, with_first)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -428,6 +428,17 @@ def test_motionstream_adds_a_track_head_and_the_image_branch():
     wans = shapes(PRESETS["wan2.1-1.3b"]).keys()
     assert found.keys() == wans | in_blocks(attention) | embedding
     assert len(found) == 983
+
+
+# --------------------------------------------------------------------------------------------------
+# Clips and chunks.
+
+def test_a_clip_has_one_frame_and_then_four_for_each_latent():
+    assert [video_frames(latents) for latents in (1, 2, 21)] == [1, 5, 81]
+    for latents in range(1, 9):
+        frames = video_frames(latents)
+        for more in range(4):
+            assert latent_frames(frames + more) == latents
 
 
 # --------------------------------------------------------------------------------------------------

@@ -306,6 +306,11 @@ class WanVAEConfig:
     decoder: int = 96
     residual: bool = False      # Wan 2.2: 2x2 pixels folded into channels, stages with shortcuts
 
+    @property
+    def patch(self):
+        """Side of the pixel squares folded into channels."""
+        return 2 if self.residual else 1
+
 
 # Mean and standard deviation of each latent channel, by the number of channels: from Wan 2.2's wan/modules/vae2_1.py
 # and vae2_2.py.
@@ -506,7 +511,6 @@ def head(width, outputs):
 
 def build_wan_encoder(c):
     """From pixels to mean and log variance of the latents."""
-    pixels = 12 if c.residual else 3
     width = c.encoder
     layers = Causal()
     for multiple, time, space in (1, 1, 2), (2, 2, 2), (4, 2, 2), (4, 1, 1):   # of the width; strides
@@ -517,13 +521,12 @@ def build_wan_encoder(c):
         if c.residual:
             stage = [DownStage(stage, time, space)]
         layers.extend(stage)
-    return Causal(OrderedDict(conv1=CausalConv(pixels, c.encoder), downsamples=layers,
+    return Causal(OrderedDict(conv1=CausalConv(3 * c.patch ** 2, c.encoder), downsamples=layers,
                               middle=middle(width), head=head(width, 2 * c.latent_channels)))
 
 
 def build_wan_decoder(c):
     """From latents to pixels."""
-    pixels = 12 if c.residual else 3
     wide = 4 * c.decoder
     width = wide
     layers = Causal()
@@ -539,7 +542,7 @@ def build_wan_decoder(c):
             stage = [UpStage(stage, out, time, space)]
         layers.extend(stage)
     return Causal(OrderedDict(conv1=CausalConv(c.latent_channels, wide), middle=middle(wide),
-                              upsamples=layers, head=head(width, pixels)))
+                              upsamples=layers, head=head(width, 3 * c.patch ** 2)))
 
 
 def columns_first(video, fold):
@@ -558,7 +561,7 @@ class WanVAE(nn.Module):
         self.decoder = build_wan_decoder(config)
         self.conv1 = nn.Conv3d(2 * channels, 2 * channels, 1)
         self.conv2 = nn.Conv3d(channels, channels, 1)
-        self.stride = 16 if config.residual else 8
+        self.stride = 8 * config.patch                          # three stages halve height and width
 
     def statistics(self, like):
         """Mean and standard deviation of the latents, (1, C, 1, 1, 1) each, in dtype and on device of `like`."""
@@ -574,7 +577,7 @@ class WanVAE(nn.Module):
         state = None
         pieces = [1] + video.shape[2] // FRAMES * [FRAMES]
         for frames in video.split(pieces, 2):
-            x = columns_first(frames, nn.PixelUnshuffle(self.stride // 8))
+            x = columns_first(frames, nn.PixelUnshuffle(self.config.patch))
             new_state = []
             z = self.conv1(self.encoder(x, state, new_state))
             z = z[:, :self.config.latent_channels]              # without the log variance
@@ -598,7 +601,7 @@ class WanVAE(nn.Module):
             z = self.conv2(z * std + mean)
             z = z.contiguous(memory_format=torch.channels_last_3d)
             x = self.decoder(z, state, new_state)
-            video.append(columns_first(x, nn.PixelShuffle(self.stride // 8)))
+            video.append(columns_first(x, nn.PixelShuffle(self.config.patch)))
             state = new_state
         return torch.cat(video, 2).clamp(-1, 1), state
 
@@ -638,25 +641,25 @@ def load_vae(path, cls=None):
 
 def open_weights(path):
     """(The VAE, its weights still mapped, and its file) for a file or folder. UserError as above."""
-    from motionstream import build, checkpoints, read_weights, saved_config
+    from motionstream import build, extra, read_weights, saved_config
     tensors, metadata, file = read_weights(path, "VAE (Wan or TAEHV)", VAE_MARKS, VAE_FILES)
     cls = CONFIGS.get(metadata.get("format"))
     if cls:
         config = saved_config(cls, metadata, file)
     else:
         config = public_config(tensors, file)
-    extras = checkpoints(file)
-    if extras is not None:              # a copy without extras/ trusts the file's config
-        extras.check_vae_config(config, file)
+    checkpoints = extra("checkpoints")
+    if checkpoints is not None:         # a copy without extras/ trusts the file's config
+        checkpoints.check_vae_config(config, file)
     return build(CLASSES[type(config)], config, tensors, file), file
 
 
 def public_config(tensors, file):
     """Config of a public file, which holds none: Wan's by the shapes of its tensors, TAEHV's by extras/checkpoints.py.
     UserError if it is neither."""
-    from motionstream import UserError, checkpoints, naming
+    from motionstream import UserError, extra, naming
     if "encoder.17.weight" in tensors:
-        return checkpoints(file, "is a public TAEHV").taehv_config(tensors, file)
+        return extra("checkpoints", f"{file}: is a public TAEHV").taehv_config(tensors, file)
     if "encoder.conv1.weight" not in tensors:
         first = next(iter(tensors))[:80]
         raise UserError(f"{file}: holds no config, and its first tensor, {first}, is in no VAE of Wan or TAEHV")
