@@ -168,7 +168,7 @@ def stream(model, vae, image, motion, encoded=Encoded(), seed=0, **memory):
 
 
 def stream_latents(model, vae, image, motion, encoded=Encoded(), seed=0, **memory):
-    """`stream` without the decoder: an iterator of latents (B, C, chunk, h, w)."""
+    """As `stream`, but not decoded: an iterator of latents (B, C, chunk, h, w)."""
     config = replace(model.config, **memory)
     image = image.to(next(model.parameters()).device)
     encoded_image = vae.encode(image[:, :, None])                           # (B, C, 1, h, w)
@@ -425,7 +425,7 @@ ENCODED = [
 
 
 def find_ffmpeg():
-    """Path of an ffmpeg that encodes here. UserError with its own message if there is none."""
+    """Path of an ffmpeg that encodes here. UserError, with ffmpeg's own message, if none does."""
     exe = "ffmpeg"
     try:
         import imageio_ffmpeg
@@ -645,8 +645,8 @@ def add_flags(parser):
     add("--sampler", choices=("stream", "teacher"), help="default: that of the weights")
     add("--seed", type=number(int, 0, 2 ** 63 - 1), metavar="N", help="of all noise; default: 0")
     add("--steps", type=number(int, 1, 1000), metavar="N", help="denoising steps")
-    add("--memory", type=memory_flag, metavar="cNsNwN", help="the student's KV cache: latent frames per "
-        "chunk, chunks in the sink and in the window; wfull: all")
+    add("--memory", type=memory_flag, metavar="cNsNwN", help="the student's KV cache: latent "
+        "frames per chunk, chunks in the sink and in the window; wfull: all")
     add("--guidance", type=guidance_flag, metavar="T,M",
         help="the teacher's weights of text and tracks (eq. 2)")
     add("--set", dest="settings", type=setting, action="append", metavar="FIELD=VALUE",
@@ -654,7 +654,8 @@ def add_flags(parser):
 
 
 def parse_flags(argv):
-    """The command line as a namespace, None for what is not given: of `run` and `resolve`."""
+    """Parse the command line into the namespace that `run` and `resolve` read. Flags that are not
+    given are None, unless they have a default."""
     parser = Parser(description="One image and some tracks in, a video out. To draw tracks while "
                     "it streams: python -m extras.page", allow_abbrev=False)
     add_flags(parser)
@@ -708,8 +709,8 @@ class Job:
 
 
 def resolve(given, weights, tracks):
-    """Resolve flags, see parse_flags, into a Job. Weights and tracks decide what they leave open.
-    UserError with the cure if these do not go together."""
+    """Resolve flags, see parse_flags, into a Job. Weights and tracks decide what the flags leave
+    open. UserError, with the cure, if flags, weights and tracks contradict each other."""
     if tracks.recorded:
         recording = extra("recording", "a recording")
         given = recording.replayed(given, tracks.recorded, weights.config)
@@ -749,7 +750,8 @@ def find_device(name):
 
 
 def resolve_config(given, weights):
-    """(Sampling Config, notes): the weights' own, or advice for their family, with the flags'."""
+    """(Config for sampling, notes for the user). The weights' own config, or what is advised for
+    their family, with the fields that flags change."""
     config = weights.config
     notes = []
     if not weights.own:
@@ -907,8 +909,8 @@ def generate(job, models, image, motion):
 
 
 def print_notes(job, tracks, motion, image_size, shown):
-    """Print what the user should know. motion: of the tracks, which are on the image (width,
-    height), of which the video shows a part."""
+    """Print what the user should know. tracks: on the image, of image_size (width, height); motion:
+    the same on the video; shown: the part of the image that the video shows, see shown_part."""
     notes = list(job.notes)
     with contextlib.suppress(UserError):        # a copy without extras has no more to say
         about = extra("notes", "notes")

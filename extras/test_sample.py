@@ -398,19 +398,20 @@ def test_the_image_and_its_tracks_are_cropped_alike():
     for width, height in (200, 100), (100, 200), (30, 31), (96, 64):
         spot = (width * 0.58, height * 0.42)
         corner = (1, 1)
+        other = (width - 1, height - 1)
         y, x = np.mgrid[:height, :width] + 0.5
         distance = ((x - spot[0]) ** 2 + (y - spot[1]) ** 2) / (width / 20) ** 2
         pixels = (255 * np.exp(-distance)).astype(np.uint8)
         image = Image.fromarray(pixels).convert("RGB")
         light = sample.fit_image(image, config.size)[:, :1] + 1
-        points = np.tile(np.float32([spot, corner]), (5, 1, 1))
-        given = sample.Tracks(points, np.ones((5, 2), bool))
+        points = np.tile(np.float32([spot, corner, other]), (5, 1, 1))
+        given = sample.Tracks(points, np.ones((5, 3), bool))
         with quiet():
             motion = sample.fit_tracks(given, (width, height), 5, config, 0)
         apart = centre_of_light(light) - motion.tracks[0, 0, 0]
         assert apart.norm() < 0.7, (width, height)
-        whole = (width, height) == (96, 64)                 # else the corner is cut off
-        assert motion.visible[0, 0].tolist() == [True, whole]
+        whole = (width, height) == (96, 64)                 # else the corners are cut off
+        assert motion.visible[0, 0].tolist() == [True, whole, whole]
 
 
 def test_ids_of_a_file_are_used_if_they_are_of_the_kind_that_the_weights_know():
