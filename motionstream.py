@@ -1236,7 +1236,7 @@ def read_weights(path, wanted="Wan DiT", marks=WAN_DIT, names=WAN_FILES):
             return tensors, metadata, file
     except Exception as e:                      # another layout, or damaged
         problem = reason_of(e)
-    why = f"{file}: {problem}, so another layout"
+    why = f"{file}: {problem}, which may mean another layout"
     return extra("checkpoints", why).read(file, wanted, marks)
 
 

@@ -249,8 +249,7 @@ def run_layers(layers, x, state, still):
 
 
 class TinyVAE(nn.Module):
-    """Encoder and decoder. A latent covers 8x8 pixels by 4 frames with taew2_1, 16x16 by 4 with
-    taew2_2."""
+    """Encoder and decoder. A latent covers 4 frames by 8x8 pixels, 16x16 with taew2_2."""
 
     def __init__(self, config=TinyVAEConfig()):
         super().__init__()
@@ -568,8 +567,7 @@ def columns_first(video, fold):
 
 
 class WanVAE(nn.Module):
-    """Encoder and decoder. A latent covers 8x8 pixels by 4 frames in Wan 2.1, 16x16 by 4 in Wan 2.2
-    5B."""
+    """Encoder and decoder. A latent covers 4 frames by 8x8 pixels, 16x16 in Wan 2.2 5B."""
 
     def __init__(self, config=WanVAEConfig()):
         super().__init__()

@@ -182,7 +182,7 @@ def test_wans_own_layout_and_ours_are_read_without_extras():
         save_file(in_diffusers_layout(public()), here / "other.safetensors")
         other = here / "other.safetensors"
         assert_error(UserError, "other.safetensors: it has no tensor blocks.0", load, other)
-        said = "so another layout; extras/checkpoints.py, which that needs, is missing"
+        said = "may mean another layout; extras/checkpoints.py, which that needs, is missing"
         assert_error(UserError, said, load, other)
 
 
