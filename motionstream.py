@@ -19,6 +19,7 @@ Shapes, in every file of this project:
 import contextlib
 import copy
 import errno
+import importlib
 import json
 import math
 import os
@@ -98,6 +99,16 @@ CLIP_ROWS = 257     # rows of CLIP's image features: 16 x 16 patches and the cla
 SIGNALS = 6         # channels of confidence beside copied latents, see copy_along_tracks
 
 
+def video_frames(latents):
+    """Number of video frames in a clip of `latents` latent frames."""
+    return 1 + FRAMES * (latents - 1)
+
+
+def latent_frames(frames):
+    """Number of latent frames in the longest clip within `frames` video frames."""
+    return (frames + FRAMES - 1) // FRAMES
+
+
 @dataclass(frozen=True)
 class Config:
     """Model and sampling settings, stored in the metadata of a weights file."""
@@ -145,6 +156,16 @@ class Config:
         return self.dim // self.num_heads
 
     @property
+    def is_wan(self):
+        """True for Wan's weights and for those trained from them; False for the tiny model's."""
+        return self.text_encoder == "umt5"
+
+    @property
+    def first_chunk_size(self):
+        """Latent frames in the first chunk."""
+        return self.first_chunk or self.chunk
+
+    @property
     def latent_size(self):
         """Height and width of the latents of a video of `size`."""
         height, width = self.size
@@ -164,7 +185,7 @@ class Config:
 
     @property
     def has_mask(self):
-        """True if these are a mask and a clip: Wan's image-to-video weights and Fun-InP."""
+        """True if the image enters as a mask and a clip: Wan's image-to-video weights, Fun-InP."""
         return self.image_dim > self.out_dim
 
 
@@ -269,14 +290,17 @@ class KVCache:
             return
         evicted = self.chunks.pop(self.sink)
         if self.sink and self.decay < 1:
-            self.absorb(evicted)
+            self.absorb(*evicted)
 
-    def absorb(self, evicted):
-        """EMA-Sink: average the evicted (k, v) into the sink's last chunk."""
-        k, v = self.chunks[self.sink - 1]
-        k = k.lerp(evicted[0], 1 - self.decay)
-        v = v.lerp(evicted[1], 1 - self.decay)
-        self.chunks[self.sink - 1] = (k, v)
+    def absorb(self, k, v):
+        """EMA-Sink: average an evicted chunk into the sink's last one."""
+        sink_k, sink_v = self.chunks[self.sink - 1]
+        tokens = k.shape[1]
+        held = sink_k.shape[1]
+        assert tokens == held, f"EMA-Sink averages a chunk of {tokens} tokens into one of {held}"
+        sink_k = sink_k.lerp(k, 1 - self.decay)
+        sink_v = sink_v.lerp(v, 1 - self.decay)
+        self.chunks[self.sink - 1] = (sink_k, sink_v)
 
 
 class RMSNorm(nn.Module):
@@ -322,7 +346,7 @@ class SelfAttention(nn.Module):
         self.norm_k = RMSNorm(dim, eps)
 
     def forward(self, x, rope, cache=None, write=False):
-        """x (B, L, D) to (B, L, D); rope (S, K / 2): of the cached tokens, then the new ones."""
+        """x (B, L, D) to (B, L, D); rope (S, K / 2): rotations of the cached tokens, then of x."""
         heads = (self.num_heads, -1)
         q = self.norm_q(self.q(x)).unflatten(2, heads)      # (B, L, heads, K)
         k = self.norm_k(self.k(x)).unflatten(2, heads)
@@ -558,6 +582,16 @@ def condition_or_zeros(name, value, shape, x):
     return value.to(x.dtype)
 
 
+def check_latents(config, x, sigma):
+    """AssertionError unless latents x (B, C, F, h, w) and sigma fit the model and each other."""
+    B, C, frames, h, w = x.shape
+    _, p, q = config.patch_size
+    assert C == config.out_dim, f"latents of {C} channels, expected {config.out_dim}"
+    assert h % p == 0 and w % q == 0, f"latents of {h}x{w} do not divide into patches of {p}x{q}"
+    found = tuple(sigma.shape)
+    assert found in ((B,), (B, frames)), f"sigma {found}, expected {(B,)} or {(B, frames)}"
+
+
 class MotionStream(nn.Module):
     """Wan's DiT with a track head. Parameters have the names of Wan's public checkpoints; only
     track_head.* is new."""
@@ -591,8 +625,8 @@ class MotionStream(nn.Module):
 
     def forward(self, x, sigma, text=None, *, tracks=None, image=None, clip=None,
                 caches=None, write=False):
-        """Velocity (B, out_dim, F, h, w) float32 of the noised latents x at sigma (B,) or (B, F);
-        of a copying model's inner pass, two more channels.
+        """The velocity (B, out_dim, F, h, w), float32, of noised latents x at sigma (B,) or (B, F).
+        With the head of CopyingMotionStream, the output has two more channels.
 
         text (B, L, text_dim), None: the null text; tracks (B, track_dim, F, h, w) from
         track_features, None: all hidden; image: the image's channels, see image_inputs, None:
@@ -600,6 +634,7 @@ class MotionStream(nn.Module):
         attends to [cache | new]; only write=True changes the caches."""
         c = self.config
         B = len(x)
+        check_latents(c, x, sigma)
         tokens = self.patch_embedding(self.input_channels(x, tracks, image))
         frames, rows, columns = tokens.shape[2:]
         tokens = tokens.flatten(3).permute(0, 2, 3, 1).float()          # (B, F, P, D)
@@ -642,7 +677,7 @@ class MotionStream(nn.Module):
         """Input of the patch embedding, (B, in_dim, F, h, w): noisy latents, tracks, image."""
         c = self.config
         B, _, frames, h, w = x.shape
-        image_dim = c.copy_dim + c.image_dim        # copies come with the image
+        image_dim = c.copy_dim + c.image_dim        # CopyingMotionStream passes both as the image
         name = "tracks, which are features (see track_features):"
         tracks = condition_or_zeros(name, tracks, (B, c.track_dim, frames, h, w), x)
         image = condition_or_zeros("image", image, (B, image_dim, frames, h, w), x)
@@ -670,9 +705,9 @@ class MotionStream(nn.Module):
     def from_pretrained(cls, path, *, dtype=None, device="cpu", **overrides):
         """Load a Wan DiT in any public format, in eval mode, without gradients.
 
-        path: see read_weights. The config is that of the file's metadata, else it follows from
-        tensor shapes and config.json; `overrides` replace fields of it, track_dim=… adds an input
-        for tracks. dtype=None keeps the file's; parameters that match FLOAT32 are float32.
+        path: see read_weights. The config comes from the file's metadata, else from tensor shapes
+        and config.json; `overrides` replace its fields, and track_dim=… adds an input for tracks.
+        dtype=None keeps the file's; parameters that match FLOAT32 are float32.
         UserError, one line naming the file, if anything is missing, unknown or contradictory, or
         memory cannot hold it."""
         model, _ = open_pretrained(cls, path, overrides)
@@ -685,7 +720,7 @@ class MotionStream(nn.Module):
 # Sampling: the teacher denoises a whole clip at once, the student chunk by chunk.
 
 def without(conditions, *names):
-    """The conditions with those named set to zero, which means not given."""
+    """Copy the conditions and set the named ones to zero, which means not given."""
     left = dict(conditions)
     for name in names:
         if name in left:
@@ -696,7 +731,7 @@ def without(conditions, *names):
 def guided_velocity(model, x_t, sigma, conditions, guidance, null_text=None):
     """Velocity under guidance (w_text, w_motion). One batch holds the clips with all conditions,
     without text and without motion; a variant of weight 0 is left out. null_text: the text
-    embedding of the second, None: zeros."""
+    embedding of the variant without text, as many rows as the text has; None: zeros."""
     w_text, w_motion = guidance
     if w_text == 0 and w_motion == 0:
         return model(x_t, sigma, **conditions)
@@ -705,6 +740,9 @@ def guided_velocity(model, x_t, sigma, conditions, guidance, null_text=None):
     if w_text:
         no_text = without(given, "text")
         if null_text is not None and "text" in given:
+            rows = null_text.shape[1]
+            wanted = given["text"].shape[1]
+            assert rows == wanted, f"null_text has {rows} rows, text {wanted}: pad one with zeros"
             no_text["text"][:] = null_text
         variants.append(no_text)
     if w_motion:
@@ -738,9 +776,9 @@ def euler(model, noise, conditions, first_latent=None, null_text=None):
 
 
 def chunk_sizes(config, frames=math.inf):
-    """Sizes of the chunks in latent frames: config.first_chunk, then config.chunk, endlessly or up
-    to `frames` in total, where the last chunk may be shorter."""
-    size = config.first_chunk or config.chunk
+    """Sizes of the chunks in latent frames: config.first_chunk_size, then config.chunk, endlessly
+    or up to `frames` in total, where the last chunk may be shorter."""
+    size = config.first_chunk_size
     while frames > 0:
         yield min(size, frames)
         frames = frames - size
@@ -748,12 +786,13 @@ def chunk_sizes(config, frames=math.inf):
 
 
 def split_conditions(conditions, sizes):
-    """A clip's conditions by chunk: those with a frame axis are sliced. sizes: see chunk_sizes."""
+    """A clip's conditions by chunk: those with a frame axis are sliced, but for a single frame,
+    such as a copying model's image, which every chunk gets. sizes: see chunk_sizes."""
     start = 0
     for size in sizes:
         part = dict(conditions)
         for name, value in conditions.items():
-            if value is not None and value.ndim == 5:
+            if value is not None and value.ndim == 5 and value.shape[2] > 1:
                 part[name] = value[:, :, start:start + size]
         start += size
         yield part
@@ -810,7 +849,7 @@ def rollout(model, noise, conditions, first_latent=None, exit_step=None, rng=Non
 COPY_CELL = 4       # side in pixels of the squares that are moved as one
 NEIGHBOURS = 4      # tracks averaged for the motion of a square, see way_back
 BESIDE = 4          # pixels beyond the nearest track's distance at which a weight falls to 1 / e
-ALIKE = 6           # pixels of disagreement with the nearest track's motion at which it does so
+ALIKE = 6           # pixels between a track's motion and the nearest one's, for the same fall
 NEAR = (8, 32)      # distances in pixels at which nearness is 1 / e
 SHARES = 2          # extra outputs of the head, for mix_copies
 SPREAD = 0.1        # assumed std of x0 around the copies, relative to the latents' own
@@ -907,7 +946,7 @@ def gone_elsewhere(back, tracks, visible, start, height, width):
     behind it.
 
     back (B, T, rows, columns, 2): displacement of each square to its source in frame 0. Returns
-    (B, 2, T, rows, columns): nearness to the source of the closest start of a visible track, times
+    (B, 2, T, rows, columns): nearness of the source to the closest start of a visible track, times
     1 - exp(-d / 8), d the difference in pixels between that track's motion and the square's."""
     source = square_centres(height, width, tracks.device) + back
     began = start[:, None].expand(-1, tracks.shape[1], -1, -1)
@@ -919,10 +958,12 @@ def gone_elsewhere(back, tracks, visible, start, height, width):
 
 @torch.no_grad()
 def copy_along_tracks(vae, image, tracks, visible, start):
-    """The `copies` input of a copying model, (B, C + SIGNALS, F, h, w): the latents of frame 0
-    warped along the tracks; two channels of nearness of the track that a square follows; two of
-    confidence that the warped content has gone elsewhere, and two of the same for the unmoved
-    image, see gone_elsewhere.
+    """The `copies` input of a copying model, (B, C + SIGNALS, F, h, w); channels are
+
+        C   latents of frame 0 warped along the tracks
+        2   nearness of the track that a square follows
+        2   confidence that the warped content has gone elsewhere, see gone_elsewhere
+        2   confidence that the content of the unmoved image has gone elsewhere
 
     vae: one without memory between latents (LinearVAE). image (B, 3, H, W) in [-1, 1]: frame 0,
     which is copied unchanged. tracks (B, T, N, 2), visible (B, T, N); start (B, N, 2): positions in
@@ -946,7 +987,8 @@ def copy_along_tracks(vae, image, tracks, visible, start):
         before = signals[:, :, :1].expand(-1, -1, FRAMES - 1, -1, -1)
         signals = torch.cat([before, signals], 2)               # as the VAE packs frame 0
     else:
-        video = torch.cat([video[:, :, :1], video], 2)          # as frame 0, dropped below
+        # The VAE takes the first frame for frame 0 of a clip: prepend one, drop its latent.
+        video = torch.cat([video[:, :, :1], video], 2)
         latents = vae.encode(video)[:, :, 1:]
     squares = vae.stride // COPY_CELL
     signals = F.avg_pool3d(signals, (FRAMES, squares, squares))     # (B, SIGNALS, F, h, w)
@@ -961,13 +1003,13 @@ def mix_copies(shares, moved, still):
 
 def channel_std(config, device):
     """config.latent_std as (1, C, 1, 1, 1) float32, which broadcasts over latents."""
-    assert config.latent_std, "a copying model needs config.latent_std, of its VAE"
+    assert config.latent_std, "a copying model needs latent_std in its config, from its VAE"
     return torch.tensor(config.latent_std, device=device).view(1, -1, 1, 1, 1)
 
 
 def linear_part(sigma, std):
-    """The linear part of the velocity: its best linear estimate from x_t, which needs no network.
-    Exact for Gaussian latents of mean 0 and standard deviations std (1, C, 1, 1, 1).
+    """The best linear estimate of the velocity from x_t, which needs no network: exact if latents
+    are Gaussian, of mean 0 and standard deviation std (1, C, 1, 1, 1).
 
     sigma (B,) or (B, F). Returns the factor and the variance of x_t, (B, C, 1 or F, 1, 1) each."""
     sigma = per_frame(sigma).float()
@@ -982,21 +1024,21 @@ def with_linear_part(output, x_t, sigma, std, expected):
         linear part about `expected` + std / sqrt(V) output
 
     so that the network's input and target are about 1: the preconditioning of EDM (Karras et al.
-    2022, section 5), for rectified flow, per channel. The linear part assumes a Gaussian around
-    `expected` of standard deviation SPREAD std, and so takes little from x_t: a token of the tiny
-    model is 384 noisy numbers and the network 192 wide. Noise that the network cannot tell from
-    detail would be kept, and sampling would end in noise.
+    2022, section 5), for rectified flow, per channel. The linear part assumes that x0 is close to
+    `expected`, with standard deviation SPREAD std, so it keeps little of x_t. With a wider Gaussian
+    it would keep noise that a network of width 192 cannot remove from tokens of 384 numbers.
 
     output, x_t (B, C, F, h, w); expected (B, C, F, h, w): an estimate of x0."""
     _, variance = linear_part(sigma, std)
     factor, narrow = linear_part(sigma, SPREAD * std)
+    # -expected + factor (x_t - (1 - sigma) expected), simplified
     given = factor * x_t - per_frame(sigma).float() / narrow * expected
     return given + std / variance.sqrt() * output
 
 
 class CopyingMotionStream(MotionStream):
-    """A MotionStream for a config with `copies`: they are input channels just before the image's,
-    and the head has two more outputs, the shares of mix_copies."""
+    """A MotionStream for a config with `copies`. Copies are input channels just before the image's;
+    the head has two more outputs, the shares of mix_copies."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -1006,13 +1048,15 @@ class CopyingMotionStream(MotionStream):
 
     def forward(self, x, sigma, text=None, *, image=None, copies=None, **rest):
         """As in MotionStream, plus copies (B, copy_dim, F, h, w) from copy_along_tracks, None:
-        zeros, nothing is copied. image: the image's latent in every frame, see image_inputs."""
+        zeros, nothing is copied. image (B, C, 1, h, w): the image's latent, see image_inputs."""
         c = self.config
+        check_latents(c, x, sigma)
         B, C, frames, h, w = x.shape
         std = channel_std(c, x.device)
         _, variance = linear_part(sigma, std)
         copied = condition_or_zeros("copies", copies, (B, c.copy_dim, frames, h, w), x)
-        still = condition_or_zeros("image", image, (B, C, frames, h, w), x)
+        still = condition_or_zeros("image", image, (B, C, 1, h, w), x)
+        still = still.expand(-1, -1, frames, -1, -1)    # the unmoved image, in every frame
         image = torch.cat([copied, still], 1)
         output = super().forward(x / variance.sqrt(), sigma, text, image=image, **rest)
         output, shares = output.split([C, SHARES], 1)
@@ -1059,14 +1103,14 @@ def image_and_mask(latents):
 
 def image_inputs(config, latents, frames):
     """The image as model inputs: (channels for a clip of `frames` latents, clean latent frame 0),
-    None for an input that the model lacks. latents: the image's, (B, C, 1, h, w); with a mask those
-    of a clip, (B, C, frames, h, w), see image_and_mask."""
+    None for an input that the model lacks. latents: the encoded image, (B, C, 1, h, w); with a mask
+    an encoded clip, (B, C, frames, h, w), see image_and_mask."""
     channels = None
     first_latent = None
     if config.has_mask:
         channels = image_and_mask(latents)
-    elif config.copies:                     # the unmoved image, in every frame
-        channels = latents.expand(-1, -1, frames, -1, -1)
+    elif config.copies:
+        channels = latents                  # one frame, which CopyingMotionStream repeats
     elif config.image_dim:
         channels = image_channels(latents, frames)
     if config.clean_first:
@@ -1076,8 +1120,8 @@ def image_inputs(config, latents, frames):
 
 def motion_inputs(model, tracks, visible, ids, *, start=None, image=None, vae=None):
     """The tracks of a clip or a chunk as keyword arguments of the model: {"tracks": …} from
-    track_features; for a copying model also {"copies": …} from copy_along_tracks. Only the latter
-    needs start, image and vae."""
+    track_features; for a copying model also {"copies": …} from copy_along_tracks. Only copies need
+    start, image and vae."""
     inputs = {"tracks": track_features(model, tracks, visible, ids)}
     if model.config.copies:
         assert start is not None, "a copying model needs to be told start, see start_points"
@@ -1104,6 +1148,17 @@ def reason_of(error):
         return f"there is no {error}"
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:200]
+
+
+def extra(name, why=None):
+    """The module extras/NAME.py. In a copy of the project that lacks it: UserError, if `why` says
+    what needs it, else None."""
+    try:
+        return importlib.import_module(f"extras.{name}")
+    except ImportError:
+        if why is None:
+            return None
+        raise UserError(f"{why}; extras/{name}.py, which that needs, is missing") from None
 
 
 @contextlib.contextmanager
@@ -1161,8 +1216,8 @@ def read_weights(path, wanted="Wan DiT", marks=WAN_DIT, names=WAN_FILES):
     """Read a file, an index of shards, or the first of `names` in a folder: ({Wan's name: tensor},
     metadata, path of the file or index). Tensors are memory-mapped.
 
-    wanted: the expected kind, for messages; marks: tensors of which it has one. UserError, one
-    line, if it is something else or damaged."""
+    wanted: the expected kind, for messages; marks: tensor names, one of which such a file has.
+    UserError, one line, if it is something else or damaged."""
     file = Path(path)
     for name in names:
         if (file / name).is_file():
@@ -1181,7 +1236,8 @@ def read_weights(path, wanted="Wan DiT", marks=WAN_DIT, names=WAN_FILES):
             return tensors, metadata, file
     except Exception as e:                      # another layout, or damaged
         problem = reason_of(e)
-    return checkpoints(file, problem).read(file, wanted, marks)
+    why = f"{file}: {problem}, so another layout"
+    return extra("checkpoints", why).read(file, wanted, marks)
 
 
 def read_safetensors(paths):
@@ -1194,19 +1250,6 @@ def read_safetensors(paths):
             tensors |= {name: file.get_tensor(name) for name in file.keys()}
             metadata |= file.metadata() or {}
     return tensors, metadata
-
-
-def checkpoints(path, problem=None):
-    """extras/checkpoints.py. In a copy without it: None, or UserError if `path` has a problem that
-    only it could solve."""
-    try:
-        from extras import checkpoints
-    except ImportError:
-        if problem is None:
-            return None
-        raise UserError(f"{path}: {problem}; extras/checkpoints.py, which reads other layouts, "
-                        "is missing") from None
-    return checkpoints
 
 
 def as_tuples(value):
@@ -1229,9 +1272,10 @@ def saved_config(cls, metadata, file):
 
 
 def public_config(tensors, file):
-    """The config of public weights, which hold none, by the shapes of their tensors: Wan 2.2 5B or
-    the Wan 2.1 family, by the number of latent channels; 128 channels per head; clean_first for 5B
-    and if no other input takes the image. UserError if this is no complete DiT."""
+    """Infer the config of public weights, which store none, from tensor shapes. The number of
+    latent channels tells Wan 2.2 5B from the Wan 2.1 family. All have the same head_dim.
+    clean_first is set for 5B, and where no other input takes the image. UserError if this is no
+    complete DiT."""
     with naming(file, "expected a complete Wan DiT checkpoint"):
         weight = tensors["patch_embedding.weight"]
         assert weight.ndim == 5, f"patch_embedding.weight is {tuple(weight.shape)}"
@@ -1245,7 +1289,7 @@ def public_config(tensors, file):
             like,
             dim=dim,
             ffn_dim=len(tensors["blocks.0.ffn.0.weight"]),
-            num_heads=dim // 128,
+            num_heads=dim // like.head_dim,
             num_layers=len(blocks),
             in_dim=in_dim,
             out_dim=out_dim,
@@ -1261,32 +1305,32 @@ def open_pretrained(cls, path, overrides):
     """The part of from_pretrained that allocates no memory: (the model, its weights still mapped;
     the file's metadata)."""
     tensors, metadata, file = read_weights(path)
-    problem = None
+    why = None
     if metadata.get("format") == "motionstream":
         config = saved_config(Config, metadata, file)
     else:
         config = public_config(tensors, file)
         beside = file.with_name("config.json")
         if beside.is_file() and b'"WanModel"' not in beside.read_bytes():
-            problem = "its config.json is not of Wan's own WanModel"
-    extras = checkpoints(file, problem)
-    if extras is None:
+            why = f"{file}: its config.json is not of Wan's own WanModel"
+    checkpoints = extra("checkpoints", why)
+    if checkpoints is None:
         config = replace(config, **overrides)
     else:
-        config = extras.checked_config(config, overrides, tensors, metadata, file)
+        config = checkpoints.checked_config(config, overrides, tensors, metadata, file)
     make = new_model if cls is MotionStream else cls
     return build(make, config, tensors, file), metadata
 
 
 def build(make, config, tensors, file):
     """make(config), a model, with a file's tensors as its weights, which stay mapped. UserError,
-    naming the file, unless these are floats and have the names and shapes of the model's."""
+    naming the file, unless the tensors are floats with the names and shapes of the model's."""
     with naming(file, "no model can be built from its config"), torch.device("meta"):
         model = make(config)
     for name, tensor in tensors.items():
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise UserError(f"{file}: {name} is {tensor.dtype}; int8, fp8 and fp8 scaled weights are "
-                            "not supported, take this model's file in bfloat16 or float16")
+            raise UserError(f"{file}: {name} is {tensor.dtype}; int8, fp8 and fp8 scaled weights "
+                            "are not supported, take this model's file in bfloat16 or float16")
     try:
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as e:                   # torch's message, one line per kind of difference
@@ -1320,9 +1364,9 @@ def copy_weights(model, path, dtype, device="cpu"):
 def check_memory(needed, path, device="cpu"):
     """UserError, naming the file, if `needed` bytes exceed the free memory of a device. A copy
     without extras/ does not know that."""
-    extras = checkpoints(path)
-    if extras is not None:
-        extras.check_memory(needed, path, device)
+    checkpoints = extra("checkpoints")
+    if checkpoints is not None:
+        checkpoints.check_memory(needed, path, device)
 
 
 def save_pretrained(model, path, dtype=None, **extra):

@@ -20,7 +20,6 @@ import argparse
 import collections
 import contextlib
 import functools
-import importlib
 import itertools
 import math
 import os
@@ -48,18 +47,18 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from motionstream import (FRAMES, Config, MotionStream, UserError, check_memory, checkpoints,
-                          chunk_sizes, euler, image_inputs, motion_inputs, naming,
-                          open_pretrained, reason_of, rollout, schedule, start_points, track_ids,
-                          write_file)
-from vae import VAE_FILES, WanVAE, load_vae, open_weights
+from motionstream import (FRAMES, Config, MotionStream, UserError, check_memory, chunk_sizes,
+                          copy_weights, euler, extra, image_inputs, inside_picture, latent_frames,
+                          motion_inputs, naming, open_pretrained, reason_of, rollout, schedule,
+                          start_points, track_ids, video_frames, write_file)
+from vae import VAE_FILES, WanVAE, open_weights
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 MOST_FRAMES = 1_000_000
 LARGEST = 2 ** 30           # bytes of a tracks file, unpacked
 SHORTEST_SIDE = 256         # pixels of a written video; smaller ones are enlarged
-CLIP = 81                   # frames of Wan's clips: the default length, and the context that
-                            # weights without a window saw in training
+WAN_FRAMES = 81             # of the clips that Wan learned from: the default length, and the
+                            # context that weights without a window have seen
 
 
 # --------------------------------------------------------------------------------------------------
@@ -89,7 +88,7 @@ def motion_by_chunk(motion, config):
     others. Frames of the last chunk beyond the motion's end are "not specified"."""
     frames = motion.tracks.shape[1]
     stop = 1 - FRAMES
-    for size in chunk_sizes(config, latent_frames(frames, config)):
+    for size in chunk_sizes(config, latents_to_cover(frames, config)):
         start = stop
         stop = start + FRAMES * size
         span = slice(max(start, 0), stop)
@@ -169,7 +168,7 @@ def stream(model, vae, image, motion, encoded=Encoded(), seed=0, **memory):
 
 
 def stream_latents(model, vae, image, motion, encoded=Encoded(), seed=0, **memory):
-    """`stream` without the decoder: an iterator of latents (B, C, chunk, h, w)."""
+    """As `stream`, but not decoded: an iterator of latents (B, C, chunk, h, w)."""
     config = replace(model.config, **memory)
     image = image.to(next(model.parameters()).device)
     encoded_image = vae.encode(image[:, :, None])                           # (B, C, 1, h, w)
@@ -188,7 +187,7 @@ def sample_teacher(model, vae, image, motion, encoded=Encoded(), seed=0):
     """Sample the teacher: all chunks that cover a Motion at once, then yielded as `stream` does.
     Steps and guidance are the config's."""
     config = model.config
-    count = latent_frames(motion.tracks.shape[1], config)
+    count = latents_to_cover(motion.tracks.shape[1], config)
     image = image.to(next(model.parameters()).device)
     grey = 0                                # frames after the image
     if config.has_mask:
@@ -206,10 +205,10 @@ def sample_teacher(model, vae, image, motion, encoded=Encoded(), seed=0):
     yield from decode(vae, x0.split(list(chunk_sizes(config, count)), 2))
 
 
-def latent_frames(frames, config):
+def latents_to_cover(frames, config):
     """Latent frames in the fewest whole chunks that cover `frames` video frames."""
-    latents = math.ceil((frames + FRAMES - 1) / FRAMES)
-    first = config.first_chunk or config.chunk
+    latents = latent_frames(frames + FRAMES - 1)            # rounded up
+    first = config.first_chunk_size
     after = math.ceil((latents - first) / config.chunk)     # chunks after the first
     return first + max(after, 0) * config.chunk
 
@@ -321,14 +320,6 @@ class Tracks:
     start: np.ndarray | None = None     # (N, 2) float32: positions in frame 0
 
 
-def extra(name, why):
-    """The module extras/NAME.py, for what few need. UserError if this copy lacks it."""
-    try:
-        return importlib.import_module(f"extras.{name}")
-    except ImportError:
-        raise UserError(f"{why}; extras/{name}.py, which that needs, is missing") from None
-
-
 def read_tracks(path, size, frames=None):
     """Read the Tracks in a file, for an image of `size` (width, height). frames: the number wanted,
     which can reveal swapped axes in another program's file. Raises UserError, naming the file."""
@@ -398,7 +389,7 @@ def fit_tracks(tracks, image_size, frames, config, seed):
     pixels of the model's video. Tracks are scaled and cropped with the image, hidden where cropped
     away, and "not specified" after their end."""
     points = to_video(tracks.tracks, image_size, config.size)[None]         # (1, T, N, 2)
-    inside = ((points >= 0) & (points < torch.tensor(config.size[::-1]))).all(-1)
+    inside = inside_picture(points, *config.size)
     visible = torch.from_numpy(tracks.visible)[None] & inside               # (1, T, N)
     if tracks.start is None:
         start = start_points(points, visible)                               # (1, N, 2)
@@ -408,7 +399,7 @@ def fit_tracks(tracks, image_size, frames, config, seed):
         ids = torch.from_numpy(tracks.ids.astype(np.int64))[None]           # (1, N)
     else:
         ids = track_ids(points, config, torch.Generator().manual_seed(seed))
-    whole = FRAMES * latent_frames(frames, config) - (FRAMES - 1)
+    whole = video_frames(latents_to_cover(frames, config))
     missing = max(whole - points.shape[1], 0)
     points = F.pad(points[:, :whole], (0, 0, 0, 0, 0, missing))             # (1, whole, N, 2)
     visible = F.pad(visible[:, :whole], (0, 0, 0, missing))
@@ -434,7 +425,7 @@ ENCODED = [
 
 
 def find_ffmpeg():
-    """Path of an ffmpeg that encodes here. UserError with its own message if there is none."""
+    """Path of an ffmpeg that encodes here. UserError, with ffmpeg's own message, if none does."""
     exe = "ffmpeg"
     try:
         import imageio_ffmpeg
@@ -585,7 +576,7 @@ def check_output(path, endings, inputs):
             raise UserError(f"{path}: {cure}")
 
 
-def memory(text):
+def memory_flag(text):
     """A flag's type: "c3s1w1" to the fields of Config for the student's KV cache: 3 latent frames
     per chunk, a sink of 1 chunk, a window of 1; wfull: all chunks."""
     found = re.fullmatch(r"c([1-9]\d{0,2})s(\d{1,6})w(\d{1,6}|full)", text)
@@ -599,7 +590,7 @@ def memory(text):
     return fields
 
 
-def guidance(text):
+def guidance_flag(text):
     """A flag's type: "3,1.5" to (w_text, w_motion), see joint_guidance."""
     weights = tuple(map(float, text.split(",")))
     if len(weights) != 2 or not all(0 <= weight <= 100 for weight in weights):
@@ -634,7 +625,7 @@ def add_flags(parser):
         "pulsing shapes")
     add("--out", default="out.mp4", help=".mp4, or .png for the last frame (out.mp4)", **file)
     frames = number(int, 1, MOST_FRAMES)
-    add("--frames", type=frames, metavar="N", help=f"default: those of the tracks, or {CLIP}")
+    add("--frames", type=frames, metavar="N", help=f"default: those of the tracks, or {WAN_FRAMES}")
     add("--fps", type=number(float, 0.1, 1000), metavar="F",
         help="of the output; default: the model's")
     add("--overlay", action="store_true", help="draw the tracks on the video")
@@ -654,16 +645,17 @@ def add_flags(parser):
     add("--sampler", choices=("stream", "teacher"), help="default: that of the weights")
     add("--seed", type=number(int, 0, 2 ** 63 - 1), metavar="N", help="of all noise; default: 0")
     add("--steps", type=number(int, 1, 1000), metavar="N", help="denoising steps")
-    add("--memory", type=memory, metavar="cNsNwN", help="the student's KV cache: latent frames per "
-        "chunk, chunks in the sink and in the window; wfull: all")
-    add("--guidance", type=guidance, metavar="T,M",
+    add("--memory", type=memory_flag, metavar="cNsNwN", help="the student's KV cache: latent "
+        "frames per chunk, chunks in the sink and in the window; wfull: all")
+    add("--guidance", type=guidance_flag, metavar="T,M",
         help="the teacher's weights of text and tracks (eq. 2)")
     add("--set", dest="settings", type=setting, action="append", metavar="FIELD=VALUE",
         help=f"other fields of Config: {', '.join(SETTINGS)}")
 
 
 def parse_flags(argv):
-    """The command line as a namespace, None for what is not given: of `run` and `resolve`."""
+    """Parse the command line into the namespace that `run` and `resolve` read. Flags that are not
+    given are None, unless they have a default."""
     parser = Parser(description="One image and some tracks in, a video out. To draw tracks while "
                     "it streams: python -m extras.page", allow_abbrev=False)
     add_flags(parser)
@@ -717,8 +709,8 @@ class Job:
 
 
 def resolve(given, weights, tracks):
-    """Resolve flags, see parse_flags, into a Job. Weights and tracks decide what they leave open.
-    UserError with the cure if these do not go together."""
+    """Resolve flags, see parse_flags, into a Job. Weights and tracks decide what the flags leave
+    open. UserError, with the cure, if flags, weights and tracks contradict each other."""
     if tracks.recorded:
         recording = extra("recording", "a recording")
         given = recording.replayed(given, tracks.recorded, weights.config)
@@ -734,7 +726,7 @@ def resolve(given, weights, tracks):
         notes.append(f"{weights.path}: takes tracks drawn as a control video, in a style that is "
                      "untested with these weights")
     sources = None
-    if config.text_encoder == "umt5":
+    if config.is_wan:
         encoders = extra("encoders", f"{weights.path}: reads what Wan's encoders return")
         sources = encoders.Sources(prompt, given.negative_prompt, given.prompt_embeds,
                                    given.text_encoder, given.image_encoder, weights.path)
@@ -758,18 +750,19 @@ def find_device(name):
 
 
 def resolve_config(given, weights):
-    """(Sampling Config, notes): the weights' own, or advice for their family, with the flags'."""
+    """(Config for sampling, notes for the user). The weights' own config, or what is advised for
+    their family, with the fields that flags change."""
     config = weights.config
     notes = []
     if not weights.own:
         usual = "stream" if config.causal else "teacher"
-        advice = checkpoints(weights.path, "does not say how it is sampled").advice
-        config, words = advice(config, given.sampler or usual)
+        checkpoints = extra("checkpoints", f"{weights.path}: does not say how it is sampled")
+        config, words = checkpoints.advice(config, given.sampler or usual)
         notes = [f"{weights.path}: {note}" for note in words]
     changes = dict(given.settings or ()) | (given.memory or {})
     if given.guidance:
         changes["guidance"] = given.guidance
-    elif config.text_encoder == "umt5" and given.prompt is None and not given.prompt_embeds:
+    elif config.is_wan and given.prompt is None and not given.prompt_embeds:
         changes["guidance"] = (0.0, config.guidance[1])     # no text to guide by
     config = replace(config, **changes)
     if given.steps or "shift" in changes:
@@ -792,8 +785,8 @@ def refuse(given, job, moved):
         (streams and given.negative_prompt is not None,
          "--negative-prompt belongs to --sampler teacher"),
         (not streams and given.memory, "--memory belongs to --sampler stream"),
-        (streams and config.window is None and job.frames > CLIP and not given.memory,
-         f"trained to remember {CLIP} frames, all of them; add --memory c{config.chunk}s1w5"),
+        (streams and config.window is None and job.frames > WAN_FRAMES and not given.memory,
+         f"trained to remember {WAN_FRAMES} frames, all of them; add --memory c{config.chunk}s1w5"),
         (streams and config.window is None and given.compile,
          "--compile needs a cache that stops growing; add --memory c3s1w5"),
         (streams and config.has_mask,
@@ -818,35 +811,35 @@ class Models:
 
 
 def find_vae(config, beside, path=None):
-    """Path of the VAE of a model's Config: `path`, else the tiny model's or, for Wan's weights, the
-    one in their folder, beside `beside`. It is checked but for the values of its tensors. Raises
-    UserError."""
+    """(The VAE of a model's Config, its weights still mapped, and its file): at `path`, else the
+    tiny model's or, for Wan's weights, the one in their folder, beside `beside`. It is checked but
+    for the values of its tensors. Raises UserError."""
     places = [ASSETS / "tiny_vae.safetensors"]          # its shapes would fit Wan's too
-    if config.text_encoder == "umt5":
+    if config.is_wan:
         folder = beside if beside.is_dir() else beside.parent
         places = [folder / name for name in VAE_FILES[:3]]
     path = path or next(filter(Path.is_file, places), None)
     if path is None:
         names = " or ".join(VAE_FILES[:3])
         raise UserError(f"{beside}: give --vae PATH; there is no {names} in its folder")
-    vae, _ = open_weights(path)
+    vae, file = open_weights(path)
     channels = vae.config.latent_channels
     if (channels, vae.stride) != (config.out_dim, config.stride):
         raise UserError(f"{path}: latents have {channels} channels and stride {vae.stride}, those "
                         f"of {beside} {config.out_dim} and {config.stride}; give --vae its own")
-    return path
+    return vae, file
 
 
 def open_vae(config, beside, path=None):
     """Load the VAE that find_vae finds."""
-    return load_vae(find_vae(config, beside, path))
+    vae, file = find_vae(config, beside, path)
+    return copy_weights(vae, file, torch.float32)
 
 
 def check_files(job, image):
-    """Check all files before load_models loads one, so that an error comes within a minute and not
-    after the encoders have run. Raises UserError."""
+    """Check the files of encoders and DiT before load_models loads any, so that an error comes
+    within a minute and not after the encoders have run. Raises UserError."""
     weights = job.weights
-    find_vae(job.config, weights.path, job.vae)
     if job.sources:
         extra("encoders", "text").check(job.sources, job.config, image)
     check_memory(weights.count * getattr(torch, job.dtype).itemsize, weights.path, job.device)
@@ -871,10 +864,11 @@ def decode_in(dtype, vae):
 
 def load_models(job, image):
     """Load the Models of a Job; the encoders are freed before the DiT. image (1, 3, H, W)."""
-    check_files(job, image)
     path = job.weights.path
     dtype = getattr(torch, job.dtype)
-    vae = open_vae(job.config, path, job.vae).to(job.device)
+    vae, file = find_vae(job.config, path, job.vae)
+    check_files(job, image)
+    vae = copy_weights(vae, file, torch.float32).to(job.device)
     decode_in(dtype, vae)
     encoded = encode_inputs(job, image)
     dit = MotionStream.from_pretrained(path, dtype=dtype, device=job.device, **vars(job.config))
@@ -896,7 +890,7 @@ def generate(job, models, image, motion):
     lasts. image and motion: see `stream`."""
     config = job.config
     if job.drawn:
-        frames = FRAMES * latent_frames(job.frames, config) - (FRAMES - 1)
+        frames = video_frames(latents_to_cover(job.frames, config))
         tracks = extra("tracks", "drawing tracks")
         control = tracks.render_control(models.vae, motion, config.size, frames)
         motion = replace(motion, control=control)
@@ -915,8 +909,8 @@ def generate(job, models, image, motion):
 
 
 def print_notes(job, tracks, motion, image_size, shown):
-    """Print what the user should know. motion: of the tracks, which are on the image (width,
-    height), of which the video shows a part."""
+    """Print what the user should know. tracks: on the image, of image_size (width, height); motion:
+    the same on the video; shown: the part of the image that the video shows, see shown_part."""
     notes = list(job.notes)
     with contextlib.suppress(UserError):        # a copy without extras has no more to say
         about = extra("notes", "notes")
@@ -941,12 +935,12 @@ def run(argv):
     shipped = {"teacher": "tiny_teacher.safetensors"}.get(given.sampler, "tiny.safetensors")
     weights = inspect(given.weights or ASSETS / shipped)
     shown = shown_part(image.size, weights.config.size)
-    tracks = no_tracks(given.frames or CLIP)
+    tracks = no_tracks(given.frames or WAN_FRAMES)
     if given.tracks:
         tracks = read_tracks(given.tracks, image.size, given.frames)
     elif given.drag or given.pin:
         drag_tracks = extra("tracks", "--drag and --pin").drag_tracks
-        tracks = Tracks(*drag_tracks(given.drag, given.pin, given.grid, given.frames or CLIP,
+        tracks = Tracks(*drag_tracks(given.drag, given.pin, given.grid, given.frames or WAN_FRAMES,
                                      image.size, shown))
     job = resolve(given, weights, tracks)
     if given.overlay or job.drawn:

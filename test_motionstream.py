@@ -42,9 +42,9 @@ import train_distill as td
 from extras.testing import (COPYING, HERE, SMALL, all_equal, assert_error, assert_near, clip_of,
                             new_model, new_tracks, part_of, rand, rand_like, randomised, seeded)
 from motionstream import (PRESETS, KVCache, MotionStream, TrackHead, add_noise, apply_rope, euler,
-                          guided_velocity, joint_guidance, rollout, rope_table, schedule,
-                          shift_sigma, sinusoid, split_conditions, start_points, to_x0,
-                          track_ids, with_first)
+                          guided_velocity, joint_guidance, latent_frames, rollout, rope_table,
+                          schedule, shift_sigma, sinusoid, split_conditions, start_points, to_x0,
+                          track_ids, video_frames, with_first)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -431,6 +431,17 @@ def test_motionstream_adds_a_track_head_and_the_image_branch():
 
 
 # --------------------------------------------------------------------------------------------------
+# Clips and chunks.
+
+def test_a_clip_has_one_frame_and_then_four_for_each_latent():
+    assert [video_frames(latents) for latents in (1, 2, 21)] == [1, 5, 81]
+    for latents in range(1, 9):
+        frames = video_frames(latents)
+        for more in range(4):
+            assert latent_frames(frames + more) == latents
+
+
+# --------------------------------------------------------------------------------------------------
 # The KV cache.
 
 def test_a_streaming_model_equals_one_block_causal_pass():
@@ -524,6 +535,21 @@ def test_an_ema_sink_takes_up_what_leaves_the_window():
     check_ema_sink(sink=1, window=2, decay=0.0)
     check_ema_sink(sink=0, window=1, decay=0.5)                 # there is none
     check_ema_sink(sink=1, window=1, decay=1.0)                 # which is the paper's
+
+
+def test_an_ema_sink_refuses_chunks_of_another_size():
+    """They would have no average; nothing else minds them."""
+    cache = KVCache(1, 1, 0.9)
+    for tokens in 6, 18:
+        k = numbered(0, tokens)
+        cache.write(k, -k)
+    text = "EMA-Sink averages a chunk of 18 tokens into one of 6"
+    assert_error(AssertionError, text, cache.write, k, -k)
+    cache = KVCache(1, 1)
+    for tokens in 6, 18, 12:
+        k = numbered(0, tokens)
+        cache.write(k, -k)
+    assert len(cache) == 6 + 12
 
 
 def test_a_models_caches_are_as_its_config_says_or_as_asked_for():
@@ -738,6 +764,23 @@ def test_tracks_handed_to_the_model_as_points_are_refused_by_the_name_of_what_ma
     assert_error(AssertionError, shapes, model, noise, sigma, image=noise[:, :3])
 
 
+def test_latents_and_sigma_that_do_not_fit_are_refused_in_numbers():
+    one = torch.ones(1)
+    for model in new_model(), new_model(**vars(COPYING)):
+        def refused(text, x, sigma, model=model):
+            assert_error(AssertionError, text, model, x, sigma)
+
+        refused("latents of 5x6 do not divide into patches of 2x2", rand(1, 4, 3, 5, 6), one)
+        refused("latents of 4x5 do not divide into patches of 2x2", rand(1, 4, 3, 4, 5), one)
+        refused("latents of 3 channels, expected 4", rand(1, 3, 3, 4, 6), one)
+        x = rand(2, 4, 3, 4, 6)
+        expected = "expected (2,) or (2, 3)"
+        refused(f"sigma (3,), {expected}", x, torch.ones(3))
+        refused(f"sigma (1,), {expected}", x, one)
+        refused(f"sigma (2, 2), {expected}", x, torch.ones(2, 2))
+        refused(f"sigma (), {expected}", x, torch.tensor(1.0))
+
+
 # --------------------------------------------------------------------------------------------------
 # The teacher: joint guidance, Euler steps.
 
@@ -784,6 +827,20 @@ def test_guided_velocity_is_three_evaluations_without_text_and_without_tracks():
     tracks_alone = {"tracks": given["tracks"]}
     text_alone = {"text": given["text"]}
     assert_guided(new_model(), x, given, tracks_alone, text_alone)
+
+
+def test_a_null_text_of_another_length_is_refused():
+    x, given, _ = clip_of(3)
+    weights = (3.0, 0.0)
+    for rows in 2, 4:
+        null = rand(1, rows, SMALL.text_dim)
+        text = f"null_text has {rows} rows, text 3"
+        call = (guided_velocity, new_model(), x, torch.ones(2), given, weights, null)
+        assert_error(AssertionError, text, *call)
+    null = rand(1, 3, SMALL.text_dim)
+    one = guided_velocity(new_model(), x, torch.ones(2), given, weights, null)
+    two = guided_velocity(new_model(), x, torch.ones(2), given, weights)
+    assert not one.equal(two)
 
 
 def test_guidance_by_one_weight_is_two_evaluations():

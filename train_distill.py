@@ -48,8 +48,8 @@ from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
-from sample import (Parser, embed_words, find_device, guidance, hold_signals, inspect,
-                    memory, number, open_vae, reported)     # before torch: sets how threads wait
+from sample import (Parser, embed_words, find_device, guidance_flag, hold_signals, inspect,
+                    memory_flag, number, open_vae, reported)     # before torch: sets how threads wait
 
 import torch
 import torch.distributed as dist
@@ -67,9 +67,9 @@ from tqdm import tqdm
 
 from motionstream import (FRAMES, PRESETS, Config, MotionStream, UserError, add_noise,
                           cell_of, channel_std, chunk_sizes, euler, guided_velocity, image_inputs,
-                          linear_part, motion_inputs, naming, new_model, rollout, same_sigma,
-                          save_pretrained, schedule, shift_sigma, split_conditions, start_points,
-                          to_x0, track_ids, with_first, write_file)
+                          latent_frames, linear_part, motion_inputs, naming, new_model, rollout,
+                          same_sigma, save_pretrained, schedule, shift_sigma, split_conditions,
+                          start_points, to_x0, track_ids, video_frames, with_first, write_file)
 
 # --------------------------------------------------------------------------------------------------
 # The losses: functions of tensors and networks, independent of the rest of this file.
@@ -355,11 +355,6 @@ PREREQUISITES = {"vae": (), "teacher": ("vae",), "causal": ("vae", "teacher"),
                  "distill": ("vae", "teacher", "causal"), "decoder": ("vae",)}
 
 
-def video_frames(latents):
-    """Number of video frames in a clip of `latents` latent frames."""
-    return 1 + FRAMES * (latents - 1)
-
-
 @dataclass(frozen=True)
 class Run:
     """A training run, fully resolved from the flags and the weights they name; see `resolve`."""
@@ -378,7 +373,7 @@ class Run:
 
     @property
     def clip_latents(self):
-        return (self.settings.clip_frames + FRAMES - 1) // FRAMES
+        return latent_frames(self.settings.clip_frames)
 
     @property
     def clip_chunks(self):
@@ -958,7 +953,7 @@ def clip_latents(shapes):
     """Latent frames of a clip, encoded or not."""
     if "latents" in shapes:
         return shapes["latents"][1]
-    return (shapes["video"][1] + FRAMES - 1) // FRAMES
+    return latent_frames(shapes["video"][1])
 
 
 def open_clips(folder, config, frames, track_frames, vae=None):
@@ -1105,7 +1100,7 @@ def dense_subset(visible, pauses, config):
     count = torch.randint(1000, 2501, (B, 1))
     keep = random_subset(visible.any(1), count)                 # (B, N)
     latent = (torch.arange(T) + FRAMES - 1) // FRAMES           # of each video frame
-    first = config.first_chunk or config.chunk
+    first = config.first_chunk_size
     number = (latent - first) // config.chunk + 1               # of its chunk
     shown = (torch.rand(B, T, 1) >= 0.2 * pauses)[:, number]
     shown = shown | (number == 0)[:, None]                      # (B, T, 1)
@@ -1552,10 +1547,10 @@ LEAST_LATENTS = 12      # of the shortest clip
 
 
 def student_memory(text):
-    """A flag's type: fields of Config, see sample.memory; "drawn": of Settings."""
+    """A flag's type: fields of Config, see sample.memory_flag; "drawn": of Settings."""
     if text == "drawn":
         return {"drawn_memory": True}
-    fields = memory(text)
+    fields = memory_flag(text)
     if fields["chunk"] > LEAST_LATENTS:
         raise argparse.ArgumentTypeError(f"{text} is not chunk 1 to {LEAST_LATENTS}, and not drawn")
     return fields
@@ -1592,7 +1587,7 @@ def new_parser(description):
         help="recompute blocks in the backward: less memory (default for Wan's weights)")
     add("--memory", type=student_memory,
         help="the student's chunk, sink, window (c3s1w1); drawn: many")
-    add("--guidance", type=guidance,
+    add("--guidance", type=guidance_flag,
         help="weights T,M of text and motion, for trajectories and real score")
     add("--rollout", type=number(int, 1, 100), help="chunks of the longest rollout (16)")
     add("--reward", help="weights clips in distillation: motion, or FILE.py:FUNCTION (none)")
@@ -1647,11 +1642,6 @@ def assign(thing, path, value):
     return replace(thing, **{name: value})
 
 
-def is_wan(config):
-    """True for Wan's models, with their text encoder, False for the tiny one."""
-    return config.text_encoder == "umt5"
-
-
 def starting_config(start, preset):
     """The config to train before flags change it: that of the weights `start` (sample.Weights), or
     a preset's. Weights without a track input get one; Wan's are sampled as in the paper."""
@@ -1659,7 +1649,7 @@ def starting_config(start, preset):
     if start and not config.track_dim:
         slot = config.out_dim
         config = replace(config, track_dim=slot, in_dim=config.in_dim + slot)
-    if is_wan(config):
+    if config.is_wan:
         config = replace(config, shift=6.0, sigmas=schedule(3, 6.0), steps=48, guidance=(3.0, 1.5),
                          chunk=3, sink=1, window=1)         # the student's 3 sigmas are among 48;
                                                             # first_chunk stays the weights' own
@@ -1677,7 +1667,7 @@ def paper_settings(config, has_head):
 def starting_settings(start, config):
     """The settings before flags change them: the tiny model's, or the paper's."""
     has_head = bool(start) and start.has_head
-    settings = paper_settings(config, has_head) if is_wan(config) else TINY
+    settings = paper_settings(config, has_head) if config.is_wan else TINY
     if start:
         settings = replace(settings, dense_share=0.0 if has_head else 1.0)
     return settings
@@ -1704,7 +1694,7 @@ def resolve(flags):
     device = str(find_device(flags.device or default_device()))
     checkpointing = flags.checkpointing
     if checkpointing is None:
-        checkpointing = is_wan(config)      # without it, 81 frames need 135 GiB of activations
+        checkpointing = config.is_wan      # without it, 81 frames need 135 GiB of activations
     reward = None
     if flags.reward:
         from extras.evaluate import find_reward

@@ -1,12 +1,14 @@
 """Video autoencoders: pixels to latents and back, streamed, with the state held by the caller.
 
-`LinearVAE` is the tiny model's: one linear map each way, exact for moved pixels and almost free to compute.
-`TinyVAE` has the layout and the parameter names of TAEHV (github.com/madebyollin/taehv, MIT), so its public files for
-Wan (`taew2_1`, `taew2_2`) load. Its convolutions are 2-D: `MemBlock` sees the previous frame, `Repack` packs frames
-into channels and unpacks them. `WanVAE` is that of Wan 2.1 and 2.2 5B, with causal 3-D convolutions. Latents
-are normalised as the DiT sees them: zero mean, about unit variance. Each computes in the dtype of its weights.
+`LinearVAE` is the tiny model's VAE: one linear map each way, exact for moved pixels and almost free
+to compute. `TinyVAE` is TAEHV (github.com/madebyollin/taehv, MIT), with the same parameter names,
+so that the public files for Wan (`taew2_1`, `taew2_2`) load. Its convolutions are 2-D: `MemBlock`
+sees the previous frame, `Repack` packs frames into channels and unpacks them. `WanVAE` is the VAE
+of Wan 2.1 and of Wan 2.2 5B, with causal 3-D convolutions. Latents are normalised as the DiT sees
+them: zero mean, about unit variance. Each VAE computes in the dtype of its weights.
 
-    B batch   T video frames   F latent frames, T = 1 + 4 (F - 1)   C channels   h w latent size   H W pixels
+    B batch   T video frames   F latent frames, T = 1 + 4 (F - 1)   C channels
+    h w latent size   H W size in pixels
 """
 
 import json
@@ -22,13 +24,13 @@ FRAMES = 4  # video frames per latent frame, in every VAE of the Wan family
 
 
 def check_video(video, stride):
-    """AssertionError unless video (B, 3, T, H, W) is a clip that a VAE of this stride can encode."""
+    """AssertionError unless a VAE of this stride can encode the video (B, 3, T, H, W)."""
     T, H, W = video.shape[2:]
     assert T % FRAMES == 1, f"a clip has 1 + {FRAMES} k frames, this one has {T}"
     assert H % stride == 0 and W % stride == 0, f"{W}x{H} pixels do not divide by {stride}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The tiny model's VAE: linear maps of pixel windows.
 
 @dataclass
@@ -40,12 +42,13 @@ class LinearVAEConfig:
 
 
 class LinearVAE(nn.Module):
-    """Windows of 16x16 pixels by 4 frames, one every 8 pixels, to `latent_channels` numbers, linearly, and back.
+    """Windows of 16x16 pixels by 4 frames, one every 8 pixels, to `latent_channels` numbers,
+    linearly, and back.
 
-    It compresses little, but decoding is one matrix product, and there is no state: a latent frame depends only on its
-    own four frames, so pictures that were moved along tracks can be encoded chunk by chunk (see `copy_along_tracks`).
-    Frame 0 is preceded by three copies of itself. Training starts from the principal components of cells
-    (train_distill.py, stage vae)."""
+    It compresses little, but decoding is one matrix product, and there is no state: a latent frame
+    depends only on its own four frames, so pictures that were moved along tracks can be encoded
+    chunk by chunk (see `copy_along_tracks`). Frame 0 is preceded by three copies of itself.
+    Training starts from the principal components of cells (train_distill.py, stage vae)."""
 
     def __init__(self, config=LinearVAEConfig()):
         super().__init__()
@@ -58,8 +61,8 @@ class LinearVAE(nn.Module):
         self.register_buffer("latent_std", torch.ones(config.latent_channels))  # of typical video
 
     def encode(self, video):
-        """Video (B, 3, T, H, W) in [-1, 1], T = 1 + 4 (F - 1), to latents (B, C, F, h, w). An image is T = 1.
-        AssertionError for any other T, or if H or W do not divide by the stride."""
+        """Video (B, 3, T, H, W) in [-1, 1], T = 1 + 4 (F - 1), to latents (B, C, F, h, w). An image
+        is T = 1. AssertionError for any other T, or if H or W do not divide by the stride."""
         check_video(video, self.stride)
         video = video.to(self.encoder.weight.dtype)
         before = video[:, :, :1].expand(-1, -1, FRAMES - 1, -1, -1)
@@ -73,18 +76,18 @@ class LinearVAE(nn.Module):
         """As `decode`, but not clamped to [-1, 1]: for reconstruction losses."""
         z = latents.to(self.decoder.weight.dtype)
         z = z.transpose(1, 2).flatten(0, 1)                                 # (B F, C, h, w)
-        z = F.pad(z, [1] * 4, mode="replicate")                             # so that windows overlap at the borders too
+        z = F.pad(z, [1] * 4, mode="replicate")     # so that windows overlap at the borders too
         rim = self.stride + self.config.overlap
         x = self.decoder(z)[..., rim:-rim, rim:-rim]                        # (B F, 12, H, W)
         x = x.unflatten(1, (3, FRAMES)).unflatten(0, (len(latents), -1))    # (B, F, 3, 4, H, W)
         video = x.transpose(1, 2).flatten(2, 3)                             # (B, 3, 4 F, H, W)
-        if state is None:                                                   # a clip starts with one frame
+        if state is None:                           # a clip starts with one frame
             video = video[:, :, FRAMES - 1:]
         return video, []
 
     def decode(self, latents, state=None):
-        """Latents (B, C, F, h, w) to (video (B, 3, T, H, W) in [-1, 1], state for the next piece: an empty list).
-        state=None starts a clip: T = 4F - 3. Otherwise T = 4F."""
+        """Latents (B, C, F, h, w) to (video (B, 3, T, H, W) in [-1, 1], state for the next piece:
+        an empty list). state=None starts a clip: T = 4F - 3. Otherwise T = 4F."""
         video, state = self.decode_unclamped(latents, state)
         return video.clamp(-1, 1), state
 
@@ -98,9 +101,9 @@ class LinearVAE(nn.Module):
         return {"format": "linear-vae", "config": json.dumps(asdict(self.config))}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Helpers on frames (B, C, T, H, W). Memory format is torch.channels_last_3d, the fastest for convolutions; single
-# frames, slices and torch.cat of such tensors keep it.
+# --------------------------------------------------------------------------------------------------
+# Helpers on frames (B, C, T, H, W). Memory format is torch.channels_last_3d, the fastest for
+# convolutions; single frames, slices and torch.cat of such tensors keep it.
 
 def each_frame(layer, x):
     """Apply a 2-D layer to each frame of x (B, C, T, H, W)."""
@@ -111,26 +114,29 @@ def each_frame(layer, x):
 
 def frames_to_channels(x, count):
     """Fold each `count` frames into channels: (B, C, T, H, W) to (B, count C, T / count, H, W)."""
-    x = x.unflatten(2, (-1, count)).permute(0, 2, 4, 5, 3, 1)               # (B, T / count, H, W, count, C)
+    x = x.unflatten(2, (-1, count))                         # (B, C, T / count, count, H, W)
+    x = x.permute(0, 2, 4, 5, 3, 1)                         # (B, T / count, H, W, count, C)
     return x.flatten(4).permute(0, 4, 1, 2, 3)
 
 
 def channels_to_frames(x, count):
-    """Its inverse: (B, count C, T, H, W) to (B, C, count T, H, W)."""
-    x = x.unflatten(1, (count, -1)).permute(0, 3, 1, 4, 5, 2)               # (B, T, count, H, W, C)
+    """The inverse of frames_to_channels: (B, count C, T, H, W) to (B, C, count T, H, W)."""
+    x = x.unflatten(1, (count, -1))                         # (B, count, C, T, H, W)
+    x = x.permute(0, 3, 1, 4, 5, 2)                         # (B, T, count, H, W, C)
     return x.flatten(1, 2).permute(0, 4, 1, 2, 3)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # TAEHV: a tiny VAE of 2-D convolutions.
 
 @dataclass
 class TinyVAEConfig:
-    """A stage is (width, blocks, time, space): channels, number of MemBlocks, strides. The defaults are taew2_1. pad:
-    how T = 4F - 3 frames fill F latents. "end" repeats the last frame, as in the public files, so that a latent sees up
-    to three future frames. "front" repeats frame 0, so that no latent sees the future."""
+    """A stage is (width, blocks, time, space): channels, number of MemBlocks, strides. The defaults
+    are taew2_1. pad: how T = 4F - 3 frames fill F latents. "end" repeats the last frame, as in the
+    public files, so that a latent sees up to three future frames. "front" repeats frame 0, so that
+    no latent sees the future."""
     latent_channels: int = 16
-    patch: int = 1        # side of the pixel squares folded into channels before the first convolution
+    patch: int = 1        # side of the pixel squares folded into channels before the encoder
     pad: str = "end"
     stem: int = 64        # width of the encoder's first convolution
     encoder: tuple = ((64, 3, 2, 2), (64, 3, 2, 2), (64, 3, 1, 2))
@@ -144,7 +150,8 @@ def conv(inputs, outputs, stride=1, bias=True):
 
 
 class MemBlock(nn.Module):
-    """Residual block over each frame and the one before it. `past` (B, C, 1, h, w): the frame before the first."""
+    """Residual block over each frame and the one before it. `past` (B, C, 1, h, w): the frame
+    before the first."""
 
     def __init__(self, width):
         super().__init__()
@@ -155,14 +162,14 @@ class MemBlock(nn.Module):
         nn.init.zeros_(self.conv[4].bias)
 
     def forward(self, x, past):
-        before = torch.cat([past, x[:, :, :-1]], 2)             # x (B, C, T, h, w), shifted by one frame
+        before = torch.cat([past, x[:, :, :-1]], 2)     # x (B, C, T, h, w), shifted by one frame
         y = each_frame(self.conv, torch.cat([x, before], 1))
         return F.relu(y + x)
 
 
 class Repack(nn.Module):
-    """Pack `pack` consecutive frames into one, or unpack each into `grow`: TAEHV's TPool and TGrow. `grow_frames` does
-    the unpacking, fused with the adjacent layers."""
+    """Pack `pack` consecutive frames into one, or unpack each into `grow`: TAEHV's TPool and TGrow.
+    `grow_frames` does the unpacking, fused with the adjacent layers."""
 
     def __init__(self, width, pack=1, grow=1):
         super().__init__()
@@ -175,15 +182,16 @@ class Repack(nn.Module):
 
 
 def grow_frames(x, space, repack, conv):
-    """nn.Upsample(scale_factor=space), then `repack`, then a 3x3 convolution `conv`, of x (B, C, T, h, w). Without bias
-    or nonlinearity in between they fuse into one transposed convolution, 3 times as fast: a repeated pixel meets the
-    sum of the weights that fall on it."""
+    """Apply nn.Upsample(scale_factor=space), then `repack`, then a 3x3 convolution `conv` to x
+    (B, C, T, h, w). Without bias or nonlinearity in between they fuse into one transposed
+    convolution, 3 times as fast: a repeated pixel meets the sum of the weights that fall on it."""
     weight = F.pad(conv.weight.flip(2, 3), [space - 1] * 4)
-    weight = F.avg_pool2d(weight, space, stride=1, divisor_override=1)          # (out, mid, space + 2, space + 2)
+    # to (out, mid, space + 2, space + 2)
+    weight = F.avg_pool2d(weight, space, stride=1, divisor_override=1)
     unpack = repack.conv.weight.unflatten(0, (repack.grow, -1)).flatten(2)      # (grow, mid, C)
     weight = torch.einsum("omyx,gmc->cgoyx", weight, unpack).flatten(1, 2)
     y = each_frame(lambda frames: F.conv_transpose2d(frames, weight, None, space, 1), x)
-    return channels_to_frames(y, repack.grow)                                   # (B, out, grow T, H, W)
+    return channels_to_frames(y, repack.grow)                       # (B, out, grow T, H, W)
 
 
 def build_encoder(c):
@@ -200,7 +208,8 @@ def build_encoder(c):
 
 
 def build_decoder(c):
-    """Config to nn.Sequential, indices as in TAEHV's files. Layer 0 stands for the limit in `decode_unclamped`."""
+    """Config to nn.Sequential, indices as in TAEHV's files. Layer 0 stands for the limit in
+    `decode_unclamped`."""
     layers = nn.Sequential(nn.Identity(), conv(c.latent_channels, c.decoder[0][0]), nn.ReLU())
     widths = [stage[0] for stage in c.decoder] + [c.tail]
     for (width, blocks, time, space), out in zip(c.decoder, widths[1:]):
@@ -214,9 +223,9 @@ def build_decoder(c):
 
 
 def run_layers(layers, x, state, still):
-    """Frames (B, C, T, H, W) through the layers. `state` holds the last input frame of every MemBlock; None starts a
-    clip, preceded by copies of its first frame (still=True) or zeros (False). Returns the output and the new state; the
-    old one is not modified."""
+    """Run frames (B, C, T, H, W) through the layers. `state` holds the last input frame of every
+    MemBlock; None starts a clip, preceded by copies of its first frame (still=True) or zeros
+    (False). Returns the output and the new state; `state` is not modified."""
     new_state = []
     layers = iter(layers)
     for layer in layers:
@@ -240,19 +249,20 @@ def run_layers(layers, x, state, still):
 
 
 class TinyVAE(nn.Module):
-    """Encoder and decoder; a latent covers 8x8 pixels by 4 frames with taew2_1, 16x16 by 4 with taew2_2."""
+    """Encoder and decoder. A latent covers 8x8 pixels by 4 frames with taew2_1, 16x16 by 4 with
+    taew2_2."""
 
     def __init__(self, config=TinyVAEConfig()):
         super().__init__()
         self.config = config
         self.encoder = build_encoder(config)
         self.decoder = build_decoder(config)
-        nn.init.constant_(self.decoder[-1].bias, 0.5)     # training starts from grey, not from black
+        nn.init.constant_(self.decoder[-1].bias, 0.5)   # training starts from grey, not black
         self.stride = config.patch * math.prod(stage[3] for stage in config.encoder)
 
     def encode(self, video, piece=4):
-        """As in LinearVAE, (B, 3, T, H, W) to (B, C, F, h, w). `piece` latent frames are computed at a time, to bound
-        memory; the result is the same."""
+        """As in LinearVAE, (B, 3, T, H, W) to (B, C, F, h, w). `piece` latent frames are computed
+        at a time, to bound memory; the result is the same."""
         check_video(video, self.stride)
         x = video.to(self.encoder[0].weight.dtype) / 2 + 0.5        # in [0, 1]
         front = self.config.pad == "front"
@@ -271,15 +281,16 @@ class TinyVAE(nn.Module):
     def decode_unclamped(self, latents, state=None):
         """As `decode`, but not clamped to [-1, 1]: for reconstruction losses."""
         x = latents.to(self.decoder[1].weight.dtype)
-        x = 3 * torch.tanh(x / 3)                               # soft limit at 3 standard deviations
+        x = 3 * torch.tanh(x / 3)           # soft limit at 3 standard deviations
         x, new_state = run_layers(self.decoder, x, state, self.config.pad == "front")
         video = each_frame(nn.PixelShuffle(self.config.patch), x) * 2 - 1
-        if state is None:                                       # a clip starts with one frame
+        if state is None:                   # a clip starts with one frame
             video = video[:, :, FRAMES - 1:]
         return video, new_state
 
     def decode(self, latents, state=None):
-        """As in LinearVAE, but the state is what the next piece needs; the one passed in is not modified."""
+        """As in LinearVAE, but the returned state is what the next piece needs; the `state` passed
+        in is not modified."""
         video, state = self.decode_unclamped(latents, state)
         return video.clamp(-1, 1), state
 
@@ -293,10 +304,11 @@ class TinyVAE(nn.Module):
         return {"format": "tiny-vae", "config": json.dumps(asdict(self.config))}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The VAE of Wan. Tensors are (B, C, T, H, W), names are those of Wan's files. A clip is computed in pieces: frame 0, a
-# latent of its own, then four frames or one latent at a time. `state` holds, for each temporal convolution, the past
-# input frames for its next piece; None starts a clip. A layer pops its entry and appends one to `new_state`.
+# --------------------------------------------------------------------------------------------------
+# The VAE of Wan. Tensors are (B, C, T, H, W); parameter names are those of Wan's files. A clip is
+# computed in pieces: first frame 0, which has a latent of its own, then four frames or one latent
+# at a time. `state` holds, for each temporal convolution, the past input frames that its next piece
+# needs; None starts a clip. A layer pops its entry from `state` and appends one to `new_state`.
 
 @dataclass
 class WanVAEConfig:
@@ -306,9 +318,14 @@ class WanVAEConfig:
     decoder: int = 96
     residual: bool = False      # Wan 2.2: 2x2 pixels folded into channels, stages with shortcuts
 
+    @property
+    def patch(self):
+        """Side of the pixel squares folded into channels."""
+        return 2 if self.residual else 1
 
-# Mean and standard deviation of each latent channel, by the number of channels: from Wan 2.2's wan/modules/vae2_1.py
-# and vae2_2.py.
+
+# Mean and standard deviation of each latent channel, by the number of channels: from Wan 2.2's
+# wan/modules/vae2_1.py and vae2_2.py.
 STATISTICS = {
     16: ((-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
           0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
@@ -354,7 +371,7 @@ class TimeConv(CausalConv):
 
     def forward(self, x, state, new_state):
         if state is None:
-            seen = x                    # past for the next piece: frame 0 if T is halved, else zeros
+            seen = x            # past for the next piece: frame 0 if T is halved, else zeros
             if self.past == 2:
                 seen = torch.zeros_like(x).expand(-1, -1, 2, -1, -1)
             new_state.append(seen)
@@ -430,8 +447,8 @@ class Attention(nn.Module):
 
 
 class DownStage(Causal):
-    """A stage of Wan 2.2's encoder: its layers, plus a shortcut that averages space x space pixels and folds `time`
-    frames into channels."""
+    """A stage of Wan 2.2's encoder: its layers, plus a shortcut that averages space x space pixels
+    and folds `time` frames into channels."""
 
     def __init__(self, layers, time, space):
         super().__init__(OrderedDict(downsamples=Causal(*layers)))
@@ -440,7 +457,7 @@ class DownStage(Causal):
 
     def forward(self, x, state, new_state):
         y = super().forward(x, state, new_state)
-        if state is None:                                       # frame 0 of a clip is a single frame
+        if state is None:                   # frame 0 of a clip is a single frame
             x = F.pad(x, (0, 0, 0, 0, self.time - 1, 0))
         x = F.avg_pool3d(x, (1, self.space, self.space))
         x = x.unflatten(2, (-1, self.time)).transpose(2, 3)             # (B, C, t, T, H, W)
@@ -448,8 +465,9 @@ class DownStage(Causal):
 
 
 class UpStage(Causal):
-    """A stage of Wan 2.2's decoder: its layers, plus a shortcut that repeats channels and unfolds them to `time` frames
-    and space x space pixels; the last stage, which keeps the size, has no shortcut."""
+    """A stage of Wan 2.2's decoder: its layers, plus a shortcut that repeats channels and unfolds
+    them to `time` frames and space x space pixels. The last stage, which keeps the size, has no
+    shortcut."""
 
     def __init__(self, layers, width, time, space):
         super().__init__(OrderedDict(upsamples=Causal(*layers)))
@@ -466,7 +484,7 @@ class UpStage(Causal):
         x = x.unflatten(1, fold)                                        # (B, C, t, p, q, T, H, W)
         x = x.permute(0, 1, 5, 2, 6, 3, 7, 4)                           # (B, C, T, t, H, p, W, q)
         x = x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
-        if state is None:                                       # frame 0 of a clip stays a single frame
+        if state is None:                   # frame 0 of a clip stays a single frame
             x = x[:, :, self.time - 1:]
         return y + x
 
@@ -485,7 +503,8 @@ def upsample(width, outputs, time):
     layers = OrderedDict()
     if time == 2:
         layers["time_conv"] = TimeConv(width, 1)
-    layers["resample"] = PerFrame(nn.Upsample(scale_factor=2), nn.Conv2d(width, outputs, 3, padding=1))
+    conv = nn.Conv2d(width, outputs, 3, padding=1)
+    layers["resample"] = PerFrame(nn.Upsample(scale_factor=2), conv)
     return Causal(layers)
 
 
@@ -506,10 +525,10 @@ def head(width, outputs):
 
 def build_wan_encoder(c):
     """From pixels to mean and log variance of the latents."""
-    pixels = 12 if c.residual else 3
     width = c.encoder
     layers = Causal()
-    for multiple, time, space in (1, 1, 2), (2, 2, 2), (4, 2, 2), (4, 1, 1):   # of the width; strides
+    # a stage: multiple of the width, strides
+    for multiple, time, space in (1, 1, 2), (2, 2, 2), (4, 2, 2), (4, 1, 1):
         stage = res_blocks(width, c.encoder * multiple, 2)
         width = c.encoder * multiple
         if space == 2:
@@ -517,17 +536,17 @@ def build_wan_encoder(c):
         if c.residual:
             stage = [DownStage(stage, time, space)]
         layers.extend(stage)
-    return Causal(OrderedDict(conv1=CausalConv(pixels, c.encoder), downsamples=layers,
+    return Causal(OrderedDict(conv1=CausalConv(3 * c.patch ** 2, c.encoder), downsamples=layers,
                               middle=middle(width), head=head(width, 2 * c.latent_channels)))
 
 
 def build_wan_decoder(c):
     """From latents to pixels."""
-    pixels = 12 if c.residual else 3
     wide = 4 * c.decoder
     width = wide
     layers = Causal()
-    for multiple, time, space in (4, 2, 2), (4, 2, 2), (2, 1, 2), (1, 1, 1):   # of the width; strides
+    # a stage: multiple of the width, strides
+    for multiple, time, space in (4, 2, 2), (4, 2, 2), (2, 1, 2), (1, 1, 1):
         out = c.decoder * multiple
         stage = res_blocks(width, out, 3)
         width = out
@@ -539,16 +558,18 @@ def build_wan_decoder(c):
             stage = [UpStage(stage, out, time, space)]
         layers.extend(stage)
     return Causal(OrderedDict(conv1=CausalConv(c.latent_channels, wide), middle=middle(wide),
-                              upsamples=layers, head=head(width, pixels)))
+                              upsamples=layers, head=head(width, 3 * c.patch ** 2)))
 
 
 def columns_first(video, fold):
-    """F.pixel_unshuffle or F.pixel_shuffle on (B, C, T, H, W) in Wan's order: columns before rows."""
+    """Apply `fold`, nn.PixelUnshuffle or nn.PixelShuffle, to (B, C, T, H, W) in Wan's order:
+    columns before rows."""
     return fold(video.transpose(1, 2).mT).mT.transpose(1, 2)
 
 
 class WanVAE(nn.Module):
-    """Encoder and decoder; a latent covers 8x8 pixels by 4 frames in Wan 2.1, 16x16 by 4 in Wan 2.2 5B."""
+    """Encoder and decoder. A latent covers 8x8 pixels by 4 frames in Wan 2.1, 16x16 by 4 in Wan 2.2
+    5B."""
 
     def __init__(self, config=WanVAEConfig()):
         super().__init__()
@@ -558,15 +579,17 @@ class WanVAE(nn.Module):
         self.decoder = build_wan_decoder(config)
         self.conv1 = nn.Conv3d(2 * channels, 2 * channels, 1)
         self.conv2 = nn.Conv3d(channels, channels, 1)
-        self.stride = 16 if config.residual else 8
+        self.stride = 8 * config.patch      # three stages halve height and width
 
     def statistics(self, like):
-        """Mean and standard deviation of the latents, (1, C, 1, 1, 1) each, in dtype and on device of `like`."""
+        """Mean and standard deviation of the latents, (1, C, 1, 1, 1) each, with the dtype and on
+        the device of the tensor `like`."""
         values = like.new_tensor(STATISTICS[self.config.latent_channels])       # (2, C)
         return values.view(2, 1, -1, 1, 1, 1)
 
     def encode(self, video):
-        """As in LinearVAE, (B, 3, T, H, W) to (B, C, F, h, w): the mean, without sampling. Four frames at a time."""
+        """As in LinearVAE, (B, 3, T, H, W) to (B, C, F, h, w): the mean, without sampling. Four
+        frames are computed at a time."""
         check_video(video, self.stride)
         video = video.to(self.conv1.weight.dtype)
         mean, std = self.statistics(video)
@@ -574,7 +597,7 @@ class WanVAE(nn.Module):
         state = None
         pieces = [1] + video.shape[2] // FRAMES * [FRAMES]
         for frames in video.split(pieces, 2):
-            x = columns_first(frames, nn.PixelUnshuffle(self.stride // 8))
+            x = columns_first(frames, nn.PixelUnshuffle(self.config.patch))
             new_state = []
             z = self.conv1(self.encoder(x, state, new_state))
             z = z[:, :self.config.latent_channels]              # without the log variance
@@ -583,22 +606,23 @@ class WanVAE(nn.Module):
         return torch.cat(latents, 2)
 
     def decode(self, latents, state=None):
-        """As in TinyVAE: latents (B, C, F, h, w) to (video (B, 3, T, H, W) in [-1, 1], state for the next piece). One
-        latent frame is computed at a time, so pieces equal the whole bit by bit."""
+        """As in TinyVAE: latents (B, C, F, h, w) to (video (B, 3, T, H, W) in [-1, 1], state for
+        the next piece). One latent frame is computed at a time, so pieces equal the whole to the
+        bit."""
         found = latents.shape[1]
         wanted = self.config.latent_channels
         assert found == wanted, f"latents of this VAE have {wanted} channels, these have {found}"
         latents = latents.to(self.conv2.weight.dtype)
         mean, std = self.statistics(latents)
         if state is not None:
-            state = list(state)                                 # a copy: the caller's stays as it is
+            state = list(state)             # a copy: the caller's stays as it is
         video = []
         for z in latents.split(1, 2):
             new_state = []
             z = self.conv2(z * std + mean)
             z = z.contiguous(memory_format=torch.channels_last_3d)
             x = self.decoder(z, state, new_state)
-            video.append(columns_first(x, nn.PixelShuffle(self.stride // 8)))
+            video.append(columns_first(x, nn.PixelShuffle(self.config.patch)))
             state = new_state
         return torch.cat(video, 2).clamp(-1, 1), state
 
@@ -608,7 +632,7 @@ class WanVAE(nn.Module):
         return load_vae(path, cls)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files. motionstream.py is imported only inside functions, so that everything above can be copied
 # and used with torch alone.
 
@@ -625,9 +649,10 @@ CLASSES = {LinearVAEConfig: LinearVAE, TinyVAEConfig: TinyVAE, WanVAEConfig: Wan
 
 
 def load_vae(path, cls=None):
-    """Load a VAE from a .safetensors or .pth file, or from a folder as Wan and diffusers publish it: `TinyVAE`,
-    `LinearVAE` or `WanVAE`, in float32 and eval mode. Class and widths come from the metadata, else from the tensors.
-    UserError, one line naming the file, if it does not fit or is not of the class `cls`."""
+    """Load a VAE, `TinyVAE`, `LinearVAE` or `WanVAE`, in float32 and eval mode, from a .safetensors
+    or .pth file or from a folder as Wan and diffusers publish it. Class and widths come from the
+    metadata, else from the tensors. UserError, one line naming the file, if it does not fit or is
+    not of the class `cls`."""
     from motionstream import UserError, copy_weights
     vae, file = open_weights(path)
     if cls and not isinstance(vae, cls):
@@ -637,33 +662,37 @@ def load_vae(path, cls=None):
 
 
 def open_weights(path):
-    """(The VAE, its weights still mapped, and its file) for a file or folder. UserError as above."""
-    from motionstream import build, checkpoints, read_weights, saved_config
+    """Build the VAE in a file or folder, its weights still mapped: (VAE, file). UserError as in
+    load_vae."""
+    from motionstream import build, extra, read_weights, saved_config
     tensors, metadata, file = read_weights(path, "VAE (Wan or TAEHV)", VAE_MARKS, VAE_FILES)
     cls = CONFIGS.get(metadata.get("format"))
     if cls:
         config = saved_config(cls, metadata, file)
     else:
         config = public_config(tensors, file)
-    extras = checkpoints(file)
-    if extras is not None:              # a copy without extras/ trusts the file's config
-        extras.check_vae_config(config, file)
+    checkpoints = extra("checkpoints")
+    if checkpoints is not None:         # a copy without extras/ trusts the file's config
+        checkpoints.check_vae_config(config, file)
     return build(CLASSES[type(config)], config, tensors, file), file
 
 
 def public_config(tensors, file):
-    """Config of a public file, which holds none: Wan's by the shapes of its tensors, TAEHV's by extras/checkpoints.py.
-    UserError if it is neither."""
-    from motionstream import UserError, checkpoints, naming
+    """Infer the config of a public file, which stores none: Wan's from tensor shapes, TAEHV's with
+    extras/checkpoints.py. UserError if the file is neither."""
+    from motionstream import UserError, extra, naming
     if "encoder.17.weight" in tensors:
-        return checkpoints(file, "is a public TAEHV").taehv_config(tensors, file)
+        return extra("checkpoints", f"{file}: is a public TAEHV").taehv_config(tensors, file)
     if "encoder.conv1.weight" not in tensors:
         first = next(iter(tensors))[:80]
-        raise UserError(f"{file}: holds no config, and its first tensor, {first}, is in no VAE of Wan or TAEHV")
+        raise UserError(f"{file}: holds no config, and its first tensor, {first}, is in no VAE of "
+                        "Wan or TAEHV")
     with naming(file, "expected a complete VAE of Wan"):
         channels = len(tensors["conv2.weight"])
         assert channels in STATISTICS, f"its latents have {channels} channels, not 16 or 48"
-        return WanVAEConfig(channels,
-                            encoder=len(tensors["encoder.conv1.weight"]),
-                            decoder=tensors["decoder.head.2.weight"].shape[1],
-                            residual="encoder.downsamples.0.downsamples.0.residual.2.weight" in tensors)
+        shortcuts = "encoder.downsamples.0.downsamples.0.residual.2.weight"     # of Wan 2.2 alone
+        return WanVAEConfig(
+            channels,
+            encoder=len(tensors["encoder.conv1.weight"]),
+            decoder=tensors["decoder.head.2.weight"].shape[1],
+            residual=shortcuts in tensors)

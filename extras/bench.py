@@ -135,7 +135,8 @@ def random_conditions(config, frames, device):
         given["tracks"] = torch.randn(1, config.track_dim, *shape, device=device)
     if config.copies:
         given["copies"] = torch.randn(1, config.copy_dim, *shape, device=device)
-        given["image"] = torch.randn(1, config.out_dim, *shape, device=device)
+        image = (1, config.out_dim, 1, *config.latent_size)
+        given["image"] = torch.randn(image, device=device)
     if config.clip_dim:
         given["clip"] = torch.randn(1, CLIP_ROWS, config.clip_dim, device=device)
     return given
@@ -609,7 +610,7 @@ def parse_flags(argv):
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of DiT and VAE (float32; --predict: bfloat16)")
     add("--decoder", choices=("own", "tiny"), default="own", help="the family's VAE, or one as small as TAEHV (own)")
     add("--steps", type=number(int, 1, 100), help="passes of the DiT for a chunk (the preset's)")
-    add("--memory", type=sample.memory, metavar="cNsNwN", help="chunk, sink, window, as for sample.py (the preset's)")
+    add("--memory", type=sample.memory_flag, metavar="cNsNwN", help="chunk, sink, window, as for sample.py (the preset's)")
     add("--repeats", type=number(int, 1, 10_000), default=15, help="chunks that are timed (15)")
     add("--compile", action="store_true", help="compile the DiT's blocks")
     add("--long", type=number(int, 1, 10_000_000), default=0, metavar="FRAMES", help="stream so many, too: 10000")

@@ -165,7 +165,9 @@ CAUSAL_WORDS = ("local_attn_size", "num_frame_per_block", "num_frames_per_block"
 
 # Teachers: shift and text guidance, by width and by whether the image enters as channels, as their
 # publishers advise for 480 lines; those of all others.
-TEACHERS = {(1536, False): (8.0, 6.0), (1536, True): (3.0, 6.0), (5120, True): (3.0, 5.0)}
+DIM_1B = PRESETS["wan2.1-1.3b"].dim
+DIM_14B = PRESETS["wan2.1-14b"].dim
+TEACHERS = {(DIM_1B, False): (8.0, 6.0), (DIM_1B, True): (3.0, 6.0), (DIM_14B, True): (3.0, 5.0)}
 OTHERS = (5.0, 5.0)
 
 # What is taken for the right file, by the names of its tensors; the first that fits.
@@ -528,7 +530,7 @@ def check_config(c, file):
     cell = (c.stride * p, c.stride * q)         # pixels per token
     falling = all(a > b for a, b in zip(c.sigmas, c.sigmas[1:]))
     stds = len(c.latent_std)
-    even = c.sink != 1 or c.first_chunk in (None, c.chunk)  # EMA-Sink averages into the sink's last
+    even = c.sink != 1 or c.first_chunk_size == c.chunk    # EMA-Sink averages into the sink's last
     rules = {           # field: (valid, expected)
         "prompt": (isinstance(c.prompt, str | None), "a text"),
         "num_heads": (c.dim % (2 * c.num_heads) == 0, f"a divisor of {c.dim // 2}, give num_heads=…"),

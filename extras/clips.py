@@ -40,11 +40,11 @@ from extras.encoders import image_encoder, listing, read_rows, text_encoder
 from extras.guard import content_digest
 from extras.tracks import decode_text
 from extras.video import open_video, remade
-from motionstream import FRAMES, PRESETS, Config, UserError, write_file
+from motionstream import PRESETS, Config, UserError, latent_frames, video_frames, write_file
 from sample import (Parser, Tracks, embed_words, fit_image, fit_tracks, inspect, load_image,
                     find_ffmpeg, number, open_vae, read_tracks, reported)
 from train_distill import (LATE, PROCESSES, RANK, TINY, clip_digests, default_device, paper_settings,
-                           video_frames, wait_for_all, write_clip)
+                           wait_for_all, write_clip)
 
 MOST_TRACKS = 2500                          # of a clip: the paper's grid of 50x50
 SEEN = (".mp4", ".png")                     # endings of a clip's frames
@@ -276,7 +276,7 @@ def read_motion(job, path, stored, size):
 def read_conditions(job, source, caption):
     """A clip's conditions besides its frames: {"prompt": a text} or, encoded in its .safetensors, {"text":
     (L, text_dim)} and, for an image branch, {"clip": (257, clip_dim)}. Raises an exception for any fault."""
-    wan = job.config.text_encoder == "umt5"
+    wan = job.config.is_wan
     if wan and ".safetensors" in source.files:
         rows = read_rows(source.path(".safetensors"), job.config)
         found = {"text": rows["prompt"]}
@@ -346,7 +346,7 @@ def encode_clip(job, encoders, clip):
     seen = video[None].to(job.device) / 127.5 - 1
     if "prompt" in clip:
         prompt = clip.pop("prompt")
-        if config.text_encoder == "umt5":
+        if config.is_wan:
             clip["text"] = encoders.text(prompt)
         else:
             clip["text"] = embed_words(prompt, config)[0]
@@ -444,7 +444,7 @@ def encode_videos(run, files):
     for file in tqdm(missing[RANK::PROCESSES], "encode clips", disable=not missing):
         clip = load_file(file)
         video = clip.pop("video")
-        length = video_frames((video.shape[1] + FRAMES - 1) // FRAMES)
+        length = video_frames(latent_frames(video.shape[1]))
         clip["first"] = video[:, 0]
         clip["latents"] = encode_video(vae, video[:, :length])
         write_clip(encoded[file], clip)
@@ -479,7 +479,7 @@ def parse_job(argv):
     add("--shard", type=shard, default=(1, 1), metavar="I/N", help="make only the I-th of N parts of the clips")
     flags = parser.parse_args(argv)
     config = inspect(flags.weights).config if flags.weights else PRESETS["tiny"]
-    wan = config.text_encoder == "umt5"
+    wan = config.is_wan
     frames = flags.frames or clip_frames(config)
     device = flags.device or default_device()
     dtype = flags.dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")

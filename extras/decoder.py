@@ -105,7 +105,7 @@ def train_decoder(run, updates, adversarial, distance):
     buffer. adversarial: weight of the discriminator's loss. distance: see open_lpips."""
     given = open_vae(run)
     wan = isinstance(given, WanVAE)
-    if wan != td.is_wan(run.config) or wan != bool(run.data):
+    if wan != run.config.is_wan or wan != bool(run.data):
         raise UserError(f"{run.path('vae')}: Wan's needs --data and --weights, a tiny one takes neither")
     if wan:
         files = td.training_clips(run, LATENTS)
@@ -153,7 +153,7 @@ def train(argv):
     td.join_processes(flags.device)
     run = td.resolve(flags)
     run = replace(run, files=run.files | {"decoder": run.out / "decoder.safetensors"})
-    updates = WAN_UPDATES if td.is_wan(run.config) else TINY_UPDATES
+    updates = WAN_UPDATES if run.config.is_wan else TINY_UPDATES
     if flags.smoke:
         updates = 4
     updates = flags.steps or updates

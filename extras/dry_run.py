@@ -324,7 +324,7 @@ def stored_clips(run):
     """{name of a data set: number of clips} that the training reads."""
     if run.data:
         return {"--data": len(td.clip_files(run.data))}
-    if not td.is_wan(run.config):
+    if not run.config.is_wan:
         return {"drawn": run.settings.clips}
     clips = PAPER_CLIPS
     if td.paper_settings(run.config, False) == td.PAPER_5B:
@@ -338,7 +338,7 @@ def teacher_updates(run):
     """{name of a teacher stage: updates}: the stage of this training or, from Wan's weights
     without a track head, both stages of the paper."""
     s = run.settings
-    if not td.is_wan(run.config):
+    if not run.config.is_wan:
         return {"teacher": s.teacher_updates}
     if run.start and run.start.has_head:
         return {"teacher, second stage": s.teacher_updates}
@@ -371,7 +371,7 @@ def stages_of(run):
     others = learning_costs(replace(run, checkpointing=not run.checkpointing))
     stages = []
     encode = counted(encoding, run)
-    encoders = ENCODERS if td.is_wan(run.config) else 0
+    encoders = ENCODERS if run.config.is_wan else 0
     for name, clips in stored_clips(run).items():
         stages.append(Stage(f"encode, {name}", clips, encode, encode, beside=encoders))
     for name, updates in teacher_updates(run).items():

@@ -45,7 +45,7 @@ def check_run(run, stage, vae, dry_run):
     check_inputs(run, stage, vae, dry_run)
     config = run.config
     settings = run.settings
-    check_length(settings.clip_frames, config.chunk, config.first_chunk or config.chunk)
+    check_length(settings.clip_frames, config.chunk, config.first_chunk_size)
     if settings.causal_from not in td.CAUSAL_FROM:
         known = ", ".join(td.CAUSAL_FROM)
         raise UserError(f"--set causal_from={settings.causal_from}: is one of {known}")
@@ -63,7 +63,7 @@ def check_inputs(run, stage, vae, dry_run):
     has_video = bool(clips) and "video" in td.read_header(clips[0])[0]
     encoded = data and not has_video
     needs_vae = (start or encoded) and not vae
-    needs_clips = start and td.is_wan(start.config) and not data
+    needs_clips = start and start.config.is_wan and not data
     for wrong, cure in [
         (start and start.config.causal, "holds a student; a training starts from a teacher"),
         (start and start.config.has_mask,

@@ -39,7 +39,7 @@ from PIL import Image
 
 import sample
 from extras import notes, recording, world
-from motionstream import Config, UserError, naming, write_file
+from motionstream import Config, UserError, naming, video_frames, write_file
 from sample import (crop, embed_words, enlarge, fit_image, hold_signals, live_motion, number, to_frames,
                     to_video, video_file)
 
@@ -571,7 +571,7 @@ def chunks_to_make(live, take, recorder):
         points = take.obeyed["points"]
         frames = 4 * take.config.chunk
         if begins:
-            frames = 4 * (take.config.first_chunk or take.config.chunk) - 3
+            frames = video_frames(take.config.first_chunk_size)
         starts, tracks = glide(points, last, frames, begins)
         last = {(start_x, start_y): (x, y) for x, y, start_x, start_y, *_ in points}
         prompt = take.obeyed["prompt"]

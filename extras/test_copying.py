@@ -7,12 +7,13 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from extras.testing import (COPYING, SMALL, assert_error, assert_near, clip_of,
+from extras.testing import (COPYING, SMALL, all_equal, assert_error, assert_near, clip_of,
                             linear_vae, new_model, new_tracks, rand, rand_like, randomised,
                             seeded)
 from motionstream import (CopyingMotionStream, MotionStream, copy_along_tracks, gone_elsewhere,
-                          linear_part, motion_inputs, nearest_points, rollout, square_centres,
-                          start_points, to_x0, track_features, warp, way_back, with_linear_part)
+                          image_inputs, linear_part, motion_inputs, nearest_points, rollout,
+                          split_conditions, square_centres, start_points, to_x0, track_features,
+                          warp, way_back, with_linear_part)
 
 # --------------------------------------------------------------------------------------------------
 # Copies.
@@ -307,7 +308,7 @@ def test_a_fresh_model_believes_its_copies_and_where_there_are_none_the_image():
     x = rand(2, 4, 3, 4, 6)
     tracks = rand(2, 8, 3, 4, 6, seed=3)
     copies = rand(2, 10, 3, 4, 6, seed=1)
-    image = rand_like(x, seed=2)
+    image = rand(2, 4, 1, 4, 6, seed=2)
     ones = torch.ones(2)
 
     def x0(**given):
@@ -319,11 +320,14 @@ def test_a_fresh_model_believes_its_copies_and_where_there_are_none_the_image():
     alone = x0(copies=copies)
     assert_near(alone, 0.8 * moved, 1e-5)
     without = x0(tracks=tracks, image=image)
-    assert_near(without, 0.2 * image, 1e-5)
+    still = image.expand_as(x)
+    assert_near(without, 0.2 * still, 1e-5)
     no_copies = x0(tracks=tracks, image=image, copies=torch.zeros_like(copies))
     assert no_copies.equal(without), "None is zeros"
     text = "condition copies (2, 8, 3, 4, 6), expected (2, 10,"
     assert_error(AssertionError, text, model, x, ones, copies=tracks)
+    text = "condition image (2, 4, 3, 4, 6), expected (2, 4, 1,"
+    assert_error(AssertionError, text, model, x, ones, image=still)
     model.config = replace(COPYING, latent_std=())
     assert_error(AssertionError, "latent_std", model, x, ones)
 
@@ -341,16 +345,17 @@ def test_a_copying_model_is_a_motionstream_inside_the_linear_part():
     plain.load_state_dict(model.state_dict())
     noise, given, _ = clip_of(3, COPYING)
     copies = rand(2, 10, 3, 4, 6, seed=8)
-    image = rand(2, 4, 3, 4, 6, seed=9)
+    image = rand(2, 4, 1, 4, 6, seed=9)
+    still = image.expand(-1, -1, 3, -1, -1)
     sigma = torch.tensor([0.9, 0.4])
     s = sigma.view(2, 1, 1, 1, 1)
     std = torch.tensor(COPYING.latent_std).view(1, -1, 1, 1, 1)
     size = variance_of_x_t(s, std).sqrt()
-    channels = torch.cat([copies, image], 1)
+    channels = torch.cat([copies, still], 1)
     output = plain(noise / size, sigma, **given, image=channels)
-    correction, moved, still = output.split([4, 1, 1], 1)
+    correction, share, rest = output.split([4, 1, 1], 1)
     latents = copies[:, :4]                                     # and six of how far to believe them
-    mean = moved * latents + still * image
+    mean = share * latents + rest * still
     spread = 0.1 * std                                          # of a Gaussian round that mean
     gain = (1 - s) * spread ** 2 / variance_of_x_t(s, spread)
     x0 = mean + gain * (noise - (1 - s) * mean)
@@ -395,7 +400,7 @@ def test_the_linear_part_is_the_posterior_mean_of_gaussian_latents():
 def test_copying_models_stream_and_later_copies_do_not_change_past_frames():
     model = new_model(**vars(COPYING))
     noise, given, first = clip_of(8, COPYING)
-    given["image"] = first.expand(-1, -1, 8, -1, -1)
+    given["image"] = first
     given["copies"] = rand(2, 10, 8, 4, 6, seed=6)
     one = list(rollout(model, noise, given, first, rng=seeded()))
     for x0, length in zip(one, (3, 3, 2), strict=True):
@@ -407,3 +412,30 @@ def test_copying_models_stream_and_later_copies_do_not_change_past_frames():
     two = rollout(model, noise, other, first, rng=seeded())
     same = [a.equal(b) for a, b in zip(one, two)]
     assert same == [True, True, False]
+
+
+def test_copying_models_stream_with_a_first_chunk_of_another_size():
+    """Shorter or longer than the others: the image is the same in every chunk."""
+    noise, given, first = clip_of(8, COPYING)
+    given["image"] = first
+    given["copies"] = rand(2, 10, 8, 4, 6, seed=6)
+    for size, sizes in (1, [1, 3, 3, 1]), (5, [5, 3]):
+        model = new_model(**vars(COPYING) | {"first_chunk": size})
+        found = list(rollout(model, noise, given, first, rng=seeded()))
+        assert [x0.shape[2] for x0 in found] == sizes
+        parts = []
+        for tracks, copies in zip(given["tracks"].split(sizes, 2), given["copies"].split(sizes, 2)):
+            parts.append(given | {"tracks": tracks, "copies": copies})
+        expected = rollout(model, noise.split(sizes, 2), parts, first, rng=seeded())
+        assert all_equal(found, list(expected))
+
+
+def test_the_image_of_a_copying_model_is_one_frame_however_long_the_chunk():
+    image = rand(2, 4, 1, 4, 6)
+    for frames in 1, 3, 7:
+        channels, _ = image_inputs(COPYING, image, frames)
+        assert channels.equal(image)
+    given = {"image": image, "copies": rand(2, 10, 4, 4, 6)}
+    parts = list(split_conditions(given, [1, 3]))
+    assert [part["copies"].shape[2] for part in parts] == [1, 3]
+    assert all(part["image"].equal(image) for part in parts)

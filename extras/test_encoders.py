@@ -373,7 +373,7 @@ def lacking():
 def test_what_public_weights_lack_is_said_before_they_load():
     refuse = unittest.mock.Mock(side_effect=AssertionError("the model was loaded"))
     with (unittest.mock.patch.object(MotionStream, "from_pretrained", refuse),
-          unittest.mock.patch.object(sample, "load_vae", refuse)):
+          unittest.mock.patch.object(sample, "copy_weights", refuse)):
         for weights, flags, cure in lacking():
             said = refused(weights, flags)
             assert cure in said, said

@@ -239,7 +239,7 @@ def test_what_memory_cannot_hold_is_refused_before_it_is_read():
         with having_memory(None):
             load(path)
         loaded = unittest.mock.patch(
-            "sample.load_vae", side_effect=AssertionError("a model was loaded"))
+            "sample.copy_weights", side_effect=AssertionError("a model was loaded"))
         with having_memory(10 ** 4), loaded:
             code, _, err = sampled(*command("--weights", path))
     assert code == 2

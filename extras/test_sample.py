@@ -398,19 +398,20 @@ def test_the_image_and_its_tracks_are_cropped_alike():
     for width, height in (200, 100), (100, 200), (30, 31), (96, 64):
         spot = (width * 0.58, height * 0.42)
         corner = (1, 1)
+        other = (width - 1, height - 1)
         y, x = np.mgrid[:height, :width] + 0.5
         distance = ((x - spot[0]) ** 2 + (y - spot[1]) ** 2) / (width / 20) ** 2
         pixels = (255 * np.exp(-distance)).astype(np.uint8)
         image = Image.fromarray(pixels).convert("RGB")
         light = sample.fit_image(image, config.size)[:, :1] + 1
-        points = np.tile(np.float32([spot, corner]), (5, 1, 1))
-        given = sample.Tracks(points, np.ones((5, 2), bool))
+        points = np.tile(np.float32([spot, corner, other]), (5, 1, 1))
+        given = sample.Tracks(points, np.ones((5, 3), bool))
         with quiet():
             motion = sample.fit_tracks(given, (width, height), 5, config, 0)
         apart = centre_of_light(light) - motion.tracks[0, 0, 0]
         assert apart.norm() < 0.7, (width, height)
-        whole = (width, height) == (96, 64)                 # else the corner is cut off
-        assert motion.visible[0, 0].tolist() == [True, whole]
+        whole = (width, height) == (96, 64)                 # else the corners are cut off
+        assert motion.visible[0, 0].tolist() == [True, whole, whole]
 
 
 def test_ids_of_a_file_are_used_if_they_are_of_the_kind_that_the_weights_know():
@@ -480,8 +481,12 @@ def test_copying_models_copy_in_every_path():
     motion = replace(motion, start=start_points(motion.tracks, motion.visible))
     copies = copy_along_tracks(vae, image, motion.tracks, motion.visible, motion.start)
     passes = len(COPYING.sigmas) + 1                        # of a chunk, the last one writes the cache
-    for make, causal, every in (sample.stream, True, passes), (sample.sample_teacher, False, 1):
-        config = replace(COPYING, causal=causal, steps=1, guidance=(0, 0))
+    for make, causal, first_chunk, every, frames in (
+        (sample.stream, True, None, passes, 45),
+        (sample.stream, True, 1, passes, 49),               # 1 + 4 x 3 latents
+        (sample.sample_teacher, False, None, 1, 45),
+    ):
+        config = replace(COPYING, causal=causal, first_chunk=first_chunk, steps=1, guidance=(0, 0))
         model = new_model(**vars(config))
         seen = []
 
@@ -490,9 +495,9 @@ def test_copying_models_copy_in_every_path():
 
         model.register_forward_hook(note, with_kwargs=True)
         videos = torch.cat(list(make(model, vae, image, motion)), 2)
-        assert videos.shape == (1, 3, 45, 32, 48)
+        assert videos.shape == (1, 3, frames, 32, 48)
         found = torch.cat([given["copies"] for given in seen[::every]], 2)
-        assert_near(found, copies, 1e-5)
+        assert_near(found[:, :, :12], copies, 1e-5)
         assert all(given["image"] is not None for given in seen), "the still image is in every chunk"
 
 

@@ -149,10 +149,10 @@ def test_121_frames_are_whole_chunks_of_the_5b_model():
     assert_error(UserError, "needs whole chunks of 12, the first of 1: 49, 61, 73", resolved,
                  "--dry-run", "wan2.2-5b", "--set", "clip_frames=81")
     five_b = PRESETS["wan2.2-5b"]
-    assert sample.latent_frames(121, five_b) == 31
-    assert sample.latent_frames(122, five_b) == 34
-    assert sample.latent_frames(121, PRESETS["wan2.1-1.3b"]) == 33
-    assert sample.latent_frames(1, five_b) == 1
+    assert sample.latents_to_cover(121, five_b) == 31
+    assert sample.latents_to_cover(122, five_b) == 34
+    assert sample.latents_to_cover(121, PRESETS["wan2.1-1.3b"]) == 33
+    assert sample.latents_to_cover(1, five_b) == 1
 
 
 def test_pauses_fall_on_chunks_and_spare_the_first_whatever_its_size():

@@ -12,12 +12,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from extras import checkpoints
 from extras.checkpoints import checked_config
 from extras.testing import (COPYING, FAMILIES, HERE, SMALL, TAEW22, WAN, WAN21, assert_error,
                             assert_near, clip_of, folder, in_diffusers_layout, linear_vae,
                             new_model, new_tracks, new_vae, public, rand, randomised, same,
                             same_tensors, saved, shards, slow, write_layout)
-from motionstream import (PRESETS, MotionStream, UserError, image_and_mask, public_config,
+from motionstream import (PRESETS, MotionStream, UserError, extra, image_and_mask, public_config,
                           save_pretrained, write_file)
 from sample import embed_words
 from vae import TinyVAE, WanVAE, WanVAEConfig, load_vae
@@ -40,7 +41,7 @@ def dtypes(model):
 
 
 def without_extras():
-    """`from extras import checkpoints` fails in here, as in a copy of the top files alone."""
+    """extras.checkpoints cannot be imported in here, as in a copy of the top files alone."""
     return unittest.mock.patch.dict(sys.modules, {"extras": None, "extras.checkpoints": None})
 
 
@@ -150,10 +151,22 @@ def test_a_config_tells_sizes_that_follow_from_its_fields():
     assert SMALL.latent_size == (4, 6)
     assert SMALL.head_dim == 20
     assert SMALL.copy_dim == 0
+    assert SMALL.first_chunk_size == 3
+    assert replace(SMALL, first_chunk=1).first_chunk_size == 1
+    assert not SMALL.is_wan
+    assert PRESETS["wan2.2-5b"].is_wan
     assert COPYING.copy_dim == 4 + 6
     masked = replace(SMALL, in_dim=4 + 8 + 8)
     assert masked.image_dim == 8
     assert masked.has_mask
+
+
+def test_what_extras_hold_is_found_or_nothing_or_an_error_that_says_what_for():
+    assert extra("checkpoints") is checkpoints
+    with without_extras():
+        assert extra("checkpoints") is None
+        said = "--flag; extras/checkpoints.py, which that needs, is missing"
+        assert_error(UserError, said, extra, "checkpoints", "--flag")
 
 
 def test_wans_own_layout_and_ours_are_read_without_extras():
@@ -169,7 +182,8 @@ def test_wans_own_layout_and_ours_are_read_without_extras():
         save_file(in_diffusers_layout(public()), here / "other.safetensors")
         other = here / "other.safetensors"
         assert_error(UserError, "other.safetensors: it has no tensor blocks.0", load, other)
-        assert_error(UserError, "is missing", load, other)
+        said = "so another layout; extras/checkpoints.py, which that needs, is missing"
+        assert_error(UserError, said, load, other)
 
 
 def test_a_copy_without_extras_trusts_a_config_of_which_a_model_can_be_built():

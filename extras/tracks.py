@@ -735,7 +735,7 @@ def picture_size(text):
 
 def new_parser():
     """The flags."""
-    from sample import CLIP, MOST_FRAMES, Parser, number
+    from sample import MOST_FRAMES, WAN_FRAMES, Parser, number
     parser = Parser(prog="python -m extras.tracks", description="Tracks for --tracks of sample.py.")
     file = {"type": Path, "metavar": "FILE"}
     add = parser.add_argument
@@ -743,7 +743,7 @@ def new_parser():
     add("--image", required=True, help="that the tracks are for", **file)
     add("--out", required=True, help=".npz", **file)
     add("--frames", type=number(int, 1, MOST_FRAMES), metavar="N", 
-        help=f"of what is made here; default: {CLIP}")
+        help=f"of what is made here; default: {WAN_FRAMES}")
     add("--drag", action="append", metavar="X,Y->X,Y", help="where a point of the image goes; repeatable")
     add("--pin", action="append", metavar="X,Y", help="a point that stays; repeatable")
     add("--grid", metavar="NxP", help="each of those N by N points, P pixels apart")
@@ -783,12 +783,12 @@ def parse_flags(argv):
 
 def run(argv):
     """Write the tracks that the command line asks for. Returns the exit code."""
-    from sample import CLIP, check_output, load_image
+    from sample import WAN_FRAMES, check_output, load_image
     given = parse_flags(argv)
     image = load_image(given.image)
     inputs = [given.image, given.tracks, given.depth, given.visibility]
     check_output(given.out, (".npz",), inputs)
-    frames = given.frames or CLIP
+    frames = given.frames or WAN_FRAMES
     arrays = {"width": image.width, "height": image.height}
     if given.tracks:
         found = load_tracks(given.tracks, image.size, given.layout, given.units, given.size,
