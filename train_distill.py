@@ -529,6 +529,7 @@ def gathered(model):
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)     # in process 0; others get {}
 SHARED = StateDictOptions(full_state_dict=True, broadcast_from_rank0=PROCESSES > 1)
+PARTLY = replace(SHARED, strict=False)      # optimizers hold nothing of parameters without gradient
 
 
 # --------------------------------------------------------------------------------------------------
@@ -582,6 +583,8 @@ class Muon(torch.optim.Optimizer):
         """Update by the orthogonalised Nesterov momentum of the gradients."""
         for group in self.param_groups:
             for p in group["params"]:
+                if p.grad is None:              # the loss did not reach it
+                    continue
                 self.step_of(p, group["lr"], group["momentum"], group["weight_decay"])
 
     def step_of(self, p, rate, momentum, weight_decay):
@@ -678,7 +681,7 @@ class Learner:
     def clip_gradient(self):
         """Average the gradient over the processes and clip its norm to how.clip_norm. Returns the
         norm before clipping."""
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
         if not self.sharded:
             for p in parameters:
                 mean_processes(p.grad)
@@ -712,7 +715,7 @@ class Learner:
         """Load what state_dict returned: `state` in process 0, {} in the others. Collective."""
         of_optimizers = state.get("optimizer", {})
         set_model_state_dict(self.model, state.get("model", {}), options=SHARED)
-        set_optimizer_state_dict(self.model, self.optimizers, of_optimizers, options=SHARED)
+        set_optimizer_state_dict(self.model, self.optimizers, of_optimizers, options=PARTLY)
         if self.averaged is not None:
             set_model_state_dict(self.averaged, state.get("average", {}), options=SHARED)
 

@@ -231,6 +231,26 @@ def test_a_learner_moves_every_parameter_of_the_model_itself():
     assert_moves_every_parameter(new_vae(), decoding_loss)
 
 
+def test_parameters_that_a_loss_does_not_reach_stay_as_they_are():
+    """An image branch, in training on clips without CLIP's features."""
+    model = new_model(clip_dim=10).requires_grad_(True)
+    learner = td.Learner("toy", model, td.Learning(1e-3, 1e-3, ema=0.9))
+    begin = {name: p.clone() for name, p in model.state_dict().items()}
+    for update in range(2):
+        learner.backward(velocity_loss(model))
+        learner.update(update)
+    for name, p in model.state_dict().items():
+        of_image = "_img" in name or name.startswith("img_emb")
+        assert p.equal(begin[name]) == of_image, name
+    again = td.Learner("toy", new_model(clip_dim=10).requires_grad_(True), learner.how)
+    again.load_state_dict(copy.deepcopy(learner.state_dict()))
+    assert same(again.model.state_dict(), model.state_dict())
+    for each in learner, again:
+        each.backward(velocity_loss(each.model))
+        each.update(2)
+    assert same(again.model.state_dict(), model.state_dict())
+
+
 def test_the_rate_rises_over_20_updates_stays_and_falls_to_0():
     how = td.Learning(None, 1e-3)
     learner = td.Learner("toy", nn.Linear(2, 2), how, updates=100)
