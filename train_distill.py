@@ -274,7 +274,6 @@ class Settings:
     critic_steps: int = 5           # critic updates per generator update (appendix D) [P]
     rollout: int = 16               # chunks of the longest rollout, but at least a clip's
     neutral_long_rollouts: bool = True      # neutral text beyond a clip: its light has faded
-    drawn_memory: bool = False      # draw each rollout's chunk, sink, window, see draw_plan
     beta: float = 0.5               # clip weight is exp(reward / beta) (Reward Forcing, eq. 11)
     export_every: int = 0           # updates between exported weights, except the vae's; 0: none
     # distributed
@@ -1411,22 +1410,21 @@ def train_causal(run):
 # --------------------------------------------------------------------------------------------------
 # Stage 4: distillation, see dmd_loss and critic_loss.
 
-DRAWN_CONTEXTS = tuple(itertools.product((1, 3, 5), (0, 1, 2, 3), (1, 2, 4)))  # chunk, sink, window
+def draw_plan(run, update, learner):
+    """Plan the rollouts for an update of `learner`, "generator" or "critic": (number of chunks,
+    exit step, cache context as fields of Config). Half of the plans are longer than a clip. All
+    processes draw the same plan, or their collectives would deadlock."""
+    rng = torch.Generator().manual_seed(seed_of(run.seed, update, learner))
 
+    def draw(count):
+        """An integer from 0 to count - 1."""
+        return int(torch.randint(count, (), generator=rng))
 
-def draw_plan(run, update, grad):
-    """Plan an update's rollouts: (number of chunks, exit step, context as fields of Config). Half
-    are longer than a clip. All processes draw the same, or their collectives would deadlock."""
-    config = run.config
-    rng = torch.Generator().manual_seed(seed_of(run.seed, update, grad))
-    least = 2 * run.clip_chunks - run.longest_rollout
-    chunks = int(torch.randint(least, run.longest_rollout + 1, (), generator=rng))
-    exit_step = int(torch.randint(0, len(config.sigmas), (), generator=rng))
-    drawn = DRAWN_CONTEXTS[int(torch.randint(0, len(DRAWN_CONTEXTS), (), generator=rng))]
-    context = run.context
-    if run.settings.drawn_memory:
-        context = context | dict(zip(("chunk", "sink", "window"), drawn))
-    return max(run.clip_chunks, chunks), exit_step, context
+    chunks = run.clip_chunks
+    longer = run.longest_rollout - run.clip_chunks
+    if longer and draw(2):
+        chunks += 1 + draw(longer)
+    return chunks, draw(len(run.config.sigmas)), run.context
 
 
 def judged_clip(chunks, frames, first_latent, points):
@@ -1491,8 +1489,9 @@ def reward_weight(run, vae, x0, conditions, points):
     return weight.view(-1, 1, 1, 1, 1), reward.mean()
 
 
-def train_student(run):
-    """Stage 4: critic_steps critic updates per generator update, each on a new rollout."""
+def distill(run, plan_of=draw_plan):
+    """Stage 4: critic_steps critic updates per generator update, each on new rollouts. plan_of: a
+    function like draw_plan."""
     s = run.settings
     shift = run.config.shift
     files = training_clips(run, frames=1)
@@ -1510,7 +1509,7 @@ def train_student(run):
     loop = Loop(run, "distill", s.distill_updates, learner_g, learner_c)
     for update in loop:
         if update % s.critic_steps == 0:
-            plan = draw_plan(run, update, grad=True)
+            plan = plan_of(run, update, "generator")
             for _ in loop.micro_steps():
                 x0, conditions, points = generated_clip(
                     run, generator, vae, files, plan, grad=True)
@@ -1524,7 +1523,7 @@ def train_student(run):
             count = update // s.critic_steps
             loop.log(grad_g=learner_g.update(count))
             export_weights(run, "student", learner_g.average, count + 1)
-        plan = draw_plan(run, update, grad=False)
+        plan = plan_of(run, update, "critic")
         for _ in loop.micro_steps():
             x0, conditions, _ = generated_clip(run, generator, vae, files, plan, grad=False)
             with run.autocast():
@@ -1545,7 +1544,7 @@ def train_vae(run):
 
 
 STAGES = {"vae": train_vae, "teacher": train_teacher, "causal": train_causal,
-          "distill": train_student}
+          "distill": distill}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1555,12 +1554,10 @@ LEAST_LATENTS = 12      # of the shortest clip
 
 
 def student_memory(text):
-    """A flag's type: fields of Config, see sample.memory; "drawn": of Settings."""
-    if text == "drawn":
-        return {"drawn_memory": True}
+    """A flag's type: fields of Config, see sample.memory, for a student in training."""
     fields = memory(text)
     if fields["chunk"] > LEAST_LATENTS:
-        raise argparse.ArgumentTypeError(f"{text} is not chunk 1 to {LEAST_LATENTS}, and not drawn")
+        raise argparse.ArgumentTypeError(f"{text} is not chunk 1 to {LEAST_LATENTS}")
     return fields
 
 
@@ -1593,8 +1590,7 @@ def new_parser(description):
         help="micro-steps of each process an update (1; Wan's: the paper's)")
     add("--checkpointing", action=argparse.BooleanOptionalAction,
         help="recompute blocks in the backward: less memory (default for Wan's weights)")
-    add("--memory", type=student_memory,
-        help="the student's chunk, sink, window (c3s1w1); drawn: many")
+    add("--memory", type=student_memory, help="the student's chunk, sink, window (c3s1w1)")
     add("--guidance", type=guidance,
         help="weights T,M of text and motion, for trajectories and real score")
     add("--rollout", type=number(int, 1, 100), help="chunks of the longest rollout (16)")

@@ -228,10 +228,11 @@ def generated_clip(run, generator, exit_step):
 
 def mean_chunks(run):
     """Mean length of train_distill.draw_plan's rollouts, rounded to whole chunks."""
-    clip = run.clip_chunks
-    longest = run.longest_rollout
-    drawn = [max(clip, chunks) for chunks in range(2 * clip - longest, longest + 1)]
-    return round(sum(drawn) / len(drawn))
+    longer = run.longest_rollout - run.clip_chunks
+    if longer == 0:
+        return run.clip_chunks
+    mean_longer = (1 + longer) / 2
+    return round(run.clip_chunks + mean_longer / 2)         # half of the rollouts are longer
 
 
 def generating(run, exit_step):

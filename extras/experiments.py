@@ -56,7 +56,7 @@ class Distillation(Brief):
     rollout: int = 8                # longest rollout, in chunks
     critic_steps: int = 5           # critic updates per generator update
     guidance: tuple | None = None   # of the real score; None: the teacher's own
-    drawn_memory: bool = False      # draw chunk, sink and window per rollout
+    drawn_memory: bool = False      # draw chunk, sink and window per rollout, see draw_memory
     sink_decay: float = 1.0
     reward: str | None = None
     beta: float = 0.5
@@ -65,6 +65,7 @@ class Distillation(Brief):
 
 # The student for the tables of memory, trained with many contexts: longer, but shorter than the shipped one.
 MANY_MEMORIES = Distillation(updates=180, batch=4, clips=5120, rollout=12, drawn_memory=True)
+DRAWN_MEMORIES = tuple(itertools.product((1, 3, 5), (0, 1, 2, 3), (1, 2, 4)))          # (chunk, sink, window)
 
 
 @dataclass(frozen=True)
@@ -155,11 +156,19 @@ def distillation_run(trained, how):
         distill_updates=how.updates * how.critic_steps,
         critic_steps=how.critic_steps,
         rollout=how.rollout,
-        drawn_memory=how.drawn_memory,
         beta=how.beta)
     reward = find_reward(how.reward) if how.reward else None
     trained = replace(trained, seed=trained.seed + how.seed)
     return brief_run(trained, "student", how, config, settings, reward=reward)
+
+
+def draw_memory(run, update, learner):
+    """train_distill.draw_plan, with one of DRAWN_MEMORIES as the context."""
+    chunks, exit_step, context = td.draw_plan(run, update, learner)
+    rng = torch.Generator().manual_seed(seed_of("memory", run.seed, update, learner))
+    number = int(torch.randint(len(DRAWN_MEMORIES), (), generator=rng))
+    chunk, sink, window = DRAWN_MEMORIES[number]
+    return chunks, exit_step, context | {"chunk": chunk, "sink": sink, "window": window}
 
 
 def distil_briefly(trained, how):
@@ -167,7 +176,8 @@ def distil_briefly(trained, how):
     run = distillation_run(trained, how)
     if not run.path("student").exists():
         run = replace(run, data=clips_folder(replace(trained, seed=run.seed), how.clips))
-    return train_briefly(run, "student", td.train_student)
+    plan_of = draw_memory if how.drawn_memory else td.draw_plan
+    return train_briefly(run, "student", functools.partial(td.distill, plan_of=plan_of))
 
 
 def start_run(trained, how):

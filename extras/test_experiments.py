@@ -249,7 +249,7 @@ ASKED = [
     ({"guidance": (0, 0)}, {"guidance": (0, 0)}, {}),
     ({"critic_steps": 2}, {}, {"critic_steps": 2, "distill_updates": 100}),
     ({"sink_decay": 0.9}, {"sink_decay": 0.9}, {}),
-    ({"drawn_memory": True}, {}, {"drawn_memory": True}),
+    ({"drawn_memory": True}, {}, {}),
     ({"reward": "motion", "beta": 2.0}, {}, {"beta": 2.0}),
 ]
 

@@ -187,7 +187,7 @@ def test_a_rollout_in_training_does_not_cache_its_last_chunk_and_has_the_same_bi
                 yield chunk
 
         for grad in True, False:
-            plan = td.draw_plan(run, 0, grad)
+            plan = td.draw_plan(run, 0, "generator")
             torch.manual_seed(0)
             with counted_passes() as count:
                 x0, _, _ = td.generated_clip(run, generator, None, files, plan, grad)

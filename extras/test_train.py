@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 
 import train_distill as td
 from extras import clips, guard, watch, world
+from extras.experiments import DRAWN_MEMORIES, draw_memory
 from extras.testing import (DRAWN, HERE, SMALL, SMALL_VAE, STUB, STUB_VAE, all_equal,
                             assert_error, assert_near, before_distillation, clip_of, folder,
                             new_model, new_tracks, new_vae, own_flags, quiet, rand, randomised,
@@ -1353,13 +1354,13 @@ def test_rollouts_under_drawn_memory_are_judged_as_whole_clips():
 
     with folder() as here, distilling_by(made, loss):
         before_distillation(here)
-        flags = distill_flags(here, 80, "--rollout", 8, "--memory", "drawn",
-                              "--set", "critic_steps=1000000000")
-        trained(flags + FEW)
+        flags = distill_flags(here, 80, "--rollout", 8, "--set", "critic_steps=1000000000")
+        with quiet():
+            td.distill(new_run(*flags, *FEW), plan_of=draw_memory)
         config = MotionStream.from_pretrained(here / "student.safetensors").config
     found = set(contexts)
-    assert len(td.DRAWN_CONTEXTS) == 36
-    assert found < set(td.DRAWN_CONTEXTS)
+    assert len(DRAWN_MEMORIES) == 36
+    assert found < set(DRAWN_MEMORIES)
     assert len(found) > 25
     assert {12, 24} <= lengths
     chunks, sinks, windows = map(set, zip(*contexts))
@@ -1651,7 +1652,7 @@ def test_settings_are_set_by_name_and_by_type():
 # What is said of flags that do not go together, or cannot be.
 REFUSED_FLAGS = {
     "--reward motion --stage teacher": "--reward needs --stage distill",
-    "--memory drawn --stage teacher": "--memory needs --stage causal or distill",
+    "--memory c3s1w1 --stage teacher": "--memory needs --stage causal or distill",
     "--steps 9": "--steps needs --stage",
     "--memory 3,1,1": "argument --memory: '3,1,1' is not like c3s1w1",
     "--memory c13s1w1": "argument --memory: c13s1w1 is not chunk 1 to 12",
