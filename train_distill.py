@@ -68,8 +68,8 @@ from tqdm import tqdm
 from motionstream import (FRAMES, PRESETS, Config, MotionStream, UserError, add_noise,
                           cell_of, channel_std, chunk_sizes, euler, guided_velocity, image_inputs,
                           linear_part, motion_inputs, naming, new_model, rollout, same_sigma,
-                          save_pretrained, schedule, shift_sigma, split_conditions, start_points,
-                          to_x0, track_ids, with_first, write_file)
+                          save_pretrained, shift_sigma, split_conditions, start_points, to_x0,
+                          track_ids, with_first, write_file)
 
 # --------------------------------------------------------------------------------------------------
 # The losses: functions of tensors and networks, independent of the rest of this file.
@@ -132,7 +132,7 @@ def causal_loss(model, states, x0, past, conditions, context, channel_weight=1.0
         now = slice(start, stop)
         target = x0[:, :, now]
         step = int(torch.randint(0, len(sigmas), ()))
-        sigma = same_sigma(sigmas[step], x0).float()
+        sigma = same_sigma(sigmas[step], x0)
         first_latent = None
         if start == 0:
             first_latent = first_latent_of(model.config, target)
@@ -410,7 +410,7 @@ class Run:
     def checksum(self, name):
         """What tells the content of weights: a checksum of their tensors or, without extras, of
         size and time."""
-        guard = extra("guard")
+        guard = if_there("guard")
         if guard:
             return guard.weights_digest(self.path(name))
         about = self.path(name).stat()
@@ -437,8 +437,9 @@ class Run:
 
 
 @functools.cache
-def extra(name):
-    """A module of extras/ that a training does without; None, said once, in a copy that lacks it."""
+def if_there(name):
+    """The module extras/NAME.py, without which a training runs too; None if this copy lacks it,
+    which is printed once."""
     try:
         return importlib.import_module(f"extras.{name}")
     except ModuleNotFoundError:
@@ -745,7 +746,7 @@ def load_checkpoint(folder, stage, settings, learners):
     checkpoint = {"updates": 0, "learners": {}}
     paths = sorted(folder.glob(f"{stage}.*.checkpoint.pt"))
     if paths and RANK == 0:
-        guard = extra("guard")
+        guard = if_there("guard")
         if guard:
             checkpoint = guard.newest_checkpoint(paths, stage, settings)
         else:
@@ -909,12 +910,12 @@ class Batch:
     latents: torch.Tensor       # (B, C, F, h, w), float32
     conditions: dict            # inputs passed on as they are: text; image, clip if needed
     points: dict                # for motion_inputs: tracks (B, T, N, 2), visible, ids; start, image
-    touched: torch.Tensor       # (B, F, h, w): 1 at and beside cells of objects or tracks
+    counted: torch.Tensor       # (B, T, N) bool: tracks of objects or, without objects, given ones
 
     def to(self, device):
         conditions = {name: value.to(device) for name, value in self.conditions.items()}
         points = {name: value.to(device) for name, value in self.points.items()}
-        return Batch(self.latents.to(device), conditions, points, self.touched.to(device))
+        return Batch(self.latents.to(device), conditions, points, self.counted.to(device))
 
 
 def clip_files(folder):
@@ -940,7 +941,7 @@ def clip_files(folder):
 
 def clip_digests(run):
     """{name: digest} of the clips of --data, read by process 0; {} without --data, or extras."""
-    guard = extra("guard")
+    guard = if_there("guard")
     if not run.data or not guard:
         return {}
     digests = guard.read_digests(run.data, run.out / "clips.json") if RANK == 0 else None
@@ -956,8 +957,8 @@ def read_header(file):
             return shapes, clip.metadata() or {}
 
 
-def clip_latents(shapes):
-    """Latent frames of a clip, encoded or not."""
+def latents_in(shapes):
+    """Number of latent frames of a clip, encoded or not; shapes: see read_header."""
     if "latents" in shapes:
         return shapes["latents"][1]
     return (shapes["video"][1] + FRAMES - 1) // FRAMES
@@ -967,7 +968,7 @@ def open_clips(folder, config, frames, track_frames, vae=None):
     """Files of the clips in a folder with at least `frames` latents and tracks of `track_frames`
     video frames. UserError, one line, if a clip is invalid, or none is left. vae: checksum of the
     VAE that latents should be of."""
-    guard = extra("guard")
+    guard = if_there("guard")
     files = clip_files(folder)
     long_enough = []
     for file in files:
@@ -975,7 +976,7 @@ def open_clips(folder, config, frames, track_frames, vae=None):
         if guard:
             guard.check_clip(file, shapes, config, track_frames)
             guard.check_latents(file, metadata, vae)
-        if clip_latents(shapes) >= frames:
+        if latents_in(shapes) >= frames:
             long_enough.append(file)
     if not long_enough:
         raise UserError(f"{folder}: {len(files)} clips, none of {video_frames(frames)} frames")
@@ -1136,11 +1137,19 @@ def touched_cells(tracks, visible, config):
     height, width = config.size
     cell = cell_of(tracks, config.stride, height, width)
     cell = cell.masked_fill(~visible, h * w)                    # hidden: past the last cell
-    touched = torch.zeros(*cell.shape[:2], h * w + 1).scatter_(2, cell, 1.0)
+    touched = torch.zeros(*cell.shape[:2], h * w + 1, device=cell.device)
+    touched = touched.scatter_(2, cell, 1.0)
     touched = touched[..., :-1]                                 # (B, T, h w)
     touched = F.pad(touched, (0, 0, FRAMES - 1, 0))             # as the VAE packs frame 0
     touched = touched.unflatten(1, (-1, FRAMES)).amax(2)        # (B, F, h w)
     return F.max_pool2d(touched.unflatten(2, (h, w)), 3, 1, 1)
+
+
+def weight_of_cells(run, batch):
+    """Weight (B, F, h, w) of each cell's error: more than 1 at and beside cells of objects or, in
+    a batch without objects, of given tracks."""
+    touched = touched_cells(batch.points["tracks"], batch.counted, run.config)
+    return 1 + run.settings.track_weight * touched
 
 
 def draw_batch(run, files, count, frames, *, dense=False, first_only=False):
@@ -1162,9 +1171,10 @@ def draw_batch(run, files, count, frames, *, dense=False, first_only=False):
     if config.copies:
         points["start"] = start_points(tracks, true)
         points["image"] = clips["first"].float() / 127.5 - 1
-    counted = true & on_object[:, None] if on_object.any() else visible
-    touched = touched_cells(tracks, counted, config)
-    return Batch(latents, conditions, points, touched).to(run.device)
+    counted = visible
+    if on_object.any():
+        counted = true & on_object[:, None]
+    return Batch(latents, conditions, points, counted).to(run.device)
 
 
 def latent_weight(vae, config, sigma):
@@ -1210,12 +1220,12 @@ def loss_of_teacher(run, model, vae, batch):
     sigma = draw_sigma(len(x0), run.config.shift, s.p_pure_noise, s.p_uniform_sigma)
     sigma = sigma.to(run.device)
     first_latent = first_latent_of(run.config, x0)
-    cell_weight = 1 + s.track_weight * batch.touched
     with run.autocast():
         motion = drop(motion_inputs(model, **batch.points, vae=vae), s.p_no_tracks)
         text = drop({"text": batch.conditions["text"]}, s.p_no_text)
         conditions = batch.conditions | motion | text
         channel_weight = latent_weight(vae, model.config, sigma)
+        cell_weight = weight_of_cells(run, batch)
         return flow_loss(model, x0, sigma, conditions, first_latent, cell_weight, channel_weight)
 
 
@@ -1233,7 +1243,7 @@ def train_teacher(run):
     model.recompute_blocks(run.checkpointing)
     learner = Learner("teacher", model, s.teacher, s.teacher_updates, s.teacher_accumulate,
                       s.shard_gradients)
-    watch = extra("watch")
+    watch = if_there("watch")
     loop = Loop(run, "teacher", s.teacher_updates, learner)
     for update in loop:
         dense = update < int(s.dense_share * s.teacher_updates)
@@ -1365,8 +1375,7 @@ def loss_on_rollouts(run, student, vae, files, channel_weight, update):
     conditions = batch.conditions | motion_inputs(student, **batch.points, vae=vae)
     x0 = batch.latents
     first_latent = first_latent_of(run.config, x0)
-    cell_weight = 1 + s.track_weight * batch.touched[:, None]           # (B, 1, F, h, w)
-    weight = channel_weight * cell_weight
+    weight = channel_weight * weight_of_cells(run, batch)[:, None]          # (B, C, F, h, w)
     return rollout_loss(student, x0, conditions, first_latent, exit_step, weight)
 
 
@@ -1505,7 +1514,7 @@ def distill(run, plan_of=draw_plan):
     learner_c = Learner("critic", critic, s.critic, 0, s.distill_accumulate, s.shard_gradients)
     channel_weight = functools.partial(latent_weight, vae, teacher.config)
     of_x0 = channel_weight(torch.ones(1, device=run.device))    # v's error at sigma 1 is x0's
-    watch = extra("watch")
+    watch = if_there("watch")
     loop = Loop(run, "distill", s.distill_updates, learner_g, learner_c)
     for update in loop:
         if update % s.critic_steps == 0:
@@ -1550,7 +1559,8 @@ STAGES = {"vae": train_vae, "teacher": train_teacher, "causal": train_causal,
 # --------------------------------------------------------------------------------------------------
 # The command.
 
-LEAST_LATENTS = 12      # of the shortest clip
+# Latent frames of the shortest clip that a model is trained on: the tiny model's 12.
+LEAST_LATENTS = (TINY.clip_frames + FRAMES - 1) // FRAMES
 
 
 def student_memory(text):
@@ -1610,7 +1620,7 @@ def parse(argv, parser=None):
         parser.add_argument("--stage", choices=["all", *STAGES], default="all", help="(all)")
     flags = parser.parse_args(argv)
     stage = flags.stage
-    guard = extra("guard")
+    guard = if_there("guard")
     if guard:
         guard.check_flags(stage, flags.steps, flags.reward, flags.memory, flags.data, flags.vae)
     changes = dict(flags.memory or {})
@@ -1659,9 +1669,12 @@ def starting_config(start, preset):
         slot = config.out_dim
         config = replace(config, track_dim=slot, in_dim=config.in_dim + slot)
     if is_wan(config):
-        config = replace(config, shift=6.0, sigmas=schedule(3, 6.0), steps=48, guidance=(3.0, 1.5),
-                         chunk=3, sink=1, window=1)         # the student's 3 sigmas are among 48;
-                                                            # first_chunk stays the weights' own
+        paper = PRESETS["motionstream-1.3b"]
+        names = ("shift", "sigmas", "guidance", "chunk", "sink", "window")
+        config = replace(config, **{name: getattr(paper, name) for name in names})
+        # 48 of its 50 steps: a multiple of 3 has the student's 3 noise levels among its own.
+        steps = paper.steps - paper.steps % len(paper.sigmas)
+        config = replace(config, steps=steps)
     return config
 
 
@@ -1686,7 +1699,7 @@ def resolve(flags):
     """Resolve what parse returns, and the weights named there, into a Run. UserError, one line, if
     that cannot be."""
     start = inspect(flags.weights) if flags.weights else None
-    guard = extra("guard")
+    guard = if_there("guard")
     if not guard and not (flags.data and flags.vae):
         raise UserError("without extras/, give --data FOLDER of encoded clips, and --vae FILE")
     config = starting_config(start, flags.dry_run or "tiny")
@@ -1717,7 +1730,7 @@ def resolve(flags):
 
 def show(run, stage):
     """Draw the stage's curves and a preview, if extras is there."""
-    watch = extra("watch")
+    watch = if_there("watch")
     if watch and RANK == 0:
         watch.show(run, stage)
 
@@ -1735,8 +1748,8 @@ def run_stages(argv):
         missing = not run.path(WEIGHTS[stage]).exists()
         if flags.stage == stage or (flags.stage == "all" and missing):
             stages.append(stage)
-    guard = extra("guard")
-    watch = extra("watch")
+    guard = if_there("guard")
+    watch = if_there("watch")
     run.out.mkdir(parents=True, exist_ok=True)
     owned = contextlib.nullcontext()
     if guard:

@@ -1041,7 +1041,8 @@ def test_which_tracks_a_batch_gets_depends_on_the_clips_alone():
         assert everything.points["visible"].all()
         on_objects = everything.points["tracks"][:, :, :2]
         touched = td.touched_cells(on_objects, torch.ones(8, 45, 2).bool(), SMALL)
-        assert everything.touched.equal(touched), "all of an object counts, the ground does not"
+        weight = td.weight_of_cells(run, everything)
+        assert weight.equal(1 + 4 * touched), "all of an object counts, the ground does not"
         first = td.draw_batch(run, files, 8, 12, first_only=True)
         assert first.latents.shape == (8, 4, 1, 4, 6)
         assert first.points["tracks"].shape[1] == 45
