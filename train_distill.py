@@ -197,6 +197,8 @@ def dmd_loss(x0, teacher, critic, conditions, first_latent, shift, weight=1.0):
         distance = (x0 - real).abs().mean((1, 2, 3, 4), keepdim=True)
         direction = (fake - real) / distance.clamp(min=1e-6)    # a perfect clip has distance 0
         target = x0 - direction
+    # Frame 0 counts in both means, unlike in flow_loss, although the image has no error there. The
+    # two factors cancel: the gradient is as if it counted in neither.
     return 0.5 * ((x0 - target).square() * weight).mean()
 
 
@@ -218,7 +220,7 @@ class Learning:
     muon: float | None              # Muon's learning rate, for hidden matrices; None: AdamW for all
     adam: float                     # AdamW's learning rate, for the rest
     betas: tuple = (0.9, 0.99)      # of AdamW [O]
-    ema: float = 0.0                # decay of the weights' moving average; 0: no average
+    ema: float = 0.0                # decay of the weights' moving average; 0: no average [O]
     weight_decay: float = 0.01      # [O]
     clip_norm: float = 1.0          # largest gradient norm [O]
     warm_up: int = 20               # updates over which the learning rate rises [O]
@@ -227,61 +229,63 @@ class Learning:
 
 @dataclass(frozen=True)
 class Settings:
-    """The training settings. The defaults are the tiny model's [O].
+    """The training settings. The defaults are the tiny model's.
 
     A micro-step is a forward and backward pass over `batch` clips in one process. An update uses
     the mean gradient of STAGE_accumulate micro-steps, divided among the processes."""
     # data
-    clip_frames: int = 45           # 12 latent frames, 4 chunks of 3
-    batch: int = 4                  # clips per micro-step
-    clips: int = 4096               # rendered for teacher and distillation
-    trajectories: int = 480         # of the teacher, for the stage causal; see causal_from
-    vae_clips: int = 256            # rendered for the vae
-    vae_batch: int = 8              # crops per micro-step
+    clip_frames: int = 45           # 12 latent frames, 4 chunks of 3 [O]
+    batch: int = 4                  # clips per micro-step [O]
+    clips: int = 4096               # rendered for teacher and distillation [O]
+    trajectories: int = 480         # of the teacher, for the stage causal; see causal_from [O]
+    vae_clips: int = 256            # rendered for the vae [O]
+    vae_batch: int = 8              # crops per micro-step [O]
     # length: updates, and micro-steps per update over all processes
-    vae_updates: int = 400
-    teacher_updates: int = 6000
-    causal_updates: int = 800
-    distill_updates: int = 1200     # critic updates
-    vae_accumulate: int = 1
-    teacher_accumulate: int = 1
-    causal_accumulate: int = 1
-    distill_accumulate: int = 1
+    vae_updates: int = 400          # [O]
+    teacher_updates: int = 6000     # [O]
+    causal_updates: int = 800       # [O]
+    distill_updates: int = 1200     # critic updates [O]
+    vae_accumulate: int = 1         # [O]
+    teacher_accumulate: int = 1     # [O]
+    causal_accumulate: int = 1      # [O]
+    distill_accumulate: int = 1     # [O]
     # optimizers
-    vae: Learning = Learning(None, 3e-4)
-    teacher: Learning = Learning(0.015, 3e-3, ema=0.99)
-    causal: Learning = Learning(2e-3, 1e-3, ema=0.98)
-    generator: Learning = Learning(1e-3, 1e-4, betas=(0.0, 0.99), ema=0.98)
-    critic: Learning = Learning(2e-3, 2e-4, betas=(0.0, 0.99))
+    vae: Learning = Learning(None, 3e-4)                                            # [O]
+    teacher: Learning = Learning(0.015, 3e-3, ema=0.99)                             # [O]
+    causal: Learning = Learning(2e-3, 1e-3, ema=0.98)                               # [O]
+    generator: Learning = Learning(1e-3, 1e-4, betas=(0.0, 0.99), ema=0.98)         # [O]
+    critic: Learning = Learning(2e-3, 2e-4, betas=(0.0, 0.99))                      # [O]
     # teacher
-    dense_share: float = 0.25       # first share of the updates, which sees all tracks
-    whole_every: int = 4            # every n-th update trains on whole clips,
-    short_latents: int = 6          # the others on clips of so many latent frames, twice the batch
-    p_pure_noise: float = 0.5       # share of clips at sigma 1, where only the conditions help
-    p_uniform_sigma: float = 0.0    # share with sigma uniform before the shift, see draw_sigma
-    track_weight: float = 4.0       # loss weight of cells that a track touches, minus 1
-    p_no_text: float = 0.1          # share of clips with null text, for guidance (section 3.1)
-    p_no_tracks: float = 0.1        # share of clips without tracks, likewise
+    dense_share: float = 0.25       # first share of the updates, which sees all tracks [O]
+    whole_every: int = 4            # every n-th update trains on whole clips, [O]
+    short_latents: int = 6          # the others on clips of so many latents, twice the batch [O]
+    p_pure_noise: float = 0.5       # share of clips at sigma 1: only the conditions help there [O]
+    p_uniform_sigma: float = 0.0    # share with sigma uniform before the shift, see draw_sigma [O]
+    track_weight: float = 4.0       # loss weight of cells that a track touches, minus 1 [O]
+    p_no_text: float = 0.1          # share of clips with null text, for guidance (3.1) [O]
+    p_no_tracks: float = 0.1        # share of clips without tracks, likewise [O]
     # choice of tracks
-    track_what_moves: bool = True   # all that moves has at least one track, see user_tracks
+    track_what_moves: bool = True   # all that moves has a track at least, see user_tracks [O]
     p_sparse: float = 0.5           # share of clips with few or no tracks, in batches without
-                                    # object labels, see given_tracks
+                                    # object labels, see given_tracks [O]
     # causal
-    causal_from: str = "rollouts"   # rollout_loss; "trajectories" (the paper's), "clips":
-                                    # causal_loss on the teacher's, or on noised clips
-    corrupt_context: bool = True    # see corrupt_context; unused with rollouts
+    causal_from: str = "rollouts"   # own rollouts [O]; "trajectories" of the teacher [P]; "clips"
+                                    # with noise, see extras/experiments.py [O]
+    corrupt_context: bool = True    # damage the past, see extras/experiments.py; unused with
+                                    # rollouts [O]
     # distill
     critic_steps: int = 5           # critic updates per generator update (appendix D) [P]
-    rollout: int = 16               # chunks of the longest rollout, but at least a clip's
-    neutral_long_rollouts: bool = True      # neutral text beyond a clip: its light has faded
-    beta: float = 0.5               # clip weight is exp(reward / beta) (Reward Forcing, eq. 11)
+    rollout: int = 16               # chunks of the longest rollout, but at least a clip's [O]
+    neutral_long_rollouts: bool = True      # neutral text in rollouts longer than a clip: its light
+                                            # has faded by then [O]
+    beta: float = 0.5               # clip weight exp(reward / beta) (Reward Forcing, eq. 11) [O]
     export_every: int = 0           # updates between exported weights, except the vae's; 0: none
     # distributed
     shard_gradients: bool = False   # reduce them every micro-step: less memory, more traffic
     # checkpoints
     checkpoint_minutes: float = 5   # between checkpoints; a signal also causes one
     # dry run
-    tflops: float = 396             # TFLOP/s of a GPU: 40 % of an H100's 989 in bfloat16
+    tflops: float = 396             # TFLOP/s of a GPU: 40 % of an H100's 989 in bfloat16 [O]
 
 
 TINY = Settings()
@@ -1178,12 +1182,22 @@ def draw_batch(run, files, count, frames, *, dense=False, first_only=False):
 
 
 def latent_weight(vae, config, sigma):
-    """Weight of squared velocity errors at sigma (B,) that turns them into errors of pixels and of
-    the network behind linear_part: (B, C, 1, 1, 1); 1 for latents of unit variance."""
+    """Weight (B, C, 1, 1, 1) of squared velocity errors at sigma (B,): 1 for latents of unit
+    variance, else (ours) V * pixel_weight^2, where V is the variance of x_t.
+
+    The velocity holds std / sqrt(V) times the network's output (with_linear_part), so V times its
+    squared error is std^2 times that of the output: no noise level outweighs the others, and a
+    channel counts by its variance. pixel_weight turns errors of latents into errors of pixels."""
     if not config.latent_std:
         return 1.0
     _, variance = linear_part(sigma, channel_std(config, sigma.device))
     return variance * vae.pixel_weight().view(1, -1, 1, 1, 1) ** 2
+
+
+def x0_weight(vae, config, device):
+    """Weight (1, C, 1, 1, 1) of squared errors of x0: latent_weight at sigma 1, where x0 is
+    x_t - velocity and both have the same error."""
+    return latent_weight(vae, config, torch.ones(1, device=device))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1401,7 +1415,7 @@ def train_causal(run):
         files = make_trajectories(run, files)
     vae = run.load_vae()
     student = to_be_trained(run, run.load("teacher", causal=True, **run.context))
-    weight = latent_weight(vae, student.config, torch.ones(1, device=run.device))
+    weight = x0_weight(vae, student.config, run.device)
     learner = Learner("causal", student, s.causal, s.causal_updates, s.causal_accumulate,
                       s.shard_gradients)
     loop = Loop(run, "causal", s.causal_updates, learner)
@@ -1436,19 +1450,21 @@ def draw_plan(run, update, learner):
     return chunks, draw(len(run.config.sigmas)), run.context
 
 
-def judged_clip(chunks, frames, first_latent, points):
-    """Turn the end of a rollout, an iterator of chunks, into a clip that the teacher can judge:
-    (x0, points). x0 is the image (B, C, 1, h, w), then the last `frames` latents except their
-    first (first_latent=None: all of them). In longer rollouts time jumps after the image: the
-    teacher judges what should be there, whatever the student passed on."""
+def judged_clip(chunks, frames, image, points):
+    """Turn a rollout, an iterator of chunks, into a clip of `frames` latents that the teacher can
+    judge: (x0 (B, C, frames, h, w), points). A rollout of that length is the clip. Of a longer one
+    the clip is the end, with the image (B, C, 1, h, w) in place of its first latent: time jumps
+    after it. The teacher judges what should be there, whatever the student passed on."""
     held = []
+    made = 0
     for chunk in chunks:
+        made += chunk.shape[2]
         held.append(chunk)
         while sum(x.shape[2] for x in held[1:]) >= frames:
             held.pop(0)                                 # frees its graph too
     x0 = torch.cat(held, 2)[:, :, -frames:]
-    if first_latent is not None:
-        x0 = torch.cat([first_latent, x0[:, :, 1:]], 2)
+    if made > frames:
+        x0 = torch.cat([image, x0[:, :, 1:]], 2)
     times = torch.arange(video_frames(x0.shape[2]))
     times[1:] += points["tracks"].shape[1] - len(times)
     cut = {name: points[name][:, times] for name in ("tracks", "visible")}
@@ -1479,8 +1495,7 @@ def generated_clip(run, generator, vae, files, plan, grad):
         noises = noise.split(sizes, 2)
         made = rollout(generator, noises, given, first_latent, exit_step, caches=caches)
         made = itertools.islice(made, len(noises))      # stops there: the last is not cached
-        shown = first_latent if chunks == run.clip_chunks else image
-        x0, points = judged_clip(made, run.clip_latents, shown, batch.points)
+        x0, points = judged_clip(made, run.clip_latents, image, batch.points)
         conditions = next(split_conditions(conditions, [x0.shape[2]]))
         motion = motion_inputs(generator, **points, vae=vae)
     return x0, conditions | motion, points
@@ -1512,8 +1527,8 @@ def distill(run, plan_of=draw_plan):
                         math.ceil(s.distill_updates / s.critic_steps),
                         s.distill_accumulate, s.shard_gradients)
     learner_c = Learner("critic", critic, s.critic, 0, s.distill_accumulate, s.shard_gradients)
-    channel_weight = functools.partial(latent_weight, vae, teacher.config)
-    of_x0 = channel_weight(torch.ones(1, device=run.device))    # v's error at sigma 1 is x0's
+    critic_weight = functools.partial(latent_weight, vae, teacher.config)
+    generator_weight = x0_weight(vae, teacher.config, run.device)
     watch = if_there("watch")
     loop = Loop(run, "distill", s.distill_updates, learner_g, learner_c)
     for update in loop:
@@ -1524,7 +1539,7 @@ def distill(run, plan_of=draw_plan):
                     run, generator, vae, files, plan, grad=True)
                 with run.autocast():
                     weight, reward = reward_weight(run, vae, x0, conditions, points)
-                    weight = weight * of_x0
+                    weight = weight * generator_weight
                     first_latent = first_latent_of(run.config, x0.detach())
                     loss = dmd_loss(x0, teacher, critic, conditions, first_latent, shift, weight)
                 learner_g.backward(loss)
@@ -1537,7 +1552,7 @@ def distill(run, plan_of=draw_plan):
             x0, conditions, _ = generated_clip(run, generator, vae, files, plan, grad=False)
             with run.autocast():
                 first_latent = first_latent_of(run.config, x0)
-                loss = critic_loss(x0, critic, conditions, first_latent, shift, channel_weight)
+                loss = critic_loss(x0, critic, conditions, first_latent, shift, critic_weight)
             learner_c.backward(loss)
             loop.log(loss_c=loss)
         loop.log(grad_c=learner_c.update(update))

@@ -222,7 +222,7 @@ def generated_clip(run, generator, exit_step):
     noises = noise.split(sizes, 2)
     made = rollout(generator, noises, conditions, first_latent, exit_step)
     made = itertools.islice(made, len(noises))              # the last is not cached
-    x0, _ = td.judged_clip(made, run.clip_latents, first_latent, points)
+    x0, _ = td.judged_clip(made, run.clip_latents, noise[:, :, :1], points)
     return x0, next(split_conditions(conditions, [run.clip_latents]))
 
 
