@@ -113,13 +113,15 @@ def flow_loss(model, x0, sigma, conditions, first_latent, cell_weight=1.0, chann
 
 # Stage 3, causal initialisation (section 3.2): the student sees the past only through the cache.
 
-def causal_loss(model, states, x0, past, conditions, context, channel_weight=1.0):
+def causal_loss(model, states, x0, conditions, context, channel_weight=1.0, past=None):
     """Regression through the KV cache (section 3.2): each chunk predicts its clean end, x0
     (B, C, F, h, w), from its own state at a random noise level and a cache of `context`
-    (sink, window) over the chunks of `past`: x0, or x0 corrupted.
+    (sink, window) that holds the chunks before it.
 
     states: one (B, C, F, h, w) per noise level of the model. channel_weight (1, C, 1, 1, 1):
-    weights of the error."""
+    weights of the error. past: written to the cache in place of x0."""
+    if past is None:
+        past = x0
     sink, window = context
     caches = model.new_caches(sink=sink, window=window)
     sigmas = model.config.sigmas
@@ -1336,47 +1338,25 @@ def draw_trajectories(run, files, count):
     return states, x0, points, clips
 
 
-def draw_noised_clips(run, files, count):
-    """As draw_trajectories, but from clips: x0 is the ground truth, the states are noised x0. This
-    trains the causal flow of the data, unguided: teacher forcing on clean latents, which needs no
-    trajectories. (Few-step consistency, a usual next step, is not done here.)"""
-    batch = draw_batch(run, files, count, run.clip_latents)
-    x0 = batch.latents
-    noise = torch.randn_like(x0)
-    sigmas = [same_sigma(sigma, x0).float() for sigma in run.config.sigmas]
-    states = [add_noise(x0, noise, sigma) for sigma in sigmas]
-    return states, x0, batch.points, batch.conditions
-
-
-def corrupt_context(x0, first):
-    """Corrupted-context augmentation: imitates a faulty memory of clean latents x0
-    (B, C, F, h, w). In half of the clips, a rectangle of all chunks but the first shows frame 0
-    again, so what left it is back and what entered is gone. Meant to teach the student not to pass
-    such faults on. first: latent frames of the first chunk."""
-    B, _, frames, h, w = x0.shape
-    low, high = torch.rand(2, 2, B, 1, 1).sort(0).values        # each of rows and columns
-    y = torch.arange(h)[:, None] / h
-    x = torch.arange(w) / w
-    inside = (low[0] <= y) & (y < high[0]) & (low[1] <= x) & (x < high[1])      # (B, h, w)
-    inside = inside & (torch.rand(B, 1, 1) < 0.5)
-    late = torch.arange(frames)[:, None, None] >= first
-    corrupt = (inside[:, None, None] & late).to(x0.device)      # (B, 1, F, h, w)
-    return torch.where(corrupt, x0[:, :, :1], x0)
-
-
-def loss_on_states(run, student, vae, files, channel_weight, update):
-    """causal_loss in a random context, on trajectories of the teacher or on noised clips."""
-    s = run.settings
-    draw = draw_trajectories if s.causal_from == "trajectories" else draw_noised_clips
-    states, x0, points, conditions = draw(run, files, s.batch)
+def loss_in_context(run, student, vae, drawn, channel_weight):
+    """causal_loss with a random sink and window, in three of eight draws the model's own. drawn:
+    what draw_trajectories returns."""
+    states, x0, points, conditions = drawn
     own = (run.config.sink, run.config.window)
     contexts = (own, own, own) + CONTEXTS
     context = contexts[int(torch.randint(0, len(contexts), ()))]
     conditions = conditions | motion_inputs(student, **points, vae=vae)
-    past = x0
-    if s.corrupt_context:
+    past = None
+    if run.settings.corrupt_context:
+        from extras.experiments import corrupt_context
         past = corrupt_context(x0, next(chunk_sizes(run.config)))
-    return causal_loss(student, states, x0, past, conditions, context, channel_weight)
+    return causal_loss(student, states, x0, conditions, context, channel_weight, past)
+
+
+def loss_on_trajectories(run, student, vae, files, channel_weight, update):
+    """loss_in_context on random trajectories of the teacher."""
+    drawn = draw_trajectories(run, files, run.settings.batch)
+    return loss_in_context(run, student, vae, drawn, channel_weight)
 
 
 def loss_on_rollouts(run, student, vae, files, channel_weight, update):
@@ -1393,8 +1373,8 @@ def loss_on_rollouts(run, student, vae, files, channel_weight, update):
     return rollout_loss(student, x0, conditions, first_latent, exit_step, weight)
 
 
-CAUSAL_FROM = {"trajectories": loss_on_states, "clips": loss_on_states,
-               "rollouts": loss_on_rollouts}
+# Where the student's training begins. extras/experiments.py adds "clips".
+CAUSAL_FROM = {"trajectories": loss_on_trajectories, "rollouts": loss_on_rollouts}
 
 
 def to_be_trained(run, model):
@@ -1406,8 +1386,8 @@ def to_be_trained(run, model):
 
 
 def train_causal(run):
-    """Stage 3: the student, initialised from the teacher, learns from ODE trajectories, clips or
-    its own rollouts, see CAUSAL_FROM."""
+    """Stage 3: the student, initialised from the teacher, learns from ODE trajectories or its own
+    rollouts, see CAUSAL_FROM."""
     s = run.settings
     loss_of = CAUSAL_FROM[s.causal_from]
     files = training_clips(run, run.clip_latents)       # collective: call it in all processes

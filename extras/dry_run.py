@@ -204,7 +204,7 @@ def regression(run):
 
     def step():
         with run.autocast():
-            loss = td.causal_loss(model, states, x0, x0, conditions, context)
+            loss = td.causal_loss(model, states, x0, conditions, context)
         loss.backward()
 
     return [model], step

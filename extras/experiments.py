@@ -26,7 +26,8 @@ from extras.evaluate import (CLIP, MODELS, Trained, case_of, eval_row, find_rewa
                              open_trained, play, settings_of, videos_of, weights_of)
 from extras.guard import own_folder
 from extras.tracks import render_control
-from motionstream import (Config, KVCache, MotionStream, TrackHead, UserError, apply_rope, schedule, track_ids)
+from motionstream import (Config, KVCache, MotionStream, TrackHead, UserError, add_noise, apply_rope, same_sigma,
+                          schedule, track_ids)
 from sample import embed_words
 from vae import TinyVAE, TinyVAEConfig, WanVAE
 
@@ -228,6 +229,45 @@ def teach_briefly(trained, how):
             folder = damaged_folder(folder, run.config.size[0])
         run = replace(run, data=folder)
     return train_briefly(run, "teacher", td.train_teacher)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The stage causal without trajectories (causal_from=clips), and corrupted-context augmentation. train_distill.py imports
+# this module when its settings name one of them.
+
+def draw_noised_clips(run, files, count):
+    """As train_distill.draw_trajectories, but from clips: x0 is the ground truth, the states are noised x0. This trains
+    the causal flow of the data, unguided: teacher forcing on clean latents, which needs no trajectories. (Few-step
+    consistency, a usual next step, is not done here.)"""
+    batch = td.draw_batch(run, files, count, run.clip_latents)
+    x0 = batch.latents
+    noise = torch.randn_like(x0)
+    states = [add_noise(x0, noise, same_sigma(sigma, x0)) for sigma in run.config.sigmas]
+    return states, x0, batch.points, batch.conditions
+
+
+def loss_on_clips(run, student, vae, files, channel_weight, update):
+    """train_distill.loss_in_context on random clips with noise."""
+    drawn = draw_noised_clips(run, files, run.settings.batch)
+    return td.loss_in_context(run, student, vae, drawn, channel_weight)
+
+
+td.CAUSAL_FROM["clips"] = loss_on_clips
+
+
+def corrupt_context(x0, first):
+    """Corrupted-context augmentation: imitates a faulty memory of clean latents x0 (B, C, F, h, w). In half of the clips,
+    a rectangle of all chunks but the first shows frame 0 again, so what left it is back and what entered is gone. Meant
+    to teach the student not to pass such faults on. first: latent frames of the first chunk."""
+    B, _, frames, h, w = x0.shape
+    low, high = torch.rand(2, 2, B, 1, 1).sort(0).values                # each of rows and columns
+    y = torch.arange(h)[:, None] / h
+    x = torch.arange(w) / w
+    inside = (low[0] <= y) & (y < high[0]) & (low[1] <= x) & (x < high[1])              # (B, h, w)
+    inside = inside & (torch.rand(B, 1, 1) < 0.5)
+    late = torch.arange(frames)[:, None, None] >= first
+    corrupt = (inside[:, None, None] & late).to(x0.device)              # (B, 1, F, h, w)
+    return torch.where(corrupt, x0[:, :, :1], x0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

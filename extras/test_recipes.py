@@ -207,7 +207,7 @@ def test_the_regression_does_not_cache_the_last_chunk():
     model = new_model()
     x0, given, _ = clip_of(12)
     with counted_passes() as count:
-        td.causal_loss(model, [x0] * 3, x0, x0, given, (1, 1))
+        td.causal_loss(model, [x0] * 3, x0, given, (1, 1))
     assert count == {True: 3, False: 4}
 
 
@@ -219,7 +219,7 @@ def test_clips_stand_for_trajectories_with_noise_on_the_truth():
         run = small_run(here)
         files = td.training_clips(run, 12)
         torch.manual_seed(0)
-        states, x0, points, conditions = td.draw_noised_clips(run, files, 3)
+        states, x0, points, conditions = experiments.draw_noised_clips(run, files, 3)
         torch.manual_seed(0)
         batch = td.draw_batch(run, files, 3, 12)
         noise = torch.randn_like(batch.latents)
@@ -237,7 +237,7 @@ def test_a_causal_student_starts_from_clips_without_a_trajectory():
         more = ["--set", "causal_from=clips", "--set", "steps=7"]       # no multiple of the student's 3
         with unittest.mock.patch.object(td, "make_trajectories", None), watched("causal_loss") as calls:
             train(here, ["causal"], more)
-        _, states, x0, past, *_ = calls[0].args
+        _, states, x0, *_ = calls[0].args
         assert len(states) == 3
         assert x0.shape == states[0].shape
         assert not states[0].equal(x0)
@@ -293,7 +293,7 @@ def test_a_causal_student_learns_from_clips():
     for i in range(25):
         noise = torch.randn_like(x0)
         states = [add_noise(x0, noise, torch.full((2,), sigma)) for sigma in SMALL.sigmas]
-        loss = td.causal_loss(model, states, x0, x0, given, (1, 1))
+        loss = td.causal_loss(model, states, x0, given, (1, 1))
         learner.backward(loss)
         learner.update(i)
         losses.append(loss.item())
@@ -327,7 +327,7 @@ def test_two_starts_of_two_seeds_are_compared_by_the_experiments():
 def test_a_start_that_there_is_not_is_refused_in_one_line():
     with quiet() as (_, err):
         assert td.main(["--set", "causal_from=nowhere"]) == 2
-    assert "causal_from=nowhere: is one of trajectories, clips, rollouts" in err.getvalue()
+    assert "causal_from=nowhere: is one of trajectories, rollouts, clips" in err.getvalue()
     assert len(err.getvalue().strip().splitlines()) == 1
 
 

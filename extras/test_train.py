@@ -1251,7 +1251,7 @@ def test_causal_training_has_the_ema_sink_that_sampling_has():
     for decay, context in itertools.product((1.0, 0.5), ((1, 1), (0, 1), (1, None))):
         model.config = replace(SMALL, sink_decay=decay)
         torch.manual_seed(0)
-        losses[decay, context] = td.causal_loss(model, states, x0, x0, given, context).item()
+        losses[decay, context] = td.causal_loss(model, states, x0, given, context).item()
     assert losses[1.0, (1, 1)] != losses[0.5, (1, 1)]
     for context in (0, 1), (1, None):                   # nothing is absorbed
         assert losses[1.0, context] == losses[0.5, context]
