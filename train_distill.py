@@ -83,8 +83,9 @@ def first_latent_of(config, x0):
 # Stage 2, the teacher.
 
 def draw_sigma(batch, shift, p_pure_noise, p_uniform):
-    """Noise levels (B,), shifted (appendix D). Before the shift a share p_uniform is uniform, like
-    the sampler's and score_sigma's, the rest logit-normal [O]. A share p_pure_noise is 1."""
+    """Draw noise levels (B,). Before the shift (appendix D), sigma is uniform in a share p_uniform
+    of the clips, as in the sampler and score_sigma, and logit-normal in the rest [O]. In a share
+    p_pure_noise of all clips sigma is 1."""
     normal = torch.randn(batch)
     chance = torch.rand(batch)
     uniform = torch.special.ndtr(normal)        # the normal's CDF: no extra random numbers
@@ -94,11 +95,12 @@ def draw_sigma(batch, shift, p_pure_noise, p_uniform):
 
 
 def flow_loss(model, x0, sigma, conditions, first_latent, cell_weight=1.0, channel_weight=1.0):
-    """Rectified flow (appendix D): mean squared error of the velocity of x0 (B, C, F, h, w), noised
-    to sigma (B,). first_latent (B, C, 1, h, w): the clean image, excluded from the loss; None: it
-    is among the conditions. cell_weight (B, F, h, w), channel_weight (B, C, 1, 1, 1): weights of
-    the error. (channel_weight depends on sigma alone, so the minimum is the same; cell_weight may
-    know tracks that the conditions leave out, which draws the minimum towards what moves.)"""
+    """Rectified flow (appendix D): noise x0 (B, C, F, h, w) to sigma (B,); return the mean squared
+    error of the model's velocity. first_latent (B, C, 1, h, w): the clean image, excluded from the
+    loss; None: the image is among the conditions. cell_weight (B, F, h, w), channel_weight
+    (B, C, 1, 1, 1): weights of the error. (channel_weight depends on sigma alone and leaves the
+    minimum where it is. cell_weight may depend on tracks that the conditions leave out; then the
+    minimum moves towards what moves.)"""
     noise = torch.randn_like(x0)
     x_t, sigma_frames = with_first(add_noise(x0, noise, sigma), sigma, first_latent)
     velocity = model(x_t, sigma_frames, **conditions)
@@ -151,12 +153,14 @@ def causal_loss(model, states, x0, conditions, context, channel_weight=1.0, past
 
 
 def rollout_loss(student, x0, conditions, first_latent, exit_step, weight=1.0):
-    """Regression on own rollouts (ours): the squared error of what the student makes of pure noise,
-    chunk by chunk as at inference, against the true clips x0 (B, C, F, h, w). So it learns to
-    continue its own past, faults included. This is Self-Forcing's rollout with regression in place
-    of DMD: it predicts the mean of all plausible videos, which is blurred where they differ.
+    """Regression on own rollouts (ours): roll the student out from pure noise, chunk by chunk as at
+    inference; return the squared error against the true clips x0 (B, C, F, h, w). So the student
+    learns to continue its own past, faults included. This is Self-Forcing's rollout with regression
+    in place of DMD: the student predicts the mean of all plausible videos, blurred where they
+    differ.
 
-    first_latent, exit_step: see motionstream.rollout. weight: of cells or channels, broadcast."""
+    first_latent, exit_step: see motionstream.rollout. weight: weights of cells or channels,
+    broadcast over x0."""
     noise = torch.randn_like(x0)
     chunks = list(chunk_sizes(student.config, x0.shape[2]))
     made = rollout(student, noise, conditions, first_latent, exit_step)
@@ -190,9 +194,9 @@ def real_and_fake(x0, sigma, teacher, critic, conditions, first_latent):
 def dmd_loss(x0, teacher, critic, conditions, first_latent, shift, weight=1.0):
     """The generator's loss on its own latents x0 (B, C, F, h, w), eq. 3: its gradient is
     (fake - real) / mean |x0 - real|, from real_and_fake at one sigma per clip (DMD eq. 7, 8).
-    first_latent (B, C, 1, h, w): the image, on which both agree, so that its gradient is zero;
-    None: it is among the conditions. shift: of the noise levels, see score_sigma. weight: of clips
-    or channels, broadcast over x0."""
+    first_latent (B, C, 1, h, w): the image, on which teacher and critic agree, so that its gradient
+    is zero; None: the image is among the conditions. shift: shifts the noise levels, see
+    score_sigma. weight: weights of clips or channels, broadcast over x0."""
     sigma = score_sigma(len(x0), shift, x0.device)
     real, fake = real_and_fake(x0, sigma, teacher, critic, conditions, first_latent)
     with torch.no_grad():
@@ -207,7 +211,7 @@ def dmd_loss(x0, teacher, critic, conditions, first_latent, shift, weight=1.0):
 def critic_loss(x0, critic, conditions, first_latent, shift, channel_weight=lambda sigma: 1.0):
     """The critic's loss (eq. 4): rectified flow on the generator's own latents x0 (B, C, F, h, w),
     without guidance, at the noise levels of score_sigma. first_latent: see flow_loss.
-    channel_weight: a function of sigma (B,) that returns flow_loss's."""
+    channel_weight: a function that maps sigma (B,) to flow_loss's channel_weight."""
     sigma = score_sigma(len(x0), shift, x0.device)
     weight = channel_weight(sigma)
     return flow_loss(critic, x0.detach(), sigma, conditions, first_latent, channel_weight=weight)
@@ -226,7 +230,7 @@ class Learning:
     weight_decay: float = 0.01      # [O]
     clip_norm: float = 1.0          # largest gradient norm [O]
     warm_up: int = 20               # updates over which the learning rate rises [O]
-    decay: float = 0.4              # last share of the updates, over which it falls to 0 [O]
+    decay: float = 0.4              # share of the updates, the last, over which it falls to 0 [O]
 
 
 @dataclass(frozen=True)
@@ -414,8 +418,8 @@ class Run:
         return Path(self.files[name])
 
     def checksum(self, name):
-        """What tells the content of weights: a checksum of their tensors or, without extras, of
-        size and time."""
+        """Checksum of the weights `name`: of their tensors or, without extras/, of the file's size
+        and time."""
         guard = if_there("guard")
         if guard:
             return guard.weights_digest(self.path(name))
@@ -504,9 +508,9 @@ def from_first(value):
 
 
 def shard(model):
-    """Shard a MotionStream's parameters over the processes, in place; a VAE stays whole. A block's
-    are gathered while it runs, all others while the model runs. They are gathered in float32,
-    which autocast rounds as in one process."""
+    """Shard a MotionStream's parameters over the processes, in place; a VAE stays whole. FSDP
+    gathers a block's parameters while the block runs and all others while the model runs. It
+    gathers them in float32, so that autocast rounds them as in one process."""
     if PROCESSES == 1 or not isinstance(model, MotionStream):
         return model
     mesh = dist.init_device_mesh(next(model.parameters()).device.type, (PROCESSES,))
@@ -520,8 +524,8 @@ def shard(model):
 
 @contextlib.contextmanager
 def gathered(model):
-    """Keep a sharded MotionStream's parameters gathered in here from their first use on: chunks
-    gather them once, not each anew. In return each process holds all of them meanwhile."""
+    """Keep a sharded MotionStream's parameters gathered in here from their first use on, so that a
+    rollout gathers them once, not once a chunk. Meanwhile each process holds all parameters."""
     if not isinstance(model, FSDPModule):
         yield
         return
@@ -616,8 +620,8 @@ class Learner:
     """A network, its optimizers and the moving average (EMA) of its weights, all sharded, see
     `shard`. Call `backward` for each micro-step of an update, then `update`.
 
-    how: Learning. updates: their total, for the learning rate's decay; 0: no decay. accumulate:
-    micro-steps per update, over all processes. shard_gradients: see backward."""
+    how: Learning. updates: number of updates after which the learning rate is 0; 0: no decay.
+    accumulate: micro-steps per update, over all processes. shard_gradients: see backward."""
 
     def __init__(self, name, model, how, updates=0, accumulate=1, shard_gradients=False):
         self.name = name
@@ -654,9 +658,9 @@ class Learner:
         return optimizers + [adam]
 
     def backward(self, loss):
-        """Accumulate the gradient of a micro-step's loss. The last micro-step of an update
-        averages it over the processes; until then each keeps its own, unsharded. With
-        shard_gradients every micro-step does, and each process keeps a shard."""
+        """Accumulate the gradient of a micro-step's loss. Each process keeps its own whole gradient
+        until the last micro-step of an update averages them over the processes. With
+        shard_gradients every micro-step averages them, and each process keeps a shard."""
         self.micro_steps += 1
         if self.sharded:
             last = self.micro_steps == self.accumulate
@@ -748,7 +752,7 @@ def save_checkpoint(folder, stage, updates, settings, learners):
 
 def load_checkpoint(folder, stage, settings, learners):
     """Load a stage's newest checkpoint, read by process 0, into the learners. Returns its number
-    of updates; 0 without one. UserError if it is of other settings or learners."""
+    of updates, or 0 if there is no checkpoint. UserError if it has other settings or learners."""
     checkpoint = {"updates": 0, "learners": {}}
     paths = sorted(folder.glob(f"{stage}.*.checkpoint.pt"))
     if paths and RANK == 0:
@@ -925,8 +929,8 @@ class Batch:
 
 
 def clip_files(folder):
-    """The clips in a folder and those below it, sorted. Links are followed; each folder counts
-    once, whatever leads to it. UserError if one cannot be read."""
+    """Find the clips in a folder and in all folders below, sorted. Links are followed; each folder
+    counts once, however many links lead to it. UserError if a folder cannot be read."""
     def refuse(error):
         raise UserError(f"{error.filename}: {error.strerror}; make it readable, or move it away")
 
@@ -971,9 +975,9 @@ def latents_in(shapes):
 
 
 def open_clips(folder, config, frames, track_frames, vae=None):
-    """Files of the clips in a folder with at least `frames` latents and tracks of `track_frames`
-    video frames. UserError, one line, if a clip is invalid, or none is left. vae: checksum of the
-    VAE that latents should be of."""
+    """Find the clips in a folder that have at least `frames` latents; returns their files.
+    UserError, one line, if a clip is invalid, if its tracks cover fewer than `track_frames` video
+    frames, or if no clip is long enough. vae: checksum of the VAE that should have made latents."""
     guard = if_there("guard")
     files = clip_files(folder)
     long_enough = []
@@ -997,8 +1001,8 @@ def write_clip(path, tensors):
 
 
 def training_clips(run, frames):
-    """Files of encoded clips, of at least `frames` latents, for all stages but the first: those of
-    --data, where video is encoded, or of the drawn world."""
+    """Files of encoded clips for all stages but the first: the clips of --data that have at least
+    `frames` latents, encoded here if they hold video; without --data, rendered clips."""
     if not run.data:
         from extras.clips import encode_video
         from extras.world import rendered_clips
@@ -1064,7 +1068,7 @@ STILL = 2.0             # pixels; what moves no farther is at rest
 
 def goes_anywhere(tracks, visible, mine):
     """True where an object (or the ground) moves, judged by its tracks: (B, 1). tracks
-    (B, T, N, 2), visible (B, T, N); mine (B, N): which of them are its own."""
+    (B, T, N, 2), visible (B, T, N); mine (B, N): which tracks are on the object."""
     away = tracks - start_points(tracks, visible)[:, None]
     away = away.norm(dim=-1).nan_to_num(0)                                  # (B, T, N)
     away = away.masked_fill(~(visible & mine[:, None]), 0)
@@ -1073,14 +1077,14 @@ def goes_anywhere(tracks, visible, mine):
 
 def user_tracks(visible, group, tracks=None):
     """Visibility (B, T, N) of random ground-truth tracks such as a user might draw: from nothing or
-    a single drag to the dense grid, some starting or ending midway, and in a fifth of the clips a
-    pause of all of them (section 3.1). group (B, N): each track's object, its first track the
-    centre; -1: the ground.
+    a single drag to the dense grid. Some tracks start or end midway; in a fifth of the clips all
+    tracks pause for a while (section 3.1). group (B, N): each track's object, whose first track is
+    its centre; -1: the ground.
 
     tracks (B, T, N, 2), if given: every object that moves, and a moving ground, keep at least one
     track, which a pause or an early end may hide for a while. So a model learns that whatever has
-    no track stays put; otherwise it would have to predict the mean of everything that could happen
-    [O]."""
+    no track stays put. Otherwise the model would have to predict the mean of everything that could
+    happen [O]."""
     B, T, N = visible.shape
     keep = torch.zeros(B, N, dtype=torch.bool)
     for thing in range(int(group.max()) + 1):
@@ -1248,8 +1252,8 @@ def loss_of_teacher(run, model, vae, batch):
 def train_teacher(run):
     """Stage 2: rectified flow on whole and short clips, given the image, text and tracks.
 
-    All tracks are given at first, as in the paper's first stage: the model then learns sooner what
-    they mean. That shows early in extras/watch.py, but not in the flow loss."""
+    All tracks are given at first, as in the paper's first stage: so the model learns sooner what
+    tracks mean. The numbers of extras/watch.py show that early, the flow loss does not."""
     s = run.settings
     files = training_clips(run, run.clip_latents)
     held_back = files[:max(len(files) // 20, 1)]
@@ -1301,8 +1305,9 @@ def teacher_trajectories(run, teacher, vae, batch):
 
 
 def make_trajectories(run, files):
-    """Files of one trajectory and its conditions each, made now or in an earlier run, divided
-    among the processes. The folder's name holds a digest of their sources."""
+    """Make the teacher's trajectories that no earlier run made, divided among the processes; return
+    their files. Each holds a trajectory and its conditions. The folder's name holds a digest of
+    what the trajectories depend on."""
     s = run.settings
     each = 2 * s.batch
     weights = [run.checksum("vae"), run.checksum("teacher")]
@@ -1360,7 +1365,7 @@ def loss_on_trajectories(run, student, vae, files, channel_weight, update):
 
 
 def loss_on_rollouts(run, student, vae, files, channel_weight, update):
-    """rollout_loss on random clips. All processes end at the same step of an update, or their
+    """rollout_loss on random clips. In an update all processes have the same exit step, or their
     collectives would deadlock."""
     s = run.settings
     batch = draw_batch(run, files, s.batch, run.clip_latents)
@@ -1452,9 +1457,9 @@ def judged_clip(chunks, frames, image, points):
 
 
 def generated_clip(run, generator, vae, files, plan, grad):
-    """Roll out the generator from first frames of clips, as at inference, see rollout. Returns (x0
-    (B, C, F, h, w), a clip of judged_clip; its conditions; its points). plan: from draw_plan. grad:
-    x0 has a graph, that of each chunk's last denoising step."""
+    """Roll out the generator from first frames of clips, as at inference, see rollout. Returns the
+    judged_clip x0 (B, C, F, h, w), its conditions and its points. plan: from draw_plan. grad: keep
+    the graph of each chunk's last denoising step."""
     s = run.settings
     config = run.config
     chunks, exit_step, context = plan
@@ -1542,7 +1547,7 @@ def distill(run, plan_of=draw_plan):
 
 
 def train_vae(run):
-    """Stage 1, the code of the tiny model, see extras/linear_vae.py."""
+    """Stage 1: the tiny model's VAE, see extras/linear_vae.py."""
     from extras.linear_vae import train_vae
     train_vae(run)
 
@@ -1589,7 +1594,7 @@ def new_parser(description):
     add("--weights", type=Path, help="the teacher's start: a Wan DiT, or a teacher made here")
     add("--vae", type=Path, help="a finished VAE's file; the stage vae is left out")
     add("--steps", type=count, help="updates of the one stage that is named")
-    add("--seed", type=int, default=0, help="of everything random (0)")
+    add("--seed", type=int, default=0, help="seed of everything random (0)")
     add("--device", help="cpu, cuda:0, … (cuda if there is one)")
     add("--accumulate", type=count,
         help="micro-steps of each process an update (1; Wan's: the paper's)")
@@ -1657,8 +1662,9 @@ def is_wan(config):
 
 
 def starting_config(start, preset):
-    """The config to train before flags change it: that of the weights `start` (sample.Weights), or
-    a preset's. Weights without a track input get one; Wan's are sampled as in the paper."""
+    """The config to train before flags change it: the config of the weights `start`
+    (sample.Weights) or, if that is None, of a preset. Weights without a track input get one. Wan's
+    weights get the paper's sampling settings, but keep their first_chunk."""
     config = start.config if start else PRESETS[preset]
     if start and not config.track_dim:
         slot = config.out_dim
@@ -1674,8 +1680,8 @@ def starting_config(start, preset):
 
 
 def paper_settings(config, has_head):
-    """The paper's settings for the teacher's first stage and what follows or, for weights with a
-    track head, the second."""
+    """The paper's settings: with a track head those of the teacher's second stage, else those of
+    its first stage. Both hold the settings of the stages after the teacher."""
     if config.out_dim == PRESETS["wan2.2-5b"].out_dim:
         return PAPER_5B_STAGE_2 if has_head else PAPER_5B
     return PAPER_STAGE_2 if has_head else PAPER

@@ -3,12 +3,14 @@
 import contextlib
 import itertools
 import json
+import sys
 import unittest.mock
 from collections import Counter
 from dataclasses import replace
 
 import torch
 
+import extras
 import train_distill as td
 from extras import evaluate, experiments, watch
 from extras.evaluate import Trained
@@ -322,6 +324,18 @@ def test_two_starts_of_two_seeds_are_compared_by_the_experiments():
     assert run.settings.causal_from == "clips"
     assert run.settings.causal_updates == 1
     assert row["psnr"] > 0
+
+
+def test_a_start_of_the_experiments_is_fetched_when_it_is_asked_for():
+    fresh = unittest.mock.patch.dict(sys.modules)
+    package = unittest.mock.patch.object(extras, "experiments", experiments)
+    with folder() as here, fresh, package, unittest.mock.patch.dict(td.CAUSAL_FROM):
+        del sys.modules["extras.experiments"]
+        del td.CAUSAL_FROM["clips"]
+        small_run(here)
+        assert "clips" not in td.CAUSAL_FROM, "not before"
+        small_run(here, ["--set", "causal_from=clips"])
+        assert "clips" in td.CAUSAL_FROM
 
 
 def test_a_start_that_there_is_not_is_refused_in_one_line():
