@@ -335,7 +335,8 @@ def read_tracks(path, size, frames=None):
     with naming(path, "damaged, or not written by this project; extras/tracks.py reads others"):
         arrays = own_arrays(path)
         if arrays is not None:
-            return own_tracks(arrays, size)
+            with np.errstate(all="ignore"):         # what overflows is not finite
+                return own_tracks(arrays, size)
     tracks = extra("tracks", f"{path} is not a file that this project wrote")
     return Tracks(**tracks.load_tracks(path, size, frames=frames))
 
@@ -360,7 +361,9 @@ def own_arrays(path):
 
 def own_tracks(arrays, size):
     """Arrays of a file written by this project to Tracks. Any fault raises some exception."""
-    numbers = arrays["tracks"].dtype.kind in "iuf"
+    for name in "tracks", "start", "width", "height":
+        if name in arrays and arrays[name].dtype.kind not in "iuf":
+            raise ValueError(f"{name} is no array of numbers")
     tracks = arrays["tracks"].astype(np.float32)
     visible = arrays.get("visibility", ~np.isnan(tracks).any(-1)) > 0
     ids = arrays.get("ids", np.zeros(tracks.shape[1], int))
@@ -368,7 +371,7 @@ def own_tracks(arrays, size):
     T, N, _ = tracks.shape
     shapes = tracks.shape == (T, N, 2) and visible.shape == (T, N) and ids.shape == (N,)
     values = np.isfinite(tracks[visible]).all() and (ids >> 32 == 0).all() and (there > 0).all()
-    if not (T and numbers and shapes and values):
+    if not (T and shapes and values):
         raise ValueError("no tracks")
     scale = (np.array(size) / there).astype(np.float32)
     tracks = np.nan_to_num(tracks).clip(-1e6, 1e6) * scale

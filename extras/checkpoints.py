@@ -21,6 +21,7 @@ about all else. Without it they trust what a file says of itself.
 import contextlib
 import json
 import math
+import pickle
 import re
 import warnings
 import zipfile
@@ -751,6 +752,8 @@ def explain(path, start, error):
     code = re.search(r"Unsupported (global|class)[^\n]{0,80}", str(error))
     if code:
         return f"a pickle of something else than tensors, refused ({code[0]})"
+    if isinstance(error, pickle.UnpicklingError):       # torch's words advise to run its code
+        return "cannot be read as .safetensors or .pt (its pickle is damaged, or of another kind)"
     return f"cannot be read as .safetensors or .pt ({reason_of(error)})"
 
 

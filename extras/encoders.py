@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from motionstream import CLIP_ROWS, UserError, reason_of, write_file
 from extras.checkpoints import read_tensors
 
-KINDS = (".mp4", ".png", ".npz", ".txt", ".csv", ".safetensors", ".json")   # files that count in a folder
+PARTS = ("image_encoder", "text_encoder", "tokenizer")      # folders of a repository that are read here
 CACHE = None                # a folder for what encoders returned; None: see cache_folder
 PACKAGES = ("transformers", "ftfy")
 NEGATIVE_PROMPT = (         # of Wan, what guidance leads away from
@@ -122,13 +122,17 @@ def cache_folder():
 
 
 def listing(folder):
-    """The files of KINDS in a folder, [(path in it, size, age)]: tells if one is another by now. None:
-    no files."""
+    """The files of the encoders in a -Diffusers repository, [(path in it, size, age)]: tells if one is
+    another by now. Nothing else in that folder counts, nor is it looked at: it may be a whole disk.
+    None: no files."""
     files = []
-    for file in sorted(folder.rglob("*")) if folder else ():
-        if file.suffix in KINDS and file.is_file():
-            about = file.stat()
-            files.append((str(file.relative_to(folder)), about.st_size, about.st_mtime_ns))
+    if folder is None:
+        return files
+    for part in PARTS:
+        for file in sorted((folder / part).glob("[!.]*")):      # macOS adds ._x
+            if file.is_file():
+                about = file.stat()
+                files.append((f"{part}/{file.name}", about.st_size, about.st_mtime_ns))
     return files
 
 

@@ -33,7 +33,8 @@ from extras import measures, world
 from extras.cases import NEUTRAL, Case, new_clips
 from extras.measures import lpips_network, psnr, ssim
 from extras.video import open_video
-from motionstream import FRAMES, PRESETS, Config, MotionStream, UserError, start_points, track_ids, write_file
+from motionstream import (FRAMES, PRESETS, Config, MotionStream, UserError, start_points, track_ids, warp, way_back,
+                          write_file)
 from sample import ASSETS, Parser, embed_words, number
 from vae import load_vae
 
@@ -41,6 +42,7 @@ CLIP = 45                       # frames of a clip, as in training
 REACH = 30                      # percent of the width: no object is looked for farther from where it should be
 
 MODELS = ("vae", "teacher", "causal", "student")       # in the order of the stages
+NO_NETWORK = ["still", "warp"]  # videos made of frame 0 alone
 SHIPPED = {"vae": "tiny_vae", "teacher": "tiny_teacher", "student": "tiny"}
 
 
@@ -95,16 +97,37 @@ class Trained:
 def play(trained, name, clips, text=None, later=None, **overrides):
     """Generate the video (B, 3, T, H, W), in pieces, from the first frames of `clips`, their tracks and a text (1 or
     B, L, text_dim). name: "teacher", "causal", "student"; "vae" and "decoder": the truth through the VAE; "still":
-    frame 0. later: the text of the second half of a stream. overrides: fields of Config."""
+    frame 0; "warp": frame 0 moved along the tracks. later: the text of the second half of a stream. overrides: fields
+    of Config."""
     if name == "still":
         image = clips.frames(0, 1)
         return iter([image.expand(-1, -1, clips.length, -1, -1)])
+    if name == "warp":
+        image = clips.frames(0, 1)[:, :, 0]
+        return warped(image, clips.tracks, clips.visible)
     if name in ("vae", "decoder"):
         vae = trained.vae(name)
         latents = vae.encode(clips.frames().to(trained.device))
         return iter([vae.decode(latents)[0].cpu()])
     model = trained.model(name, **overrides)
     return videos_of(model, trained.vae(), clips, text, later, trained.seed)
+
+
+def warped(image, tracks, visible):
+    """Generate frames (B, 3, 1, H, W): those that copy_along_tracks shows to a copying model, before the VAE. image
+    (B, 3, H, W): frame 0; tracks (B, T, N, 2), visible (B, T, N)."""
+    yield image[:, :, None]
+    height, width = image.shape[2:]
+    start = start_points(tracks, visible)                       # (B, N, 2)
+    visible = visible & start.isfinite().all(2)[:, None]
+    for t in range(1, tracks.shape[1]):
+        backs = []
+        for i in range(len(image)):         # one by one: squares times points are held for one picture alone
+            points = tracks[i:i + 1, t:t + 1]                   # (1, 1, N, 2)
+            seen = visible[i:i + 1, t:t + 1]
+            back, _ = way_back(points, seen, start[i:i + 1], height, width)
+            backs.append(back)
+        yield warp(image, torch.cat(backs))
 
 
 def videos_of(model, vae, clips, text=None, later=None, seed=0):
@@ -386,6 +409,7 @@ def following_rows():
         {"camera": True, "seed": "eval camera"},
     ]
     models = grid(model=("vae", "still"), points=("none",))
+    models += grid(model=("warp",), points=("dense", "drag"))
     models += grid(model=("teacher", "causal", "student"), points=("dense", "drag", "none"))
     rows = []
     for kind in kinds:
@@ -403,7 +427,7 @@ def picture_rows(photographs):
         sets["photographs"] = {"seed": "held photographs", "photographs": photographs}
     rows = []
     for name, what in sets.items():
-        for model in ("vae", "still", "teacher", "student"):
+        for model in ("vae", "still", "warp", "teacher", "student"):
             given = ("none",) if model in ("vae", "still") else ("dense", "drag")
             for points, at in itertools.product(given, AT):
                 if (model, at) != ("teacher", "10 s"):
@@ -453,7 +477,7 @@ def label_of(row):
 def measure_tables(trained, stage, what, tables):
     """Measure tables and print them, draw the streams. `stage`.json, {what: {title: {row: numbers}}}, keeps every row
     when it is done, and what it has is not measured again. what: says which weights and how much of them."""
-    names = trained.names()
+    names = trained.names() + NO_NETWORK
     path = trained.folder / f"{stage}.json"
     everything = {}
     if path.exists():
@@ -464,7 +488,7 @@ def measure_tables(trained, stage, what, tables):
         for row in tqdm(rows, title):
             label = label_of(row)
             case = {"measure": eval_row} | common | row
-            if label in results or case.get("model", "student") not in (*names, "still"):
+            if label in results or case.get("model", "student") not in names:
                 continue
             for key in ("set", "at"):
                 case.pop(key, None)

@@ -30,13 +30,17 @@ SETTINGS = {
 
 # Their least and greatest, as of the flags of sample.py; a window below 0 is all of the past.
 LIMITS = {"chunk": (1, 999), "sink": (0, 10 ** 6), "window": (-10 ** 6, 10 ** 6),
-          "steps": (1, 1000), "fps": (0.1, 1000), "frames": (1, 10 ** 6)}
+          "steps": (1, 1000), "fps": (0.1, 1000), "frames": (1, 10 ** 6),
+          "seed": (-2 ** 63, 2 ** 63 - 1)}
 
 
 def settings_in(arrays):
     """SETTINGS and the prompts in the arrays of a recording. Whatever is wrong with them raises."""
     said = {name: kind(arrays[name]) for name, kind in SETTINGS.items()}
-    said["prompts"] = arrays["prompts"].tolist()
+    prompts = arrays["prompts"]
+    if prompts.dtype.kind != "U" or prompts.ndim != 1:
+        raise ValueError("its prompts are no list of texts")
+    said["prompts"] = prompts.tolist()
     for name, (least, most) in LIMITS.items():
         if not least <= said[name] <= most:
             raise ValueError(f"{name} is {said[name]}")

@@ -231,8 +231,8 @@ def test_what_an_encoder_returned_is_kept_by_its_words_and_its_files():
     other = one.clone()
     other[0, 1, 200, 300] += 1                          # far inside: repr leaves that out
     with folder() as at, unittest.mock.patch.object(encoders, "CACHE", at / "sub/kept"):
-        model = at / "encoder/model.safetensors"
-        model.parent.mkdir()
+        model = at / "encoder/text_encoder/model.safetensors"
+        model.parent.mkdir(parents=True)
         model.write_bytes(b"1")
         assert number_of("a") == 1
         assert number_of("bb") == 2
@@ -249,6 +249,34 @@ def test_what_an_encoder_returned_is_kept_by_its_words_and_its_files():
         kept = [path.name for path in (at / "sub/kept").iterdir()]
     assert len(kept) == 7
     assert not any(name.startswith(".") for name in kept), "half a file"
+
+
+def test_of_a_large_folder_only_the_files_of_its_encoders_are_looked_at():
+    looked = []
+    scandir = os.scandir
+
+    def look(path):
+        looked.append(str(path))
+        return scandir(path)
+
+    with folder() as at:
+        for name in (
+                "text_encoder/model.safetensors", "tokenizer/spiece.model", "tokenizer/._spiece.model",
+                "films/1/a.mp4", "transformer/model.safetensors", "x.json"):
+            path = at / "repository" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"1")
+        elsewhere = at / "clip"
+        elsewhere.mkdir()
+        (elsewhere / "pytorch_model.bin").write_bytes(b"22")
+        (at / "repository/image_encoder").symlink_to(elsewhere, target_is_directory=True)
+        with unittest.mock.patch.object(os, "scandir", look):
+            files = encoders.listing(at / "repository")
+        assert [(name, size) for name, size, _ in files] == [
+            ("image_encoder/pytorch_model.bin", 2), ("text_encoder/model.safetensors", 1),
+            ("tokenizer/spiece.model", 1)]
+        assert not [path for path in looked if path.endswith(("films", "1", "transformer"))], looked
+        assert encoders.listing(None) == []
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from extras.measures import ssim
 from extras.test_video import ffmpeg
 from extras.testing import (HERE, Perceptual, assert_error, assert_near, folder, having_lpips, new_model,
                             new_vae, quiet, rand, saved, seeded)
-from motionstream import MotionStream, UserError
+from motionstream import MotionStream, UserError, copy_along_tracks, square_centres, start_points
 
 
 def draw_clips(scene, **options):
@@ -396,6 +396,7 @@ def test_pieces_and_tenths_are_of_the_frames_that_they_say():
         row = eval_row(trained, piece=9, **case)
         last = eval_row(trained, after=36, **case)
         still = eval_row(trained, "still", **case)
+        warp = eval_row(trained, "warp", points="dense", **case)
     assert [tenth["from"] for tenth in row["tenths"]] == [0, 9, 18, 27, 36]
     values = [tenth["psnr"] for tenth in row["tenths"]]
     assert abs(row["psnr"] - np.mean(values)) < 1e-4
@@ -404,8 +405,67 @@ def test_pieces_and_tenths_are_of_the_frames_that_they_say():
     assert abs(last["psnr"] - values[4]) < 1e-4
     assert still["motion"] == 0
     assert still["copying"] > 0.99
+    assert warp["mean"] < 0.7 * still["mean"]
     said = "no such settings: {'colour': 3}"
     assert_error(TypeError, said, eval_row, trained, colour=3, **case)
+
+
+def moving_square(count=3):
+    """An object of 2x2 squares, of noise, that goes 24 pixels to the right with each frame over a ground of noise, and
+    a track for each square of 4x4 pixels that is seen in frame 0: (video (1, 3, count, 32, 64), tracks, visible)."""
+    video = rand(1, 3, 1, 32, 64).repeat(1, 1, count, 1, 1)
+    looks = rand(1, 3, 8, 8, seed=1)
+    tracks = square_centres(32, 64, "cpu").flatten(0, 1)                # (N, 2)
+    tracks = tracks.repeat(1, count, 1, 1)
+    x, y = tracks[0, 0].unbind(1)
+    of_object = (x > 4) & (x < 12) & (y > 12) & (y < 20)
+    visible = torch.ones(1, count, len(x)).bool()
+    for t in range(count):
+        left = 4 + 24 * t
+        video[:, :, t, 12:20, left:left + 8] = looks
+        tracks[:, t, of_object, 0] += 24 * t
+        behind = (x > left) & (x < left + 8) & (y > 12) & (y < 20)
+        visible[:, t] = of_object | ~behind
+    return video, tracks, visible
+
+
+def test_a_warp_moves_objects_exactly_along_dense_tracks():
+    video, tracks, visible = moving_square()
+    clips = SimpleNamespace(frames=lambda start, stop: video[:, :, start:stop],
+                            tracks=tracks, visible=visible)
+    made = list(play(None, "warp", clips))
+    made = torch.cat(made, 2)
+    assert made.shape == video.shape
+    assert made[:, :, 0].equal(video[:, :, 0])
+    for t in range(1, 3):
+        left = 4 + 24 * t
+        right = left + 8
+        found = made[:, :, t, 12:20, left:right]
+        assert_near(found, video[:, :, t, 12:20, left:right], 1e-3)
+    assert_near(made[..., :12, :], video[..., :12, :], 1e-3)            # the ground
+
+
+def test_a_warp_is_what_a_copying_model_is_given():
+    clips = case_clips()
+    clips.visible[0, 0, ::3] = False                                    # as if they began later
+    image = clips.frames(0, 1)[:, :, 0]
+    vae = new_vae()
+    start = start_points(clips.tracks, clips.visible)
+    with unittest.mock.patch.object(vae, "encode", wraps=vae.encode) as encode:
+        copy_along_tracks(vae, image, clips.tracks, clips.visible, start)
+    given = encode.call_args.args[0]
+    frames = list(play(None, "warp", clips))
+    assert_near(torch.cat(frames, 2), given, 1e-3)
+    assert not frames[20].equal(frames[0])
+
+
+def test_a_warp_looks_at_the_points_of_one_frame_of_one_clip_at_a_time():
+    clips = case_clips()
+    with unittest.mock.patch.object(evaluate, "way_back", wraps=evaluate.way_back) as way_back:
+        list(play(None, "warp", clips))
+    assert way_back.call_count == 2 * 20
+    for call in way_back.call_args_list:
+        assert call.args[0].shape[:2] == (1, 1)
 
 
 def test_a_table_is_kept_row_by_row_and_measured_once():
@@ -420,13 +480,13 @@ def test_a_table_is_kept_row_by_row_and_measured_once():
         tenths = [{"from": 0, "mean": 1}, {"from": 9, "mean": 2}]
         return {"from": 0, "mean": y + 0.5, "tenths": tenths}
 
-    def other(trained, x, y):
+    def other(trained, x, y, model="student"):
         calls.append((x, y))
         return {"ms": x + y}
 
     tables = {
         "a": ({"x": 1, "measure": row}, [{"y": 1}, {"y": 2}, {"y": 5, "model": "teacher"}]),
-        "b": ({"x": 3, "measure": other}, [{"y": 4}]),
+        "b": ({"x": 3, "measure": other}, [{"y": 4}, {"y": 6, "model": "warp"}]),
         "streams": ({"x": 2, "measure": row}, [{"y": 3}]),
     }
     with folder() as here:
@@ -435,7 +495,7 @@ def test_a_table_is_kept_row_by_row_and_measured_once():
             with quiet() as (out, _), contextlib.suppress(KeyboardInterrupt):
                 measure_tables(trained, "eval", "these weights", tables)
         assert (here / "eval.png").exists()
-    assert calls == [(1, 1), (1, 2), (1, 2), (3, 4), (2, 3)]            # and there is no teacher
+    assert calls == [(1, 1), (1, 2), (1, 2), (3, 4), (3, 6), (2, 3)]            # and there is no teacher
     assert "| y 2 | 2.50 |" in out.getvalue()
     assert "| b | ms |\n|---|---|\n| y 4 | 7.00 |" in out.getvalue()
 
@@ -443,9 +503,10 @@ def test_a_table_is_kept_row_by_row_and_measured_once():
 def test_the_rows_of_the_sets_are_named_by_set_model_points_and_time():
     labels = [label_of(row) for row in evaluate.picture_rows("here")]
     assert len(set(labels)) == len(labels)
-    assert len(labels) == 5 * (2 + 2 + 2 + 4)
+    assert len(labels) == 5 * (2 + 2 + 4 + 2 + 4)
     assert labels[0] == "set old world, model vae, points none, at 2 s"
     assert "set photographs, model student, points drag, at 10 s" in labels
+    assert "set plain, model warp, points dense, at 10 s" in labels
     for label in labels:
         assert not ("teacher" in label and "10 s" in label), label
 

@@ -1,6 +1,7 @@
 """The page: who may ask what, controls, frames and recordings; in a browser too."""
 
 import atexit
+import base64
 import contextlib
 import functools
 import http.client
@@ -1093,6 +1094,18 @@ class Tab:
     def click(self, at):
         self.drag(at, at, 2)
 
+    def hover(self, at):
+        """Move the mouse, with no button down, to a fraction of the picture; beyond 1: off it."""
+        left, top, width, height = self.box("marks")
+        self.mouse("Moved", (left + at[0] * width, top + at[1] * height))
+
+    def drawn(self):
+        """What is drawn over the video, (H, W, 4) uint8."""
+        self.until("!stale")
+        url = self.run("marks.toDataURL()")
+        png = base64.b64decode(url.partition(",")[2])
+        return np.asarray(Image.open(io.BytesIO(png)))
+
     def mouse(self, kind, at):
         x, y = at
         self("Input.dispatchMouseEvent", type=f"mouse{kind}", x=x, y=y, button="left", buttons=1, clickCount=1)
@@ -1354,6 +1367,149 @@ def test_in_a_browser_an_example_is_chosen_and_a_recording_is_offered():
         assert browser.run(fetched) == (mine / "recording.mp4").stat().st_size
         browser.run("set('prompt', 'a cat')")
         browser.until("$('unknown').textContent.endsWith('a, cat')")
+
+
+BEYOND = (0.5, 1.02)                # just below the picture
+COLOURS = {"drag": (34, 197, 94), "pin": (239, 68, 68), "path": (59, 130, 246)}
+
+
+def is_colour(picture, colour):
+    """Where a picture (H, W, 4) is of that colour and opaque: (H, W) bool."""
+    apart = np.abs(picture[..., :3].astype(int) - colour).max(-1)
+    return (apart < 40) & (picture[..., 3] > 200)
+
+
+def width_along(browser, begin, end):
+    """Draw a path from place to place, level or upright. Returns how many pixels of its colour there are
+    across it at each pixel of its way, (L,), but for the first, where a point lies on it."""
+    browser.run("actions.clear(), actions.path()")
+    browser.drag(begin, end)
+    browser.hover(BEYOND)
+    blue = is_colour(browser.drawn(), COLOURS["path"])
+    axis = int(begin[0] == end[0])                              # 0: level
+    across = blue.sum(axis)
+    first = int(begin[axis] * len(across))
+    last = int(end[axis] * len(across))
+    if first > last:
+        across = across[::-1]
+        first = len(across) - first
+        last = len(across) - last
+    return across[first + 20:last + 20]
+
+
+def test_in_a_browser_a_path_has_arrows_that_point_where_it_goes():
+    right = (0.2, 0.5), (0.8, 0.5)
+    down = (0.5, 0.1), (0.5, 0.9)
+    with served("--fps", 24) as page, browsing(page) as browser:
+        for begin, end in right, right[::-1], down, down[::-1]:
+            across = width_along(browser, begin, end)
+            wide = np.flatnonzero(across >= 5)
+            assert 2 <= np.median(across[:wide[-1]]) <= 4
+            heads = np.split(wide, np.flatnonzero(np.diff(wide) > 1) + 1)
+            assert len(heads) >= 4
+            for head in heads:
+                widths = across[head]
+                assert (np.diff(widths) <= 0).all(), widths     # its tip is in front
+                assert widths[0] > widths[-1] + 1, widths
+            *on_its_way, last = heads
+            assert across[last[0]] > 1.3 * across[np.concatenate(on_its_way)].max()
+            assert abs(last[-1] - (len(across) - 20)) < 8
+            assert not across[last[-1] + 8:].any(), "nothing goes on behind the last"
+
+
+def ring(picture, place):
+    """Is it drawn upon at the pixels of a circle of radius 6 around a place: (64,) bool."""
+    height, width = picture.shape[:2]
+    turn = np.linspace(0, 2 * np.pi, 64, endpoint=False)
+    x = place[0] * width + 6 * np.cos(turn)
+    y = place[1] * height + 6 * np.sin(turn)
+    return picture[y.round().astype(int), x.round().astype(int), 3] > 100
+
+
+def test_in_a_browser_a_ghost_stays_where_a_point_was_taken():
+    begin = (0.3, 0.5)
+    end = (0.6, 0.5)
+    with served("--fps", 24) as page, browsing(page) as browser:
+        browser.drag(begin, end)
+        browser.hover(BEYOND)
+        picture = browser.drawn()
+        height, width = picture.shape[:2]
+        assert is_colour(picture, COLOURS["drag"])[height // 2, int(0.6 * width)]
+        assert ring(picture, end).all()
+        assert 0.3 < ring(picture, begin).mean() < 0.8          # of dashes
+        between = picture[height // 2, int(0.32 * width):int(0.58 * width), 3] > 80
+        assert 0.3 < between.mean() < 0.8
+        browser.click(end)                                      # removed: nothing is left
+        browser.hover(BEYOND)
+        assert not browser.drawn().any()
+        browser.drag(begin, np.add(begin, (0.02, 0)))
+        browser.hover(BEYOND)
+        assert not ring(browser.drawn(), np.subtract(begin, (0.02, 0))).any()      # hardly moved: none
+        browser.run("actions.clear(), actions.path()")
+        browser.drag(begin, end)
+        browser.run("actions.play()")
+        browser.until("pointsOf(['path', 'drag']).some(({p}) => p[0] > 0.55)")
+        browser.hover(BEYOND)
+        assert 0.3 < ring(browser.drawn(), begin).mean() < 0.8
+
+
+def places_around(side):
+    """Of `side` by `side` places around the middle, 5 % apart."""
+    steps = 0.05 * (np.arange(side) - (side - 1) / 2)
+    places = []
+    for x in steps:
+        for y in steps:
+            places.append((0.5 + x, 0.5 + y))
+    return places
+
+
+def assert_previews(browser, tool, number, side):
+    """What would be placed is shown under the pointer, and nowhere once that is elsewhere."""
+    browser.run(f"actions.{tool}(), $('sides').children[{number}].click()")
+    browser.hover((0.5, 0.5))
+    picture = browser.drawn()
+    height, width = picture.shape[:2]
+    for x, y in places_around(side):
+        *colour, opacity = picture[int(y * height), int(x * width)].tolist()
+        assert 100 < opacity < 200
+        assert np.abs(np.subtract(colour, COLOURS[tool])).max() < 10
+    each = 190 if side == 1 else 105                            # pixels of a disc with its edge
+    assert 0.8 < np.count_nonzero(picture[..., 3]) / (each * side ** 2) < 1.2
+    browser.hover(BEYOND)
+    assert not browser.drawn().any()
+
+
+def pale_pixels(picture):
+    """How many are as opaque as what is not placed yet."""
+    return np.count_nonzero(picture[..., 3] == 0x99)
+
+
+def test_in_a_browser_what_a_click_would_place_is_shown_under_the_pointer():
+    with served("--fps", 24) as page, browsing(page) as browser:
+        for number, side in enumerate((1, 3, 5)):
+            for tool in COLOURS:
+                assert_previews(browser, tool, number, side)
+        assert browser.kinds() == []
+        browser.run("actions.camera()")                         # places nothing
+        browser.hover((0.5, 0.5))
+        assert not browser.drawn().any()
+        browser.run("actions.pin()")
+        browser.hover((0.5, 0.51))
+        assert pale_pixels(browser.drawn()) > 30 * 25
+        browser.click((0.5, 0.5))
+        browser.hover((0.5, 0.51))                              # a click would remove these
+        picture = browser.drawn()
+        assert is_colour(picture, COLOURS["pin"]).sum() > 30 * 25
+        assert pale_pixels(picture) < 50
+
+
+def test_in_a_browser_nothing_is_shown_under_a_mouse_that_the_page_has_come_to_lie_under():
+    with served("--fps", 24) as page, browsing(page, 390) as browser:
+        assert not browser.drawn().any()                        # the mouse may rest at the corner
+        for moved in 0, 1:
+            event = f"new PointerEvent('pointermove', {{clientX: 8, clientY: 8, movementX: {moved}}})"
+            browser.run(f"marks.dispatchEvent({event})")        # the first is one that browsers make up
+            assert browser.drawn()[:20, :20].any() == moved
 
 
 class Fingers:
