@@ -237,9 +237,13 @@ def test_a_causal_student_starts_from_clips_without_a_trajectory():
     with folder() as here:
         before(here)
         more = ["--set", "causal_from=clips", "--set", "steps=7"]       # no multiple of the student's 3
-        with unittest.mock.patch.object(td, "make_trajectories", None), watched("causal_loss") as calls:
+        more += ["--set", "corrupt_context=True"]
+        damage = unittest.mock.patch.object(experiments, "corrupt_context", lambda x0, first: x0 * first)
+        with unittest.mock.patch.object(td, "make_trajectories", None), damage, \
+                watched("causal_loss") as calls:
             train(here, ["causal"], more)
-        _, states, x0, *_ = calls[0].args
+        _, states, x0, _, _, _, past = calls[0].args
+        assert past.equal(3 * x0)
         assert len(states) == 3
         assert x0.shape == states[0].shape
         assert not states[0].equal(x0)
