@@ -1231,7 +1231,7 @@ def test_the_end_of_a_long_rollout_is_judged_beside_the_image_it_began_with():
     assert told["visible"].equal(points["visible"][:, times])
     assert told["ids"] is points["ids"]
     whole, told = td.judged_clip(chunks, 15, first, points)
-    assert whole[:, :, 1:].equal(latents[:, :, 1:])
+    assert whole.equal(latents)
     assert told["tracks"].equal(points["tracks"])
 
 
@@ -1296,7 +1296,7 @@ def causal_loss(x0, past, context):
     for sigma in SMALL.sigmas:
         states.append(add_noise(x0, noise, torch.tensor([sigma, sigma])))
     torch.manual_seed(0)
-    return td.causal_loss(model, states, x0, past, given, context).item()
+    return td.causal_loss(model, states, x0, given, context, past=past).item()
 
 
 def test_causal_loss_sees_the_past_that_the_cache_holds():
@@ -1330,27 +1330,6 @@ def test_causal_loss_without_memory_takes_each_chunk_as_a_clip_of_its_own():
         image = None
     loss = torch.tensor(causal_loss(x0, x0, (0, 0)))
     assert_near(loss, total / x0.numel(), 1e-5)
-
-
-def test_a_corrupted_context_shows_frame_0_in_a_rectangle_of_half_of_the_clips():
-    x0 = rand(400, 2, 6, 8, 8)
-    torch.manual_seed(0)
-    past = td.corrupt_context(x0, 3)
-    changed = (past != x0).any(1)                               # (B, F, h, w)
-    frame_0 = x0[:, :, :1].expand_as(x0)
-    everywhere = changed[:, None].expand_as(x0)
-    assert past[everywhere].equal(frame_0[everywhere])
-    assert not changed[:, :3].any()                             # the first chunk
-    late = changed[:, 3:].any((2, 3))
-    assert late.float().mean() > 0.3
-    hit = changed.any((1, 2, 3))                                # of each clip
-    share = hit.float().mean()
-    assert 0.3 < share < 0.55, share                            # some rectangles are empty
-    for mask in changed[:, 3]:                                  # (h, w)
-        if mask.any():
-            y, x = mask.nonzero(as_tuple=True)
-            rectangle = mask[y.min():y.max() + 1, x.min():x.max() + 1]
-            assert rectangle.all()
 
 
 # --------------------------------------------------------------------------------------------------

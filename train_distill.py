@@ -67,9 +67,9 @@ from tqdm import tqdm
 
 from motionstream import (FRAMES, PRESETS, Config, MotionStream, UserError, add_noise,
                           cell_of, channel_std, chunk_sizes, euler, guided_velocity, image_inputs,
-                          latent_frames, linear_part, motion_inputs, naming, new_model, rollout,
-                          same_sigma, save_pretrained, schedule, shift_sigma, split_conditions,
-                          start_points, to_x0, track_ids, video_frames, with_first, write_file)
+                           latent_frames, linear_part, motion_inputs, naming, new_model, rollout,
+                           same_sigma, save_pretrained, shift_sigma, split_conditions, start_points,
+                           to_x0, track_ids, video_frames, with_first, write_file)
 
 # --------------------------------------------------------------------------------------------------
 # The losses: functions of tensors and networks, independent of the rest of this file.
@@ -83,8 +83,9 @@ def first_latent_of(config, x0):
 # Stage 2, the teacher.
 
 def draw_sigma(batch, shift, p_pure_noise, p_uniform):
-    """Noise levels (B,), shifted (appendix D). Before the shift a share p_uniform is uniform, like
-    the sampler's and score_sigma's, the rest logit-normal [O]. A share p_pure_noise is 1."""
+    """Draw noise levels (B,). Before the shift (appendix D), sigma is uniform in a share p_uniform
+    of the clips, as in the sampler and score_sigma, and logit-normal in the rest [O]. In a share
+    p_pure_noise of all clips sigma is 1."""
     normal = torch.randn(batch)
     chance = torch.rand(batch)
     uniform = torch.special.ndtr(normal)        # the normal's CDF: no extra random numbers
@@ -94,11 +95,12 @@ def draw_sigma(batch, shift, p_pure_noise, p_uniform):
 
 
 def flow_loss(model, x0, sigma, conditions, first_latent, cell_weight=1.0, channel_weight=1.0):
-    """Rectified flow (appendix D): mean squared error of the velocity of x0 (B, C, F, h, w), noised
-    to sigma (B,). first_latent (B, C, 1, h, w): the clean image, excluded from the loss; None: it
-    is among the conditions. cell_weight (B, F, h, w), channel_weight (B, C, 1, 1, 1): weights of
-    the error. (channel_weight depends on sigma alone, so the minimum is the same; cell_weight may
-    know tracks that the conditions leave out, which draws the minimum towards what moves.)"""
+    """Rectified flow (appendix D): noise x0 (B, C, F, h, w) to sigma (B,); return the mean squared
+    error of the model's velocity. first_latent (B, C, 1, h, w): the clean image, excluded from the
+    loss; None: the image is among the conditions. cell_weight (B, F, h, w), channel_weight
+    (B, C, 1, 1, 1): weights of the error. (channel_weight depends on sigma alone and leaves the
+    minimum where it is. cell_weight may depend on tracks that the conditions leave out; then the
+    minimum moves towards what moves.)"""
     noise = torch.randn_like(x0)
     x_t, sigma_frames = with_first(add_noise(x0, noise, sigma), sigma, first_latent)
     velocity = model(x_t, sigma_frames, **conditions)
@@ -113,13 +115,15 @@ def flow_loss(model, x0, sigma, conditions, first_latent, cell_weight=1.0, chann
 
 # Stage 3, causal initialisation (section 3.2): the student sees the past only through the cache.
 
-def causal_loss(model, states, x0, past, conditions, context, channel_weight=1.0):
+def causal_loss(model, states, x0, conditions, context, channel_weight=1.0, past=None):
     """Regression through the KV cache (section 3.2): each chunk predicts its clean end, x0
     (B, C, F, h, w), from its own state at a random noise level and a cache of `context`
-    (sink, window) over the chunks of `past`: x0, or x0 corrupted.
+    (sink, window) that holds the chunks before it.
 
     states: one (B, C, F, h, w) per noise level of the model. channel_weight (1, C, 1, 1, 1):
-    weights of the error."""
+    weights of the error. past: written to the cache in place of x0."""
+    if past is None:
+        past = x0
     sink, window = context
     caches = model.new_caches(sink=sink, window=window)
     sigmas = model.config.sigmas
@@ -132,7 +136,7 @@ def causal_loss(model, states, x0, past, conditions, context, channel_weight=1.0
         now = slice(start, stop)
         target = x0[:, :, now]
         step = int(torch.randint(0, len(sigmas), ()))
-        sigma = same_sigma(sigmas[step], x0).float()
+        sigma = same_sigma(sigmas[step], x0)
         first_latent = None
         if start == 0:
             first_latent = first_latent_of(model.config, target)
@@ -149,12 +153,14 @@ def causal_loss(model, states, x0, past, conditions, context, channel_weight=1.0
 
 
 def rollout_loss(student, x0, conditions, first_latent, exit_step, weight=1.0):
-    """Regression on own rollouts (ours): the squared error of what the student makes of pure noise,
-    chunk by chunk as at inference, against the true clips x0 (B, C, F, h, w). So it learns to
-    continue its own past, faults included. This is Self-Forcing's rollout with regression in place
-    of DMD: it predicts the mean of all plausible videos, which is blurred where they differ.
+    """Regression on own rollouts (ours): roll the student out from pure noise, chunk by chunk as at
+    inference; return the squared error against the true clips x0 (B, C, F, h, w). So the student
+    learns to continue its own past, faults included. This is Self-Forcing's rollout with regression
+    in place of DMD: the student predicts the mean of all plausible videos, blurred where they
+    differ.
 
-    first_latent, exit_step: see motionstream.rollout. weight: of cells or channels, broadcast."""
+    first_latent, exit_step: see motionstream.rollout. weight: weights of cells or channels,
+    broadcast over x0."""
     noise = torch.randn_like(x0)
     chunks = list(chunk_sizes(student.config, x0.shape[2]))
     made = rollout(student, noise, conditions, first_latent, exit_step)
@@ -188,22 +194,24 @@ def real_and_fake(x0, sigma, teacher, critic, conditions, first_latent):
 def dmd_loss(x0, teacher, critic, conditions, first_latent, shift, weight=1.0):
     """The generator's loss on its own latents x0 (B, C, F, h, w), eq. 3: its gradient is
     (fake - real) / mean |x0 - real|, from real_and_fake at one sigma per clip (DMD eq. 7, 8).
-    first_latent (B, C, 1, h, w): the image, on which both agree, so that its gradient is zero;
-    None: it is among the conditions. shift: of the noise levels, see score_sigma. weight: of clips
-    or channels, broadcast over x0."""
+    first_latent (B, C, 1, h, w): the image, on which teacher and critic agree, so that its gradient
+    is zero; None: the image is among the conditions. shift: shifts the noise levels, see
+    score_sigma. weight: weights of clips or channels, broadcast over x0."""
     sigma = score_sigma(len(x0), shift, x0.device)
     real, fake = real_and_fake(x0, sigma, teacher, critic, conditions, first_latent)
     with torch.no_grad():
         distance = (x0 - real).abs().mean((1, 2, 3, 4), keepdim=True)
         direction = (fake - real) / distance.clamp(min=1e-6)    # a perfect clip has distance 0
         target = x0 - direction
+    # Frame 0 counts in both means, unlike in flow_loss, although the image has no error there. The
+    # two factors cancel: the gradient is as if it counted in neither.
     return 0.5 * ((x0 - target).square() * weight).mean()
 
 
 def critic_loss(x0, critic, conditions, first_latent, shift, channel_weight=lambda sigma: 1.0):
     """The critic's loss (eq. 4): rectified flow on the generator's own latents x0 (B, C, F, h, w),
     without guidance, at the noise levels of score_sigma. first_latent: see flow_loss.
-    channel_weight: a function of sigma (B,) that returns flow_loss's."""
+    channel_weight: a function that maps sigma (B,) to flow_loss's channel_weight."""
     sigma = score_sigma(len(x0), shift, x0.device)
     weight = channel_weight(sigma)
     return flow_loss(critic, x0.detach(), sigma, conditions, first_latent, channel_weight=weight)
@@ -218,71 +226,72 @@ class Learning:
     muon: float | None              # Muon's learning rate, for hidden matrices; None: AdamW for all
     adam: float                     # AdamW's learning rate, for the rest
     betas: tuple = (0.9, 0.99)      # of AdamW [O]
-    ema: float = 0.0                # decay of the weights' moving average; 0: no average
+    ema: float = 0.0                # decay of the weights' moving average; 0: no average [O]
     weight_decay: float = 0.01      # [O]
     clip_norm: float = 1.0          # largest gradient norm [O]
     warm_up: int = 20               # updates over which the learning rate rises [O]
-    decay: float = 0.4              # last share of the updates, over which it falls to 0 [O]
+    decay: float = 0.4              # share of the updates, the last, over which it falls to 0 [O]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The training settings. The defaults are the tiny model's [O].
+    """The training settings. The defaults are the tiny model's.
 
     A micro-step is a forward and backward pass over `batch` clips in one process. An update uses
     the mean gradient of STAGE_accumulate micro-steps, divided among the processes."""
     # data
-    clip_frames: int = 45           # 12 latent frames, 4 chunks of 3
-    batch: int = 4                  # clips per micro-step
-    clips: int = 4096               # rendered for teacher and distillation
-    trajectories: int = 480         # of the teacher, for the stage causal; see causal_from
-    vae_clips: int = 256            # rendered for the vae
-    vae_batch: int = 8              # crops per micro-step
+    clip_frames: int = 45           # 12 latent frames, 4 chunks of 3 [O]
+    batch: int = 4                  # clips per micro-step [O]
+    clips: int = 4096               # rendered for teacher and distillation [O]
+    trajectories: int = 480         # of the teacher, for the stage causal; see causal_from [O]
+    vae_clips: int = 256            # rendered for the vae [O]
+    vae_batch: int = 8              # crops per micro-step [O]
     # length: updates, and micro-steps per update over all processes
-    vae_updates: int = 400
-    teacher_updates: int = 6000
-    causal_updates: int = 800
-    distill_updates: int = 1200     # critic updates
-    vae_accumulate: int = 1
-    teacher_accumulate: int = 1
-    causal_accumulate: int = 1
-    distill_accumulate: int = 1
+    vae_updates: int = 400          # [O]
+    teacher_updates: int = 6000     # [O]
+    causal_updates: int = 800       # [O]
+    distill_updates: int = 1200     # critic updates [O]
+    vae_accumulate: int = 1         # [O]
+    teacher_accumulate: int = 1     # [O]
+    causal_accumulate: int = 1      # [O]
+    distill_accumulate: int = 1     # [O]
     # optimizers
-    vae: Learning = Learning(None, 3e-4)
-    teacher: Learning = Learning(0.015, 3e-3, ema=0.99)
-    causal: Learning = Learning(2e-3, 1e-3, ema=0.98)
-    generator: Learning = Learning(1e-3, 1e-4, betas=(0.0, 0.99), ema=0.98)
-    critic: Learning = Learning(2e-3, 2e-4, betas=(0.0, 0.99))
+    vae: Learning = Learning(None, 3e-4)                                            # [O]
+    teacher: Learning = Learning(0.015, 3e-3, ema=0.99)                             # [O]
+    causal: Learning = Learning(2e-3, 1e-3, ema=0.98)                               # [O]
+    generator: Learning = Learning(1e-3, 1e-4, betas=(0.0, 0.99), ema=0.98)         # [O]
+    critic: Learning = Learning(2e-3, 2e-4, betas=(0.0, 0.99))                      # [O]
     # teacher
-    dense_share: float = 0.25       # first share of the updates, which sees all tracks
-    whole_every: int = 4            # every n-th update trains on whole clips,
-    short_latents: int = 6          # the others on clips of so many latent frames, twice the batch
-    p_pure_noise: float = 0.5       # share of clips at sigma 1, where only the conditions help
-    p_uniform_sigma: float = 0.0    # share with sigma uniform before the shift, see draw_sigma
-    track_weight: float = 4.0       # loss weight of cells that a track touches, minus 1
-    p_no_text: float = 0.1          # share of clips with null text, for guidance (section 3.1)
-    p_no_tracks: float = 0.1        # share of clips without tracks, likewise
+    dense_share: float = 0.25       # first share of the updates, which sees all tracks [O]
+    whole_every: int = 4            # every n-th update trains on whole clips, [O]
+    short_latents: int = 6          # the others on clips of so many latents, twice the batch [O]
+    p_pure_noise: float = 0.5       # share of clips at sigma 1: only the conditions help there [O]
+    p_uniform_sigma: float = 0.0    # share with sigma uniform before the shift, see draw_sigma [O]
+    track_weight: float = 4.0       # loss weight of cells that a track touches, minus 1 [O]
+    p_no_text: float = 0.1          # share of clips with null text, for guidance (3.1) [O]
+    p_no_tracks: float = 0.1        # share of clips without tracks, likewise [O]
     # choice of tracks
-    track_what_moves: bool = True   # all that moves has at least one track, see user_tracks
+    track_what_moves: bool = True   # all that moves has a track at least, see user_tracks [O]
     p_sparse: float = 0.5           # share of clips with few or no tracks, in batches without
-                                    # object labels, see given_tracks
+                                    # object labels, see given_tracks [O]
     # causal
-    causal_from: str = "rollouts"   # rollout_loss; "trajectories" (the paper's), "clips":
-                                    # causal_loss on the teacher's, or on noised clips
-    corrupt_context: bool = True    # see corrupt_context; unused with rollouts
+    causal_from: str = "rollouts"   # own rollouts [O]; "trajectories" of the teacher [P]; "clips"
+                                    # with noise, see extras/experiments.py [O]
+    corrupt_context: bool = True    # damage the past, see extras/experiments.py; unused with
+                                    # rollouts [O]
     # distill
     critic_steps: int = 5           # critic updates per generator update (appendix D) [P]
-    rollout: int = 16               # chunks of the longest rollout, but at least a clip's
-    neutral_long_rollouts: bool = True      # neutral text beyond a clip: its light has faded
-    drawn_memory: bool = False      # draw each rollout's chunk, sink, window, see draw_plan
-    beta: float = 0.5               # clip weight is exp(reward / beta) (Reward Forcing, eq. 11)
+    rollout: int = 16               # chunks of the longest rollout, but at least a clip's [O]
+    neutral_long_rollouts: bool = True      # neutral text in rollouts longer than a clip: its light
+                                            # has faded by then [O]
+    beta: float = 0.5               # clip weight exp(reward / beta) (Reward Forcing, eq. 11) [O]
     export_every: int = 0           # updates between exported weights, except the vae's; 0: none
     # distributed
     shard_gradients: bool = False   # reduce them every micro-step: less memory, more traffic
     # checkpoints
     checkpoint_minutes: float = 5   # between checkpoints; a signal also causes one
     # dry run
-    tflops: float = 396             # TFLOP/s of a GPU: 40 % of an H100's 989 in bfloat16
+    tflops: float = 396             # TFLOP/s of a GPU: 40 % of an H100's 989 in bfloat16 [O]
 
 
 TINY = Settings()
@@ -404,9 +413,9 @@ class Run:
         return Path(self.files[name])
 
     def checksum(self, name):
-        """What tells the content of weights: a checksum of their tensors or, without extras, of
-        size and time."""
-        guard = extra("guard")
+        """Checksum of the weights `name`: of their tensors or, without extras/, of the file's size
+        and time."""
+        guard = if_there("guard")
         if guard:
             return guard.weights_digest(self.path(name))
         about = self.path(name).stat()
@@ -433,8 +442,9 @@ class Run:
 
 
 @functools.cache
-def extra(name):
-    """A module of extras/ that a training does without; None, said once, in a copy that lacks it."""
+def if_there(name):
+    """The module extras/NAME.py, without which a training runs too; None if this copy lacks it,
+    which is printed once."""
     try:
         return importlib.import_module(f"extras.{name}")
     except ModuleNotFoundError:
@@ -493,9 +503,9 @@ def from_first(value):
 
 
 def shard(model):
-    """Shard a MotionStream's parameters over the processes, in place; a VAE stays whole. A block's
-    are gathered while it runs, all others while the model runs. They are gathered in float32,
-    which autocast rounds as in one process."""
+    """Shard a MotionStream's parameters over the processes, in place; a VAE stays whole. FSDP
+    gathers a block's parameters while the block runs and all others while the model runs. It
+    gathers them in float32, so that autocast rounds them as in one process."""
     if PROCESSES == 1 or not isinstance(model, MotionStream):
         return model
     mesh = dist.init_device_mesh(next(model.parameters()).device.type, (PROCESSES,))
@@ -509,8 +519,8 @@ def shard(model):
 
 @contextlib.contextmanager
 def gathered(model):
-    """Keep a sharded MotionStream's parameters gathered in here from their first use on: chunks
-    gather them once, not each anew. In return each process holds all of them meanwhile."""
+    """Keep a sharded MotionStream's parameters gathered in here from their first use on, so that a
+    rollout gathers them once, not once a chunk. Meanwhile each process holds all parameters."""
     if not isinstance(model, FSDPModule):
         yield
         return
@@ -524,6 +534,7 @@ def gathered(model):
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)     # in process 0; others get {}
 SHARED = StateDictOptions(full_state_dict=True, broadcast_from_rank0=PROCESSES > 1)
+PARTLY = replace(SHARED, strict=False)      # optimizers hold nothing of parameters without gradient
 
 
 # --------------------------------------------------------------------------------------------------
@@ -577,6 +588,8 @@ class Muon(torch.optim.Optimizer):
         """Update by the orthogonalised Nesterov momentum of the gradients."""
         for group in self.param_groups:
             for p in group["params"]:
+                if p.grad is None:              # the loss did not reach it
+                    continue
                 self.step_of(p, group["lr"], group["momentum"], group["weight_decay"])
 
     def step_of(self, p, rate, momentum, weight_decay):
@@ -602,8 +615,8 @@ class Learner:
     """A network, its optimizers and the moving average (EMA) of its weights, all sharded, see
     `shard`. Call `backward` for each micro-step of an update, then `update`.
 
-    how: Learning. updates: their total, for the learning rate's decay; 0: no decay. accumulate:
-    micro-steps per update, over all processes. shard_gradients: see backward."""
+    how: Learning. updates: number of updates after which the learning rate is 0; 0: no decay.
+    accumulate: micro-steps per update, over all processes. shard_gradients: see backward."""
 
     def __init__(self, name, model, how, updates=0, accumulate=1, shard_gradients=False):
         self.name = name
@@ -640,9 +653,9 @@ class Learner:
         return optimizers + [adam]
 
     def backward(self, loss):
-        """Accumulate the gradient of a micro-step's loss. The last micro-step of an update
-        averages it over the processes; until then each keeps its own, unsharded. With
-        shard_gradients every micro-step does, and each process keeps a shard."""
+        """Accumulate the gradient of a micro-step's loss. Each process keeps its own whole gradient
+        until the last micro-step of an update averages them over the processes. With
+        shard_gradients every micro-step averages them, and each process keeps a shard."""
         self.micro_steps += 1
         if self.sharded:
             last = self.micro_steps == self.accumulate
@@ -673,7 +686,7 @@ class Learner:
     def clip_gradient(self):
         """Average the gradient over the processes and clip its norm to how.clip_norm. Returns the
         norm before clipping."""
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
         if not self.sharded:
             for p in parameters:
                 mean_processes(p.grad)
@@ -707,7 +720,7 @@ class Learner:
         """Load what state_dict returned: `state` in process 0, {} in the others. Collective."""
         of_optimizers = state.get("optimizer", {})
         set_model_state_dict(self.model, state.get("model", {}), options=SHARED)
-        set_optimizer_state_dict(self.model, self.optimizers, of_optimizers, options=SHARED)
+        set_optimizer_state_dict(self.model, self.optimizers, of_optimizers, options=PARTLY)
         if self.averaged is not None:
             set_model_state_dict(self.averaged, state.get("average", {}), options=SHARED)
 
@@ -734,11 +747,11 @@ def save_checkpoint(folder, stage, updates, settings, learners):
 
 def load_checkpoint(folder, stage, settings, learners):
     """Load a stage's newest checkpoint, read by process 0, into the learners. Returns its number
-    of updates; 0 without one. UserError if it is of other settings or learners."""
+    of updates, or 0 if there is no checkpoint. UserError if it has other settings or learners."""
     checkpoint = {"updates": 0, "learners": {}}
     paths = sorted(folder.glob(f"{stage}.*.checkpoint.pt"))
     if paths and RANK == 0:
-        guard = extra("guard")
+        guard = if_there("guard")
         if guard:
             checkpoint = guard.newest_checkpoint(paths, stage, settings)
         else:
@@ -902,17 +915,17 @@ class Batch:
     latents: torch.Tensor       # (B, C, F, h, w), float32
     conditions: dict            # inputs passed on as they are: text; image, clip if needed
     points: dict                # for motion_inputs: tracks (B, T, N, 2), visible, ids; start, image
-    touched: torch.Tensor       # (B, F, h, w): 1 at and beside cells of objects or tracks
+    counted: torch.Tensor       # (B, T, N) bool: tracks of objects or, without objects, given ones
 
     def to(self, device):
         conditions = {name: value.to(device) for name, value in self.conditions.items()}
         points = {name: value.to(device) for name, value in self.points.items()}
-        return Batch(self.latents.to(device), conditions, points, self.touched.to(device))
+        return Batch(self.latents.to(device), conditions, points, self.counted.to(device))
 
 
 def clip_files(folder):
-    """The clips in a folder and those below it, sorted. Links are followed; each folder counts
-    once, whatever leads to it. UserError if one cannot be read."""
+    """Find the clips in a folder and in all folders below, sorted. Links are followed; each folder
+    counts once, however many links lead to it. UserError if a folder cannot be read."""
     def refuse(error):
         raise UserError(f"{error.filename}: {error.strerror}; make it readable, or move it away")
 
@@ -933,7 +946,7 @@ def clip_files(folder):
 
 def clip_digests(run):
     """{name: digest} of the clips of --data, read by process 0; {} without --data, or extras."""
-    guard = extra("guard")
+    guard = if_there("guard")
     if not run.data or not guard:
         return {}
     digests = guard.read_digests(run.data, run.out / "clips.json") if RANK == 0 else None
@@ -949,18 +962,18 @@ def read_header(file):
             return shapes, clip.metadata() or {}
 
 
-def clip_latents(shapes):
-    """Latent frames of a clip, encoded or not."""
+def latents_in(shapes):
+    """Number of latent frames of a clip, encoded or not; shapes: see read_header."""
     if "latents" in shapes:
         return shapes["latents"][1]
     return latent_frames(shapes["video"][1])
 
 
 def open_clips(folder, config, frames, track_frames, vae=None):
-    """Files of the clips in a folder with at least `frames` latents and tracks of `track_frames`
-    video frames. UserError, one line, if a clip is invalid, or none is left. vae: checksum of the
-    VAE that latents should be of."""
-    guard = extra("guard")
+    """Find the clips in a folder that have at least `frames` latents; returns their files.
+    UserError, one line, if a clip is invalid, if its tracks cover fewer than `track_frames` video
+    frames, or if no clip is long enough. vae: checksum of the VAE that should have made latents."""
+    guard = if_there("guard")
     files = clip_files(folder)
     long_enough = []
     for file in files:
@@ -968,7 +981,7 @@ def open_clips(folder, config, frames, track_frames, vae=None):
         if guard:
             guard.check_clip(file, shapes, config, track_frames)
             guard.check_latents(file, metadata, vae)
-        if clip_latents(shapes) >= frames:
+        if latents_in(shapes) >= frames:
             long_enough.append(file)
     if not long_enough:
         raise UserError(f"{folder}: {len(files)} clips, none of {video_frames(frames)} frames")
@@ -983,8 +996,8 @@ def write_clip(path, tensors):
 
 
 def training_clips(run, frames):
-    """Files of encoded clips, of at least `frames` latents, for all stages but the first: those of
-    --data, where video is encoded, or of the drawn world."""
+    """Files of encoded clips for all stages but the first: the clips of --data that have at least
+    `frames` latents, encoded here if they hold video; without --data, rendered clips."""
     if not run.data:
         from extras.clips import encode_video
         from extras.world import rendered_clips
@@ -1050,7 +1063,7 @@ STILL = 2.0             # pixels; what moves no farther is at rest
 
 def goes_anywhere(tracks, visible, mine):
     """True where an object (or the ground) moves, judged by its tracks: (B, 1). tracks
-    (B, T, N, 2), visible (B, T, N); mine (B, N): which of them are its own."""
+    (B, T, N, 2), visible (B, T, N); mine (B, N): which tracks are on the object."""
     away = tracks - start_points(tracks, visible)[:, None]
     away = away.norm(dim=-1).nan_to_num(0)                                  # (B, T, N)
     away = away.masked_fill(~(visible & mine[:, None]), 0)
@@ -1059,14 +1072,14 @@ def goes_anywhere(tracks, visible, mine):
 
 def user_tracks(visible, group, tracks=None):
     """Visibility (B, T, N) of random ground-truth tracks such as a user might draw: from nothing or
-    a single drag to the dense grid, some starting or ending midway, and in a fifth of the clips a
-    pause of all of them (section 3.1). group (B, N): each track's object, its first track the
-    centre; -1: the ground.
+    a single drag to the dense grid. Some tracks start or end midway; in a fifth of the clips all
+    tracks pause for a while (section 3.1). group (B, N): each track's object, whose first track is
+    its centre; -1: the ground.
 
     tracks (B, T, N, 2), if given: every object that moves, and a moving ground, keep at least one
     track, which a pause or an early end may hide for a while. So a model learns that whatever has
-    no track stays put; otherwise it would have to predict the mean of everything that could happen
-    [O]."""
+    no track stays put. Otherwise the model would have to predict the mean of everything that could
+    happen [O]."""
     B, T, N = visible.shape
     keep = torch.zeros(B, N, dtype=torch.bool)
     for thing in range(int(group.max()) + 1):
@@ -1129,11 +1142,19 @@ def touched_cells(tracks, visible, config):
     height, width = config.size
     cell = cell_of(tracks, config.stride, height, width)
     cell = cell.masked_fill(~visible, h * w)                    # hidden: past the last cell
-    touched = torch.zeros(*cell.shape[:2], h * w + 1).scatter_(2, cell, 1.0)
+    touched = torch.zeros(*cell.shape[:2], h * w + 1, device=cell.device)
+    touched = touched.scatter_(2, cell, 1.0)
     touched = touched[..., :-1]                                 # (B, T, h w)
     touched = F.pad(touched, (0, 0, FRAMES - 1, 0))             # as the VAE packs frame 0
     touched = touched.unflatten(1, (-1, FRAMES)).amax(2)        # (B, F, h w)
     return F.max_pool2d(touched.unflatten(2, (h, w)), 3, 1, 1)
+
+
+def weight_of_cells(run, batch):
+    """Weight (B, F, h, w) of each cell's error: more than 1 at and beside cells of objects or, in
+    a batch without objects, of given tracks."""
+    touched = touched_cells(batch.points["tracks"], batch.counted, run.config)
+    return 1 + run.settings.track_weight * touched
 
 
 def draw_batch(run, files, count, frames, *, dense=False, first_only=False):
@@ -1155,18 +1176,29 @@ def draw_batch(run, files, count, frames, *, dense=False, first_only=False):
     if config.copies:
         points["start"] = start_points(tracks, true)
         points["image"] = clips["first"].float() / 127.5 - 1
-    counted = true & on_object[:, None] if on_object.any() else visible
-    touched = touched_cells(tracks, counted, config)
-    return Batch(latents, conditions, points, touched).to(run.device)
+    counted = visible
+    if on_object.any():
+        counted = true & on_object[:, None]
+    return Batch(latents, conditions, points, counted).to(run.device)
 
 
 def latent_weight(vae, config, sigma):
-    """Weight of squared velocity errors at sigma (B,) that turns them into errors of pixels and of
-    the network behind linear_part: (B, C, 1, 1, 1); 1 for latents of unit variance."""
+    """Weight (B, C, 1, 1, 1) of squared velocity errors at sigma (B,): 1 for latents of unit
+    variance, else (ours) V * pixel_weight^2, where V is the variance of x_t.
+
+    The velocity holds std / sqrt(V) times the network's output (with_linear_part), so V times its
+    squared error is std^2 times that of the output: no noise level outweighs the others, and a
+    channel counts by its variance. pixel_weight turns errors of latents into errors of pixels."""
     if not config.latent_std:
         return 1.0
     _, variance = linear_part(sigma, channel_std(config, sigma.device))
     return variance * vae.pixel_weight().view(1, -1, 1, 1, 1) ** 2
+
+
+def x0_weight(vae, config, device):
+    """Weight (1, C, 1, 1, 1) of squared errors of x0: latent_weight at sigma 1, where x0 is
+    x_t - velocity and both have the same error."""
+    return latent_weight(vae, config, torch.ones(1, device=device))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1203,20 +1235,20 @@ def loss_of_teacher(run, model, vae, batch):
     sigma = draw_sigma(len(x0), run.config.shift, s.p_pure_noise, s.p_uniform_sigma)
     sigma = sigma.to(run.device)
     first_latent = first_latent_of(run.config, x0)
-    cell_weight = 1 + s.track_weight * batch.touched
     with run.autocast():
         motion = drop(motion_inputs(model, **batch.points, vae=vae), s.p_no_tracks)
         text = drop({"text": batch.conditions["text"]}, s.p_no_text)
         conditions = batch.conditions | motion | text
         channel_weight = latent_weight(vae, model.config, sigma)
+        cell_weight = weight_of_cells(run, batch)
         return flow_loss(model, x0, sigma, conditions, first_latent, cell_weight, channel_weight)
 
 
 def train_teacher(run):
     """Stage 2: rectified flow on whole and short clips, given the image, text and tracks.
 
-    All tracks are given at first, as in the paper's first stage: the model then learns sooner what
-    they mean. That shows early in extras/watch.py, but not in the flow loss."""
+    All tracks are given at first, as in the paper's first stage: so the model learns sooner what
+    tracks mean. The numbers of extras/watch.py show that early, the flow loss does not."""
     s = run.settings
     files = training_clips(run, run.clip_latents)
     held_back = files[:max(len(files) // 20, 1)]
@@ -1226,7 +1258,7 @@ def train_teacher(run):
     model.recompute_blocks(run.checkpointing)
     learner = Learner("teacher", model, s.teacher, s.teacher_updates, s.teacher_accumulate,
                       s.shard_gradients)
-    watch = extra("watch")
+    watch = if_there("watch")
     loop = Loop(run, "teacher", s.teacher_updates, learner)
     for update in loop:
         dense = update < int(s.dense_share * s.teacher_updates)
@@ -1268,8 +1300,9 @@ def teacher_trajectories(run, teacher, vae, batch):
 
 
 def make_trajectories(run, files):
-    """Files of one trajectory and its conditions each, made now or in an earlier run, divided
-    among the processes. The folder's name holds a digest of their sources."""
+    """Make the teacher's trajectories that no earlier run made, divided among the processes; return
+    their files. Each holds a trajectory and its conditions. The folder's name holds a digest of
+    what the trajectories depend on."""
     s = run.settings
     each = 2 * s.batch
     weights = [run.checksum("vae"), run.checksum("teacher")]
@@ -1305,51 +1338,29 @@ def draw_trajectories(run, files, count):
     return states, x0, points, clips
 
 
-def draw_noised_clips(run, files, count):
-    """As draw_trajectories, but from clips: x0 is the ground truth, the states are noised x0. This
-    trains the causal flow of the data, unguided: teacher forcing on clean latents, which needs no
-    trajectories. (Few-step consistency, a usual next step, is not done here.)"""
-    batch = draw_batch(run, files, count, run.clip_latents)
-    x0 = batch.latents
-    noise = torch.randn_like(x0)
-    sigmas = [same_sigma(sigma, x0).float() for sigma in run.config.sigmas]
-    states = [add_noise(x0, noise, sigma) for sigma in sigmas]
-    return states, x0, batch.points, batch.conditions
-
-
-def corrupt_context(x0, first):
-    """Corrupted-context augmentation: imitates a faulty memory of clean latents x0
-    (B, C, F, h, w). In half of the clips, a rectangle of all chunks but the first shows frame 0
-    again, so what left it is back and what entered is gone. Meant to teach the student not to pass
-    such faults on. first: latent frames of the first chunk."""
-    B, _, frames, h, w = x0.shape
-    low, high = torch.rand(2, 2, B, 1, 1).sort(0).values        # each of rows and columns
-    y = torch.arange(h)[:, None] / h
-    x = torch.arange(w) / w
-    inside = (low[0] <= y) & (y < high[0]) & (low[1] <= x) & (x < high[1])      # (B, h, w)
-    inside = inside & (torch.rand(B, 1, 1) < 0.5)
-    late = torch.arange(frames)[:, None, None] >= first
-    corrupt = (inside[:, None, None] & late).to(x0.device)      # (B, 1, F, h, w)
-    return torch.where(corrupt, x0[:, :, :1], x0)
-
-
-def loss_on_states(run, student, vae, files, channel_weight, update):
-    """causal_loss in a random context, on trajectories of the teacher or on noised clips."""
-    s = run.settings
-    draw = draw_trajectories if s.causal_from == "trajectories" else draw_noised_clips
-    states, x0, points, conditions = draw(run, files, s.batch)
+def loss_in_context(run, student, vae, drawn, channel_weight):
+    """causal_loss with a random sink and window, in three of eight draws the model's own. drawn:
+    what draw_trajectories returns."""
+    states, x0, points, conditions = drawn
     own = (run.config.sink, run.config.window)
     contexts = (own, own, own) + CONTEXTS
     context = contexts[int(torch.randint(0, len(contexts), ()))]
     conditions = conditions | motion_inputs(student, **points, vae=vae)
-    past = x0
-    if s.corrupt_context:
+    past = None
+    if run.settings.corrupt_context:
+        from extras.experiments import corrupt_context
         past = corrupt_context(x0, next(chunk_sizes(run.config)))
-    return causal_loss(student, states, x0, past, conditions, context, channel_weight)
+    return causal_loss(student, states, x0, conditions, context, channel_weight, past)
+
+
+def loss_on_trajectories(run, student, vae, files, channel_weight, update):
+    """loss_in_context on random trajectories of the teacher."""
+    drawn = draw_trajectories(run, files, run.settings.batch)
+    return loss_in_context(run, student, vae, drawn, channel_weight)
 
 
 def loss_on_rollouts(run, student, vae, files, channel_weight, update):
-    """rollout_loss on random clips. All processes end at the same step of an update, or their
+    """rollout_loss on random clips. In an update all processes have the same exit step, or their
     collectives would deadlock."""
     s = run.settings
     batch = draw_batch(run, files, s.batch, run.clip_latents)
@@ -1358,13 +1369,12 @@ def loss_on_rollouts(run, student, vae, files, channel_weight, update):
     conditions = batch.conditions | motion_inputs(student, **batch.points, vae=vae)
     x0 = batch.latents
     first_latent = first_latent_of(run.config, x0)
-    cell_weight = 1 + s.track_weight * batch.touched[:, None]           # (B, 1, F, h, w)
-    weight = channel_weight * cell_weight
+    weight = channel_weight * weight_of_cells(run, batch)[:, None]          # (B, C, F, h, w)
     return rollout_loss(student, x0, conditions, first_latent, exit_step, weight)
 
 
-CAUSAL_FROM = {"trajectories": loss_on_states, "clips": loss_on_states,
-               "rollouts": loss_on_rollouts}
+# Where the student's training begins. extras/experiments.py adds "clips".
+CAUSAL_FROM = {"trajectories": loss_on_trajectories, "rollouts": loss_on_rollouts}
 
 
 def to_be_trained(run, model):
@@ -1376,8 +1386,8 @@ def to_be_trained(run, model):
 
 
 def train_causal(run):
-    """Stage 3: the student, initialised from the teacher, learns from ODE trajectories, clips or
-    its own rollouts, see CAUSAL_FROM."""
+    """Stage 3: the student, initialised from the teacher, learns from ODE trajectories or its own
+    rollouts, see CAUSAL_FROM."""
     s = run.settings
     loss_of = CAUSAL_FROM[s.causal_from]
     files = training_clips(run, run.clip_latents)       # collective: call it in all processes
@@ -1385,7 +1395,7 @@ def train_causal(run):
         files = make_trajectories(run, files)
     vae = run.load_vae()
     student = to_be_trained(run, run.load("teacher", causal=True, **run.context))
-    weight = latent_weight(vae, student.config, torch.ones(1, device=run.device))
+    weight = x0_weight(vae, student.config, run.device)
     learner = Learner("causal", student, s.causal, s.causal_updates, s.causal_accumulate,
                       s.shard_gradients)
     loop = Loop(run, "causal", s.causal_updates, learner)
@@ -1403,37 +1413,38 @@ def train_causal(run):
 # --------------------------------------------------------------------------------------------------
 # Stage 4: distillation, see dmd_loss and critic_loss.
 
-DRAWN_CONTEXTS = tuple(itertools.product((1, 3, 5), (0, 1, 2, 3), (1, 2, 4)))  # chunk, sink, window
+def draw_plan(run, update, learner):
+    """Plan the rollouts for an update of `learner`, "generator" or "critic": (number of chunks,
+    exit step, cache context as fields of Config). Half of the plans are longer than a clip. All
+    processes draw the same plan, or their collectives would deadlock."""
+    rng = torch.Generator().manual_seed(seed_of(run.seed, update, learner))
+
+    def draw(count):
+        """An integer from 0 to count - 1."""
+        return int(torch.randint(count, (), generator=rng))
+
+    chunks = run.clip_chunks
+    longer = run.longest_rollout - run.clip_chunks
+    if longer and draw(2):
+        chunks += 1 + draw(longer)
+    return chunks, draw(len(run.config.sigmas)), run.context
 
 
-def draw_plan(run, update, grad):
-    """Plan an update's rollouts: (number of chunks, exit step, context as fields of Config). Half
-    are longer than a clip. All processes draw the same, or their collectives would deadlock."""
-    config = run.config
-    rng = torch.Generator().manual_seed(seed_of(run.seed, update, grad))
-    least = 2 * run.clip_chunks - run.longest_rollout
-    chunks = int(torch.randint(least, run.longest_rollout + 1, (), generator=rng))
-    exit_step = int(torch.randint(0, len(config.sigmas), (), generator=rng))
-    drawn = DRAWN_CONTEXTS[int(torch.randint(0, len(DRAWN_CONTEXTS), (), generator=rng))]
-    context = run.context
-    if run.settings.drawn_memory:
-        context = context | dict(zip(("chunk", "sink", "window"), drawn))
-    return max(run.clip_chunks, chunks), exit_step, context
-
-
-def judged_clip(chunks, frames, first_latent, points):
-    """Turn the end of a rollout, an iterator of chunks, into a clip that the teacher can judge:
-    (x0, points). x0 is the image (B, C, 1, h, w), then the last `frames` latents except their
-    first (first_latent=None: all of them). In longer rollouts time jumps after the image: the
-    teacher judges what should be there, whatever the student passed on."""
+def judged_clip(chunks, frames, image, points):
+    """Turn a rollout, an iterator of chunks, into a clip of `frames` latents that the teacher can
+    judge: (x0 (B, C, frames, h, w), points). A rollout of that length is the clip. Of a longer one
+    the clip is the end, with the image (B, C, 1, h, w) in place of its first latent: time jumps
+    after it. The teacher judges what should be there, whatever the student passed on."""
     held = []
+    made = 0
     for chunk in chunks:
+        made += chunk.shape[2]
         held.append(chunk)
         while sum(x.shape[2] for x in held[1:]) >= frames:
             held.pop(0)                                 # frees its graph too
     x0 = torch.cat(held, 2)[:, :, -frames:]
-    if first_latent is not None:
-        x0 = torch.cat([first_latent, x0[:, :, 1:]], 2)
+    if made > frames:
+        x0 = torch.cat([image, x0[:, :, 1:]], 2)
     times = torch.arange(video_frames(x0.shape[2]))
     times[1:] += points["tracks"].shape[1] - len(times)
     cut = {name: points[name][:, times] for name in ("tracks", "visible")}
@@ -1441,9 +1452,9 @@ def judged_clip(chunks, frames, first_latent, points):
 
 
 def generated_clip(run, generator, vae, files, plan, grad):
-    """Roll out the generator from first frames of clips, as at inference, see rollout. Returns (x0
-    (B, C, F, h, w), a clip of judged_clip; its conditions; its points). plan: from draw_plan. grad:
-    x0 has a graph, that of each chunk's last denoising step."""
+    """Roll out the generator from first frames of clips, as at inference, see rollout. Returns the
+    judged_clip x0 (B, C, F, h, w), its conditions and its points. plan: from draw_plan. grad: keep
+    the graph of each chunk's last denoising step."""
     s = run.settings
     config = run.config
     chunks, exit_step, context = plan
@@ -1464,8 +1475,7 @@ def generated_clip(run, generator, vae, files, plan, grad):
         noises = noise.split(sizes, 2)
         made = rollout(generator, noises, given, first_latent, exit_step, caches=caches)
         made = itertools.islice(made, len(noises))      # stops there: the last is not cached
-        shown = first_latent if chunks == run.clip_chunks else image
-        x0, points = judged_clip(made, run.clip_latents, shown, batch.points)
+        x0, points = judged_clip(made, run.clip_latents, image, batch.points)
         conditions = next(split_conditions(conditions, [x0.shape[2]]))
         motion = motion_inputs(generator, **points, vae=vae)
     return x0, conditions | motion, points
@@ -1483,8 +1493,9 @@ def reward_weight(run, vae, x0, conditions, points):
     return weight.view(-1, 1, 1, 1, 1), reward.mean()
 
 
-def train_student(run):
-    """Stage 4: critic_steps critic updates per generator update, each on a new rollout."""
+def distill(run, plan_of=draw_plan):
+    """Stage 4: critic_steps critic updates per generator update, each on new rollouts. plan_of: a
+    function like draw_plan."""
     s = run.settings
     shift = run.config.shift
     files = training_clips(run, frames=1)
@@ -1496,19 +1507,19 @@ def train_student(run):
                         math.ceil(s.distill_updates / s.critic_steps),
                         s.distill_accumulate, s.shard_gradients)
     learner_c = Learner("critic", critic, s.critic, 0, s.distill_accumulate, s.shard_gradients)
-    channel_weight = functools.partial(latent_weight, vae, teacher.config)
-    of_x0 = channel_weight(torch.ones(1, device=run.device))    # v's error at sigma 1 is x0's
-    watch = extra("watch")
+    critic_weight = functools.partial(latent_weight, vae, teacher.config)
+    generator_weight = x0_weight(vae, teacher.config, run.device)
+    watch = if_there("watch")
     loop = Loop(run, "distill", s.distill_updates, learner_g, learner_c)
     for update in loop:
         if update % s.critic_steps == 0:
-            plan = draw_plan(run, update, grad=True)
+            plan = plan_of(run, update, "generator")
             for _ in loop.micro_steps():
                 x0, conditions, points = generated_clip(
                     run, generator, vae, files, plan, grad=True)
                 with run.autocast():
                     weight, reward = reward_weight(run, vae, x0, conditions, points)
-                    weight = weight * of_x0
+                    weight = weight * generator_weight
                     first_latent = first_latent_of(run.config, x0.detach())
                     loss = dmd_loss(x0, teacher, critic, conditions, first_latent, shift, weight)
                 learner_g.backward(loss)
@@ -1516,12 +1527,12 @@ def train_student(run):
             count = update // s.critic_steps
             loop.log(grad_g=learner_g.update(count))
             export_weights(run, "student", learner_g.average, count + 1)
-        plan = draw_plan(run, update, grad=False)
+        plan = plan_of(run, update, "critic")
         for _ in loop.micro_steps():
             x0, conditions, _ = generated_clip(run, generator, vae, files, plan, grad=False)
             with run.autocast():
                 first_latent = first_latent_of(run.config, x0)
-                loss = critic_loss(x0, critic, conditions, first_latent, shift, channel_weight)
+                loss = critic_loss(x0, critic, conditions, first_latent, shift, critic_weight)
             learner_c.backward(loss)
             loop.log(loss_c=loss)
         loop.log(grad_c=learner_c.update(update))
@@ -1531,28 +1542,27 @@ def train_student(run):
 
 
 def train_vae(run):
-    """Stage 1, the code of the tiny model, see extras/linear_vae.py."""
+    """Stage 1: the tiny model's VAE, see extras/linear_vae.py."""
     from extras.linear_vae import train_vae
     train_vae(run)
 
 
 STAGES = {"vae": train_vae, "teacher": train_teacher, "causal": train_causal,
-          "distill": train_student}
+          "distill": distill}
 
 
 # --------------------------------------------------------------------------------------------------
 # The command.
 
-LEAST_LATENTS = 12      # of the shortest clip
+# Latent frames of the shortest clip that a model is trained on: the tiny model's 12.
+LEAST_LATENTS = (TINY.clip_frames + FRAMES - 1) // FRAMES
 
 
 def student_memory(text):
-    """A flag's type: fields of Config, see sample.memory_flag; "drawn": of Settings."""
-    if text == "drawn":
-        return {"drawn_memory": True}
+    """A flag's type: fields of Config, see sample.memory_flag, for a student in training."""
     fields = memory_flag(text)
     if fields["chunk"] > LEAST_LATENTS:
-        raise argparse.ArgumentTypeError(f"{text} is not chunk 1 to {LEAST_LATENTS}, and not drawn")
+        raise argparse.ArgumentTypeError(f"{text} is not chunk 1 to {LEAST_LATENTS}")
     return fields
 
 
@@ -1579,14 +1589,13 @@ def new_parser(description):
     add("--weights", type=Path, help="the teacher's start: a Wan DiT, or a teacher made here")
     add("--vae", type=Path, help="a finished VAE's file; the stage vae is left out")
     add("--steps", type=count, help="updates of the one stage that is named")
-    add("--seed", type=int, default=0, help="of everything random (0)")
+    add("--seed", type=int, default=0, help="seed of everything random (0)")
     add("--device", help="cpu, cuda:0, … (cuda if there is one)")
     add("--accumulate", type=count,
         help="micro-steps of each process an update (1; Wan's: the paper's)")
     add("--checkpointing", action=argparse.BooleanOptionalAction,
         help="recompute blocks in the backward: less memory (default for Wan's weights)")
-    add("--memory", type=student_memory,
-        help="the student's chunk, sink, window (c3s1w1); drawn: many")
+    add("--memory", type=student_memory, help="the student's chunk, sink, window (c3s1w1)")
     add("--guidance", type=guidance_flag,
         help="weights T,M of text and motion, for trajectories and real score")
     add("--rollout", type=number(int, 1, 100), help="chunks of the longest rollout (16)")
@@ -1606,7 +1615,7 @@ def parse(argv, parser=None):
         parser.add_argument("--stage", choices=["all", *STAGES], default="all", help="(all)")
     flags = parser.parse_args(argv)
     stage = flags.stage
-    guard = extra("guard")
+    guard = if_there("guard")
     if guard:
         guard.check_flags(stage, flags.steps, flags.reward, flags.memory, flags.data, flags.vae)
     changes = dict(flags.memory or {})
@@ -1643,22 +1652,26 @@ def assign(thing, path, value):
 
 
 def starting_config(start, preset):
-    """The config to train before flags change it: that of the weights `start` (sample.Weights), or
-    a preset's. Weights without a track input get one; Wan's are sampled as in the paper."""
+    """The config to train before flags change it: the config of the weights `start`
+    (sample.Weights) or, if that is None, of a preset. Weights without a track input get one. Wan's
+    weights get the paper's sampling settings, but keep their first_chunk."""
     config = start.config if start else PRESETS[preset]
     if start and not config.track_dim:
         slot = config.out_dim
         config = replace(config, track_dim=slot, in_dim=config.in_dim + slot)
     if config.is_wan:
-        config = replace(config, shift=6.0, sigmas=schedule(3, 6.0), steps=48, guidance=(3.0, 1.5),
-                         chunk=3, sink=1, window=1)         # the student's 3 sigmas are among 48;
-                                                            # first_chunk stays the weights' own
+        paper = PRESETS["motionstream-1.3b"]
+        names = ("shift", "sigmas", "guidance", "chunk", "sink", "window")
+        config = replace(config, **{name: getattr(paper, name) for name in names})
+        # 48 of its 50 steps: a multiple of 3 has the student's 3 noise levels among its own.
+        steps = paper.steps - paper.steps % len(paper.sigmas)
+        config = replace(config, steps=steps)
     return config
 
 
 def paper_settings(config, has_head):
-    """The paper's settings for the teacher's first stage and what follows or, for weights with a
-    track head, the second."""
+    """The paper's settings: with a track head those of the teacher's second stage, else those of
+    its first stage. Both hold the settings of the stages after the teacher."""
     if config.out_dim == PRESETS["wan2.2-5b"].out_dim:
         return PAPER_5B_STAGE_2 if has_head else PAPER_5B
     return PAPER_STAGE_2 if has_head else PAPER
@@ -1677,7 +1690,7 @@ def resolve(flags):
     """Resolve what parse returns, and the weights named there, into a Run. UserError, one line, if
     that cannot be."""
     start = inspect(flags.weights) if flags.weights else None
-    guard = extra("guard")
+    guard = if_there("guard")
     if not guard and not (flags.data and flags.vae):
         raise UserError("without extras/, give --data FOLDER of encoded clips, and --vae FILE")
     config = starting_config(start, flags.dry_run or "tiny")
@@ -1708,7 +1721,7 @@ def resolve(flags):
 
 def show(run, stage):
     """Draw the stage's curves and a preview, if extras is there."""
-    watch = extra("watch")
+    watch = if_there("watch")
     if watch and RANK == 0:
         watch.show(run, stage)
 
@@ -1726,8 +1739,8 @@ def run_stages(argv):
         missing = not run.path(WEIGHTS[stage]).exists()
         if flags.stage == stage or (flags.stage == "all" and missing):
             stages.append(stage)
-    guard = extra("guard")
-    watch = extra("watch")
+    guard = if_there("guard")
+    watch = if_there("watch")
     run.out.mkdir(parents=True, exist_ok=True)
     owned = contextlib.nullcontext()
     if guard:

@@ -204,7 +204,7 @@ def regression(run):
 
     def step():
         with run.autocast():
-            loss = td.causal_loss(model, states, x0, x0, conditions, context)
+            loss = td.causal_loss(model, states, x0, conditions, context)
         loss.backward()
 
     return [model], step
@@ -222,16 +222,17 @@ def generated_clip(run, generator, exit_step):
     noises = noise.split(sizes, 2)
     made = rollout(generator, noises, conditions, first_latent, exit_step)
     made = itertools.islice(made, len(noises))              # the last is not cached
-    x0, _ = td.judged_clip(made, run.clip_latents, first_latent, points)
+    x0, _ = td.judged_clip(made, run.clip_latents, noise[:, :, :1], points)
     return x0, next(split_conditions(conditions, [run.clip_latents]))
 
 
 def mean_chunks(run):
     """Mean length of train_distill.draw_plan's rollouts, rounded to whole chunks."""
-    clip = run.clip_chunks
-    longest = run.longest_rollout
-    drawn = [max(clip, chunks) for chunks in range(2 * clip - longest, longest + 1)]
-    return round(sum(drawn) / len(drawn))
+    longer = run.longest_rollout - run.clip_chunks
+    if longer == 0:
+        return run.clip_chunks
+    mean_longer = (1 + longer) / 2
+    return round(run.clip_chunks + mean_longer / 2)         # half of the rollouts are longer
 
 
 def generating(run, exit_step):

@@ -26,7 +26,8 @@ from extras.evaluate import (CLIP, MODELS, Trained, case_of, eval_row, find_rewa
                              open_trained, play, settings_of, videos_of, weights_of)
 from extras.guard import own_folder
 from extras.tracks import render_control
-from motionstream import (Config, KVCache, MotionStream, TrackHead, UserError, apply_rope, schedule, track_ids)
+from motionstream import (Config, KVCache, MotionStream, TrackHead, UserError, add_noise, apply_rope, same_sigma,
+                          schedule, track_ids)
 from sample import embed_words
 from vae import TinyVAE, TinyVAEConfig, WanVAE
 
@@ -56,7 +57,7 @@ class Distillation(Brief):
     rollout: int = 8                # longest rollout, in chunks
     critic_steps: int = 5           # critic updates per generator update
     guidance: tuple | None = None   # of the real score; None: the teacher's own
-    drawn_memory: bool = False      # draw chunk, sink and window per rollout
+    drawn_memory: bool = False      # draw chunk, sink and window per rollout, see draw_memory
     sink_decay: float = 1.0
     reward: str | None = None
     beta: float = 0.5
@@ -65,6 +66,7 @@ class Distillation(Brief):
 
 # The student for the tables of memory, trained with many contexts: longer, but shorter than the shipped one.
 MANY_MEMORIES = Distillation(updates=180, batch=4, clips=5120, rollout=12, drawn_memory=True)
+DRAWN_MEMORIES = tuple(itertools.product((1, 3, 5), (0, 1, 2, 3), (1, 2, 4)))          # (chunk, sink, window)
 
 
 @dataclass(frozen=True)
@@ -155,11 +157,19 @@ def distillation_run(trained, how):
         distill_updates=how.updates * how.critic_steps,
         critic_steps=how.critic_steps,
         rollout=how.rollout,
-        drawn_memory=how.drawn_memory,
         beta=how.beta)
     reward = find_reward(how.reward) if how.reward else None
     trained = replace(trained, seed=trained.seed + how.seed)
     return brief_run(trained, "student", how, config, settings, reward=reward)
+
+
+def draw_memory(run, update, learner):
+    """train_distill.draw_plan, with one of DRAWN_MEMORIES as the context."""
+    chunks, exit_step, context = td.draw_plan(run, update, learner)
+    rng = torch.Generator().manual_seed(seed_of("memory", run.seed, update, learner))
+    number = int(torch.randint(len(DRAWN_MEMORIES), (), generator=rng))
+    chunk, sink, window = DRAWN_MEMORIES[number]
+    return chunks, exit_step, context | {"chunk": chunk, "sink": sink, "window": window}
 
 
 def distil_briefly(trained, how):
@@ -167,7 +177,8 @@ def distil_briefly(trained, how):
     run = distillation_run(trained, how)
     if not run.path("student").exists():
         run = replace(run, data=clips_folder(replace(trained, seed=run.seed), how.clips))
-    return train_briefly(run, "student", td.train_student)
+    plan_of = draw_memory if how.drawn_memory else td.draw_plan
+    return train_briefly(run, "student", functools.partial(td.distill, plan_of=plan_of))
 
 
 def start_run(trained, how):
@@ -218,6 +229,45 @@ def teach_briefly(trained, how):
             folder = damaged_folder(folder, run.config.size[0])
         run = replace(run, data=folder)
     return train_briefly(run, "teacher", td.train_teacher)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The stage causal without trajectories (causal_from=clips), and corrupted-context augmentation. train_distill.py imports
+# this module when its settings name one of them.
+
+def draw_noised_clips(run, files, count):
+    """As train_distill.draw_trajectories, but from clips: x0 is the ground truth, the states are noised x0. This trains
+    the causal flow of the data, unguided: teacher forcing on clean latents, which needs no trajectories. (Few-step
+    consistency, a usual next step, is not done here.)"""
+    batch = td.draw_batch(run, files, count, run.clip_latents)
+    x0 = batch.latents
+    noise = torch.randn_like(x0)
+    states = [add_noise(x0, noise, same_sigma(sigma, x0)) for sigma in run.config.sigmas]
+    return states, x0, batch.points, batch.conditions
+
+
+def loss_on_clips(run, student, vae, files, channel_weight, update):
+    """train_distill.loss_in_context on random clips with noise."""
+    drawn = draw_noised_clips(run, files, run.settings.batch)
+    return td.loss_in_context(run, student, vae, drawn, channel_weight)
+
+
+td.CAUSAL_FROM["clips"] = loss_on_clips
+
+
+def corrupt_context(x0, first):
+    """Corrupted-context augmentation: imitates a faulty memory of clean latents x0 (B, C, F, h, w). In half of the clips,
+    a rectangle of all chunks but the first shows frame 0 again, so what left it is back and what entered is gone. Meant
+    to teach the student not to pass such faults on. first: latent frames of the first chunk."""
+    B, _, frames, h, w = x0.shape
+    low, high = torch.rand(2, 2, B, 1, 1).sort(0).values                # each of rows and columns
+    y = torch.arange(h)[:, None] / h
+    x = torch.arange(w) / w
+    inside = (low[0] <= y) & (y < high[0]) & (low[1] <= x) & (x < high[1])              # (B, h, w)
+    inside = inside & (torch.rand(B, 1, 1) < 0.5)
+    late = torch.arange(frames)[:, None, None] >= first
+    corrupt = (inside[:, None, None] & late).to(x0.device)              # (B, 1, F, h, w)
+    return torch.where(corrupt, x0[:, :, :1], x0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ without it too. Shapes are those of motionstream.py."""
 
 import contextlib
 import functools
+import importlib
 import json
 import math
 import os
@@ -46,6 +47,8 @@ def check_run(run, stage, vae, dry_run):
     config = run.config
     settings = run.settings
     check_length(settings.clip_frames, config.chunk, config.first_chunk_size)
+    if settings.causal_from not in td.CAUSAL_FROM:
+        importlib.import_module("extras.experiments")       # adds its own
     if settings.causal_from not in td.CAUSAL_FROM:
         known = ", ".join(td.CAUSAL_FROM)
         raise UserError(f"--set causal_from={settings.causal_from}: is one of {known}")

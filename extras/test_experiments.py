@@ -249,7 +249,7 @@ ASKED = [
     ({"guidance": (0, 0)}, {"guidance": (0, 0)}, {}),
     ({"critic_steps": 2}, {}, {"critic_steps": 2, "distill_updates": 100}),
     ({"sink_decay": 0.9}, {"sink_decay": 0.9}, {}),
-    ({"drawn_memory": True}, {}, {"drawn_memory": True}),
+    ({"drawn_memory": True}, {}, {}),
     ({"reward": "motion", "beta": 2.0}, {}, {"beta": 2.0}),
 ]
 
@@ -346,6 +346,27 @@ def test_damaged_tracks_are_jittered_late_or_broken_in_three_of_four_clips():
     assert visible[:, 0].all()
     assert 0.4 < visible[broken].float().mean() < 0.7
     assert 0.019 < tracks[moved].std() / 128 < 0.021
+
+
+def test_a_corrupted_context_shows_frame_0_in_a_rectangle_of_half_of_the_clips():
+    x0 = rand(400, 2, 6, 8, 8)
+    torch.manual_seed(0)
+    past = experiments.corrupt_context(x0, 3)
+    changed = (past != x0).any(1)                               # (B, F, h, w)
+    frame_0 = x0[:, :, :1].expand_as(x0)
+    everywhere = changed[:, None].expand_as(x0)
+    assert past[everywhere].equal(frame_0[everywhere])
+    assert not changed[:, :3].any()                             # the first chunk
+    late = changed[:, 3:].any((2, 3))
+    assert late.float().mean() > 0.3
+    hit = changed.any((1, 2, 3))                                # of each clip
+    share = hit.float().mean()
+    assert 0.3 < share < 0.55, share                            # some rectangles are empty
+    for mask in changed[:, 3]:                                  # (h, w)
+        if mask.any():
+            y, x = mask.nonzero(as_tuple=True)
+            rectangle = mask[y.min():y.max() + 1, x.min():x.max() + 1]
+            assert rectangle.all()
 
 
 # ----------------------------------------------------------------------------------------------------

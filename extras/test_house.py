@@ -150,7 +150,7 @@ def test_commands_in_the_readme_and_docs_have_flags_that_the_programs_know():
 
 
 def test_what_the_readme_breaks_is_there():
-    commands = re.findall(r"`(sed -i '[^']+' (\w+\.py))`", readme())
+    commands = re.findall(r"`(perl -pi -e '[^']+' (\w+\.py))`", readme())
     assert len(commands) == 4, commands
     for line, file in commands:
         source = (HERE / file).read_text()

@@ -3,12 +3,14 @@
 import contextlib
 import itertools
 import json
+import sys
 import unittest.mock
 from collections import Counter
 from dataclasses import replace
 
 import torch
 
+import extras
 import train_distill as td
 from extras import evaluate, experiments, watch
 from extras.evaluate import Trained
@@ -187,7 +189,7 @@ def test_a_rollout_in_training_does_not_cache_its_last_chunk_and_has_the_same_bi
                 yield chunk
 
         for grad in True, False:
-            plan = td.draw_plan(run, 0, grad)
+            plan = td.draw_plan(run, 0, "generator")
             torch.manual_seed(0)
             with counted_passes() as count:
                 x0, _, _ = td.generated_clip(run, generator, None, files, plan, grad)
@@ -207,7 +209,7 @@ def test_the_regression_does_not_cache_the_last_chunk():
     model = new_model()
     x0, given, _ = clip_of(12)
     with counted_passes() as count:
-        td.causal_loss(model, [x0] * 3, x0, x0, given, (1, 1))
+        td.causal_loss(model, [x0] * 3, x0, given, (1, 1))
     assert count == {True: 3, False: 4}
 
 
@@ -219,7 +221,7 @@ def test_clips_stand_for_trajectories_with_noise_on_the_truth():
         run = small_run(here)
         files = td.training_clips(run, 12)
         torch.manual_seed(0)
-        states, x0, points, conditions = td.draw_noised_clips(run, files, 3)
+        states, x0, points, conditions = experiments.draw_noised_clips(run, files, 3)
         torch.manual_seed(0)
         batch = td.draw_batch(run, files, 3, 12)
         noise = torch.randn_like(batch.latents)
@@ -235,9 +237,13 @@ def test_a_causal_student_starts_from_clips_without_a_trajectory():
     with folder() as here:
         before(here)
         more = ["--set", "causal_from=clips", "--set", "steps=7"]       # no multiple of the student's 3
-        with unittest.mock.patch.object(td, "make_trajectories", None), watched("causal_loss") as calls:
+        more += ["--set", "corrupt_context=True"]
+        damage = unittest.mock.patch.object(experiments, "corrupt_context", lambda x0, first: x0 * first)
+        with unittest.mock.patch.object(td, "make_trajectories", None), damage, \
+                watched("causal_loss") as calls:
             train(here, ["causal"], more)
-        _, states, x0, past, *_ = calls[0].args
+        _, states, x0, _, _, _, past = calls[0].args
+        assert past.equal(3 * x0)
         assert len(states) == 3
         assert x0.shape == states[0].shape
         assert not states[0].equal(x0)
@@ -293,7 +299,7 @@ def test_a_causal_student_learns_from_clips():
     for i in range(25):
         noise = torch.randn_like(x0)
         states = [add_noise(x0, noise, torch.full((2,), sigma)) for sigma in SMALL.sigmas]
-        loss = td.causal_loss(model, states, x0, x0, given, (1, 1))
+        loss = td.causal_loss(model, states, x0, given, (1, 1))
         learner.backward(loss)
         learner.update(i)
         losses.append(loss.item())
@@ -324,10 +330,22 @@ def test_two_starts_of_two_seeds_are_compared_by_the_experiments():
     assert row["psnr"] > 0
 
 
+def test_a_start_of_the_experiments_is_fetched_when_it_is_asked_for():
+    fresh = unittest.mock.patch.dict(sys.modules)
+    package = unittest.mock.patch.object(extras, "experiments", experiments)
+    with folder() as here, fresh, package, unittest.mock.patch.dict(td.CAUSAL_FROM):
+        del sys.modules["extras.experiments"]
+        del td.CAUSAL_FROM["clips"]
+        small_run(here)
+        assert "clips" not in td.CAUSAL_FROM, "not before"
+        small_run(here, ["--set", "causal_from=clips"])
+        assert "clips" in td.CAUSAL_FROM
+
+
 def test_a_start_that_there_is_not_is_refused_in_one_line():
     with quiet() as (_, err):
         assert td.main(["--set", "causal_from=nowhere"]) == 2
-    assert "causal_from=nowhere: is one of trajectories, clips, rollouts" in err.getvalue()
+    assert "causal_from=nowhere: is one of trajectories, rollouts, clips" in err.getvalue()
     assert len(err.getvalue().strip().splitlines()) == 1
 
 

@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 
 import train_distill as td
 from extras import clips, guard, watch, world
+from extras.experiments import DRAWN_MEMORIES, draw_memory
 from extras.testing import (DRAWN, HERE, SMALL, SMALL_VAE, STUB, STUB_VAE, all_equal,
                             assert_error, assert_near, before_distillation, clip_of, folder,
                             new_model, new_tracks, new_vae, own_flags, quiet, rand, randomised,
@@ -229,6 +230,26 @@ def assert_moves_every_parameter(model, loss):
 def test_a_learner_moves_every_parameter_of_the_model_itself():
     assert_moves_every_parameter(new_model(), velocity_loss)
     assert_moves_every_parameter(new_vae(), decoding_loss)
+
+
+def test_parameters_that_a_loss_does_not_reach_stay_as_they_are():
+    """An image branch, in training on clips without CLIP's features."""
+    model = new_model(clip_dim=10).requires_grad_(True)
+    learner = td.Learner("toy", model, td.Learning(1e-3, 1e-3, ema=0.9))
+    begin = {name: p.clone() for name, p in model.state_dict().items()}
+    for update in range(2):
+        learner.backward(velocity_loss(model))
+        learner.update(update)
+    for name, p in model.state_dict().items():
+        of_image = "_img" in name or name.startswith("img_emb")
+        assert p.equal(begin[name]) == of_image, name
+    again = td.Learner("toy", new_model(clip_dim=10).requires_grad_(True), learner.how)
+    again.load_state_dict(copy.deepcopy(learner.state_dict()))
+    assert same(again.model.state_dict(), model.state_dict())
+    for each in learner, again:
+        each.backward(velocity_loss(each.model))
+        each.update(2)
+    assert same(again.model.state_dict(), model.state_dict())
 
 
 def test_the_rate_rises_over_20_updates_stays_and_falls_to_0():
@@ -1020,7 +1041,8 @@ def test_which_tracks_a_batch_gets_depends_on_the_clips_alone():
         assert everything.points["visible"].all()
         on_objects = everything.points["tracks"][:, :, :2]
         touched = td.touched_cells(on_objects, torch.ones(8, 45, 2).bool(), SMALL)
-        assert everything.touched.equal(touched), "all of an object counts, the ground does not"
+        weight = td.weight_of_cells(run, everything)
+        assert weight.equal(1 + 4 * touched), "all of an object counts, the ground does not"
         first = td.draw_batch(run, files, 8, 12, first_only=True)
         assert first.latents.shape == (8, 4, 1, 4, 6)
         assert first.points["tracks"].shape[1] == 45
@@ -1229,7 +1251,7 @@ def test_causal_training_has_the_ema_sink_that_sampling_has():
     for decay, context in itertools.product((1.0, 0.5), ((1, 1), (0, 1), (1, None))):
         model.config = replace(SMALL, sink_decay=decay)
         torch.manual_seed(0)
-        losses[decay, context] = td.causal_loss(model, states, x0, x0, given, context).item()
+        losses[decay, context] = td.causal_loss(model, states, x0, given, context).item()
     assert losses[1.0, (1, 1)] != losses[0.5, (1, 1)]
     for context in (0, 1), (1, None):                   # nothing is absorbed
         assert losses[1.0, context] == losses[0.5, context]
@@ -1333,13 +1355,13 @@ def test_rollouts_under_drawn_memory_are_judged_as_whole_clips():
 
     with folder() as here, distilling_by(made, loss):
         before_distillation(here)
-        flags = distill_flags(here, 80, "--rollout", 8, "--memory", "drawn",
-                              "--set", "critic_steps=1000000000")
-        trained(flags + FEW)
+        flags = distill_flags(here, 80, "--rollout", 8, "--set", "critic_steps=1000000000")
+        with quiet():
+            td.distill(new_run(*flags, *FEW), plan_of=draw_memory)
         config = MotionStream.from_pretrained(here / "student.safetensors").config
     found = set(contexts)
-    assert len(td.DRAWN_CONTEXTS) == 36
-    assert found < set(td.DRAWN_CONTEXTS)
+    assert len(DRAWN_MEMORIES) == 36
+    assert found < set(DRAWN_MEMORIES)
     assert len(found) > 25
     assert {12, 24} <= lengths
     chunks, sinks, windows = map(set, zip(*contexts))
@@ -1631,7 +1653,7 @@ def test_settings_are_set_by_name_and_by_type():
 # What is said of flags that do not go together, or cannot be.
 REFUSED_FLAGS = {
     "--reward motion --stage teacher": "--reward needs --stage distill",
-    "--memory drawn --stage teacher": "--memory needs --stage causal or distill",
+    "--memory c3s1w1 --stage teacher": "--memory needs --stage causal or distill",
     "--steps 9": "--steps needs --stage",
     "--memory 3,1,1": "argument --memory: '3,1,1' is not like c3s1w1",
     "--memory c13s1w1": "argument --memory: c13s1w1 is not chunk 1 to 12",
