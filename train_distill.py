@@ -49,7 +49,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from sample import (Parser, embed_words, find_device, guidance_flag, hold_signals, inspect,
-                    memory_flag, number, open_vae, reported)     # before torch: sets how threads wait
+                    memory_flag, number, open_vae, reported)    # before torch: threads wait briefly
 
 import torch
 import torch.distributed as dist
@@ -65,11 +65,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from motionstream import (FRAMES, PRESETS, Config, MotionStream, UserError, add_noise,
-                          cell_of, channel_std, chunk_sizes, euler, guided_velocity, image_inputs,
-                           latent_frames, linear_part, motion_inputs, naming, new_model, rollout,
-                           same_sigma, save_pretrained, shift_sigma, split_conditions, start_points,
-                           to_x0, track_ids, video_frames, with_first, write_file)
+from motionstream import (FRAMES, PRESETS, Config, MotionStream, UserError, add_noise, cell_of,
+                          channel_std, chunk_sizes, euler, extra, guided_velocity, image_inputs,
+                          latent_frames, linear_part, motion_inputs, naming, new_model, rollout,
+                          same_sigma, save_pretrained, shift_sigma, split_conditions, start_points,
+                          to_x0, track_ids, video_frames, with_first, write_file)
 
 # --------------------------------------------------------------------------------------------------
 # The losses: functions of tensors and networks, independent of the rest of this file.
@@ -1348,8 +1348,8 @@ def loss_in_context(run, student, vae, drawn, channel_weight):
     conditions = conditions | motion_inputs(student, **points, vae=vae)
     past = None
     if run.settings.corrupt_context:
-        from extras.experiments import corrupt_context
-        past = corrupt_context(x0, next(chunk_sizes(run.config)))
+        experiments = extra("experiments", "corrupt_context damages the past")
+        past = experiments.corrupt_context(x0, next(chunk_sizes(run.config)))
     return causal_loss(student, states, x0, conditions, context, channel_weight, past)
 
 
@@ -1389,6 +1389,8 @@ def train_causal(run):
     """Stage 3: the student, initialised from the teacher, learns from ODE trajectories or its own
     rollouts, see CAUSAL_FROM."""
     s = run.settings
+    if s.causal_from not in CAUSAL_FROM:
+        extra("experiments", f"causal_from={s.causal_from}")
     loss_of = CAUSAL_FROM[s.causal_from]
     files = training_clips(run, run.clip_latents)       # collective: call it in all processes
     if s.causal_from == "trajectories":
