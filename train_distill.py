@@ -784,11 +784,15 @@ def checkpoint_settings(run, stage):
 
 
 def read_log(path):
-    """Rows of a stats.jsonl, without a line that a crash cut off."""
+    """Rows of a stats.jsonl, without lines that a crash cut off or that Loop did not write."""
+    if not path.exists():
+        return []
     rows = []
-    for line in open(path) if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines():
         with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
+            row = json.loads(line)
+            if isinstance(row, dict) and {"stage", "step", "seconds"} <= row.keys():
+                rows.append(row)
     return rows
 
 

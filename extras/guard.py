@@ -207,15 +207,15 @@ def read_digests(folder, kept):
     that only new clips are read."""
     before = {}
     if kept.exists():
-        with contextlib.suppress(ValueError):       # damaged: read all again
-            before = json.loads(kept.read_text())
+        with contextlib.suppress(ValueError, TypeError):            # damaged: read all again
+            before = dict(json.loads(kept.read_text()))
     now = {}
     for file in tqdm(td.clip_files(folder), "look at clips", delay=5):
         about = file.stat()
         age = [about.st_size, about.st_mtime_ns]
         name = file.relative_to(folder).as_posix()
-        known = before.get(name, [])
-        if known[:2] != age:
+        known = before.get(name)
+        if not isinstance(known, list) or known[:2] != age or len(known) != 3:
             known = age + [content_digest(file)]
         now[name] = known
     if now != before:

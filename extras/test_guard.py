@@ -1,5 +1,6 @@
 """What guards a training: its folder's lock, and files told by their content."""
 
+import json
 import os
 import shutil
 import signal
@@ -8,6 +9,7 @@ import time
 import torch
 from safetensors.torch import load_file, save_file
 
+import train_distill as td
 from extras import guard
 from extras.testing import assert_error, folder, new_model, public, saved, shards
 from motionstream import UserError
@@ -80,3 +82,20 @@ def test_a_folder_is_that_of_one_training_until_it_ends_even_by_a_crash():
             assert not left.exists()
             lock = (here / ".lock").read_text()
             assert lock.startswith(f"process {os.getpid()} on ")
+
+
+def test_damaged_notes_of_a_training_are_passed_over():
+    row = {"stage": "vae", "step": 0, "seconds": 1.0}
+    with folder() as here:
+        log = here / "stats.jsonl"
+        log.write_bytes(b"\xff\n5\n{}\n[1]\n" + json.dumps(row).encode() + b'\n{"stage": "v')
+        assert td.read_log(log) == [row]
+        clips = here / "clips"
+        clips.mkdir()
+        saved(clips / "a.safetensors", new_model())
+        kept = here / "clips.json"
+        expected = guard.read_digests(clips, kept)
+        age = json.loads(kept.read_text())["a.safetensors"][:2]
+        for text in "5", "[1]", "{", '{"a.safetensors": 5}', json.dumps({"a.safetensors": age}):
+            kept.write_text(text)
+            assert guard.read_digests(clips, kept) == expected, text

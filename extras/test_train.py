@@ -461,8 +461,8 @@ def test_an_interrupted_training_continues_with_the_same_bits_and_no_other_setti
         stopped = stopped_toy(two, 2)
         assert "saved at update 3; the same command goes on\n" in stopped.said
         with open(two / "stats.jsonl", "a") as file:    # as if killed at update 4, after the checkpoint
-            file.write('{"stage": "toy", "step": 3, "loss": 1}\n')
-            file.write('{"stage": "other", "step": 9, "loss": 1}\n{"sta')
+            file.write('{"stage": "toy", "step": 3, "loss": 1, "seconds": 1}\n')
+            file.write('{"stage": "other", "step": 9, "loss": 1, "seconds": 1}\n{"sta')
         other_data = Toy(two, data="else")
         assert_error(td.UserError, "of other settings (data toy, now else);", other_data.train)
         other = Toy(two, updates=7, seed=2)
