@@ -1155,7 +1155,9 @@ def extra(name, why=None):
     what needs it, else None."""
     try:
         return importlib.import_module(f"extras.{name}")
-    except ImportError:
+    except ModuleNotFoundError as e:
+        if e.name not in ("extras", f"extras.{name}"):          # a package that it needs
+            raise
         if why is None:
             return None
         raise UserError(f"{why}; extras/{name}.py, which that needs, is missing") from None

@@ -447,7 +447,9 @@ def if_there(name):
     which is printed once."""
     try:
         return importlib.import_module(f"extras.{name}")
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as e:
+        if e.name not in ("extras", f"extras.{name}"):          # a package that it needs
+            raise
         if RANK == 0:
             print(f"extras/{name}.py is not there; going on without it")
         return None
@@ -1521,8 +1523,7 @@ def distill(run, plan_of=draw_plan):
         if update % s.critic_steps == 0:
             plan = plan_of(run, update, "generator")
             for _ in loop.micro_steps():
-                x0, conditions, points = generated_clip(
-                    run, generator, vae, files, plan, grad=True)
+                x0, conditions, points = generated_clip(run, generator, vae, files, plan, grad=True)
                 with run.autocast():
                     weight, reward = reward_weight(run, vae, x0, conditions, points)
                     weight = weight * generator_weight
@@ -1561,7 +1562,7 @@ STAGES = {"vae": train_vae, "teacher": train_teacher, "causal": train_causal,
 # The command.
 
 # Latent frames of the shortest clip that a model is trained on: the tiny model's 12.
-LEAST_LATENTS = (TINY.clip_frames + FRAMES - 1) // FRAMES
+LEAST_LATENTS = latent_frames(TINY.clip_frames)
 
 
 def student_memory(text):
