@@ -35,9 +35,9 @@ import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-# Threads spin only briefly, since others need the cores; the user's setting wins. OpenMP reads this
-# once, when numpy or torch loads it.
-if "OMP_WAIT_POLICY" not in os.environ:
+if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
+    # Idle threads spin only briefly: others need the cores. OpenMP reads this once, when numpy or
+    # torch loads it.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import imageio.v2 as imageio

@@ -48,8 +48,8 @@ from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
-from sample import (Parser, embed_words, find_device, guidance_flag, hold_signals, inspect,
-                    memory_flag, number, open_vae, reported)    # before torch: threads wait briefly
+if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")     # see sample.py
 
 import torch
 import torch.distributed as dist
@@ -70,6 +70,8 @@ from motionstream import (FRAMES, PRESETS, Config, MotionStream, UserError, add_
                           latent_frames, linear_part, motion_inputs, naming, new_model, rollout,
                           same_sigma, save_pretrained, shift_sigma, split_conditions, start_points,
                           to_x0, track_ids, video_frames, with_first, write_file)
+from sample import (Parser, embed_words, find_device, guidance_flag, hold_signals, inspect,
+                    memory_flag, number, open_vae, reported)
 
 # --------------------------------------------------------------------------------------------------
 # The losses: functions of tensors and networks, independent of the rest of this file.

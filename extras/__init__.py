@@ -2,5 +2,6 @@
 
 import os
 
-if "OMP_WAIT_POLICY" not in os.environ:                # as in sample.py, before a program here loads torch
+# For python -m extras.NAME: before the program loads torch, as in sample.py.
+if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
