@@ -102,14 +102,18 @@ def motion_by_chunk(motion, config):
         yield part
 
 
-def live_motion(points, starts, config):
+def live_motion(points, starts, config, ids=None):
     """One chunk of a live stream: points (T, N, 2) in pixels of the video, NaN where hidden; starts
-    (N, 2): their positions in frame 0. T is 4 chunk - 3 for the first chunk, then 4 chunk."""
+    (N, 2): their positions in frame 0. T is 4 chunk - 3 for the first chunk, then 4 chunk. ids (N,)
+    in [0, 2**32), the same in every chunk: to be given if tracks come and go, for the default is
+    made from a track's number and start."""
     points = torch.as_tensor(points, dtype=torch.float32)[None]             # (1, T, N, 2)
     starts = torch.as_tensor(starts, dtype=torch.float32)[None]             # (1, N, 2)
-    if config.track_id_mode == "random":           # but the same IDs in every chunk
-        numbers = [zlib.crc32(start.numpy().tobytes()) for start in starts[0]]
-        ids = torch.tensor([numbers], dtype=torch.int64)
+    if ids is not None:
+        ids = torch.as_tensor(ids, dtype=torch.int64)[None]                 # (1, N)
+    elif config.track_id_mode == "random":
+        names = [f"{number} {start.tolist()}" for number, start in enumerate(starts[0])]
+        ids = torch.tensor([[zlib.crc32(name.encode()) for name in names]], dtype=torch.int64)
     else:
         ids = track_ids(starts[:, None], config)
     return Motion(points, ~points.isnan().any(-1), ids, starts)

@@ -29,6 +29,7 @@ import socket
 import sys
 import threading
 import time
+import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -418,10 +419,17 @@ def fit_chunk(starts, tracks, prompt, size, config):
     outside = ((points < 0) | (points >= config.size[::-1])).any(-1)
     points[outside] = np.nan
     begun = np.array(starts, np.float32).reshape(-1, 2)
-    motion = live_motion(points, to_video(begun, size, config.size), config)
+    motion = live_motion(points, to_video(begun, size, config.size), config, point_ids(starts, config))
     if reads_words(config):
         motion = replace(motion, text=embed_words(prompt, config))
     return motion
+
+
+def point_ids(starts, config):
+    """The IDs of points, which come and go: each is told by its start, see glide. None: the model has its own."""
+    if config.track_id_mode != "random":
+        return None
+    return [zlib.crc32(repr(start).encode()) for start in starts]
 
 
 def reads_words(config):

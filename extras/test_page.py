@@ -627,6 +627,20 @@ def test_what_was_dragged_away_can_be_dragged_on_by_copying_models():
     assert np.allclose(motion.start[0], [(9.3, 4.2)])
 
 
+def test_a_point_keeps_its_id_while_others_come_and_go():
+    near = (9.3, 8.2)
+    nearer = (9.3, np.nextafter(8.2, 9).item())             # the same place in float32
+    ids = {}
+    for starts in [near], [near, nearer], [(1.0, 2.0), nearer]:
+        tracks = np.full((12, len(starts), 2), 20, np.float32)
+        motion = extras.page.fit_chunk(starts, tracks, "", (48, 40), new_model(track_id_mode="random").config)
+        for start, number in zip(starts, motion.ids[0].tolist()):
+            assert ids.setdefault(start, number) == number
+    assert len(set(ids.values())) == 3
+    motion = extras.page.fit_chunk([near], tracks[:, :1], "", (48, 40), new_model().config)
+    assert motion.ids.tolist() == [[0]], "those of the weights are all the same"
+
+
 # --------------------------------------------------------------------------------------------------
 # The program as a process of its own.
 

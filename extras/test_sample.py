@@ -474,6 +474,18 @@ def test_live_motion_is_what_a_whole_clip_has_in_each_chunk():
             assert part.start.equal(points[None, 0])
 
 
+def test_live_tracks_have_ids_of_their_own():
+    """Two from one place, and two that come later, whose places in frame 0 nobody knows."""
+    config = replace(SMALL, track_id_mode="random")
+    starts = torch.tensor([[9.0, 8.0], [9.0, 8.0], [math.nan, math.nan], [math.nan, math.nan]])
+    first = sample.live_motion(rand(9, 4, 2), starts, config)
+    later = sample.live_motion(rand(12, 4, 2), starts, config)
+    assert len(first.ids.unique()) == 4
+    assert later.ids.equal(first.ids)
+    given = sample.live_motion(rand(12, 2, 2), starts[1:3], config, ids=[7, 2 ** 32 - 1])
+    assert given.ids.tolist() == [[7, 2 ** 32 - 1]]
+
+
 def test_copying_models_copy_in_every_path():
     vae = randomised(LinearVAE(LinearVAEConfig(latent_channels=4)))
     image = rand(1, 3, 32, 48).clamp(-1, 1)
