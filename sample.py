@@ -19,14 +19,11 @@ again. extras/tracks.py reads files of other programs. --drag and --pin replace 
 import argparse
 import collections
 import contextlib
-import functools
 import itertools
 import math
 import os
 import re
-import shutil
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -47,7 +44,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from motionstream import (FRAMES, Config, MotionStream, UserError, check_memory, chunk_sizes,
+from motionstream import (FRAMES, Config, MotionStream, UserError, chunk_sizes,
                           copy_weights, euler, extra, image_inputs, inside_picture, latent_frames,
                           motion_inputs, naming, open_pretrained, reason_of, rollout, schedule,
                           start_points, track_ids, video_frames, write_file)
@@ -133,7 +130,7 @@ def motion_conditions(model, vae, image, motion):
                          motion.ids.to(device), start=start, image=image, vae=vae)
 
 
-def conditions(model, vae, image, motion, encoded, channels=None):
+def chunk_conditions(model, vae, image, motion, encoded, channels=None):
     """The model's keyword arguments by chunk, made lazily. motion: an iterator of a Motion per
     chunk. channels: the image channels of the first chunk, see image_inputs."""
     for part in motion:
@@ -181,9 +178,9 @@ def stream_latents(model, vae, image, motion, encoded=Encoded(), seed=0, **memor
     noise = (draw_noise(encoded_image, size, rng) for size in chunk_sizes(config))
     if isinstance(motion, Motion):
         motion = motion_by_chunk(motion, config)
-    given = conditions(model, vae, image, motion, encoded, channels)
+    conditions = chunk_conditions(model, vae, image, motion, encoded, channels)
     caches = model.new_caches(**memory)
-    return rollout(model, noise, given, first_latent, rng=rng, caches=caches)
+    return rollout(model, noise, conditions, first_latent, rng=rng, caches=caches)
 
 
 @torch.inference_mode()
@@ -198,13 +195,13 @@ def sample_teacher(model, vae, image, motion, encoded=Encoded(), seed=0):
         grey = FRAMES * (count - 1)
     encoded_image = vae.encode(F.pad(image[:, :, None], (0, 0, 0, 0, 0, grey)))
     channels, first_latent = image_inputs(config, encoded_image, count)
-    given = {"text": encoded.text, "image": channels, "clip": encoded.clip}
+    conditions = {"text": encoded.text, "image": channels, "clip": encoded.clip}
     motions = motion_by_chunk(motion, config)
     parts = [motion_conditions(model, vae, image, part) for part in motions]
     for name in parts[0]:
-        given[name] = torch.cat([part[name] for part in parts], 2)
+        conditions[name] = torch.cat([part[name] for part in parts], 2)
     noise = draw_noise(encoded_image, count, torch.Generator().manual_seed(seed))
-    for x0, _ in euler(model, noise, given, first_latent, null_text=encoded.null_text):
+    for x0, _ in euler(model, noise, conditions, first_latent, null_text=encoded.null_text):
         pass                                # the trajectory ends in the clean latents
     yield from decode(vae, x0.split(list(chunk_sizes(config, count)), 2))
 
@@ -221,26 +218,6 @@ def to_frames(video):
     """Video (1, 3, T, H, W) in [-1, 1] to a uint8 array (T, H, W, 3)."""
     pixels = (video[0].float() + 1) * 127.5                                 # (3, T, H, W)
     return pixels.round().byte().permute(1, 2, 3, 0).contiguous().cpu().numpy()
-
-
-def frames_beside(vae, latents, device):
-    """On a GPU: latents, chunk by chunk, to frames as in to_frames. A second CUDA stream decodes
-    and copies each chunk while the next one is denoised, so the next tracks are requested before
-    anyone has seen this chunk."""
-    beside = torch.cuda.Stream(device)
-    video = None
-    state = None
-    for chunk in itertools.chain(latents, [None]):      # asks for the next one, which is queued
-        if video is not None:
-            with torch.cuda.stream(beside):
-                frames = to_frames(video)               # waits for this stream only
-            yield frames
-        if chunk is None:
-            return
-        beside.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(beside):
-            video, state = vae.decode(chunk, state)
-        chunk.record_stream(beside)                     # its memory is not reused before that
 
 
 def words_in(text):
@@ -419,80 +396,22 @@ def enlarge(frame):
     return frame.repeat(factor, 0).repeat(factor, 1)
 
 
-# How ffmpeg encodes: converted to BT.709 and tagged; of untagged video, players guess the matrix.
-ENCODED = [
-    "-vf", "scale=2*ceil(iw/2):2*ceil(ih/2):out_color_matrix=bt709:out_range=tv,setsar=1,"
-    "format=yuv420p,setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709",
-    "-color_range", "tv", "-colorspace", "bt709",
-    "-color_primaries", "bt709", "-color_trc", "bt709",
-    "-preset", "veryfast", "-crf", "15", "-movflags", "+faststart"]
-
-
-def find_ffmpeg():
-    """Path of an ffmpeg that encodes here. UserError, with ffmpeg's own message, if none does."""
-    exe = "ffmpeg"
-    try:
-        import imageio_ffmpeg
-        exe = imageio_ffmpeg.get_ffmpeg_exe()
-        try_ffmpeg(exe)
-    except (ImportError, RuntimeError, OSError) as e:
-        raise UserError(f"{exe}: cannot be used ({reason_of(e)}); pip install -U imageio[ffmpeg], "
-                        "or name another in IMAGEIO_FFMPEG_EXE") from None
-    return exe
-
-
-@functools.cache
-def try_ffmpeg(exe):
-    """Encode one frame to the null muxer. RuntimeError with ffmpeg's message if that fails."""
-    command = [exe, "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "16x16", "-i", "-"]
-    command += ["-c:v", "libx264"] + ENCODED + ["-f", "null", "-"]
-    done = subprocess.run(command, input=bytes(16 * 16 * 3), capture_output=True)
-    if done.returncode:
-        said = done.stderr.decode(errors="replace")
-        raise RuntimeError(said.strip() or f"it has ended with code {done.returncode}")
-
-
-def count_frames(path):
-    """Number of frames in a video file, without decoding them; 0 if it cannot be read."""
-    command = [find_ffmpeg(), "-i", f"file:{path}", "-map", "0:v:0", "-c", "copy"]
-    command += ["-f", "null", "-"]
-    told = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).stderr
-    counts = re.findall(rb"frame= *(\d+)", told) or [0]
-    return int(counts[-1])
-
-
 @contextlib.contextmanager
 def video_file(path, fps):
     """`with video_file(path, fps) as append`: append(frame), uint8 (H, W, 3), writes to a temporary
-    file beside `path`, which replaces `path` when the block ends and all frames can be read back.
-    If the block raises, nothing is left behind."""
+    file beside `path`, which replaces `path` when the block ends. If the block raises, nothing is
+    left behind. extras/video.py, if it is there, also tags colours and reads the video back."""
     path = Path(path)
     part = path.absolute().with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    count = 0
-
-    def append(frame):
-        nonlocal count
-        try:
-            writer.append_data(frame)
-        except OSError:
-            raise OSError("ffmpeg has stopped") from None
-        count += 1
-
+    video = extra("video")
     try:
-        with imageio.get_writer(part, "FFMPEG", fps=fps, codec="libx264", pixelformat="yuv420p",
-                                macro_block_size=1, output_params=list(ENCODED)) as writer:
-            yield append
-        if count_frames(part) != count:
-            raise OSError("not all frames can be read back")
-        os.replace(part, path)
-    except BrokenPipeError:                 # from printing meanwhile
-        raise
-    except OSError as e:
-        reason = reason_of(e)
-        if part.parent.is_dir():            # ffmpeg's own words are lost
-            free = shutil.disk_usage(part.parent).free
-            reason += f"; {free / 1e6:.0f} MB are free there"
-        raise UserError(f"{path}: cannot be written after {count} frames ({reason})") from None
+        if video:
+            with video.checked_writer(part, path, fps) as append:
+                yield append
+        else:
+            with imageio.get_writer(part, "FFMPEG", fps=fps) as writer:
+                yield writer.append_data
+            os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
@@ -562,22 +481,6 @@ def number(kind, least, most):
         return value
     parse.__name__ = {int: "whole number", float: "number"}[kind]      # argparse prints it
     return parse
-
-
-def check_output(path, endings, inputs):
-    """UserError if an output path cannot be written or is one of the inputs."""
-    there = [file for file in inputs if file and file.exists()]
-    faults = [
-        (path.suffix.lower() not in endings, f"choose a name that ends in {' or '.join(endings)}"),
-        (not os.access(path.parent, os.W_OK),
-         f"the folder {path.parent} is missing or not writable"),
-        (path.is_dir(), "is a folder"),
-        (path.exists() and any(map(path.samefile, there)),
-         "is a file that is read; choose another name"),
-    ]
-    for wrong, cure in faults:
-        if wrong:
-            raise UserError(f"{path}: {cure}")
 
 
 def memory_flag(text):
@@ -663,13 +566,7 @@ def parse_flags(argv):
     parser = Parser(description="One image and some tracks in, a video out. To draw tracks while "
                     "it streams: python -m extras.page", allow_abbrev=False)
     add_flags(parser)
-    given = parser.parse_args(argv)
-    moved = given.drag or given.pin
-    if given.grid and not moved:
-        raise UserError("--grid belongs to --drag and --pin")
-    if given.tracks and moved:
-        raise UserError("--drag and --pin replace --tracks, drop one of them")
-    return given
+    return parser.parse_args(argv)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -712,16 +609,13 @@ class Job:
     notes: tuple = ()       # for the user
 
 
-def resolve(given, weights, tracks):
+def resolve(flags, weights, tracks):
     """Resolve flags, see parse_flags, into a Job. Weights and tracks decide what the flags leave
     open. UserError, with the cure, if flags, weights and tracks contradict each other."""
-    if tracks.recorded:
-        recording = extra("recording", "a recording")
-        given = recording.replayed(given, tracks.recorded, weights.config)
-    config, notes = resolve_config(given, weights)
-    prompt = config.prompt if given.prompt is None else given.prompt
-    device = find_device(given.device)
-    dtype = given.dtype
+    config, notes = resolve_config(flags, weights)
+    prompt = config.prompt if flags.prompt is None else flags.prompt
+    device = find_device(flags.device)
+    dtype = flags.dtype
     if dtype == "auto":
         dtype = "float32" if device.type == "cpu" else "bfloat16"
     moved = tracks.tracks.shape[1] > 0
@@ -732,12 +626,14 @@ def resolve(given, weights, tracks):
     sources = None
     if config.is_wan:
         encoders = extra("encoders", f"{weights.path}: reads what Wan's encoders return")
-        sources = encoders.Sources(prompt, given.negative_prompt, given.prompt_embeds,
-                                   given.text_encoder, given.image_encoder, weights.path)
-    job = Job(weights, config, given.frames or len(tracks.tracks), given.fps or config.fps,
-              given.seed or 0, device, dtype, prompt, drawn, given.vae, sources, given.compile,
+        sources = encoders.Sources(prompt, flags.negative_prompt, flags.prompt_embeds,
+                                   flags.text_encoder, flags.image_encoder, weights.path)
+    job = Job(weights, config, flags.frames or len(tracks.tracks), flags.fps or config.fps,
+              flags.seed or 0, device, dtype, prompt, drawn, flags.vae, sources, flags.compile,
               tuple(notes))
-    refuse(given, job, moved)
+    refusals = extra("refusals")
+    if refusals:
+        refusals.check_job(flags, job, moved, WAN_FRAMES)
     return job
 
 
@@ -753,7 +649,7 @@ def find_device(name):
     return tensor.device
 
 
-def resolve_config(given, weights):
+def resolve_config(flags, weights):
     """(Config for sampling, notes for the user). The weights' own config, or what is advised for
     their family, with the fields that flags change."""
     config = weights.config
@@ -761,49 +657,18 @@ def resolve_config(given, weights):
     if not weights.own:
         usual = "stream" if config.causal else "teacher"
         checkpoints = extra("checkpoints", f"{weights.path}: does not say how it is sampled")
-        config, words = checkpoints.advice(config, given.sampler or usual)
+        config, words = checkpoints.advice(config, flags.sampler or usual)
         notes = [f"{weights.path}: {note}" for note in words]
-    changes = dict(given.settings or ()) | (given.memory or {})
-    if given.guidance:
-        changes["guidance"] = given.guidance
-    elif config.is_wan and given.prompt is None and not given.prompt_embeds:
+    changes = dict(flags.settings or ()) | (flags.memory or {})
+    if flags.guidance:
+        changes["guidance"] = flags.guidance
+    elif config.is_wan and flags.prompt is None and not flags.prompt_embeds:
         changes["guidance"] = (0.0, config.guidance[1])     # no text to guide by
     config = replace(config, **changes)
-    if given.steps or "shift" in changes:
-        sigmas = schedule(given.steps or len(config.sigmas), config.shift)
-        config = replace(config, steps=given.steps or config.steps, sigmas=sigmas)
+    if flags.steps or "shift" in changes:
+        sigmas = schedule(flags.steps or len(config.sigmas), config.shift)
+        config = replace(config, steps=flags.steps or config.steps, sigmas=sigmas)
     return config, notes
-
-
-def refuse(given, job, moved):
-    """Raise UserError with the cure for the first invalid combination. moved: there are tracks."""
-    weights, config = job.weights, job.config
-    streams = config.causal
-    kind, sampler = ("student", "stream") if streams else ("teacher", "teacher")
-    encoded = given.prompt_embeds or given.text_encoder or given.image_encoder
-    weight = given.guidance and given.guidance[1]
-    for wrong, cure in [
-        (weights.own and given.sampler not in (None, sampler),
-         f"holds a {kind}, use --sampler {sampler}"),
-        (streams and given.guidance, "--guidance belongs to --sampler teacher"),
-        (streams and given.negative_prompt is not None,
-         "--negative-prompt belongs to --sampler teacher"),
-        (not streams and given.memory, "--memory belongs to --sampler stream"),
-        (streams and config.window is None and job.frames > WAN_FRAMES and not given.memory,
-         f"trained to remember {WAN_FRAMES} frames, all of them; add --memory c{config.chunk}s1w5"),
-        (streams and config.window is None and given.compile,
-         "--compile needs a cache that stops growing; add --memory c3s1w5"),
-        (streams and config.has_mask,
-         "takes the image as a clip with a mask, which cannot stream; use --sampler teacher"),
-        (not config.track_dim and (moved or weight),
-         "has no input for tracks; take Fun-Control, or drop --tracks, and give --guidance T,0"),
-        (moved and not job.drawn and not weights.has_head, "has no trained track head, and its "
-         f"input for tracks has {config.track_dim} channels, none for a drawn video"),
-        (config.text_encoder == "words" and encoded,
-         "reads words, give it --prompt and nothing encoded"),
-    ]:
-        if wrong:
-            raise UserError(f"{weights.path}: {cure}")
 
 
 @dataclass(frozen=True)
@@ -840,15 +705,6 @@ def open_vae(config, beside, path=None):
     return copy_weights(vae, file, torch.float32)
 
 
-def check_files(job, image):
-    """Check the files of encoders and DiT before load_models loads any, so that an error comes
-    within a minute and not after the encoders have run. Raises UserError."""
-    weights = job.weights
-    if job.sources:
-        extra("encoders", "text").check(job.sources, job.config, image)
-    check_memory(weights.count * getattr(torch, job.dtype).itemsize, weights.path, job.device)
-
-
 def encode_inputs(job, image):
     """Encode a Job's text and image inputs. image (1, 3, H, W) in [-1, 1]."""
     if job.sources:
@@ -871,7 +727,9 @@ def load_models(job, image):
     path = job.weights.path
     dtype = getattr(torch, job.dtype)
     vae, file = find_vae(job.config, path, job.vae)
-    check_files(job, image)
+    refusals = extra("refusals")
+    if refusals:
+        refusals.check_files(job, image)
     vae = copy_weights(vae, file, torch.float32).to(job.device)
     decode_in(dtype, vae)
     encoded = encode_inputs(job, image)
@@ -893,21 +751,16 @@ def generate(job, models, image, motion):
     """Yield the video's frames, uint8 (H, W, 3): job.frames of them; None: as long as `motion`
     lasts. image and motion: see `stream`."""
     config = job.config
-    if job.drawn:
-        frames = video_frames(latents_to_cover(job.frames, config))
-        tracks = extra("tracks", "drawing tracks")
-        control = tracks.render_control(models.vae, motion, config.size, frames)
-        motion = replace(motion, control=control)
+    inputs = (models.dit, models.vae, image, motion, models.encoded, job.seed)
     if not config.causal:
-        videos = sample_teacher(models.dit, models.vae, image, motion, models.encoded, job.seed)
-        chunks = map(to_frames, videos)
+        chunks = map(to_frames, sample_teacher(*inputs))
     else:
-        latents = stream_latents(models.dit, models.vae, image, motion, models.encoded, job.seed,
-                                 chunk=config.chunk, sink=config.sink, window=config.window)
-        if job.device.type == "cuda" and job.frames:        # nobody waits to steer the next chunk
-            chunks = frames_beside(models.vae, latents, job.device)
-        else:
-            chunks = map(to_frames, decode(models.vae, latents))
+        latents = stream_latents(*inputs, chunk=config.chunk, sink=config.sink,
+                                 window=config.window)
+        chunks = map(to_frames, decode(models.vae, latents))
+        speed = extra("compiling")
+        if speed and job.device.type == "cuda" and job.frames:  # nobody steers the next chunk
+            chunks = speed.frames_beside(models.vae, latents, job.device, to_frames)
     frames = itertools.chain.from_iterable(chunks)
     yield from itertools.islice(frames, job.frames)
 
@@ -916,81 +769,73 @@ def print_notes(job, tracks, motion, image_size, shown):
     """Print what the user should know. tracks: on the image, of image_size (width, height); motion:
     the same on the video; shown: the part of the image that the video shows, see shown_part."""
     notes = list(job.notes)
-    with contextlib.suppress(UserError):        # a copy without extras has no more to say
-        about = extra("notes", "notes")
+    about = extra("notes")
+    if about:
         notes += about.notes_on(job, words_in(job.prompt), tracks, motion, image_size, shown)
     for note in notes:
         print(f"note: {note}")
 
 
+def tracks_of(flags, image_size, shown):
+    """The Tracks that the flags name, on an image (width, height). shown: see shown_part."""
+    frames = flags.frames or WAN_FRAMES
+    if flags.tracks:
+        return read_tracks(flags.tracks, image_size, flags.frames)
+    if flags.drag or flags.pin:
+        drag_tracks = extra("tracks", "--drag and --pin").drag_tracks
+        return Tracks(*drag_tracks(flags.drag, flags.pin, flags.grid, frames, image_size, shown))
+    return no_tracks(frames)
+
+
 def run(argv):
     """Run the program; returns the exit code. argv: None for the command line's."""
-    given = parse_flags(argv)
-    inputs = [given.image, given.tracks, given.weights, given.vae, given.text_encoder,
-              given.image_encoder, given.prompt_embeds]
-    for path in filter(None, inputs):
-        if not path.exists():
-            raise UserError(f"{path}: no such file or folder")
-    check_output(given.out, (".mp4", ".png"), inputs)
-    is_picture = given.out.suffix.lower() == ".png"
-    if not is_picture:
-        find_ffmpeg()                           # found to fail here, before any model loads
-    image = load_image(given.image)
-    shipped = {"teacher": "tiny_teacher.safetensors"}.get(given.sampler, "tiny.safetensors")
-    weights = inspect(given.weights or ASSETS / shipped)
+    flags = parse_flags(argv)
+    refusals = extra("refusals")
+    if refusals:
+        refusals.check_flags(flags)
+    image = load_image(flags.image)
+    shipped = {"teacher": "tiny_teacher.safetensors"}.get(flags.sampler, "tiny.safetensors")
+    weights = inspect(flags.weights or ASSETS / shipped)
     shown = shown_part(image.size, weights.config.size)
-    tracks = no_tracks(given.frames or WAN_FRAMES)
-    if given.tracks:
-        tracks = read_tracks(given.tracks, image.size, given.frames)
-    elif given.drag or given.pin:
-        drag_tracks = extra("tracks", "--drag and --pin").drag_tracks
-        tracks = Tracks(*drag_tracks(given.drag, given.pin, given.grid, given.frames or WAN_FRAMES,
-                                     image.size, shown))
-    job = resolve(given, weights, tracks)
-    if given.overlay or job.drawn:
-        extra("tracks", "drawing tracks")       # found missing here, before any model loads
+    tracks = tracks_of(flags, image.size, shown)
+    if tracks.recorded:
+        recording = extra("recording", "a recording")
+        flags, recorded = recording.replayed(flags, tracks.recorded, weights.config)
+    job = resolve(flags, weights, tracks)
+    if flags.overlay or job.drawn:
+        drawing = extra("tracks", "drawing tracks")     # found missing here, before any model loads
     motion = fit_tracks(tracks, image.size, job.frames, job.config, job.seed)
     pixels = fit_image(image, job.config.size)
     models = load_models(job, pixels)
     print_notes(job, tracks, motion, image.size, shown)
+    if job.drawn:
+        whole = motion.tracks.shape[1]
+        control = drawing.render_control(models.vae, motion, job.config.size, whole)
+        motion = replace(motion, control=control)
     steered = motion
     if tracks.recorded:
-        recording = extra("recording", "a recording")
-        recording.print_doubts(tracks.recorded, models)
-        if given.prompt is None and job.config.causal and job.config.text_encoder == "words":
-            parts = motion_by_chunk(motion, job.config)
-            steered = recording.with_prompts(parts, tracks.recorded, job.config, embed_words)
+        parts = motion_by_chunk(motion, job.config)
+        steered = recording.steered(parts, recorded, job, models, embed_words) or motion
     frames = map(enlarge, generate(job, models, pixels, steered))
-    if given.overlay:
-        frames = extra("tracks", "--overlay").overlaid(frames, motion, job.config.size)
-    with picture_file(given.out) if is_picture else video_file(given.out, job.fps) as append:
+    if flags.overlay:
+        frames = drawing.overlaid(frames, motion, job.config.size)
+    is_picture = flags.out.suffix.lower() == ".png"
+    with picture_file(flags.out) if is_picture else video_file(flags.out, job.fps) as append:
         code = write_frames(append, frames, job.frames)
-    print(given.out)
+    print(flags.out)
     return code
 
 
 def reported(work, *args):
     """Exit code of work(*args), a program: 2 and a one-line message for an error that the user can
-    fix, 130 if interrupted, 141 if the reader of its output closed the pipe, as | head -1 does.
-    Consoles that lack a character of a path, as on Windows, print its code."""
-    for console in sys.stdout, sys.stderr:
-        if hasattr(console, "reconfigure"):
-            console.reconfigure(errors="backslashreplace")
+    fix, 130 if interrupted."""
+    refusals = extra("refusals")            # if there, knows other ends
     try:
-        code = work(*args)
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141                          # 128 + SIGPIPE, which Windows does not have
+        if refusals:
+            return refusals.ended(work, *args)
+        return work(*args)
     except (UserError, OSError) as e:       # OSError: a full disk, for one
         print(f"error: {UserError(str(e))}", file=sys.stderr)
-        return 2
-    except (MemoryError, RuntimeError) as e:
-        of_memory = MemoryError, torch.OutOfMemoryError
-        if not isinstance(e, of_memory) and "DefaultCPUAllocator" not in str(e):
-            raise
-        print(f"error: out of memory: {UserError(reason_of(e))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

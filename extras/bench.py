@@ -32,7 +32,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 import sample
 import train_distill
-from extras.compiling import compile_blocks
+from extras.compiling import compile_blocks, frames_beside
 from extras.evaluate import check_device
 from motionstream import (CLIP_ROWS, FLOAT32, FRAMES, PRESETS, Config, new_model, rollout, schedule,
                           start_points, track_ids)
@@ -400,7 +400,7 @@ class Times:
 
 def watched(model, vae, motion, text, ahead):
     """The whole program, from an image and tracks to frames in the CPU's memory. Yields the Times of each chunk.
-    ahead: on a GPU, see sample.frames_beside; then `asked` may be the next chunk's."""
+    ahead: on a GPU, see compiling.frames_beside; then `asked` may be the next chunk's."""
     config = model.config
     image = torch.rand(1, 3, *config.size, device=text.device) * 2 - 1
     clip = None
@@ -416,7 +416,7 @@ def watched(model, vae, motion, text, ahead):
     latents = sample.stream_latents(model, vae, image, live(), sample.Encoded(text, clip=clip))
     chunks = map(sample.to_frames, sample.decode(vae, latents))
     if ahead and text.device.type == "cuda":
-        chunks = sample.frames_beside(vae, latents, text.device)
+        chunks = frames_beside(vae, latents, text.device, sample.to_frames)
     for chunk in chunks:
         frames = iter(chunk)
         next(frames)

@@ -1,4 +1,7 @@
-"""torch.compile for MotionStream, for --compile of sample.py and extras/bench.py."""
+"""Speed on a GPU, for sample.py and extras/bench.py: torch.compile, for --compile, and a second CUDA
+stream that decodes."""
+
+import itertools
 
 import torch
 
@@ -22,3 +25,23 @@ def compile_blocks(model):
         torch._dynamo.config.recompile_limit = max(limit, 2 * lengths)
     for block in model.blocks:
         block.compile()
+
+
+def frames_beside(vae, latents, device, to_frames):
+    """On a GPU: latents, chunk by chunk, decoded and handed to sample.to_frames. A second
+    CUDA stream decodes and copies each chunk while the next one is denoised, so the next tracks are
+    requested before anyone has seen this chunk."""
+    beside = torch.cuda.Stream(device)
+    video = None
+    state = None
+    for chunk in itertools.chain(latents, [None]):      # asks for the next one, which is queued
+        if video is not None:
+            with torch.cuda.stream(beside):
+                frames = to_frames(video)               # waits for this stream only
+            yield frames
+        if chunk is None:
+            return
+        beside.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(beside):
+            video, state = vae.decode(chunk, state)
+        chunk.record_stream(beside)                     # its memory is not reused before that

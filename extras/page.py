@@ -39,7 +39,8 @@ import torch
 from PIL import Image
 
 import sample
-from extras import notes, recording, world
+from extras import notes, recording, video, world
+from extras.refusals import check_output
 from motionstream import Config, UserError, naming, video_frames, write_file
 from sample import (crop, embed_words, enlarge, fit_image, hold_signals, live_motion, number, to_frames,
                     to_video, video_file)
@@ -678,10 +679,10 @@ def parse_flags(argv):
         help="what a browser calls it behind a tunnel or another port: x.example, localhost:9000")
     parser.set_defaults(out=None)
     flags = parser.parse_args(argv)
-    for given, name in ((flags.tracks or flags.drag or flags.pin, "--tracks, --drag and --pin"), (flags.grid is not None, "--grid"),
+    for typed, name in ((flags.tracks or flags.drag or flags.pin, "--tracks, --drag and --pin"), (flags.grid is not None, "--grid"),
                         (flags.frames, "--frames"), (flags.overlay, "--overlay"),
                         (flags.sampler == "teacher", "--sampler teacher")):
-        if given:
+        if typed:
             raise UserError(f"the page streams for as long as it is open, and tracks are drawn there: drop {name}")
     return flags, (flags.host, flags.port), flags.allow
 
@@ -695,16 +696,16 @@ def pictures(image):
 def check_out(flags):
     """UserError unless a recording can be written to --out without replacing an input file."""
     inputs = [value for name, value in vars(flags).items() if isinstance(value, Path) and name != "out"]
-    sample.check_output(flags.out, (".mp4",), inputs)
+    check_output(flags.out, (".mp4",), inputs)
     for ending in (".png", ".npz"):
-        sample.check_output(flags.out.with_suffix(ending), (ending,), inputs)
+        check_output(flags.out.with_suffix(ending), (ending,), inputs)
 
 
 def run(argv):
     """Run the program; returns the exit code."""
     flags, address, allowed = parse_flags(argv)
     image = sample.load_image(flags.image)
-    sample.find_ffmpeg()                        # whoever watches may record
+    video.find_ffmpeg()                        # whoever watches may record
     if flags.out:
         check_out(flags)
     weights = sample.inspect(flags.weights or sample.ASSETS / "tiny.safetensors")

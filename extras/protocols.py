@@ -15,7 +15,7 @@ where they are, (T, N, 2), as numbers. Without one, end-point errors are left ou
 import importlib.util
 import json
 import runpy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from PIL import Image
 import sample
 from extras.clips import find_sources, read_captions
 from extras.measures import lpips_network, psnr, ssim
-from extras.tracks import decode_text
+from extras.tracks import decode_text, render_control
 from extras.video import open_video
 from motionstream import UserError, write_file
 from sample import Parser
@@ -148,6 +148,10 @@ class Player:
         else:
             encoded = sample.encode_inputs(job, pixels)
             self.models = sample.Models(self.models.dit, self.models.vae, encoded)
+        if job.drawn:
+            whole = motion.tracks.shape[1]
+            control = render_control(self.models.vae, motion, config.size, whole)
+            motion = replace(motion, control=control)
         frames = []
         with sample.video_file(self.out / f"{clip.name}.mp4", job.fps) as append:
             for frame in sample.generate(job, self.models, pixels, motion):

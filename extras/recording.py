@@ -2,8 +2,9 @@
 frames again.
 
     settings_in(arrays)                  -> {name: value}, see SETTINGS
-    replayed(given, said, config)        -> the flags of sample.py, with what they leave open
-    with_prompts(parts, said, …)         -> the motion, each chunk with its own text
+    replayed(flags, said, config)        -> the flags of sample.py with what they leave open, and what
+                                            is left to obey of the recording
+    steered(parts, said, …)              -> the motion, each chunk with its own text
 
 What is recorded is written by extras/page.py, see save_recording there.
 """
@@ -51,28 +52,38 @@ def settings_in(arrays):
     return said
 
 
-def replayed(given, said, config):
-    """The flags of sample.py, a namespace, with what a recording has `said` where nothing was typed.
-    config: of the weights."""
-    fields = {"frames": given.frames or said["frames"], "fps": given.fps or said["fps"]}
-    if given.seed is None:
+def replayed(flags, said, config):
+    """(The flags of sample.py, a namespace, with what a recording has `said` where nothing was typed;
+    what it has said, but for the prompts if one was typed). config: of the weights."""
+    fields = {"frames": flags.frames or said["frames"], "fps": flags.fps or said["fps"]}
+    if flags.seed is None:
         fields["seed"] = said["seed"]
-    if given.dtype == "auto":
+    if flags.dtype == "auto":
         fields["dtype"] = said["dtype"]
     first = said["prompts"][0]
-    if given.prompt is None and (first or config.text_encoder == "words"):
+    if flags.prompt is not None:
+        said = said | {"prompts": [flags.prompt]}
+    elif first or config.text_encoder == "words":
         fields["prompt"] = first
-    streams = given.sampler == "stream" or given.sampler is None and config.causal
-    if streams and given.memory is None:
+    streams = flags.sampler == "stream" or flags.sampler is None and config.causal
+    if streams and flags.memory is None:
         fields["memory"] = {name: said[name] for name in ("chunk", "sink", "window")}
-    if streams and given.steps is None and said["steps"] != len(config.sigmas):
+    if streams and flags.steps is None and said["steps"] != len(config.sigmas):
         fields["steps"] = said["steps"]
-    return argparse.Namespace(**vars(given) | fields)
+    return argparse.Namespace(**vars(flags) | fields), said
+
+
+def steered(parts, said, job, models, embed):
+    """The parts of a motion, one for each chunk, each with the text of its own prompt; None for models
+    whose text cannot change. Prints why the frames may be others. embed(prompt, config): the text."""
+    if said["weights"] != checksum(models):
+        print("note: it was recorded with other weights")
+    if job.config.causal and job.config.text_encoder == "words":
+        return with_prompts(parts, said, job.config, embed)
 
 
 def with_prompts(parts, said, config, embed):
-    """Yield the parts of a motion, one for each chunk, each with the text of its own prompt.
-    embed(prompt, config): the text."""
+    """Yield the parts, each with its text."""
     for part, prompt in zip(parts, prompts_by_chunk(said, config.chunk)):
         yield replace(part, text=embed(prompt, config))
 
@@ -83,12 +94,6 @@ def prompts_by_chunk(said, chunk):
     last = len(said["prompts"]) - 1
     for latent in itertools.count(0, chunk):
         yield said["prompts"][min(latent // said["chunk"], last)]
-
-
-def print_doubts(said, models):
-    """Print why the frames may be others."""
-    if said["weights"] != checksum(models):
-        print("note: it was recorded with other weights")
 
 
 def checksum(models):

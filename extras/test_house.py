@@ -20,8 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import train_distill as td
 from extras.testing import (HERE, SMALL_VAE, WAN22, all_equal, clip_of, folder, linear_vae,
                             new_model, new_tracks, new_vae, rand, randomised, seeded, wan_video)
+from extras.video import count_frames
 from motionstream import KVCache, SelfAttention, TrackHead, rollout, rope_table
-from sample import count_frames
 from vae import WanVAE
 
 # --------------------------------------------------------------------------------------------------

@@ -36,8 +36,8 @@ from extras import world
 from extras.page import Given, Recorder, Refused, Take, gather, glide, join_chunks, merge, named
 from extras.testing import (COPYING, HERE, assert_near, folder, new_model, new_vae, quiet, rand, randomised,
                             sampled, saved, seeded, slow, workplace)
+from extras.video import count_frames
 from motionstream import motion_inputs, save_pretrained
-from sample import count_frames
 from vae import LinearVAE, LinearVAEConfig
 
 patch = unittest.mock.patch

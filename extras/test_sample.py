@@ -26,9 +26,9 @@ from extras.recording import checksum as recording_checksum
 from extras.testing import (COPYING, HERE, SMALL, STUB, WAN22, assert_error, assert_near, clip_of,
                             command, folder, linear_vae, new_model, new_tracks, new_vae, quiet, rand,
                             randomised, sampled, saved, settled, wan_sampled, wan_workplace, workplace)
+from extras.video import count_frames
 from motionstream import (MotionStream, copy_along_tracks, euler, guided_velocity, image_and_mask,
                           image_inputs, joint_guidance, start_points, track_features)
-from sample import count_frames
 from vae import LinearVAE, LinearVAEConfig, TinyVAE, WanVAE, WanVAEConfig, load_vae
 
 patch = unittest.mock.patch
@@ -64,17 +64,24 @@ def test_sample_writes_a_video_of_the_tracks_length():
     assert not list(here.glob(".*")), "temporary files are left"
 
 
-# Samples in a copy without extras, and refuses what needs them; then two more times, when nobody reads
-# what it prints, which is noticed by the first line or, if that is kept back, at the end. torch is
-# loaded once.
+# Samples in a copy without extras, and refuses what needs them, and what is missing. torch is loaded
+# once.
 IN_A_COPY = """
-import os, sys, numpy, sample
-flags = "--image assets/drag.png --tracks assets/drag.npz --frames 9".split()
-assert sample.main(flags) == 0
+import numpy, sample
+image = "--image assets/drag.png --frames 9".split()
+assert sample.main(image + ["--tracks", "assets/drag.npz"]) == 0
 numpy.save("t.npy", numpy.zeros((9, 1, 2)))
 for tracks in ["--tracks", "t.npy"], ["--pin", "9,9"], ["--tracks", "assets/drag.npz", "--overlay"]:
-    assert sample.main(["--image", "assets/drag.png", "--out", "no.mp4"] + tracks) == 2
-flags += ["--frames", "1", "--steps", "1", "--out", "out.png"]
+    assert sample.main(image + ["--out", "no.mp4"] + tracks) == 2
+for flags in ["--image", "none.png"], ["--weights", "none.safetensors"], ["--device", "abacus"]:
+    assert sample.main(image + flags) == 2
+"""
+
+# Two times nobody reads what it prints, which is noticed by the first line or, if that is kept back,
+# at the end.
+UNREAD = """
+import os, sys, sample
+flags = sys.argv[1:]
 reader, writer = os.pipe()
 os.close(reader)
 for unbuffered in True, False:
@@ -89,22 +96,34 @@ for unbuffered in True, False:
 """
 
 
-def test_a_copy_without_extras_samples_and_a_reader_that_has_gone_is_no_error():
+def test_a_copy_without_extras_samples():
     with folder() as here:
         for name in "motionstream.py", "vae.py", "sample.py":
             shutil.copy(HERE / name, here)
         shutil.copytree(HERE / "assets", here / "assets")
-        alone = os.environ | {"OMP_NUM_THREADS": "1"}       # a fork of OpenMP's threads would wait for ever
-        done = subprocess.run([sys.executable, "-c", IN_A_COPY], cwd=here, env=alone,
-                              capture_output=True, text=True, timeout=300)
+        done = subprocess.run([sys.executable, "-c", IN_A_COPY], cwd=here, capture_output=True,
+                              text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.endswith("\nout.mp4\n141\n141\n"), done.stdout
-        assert "Error" not in done.stderr, done.stderr
+        assert done.stdout.endswith("\nout.mp4\n"), done.stdout
         refused = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-        assert len(refused) == 3, done.stderr
-        for line in refused:
+        assert len(refused) == 6, done.stderr
+        for line in refused[:3]:
             assert line.endswith("extras/tracks.py, which that needs, is missing"), line
+        for line, name in zip(refused[3:], ("none.png", "none.safetensors", "abacus")):
+            assert name in line, line
         assert count_frames(here / "out.mp4") == 9
+        assert not list(here.glob(".*")), "temporary files are left"
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    words = command("--frames", 1, "--steps", 1, "--out", workplace()[1] / "out.png")
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}       # a fork of OpenMP's threads would wait for ever
+    done = subprocess.run([sys.executable, "-c", UNREAD] + [str(word) for word in words], cwd=HERE,
+                          env=alone, capture_output=True, text=True, timeout=300)
+    (workplace()[1] / "out.png").unlink()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "141\n141\n", done.stdout
+    assert "Error" not in done.stderr, done.stderr
 
 
 def last_picture(flags):
@@ -160,7 +179,7 @@ def test_images_of_every_mode_come_out_right():
 def failing_video(here, read_back):
     """Write three frames, of which `read_back` frames can be read again."""
     frame = np.zeros((256, 256, 3), np.uint8)
-    with patch("sample.count_frames", lambda path: read_back), \
+    with patch("extras.video.count_frames", lambda path: read_back), \
             sample.video_file(here / "out.mp4", 16) as append:
         for _ in range(3):
             append(frame)
@@ -329,7 +348,7 @@ def test_the_stream_hands_the_track_head_the_whole_motion():
     model = new_model()
     motion = new_motion(28, 5)
     chunks = sample.motion_by_chunk(motion, model.config)
-    given = sample.conditions(model, None, rand(2, 3, 32, 48), chunks, sample.Encoded())
+    given = sample.chunk_conditions(model, None, rand(2, 3, 32, 48), chunks, sample.Encoded())
     parts = [part["tracks"] for part in given]
     assert len(parts) == 3
     rest = 33 - 28                                          # 3 chunks of 3 latents are 33 frames

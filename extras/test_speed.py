@@ -215,7 +215,7 @@ def test_frames_made_beside_are_the_same_and_the_next_chunk_is_begun_before_one_
     expected = [sample.to_frames(video) for video in sample.decode(vae, latents.split(2, 2))]
     with torch.inference_mode(), fake_gpu() as log:
         found = []
-        for frames in sample.frames_beside(vae, chunks_of(latents, log), "cuda"):
+        for frames in compiling.frames_beside(vae, chunks_of(latents, log), "cuda", sample.to_frames):
             log.append(f"show {len(found)}")
             found.append(frames)
     assert len(found) == len(expected) == 3
@@ -255,11 +255,11 @@ def test_only_a_motion_that_is_known_beforehand_is_made_ahead_on_a_gpu():
     motion = bench.new_motion(model.config, 9)
     asked = []
 
-    def beside(vae, latents, device):
+    def beside(vae, latents, device, to_frames):
         asked.append(device.type)
         return iter([np.zeros((9, 32, 48, 3), np.uint8)])
 
-    with unittest.mock.patch.object(sample, "frames_beside", beside):
+    with unittest.mock.patch.object(compiling, "frames_beside", beside):
         for device, frames in ("cpu", 9), ("cuda", None), ("cuda", 9):
             list(sample.generate(job_on(device, frames), models, rand(1, 3, 32, 48), motion))
             assert len(asked) == ((device, frames) == ("cuda", 9))

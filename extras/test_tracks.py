@@ -968,7 +968,7 @@ def test_a_control_video_is_handed_over_chunk_by_chunk():
     model = new_model(causal=False)
     chunks = sample.motion_by_chunk(motion, model.config)
     parts = []
-    for part in sample.conditions(model, None, image, chunks, sample.Encoded()):
+    for part in sample.chunk_conditions(model, None, image, chunks, sample.Encoded()):
         parts.append(part["tracks"])
     assert [part.shape[2] for part in parts] == [3, 3]
     assert torch.cat(parts, 2).equal(control)

@@ -12,9 +12,8 @@ import numpy as np
 
 import sample
 from extras.testing import assert_error, command, folder, sampled
-from extras.video import open_video, refuse
+from extras.video import find_ffmpeg, open_video, refuse
 from motionstream import UserError
-from sample import find_ffmpeg
 
 RED = "color=0xE43B26:s=64x64:r=16:d=1"         # (228, 59, 38)
 COUNTER = "testsrc=s=64x48:r=16:d=3"

@@ -783,7 +783,8 @@ def parse_flags(argv):
 
 def run(argv):
     """Write the tracks that the command line asks for. Returns the exit code."""
-    from sample import WAN_FRAMES, check_output, load_image
+    from extras.refusals import check_output
+    from sample import WAN_FRAMES, load_image
     given = parse_flags(argv)
     image = load_image(given.image)
     inputs = [given.image, given.tracks, given.depth, given.visibility]

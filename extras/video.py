@@ -6,24 +6,27 @@ white.
         ...
     video.times()                           # when each frame is shown, in seconds
 
-What cannot be read without a choice (HDR, wide gamut, interlaced, several videos in a file) is
+Videos are written in BT.709 and read back (checked_writer). What cannot be read without a choice (HDR, wide gamut, interlaced, several videos in a file) is
 refused, with the command that makes it right.
 """
 
+import contextlib
+import functools
 import itertools
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import imageio.v2 as imageio
 import numpy as np
 
-from motionstream import UserError
-from sample import find_ffmpeg
+from motionstream import UserError, reason_of
 
 # Tags of colours that are read as they are. Others are wrong unless they are mapped to the gamut of
 # BT.709, and in HDR brightness too.
@@ -36,6 +39,9 @@ USUAL = {
 }
 BRIGHT = ("smpte2084", "arib-std-b67")      # the transfer functions of HDR, PQ and HLG
 
+
+# --------------------------------------------------------------------------------------------------
+# Reading.
 
 class Log:
     """What a running ffmpeg says."""
@@ -219,3 +225,80 @@ def remade(path, options, keep="-fps_mode passthrough "):
         given, old, new = [shlex.quote(place) for place in places]
     made = f"ffmpeg -i {given} {options} {keep}{new}"
     return f"{made} && {move} {given} {old} && {move} {new} {given}"
+
+
+# --------------------------------------------------------------------------------------------------
+# ffmpeg, and writing.
+
+# How ffmpeg encodes: converted to BT.709 and tagged; of untagged video, players guess the matrix.
+ENCODED = [
+    "-vf", "scale=2*ceil(iw/2):2*ceil(ih/2):out_color_matrix=bt709:out_range=tv,setsar=1,"
+    "format=yuv420p,setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709",
+    "-color_range", "tv", "-colorspace", "bt709",
+    "-color_primaries", "bt709", "-color_trc", "bt709",
+    "-preset", "veryfast", "-crf", "15", "-movflags", "+faststart"]
+
+
+def find_ffmpeg():
+    """Path of an ffmpeg that encodes here. UserError, with ffmpeg's own message, if none does."""
+    exe = "ffmpeg"
+    try:
+        import imageio_ffmpeg
+        exe = imageio_ffmpeg.get_ffmpeg_exe()
+        try_ffmpeg(exe)
+    except (ImportError, RuntimeError, OSError) as e:
+        raise UserError(f"{exe}: cannot be used ({reason_of(e)}); pip install -U imageio[ffmpeg], "
+                        "or name another in IMAGEIO_FFMPEG_EXE") from None
+    return exe
+
+
+@functools.cache
+def try_ffmpeg(exe):
+    """Encode one frame to the null muxer. RuntimeError with ffmpeg's message if that fails."""
+    command = [exe, "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "16x16", "-i", "-"]
+    command += ["-c:v", "libx264"] + ENCODED + ["-f", "null", "-"]
+    done = subprocess.run(command, input=bytes(16 * 16 * 3), capture_output=True)
+    if done.returncode:
+        said = done.stderr.decode(errors="replace")
+        raise RuntimeError(said.strip() or f"it has ended with code {done.returncode}")
+
+
+def count_frames(path):
+    """Number of frames in a video file, without decoding them; 0 if it cannot be read."""
+    command = [find_ffmpeg(), "-i", f"file:{path}", "-map", "0:v:0", "-c", "copy"]
+    command += ["-f", "null", "-"]
+    told = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).stderr
+    counts = re.findall(rb"frame= *(\d+)", told) or [0]
+    return int(counts[-1])
+
+
+@contextlib.contextmanager
+def checked_writer(part, path, fps):
+    """`with checked_writer(…) as append`: append(frame), uint8 (H, W, 3), writes to a temporary file
+    `part`, which replaces `path` if all frames can be read back when the block ends. UserError, naming
+    `path`, if it cannot be written."""
+    count = 0
+
+    def append(frame):
+        nonlocal count
+        try:
+            writer.append_data(frame)
+        except OSError:
+            raise OSError("ffmpeg has stopped") from None
+        count += 1
+
+    try:
+        with imageio.get_writer(part, "FFMPEG", fps=fps, codec="libx264", pixelformat="yuv420p",
+                                macro_block_size=1, output_params=list(ENCODED)) as writer:
+            yield append
+        if count_frames(part) != count:
+            raise OSError("not all frames can be read back")
+        os.replace(part, path)
+    except BrokenPipeError:                 # from printing meanwhile
+        raise
+    except OSError as e:
+        reason = reason_of(e)
+        if part.parent.is_dir():            # ffmpeg's own words are lost
+            free = shutil.disk_usage(part.parent).free
+            reason += f"; {free / 1e6:.0f} MB are free there"
+        raise UserError(f"{path}: cannot be written after {count} frames ({reason})") from None

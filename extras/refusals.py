@@ -1,0 +1,108 @@
+"""What sample.py refuses before it loads anything, in one line with the cure, and how the programs
+end. A copy of the project without this fails by itself: torch's, imageio's or Python's message.
+"""
+
+import os
+import sys
+
+import torch
+
+from extras import checkpoints, encoders, video
+from motionstream import UserError, reason_of
+
+
+def check_flags(flags):
+    """UserError for flags that contradict each other or name files that are missing, and if nothing
+    can be written. flags: see sample.parse_flags."""
+    moved = flags.drag or flags.pin
+    if flags.grid and not moved:
+        raise UserError("--grid belongs to --drag and --pin")
+    if flags.tracks and moved:
+        raise UserError("--drag and --pin replace --tracks, drop one of them")
+    inputs = [flags.image, flags.tracks, flags.weights, flags.vae, flags.text_encoder,
+              flags.image_encoder, flags.prompt_embeds]
+    for path in filter(None, inputs):
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder")
+    check_output(flags.out, (".mp4", ".png"), inputs)
+    if flags.out.suffix.lower() == ".mp4":
+        video.find_ffmpeg()
+
+
+def check_output(path, endings, inputs):
+    """UserError if an output path cannot be written or is one of the inputs."""
+    there = [file for file in inputs if file and file.exists()]
+    faults = [
+        (path.suffix.lower() not in endings, f"choose a name that ends in {' or '.join(endings)}"),
+        (not os.access(path.parent, os.W_OK),
+         f"the folder {path.parent} is missing or not writable"),
+        (path.is_dir(), "is a folder"),
+        (path.exists() and any(map(path.samefile, there)),
+         "is a file that is read; choose another name"),
+    ]
+    for wrong, cure in faults:
+        if wrong:
+            raise UserError(f"{path}: {cure}")
+
+
+def check_job(flags, job, moved, most):
+    """UserError with the cure for the first invalid combination of flags, weights and tracks. job: a
+    sample.Job; moved: there are tracks; most: frames that a student remembers who has seen so many."""
+    weights, config = job.weights, job.config
+    streams = config.causal
+    kind, sampler = ("student", "stream") if streams else ("teacher", "teacher")
+    encoded = flags.prompt_embeds or flags.text_encoder or flags.image_encoder
+    weight = flags.guidance and flags.guidance[1]
+    for wrong, cure in [
+        (weights.own and flags.sampler not in (None, sampler),
+         f"holds a {kind}, use --sampler {sampler}"),
+        (streams and flags.guidance, "--guidance belongs to --sampler teacher"),
+        (streams and flags.negative_prompt is not None,
+         "--negative-prompt belongs to --sampler teacher"),
+        (not streams and flags.memory, "--memory belongs to --sampler stream"),
+        (streams and config.window is None and job.frames > most and not flags.memory,
+         f"trained to remember {most} frames, all of them; add --memory c{config.chunk}s1w5"),
+        (streams and config.window is None and flags.compile,
+         "--compile needs a cache that stops growing; add --memory c3s1w5"),
+        (streams and config.has_mask,
+         "takes the image as a clip with a mask, which cannot stream; use --sampler teacher"),
+        (not config.track_dim and (moved or weight),
+         "has no input for tracks; take Fun-Control, or drop --tracks, and give --guidance T,0"),
+        (moved and not job.drawn and not weights.has_head, "has no trained track head, and its "
+         f"input for tracks has {config.track_dim} channels, none for a drawn video"),
+        (config.text_encoder == "words" and encoded,
+         "reads words, give it --prompt and nothing encoded"),
+    ]:
+        if wrong:
+            raise UserError(f"{weights.path}: {cure}")
+
+
+def check_files(job, image):
+    """UserError if the encoders of a sample.Job will fail, or its DiT does not fit into memory: said
+    before any of them is loaded, not after the encoders have run. image: (1, 3, H, W)."""
+    weights = job.weights
+    if job.sources:
+        encoders.check(job.sources, job.config, image)
+    needed = weights.count * getattr(torch, job.dtype).itemsize
+    checkpoints.check_memory(needed, weights.path, job.device)
+
+
+def ended(work, *args):
+    """work(*args), the exit code of a program: 141 if the reader of its output closed the pipe, as
+    | head -1 does. UserError if memory runs out. Consoles that lack a character of a path, as on
+    Windows, print its code."""
+    for console in sys.stdout, sys.stderr:
+        if hasattr(console, "reconfigure"):
+            console.reconfigure(errors="backslashreplace")
+    try:
+        code = work(*args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141                          # 128 + SIGPIPE, which Windows does not have
+    except (MemoryError, RuntimeError) as e:
+        of_memory = MemoryError, torch.OutOfMemoryError
+        if not isinstance(e, of_memory) and "DefaultCPUAllocator" not in str(e):
+            raise
+        raise UserError(f"out of memory: {reason_of(e)}") from None
