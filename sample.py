@@ -54,8 +54,8 @@ ASSETS = Path(__file__).resolve().parent / "assets"
 MOST_FRAMES = 1_000_000
 LARGEST = 2 ** 30           # bytes of a tracks file, unpacked
 SHORTEST_SIDE = 256         # pixels of a written video; smaller ones are enlarged
-WAN_FRAMES = 81             # of the clips that Wan learned from: the default length, and the
-                            # context that weights without a window have seen
+WAN_FRAMES = 81             # length of Wan's training clips: the default length of a video, and the
+                            # longest that weights without a window have seen
 
 
 # --------------------------------------------------------------------------------------------------
@@ -68,8 +68,8 @@ class Motion:
     visible: torch.Tensor                   # (B, T, N) bool
     ids: torch.Tensor                       # (B, N) int64, see track_ids
     start: torch.Tensor | None = None       # (B, N, 2): positions in frame 0, for copies
-    control: torch.Tensor | None = None     # (B, track_dim, F, h, w): replaces the track head's
-    text: torch.Tensor | None = None        # (B, L, text_dim) of this chunk; None: Encoded's
+    control: torch.Tensor | None = None     # (B, track_dim, F, h, w): replaces the head's output
+    text: torch.Tensor | None = None        # (B, L, text_dim) of this chunk; None: see Encoded
 
 
 @dataclass(frozen=True)
@@ -142,13 +142,14 @@ def chunk_conditions(model, vae, image, motion, encoded, channels=None):
 
 
 def draw_noise(first_latent, frames, rng):
-    """Noise (B, C, frames, h, w) for the image's latent, the same on every device."""
+    """Noise (B, C, frames, h, w), sized as the image's latent; the same on every device."""
     B, C, _, h, w = first_latent.shape
     return torch.randn((B, C, frames, h, w), generator=rng).to(first_latent)
 
 
 def decode(vae, latents):
-    """Decode latents chunk by chunk, an iterable of (B, C, f, h, w): (B, 3, T, H, W) in [-1, 1]."""
+    """Decode an iterable of latent chunks (B, C, f, h, w); yield a video (B, 3, T, H, W) in [-1, 1]
+    for each."""
     state = None
     for chunk in latents:
         video, state = vae.decode(chunk, state)
@@ -680,9 +681,9 @@ class Models:
 
 
 def find_vae(config, beside, path=None):
-    """(The VAE of a model's Config, its weights still mapped, and its file): at `path`, else the
-    tiny model's or, for Wan's weights, the one in their folder, beside `beside`. It is checked but
-    for the values of its tensors. Raises UserError."""
+    """(The VAE for a model's Config, with its weights still mapped; its file). It is read from
+    `path`, else it is the tiny model's or, for Wan's weights, the one in the folder `beside` or of
+    the file `beside`. Checked, but for the values of its tensors. Raises UserError."""
     places = [ASSETS / "tiny_vae.safetensors"]          # its shapes would fit Wan's too
     if config.is_wan:
         folder = beside if beside.is_dir() else beside.parent
@@ -765,17 +766,6 @@ def generate(job, models, image, motion):
     yield from itertools.islice(frames, job.frames)
 
 
-def print_notes(job, tracks, motion, image_size, shown):
-    """Print what the user should know. tracks: on the image, of image_size (width, height); motion:
-    the same on the video; shown: the part of the image that the video shows, see shown_part."""
-    notes = list(job.notes)
-    about = extra("notes")
-    if about:
-        notes += about.notes_on(job, words_in(job.prompt), tracks, motion, image_size, shown)
-    for note in notes:
-        print(f"note: {note}")
-
-
 def tracks_of(flags, image_size, shown):
     """The Tracks that the flags name, on an image (width, height). shown: see shown_part."""
     frames = flags.frames or WAN_FRAMES
@@ -807,7 +797,9 @@ def run(argv):
     motion = fit_tracks(tracks, image.size, job.frames, job.config, job.seed)
     pixels = fit_image(image, job.config.size)
     models = load_models(job, pixels)
-    print_notes(job, tracks, motion, image.size, shown)
+    notes = extra("notes")
+    if notes:
+        notes.print_notes(job, words_in(job.prompt), tracks, motion, image.size, shown)
     if job.drawn:
         whole = motion.tracks.shape[1]
         control = drawing.render_control(models.vae, motion, job.config.size, whole)

@@ -6,10 +6,10 @@ specified.
 WORDS = ("steady", "fading", "warming", "light", "spinning", "pulsing", "shapes")
 
 
-def notes_on(job, words, tracks, motion, image_size, shown):
-    """All notes on a sample.Job, a list. words: of its prompt; tracks: on the image (width, height);
+def print_notes(job, words, tracks, motion, image_size, shown):
+    """Print all notes on a sample.Job. words: of its prompt; tracks: on the image (width, height);
     motion: the same in the video; shown: the part of the image in it, see part_in_words."""
-    notes = on_words(job, words)
+    notes = list(job.notes) + on_words(job, words)
     left, top, _, _ = shown
     if max(left, top) >= 0.5:
         width, height = image_size
@@ -19,7 +19,8 @@ def notes_on(job, words, tracks, motion, image_size, shown):
     if tracks.fps not in (None, job.fps):
         notes.append(f"the tracks are at {tracks.fps:g} frames/s, the video at {job.fps:g}; they are "
                      "not resampled")
-    return notes
+    for note in notes:
+        print(f"note: {note}")
 
 
 def part_in_words(shown):
