@@ -303,13 +303,21 @@ class Stage:
         return micro_steps * self.cost.gathers * network, reduced, micro_steps * reduced
 
 
-def distill_cost(run, critic):
-    """Cost of a critic micro-step (a rollout, then training as the teacher's on clips) plus its
-    share of a generator micro-step. Cost is linear in the exit step, so its mean is that of the
-    first and last exit steps."""
+def rollout_costs(run):
+    """Costs of the critic's rollout with the first and with the last exit step. It keeps nothing for a
+    backward, so they are the same with recomputation and without."""
     last = len(run.config.sigmas) - 1
     short = cost_of(functools.partial(rolling, exit_step=0), run)
     long = cost_of(functools.partial(rolling, exit_step=last), run)
+    return short, long
+
+
+def distill_cost(run, critic, rollouts):
+    """Cost of a critic micro-step (a rollout, then training as the teacher's on clips) plus its
+    share of a generator micro-step. Cost is linear in the exit step, so its mean is that of the
+    first and last exit steps. rollouts: see rollout_costs."""
+    last = len(run.config.sigmas) - 1
+    short, long = rollouts
     generator = cost_of(functools.partial(generating, exit_step=last), run)
     share = 1 / run.settings.critic_steps
 
@@ -347,12 +355,12 @@ def teacher_updates(run):
     return {"teacher, first stage": s.teacher_updates, "teacher, second stage": second}
 
 
-def learning_costs(run):
-    """{stage: Cost of a micro-step}."""
+def learning_costs(run, rollouts):
+    """{stage: Cost of a micro-step}. rollouts: see rollout_costs."""
     teacher = cost_of(teaching, run)
     return {"teacher": teacher,
             "causal": cost_of(regression, run),
-            "distill": distill_cost(run, teacher)}
+            "distill": distill_cost(run, teacher, rollouts)}
 
 
 def kept_bytes(run, trained, averaged, frozen=0):
@@ -368,8 +376,9 @@ def kept_bytes(run, trained, averaged, frozen=0):
 def stages_of(run):
     """The Stages of a training."""
     s = run.settings
-    costs = learning_costs(run)
-    others = learning_costs(replace(run, checkpointing=not run.checkpointing))
+    rollouts = rollout_costs(run)
+    costs = learning_costs(run, rollouts)
+    others = learning_costs(replace(run, checkpointing=not run.checkpointing), rollouts)
     stages = []
     encode = counted(encoding, run)
     encoders = ENCODERS if run.config.is_wan else 0

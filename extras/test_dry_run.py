@@ -36,7 +36,7 @@ def test_a_dry_run_tells_parameters_and_costs_and_makes_nothing():
         costs = {name: dry_run.Cost(1e14, 2 ** 34, 3) for name in ("teacher", "causal", "distill")}
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         with quiet() as (out, err), unittest.mock.patch.multiple(
-                dry_run, learning_costs=lambda run: costs, cost_of=lambda build, run: costs["teacher"],
+                dry_run, learning_costs=lambda run, rollouts: costs, cost_of=lambda build, run: costs["teacher"],
                 counted=lambda build, run: costs["teacher"]):
             assert td.main(flags) is None, err.getvalue()
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000        # KiB
@@ -162,6 +162,14 @@ def test_recomputation_keeps_a_blocks_input_and_costs_are_linear_in_layers():
     more = (four.held - one.held) / 3
     block_input = 4 * tokens * SMALL.dim                                # float32
     assert block_input <= more < 1.4 * block_input, more / block_input
+
+
+def test_recomputation_does_not_change_a_rollout_without_a_backward():
+    run = resolved(replace(SMALL, num_layers=1), *BRIEF)
+    rolling = functools.partial(dry_run.rolling, exit_step=0)
+    with on_real_tensors():
+        kept = dry_run.counted(rolling, replace(run, checkpointing=False))
+        assert dry_run.counted(rolling, run) == kept
 
 
 def test_a_rollout_is_of_the_length_and_memory_of_training():
