@@ -78,6 +78,9 @@ def with_first(x_t, sigma, first_latent):
     sigma_frames = sigma.reshape(len(sigma), -1).expand(-1, frames).clone()     # (B, F)
     if first_latent is None:
         return x_t, sigma_frames
+    found = tuple(first_latent.shape)
+    expected = tuple(x_t[:, :, :1].shape)
+    assert found == expected, f"first_latent {found}, expected {expected}"
     sigma_frames[:, 0] = 0
     return torch.cat([first_latent, x_t[:, :, 1:]], 2), sigma_frames
 
@@ -455,6 +458,12 @@ class Head(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # Tracks (section 3.1).
 
+def check_shape(name, value, *expected):
+    """AssertionError, with both shapes, unless a tensor has the expected one."""
+    found = tuple(value.shape)
+    assert found == expected, f"{name} {found}, expected {expected}"
+
+
 def inside_picture(tracks, height, width):
     """True for points of tracks (B, T, N, 2) inside the picture: (B, T, N) bool. NaN is outside."""
     x, y = tracks.unbind(-1)
@@ -493,12 +502,15 @@ class TrackHead(nn.Module):
         tracks (B, T, N, 2) x, y in pixels; visible (B, T, N) bool; ids (B, N) int64; height and
         width of the picture in pixels. T % 4 == 1 starts a clip, T % 4 == 0 continues one:
         concatenated chunks equal the whole clip."""
-        B, T, N, _ = tracks.shape
+        B, T, N = tracks.shape[:3]
+        check_shape("tracks", tracks, B, T, N, 2)
+        check_shape("visible", visible, B, T, N)
+        check_shape("ids", ids, B, N)
+        assert visible.dtype == torch.bool, f"visible is {visible.dtype}, expected bool"
+        assert ids.dtype == torch.int64, f"ids are {ids.dtype}, expected int64"
         assert T % FRAMES < 2, f"{T} frames: a clip starts with 1 + 4 k, and goes on with 4 k"
         fits = height % self.stride == 0 and width % self.stride == 0
         assert fits, f"{width}x{height} is not divisible by {self.stride}"
-        assert visible.shape == (B, T, N), f"visible {tuple(visible.shape)}, expected {(B, T, N)}"
-        assert ids.shape == (B, N), f"ids {tuple(ids.shape)}, expected {(B, N)}"
         h = height // self.stride
         w = width // self.stride
 
@@ -577,19 +589,29 @@ def condition_or_zeros(name, value, shape, x):
     """Cast a condition to the dtype of x; None: zeros. AssertionError on any other shape."""
     if value is None:
         return x.new_zeros(shape)
-    found = tuple(value.shape)
-    assert found == shape, f"condition {name} {found}, expected {shape}"
+    check_shape(f"condition {name}", value, *shape)
     return value.to(x.dtype)
 
 
 def check_latents(config, x, sigma):
     """AssertionError unless latents x (B, C, F, h, w) and sigma fit the model and each other."""
+    assert x.ndim == 5, f"latents {tuple(x.shape)}, expected (B, {config.out_dim}, F, h, w)"
     B, C, frames, h, w = x.shape
     _, p, q = config.patch_size
     assert C == config.out_dim, f"latents of {C} channels, expected {config.out_dim}"
     assert h % p == 0 and w % q == 0, f"latents of {h}x{w} do not divide into patches of {p}x{q}"
     found = tuple(sigma.shape)
     assert found in ((B,), (B, frames)), f"sigma {found}, expected {(B,)} or {(B, frames)}"
+
+
+def check_caches(caches, layers, batch, patches):
+    """AssertionError unless there is a cache per layer, and all chunks held are of `batch` clips
+    and of whole latent frames of `patches` tokens."""
+    assert len(caches) == layers, f"{len(caches)} caches, expected one per layer: {layers}"
+    for k, _ in caches[0].chunks:
+        assert len(k) == batch, f"the cache holds a batch of {len(k)}, the latents are {batch}"
+        assert k.shape[1] % patches == 0, (
+            f"the cache holds a chunk of {k.shape[1]} tokens, a latent frame now has {patches}")
 
 
 class MotionStream(nn.Module):
@@ -635,6 +657,7 @@ class MotionStream(nn.Module):
         c = self.config
         B = len(x)
         check_latents(c, x, sigma)
+        assert caches is not None or not write, "write=True needs caches, see new_caches"
         tokens = self.patch_embedding(self.input_channels(x, tracks, image))
         frames, rows, columns = tokens.shape[2:]
         tokens = tokens.flatten(3).permute(0, 2, 3, 1).float()          # (B, F, P, D)
@@ -643,6 +666,7 @@ class MotionStream(nn.Module):
         if caches is None:
             caches = [None] * c.num_layers
         else:
+            check_caches(caches, c.num_layers, B, rows * columns)
             held = len(caches[0]) // (rows * columns)
         rope = rope_table(held + frames, rows, columns, c.head_dim, x.device)
 
@@ -652,6 +676,8 @@ class MotionStream(nn.Module):
             modulation = self.time_projection(time).unflatten(-1, (6, -1))
         text = self.embed_text(text, B)
         if clip is not None:
+            assert c.clip_dim, "clip is given, but the model has no image branch"
+            check_shape("clip", clip, B, CLIP_ROWS, c.clip_dim)
             clip = self.img_emb["proj"](clip.to(text.dtype))
         for block, cache in zip(self.blocks, caches):
             inputs = (tokens, modulation, rope, text, clip)
@@ -690,6 +716,8 @@ class MotionStream(nn.Module):
         if text is None:
             text = weight.new_zeros(batch, 0, c.text_dim)
         rows = text.shape[1]
+        fits = text.shape[::2] == (batch, c.text_dim)
+        assert fits, f"text {tuple(text.shape)}, expected ({batch}, L, {c.text_dim})"
         assert rows <= c.text_len, f"text of {rows} rows, at most {c.text_len}"
         return self.text_embedding(F.pad(text.to(weight.dtype), (0, 0, 0, c.text_len - rows)))
 
@@ -786,13 +814,15 @@ def chunk_sizes(config, frames=math.inf):
 
 
 def split_conditions(conditions, sizes):
-    """A clip's conditions by chunk: those with a frame axis are sliced, but for a single frame,
-    such as a copying model's image, which every chunk gets. sizes: see chunk_sizes."""
+    """A clip's conditions by chunk: those with a frame axis are sliced. An image of a single frame,
+    as copying models take, goes to every chunk. sizes: see chunk_sizes."""
     start = 0
     for size in sizes:
         part = dict(conditions)
         for name, value in conditions.items():
-            if value is not None and value.ndim == 5 and value.shape[2] > 1:
+            if value is None or value.ndim != 5:        # no frame axis
+                continue
+            if name != "image" or value.shape[2] > 1:
                 part[name] = value[:, :, start:start + size]
         start += size
         yield part
@@ -813,6 +843,7 @@ def rollout(model, noise, conditions, first_latent=None, exit_step=None, rng=Non
     c = model.config
     last = len(c.sigmas) - 1
     if exit_step is not None:
+        assert 0 <= exit_step <= last, f"exit_step {exit_step}, expected 0 to {last}"
         last = exit_step
     grad = exit_step is not None and torch.is_grad_enabled()
     if caches is None:
@@ -1125,6 +1156,7 @@ def motion_inputs(model, tracks, visible, ids, *, start=None, image=None, vae=No
     inputs = {"tracks": track_features(model, tracks, visible, ids)}
     if model.config.copies:
         assert start is not None, "a copying model needs to be told start, see start_points"
+        assert image is not None and vae is not None, "a copying model needs image and vae"
         inputs["copies"] = copy_along_tracks(vae, image, tracks, visible, start)
     return inputs
 

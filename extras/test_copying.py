@@ -156,6 +156,8 @@ def test_motion_inputs_are_features_and_of_a_copying_model_copies():
     assert inputs["tracks"].equal(features)
     assert inputs["copies"].equal(copies)
     assert_error(AssertionError, "see start_points", motion_inputs, copying, **points)
+    points |= {"start": tracks[:, 0]}
+    assert_error(AssertionError, "needs image and vae", motion_inputs, copying, **points)
 
 
 def test_a_square_follows_the_visible_track_nearest_to_its_centre():
