@@ -143,7 +143,7 @@ class Config:
     first_chunk: int | None = None      # size of the first chunk, None: `chunk`
     sink: int = 1               # chunks at the start that are never evicted
     window: int | None = 1      # latest chunks kept besides the sink, None = all
-    sink_decay: float = 1.0     # below 1: evicted chunks are averaged into it, see KVCache
+    sink_decay: float = 1.0     # below 1: extras/reward_forcing.py averages evicted ones into it
     # what it was trained on
     stride: int = 8             # of the VAE: pixels per latent pixel
     size: tuple = (480, 832)    # height, width of the video in pixels
@@ -266,14 +266,11 @@ def apply_rope(x, table):
 class KVCache:
     """Rolling KV cache of one layer: the first `sink` chunks, never evicted, and a sliding window
     of the latest `window` chunks (None: all). Keys are stored before RoPE: a chunk's position is
-    its slot, which changes as others are evicted.
+    its slot, which changes as others are evicted."""
 
-    decay < 1: EMA-Sink (Reward Forcing, eq. 4, 5), which averages evicted chunks into the sink."""
-
-    def __init__(self, sink, window, decay=1.0):
+    def __init__(self, sink, window):
         self.sink = sink
         self.window = window
-        self.decay = decay
         self.chunks = []        # of (k, v), each (B, L, heads, K), oldest first
 
     def __len__(self):
@@ -289,21 +286,8 @@ class KVCache:
     def write(self, k, v):
         """Append a clean chunk, detached; evict the oldest one after the sink, if full."""
         self.chunks = self.chunks + [(k.detach(), v.detach())]      # a new list: snapshots stay
-        if self.window is None or len(self.chunks) <= self.sink + self.window:
-            return
-        evicted = self.chunks.pop(self.sink)
-        if self.sink and self.decay < 1:
-            self.absorb(*evicted)
-
-    def absorb(self, k, v):
-        """EMA-Sink: average an evicted chunk into the sink's last one."""
-        sink_k, sink_v = self.chunks[self.sink - 1]
-        tokens = k.shape[1]
-        held = sink_k.shape[1]
-        assert tokens == held, f"EMA-Sink averages a chunk of {tokens} tokens into one of {held}"
-        sink_k = sink_k.lerp(k, 1 - self.decay)
-        sink_v = sink_v.lerp(v, 1 - self.decay)
-        self.chunks[self.sink - 1] = (sink_k, sink_v)
+        if self.window is not None and len(self.chunks) > self.sink + self.window:
+            self.chunks.pop(self.sink)
 
 
 class RMSNorm(nn.Module):
@@ -643,7 +627,10 @@ class MotionStream(nn.Module):
     def new_caches(self, **overrides):
         """One empty KVCache per layer. overrides: fields of Config (sink, window, sink_decay)."""
         c = replace(self.config, **overrides)
-        return [KVCache(c.sink, c.window, c.sink_decay) for _ in self.blocks]
+        if c.sink_decay < 1:
+            EMASink = extra("reward_forcing", "sink_decay < 1 (EMA-Sink)").EMASink
+            return [EMASink(c.sink, c.window, c.sink_decay) for _ in self.blocks]
+        return [KVCache(c.sink, c.window) for _ in self.blocks]
 
     def forward(self, x, sigma, text=None, *, tracks=None, image=None, clip=None,
                 caches=None, write=False):

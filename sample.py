@@ -785,6 +785,8 @@ def refuse(given, job, moved):
         (streams and given.negative_prompt is not None,
          "--negative-prompt belongs to --sampler teacher"),
         (not streams and given.memory, "--memory belongs to --sampler stream"),
+        (not streams and "sink_decay" in dict(given.settings or ()),
+         "sink_decay belongs to --sampler stream"),
         (streams and config.window is None and job.frames > WAN_FRAMES and not given.memory,
          f"trained to remember {WAN_FRAMES} frames, all of them; add --memory c{config.chunk}s1w5"),
         (streams and config.window is None and given.compile,

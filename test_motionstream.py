@@ -512,39 +512,7 @@ def test_a_copy_of_a_cache_stays_as_it_was():
         assert all(a is b for a, b in zip(kept.chunks, before))
 
 
-def check_ema_sink(sink, window, decay):
-    """Reward Forcing's eq. 4 and 5: the sink is a running average of what is evicted."""
-    chunks = [numbered(i, 4) for i in range(6)]
-    cache = KVCache(sink, window, decay)
-    for k in chunks:
-        cache.write(k, -k)
-    kept = chunks[:sink]
-    if sink:
-        for evicted in chunks[sink:-window]:
-            kept[-1] = decay * kept[-1] + (1 - decay) * evicted
-    kept += chunks[-window:]
-    nothing = numbered(0, 0)
-    keys, values = cache.read(nothing, nothing)
-    assert_near(keys, torch.cat(kept, 1), 1e-6)
-    assert_near(values, -keys, 1e-6)
-
-
-def test_an_ema_sink_takes_up_what_leaves_the_window():
-    check_ema_sink(sink=1, window=1, decay=0.9)
-    check_ema_sink(sink=2, window=1, decay=0.5)                 # the sink's last chunk takes it up
-    check_ema_sink(sink=1, window=2, decay=0.0)
-    check_ema_sink(sink=0, window=1, decay=0.5)                 # there is none
-    check_ema_sink(sink=1, window=1, decay=1.0)                 # which is the paper's
-
-
-def test_an_ema_sink_refuses_chunks_of_another_size():
-    """They would have no average; nothing else minds them."""
-    cache = KVCache(1, 1, 0.9)
-    for tokens in 6, 18:
-        k = numbered(0, tokens)
-        cache.write(k, -k)
-    text = "EMA-Sink averages a chunk of 18 tokens into one of 6"
-    assert_error(AssertionError, text, cache.write, k, -k)
+def test_chunks_in_the_cache_may_differ_in_size():
     cache = KVCache(1, 1)
     for tokens in 6, 18, 12:
         k = numbered(0, tokens)
@@ -553,13 +521,13 @@ def test_an_ema_sink_refuses_chunks_of_another_size():
 
 
 def test_a_models_caches_are_as_its_config_says_or_as_asked_for():
-    model = new_model(sink=2, window=3, sink_decay=0.5)
+    model = new_model(sink=2, window=3)
     for cache in model.new_caches():
-        assert (cache.sink, cache.window, cache.decay) == (2, 3, 0.5)
-    others = model.new_caches(sink=0, window=None, sink_decay=0.9)
+        assert (cache.sink, cache.window) == (2, 3)
+    others = model.new_caches(sink=0, window=None)
     assert len(others) == model.config.num_layers
     for cache in others:
-        assert (cache.sink, cache.window, cache.decay) == (0, None, 0.9)
+        assert (cache.sink, cache.window) == (0, None)
 
 
 def test_keys_are_rotated_by_cache_slot_so_a_long_stream_equals_a_short_one():
