@@ -100,6 +100,7 @@ def joint_guidance(v_full, v_notext, v_nomotion, w_text, w_motion):
 FRAMES = 4          # video frames per latent frame, in every VAE of the Wan family
 CLIP_ROWS = 257     # rows of CLIP's image features: 16 x 16 patches and the class token
 SIGNALS = 6         # channels of confidence beside copied latents, see copy_along_tracks
+SHARES = 2          # extra outputs of the head of a copying model, see mix_copies
 
 
 def video_frames(latents):
@@ -180,6 +181,13 @@ class Config:
         if not self.copies:
             return 0
         return self.out_dim + SIGNALS
+
+    @property
+    def shares(self):
+        """Output channels beside the latents'."""
+        if not self.copies:
+            return 0
+        return SHARES
 
     @property
     def image_dim(self):
@@ -569,8 +577,10 @@ def init_weights(model):
         nn.init.normal_(module.modulation, std=model.config.dim ** -0.5)
 
 
-def condition_or_zeros(name, value, shape, x):
-    """Cast a condition to the dtype of x; None: zeros. AssertionError on any other shape."""
+def condition_or_zeros(name, value, channels, x):
+    """A condition as input channels beside latents x (B, C, F, h, w): (B, channels, F, h, w), in
+    the dtype of x; None: zeros. AssertionError on any other shape."""
+    shape = (len(x), channels, *x.shape[2:])
     if value is None:
         return x.new_zeros(shape)
     check_shape(f"condition {name}", value, *shape)
@@ -613,7 +623,7 @@ class MotionStream(nn.Module):
             nn.Linear(c.freq_dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 6 * c.dim))
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
-        self.head = Head(c, c.out_dim)
+        self.head = Head(c, c.out_dim + c.shares)
         if c.clip_dim:
             proj = nn.Sequential(
                 nn.LayerNorm(c.clip_dim), nn.Linear(c.clip_dim, c.clip_dim), nn.GELU(),
@@ -635,17 +645,26 @@ class MotionStream(nn.Module):
     def forward(self, x, sigma, text=None, *, tracks=None, image=None, clip=None,
                 caches=None, write=False):
         """The velocity (B, out_dim, F, h, w), float32, of noised latents x at sigma (B,) or (B, F).
-        With the head of CopyingMotionStream, the output has two more channels.
 
         text (B, L, text_dim), None: the null text; tracks (B, track_dim, F, h, w) from
         track_features, None: all hidden; image: the image's channels, see image_inputs, None:
         zeros; clip (B, CLIP_ROWS, clip_dim). caches=None: bidirectional. Otherwise each layer
         attends to [cache | new]; only write=True changes the caches."""
         c = self.config
-        B = len(x)
         check_latents(c, x, sigma)
+        tracks = condition_or_zeros("tracks, see track_features:", tracks, c.track_dim, x)
+        image = condition_or_zeros("image", image, c.image_dim, x)
+        channels = torch.cat([x, tracks, image], 1)
+        return self.transformer(channels, sigma, text, clip, caches, write)
+
+    def transformer(self, x, sigma, text, clip=None, caches=None, write=False):
+        """Wan's transformer: all input channels x (B, in_dim, F, h, w) to the output of the head,
+        (B, out_dim + shares, F, h, w), float32. The rest is as in forward."""
+        c = self.config
+        B = len(x)
+        assert x.shape[1] == c.in_dim, f"{x.shape[1]} input channels, in_dim is {c.in_dim}"
         assert caches is not None or not write, "write=True needs caches, see new_caches"
-        tokens = self.patch_embedding(self.input_channels(x, tracks, image))
+        tokens = self.patch_embedding(x.to(self.patch_embedding.weight.dtype))
         frames, rows, columns = tokens.shape[2:]
         tokens = tokens.flatten(3).permute(0, 2, 3, 1).float()          # (B, F, P, D)
 
@@ -671,7 +690,7 @@ class MotionStream(nn.Module):
             tokens = self.run_block(block, inputs, cache, write)
         with torch.autocast(x.device.type, enabled=False):
             patches = self.head(tokens, time)                   # (B, F, P, patch area * channels)
-        return self.unpatchify(patches, rows, columns)          # (B, channels, F, h, w)
+        return self.unpatchify(patches, rows, columns)
 
     def recompute_blocks(self, on=True):
         """Turn gradient checkpointing of the blocks on or off: less memory, a third more time.
@@ -685,16 +704,6 @@ class MotionStream(nn.Module):
             return block(*inputs, cache, write)
         # The backward runs after later writes to the cache, so the block gets a snapshot.
         return checkpoint(block, *inputs, copy.copy(cache), use_reentrant=False)
-
-    def input_channels(self, x, tracks, image):
-        """Input of the patch embedding, (B, in_dim, F, h, w): noisy latents, tracks, image."""
-        c = self.config
-        B, _, frames, h, w = x.shape
-        image_dim = c.copy_dim + c.image_dim        # CopyingMotionStream passes both as the image
-        name = "tracks, which are features (see track_features):"
-        tracks = condition_or_zeros(name, tracks, (B, c.track_dim, frames, h, w), x)
-        image = condition_or_zeros("image", image, (B, image_dim, frames, h, w), x)
-        return torch.cat([x, tracks, image], 1).to(self.patch_embedding.weight.dtype)
 
     def embed_text(self, text, batch):
         """(B, L, text_dim) or None to (B, text_len, D), padded with zero rows first, as in Wan."""
@@ -869,7 +878,6 @@ NEIGHBOURS = 4      # tracks averaged for the motion of a square, see way_back
 BESIDE = 4          # pixels beyond the nearest track's distance at which a weight falls to 1 / e
 ALIKE = 6           # pixels between a track's motion and the nearest one's, for the same fall
 NEAR = (8, 32)      # distances in pixels at which nearness is 1 / e
-SHARES = 2          # extra outputs of the head, for mix_copies
 SPREAD = 0.1        # assumed std of x0 around the copies, relative to the latents' own
 
 
@@ -1060,35 +1068,27 @@ class CopyingMotionStream(MotionStream):
 
     def __init__(self, config):
         super().__init__(config)
-        self.head = Head(config, config.out_dim + SHARES)
-        if not self.head.head.weight.is_meta:
-            init_copying_head(self.head, config)
+        # A fresh model predicts 0.8 of the moved latents and 0.2 of the image's own.
+        bias = self.head.head.bias.data.view(math.prod(config.patch_size), -1)
+        bias[:, -SHARES:] = torch.tensor([0.8, 0.2])
 
-    def forward(self, x, sigma, text=None, *, image=None, copies=None, **rest):
+    def forward(self, x, sigma, text=None, *, tracks=None, copies=None, image=None, **rest):
         """As in MotionStream, plus copies (B, copy_dim, F, h, w) from copy_along_tracks, None:
         zeros, nothing is copied. image (B, C, 1, h, w): the image's latent, see image_inputs."""
         c = self.config
         check_latents(c, x, sigma)
-        B, C, frames, h, w = x.shape
         std = channel_std(c, x.device)
         _, variance = linear_part(sigma, std)
-        copied = condition_or_zeros("copies", copies, (B, c.copy_dim, frames, h, w), x)
-        still = condition_or_zeros("image", image, (B, C, 1, h, w), x)
-        still = still.expand(-1, -1, frames, -1, -1)    # the unmoved image, in every frame
-        image = torch.cat([copied, still], 1)
-        output = super().forward(x / variance.sqrt(), sigma, text, image=image, **rest)
-        output, shares = output.split([C, SHARES], 1)
-        expected = mix_copies(shares, copied[:, :C], still)
+        scaled = x / variance.sqrt()
+        tracks = condition_or_zeros("tracks, see track_features:", tracks, c.track_dim, scaled)
+        copied = condition_or_zeros("copies", copies, c.copy_dim, x)
+        still = condition_or_zeros("image", image, c.out_dim, x[:, :, :1])
+        still = still.expand_as(x)                      # the unmoved image, in every frame
+        channels = torch.cat([scaled, tracks, copied, still], 1)
+        output = self.transformer(channels, sigma, text, **rest)
+        output, shares = output.split([c.out_dim, SHARES], 1)
+        expected = mix_copies(shares, copied[:, :c.out_dim], still)
         return with_linear_part(output, x, sigma, std, expected)
-
-
-def init_copying_head(head, config):
-    """A fresh model predicts 0.8 of the moved latents and 0.2 of the image's own."""
-    nn.init.zeros_(head.head.weight)
-    nn.init.normal_(head.modulation, std=config.dim ** -0.5)
-    bias = torch.zeros(math.prod(config.patch_size), config.out_dim + SHARES)
-    bias[:, -SHARES:] = torch.tensor([0.8, 0.2])
-    head.head.bias.data = bias.flatten()
 
 
 # --------------------------------------------------------------------------------------------------
