@@ -7,6 +7,9 @@ pattern: each chunk attends to the first chunk, to the latest one and to itself.
     cache slots     [   0    ]           [    1     ][    2    ]   RoPE positions are slots: bounded
 
 The paper is MotionStream, arXiv 2511.01266; sections and equations cited below are the paper's.
+The method ends with `rollout`. What follows it can be left unread: how the shipped tiny model
+departs from the paper, and reading and writing of weights files.
+
 Shapes, in every file of this project:
 
     B batch   T video frames   F latent frames, T = 1 + 4 (F - 1)   C channels   N tracks
@@ -741,6 +744,63 @@ class MotionStream(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
+# A new model, and the inputs that it is given for an image and for tracks.
+
+def new_model(config):
+    """A freshly initialised model."""
+    if config.copies:
+        return CopyingMotionStream(config)
+    return MotionStream(config)
+
+
+MASK = FRAMES       # mask channels: one per video frame of a latent frame
+
+
+def image_channels(first_latent, frames):
+    """Image channels of a clip of `frames` latent frames: the image's latent (B, C, 1, h, w),
+    followed by zeros (figure 2)."""
+    return F.pad(first_latent, (0, 0, 0, 0, 0, frames - 1))
+
+
+def image_and_mask(latents):
+    """Image channels for weights with a mask (Config.has_mask). latents (B, C, F, h, w): encoded
+    clip of the image followed by grey (0) frames. Returns a mask, 1 at latent frame 0 and 0 after
+    it, then the latents: (B, 4 + C, F, h, w)."""
+    B, _, frames, h, w = latents.shape
+    mask = latents.new_ones(B, MASK, 1, h, w)
+    return torch.cat([image_channels(mask, frames), latents], 1)
+
+
+def image_inputs(config, latents, frames):
+    """The image as model inputs: (channels for a clip of `frames` latents, clean latent frame 0),
+    None for an input that the model lacks. latents: the encoded image, (B, C, 1, h, w); with a mask
+    an encoded clip, (B, C, frames, h, w), see image_and_mask."""
+    channels = None
+    first_latent = None
+    if config.has_mask:
+        channels = image_and_mask(latents)
+    elif config.copies:
+        channels = latents                  # one frame, which CopyingMotionStream repeats
+    elif config.image_dim:
+        channels = image_channels(latents, frames)
+    if config.clean_first:
+        first_latent = latents[:, :, :1]
+    return channels, first_latent
+
+
+def motion_inputs(model, tracks, visible, ids, *, start=None, image=None, vae=None):
+    """The tracks of a clip or a chunk as keyword arguments of the model: {"tracks": …} from
+    track_features; for a copying model also {"copies": …} from copy_along_tracks. Only copies need
+    start, image and vae."""
+    inputs = {"tracks": track_features(model, tracks, visible, ids)}
+    if model.config.copies:
+        assert start is not None, "a copying model needs to be told start, see start_points"
+        assert image is not None and vae is not None, "a copying model needs image and vae"
+        inputs["copies"] = copy_along_tracks(vae, image, tracks, visible, start)
+    return inputs
+
+
+# --------------------------------------------------------------------------------------------------
 # Sampling: the teacher denoises a whole clip at once, the student chunk by chunk.
 
 def without(conditions, *names):
@@ -1092,64 +1152,7 @@ class CopyingMotionStream(MotionStream):
 
 
 # --------------------------------------------------------------------------------------------------
-# Shared by sampling and training: a new model, its image inputs, its motion inputs.
-
-def new_model(config):
-    """A freshly initialised model."""
-    if config.copies:
-        return CopyingMotionStream(config)
-    return MotionStream(config)
-
-
-MASK = FRAMES       # mask channels: one per video frame of a latent frame
-
-
-def image_channels(first_latent, frames):
-    """Image channels of a clip of `frames` latent frames: the image's latent (B, C, 1, h, w),
-    followed by zeros (figure 2)."""
-    return F.pad(first_latent, (0, 0, 0, 0, 0, frames - 1))
-
-
-def image_and_mask(latents):
-    """Image channels for weights with a mask (Config.has_mask). latents (B, C, F, h, w): encoded
-    clip of the image followed by grey (0) frames. Returns a mask, 1 at latent frame 0 and 0 after
-    it, then the latents: (B, 4 + C, F, h, w)."""
-    B, _, frames, h, w = latents.shape
-    mask = latents.new_ones(B, MASK, 1, h, w)
-    return torch.cat([image_channels(mask, frames), latents], 1)
-
-
-def image_inputs(config, latents, frames):
-    """The image as model inputs: (channels for a clip of `frames` latents, clean latent frame 0),
-    None for an input that the model lacks. latents: the encoded image, (B, C, 1, h, w); with a mask
-    an encoded clip, (B, C, frames, h, w), see image_and_mask."""
-    channels = None
-    first_latent = None
-    if config.has_mask:
-        channels = image_and_mask(latents)
-    elif config.copies:
-        channels = latents                  # one frame, which CopyingMotionStream repeats
-    elif config.image_dim:
-        channels = image_channels(latents, frames)
-    if config.clean_first:
-        first_latent = latents[:, :, :1]
-    return channels, first_latent
-
-
-def motion_inputs(model, tracks, visible, ids, *, start=None, image=None, vae=None):
-    """The tracks of a clip or a chunk as keyword arguments of the model: {"tracks": …} from
-    track_features; for a copying model also {"copies": …} from copy_along_tracks. Only copies need
-    start, image and vae."""
-    inputs = {"tracks": track_features(model, tracks, visible, ids)}
-    if model.config.copies:
-        assert start is not None, "a copying model needs to be told start, see start_points"
-        assert image is not None and vae is not None, "a copying model needs image and vae"
-        inputs["copies"] = copy_along_tracks(vae, image, tracks, visible, start)
-    return inputs
-
-
-# --------------------------------------------------------------------------------------------------
-# Files. Nothing below is part of the method.
+# Files.
 
 class UserError(ValueError):
     """An error that the user can fix: one line with the finding and the cure. Unprintable
