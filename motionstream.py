@@ -7,9 +7,7 @@ pattern: each chunk attends to the first chunk, to the latest one and to itself.
     cache slots     [   0    ]           [    1     ][    2    ]   RoPE positions are slots: bounded
 
 The paper is MotionStream, arXiv 2511.01266; sections and equations cited below are the paper's.
-The method ends with `rollout`. What follows it can be left unread: how the shipped tiny model
-departs from the paper, and reading and writing of weights files.
-
+The method ends with `rollout`; what the tiny model does beside it, and files, can stay unread.
 Shapes, in every file of this project:
 
     B batch   T video frames   F latent frames, T = 1 + 4 (F - 1)   C channels   N tracks
@@ -72,6 +70,12 @@ def same_sigma(sigma, x):
     return x.new_full((len(x),), sigma, dtype=torch.float64)
 
 
+def check_shape(name, value, *expected):
+    """AssertionError, with both shapes, unless a tensor has the expected one."""
+    found = tuple(value.shape)
+    assert found == expected, f"{name} {found}, expected {expected}"
+
+
 def with_first(x_t, sigma, first_latent):
     """Replace latent frame 0 with the image's: clean, at sigma 0 (as in Wan 2.2).
 
@@ -81,9 +85,7 @@ def with_first(x_t, sigma, first_latent):
     sigma_frames = sigma.reshape(len(sigma), -1).expand(-1, frames).clone()     # (B, F)
     if first_latent is None:
         return x_t, sigma_frames
-    found = tuple(first_latent.shape)
-    expected = tuple(x_t[:, :, :1].shape)
-    assert found == expected, f"first_latent {found}, expected {expected}"
+    check_shape("first_latent", first_latent, *x_t[:, :, :1].shape)
     sigma_frames[:, 0] = 0
     return torch.cat([first_latent, x_t[:, :, 1:]], 2), sigma_frames
 
@@ -453,12 +455,6 @@ class Head(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # Tracks (section 3.1).
 
-def check_shape(name, value, *expected):
-    """AssertionError, with both shapes, unless a tensor has the expected one."""
-    found = tuple(value.shape)
-    assert found == expected, f"{name} {found}, expected {expected}"
-
-
 def inside_picture(tracks, height, width):
     """True for points of tracks (B, T, N, 2) inside the picture: (B, T, N) bool. NaN is outside."""
     x, y = tracks.unbind(-1)
@@ -602,13 +598,13 @@ def check_latents(config, x, sigma):
 
 
 def check_caches(caches, layers, batch, patches):
-    """AssertionError unless there is a cache per layer, and all chunks held are of `batch` clips
-    and of whole latent frames of `patches` tokens."""
+    """AssertionError unless there is a cache per layer, and what they hold is of `batch` clips and
+    of whole latent frames of `patches` tokens."""
     assert len(caches) == layers, f"{len(caches)} caches, expected one per layer: {layers}"
     for k, _ in caches[0].chunks:
         assert len(k) == batch, f"the cache holds a batch of {len(k)}, the latents are {batch}"
-        assert k.shape[1] % patches == 0, (
-            f"the cache holds a chunk of {k.shape[1]} tokens, a latent frame now has {patches}")
+        whole = k.shape[1] % patches == 0
+        assert whole, f"the cache holds {k.shape[1]} tokens, a latent frame now has {patches}"
 
 
 class MotionStream(nn.Module):
@@ -772,15 +768,15 @@ def image_and_mask(latents):
 
 
 def image_inputs(config, latents, frames):
-    """The image as model inputs: (channels for a clip of `frames` latents, clean latent frame 0),
-    None for an input that the model lacks. latents: the encoded image, (B, C, 1, h, w); with a mask
-    an encoded clip, (B, C, frames, h, w), see image_and_mask."""
+    """The image as inputs for a clip of `frames` latents: (image channels, clean latent frame 0).
+    Either is None if the model has no such input. latents: the encoded image, (B, C, 1, h, w); with
+    a mask an encoded clip, (B, C, frames, h, w), see image_and_mask."""
     channels = None
     first_latent = None
     if config.has_mask:
         channels = image_and_mask(latents)
     elif config.copies:
-        channels = latents                  # one frame, which CopyingMotionStream repeats
+        channels = latents                  # of one frame, which every chunk gets
     elif config.image_dim:
         channels = image_channels(latents, frames)
     if config.clean_first:
@@ -791,7 +787,7 @@ def image_inputs(config, latents, frames):
 def motion_inputs(model, tracks, visible, ids, *, start=None, image=None, vae=None):
     """The tracks of a clip or a chunk as keyword arguments of the model: {"tracks": …} from
     track_features; for a copying model also {"copies": …} from copy_along_tracks. Only copies need
-    start, image and vae."""
+    start (B, N, 2), image, the pixels (B, 3, H, W) of frame 0, and vae."""
     inputs = {"tracks": track_features(model, tracks, visible, ids)}
     if model.config.copies:
         assert start is not None, "a copying model needs to be told start, see start_points"
@@ -824,9 +820,7 @@ def guided_velocity(model, x_t, sigma, conditions, guidance, null_text=None):
     if w_text:
         no_text = without(given, "text")
         if null_text is not None and "text" in given:
-            rows = null_text.shape[1]
-            wanted = given["text"].shape[1]
-            assert rows == wanted, f"null_text has {rows} rows, text {wanted}: pad one with zeros"
+            check_shape("null_text", null_text[:1], 1, *given["text"].shape[1:])
             no_text["text"][:] = null_text
         variants.append(no_text)
     if w_motion:
@@ -931,7 +925,7 @@ def rollout(model, noise, conditions, first_latent=None, exit_step=None, rng=Non
 # A track says where a piece of frame 0 is now, so the model is given the latents of that piece at
 # its new place (Wan-Move copies first-frame features along tracks in the same way). All tracks
 # share one ID: the tiny model is too small to learn to look up IDs. The part of its velocity that
-# is linear in x_t is computed, not learned (Karras et al. 2022). Wan's weights get neither.
+# is linear in x_t is computed, not learned (Karras et al. 2022). Models of Wan's size do neither.
 
 COPY_CELL = 4       # side in pixels of the squares that are moved as one
 NEIGHBOURS = 4      # tracks averaged for the motion of a square, see way_back
@@ -965,16 +959,17 @@ def nearest_points(places, points, visible, count):
 
 
 def moves_of(index, tracks, start):
-    """Displacement since frame 0 of the tracks at `index`: index (B, T, rows, columns, near),
-    tracks (B, T, N, 2), start (B, N, 2) to (B, T, rows, columns, near, 2)."""
+    """Displacement since frame 0 of the tracks with these numbers: index
+    (B, T, rows, columns, near), tracks (B, T, N, 2), start (B, N, 2) to
+    (B, T, rows, columns, near, 2)."""
     moves = tracks.nan_to_num(0) - start.nan_to_num(0)[:, None]         # (B, T, N, 2)
     wanted = index.flatten(2)[..., None].expand(-1, -1, -1, 2)  # (B, T, rows columns near, 2)
     return moves.gather(2, wanted).unflatten(2, index.shape[2:])
 
 
 def from_outside(back, height, width):
-    """True for squares partly or wholly outside the picture in frame 0: (B, T, rows, columns) bool.
-    back (B, T, rows, columns, 2): displacement to their place in frame 0."""
+    """True for squares whose place in frame 0 is partly or wholly outside the picture:
+    (B, T, rows, columns) bool. back (B, T, rows, columns, 2): displacement to that place."""
     rows, columns = back.shape[2:4]
     x = COPY_CELL * torch.arange(columns, device=back.device) + back[..., 0]
     y = COPY_CELL * torch.arange(rows, device=back.device)[:, None] + back[..., 1]
@@ -1026,10 +1021,9 @@ def nearness(distance):
 
 
 def gone_elsewhere(back, tracks, visible, start, height, width):
-    """Confidence (0 to 1) that the copied content of a square is wrong there because it moved away
-    with a different track: content near the start of a track is now where that track is. Without
-    this, an object would also stay at its first place, where the image does not show the ground
-    behind it.
+    """Confidence (0 to 1) that the content copied to a square is wrong there because that content
+    has since moved: whatever was near a track's start is now wherever the track is. Without this,
+    an object would also stay at its first place, because the image does not show what is behind it.
 
     back (B, T, rows, columns, 2): displacement of each square to its source in frame 0. Returns
     (B, 2, T, rows, columns): nearness of the source to the closest start of a visible track, times
@@ -1053,8 +1047,9 @@ def copy_along_tracks(vae, image, tracks, visible, start):
 
     vae: one without memory between latents (LinearVAE). image (B, 3, H, W) in [-1, 1]: frame 0,
     which is copied unchanged. tracks (B, T, N, 2), visible (B, T, N); start (B, N, 2): positions in
-    frame 0, see start_points; a track that is NaN, not visible there, copies nothing. T % 4 == 1
-    starts a clip, T % 4 == 0 continues one: concatenated chunks equal the whole clip."""
+    frame 0, see start_points; a track whose start is NaN, because it is not visible there, copies
+    nothing. T % 4 == 1 starts a clip, T % 4 == 0 continues one: concatenated chunks equal the whole
+    clip."""
     H, W = image.shape[2:]
     visible = visible & start.isfinite().all(2)[:, None]
     tracks = F.pad(tracks, (0, 0, 0, 1))        # one more track, never visible, so that N = 0
@@ -1070,8 +1065,10 @@ def copy_along_tracks(vae, image, tracks, visible, start):
         signals[:, :, 0] = 0
         signals[:, :len(NEAR), 0] = 1
         latents = vae.encode(video)
+        # A latent's signals are means of four frames. Three copies of frame 0 precede it, as in the
+        # VAE, so that the mean is frame 0's own; TrackHead averages nothing and leaves them empty.
         before = signals[:, :, :1].expand(-1, -1, FRAMES - 1, -1, -1)
-        signals = torch.cat([before, signals], 2)               # as the VAE packs frame 0
+        signals = torch.cat([before, signals], 2)
     else:
         # The VAE takes the first frame for frame 0 of a clip: prepend one, drop its latent.
         video = torch.cat([video[:, :, :1], video], 2)
@@ -1105,21 +1102,22 @@ def linear_part(sigma, std):
 
 
 def with_linear_part(output, x_t, sigma, std, expected):
-    """The velocity, from the output of a network with input x_t / sqrt(V), V the variance of x_t:
+    """The velocity, from the output of a network whose input is x_t / sqrt(V):
 
         linear part about `expected` + std / sqrt(V) output
 
-    so that the network's input and target are about 1: the preconditioning of EDM (Karras et al.
-    2022, section 5), for rectified flow, per channel. The linear part assumes that x0 is close to
-    `expected`, with standard deviation SPREAD std, so it keeps little of x_t. With a wider Gaussian
-    it would keep noise that a network of width 192 cannot remove from tokens of 384 numbers.
+    V is the variance of x_t over all clips, where x0 has standard deviation std. So the network's
+    input and target are about 1: the preconditioning of EDM (Karras et al. 2022, section 5), for
+    rectified flow, per channel. The linear part assumes more, that x0 is close to `expected`, with
+    standard deviation SPREAD std, so it keeps little of x_t. With a wider Gaussian it would keep
+    noise that a network of width 192 cannot remove from tokens of 384 numbers.
 
     output, x_t (B, C, F, h, w); expected (B, C, F, h, w): an estimate of x0."""
-    _, variance = linear_part(sigma, std)
-    factor, narrow = linear_part(sigma, SPREAD * std)
+    _, variance_overall = linear_part(sigma, std)                   # V
+    factor, variance_nearby = linear_part(sigma, SPREAD * std)      # given `expected`
     # -expected + factor (x_t - (1 - sigma) expected), simplified
-    given = factor * x_t - per_frame(sigma).float() / narrow * expected
-    return given + std / variance.sqrt() * output
+    linear = factor * x_t - per_frame(sigma).float() / variance_nearby * expected
+    return linear + std / variance_overall.sqrt() * output
 
 
 class CopyingMotionStream(MotionStream):
@@ -1297,9 +1295,9 @@ def saved_config(cls, metadata, file):
 
 def public_config(tensors, file):
     """Infer the config of public weights, which store none, from tensor shapes. The number of
-    latent channels tells Wan 2.2 5B from the Wan 2.1 family. All have the same head_dim.
-    clean_first is set for 5B, and where no other input takes the image. UserError if this is no
-    complete DiT."""
+    latent channels tells Wan 2.2 5B from the Wan 2.1 family; head_dim is 128 in both. clean_first
+    is set for 5B, and where no other input takes the image. UserError if the tensors are not those
+    of a complete DiT."""
     with naming(file, "expected a complete Wan DiT checkpoint"):
         weight = tensors["patch_embedding.weight"]
         assert weight.ndim == 5, f"patch_embedding.weight is {tuple(weight.shape)}"
@@ -1365,9 +1363,10 @@ def build(make, config, tensors, file):
 
 
 def copy_weights(model, path, dtype, device="cpu"):
-    """Copy the mapped weights of a model into memory: in dtype, those that match FLOAT32 in
-    float32; in eval mode, without gradients. One by one: memory never holds two full copies, and
-    the file may change or go later. UserError, naming the file, for NaN or lack of memory."""
+    """Copy the mapped weights of a model into memory, in dtype, or in float32 if their names match
+    FLOAT32. Puts the model into eval mode, without gradients. Weights are copied one by one, so
+    that memory never holds two full copies; the file may change or go later. UserError, naming the
+    file, for NaN or lack of memory."""
     model.eval().requires_grad_(False)
     weights = model.state_dict(keep_vars=True)
     dtypes = {}
@@ -1375,7 +1374,9 @@ def copy_weights(model, path, dtype, device="cpu"):
     for name, weight in weights.items():
         dtypes[name] = torch.float32 if re.search(FLOAT32, name) else dtype
         needed += weight.numel() * dtypes[name].itemsize
-    check_memory(needed, path, device)
+    checkpoints = extra("checkpoints")
+    if checkpoints is not None:         # a copy without extras/ finds out by failing
+        checkpoints.check_memory(needed, path, device)
     for name, weight in weights.items():
         with naming(path, f"{name} cannot be copied to {device}"):
             extremes = torch.stack(weight.aminmax())    # 20 times as fast as weight.isfinite()
@@ -1385,21 +1386,13 @@ def copy_weights(model, path, dtype, device="cpu"):
     return model
 
 
-def check_memory(needed, path, device="cpu"):
-    """UserError, naming the file, if `needed` bytes exceed the free memory of a device. A copy
-    without extras/ does not know that."""
-    checkpoints = extra("checkpoints")
-    if checkpoints is not None:
-        checkpoints.check_memory(needed, path, device)
-
-
-def save_pretrained(model, path, dtype=None, **extra):
+def save_pretrained(model, path, dtype=None, **texts):
     """Write one .safetensors file with Wan's names, atomically. from_pretrained reads it, and so do
-    other tools for Wan if there is no track head. The metadata hold the config and the texts in
-    `extra`. dtype=None keeps the model's."""
+    other tools for Wan if the model has no track head. The metadata hold the config and `texts`.
+    dtype=None keeps the model's."""
     from safetensors.torch import save_file
     tensors = {}
     for name, tensor in model.state_dict().items():
         tensors[name] = tensor.to("cpu", dtype).contiguous()
-    metadata = {"format": "motionstream", "config": json.dumps(asdict(model.config))} | extra
+    metadata = {"format": "motionstream", "config": json.dumps(asdict(model.config))} | texts
     write_file(path, lambda temporary: save_file(tensors, temporary, metadata))

@@ -797,7 +797,7 @@ def test_caches_of_another_batch_size_or_model_are_refused():
 
     refused("the cache holds a batch of 2, the latents are 1", x[:1], caches)
     tall = rand(2, 4, 3, 8, 8)
-    refused("holds a chunk of 18 tokens, a latent frame now has 16", tall, caches)
+    refused("holds 18 tokens, a latent frame now has 16", tall, caches)
     refused("1 caches, expected one per layer: 2", x, caches[:1])
 
 
@@ -854,7 +854,7 @@ def test_a_null_text_of_another_length_is_refused():
     weights = (3.0, 0.0)
     for rows in 2, 4:
         null = rand(1, rows, SMALL.text_dim)
-        text = f"null_text has {rows} rows, text 3"
+        text = f"null_text (1, {rows}, 12), expected (1, 3, 12)"
         call = (guided_velocity, new_model(), x, torch.ones(2), given, weights, null)
         assert_error(AssertionError, text, *call)
     null = rand(1, 3, SMALL.text_dim)

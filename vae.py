@@ -677,14 +677,14 @@ def open_weights(path):
     if cls:
         config = saved_config(cls, metadata, file)
     else:
-        config = public_config(tensors, file)
+        config = public_vae_config(tensors, file)
     checkpoints = extra("checkpoints")
     if checkpoints is not None:         # a copy without extras/ trusts the file's config
         checkpoints.check_vae_config(config, file)
     return build(CLASSES[type(config)], config, tensors, file), file
 
 
-def public_config(tensors, file):
+def public_vae_config(tensors, file):
     """Infer the config of a public file, which stores none: Wan's from tensor shapes, TAEHV's with
     extras/checkpoints.py. UserError if the file is neither."""
     from motionstream import UserError, extra, naming

@@ -1,11 +1,13 @@
-"""Reward Forcing (arXiv 2512.04678): variants of the student that train and stream with settings that
-are off by default.
+"""Reward Forcing (arXiv 2512.04678): EMA-Sink, in sampling and training, and Re-DMD, in training.
+Both are off by default. Shapes are those of motionstream.py."""
 
-    EMASink     --set sink_decay=… (below 1): the sink takes up what leaves the window
-"""
+import torch
 
 from motionstream import KVCache
 
+
+# --------------------------------------------------------------------------------------------------
+# EMA-Sink: the sink takes up what leaves the window.
 
 class EMASink(KVCache):
     """A KVCache that averages each evicted chunk into the sink's last one (eq. 4, 5): decay times
@@ -19,10 +21,11 @@ class EMASink(KVCache):
         chunks = self.chunks + [(k.detach(), v.detach())]
         super().write(k, v)
         if self.sink and len(self.chunks) < len(chunks):        # one was evicted
-            self.absorb(*chunks[self.sink])
+            evicted_k, evicted_v = chunks[self.sink]
+            self.absorb(evicted_k, evicted_v)
 
     def absorb(self, k, v):
-        """Average an evicted chunk into the sink's last one. AssertionError if they differ in size."""
+        """Average an evicted chunk into the sink's last one, of the same size."""
         sink_k, sink_v = self.chunks[self.sink - 1]
         tokens = k.shape[1]
         held = sink_k.shape[1]
@@ -30,3 +33,19 @@ class EMASink(KVCache):
         sink_k = sink_k.lerp(k, 1 - self.decay)
         sink_v = sink_v.lerp(v, 1 - self.decay)
         self.chunks[self.sink - 1] = (sink_k, sink_v)
+
+
+# --------------------------------------------------------------------------------------------------
+# Re-DMD: rewarded distribution matching.
+
+def clip_weight(run, vae, x0, conditions, points):
+    """Weights exp(reward / beta) (B, 1, 1, 1, 1) of clips in dmd_loss (eq. 11), and the mean
+    reward. x0 (B, C, F, h, w), conditions and points: see train_distill.generated_clip. run.reward
+    gets the decoded video (B, 3, T, H, W) in [-1, 1] and a dict of text, tracks, visible, ids…, and
+    returns (B,)."""
+    with torch.no_grad(), run.autocast():
+        video, _ = vae.decode(x0)
+    told = {name: value for name, value in conditions.items() if name not in ("tracks", "copies")}
+    reward = run.reward(video.float(), told | points)           # (B,)
+    weight = torch.exp(reward / run.settings.beta)
+    return weight.view(-1, 1, 1, 1, 1), reward.mean()

@@ -342,7 +342,7 @@ def variance_of_x_t(sigma, std):
 def test_a_copying_model_is_a_motionstream_inside_the_linear_part():
     """Its image slot holds copies, then the image; its head two more channels, the shares."""
     model = new_model(**vars(COPYING))
-    plain = randomised(MotionStream(COPYING))
+    plain = randomised(MotionStream(replace(COPYING, copies=False)))
     plain.head = model.head
     plain.load_state_dict(model.state_dict())
     noise, given, _ = clip_of(3, COPYING)

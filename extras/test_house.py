@@ -203,7 +203,7 @@ def name_of(node):
     return getattr(node, "name", None)
 
 
-FLOW = ["per_frame", "add_noise", "to_x0", "shift_sigma", "same_sigma", "with_first"]
+FLOW = ["per_frame", "add_noise", "to_x0", "shift_sigma", "same_sigma", "check_shape", "with_first"]
 ATTENTION = ["KVCache", "RMSNorm", "apply_rope", "ATTENTION", "attend", "SelfAttention"]
 HEAD = ["FRAMES", "sinusoid", "check_shape", "inside_picture", "cell_of", "TrackHead"]
 GUIDANCE = ["joint_guidance", "without", "guided_velocity"]
