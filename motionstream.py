@@ -151,7 +151,7 @@ class Config:
     window: int | None = 1      # latest chunks kept besides the sink, None = all
     sink_decay: float = 1.0     # below 1: extras/reward_forcing.py averages evicted ones into it
     # what it was trained on
-    stride: int = 8             # of the VAE: pixels per latent pixel
+    stride: int = 8             # pixels per latent pixel, as in its VAE
     size: tuple = (480, 832)    # height, width of the video in pixels
     fps: int = 16
     prompt: str | None = None   # used when the user gives none; None = the null text
@@ -476,9 +476,9 @@ class TrackHead(nn.Module):
     A track's ID is embedded as a sinusoidal vector: one half encodes its upper 16 bits, one half
     the lower 16. The vector is written at cell (floor(x / stride), floor(y / stride)) of every
     frame in which the track is visible (eq. 1); 4 frames are packed into the channels and go
-    through a 1x1x1 convolution. If several tracks share a cell, the lowest ID wins: that is
-    independent of their order, and averaging would give a vector that belongs to no track. A track
-    outside the picture is hidden. Hidden and "not specified" are both zeros."""
+    through a 1x1x1 convolution. If several tracks share a cell, the lowest ID wins, whatever their
+    order; an average of their vectors would belong to no track. A track outside the picture is
+    hidden. Hidden and "not specified" are both zeros."""
 
     def __init__(self, id_dim=64, out_channels=16, stride=8):
         super().__init__()
@@ -831,7 +831,7 @@ def guided_velocity(model, x_t, sigma, conditions, guidance, null_text=None):
     for name in given:
         batch[name] = torch.cat([variant[name] for variant in variants])
     v = model(torch.cat([x_t] * n), torch.cat([sigma] * n), **batch).chunk(n)
-    return joint_guidance(v[0], v[1], v[-1], w_text, w_motion)      # of weight 0: not used
+    return joint_guidance(v[0], v[1], v[-1], w_text, w_motion)      # weight 0 drops its variant
 
 
 def euler(model, noise, conditions, first_latent=None, null_text=None):
@@ -913,7 +913,7 @@ def rollout(model, noise, conditions, first_latent=None, exit_step=None, rng=Non
                 fresh = torch.randn(x.shape, generator=rng, device=device).to(x)
                 x = add_noise(x0, fresh, same_sigma(c.sigmas[step + 1], x))
         yield x0                                    # so it can be shown before it is cached
-        with torch.no_grad():                       # the clean pass is the only one that writes
+        with torch.no_grad():                       # only the clean pass writes
             clean = torch.zeros_like(sigma_frames)
             model(x0.detach(), clean, caches=caches, write=True, **condition)
         first_latent = None                         # the image is in the cache now
@@ -1193,7 +1193,7 @@ def naming(what, cure):
         raise UserError(f"{what}: {e}") from None
     except Exception as e:                          # damaged files raise many kinds
         number = getattr(e, "errno", None)
-        if number == errno.EINVAL:                  # "Invalid argument", of damaged zip files
+        if number == errno.EINVAL:                  # damaged zip files: "Invalid argument"
             raise UserError(f"{what}: {cure}") from None
         if number is not None:
             raise UserError(f"{what}: {reason_of(e)}") from None

@@ -67,7 +67,7 @@ class LinearVAE(nn.Module):
         window = config.stride + 2 * config.overlap
         self.encoder = nn.Conv2d(pixels, config.latent_channels, window, config.stride)
         self.decoder = nn.ConvTranspose2d(config.latent_channels, pixels, window, config.stride)
-        self.register_buffer("latent_std", torch.ones(config.latent_channels))  # of typical video
+        self.register_buffer("latent_std", torch.ones(config.latent_channels))  # over typical video
 
     def encode(self, video):
         """Video (B, 3, T, H, W) in [-1, 1], T = 1 + 4 (F - 1), to latents (B, C, F, h, w). An image
