@@ -70,10 +70,10 @@ def same_sigma(sigma, x):
     return x.new_full((len(x),), sigma, dtype=torch.float64)
 
 
-def check_shape(name, value, *expected):
+def check_shape(name, value, expected):
     """AssertionError, with both shapes, unless a tensor has the expected one."""
     found = tuple(value.shape)
-    assert found == expected, f"{name} {found}, expected {expected}"
+    assert found == tuple(expected), f"{name} {found}, expected {tuple(expected)}"
 
 
 def with_first(x_t, sigma, first_latent):
@@ -85,7 +85,7 @@ def with_first(x_t, sigma, first_latent):
     sigma_frames = sigma.reshape(len(sigma), -1).expand(-1, frames).clone()     # (B, F)
     if first_latent is None:
         return x_t, sigma_frames
-    check_shape("first_latent", first_latent, *x_t[:, :, :1].shape)
+    check_shape("first_latent", first_latent, x_t[:, :, :1].shape)
     sigma_frames[:, 0] = 0
     return torch.cat([first_latent, x_t[:, :, 1:]], 2), sigma_frames
 
@@ -494,9 +494,9 @@ class TrackHead(nn.Module):
         width of the picture in pixels. T % 4 == 1 starts a clip, T % 4 == 0 continues one:
         concatenated chunks equal the whole clip."""
         B, T, N = tracks.shape[:3]
-        check_shape("tracks", tracks, B, T, N, 2)
-        check_shape("visible", visible, B, T, N)
-        check_shape("ids", ids, B, N)
+        check_shape("tracks", tracks, (B, T, N, 2))
+        check_shape("visible", visible, (B, T, N))
+        check_shape("ids", ids, (B, N))
         assert visible.dtype == torch.bool, f"visible is {visible.dtype}, expected bool"
         assert ids.dtype == torch.int64, f"ids are {ids.dtype}, expected int64"
         assert T % FRAMES < 2, f"{T} frames: a clip starts with 1 + 4 k, and goes on with 4 k"
@@ -582,7 +582,7 @@ def condition_or_zeros(name, value, channels, x):
     shape = (len(x), channels, *x.shape[2:])
     if value is None:
         return x.new_zeros(shape)
-    check_shape(f"condition {name}", value, *shape)
+    check_shape(f"condition {name}", value, shape)
     return value.to(x.dtype)
 
 
@@ -682,7 +682,7 @@ class MotionStream(nn.Module):
         text = self.embed_text(text, B)
         if clip is not None:
             assert c.clip_dim, "clip is given, but the model has no image branch"
-            check_shape("clip", clip, B, CLIP_ROWS, c.clip_dim)
+            check_shape("clip", clip, (B, CLIP_ROWS, c.clip_dim))
             clip = self.img_emb["proj"](clip.to(text.dtype))
         for block, cache in zip(self.blocks, caches):
             inputs = (tokens, modulation, rope, text, clip)
@@ -820,7 +820,7 @@ def guided_velocity(model, x_t, sigma, conditions, guidance, null_text=None):
     if w_text:
         no_text = without(given, "text")
         if null_text is not None and "text" in given:
-            check_shape("null_text", null_text[:1], 1, *given["text"].shape[1:])
+            check_shape("null_text", null_text[:1], given["text"][:1].shape)
             no_text["text"][:] = null_text
         variants.append(no_text)
     if w_motion:
