@@ -41,8 +41,8 @@ from extras.guard import content_digest
 from extras.tracks import decode_text
 from extras.video import open_video, remade
 from motionstream import PRESETS, Config, UserError, latent_frames, video_frames, write_file
-from sample import (Parser, Tracks, embed_words, fit_image, fit_tracks, inspect, load_image,
-                    find_ffmpeg, number, open_vae, read_tracks, reported)
+from sample import (Parser, Tracks, embed_words, find_device, find_ffmpeg, fit_image, fit_tracks, inspect,
+                    load_image, number, open_vae, read_tracks, reported)
 from train_distill import (LATE, PROCESSES, RANK, TINY, clip_digests, default_device, paper_settings,
                            wait_for_all, write_clip)
 
@@ -481,12 +481,13 @@ def parse_job(argv):
     config = inspect(flags.weights).config if flags.weights else PRESETS["tiny"]
     wan = config.is_wan
     frames = flags.frames or clip_frames(config)
-    device = flags.device or default_device()
-    dtype = flags.dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")
+    device = find_device(flags.device or default_device())
+    dtype = flags.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     for wrong, cure in [
         (not flags.folder.is_dir(), f"{flags.folder}: no such folder"),
         (flags.out.resolve().is_relative_to(flags.folder.resolve()),
          f"--out {flags.out}: is in {flags.folder}, which is read; choose another"),
+        (flags.out.exists() and not flags.out.is_dir(), f"--out {flags.out}: is a file; name a folder"),
         (flags.vae and not flags.vae.is_file(), f"--vae {flags.vae}: no such file"),
         (wan and not flags.vae, f"{flags.weights}: give --vae FILE, whose latents it reads"),
         (not wan and flags.text_encoder, "the tiny model reads words; drop --text-encoder"),
@@ -495,7 +496,7 @@ def parse_job(argv):
         if wrong:
             raise UserError(cure)
     image_encoder_folder = flags.image_encoder or flags.text_encoder
-    return Job(flags.folder, flags.out, config, frames, device, dtype, flags.shard, flags.vae,
+    return Job(flags.folder, flags.out, config, frames, str(device), dtype, flags.shard, flags.vae,
                flags.text_encoder, image_encoder_folder)
 
 

@@ -497,6 +497,9 @@ def test_what_cannot_be_made_into_clips_is_refused_in_one_line():
             ("x.safetensors: no such file", [data, "--vae", here / "x.safetensors"] + elsewhere),
             ("wan.safetensors: give --vae FILE", [data, "--weights", wan] + elsewhere),
             ("the tiny model reads words; drop --text-encoder", [data, "--text-encoder", here] + elsewhere),
+            ("vae.safetensors: is a file; name a folder", [data, "--out", vae]),
+            ("--device nowhere: not available here", [data, "--device", "nowhere"] + elsewhere),
+            ("--device meta: not available here", [data, "--device", "meta"] + elsewhere),
             ("--frames 44: a clip has 1 + 4 k", [data, "--frames", 44] + elsewhere),
             ("vae.safetensors: latents have 16 channels", [data, "--vae", vae] + elsewhere),
         ):
