@@ -189,7 +189,11 @@ def read_captions(folder, sources):
             continue
         found = []
         strangers = []
+        incomplete = 0
         for video, caption in read_table(table):
+            if not (video and caption):
+                incomplete += 1
+                continue
             name = clip_name(video, folder)
             if name not in sources:
                 name = name_of.get(alike(name))
@@ -198,9 +202,12 @@ def read_captions(folder, sources):
             else:
                 found.append(name)
                 captions[name] = caption
-        said.append(f"{table}: {len(found)} of {len(found) + len(strangers)} rows are of clips here")
+        rows = len(found) + len(strangers) + incomplete
+        said.append(f"{table}: {len(found)} of {rows} rows are of clips here")
         if strangers:
             said[-1] += f", not {strangers[0]!r}"
+        if incomplete:
+            said[-1] += f"; {incomplete} have no video or no caption"
         again = len(found) - len(set(found))
         if again:
             said[-1] += f"; {again} name a clip again, of which the last counts"
@@ -211,14 +218,18 @@ def read_captions(folder, sources):
 
 
 def read_table(table):
-    """The rows of a csv file, each (video, caption). UserError if it has none."""
+    """The rows of a csv file, each (video, caption), "" for what a row lacks. UserError if it has no such
+    columns."""
     try:
-        rows = csv.DictReader(io.StringIO(decode_text(table.read_bytes()), newline=""))
+        rows = csv.DictReader(io.StringIO(decode_text(table.read_bytes()), newline=""), strict=True)
         names = {str(name).strip().lower(): name for name in rows.fieldnames or ()}
         if not {"video", "caption"} <= names.keys():
             raise UserError(f"has no columns video and caption, only: {', '.join(names)}"[:200])
-        read = [(row[names["video"]], row[names["caption"]]) for row in rows]
-        return [(video.strip(), caption) for video, caption in read if video and caption is not None]
+        read = []
+        for row in rows:
+            video = row[names["video"]] or ""
+            read.append((video.strip(), row[names["caption"]] or ""))
+        return read
     except (UserError, OSError, csv.Error) as e:
         raise UserError(f"{table}: {getattr(e, 'strerror', None) or e}") from None
 
