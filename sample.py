@@ -974,7 +974,7 @@ def reported(work, *args):
             console.reconfigure(errors="backslashreplace")
     try:
         code = work(*args)
-        sys.stdout.flush()
+        print(end="", flush=True)           # sys.stdout is None if it was closed before
         return code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
