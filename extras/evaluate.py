@@ -651,6 +651,8 @@ def compare(made, real, net=None):
     distance = lpips_network(net) if net else None
     rows = []
     for frame, other in zip(video.frames, other_video.frames):
+        if min(frame.shape[:2]) < 11:
+            raise UserError(f"{made}: is {frame.shape[1]}x{frame.shape[0]}; SSIM needs 11 pixels a side")
         truth = sample.fit_image(Image.fromarray(other), frame.shape[:2])
         pixels = torch.from_numpy(frame).permute(2, 0, 1)[None] / 127.5 - 1
         row = {"PSNR": psnr(pixels, truth), "SSIM": ssim(pixels, truth).item()}
@@ -690,6 +692,8 @@ def run_tables(argv):
     parser = new_parser(__doc__)
     parser.add_argument("--photographs", type=Path, metavar="DIR", help="a folder of pictures, for one more set (none)")
     args = parser.parse_args(argv)
+    if args.photographs and not args.photographs.is_dir():
+        raise UserError(f"--photographs {args.photographs}: no such folder")
     trained = open_trained(args.out, args.device, args.seed)
     what = f"{weights_of(trained)}, {args.clips} clips, {args.frames} frames"
     measure_tables(trained, "eval", what, tables(args.clips, args.frames, args.photographs))
@@ -750,6 +754,8 @@ def run_compare(argv):
     args = parser.parse_args(argv)
     if bool(args.tracks) != bool(args.found):
         raise UserError("--tracks and --found need each other")
+    if not (args.real or args.tracks):
+        raise UserError(f"{args.made}: give a second video, or --tracks and --found, to compare it with")
     if args.lpips and not args.real:
         raise UserError("--lpips needs a second video")
     told = []

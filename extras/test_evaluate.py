@@ -704,9 +704,14 @@ def test_the_command_says_what_it_cannot():
         video = here / "a.mp4"
         write_video(video, [grey_frame(99)])
         (here / "b.mp4").write_text("no video")
+        small = here / "small.mp4"
+        ffmpeg("-f", "lavfi", "-i", "testsrc=s=8x8:d=0.1", small)
         cases = [
             (["compare", video, here / "b.mp4"], "b.mp4: cannot be read as a video"),
-            (["compare", video, "--lpips", "alex"], "--lpips needs a second video"),
+            (["compare", video], "a.mp4: give a second video, or --tracks"),
+            (["compare", small, video], "small.mp4: is 8x8; SSIM needs 11 pixels a side"),
+            (["--photographs", video], "a.mp4: no such folder"),
+            (["compare", video, "--lpips", "alex", "--tracks", video, "--found", video], "--lpips needs a second video"),
             (["compare", video, "--found", here / "t.npz"], "need each other"),
             (["curves", here], "give the folder of a training"),
             (["--device", "moon"], "--device moon: not available here"),
