@@ -410,7 +410,7 @@ def video_file(path, fps):
             with video.checked_writer(part, path, fps) as append:
                 yield append
         else:
-            with imageio.get_writer(part, "FFMPEG", fps=fps) as writer:
+            with contextlib.closing(imageio.get_writer(part, "FFMPEG", fps=fps)) as writer:
                 yield writer.append_data
             os.replace(part, path)
     finally:

@@ -60,6 +60,8 @@ def check_job(flags, job, moved, most):
         (streams and flags.negative_prompt is not None,
          "--negative-prompt belongs to --sampler teacher"),
         (not streams and flags.memory, "--memory belongs to --sampler stream"),
+        (not streams and "sink_decay" in dict(flags.settings or ()),
+         "sink_decay belongs to --sampler stream"),
         (streams and config.window is None and job.frames > most and not flags.memory,
          f"trained to remember {most} frames, all of them; add --memory c{config.chunk}s1w5"),
         (streams and config.window is None and flags.compile,
@@ -96,7 +98,7 @@ def ended(work, *args):
             console.reconfigure(errors="backslashreplace")
     try:
         code = work(*args)
-        sys.stdout.flush()
+        print(end="", flush=True)           # sys.stdout is None if it was closed before
         return code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
