@@ -203,7 +203,7 @@ def test_ffmpeg_has_ended_before_the_file_of_a_failed_video_is_removed():
         writers.append(imageio.get_writer(*args, **kwargs))
         return writers[0]
 
-    with folder() as here, patch("sample.imageio", SimpleNamespace(get_writer=open_writer)):
+    with folder() as here, patch("extras.video.imageio", SimpleNamespace(get_writer=open_writer)):
         assert_error(ValueError, "something else", failing_video, here, 3)
         assert writers[0].closed
 
