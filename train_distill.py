@@ -1121,8 +1121,8 @@ def dense_subset(visible, pauses, config):
     count = torch.randint(1000, 2501, (B, 1))
     keep = random_subset(visible.any(1), count)                 # (B, N)
     latent = (torch.arange(T) + FRAMES - 1) // FRAMES           # of each video frame
-    first = config.first_chunk_size
-    number = (latent - first) // config.chunk + 1               # of its chunk
+    after = latent - config.first_chunk_size
+    number = (after // config.chunk + 1).clamp(min=0)           # of its chunk; the first's: 0
     shown = (torch.rand(B, T, 1) >= 0.2 * pauses)[:, number]
     shown = shown | (number == 0)[:, None]                      # (B, T, 1)
     return visible & keep[:, None] & shown

@@ -175,6 +175,10 @@ def test_pauses_are_of_whole_chunks_and_spare_the_first():
     second = silent[:, 17:37]
     assert second.equal(second[:, :1].expand_as(second))
     assert second.any()
+    six = replace(SMALL, first_chunk=6)                 # longer than the others, of 21 frames
+    silent = ~td.dense_subset(visible, True, six).any(2)
+    assert not silent[:, :21].any()
+    assert silent[:, 21:].any()
 
 
 # --------------------------------------------------------------------------------------------------
