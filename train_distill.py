@@ -1348,7 +1348,7 @@ def draw_trajectories(run, files, count):
 
 def loss_in_context(run, student, vae, drawn, channel_weight):
     """causal_loss with a random sink and window, in three of eight draws the model's own. drawn:
-    what draw_trajectories returns."""
+    trajectories, as draw_trajectories returns them."""
     states, x0, points, conditions = drawn
     own = (run.config.sink, run.config.window)
     contexts = (own, own, own) + CONTEXTS
@@ -1359,12 +1359,6 @@ def loss_in_context(run, student, vae, drawn, channel_weight):
         experiments = extra("experiments", "corrupt_context damages the past")
         past = experiments.corrupt_context(x0, next(chunk_sizes(run.config)))
     return causal_loss(student, states, x0, conditions, context, channel_weight, past)
-
-
-def loss_on_trajectories(run, student, vae, files, channel_weight, update):
-    """loss_in_context on random trajectories of the teacher."""
-    drawn = draw_trajectories(run, files, run.settings.batch)
-    return loss_in_context(run, student, vae, drawn, channel_weight)
 
 
 def loss_on_rollouts(run, student, vae, files, channel_weight, update):
@@ -1381,8 +1375,17 @@ def loss_on_rollouts(run, student, vae, files, channel_weight, update):
     return rollout_loss(student, x0, conditions, first_latent, exit_step, weight)
 
 
-# Where the student's training begins. extras/experiments.py adds "clips".
-CAUSAL_FROM = {"trajectories": loss_on_trajectories, "rollouts": loss_on_rollouts}
+def loss_of_causal(run, student, vae, files, channel_weight, update):
+    """The loss of a micro-step on random `files`, of the kind that Settings.causal_from names."""
+    s = run.settings
+    if s.causal_from == "rollouts":
+        return loss_on_rollouts(run, student, vae, files, channel_weight, update)
+    if s.causal_from == "trajectories":
+        drawn = draw_trajectories(run, files, s.batch)
+    else:
+        experiments = extra("experiments", f"causal_from={s.causal_from}")
+        drawn = experiments.draw_noised_clips(run, files, s.batch)
+    return loss_in_context(run, student, vae, drawn, channel_weight)
 
 
 def to_be_trained(run, model):
@@ -1395,11 +1398,8 @@ def to_be_trained(run, model):
 
 def train_causal(run):
     """Stage 3: the student, initialised from the teacher, learns from ODE trajectories or its own
-    rollouts, see CAUSAL_FROM."""
+    rollouts, see loss_of_causal."""
     s = run.settings
-    if s.causal_from not in CAUSAL_FROM:
-        extra("experiments", f"causal_from={s.causal_from}")
-    loss_of = CAUSAL_FROM[s.causal_from]
     files = training_clips(run, run.clip_latents)       # collective: call it in all processes
     if s.causal_from == "trajectories":
         files = make_trajectories(run, files)
@@ -1412,7 +1412,7 @@ def train_causal(run):
     for update in loop:
         for _ in loop.micro_steps():
             with run.autocast(), gathered(student):
-                loss = loss_of(run, student, vae, files, weight, update)
+                loss = loss_of_causal(run, student, vae, files, weight, update)
             learner.backward(loss)
             loop.log(loss=loss)
         loop.log(grad=learner.update(update))

@@ -24,7 +24,7 @@ from extras.cases import CHANGES, NEUTRAL, new_clips, seed_of
 from extras.clips import encode_video
 from extras.evaluate import (CLIP, MODELS, Trained, case_of, eval_row, find_reward, grid, measure_tables, new_parser,
                              open_trained, play, settings_of, videos_of, weights_of)
-from extras.guard import own_folder
+from extras.guard import CAUSAL_FROM, own_folder
 from extras.tracks import render_control
 from motionstream import (Config, KVCache, MotionStream, TrackHead, UserError, add_noise, apply_rope, same_sigma,
                           schedule, track_ids)
@@ -244,15 +244,6 @@ def draw_noised_clips(run, files, count):
     noise = torch.randn_like(x0)
     states = [add_noise(x0, noise, same_sigma(sigma, x0)) for sigma in run.config.sigmas]
     return states, x0, batch.points, batch.conditions
-
-
-def loss_on_clips(run, student, vae, files, channel_weight, update):
-    """train_distill.loss_in_context on random clips with noise."""
-    drawn = draw_noised_clips(run, files, run.settings.batch)
-    return td.loss_in_context(run, student, vae, drawn, channel_weight)
-
-
-td.CAUSAL_FROM["clips"] = loss_on_clips
 
 
 def corrupt_context(x0, first):
@@ -580,7 +571,7 @@ def training_tables(clip, half):
     students = [{"distil": how} for how in ways]
     students += [{"distil": Distillation(), "sink_decay": 0.9}]         # EMA-Sink in streaming alone
     students += [{"measure": eval_row, "model": model} for model in ("causal", "student")]
-    starts = [Start(causal_from=way, seed=seed) for seed in (0, 1) for way in td.CAUSAL_FROM]
+    starts = [Start(causal_from=way, seed=seed) for seed in (0, 1) for way in CAUSAL_FROM]
     started = grid(model=("causal", "student"), start=starts)
     lessons = (Lesson(200, start=True), Lesson(200, start=True, harm=True))
     harmed = grid(teach=lessons, change=(None, "jittered", "late", "broken"))

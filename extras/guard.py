@@ -4,7 +4,6 @@ without it too. Shapes are those of motionstream.py."""
 
 import contextlib
 import functools
-import importlib
 import json
 import math
 import os
@@ -22,6 +21,9 @@ from sample import inspect
 
 # --------------------------------------------------------------------------------------------------
 # Flags, settings and the weights they name.
+
+CAUSAL_FROM = ("trajectories", "rollouts", "clips")         # see train_distill.loss_of_causal
+
 
 def check_flags(stage, steps, reward, memory, data, vae):
     """UserError, one line, for flags that do not go together. stage: one, or "all"; the others are
@@ -47,10 +49,8 @@ def check_run(run, stage, vae, dry_run):
     config = run.config
     settings = run.settings
     check_length(settings.clip_frames, config.chunk, config.first_chunk_size)
-    if settings.causal_from not in td.CAUSAL_FROM:
-        importlib.import_module("extras.experiments")       # adds its own
-    if settings.causal_from not in td.CAUSAL_FROM:
-        known = ", ".join(td.CAUSAL_FROM)
+    if settings.causal_from not in CAUSAL_FROM:
+        known = ", ".join(CAUSAL_FROM)
         raise UserError(f"--set causal_from={settings.causal_from}: is one of {known}")
     solves = stage in ("all", "causal") and settings.causal_from == "trajectories"
     if solves and not set(config.sigmas) <= set(schedule(config.steps, config.shift)):
