@@ -378,9 +378,8 @@ class Run:
     files: dict                     # {name: path} of vae, teacher, causal, student, start
     data: Path | None = None        # folder of clips; None: clips are rendered
     start: object = None            # contents of --weights, see sample.inspect
-    reward: object = None           # function of a video and its conditions; returns (B,)
+    reward: object = None           # weights clips in distillation, see extras/reward_forcing.py
     checkpointing: bool = False     # see recompute_blocks
-    network: object = new_model     # builds a new teacher from its config
 
     @property
     def clip_latents(self):
@@ -1223,14 +1222,14 @@ def drop(conditions, share):
     return kept
 
 
-def starting_teacher(run, vae):
+def starting_teacher(run, vae, network):
     """The model to be trained: new, for the latents of `vae`, or from --weights. A track head that
     comes with the weights is frozen."""
     config = run.config
     if config.copies:
         config = replace(config, latent_std=tuple(vae.latent_std.tolist()))
     if not run.start:
-        return run.network(config).to(run.device)
+        return network(config).to(run.device)
     model = run.load("start", **vars(config)).requires_grad_(True)
     model.track_head.requires_grad_(not run.start.has_head)
     return model
@@ -1252,8 +1251,9 @@ def loss_of_teacher(run, model, vae, batch):
         return flow_loss(model, x0, sigma, conditions, first_latent, cell_weight, channel_weight)
 
 
-def train_teacher(run):
-    """Stage 2: rectified flow on whole and short clips, given the image, text and tracks.
+def train_teacher(run, network=new_model):
+    """Stage 2: rectified flow on whole and short clips, given the image, text and tracks. network:
+    builds a new teacher from its config; extras/experiments.py has one with another track head.
 
     All tracks are given at first, as in the paper's first stage: so the model learns sooner what
     tracks mean. The numbers of extras/watch.py show that early, the flow loss does not."""
@@ -1262,7 +1262,7 @@ def train_teacher(run):
     held_back = files[:max(len(files) // 20, 1)]
     files = files[len(files) // 20:]                # if fewer than 20, also train on that one
     vae = run.load_vae()
-    model = starting_teacher(run, vae)
+    model = starting_teacher(run, vae, network)
     model.recompute_blocks(run.checkpointing)
     learner = Learner("teacher", model, s.teacher, s.teacher_updates, s.teacher_accumulate,
                       s.shard_gradients)
@@ -1423,10 +1423,17 @@ def train_causal(run):
 # --------------------------------------------------------------------------------------------------
 # Stage 4: distillation, see dmd_loss and critic_loss.
 
+@dataclass(frozen=True)
+class Plan:
+    """The rollouts of an update, in all processes the same, or their collectives would deadlock."""
+    chunks: int             # length
+    exit_step: int          # the denoising step whose x0 is used, see motionstream.rollout
+    context: dict           # the student's chunk and cache settings, see Run.context
+
+
 def draw_plan(run, update, learner):
-    """Plan the rollouts for an update of `learner`, "generator" or "critic": (number of chunks,
-    exit step, cache context as fields of Config). Half of the plans are longer than a clip. All
-    processes draw the same plan, or their collectives would deadlock."""
+    """The Plan for an update of `learner`, "generator" or "critic". Half of the plans are longer
+    than a clip."""
     rng = torch.Generator().manual_seed(seed_of(run.seed, update, learner))
 
     def draw(count):
@@ -1437,77 +1444,90 @@ def draw_plan(run, update, learner):
     longer = run.longest_rollout - run.clip_chunks
     if longer and draw(2):
         chunks += 1 + draw(longer)
-    return chunks, draw(len(run.config.sigmas)), run.context
+    exit_step = draw(len(run.config.sigmas))
+    return Plan(chunks, exit_step, run.context)
 
 
 def judged_clip(chunks, frames, image, points):
-    """Turn a rollout, an iterator of chunks, into a clip of `frames` latents that the teacher can
-    judge: (x0 (B, C, frames, h, w), points). A rollout of that length is the clip. Of a longer one
+    """Cut a clip of `frames` latents, which the teacher can judge, from a rollout, an iterator of
+    chunks: (x0 (B, C, frames, h, w), points). A rollout of that length is the clip. Of a longer one
     the clip is the end, with the image (B, C, 1, h, w) in place of its first latent: time jumps
-    after it. The teacher judges what should be there, whatever the student passed on."""
-    held = []
+    after it. So the teacher is given the true image, even if the student has drifted from it."""
+    held = []                                           # the latest chunks
+    held_frames = 0
     made = 0
     for chunk in chunks:
-        made += chunk.shape[2]
         held.append(chunk)
-        while sum(x.shape[2] for x in held[1:]) >= frames:
-            held.pop(0)                                 # frees its graph too
+        held_frames += chunk.shape[2]
+        made += chunk.shape[2]
+        while held_frames - held[0].shape[2] >= frames:         # the others are enough
+            held_frames -= held.pop(0).shape[2]                 # frees its graph too
     x0 = torch.cat(held, 2)[:, :, -frames:]
     if made > frames:
         x0 = torch.cat([image, x0[:, :, 1:]], 2)
-    times = torch.arange(video_frames(x0.shape[2]))
-    times[1:] += points["tracks"].shape[1] - len(times)
+    times = torch.arange(video_frames(frames))          # video frames of the clip:
+    times[1:] += points["tracks"].shape[1] - len(times)         # the first, then the last ones
     cut = {name: points[name][:, times] for name in ("tracks", "visible")}
     return x0, points | cut
 
 
 def generated_clip(run, generator, vae, files, plan, grad):
     """Roll out the generator from first frames of clips, as at inference, see rollout. Returns the
-    judged_clip x0 (B, C, F, h, w), its conditions and its points. plan: from draw_plan. grad: keep
-    the graph of each chunk's last denoising step."""
-    s = run.settings
+    judged_clip x0 (B, C, F, h, w), its conditions and its points. plan: a Plan. grad: keep the
+    graph of each chunk's last denoising step."""
     config = run.config
-    chunks, exit_step, context = plan
-    frames = run.latents_of(chunks)
-    sizes = list(chunk_sizes(replace(config, **context), frames))
-    batch = draw_batch(run, files, s.batch, frames, first_only=True)
+    frames = run.latents_of(plan.chunks)
+    sizes = list(chunk_sizes(replace(config, **plan.context), frames))
+    batch = draw_batch(run, files, run.settings.batch, frames, first_only=True)
     image = batch.latents                               # (B, C, 1, h, w)
     conditions = batch.conditions
-    if chunks > run.clip_chunks and s.neutral_long_rollouts:
+    if plan.chunks > run.clip_chunks and run.settings.neutral_long_rollouts:
         text = embed_words(NEUTRAL, config).to(run.device)
-        conditions["text"] = text.expand(len(image), -1, -1)
+        conditions = conditions | {"text": text.expand(len(image), -1, -1)}
     noise = torch.randn(*image.shape[:2], frames, *image.shape[3:], device=run.device)
     first_latent = first_latent_of(config, image)
-    caches = generator.new_caches(**context)
+    caches = generator.new_caches(**plan.context)
     with run.autocast(), torch.set_grad_enabled(grad), gathered(generator):
         motion = motion_inputs(generator, **batch.points, vae=vae)
         given = split_conditions(conditions | motion, sizes)
         noises = noise.split(sizes, 2)
-        made = rollout(generator, noises, given, first_latent, exit_step, caches=caches)
+        made = rollout(generator, noises, given, first_latent, plan.exit_step, caches=caches)
         made = itertools.islice(made, len(noises))      # stops there: the last is not cached
         x0, points = judged_clip(made, run.clip_latents, image, batch.points)
-        conditions = next(split_conditions(conditions, [x0.shape[2]]))
+        conditions = next(split_conditions(conditions, [run.clip_latents]))
         motion = motion_inputs(generator, **points, vae=vae)
     return x0, conditions | motion, points
 
 
-def reward_weight(run, vae, x0, conditions, points):
-    """(clip weights exp(reward / beta) (B, 1, 1, 1, 1), mean reward): Re-DMD (Reward Forcing,
-    eq. 11). 1 and None without a reward."""
-    if not run.reward:
-        return 1.0, None
-    video, _ = vae.decode(x0.detach())
-    told = {name: value for name, value in conditions.items() if name not in ("tracks", "copies")}
-    reward = run.reward(video.float(), told | points)           # (B,)
-    weight = torch.exp(reward / run.settings.beta)
-    return weight.view(-1, 1, 1, 1, 1), reward.mean()
+def loss_of_generator(run, generator, teacher, critic, vae, files, plan):
+    """(dmd_loss of a new rollout, numbers to be logged)."""
+    x0, conditions, points = generated_clip(run, generator, vae, files, plan, grad=True)
+    weight = x0_weight(vae, teacher.config, run.device)
+    numbers = {"std": x0.std()}
+    if run.reward:
+        from extras.reward_forcing import clip_weight
+        of_clips, numbers["reward"] = clip_weight(run, vae, x0, conditions, points)
+        weight = weight * of_clips
+    with run.autocast():
+        first_latent = first_latent_of(run.config, x0.detach())
+        loss = dmd_loss(x0, teacher, critic, conditions, first_latent, run.config.shift, weight)
+    numbers["loss_g"] = loss
+    return loss, numbers
 
 
-def distill(run, plan_of=draw_plan):
-    """Stage 4: critic_steps critic updates per generator update, each on new rollouts. plan_of: a
-    function like draw_plan."""
+def loss_of_critic(run, generator, critic, vae, files, plan):
+    """critic_loss of a new rollout."""
+    x0, conditions, _ = generated_clip(run, generator, vae, files, plan, grad=False)
+    weight = functools.partial(latent_weight, vae, critic.config)
+    with run.autocast():
+        first_latent = first_latent_of(run.config, x0)
+        return critic_loss(x0, critic, conditions, first_latent, run.config.shift, weight)
+
+
+def distill(run, draw_plan=draw_plan):
+    """Stage 4, Self-Forcing: critic_steps critic updates per generator update, each on new
+    rollouts. draw_plan: extras/experiments.py varies what a student remembers by another one."""
     s = run.settings
-    shift = run.config.shift
     files = training_clips(run, frames=1)
     vae = run.load_vae()
     teacher = shard(run.load("teacher"))
@@ -1517,31 +1537,22 @@ def distill(run, plan_of=draw_plan):
                         math.ceil(s.distill_updates / s.critic_steps),
                         s.distill_accumulate, s.shard_gradients)
     learner_c = Learner("critic", critic, s.critic, 0, s.distill_accumulate, s.shard_gradients)
-    critic_weight = functools.partial(latent_weight, vae, teacher.config)
-    generator_weight = x0_weight(vae, teacher.config, run.device)
     watch = if_there("watch")
     loop = Loop(run, "distill", s.distill_updates, learner_g, learner_c)
     for update in loop:
         if update % s.critic_steps == 0:
-            plan = plan_of(run, update, "generator")
+            plan = draw_plan(run, update, "generator")
             for _ in loop.micro_steps():
-                x0, conditions, points = generated_clip(run, generator, vae, files, plan, grad=True)
-                with run.autocast():
-                    weight, reward = reward_weight(run, vae, x0, conditions, points)
-                    weight = weight * generator_weight
-                    first_latent = first_latent_of(run.config, x0.detach())
-                    loss = dmd_loss(x0, teacher, critic, conditions, first_latent, shift, weight)
+                loss, numbers = loss_of_generator(
+                    run, generator, teacher, critic, vae, files, plan)
                 learner_g.backward(loss)
-                loop.log(reward=reward, loss_g=loss, std=x0.std())
+                loop.log(**numbers)
             count = update // s.critic_steps
             loop.log(grad_g=learner_g.update(count))
             export_weights(run, "student", learner_g.average, count + 1)
-        plan = plan_of(run, update, "critic")
+        plan = draw_plan(run, update, "critic")
         for _ in loop.micro_steps():
-            x0, conditions, _ = generated_clip(run, generator, vae, files, plan, grad=False)
-            with run.autocast():
-                first_latent = first_latent_of(run.config, x0)
-                loss = critic_loss(x0, critic, conditions, first_latent, shift, critic_weight)
+            loss = loss_of_critic(run, generator, critic, vae, files, plan)
             learner_c.backward(loss)
             loop.log(loss_c=loss)
         loop.log(grad_c=learner_c.update(update))

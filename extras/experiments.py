@@ -165,11 +165,12 @@ def distillation_run(trained, how):
 
 def draw_memory(run, update, learner):
     """train_distill.draw_plan, with one of DRAWN_MEMORIES as the context."""
-    chunks, exit_step, context = td.draw_plan(run, update, learner)
+    plan = td.draw_plan(run, update, learner)
     rng = torch.Generator().manual_seed(seed_of("memory", run.seed, update, learner))
     number = int(torch.randint(len(DRAWN_MEMORIES), (), generator=rng))
     chunk, sink, window = DRAWN_MEMORIES[number]
-    return chunks, exit_step, context | {"chunk": chunk, "sink": sink, "window": window}
+    memory = {"chunk": chunk, "sink": sink, "window": window}
+    return replace(plan, context=plan.context | memory)
 
 
 def distil_briefly(trained, how):
@@ -177,8 +178,10 @@ def distil_briefly(trained, how):
     run = distillation_run(trained, how)
     if not run.path("student").exists():
         run = replace(run, data=clips_folder(replace(trained, seed=run.seed), how.clips))
-    plan_of = draw_memory if how.drawn_memory else td.draw_plan
-    return train_briefly(run, "student", functools.partial(td.distill, plan_of=plan_of))
+    train = td.distill
+    if how.drawn_memory:
+        train = functools.partial(td.distill, draw_plan=draw_memory)
+    return train_briefly(run, "student", train)
 
 
 def start_run(trained, how):
@@ -215,8 +218,6 @@ def lesson_run(trained, how):
         config = replace(config, track_id_mode="random", track_dim=config.out_dim, in_dim=inputs, copies=False,
                          latent_std=())
         settings = replace(settings, dense_share=1.0)
-    if how.drawn:
-        more["network"] = drawing(trained.vae())
     return brief_run(trained, "teacher", how, config, settings, **more)
 
 
@@ -228,7 +229,10 @@ def teach_briefly(trained, how):
         if how.harm:
             folder = damaged_folder(folder, run.config.size[0])
         run = replace(run, data=folder)
-    return train_briefly(run, "teacher", td.train_teacher)
+    train = td.train_teacher
+    if how.drawn:
+        train = functools.partial(td.train_teacher, network=drawing(trained.vae()))
+    return train_briefly(run, "teacher", train)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

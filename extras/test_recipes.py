@@ -191,7 +191,7 @@ def test_a_rollout_in_training_does_not_cache_its_last_chunk_and_has_the_same_bi
             torch.manual_seed(0)
             with counted_passes() as count:
                 x0, _, _ = td.generated_clip(run, generator, None, files, plan, grad)
-            assert count == {True: run.clip_chunks - 1, False: run.clip_chunks * (plan[1] + 1)}
+            assert count == {True: run.clip_chunks - 1, False: run.clip_chunks * (plan.exit_step + 1)}
             assert x0.requires_grad == grad
             torch.manual_seed(0)
             kept.clear()
@@ -518,7 +518,7 @@ def test_the_numbers_of_a_student_are_those_of_what_it_makes():
             numbers = watch.student_numbers(run, None, teacher, teacher, Still(), files)
             critic = new_model(2, causal=False)
             other = watch.student_numbers(run, None, teacher, critic, Still(), files)
-    assert plans[0] == (4, 2, run.context), "a whole clip, to the last step"
+    assert plans[0] == td.Plan(4, 2, run.context), "a whole clip, to the last step"
     assert numbers["std_least"] == 0.25
     assert numbers["std_most"] == 3
     assert numbers["moves"] == 2 * (3 + 1 + 1 + 1) / 4

@@ -1361,7 +1361,7 @@ def test_rollouts_under_drawn_memory_are_judged_as_whole_clips():
         before_distillation(here)
         flags = distill_flags(here, 80, "--rollout", 8, "--set", "critic_steps=1000000000")
         with quiet():
-            td.distill(new_run(*flags, *FEW), plan_of=draw_memory)
+            td.distill(new_run(*flags, *FEW), draw_plan=draw_memory)
         config = MotionStream.from_pretrained(here / "student.safetensors").config
     found = set(contexts)
     assert len(DRAWN_MEMORIES) == 36
