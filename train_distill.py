@@ -34,9 +34,7 @@ extras/world.py renders such clips, python -m extras.clips makes them from your 
 import argparse
 import ast
 import contextlib
-import dataclasses
 import functools
-import importlib
 import itertools
 import json
 import math
@@ -44,7 +42,7 @@ import os
 import sys
 import time
 import zlib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -100,9 +98,9 @@ def flow_loss(model, x0, sigma, conditions, first_latent, cell_weight=1.0, chann
     """Rectified flow (appendix D): noise x0 (B, C, F, h, w) to sigma (B,); return the mean squared
     error of the model's velocity. first_latent (B, C, 1, h, w): the clean image, excluded from the
     loss; None: the image is among the conditions. cell_weight (B, F, h, w), channel_weight
-    (B, C, 1, 1, 1): weights of the error. (channel_weight depends on sigma alone and leaves the
-    minimum where it is. cell_weight may depend on tracks that the conditions leave out; then the
-    minimum moves towards what moves.)"""
+    (B, C, 1, 1, 1): weights of the error. channel_weight depends on sigma alone and leaves the
+    optimum where it is. If cell_weight depends on tracks that the model is not given, the optimum
+    is biased towards moving content."""
     noise = torch.randn_like(x0)
     x_t, sigma_frames = with_first(add_noise(x0, noise, sigma), sigma, first_latent)
     velocity = model(x_t, sigma_frames, **conditions)
@@ -205,8 +203,8 @@ def dmd_loss(x0, teacher, critic, conditions, first_latent, shift, weight=1.0):
         distance = (x0 - real).abs().mean((1, 2, 3, 4), keepdim=True)
         direction = (fake - real) / distance.clamp(min=1e-6)    # a perfect clip has distance 0
         target = x0 - direction
-    # Frame 0 counts in both means, unlike in flow_loss, although the image has no error there. The
-    # two factors cancel: the gradient is as if it counted in neither.
+    # Unlike in flow_loss, frame 0 counts, although the image has no error there. It makes both
+    # `distance` and the mean below smaller by (F - 1) / F, so the gradient is the same without it.
     return 0.5 * ((x0 - target).square() * weight).mean()
 
 
@@ -355,15 +353,8 @@ SMOKE = {"vae_updates": 4, "teacher_updates": 4, "causal_updates": 3, "distill_u
 # Updates between measurements by extras/watch.py.
 REPORT_EVERY = {"teacher": 200, "distill": 50}
 
-# Settings that may differ on resuming: they do not change what a stage learns. (Loop adds the
-# stage's own micro-steps per update.)
-FREE = ("tflops", "checkpoint_minutes", "export_every", "shard_gradients",
-        "vae_accumulate", "teacher_accumulate", "causal_accumulate", "distill_accumulate")
-
 NEUTRAL = PRESETS["tiny"].prompt
 WEIGHTS = {"vae": "vae", "teacher": "teacher", "causal": "causal", "distill": "student"}
-PREREQUISITES = {"vae": (), "teacher": ("vae",), "causal": ("vae", "teacher"),
-                 "distill": ("vae", "teacher", "causal"), "decoder": ("vae",)}
 
 
 @dataclass(frozen=True)
@@ -416,7 +407,7 @@ class Run:
     def checksum(self, name):
         """Checksum of the weights `name`: of their tensors or, without extras/, of the file's size
         and time."""
-        guard = if_there("guard")
+        guard = extra("guard")
         if guard:
             return guard.weights_digest(self.path(name))
         about = self.path(name).stat()
@@ -440,20 +431,6 @@ class Run:
         kind = torch.device(self.device).type
         enabled = self.dtype == torch.bfloat16
         return torch.autocast(kind, torch.bfloat16, enabled, cache_enabled=False)
-
-
-@functools.cache
-def if_there(name):
-    """The module extras/NAME.py, without which a training runs too; None if this copy lacks it,
-    which is printed once."""
-    try:
-        return importlib.import_module(f"extras.{name}")
-    except ModuleNotFoundError as e:
-        if e.name not in ("extras", f"extras.{name}"):          # a package that it needs
-            raise
-        if RANK == 0:
-            print(f"extras/{name}.py is not there; going on without it")
-        return None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -750,11 +727,12 @@ def save_checkpoint(folder, stage, updates, settings, learners):
 
 def load_checkpoint(folder, stage, settings, learners):
     """Load a stage's newest checkpoint, read by process 0, into the learners. Returns its number
-    of updates, or 0 if there is no checkpoint. UserError if it has other settings or learners."""
+    of updates, or 0 if there is no checkpoint. UserError if it has other learners or, with
+    extras/, other settings."""
     checkpoint = {"updates": 0, "learners": {}}
     paths = sorted(folder.glob(f"{stage}.*.checkpoint.pt"))
     if paths and RANK == 0:
-        guard = if_there("guard")
+        guard = extra("guard")
         if guard:
             checkpoint = guard.newest_checkpoint(paths, stage, settings)
         else:
@@ -771,44 +749,6 @@ def load_checkpoint(folder, stage, settings, learners):
     return updates
 
 
-def checkpoint_settings(run, stage):
-    """Everything a stage's checkpoint depends on: resuming with other values would mix two
-    trainings. Files are identified by their content, not by path or time."""
-    settings = {"seed": run.seed} | asdict(run.config) | asdict(run.settings)
-    for name in FREE:
-        settings.pop(name)
-    for name, digest in clip_digests(run).items():
-        settings[f"checksum of {name}"] = digest
-    if run.start:
-        settings["checksum of --weights"] = run.checksum("start")
-    for name in PREREQUISITES[stage]:
-        settings[f"checksum of {name}"] = run.checksum(name)
-    return settings
-
-
-def read_log(path):
-    """Rows of a stats.jsonl, without lines that a crash cut off or that Loop did not write."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(errors="replace").splitlines():
-        with contextlib.suppress(ValueError):
-            row = json.loads(line)
-            if isinstance(row, dict) and {"stage", "step", "seconds"} <= row.keys():
-                rows.append(row)
-    return rows
-
-
-def drop_rows(path, stage, begin):
-    """Delete a stage's rows from update `begin` on: the checkpoint lacks these updates, so they
-    are run and logged again."""
-    text = ""
-    for row in read_log(path):
-        if row["stage"] != stage or row["step"] < begin:
-            text += json.dumps(row) + "\n"
-    write_file(path, lambda part: part.write_text(text))
-
-
 class Loop:
     """The updates 0, 1, 2… of a stage: `for update in Loop(…)` resumes at the newest checkpoint.
 
@@ -822,7 +762,9 @@ class Loop:
         self.learners = learners
         self.accumulate = learners[0].accumulate
         self.settings = {"updates": updates, "micro-steps an update": self.accumulate * PROCESSES}
-        self.settings |= checkpoint_settings(run, stage)
+        self.guard = extra("guard")
+        if self.guard:                  # which refuses to resume with others
+            self.settings |= self.guard.checkpoint_settings(run, stage)
 
     def __iter__(self):
         begin = load_checkpoint(self.run.out, self.stage, self.settings, self.learners)
@@ -830,13 +772,14 @@ class Loop:
         file = os.devnull
         if RANK == 0:
             file = self.run.out / "stats.jsonl"
-            drop_rows(file, self.stage, begin)
+            if self.guard:
+                self.guard.drop_rows(file, self.stage, begin)
         with hold_signals() as stop, open(file, "a", buffering=1) as file:
             bar = tqdm(range(begin, self.updates), self.stage, disable=RANK > 0)
             for update in bar:
                 self.update = update
                 self.numbers = {}               # {name: [values logged]}
-                self.random = {}                # {micro-step: generator states at its end}
+                self.random = {}                # {micro-step: states of its random streams}
                 started = time.time()
                 yield update
                 means = {}
@@ -852,7 +795,9 @@ class Loop:
     def micro_steps(self):
         """Yield this process's micro-steps of the update, numbered over all processes and updates.
         Each is seeded by (seed, stage, number), so resuming or another number of processes changes
-        no draw. A second pass over them continues the random streams of the first."""
+        no draw. `distill` passes over them twice in an update of both networks: so that the critic
+        does not get the generator's clips and noise again, each micro-step of the second pass
+        continues its random stream of the first."""
         end = (self.update + 1) * self.accumulate * PROCESSES
         begin = end - self.accumulate * PROCESSES
         sources = generators(self.run.device)
@@ -930,37 +875,6 @@ class Batch:
         return Batch(self.latents.to(device), conditions, points, self.counted.to(device))
 
 
-def clip_files(folder):
-    """Find the clips in a folder and in all folders below, sorted. Links are followed; each folder
-    counts once, however many links lead to it. UserError if a folder cannot be read."""
-    def refuse(error):
-        raise UserError(f"{error.filename}: {error.strerror}; make it readable, or move it away")
-
-    files = []
-    seen = set()
-    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if name.lower().endswith(".safetensors") and not name.startswith("."):
-                files.append(Path(place, name))     # macOS puts ._a.safetensors beside a file
-    return sorted(files)
-
-
-def clip_digests(run):
-    """{name: digest} of the clips of --data, read by process 0; {} without --data, or extras."""
-    guard = if_there("guard")
-    if not run.data or not guard:
-        return {}
-    digests = guard.read_digests(run.data, run.out / "clips.json") if RANK == 0 else None
-    wait_for_all(LATE)
-    return from_first(digests)
-
-
 def read_header(file):
     """({name: shape}, metadata) of a clip."""
     with naming(file, "damaged, or no clip; python -m extras.clips writes clips"):
@@ -977,17 +891,20 @@ def latents_in(shapes):
 
 
 def open_clips(folder, config, frames, track_frames, vae=None):
-    """Find the clips in a folder that have at least `frames` latents; returns their files.
-    UserError, one line, if a clip is invalid, if its tracks cover fewer than `track_frames` video
-    frames, or if no clip is long enough. vae: checksum of the VAE that should have made latents."""
-    guard = if_there("guard")
-    files = clip_files(folder)
+    """Find the clips in a folder, and in all below, that have at least `frames` latents; returns
+    their files. UserError, one line, if a clip is invalid, if its tracks cover fewer than
+    `track_frames` video frames, or if no clip is long enough. vae: checksum of the VAE that should
+    have made the latents."""
+    guard = extra("guard")
+    if guard:
+        files = guard.clip_files(folder)                # those behind links too
+    else:
+        files = sorted(folder.rglob("[!.]*.safetensors"))
     long_enough = []
     for file in files:
         shapes, metadata = read_header(file)
         if guard:
-            guard.check_clip(file, shapes, config, track_frames)
-            guard.check_latents(file, metadata, vae)
+            guard.check_clip(file, shapes, metadata, config, track_frames, vae)
         if latents_in(shapes) >= frames:
             long_enough.append(file)
     if not long_enough:
@@ -1191,11 +1108,12 @@ def draw_batch(run, files, count, frames, *, dense=False, first_only=False):
 
 def latent_weight(vae, config, sigma):
     """Weight (B, C, 1, 1, 1) of squared velocity errors at sigma (B,): 1 for latents of unit
-    variance, else (ours) V * pixel_weight^2, where V is the variance of x_t.
+    variance; for others (ours) V * pixel_weight^2, where V is the variance of x_t.
 
-    The velocity holds std / sqrt(V) times the network's output (with_linear_part), so V times its
-    squared error is std^2 times that of the output: no noise level outweighs the others, and a
-    channel counts by its variance. pixel_weight turns errors of latents into errors of pixels."""
+    The factor V makes all noise levels count alike. The model's velocity is a linear part plus
+    std / sqrt(V) times the network's output (with_linear_part), so V times the velocity's squared
+    error is std^2 times the output's, whatever sigma is. The factor pixel_weight^2 turns errors of
+    latents into errors of pixels."""
     if not config.latent_std:
         return 1.0
     _, variance = linear_part(sigma, channel_std(config, sigma.device))
@@ -1255,8 +1173,8 @@ def train_teacher(run, network=new_model):
     """Stage 2: rectified flow on whole and short clips, given the image, text and tracks. network:
     builds a new teacher from its config; extras/experiments.py has one with another track head.
 
-    All tracks are given at first, as in the paper's first stage: so the model learns sooner what
-    tracks mean. The numbers of extras/watch.py show that early, the flow loss does not."""
+    All tracks are given at first, as in the paper's first stage: the model learns sooner what
+    tracks mean. Whether it follows them is shown early by extras/watch.py, not by the flow loss."""
     s = run.settings
     files = training_clips(run, run.clip_latents)
     held_back = files[:max(len(files) // 20, 1)]
@@ -1266,7 +1184,7 @@ def train_teacher(run, network=new_model):
     model.recompute_blocks(run.checkpointing)
     learner = Learner("teacher", model, s.teacher, s.teacher_updates, s.teacher_accumulate,
                       s.shard_gradients)
-    watch = if_there("watch")
+    watch = extra("watch")
     loop = Loop(run, "teacher", s.teacher_updates, learner)
     for update in loop:
         dense = update < int(s.dense_share * s.teacher_updates)
@@ -1314,7 +1232,9 @@ def make_trajectories(run, files):
     s = run.settings
     each = 2 * s.batch
     weights = [run.checksum("vae"), run.checksum("teacher")]
-    source = weights + [clip_digests(run), run.seed, each, s.p_sparse, s.track_what_moves]
+    guard = extra("guard")
+    digests = guard.clip_digests(run) if guard else {}
+    source = weights + [digests, run.seed, each, s.p_sparse, s.track_what_moves]
     folder = run.out / f"trajectories.{seed_of(source, run.config, s.clip_frames):08x}"
     count = math.ceil(s.trajectories / each) * each
     made = [folder / f"{i:07}.safetensors" for i in range(count)]
@@ -1537,7 +1457,7 @@ def distill(run, draw_plan=draw_plan):
                         math.ceil(s.distill_updates / s.critic_steps),
                         s.distill_accumulate, s.shard_gradients)
     learner_c = Learner("critic", critic, s.critic, 0, s.distill_accumulate, s.shard_gradients)
-    watch = if_there("watch")
+    watch = extra("watch")
     loop = Loop(run, "distill", s.distill_updates, learner_g, learner_c)
     for update in loop:
         if update % s.critic_steps == 0:
@@ -1574,18 +1494,6 @@ STAGES = {"vae": train_vae, "teacher": train_teacher, "causal": train_causal,
 # --------------------------------------------------------------------------------------------------
 # The command.
 
-# Latent frames of the shortest clip that a model is trained on: the tiny model's 12.
-LEAST_LATENTS = latent_frames(TINY.clip_frames)
-
-
-def student_memory(text):
-    """A flag's type: fields of Config, see sample.memory_flag, for a student in training."""
-    fields = memory_flag(text)
-    if fields["chunk"] > LEAST_LATENTS:
-        raise argparse.ArgumentTypeError(f"{text} is not chunk 1 to {LEAST_LATENTS}")
-    return fields
-
-
 def assignment(text):
     """A flag's type: "batch=2" or "teacher.adam=1e-4" to (name, value)."""
     name, equals, value = text.partition("=")
@@ -1615,7 +1523,7 @@ def new_parser(description):
         help="micro-steps of each process an update (1; Wan's: the paper's)")
     add("--checkpointing", action=argparse.BooleanOptionalAction,
         help="recompute blocks in the backward: less memory (default for Wan's weights)")
-    add("--memory", type=student_memory, help="the student's chunk, sink, window (c3s1w1)")
+    add("--memory", type=memory_flag, help="the student's chunk, sink, window (c3s1w1)")
     add("--guidance", type=guidance_flag,
         help="weights T,M of text and motion, for trajectories and real score")
     add("--rollout", type=number(int, 1, 100), help="chunks of the longest rollout (16)")
@@ -1629,15 +1537,12 @@ def new_parser(description):
 def parse(argv, parser=None):
     """Parse the command line of this program, or of one whose parser comes from new_parser. Flags
     that change single fields of Config or Settings become part of flags.set, a list of (field,
-    value) to be applied in order. UserError, one line, if flags do not go together."""
+    value) to be applied in order."""
     if parser is None:
         parser = new_parser(__doc__)
         parser.add_argument("--stage", choices=["all", *STAGES], default="all", help="(all)")
     flags = parser.parse_args(argv)
     stage = flags.stage
-    guard = if_there("guard")
-    if guard:
-        guard.check_flags(stage, flags.steps, flags.reward, flags.memory, flags.data, flags.vae)
     changes = dict(flags.memory or {})
     if flags.guidance:
         changes["guidance"] = flags.guidance
@@ -1657,17 +1562,10 @@ def parse(argv, parser=None):
 
 
 def assign(thing, path, value):
-    """Copy of a frozen dataclass with the field "a", or "a.b", set to a value. UserError if there
-    is no such field, or the type differs."""
+    """Copy of a frozen dataclass with the field "a", or "a.b", set to a value."""
     name, _, inner = path.partition(".")
-    if name not in vars(thing):
-        raise UserError(f"--set {path}: no such field; there are {', '.join(vars(thing))}")
-    now = getattr(thing, name)
-    if dataclasses.is_dataclass(now):
-        return replace(thing, **{name: assign(now, inner, value)})
-    numbers = isinstance(now, (int, float)) and isinstance(value, (int, float))
-    if not (numbers or now is None or value is None or isinstance(value, type(now))):
-        raise UserError(f"--set {path}={value}: it is {now} now")
+    if inner:
+        value = assign(getattr(thing, name), inner, value)
     return replace(thing, **{name: value})
 
 
@@ -1709,13 +1607,17 @@ def starting_settings(start, config):
 def resolve(flags):
     """Resolve what parse returns, and the weights named there, into a Run. UserError, one line, if
     that cannot be."""
-    start = inspect(flags.weights) if flags.weights else None
-    guard = if_there("guard")
-    if not guard and not (flags.data and flags.vae):
+    guard = extra("guard")
+    if guard:
+        guard.check_flags(flags)
+    elif not (flags.data and flags.vae):
         raise UserError("without extras/, give --data FOLDER of encoded clips, and --vae FILE")
+    start = inspect(flags.weights) if flags.weights else None
     config = starting_config(start, flags.dry_run or "tiny")
     settings = starting_settings(start, config)
     for path, value in flags.set:
+        if guard:
+            guard.check_field(path, value, config, settings)
         if path in vars(config):
             config = assign(config, path, value)
         else:
@@ -1735,13 +1637,13 @@ def resolve(flags):
     run = Run(out, flags.seed, device, compute_dtype(device), config, settings, files, flags.data,
               start, reward, checkpointing)
     if guard:
-        guard.check_run(run, flags.stage, flags.vae, flags.dry_run)
+        guard.check_run(run, flags)
     return run
 
 
 def show(run, stage):
     """Draw the stage's curves and a preview, if extras is there."""
-    watch = if_there("watch")
+    watch = extra("watch")
     if watch and RANK == 0:
         watch.show(run, stage)
 
@@ -1759,13 +1661,12 @@ def run_stages(argv):
         missing = not run.path(WEIGHTS[stage]).exists()
         if flags.stage == stage or (flags.stage == "all" and missing):
             stages.append(stage)
-    guard = if_there("guard")
-    watch = if_there("watch")
+    guard = extra("guard")
+    watch = extra("watch")
+    if RANK == 0 and not guard:
+        print("extras/guard.py is missing: flags, files and clips are not checked")
     run.out.mkdir(parents=True, exist_ok=True)
-    owned = contextlib.nullcontext()
-    if guard:
-        owned = guard.own_folder(run.out)
-    with owned:
+    with guard.own_folder(run.out) if guard else contextlib.nullcontext():
         if watch and RANK == 0:
             watch.print_plan(run, stages)
         for stage in stages:

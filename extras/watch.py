@@ -8,6 +8,7 @@ import statistics
 import torch
 
 import train_distill as td
+from extras.guard import read_log
 from motionstream import (FRAMES, channel_std, inside_picture, motion_inputs, same_sigma, to_x0,
                           track_ids, with_first)
 from sample import ASSETS
@@ -30,7 +31,7 @@ def unusual(run):
 def logged_rows(path):
     """{stage: its rows} of a stats.jsonl."""
     rows = {}
-    for row in td.read_log(path):
+    for row in read_log(path):
         rows.setdefault(row["stage"], []).append(row)
     return rows
 
