@@ -369,7 +369,7 @@ class Run:
     files: dict                     # {name: path} of vae, teacher, causal, student, start
     data: Path | None = None        # folder of clips; None: clips are rendered
     start: object = None            # contents of --weights, see sample.inspect
-    reward: object = None           # weights clips in distillation, see extras/reward_forcing.py
+    reward: object = None           # function for Re-DMD, see extras/reward_forcing.py; None: none
     checkpointing: bool = False     # see recompute_blocks
 
     @property
@@ -867,7 +867,8 @@ class Batch:
     latents: torch.Tensor       # (B, C, F, h, w), float32
     conditions: dict            # inputs passed on as they are: text; image, clip if needed
     points: dict                # for motion_inputs: tracks (B, T, N, 2), visible, ids; start, image
-    counted: torch.Tensor       # (B, T, N) bool: tracks of objects or, without objects, given ones
+    counted: torch.Tensor       # (B, T, N) bool: tracks whose cells get track_weight, namely those
+                                # of objects or, in a batch without objects, the given ones
 
     def to(self, device):
         conditions = {name: value.to(device) for name, value in self.conditions.items()}
@@ -1038,7 +1039,7 @@ def dense_subset(visible, pauses, config):
     keep = random_subset(visible.any(1), count)                 # (B, N)
     latent = (torch.arange(T) + FRAMES - 1) // FRAMES           # of each video frame
     after = latent - config.first_chunk_size
-    number = (after // config.chunk + 1).clamp(min=0)           # of its chunk; the first's: 0
+    number = (after // config.chunk + 1).clamp(min=0)           # of its chunk, from 0
     shown = (torch.rand(B, T, 1) >= 0.2 * pauses)[:, number]
     shown = shown | (number == 0)[:, None]                      # (B, T, 1)
     return visible & keep[:, None] & shown
@@ -1075,8 +1076,8 @@ def touched_cells(tracks, visible, config):
 
 
 def weight_of_cells(run, batch):
-    """Weight (B, F, h, w) of each cell's error: more than 1 at and beside cells of objects or, in
-    a batch without objects, of given tracks."""
+    """Weight (B, F, h, w) of each cell's error: 1 + track_weight at and beside the cells of the
+    Batch's counted tracks, else 1."""
     touched = touched_cells(batch.points["tracks"], batch.counted, run.config)
     return 1 + run.settings.track_weight * touched
 
@@ -1392,9 +1393,9 @@ def judged_clip(chunks, frames, image, points):
 
 
 def generated_clip(run, generator, vae, files, plan, grad):
-    """Roll out the generator from first frames of clips, as at inference, see rollout. Returns the
-    judged_clip x0 (B, C, F, h, w), its conditions and its points. plan: a Plan. grad: keep the
-    graph of each chunk's last denoising step."""
+    """Roll out the generator from first frames of clips by a Plan, as at inference. Returns the
+    judged_clip x0 (B, C, F, h, w), its conditions and its points. grad: keep the graph of each
+    chunk's last denoising step."""
     config = run.config
     frames = run.latents_of(plan.chunks)
     sizes = list(chunk_sizes(replace(config, **plan.context), frames))
@@ -1446,7 +1447,7 @@ def loss_of_critic(run, generator, critic, vae, files, plan):
 
 def distill(run, draw_plan=draw_plan):
     """Stage 4, Self-Forcing: critic_steps critic updates per generator update, each on new
-    rollouts. draw_plan: extras/experiments.py varies what a student remembers by another one."""
+    rollouts. draw_plan: extras/experiments.py has one that also draws chunk, sink and window."""
     s = run.settings
     files = training_clips(run, frames=1)
     vae = run.load_vae()
