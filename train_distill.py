@@ -225,7 +225,7 @@ class Learning:
     """Optimizer settings of one network."""
     muon: float | None              # Muon's learning rate, for hidden matrices; None: AdamW for all
     adam: float                     # AdamW's learning rate, for the rest
-    betas: tuple = (0.9, 0.99)      # of AdamW [O]
+    betas: tuple = (0.9, 0.99)      # AdamW's [O]
     ema: float = 0.0                # decay of the weights' moving average; 0: no average [O]
     weight_decay: float = 0.01      # [O]
     clip_norm: float = 1.0          # largest gradient norm [O]
@@ -243,7 +243,7 @@ class Settings:
     clip_frames: int = 45           # 12 latent frames, 4 chunks of 3 [O]
     batch: int = 4                  # clips per micro-step [O]
     clips: int = 4096               # rendered for teacher and distillation [O]
-    trajectories: int = 480         # of the teacher, for the stage causal; see causal_from [O]
+    trajectories: int = 480         # made by the teacher for the stage causal, see causal_from [O]
     vae_clips: int = 256            # rendered for the vae [O]
     vae_batch: int = 8              # crops per micro-step [O]
     # length: updates, and micro-steps per update over all processes
@@ -287,9 +287,9 @@ class Settings:
     beta: float = 0.5               # clip weight exp(reward / beta) (Reward Forcing, eq. 11) [O]
     export_every: int = 0           # updates between exported weights, except the vae's; 0: none
     # distributed
-    shard_gradients: bool = False   # reduce them every micro-step: less memory, more traffic
+    shard_gradients: bool = False   # reduce gradients every micro-step: less memory, more traffic
     # checkpoints
-    checkpoint_minutes: float = 5   # between checkpoints; a signal also causes one
+    checkpoint_minutes: float = 5   # time between checkpoints; a signal also causes one
     # dry run
     tflops: float = 396             # TFLOP/s of a GPU: 40 % of an H100's 989 in bfloat16 [O]
 
@@ -318,7 +318,8 @@ PAPER = Settings(
     whole_every=1,
     p_pure_noise=0.0,
     p_uniform_sigma=1.0,            # [O]: logit-normal draws put 1.8 % at sigma >= 0.98, where 6 of
-                                    # 48 Euler steps, the student's first and 11 % of DMD's lie
+                                    # 48 Euler steps, the student's first step and 11 % of DMD's
+                                    # draws lie
     track_weight=0.0,
     track_what_moves=False,         # anything may move without a track
     p_sparse=0.5,                   # [O], except stage 1; the paper: 0, which never shows a drag
@@ -354,6 +355,7 @@ SMOKE = {"vae_updates": 4, "teacher_updates": 4, "causal_updates": 3, "distill_u
 REPORT_EVERY = {"teacher": 200, "distill": 50}
 
 NEUTRAL = PRESETS["tiny"].prompt
+# The weights that each stage makes.
 WEIGHTS = {"vae": "vae", "teacher": "teacher", "causal": "causal", "distill": "student"}
 
 
@@ -363,8 +365,8 @@ class Run:
     out: Path                       # output folder
     seed: int
     device: str
-    dtype: torch.dtype              # of matrix products, see compute_dtype; may differ on resuming
-    config: Config                  # of the model and its sampling
+    dtype: torch.dtype              # for matrix products, see compute_dtype; may differ on resuming
+    config: Config                  # the model and its sampling
     settings: Settings
     files: dict                     # {name: path} of vae, teacher, causal, student, start
     data: Path | None = None        # folder of clips; None: clips are rendered
@@ -491,7 +493,7 @@ def shard(model):
     mesh = dist.init_device_mesh(next(model.parameters()).device.type, (PROCESSES,))
     parts = list(model.blocks) + [model.track_head, model]
     for part in parts:
-        fully_shard(part, mesh=mesh, reshard_after_forward=True)    # an EMA never runs a backward
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)    # an EMA has no backward
     # Make the model the FSDP root: otherwise the first module to run, the track head, becomes it.
     fully_shard.state(model)._lazy_init()           # torch has no public way
     return model
@@ -605,7 +607,7 @@ class Learner:
         self.accumulate = max(accumulate // PROCESSES, 1)       # per process
         self.shard_gradients = shard_gradients
         self.micro_steps = 0            # since the last update
-        self.loss = 0.0                 # mean over these
+        self.loss = 0.0                 # mean loss of these micro-steps
         self.averaged = None
         self.average = None
         if how.ema:
@@ -1037,9 +1039,9 @@ def dense_subset(visible, pauses, config):
     B, T, _ = visible.shape
     count = torch.randint(1000, 2501, (B, 1))
     keep = random_subset(visible.any(1), count)                 # (B, N)
-    latent = (torch.arange(T) + FRAMES - 1) // FRAMES           # of each video frame
+    latent = (torch.arange(T) + FRAMES - 1) // FRAMES           # each video frame's latent frame
     after = latent - config.first_chunk_size
-    number = (after // config.chunk + 1).clamp(min=0)           # of its chunk, from 0
+    number = (after // config.chunk + 1).clamp(min=0)           # and its chunk, from 0
     shown = (torch.rand(B, T, 1) >= 0.2 * pauses)[:, number]
     shown = shown | (number == 0)[:, None]                      # (B, T, 1)
     return visible & keep[:, None] & shown
@@ -1547,7 +1549,7 @@ def parse(argv, parser=None):
     changes = dict(flags.memory or {})
     if flags.guidance:
         changes["guidance"] = flags.guidance
-    if flags.data:                      # whose tracks may end with the clip
+    if flags.data:                      # a clip's tracks may end with it
         changes |= {"rollout": 0, "neutral_long_rollouts": False}
     if flags.smoke:
         changes |= SMOKE
@@ -1582,7 +1584,8 @@ def starting_config(start, preset):
         paper = PRESETS["motionstream-1.3b"]
         names = ("shift", "sigmas", "guidance", "chunk", "sink", "window")
         config = replace(config, **{name: getattr(paper, name) for name in names})
-        # 48 of its 50 steps: a multiple of 3 has the student's 3 noise levels among its own.
+        # 48 of the preset's 50 steps: a teacher whose steps are a multiple of 3 passes through the
+        # student's 3 noise levels.
         steps = paper.steps - paper.steps % len(paper.sigmas)
         config = replace(config, steps=steps)
     return config
