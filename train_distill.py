@@ -1143,7 +1143,7 @@ def drop(conditions, share):
     return kept
 
 
-def starting_teacher(run, vae, network):
+def starting_teacher(run, vae, network=new_model):
     """The model to be trained: new, for the latents of `vae`, or from --weights. A track head that
     comes with the weights is frozen."""
     config = run.config
