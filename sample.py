@@ -475,9 +475,9 @@ def video_file(path, fps):
         count += 1
 
     try:
-        with imageio.get_writer(part, "FFMPEG", fps=fps, codec="libx264", pixelformat="yuv420p",
-                                macro_block_size=1, output_params=list(ENCODED)) as writer:
-            yield append
+        with contextlib.closing(imageio.get_writer(part, "FFMPEG", fps=fps, codec="libx264",
+                pixelformat="yuv420p", macro_block_size=1, output_params=list(ENCODED))) as writer:
+            yield append            # imageio's own `with` would leave ffmpeg running after an error
         if count_frames(part) != count:
             raise OSError("not all frames can be read back")
         os.replace(part, path)
@@ -974,7 +974,7 @@ def reported(work, *args):
             console.reconfigure(errors="backslashreplace")
     try:
         code = work(*args)
-        sys.stdout.flush()
+        print(end="", flush=True)           # sys.stdout is None if it was closed before
         return code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

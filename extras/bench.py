@@ -33,7 +33,6 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 import sample
 import train_distill
 from extras.compiling import compile_blocks
-from extras.evaluate import check_device
 from motionstream import (CLIP_ROWS, FLOAT32, FRAMES, PRESETS, Config, new_model, rollout, schedule,
                           start_points, track_ids)
 from sample import Parser, number
@@ -632,8 +631,7 @@ def student(preset, memory, steps):
 def run(argv):
     """Measure, and print the tables. Returns the exit code."""
     flags = parse_flags(argv)
-    check_device(flags.device)
-    device = torch.device(flags.device)
+    device = sample.find_device(flags.device)
     config = student(flags.preset, flags.memory, flags.steps)
     dtype = flags.dtype or ("bfloat16" if flags.predict else "float32")
     job = Job(config, device, getattr(torch, dtype), flags.decoder)

@@ -41,8 +41,8 @@ from extras.guard import clip_digests, content_digest
 from extras.tracks import decode_text
 from extras.video import open_video, remade
 from motionstream import PRESETS, Config, UserError, latent_frames, video_frames, write_file
-from sample import (Parser, Tracks, embed_words, fit_image, fit_tracks, inspect, load_image,
-                    find_ffmpeg, number, open_vae, read_tracks, reported)
+from sample import (Parser, Tracks, embed_words, find_device, find_ffmpeg, fit_image, fit_tracks, inspect,
+                    load_image, number, open_vae, read_tracks, reported)
 from train_distill import (LATE, PROCESSES, RANK, TINY, default_device, paper_settings, wait_for_all,
                            write_clip)
 
@@ -189,7 +189,11 @@ def read_captions(folder, sources):
             continue
         found = []
         strangers = []
+        incomplete = 0
         for video, caption in read_table(table):
+            if not (video and caption):
+                incomplete += 1
+                continue
             name = clip_name(video, folder)
             if name not in sources:
                 name = name_of.get(alike(name))
@@ -198,9 +202,12 @@ def read_captions(folder, sources):
             else:
                 found.append(name)
                 captions[name] = caption
-        said.append(f"{table}: {len(found)} of {len(found) + len(strangers)} rows are of clips here")
+        rows = len(found) + len(strangers) + incomplete
+        said.append(f"{table}: {len(found)} of {rows} rows are of clips here")
         if strangers:
             said[-1] += f", not {strangers[0]!r}"
+        if incomplete:
+            said[-1] += f"; {incomplete} have no video or no caption"
         again = len(found) - len(set(found))
         if again:
             said[-1] += f"; {again} name a clip again, of which the last counts"
@@ -211,14 +218,18 @@ def read_captions(folder, sources):
 
 
 def read_table(table):
-    """The rows of a csv file, each (video, caption). UserError if it has none."""
+    """The rows of a csv file, each (video, caption), "" for what a row lacks. UserError if it has no such
+    columns."""
     try:
-        rows = csv.DictReader(io.StringIO(decode_text(table.read_bytes()), newline=""))
+        rows = csv.DictReader(io.StringIO(decode_text(table.read_bytes()), newline=""), strict=True)
         names = {str(name).strip().lower(): name for name in rows.fieldnames or ()}
         if not {"video", "caption"} <= names.keys():
             raise UserError(f"has no columns video and caption, only: {', '.join(names)}"[:200])
-        read = [(row[names["video"]], row[names["caption"]]) for row in rows]
-        return [(video.strip(), caption) for video, caption in read if video and caption is not None]
+        read = []
+        for row in rows:
+            video = row[names["video"]] or ""
+            read.append((video.strip(), row[names["caption"]] or ""))
+        return read
     except (UserError, OSError, csv.Error) as e:
         raise UserError(f"{table}: {getattr(e, 'strerror', None) or e}") from None
 
@@ -481,12 +492,13 @@ def parse_job(argv):
     config = inspect(flags.weights).config if flags.weights else PRESETS["tiny"]
     wan = config.is_wan
     frames = flags.frames or clip_frames(config)
-    device = flags.device or default_device()
-    dtype = flags.dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")
+    device = find_device(flags.device or default_device())
+    dtype = flags.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     for wrong, cure in [
         (not flags.folder.is_dir(), f"{flags.folder}: no such folder"),
         (flags.out.resolve().is_relative_to(flags.folder.resolve()),
          f"--out {flags.out}: is in {flags.folder}, which is read; choose another"),
+        (flags.out.exists() and not flags.out.is_dir(), f"--out {flags.out}: is a file; name a folder"),
         (flags.vae and not flags.vae.is_file(), f"--vae {flags.vae}: no such file"),
         (wan and not flags.vae, f"{flags.weights}: give --vae FILE, whose latents it reads"),
         (not wan and flags.text_encoder, "the tiny model reads words; drop --text-encoder"),
@@ -495,7 +507,7 @@ def parse_job(argv):
         if wrong:
             raise UserError(cure)
     image_encoder_folder = flags.image_encoder or flags.text_encoder
-    return Job(flags.folder, flags.out, config, frames, device, dtype, flags.shard, flags.vae,
+    return Job(flags.folder, flags.out, config, frames, str(device), dtype, flags.shard, flags.vae,
                flags.text_encoder, image_encoder_folder)
 
 

@@ -31,10 +31,11 @@ from tqdm import tqdm
 import sample
 from extras import measures, world
 from extras.cases import NEUTRAL, Case, new_clips
+from extras.guard import read_log
 from extras.measures import lpips_network, psnr, ssim
 from extras.video import open_video
-from motionstream import (FRAMES, PRESETS, Config, MotionStream, UserError, start_points, track_ids, warp, way_back,
-                          write_file)
+from motionstream import (FRAMES, PRESETS, Config, MotionStream, UserError, naming, start_points, track_ids, warp,
+                          way_back, write_file)
 from sample import ASSETS, Parser, embed_words, number
 from vae import load_vae
 
@@ -481,7 +482,8 @@ def measure_tables(trained, stage, what, tables):
     path = trained.folder / f"{stage}.json"
     everything = {}
     if path.exists():
-        everything = json.loads(path.read_text())
+        with naming(path, "damaged; remove it, and all is measured again"):
+            everything = dict(json.loads(path.read_text()))
     done = everything.setdefault(what, {})
     for title, (common, rows) in tables.items():
         results = done.setdefault(title, {})
@@ -565,8 +567,7 @@ def curve_of(rows, name):
 def plot_stage(folder, stage):
     """Plot a stage's curves from the stats.jsonl in a training's folder."""
     rows = {}
-    for line in open(folder / "stats.jsonl"):
-        row = json.loads(line)
+    for row in read_log(folder / "stats.jsonl"):
         if row["stage"] == stage:
             rows[row["step"]] = row                             # after a crash, logged again
     for ending, names in PLOTTED.items():
@@ -650,6 +651,8 @@ def compare(made, real, net=None):
     distance = lpips_network(net) if net else None
     rows = []
     for frame, other in zip(video.frames, other_video.frames):
+        if min(frame.shape[:2]) < 11:
+            raise UserError(f"{made}: is {frame.shape[1]}x{frame.shape[0]}; SSIM needs 11 pixels a side")
         truth = sample.fit_image(Image.fromarray(other), frame.shape[:2])
         pixels = torch.from_numpy(frame).permute(2, 0, 1)[None] / 127.5 - 1
         row = {"PSNR": psnr(pixels, truth), "SSIM": ssim(pixels, truth).item()}
@@ -689,6 +692,8 @@ def run_tables(argv):
     parser = new_parser(__doc__)
     parser.add_argument("--photographs", type=Path, metavar="DIR", help="a folder of pictures, for one more set (none)")
     args = parser.parse_args(argv)
+    if args.photographs and not args.photographs.is_dir():
+        raise UserError(f"--photographs {args.photographs}: no such folder")
     trained = open_trained(args.out, args.device, args.seed)
     what = f"{weights_of(trained)}, {args.clips} clips, {args.frames} frames"
     measure_tables(trained, "eval", what, tables(args.clips, args.frames, args.photographs))
@@ -708,7 +713,7 @@ def new_parser(description):
 
 def open_trained(folder, device="cpu", seed=0):
     """The models of a training in a folder, or the shipped ones if it has no student. UserError: no such device."""
-    check_device(device)
+    device = str(sample.find_device(device))
     files = {}
     if not (folder / "student.safetensors").exists():
         files = {name: ASSETS / f"{shipped}.safetensors" for name, shipped in SHIPPED.items()}
@@ -716,14 +721,6 @@ def open_trained(folder, device="cpu", seed=0):
     folder.mkdir(parents=True, exist_ok=True)
     print(f"{'the shipped weights' if files else folder}: {trained.config}")
     return trained
-
-
-def check_device(name):
-    """UserError if the device does not exist."""
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {name}: not available here") from None
 
 
 def weights_of(trained):
@@ -740,7 +737,7 @@ def run_curves(argv):
     log = folder / "stats.jsonl"
     if not log.is_file():
         raise UserError(f"{log}: no such file; give the folder of a training")
-    for stage in sorted({json.loads(line)["stage"] for line in open(log)}):
+    for stage in sorted({row["stage"] for row in read_log(log)}):
         plot_stage(folder, stage)
         print(folder / f"{stage}.png")
 
@@ -757,6 +754,8 @@ def run_compare(argv):
     args = parser.parse_args(argv)
     if bool(args.tracks) != bool(args.found):
         raise UserError("--tracks and --found need each other")
+    if not (args.real or args.tracks):
+        raise UserError(f"{args.made}: give a second video, or --tracks and --found, to compare it with")
     if args.lpips and not args.real:
         raise UserError("--lpips needs a second video")
     told = []

@@ -11,19 +11,81 @@ import os
 import socket
 import zipfile
 import zlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import train_distill as td
+from extras.checkpoints import check_config, check_limits, refuse
 from motionstream import (CLIP_ROWS, FRAMES, UserError, latent_frames, naming, reason_of, schedule,
                           write_file)
 from sample import inspect
 
 # --------------------------------------------------------------------------------------------------
 # Flags, settings and the weights they name.
+
+# Limits of Settings, as those of Config: type, least, most; for tuples also those of the length.
+COUNT = (int, 1, 10 ** 9)
+FROM_0 = (int, 0, 10 ** 9)
+SHARE = (float, 0, 1)
+LIMITS = {
+    "clip_frames": COUNT,
+    "batch": (int, 1, 2 ** 16),
+    "vae_batch": (int, 1, 2 ** 16),
+    "clips": FROM_0,
+    "trajectories": COUNT,
+    "vae_clips": FROM_0,
+    "vae_updates": FROM_0,
+    "teacher_updates": FROM_0,
+    "causal_updates": FROM_0,
+    "distill_updates": FROM_0,
+    "vae_accumulate": COUNT,
+    "teacher_accumulate": COUNT,
+    "causal_accumulate": COUNT,
+    "distill_accumulate": COUNT,
+    "dense_share": SHARE,
+    "whole_every": COUNT,
+    "short_latents": COUNT,
+    "p_pure_noise": SHARE,
+    "p_uniform_sigma": SHARE,
+    "track_weight": (float, 0, 10 ** 6),
+    "p_no_text": SHARE,
+    "p_no_tracks": SHARE,
+    "p_sparse": SHARE,
+    "critic_steps": COUNT,
+    "rollout": (int, 0, 10 ** 4),
+    "beta": (float, 1e-6, 10 ** 6),
+    "export_every": FROM_0,
+    "checkpoint_minutes": (float, 0, 10 ** 6),
+    "tflops": (float, 1e-6, 10 ** 9),
+}
+LEARNING = {                        # of Learning, except muon, which may be None
+    "adam": (float, 1e-12, 1000),
+    "betas": (float, 0, 1 - 1e-9, 2, 2),
+    "ema": (float, 0, 1),
+    "weight_decay": (float, 0, 1000),
+    "clip_norm": (float, 1e-12, 10 ** 9),
+    "warm_up": COUNT,
+    "decay": (float, 1e-6, 1),
+}
+WIDTH = (int, 1, 2 ** 16)
+WIDTHS = {                          # of Config, which in a file follow from its tensors
+    "dim": WIDTH,
+    "ffn_dim": WIDTH,
+    "num_layers": WIDTH,
+    "in_dim": WIDTH,
+    "out_dim": WIDTH,
+    "track_dim": FROM_0,
+    "text_dim": WIDTH,
+    "clip_dim": FROM_0,
+    "freq_dim": WIDTH,
+    "patch_size": (int, 1, 64, 3, 3),
+}
+SWITCHES = ("track_what_moves", "corrupt_context", "neutral_long_rollouts", "shard_gradients")
+SOURCE = "the training (--set)"     # of a setting, in messages
+
 
 CAUSAL_FROM = ("trajectories", "rollouts", "clips")         # see train_distill.loss_of_causal
 
@@ -76,6 +138,7 @@ def check_field(path, value, config, settings):
 def check_run(run, flags):
     """UserError, one line, for a Run with which flags.stage, or "all", cannot be trained."""
     stage = flags.stage
+    check_settings(run)
     check_inputs(run, stage, flags.vae, flags.dry_run)
     config = run.config
     settings = run.settings
@@ -87,6 +150,30 @@ def check_run(run, flags):
     if solves and not set(config.sigmas) <= set(schedule(config.steps, config.shift)):
         raise UserError(f"{config.steps} steps of the teacher: the student's noise levels "
                         f"{config.sigmas} are not among its own; choose another number")
+
+
+def check_settings(run):
+    """UserError, one line, for a field of Settings or Config outside its limits."""
+    config = run.config
+    if not config.latent_std and config.copies:         # the VAE's, which may not be trained yet
+        config = replace(config, latent_std=(1.0,) * config.out_dim)
+    check_limits(vars(config), WIDTHS, SOURCE)
+    check_config(config, SOURCE)
+    fields = vars(run.settings)
+    limits = dict(LIMITS)
+    if not run.data and not config.is_wan:              # clips are rendered
+        limits |= {"clips": COUNT, "vae_clips": COUNT}
+    check_limits(fields, limits, SOURCE)
+    for name in SWITCHES:
+        if type(fields[name]) is not bool:
+            refuse(SOURCE, name, fields[name], "True or False")
+    for name, value in fields.items():
+        if not isinstance(value, td.Learning):
+            continue
+        limits = dict(LEARNING)
+        if value.muon is not None:
+            limits["muon"] = LEARNING["adam"]
+        check_limits(vars(value), limits, f"{SOURCE}, {name}")
 
 
 def check_inputs(run, stage, vae, dry_run):

@@ -39,7 +39,7 @@ from PIL import Image
 
 import sample
 from extras import notes, recording, world
-from motionstream import Config, UserError, naming, video_frames, write_file
+from motionstream import Config, UserError, naming, reason_of, video_frames, write_file
 from sample import (crop, embed_words, enlarge, fit_image, hold_signals, live_motion, number, to_frames,
                     to_video, video_file)
 
@@ -630,11 +630,18 @@ def settings_of(job, models):
             "weights": recording.checksum(models)}
 
 
-def serve(live, address, allowed):
-    """Answer browsers in separate threads. address: (host, port); allowed: see Live. Prints the address."""
+def open_server(address):
+    """A server at (host, port), which does not answer yet. UserError if it cannot have that address."""
     host, port = address
     with naming(f"--host {host} --port {port}", "not an address of this machine"):
-        server = http.server.ThreadingHTTPServer(address, Handler)
+        try:
+            return http.server.ThreadingHTTPServer(address, Handler)
+        except OSError as e:
+            raise UserError(f"{reason_of(e)}; choose others") from None
+
+
+def serve(live, server, host, allowed):
+    """Answer browsers in separate threads. server: of open_server, at `host`; allowed: see Live. Prints the address."""
     server.live = live
     live.allowed = allowed
     live.hosts = [host.lower(), "localhost"]
@@ -705,6 +712,7 @@ def run(argv):
     if not (config.causal and config.track_dim and weights.has_head):
         raise UserError(f"{weights.path}: the page needs a trained student, which streams and follows tracks")
     pixels = fit_image(image, config.size)
+    server = open_server(address)               # a port in use is found before any model loads
     models = sample.load_models(job, pixels)
     for note in job.notes:
         print(f"note: {note}")
@@ -717,7 +725,7 @@ def run(argv):
     with hold_signals() as noted:
         first = Shown(0, 0, to_frames(pixels[:, :, None])[0])
         live = Live(image, config, control, status, first, noted, flags.out, pictures=pictures(flags.image))
-        serve(live, address, allowed)
+        serve(live, server, address[0], allowed)
         while not noted:
             perform(live, job, models, flags.out)
     return 0

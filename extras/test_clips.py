@@ -194,6 +194,15 @@ def test_a_table_of_captions_counts_where_there_is_no_text():
         assert second.equal(embedded("fading light"))
 
 
+def test_rows_of_a_table_that_say_nothing_are_counted():
+    with folder() as here:
+        table = here / "clips.csv"
+        table.write_text("video,caption\na.mp4\n\na.mp4,\n,x\na.mp4,fading light\n")
+        captions, said = clips.read_captions(here, {"a": clips.Source(here / "a", {})})
+        assert captions == {"a": "fading light"}
+        assert said == [f"{table}: 1 of 4 rows are of clips here; 3 have no video or no caption"]
+
+
 def test_tables_that_cannot_be_read_are_refused_in_one_line():
     with folder() as here:
         data = own_clips(here / "data", ("a",))
@@ -202,6 +211,7 @@ def test_tables_that_cannot_be_read_are_refused_in_one_line():
             ("name,caption\na.mp4,x\n", "has no columns video and caption, only: name, caption"),
             ("video,caption\nb\u00e9,x", "is no text in UTF-8"),
             ("", "has no columns"),
+            ('video,caption\n"a.mp4,x\nc.mp4,y\n', "unexpected end of data"),
             ("video,caption\na.mp4," + "x" * 200_000, "field larger than field limit"),
         ):
             (data / "clips.csv").write_bytes(table.encode("latin-1"))
@@ -229,8 +239,8 @@ def test_rows_of_a_table_are_of_names_that_some_systems_take_for_one():
         (data / "more.CSV").write_text("\n".join(rows) + "\n", encoding="utf-16")
         files, said = made(small_flags(here, data))
         assert said == (
-            f"{data}/more.CSV: 4 of 5 rows are of clips here, not 'gone.mp4'; 1 name a clip again, of "
-            "which the last counts; 1 of the clips have a .txt, which counts instead\n"), said
+            f"{data}/more.CSV: 4 of 6 rows are of clips here, not 'gone.mp4'; 1 have no video or no "
+            "caption; 1 name a clip again, of which the last counts; 1 of the clips have a .txt, which counts instead\n"), said
         for found, words in zip(texts_of(files), ("warming light", "light", "fading light"), strict=True):
             assert found.equal(embedded(words)), words
 
@@ -497,6 +507,9 @@ def test_what_cannot_be_made_into_clips_is_refused_in_one_line():
             ("x.safetensors: no such file", [data, "--vae", here / "x.safetensors"] + elsewhere),
             ("wan.safetensors: give --vae FILE", [data, "--weights", wan] + elsewhere),
             ("the tiny model reads words; drop --text-encoder", [data, "--text-encoder", here] + elsewhere),
+            ("vae.safetensors: is a file; name a folder", [data, "--out", vae]),
+            ("--device nowhere: not available here", [data, "--device", "nowhere"] + elsewhere),
+            ("--device meta: not available here", [data, "--device", "meta"] + elsewhere),
             ("--frames 44: a clip has 1 + 4 k", [data, "--frames", 44] + elsewhere),
             ("vae.safetensors: latents have 16 channels", [data, "--vae", vae] + elsewhere),
         ):

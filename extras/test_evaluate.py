@@ -1,6 +1,7 @@
 """What measures the README's numbers: cases, measures, tables, rewards, two videos compared."""
 
 import contextlib
+import json
 import math
 import re
 import unittest
@@ -685,17 +686,36 @@ def test_the_command_compares_two_videos_and_their_tracks():
     assert re.search(line, out, re.M), out
 
 
+def test_curves_are_of_the_rows_that_a_damaged_log_still_has():
+    rows = [{"stage": "vae", "step": step, "seconds": 1.0, "loss": 0.5} for step in (0, 1)]
+    text = "\n".join(json.dumps(row) for row in rows)
+    with folder() as here:
+        (here / "stats.jsonl").write_text(f'5\n{{"stage": "vae"\n{text}\n{{"st')
+        code, out, err = command(["curves", here])
+        assert code == 0, err
+        assert out.splitlines() == [str(here / "vae.png")]
+        (here / "eval.json").write_text('{"seed')
+        trained = SimpleNamespace(folder=here, names=list)
+        assert_error(UserError, "eval.json: damaged; remove it", measure_tables, trained, "eval", "", {})
+
+
 def test_the_command_says_what_it_cannot():
     with folder() as here:
         video = here / "a.mp4"
         write_video(video, [grey_frame(99)])
         (here / "b.mp4").write_text("no video")
+        small = here / "small.mp4"
+        ffmpeg("-f", "lavfi", "-i", "testsrc=s=8x8:d=0.1", small)
         cases = [
             (["compare", video, here / "b.mp4"], "b.mp4: cannot be read as a video"),
-            (["compare", video, "--lpips", "alex"], "--lpips needs a second video"),
+            (["compare", video], "a.mp4: give a second video, or --tracks"),
+            (["compare", small, video], "small.mp4: is 8x8; SSIM needs 11 pixels a side"),
+            (["--photographs", video], "a.mp4: no such folder"),
+            (["compare", video, "--lpips", "alex", "--tracks", video, "--found", video], "--lpips needs a second video"),
             (["compare", video, "--found", here / "t.npz"], "need each other"),
             (["curves", here], "give the folder of a training"),
             (["--device", "moon"], "--device moon: not available here"),
+            (["--device", "meta"], "--device meta: not available here"),
             (["--clips", "0"], "0 is not between 1 and"),
         ]
         for words, cure in cases:

@@ -381,3 +381,8 @@ def test_programs_run_on_consoles_and_systems_that_lack_something():
         assert out.is_file()
     last = done.stdout.decode("cp1252").splitlines()[-1]
     assert last.endswith("\\u0444.PNG")
+
+
+def test_a_program_whose_output_was_closed_before_it_began_ends_well():
+    with unittest.mock.patch("sys.stdout", None):               # as by >&-, or Windows' pythonw
+        assert sample.reported(lambda: 0) == 0

@@ -362,6 +362,16 @@ def test_flags_that_the_page_has_no_use_for_and_files_that_it_would_overwrite_ar
         assert err.getvalue().count("\n") == 1
 
 
+def test_a_port_in_use_is_found_before_any_model_loads():
+    _, here = workplace()
+    words = ["--image", here / "image.png", "--weights", here / "student.safetensors", "--vae", here / "vae.safetensors"]
+    with socket.create_server(("127.0.0.1", 0)) as other, \
+            unittest.mock.patch("sample.load_models", side_effect=AssertionError), quiet() as (_, err):
+        port = other.getsockname()[1]
+        assert extras.page.main([str(word) for word in words] + ["--port", str(port)]) == 2
+    assert err.getvalue() == f"error: --host 127.0.0.1 --port {port}: Address already in use; choose others\n"
+
+
 # --------------------------------------------------------------------------------------------------
 # What pages share.
 

@@ -176,6 +176,19 @@ def test_a_video_is_there_whole_or_not_at_all():
         assert not list(here.iterdir())
 
 
+def test_ffmpeg_has_ended_before_the_file_of_a_failed_video_is_removed():
+    """Else it complains of that on the console, and Windows removes no file that is open."""
+    writers = []
+
+    def open_writer(*args, **kwargs):
+        writers.append(imageio.get_writer(*args, **kwargs))
+        return writers[0]
+
+    with folder() as here, patch("sample.imageio", SimpleNamespace(get_writer=open_writer)):
+        assert_error(ValueError, "something else", failing_video, here, 3)
+        assert writers[0].closed
+
+
 def test_frames_that_a_damaged_video_lacks_are_not_counted():
     with folder() as here:
         path = here / "out.mp4"

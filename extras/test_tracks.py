@@ -8,6 +8,7 @@ import pickle
 import re
 import unittest.mock
 import warnings
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -253,6 +254,9 @@ def test_refused_tracks_are_refused_for_what_is_wrong_with_them():
         np.savez(path, tracks=xy, width=48)
         assert_error(UserError, "is for a picture of 48x32; drop --size", load_tracks, path, SIZE,
                      own_size=(9, 32))
+        with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(path, "a") as file:
+            file.writestr("tracks.npy", file.read("tracks.npy"))
+        assert_error(UserError, "holds tracks twice", load_tracks, path, (48, 32))
         for text in "[[[1, 2, 3], [4, 5, 6]]]", "[[[true, false]]]", "[[1, null]]":
             (here / "x.json").write_text(text)
             assert_error(UserError, "track 0 is no list of points", load_tracks, here / "x.json", SIZE)

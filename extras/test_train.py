@@ -1668,6 +1668,21 @@ REFUSED_FLAGS = {
     "--set batch.size=3": "--set batch.size: batch has no fields",
     "--set teacher=3": "--set teacher=3: it is Learning(muon=",
     "--set batch=many": "--set batch=many: it is 4 now",
+    "--set batch=0": "the training (--set): batch is 0 in its config; expected int from 1 to",
+    "--set batch=2.5": "(--set): batch is 2.5 in its config; expected int",
+    "--set vae_clips=0": "(--set): vae_clips is 0",
+    "--set p_no_text=1.5": "(--set): p_no_text is 1.5 in its config; expected float from 0 to 1",
+    "--set corrupt_context=3": "(--set): corrupt_context is 3 in its config; expected True or False",
+    "--set teacher.adam=-1": "the training (--set), teacher: adam is -1",
+    "--set critic.warm_up=0": "the training (--set), critic: warm_up is 0",
+    "--set causal.betas=(0.9,1)": "the training (--set), causal: betas is (0.9, 1)",
+    "--set causal.muon=0": "the training (--set), causal: muon is 0",
+    "--set chunk=0": "(--set): chunk is 0 in its config; expected int from 1 to 999",
+    "--set sigmas=()": "(--set): sigmas is () in its config",
+    "--set size=(0,0)": "(--set): size is (0, 0) in its config",
+    "--set num_heads=7": "(--set): num_heads is 7 in its config; expected a divisor of",
+    "--set dim=0": "(--set): dim is 0",
+    "--set patch_size=(1,2)": "(--set): patch_size is (1, 2)",
     "--set clip_frames=80":
         "--set clip_frames=80: needs whole chunks of 12, the first of 9: 45, 57,",
     "--memory c5s1w1":
@@ -1685,6 +1700,15 @@ def test_flags_that_cannot_be_are_refused_in_one_line():
         for flags, expected in REFUSED_FLAGS.items():
             said = refusal(["--out", here / "out"] + flags.split())
             assert expected in said and "makes it" not in said, said
+
+
+def test_every_setting_has_limits_that_all_settings_here_are_in():
+    limited = {*guard.LIMITS, *guard.SWITCHES, "causal_from", "vae", "teacher", "causal", "generator", "critic"}
+    assert vars(td.TINY).keys() == limited
+    assert vars(td.TINY.vae).keys() == {*guard.LEARNING, "muon"}
+    for settings in td.TINY, td.PAPER, td.PAPER_STAGE_2, td.PAPER_5B, td.PAPER_5B_STAGE_2:
+        run = SimpleNamespace(settings=settings, config=STUB, data=Path("clips"))
+        guard.check_settings(run)
 
 
 # The same of files: data (clips with latents), weights and VAEs.

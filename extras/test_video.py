@@ -54,7 +54,7 @@ def follow_cure(path):
     here = path.absolute().parent
     with contextlib.suppress(FileExistsError):
         (here / "ffmpeg").symlink_to(find_ffmpeg())
-    line = re.search("ffmpeg -i .*", said)[0]
+    line = re.search("ffmpeg -(i|c:v) .*", said)[0]
     environ = os.environ | {"PATH": f"{here}:{os.environ['PATH']}"}
     subprocess.run(line, shell=True, check=True, capture_output=True, env=environ)
     return said
@@ -141,6 +141,15 @@ def test_hdr_and_wide_gamut_are_refused_with_the_command_that_makes_them_right()
             assert path.with_name(f"{path.name}.old").exists()
 
 
+def test_a_transfer_function_alone_is_no_wide_gamut():
+    with folder() as here:
+        tagged = "setparams=color_trc=linear,format=yuv420p"
+        path = make(here / "a.mp4", RED, f"-vf {tagged}")
+        said = follow_cure(path)
+        assert "has another transfer function (linear)" in said, said
+        assert "color_primaries=bt709" in said, said
+
+
 # What ffmpeg says of a video in Dolby Vision, of a profile and a compatibility.
 DOLBY = """\
 [info] Input #0, mov,mp4,m4a,3gp,3g2,mj2, from 'file:x.mp4':
@@ -193,6 +202,17 @@ def test_range_depth_and_transparency_are_read_right():
         half = "color=red@0.5:s=64x48:r=16:d=1,format=rgba"
         path = make(here / "half.mov", half, "-c:v qtrle")
         assert_colour(frames_of(path), (255, 127, 127), 2)      # on white
+
+
+def test_transparency_that_ffmpeg_leaves_out_is_refused_with_the_command_that_keeps_it():
+    half = "color=red@0.5:s=64x48:r=16:d=1,format=yuva420p"
+    with folder() as here:
+        for codec in "libvpx -auto-alt-ref 0", "libvpx-vp9":
+            path = make(here / "it's half.webm", half, f"-c:v {codec} -pix_fmt yuva420p")
+            assert "is transparent" in follow_cure(path)
+            frames = frames_of(path)
+            assert len(frames) == 16
+            assert_colour(frames, (255, 127, 127))              # on white
 
 
 # --------------------------------------------------------------------------------------------------

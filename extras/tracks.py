@@ -151,6 +151,8 @@ def read_arrays(file):
     with zipfile.ZipFile(file) as entries:
         for entry in entries.infolist():
             name = entry.filename.removesuffix(".npy")
+            if name in arrays:                  # numpy takes the last
+                raise UserError(f"holds {name} twice; save it once")
             if name not in KNOWN:
                 arrays[name] = None
                 continue

@@ -170,6 +170,8 @@ def refuse(path, told):
     if len(videos) > 1:
         cure = remade(path, "-map 0:V:0 -c copy")
         raise UserError(f"{path}: holds {len(videos)} videos; for the first: {cure}")
+    if re.search(r"alpha_mode +: 1", given):
+        refuse_alpha(path, re.match(r"\w+", videos[0])[0])
     if re.search("DOVI configuration record: .*compatibility id: 0", given):
         mapped = "libplacebo=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
         cure = remade(path, f"-vf {mapped},format=yuv420p")
@@ -182,9 +184,24 @@ def refuse(path, told):
         odd = [value for name, value in colour.items() if value not in USUAL[name]]
         if not odd:
             continue
-        what = "is HDR" if colour["color_trc"] in BRIGHT else "has a wide gamut"
+        what = "has a wide gamut"
+        if colour["color_trc"] in BRIGHT:
+            what = "is HDR"
+        elif odd == [colour["color_trc"]]:
+            what = "has another transfer function"
         cure = remade(path, f"-vf {to_bt709(colour)}")
         raise UserError(f"{path}: {what} ({', '.join(odd)}); {cure}")
+
+
+def refuse_alpha(path, codec):
+    """UserError for a transparent VP8 or VP9: ffmpeg's own decoders leave the transparency out."""
+    decoder = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(codec)
+    if decoder is None:
+        return
+    white = "[a]format=rgb24,drawbox=c=white:t=fill[w]"
+    over = f"format=rgba,split[a][b];{white};[w][b]overlay=format=rgb,format=yuv420p"
+    cure = remade(path, f'-vf "{over}" -metadata:s:v alpha_mode=', read=f"-c:v {decoder} ")
+    raise UserError(f"{path}: is transparent, which ffmpeg does not read by itself; over white: {cure}")
 
 
 def to_bt709(colour):
@@ -194,7 +211,8 @@ def to_bt709(colour):
     matrix = colour["color_space"]
     transfer = colour["color_trc"]
     if primaries in UNTAGGED:
-        primaries = "bt2020"
+        wide = transfer in BRIGHT or matrix not in USUAL["color_space"]
+        primaries = "bt2020" if wide else "bt709"
     if matrix in UNTAGGED:
         matrix = "bt2020nc" if primaries == "bt2020" else "bt709"
     if transfer in UNTAGGED:
@@ -206,9 +224,9 @@ def to_bt709(colour):
             "tonemap=mobius:param=0.8:desat=0,zscale=t=bt709:m=bt709:r=tv,format=yuv420p")
 
 
-def remade(path, options, keep="-fps_mode passthrough "):
+def remade(path, options, keep="-fps_mode passthrough ", read=""):
     """The command line that makes another video of one, with the same frames unless `keep` is left out,
-    in its place; the first stays beside it."""
+    in its place; the first stays beside it. read: how ffmpeg reads the first."""
     path = Path(os.path.abspath(path))      # or a name such as -i.mp4 or 12:30.mp4 would mislead ffmpeg
     places = [str(path), f"{path}.old", str(path.with_stem(f"{path.stem}.new"))]
     if os.name == "nt":
@@ -217,5 +235,5 @@ def remade(path, options, keep="-fps_mode passthrough "):
     else:
         move = "mv"
         given, old, new = [shlex.quote(place) for place in places]
-    made = f"ffmpeg -i {given} {options} {keep}{new}"
+    made = f"ffmpeg {read}-i {given} {options} {keep}{new}"
     return f"{made} && {move} {given} {old} && {move} {new} {given}"
