@@ -7,6 +7,7 @@ pattern: each chunk attends to the first chunk, to the latest one and to itself.
     cache slots     [   0    ]           [    1     ][    2    ]   RoPE positions are slots: bounded
 
 The paper is MotionStream, arXiv 2511.01266; sections and equations cited below are the paper's.
+The method ends with `rollout`; what the tiny model does beside it, and files, can stay unread.
 Shapes, in every file of this project:
 
     B batch   T video frames   F latent frames, T = 1 + 4 (F - 1)   C channels   N tracks
@@ -69,6 +70,12 @@ def same_sigma(sigma, x):
     return x.new_full((len(x),), sigma, dtype=torch.float64)
 
 
+def check_shape(name, value, expected):
+    """AssertionError, with both shapes, unless a tensor has the expected one."""
+    found = tuple(value.shape)
+    assert found == tuple(expected), f"{name} {found}, expected {tuple(expected)}"
+
+
 def with_first(x_t, sigma, first_latent):
     """Replace latent frame 0 with the image's: clean, at sigma 0 (as in Wan 2.2).
 
@@ -78,6 +85,7 @@ def with_first(x_t, sigma, first_latent):
     sigma_frames = sigma.reshape(len(sigma), -1).expand(-1, frames).clone()     # (B, F)
     if first_latent is None:
         return x_t, sigma_frames
+    check_shape("first_latent", first_latent, x_t[:, :, :1].shape)
     sigma_frames[:, 0] = 0
     return torch.cat([first_latent, x_t[:, :, 1:]], 2), sigma_frames
 
@@ -97,6 +105,7 @@ def joint_guidance(v_full, v_notext, v_nomotion, w_text, w_motion):
 FRAMES = 4          # video frames per latent frame, in every VAE of the Wan family
 CLIP_ROWS = 257     # rows of CLIP's image features: 16 x 16 patches and the class token
 SIGNALS = 6         # channels of confidence beside copied latents, see copy_along_tracks
+SHARES = 2          # extra outputs of the head of a copying model, see mix_copies
 
 
 def video_frames(latents):
@@ -140,9 +149,9 @@ class Config:
     first_chunk: int | None = None      # size of the first chunk, None: `chunk`
     sink: int = 1               # chunks at the start that are never evicted
     window: int | None = 1      # latest chunks kept besides the sink, None = all
-    sink_decay: float = 1.0     # below 1: evicted chunks are averaged into it, see KVCache
+    sink_decay: float = 1.0     # below 1: extras/reward_forcing.py averages evicted ones into it
     # what it was trained on
-    stride: int = 8             # of the VAE: pixels per latent pixel
+    stride: int = 8             # pixels per latent pixel, as in its VAE
     size: tuple = (480, 832)    # height, width of the video in pixels
     fps: int = 16
     prompt: str | None = None   # used when the user gives none; None = the null text
@@ -177,6 +186,13 @@ class Config:
         if not self.copies:
             return 0
         return self.out_dim + SIGNALS
+
+    @property
+    def shares(self):
+        """Output channels beside the latents'."""
+        if not self.copies:
+            return 0
+        return SHARES
 
     @property
     def image_dim(self):
@@ -263,14 +279,11 @@ def apply_rope(x, table):
 class KVCache:
     """Rolling KV cache of one layer: the first `sink` chunks, never evicted, and a sliding window
     of the latest `window` chunks (None: all). Keys are stored before RoPE: a chunk's position is
-    its slot, which changes as others are evicted.
+    its slot, which changes as others are evicted."""
 
-    decay < 1: EMA-Sink (Reward Forcing, eq. 4, 5), which averages evicted chunks into the sink."""
-
-    def __init__(self, sink, window, decay=1.0):
+    def __init__(self, sink, window):
         self.sink = sink
         self.window = window
-        self.decay = decay
         self.chunks = []        # of (k, v), each (B, L, heads, K), oldest first
 
     def __len__(self):
@@ -286,21 +299,8 @@ class KVCache:
     def write(self, k, v):
         """Append a clean chunk, detached; evict the oldest one after the sink, if full."""
         self.chunks = self.chunks + [(k.detach(), v.detach())]      # a new list: snapshots stay
-        if self.window is None or len(self.chunks) <= self.sink + self.window:
-            return
-        evicted = self.chunks.pop(self.sink)
-        if self.sink and self.decay < 1:
-            self.absorb(*evicted)
-
-    def absorb(self, k, v):
-        """EMA-Sink: average an evicted chunk into the sink's last one."""
-        sink_k, sink_v = self.chunks[self.sink - 1]
-        tokens = k.shape[1]
-        held = sink_k.shape[1]
-        assert tokens == held, f"EMA-Sink averages a chunk of {tokens} tokens into one of {held}"
-        sink_k = sink_k.lerp(k, 1 - self.decay)
-        sink_v = sink_v.lerp(v, 1 - self.decay)
-        self.chunks[self.sink - 1] = (sink_k, sink_v)
+        if self.window is not None and len(self.chunks) > self.sink + self.window:
+            self.chunks.pop(self.sink)
 
 
 class RMSNorm(nn.Module):
@@ -476,9 +476,9 @@ class TrackHead(nn.Module):
     A track's ID is embedded as a sinusoidal vector: one half encodes its upper 16 bits, one half
     the lower 16. The vector is written at cell (floor(x / stride), floor(y / stride)) of every
     frame in which the track is visible (eq. 1); 4 frames are packed into the channels and go
-    through a 1x1x1 convolution. If several tracks share a cell, the lowest ID wins: that is
-    independent of their order, and averaging would give a vector that belongs to no track. A track
-    outside the picture is hidden. Hidden and "not specified" are both zeros."""
+    through a 1x1x1 convolution. If several tracks share a cell, the lowest ID wins, whatever their
+    order; an average of their vectors would belong to no track. A track outside the picture is
+    hidden. Hidden and "not specified" are both zeros."""
 
     def __init__(self, id_dim=64, out_channels=16, stride=8):
         super().__init__()
@@ -493,12 +493,15 @@ class TrackHead(nn.Module):
         tracks (B, T, N, 2) x, y in pixels; visible (B, T, N) bool; ids (B, N) int64; height and
         width of the picture in pixels. T % 4 == 1 starts a clip, T % 4 == 0 continues one:
         concatenated chunks equal the whole clip."""
-        B, T, N, _ = tracks.shape
+        B, T, N = tracks.shape[:3]
+        check_shape("tracks", tracks, (B, T, N, 2))
+        check_shape("visible", visible, (B, T, N))
+        check_shape("ids", ids, (B, N))
+        assert visible.dtype == torch.bool, f"visible is {visible.dtype}, expected bool"
+        assert ids.dtype == torch.int64, f"ids are {ids.dtype}, expected int64"
         assert T % FRAMES < 2, f"{T} frames: a clip starts with 1 + 4 k, and goes on with 4 k"
         fits = height % self.stride == 0 and width % self.stride == 0
         assert fits, f"{width}x{height} is not divisible by {self.stride}"
-        assert visible.shape == (B, T, N), f"visible {tuple(visible.shape)}, expected {(B, T, N)}"
-        assert ids.shape == (B, N), f"ids {tuple(ids.shape)}, expected {(B, N)}"
         h = height // self.stride
         w = width // self.stride
 
@@ -573,23 +576,35 @@ def init_weights(model):
         nn.init.normal_(module.modulation, std=model.config.dim ** -0.5)
 
 
-def condition_or_zeros(name, value, shape, x):
-    """Cast a condition to the dtype of x; None: zeros. AssertionError on any other shape."""
+def condition_or_zeros(name, value, channels, x):
+    """A condition as input channels beside latents x (B, C, F, h, w): (B, channels, F, h, w), in
+    the dtype of x; None: zeros. AssertionError on any other shape."""
+    shape = (len(x), channels, *x.shape[2:])
     if value is None:
         return x.new_zeros(shape)
-    found = tuple(value.shape)
-    assert found == shape, f"condition {name} {found}, expected {shape}"
+    check_shape(f"condition {name}", value, shape)
     return value.to(x.dtype)
 
 
 def check_latents(config, x, sigma):
     """AssertionError unless latents x (B, C, F, h, w) and sigma fit the model and each other."""
+    assert x.ndim == 5, f"latents {tuple(x.shape)}, expected (B, {config.out_dim}, F, h, w)"
     B, C, frames, h, w = x.shape
     _, p, q = config.patch_size
     assert C == config.out_dim, f"latents of {C} channels, expected {config.out_dim}"
     assert h % p == 0 and w % q == 0, f"latents of {h}x{w} do not divide into patches of {p}x{q}"
     found = tuple(sigma.shape)
     assert found in ((B,), (B, frames)), f"sigma {found}, expected {(B,)} or {(B, frames)}"
+
+
+def check_caches(caches, layers, batch, patches):
+    """AssertionError unless there is a cache per layer, and what they hold is of `batch` clips and
+    of whole latent frames of `patches` tokens."""
+    assert len(caches) == layers, f"{len(caches)} caches, expected one per layer: {layers}"
+    for k, _ in caches[0].chunks:
+        assert len(k) == batch, f"the cache holds a batch of {len(k)}, the latents are {batch}"
+        whole = k.shape[1] % patches == 0
+        assert whole, f"the cache holds {k.shape[1]} tokens, a latent frame now has {patches}"
 
 
 class MotionStream(nn.Module):
@@ -607,7 +622,7 @@ class MotionStream(nn.Module):
             nn.Linear(c.freq_dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 6 * c.dim))
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
-        self.head = Head(c, c.out_dim)
+        self.head = Head(c, c.out_dim + c.shares)
         if c.clip_dim:
             proj = nn.Sequential(
                 nn.LayerNorm(c.clip_dim), nn.Linear(c.clip_dim, c.clip_dim), nn.GELU(),
@@ -621,21 +636,34 @@ class MotionStream(nn.Module):
     def new_caches(self, **overrides):
         """One empty KVCache per layer. overrides: fields of Config (sink, window, sink_decay)."""
         c = replace(self.config, **overrides)
-        return [KVCache(c.sink, c.window, c.sink_decay) for _ in self.blocks]
+        if c.sink_decay < 1:
+            EMASink = extra("reward_forcing", "sink_decay < 1 (EMA-Sink)").EMASink
+            return [EMASink(c.sink, c.window, c.sink_decay) for _ in self.blocks]
+        return [KVCache(c.sink, c.window) for _ in self.blocks]
 
     def forward(self, x, sigma, text=None, *, tracks=None, image=None, clip=None,
                 caches=None, write=False):
         """The velocity (B, out_dim, F, h, w), float32, of noised latents x at sigma (B,) or (B, F).
-        With the head of CopyingMotionStream, the output has two more channels.
 
         text (B, L, text_dim), None: the null text; tracks (B, track_dim, F, h, w) from
         track_features, None: all hidden; image: the image's channels, see image_inputs, None:
         zeros; clip (B, CLIP_ROWS, clip_dim). caches=None: bidirectional. Otherwise each layer
         attends to [cache | new]; only write=True changes the caches."""
         c = self.config
-        B = len(x)
         check_latents(c, x, sigma)
-        tokens = self.patch_embedding(self.input_channels(x, tracks, image))
+        tracks = condition_or_zeros("tracks, see track_features:", tracks, c.track_dim, x)
+        image = condition_or_zeros("image", image, c.image_dim, x)
+        channels = torch.cat([x, tracks, image], 1)
+        return self.transformer(channels, sigma, text, clip, caches, write)
+
+    def transformer(self, x, sigma, text, clip=None, caches=None, write=False):
+        """Wan's transformer: all input channels x (B, in_dim, F, h, w) to the output of the head,
+        (B, out_dim + shares, F, h, w), float32. The rest is as in forward."""
+        c = self.config
+        B = len(x)
+        assert x.shape[1] == c.in_dim, f"{x.shape[1]} input channels, in_dim is {c.in_dim}"
+        assert caches is not None or not write, "write=True needs caches, see new_caches"
+        tokens = self.patch_embedding(x.to(self.patch_embedding.weight.dtype))
         frames, rows, columns = tokens.shape[2:]
         tokens = tokens.flatten(3).permute(0, 2, 3, 1).float()          # (B, F, P, D)
 
@@ -643,6 +671,7 @@ class MotionStream(nn.Module):
         if caches is None:
             caches = [None] * c.num_layers
         else:
+            check_caches(caches, c.num_layers, B, rows * columns)
             held = len(caches[0]) // (rows * columns)
         rope = rope_table(held + frames, rows, columns, c.head_dim, x.device)
 
@@ -652,13 +681,15 @@ class MotionStream(nn.Module):
             modulation = self.time_projection(time).unflatten(-1, (6, -1))
         text = self.embed_text(text, B)
         if clip is not None:
+            assert c.clip_dim, "clip is given, but the model has no image branch"
+            check_shape("clip", clip, (B, CLIP_ROWS, c.clip_dim))
             clip = self.img_emb["proj"](clip.to(text.dtype))
         for block, cache in zip(self.blocks, caches):
             inputs = (tokens, modulation, rope, text, clip)
             tokens = self.run_block(block, inputs, cache, write)
         with torch.autocast(x.device.type, enabled=False):
             patches = self.head(tokens, time)                   # (B, F, P, patch area * channels)
-        return self.unpatchify(patches, rows, columns)          # (B, channels, F, h, w)
+        return self.unpatchify(patches, rows, columns)
 
     def recompute_blocks(self, on=True):
         """Turn gradient checkpointing of the blocks on or off: less memory, a third more time.
@@ -673,16 +704,6 @@ class MotionStream(nn.Module):
         # The backward runs after later writes to the cache, so the block gets a snapshot.
         return checkpoint(block, *inputs, copy.copy(cache), use_reentrant=False)
 
-    def input_channels(self, x, tracks, image):
-        """Input of the patch embedding, (B, in_dim, F, h, w): noisy latents, tracks, image."""
-        c = self.config
-        B, _, frames, h, w = x.shape
-        image_dim = c.copy_dim + c.image_dim        # CopyingMotionStream passes both as the image
-        name = "tracks, which are features (see track_features):"
-        tracks = condition_or_zeros(name, tracks, (B, c.track_dim, frames, h, w), x)
-        image = condition_or_zeros("image", image, (B, image_dim, frames, h, w), x)
-        return torch.cat([x, tracks, image], 1).to(self.patch_embedding.weight.dtype)
-
     def embed_text(self, text, batch):
         """(B, L, text_dim) or None to (B, text_len, D), padded with zero rows first, as in Wan."""
         c = self.config
@@ -690,6 +711,8 @@ class MotionStream(nn.Module):
         if text is None:
             text = weight.new_zeros(batch, 0, c.text_dim)
         rows = text.shape[1]
+        fits = text.shape[::2] == (batch, c.text_dim)
+        assert fits, f"text {tuple(text.shape)}, expected ({batch}, L, {c.text_dim})"
         assert rows <= c.text_len, f"text of {rows} rows, at most {c.text_len}"
         return self.text_embedding(F.pad(text.to(weight.dtype), (0, 0, 0, c.text_len - rows)))
 
@@ -717,6 +740,63 @@ class MotionStream(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
+# A new model, and the inputs that it is given for an image and for tracks.
+
+def new_model(config):
+    """A freshly initialised model."""
+    if config.copies:
+        return CopyingMotionStream(config)
+    return MotionStream(config)
+
+
+MASK = FRAMES       # mask channels: one per video frame of a latent frame
+
+
+def image_channels(first_latent, frames):
+    """Image channels of a clip of `frames` latent frames: the image's latent (B, C, 1, h, w),
+    followed by zeros (figure 2)."""
+    return F.pad(first_latent, (0, 0, 0, 0, 0, frames - 1))
+
+
+def image_and_mask(latents):
+    """Image channels for weights with a mask (Config.has_mask). latents (B, C, F, h, w): encoded
+    clip of the image followed by grey (0) frames. Returns a mask, 1 at latent frame 0 and 0 after
+    it, then the latents: (B, 4 + C, F, h, w)."""
+    B, _, frames, h, w = latents.shape
+    mask = latents.new_ones(B, MASK, 1, h, w)
+    return torch.cat([image_channels(mask, frames), latents], 1)
+
+
+def image_inputs(config, latents, frames):
+    """The image as inputs for a clip of `frames` latents: (image channels, clean latent frame 0).
+    Either is None if the model has no such input. latents: the encoded image, (B, C, 1, h, w); with
+    a mask an encoded clip, (B, C, frames, h, w), see image_and_mask."""
+    channels = None
+    first_latent = None
+    if config.has_mask:
+        channels = image_and_mask(latents)
+    elif config.copies:
+        channels = latents                  # of one frame, which every chunk gets
+    elif config.image_dim:
+        channels = image_channels(latents, frames)
+    if config.clean_first:
+        first_latent = latents[:, :, :1]
+    return channels, first_latent
+
+
+def motion_inputs(model, tracks, visible, ids, *, start=None, image=None, vae=None):
+    """The tracks of a clip or a chunk as keyword arguments of the model: {"tracks": …} from
+    track_features; for a copying model also {"copies": …} from copy_along_tracks. Only copies need
+    start (B, N, 2), image, the pixels (B, 3, H, W) of frame 0, and vae."""
+    inputs = {"tracks": track_features(model, tracks, visible, ids)}
+    if model.config.copies:
+        assert start is not None, "a copying model needs to be told start, see start_points"
+        assert image is not None and vae is not None, "a copying model needs image and vae"
+        inputs["copies"] = copy_along_tracks(vae, image, tracks, visible, start)
+    return inputs
+
+
+# --------------------------------------------------------------------------------------------------
 # Sampling: the teacher denoises a whole clip at once, the student chunk by chunk.
 
 def without(conditions, *names):
@@ -740,9 +820,7 @@ def guided_velocity(model, x_t, sigma, conditions, guidance, null_text=None):
     if w_text:
         no_text = without(given, "text")
         if null_text is not None and "text" in given:
-            rows = null_text.shape[1]
-            wanted = given["text"].shape[1]
-            assert rows == wanted, f"null_text has {rows} rows, text {wanted}: pad one with zeros"
+            check_shape("null_text", null_text[:1], given["text"][:1].shape)
             no_text["text"][:] = null_text
         variants.append(no_text)
     if w_motion:
@@ -753,7 +831,7 @@ def guided_velocity(model, x_t, sigma, conditions, guidance, null_text=None):
     for name in given:
         batch[name] = torch.cat([variant[name] for variant in variants])
     v = model(torch.cat([x_t] * n), torch.cat([sigma] * n), **batch).chunk(n)
-    return joint_guidance(v[0], v[1], v[-1], w_text, w_motion)      # of weight 0: not used
+    return joint_guidance(v[0], v[1], v[-1], w_text, w_motion)      # weight 0 drops its variant
 
 
 def euler(model, noise, conditions, first_latent=None, null_text=None):
@@ -786,13 +864,15 @@ def chunk_sizes(config, frames=math.inf):
 
 
 def split_conditions(conditions, sizes):
-    """A clip's conditions by chunk: those with a frame axis are sliced, but for a single frame,
-    such as a copying model's image, which every chunk gets. sizes: see chunk_sizes."""
+    """A clip's conditions by chunk: those with a frame axis are sliced. An image of a single frame,
+    as copying models take, goes to every chunk. sizes: see chunk_sizes."""
     start = 0
     for size in sizes:
         part = dict(conditions)
         for name, value in conditions.items():
-            if value is not None and value.ndim == 5 and value.shape[2] > 1:
+            if value is None or value.ndim != 5:        # no frame axis
+                continue
+            if name != "image" or value.shape[2] > 1:
                 part[name] = value[:, :, start:start + size]
         start += size
         yield part
@@ -813,6 +893,7 @@ def rollout(model, noise, conditions, first_latent=None, exit_step=None, rng=Non
     c = model.config
     last = len(c.sigmas) - 1
     if exit_step is not None:
+        assert 0 <= exit_step <= last, f"exit_step {exit_step}, expected 0 to {last}"
         last = exit_step
     grad = exit_step is not None and torch.is_grad_enabled()
     if caches is None:
@@ -832,7 +913,7 @@ def rollout(model, noise, conditions, first_latent=None, exit_step=None, rng=Non
                 fresh = torch.randn(x.shape, generator=rng, device=device).to(x)
                 x = add_noise(x0, fresh, same_sigma(c.sigmas[step + 1], x))
         yield x0                                    # so it can be shown before it is cached
-        with torch.no_grad():                       # the clean pass is the only one that writes
+        with torch.no_grad():                       # only the clean pass writes
             clean = torch.zeros_like(sigma_frames)
             model(x0.detach(), clean, caches=caches, write=True, **condition)
         first_latent = None                         # the image is in the cache now
@@ -844,14 +925,13 @@ def rollout(model, noise, conditions, first_latent=None, exit_step=None, rng=Non
 # A track says where a piece of frame 0 is now, so the model is given the latents of that piece at
 # its new place (Wan-Move copies first-frame features along tracks in the same way). All tracks
 # share one ID: the tiny model is too small to learn to look up IDs. The part of its velocity that
-# is linear in x_t is computed, not learned (Karras et al. 2022). Wan's weights get neither.
+# is linear in x_t is computed, not learned (Karras et al. 2022). Models of Wan's size do neither.
 
 COPY_CELL = 4       # side in pixels of the squares that are moved as one
 NEIGHBOURS = 4      # tracks averaged for the motion of a square, see way_back
 BESIDE = 4          # pixels beyond the nearest track's distance at which a weight falls to 1 / e
 ALIKE = 6           # pixels between a track's motion and the nearest one's, for the same fall
 NEAR = (8, 32)      # distances in pixels at which nearness is 1 / e
-SHARES = 2          # extra outputs of the head, for mix_copies
 SPREAD = 0.1        # assumed std of x0 around the copies, relative to the latents' own
 
 
@@ -879,16 +959,17 @@ def nearest_points(places, points, visible, count):
 
 
 def moves_of(index, tracks, start):
-    """Displacement since frame 0 of the tracks at `index`: index (B, T, rows, columns, near),
-    tracks (B, T, N, 2), start (B, N, 2) to (B, T, rows, columns, near, 2)."""
+    """Displacement since frame 0 of the tracks with these numbers: index
+    (B, T, rows, columns, near), tracks (B, T, N, 2), start (B, N, 2) to
+    (B, T, rows, columns, near, 2)."""
     moves = tracks.nan_to_num(0) - start.nan_to_num(0)[:, None]         # (B, T, N, 2)
     wanted = index.flatten(2)[..., None].expand(-1, -1, -1, 2)  # (B, T, rows columns near, 2)
     return moves.gather(2, wanted).unflatten(2, index.shape[2:])
 
 
 def from_outside(back, height, width):
-    """True for squares partly or wholly outside the picture in frame 0: (B, T, rows, columns) bool.
-    back (B, T, rows, columns, 2): displacement to their place in frame 0."""
+    """True for squares whose place in frame 0 is partly or wholly outside the picture:
+    (B, T, rows, columns) bool. back (B, T, rows, columns, 2): displacement to that place."""
     rows, columns = back.shape[2:4]
     x = COPY_CELL * torch.arange(columns, device=back.device) + back[..., 0]
     y = COPY_CELL * torch.arange(rows, device=back.device)[:, None] + back[..., 1]
@@ -940,10 +1021,9 @@ def nearness(distance):
 
 
 def gone_elsewhere(back, tracks, visible, start, height, width):
-    """Confidence (0 to 1) that the copied content of a square is wrong there because it moved away
-    with a different track: content near the start of a track is now where that track is. Without
-    this, an object would also stay at its first place, where the image does not show the ground
-    behind it.
+    """Confidence (0 to 1) that the content copied to a square is wrong there because that content
+    has since moved: whatever was near a track's start is now wherever the track is. Without this,
+    an object would also stay at its first place, because the image does not show what is behind it.
 
     back (B, T, rows, columns, 2): displacement of each square to its source in frame 0. Returns
     (B, 2, T, rows, columns): nearness of the source to the closest start of a visible track, times
@@ -967,8 +1047,9 @@ def copy_along_tracks(vae, image, tracks, visible, start):
 
     vae: one without memory between latents (LinearVAE). image (B, 3, H, W) in [-1, 1]: frame 0,
     which is copied unchanged. tracks (B, T, N, 2), visible (B, T, N); start (B, N, 2): positions in
-    frame 0, see start_points; a track that is NaN, not visible there, copies nothing. T % 4 == 1
-    starts a clip, T % 4 == 0 continues one: concatenated chunks equal the whole clip."""
+    frame 0, see start_points; a track whose start is NaN, because it is not visible there, copies
+    nothing. T % 4 == 1 starts a clip, T % 4 == 0 continues one: concatenated chunks equal the whole
+    clip."""
     H, W = image.shape[2:]
     visible = visible & start.isfinite().all(2)[:, None]
     tracks = F.pad(tracks, (0, 0, 0, 1))        # one more track, never visible, so that N = 0
@@ -984,8 +1065,10 @@ def copy_along_tracks(vae, image, tracks, visible, start):
         signals[:, :, 0] = 0
         signals[:, :len(NEAR), 0] = 1
         latents = vae.encode(video)
+        # A latent's signals are means of four frames. Three copies of frame 0 precede it, as in the
+        # VAE, so that the mean is frame 0's own; TrackHead averages nothing and leaves them empty.
         before = signals[:, :, :1].expand(-1, -1, FRAMES - 1, -1, -1)
-        signals = torch.cat([before, signals], 2)               # as the VAE packs frame 0
+        signals = torch.cat([before, signals], 2)
     else:
         # The VAE takes the first frame for frame 0 of a clip: prepend one, drop its latent.
         video = torch.cat([video[:, :, :1], video], 2)
@@ -1019,21 +1102,22 @@ def linear_part(sigma, std):
 
 
 def with_linear_part(output, x_t, sigma, std, expected):
-    """The velocity, from the output of a network with input x_t / sqrt(V), V the variance of x_t:
+    """The velocity, from the output of a network whose input is x_t / sqrt(V):
 
         linear part about `expected` + std / sqrt(V) output
 
-    so that the network's input and target are about 1: the preconditioning of EDM (Karras et al.
-    2022, section 5), for rectified flow, per channel. The linear part assumes that x0 is close to
-    `expected`, with standard deviation SPREAD std, so it keeps little of x_t. With a wider Gaussian
-    it would keep noise that a network of width 192 cannot remove from tokens of 384 numbers.
+    V is the variance of x_t over all clips, where x0 has standard deviation std. So the network's
+    input and target are about 1: the preconditioning of EDM (Karras et al. 2022, section 5), for
+    rectified flow, per channel. The linear part assumes more, that x0 is close to `expected`, with
+    standard deviation SPREAD std, so it keeps little of x_t. With a wider Gaussian it would keep
+    noise that a network of width 192 cannot remove from tokens of 384 numbers.
 
     output, x_t (B, C, F, h, w); expected (B, C, F, h, w): an estimate of x0."""
-    _, variance = linear_part(sigma, std)
-    factor, narrow = linear_part(sigma, SPREAD * std)
+    _, variance_overall = linear_part(sigma, std)                   # V
+    factor, variance_nearby = linear_part(sigma, SPREAD * std)      # given `expected`
     # -expected + factor (x_t - (1 - sigma) expected), simplified
-    given = factor * x_t - per_frame(sigma).float() / narrow * expected
-    return given + std / variance.sqrt() * output
+    linear = factor * x_t - per_frame(sigma).float() / variance_nearby * expected
+    return linear + std / variance_overall.sqrt() * output
 
 
 class CopyingMotionStream(MotionStream):
@@ -1042,95 +1126,31 @@ class CopyingMotionStream(MotionStream):
 
     def __init__(self, config):
         super().__init__(config)
-        self.head = Head(config, config.out_dim + SHARES)
-        if not self.head.head.weight.is_meta:
-            init_copying_head(self.head, config)
+        # A fresh model predicts 0.8 of the moved latents and 0.2 of the image's own.
+        bias = self.head.head.bias.data.view(math.prod(config.patch_size), -1)
+        bias[:, -SHARES:] = torch.tensor([0.8, 0.2])
 
-    def forward(self, x, sigma, text=None, *, image=None, copies=None, **rest):
+    def forward(self, x, sigma, text=None, *, tracks=None, copies=None, image=None, **rest):
         """As in MotionStream, plus copies (B, copy_dim, F, h, w) from copy_along_tracks, None:
         zeros, nothing is copied. image (B, C, 1, h, w): the image's latent, see image_inputs."""
         c = self.config
         check_latents(c, x, sigma)
-        B, C, frames, h, w = x.shape
         std = channel_std(c, x.device)
         _, variance = linear_part(sigma, std)
-        copied = condition_or_zeros("copies", copies, (B, c.copy_dim, frames, h, w), x)
-        still = condition_or_zeros("image", image, (B, C, 1, h, w), x)
-        still = still.expand(-1, -1, frames, -1, -1)    # the unmoved image, in every frame
-        image = torch.cat([copied, still], 1)
-        output = super().forward(x / variance.sqrt(), sigma, text, image=image, **rest)
-        output, shares = output.split([C, SHARES], 1)
-        expected = mix_copies(shares, copied[:, :C], still)
+        scaled = x / variance.sqrt()
+        tracks = condition_or_zeros("tracks, see track_features:", tracks, c.track_dim, scaled)
+        copied = condition_or_zeros("copies", copies, c.copy_dim, x)
+        still = condition_or_zeros("image", image, c.out_dim, x[:, :, :1])
+        still = still.expand_as(x)                      # the unmoved image, in every frame
+        channels = torch.cat([scaled, tracks, copied, still], 1)
+        output = self.transformer(channels, sigma, text, **rest)
+        output, shares = output.split([c.out_dim, SHARES], 1)
+        expected = mix_copies(shares, copied[:, :c.out_dim], still)
         return with_linear_part(output, x, sigma, std, expected)
 
 
-def init_copying_head(head, config):
-    """A fresh model predicts 0.8 of the moved latents and 0.2 of the image's own."""
-    nn.init.zeros_(head.head.weight)
-    nn.init.normal_(head.modulation, std=config.dim ** -0.5)
-    bias = torch.zeros(math.prod(config.patch_size), config.out_dim + SHARES)
-    bias[:, -SHARES:] = torch.tensor([0.8, 0.2])
-    head.head.bias.data = bias.flatten()
-
-
 # --------------------------------------------------------------------------------------------------
-# Shared by sampling and training: a new model, its image inputs, its motion inputs.
-
-def new_model(config):
-    """A freshly initialised model."""
-    if config.copies:
-        return CopyingMotionStream(config)
-    return MotionStream(config)
-
-
-MASK = FRAMES       # mask channels: one per video frame of a latent frame
-
-
-def image_channels(first_latent, frames):
-    """Image channels of a clip of `frames` latent frames: the image's latent (B, C, 1, h, w),
-    followed by zeros (figure 2)."""
-    return F.pad(first_latent, (0, 0, 0, 0, 0, frames - 1))
-
-
-def image_and_mask(latents):
-    """Image channels for weights with a mask (Config.has_mask). latents (B, C, F, h, w): encoded
-    clip of the image followed by grey (0) frames. Returns a mask, 1 at latent frame 0 and 0 after
-    it, then the latents: (B, 4 + C, F, h, w)."""
-    B, _, frames, h, w = latents.shape
-    mask = latents.new_ones(B, MASK, 1, h, w)
-    return torch.cat([image_channels(mask, frames), latents], 1)
-
-
-def image_inputs(config, latents, frames):
-    """The image as model inputs: (channels for a clip of `frames` latents, clean latent frame 0),
-    None for an input that the model lacks. latents: the encoded image, (B, C, 1, h, w); with a mask
-    an encoded clip, (B, C, frames, h, w), see image_and_mask."""
-    channels = None
-    first_latent = None
-    if config.has_mask:
-        channels = image_and_mask(latents)
-    elif config.copies:
-        channels = latents                  # one frame, which CopyingMotionStream repeats
-    elif config.image_dim:
-        channels = image_channels(latents, frames)
-    if config.clean_first:
-        first_latent = latents[:, :, :1]
-    return channels, first_latent
-
-
-def motion_inputs(model, tracks, visible, ids, *, start=None, image=None, vae=None):
-    """The tracks of a clip or a chunk as keyword arguments of the model: {"tracks": …} from
-    track_features; for a copying model also {"copies": …} from copy_along_tracks. Only copies need
-    start, image and vae."""
-    inputs = {"tracks": track_features(model, tracks, visible, ids)}
-    if model.config.copies:
-        assert start is not None, "a copying model needs to be told start, see start_points"
-        inputs["copies"] = copy_along_tracks(vae, image, tracks, visible, start)
-    return inputs
-
-
-# --------------------------------------------------------------------------------------------------
-# Files. Nothing below is part of the method.
+# Files.
 
 class UserError(ValueError):
     """An error that the user can fix: one line with the finding and the cure. Unprintable
@@ -1173,7 +1193,7 @@ def naming(what, cure):
         raise UserError(f"{what}: {e}") from None
     except Exception as e:                          # damaged files raise many kinds
         number = getattr(e, "errno", None)
-        if number == errno.EINVAL:                  # "Invalid argument", of damaged zip files
+        if number == errno.EINVAL:                  # damaged zip files: "Invalid argument"
             raise UserError(f"{what}: {cure}") from None
         if number is not None:
             raise UserError(f"{what}: {reason_of(e)}") from None
@@ -1275,9 +1295,9 @@ def saved_config(cls, metadata, file):
 
 def public_config(tensors, file):
     """Infer the config of public weights, which store none, from tensor shapes. The number of
-    latent channels tells Wan 2.2 5B from the Wan 2.1 family. All have the same head_dim.
-    clean_first is set for 5B, and where no other input takes the image. UserError if this is no
-    complete DiT."""
+    latent channels tells Wan 2.2 5B from the Wan 2.1 family; head_dim is 128 in both. clean_first
+    is set for 5B, and where no other input takes the image. UserError if the tensors are not those
+    of a complete DiT."""
     with naming(file, "expected a complete Wan DiT checkpoint"):
         weight = tensors["patch_embedding.weight"]
         assert weight.ndim == 5, f"patch_embedding.weight is {tuple(weight.shape)}"
@@ -1343,9 +1363,10 @@ def build(make, config, tensors, file):
 
 
 def copy_weights(model, path, dtype, device="cpu"):
-    """Copy the mapped weights of a model into memory: in dtype, those that match FLOAT32 in
-    float32; in eval mode, without gradients. One by one: memory never holds two full copies, and
-    the file may change or go later. UserError, naming the file, for NaN or lack of memory."""
+    """Copy the mapped weights of a model into memory, in dtype, or in float32 if their names match
+    FLOAT32. Puts the model into eval mode, without gradients. Weights are copied one by one, so
+    that memory never holds two full copies; the file may change or go later. UserError, naming the
+    file, for NaN or lack of memory."""
     model.eval().requires_grad_(False)
     weights = model.state_dict(keep_vars=True)
     dtypes = {}
@@ -1353,7 +1374,9 @@ def copy_weights(model, path, dtype, device="cpu"):
     for name, weight in weights.items():
         dtypes[name] = torch.float32 if re.search(FLOAT32, name) else dtype
         needed += weight.numel() * dtypes[name].itemsize
-    check_memory(needed, path, device)
+    checkpoints = extra("checkpoints")
+    if checkpoints is not None:         # a copy without extras/ finds out by failing
+        checkpoints.check_memory(needed, path, device)
     for name, weight in weights.items():
         with naming(path, f"{name} cannot be copied to {device}"):
             extremes = torch.stack(weight.aminmax())    # 20 times as fast as weight.isfinite()
@@ -1363,21 +1386,13 @@ def copy_weights(model, path, dtype, device="cpu"):
     return model
 
 
-def check_memory(needed, path, device="cpu"):
-    """UserError, naming the file, if `needed` bytes exceed the free memory of a device. A copy
-    without extras/ does not know that."""
-    checkpoints = extra("checkpoints")
-    if checkpoints is not None:
-        checkpoints.check_memory(needed, path, device)
-
-
-def save_pretrained(model, path, dtype=None, **extra):
+def save_pretrained(model, path, dtype=None, **texts):
     """Write one .safetensors file with Wan's names, atomically. from_pretrained reads it, and so do
-    other tools for Wan if there is no track head. The metadata hold the config and the texts in
-    `extra`. dtype=None keeps the model's."""
+    other tools for Wan if the model has no track head. The metadata hold the config and `texts`.
+    dtype=None keeps the model's."""
     from safetensors.torch import save_file
     tensors = {}
     for name, tensor in model.state_dict().items():
         tensors[name] = tensor.to("cpu", dtype).contiguous()
-    metadata = {"format": "motionstream", "config": json.dumps(asdict(model.config))} | extra
+    metadata = {"format": "motionstream", "config": json.dumps(asdict(model.config))} | texts
     write_file(path, lambda temporary: save_file(tensors, temporary, metadata))

@@ -47,7 +47,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from motionstream import (FRAMES, Config, MotionStream, UserError, check_memory, chunk_sizes,
+from motionstream import (FRAMES, Config, MotionStream, UserError, chunk_sizes,
                           copy_weights, euler, extra, image_inputs, inside_picture, latent_frames,
                           motion_inputs, naming, open_pretrained, reason_of, rollout, schedule,
                           start_points, track_ids, video_frames, write_file)
@@ -785,6 +785,8 @@ def refuse(given, job, moved):
         (streams and given.negative_prompt is not None,
          "--negative-prompt belongs to --sampler teacher"),
         (not streams and given.memory, "--memory belongs to --sampler stream"),
+        (not streams and "sink_decay" in dict(given.settings or ()),
+         "sink_decay belongs to --sampler stream"),
         (streams and config.window is None and job.frames > WAN_FRAMES and not given.memory,
          f"trained to remember {WAN_FRAMES} frames, all of them; add --memory c{config.chunk}s1w5"),
         (streams and config.window is None and given.compile,
@@ -842,7 +844,10 @@ def check_files(job, image):
     weights = job.weights
     if job.sources:
         extra("encoders", "text").check(job.sources, job.config, image)
-    check_memory(weights.count * getattr(torch, job.dtype).itemsize, weights.path, job.device)
+    checkpoints = extra("checkpoints")
+    if checkpoints is not None:
+        needed = weights.count * getattr(torch, job.dtype).itemsize
+        checkpoints.check_memory(needed, weights.path, job.device)
 
 
 def encode_inputs(job, image):

@@ -512,39 +512,7 @@ def test_a_copy_of_a_cache_stays_as_it_was():
         assert all(a is b for a, b in zip(kept.chunks, before))
 
 
-def check_ema_sink(sink, window, decay):
-    """Reward Forcing's eq. 4 and 5: the sink is a running average of what is evicted."""
-    chunks = [numbered(i, 4) for i in range(6)]
-    cache = KVCache(sink, window, decay)
-    for k in chunks:
-        cache.write(k, -k)
-    kept = chunks[:sink]
-    if sink:
-        for evicted in chunks[sink:-window]:
-            kept[-1] = decay * kept[-1] + (1 - decay) * evicted
-    kept += chunks[-window:]
-    nothing = numbered(0, 0)
-    keys, values = cache.read(nothing, nothing)
-    assert_near(keys, torch.cat(kept, 1), 1e-6)
-    assert_near(values, -keys, 1e-6)
-
-
-def test_an_ema_sink_takes_up_what_leaves_the_window():
-    check_ema_sink(sink=1, window=1, decay=0.9)
-    check_ema_sink(sink=2, window=1, decay=0.5)                 # the sink's last chunk takes it up
-    check_ema_sink(sink=1, window=2, decay=0.0)
-    check_ema_sink(sink=0, window=1, decay=0.5)                 # there is none
-    check_ema_sink(sink=1, window=1, decay=1.0)                 # which is the paper's
-
-
-def test_an_ema_sink_refuses_chunks_of_another_size():
-    """They would have no average; nothing else minds them."""
-    cache = KVCache(1, 1, 0.9)
-    for tokens in 6, 18:
-        k = numbered(0, tokens)
-        cache.write(k, -k)
-    text = "EMA-Sink averages a chunk of 18 tokens into one of 6"
-    assert_error(AssertionError, text, cache.write, k, -k)
+def test_chunks_in_the_cache_may_differ_in_size():
     cache = KVCache(1, 1)
     for tokens in 6, 18, 12:
         k = numbered(0, tokens)
@@ -553,13 +521,13 @@ def test_an_ema_sink_refuses_chunks_of_another_size():
 
 
 def test_a_models_caches_are_as_its_config_says_or_as_asked_for():
-    model = new_model(sink=2, window=3, sink_decay=0.5)
+    model = new_model(sink=2, window=3)
     for cache in model.new_caches():
-        assert (cache.sink, cache.window, cache.decay) == (2, 3, 0.5)
-    others = model.new_caches(sink=0, window=None, sink_decay=0.9)
+        assert (cache.sink, cache.window) == (2, 3)
+    others = model.new_caches(sink=0, window=None)
     assert len(others) == model.config.num_layers
     for cache in others:
-        assert (cache.sink, cache.window, cache.decay) == (0, None, 0.9)
+        assert (cache.sink, cache.window) == (0, None)
 
 
 def test_keys_are_rotated_by_cache_slot_so_a_long_stream_equals_a_short_one():
@@ -731,6 +699,21 @@ def test_track_head_chunk_by_chunk_equals_the_whole():
     assert_error(AssertionError, "3 frames", head, three, visible[:, :3], ids)
 
 
+def test_tracks_of_another_shape_or_type_are_refused():
+    head = random_head()
+    tracks, visible, ids = new_tracks(9, 7)
+    with_score = torch.cat([tracks, tracks[..., :1]], 3)
+
+    def refused(text, *inputs):
+        assert_error(AssertionError, text, head, *inputs)
+
+    refused("tracks (2, 9, 7, 3), expected (2, 9, 7, 2)", with_score, visible, ids)
+    refused("visible (2, 9, 6), expected (2, 9, 7)", tracks, visible[..., :6], ids)
+    refused("ids (1, 7), expected (2, 7)", tracks, visible, ids[:1])
+    refused("visible is torch.float32, expected bool", tracks, visible.float(), ids)
+    refused("ids are torch.float32, expected int64", tracks, visible, ids.float())
+
+
 def test_a_track_starts_where_it_is_in_frame_0_if_it_is_visible_there():
     tracks = rand(2, 3, 2, 2)                                   # two tracks in each of two clips
     visible = torch.tensor([
@@ -779,6 +762,43 @@ def test_latents_and_sigma_that_do_not_fit_are_refused_in_numbers():
         refused(f"sigma (1,), {expected}", x, one)
         refused(f"sigma (2, 2), {expected}", x, torch.ones(2, 2))
         refused(f"sigma (), {expected}", x, torch.tensor(1.0))
+        refused("latents (2, 4, 4, 6), expected (B, 4, F, h, w)", x[:, :, 0], torch.ones(2))
+
+
+def test_text_and_clip_that_do_not_fit_are_refused():
+    model = new_model()
+    with_image = new_model(clip_dim=10)
+    x, _, _ = clip_of(3)
+    sigma = torch.ones(2)
+    for shape in (2, 3, 11), (1, 3, 12), (3, 12):
+        text = rand(*shape)
+        assert_error(AssertionError, f"text {shape}, expected (2, L, 12)", model, x, sigma, text)
+    too_long = "text of 6 rows, at most 5"
+    assert_error(AssertionError, too_long, model, x, sigma, rand(2, 6, 12))
+    clip = rand(2, 257, 10)
+    assert with_image(x, sigma, clip=clip).isfinite().all()
+    missing = "clip is given, but the model has no image branch"
+    assert_error(AssertionError, missing, model, x, sigma, clip=clip)
+    shapes = "clip (2, 256, 10), expected (2, 257, 10)"
+    assert_error(AssertionError, shapes, with_image, x, sigma, clip=clip[:, :256])
+
+
+def test_caches_of_another_batch_size_or_model_are_refused():
+    model = new_model()
+    x, _, _ = clip_of(3)
+    sigma = torch.ones(2)
+    assert_error(AssertionError, "write=True needs caches", model, x, sigma, write=True)
+    caches = model.new_caches()
+    model(x, sigma, caches=caches, write=True)                  # 3 latent frames of 2 x 3 tokens
+
+    def refused(text, x, caches):
+        sigma = torch.ones(len(x))
+        assert_error(AssertionError, text, model, x, sigma, caches=caches)
+
+    refused("the cache holds a batch of 2, the latents are 1", x[:1], caches)
+    tall = rand(2, 4, 3, 8, 8)
+    refused("holds 18 tokens, a latent frame now has 16", tall, caches)
+    refused("1 caches, expected one per layer: 2", x, caches[:1])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -834,7 +854,7 @@ def test_a_null_text_of_another_length_is_refused():
     weights = (3.0, 0.0)
     for rows in 2, 4:
         null = rand(1, rows, SMALL.text_dim)
-        text = f"null_text has {rows} rows, text 3"
+        text = f"null_text (1, {rows}, 12), expected (1, 3, 12)"
         call = (guided_velocity, new_model(), x, torch.ones(2), given, weights, null)
         assert_error(AssertionError, text, *call)
     null = rand(1, 3, SMALL.text_dim)
@@ -975,6 +995,29 @@ def test_rollout_takes_chunks_and_caches_that_are_not_the_configs():
     assert len(expected) == 4
     assert all_equal(made, expected)
     assert all(len(cache) == 2 * 2 * 6 for cache in caches)
+
+
+def test_a_rollout_that_cannot_be_is_refused_at_once():
+    model = new_model()                                         # of three noise levels
+    noise, given, first = clip_of(6)
+
+    def refused(text, *arguments):
+        assert_error(AssertionError, text, next, rollout(model, *arguments))
+
+    for step in -1, 3:
+        refused(f"exit_step {step}, expected 0 to 2", noise, given, first, step)
+    whole = first.expand(-1, -1, 6, -1, -1)
+    refused("first_latent (2, 4, 6, 4, 6), expected (2, 4, 1, 4, 6)", noise, given, whole)
+
+
+def test_tracks_of_one_frame_are_those_of_the_first_chunk_alone():
+    noise, given, first = clip_of(2)
+    given = part_of(given, slice(0, 1))
+    parts = list(split_conditions(given, [1, 1]))
+    assert [part["tracks"].shape[2] for part in parts] == [1, 0]
+    made = rollout(new_model(chunk=1), noise, given, first)
+    next(made)
+    assert_error(AssertionError, "(2, 8, 0, 4, 6), expected (2, 8, 1, 4, 6)", next, made)
 
 
 def test_a_stream_fed_chunk_by_chunk_equals_the_whole_clip_and_asks_late():

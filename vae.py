@@ -25,9 +25,18 @@ FRAMES = 4  # video frames per latent frame, in every VAE of the Wan family
 
 def check_video(video, stride):
     """AssertionError unless a VAE of this stride can encode the video (B, 3, T, H, W)."""
+    found = tuple(video.shape)
+    assert video.ndim == 5 and found[1] == 3, f"video {found}, expected (B, 3, T, H, W)"
     T, H, W = video.shape[2:]
     assert T % FRAMES == 1, f"a clip has 1 + {FRAMES} k frames, this one has {T}"
     assert H % stride == 0 and W % stride == 0, f"{W}x{H} pixels do not divide by {stride}"
+
+
+def check_latents(latents, channels):
+    """AssertionError unless a VAE of so many channels can decode the latents (B, C, F, h, w)."""
+    found = tuple(latents.shape)
+    assert latents.ndim == 5 and found[1] == channels, (
+        f"latents {found}, those of this VAE are (B, {channels}, F, h, w)")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -58,7 +67,7 @@ class LinearVAE(nn.Module):
         window = config.stride + 2 * config.overlap
         self.encoder = nn.Conv2d(pixels, config.latent_channels, window, config.stride)
         self.decoder = nn.ConvTranspose2d(config.latent_channels, pixels, window, config.stride)
-        self.register_buffer("latent_std", torch.ones(config.latent_channels))  # of typical video
+        self.register_buffer("latent_std", torch.ones(config.latent_channels))  # over typical video
 
     def encode(self, video):
         """Video (B, 3, T, H, W) in [-1, 1], T = 1 + 4 (F - 1), to latents (B, C, F, h, w). An image
@@ -74,6 +83,7 @@ class LinearVAE(nn.Module):
 
     def decode_unclamped(self, latents, state=None):
         """As `decode`, but not clamped to [-1, 1]: for reconstruction losses."""
+        check_latents(latents, self.config.latent_channels)
         z = latents.to(self.decoder.weight.dtype)
         z = z.transpose(1, 2).flatten(0, 1)                                 # (B F, C, h, w)
         z = F.pad(z, [1] * 4, mode="replicate")     # so that windows overlap at the borders too
@@ -279,6 +289,7 @@ class TinyVAE(nn.Module):
 
     def decode_unclamped(self, latents, state=None):
         """As `decode`, but not clamped to [-1, 1]: for reconstruction losses."""
+        check_latents(latents, self.config.latent_channels)
         x = latents.to(self.decoder[1].weight.dtype)
         x = 3 * torch.tanh(x / 3)           # soft limit at 3 standard deviations
         x, new_state = run_layers(self.decoder, x, state, self.config.pad == "front")
@@ -607,9 +618,7 @@ class WanVAE(nn.Module):
         """As in TinyVAE: latents (B, C, F, h, w) to (video (B, 3, T, H, W) in [-1, 1], state for
         the next piece). One latent frame is computed at a time, so pieces equal the whole to the
         bit."""
-        found = latents.shape[1]
-        wanted = self.config.latent_channels
-        assert found == wanted, f"latents of this VAE have {wanted} channels, these have {found}"
+        check_latents(latents, self.config.latent_channels)
         latents = latents.to(self.conv2.weight.dtype)
         mean, std = self.statistics(latents)
         if state is not None:
@@ -668,14 +677,14 @@ def open_weights(path):
     if cls:
         config = saved_config(cls, metadata, file)
     else:
-        config = public_config(tensors, file)
+        config = public_vae_config(tensors, file)
     checkpoints = extra("checkpoints")
     if checkpoints is not None:         # a copy without extras/ trusts the file's config
         checkpoints.check_vae_config(config, file)
     return build(CLASSES[type(config)], config, tensors, file), file
 
 
-def public_config(tensors, file):
+def public_vae_config(tensors, file):
     """Infer the config of a public file, which stores none: Wan's from tensor shapes, TAEHV's with
     extras/checkpoints.py. UserError if the file is neither."""
     from motionstream import UserError, extra, naming

@@ -284,7 +284,7 @@ def refreshing(kind):
     class RefreshedStudent(kind):
         def new_caches(self, **overrides):
             config = replace(self.config, **overrides)
-            return [Refreshed(config.sink, config.window, config.sink_decay) for _ in self.blocks]
+            return [Refreshed(config.sink, config.window) for _ in self.blocks]
 
     return RefreshedStudent
 

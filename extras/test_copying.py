@@ -156,6 +156,8 @@ def test_motion_inputs_are_features_and_of_a_copying_model_copies():
     assert inputs["tracks"].equal(features)
     assert inputs["copies"].equal(copies)
     assert_error(AssertionError, "see start_points", motion_inputs, copying, **points)
+    points |= {"start": tracks[:, 0]}
+    assert_error(AssertionError, "needs image and vae", motion_inputs, copying, **points)
 
 
 def test_a_square_follows_the_visible_track_nearest_to_its_centre():
@@ -340,7 +342,7 @@ def variance_of_x_t(sigma, std):
 def test_a_copying_model_is_a_motionstream_inside_the_linear_part():
     """Its image slot holds copies, then the image; its head two more channels, the shares."""
     model = new_model(**vars(COPYING))
-    plain = randomised(MotionStream(COPYING))
+    plain = randomised(MotionStream(replace(COPYING, copies=False)))
     plain.head = model.head
     plain.load_state_dict(model.state_dict())
     noise, given, _ = clip_of(3, COPYING)
@@ -395,6 +397,21 @@ def test_the_linear_part_is_the_posterior_mean_of_gaussian_latents():
         assert abs(found_variance[place].item() - variance) < 1e-5
         factor = torch.full((2, 2), d / variance ** 0.5)
         assert_near(of_output[place], factor, 1e-4)
+
+
+def test_what_a_copying_model_is_given_in_another_shape_is_refused():
+    model = new_model(**vars(COPYING))
+    x, _, first = clip_of(3, COPYING)
+    sigma = torch.ones(2)
+    points, _, _ = new_tracks(9, 8)
+    for name, value, said in (
+            ("tracks", points, "see track_features: (2, 9, 8, 2), expected (2, 8, 3, 4, 6)"),
+            ("copies", rand(2, 4, 3, 4, 6), "copies (2, 4, 3, 4, 6), expected (2, 10, 3, 4, 6)"),
+            ("image", x, "condition image (2, 4, 3, 4, 6), expected (2, 4, 1, 4, 6)")):
+        assert_error(AssertionError, said, model, x, sigma, **{name: value})
+    other = new_model(**vars(COPYING) | {"in_dim": 30})         # the image has 4 channels, not 8
+    said = "26 input channels, in_dim is 30"
+    assert_error(AssertionError, said, other, x, sigma, image=first)
 
 
 def test_copying_models_stream_and_later_copies_do_not_change_past_frames():

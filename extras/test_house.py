@@ -203,11 +203,11 @@ def name_of(node):
     return getattr(node, "name", None)
 
 
-FLOW = ["per_frame", "add_noise", "to_x0", "shift_sigma", "same_sigma", "with_first"]
+FLOW = ["per_frame", "add_noise", "to_x0", "shift_sigma", "same_sigma", "check_shape", "with_first"]
 ATTENTION = ["KVCache", "RMSNorm", "apply_rope", "ATTENTION", "attend", "SelfAttention"]
-HEAD = ["FRAMES", "sinusoid", "inside_picture", "cell_of", "TrackHead"]
+HEAD = ["FRAMES", "sinusoid", "check_shape", "inside_picture", "cell_of", "TrackHead"]
 GUIDANCE = ["joint_guidance", "without", "guided_velocity"]
-VAE = ["FRAMES", "check_video"]
+VAE = ["FRAMES", "check_video", "check_latents"]
 LAYERS = VAE + ["each_frame", "channels_to_frames"]
 TINY_VAE = LAYERS + [
     "TinyVAEConfig", "conv", "MemBlock", "Repack", "frames_to_channels", "grow_frames",

@@ -72,7 +72,18 @@ def test_wan_videos_decoded_in_pieces_are_the_whole_and_the_state_stays():
         assert not other.equal(videos[2])                       # and matters
         begin, _ = vae.decode(z[:, :, :3])
         assert begin.equal(whole[:, :, :9])
-        assert_error(AssertionError, "7", vae.decode, z[:, :7])
+
+
+def test_latents_of_another_vae_and_videos_without_time_are_refused():
+    for vae in new_vae(), linear_vae(), new_wan_vae(WAN21):
+        channels = vae.config.latent_channels
+        shapes = f"latents (1, 7, 2, 1, 1), those of this VAE are (B, {channels}, F, h, w)"
+        assert_error(AssertionError, shapes, vae.decode, rand(1, 7, 2, 1, 1))
+        frame = rand(1, channels, 1, 1)
+        assert_error(AssertionError, f"latents (1, {channels}, 1, 1), those", vae.decode, frame)
+        for shape in (1, 3, 32, 32), (1, 4, 1, 32, 32):
+            text = f"video {shape}, expected (B, 3, T, H, W)"
+            assert_error(AssertionError, text, vae.encode, rand(*shape))
 
 
 def test_linear_videos_decoded_in_pieces_are_the_whole_and_there_is_no_state():

@@ -150,12 +150,12 @@ def test_a_tiny_model_of_48_channels_is_no_wan_22():
 def test_a_config_tells_sizes_that_follow_from_its_fields():
     assert SMALL.latent_size == (4, 6)
     assert SMALL.head_dim == 20
-    assert SMALL.copy_dim == 0
+    assert (SMALL.copy_dim, SMALL.shares) == (0, 0)
     assert SMALL.first_chunk_size == 3
     assert replace(SMALL, first_chunk=1).first_chunk_size == 1
     assert not SMALL.is_wan
     assert PRESETS["wan2.2-5b"].is_wan
-    assert COPYING.copy_dim == 4 + 6
+    assert (COPYING.copy_dim, COPYING.shares) == (4 + 6, 2)
     masked = replace(SMALL, in_dim=4 + 8 + 8)
     assert masked.image_dim == 8
     assert masked.has_mask
