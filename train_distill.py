@@ -34,9 +34,7 @@ extras/world.py renders such clips, python -m extras.clips makes them from your 
 import argparse
 import ast
 import contextlib
-import dataclasses
 import functools
-import importlib
 import itertools
 import json
 import math
@@ -44,7 +42,7 @@ import os
 import sys
 import time
 import zlib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -100,9 +98,9 @@ def flow_loss(model, x0, sigma, conditions, first_latent, cell_weight=1.0, chann
     """Rectified flow (appendix D): noise x0 (B, C, F, h, w) to sigma (B,); return the mean squared
     error of the model's velocity. first_latent (B, C, 1, h, w): the clean image, excluded from the
     loss; None: the image is among the conditions. cell_weight (B, F, h, w), channel_weight
-    (B, C, 1, 1, 1): weights of the error. (channel_weight depends on sigma alone and leaves the
-    minimum where it is. cell_weight may depend on tracks that the conditions leave out; then the
-    minimum moves towards what moves.)"""
+    (B, C, 1, 1, 1): weights of the error. channel_weight depends on sigma alone and leaves the
+    optimum where it is. If cell_weight depends on tracks that the model is not given, the optimum
+    is biased towards moving content."""
     noise = torch.randn_like(x0)
     x_t, sigma_frames = with_first(add_noise(x0, noise, sigma), sigma, first_latent)
     velocity = model(x_t, sigma_frames, **conditions)
@@ -205,8 +203,8 @@ def dmd_loss(x0, teacher, critic, conditions, first_latent, shift, weight=1.0):
         distance = (x0 - real).abs().mean((1, 2, 3, 4), keepdim=True)
         direction = (fake - real) / distance.clamp(min=1e-6)    # a perfect clip has distance 0
         target = x0 - direction
-    # Frame 0 counts in both means, unlike in flow_loss, although the image has no error there. The
-    # two factors cancel: the gradient is as if it counted in neither.
+    # Unlike in flow_loss, frame 0 counts, although the image has no error there. It makes both
+    # `distance` and the mean below smaller by (F - 1) / F, so the gradient is the same without it.
     return 0.5 * ((x0 - target).square() * weight).mean()
 
 
@@ -227,7 +225,7 @@ class Learning:
     """Optimizer settings of one network."""
     muon: float | None              # Muon's learning rate, for hidden matrices; None: AdamW for all
     adam: float                     # AdamW's learning rate, for the rest
-    betas: tuple = (0.9, 0.99)      # of AdamW [O]
+    betas: tuple = (0.9, 0.99)      # AdamW's [O]
     ema: float = 0.0                # decay of the weights' moving average; 0: no average [O]
     weight_decay: float = 0.01      # [O]
     clip_norm: float = 1.0          # largest gradient norm [O]
@@ -245,7 +243,7 @@ class Settings:
     clip_frames: int = 45           # 12 latent frames, 4 chunks of 3 [O]
     batch: int = 4                  # clips per micro-step [O]
     clips: int = 4096               # rendered for teacher and distillation [O]
-    trajectories: int = 480         # of the teacher, for the stage causal; see causal_from [O]
+    trajectories: int = 480         # made by the teacher for the stage causal, see causal_from [O]
     vae_clips: int = 256            # rendered for the vae [O]
     vae_batch: int = 8              # crops per micro-step [O]
     # length: updates, and micro-steps per update over all processes
@@ -289,9 +287,9 @@ class Settings:
     beta: float = 0.5               # clip weight exp(reward / beta) (Reward Forcing, eq. 11) [O]
     export_every: int = 0           # updates between exported weights, except the vae's; 0: none
     # distributed
-    shard_gradients: bool = False   # reduce them every micro-step: less memory, more traffic
+    shard_gradients: bool = False   # reduce gradients every micro-step: less memory, more traffic
     # checkpoints
-    checkpoint_minutes: float = 5   # between checkpoints; a signal also causes one
+    checkpoint_minutes: float = 5   # time between checkpoints; a signal also causes one
     # dry run
     tflops: float = 396             # TFLOP/s of a GPU: 40 % of an H100's 989 in bfloat16 [O]
 
@@ -320,7 +318,8 @@ PAPER = Settings(
     whole_every=1,
     p_pure_noise=0.0,
     p_uniform_sigma=1.0,            # [O]: logit-normal draws put 1.8 % at sigma >= 0.98, where 6 of
-                                    # 48 Euler steps, the student's first and 11 % of DMD's lie
+                                    # 48 Euler steps, the student's first step and 11 % of DMD's
+                                    # draws lie
     track_weight=0.0,
     track_what_moves=False,         # anything may move without a track
     p_sparse=0.5,                   # [O], except stage 1; the paper: 0, which never shows a drag
@@ -355,15 +354,9 @@ SMOKE = {"vae_updates": 4, "teacher_updates": 4, "causal_updates": 3, "distill_u
 # Updates between measurements by extras/watch.py.
 REPORT_EVERY = {"teacher": 200, "distill": 50}
 
-# Settings that may differ on resuming: they do not change what a stage learns. (Loop adds the
-# stage's own micro-steps per update.)
-FREE = ("tflops", "checkpoint_minutes", "export_every", "shard_gradients",
-        "vae_accumulate", "teacher_accumulate", "causal_accumulate", "distill_accumulate")
-
 NEUTRAL = PRESETS["tiny"].prompt
+# The weights that each stage makes.
 WEIGHTS = {"vae": "vae", "teacher": "teacher", "causal": "causal", "distill": "student"}
-PREREQUISITES = {"vae": (), "teacher": ("vae",), "causal": ("vae", "teacher"),
-                 "distill": ("vae", "teacher", "causal"), "decoder": ("vae",)}
 
 
 @dataclass(frozen=True)
@@ -372,15 +365,14 @@ class Run:
     out: Path                       # output folder
     seed: int
     device: str
-    dtype: torch.dtype              # of matrix products, see compute_dtype; may differ on resuming
-    config: Config                  # of the model and its sampling
+    dtype: torch.dtype              # for matrix products, see compute_dtype; may differ on resuming
+    config: Config                  # the model and its sampling
     settings: Settings
     files: dict                     # {name: path} of vae, teacher, causal, student, start
     data: Path | None = None        # folder of clips; None: clips are rendered
     start: object = None            # contents of --weights, see sample.inspect
-    reward: object = None           # function of a video and its conditions; returns (B,)
+    reward: object = None           # function for Re-DMD, see extras/reward_forcing.py; None: none
     checkpointing: bool = False     # see recompute_blocks
-    network: object = new_model     # builds a new teacher from its config
 
     @property
     def clip_latents(self):
@@ -417,7 +409,7 @@ class Run:
     def checksum(self, name):
         """Checksum of the weights `name`: of their tensors or, without extras/, of the file's size
         and time."""
-        guard = if_there("guard")
+        guard = extra("guard")
         if guard:
             return guard.weights_digest(self.path(name))
         about = self.path(name).stat()
@@ -441,20 +433,6 @@ class Run:
         kind = torch.device(self.device).type
         enabled = self.dtype == torch.bfloat16
         return torch.autocast(kind, torch.bfloat16, enabled, cache_enabled=False)
-
-
-@functools.cache
-def if_there(name):
-    """The module extras/NAME.py, without which a training runs too; None if this copy lacks it,
-    which is printed once."""
-    try:
-        return importlib.import_module(f"extras.{name}")
-    except ModuleNotFoundError as e:
-        if e.name not in ("extras", f"extras.{name}"):          # a package that it needs
-            raise
-        if RANK == 0:
-            print(f"extras/{name}.py is not there; going on without it")
-        return None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -515,7 +493,7 @@ def shard(model):
     mesh = dist.init_device_mesh(next(model.parameters()).device.type, (PROCESSES,))
     parts = list(model.blocks) + [model.track_head, model]
     for part in parts:
-        fully_shard(part, mesh=mesh, reshard_after_forward=True)    # an EMA never runs a backward
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)    # an EMA has no backward
     # Make the model the FSDP root: otherwise the first module to run, the track head, becomes it.
     fully_shard.state(model)._lazy_init()           # torch has no public way
     return model
@@ -629,7 +607,7 @@ class Learner:
         self.accumulate = max(accumulate // PROCESSES, 1)       # per process
         self.shard_gradients = shard_gradients
         self.micro_steps = 0            # since the last update
-        self.loss = 0.0                 # mean over these
+        self.loss = 0.0                 # mean loss of these micro-steps
         self.averaged = None
         self.average = None
         if how.ema:
@@ -751,11 +729,12 @@ def save_checkpoint(folder, stage, updates, settings, learners):
 
 def load_checkpoint(folder, stage, settings, learners):
     """Load a stage's newest checkpoint, read by process 0, into the learners. Returns its number
-    of updates, or 0 if there is no checkpoint. UserError if it has other settings or learners."""
+    of updates, or 0 if there is no checkpoint. UserError if it has other learners or, with
+    extras/, other settings."""
     checkpoint = {"updates": 0, "learners": {}}
     paths = sorted(folder.glob(f"{stage}.*.checkpoint.pt"))
     if paths and RANK == 0:
-        guard = if_there("guard")
+        guard = extra("guard")
         if guard:
             checkpoint = guard.newest_checkpoint(paths, stage, settings)
         else:
@@ -772,44 +751,6 @@ def load_checkpoint(folder, stage, settings, learners):
     return updates
 
 
-def checkpoint_settings(run, stage):
-    """Everything a stage's checkpoint depends on: resuming with other values would mix two
-    trainings. Files are identified by their content, not by path or time."""
-    settings = {"seed": run.seed} | asdict(run.config) | asdict(run.settings)
-    for name in FREE:
-        settings.pop(name)
-    for name, digest in clip_digests(run).items():
-        settings[f"checksum of {name}"] = digest
-    if run.start:
-        settings["checksum of --weights"] = run.checksum("start")
-    for name in PREREQUISITES[stage]:
-        settings[f"checksum of {name}"] = run.checksum(name)
-    return settings
-
-
-def read_log(path):
-    """Rows of a stats.jsonl, without lines that a crash cut off or that Loop did not write."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(errors="replace").splitlines():
-        with contextlib.suppress(ValueError):
-            row = json.loads(line)
-            if isinstance(row, dict) and {"stage", "step", "seconds"} <= row.keys():
-                rows.append(row)
-    return rows
-
-
-def drop_rows(path, stage, begin):
-    """Delete a stage's rows from update `begin` on: the checkpoint lacks these updates, so they
-    are run and logged again."""
-    text = ""
-    for row in read_log(path):
-        if row["stage"] != stage or row["step"] < begin:
-            text += json.dumps(row) + "\n"
-    write_file(path, lambda part: part.write_text(text))
-
-
 class Loop:
     """The updates 0, 1, 2… of a stage: `for update in Loop(…)` resumes at the newest checkpoint.
 
@@ -823,7 +764,9 @@ class Loop:
         self.learners = learners
         self.accumulate = learners[0].accumulate
         self.settings = {"updates": updates, "micro-steps an update": self.accumulate * PROCESSES}
-        self.settings |= checkpoint_settings(run, stage)
+        self.guard = extra("guard")
+        if self.guard:                  # which refuses to resume with others
+            self.settings |= self.guard.checkpoint_settings(run, stage)
 
     def __iter__(self):
         begin = load_checkpoint(self.run.out, self.stage, self.settings, self.learners)
@@ -831,13 +774,14 @@ class Loop:
         file = os.devnull
         if RANK == 0:
             file = self.run.out / "stats.jsonl"
-            drop_rows(file, self.stage, begin)
+            if self.guard:
+                self.guard.drop_rows(file, self.stage, begin)
         with hold_signals() as stop, open(file, "a", buffering=1) as file:
             bar = tqdm(range(begin, self.updates), self.stage, disable=RANK > 0)
             for update in bar:
                 self.update = update
                 self.numbers = {}               # {name: [values logged]}
-                self.random = {}                # {micro-step: generator states at its end}
+                self.random = {}                # {micro-step: states of its random streams}
                 started = time.time()
                 yield update
                 means = {}
@@ -853,7 +797,9 @@ class Loop:
     def micro_steps(self):
         """Yield this process's micro-steps of the update, numbered over all processes and updates.
         Each is seeded by (seed, stage, number), so resuming or another number of processes changes
-        no draw. A second pass over them continues the random streams of the first."""
+        no draw. `distill` passes over them twice in an update of both networks: so that the critic
+        does not get the generator's clips and noise again, each micro-step of the second pass
+        continues its random stream of the first."""
         end = (self.update + 1) * self.accumulate * PROCESSES
         begin = end - self.accumulate * PROCESSES
         sources = generators(self.run.device)
@@ -923,43 +869,13 @@ class Batch:
     latents: torch.Tensor       # (B, C, F, h, w), float32
     conditions: dict            # inputs passed on as they are: text; image, clip if needed
     points: dict                # for motion_inputs: tracks (B, T, N, 2), visible, ids; start, image
-    counted: torch.Tensor       # (B, T, N) bool: tracks of objects or, without objects, given ones
+    counted: torch.Tensor       # (B, T, N) bool: tracks whose cells get track_weight, namely those
+                                # of objects or, in a batch without objects, the given ones
 
     def to(self, device):
         conditions = {name: value.to(device) for name, value in self.conditions.items()}
         points = {name: value.to(device) for name, value in self.points.items()}
         return Batch(self.latents.to(device), conditions, points, self.counted.to(device))
-
-
-def clip_files(folder):
-    """Find the clips in a folder and in all folders below, sorted. Links are followed; each folder
-    counts once, however many links lead to it. UserError if a folder cannot be read."""
-    def refuse(error):
-        raise UserError(f"{error.filename}: {error.strerror}; make it readable, or move it away")
-
-    files = []
-    seen = set()
-    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if name.lower().endswith(".safetensors") and not name.startswith("."):
-                files.append(Path(place, name))     # macOS puts ._a.safetensors beside a file
-    return sorted(files)
-
-
-def clip_digests(run):
-    """{name: digest} of the clips of --data, read by process 0; {} without --data, or extras."""
-    guard = if_there("guard")
-    if not run.data or not guard:
-        return {}
-    digests = guard.read_digests(run.data, run.out / "clips.json") if RANK == 0 else None
-    wait_for_all(LATE)
-    return from_first(digests)
 
 
 def read_header(file):
@@ -978,17 +894,20 @@ def latents_in(shapes):
 
 
 def open_clips(folder, config, frames, track_frames, vae=None):
-    """Find the clips in a folder that have at least `frames` latents; returns their files.
-    UserError, one line, if a clip is invalid, if its tracks cover fewer than `track_frames` video
-    frames, or if no clip is long enough. vae: checksum of the VAE that should have made latents."""
-    guard = if_there("guard")
-    files = clip_files(folder)
+    """Find the clips in a folder, and in all below, that have at least `frames` latents; returns
+    their files. UserError, one line, if a clip is invalid, if its tracks cover fewer than
+    `track_frames` video frames, or if no clip is long enough. vae: checksum of the VAE that should
+    have made the latents."""
+    guard = extra("guard")
+    if guard:
+        files = guard.clip_files(folder)                # those behind links too
+    else:
+        files = sorted(folder.rglob("[!.]*.safetensors"))
     long_enough = []
     for file in files:
         shapes, metadata = read_header(file)
         if guard:
-            guard.check_clip(file, shapes, config, track_frames)
-            guard.check_latents(file, metadata, vae)
+            guard.check_clip(file, shapes, metadata, config, track_frames, vae)
         if latents_in(shapes) >= frames:
             long_enough.append(file)
     if not long_enough:
@@ -1120,9 +1039,9 @@ def dense_subset(visible, pauses, config):
     B, T, _ = visible.shape
     count = torch.randint(1000, 2501, (B, 1))
     keep = random_subset(visible.any(1), count)                 # (B, N)
-    latent = (torch.arange(T) + FRAMES - 1) // FRAMES           # of each video frame
-    first = config.first_chunk_size
-    number = (latent - first) // config.chunk + 1               # of its chunk
+    latent = (torch.arange(T) + FRAMES - 1) // FRAMES           # each video frame's latent frame
+    after = latent - config.first_chunk_size
+    number = (after // config.chunk + 1).clamp(min=0)           # and its chunk, from 0
     shown = (torch.rand(B, T, 1) >= 0.2 * pauses)[:, number]
     shown = shown | (number == 0)[:, None]                      # (B, T, 1)
     return visible & keep[:, None] & shown
@@ -1159,8 +1078,8 @@ def touched_cells(tracks, visible, config):
 
 
 def weight_of_cells(run, batch):
-    """Weight (B, F, h, w) of each cell's error: more than 1 at and beside cells of objects or, in
-    a batch without objects, of given tracks."""
+    """Weight (B, F, h, w) of each cell's error: 1 + track_weight at and beside the cells of the
+    Batch's counted tracks, else 1."""
     touched = touched_cells(batch.points["tracks"], batch.counted, run.config)
     return 1 + run.settings.track_weight * touched
 
@@ -1192,11 +1111,12 @@ def draw_batch(run, files, count, frames, *, dense=False, first_only=False):
 
 def latent_weight(vae, config, sigma):
     """Weight (B, C, 1, 1, 1) of squared velocity errors at sigma (B,): 1 for latents of unit
-    variance, else (ours) V * pixel_weight^2, where V is the variance of x_t.
+    variance; for others (ours) V * pixel_weight^2, where V is the variance of x_t.
 
-    The velocity holds std / sqrt(V) times the network's output (with_linear_part), so V times its
-    squared error is std^2 times that of the output: no noise level outweighs the others, and a
-    channel counts by its variance. pixel_weight turns errors of latents into errors of pixels."""
+    The factor V makes all noise levels count alike. The model's velocity is a linear part plus
+    std / sqrt(V) times the network's output (with_linear_part), so V times the velocity's squared
+    error is std^2 times the output's, whatever sigma is. The factor pixel_weight^2 turns errors of
+    latents into errors of pixels."""
     if not config.latent_std:
         return 1.0
     _, variance = linear_part(sigma, channel_std(config, sigma.device))
@@ -1223,14 +1143,14 @@ def drop(conditions, share):
     return kept
 
 
-def starting_teacher(run, vae):
+def starting_teacher(run, vae, network=new_model):
     """The model to be trained: new, for the latents of `vae`, or from --weights. A track head that
     comes with the weights is frozen."""
     config = run.config
     if config.copies:
         config = replace(config, latent_std=tuple(vae.latent_std.tolist()))
     if not run.start:
-        return run.network(config).to(run.device)
+        return network(config).to(run.device)
     model = run.load("start", **vars(config)).requires_grad_(True)
     model.track_head.requires_grad_(not run.start.has_head)
     return model
@@ -1252,21 +1172,22 @@ def loss_of_teacher(run, model, vae, batch):
         return flow_loss(model, x0, sigma, conditions, first_latent, cell_weight, channel_weight)
 
 
-def train_teacher(run):
-    """Stage 2: rectified flow on whole and short clips, given the image, text and tracks.
+def train_teacher(run, network=new_model):
+    """Stage 2: rectified flow on whole and short clips, given the image, text and tracks. network:
+    builds a new teacher from its config; extras/experiments.py has one with another track head.
 
-    All tracks are given at first, as in the paper's first stage: so the model learns sooner what
-    tracks mean. The numbers of extras/watch.py show that early, the flow loss does not."""
+    All tracks are given at first, as in the paper's first stage: the model learns sooner what
+    tracks mean. Whether it follows them is shown early by extras/watch.py, not by the flow loss."""
     s = run.settings
     files = training_clips(run, run.clip_latents)
     held_back = files[:max(len(files) // 20, 1)]
     files = files[len(files) // 20:]                # if fewer than 20, also train on that one
     vae = run.load_vae()
-    model = starting_teacher(run, vae)
+    model = starting_teacher(run, vae, network)
     model.recompute_blocks(run.checkpointing)
     learner = Learner("teacher", model, s.teacher, s.teacher_updates, s.teacher_accumulate,
                       s.shard_gradients)
-    watch = if_there("watch")
+    watch = extra("watch")
     loop = Loop(run, "teacher", s.teacher_updates, learner)
     for update in loop:
         dense = update < int(s.dense_share * s.teacher_updates)
@@ -1314,7 +1235,9 @@ def make_trajectories(run, files):
     s = run.settings
     each = 2 * s.batch
     weights = [run.checksum("vae"), run.checksum("teacher")]
-    source = weights + [clip_digests(run), run.seed, each, s.p_sparse, s.track_what_moves]
+    guard = extra("guard")
+    digests = guard.clip_digests(run) if guard else {}
+    source = weights + [digests, run.seed, each, s.p_sparse, s.track_what_moves]
     folder = run.out / f"trajectories.{seed_of(source, run.config, s.clip_frames):08x}"
     count = math.ceil(s.trajectories / each) * each
     made = [folder / f"{i:07}.safetensors" for i in range(count)]
@@ -1348,7 +1271,7 @@ def draw_trajectories(run, files, count):
 
 def loss_in_context(run, student, vae, drawn, channel_weight):
     """causal_loss with a random sink and window, in three of eight draws the model's own. drawn:
-    what draw_trajectories returns."""
+    trajectories, as draw_trajectories returns them."""
     states, x0, points, conditions = drawn
     own = (run.config.sink, run.config.window)
     contexts = (own, own, own) + CONTEXTS
@@ -1359,12 +1282,6 @@ def loss_in_context(run, student, vae, drawn, channel_weight):
         experiments = extra("experiments", "corrupt_context damages the past")
         past = experiments.corrupt_context(x0, next(chunk_sizes(run.config)))
     return causal_loss(student, states, x0, conditions, context, channel_weight, past)
-
-
-def loss_on_trajectories(run, student, vae, files, channel_weight, update):
-    """loss_in_context on random trajectories of the teacher."""
-    drawn = draw_trajectories(run, files, run.settings.batch)
-    return loss_in_context(run, student, vae, drawn, channel_weight)
 
 
 def loss_on_rollouts(run, student, vae, files, channel_weight, update):
@@ -1381,8 +1298,17 @@ def loss_on_rollouts(run, student, vae, files, channel_weight, update):
     return rollout_loss(student, x0, conditions, first_latent, exit_step, weight)
 
 
-# Where the student's training begins. extras/experiments.py adds "clips".
-CAUSAL_FROM = {"trajectories": loss_on_trajectories, "rollouts": loss_on_rollouts}
+def loss_of_causal(run, student, vae, files, channel_weight, update):
+    """The loss of a micro-step on random `files`, of the kind that Settings.causal_from names."""
+    s = run.settings
+    if s.causal_from == "rollouts":
+        return loss_on_rollouts(run, student, vae, files, channel_weight, update)
+    if s.causal_from == "trajectories":
+        drawn = draw_trajectories(run, files, s.batch)
+    else:
+        experiments = extra("experiments", f"causal_from={s.causal_from}")
+        drawn = experiments.draw_noised_clips(run, files, s.batch)
+    return loss_in_context(run, student, vae, drawn, channel_weight)
 
 
 def to_be_trained(run, model):
@@ -1395,11 +1321,8 @@ def to_be_trained(run, model):
 
 def train_causal(run):
     """Stage 3: the student, initialised from the teacher, learns from ODE trajectories or its own
-    rollouts, see CAUSAL_FROM."""
+    rollouts, see loss_of_causal."""
     s = run.settings
-    if s.causal_from not in CAUSAL_FROM:
-        extra("experiments", f"causal_from={s.causal_from}")
-    loss_of = CAUSAL_FROM[s.causal_from]
     files = training_clips(run, run.clip_latents)       # collective: call it in all processes
     if s.causal_from == "trajectories":
         files = make_trajectories(run, files)
@@ -1412,7 +1335,7 @@ def train_causal(run):
     for update in loop:
         for _ in loop.micro_steps():
             with run.autocast(), gathered(student):
-                loss = loss_of(run, student, vae, files, weight, update)
+                loss = loss_of_causal(run, student, vae, files, weight, update)
             learner.backward(loss)
             loop.log(loss=loss)
         loop.log(grad=learner.update(update))
@@ -1423,10 +1346,17 @@ def train_causal(run):
 # --------------------------------------------------------------------------------------------------
 # Stage 4: distillation, see dmd_loss and critic_loss.
 
+@dataclass(frozen=True)
+class Plan:
+    """The rollouts of an update, in all processes the same, or their collectives would deadlock."""
+    chunks: int             # length
+    exit_step: int          # the denoising step whose x0 is used, see motionstream.rollout
+    context: dict           # the student's chunk and cache settings, see Run.context
+
+
 def draw_plan(run, update, learner):
-    """Plan the rollouts for an update of `learner`, "generator" or "critic": (number of chunks,
-    exit step, cache context as fields of Config). Half of the plans are longer than a clip. All
-    processes draw the same plan, or their collectives would deadlock."""
+    """The Plan for an update of `learner`, "generator" or "critic". Half of the plans are longer
+    than a clip."""
     rng = torch.Generator().manual_seed(seed_of(run.seed, update, learner))
 
     def draw(count):
@@ -1437,77 +1367,90 @@ def draw_plan(run, update, learner):
     longer = run.longest_rollout - run.clip_chunks
     if longer and draw(2):
         chunks += 1 + draw(longer)
-    return chunks, draw(len(run.config.sigmas)), run.context
+    exit_step = draw(len(run.config.sigmas))
+    return Plan(chunks, exit_step, run.context)
 
 
 def judged_clip(chunks, frames, image, points):
-    """Turn a rollout, an iterator of chunks, into a clip of `frames` latents that the teacher can
-    judge: (x0 (B, C, frames, h, w), points). A rollout of that length is the clip. Of a longer one
+    """Cut a clip of `frames` latents, which the teacher can judge, from a rollout, an iterator of
+    chunks: (x0 (B, C, frames, h, w), points). A rollout of that length is the clip. Of a longer one
     the clip is the end, with the image (B, C, 1, h, w) in place of its first latent: time jumps
-    after it. The teacher judges what should be there, whatever the student passed on."""
-    held = []
+    after it. So the teacher is given the true image, even if the student has drifted from it."""
+    held = []                                           # the latest chunks
+    held_frames = 0
     made = 0
     for chunk in chunks:
-        made += chunk.shape[2]
         held.append(chunk)
-        while sum(x.shape[2] for x in held[1:]) >= frames:
-            held.pop(0)                                 # frees its graph too
+        held_frames += chunk.shape[2]
+        made += chunk.shape[2]
+        while held_frames - held[0].shape[2] >= frames:         # the others are enough
+            held_frames -= held.pop(0).shape[2]                 # frees its graph too
     x0 = torch.cat(held, 2)[:, :, -frames:]
     if made > frames:
         x0 = torch.cat([image, x0[:, :, 1:]], 2)
-    times = torch.arange(video_frames(x0.shape[2]))
-    times[1:] += points["tracks"].shape[1] - len(times)
+    times = torch.arange(video_frames(frames))          # video frames of the clip:
+    times[1:] += points["tracks"].shape[1] - len(times)         # the first, then the last ones
     cut = {name: points[name][:, times] for name in ("tracks", "visible")}
     return x0, points | cut
 
 
 def generated_clip(run, generator, vae, files, plan, grad):
-    """Roll out the generator from first frames of clips, as at inference, see rollout. Returns the
-    judged_clip x0 (B, C, F, h, w), its conditions and its points. plan: from draw_plan. grad: keep
-    the graph of each chunk's last denoising step."""
-    s = run.settings
+    """Roll out the generator from first frames of clips by a Plan, as at inference. Returns the
+    judged_clip x0 (B, C, F, h, w), its conditions and its points. grad: keep the graph of each
+    chunk's last denoising step."""
     config = run.config
-    chunks, exit_step, context = plan
-    frames = run.latents_of(chunks)
-    sizes = list(chunk_sizes(replace(config, **context), frames))
-    batch = draw_batch(run, files, s.batch, frames, first_only=True)
+    frames = run.latents_of(plan.chunks)
+    sizes = list(chunk_sizes(replace(config, **plan.context), frames))
+    batch = draw_batch(run, files, run.settings.batch, frames, first_only=True)
     image = batch.latents                               # (B, C, 1, h, w)
     conditions = batch.conditions
-    if chunks > run.clip_chunks and s.neutral_long_rollouts:
+    if plan.chunks > run.clip_chunks and run.settings.neutral_long_rollouts:
         text = embed_words(NEUTRAL, config).to(run.device)
-        conditions["text"] = text.expand(len(image), -1, -1)
+        conditions = conditions | {"text": text.expand(len(image), -1, -1)}
     noise = torch.randn(*image.shape[:2], frames, *image.shape[3:], device=run.device)
     first_latent = first_latent_of(config, image)
-    caches = generator.new_caches(**context)
+    caches = generator.new_caches(**plan.context)
     with run.autocast(), torch.set_grad_enabled(grad), gathered(generator):
         motion = motion_inputs(generator, **batch.points, vae=vae)
         given = split_conditions(conditions | motion, sizes)
         noises = noise.split(sizes, 2)
-        made = rollout(generator, noises, given, first_latent, exit_step, caches=caches)
+        made = rollout(generator, noises, given, first_latent, plan.exit_step, caches=caches)
         made = itertools.islice(made, len(noises))      # stops there: the last is not cached
         x0, points = judged_clip(made, run.clip_latents, image, batch.points)
-        conditions = next(split_conditions(conditions, [x0.shape[2]]))
+        conditions = next(split_conditions(conditions, [run.clip_latents]))
         motion = motion_inputs(generator, **points, vae=vae)
     return x0, conditions | motion, points
 
 
-def reward_weight(run, vae, x0, conditions, points):
-    """(clip weights exp(reward / beta) (B, 1, 1, 1, 1), mean reward): Re-DMD (Reward Forcing,
-    eq. 11). 1 and None without a reward."""
-    if not run.reward:
-        return 1.0, None
-    video, _ = vae.decode(x0.detach())
-    told = {name: value for name, value in conditions.items() if name not in ("tracks", "copies")}
-    reward = run.reward(video.float(), told | points)           # (B,)
-    weight = torch.exp(reward / run.settings.beta)
-    return weight.view(-1, 1, 1, 1, 1), reward.mean()
+def loss_of_generator(run, generator, teacher, critic, vae, files, plan):
+    """(dmd_loss of a new rollout, numbers to be logged)."""
+    x0, conditions, points = generated_clip(run, generator, vae, files, plan, grad=True)
+    weight = x0_weight(vae, teacher.config, run.device)
+    numbers = {"std": x0.std()}
+    if run.reward:
+        from extras.reward_forcing import clip_weight
+        of_clips, numbers["reward"] = clip_weight(run, vae, x0, conditions, points)
+        weight = weight * of_clips
+    with run.autocast():
+        first_latent = first_latent_of(run.config, x0.detach())
+        loss = dmd_loss(x0, teacher, critic, conditions, first_latent, run.config.shift, weight)
+    numbers["loss_g"] = loss
+    return loss, numbers
 
 
-def distill(run, plan_of=draw_plan):
-    """Stage 4: critic_steps critic updates per generator update, each on new rollouts. plan_of: a
-    function like draw_plan."""
+def loss_of_critic(run, generator, critic, vae, files, plan):
+    """critic_loss of a new rollout."""
+    x0, conditions, _ = generated_clip(run, generator, vae, files, plan, grad=False)
+    weight = functools.partial(latent_weight, vae, critic.config)
+    with run.autocast():
+        first_latent = first_latent_of(run.config, x0)
+        return critic_loss(x0, critic, conditions, first_latent, run.config.shift, weight)
+
+
+def distill(run, draw_plan=draw_plan):
+    """Stage 4, Self-Forcing: critic_steps critic updates per generator update, each on new
+    rollouts. draw_plan: extras/experiments.py has one that also draws chunk, sink and window."""
     s = run.settings
-    shift = run.config.shift
     files = training_clips(run, frames=1)
     vae = run.load_vae()
     teacher = shard(run.load("teacher"))
@@ -1517,31 +1460,22 @@ def distill(run, plan_of=draw_plan):
                         math.ceil(s.distill_updates / s.critic_steps),
                         s.distill_accumulate, s.shard_gradients)
     learner_c = Learner("critic", critic, s.critic, 0, s.distill_accumulate, s.shard_gradients)
-    critic_weight = functools.partial(latent_weight, vae, teacher.config)
-    generator_weight = x0_weight(vae, teacher.config, run.device)
-    watch = if_there("watch")
+    watch = extra("watch")
     loop = Loop(run, "distill", s.distill_updates, learner_g, learner_c)
     for update in loop:
         if update % s.critic_steps == 0:
-            plan = plan_of(run, update, "generator")
+            plan = draw_plan(run, update, "generator")
             for _ in loop.micro_steps():
-                x0, conditions, points = generated_clip(run, generator, vae, files, plan, grad=True)
-                with run.autocast():
-                    weight, reward = reward_weight(run, vae, x0, conditions, points)
-                    weight = weight * generator_weight
-                    first_latent = first_latent_of(run.config, x0.detach())
-                    loss = dmd_loss(x0, teacher, critic, conditions, first_latent, shift, weight)
+                loss, numbers = loss_of_generator(
+                    run, generator, teacher, critic, vae, files, plan)
                 learner_g.backward(loss)
-                loop.log(reward=reward, loss_g=loss, std=x0.std())
+                loop.log(**numbers)
             count = update // s.critic_steps
             loop.log(grad_g=learner_g.update(count))
             export_weights(run, "student", learner_g.average, count + 1)
-        plan = plan_of(run, update, "critic")
+        plan = draw_plan(run, update, "critic")
         for _ in loop.micro_steps():
-            x0, conditions, _ = generated_clip(run, generator, vae, files, plan, grad=False)
-            with run.autocast():
-                first_latent = first_latent_of(run.config, x0)
-                loss = critic_loss(x0, critic, conditions, first_latent, shift, critic_weight)
+            loss = loss_of_critic(run, generator, critic, vae, files, plan)
             learner_c.backward(loss)
             loop.log(loss_c=loss)
         loop.log(grad_c=learner_c.update(update))
@@ -1562,18 +1496,6 @@ STAGES = {"vae": train_vae, "teacher": train_teacher, "causal": train_causal,
 
 # --------------------------------------------------------------------------------------------------
 # The command.
-
-# Latent frames of the shortest clip that a model is trained on: the tiny model's 12.
-LEAST_LATENTS = latent_frames(TINY.clip_frames)
-
-
-def student_memory(text):
-    """A flag's type: fields of Config, see sample.memory_flag, for a student in training."""
-    fields = memory_flag(text)
-    if fields["chunk"] > LEAST_LATENTS:
-        raise argparse.ArgumentTypeError(f"{text} is not chunk 1 to {LEAST_LATENTS}")
-    return fields
-
 
 def assignment(text):
     """A flag's type: "batch=2" or "teacher.adam=1e-4" to (name, value)."""
@@ -1604,7 +1526,7 @@ def new_parser(description):
         help="micro-steps of each process an update (1; Wan's: the paper's)")
     add("--checkpointing", action=argparse.BooleanOptionalAction,
         help="recompute blocks in the backward: less memory (default for Wan's weights)")
-    add("--memory", type=student_memory, help="the student's chunk, sink, window (c3s1w1)")
+    add("--memory", type=memory_flag, help="the student's chunk, sink, window (c3s1w1)")
     add("--guidance", type=guidance_flag,
         help="weights T,M of text and motion, for trajectories and real score")
     add("--rollout", type=number(int, 1, 100), help="chunks of the longest rollout (16)")
@@ -1618,19 +1540,16 @@ def new_parser(description):
 def parse(argv, parser=None):
     """Parse the command line of this program, or of one whose parser comes from new_parser. Flags
     that change single fields of Config or Settings become part of flags.set, a list of (field,
-    value) to be applied in order. UserError, one line, if flags do not go together."""
+    value) to be applied in order."""
     if parser is None:
         parser = new_parser(__doc__)
         parser.add_argument("--stage", choices=["all", *STAGES], default="all", help="(all)")
     flags = parser.parse_args(argv)
     stage = flags.stage
-    guard = if_there("guard")
-    if guard:
-        guard.check_flags(stage, flags.steps, flags.reward, flags.memory, flags.data, flags.vae)
     changes = dict(flags.memory or {})
     if flags.guidance:
         changes["guidance"] = flags.guidance
-    if flags.data:                      # whose tracks may end with the clip
+    if flags.data:                      # a clip's tracks may end with it
         changes |= {"rollout": 0, "neutral_long_rollouts": False}
     if flags.smoke:
         changes |= SMOKE
@@ -1646,17 +1565,10 @@ def parse(argv, parser=None):
 
 
 def assign(thing, path, value):
-    """Copy of a frozen dataclass with the field "a", or "a.b", set to a value. UserError if there
-    is no such field, or the type differs."""
+    """Copy of a frozen dataclass with the field "a", or "a.b", set to a value."""
     name, _, inner = path.partition(".")
-    if name not in vars(thing):
-        raise UserError(f"--set {path}: no such field; there are {', '.join(vars(thing))}")
-    now = getattr(thing, name)
-    if dataclasses.is_dataclass(now):
-        return replace(thing, **{name: assign(now, inner, value)})
-    numbers = isinstance(now, (int, float)) and isinstance(value, (int, float))
-    if not (numbers or now is None or value is None or isinstance(value, type(now))):
-        raise UserError(f"--set {path}={value}: it is {now} now")
+    if inner:
+        value = assign(getattr(thing, name), inner, value)
     return replace(thing, **{name: value})
 
 
@@ -1672,7 +1584,8 @@ def starting_config(start, preset):
         paper = PRESETS["motionstream-1.3b"]
         names = ("shift", "sigmas", "guidance", "chunk", "sink", "window")
         config = replace(config, **{name: getattr(paper, name) for name in names})
-        # 48 of its 50 steps: a multiple of 3 has the student's 3 noise levels among its own.
+        # 48 of the preset's 50 steps: a teacher whose steps are a multiple of 3 passes through the
+        # student's 3 noise levels.
         steps = paper.steps - paper.steps % len(paper.sigmas)
         config = replace(config, steps=steps)
     return config
@@ -1698,13 +1611,17 @@ def starting_settings(start, config):
 def resolve(flags):
     """Resolve what parse returns, and the weights named there, into a Run. UserError, one line, if
     that cannot be."""
-    start = inspect(flags.weights) if flags.weights else None
-    guard = if_there("guard")
-    if not guard and not (flags.data and flags.vae):
+    guard = extra("guard")
+    if guard:
+        guard.check_flags(flags)
+    elif not (flags.data and flags.vae):
         raise UserError("without extras/, give --data FOLDER of encoded clips, and --vae FILE")
+    start = inspect(flags.weights) if flags.weights else None
     config = starting_config(start, flags.dry_run or "tiny")
     settings = starting_settings(start, config)
     for path, value in flags.set:
+        if guard:
+            guard.check_field(path, value, config, settings)
         if path in vars(config):
             config = assign(config, path, value)
         else:
@@ -1724,13 +1641,13 @@ def resolve(flags):
     run = Run(out, flags.seed, device, compute_dtype(device), config, settings, files, flags.data,
               start, reward, checkpointing)
     if guard:
-        guard.check_run(run, flags.stage, flags.vae, flags.dry_run)
+        guard.check_run(run, flags)
     return run
 
 
 def show(run, stage):
     """Draw the stage's curves and a preview, if extras is there."""
-    watch = if_there("watch")
+    watch = extra("watch")
     if watch and RANK == 0:
         watch.show(run, stage)
 
@@ -1748,13 +1665,12 @@ def run_stages(argv):
         missing = not run.path(WEIGHTS[stage]).exists()
         if flags.stage == stage or (flags.stage == "all" and missing):
             stages.append(stage)
-    guard = if_there("guard")
-    watch = if_there("watch")
+    guard = extra("guard")
+    watch = extra("watch")
+    if RANK == 0 and not guard:
+        print("extras/guard.py is missing: flags, files and clips are not checked")
     run.out.mkdir(parents=True, exist_ok=True)
-    owned = contextlib.nullcontext()
-    if guard:
-        owned = guard.own_folder(run.out)
-    with owned:
+    with guard.own_folder(run.out) if guard else contextlib.nullcontext():
         if watch and RANK == 0:
             watch.print_plan(run, stages)
         for stage in stages:

@@ -37,14 +37,14 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from extras.encoders import image_encoder, listing, read_rows, text_encoder
-from extras.guard import content_digest
+from extras.guard import clip_digests, content_digest
 from extras.tracks import decode_text
 from extras.video import find_ffmpeg, open_video, remade
 from motionstream import PRESETS, Config, UserError, latent_frames, video_frames, write_file
 from sample import (Parser, Tracks, embed_words, find_device, fit_image, fit_tracks, inspect, load_image,
                     number, open_vae, read_tracks, reported)
-from train_distill import (LATE, PROCESSES, RANK, TINY, clip_digests, default_device, paper_settings,
-                           wait_for_all, write_clip)
+from train_distill import (LATE, PROCESSES, RANK, TINY, default_device, paper_settings, wait_for_all,
+                           write_clip)
 
 MOST_TRACKS = 2500                          # of a clip: the paper's grid of 50x50
 SEEN = (".mp4", ".png")                     # endings of a clip's frames

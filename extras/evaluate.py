@@ -31,12 +31,12 @@ from tqdm import tqdm
 import sample
 from extras import measures, world
 from extras.cases import NEUTRAL, Case, new_clips
+from extras.guard import read_log
 from extras.measures import lpips_network, psnr, ssim
 from extras.video import open_video
 from motionstream import (FRAMES, PRESETS, Config, MotionStream, UserError, naming, start_points, track_ids, warp,
                           way_back, write_file)
 from sample import ASSETS, Parser, embed_words, number
-from train_distill import read_log
 from vae import load_vae
 
 CLIP = 45                       # frames of a clip, as in training

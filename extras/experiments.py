@@ -24,7 +24,7 @@ from extras.cases import CHANGES, NEUTRAL, new_clips, seed_of
 from extras.clips import encode_video
 from extras.evaluate import (CLIP, MODELS, Trained, case_of, eval_row, find_reward, grid, measure_tables, new_parser,
                              open_trained, play, settings_of, videos_of, weights_of)
-from extras.guard import own_folder
+from extras.guard import CAUSAL_FROM, own_folder
 from extras.tracks import render_control
 from motionstream import (Config, KVCache, MotionStream, TrackHead, UserError, add_noise, apply_rope, same_sigma,
                           schedule, track_ids)
@@ -165,11 +165,12 @@ def distillation_run(trained, how):
 
 def draw_memory(run, update, learner):
     """train_distill.draw_plan, with one of DRAWN_MEMORIES as the context."""
-    chunks, exit_step, context = td.draw_plan(run, update, learner)
+    plan = td.draw_plan(run, update, learner)
     rng = torch.Generator().manual_seed(seed_of("memory", run.seed, update, learner))
     number = int(torch.randint(len(DRAWN_MEMORIES), (), generator=rng))
     chunk, sink, window = DRAWN_MEMORIES[number]
-    return chunks, exit_step, context | {"chunk": chunk, "sink": sink, "window": window}
+    memory = {"chunk": chunk, "sink": sink, "window": window}
+    return replace(plan, context=plan.context | memory)
 
 
 def distil_briefly(trained, how):
@@ -177,8 +178,10 @@ def distil_briefly(trained, how):
     run = distillation_run(trained, how)
     if not run.path("student").exists():
         run = replace(run, data=clips_folder(replace(trained, seed=run.seed), how.clips))
-    plan_of = draw_memory if how.drawn_memory else td.draw_plan
-    return train_briefly(run, "student", functools.partial(td.distill, plan_of=plan_of))
+    train = td.distill
+    if how.drawn_memory:
+        train = functools.partial(td.distill, draw_plan=draw_memory)
+    return train_briefly(run, "student", train)
 
 
 def start_run(trained, how):
@@ -215,8 +218,6 @@ def lesson_run(trained, how):
         config = replace(config, track_id_mode="random", track_dim=config.out_dim, in_dim=inputs, copies=False,
                          latent_std=())
         settings = replace(settings, dense_share=1.0)
-    if how.drawn:
-        more["network"] = drawing(trained.vae())
     return brief_run(trained, "teacher", how, config, settings, **more)
 
 
@@ -228,7 +229,10 @@ def teach_briefly(trained, how):
         if how.harm:
             folder = damaged_folder(folder, run.config.size[0])
         run = replace(run, data=folder)
-    return train_briefly(run, "teacher", td.train_teacher)
+    train = td.train_teacher
+    if how.drawn:
+        train = functools.partial(td.train_teacher, network=drawing(trained.vae()))
+    return train_briefly(run, "teacher", train)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -244,15 +248,6 @@ def draw_noised_clips(run, files, count):
     noise = torch.randn_like(x0)
     states = [add_noise(x0, noise, same_sigma(sigma, x0)) for sigma in run.config.sigmas]
     return states, x0, batch.points, batch.conditions
-
-
-def loss_on_clips(run, student, vae, files, channel_weight, update):
-    """train_distill.loss_in_context on random clips with noise."""
-    drawn = draw_noised_clips(run, files, run.settings.batch)
-    return td.loss_in_context(run, student, vae, drawn, channel_weight)
-
-
-td.CAUSAL_FROM["clips"] = loss_on_clips
 
 
 def corrupt_context(x0, first):
@@ -580,7 +575,7 @@ def training_tables(clip, half):
     students = [{"distil": how} for how in ways]
     students += [{"distil": Distillation(), "sink_decay": 0.9}]         # EMA-Sink in streaming alone
     students += [{"measure": eval_row, "model": model} for model in ("causal", "student")]
-    starts = [Start(causal_from=way, seed=seed) for seed in (0, 1) for way in td.CAUSAL_FROM]
+    starts = [Start(causal_from=way, seed=seed) for seed in (0, 1) for way in CAUSAL_FROM]
     started = grid(model=("causal", "student"), start=starts)
     lessons = (Lesson(200, start=True), Lesson(200, start=True, harm=True))
     harmed = grid(teach=lessons, change=(None, "jittered", "late", "broken"))

@@ -3,22 +3,23 @@ folder, tells files by their content and puts damaged checkpoints aside. train_d
 without it too. Shapes are those of motionstream.py."""
 
 import contextlib
+import dataclasses
 import functools
-import importlib
 import json
 import math
 import os
 import socket
 import zipfile
 import zlib
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import train_distill as td
 from extras.checkpoints import check_config, check_limits, refuse
-from motionstream import (CLIP_ROWS, FRAMES, UserError, naming, reason_of, schedule,
+from motionstream import (CLIP_ROWS, FRAMES, UserError, latent_frames, naming, reason_of, schedule,
                           write_file)
 from sample import inspect
 
@@ -86,15 +87,27 @@ SWITCHES = ("track_what_moves", "corrupt_context", "neutral_long_rollouts", "sha
 SOURCE = "the training (--set)"     # of a setting, in messages
 
 
-def check_flags(stage, steps, reward, memory, data, vae):
-    """UserError, one line, for flags that do not go together. stage: one, or "all"; the others are
-    None if not given."""
+CAUSAL_FROM = ("trajectories", "rollouts", "clips")         # see train_distill.loss_of_causal
+
+
+# Latent frames of the shortest clip that a model is trained on: the tiny model's 12.
+LEAST_LATENTS = latent_frames(td.TINY.clip_frames)
+
+
+def check_flags(flags):
+    """UserError, one line, for flags (what train_distill.parse returns) that do not go together."""
+    stage = flags.stage
+    memory = flags.memory
+    data = flags.data
+    vae = flags.vae
     distills = stage in ("all", "distill")
     streams = stage in ("all", "causal", "distill")
     for wrong, cure in [
-        (steps and stage == "all", "--steps needs --stage with one training stage"),
-        (reward and not distills, "--reward needs --stage distill"),
+        (flags.steps and stage == "all", "--steps needs --stage with one training stage"),
+        (flags.reward and not distills, "--reward needs --stage distill"),
         (memory and not streams, "--memory needs --stage causal or distill"),
+        (memory and memory["chunk"] > LEAST_LATENTS,
+         f"--memory: a chunk is of 1 to {LEAST_LATENTS} latent frames"),
         (data and not data.is_dir(), f"--data {data}: no such folder"),
         (vae and stage == "vae", f"--vae {vae}: drop it, or --stage vae"),
         (vae and not vae.is_file(), f"--vae {vae}: no such file"),
@@ -103,18 +116,35 @@ def check_flags(stage, steps, reward, memory, data, vae):
             raise UserError(cure)
 
 
-def check_run(run, stage, vae, dry_run):
-    """UserError, one line, for a Run with which a stage, or "all", cannot be trained. vae: as given
-    by a flag, or None."""
+def check_field(path, value, config, settings):
+    """UserError, one line, if --set gives a value of the wrong type to a field of Config or
+    Settings, "a" or "a.b", or if neither has that field."""
+    thing = settings
+    if path in vars(config):
+        thing = config
+    *outer, name = path.split(".")
+    for each in outer:
+        thing = vars(thing).get(each)
+        if not dataclasses.is_dataclass(thing):
+            raise UserError(f"--set {path}: {each} has no fields")
+    if name not in vars(thing):
+        raise UserError(f"--set {path}: no such field; there are {', '.join(vars(thing))}")
+    now = getattr(thing, name)
+    numbers = isinstance(now, (int, float)) and isinstance(value, (int, float))
+    if not (numbers or now is None or value is None or isinstance(value, type(now))):
+        raise UserError(f"--set {path}={value}: it is {now} now")
+
+
+def check_run(run, flags):
+    """UserError, one line, for a Run with which flags.stage, or "all", cannot be trained."""
+    stage = flags.stage
     check_settings(run)
-    check_inputs(run, stage, vae, dry_run)
+    check_inputs(run, stage, flags.vae, flags.dry_run)
     config = run.config
     settings = run.settings
     check_length(settings.clip_frames, config.chunk, config.first_chunk_size)
-    if settings.causal_from not in td.CAUSAL_FROM:
-        importlib.import_module("extras.experiments")       # adds its own
-    if settings.causal_from not in td.CAUSAL_FROM:
-        known = ", ".join(td.CAUSAL_FROM)
+    if settings.causal_from not in CAUSAL_FROM:
+        known = ", ".join(CAUSAL_FROM)
         raise UserError(f"--set causal_from={settings.causal_from}: is one of {known}")
     solves = stage in ("all", "causal") and settings.causal_from == "trajectories"
     if solves and not set(config.sigmas) <= set(schedule(config.steps, config.shift)):
@@ -147,10 +177,11 @@ def check_settings(run):
 
 
 def check_inputs(run, stage, vae, dry_run):
-    """UserError, one line, for weights, clips and a VAE that cannot be trained on together."""
+    """UserError, one line, for weights, clips and a VAE that cannot be trained on together. vae: as
+    given by a flag, or None."""
     start = run.start
     data = run.data
-    clips = td.clip_files(data) if data else []
+    clips = clip_files(data) if data else []
     has_video = bool(clips) and "video" in td.read_header(clips[0])[0]
     encoded = data and not has_video
     needs_vae = (start or encoded) and not vae
@@ -170,17 +201,22 @@ def check_inputs(run, stage, vae, dry_run):
 def check_length(frames, chunk, first):
     """UserError if clips of so many frames are not whole chunks: `first` latents, then `chunk`
     each."""
-    least = first + math.ceil((td.LEAST_LATENTS - first) / chunk) * chunk
+    least = first + math.ceil((LEAST_LATENTS - first) / chunk) * chunk
     if frames < td.video_frames(least) or (frames - td.video_frames(first)) % (FRAMES * chunk):
         some = [td.video_frames(least + i * chunk) for i in range(3)]
         raise UserError(f"--set clip_frames={frames}: needs whole chunks of {FRAMES * chunk}, the "
                         f"first of {td.video_frames(first)}: {', '.join(map(str, some))}, …")
 
 
+# The weights that a stage starts from.
+PREREQUISITES = {"vae": (), "teacher": ("vae",), "causal": ("vae", "teacher"),
+                 "distill": ("vae", "teacher", "causal"), "decoder": ("vae",)}
+
+
 def check_prerequisites(run, stage):
     """UserError, before a stage starts, if its prerequisite weights are missing or damaged, or
     trained with another chunk, sink or window."""
-    for name in td.PREREQUISITES[stage]:
+    for name in PREREQUISITES[stage]:
         load = run.load_vae if name == "vae" else functools.partial(run.load, name)
         try:
             load()
@@ -199,8 +235,31 @@ def check_prerequisites(run, stage):
 # --------------------------------------------------------------------------------------------------
 # Clips.
 
-def check_clip(file, shapes, config, track_frames):
-    """UserError, one line, if a clip cannot train a model of `config`."""
+def clip_files(folder):
+    """Find the clips in a folder and in all folders below, sorted. Links are followed; each folder
+    counts once, however many links lead to it. UserError if a folder cannot be read."""
+    def refuse(error):
+        raise UserError(f"{error.filename}: {error.strerror}; make it readable, or move it away")
+
+    files = []
+    seen = set()
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if name.lower().endswith(".safetensors") and not name.startswith("."):
+                files.append(Path(place, name))     # macOS puts ._a.safetensors beside a file
+    return sorted(files)
+
+
+def check_clip(file, shapes, metadata, config, track_frames, vae):
+    """UserError, one line, if a clip, see train_distill.read_header, cannot train a model of
+    `config`. track_frames: video frames that its tracks must cover. vae: checksum of the VAE that
+    should have made its latents; None: any may have."""
     height, width = config.size
     h, w = config.latent_size
     expected = {"tracks": (None, None, 2), "visible": (None, None), "group": (None,),
@@ -224,11 +283,6 @@ def check_clip(file, shapes, config, track_frames):
                         f"{track_frames}; extend them, or lower --rollout")
     if shapes["text"][0] > config.text_len:
         raise UserError(f"{file}: text of {shapes['text'][0]} rows, at most {config.text_len}")
-
-
-def check_latents(file, metadata, vae):
-    """UserError, one line, if a clip's metadata say that its latents are of another VAE than the
-    one with the checksum `vae`. None: of any."""
     made_by = metadata.get("vae")           # extras/clips.py writes it
     if made_by and vae and made_by != str(vae):
         raise UserError(f"{file}: its latents are of another VAE than the one of this training")
@@ -298,7 +352,7 @@ def read_digests(folder, kept):
         with contextlib.suppress(ValueError, TypeError):            # damaged: read all again
             before = dict(json.loads(kept.read_text()))
     now = {}
-    for file in tqdm(td.clip_files(folder), "look at clips", delay=5):
+    for file in tqdm(clip_files(folder), "look at clips", delay=5):
         about = file.stat()
         age = [about.st_size, about.st_mtime_ns]
         name = file.relative_to(folder).as_posix()
@@ -312,8 +366,17 @@ def read_digests(folder, kept):
     return {name: known[2] for name, known in now.items()}
 
 
+def clip_digests(run):
+    """{name: digest} of the clips of --data, read by process 0; {} without --data. Collective."""
+    if not run.data:
+        return {}
+    digests = read_digests(run.data, run.out / "clips.json") if td.RANK == 0 else None
+    td.wait_for_all(td.LATE)
+    return td.from_first(digests)
+
+
 # --------------------------------------------------------------------------------------------------
-# The folder of a training, and its checkpoints.
+# The folder of a training, its log and its checkpoints.
 
 @contextlib.contextmanager
 def own_folder(folder):
@@ -350,6 +413,51 @@ def lock_folder(folder, file):
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
+
+
+def read_log(path):
+    """Rows of a stats.jsonl, without lines that a crash cut off or that train_distill.Loop did not
+    write."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and {"stage", "step", "seconds"} <= row.keys():
+                rows.append(row)
+    return rows
+
+
+def drop_rows(path, stage, begin):
+    """Delete a stage's rows from update `begin` on: the checkpoint lacks these updates, so they
+    are run and logged again."""
+    text = ""
+    for row in read_log(path):
+        if row["stage"] != stage or row["step"] < begin:
+            text += json.dumps(row) + "\n"
+    write_file(path, lambda part: part.write_text(text))
+
+
+# Settings that may differ on resuming: they do not change what a stage learns. (train_distill.Loop
+# adds the stage's own micro-steps per update.)
+FREE = ("tflops", "checkpoint_minutes", "export_every", "shard_gradients",
+        "vae_accumulate", "teacher_accumulate", "causal_accumulate", "distill_accumulate")
+
+
+def checkpoint_settings(run, stage):
+    """Everything a stage's checkpoint depends on: resuming with other values would mix two
+    trainings. Files are identified by their content, not by path or time. Collective."""
+    settings = {"seed": run.seed} | asdict(run.config) | asdict(run.settings)
+    for name in FREE:
+        settings.pop(name)
+    for name, digest in clip_digests(run).items():
+        settings[f"checksum of {name}"] = digest
+    if run.start:
+        settings["checksum of --weights"] = run.checksum("start")
+    for name in PREREQUISITES[stage]:
+        settings[f"checksum of {name}"] = run.checksum(name)
+    return settings
 
 
 def read_checkpoint(path):

@@ -492,7 +492,7 @@ def test_a_folder_that_cannot_be_read_is_named_and_not_passed_over():
     closed = PermissionError(13, "Permission denied", "clips/private")
     with folder() as here, unittest.mock.patch("os.scandir", side_effect=closed):
         text = "clips/private: Permission denied; make it readable"
-        assert_error(UserError, text, td.clip_files, here)
+        assert_error(UserError, text, guard.clip_files, here)
 
 
 def test_what_cannot_be_made_into_clips_is_refused_in_one_line():

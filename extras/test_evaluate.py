@@ -526,8 +526,8 @@ def test_models_are_opened_where_they_lie():
         assert_error(UserError, "teacher.safetensors", trained.names)
 
 
-LOG = ('{"stage": "teacher", "step": 0, "loss": 2}\n'
-       '{"stage": "teacher", "step": 1, "loss": 1}\n')
+LOG = ('{"stage": "teacher", "step": 0, "seconds": 1, "loss": 2}\n'
+       '{"stage": "teacher", "step": 1, "seconds": 1, "loss": 1}\n')
 
 
 def test_a_preview_shows_the_truth_and_what_each_model_makes_of_it():

@@ -9,7 +9,6 @@ import time
 import torch
 from safetensors.torch import load_file, save_file
 
-import train_distill as td
 from extras import guard
 from extras.testing import assert_error, folder, new_model, public, saved, shards
 from motionstream import UserError
@@ -89,7 +88,7 @@ def test_damaged_notes_of_a_training_are_passed_over():
     with folder() as here:
         log = here / "stats.jsonl"
         log.write_bytes(b"\xff\n5\n{}\n[1]\n" + json.dumps(row).encode() + b'\n{"stage": "v')
-        assert td.read_log(log) == [row]
+        assert guard.read_log(log) == [row]
         clips = here / "clips"
         clips.mkdir()
         saved(clips / "a.safetensors", new_model())

@@ -3,16 +3,14 @@
 import contextlib
 import itertools
 import json
-import sys
 import unittest.mock
 from collections import Counter
 from dataclasses import replace
 
 import torch
 
-import extras
 import train_distill as td
-from extras import evaluate, experiments, watch
+from extras import evaluate, experiments, guard, watch
 from extras.evaluate import Trained
 from extras.testing import (SMALL, assert_near, clip_of, folder, new_model, new_tracks, new_vae,
                             own_flags, quiet, rand, same, saved)
@@ -136,7 +134,7 @@ def test_sparse_tracks_reach_the_teacher_the_trajectories_the_causal_student_and
     def nothing(visible, group, tracks):
         return torch.zeros_like(visible)
 
-    for stage, start in itertools.product(STAGES, td.CAUSAL_FROM):
+    for stage, start in itertools.product(STAGES, guard.CAUSAL_FROM):
         if start != "trajectories" and stage != "causal":
             continue
         more = ["--set", "p_sparse=1", "--set", "dense_share=0", "--set", f"causal_from={start}",
@@ -193,7 +191,7 @@ def test_a_rollout_in_training_does_not_cache_its_last_chunk_and_has_the_same_bi
             torch.manual_seed(0)
             with counted_passes() as count:
                 x0, _, _ = td.generated_clip(run, generator, None, files, plan, grad)
-            assert count == {True: run.clip_chunks - 1, False: run.clip_chunks * (plan[1] + 1)}
+            assert count == {True: run.clip_chunks - 1, False: run.clip_chunks * (plan.exit_step + 1)}
             assert x0.requires_grad == grad
             torch.manual_seed(0)
             kept.clear()
@@ -328,18 +326,6 @@ def test_two_starts_of_two_seeds_are_compared_by_the_experiments():
     assert run.settings.causal_from == "clips"
     assert run.settings.causal_updates == 1
     assert row["psnr"] > 0
-
-
-def test_a_start_of_the_experiments_is_fetched_when_it_is_asked_for():
-    fresh = unittest.mock.patch.dict(sys.modules)
-    package = unittest.mock.patch.object(extras, "experiments", experiments)
-    with folder() as here, fresh, package, unittest.mock.patch.dict(td.CAUSAL_FROM):
-        del sys.modules["extras.experiments"]
-        del td.CAUSAL_FROM["clips"]
-        small_run(here)
-        assert "clips" not in td.CAUSAL_FROM, "not before"
-        small_run(here, ["--set", "causal_from=clips"])
-        assert "clips" in td.CAUSAL_FROM
 
 
 def test_a_start_that_there_is_not_is_refused_in_one_line():
@@ -532,7 +518,7 @@ def test_the_numbers_of_a_student_are_those_of_what_it_makes():
             numbers = watch.student_numbers(run, None, teacher, teacher, Still(), files)
             critic = new_model(2, causal=False)
             other = watch.student_numbers(run, None, teacher, critic, Still(), files)
-    assert plans[0] == (4, 2, run.context), "a whole clip, to the last step"
+    assert plans[0] == td.Plan(4, 2, run.context), "a whole clip, to the last step"
     assert numbers["std_least"] == 0.25
     assert numbers["std_most"] == 3
     assert numbers["moves"] == 2 * (3 + 1 + 1 + 1) / 4

@@ -175,6 +175,10 @@ def test_pauses_are_of_whole_chunks_and_spare_the_first():
     second = silent[:, 17:37]
     assert second.equal(second[:, :1].expand_as(second))
     assert second.any()
+    six = replace(SMALL, first_chunk=6)                 # longer than the others, of 21 frames
+    silent = ~td.dense_subset(visible, True, six).any(2)
+    assert not silent[:, :21].any()
+    assert silent[:, 21:].any()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -320,7 +324,7 @@ def test_matrix_products_are_in_float32_on_a_cpu_and_in_bfloat16_on_a_gpu():
     assert td.compute_dtype("cuda:0") == torch.bfloat16
     run = new_run()
     assert run.dtype == torch.float32
-    assert "dtype" not in td.checkpoint_settings(run, "vae")
+    assert "dtype" not in guard.checkpoint_settings(run, "vae")
     for dtype in torch.float32, torch.bfloat16:
         with replace(run, dtype=dtype).autocast():
             product = rand(4, 4) @ rand(4, 4)
@@ -414,7 +418,7 @@ class Toy:
     def train(self, stop_at=None, nan_at=None, always_save=False):
         """A signal comes in the first micro-step of update stop_at; the losses of update nan_at are
         NaN."""
-        told = patch.object(td, "checkpoint_settings", lambda run, stage: self.settings)
+        told = patch.object(guard, "checkpoint_settings", lambda run, stage: self.settings)
         with quiet() as (out, _), told, keeping_gradients() as self.gradients:
             try:
                 loop = td.Loop(toy_run(self.here, always_save), "toy", self.updates, self.learner)
@@ -591,9 +595,10 @@ def saved_updates(minutes):
     def save(here, stage, updates, settings, learners):
         saved.append(updates)
 
-    stubs = patch.multiple(td, checkpoint_settings=lambda run, stage: {}, save_checkpoint=save)
+    stubs = patch.multiple(td, save_checkpoint=save)
+    settings = patch.object(guard, "checkpoint_settings", lambda run, stage: {})
     clock = patch.object(td.time, "time", lambda: now[0])
-    with folder() as here, quiet(), stubs, clock:
+    with folder() as here, quiet(), stubs, settings, clock:
         run = toy_run(here)
         run.settings = replace(run.settings, checkpoint_minutes=minutes)
         for _ in td.Loop(run, "toy", 5, linear_learner()):
@@ -604,7 +609,7 @@ def saved_updates(minutes):
 def test_checkpoints_are_as_often_as_is_said_and_how_often_may_change():
     assert saved_updates(5) == [5]
     assert saved_updates(1.6) == [2, 4, 5]
-    told = td.checkpoint_settings(new_run(), "vae")
+    told = guard.checkpoint_settings(new_run(), "vae")
     assert not told.keys() & {"checkpoint_minutes", "export_every", "tflops"}
     assert "batch" in told
 
@@ -855,9 +860,10 @@ def drawn_numbers(passes, rank=0, processes=1):
     gone through so often."""
     drawn = {}
     learner = SimpleNamespace(name="toy", accumulate=4 // processes, state_dict=dict)
-    stubs = patch.multiple(td, RANK=rank, PROCESSES=processes, checkpoint_settings=lambda run, stage: {},
-                           mean_processes=lambda tensor: tensor, from_first=lambda value: value)
-    with folder() as here, quiet(), stubs:
+    stubs = patch.multiple(td, RANK=rank, PROCESSES=processes, mean_processes=lambda tensor: tensor,
+                           from_first=lambda value: value)
+    settings = patch.object(guard, "checkpoint_settings", lambda run, stage: {})
+    with folder() as here, quiet(), stubs, settings:
         loop = td.Loop(toy_run(here), "toy", 2, learner)
         for _ in loop:
             for i in itertools.chain(*[loop.micro_steps() for _ in range(passes)]):
@@ -1102,7 +1108,7 @@ def made_folders(here, vae, *flags):
     with patch("extras.world.write_clips", make):
         td.training_clips(run, 12)
     folders = {path for path in here.iterdir() if path.is_dir()}
-    return folders, td.checkpoint_settings(run, "teacher")
+    return folders, guard.checkpoint_settings(run, "teacher")
 
 
 def test_what_is_made_is_named_by_what_made_it():
@@ -1125,7 +1131,7 @@ def test_what_is_made_is_named_by_what_made_it():
 def told(here, data):
     """(What checkpoints of a training on `data` depend on, its clips)."""
     run = td.resolve(td.parse(own_flags(here, data)))
-    return td.checkpoint_settings(run, "teacher"), td.training_clips(run, 12)
+    return guard.checkpoint_settings(run, "teacher"), td.training_clips(run, 12)
 
 
 def test_clips_are_told_by_what_they_hold_and_not_by_age_or_place():
@@ -1357,7 +1363,7 @@ def test_rollouts_under_drawn_memory_are_judged_as_whole_clips():
         before_distillation(here)
         flags = distill_flags(here, 80, "--rollout", 8, "--set", "critic_steps=1000000000")
         with quiet():
-            td.distill(new_run(*flags, *FEW), plan_of=draw_memory)
+            td.distill(new_run(*flags, *FEW), draw_plan=draw_memory)
         config = MotionStream.from_pretrained(here / "student.safetensors").config
     found = set(contexts)
     assert len(DRAWN_MEMORIES) == 36
@@ -1445,7 +1451,7 @@ def test_a_copy_without_extras_trains_on_encoded_clips():
         assert ran.returncode == 0, ran.stderr
         assert len(log_of(here / "runs/out")) == 3
         assert (here / "runs/out/student.safetensors").exists()
-    assert ran.stdout.count("extras/guard.py is not there") == 1
+    assert ran.stdout.count("extras/guard.py is missing") == 4, "once a start"
     assert "distill.0000001.checkpoint.pt: resumed at update 1" in ran.stdout
     assert "error: without extras/, give --data FOLDER of encoded clips" in ran.stderr
 
@@ -1655,10 +1661,12 @@ REFUSED_FLAGS = {
     "--memory c3s1w1 --stage teacher": "--memory needs --stage causal or distill",
     "--steps 9": "--steps needs --stage",
     "--memory 3,1,1": "argument --memory: '3,1,1' is not like c3s1w1",
-    "--memory c13s1w1": "argument --memory: c13s1w1 is not chunk 1 to 12",
+    "--memory c13s1w1": "--memory: a chunk is of 1 to 12 latent frames",
     "--set batch": "argument --set: batch is not like field=value",
     "--set batches=3": "--set batches: no such field; there are clip_frames, ",
-    "--set teacher.rate=3": "--set rate: no such field; there are muon, adam",
+    "--set teacher.rate=3": "--set teacher.rate: no such field; there are muon, adam",
+    "--set batch.size=3": "--set batch.size: batch has no fields",
+    "--set teacher=3": "--set teacher=3: it is Learning(muon=",
     "--set batch=many": "--set batch=many: it is 4 now",
     "--set batch=0": "the training (--set): batch is 0 in its config; expected int from 1 to",
     "--set batch=2.5": "(--set): batch is 2.5 in its config; expected int",

@@ -8,6 +8,7 @@ import statistics
 import torch
 
 import train_distill as td
+from extras.guard import read_log
 from motionstream import (FRAMES, channel_std, inside_picture, motion_inputs, same_sigma, to_x0,
                           track_ids, with_first)
 from sample import ASSETS
@@ -30,7 +31,7 @@ def unusual(run):
 def logged_rows(path):
     """{stage: its rows} of a stats.jsonl."""
     rows = {}
-    for row in td.read_log(path):
+    for row in read_log(path):
         rows.setdefault(row["stage"], []).append(row)
     return rows
 
@@ -179,7 +180,7 @@ def student_numbers(run, generator, teacher, critic, vae, files):
     by sigma; smallest and largest standard deviation of a latent channel, relative to the data's;
     mean change between successive latents; share of saturated pixels."""
     torch.manual_seed(0)
-    plan = run.clip_chunks, len(run.config.sigmas) - 1, run.context
+    plan = td.Plan(run.clip_chunks, len(run.config.sigmas) - 1, run.context)
     x0, conditions, _ = td.generated_clip(run, generator, vae, files, plan, grad=False)
     first_latent = td.first_latent_of(run.config, x0)
     variance = x0.square().mean((0, 2, 3, 4))                   # (C,)
