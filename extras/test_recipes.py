@@ -127,9 +127,10 @@ def test_every_network_learns_by_its_own_settings():
     more = []
     for i, name in enumerate(["teacher", "causal", "generator", "critic"]):
         more += ["--set", f"{name}.adam={i + 1}e-5", "--set", f"{name}.warm_up={i + 2}"]
-    with folder() as here, watched("Learner") as calls:
+    with folder() as here, watched("Learner") as calls, watched("drop") as drops:
         run = small_run(here, more)
         train(here, STAGES, more)
+    assert len(drops) == 2, "tracks and text, for the teacher alone"
     for call in calls:
         assert call.args[2] == getattr(run.settings, call.args[0])
     assert [call.args[0] for call in calls] == ["teacher", "causal", "generator", "critic"]
