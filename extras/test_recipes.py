@@ -99,6 +99,42 @@ def test_the_share_of_uniform_noise_levels_reaches_the_teacher():
 
 
 # --------------------------------------------------------------------------------------------------
+# Settings reach what they are of.
+
+def test_shares_and_weights_reach_the_teachers_loss():
+    more = ["--set", "p_no_text=0.25", "--set", "p_no_tracks=0.75", "--set", "track_weight=2.5"]
+    with folder() as here, watched("drop") as drops, watched("flow_loss") as losses:
+        train(here, ["teacher"], more + ["--set", "dense_share=1"])
+    assert [call.args[1] for call in drops] == [0.75, 0.25]
+    cell_weight = losses[0].args[5]
+    assert set(cell_weight.unique().tolist()) == {1.0, 3.5}
+
+
+def test_beta_reaches_the_weight_of_a_rewarded_clip():
+    x0 = rand(2, SMALL.out_dim, 3, *SMALL.latent_size)
+    with folder() as here:
+        run = small_run(here, ["--set", "beta=2"])
+    run = replace(run, reward=lambda video, told: torch.tensor([1.0, 3.0]))
+    with torch.no_grad():
+        weight, reward = td.reward_weight(run, new_vae(), x0, {}, {})
+    assert_near(weight.flatten(), torch.tensor([0.5, 1.5]).exp(), 1e-6)
+    assert reward == 2
+
+
+def test_every_network_learns_by_its_own_settings():
+    more = []
+    for i, name in enumerate(["teacher", "causal", "generator", "critic"]):
+        more += ["--set", f"{name}.adam={i + 1}e-5", "--set", f"{name}.warm_up={i + 2}"]
+    with folder() as here, watched("Learner") as calls, watched("drop") as drops:
+        run = small_run(here, more)
+        train(here, STAGES, more)
+    assert len(drops) == 2, "tracks and text, for the teacher alone"
+    for call in calls:
+        assert call.args[2] == getattr(run.settings, call.args[0])
+    assert [call.args[0] for call in calls] == ["teacher", "causal", "generator", "critic"]
+
+
+# --------------------------------------------------------------------------------------------------
 # Sparse and empty motion.
 
 def given_counts(run, clips=200, dense=False):

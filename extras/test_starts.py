@@ -250,6 +250,10 @@ def test_texts_are_stored_without_their_padding():
     assert clips.without_padding(text).equal(text[:7])
     assert clips.without_padding(torch.zeros(512, 12)).shape == (0, 12)
     assert clips.without_padding(text[:7]).equal(text[:7])
+    job = clips.Job(None, None, SMALL, 9, "cpu")
+    video = torch.zeros(3, 9, 32, 48, dtype=torch.uint8)
+    made = clips.encode_clip(job, None, {"video": video, "text": text})
+    assert made["text"].equal(text[:7])
 
 
 def test_latents_in_bfloat16_are_nearly_those_in_float32_and_another_file():
