@@ -255,8 +255,10 @@ def load_image(path):
         if image.mode == "F":
             raise ValueError("its pixels are floats, of which no value is known to be white")
         if image.mode.startswith("I"):      # 16 bits: convert() would clip, not scale
-            levels = np.asarray(image).clip(0, 65535) / 257
-            image = Image.fromarray(levels.round().astype(np.uint8))
+            levels = np.asarray(image)
+            if levels.min() < 0 or levels.max() > 65535:
+                raise ValueError("its pixels are integers of more than 16 bits")
+            image = Image.fromarray((levels / 257).round().astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, "white")

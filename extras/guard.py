@@ -138,6 +138,8 @@ def check_field(path, value, config, settings):
 def check_run(run, flags):
     """UserError, one line, for a Run with which flags.stage, or "all", cannot be trained."""
     stage = flags.stage
+    if run.out.exists() and not run.out.is_dir():
+        raise UserError(f"--out {run.out}: is a file; give it a folder's name")
     check_settings(run)
     check_inputs(run, stage, flags.vae, flags.dry_run)
     config = run.config

@@ -9,6 +9,7 @@ import time
 import torch
 from safetensors.torch import load_file, save_file
 
+import train_distill as td
 from extras import guard
 from extras.testing import assert_error, folder, new_model, public, saved, shards
 from motionstream import UserError
@@ -98,3 +99,10 @@ def test_damaged_notes_of_a_training_are_passed_over():
         for text in "5", "[1]", "{", '{"a.safetensors": 5}', json.dumps({"a.safetensors": age}):
             kept.write_text(text)
             assert guard.read_digests(clips, kept) == expected, text
+
+
+def test_a_file_in_place_of_the_output_folder_is_named():
+    with folder() as here:
+        (here / "notes.txt").write_text("mine")
+        flags = td.parse(["--out", str(here / "notes.txt")])
+        assert_error(UserError, "notes.txt: is a file", td.resolve, flags)

@@ -176,6 +176,13 @@ def test_images_of_every_mode_come_out_right():
             assert np.array_equal(np.asarray(read), expected), path.name
 
 
+def test_a_picture_of_more_than_16_bits_is_refused():
+    with folder() as here:
+        Image.fromarray(np.full((20, 30), 2 ** 20, np.int32)).save(here / "deep.tif")
+        message = "more than 16 bits"
+        assert_error(sample.UserError, message, sample.load_image, here / "deep.tif")
+
+
 def failing_video(here, read_back):
     """Write three frames, of which `read_back` frames can be read again."""
     frame = np.zeros((256, 256, 3), np.uint8)
