@@ -1127,8 +1127,10 @@ class CopyingMotionStream(MotionStream):
     def __init__(self, config):
         super().__init__(config)
         # A fresh model predicts 0.8 of the moved latents and 0.2 of the image's own.
-        bias = self.head.head.bias.data.view(math.prod(config.patch_size), -1)
-        bias[:, -SHARES:] = torch.tensor([0.8, 0.2])
+        with torch.no_grad():
+            bias = self.head.head.bias.view(math.prod(config.patch_size), -1)
+            bias[:, -2] = 0.8
+            bias[:, -1] = 0.2
 
     def forward(self, x, sigma, text=None, *, tracks=None, copies=None, image=None, **rest):
         """As in MotionStream, plus copies (B, copy_dim, F, h, w) from copy_along_tracks, None:
