@@ -1191,6 +1191,13 @@ def test_processes_wait_equally_often_whatever_each_has_to_make():
         assert len(made) == count
 
 
+def test_who_waits_for_another_process_gives_up_within_half_an_hour():
+    with (patch.object(td, "PROCESSES", 2), patch.object(td.dist, "init_device_mesh"),
+          patch.object(td.dist, "init_process_group") as joined):
+        td.join_processes("cpu")
+    assert joined.call_args.kwargs["timeout"].total_seconds() <= 1800
+
+
 def damaged_clips(file):
     """(What is said of it, tensors in the place of the clip in `file`)."""
     clip = load_file(file)
