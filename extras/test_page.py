@@ -1110,6 +1110,12 @@ class Tab:
         """(left, top, width, height)."""
         return self.run(f"(b => [b.x, b.y, b.width, b.height])({element}.getBoundingClientRect())")
 
+    def is_laid_out(self):
+        """Whether the picture stays where it is, so that a place in it can be hit."""
+        before = self.box("marks")
+        time.sleep(0.2)
+        return before == self.box("marks")
+
     def drag(self, begin, end, steps=12):
         """With the mouse, between two places that are fractions of the picture."""
         left, top, width, height = self.box("marks")
@@ -1173,6 +1179,7 @@ def browsing(page, width=1280):
     try:
         tab("Page.navigate", url=f"http://{page.host}/{page.token}/")
         tab.until("typeof view === 'object' && view !== null && seen !== ''")
+        wait_until(tab.is_laid_out)
         yield tab
     finally:
         chromium().call("Target.closeTarget", {"targetId": tab.target})

@@ -12,6 +12,7 @@ import torch
 import train_distill as td
 from extras import evaluate, experiments, guard, watch
 from extras.evaluate import Trained
+from extras.reward_forcing import clip_weight
 from extras.testing import (SMALL, assert_near, clip_of, folder, new_model, new_tracks, new_vae,
                             own_flags, quiet, rand, same, saved)
 from motionstream import PRESETS, MotionStream, add_noise, rollout, schedule, shift_sigma
@@ -116,7 +117,7 @@ def test_beta_reaches_the_weight_of_a_rewarded_clip():
         run = small_run(here, ["--set", "beta=2"])
     run = replace(run, reward=lambda video, told: torch.tensor([1.0, 3.0]))
     with torch.no_grad():
-        weight, reward = td.reward_weight(run, new_vae(), x0, {}, {})
+        weight, reward = clip_weight(run, new_vae(), x0, {}, {})
     assert_near(weight.flatten(), torch.tensor([0.5, 1.5]).exp(), 1e-6)
     assert reward == 2
 
