@@ -110,6 +110,11 @@ class Client:
                 found.append((int(self.seen), int(answer.headers["Seq"])))
         return found
 
+    def until_obeyed(self):
+        """See frames until one obeys the latest post: a new take may be late."""
+        while self.watch()[0][1] < self.seq:
+            pass
+
 
 def group(rows, kind="drag", path=()):
     """A group of points, as the page posts it."""
@@ -976,6 +981,7 @@ def record_another_image(page):
     answer = page.ask("control", png.getvalue(), {"Content-Type": "image/png"})
     assert answer.code == 200
     page.control([(31.2, 22.4)], take=1, chunk=1)
+    page.until_obeyed()
     page.watch(8)
     points = [(35.2, 22.4, 31.2, 22.4, 31.2, 22.4), (3, 3), (150, 20, 20, 20, 20, 20)]
     page.control(points, take=1, chunk=1, prompt="spinning shapes")
@@ -985,9 +991,11 @@ def record_another_image(page):
 def record_from_the_middle(page):
     """Without any point first; then the rest of another take, from its middle on."""
     page.control(take=2)
+    page.until_obeyed()
     page.watch(15)
     page.control([(9.3, 8.2)], take=3, record=False)
-    page.watch(35)                                              # some are of the take before
+    page.until_obeyed()
+    page.watch(20)
     page.control([(9.3, 8.2)], take=3, record=True)
     page.watch(10)
 
