@@ -282,6 +282,8 @@ class KVCache:
     its slot, which changes as others are evicted."""
 
     def __init__(self, sink, window):
+        possible = sink >= 0 and (window is None or window >= 0)
+        assert possible, f"sink {sink}, window {window}: expected 0 or more chunks"
         self.sink = sink
         self.window = window
         self.chunks = []        # of (k, v), each (B, L, heads, K), oldest first
@@ -856,6 +858,7 @@ def euler(model, noise, conditions, first_latent=None, null_text=None):
 def chunk_sizes(config, frames=math.inf):
     """Sizes of the chunks in latent frames: config.first_chunk_size, then config.chunk, endlessly
     or up to `frames` in total, where the last chunk may be shorter."""
+    assert config.chunk >= 1, f"chunk {config.chunk}, expected 1 or more"
     size = config.first_chunk_size
     while frames > 0:
         yield min(size, frames)
@@ -1051,6 +1054,7 @@ def copy_along_tracks(vae, image, tracks, visible, start):
     nothing. T % 4 == 1 starts a clip, T % 4 == 0 continues one: concatenated chunks equal the whole
     clip."""
     H, W = image.shape[2:]
+    check_shape("image", image, (len(tracks), 3, H, W))
     visible = visible & start.isfinite().all(2)[:, None]
     tracks = F.pad(tracks, (0, 0, 0, 1))        # one more track, never visible, so that N = 0
     visible = F.pad(visible, (0, 1))            # is no special case

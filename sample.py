@@ -133,7 +133,12 @@ def motion_conditions(model, vae, image, motion):
 def chunk_conditions(model, vae, image, motion, encoded, channels=None):
     """The model's keyword arguments by chunk, made lazily. motion: an iterator of a Motion per
     chunk. channels: the image channels of the first chunk, see image_inputs."""
-    for part in motion:
+    for number, part in enumerate(motion):
+        frames = part.tracks.shape[1]
+        odd = 1 if number == 0 else 0       # frame 0 has a latent of its own
+        assert frames % FRAMES == odd, (
+            f"chunk {number} has tracks of {frames} frames; the first chunk takes 4 chunk - 3, "
+            "later ones 4 chunk")
         text = encoded.text if part.text is None else part.text.to(image.device)
         inputs = motion_conditions(model, vae, image, part)
         yield {"text": text, "image": channels, "clip": encoded.clip} | inputs

@@ -41,10 +41,10 @@ import torch.nn.functional as F
 import train_distill as td
 from extras.testing import (COPYING, HERE, SMALL, all_equal, assert_error, assert_near, clip_of,
                             new_model, new_tracks, part_of, rand, rand_like, randomised, seeded)
-from motionstream import (PRESETS, KVCache, MotionStream, TrackHead, add_noise, apply_rope, euler,
-                          guided_velocity, joint_guidance, latent_frames, rollout, rope_table,
-                          schedule, shift_sigma, sinusoid, split_conditions, start_points, to_x0,
-                          track_ids, video_frames, with_first)
+from motionstream import (PRESETS, KVCache, MotionStream, TrackHead, add_noise, apply_rope,
+                          chunk_sizes, euler, guided_velocity, joint_guidance, latent_frames,
+                          rollout, rope_table, schedule, shift_sigma, sinusoid, split_conditions,
+                          start_points, to_x0, track_ids, video_frames, with_first)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -498,6 +498,14 @@ def test_after_eviction_the_cache_holds_exactly_sink_and_last_window():
     check_eviction(sink=3, window=3, tokens=14)
     check_eviction(sink=1, window=None, tokens=6)               # nothing is evicted
     check_eviction(sink=0, window=0, tokens=2)                  # nothing is kept
+
+
+def test_sizes_of_memory_that_cannot_be_are_refused():
+    for sink, window in (-1, 1), (1, -1), (-1, None):
+        said = f"sink {sink}, window {window}: expected 0 or more chunks"
+        assert_error(AssertionError, said, KVCache, sink, window)
+    sizes = chunk_sizes(replace(SMALL, chunk=0, first_chunk=1))
+    assert_error(AssertionError, "chunk 0, expected 1 or more", next, sizes)
 
 
 def test_a_copy_of_a_cache_stays_as_it_was():

@@ -378,6 +378,18 @@ def test_the_stream_hands_the_track_head_the_whole_motion():
     assert_near(torch.cat(parts, 2), whole, 1e-6)
 
 
+def test_a_stream_refuses_tracks_of_another_length_than_its_chunk():
+    """A chunk of 4 k frames continues a clip, one of 4 k - 3 starts it."""
+    model = new_model()
+    image = rand(1, 3, 32, 48)
+    for lengths, number, frames in ((12, 12, 12), 0, 12), ((9, 9, 9), 1, 9), ((9, 12, 13), 2, 13):
+        motion = [new_motion(length, 3, batch=1) for length in lengths]
+        chunks = sample.chunk_conditions(model, None, image, motion, sample.Encoded())
+        assert len(list(itertools.islice(chunks, number))) == number
+        said = f"chunk {number} has tracks of {frames} frames; the first chunk takes 4 chunk - 3"
+        assert_error(AssertionError, said, next, chunks)
+
+
 def seen_of_two_chunks(make, model, vae):
     """What the model is called with while two chunks are made: (x, sigma, image)."""
     seen = []
