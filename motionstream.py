@@ -91,7 +91,10 @@ def with_first(x_t, sigma, first_latent):
 
 
 def joint_guidance(v_full, v_notext, v_nomotion, w_text, w_motion):
-    """Joint text and motion guidance (eq. 2) of three velocities; v_full if both weights are 0."""
+    """Joint text and motion guidance (eq. 2) of three velocities.
+
+    Weights that sum to 1 give v_full back: no guidance. 0, 0 means the same here; guided_velocity
+    then skips the other two evaluations."""
     if w_text == w_motion == 0:
         return v_full
     share = w_text / (w_text + w_motion)
@@ -144,7 +147,8 @@ class Config:
     shift: float = 5.0
     sigmas: tuple = schedule(3, 5.0)    # the student's noise levels; the paper gives none
     steps: int = 50             # the teacher's Euler steps
-    guidance: tuple = (3.0, 1.5)        # w_text, w_motion (section 3.1), also in DMD's real score
+    # w_text, w_motion (section 3.1), also in DMD's real score; of sum 1, or 0, 0: no guidance
+    guidance: tuple = (3.0, 1.5)
     chunk: int = 3              # latent frames per chunk
     first_chunk: int | None = None      # size of the first chunk, None: `chunk`
     sink: int = 1               # chunks at the start that are never evicted
@@ -811,29 +815,33 @@ def without(conditions, *names):
 
 
 def guided_velocity(model, x_t, sigma, conditions, guidance, null_text=None):
-    """Velocity under guidance (w_text, w_motion). One batch holds the clips with all conditions,
-    without text and without motion; a variant of weight 0 is left out. null_text: the text
-    embedding of the variant without text, as many rows as the text has; None: zeros."""
+    """Velocity under guidance (w_text, w_motion), see joint_guidance. One batch holds the clips
+    with all conditions, without text and without motion; a variant of weight 0 is left out, as is
+    the one without text if none is given. null_text: the text embedding of the variant without
+    text, as many rows as the text has; None: zeros."""
     w_text, w_motion = guidance
     if w_text == 0 and w_motion == 0:
         return model(x_t, sigma, **conditions)
     given = {name: value for name, value in conditions.items() if value is not None}
-    variants = [given]
-    if w_text:
+    variants = {"full": given}
+    if w_text and "text" in given:
         no_text = without(given, "text")
-        if null_text is not None and "text" in given:
+        if null_text is not None:
             check_shape("null_text", null_text[:1], given["text"][:1].shape)
             no_text["text"][:] = null_text
-        variants.append(no_text)
+        variants["no_text"] = no_text
     if w_motion:
-        variants.append(without(given, "tracks", "copies"))
+        variants["no_motion"] = without(given, "tracks", "copies")
 
     n = len(variants)
     batch = {}
     for name in given:
-        batch[name] = torch.cat([variant[name] for variant in variants])
-    v = model(torch.cat([x_t] * n), torch.cat([sigma] * n), **batch).chunk(n)
-    return joint_guidance(v[0], v[1], v[-1], w_text, w_motion)      # weight 0 drops its variant
+        batch[name] = torch.cat([variant[name] for variant in variants.values()])
+    velocities = model(torch.cat([x_t] * n), torch.cat([sigma] * n), **batch).chunk(n)
+    v = dict(zip(variants, velocities))
+    v_notext = v.get("no_text", v["full"])          # left out: of weight 0, or equal to v_full
+    v_nomotion = v.get("no_motion", v["full"])
+    return joint_guidance(v["full"], v_notext, v_nomotion, w_text, w_motion)
 
 
 def euler(model, noise, conditions, first_latent=None, null_text=None):

@@ -829,6 +829,7 @@ def test_joint_guidance_equals_the_expanded_algebra():
     motion_alone = no_motion + 2 * (full - no_motion)
     assert_near(guided(0.0, 2.0), motion_alone, 1e-12)
     assert guided(0, 0) is full
+    assert_near(guided(0.25, 0.75), full, 1e-12)                # of sum 1: no guidance
 
 
 def assert_guided(model, x, given, no_text, no_motion):
@@ -878,6 +879,19 @@ def test_guidance_by_one_weight_is_two_evaluations():
         guided_velocity(model, x, torch.ones(2), given, guidance)
         batch = model.call_args.args[0]
         assert len(batch) == 2 * count, guidance
+
+
+def test_without_a_text_there_is_no_evaluation_without_text():
+    x, given, _ = clip_of(3)
+    given["text"] = None
+    model = unittest.mock.Mock(wraps=new_model())
+    sigma = torch.ones(2)
+    found = guided_velocity(model, x, sigma, given, (3.0, 1.5))
+    batch = model.call_args.args[0]
+    assert len(batch) == 2 * 2
+    full = model(x, sigma, **given)
+    no_motion = model(x, sigma)
+    assert_near(found, joint_guidance(full, full, no_motion, 3.0, 1.5), 1e-5)
 
 
 def test_guidance_never_leaves_out_the_image():
