@@ -372,10 +372,10 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of the video's tokens to the text and, in weights with an image branch, to the
-    image: two attentions, added before the shared output projection. No RoPE."""
+    """Attention of the video's tokens to the text and, in weights with an image branch, to CLIP's
+    features of the image: two attentions, added before the shared output projection. No RoPE."""
 
-    def __init__(self, dim, num_heads, eps, has_image):
+    def __init__(self, dim, num_heads, eps, has_clip):
         super().__init__()
         self.num_heads = num_heads
         self.q = nn.Linear(dim, dim)
@@ -384,20 +384,20 @@ class CrossAttention(nn.Module):
         self.o = nn.Linear(dim, dim)
         self.norm_q = RMSNorm(dim, eps)
         self.norm_k = RMSNorm(dim, eps)
-        if has_image:
+        if has_clip:
             self.k_img = nn.Linear(dim, dim)
             self.v_img = nn.Linear(dim, dim)
             self.norm_k_img = RMSNorm(dim, eps)
 
-    def forward(self, x, text, image=None):
-        """x (B, L, D) to (B, L, D); text (B, text_len, D); image (B, CLIP_ROWS, D)."""
+    def forward(self, x, text, clip=None):
+        """x (B, L, D) to (B, L, D); text (B, text_len, D); clip (B, CLIP_ROWS, D)."""
         heads = (self.num_heads, -1)
         q = self.norm_q(self.q(x)).unflatten(2, heads)                  # (B, L, heads, K)
         k = self.norm_k(self.k(text)).unflatten(2, heads)
         y = attend(q, k, self.v(text).unflatten(2, heads))
-        if image is not None:
-            k = self.norm_k_img(self.k_img(image)).unflatten(2, heads)
-            y = y + attend(q, k, self.v_img(image).unflatten(2, heads))
+        if clip is not None:
+            k = self.norm_k_img(self.k_img(clip)).unflatten(2, heads)
+            y = y + attend(q, k, self.v_img(clip).unflatten(2, heads))
         return self.o(y)
 
 
@@ -424,8 +424,8 @@ class Block(nn.Module):
             nn.Linear(c.dim, c.ffn_dim), nn.GELU("tanh"), nn.Linear(c.ffn_dim, c.dim))
         self.modulation = nn.Parameter(torch.empty(1, 6, c.dim))
 
-    def forward(self, x, time, rope, text, image=None, cache=None, write=False):
-        """x (B, F, P, D) float32; time (B, 1 or F, 6, D); text, image (B, rows, D)."""
+    def forward(self, x, time, rope, text, clip=None, cache=None, write=False):
+        """x (B, F, P, D) float32; time (B, 1 or F, 6, D); text, clip (B, rows, D)."""
         dtype = self.ffn[0].weight.dtype
         modulation = (self.modulation + time).unsqueeze(2)              # (B, 1 or F, 1, 6, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(3)
@@ -435,7 +435,7 @@ class Block(nn.Module):
         x = torch.addcmul(x, gate1, y.view_as(x))
 
         y = self.norm3(x).to(dtype)
-        y = self.cross_attn(y.flatten(1, 2), text, image)
+        y = self.cross_attn(y.flatten(1, 2), text, clip)
         x = x + y.view_as(x)
 
         y = modulate(self.norm2(x), shift2, scale2).to(dtype)
@@ -652,9 +652,10 @@ class MotionStream(nn.Module):
         """The velocity (B, out_dim, F, h, w), float32, of noised latents x at sigma (B,) or (B, F).
 
         text (B, L, text_dim), None: the null text; tracks (B, track_dim, F, h, w) from
-        track_features, None: all hidden; image: the image's channels, see image_inputs, None:
-        zeros; clip (B, CLIP_ROWS, clip_dim). caches=None: bidirectional. Otherwise each layer
-        attends to [cache | new]; only write=True changes the caches."""
+        track_features, None: all hidden; image: channels made of it, not pixels, see image_inputs,
+        None: zeros; clip (B, CLIP_ROWS, clip_dim): CLIP's features of it. caches=None:
+        bidirectional. Otherwise each layer attends to [cache | new]; only write=True changes the
+        caches."""
         c = self.config
         check_latents(c, x, sigma)
         tracks = condition_or_zeros("tracks, see track_features:", tracks, c.track_dim, x)
