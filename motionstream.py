@@ -7,7 +7,8 @@ pattern: each chunk attends to the first chunk, to the latest one and to itself.
     cache slots     [   0    ]           [    1     ][    2    ]   RoPE positions are slots: bounded
 
 The paper is MotionStream, arXiv 2511.01266; sections and equations cited below are the paper's.
-The method ends with `rollout`; what the tiny model does beside it, and files, can stay unread.
+The method ends with `rollout`; you can skip the rest: the tiny model's additions, and loading and
+saving weights. Nothing before needs it but from_pretrained and, for EMA-Sink, new_caches.
 Shapes, in every file of this project:
 
     B batch   T video frames   F latent frames, T = 1 + 4 (F - 1)   C channels   N tracks
@@ -202,6 +203,11 @@ class Config:
     def image_dim(self):
         """Input channels for the image, see image_inputs."""
         return self.in_dim - self.out_dim - self.track_dim - self.copy_dim
+
+    @property
+    def repeats_image(self):
+        """True if every chunk gets the image, as a single frame; False: only the first one."""
+        return self.copies
 
     @property
     def has_mask(self):
@@ -747,14 +753,7 @@ class MotionStream(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# A new model, and the inputs that it is given for an image and for tracks.
-
-def new_model(config):
-    """A freshly initialised model."""
-    if config.copies:
-        return CopyingMotionStream(config)
-    return MotionStream(config)
-
+# The image, as inputs of the model.
 
 MASK = FRAMES       # mask channels: one per video frame of a latent frame
 
@@ -782,25 +781,13 @@ def image_inputs(config, latents, frames):
     first_latent = None
     if config.has_mask:
         channels = image_and_mask(latents)
-    elif config.copies:
-        channels = latents                  # of one frame, which every chunk gets
+    elif config.repeats_image:
+        channels = latents
     elif config.image_dim:
         channels = image_channels(latents, frames)
     if config.clean_first:
         first_latent = latents[:, :, :1]
     return channels, first_latent
-
-
-def motion_inputs(model, tracks, visible, ids, *, start=None, image=None, vae=None):
-    """The tracks of a clip or a chunk as keyword arguments of the model: {"tracks": …} from
-    track_features; for a copying model also {"copies": …} from copy_along_tracks. Only copies need
-    start (B, N, 2), image, the pixels (B, 3, H, W) of frame 0, and vae."""
-    inputs = {"tracks": track_features(model, tracks, visible, ids)}
-    if model.config.copies:
-        assert start is not None, "a copying model needs to be told start, see start_points"
-        assert image is not None and vae is not None, "a copying model needs image and vae"
-        inputs["copies"] = copy_along_tracks(vae, image, tracks, visible, start)
-    return inputs
 
 
 # --------------------------------------------------------------------------------------------------
@@ -876,8 +863,8 @@ def chunk_sizes(config, frames=math.inf):
 
 
 def split_conditions(conditions, sizes):
-    """A clip's conditions by chunk: those with a frame axis are sliced. An image of a single frame,
-    as copying models take, goes to every chunk. sizes: see chunk_sizes."""
+    """A clip's conditions by chunk: those with a frame axis are sliced. An image of a single frame
+    goes to every chunk, see Config.repeats_image. sizes: see chunk_sizes."""
     start = 0
     for size in sizes:
         part = dict(conditions)
@@ -897,11 +884,12 @@ def rollout(model, noise, conditions, first_latent=None, exit_step=None, rng=Non
     noise: (B, C, F, h, w), split into the config's chunks, or an iterator, possibly endless, of
     chunks of any size. conditions: the model's keyword arguments (text, tracks, image, …) for
     the clip, or an iterator of such dicts, one per chunk, advanced just before that chunk is
-    denoised, so the user can steer while the video streams. first_latent (B, C, 1, h, w): the
-    image, see with_first. rng: draws the fresh noise between denoising steps. caches: None means
-    model.new_caches(). A chunk is yielded before the clean pass writes it to the cache: do not
-    modify it. Sampling runs all of config.sigmas. Training stops each chunk at step `exit_step` and
-    keeps the graph of that step alone (none under no_grad)."""
+    denoised, so the user can steer while the video streams. A clip's conditions may outlast the
+    noise; shorter ones are refused. first_latent (B, C, 1, h, w): the image, see with_first. rng:
+    draws the fresh noise between denoising steps. caches: None means model.new_caches(). A chunk is
+    yielded before the clean pass writes it to the cache: do not modify it. Sampling runs all of
+    config.sigmas. Training stops each chunk at step `exit_step` and keeps the graph of that step
+    alone (none under no_grad)."""
     c = model.config
     last = len(c.sigmas) - 1
     if exit_step is not None:
@@ -932,6 +920,8 @@ def rollout(model, noise, conditions, first_latent=None, exit_step=None, rng=Non
 
 
 # --------------------------------------------------------------------------------------------------
+# The method ends here; stop reading unless you want the tiny model or files.
+#
 # The tiny model: copies along tracks, and the linear part of the velocity. Not in the paper.
 #
 # A track says where a piece of frame 0 is now, so the model is given the latents of that piece at
@@ -1162,6 +1152,28 @@ class CopyingMotionStream(MotionStream):
         output, shares = output.split([c.out_dim, SHARES], 1)
         expected = mix_copies(shares, copied[:, :c.out_dim], still)
         return with_linear_part(output, x, sigma, std, expected)
+
+
+# --------------------------------------------------------------------------------------------------
+# A model of either kind, and its inputs for tracks.
+
+def new_model(config):
+    """A freshly initialised model."""
+    if config.copies:
+        return CopyingMotionStream(config)
+    return MotionStream(config)
+
+
+def motion_inputs(model, tracks, visible, ids, *, start=None, image=None, vae=None):
+    """The tracks of a clip or a chunk as keyword arguments of the model: {"tracks": …} from
+    track_features; for a copying model also {"copies": …} from copy_along_tracks. Only copies need
+    start (B, N, 2), image, the pixels (B, 3, H, W) of frame 0, and vae."""
+    inputs = {"tracks": track_features(model, tracks, visible, ids)}
+    if model.config.copies:
+        assert start is not None, "a copying model needs to be told start, see start_points"
+        assert image is not None and vae is not None, "a copying model needs image and vae"
+        inputs["copies"] = copy_along_tracks(vae, image, tracks, visible, start)
+    return inputs
 
 
 # --------------------------------------------------------------------------------------------------

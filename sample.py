@@ -142,7 +142,7 @@ def chunk_conditions(model, vae, image, motion, encoded, channels=None):
         text = encoded.text if part.text is None else part.text.to(image.device)
         inputs = motion_conditions(model, vae, image, part)
         yield {"text": text, "image": channels, "clip": encoded.clip} | inputs
-        if not model.config.copies:
+        if not model.config.repeats_image:
             channels = None                 # they are in the cache now
 
 
