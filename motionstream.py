@@ -523,18 +523,20 @@ class TrackHead(nn.Module):
         visible = visible.gather(2, order[:, None].expand(B, T, N))
         tracks = tracks.gather(2, order[:, None, :, None].expand(B, T, N, 2))
 
-        # The lowest rank in each cell; N where there is none. Hidden tracks go past the last cell.
+        # The lowest rank in each cell.
+        nowhere = h * w             # one more cell, for hidden tracks, which is dropped
+        no_track = N                # one more rank, for empty cells, whose vector is zeros
         cell = cell_of(tracks, self.stride, height, width)
-        cell = cell.masked_fill(~visible, h * w)
+        cell = cell.masked_fill(~visible, nowhere)
         rank = torch.arange(N, device=ids.device).expand(B, T, N)
-        lowest = rank.new_full((B, T, h * w + 1), N)
+        lowest = rank.new_full((B, T, nowhere + 1), no_track)
         lowest = lowest.scatter_reduce(2, cell, rank, "amin")[..., :-1]
         lowest = lowest.reshape(B, T * h * w, 1)
 
-        # The vector of that track; zeros for rank N.
+        # The vector of that track.
         halves = torch.stack([ids >> 16, ids & 0xFFFF], -1)             # (B, N, 2)
         vectors = sinusoid(halves, self.id_dim // 2).flatten(2)         # (B, N, id_dim)
-        vectors = F.pad(vectors, (0, 0, 0, 1))
+        vectors = F.pad(vectors, (0, 0, 0, 1))                          # of no_track
         volume = vectors.gather(1, lowest.expand(-1, -1, self.id_dim))  # (B, T h w, id_dim)
         volume = volume.view(B, T, h, w, self.id_dim)
 
@@ -795,18 +797,17 @@ def image_inputs(config, latents, frames):
 
 def without(conditions, *names):
     """Copy the conditions and set the named ones to zero, which means not given."""
-    left = dict(conditions)
+    changed = dict(conditions)
     for name in names:
-        if name in left:
-            left[name] = torch.zeros_like(left[name])
-    return left
+        if name in changed:
+            changed[name] = torch.zeros_like(changed[name])
+    return changed
 
 
 def guided_velocity(model, x_t, sigma, conditions, guidance, null_text=None):
-    """Velocity under guidance (w_text, w_motion), see joint_guidance. One batch holds the clips
-    with all conditions, without text and without motion; a variant of weight 0 is left out, as is
-    the one without text if none is given. null_text: the text embedding of the variant without
-    text, as many rows as the text has; None: zeros."""
+    """Velocity under guidance (w_text, w_motion). One batch holds the clips with all conditions,
+    without text and without motion. A variant of weight 0 is left out; without text, no_text too.
+    null_text: the text embedding of no_text, as many rows as the text has; None: zeros."""
     w_text, w_motion = guidance
     if w_text == 0 and w_motion == 0:
         return model(x_t, sigma, **conditions)
@@ -827,9 +828,8 @@ def guided_velocity(model, x_t, sigma, conditions, guidance, null_text=None):
         batch[name] = torch.cat([variant[name] for variant in variants.values()])
     velocities = model(torch.cat([x_t] * n), torch.cat([sigma] * n), **batch).chunk(n)
     v = dict(zip(variants, velocities))
-    v_notext = v.get("no_text", v["full"])          # left out: of weight 0, or equal to v_full
-    v_nomotion = v.get("no_motion", v["full"])
-    return joint_guidance(v["full"], v_notext, v_nomotion, w_text, w_motion)
+    full = v["full"]            # stands in for what was left out: of weight 0, or equal to it
+    return joint_guidance(full, v.get("no_text", full), v.get("no_motion", full), w_text, w_motion)
 
 
 def euler(model, noise, conditions, first_latent=None, null_text=None):
@@ -992,13 +992,13 @@ def way_back(tracks, visible, start, height, width):
     index, distance = nearest_points(place, tracks, visible, NEIGHBOURS)
     moves = moves_of(index, tracks, start)                      # (B, T, rows, columns, near, 2)
     farther = distance - distance[..., :1]
-    apart = (moves - moves[..., :1, :]).norm(dim=-1)
-    weight = torch.exp(-farther / BESIDE - (apart / ALIKE) ** 2)
+    disagreement = (moves - moves[..., :1, :]).norm(dim=-1)
+    weight = torch.exp(-farther / BESIDE - (disagreement / ALIKE) ** 2)
     weight = weight.nan_to_num(0)                                       # infinity minus infinity
     move = (weight[..., None] * moves).sum(4) / weight.sum(4, keepdim=True).clamp(min=1e-6)
     distance = distance[..., 0]
-    none = distance.isinf() | from_outside(-move, height, width)
-    return -move.masked_fill(none[..., None], 0), distance.masked_fill(none, math.inf)
+    no_track = distance.isinf() | from_outside(-move, height, width)
+    return -move.masked_fill(no_track[..., None], 0), distance.masked_fill(no_track, math.inf)
 
 
 def warp(image, back):
@@ -1024,18 +1024,19 @@ def nearness(distance):
 
 def gone_elsewhere(back, tracks, visible, start, height, width):
     """Confidence (0 to 1) that the content copied to a square is wrong there because that content
-    has since moved: whatever was near a track's start is now wherever the track is. Without this,
-    an object would also stay at its first place, because the image does not show what is behind it.
+    has since moved: whatever was near a track's start is now wherever the track is. Without this, a
+    copy of the object would also remain where it started, since the image does not show what was
+    behind it.
 
     back (B, T, rows, columns, 2): displacement of each square to its source in frame 0. Returns
     (B, 2, T, rows, columns): nearness of the source to the closest start of a visible track, times
     1 - exp(-d / 8), d the difference in pixels between that track's motion and the square's."""
     source = square_centres(height, width, tracks.device) + back
-    began = start[:, None].expand(-1, tracks.shape[1], -1, -1)
-    index, distance = nearest_points(source, began, visible, 1)
+    starts = start[:, None].expand(-1, tracks.shape[1], -1, -1)         # (B, T, N, 2)
+    index, distance = nearest_points(source, starts, visible, 1)
     move = moves_of(index, tracks, start)[..., 0, :]                    # (B, T, rows, columns, 2)
-    another = 1 - torch.exp(-(move + back).norm(dim=-1) / NEAR[0])
-    return nearness(distance[..., 0]) * another[:, None]
+    disagreement = 1 - torch.exp(-(move + back).norm(dim=-1) / NEAR[0])
+    return nearness(distance[..., 0]) * disagreement[:, None]
 
 
 @torch.no_grad()
@@ -1097,7 +1098,8 @@ def linear_part(sigma, std):
     """The best linear estimate of the velocity from x_t, which needs no network: exact if latents
     are Gaussian, of mean 0 and standard deviation std (1, C, 1, 1, 1).
 
-    sigma (B,) or (B, F). Returns the factor and the variance of x_t, (B, C, 1 or F, 1, 1) each."""
+    sigma (B,) or (B, F). Returns the factor that turns x_t into the estimate, and the variance of
+    x_t, (B, C, 1 or F, 1, 1) each."""
     sigma = per_frame(sigma).float()
     variance = (1 - sigma) ** 2 * std ** 2 + sigma ** 2
     factor = (sigma - (1 - sigma) * std ** 2) / variance
@@ -1118,7 +1120,8 @@ def with_linear_part(output, x_t, sigma, std, expected):
     output, x_t (B, C, F, h, w); expected (B, C, F, h, w): an estimate of x0."""
     _, variance_overall = linear_part(sigma, std)                   # V
     factor, variance_nearby = linear_part(sigma, SPREAD * std)      # given `expected`
-    # -expected + factor (x_t - (1 - sigma) expected), simplified
+    # The estimate about `expected` is factor (x_t - (1 - sigma) expected) - expected. By the
+    # definition of the factor, the terms in `expected` add up to -sigma / variance_nearby.
     linear = factor * x_t - per_frame(sigma).float() / variance_nearby * expected
     return linear + std / variance_overall.sqrt() * output
 
@@ -1170,7 +1173,7 @@ def motion_inputs(model, tracks, visible, ids, *, start=None, image=None, vae=No
     start (B, N, 2), image, the pixels (B, 3, H, W) of frame 0, and vae."""
     inputs = {"tracks": track_features(model, tracks, visible, ids)}
     if model.config.copies:
-        assert start is not None, "a copying model needs to be told start, see start_points"
+        assert start is not None, "a copying model needs start, see start_points"
         assert image is not None and vae is not None, "a copying model needs image and vae"
         inputs["copies"] = copy_along_tracks(vae, image, tracks, visible, start)
     return inputs
@@ -1207,24 +1210,24 @@ def extra(name, why=None):
             raise
         if why is None:
             return None
-        raise UserError(f"{why}; extras/{name}.py, which that needs, is missing") from None
+        raise UserError(f"{why}: needs extras/{name}.py, which is missing from this copy") from None
 
 
 @contextlib.contextmanager
-def naming(what, cure):
-    """Report any error about `what`, an outside input, as a one-line UserError: the cure and the
+def naming(source, cure):
+    """Report any error about `source`, an outside input, as a one-line UserError: the cure and the
     exception's message, or the system's message (no such file, …)."""
     try:
         yield
     except UserError as e:
-        raise UserError(f"{what}: {e}") from None
+        raise UserError(f"{source}: {e}") from None
     except Exception as e:                          # damaged files raise many kinds
         number = getattr(e, "errno", None)
         if number == errno.EINVAL:                  # damaged zip files: "Invalid argument"
-            raise UserError(f"{what}: {cure}") from None
+            raise UserError(f"{source}: {cure}") from None
         if number is not None:
-            raise UserError(f"{what}: {reason_of(e)}") from None
-        raise UserError(f"{what}: {cure} ({reason_of(e)})") from None
+            raise UserError(f"{source}: {reason_of(e)}") from None
+        raise UserError(f"{source}: {cure} ({reason_of(e)})") from None
 
 
 def write_file(path, save):
@@ -1313,11 +1316,11 @@ def as_tuples(value):
 def saved_config(cls, metadata, file):
     """The dataclass stored as JSON in a file's metadata. UserError if unreadable."""
     with naming(file, "the config in it cannot be read"):
-        said = as_tuples(json.loads(metadata["config"]))
-        unknown = said.keys() - cls.__dataclass_fields__.keys()
+        fields = as_tuples(json.loads(metadata["config"]))
+        unknown = fields.keys() - cls.__dataclass_fields__.keys()
         if unknown:
             raise UserError(f"the config in it has an unknown field, {min(unknown)[:80]}")
-        return cls(**said)
+        return cls(**fields)
 
 
 def public_config(tensors, file):
@@ -1331,14 +1334,14 @@ def public_config(tensors, file):
         dim, in_dim, *patch_size = weight.shape
         out_dim = len(tensors["head.head.weight"]) // math.prod(patch_size)
         blocks = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
-        like = PRESETS["wan2.1-1.3b"]
+        family = PRESETS["wan2.1-1.3b"]                 # for the VAE's stride, size and fps
         if out_dim == PRESETS["wan2.2-5b"].out_dim:
-            like = PRESETS["wan2.2-5b"]                 # for the VAE's stride, size and fps
+            family = PRESETS["wan2.2-5b"]
         config = replace(
-            like,
+            family,
             dim=dim,
             ffn_dim=len(tensors["blocks.0.ffn.0.weight"]),
-            num_heads=dim // like.head_dim,
+            num_heads=dim // family.head_dim,
             num_layers=len(blocks),
             in_dim=in_dim,
             out_dim=out_dim,
@@ -1347,7 +1350,7 @@ def public_config(tensors, file):
             clip_dim=len(tensors.get("img_emb.proj.0.weight", ())),
             freq_dim=tensors["time_embedding.0.weight"].numel() // dim,     # (D, freq_dim)
             patch_size=tuple(patch_size))
-    return replace(config, clean_first=like is PRESETS["wan2.2-5b"] or config.image_dim == 0)
+    return replace(config, clean_first=family is PRESETS["wan2.2-5b"] or config.image_dim == 0)
 
 
 def open_pretrained(cls, path, overrides):
@@ -1359,8 +1362,8 @@ def open_pretrained(cls, path, overrides):
         config = saved_config(Config, metadata, file)
     else:
         config = public_config(tensors, file)
-        beside = file.with_name("config.json")
-        if beside.is_file() and b'"WanModel"' not in beside.read_bytes():
+        public = file.with_name("config.json")
+        if public.is_file() and b'"WanModel"' not in public.read_bytes():
             why = f"{file}: its config.json is not of Wan's own WanModel"
     checkpoints = extra("checkpoints", why)
     if checkpoints is None:

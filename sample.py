@@ -347,13 +347,13 @@ def own_tracks(arrays, size):
     tracks = arrays["tracks"].astype(np.float32)
     visible = arrays.get("visibility", ~np.isnan(tracks).any(-1)) > 0
     ids = arrays.get("ids", np.zeros(tracks.shape[1], int))
-    there = np.array([arrays.get("width", size[0]), arrays.get("height", size[1])], float)
+    tracked = np.array([arrays.get("width", size[0]), arrays.get("height", size[1])], float)
     T, N, _ = tracks.shape
     shapes = tracks.shape == (T, N, 2) and visible.shape == (T, N) and ids.shape == (N,)
-    values = np.isfinite(tracks[visible]).all() and (ids >> 32 == 0).all() and (there > 0).all()
+    values = np.isfinite(tracks[visible]).all() and (ids >> 32 == 0).all() and (tracked > 0).all()
     if not (T and shapes and values):
         raise ValueError("no tracks")
-    scale = (np.array(size) / there).astype(np.float32)
+    scale = (np.array(size) / tracked).astype(np.float32)
     tracks = np.nan_to_num(tracks).clip(-1e6, 1e6) * scale
     start = arrays.get("start")
     if start is not None:
@@ -745,11 +745,11 @@ def load_models(job, image):
     if job.compile:
         extra("compiling", "--compile").compile_blocks(dit)
     c = dit.config
-    how = f"teacher, whole clip, {c.steps} steps"
+    sampler = f"teacher, whole clip, {c.steps} steps"
     if c.causal:
         window = "full" if c.window is None else c.window
-        how = f"stream, c{c.chunk}s{c.sink}w{window}, {len(c.sigmas)} steps"
-    print(f"{path.name}: {c.size[1]}x{c.size[0]} pixels, {how}, seed {job.seed}, {job.device}, "
+        sampler = f"stream, c{c.chunk}s{c.sink}w{window}, {len(c.sigmas)} steps"
+    print(f"{path.name}: {c.size[1]}x{c.size[0]} pixels, {sampler}, seed {job.seed}, {job.device}, "
           f"{job.dtype}")
     return Models(dit, vae, encoded)
 
@@ -828,7 +828,7 @@ def run(argv):
 def reported(work, *args):
     """Exit code of work(*args), a program: 2 and a one-line message for an error that the user can
     fix, 130 if interrupted."""
-    refusals = extra("refusals")            # if there, knows other ends
+    refusals = extra("refusals")            # knows more ways to end, if there is one
     try:
         if refusals:
             return refusals.ended(work, *args)

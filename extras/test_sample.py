@@ -108,7 +108,7 @@ def test_a_copy_without_extras_samples():
         refused = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert len(refused) == 6, done.stderr
         for line in refused[:3]:
-            assert line.endswith("extras/tracks.py, which that needs, is missing"), line
+            assert line.endswith("extras/tracks.py, which is missing from this copy"), line
         for line, name in zip(refused[3:], ("none.png", "none.safetensors", "abacus")):
             assert name in line, line
         assert count_frames(here / "out.mp4") == 9
