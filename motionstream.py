@@ -148,8 +148,7 @@ class Config:
     shift: float = 5.0
     sigmas: tuple = schedule(3, 5.0)    # the student's noise levels; the paper gives none
     steps: int = 50             # the teacher's Euler steps
-    # w_text, w_motion (section 3.1), also in DMD's real score; of sum 1, or 0, 0: no guidance
-    guidance: tuple = (3.0, 1.5)
+    guidance: tuple = (3.0, 1.5)        # w_text, w_motion (section 3.1); sum 1 or 0, 0: no guidance
     chunk: int = 3              # latent frames per chunk
     first_chunk: int | None = None      # size of the first chunk, None: `chunk`
     sink: int = 1               # chunks at the start that are never evicted
@@ -1239,7 +1238,7 @@ def write_file(path, save):
     room = ""
     try:
         free = shutil.disk_usage(path.parent).free
-        room = f" ({free / 1e6:.0f} MB were free there)"    # torch does not say that a disk is full
+        room = f" ({free / 1e6:.0f} MB were free there)"    # torch does not name a full disk
         save(temporary)
         with open(temporary, "r+b") as file:    # Windows syncs only files open for writing
             os.fsync(file.fileno())
@@ -1362,8 +1361,8 @@ def open_pretrained(cls, path, overrides):
         config = saved_config(Config, metadata, file)
     else:
         config = public_config(tensors, file)
-        public = file.with_name("config.json")
-        if public.is_file() and b'"WanModel"' not in public.read_bytes():
+        config_file = file.with_name("config.json")
+        if config_file.is_file() and b'"WanModel"' not in config_file.read_bytes():
             why = f"{file}: its config.json is not of Wan's own WanModel"
     checkpoints = extra("checkpoints", why)
     if checkpoints is None:

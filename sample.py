@@ -563,7 +563,7 @@ def add_flags(parser):
     add("--memory", type=memory_flag, metavar="cNsNwN", help="the student's KV cache: latent "
         "frames per chunk, chunks in the sink and in the window; wfull: all")
     add("--guidance", type=guidance_flag, metavar="T,M",
-        help="the teacher's weights of text and tracks (eq. 2)")
+        help="the teacher's weights of text and tracks (eq. 2); 0,0: none")
     add("--set", dest="settings", type=setting, action="append", metavar="FIELD=VALUE",
         help=f"other fields of Config: {', '.join(SETTINGS)}")
 
@@ -828,7 +828,7 @@ def run(argv):
 def reported(work, *args):
     """Exit code of work(*args), a program: 2 and a one-line message for an error that the user can
     fix, 130 if interrupted."""
-    refusals = extra("refusals")            # knows more ways to end, if there is one
+    refusals = extra("refusals")            # also for closed pipes and lack of memory
     try:
         if refusals:
             return refusals.ended(work, *args)
