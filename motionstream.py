@@ -7,7 +7,8 @@ pattern: each chunk attends to the first chunk, to the latest one and to itself.
     cache slots     [   0    ]           [    1     ][    2    ]   RoPE positions are slots: bounded
 
 The paper is MotionStream, arXiv 2511.01266; sections and equations cited below are the paper's.
-The method ends with `rollout`; what the tiny model does beside it, and files, can stay unread.
+The method ends with `rollout`; you can skip the rest: the tiny model's additions, and loading and
+saving weights. Nothing before needs it but from_pretrained and, for EMA-Sink, new_caches.
 Shapes, in every file of this project:
 
     B batch   T video frames   F latent frames, T = 1 + 4 (F - 1)   C channels   N tracks
@@ -91,7 +92,10 @@ def with_first(x_t, sigma, first_latent):
 
 
 def joint_guidance(v_full, v_notext, v_nomotion, w_text, w_motion):
-    """Joint text and motion guidance (eq. 2) of three velocities; v_full if both weights are 0."""
+    """Joint text and motion guidance (eq. 2) of three velocities.
+
+    Weights that sum to 1 give v_full back: no guidance. 0, 0 means the same here; guided_velocity
+    then skips the other two evaluations."""
     if w_text == w_motion == 0:
         return v_full
     share = w_text / (w_text + w_motion)
@@ -144,7 +148,7 @@ class Config:
     shift: float = 5.0
     sigmas: tuple = schedule(3, 5.0)    # the student's noise levels; the paper gives none
     steps: int = 50             # the teacher's Euler steps
-    guidance: tuple = (3.0, 1.5)        # w_text, w_motion (section 3.1), also in DMD's real score
+    guidance: tuple = (3.0, 1.5)        # w_text, w_motion (section 3.1); sum 1 or 0, 0: no guidance
     chunk: int = 3              # latent frames per chunk
     first_chunk: int | None = None      # size of the first chunk, None: `chunk`
     sink: int = 1               # chunks at the start that are never evicted
@@ -198,6 +202,11 @@ class Config:
     def image_dim(self):
         """Input channels for the image, see image_inputs."""
         return self.in_dim - self.out_dim - self.track_dim - self.copy_dim
+
+    @property
+    def repeats_image(self):
+        """True if every chunk gets the image, as a single frame; False: only the first one."""
+        return self.copies
 
     @property
     def has_mask(self):
@@ -282,6 +291,8 @@ class KVCache:
     its slot, which changes as others are evicted."""
 
     def __init__(self, sink, window):
+        possible = sink >= 0 and (window is None or window >= 0)
+        assert possible, f"sink {sink}, window {window}: expected 0 or more chunks"
         self.sink = sink
         self.window = window
         self.chunks = []        # of (k, v), each (B, L, heads, K), oldest first
@@ -366,10 +377,10 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of the video's tokens to the text and, in weights with an image branch, to the
-    image: two attentions, added before the shared output projection. No RoPE."""
+    """Attention of the video's tokens to the text and, in weights with an image branch, to CLIP's
+    features of the image: two attentions, added before the shared output projection. No RoPE."""
 
-    def __init__(self, dim, num_heads, eps, has_image):
+    def __init__(self, dim, num_heads, eps, has_clip):
         super().__init__()
         self.num_heads = num_heads
         self.q = nn.Linear(dim, dim)
@@ -378,20 +389,20 @@ class CrossAttention(nn.Module):
         self.o = nn.Linear(dim, dim)
         self.norm_q = RMSNorm(dim, eps)
         self.norm_k = RMSNorm(dim, eps)
-        if has_image:
+        if has_clip:
             self.k_img = nn.Linear(dim, dim)
             self.v_img = nn.Linear(dim, dim)
             self.norm_k_img = RMSNorm(dim, eps)
 
-    def forward(self, x, text, image=None):
-        """x (B, L, D) to (B, L, D); text (B, text_len, D); image (B, CLIP_ROWS, D)."""
+    def forward(self, x, text, clip=None):
+        """x (B, L, D) to (B, L, D); text (B, text_len, D); clip (B, CLIP_ROWS, D)."""
         heads = (self.num_heads, -1)
         q = self.norm_q(self.q(x)).unflatten(2, heads)                  # (B, L, heads, K)
         k = self.norm_k(self.k(text)).unflatten(2, heads)
         y = attend(q, k, self.v(text).unflatten(2, heads))
-        if image is not None:
-            k = self.norm_k_img(self.k_img(image)).unflatten(2, heads)
-            y = y + attend(q, k, self.v_img(image).unflatten(2, heads))
+        if clip is not None:
+            k = self.norm_k_img(self.k_img(clip)).unflatten(2, heads)
+            y = y + attend(q, k, self.v_img(clip).unflatten(2, heads))
         return self.o(y)
 
 
@@ -418,8 +429,8 @@ class Block(nn.Module):
             nn.Linear(c.dim, c.ffn_dim), nn.GELU("tanh"), nn.Linear(c.ffn_dim, c.dim))
         self.modulation = nn.Parameter(torch.empty(1, 6, c.dim))
 
-    def forward(self, x, time, rope, text, image=None, cache=None, write=False):
-        """x (B, F, P, D) float32; time (B, 1 or F, 6, D); text, image (B, rows, D)."""
+    def forward(self, x, time, rope, text, clip=None, cache=None, write=False):
+        """x (B, F, P, D) float32; time (B, 1 or F, 6, D); text, clip (B, rows, D)."""
         dtype = self.ffn[0].weight.dtype
         modulation = (self.modulation + time).unsqueeze(2)              # (B, 1 or F, 1, 6, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(3)
@@ -429,7 +440,7 @@ class Block(nn.Module):
         x = torch.addcmul(x, gate1, y.view_as(x))
 
         y = self.norm3(x).to(dtype)
-        y = self.cross_attn(y.flatten(1, 2), text, image)
+        y = self.cross_attn(y.flatten(1, 2), text, clip)
         x = x + y.view_as(x)
 
         y = modulate(self.norm2(x), shift2, scale2).to(dtype)
@@ -511,18 +522,20 @@ class TrackHead(nn.Module):
         visible = visible.gather(2, order[:, None].expand(B, T, N))
         tracks = tracks.gather(2, order[:, None, :, None].expand(B, T, N, 2))
 
-        # The lowest rank in each cell; N where there is none. Hidden tracks go past the last cell.
+        # The lowest rank in each cell.
+        nowhere = h * w             # one more cell, for hidden tracks, which is dropped
+        no_track = N                # one more rank, for empty cells, whose vector is zeros
         cell = cell_of(tracks, self.stride, height, width)
-        cell = cell.masked_fill(~visible, h * w)
+        cell = cell.masked_fill(~visible, nowhere)
         rank = torch.arange(N, device=ids.device).expand(B, T, N)
-        lowest = rank.new_full((B, T, h * w + 1), N)
+        lowest = rank.new_full((B, T, nowhere + 1), no_track)
         lowest = lowest.scatter_reduce(2, cell, rank, "amin")[..., :-1]
         lowest = lowest.reshape(B, T * h * w, 1)
 
-        # The vector of that track; zeros for rank N.
+        # The vector of that track.
         halves = torch.stack([ids >> 16, ids & 0xFFFF], -1)             # (B, N, 2)
         vectors = sinusoid(halves, self.id_dim // 2).flatten(2)         # (B, N, id_dim)
-        vectors = F.pad(vectors, (0, 0, 0, 1))
+        vectors = F.pad(vectors, (0, 0, 0, 1))                          # of no_track
         volume = vectors.gather(1, lowest.expand(-1, -1, self.id_dim))  # (B, T h w, id_dim)
         volume = volume.view(B, T, h, w, self.id_dim)
 
@@ -646,9 +659,10 @@ class MotionStream(nn.Module):
         """The velocity (B, out_dim, F, h, w), float32, of noised latents x at sigma (B,) or (B, F).
 
         text (B, L, text_dim), None: the null text; tracks (B, track_dim, F, h, w) from
-        track_features, None: all hidden; image: the image's channels, see image_inputs, None:
-        zeros; clip (B, CLIP_ROWS, clip_dim). caches=None: bidirectional. Otherwise each layer
-        attends to [cache | new]; only write=True changes the caches."""
+        track_features, None: all hidden; image: channels made of it, not pixels, see image_inputs,
+        None: zeros; clip (B, CLIP_ROWS, clip_dim): CLIP's features of it. caches=None:
+        bidirectional. Otherwise each layer attends to [cache | new]; only write=True changes the
+        caches."""
         c = self.config
         check_latents(c, x, sigma)
         tracks = condition_or_zeros("tracks, see track_features:", tracks, c.track_dim, x)
@@ -740,14 +754,7 @@ class MotionStream(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# A new model, and the inputs that it is given for an image and for tracks.
-
-def new_model(config):
-    """A freshly initialised model."""
-    if config.copies:
-        return CopyingMotionStream(config)
-    return MotionStream(config)
-
+# The image, as inputs of the model.
 
 MASK = FRAMES       # mask channels: one per video frame of a latent frame
 
@@ -775,8 +782,8 @@ def image_inputs(config, latents, frames):
     first_latent = None
     if config.has_mask:
         channels = image_and_mask(latents)
-    elif config.copies:
-        channels = latents                  # of one frame, which every chunk gets
+    elif config.repeats_image:
+        channels = latents
     elif config.image_dim:
         channels = image_channels(latents, frames)
     if config.clean_first:
@@ -784,54 +791,44 @@ def image_inputs(config, latents, frames):
     return channels, first_latent
 
 
-def motion_inputs(model, tracks, visible, ids, *, start=None, image=None, vae=None):
-    """The tracks of a clip or a chunk as keyword arguments of the model: {"tracks": …} from
-    track_features; for a copying model also {"copies": …} from copy_along_tracks. Only copies need
-    start (B, N, 2), image, the pixels (B, 3, H, W) of frame 0, and vae."""
-    inputs = {"tracks": track_features(model, tracks, visible, ids)}
-    if model.config.copies:
-        assert start is not None, "a copying model needs to be told start, see start_points"
-        assert image is not None and vae is not None, "a copying model needs image and vae"
-        inputs["copies"] = copy_along_tracks(vae, image, tracks, visible, start)
-    return inputs
-
-
 # --------------------------------------------------------------------------------------------------
 # Sampling: the teacher denoises a whole clip at once, the student chunk by chunk.
 
 def without(conditions, *names):
     """Copy the conditions and set the named ones to zero, which means not given."""
-    left = dict(conditions)
+    changed = dict(conditions)
     for name in names:
-        if name in left:
-            left[name] = torch.zeros_like(left[name])
-    return left
+        if name in changed:
+            changed[name] = torch.zeros_like(changed[name])
+    return changed
 
 
 def guided_velocity(model, x_t, sigma, conditions, guidance, null_text=None):
     """Velocity under guidance (w_text, w_motion). One batch holds the clips with all conditions,
-    without text and without motion; a variant of weight 0 is left out. null_text: the text
-    embedding of the variant without text, as many rows as the text has; None: zeros."""
+    without text and without motion. A variant of weight 0 is left out; without text, no_text too.
+    null_text: the text embedding of no_text, as many rows as the text has; None: zeros."""
     w_text, w_motion = guidance
     if w_text == 0 and w_motion == 0:
         return model(x_t, sigma, **conditions)
     given = {name: value for name, value in conditions.items() if value is not None}
-    variants = [given]
-    if w_text:
+    variants = {"full": given}
+    if w_text and "text" in given:
         no_text = without(given, "text")
-        if null_text is not None and "text" in given:
+        if null_text is not None:
             check_shape("null_text", null_text[:1], given["text"][:1].shape)
             no_text["text"][:] = null_text
-        variants.append(no_text)
+        variants["no_text"] = no_text
     if w_motion:
-        variants.append(without(given, "tracks", "copies"))
+        variants["no_motion"] = without(given, "tracks", "copies")
 
     n = len(variants)
     batch = {}
     for name in given:
-        batch[name] = torch.cat([variant[name] for variant in variants])
-    v = model(torch.cat([x_t] * n), torch.cat([sigma] * n), **batch).chunk(n)
-    return joint_guidance(v[0], v[1], v[-1], w_text, w_motion)      # weight 0 drops its variant
+        batch[name] = torch.cat([variant[name] for variant in variants.values()])
+    velocities = model(torch.cat([x_t] * n), torch.cat([sigma] * n), **batch).chunk(n)
+    v = dict(zip(variants, velocities))
+    full = v["full"]            # stands in for what was left out: of weight 0, or equal to it
+    return joint_guidance(full, v.get("no_text", full), v.get("no_motion", full), w_text, w_motion)
 
 
 def euler(model, noise, conditions, first_latent=None, null_text=None):
@@ -856,6 +853,7 @@ def euler(model, noise, conditions, first_latent=None, null_text=None):
 def chunk_sizes(config, frames=math.inf):
     """Sizes of the chunks in latent frames: config.first_chunk_size, then config.chunk, endlessly
     or up to `frames` in total, where the last chunk may be shorter."""
+    assert config.chunk >= 1, f"chunk {config.chunk}, expected 1 or more"
     size = config.first_chunk_size
     while frames > 0:
         yield min(size, frames)
@@ -864,8 +862,8 @@ def chunk_sizes(config, frames=math.inf):
 
 
 def split_conditions(conditions, sizes):
-    """A clip's conditions by chunk: those with a frame axis are sliced. An image of a single frame,
-    as copying models take, goes to every chunk. sizes: see chunk_sizes."""
+    """A clip's conditions by chunk: those with a frame axis are sliced. An image of a single frame
+    goes to every chunk, see Config.repeats_image. sizes: see chunk_sizes."""
     start = 0
     for size in sizes:
         part = dict(conditions)
@@ -885,11 +883,12 @@ def rollout(model, noise, conditions, first_latent=None, exit_step=None, rng=Non
     noise: (B, C, F, h, w), split into the config's chunks, or an iterator, possibly endless, of
     chunks of any size. conditions: the model's keyword arguments (text, tracks, image, …) for
     the clip, or an iterator of such dicts, one per chunk, advanced just before that chunk is
-    denoised, so the user can steer while the video streams. first_latent (B, C, 1, h, w): the
-    image, see with_first. rng: draws the fresh noise between denoising steps. caches: None means
-    model.new_caches(). A chunk is yielded before the clean pass writes it to the cache: do not
-    modify it. Sampling runs all of config.sigmas. Training stops each chunk at step `exit_step` and
-    keeps the graph of that step alone (none under no_grad)."""
+    denoised, so the user can steer while the video streams. A clip's conditions may outlast the
+    noise; shorter ones are refused. first_latent (B, C, 1, h, w): the image, see with_first. rng:
+    draws the fresh noise between denoising steps. caches: None means model.new_caches(). A chunk is
+    yielded before the clean pass writes it to the cache: do not modify it. Sampling runs all of
+    config.sigmas. Training stops each chunk at step `exit_step` and keeps the graph of that step
+    alone (none under no_grad)."""
     c = model.config
     last = len(c.sigmas) - 1
     if exit_step is not None:
@@ -920,6 +919,8 @@ def rollout(model, noise, conditions, first_latent=None, exit_step=None, rng=Non
 
 
 # --------------------------------------------------------------------------------------------------
+# The method ends here; stop reading unless you want the tiny model or files.
+#
 # The tiny model: copies along tracks, and the linear part of the velocity. Not in the paper.
 #
 # A track says where a piece of frame 0 is now, so the model is given the latents of that piece at
@@ -990,13 +991,13 @@ def way_back(tracks, visible, start, height, width):
     index, distance = nearest_points(place, tracks, visible, NEIGHBOURS)
     moves = moves_of(index, tracks, start)                      # (B, T, rows, columns, near, 2)
     farther = distance - distance[..., :1]
-    apart = (moves - moves[..., :1, :]).norm(dim=-1)
-    weight = torch.exp(-farther / BESIDE - (apart / ALIKE) ** 2)
+    disagreement = (moves - moves[..., :1, :]).norm(dim=-1)
+    weight = torch.exp(-farther / BESIDE - (disagreement / ALIKE) ** 2)
     weight = weight.nan_to_num(0)                                       # infinity minus infinity
     move = (weight[..., None] * moves).sum(4) / weight.sum(4, keepdim=True).clamp(min=1e-6)
     distance = distance[..., 0]
-    none = distance.isinf() | from_outside(-move, height, width)
-    return -move.masked_fill(none[..., None], 0), distance.masked_fill(none, math.inf)
+    no_track = distance.isinf() | from_outside(-move, height, width)
+    return -move.masked_fill(no_track[..., None], 0), distance.masked_fill(no_track, math.inf)
 
 
 def warp(image, back):
@@ -1022,18 +1023,19 @@ def nearness(distance):
 
 def gone_elsewhere(back, tracks, visible, start, height, width):
     """Confidence (0 to 1) that the content copied to a square is wrong there because that content
-    has since moved: whatever was near a track's start is now wherever the track is. Without this,
-    an object would also stay at its first place, because the image does not show what is behind it.
+    has since moved: whatever was near a track's start is now wherever the track is. Without this, a
+    copy of the object would also remain where it started, since the image does not show what was
+    behind it.
 
     back (B, T, rows, columns, 2): displacement of each square to its source in frame 0. Returns
     (B, 2, T, rows, columns): nearness of the source to the closest start of a visible track, times
     1 - exp(-d / 8), d the difference in pixels between that track's motion and the square's."""
     source = square_centres(height, width, tracks.device) + back
-    began = start[:, None].expand(-1, tracks.shape[1], -1, -1)
-    index, distance = nearest_points(source, began, visible, 1)
+    starts = start[:, None].expand(-1, tracks.shape[1], -1, -1)         # (B, T, N, 2)
+    index, distance = nearest_points(source, starts, visible, 1)
     move = moves_of(index, tracks, start)[..., 0, :]                    # (B, T, rows, columns, 2)
-    another = 1 - torch.exp(-(move + back).norm(dim=-1) / NEAR[0])
-    return nearness(distance[..., 0]) * another[:, None]
+    disagreement = 1 - torch.exp(-(move + back).norm(dim=-1) / NEAR[0])
+    return nearness(distance[..., 0]) * disagreement[:, None]
 
 
 @torch.no_grad()
@@ -1051,6 +1053,7 @@ def copy_along_tracks(vae, image, tracks, visible, start):
     nothing. T % 4 == 1 starts a clip, T % 4 == 0 continues one: concatenated chunks equal the whole
     clip."""
     H, W = image.shape[2:]
+    check_shape("image", image, (len(tracks), 3, H, W))
     visible = visible & start.isfinite().all(2)[:, None]
     tracks = F.pad(tracks, (0, 0, 0, 1))        # one more track, never visible, so that N = 0
     visible = F.pad(visible, (0, 1))            # is no special case
@@ -1094,7 +1097,8 @@ def linear_part(sigma, std):
     """The best linear estimate of the velocity from x_t, which needs no network: exact if latents
     are Gaussian, of mean 0 and standard deviation std (1, C, 1, 1, 1).
 
-    sigma (B,) or (B, F). Returns the factor and the variance of x_t, (B, C, 1 or F, 1, 1) each."""
+    sigma (B,) or (B, F). Returns the factor that turns x_t into the estimate, and the variance of
+    x_t, (B, C, 1 or F, 1, 1) each."""
     sigma = per_frame(sigma).float()
     variance = (1 - sigma) ** 2 * std ** 2 + sigma ** 2
     factor = (sigma - (1 - sigma) * std ** 2) / variance
@@ -1115,7 +1119,8 @@ def with_linear_part(output, x_t, sigma, std, expected):
     output, x_t (B, C, F, h, w); expected (B, C, F, h, w): an estimate of x0."""
     _, variance_overall = linear_part(sigma, std)                   # V
     factor, variance_nearby = linear_part(sigma, SPREAD * std)      # given `expected`
-    # -expected + factor (x_t - (1 - sigma) expected), simplified
+    # The estimate about `expected` is factor (x_t - (1 - sigma) expected) - expected. By the
+    # definition of the factor, the terms in `expected` add up to -sigma / variance_nearby.
     linear = factor * x_t - per_frame(sigma).float() / variance_nearby * expected
     return linear + std / variance_overall.sqrt() * output
 
@@ -1152,6 +1157,28 @@ class CopyingMotionStream(MotionStream):
 
 
 # --------------------------------------------------------------------------------------------------
+# A model of either kind, and its inputs for tracks.
+
+def new_model(config):
+    """A freshly initialised model."""
+    if config.copies:
+        return CopyingMotionStream(config)
+    return MotionStream(config)
+
+
+def motion_inputs(model, tracks, visible, ids, *, start=None, image=None, vae=None):
+    """The tracks of a clip or a chunk as keyword arguments of the model: {"tracks": …} from
+    track_features; for a copying model also {"copies": …} from copy_along_tracks. Only copies need
+    start (B, N, 2), image, the pixels (B, 3, H, W) of frame 0, and vae."""
+    inputs = {"tracks": track_features(model, tracks, visible, ids)}
+    if model.config.copies:
+        assert start is not None, "a copying model needs start, see start_points"
+        assert image is not None and vae is not None, "a copying model needs image and vae"
+        inputs["copies"] = copy_along_tracks(vae, image, tracks, visible, start)
+    return inputs
+
+
+# --------------------------------------------------------------------------------------------------
 # Files.
 
 class UserError(ValueError):
@@ -1182,24 +1209,24 @@ def extra(name, why=None):
             raise
         if why is None:
             return None
-        raise UserError(f"{why}; extras/{name}.py, which that needs, is missing") from None
+        raise UserError(f"{why}: needs extras/{name}.py, which is missing from this copy") from None
 
 
 @contextlib.contextmanager
-def naming(what, cure):
-    """Report any error about `what`, an outside input, as a one-line UserError: the cure and the
+def naming(source, cure):
+    """Report any error about `source`, an outside input, as a one-line UserError: the cure and the
     exception's message, or the system's message (no such file, …)."""
     try:
         yield
     except UserError as e:
-        raise UserError(f"{what}: {e}") from None
+        raise UserError(f"{source}: {e}") from None
     except Exception as e:                          # damaged files raise many kinds
         number = getattr(e, "errno", None)
         if number == errno.EINVAL:                  # damaged zip files: "Invalid argument"
-            raise UserError(f"{what}: {cure}") from None
+            raise UserError(f"{source}: {cure}") from None
         if number is not None:
-            raise UserError(f"{what}: {reason_of(e)}") from None
-        raise UserError(f"{what}: {cure} ({reason_of(e)})") from None
+            raise UserError(f"{source}: {reason_of(e)}") from None
+        raise UserError(f"{source}: {cure} ({reason_of(e)})") from None
 
 
 def write_file(path, save):
@@ -1211,7 +1238,7 @@ def write_file(path, save):
     room = ""
     try:
         free = shutil.disk_usage(path.parent).free
-        room = f" ({free / 1e6:.0f} MB were free there)"    # torch does not say that a disk is full
+        room = f" ({free / 1e6:.0f} MB were free there)"    # torch does not name a full disk
         save(temporary)
         with open(temporary, "r+b") as file:    # Windows syncs only files open for writing
             os.fsync(file.fileno())
@@ -1288,11 +1315,11 @@ def as_tuples(value):
 def saved_config(cls, metadata, file):
     """The dataclass stored as JSON in a file's metadata. UserError if unreadable."""
     with naming(file, "the config in it cannot be read"):
-        said = as_tuples(json.loads(metadata["config"]))
-        unknown = said.keys() - cls.__dataclass_fields__.keys()
+        fields = as_tuples(json.loads(metadata["config"]))
+        unknown = fields.keys() - cls.__dataclass_fields__.keys()
         if unknown:
             raise UserError(f"the config in it has an unknown field, {min(unknown)[:80]}")
-        return cls(**said)
+        return cls(**fields)
 
 
 def public_config(tensors, file):
@@ -1306,14 +1333,14 @@ def public_config(tensors, file):
         dim, in_dim, *patch_size = weight.shape
         out_dim = len(tensors["head.head.weight"]) // math.prod(patch_size)
         blocks = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
-        like = PRESETS["wan2.1-1.3b"]
+        family = PRESETS["wan2.1-1.3b"]                 # for the VAE's stride, size and fps
         if out_dim == PRESETS["wan2.2-5b"].out_dim:
-            like = PRESETS["wan2.2-5b"]                 # for the VAE's stride, size and fps
+            family = PRESETS["wan2.2-5b"]
         config = replace(
-            like,
+            family,
             dim=dim,
             ffn_dim=len(tensors["blocks.0.ffn.0.weight"]),
-            num_heads=dim // like.head_dim,
+            num_heads=dim // family.head_dim,
             num_layers=len(blocks),
             in_dim=in_dim,
             out_dim=out_dim,
@@ -1322,7 +1349,7 @@ def public_config(tensors, file):
             clip_dim=len(tensors.get("img_emb.proj.0.weight", ())),
             freq_dim=tensors["time_embedding.0.weight"].numel() // dim,     # (D, freq_dim)
             patch_size=tuple(patch_size))
-    return replace(config, clean_first=like is PRESETS["wan2.2-5b"] or config.image_dim == 0)
+    return replace(config, clean_first=family is PRESETS["wan2.2-5b"] or config.image_dim == 0)
 
 
 def open_pretrained(cls, path, overrides):
@@ -1334,8 +1361,8 @@ def open_pretrained(cls, path, overrides):
         config = saved_config(Config, metadata, file)
     else:
         config = public_config(tensors, file)
-        beside = file.with_name("config.json")
-        if beside.is_file() and b'"WanModel"' not in beside.read_bytes():
+        config_file = file.with_name("config.json")
+        if config_file.is_file() and b'"WanModel"' not in config_file.read_bytes():
             why = f"{file}: its config.json is not of Wan's own WanModel"
     checkpoints = extra("checkpoints", why)
     if checkpoints is None:

@@ -133,11 +133,16 @@ def motion_conditions(model, vae, image, motion):
 def chunk_conditions(model, vae, image, motion, encoded, channels=None):
     """The model's keyword arguments by chunk, made lazily. motion: an iterator of a Motion per
     chunk. channels: the image channels of the first chunk, see image_inputs."""
-    for part in motion:
+    for number, part in enumerate(motion):
+        frames = part.tracks.shape[1]
+        odd = 1 if number == 0 else 0       # frame 0 has a latent of its own
+        assert frames % FRAMES == odd, (
+            f"chunk {number} has tracks of {frames} frames; the first chunk takes 4 chunk - 3, "
+            "later ones 4 chunk")
         text = encoded.text if part.text is None else part.text.to(image.device)
         inputs = motion_conditions(model, vae, image, part)
         yield {"text": text, "image": channels, "clip": encoded.clip} | inputs
-        if not model.config.copies:
+        if not model.config.repeats_image:
             channels = None                 # they are in the cache now
 
 
@@ -342,13 +347,13 @@ def own_tracks(arrays, size):
     tracks = arrays["tracks"].astype(np.float32)
     visible = arrays.get("visibility", ~np.isnan(tracks).any(-1)) > 0
     ids = arrays.get("ids", np.zeros(tracks.shape[1], int))
-    there = np.array([arrays.get("width", size[0]), arrays.get("height", size[1])], float)
+    tracked = np.array([arrays.get("width", size[0]), arrays.get("height", size[1])], float)
     T, N, _ = tracks.shape
     shapes = tracks.shape == (T, N, 2) and visible.shape == (T, N) and ids.shape == (N,)
-    values = np.isfinite(tracks[visible]).all() and (ids >> 32 == 0).all() and (there > 0).all()
+    values = np.isfinite(tracks[visible]).all() and (ids >> 32 == 0).all() and (tracked > 0).all()
     if not (T and shapes and values):
         raise ValueError("no tracks")
-    scale = (np.array(size) / there).astype(np.float32)
+    scale = (np.array(size) / tracked).astype(np.float32)
     tracks = np.nan_to_num(tracks).clip(-1e6, 1e6) * scale
     start = arrays.get("start")
     if start is not None:
@@ -558,7 +563,7 @@ def add_flags(parser):
     add("--memory", type=memory_flag, metavar="cNsNwN", help="the student's KV cache: latent "
         "frames per chunk, chunks in the sink and in the window; wfull: all")
     add("--guidance", type=guidance_flag, metavar="T,M",
-        help="the teacher's weights of text and tracks (eq. 2)")
+        help="the teacher's weights of text and tracks (eq. 2); 0,0: none")
     add("--set", dest="settings", type=setting, action="append", metavar="FIELD=VALUE",
         help=f"other fields of Config: {', '.join(SETTINGS)}")
 
@@ -740,11 +745,11 @@ def load_models(job, image):
     if job.compile:
         extra("compiling", "--compile").compile_blocks(dit)
     c = dit.config
-    how = f"teacher, whole clip, {c.steps} steps"
+    sampler = f"teacher, whole clip, {c.steps} steps"
     if c.causal:
         window = "full" if c.window is None else c.window
-        how = f"stream, c{c.chunk}s{c.sink}w{window}, {len(c.sigmas)} steps"
-    print(f"{path.name}: {c.size[1]}x{c.size[0]} pixels, {how}, seed {job.seed}, {job.device}, "
+        sampler = f"stream, c{c.chunk}s{c.sink}w{window}, {len(c.sigmas)} steps"
+    print(f"{path.name}: {c.size[1]}x{c.size[0]} pixels, {sampler}, seed {job.seed}, {job.device}, "
           f"{job.dtype}")
     return Models(dit, vae, encoded)
 
@@ -823,7 +828,7 @@ def run(argv):
 def reported(work, *args):
     """Exit code of work(*args), a program: 2 and a one-line message for an error that the user can
     fix, 130 if interrupted."""
-    refusals = extra("refusals")            # if there, knows other ends
+    refusals = extra("refusals")            # also for closed pipes and lack of memory
     try:
         if refusals:
             return refusals.ended(work, *args)

@@ -41,10 +41,10 @@ import torch.nn.functional as F
 import train_distill as td
 from extras.testing import (COPYING, HERE, SMALL, all_equal, assert_error, assert_near, clip_of,
                             new_model, new_tracks, part_of, rand, rand_like, randomised, seeded)
-from motionstream import (PRESETS, KVCache, MotionStream, TrackHead, add_noise, apply_rope, euler,
-                          guided_velocity, joint_guidance, latent_frames, rollout, rope_table,
-                          schedule, shift_sigma, sinusoid, split_conditions, start_points, to_x0,
-                          track_ids, video_frames, with_first)
+from motionstream import (PRESETS, KVCache, MotionStream, TrackHead, add_noise, apply_rope,
+                          chunk_sizes, euler, guided_velocity, joint_guidance, latent_frames,
+                          rollout, rope_table, schedule, shift_sigma, sinusoid, split_conditions,
+                          start_points, to_x0, track_ids, video_frames, with_first)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -500,6 +500,14 @@ def test_after_eviction_the_cache_holds_exactly_sink_and_last_window():
     check_eviction(sink=0, window=0, tokens=2)                  # nothing is kept
 
 
+def test_sizes_of_memory_that_cannot_be_are_refused():
+    for sink, window in (-1, 1), (1, -1), (-1, None):
+        said = f"sink {sink}, window {window}: expected 0 or more chunks"
+        assert_error(AssertionError, said, KVCache, sink, window)
+    sizes = chunk_sizes(replace(SMALL, chunk=0, first_chunk=1))
+    assert_error(AssertionError, "chunk 0, expected 1 or more", next, sizes)
+
+
 def test_a_copy_of_a_cache_stays_as_it_was():
     """Blocks that are computed twice, in training, hold such a copy."""
     cache = KVCache(1, 1)
@@ -821,6 +829,7 @@ def test_joint_guidance_equals_the_expanded_algebra():
     motion_alone = no_motion + 2 * (full - no_motion)
     assert_near(guided(0.0, 2.0), motion_alone, 1e-12)
     assert guided(0, 0) is full
+    assert_near(guided(0.25, 0.75), full, 1e-12)                # of sum 1: no guidance
 
 
 def assert_guided(model, x, given, no_text, no_motion):
@@ -870,6 +879,19 @@ def test_guidance_by_one_weight_is_two_evaluations():
         guided_velocity(model, x, torch.ones(2), given, guidance)
         batch = model.call_args.args[0]
         assert len(batch) == 2 * count, guidance
+
+
+def test_without_a_text_there_is_no_evaluation_without_text():
+    x, given, _ = clip_of(3)
+    given["text"] = None
+    model = unittest.mock.Mock(wraps=new_model())
+    sigma = torch.ones(2)
+    found = guided_velocity(model, x, sigma, given, (3.0, 1.5))
+    batch = model.call_args.args[0]
+    assert len(batch) == 2 * 2
+    full = model(x, sigma, **given)
+    no_motion = model(x, sigma)
+    assert_near(found, joint_guidance(full, full, no_motion, 3.0, 1.5), 1e-5)
 
 
 def test_guidance_never_leaves_out_the_image():

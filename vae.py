@@ -245,12 +245,11 @@ def run_layers(layers, x, state, still):
         elif isinstance(layer, Repack):
             x = layer(x)
         elif isinstance(layer, MemBlock):
+            past = x[:, :, :1]
             if state is not None:
                 past = state[len(new_state)]
-            elif still:
-                past = x[:, :, :1]
-            else:
-                past = torch.zeros_like(x[:, :, :1])
+            elif not still:
+                past = torch.zeros_like(past)
             new_state.append(x[:, :, -1:].clone())         # a view would keep all of x
             x = layer(x, past)
         else:

@@ -158,6 +158,8 @@ def test_motion_inputs_are_features_and_of_a_copying_model_copies():
     assert_error(AssertionError, "see start_points", motion_inputs, copying, **points)
     points |= {"start": tracks[:, 0]}
     assert_error(AssertionError, "needs image and vae", motion_inputs, copying, **points)
+    two = "image (1, 3, 32, 48), expected (2, 3, 32, 48)"
+    assert_error(AssertionError, two, motion_inputs, copying, **points, image=image[:1], vae=vae)
 
 
 def test_a_square_follows_the_visible_track_nearest_to_its_centre():

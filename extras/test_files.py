@@ -172,7 +172,7 @@ def test_a_causal_class_beside_wans_names_streams():
         said["_class_name"] = "CausalWanModel"
         beside.write_text(json.dumps(said))
         with without_extras:
-            text = "its config.json is not of Wan's own WanModel; extras/checkpoints.py"
+            text = "its config.json is not of Wan's own WanModel: needs extras/checkpoints.py"
             assert_error(UserError, text, load, path)
         config = load(path).config
     assert config.causal

@@ -86,7 +86,7 @@ def test_without_extras_an_ema_sink_is_one_line_and_all_else_goes_on():
     with unittest.mock.patch.dict(sys.modules, without):
         assert len(model.new_caches()) == 2
         model.config = replace(model.config, sink_decay=0.5)
-        said = "sink_decay < 1 (EMA-Sink); extras/reward_forcing.py, which that needs, is missing"
+        said = "sink_decay < 1 (EMA-Sink): needs extras/reward_forcing.py, which is missing from this copy"
         assert_error(UserError, said, model.new_caches)
 
 

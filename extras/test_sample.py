@@ -108,7 +108,7 @@ def test_a_copy_without_extras_samples():
         refused = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert len(refused) == 6, done.stderr
         for line in refused[:3]:
-            assert line.endswith("extras/tracks.py, which that needs, is missing"), line
+            assert line.endswith("extras/tracks.py, which is missing from this copy"), line
         for line, name in zip(refused[3:], ("none.png", "none.safetensors", "abacus")):
             assert name in line, line
         assert count_frames(here / "out.mp4") == 9
@@ -376,6 +376,18 @@ def test_the_stream_hands_the_track_head_the_whole_motion():
     visible = F.pad(motion.visible, (0, 0, 0, rest))
     whole = track_features(model, tracks, visible, motion.ids)
     assert_near(torch.cat(parts, 2), whole, 1e-6)
+
+
+def test_a_stream_refuses_tracks_of_another_length_than_its_chunk():
+    """A chunk of 4 k frames continues a clip, one of 4 k - 3 starts it."""
+    model = new_model()
+    image = rand(1, 3, 32, 48)
+    for lengths, number, frames in ((12, 12, 12), 0, 12), ((9, 9, 9), 1, 9), ((9, 12, 13), 2, 13):
+        motion = [new_motion(length, 3, batch=1) for length in lengths]
+        chunks = sample.chunk_conditions(model, None, image, motion, sample.Encoded())
+        assert len(list(itertools.islice(chunks, number))) == number
+        said = f"chunk {number} has tracks of {frames} frames; the first chunk takes 4 chunk - 3"
+        assert_error(AssertionError, said, next, chunks)
 
 
 def seen_of_two_chunks(make, model, vae):

@@ -165,7 +165,7 @@ def test_what_extras_hold_is_found_or_nothing_or_an_error_that_says_what_for():
     assert extra("checkpoints") is checkpoints
     with without_extras():
         assert extra("checkpoints") is None
-        said = "--flag; extras/checkpoints.py, which that needs, is missing"
+        said = "--flag: needs extras/checkpoints.py, which is missing from this copy"
         assert_error(UserError, said, extra, "checkpoints", "--flag")
 
 
@@ -182,7 +182,7 @@ def test_wans_own_layout_and_ours_are_read_without_extras():
         save_file(in_diffusers_layout(public()), here / "other.safetensors")
         other = here / "other.safetensors"
         assert_error(UserError, "other.safetensors: it has no tensor blocks.0", load, other)
-        said = "may mean another layout; extras/checkpoints.py, which that needs, is missing"
+        said = "may mean another layout: needs extras/checkpoints.py, which is missing from this copy"
         assert_error(UserError, said, load, other)
 
 
