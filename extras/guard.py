@@ -119,17 +119,17 @@ def check_flags(flags):
 def check_field(path, value, config, settings):
     """UserError, one line, if --set gives a value of the wrong type to a field of Config or
     Settings, "a" or "a.b", or if neither has that field."""
-    thing = settings
+    owner = settings
     if path in vars(config):
-        thing = config
+        owner = config
     *outer, name = path.split(".")
     for each in outer:
-        thing = vars(thing).get(each)
-        if not dataclasses.is_dataclass(thing):
+        owner = vars(owner).get(each)
+        if not dataclasses.is_dataclass(owner):
             raise UserError(f"--set {path}: {each} has no fields")
-    if name not in vars(thing):
-        raise UserError(f"--set {path}: no such field; there are {', '.join(vars(thing))}")
-    now = getattr(thing, name)
+    if name not in vars(owner):
+        raise UserError(f"--set {path}: no such field; there are {', '.join(vars(owner))}")
+    now = getattr(owner, name)
     numbers = isinstance(now, (int, float)) and isinstance(value, (int, float))
     if not (numbers or now is None or value is None or isinstance(value, type(now))):
         raise UserError(f"--set {path}={value}: it is {now} now")

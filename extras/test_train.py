@@ -247,7 +247,7 @@ def test_parameters_that_a_loss_does_not_reach_stay_as_they_are():
     for name, p in model.state_dict().items():
         of_image = "_img" in name or name.startswith("img_emb")
         assert p.equal(begin[name]) == of_image, name
-    again = td.Learner("toy", new_model(clip_dim=10).requires_grad_(True), learner.how)
+    again = td.Learner("toy", new_model(clip_dim=10).requires_grad_(True), learner.learning)
     again.load_state_dict(copy.deepcopy(learner.state_dict()))
     assert same(again.model.state_dict(), model.state_dict())
     for each in learner, again:
@@ -1328,7 +1328,7 @@ def test_half_of_the_rollouts_are_longer_than_the_teachers_clip_and_say_nothing_
         assert first_latent.shape[2] == 1
         return iter(noise)
 
-    def loss(x0, critic, conditions, first_latent, shift, channel_weight):
+    def loss(x0, critic, conditions, first_latent, shift, weight_at):
         judged.add((x0.shape[2], conditions["tracks"].shape[2]))
         return torch.zeros(())
 
@@ -1361,7 +1361,7 @@ def test_rollouts_under_drawn_memory_are_judged_as_whole_clips():
         end[:] = [whole_clip[:, :, -11:].clone()]
         yield from noise
 
-    def loss(x0, critic, conditions, first_latent, shift, channel_weight):
+    def loss(x0, critic, conditions, first_latent, shift, weight_at):
         assert x0.shape[2] == 12
         assert x0[:, :, 1:].equal(end[0]), contexts[-1]
         return torch.zeros(())

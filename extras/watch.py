@@ -191,8 +191,8 @@ def student_numbers(run, generator, teacher, critic, vae, files):
     numbers = {"std_least": std.min(), "std_most": std.max(), "moves": change.mean()}
     with run.autocast():
         for sigma in 0.3, 0.6, 0.9:
-            levels = same_sigma(sigma, x0)
-            real, fake = td.real_and_fake(x0, levels, teacher, critic, conditions, first_latent)
+            sigmas = same_sigma(sigma, x0)
+            real, fake = td.real_and_fake(x0, sigmas, teacher, critic, conditions, first_latent)
             numbers[f"apart_{sigma}"] = (fake - real).abs().mean()
         video, _ = vae.decode(x0[:1])
     numbers["saturated"] = (video.abs() > 0.99).float().mean()
