@@ -873,7 +873,8 @@ class Batch:
     """Clips as inputs of the networks."""
     latents: torch.Tensor       # (B, C, F, h, w), float32
     conditions: dict            # inputs passed on as they are: text; image, clip if needed
-    points: dict                # for motion_inputs: tracks (B, T, N, 2), visible, ids; start, image
+    points: dict                # for motion_of: tracks (B, T, N, 2), visible, ids; for copies also
+                                # start and frame_0, the image's pixels (B, 3, H, W)
     counted: torch.Tensor       # (B, T, N) bool: tracks whose cells get track_weight, namely those
                                 # of objects or, in a batch without objects, the given ones
 
@@ -1106,11 +1107,18 @@ def draw_batch(run, files, count, frames, *, dense=False, first_only=False):
     points = {"tracks": tracks, "visible": visible, "ids": track_ids(tracks, config)}
     if config.copies:
         points["start"] = start_points(tracks, true)
-        points["image"] = clips["first"].float() / 127.5 - 1
+        points["frame_0"] = clips["first"].float() / 127.5 - 1
     counted = visible
     if on_object.any():
         counted = true & on_object[:, None]
     return Batch(latents, conditions, points, counted).to(run.device)
+
+
+def motion_of(model, points, vae):
+    """motion_inputs of the points of a Batch."""
+    points = dict(points)
+    frame_0 = points.pop("frame_0", None)
+    return motion_inputs(model, **points, image=frame_0, vae=vae)
 
 
 def latent_weight(vae, config, sigma):
@@ -1168,7 +1176,7 @@ def loss_of_teacher(run, model, vae, batch):
     sigma = sigma.to(run.device)
     first_latent = first_latent_of(run.config, x0)
     with run.autocast():
-        motion = drop(motion_inputs(model, **batch.points, vae=vae), s.p_no_tracks)
+        motion = drop(motion_of(model, batch.points, vae), s.p_no_tracks)
         text = drop({"text": batch.conditions["text"]}, s.p_no_text)
         conditions = batch.conditions | motion | text
         channel_weight = latent_weight(vae, model.config, sigma)
@@ -1224,7 +1232,7 @@ def teacher_trajectories(run, teacher, vae, batch):
     wanted = run.config.sigmas + (0.0,)
     noise = torch.randn_like(batch.latents)
     with run.autocast():
-        conditions = batch.conditions | motion_inputs(teacher, **batch.points, vae=vae)
+        conditions = batch.conditions | motion_of(teacher, batch.points, vae)
         trajectory = euler(teacher, noise, conditions, first_latent_of(run.config, batch.latents))
         states = [x_t for x_t, sigma in trajectory if sigma in wanted]
     assert len(states) == len(wanted), (
@@ -1280,7 +1288,7 @@ def loss_in_context(run, student, vae, drawn, channel_weight):
     own = (run.config.sink, run.config.window)
     contexts = (own, own, own) + CONTEXTS
     context = contexts[int(torch.randint(0, len(contexts), ()))]
-    motion = motion_inputs(student, **points, vae=vae)
+    motion = motion_of(student, points, vae)
     past = None
     if run.settings.corrupt_context:
         experiments = extra("experiments", "corrupt_context damages the past")
@@ -1295,7 +1303,7 @@ def loss_on_rollouts(run, student, vae, files, channel_weight, update):
     batch = draw_batch(run, files, s.batch, run.clip_latents)
     rng = torch.Generator().manual_seed(seed_of(run.seed, "exit", update))
     exit_step = int(torch.randint(0, len(run.config.sigmas), (), generator=rng))
-    conditions = batch.conditions | motion_inputs(student, **batch.points, vae=vae)
+    conditions = batch.conditions | motion_of(student, batch.points, vae)
     x0 = batch.latents
     first_latent = first_latent_of(run.config, x0)
     weight = channel_weight * weight_of_cells(run, batch)[:, None]          # (B, C, F, h, w)
@@ -1423,13 +1431,13 @@ def generated_clip(run, generator, vae, files, plan, grad):
     first_latent = first_latent_of(config, image_latent)
     caches = generator.new_caches(**plan.context)
     with run.autocast(), torch.set_grad_enabled(grad), gathered(generator):
-        motion = motion_inputs(generator, **batch.points, vae=vae)
+        motion = motion_of(generator, batch.points, vae)
         by_chunk = split_conditions(of_rollout | motion, sizes)
         chunks = rollout(generator, noise.split(sizes, 2), by_chunk, first_latent,
                          plan.exit_step, caches=caches)
         chunks = itertools.islice(chunks, len(sizes))   # stops there: the last is not cached
         x0, points = judged_clip(chunks, run.clip_latents, image_latent, batch.points)
-        motion = motion_inputs(generator, **points, vae=vae)
+        motion = motion_of(generator, points, vae)
     conditions = first_frames(of_rollout, run.clip_latents) | motion
     return x0, conditions, points
 
