@@ -214,11 +214,8 @@ def critic_loss(x0, critic, conditions, first_latent, shift, weight_at=None):
     without guidance, at the noise levels of score_sigma. first_latent: see flow_loss.
     weight_at: a function that maps sigma (B,) to flow_loss's channel_weight; None: 1."""
     sigma = score_sigma(len(x0), shift, x0.device)
-    channel_weight = 1.0
-    if weight_at is not None:
-        channel_weight = weight_at(sigma)
-    return flow_loss(critic, x0.detach(), sigma, conditions, first_latent,
-                     channel_weight=channel_weight)
+    weight = weight_at(sigma) if weight_at else 1.0
+    return flow_loss(critic, x0.detach(), sigma, conditions, first_latent, channel_weight=weight)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -737,13 +734,12 @@ def load_checkpoint(folder, stage, settings, learners):
     of updates, or 0 if there is no checkpoint. UserError if it has other learners or, with
     extras/, other settings."""
     checkpoint = {"updates": 0, "learners": {}}
+    guard = extra("guard")
     paths = sorted(folder.glob(f"{stage}.*.checkpoint.pt"))
-    if paths and RANK == 0:
-        guard = extra("guard")
-        if guard:
-            checkpoint = guard.newest_checkpoint(paths, stage, settings)
-        else:
-            checkpoint = torch.load(paths[-1], map_location="cpu", weights_only=True)
+    if guard and RANK == 0:             # it skips damaged ones and shortens the log to fit
+        checkpoint = guard.newest_checkpoint(folder, stage, settings) or checkpoint
+    elif paths and RANK == 0:
+        checkpoint = torch.load(paths[-1], map_location="cpu", weights_only=True)
     updates = from_first(checkpoint["updates"])
     if updates == 0:
         return 0
@@ -769,9 +765,9 @@ class Loop:
         self.learners = learners
         self.accumulate = learners[0].accumulate
         self.settings = {"updates": updates, "micro-steps an update": self.accumulate * PROCESSES}
-        self.guard = extra("guard")
-        if self.guard:                  # which refuses to resume with others
-            self.settings |= self.guard.checkpoint_settings(run, stage)
+        guard = extra("guard")
+        if guard:                       # which refuses to resume with others
+            self.settings |= guard.checkpoint_settings(run, stage)
 
     def __iter__(self):
         begin = load_checkpoint(self.run.out, self.stage, self.settings, self.learners)
@@ -779,8 +775,6 @@ class Loop:
         log_path = os.devnull
         if RANK == 0:
             log_path = self.run.out / "stats.jsonl"
-            if self.guard:
-                self.guard.drop_rows(log_path, self.stage, begin)
         with hold_signals() as stop, open(log_path, "a", buffering=1) as log:
             bar = tqdm(range(begin, self.updates), self.stage, disable=RANK > 0)
             for update in bar:
@@ -899,21 +893,34 @@ def latents_in(shapes):
     return latent_frames(shapes["video"][1])
 
 
-def open_clips(folder, config, frames, track_frames, vae=None):
-    """Find the clips in a folder, and in all below, that have at least `frames` latents; returns
-    their files. UserError, one line, if a clip is invalid, if its tracks cover fewer than
-    `track_frames` video frames, or if no clip is long enough. vae: checksum of the VAE that should
-    have made the latents."""
-    guard = extra("guard")
-    if guard:
-        files = guard.clip_files(folder)                # those behind links too
-    else:
-        files = sorted(folder.rglob("[!.]*.safetensors"))
+def clip_files(folder):
+    """Find the clips in a folder and in all folders below, sorted. Links are followed; each folder
+    counts once, however many links lead to it. UserError if a folder cannot be read."""
+    def refuse(error):
+        raise UserError(f"{error.filename}: {error.strerror}; make it readable, or move it away")
+
+    files = []
+    seen = set()
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if name.lower().endswith(".safetensors") and not name.startswith("."):
+                files.append(Path(place, name))     # macOS puts ._a.safetensors beside a file
+    return sorted(files)
+
+
+def open_clips(folder, frames):
+    """The clips in a folder that have at least `frames` latents, see clip_files. UserError, one
+    line, if a clip is damaged or none is long enough."""
+    files = clip_files(folder)
     long_enough = []
     for file in files:
-        shapes, metadata = read_header(file)
-        if guard:
-            guard.check_clip(file, shapes, metadata, config, track_frames, vae)
+        shapes, _ = read_header(file)
         if latents_in(shapes) >= frames:
             long_enough.append(file)
     if not long_enough:
@@ -936,7 +943,7 @@ def training_clips(run, frames):
         from extras.world import rendered_clips
         encode = functools.partial(encode_video, run.load_vae().cpu())
         return rendered_clips(run, "clips", run.settings.clips, encode)
-    files = open_clips(run.data, run.config, frames, run.track_frames, run.checksum("vae"))
+    files = open_clips(run.data, frames)
     videos = [file for file in files if "latents" not in read_header(file)[0]]
     if not videos:
         return files
@@ -1695,7 +1702,7 @@ def run_stages(argv):
             watch.print_plan(run, stages)
         for stage in stages:
             if guard:
-                guard.check_prerequisites(run, stage)
+                guard.check_stage(run, stage)
             torch.manual_seed(seed_of(run.seed, stage))     # for the initial weights
             STAGES[stage](run)
             show(run, stage)

@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_leaves
 
 import train_distill as td
 from extras.bench import CPU, Counts, new_vae, random_conditions
-from extras.guard import clip_files
 from motionstream import (CLIP_ROWS, chunk_sizes, guided_velocity, new_model, rollout,
                           split_conditions)
 
@@ -333,7 +332,7 @@ def distill_cost(run, critic, rollouts):
 def stored_clips(run):
     """{name of a data set: number of clips} that the training reads."""
     if run.data:
-        return {"--data": len(clip_files(run.data))}
+        return {"--data": len(td.clip_files(run.data))}
     if not run.config.is_wan:
         return {"drawn": run.settings.clips}
     clips = PAPER_CLIPS

@@ -1006,7 +1006,7 @@ def video_clips(here, count=3, frames=45, config=SMALL):
 
 def test_batches_are_of_random_clips_padded_with_hidden_tracks_and_empty_text():
     with folder() as here:
-        files = td.open_clips(new_clips(here / "data", 3, 57, track_frames=93), SMALL, 12, 45)
+        files = td.open_clips(new_clips(here / "data", 3, 57, track_frames=93), 12)
         clips = [load_file(file) for file in files]
         torch.manual_seed(0)
         batch = td.pick(files, 30, 6, 21)
@@ -1249,7 +1249,7 @@ def test_text_is_dropped_for_the_teacher_and_for_nobody_else():
         flags = own_flags(here, new_clips(here / "data"))
         trained(flags + ["--stage", "teacher", "--steps", 4, "--set", "batch=10"])
         run = td.resolve(td.parse(flags))
-        batch = td.draw_batch(run, td.open_clips(here / "data", SMALL, 12, 45), 200, 12)
+        batch = td.draw_batch(run, td.open_clips(here / "data", 12), 200, 12)
     assert batch.conditions["text"].flatten(1).any(1).all()
     assert len(kept) == 10 + 3 * 20                     # a batch of whole clips, three of short ones
     assert 0.02 < 1 - sum(kept) / len(kept) < 0.25
