@@ -1402,20 +1402,17 @@ def judged_clip(chunks, frames, image_latent, points):
     the clip is the end, with image_latent (B, C, 1, h, w) in place of its first latent: time jumps
     after it. So the teacher is given the true image, even if the student has drifted from it."""
     held = []                                           # the latest chunks
-    held_frames = 0
     length = 0                                          # latents of the whole rollout
     for chunk in chunks:
         held.append(chunk)
-        held_frames += chunk.shape[2]
         length += chunk.shape[2]
-        while held_frames - held[0].shape[2] >= frames:         # the others are enough
-            held_frames -= held.pop(0).shape[2]                 # frees its graph too
+        while sum(later.shape[2] for later in held[1:]) >= frames:
+            held.pop(0)                                 # not needed; frees its graph, too
     x0 = torch.cat(held, 2)[:, :, -frames:]
     if length > frames:
         x0 = torch.cat([image_latent, x0[:, :, 1:]], 2)
-    end = points["tracks"].shape[1]
-    begin = end - video_frames(frames)
-    times = [0] + list(range(begin + 1, end))           # video frame 0, then the last ones
+    end = points["tracks"].shape[1]                     # of the video frames, keep 0 and the last
+    times = [0] + list(range(end - video_frames(frames) + 1, end))
     cut = {name: points[name][:, times] for name in ("tracks", "visible")}
     return x0, points | cut
 

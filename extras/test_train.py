@@ -418,8 +418,8 @@ class Toy:
     def train(self, stop_at=None, nan_at=None, always_save=False):
         """A signal comes in the first micro-step of update stop_at; the losses of update nan_at are
         NaN."""
-        told = patch.object(guard, "checkpoint_settings", lambda run, stage: self.settings)
-        with quiet() as (out, _), told, keeping_gradients() as self.gradients:
+        settings = patch.object(guard, "checkpoint_settings", lambda run, stage: self.settings)
+        with quiet() as (out, _), settings, keeping_gradients() as self.gradients:
             try:
                 loop = td.Loop(toy_run(self.here, always_save), "toy", self.updates, self.learner)
                 for update in loop:
@@ -609,9 +609,9 @@ def saved_updates(minutes):
 def test_checkpoints_are_as_often_as_is_said_and_how_often_may_change():
     assert saved_updates(5) == [5]
     assert saved_updates(1.6) == [2, 4, 5]
-    told = guard.checkpoint_settings(new_run(), "vae")
-    assert not told.keys() & {"checkpoint_minutes", "export_every", "tflops"}
-    assert "batch" in told
+    settings = guard.checkpoint_settings(new_run(), "vae")
+    assert not settings.keys() & {"checkpoint_minutes", "export_every", "tflops"}
+    assert "batch" in settings
 
 
 def test_weights_of_some_updates_are_kept_to_choose_from():
@@ -1128,7 +1128,7 @@ def test_what_is_made_is_named_by_what_made_it():
             assert now != settings, flags
 
 
-def told(here, data):
+def settings_and_clips(here, data):
     """(What checkpoints of a training on `data` depend on, its clips)."""
     run = td.resolve(td.parse(own_flags(here, data)))
     return guard.checkpoint_settings(run, "teacher"), td.training_clips(run, 12)
@@ -1138,21 +1138,21 @@ def test_clips_are_told_by_what_they_hold_and_not_by_age_or_place():
     with folder() as here, quiet():
         data = video_clips(here / "data")
         second = data / "1.safetensors"
-        was, files = told(here, data)
+        was, files = settings_and_clips(here, data)
         clip = load_file(second)
         save_file(clip, second, {"source": "of a touched text"})
         for file in data.iterdir():
             os.utime(file, (1, 1))
-        assert told(here, data) == (was, files)
+        assert settings_and_clips(here, data) == (was, files)
         shutil.copytree(data, here / "moved/clips")
         with encoding_nothing():
-            assert told(here, here / "moved/clips") == (was, files)
+            assert settings_and_clips(here, here / "moved/clips") == (was, files)
         with patch.object(guard, "content_digest", None):           # nor are they read again
             guard.read_digests(here / "moved/clips", here / "runs/out/clips.json")
         clip["text"][-1] += 1e-3
         td.write_clip(second, clip)
         (data / "2.safetensors").rename(data / "3.safetensors")
-        now, others = told(here, data)
+        now, others = settings_and_clips(here, data)
         td.save_checkpoint(here, "teacher", 1, was, [])
         for number in 1, 2, 3:
             name = f"checksum of {number}.safetensors"
