@@ -1352,9 +1352,12 @@ def test_the_flow_loss_is_a_weighted_mean():
         assert_near(loss, expected, 1e-6)
 
 
-def causal_loss(x0, past, context):
-    """td.causal_loss of a model that has x0 at each noise level, with the same draws each time."""
+def causal_loss(x0, past, context, hook=None):
+    """td.causal_loss of a model that has x0 at each noise level, with the same draws each time.
+    hook: called after each pass of the model."""
     model = new_model()
+    if hook:
+        model.register_forward_hook(hook, with_kwargs=True)
     _, given, _ = clip_of(12)
     noise = rand_like(x0, seed=4)
     states = []
@@ -1374,6 +1377,22 @@ def test_causal_loss_sees_the_past_that_the_cache_holds():
     assert causal_loss(x0, past, (1, None)) == losses[0]
     past = past.flip(2)
     assert causal_loss(x0, past, (1, None)) != losses[0]
+
+
+def test_causal_loss_caches_the_clean_past():
+    x0, _, _ = clip_of(12)
+    past = rand_like(x0, seed=5)
+    written = []
+
+    def record(model, args, options, velocity):
+        x, sigma = args
+        if options.get("write", False):
+            assert not sigma.any(), "the cache holds clean latents, at sigma 0"
+            written.append(x)
+
+    causal_loss(x0, past, (1, None), record)
+    assert len(written) == 3                                    # no one reads the last chunk
+    assert torch.cat(written, 2).equal(past[:, :, :9])
 
 
 def test_causal_loss_without_memory_takes_each_chunk_as_a_clip_of_its_own():

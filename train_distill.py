@@ -88,7 +88,8 @@ def draw_sigma(batch, shift, p_pure_noise, p_uniform):
     p_pure_noise of all clips sigma is 1."""
     normal = torch.randn(batch)
     chance = torch.rand(batch)
-    uniform = torch.special.ndtr(normal)        # the normal's CDF: no extra random numbers
+    # One normal draw serves both: its sigmoid is logit-normal, its CDF uniform.
+    uniform = torch.special.ndtr(normal)
     sigma = torch.where(chance >= 1 - p_uniform, uniform, normal.sigmoid())
     sigma = shift_sigma(sigma, shift)
     return torch.where(chance < p_pure_noise, torch.ones(batch), sigma)
@@ -162,10 +163,10 @@ def rollout_loss(student, x0, conditions, first_latent, exit_step, weight=1.0):
     first_latent, exit_step: see motionstream.rollout. weight: weights of cells or channels,
     broadcast over x0."""
     noise = torch.randn_like(x0)
-    chunks = list(chunk_sizes(student.config, x0.shape[2]))
-    made = rollout(student, noise, conditions, first_latent, exit_step)
-    made = itertools.islice(made, len(chunks))          # stops there: the last is not cached
-    error = torch.cat(list(made), 2) - x0
+    sizes = list(chunk_sizes(student.config, x0.shape[2]))
+    chunks = rollout(student, noise, conditions, first_latent, exit_step)
+    chunks = itertools.islice(chunks, len(sizes))       # stops there: the last is not cached
+    error = torch.cat(list(chunks), 2) - x0
     return (error.square() * weight).mean()
 
 
@@ -208,12 +209,12 @@ def dmd_loss(x0, teacher, critic, conditions, first_latent, shift, weight=1.0):
     return 0.5 * ((x0 - target).square() * weight).mean()
 
 
-def critic_loss(x0, critic, conditions, first_latent, shift, channel_weight=lambda sigma: 1.0):
+def critic_loss(x0, critic, conditions, first_latent, shift, weight_at=None):
     """The critic's loss (eq. 4): rectified flow on the generator's own latents x0 (B, C, F, h, w),
     without guidance, at the noise levels of score_sigma. first_latent: see flow_loss.
-    channel_weight: a function that maps sigma (B,) to flow_loss's channel_weight."""
+    weight_at: a function that maps sigma (B,) to flow_loss's channel_weight; None: 1."""
     sigma = score_sigma(len(x0), shift, x0.device)
-    weight = channel_weight(sigma)
+    weight = weight_at(sigma) if weight_at else 1.0
     return flow_loss(critic, x0.detach(), sigma, conditions, first_latent, channel_weight=weight)
 
 
@@ -271,7 +272,7 @@ class Settings:
     p_no_text: float = 0.1          # share of clips with null text, for guidance (3.1) [O]
     p_no_tracks: float = 0.1        # share of clips without tracks, likewise [O]
     # choice of tracks
-    track_what_moves: bool = True   # all that moves has a track at least, see user_tracks [O]
+    track_what_moves: bool = True   # everything that moves keeps a track, see user_tracks [O]
     p_sparse: float = 0.5           # share of clips with few or no tracks, in batches without
                                     # object labels, see given_tracks [O]
     # causal
@@ -478,10 +479,10 @@ def wait_for_all(timeout=SOON):
 
 def from_first(value):
     """Return process 0's `value` in all processes. Collective."""
-    told = [value]
+    values = [value]
     if PROCESSES > 1:
-        dist.broadcast_object_list(told)
-    return told[0]
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
 def shard(model):
@@ -522,9 +523,9 @@ PARTLY = replace(SHARED, strict=False)      # optimizers hold nothing of paramet
 # --------------------------------------------------------------------------------------------------
 # Learning: from a loss to an update.
 
-def seed_of(*what):
+def seed_of(*values):
     """A seed for torch from anything printable, the same in every process."""
-    return zlib.crc32(" ".join(map(str, what)).encode())
+    return zlib.crc32(" ".join(map(str, values)).encode())
 
 
 def generators(device):
@@ -597,12 +598,12 @@ class Learner:
     """A network, its optimizers and the moving average (EMA) of its weights, all sharded, see
     `shard`. Call `backward` for each micro-step of an update, then `update`.
 
-    how: Learning. updates: number of updates after which the learning rate is 0; 0: no decay.
+    learning: its settings. updates: after so many the learning rate is 0; 0: no decay.
     accumulate: micro-steps per update, over all processes. shard_gradients: see backward."""
 
-    def __init__(self, name, model, how, updates=0, accumulate=1, shard_gradients=False):
+    def __init__(self, name, model, learning, updates=0, accumulate=1, shard_gradients=False):
         self.name = name
-        self.how = how
+        self.learning = learning
         self.updates = updates
         self.accumulate = max(accumulate // PROCESSES, 1)       # per process
         self.shard_gradients = shard_gradients
@@ -610,7 +611,7 @@ class Learner:
         self.loss = 0.0                 # mean loss of these micro-steps
         self.averaged = None
         self.average = None
-        if how.ema:
+        if learning.ema:
             self.averaged = AveragedModel(model, multi_avg_fn=self.move_average)
             self.average = shard(self.averaged.module.requires_grad_(False))
         self.model = shard(model)
@@ -625,13 +626,14 @@ class Learner:
             inner = name.startswith(("blocks.", "encoder.", "decoder."))
             matrix = inner and name.endswith("weight") and p.ndim > 1
             if p.requires_grad:
-                group = hidden if matrix and self.how.muon else rest
+                group = hidden if matrix and self.learning.muon else rest
                 group.append(p)
-        how = self.how
+        learning = self.learning
         optimizers = []
         if hidden:
-            optimizers.append(Muon(hidden, how.muon, how.weight_decay))
-        adam = torch.optim.AdamW(rest, how.adam, how.betas, weight_decay=how.weight_decay)
+            optimizers.append(Muon(hidden, learning.muon, learning.weight_decay))
+        adam = torch.optim.AdamW(rest, learning.adam, learning.betas,
+                                 weight_decay=learning.weight_decay)
         return optimizers + [adam]
 
     def backward(self, loss):
@@ -666,26 +668,26 @@ class Learner:
         return norm
 
     def clip_gradient(self):
-        """Average the gradient over the processes and clip its norm to how.clip_norm. Returns the
-        norm before clipping."""
+        """Average the gradient over the processes and clip its norm to learning.clip_norm. Returns
+        the norm before clipping."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         if not self.sharded:
             for p in parameters:
                 mean_processes(p.grad)
-        norm = nn.utils.clip_grad_norm_(parameters, self.how.clip_norm)
+        norm = nn.utils.clip_grad_norm_(parameters, self.learning.clip_norm)
         return norm.full_tensor() if self.sharded else norm
 
     def rate_factor(self, number):
         """Factor on the learning rate at an update: warm-up, constant 1, decay."""
-        factor = min(1.0, (number + 1) / self.how.warm_up)
+        factor = min(1.0, (number + 1) / self.learning.warm_up)
         if self.updates:
-            factor = min(factor, (self.updates - number) / (self.how.decay * self.updates))
+            factor = min(factor, (self.updates - number) / (self.learning.decay * self.updates))
         return factor
 
     def move_average(self, averages, weights, count):
         """multi_avg_fn after `count` updates. Early on it averages roughly the latest tenth of
         them, so that the initial weights are soon forgotten."""
-        share = 1 - min(self.how.ema, int(count) / (int(count) + 10))
+        share = 1 - min(self.learning.ema, int(count) / (int(count) + 10))
         torch._foreach_lerp_(averages, weights, share)
 
     def state_dict(self):
@@ -732,13 +734,12 @@ def load_checkpoint(folder, stage, settings, learners):
     of updates, or 0 if there is no checkpoint. UserError if it has other learners or, with
     extras/, other settings."""
     checkpoint = {"updates": 0, "learners": {}}
+    guard = extra("guard")
     paths = sorted(folder.glob(f"{stage}.*.checkpoint.pt"))
-    if paths and RANK == 0:
-        guard = extra("guard")
-        if guard:
-            checkpoint = guard.newest_checkpoint(paths, stage, settings)
-        else:
-            checkpoint = torch.load(paths[-1], map_location="cpu", weights_only=True)
+    if guard and RANK == 0:             # it skips damaged ones and shortens the log to fit
+        checkpoint = guard.newest_checkpoint(folder, stage, settings) or checkpoint
+    elif paths and RANK == 0:
+        checkpoint = torch.load(paths[-1], map_location="cpu", weights_only=True)
     updates = from_first(checkpoint["updates"])
     if updates == 0:
         return 0
@@ -764,24 +765,22 @@ class Loop:
         self.learners = learners
         self.accumulate = learners[0].accumulate
         self.settings = {"updates": updates, "micro-steps an update": self.accumulate * PROCESSES}
-        self.guard = extra("guard")
-        if self.guard:                  # which refuses to resume with others
-            self.settings |= self.guard.checkpoint_settings(run, stage)
+        guard = extra("guard")
+        if guard:                       # which refuses to resume with others
+            self.settings |= guard.checkpoint_settings(run, stage)
 
     def __iter__(self):
         begin = load_checkpoint(self.run.out, self.stage, self.settings, self.learners)
         self.saved_at = time.time()
-        file = os.devnull
+        log_path = os.devnull
         if RANK == 0:
-            file = self.run.out / "stats.jsonl"
-            if self.guard:
-                self.guard.drop_rows(file, self.stage, begin)
-        with hold_signals() as stop, open(file, "a", buffering=1) as file:
+            log_path = self.run.out / "stats.jsonl"
+        with hold_signals() as stop, open(log_path, "a", buffering=1) as log:
             bar = tqdm(range(begin, self.updates), self.stage, disable=RANK > 0)
             for update in bar:
                 self.update = update
                 self.numbers = {}               # {name: [values logged]}
-                self.random = {}                # {micro-step: states of its random streams}
+                self.random = {}                # {micro-step: where its random streams stopped}
                 started = time.time()
                 yield update
                 means = {}
@@ -791,15 +790,15 @@ class Loop:
                 seconds = round(time.time() - started, 3)
                 row = {"stage": self.stage, "step": update, **means, "seconds": seconds,
                        "dtype": str(self.run.dtype)[6:]}                        # after "torch."
-                file.write(json.dumps(row) + "\n")
+                log.write(json.dumps(row) + "\n")
                 self.save_if_due(stop)
 
     def micro_steps(self):
         """Yield this process's micro-steps of the update, numbered over all processes and updates.
         Each is seeded by (seed, stage, number), so resuming or another number of processes changes
-        no draw. `distill` passes over them twice in an update of both networks: so that the critic
-        does not get the generator's clips and noise again, each micro-step of the second pass
-        continues its random stream of the first."""
+        no draw. `distill` calls this twice in an update of both networks, first for the generator.
+        The critic needs other clips and noise, so the second time each micro-step continues the
+        random stream where it left it."""
         end = (self.update + 1) * self.accumulate * PROCESSES
         begin = end - self.accumulate * PROCESSES
         sources = generators(self.run.device)
@@ -821,8 +820,8 @@ class Loop:
         """Log numbers and print them above the progress bar."""
         self.log(**numbers)
         if RANK == 0:
-            told = {name: round(float(value), 5) for name, value in numbers.items()}
-            tqdm.write(f"{self.stage}: {json.dumps(told)}")
+            rounded = {name: round(float(value), 5) for name, value in numbers.items()}
+            tqdm.write(f"{self.stage}: {json.dumps(rounded)}")
 
     def save_if_due(self, stop):
         """Write a checkpoint if due; exit if any process has a signal in `stop`. Collective."""
@@ -868,7 +867,8 @@ class Batch:
     """Clips as inputs of the networks."""
     latents: torch.Tensor       # (B, C, F, h, w), float32
     conditions: dict            # inputs passed on as they are: text; image, clip if needed
-    points: dict                # for motion_inputs: tracks (B, T, N, 2), visible, ids; start, image
+    points: dict                # for motion_of: tracks (B, T, N, 2), visible, ids; for copies also
+                                # start and frame_0, the image's pixels (B, 3, H, W)
     counted: torch.Tensor       # (B, T, N) bool: tracks whose cells get track_weight, namely those
                                 # of objects or, in a batch without objects, the given ones
 
@@ -893,21 +893,34 @@ def latents_in(shapes):
     return latent_frames(shapes["video"][1])
 
 
-def open_clips(folder, config, frames, track_frames, vae=None):
-    """Find the clips in a folder, and in all below, that have at least `frames` latents; returns
-    their files. UserError, one line, if a clip is invalid, if its tracks cover fewer than
-    `track_frames` video frames, or if no clip is long enough. vae: checksum of the VAE that should
-    have made the latents."""
-    guard = extra("guard")
-    if guard:
-        files = guard.clip_files(folder)                # those behind links too
-    else:
-        files = sorted(folder.rglob("[!.]*.safetensors"))
+def clip_files(folder):
+    """Find the clips in a folder and in all folders below, sorted. Links are followed; each folder
+    counts once, however many links lead to it. UserError if a folder cannot be read."""
+    def refuse(error):
+        raise UserError(f"{error.filename}: {error.strerror}; make it readable, or move it away")
+
+    files = []
+    seen = set()
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if name.lower().endswith(".safetensors") and not name.startswith("."):
+                files.append(Path(place, name))     # macOS puts ._a.safetensors beside a file
+    return sorted(files)
+
+
+def open_clips(folder, frames):
+    """The clips in a folder that have at least `frames` latents, see clip_files. UserError, one
+    line, if a clip is damaged or none is long enough."""
+    files = clip_files(folder)
     long_enough = []
     for file in files:
-        shapes, metadata = read_header(file)
-        if guard:
-            guard.check_clip(file, shapes, metadata, config, track_frames, vae)
+        shapes, _ = read_header(file)
         if latents_in(shapes) >= frames:
             long_enough.append(file)
     if not long_enough:
@@ -930,7 +943,7 @@ def training_clips(run, frames):
         from extras.world import rendered_clips
         encode = functools.partial(encode_video, run.load_vae().cpu())
         return rendered_clips(run, "clips", run.settings.clips, encode)
-    files = open_clips(run.data, run.config, frames, run.track_frames, run.checksum("vae"))
+    files = open_clips(run.data, frames)
     videos = [file for file in files if "latents" not in read_header(file)[0]]
     if not videos:
         return files
@@ -942,16 +955,14 @@ def training_clips(run, frames):
 def read_clip(file, frames=None, track_frames=None):
     """Read the first `frames` latents of a clip and `track_frames` video frames of its tracks:
     {name: tensor}; None: all. The rest is not read from disk."""
+    whole = slice(None)
+    parts = {"latents": (whole, slice(frames)), "tracks": slice(track_frames),
+             "visible": slice(track_frames)}
     clip = {}
     with safe_open(file, "pt") as opened:
         for name in opened.keys():
-            tensor = opened.get_slice(name)
-            if name == "latents":
-                clip[name] = tensor[:, :frames]
-            elif name in ("tracks", "visible"):
-                clip[name] = tensor[:track_frames]
-            elif name != "video":
-                clip[name] = tensor[:]
+            if name != "video":
+                clip[name] = opened.get_slice(name)[parts.get(name, whole)]
     return clip
 
 
@@ -1009,14 +1020,14 @@ def user_tracks(visible, group, tracks=None):
     happen [O]."""
     B, T, N = visible.shape
     keep = torch.zeros(B, N, dtype=torch.bool)
-    for thing in range(int(group.max()) + 1):
-        mine = group == thing
+    for label in range(int(group.max()) + 1):
+        mine = group == label
         centre = mine & (mine.cumsum(1) == 1)
         count = torch.tensor([0, 1, 1, 2, 4, 8, 16, 16])[torch.randint(0, 8, (B, 1))]
         if tracks is not None:
             count = count.maximum(goes_anywhere(tracks, visible, mine).long())
-        rather = -0.5 * torch.rand(B, 1) * centre               # prefer the centre
-        keep |= random_subset(mine, count, rather)
+        preference = -0.5 * torch.rand(B, 1) * centre           # the centre comes early
+        keep |= random_subset(mine, count, preference)
     count = torch.tensor([0, 0, 1, 4, 9, 32, 64])[torch.randint(0, 7, (B, 1))]
     if tracks is not None:
         count = count.maximum(goes_anywhere(tracks, visible, group < 0).long())
@@ -1041,9 +1052,10 @@ def dense_subset(visible, pauses, config):
     keep = random_subset(visible.any(1), count)                 # (B, N)
     latent = (torch.arange(T) + FRAMES - 1) // FRAMES           # each video frame's latent frame
     after = latent - config.first_chunk_size
-    number = (after // config.chunk + 1).clamp(min=0)           # and its chunk, from 0
-    shown = (torch.rand(B, T, 1) >= 0.2 * pauses)[:, number]
-    shown = shown | (number == 0)[:, None]                      # (B, T, 1)
+    chunk = (after // config.chunk + 1).clamp(min=0)            # and its chunk, from 0
+    by_chunk = torch.rand(B, T, 1) >= 0.2 * pauses              # enough: there are fewer than T
+    shown = by_chunk[:, chunk]                                  # (B, T, 1), by video frame
+    shown = shown | (chunk == 0)[:, None]
     return visible & keep[:, None] & shown
 
 
@@ -1102,11 +1114,18 @@ def draw_batch(run, files, count, frames, *, dense=False, first_only=False):
     points = {"tracks": tracks, "visible": visible, "ids": track_ids(tracks, config)}
     if config.copies:
         points["start"] = start_points(tracks, true)
-        points["image"] = clips["first"].float() / 127.5 - 1
+        points["frame_0"] = clips["first"].float() / 127.5 - 1
     counted = visible
     if on_object.any():
         counted = true & on_object[:, None]
     return Batch(latents, conditions, points, counted).to(run.device)
+
+
+def motion_of(model, points, vae):
+    """motion_inputs of the points of a Batch."""
+    points = dict(points)
+    frame_0 = points.pop("frame_0", None)
+    return motion_inputs(model, **points, image=frame_0, vae=vae)
 
 
 def latent_weight(vae, config, sigma):
@@ -1164,7 +1183,7 @@ def loss_of_teacher(run, model, vae, batch):
     sigma = sigma.to(run.device)
     first_latent = first_latent_of(run.config, x0)
     with run.autocast():
-        motion = drop(motion_inputs(model, **batch.points, vae=vae), s.p_no_tracks)
+        motion = drop(motion_of(model, batch.points, vae), s.p_no_tracks)
         text = drop({"text": batch.conditions["text"]}, s.p_no_text)
         conditions = batch.conditions | motion | text
         channel_weight = latent_weight(vae, model.config, sigma)
@@ -1215,12 +1234,12 @@ CONTEXTS = ((0, 1), (1, 0), (2, 1), (1, 2), (1, None))  # (sink, window), beside
 
 @torch.no_grad()
 def teacher_trajectories(run, teacher, vae, batch):
-    """ODE trajectories of the guided teacher: the states at the student's noise levels, then the
-    clean end, (B, levels + 1, C, F, h, w)."""
+    """ODE trajectories of the guided teacher: the states at the student's S sigmas, then the clean
+    end, (B, S + 1, C, F, h, w)."""
     wanted = run.config.sigmas + (0.0,)
     noise = torch.randn_like(batch.latents)
     with run.autocast():
-        conditions = batch.conditions | motion_inputs(teacher, **batch.points, vae=vae)
+        conditions = batch.conditions | motion_of(teacher, batch.points, vae)
         trajectory = euler(teacher, noise, conditions, first_latent_of(run.config, batch.latents))
         states = [x_t for x_t, sigma in trajectory if sigma in wanted]
     assert len(states) == len(wanted), (
@@ -1240,9 +1259,9 @@ def make_trajectories(run, files):
     source = weights + [digests, run.seed, each, s.p_sparse, s.track_what_moves]
     folder = run.out / f"trajectories.{seed_of(source, run.config, s.clip_frames):08x}"
     count = math.ceil(s.trajectories / each) * each
-    made = [folder / f"{i:07}.safetensors" for i in range(count)]
-    starts = range(0, len(made), each)
-    missing = [i for i in starts if not made[i + each - 1].exists()]
+    paths = [folder / f"{i:07}.safetensors" for i in range(count)]
+    starts = range(0, count, each)
+    missing = [i for i in starts if not paths[i + each - 1].exists()]
     teacher = run.load("teacher")
     vae = run.load_vae()
     for start in tqdm(missing[RANK::PROCESSES], f"trajectories, by {each}", disable=not missing):
@@ -1251,17 +1270,17 @@ def make_trajectories(run, files):
         clips = {"states": teacher_trajectories(run, teacher, vae, batch).half()}
         clips |= batch.conditions
         clips |= {f"points.{name}": value for name, value in batch.points.items()}
-        for row, path in enumerate(made[start:start + each]):
+        for row, path in enumerate(paths[start:start + each]):
             write_clip(path, {name: value[row] for name, value in clips.items()})
     wait_for_all(LATE)
-    return made
+    return paths
 
 
 def draw_trajectories(run, files, count):
     """(states, one per noise level; x0; points; conditions) of random trajectories, see
     make_trajectories."""
     clips = {name: value.to(run.device) for name, value in pick(files, count).items()}
-    states = clips.pop("states").float()                        # (B, levels + 1, C, F, h, w)
+    states = clips.pop("states").float()                        # (B, S + 1, C, F, h, w)
     points = {}
     for name in [name for name in clips if name.startswith("points.")]:
         points[name.removeprefix("points.")] = clips.pop(name)
@@ -1276,22 +1295,22 @@ def loss_in_context(run, student, vae, drawn, channel_weight):
     own = (run.config.sink, run.config.window)
     contexts = (own, own, own) + CONTEXTS
     context = contexts[int(torch.randint(0, len(contexts), ()))]
-    conditions = conditions | motion_inputs(student, **points, vae=vae)
+    motion = motion_of(student, points, vae)
     past = None
     if run.settings.corrupt_context:
         experiments = extra("experiments", "corrupt_context damages the past")
         past = experiments.corrupt_context(x0, next(chunk_sizes(run.config)))
-    return causal_loss(student, states, x0, conditions, context, channel_weight, past)
+    return causal_loss(student, states, x0, conditions | motion, context, channel_weight, past)
 
 
 def loss_on_rollouts(run, student, vae, files, channel_weight, update):
-    """rollout_loss on random clips. In an update all processes have the same exit step, or their
-    collectives would deadlock."""
+    """rollout_loss on random clips. All processes use the same exit step within an update;
+    otherwise their collectives would deadlock."""
     s = run.settings
     batch = draw_batch(run, files, s.batch, run.clip_latents)
     rng = torch.Generator().manual_seed(seed_of(run.seed, "exit", update))
     exit_step = int(torch.randint(0, len(run.config.sigmas), (), generator=rng))
-    conditions = batch.conditions | motion_inputs(student, **batch.points, vae=vae)
+    conditions = batch.conditions | motion_of(student, batch.points, vae)
     x0 = batch.latents
     first_latent = first_latent_of(run.config, x0)
     weight = channel_weight * weight_of_cells(run, batch)[:, None]          # (B, C, F, h, w)
@@ -1348,7 +1367,8 @@ def train_causal(run):
 
 @dataclass(frozen=True)
 class Plan:
-    """The rollouts of an update, in all processes the same, or their collectives would deadlock."""
+    """The rollouts of an update. All processes use the same plan; otherwise their collectives would
+    deadlock."""
     chunks: int             # length
     exit_step: int          # the denoising step whose x0 is used, see motionstream.rollout
     context: dict           # the student's chunk and cache settings, see Run.context
@@ -1371,25 +1391,28 @@ def draw_plan(run, update, learner):
     return Plan(chunks, exit_step, run.context)
 
 
-def judged_clip(chunks, frames, image, points):
+def first_frames(conditions, frames):
+    """The conditions of the first `frames` latents of a clip."""
+    return next(split_conditions(conditions, [frames]))
+
+
+def judged_clip(chunks, frames, image_latent, points):
     """Cut a clip of `frames` latents, which the teacher can judge, from a rollout, an iterator of
     chunks: (x0 (B, C, frames, h, w), points). A rollout of that length is the clip. Of a longer one
-    the clip is the end, with the image (B, C, 1, h, w) in place of its first latent: time jumps
+    the clip is the end, with image_latent (B, C, 1, h, w) in place of its first latent: time jumps
     after it. So the teacher is given the true image, even if the student has drifted from it."""
     held = []                                           # the latest chunks
-    held_frames = 0
-    made = 0
+    length = 0                                          # latents of the whole rollout
     for chunk in chunks:
         held.append(chunk)
-        held_frames += chunk.shape[2]
-        made += chunk.shape[2]
-        while held_frames - held[0].shape[2] >= frames:         # the others are enough
-            held_frames -= held.pop(0).shape[2]                 # frees its graph too
+        length += chunk.shape[2]
+        while sum(later.shape[2] for later in held[1:]) >= frames:
+            held.pop(0)                                 # not needed; frees its graph, too
     x0 = torch.cat(held, 2)[:, :, -frames:]
-    if made > frames:
-        x0 = torch.cat([image, x0[:, :, 1:]], 2)
-    times = torch.arange(video_frames(frames))          # video frames of the clip:
-    times[1:] += points["tracks"].shape[1] - len(times)         # the first, then the last ones
+    if length > frames:
+        x0 = torch.cat([image_latent, x0[:, :, 1:]], 2)
+    end = points["tracks"].shape[1]                     # of the video frames, keep 0 and the last
+    times = [0] + list(range(end - video_frames(frames) + 1, end))
     cut = {name: points[name][:, times] for name in ("tracks", "visible")}
     return x0, points | cut
 
@@ -1402,24 +1425,25 @@ def generated_clip(run, generator, vae, files, plan, grad):
     frames = run.latents_of(plan.chunks)
     sizes = list(chunk_sizes(replace(config, **plan.context), frames))
     batch = draw_batch(run, files, run.settings.batch, frames, first_only=True)
-    image = batch.latents                               # (B, C, 1, h, w)
-    conditions = batch.conditions
+    image_latent = batch.latents                        # (B, C, 1, h, w)
+    B, C, _, h, w = image_latent.shape
+    text = batch.conditions["text"]
     if plan.chunks > run.clip_chunks and run.settings.neutral_long_rollouts:
-        text = embed_words(NEUTRAL, config).to(run.device)
-        conditions = conditions | {"text": text.expand(len(image), -1, -1)}
-    noise = torch.randn(*image.shape[:2], frames, *image.shape[3:], device=run.device)
-    first_latent = first_latent_of(config, image)
+        text = embed_words(NEUTRAL, config).to(run.device).expand(B, -1, -1)
+    of_rollout = batch.conditions | {"text": text}
+    noise = torch.randn(B, C, frames, h, w, device=run.device)
+    first_latent = first_latent_of(config, image_latent)
     caches = generator.new_caches(**plan.context)
     with run.autocast(), torch.set_grad_enabled(grad), gathered(generator):
-        motion = motion_inputs(generator, **batch.points, vae=vae)
-        given = split_conditions(conditions | motion, sizes)
-        noises = noise.split(sizes, 2)
-        made = rollout(generator, noises, given, first_latent, plan.exit_step, caches=caches)
-        made = itertools.islice(made, len(noises))      # stops there: the last is not cached
-        x0, points = judged_clip(made, run.clip_latents, image, batch.points)
-        conditions = next(split_conditions(conditions, [run.clip_latents]))
-        motion = motion_inputs(generator, **points, vae=vae)
-    return x0, conditions | motion, points
+        motion = motion_of(generator, batch.points, vae)
+        by_chunk = split_conditions(of_rollout | motion, sizes)
+        chunks = rollout(generator, noise.split(sizes, 2), by_chunk, first_latent,
+                         plan.exit_step, caches=caches)
+        chunks = itertools.islice(chunks, len(sizes))   # stops there: the last is not cached
+        x0, points = judged_clip(chunks, run.clip_latents, image_latent, batch.points)
+        motion = motion_of(generator, points, vae)
+    conditions = first_frames(of_rollout, run.clip_latents) | motion
+    return x0, conditions, points
 
 
 def loss_of_generator(run, generator, teacher, critic, vae, files, plan):
@@ -1441,10 +1465,10 @@ def loss_of_generator(run, generator, teacher, critic, vae, files, plan):
 def loss_of_critic(run, generator, critic, vae, files, plan):
     """critic_loss of a new rollout."""
     x0, conditions, _ = generated_clip(run, generator, vae, files, plan, grad=False)
-    weight = functools.partial(latent_weight, vae, critic.config)
+    weight_at = functools.partial(latent_weight, vae, critic.config)
     with run.autocast():
         first_latent = first_latent_of(run.config, x0)
-        return critic_loss(x0, critic, conditions, first_latent, run.config.shift, weight)
+        return critic_loss(x0, critic, conditions, first_latent, run.config.shift, weight_at)
 
 
 def distill(run, draw_plan=draw_plan):
@@ -1564,12 +1588,12 @@ def parse(argv, parser=None):
     return flags
 
 
-def assign(thing, path, value):
+def assign(settings, path, value):
     """Copy of a frozen dataclass with the field "a", or "a.b", set to a value."""
     name, _, inner = path.partition(".")
     if inner:
-        value = assign(getattr(thing, name), inner, value)
-    return replace(thing, **{name: value})
+        value = assign(getattr(settings, name), inner, value)
+    return replace(settings, **{name: value})
 
 
 def starting_config(start, preset):
@@ -1675,7 +1699,7 @@ def run_stages(argv):
             watch.print_plan(run, stages)
         for stage in stages:
             if guard:
-                guard.check_prerequisites(run, stage)
+                guard.check_stage(run, stage)
             torch.manual_seed(seed_of(run.seed, stage))     # for the initial weights
             STAGES[stage](run)
             show(run, stage)

@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import train_distill as td
-from extras.guard import own_folder
+from extras.guard import check_clips, own_folder
 from extras.linear_vae import random_crops
 from extras.measures import open_lpips, psnr
 from extras.world import rendered_clips
@@ -108,6 +108,7 @@ def train_decoder(run, updates, adversarial, distance):
     if wan != run.config.is_wan or wan != bool(run.data):
         raise UserError(f"{run.path('vae')}: Wan's needs --data and --weights, a tiny one takes neither")
     if wan:
+        check_clips(run, "decoder")
         files = td.training_clips(run, LATENTS)
     else:
         files = rendered_clips(run, "videos", run.settings.vae_clips)

@@ -17,9 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import train_distill as td
 from extras.bench import CPU, Counts, new_vae, random_conditions
-from extras.guard import clip_files
-from motionstream import (CLIP_ROWS, chunk_sizes, guided_velocity, new_model, rollout,
-                          split_conditions)
+from motionstream import CLIP_ROWS, chunk_sizes, guided_velocity, new_model, rollout
 
 GPUS = (1, 4, 8)
 CARDS = {               # GiB usable by a program
@@ -224,7 +222,7 @@ def generated_clip(run, generator, exit_step):
     made = rollout(generator, noises, conditions, first_latent, exit_step)
     made = itertools.islice(made, len(noises))              # the last is not cached
     x0, _ = td.judged_clip(made, run.clip_latents, noise[:, :, :1], points)
-    return x0, next(split_conditions(conditions, [run.clip_latents]))
+    return x0, td.first_frames(conditions, run.clip_latents)
 
 
 def mean_chunks(run):
@@ -333,7 +331,7 @@ def distill_cost(run, critic, rollouts):
 def stored_clips(run):
     """{name of a data set: number of clips} that the training reads."""
     if run.data:
-        return {"--data": len(clip_files(run.data))}
+        return {"--data": len(td.clip_files(run.data))}
     if not run.config.is_wan:
         return {"drawn": run.settings.clips}
     clips = PAPER_CLIPS

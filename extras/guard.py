@@ -12,7 +12,6 @@ import socket
 import zipfile
 import zlib
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -119,17 +118,17 @@ def check_flags(flags):
 def check_field(path, value, config, settings):
     """UserError, one line, if --set gives a value of the wrong type to a field of Config or
     Settings, "a" or "a.b", or if neither has that field."""
-    thing = settings
+    owner = settings
     if path in vars(config):
-        thing = config
+        owner = config
     *outer, name = path.split(".")
     for each in outer:
-        thing = vars(thing).get(each)
-        if not dataclasses.is_dataclass(thing):
+        owner = vars(owner).get(each)
+        if not dataclasses.is_dataclass(owner):
             raise UserError(f"--set {path}: {each} has no fields")
-    if name not in vars(thing):
-        raise UserError(f"--set {path}: no such field; there are {', '.join(vars(thing))}")
-    now = getattr(thing, name)
+    if name not in vars(owner):
+        raise UserError(f"--set {path}: no such field; there are {', '.join(vars(owner))}")
+    now = getattr(owner, name)
     numbers = isinstance(now, (int, float)) and isinstance(value, (int, float))
     if not (numbers or now is None or value is None or isinstance(value, type(now))):
         raise UserError(f"--set {path}={value}: it is {now} now")
@@ -183,7 +182,7 @@ def check_inputs(run, stage, vae, dry_run):
     given by a flag, or None."""
     start = run.start
     data = run.data
-    clips = clip_files(data) if data else []
+    clips = td.clip_files(data) if data else []
     has_video = bool(clips) and "video" in td.read_header(clips[0])[0]
     encoded = data and not has_video
     needs_vae = (start or encoded) and not vae
@@ -215,6 +214,12 @@ PREREQUISITES = {"vae": (), "teacher": ("vae",), "causal": ("vae", "teacher"),
                  "distill": ("vae", "teacher", "causal"), "decoder": ("vae",)}
 
 
+def check_stage(run, stage):
+    """UserError, one line, before a stage starts, if its weights or clips do not fit."""
+    check_prerequisites(run, stage)
+    check_clips(run, stage)
+
+
 def check_prerequisites(run, stage):
     """UserError, before a stage starts, if its prerequisite weights are missing or damaged, or
     trained with another chunk, sink or window."""
@@ -237,25 +242,14 @@ def check_prerequisites(run, stage):
 # --------------------------------------------------------------------------------------------------
 # Clips.
 
-def clip_files(folder):
-    """Find the clips in a folder and in all folders below, sorted. Links are followed; each folder
-    counts once, however many links lead to it. UserError if a folder cannot be read."""
-    def refuse(error):
-        raise UserError(f"{error.filename}: {error.strerror}; make it readable, or move it away")
-
-    files = []
-    seen = set()
-    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if name.lower().endswith(".safetensors") and not name.startswith("."):
-                files.append(Path(place, name))     # macOS puts ._a.safetensors beside a file
-    return sorted(files)
+def check_clips(run, stage):
+    """UserError, one line, for a clip of --data that cannot train the stage."""
+    if not run.data:
+        return
+    vae = None if stage == "vae" else run.checksum("vae")
+    for file in td.clip_files(run.data):
+        shapes, metadata = td.read_header(file)
+        check_clip(file, shapes, metadata, run.config, run.track_frames, vae)
 
 
 def check_clip(file, shapes, metadata, config, track_frames, vae):
@@ -354,7 +348,7 @@ def read_digests(folder, kept):
         with contextlib.suppress(ValueError, TypeError):            # damaged: read all again
             before = dict(json.loads(kept.read_text()))
     now = {}
-    for file in tqdm(clip_files(folder), "look at clips", delay=5):
+    for file in tqdm(td.clip_files(folder), "look at clips", delay=5):
         about = file.stat()
         age = [about.st_size, about.st_mtime_ns]
         name = file.relative_to(folder).as_posix()
@@ -472,11 +466,17 @@ def read_checkpoint(path):
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def newest_checkpoint(paths, stage, settings):
-    """Contents of the newest undamaged of a stage's checkpoints, see read_checkpoint. Damaged ones
-    are reported and renamed. UserError if all are, or if it is of other settings."""
+def newest_checkpoint(folder, stage, settings):
+    """Contents of the newest undamaged checkpoint of a stage in a training's folder, None if there
+    is no checkpoint. The log loses the rows after it. Damaged ones are reported and renamed.
+    UserError if all are damaged, or if it is of other settings."""
+    log_path = folder / "stats.jsonl"
+    paths = sorted(folder.glob(f"{stage}.*.checkpoint.pt"), reverse=True)
+    if not paths:
+        drop_rows(log_path, stage, 0)
+        return None
     damaged = []
-    for path in sorted(paths, reverse=True):
+    for path in paths:
         try:
             checkpoint = read_checkpoint(path)
             break
@@ -497,4 +497,5 @@ def newest_checkpoint(paths, stage, settings):
                         "another --out or remove it")
     for path in damaged:
         path.replace(path.with_suffix(".damaged"))
+    drop_rows(log_path, stage, checkpoint["updates"])
     return checkpoint

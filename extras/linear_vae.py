@@ -99,7 +99,7 @@ def train_vae(run):
     of --data or of the drawn world."""
     s = run.settings
     if run.data:
-        files = td.open_clips(run.data, run.config, run.clip_latents, run.track_frames)
+        files = td.open_clips(run.data, run.clip_latents)
     else:
         files = rendered_clips(run, "videos", s.vae_clips)
     videos = [load_file(file)["video"] for file in files[:64]]

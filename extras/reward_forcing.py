@@ -45,8 +45,8 @@ def clip_weight(run, vae, x0, conditions, points):
     (B, T, N, 2), visible, ids…; it returns (B,)."""
     with torch.no_grad(), run.autocast():
         video, _ = vae.decode(x0)
-    told = conditions | points                  # tracks are points now, not features
-    told.pop("copies", None)
-    reward = run.reward(video.float(), told)                    # (B,)
+    known = conditions | points                 # tracks are points now, not features
+    known.pop("copies", None)
+    reward = run.reward(video.float(), known)                   # (B,)
     weight = torch.exp(reward / run.settings.beta)
     return weight.view(-1, 1, 1, 1, 1), reward.mean()

@@ -120,8 +120,9 @@ def test_a_training_reads_the_folder_that_is_made():
     with folder() as here, patch.object(td, "show", lambda run, stage: None):
         flags = small_flags(here, own_clips(here / "data", frames=69))
         made(flags + ["--frames", 45])
-        files = td.open_clips(here / "clips", SMALL, 12, 69)            # tracks outlast the 45 frames
-        assert len(files) == 3
+        files = td.open_clips(here / "clips", 12)
+        lengths = [td.read_header(file)[0]["tracks"][0] for file in files]
+        assert lengths == [69, 69, 69], "tracks outlast the 45 frames"
         models = [str(flag) for flag in flags[3:]]
         training = ["--smoke", "--data", str(here / "clips"), "--out", str(here / "out")]
         with quiet() as (_, err):
@@ -138,7 +139,7 @@ def test_without_a_vae_clips_hold_video():
         assert clip["video"].dtype == torch.uint8
         assert "latents" not in clip
         assert "first" not in clip
-        assert len(td.open_clips(here / "clips", small, 12, 45)) == 3
+        assert len(td.open_clips(here / "clips", 12)) == 3
 
 
 def test_own_clips_are_made_once():
@@ -174,9 +175,9 @@ def test_pictures_are_enough_to_distil():
         for file in files:
             assert load_file(file)["latents"].shape == (4, 1, 4, 6)
         assert texts_of(files)[0].equal(embedded("fading light"))
-        assert td.open_clips(here / "clips", SMALL, 1, 45) == files
+        assert td.open_clips(here / "clips", 1) == files
         assert_error(UserError, "3 clips, none of 45 frames",
-                     td.open_clips, here / "clips", SMALL, 12, 45)
+                     td.open_clips, here / "clips", 12)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -480,7 +481,7 @@ def test_what_a_training_reads_may_lie_behind_links():
         everything.mkdir()
         (everything / "link").symlink_to(here / "clips")
         (everything / "link/loop").symlink_to(everything)
-        assert len(td.open_clips(everything, SMALL, 12, 45)) == 2
+        assert len(td.open_clips(everything, 12)) == 2
         digests = guard.read_digests(everything, here / "kept")
         assert sorted(digests) == ["link/a.safetensors", "link/b.safetensors"]
         (here / "clips/b.safetensors").unlink()
@@ -492,7 +493,7 @@ def test_a_folder_that_cannot_be_read_is_named_and_not_passed_over():
     closed = PermissionError(13, "Permission denied", "clips/private")
     with folder() as here, unittest.mock.patch("os.scandir", side_effect=closed):
         text = "clips/private: Permission denied; make it readable"
-        assert_error(UserError, text, guard.clip_files, here)
+        assert_error(UserError, text, td.clip_files, here)
 
 
 def test_what_cannot_be_made_into_clips_is_refused_in_one_line():

@@ -8,13 +8,14 @@ from collections import Counter
 from dataclasses import replace
 
 import torch
+from safetensors.torch import load_file
 
 import train_distill as td
 from extras import evaluate, experiments, guard, watch
 from extras.evaluate import Trained
 from extras.reward_forcing import clip_weight
-from extras.testing import (SMALL, assert_near, clip_of, folder, new_model, new_tracks, new_vae,
-                            own_flags, quiet, rand, same, saved)
+from extras.testing import (COPYING, SMALL, assert_near, clip_of, folder, new_model, new_tracks,
+                            new_vae, own_flags, quiet, rand, same, saved, seeded)
 from motionstream import PRESETS, MotionStream, add_noise, rollout, schedule, shift_sigma
 
 STAGES = ("teacher", "causal", "distill")
@@ -466,12 +467,12 @@ def teacher_errors(here, model):
             "latents": latents, "tracks": tracks, "group": torch.full((3,), -1),
             "visible": torch.ones(45, 3, dtype=torch.bool), "text": rand(2, 12)})
 
-    def far(model, tracks, visible, ids, vae):
+    def far(model, tracks, visible, ids, image, vae):
         """How far the first track goes, to the middle of the last latent, in place of features."""
         way = tracks[:, -4:, 0, 0].mean(1) - tracks[:, 0, 0, 0]
         return {"tracks": way[:, None]}
 
-    with unittest.mock.patch.object(watch, "motion_inputs", far):
+    with unittest.mock.patch.object(td, "motion_inputs", far):
         return watch.teacher_errors(run, model, None, files)
 
 
@@ -562,3 +563,25 @@ def test_the_numbers_of_a_student_are_those_of_what_it_makes():
     assert numbers["saturated"] == 0.5
     for sigma in 0.3, 0.6, 0.9:
         assert other[f"apart_{sigma}"] > numbers[f"apart_{sigma}"] + 0.01
+
+
+def test_a_batch_and_a_reward_hold_the_images_pixels_beside_its_latent():
+    seen = []
+
+    def reward(video, known):
+        seen.append(known)
+        return torch.zeros(2)
+
+    pixels = torch.randint(0, 256, (3, 32, 48), generator=seeded()).to(torch.uint8)
+    with folder() as here, quiet():
+        run = small_run(here)
+        files = td.training_clips(run, 12)
+        for file in files:
+            td.write_clip(file, load_file(file) | {"first": pixels})
+        run = replace(run, config=COPYING, reward=reward)
+        batch = td.draw_batch(run, files, 2, 12)
+    latent = batch.latents[:, :, :1]
+    clip_weight(run, new_vae(), latent, batch.conditions, batch.points)
+    known, = seen
+    assert known["image"].equal(latent)
+    assert_near(known["frame_0"][0], pixels / 127.5 - 1, 1e-6)

@@ -247,7 +247,7 @@ def test_parameters_that_a_loss_does_not_reach_stay_as_they_are():
     for name, p in model.state_dict().items():
         of_image = "_img" in name or name.startswith("img_emb")
         assert p.equal(begin[name]) == of_image, name
-    again = td.Learner("toy", new_model(clip_dim=10).requires_grad_(True), learner.how)
+    again = td.Learner("toy", new_model(clip_dim=10).requires_grad_(True), learner.learning)
     again.load_state_dict(copy.deepcopy(learner.state_dict()))
     assert same(again.model.state_dict(), model.state_dict())
     for each in learner, again:
@@ -418,8 +418,8 @@ class Toy:
     def train(self, stop_at=None, nan_at=None, always_save=False):
         """A signal comes in the first micro-step of update stop_at; the losses of update nan_at are
         NaN."""
-        told = patch.object(guard, "checkpoint_settings", lambda run, stage: self.settings)
-        with quiet() as (out, _), told, keeping_gradients() as self.gradients:
+        settings = patch.object(guard, "checkpoint_settings", lambda run, stage: self.settings)
+        with quiet() as (out, _), settings, keeping_gradients() as self.gradients:
             try:
                 loop = td.Loop(toy_run(self.here, always_save), "toy", self.updates, self.learner)
                 for update in loop:
@@ -609,9 +609,9 @@ def saved_updates(minutes):
 def test_checkpoints_are_as_often_as_is_said_and_how_often_may_change():
     assert saved_updates(5) == [5]
     assert saved_updates(1.6) == [2, 4, 5]
-    told = guard.checkpoint_settings(new_run(), "vae")
-    assert not told.keys() & {"checkpoint_minutes", "export_every", "tflops"}
-    assert "batch" in told
+    settings = guard.checkpoint_settings(new_run(), "vae")
+    assert not settings.keys() & {"checkpoint_minutes", "export_every", "tflops"}
+    assert "batch" in settings
 
 
 def test_weights_of_some_updates_are_kept_to_choose_from():
@@ -1006,7 +1006,7 @@ def video_clips(here, count=3, frames=45, config=SMALL):
 
 def test_batches_are_of_random_clips_padded_with_hidden_tracks_and_empty_text():
     with folder() as here:
-        files = td.open_clips(new_clips(here / "data", 3, 57, track_frames=93), SMALL, 12, 45)
+        files = td.open_clips(new_clips(here / "data", 3, 57, track_frames=93), 12)
         clips = [load_file(file) for file in files]
         torch.manual_seed(0)
         batch = td.pick(files, 30, 6, 21)
@@ -1128,7 +1128,7 @@ def test_what_is_made_is_named_by_what_made_it():
             assert now != settings, flags
 
 
-def told(here, data):
+def settings_and_clips(here, data):
     """(What checkpoints of a training on `data` depend on, its clips)."""
     run = td.resolve(td.parse(own_flags(here, data)))
     return guard.checkpoint_settings(run, "teacher"), td.training_clips(run, 12)
@@ -1138,21 +1138,21 @@ def test_clips_are_told_by_what_they_hold_and_not_by_age_or_place():
     with folder() as here, quiet():
         data = video_clips(here / "data")
         second = data / "1.safetensors"
-        was, files = told(here, data)
+        was, files = settings_and_clips(here, data)
         clip = load_file(second)
         save_file(clip, second, {"source": "of a touched text"})
         for file in data.iterdir():
             os.utime(file, (1, 1))
-        assert told(here, data) == (was, files)
+        assert settings_and_clips(here, data) == (was, files)
         shutil.copytree(data, here / "moved/clips")
         with encoding_nothing():
-            assert told(here, here / "moved/clips") == (was, files)
+            assert settings_and_clips(here, here / "moved/clips") == (was, files)
         with patch.object(guard, "content_digest", None):           # nor are they read again
             guard.read_digests(here / "moved/clips", here / "runs/out/clips.json")
         clip["text"][-1] += 1e-3
         td.write_clip(second, clip)
         (data / "2.safetensors").rename(data / "3.safetensors")
-        now, others = told(here, data)
+        now, others = settings_and_clips(here, data)
         td.save_checkpoint(here, "teacher", 1, was, [])
         for number in 1, 2, 3:
             name = f"checksum of {number}.safetensors"
@@ -1249,7 +1249,7 @@ def test_text_is_dropped_for_the_teacher_and_for_nobody_else():
         flags = own_flags(here, new_clips(here / "data"))
         trained(flags + ["--stage", "teacher", "--steps", 4, "--set", "batch=10"])
         run = td.resolve(td.parse(flags))
-        batch = td.draw_batch(run, td.open_clips(here / "data", SMALL, 12, 45), 200, 12)
+        batch = td.draw_batch(run, td.open_clips(here / "data", 12), 200, 12)
     assert batch.conditions["text"].flatten(1).any(1).all()
     assert len(kept) == 10 + 3 * 20                     # a batch of whole clips, three of short ones
     assert 0.02 < 1 - sum(kept) / len(kept) < 0.25
@@ -1328,7 +1328,7 @@ def test_half_of_the_rollouts_are_longer_than_the_teachers_clip_and_say_nothing_
         assert first_latent.shape[2] == 1
         return iter(noise)
 
-    def loss(x0, critic, conditions, first_latent, shift, channel_weight):
+    def loss(x0, critic, conditions, first_latent, shift, weight_at):
         judged.add((x0.shape[2], conditions["tracks"].shape[2]))
         return torch.zeros(())
 
@@ -1361,7 +1361,7 @@ def test_rollouts_under_drawn_memory_are_judged_as_whole_clips():
         end[:] = [whole_clip[:, :, -11:].clone()]
         yield from noise
 
-    def loss(x0, critic, conditions, first_latent, shift, channel_weight):
+    def loss(x0, critic, conditions, first_latent, shift, weight_at):
         assert x0.shape[2] == 12
         assert x0[:, :, 1:].equal(end[0]), contexts[-1]
         return torch.zeros(())

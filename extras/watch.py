@@ -9,8 +9,8 @@ import torch
 
 import train_distill as td
 from extras.guard import read_log
-from motionstream import (FRAMES, channel_std, inside_picture, motion_inputs, same_sigma, to_x0,
-                          track_ids, with_first)
+from motionstream import (FRAMES, channel_std, inside_picture, same_sigma, to_x0, track_ids,
+                          with_first)
 from sample import ASSETS
 
 # --------------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def pan_error(run, model, vae, batch):
     noise = torch.randn_like(batch.latents)
     sigma = torch.ones(len(noise), device=noise.device)
     x_t, sigma_frames = with_first(noise, sigma, td.first_latent_of(model.config, batch.latents))
-    conditions = batch.conditions | motion_inputs(model, **points, vae=vae)
+    conditions = batch.conditions | td.motion_of(model, points, vae)
     velocity = model(x_t, sigma_frames, **conditions)
     x0 = to_x0(x_t, velocity, sigma_frames)
     reach = 2 * int(cells.abs().max())
@@ -148,16 +148,16 @@ def teacher_errors(run, model, vae, files):
     batch = td.draw_batch(run, files, 6 * run.settings.batch, run.clip_latents, dense=True)
     x0 = batch.latents
     first_latent = td.first_latent_of(model.config, x0)
-    others = {name: value.roll(1, 0) for name, value in batch.points.items() if name != "image"}
+    others = {name: value.roll(1, 0) for name, value in batch.points.items() if name != "frame_0"}
 
     def error(sigma, motion):
         weight = td.latent_weight(vae, model.config, sigma)
         return td.flow_loss(model, x0, sigma, batch.conditions | motion, first_latent, 1.0, weight)
 
     with run.autocast():
-        motion = motion_inputs(model, **batch.points, vae=vae)
+        motion = td.motion_of(model, batch.points, vae)
         nothing = {name: torch.zeros_like(value) for name, value in motion.items()}
-        swapped = motion_inputs(model, **(batch.points | others), vae=vae)
+        swapped = td.motion_of(model, batch.points | others, vae)
         pure = torch.ones(len(x0), device=run.device)
         errors = {
             "x0_tracks": error(pure, motion),
@@ -191,8 +191,8 @@ def student_numbers(run, generator, teacher, critic, vae, files):
     numbers = {"std_least": std.min(), "std_most": std.max(), "moves": change.mean()}
     with run.autocast():
         for sigma in 0.3, 0.6, 0.9:
-            levels = same_sigma(sigma, x0)
-            real, fake = td.real_and_fake(x0, levels, teacher, critic, conditions, first_latent)
+            sigmas = same_sigma(sigma, x0)
+            real, fake = td.real_and_fake(x0, sigmas, teacher, critic, conditions, first_latent)
             numbers[f"apart_{sigma}"] = (fake - real).abs().mean()
         video, _ = vae.decode(x0[:1])
     numbers["saturated"] = (video.abs() > 0.99).float().mean()
