@@ -94,8 +94,8 @@ def with_first(x_t, sigma, first_latent):
 def joint_guidance(v_full, v_notext, v_nomotion, w_text, w_motion):
     """Joint text and motion guidance (eq. 2) of three velocities.
 
-    Weights that sum to 1 give v_full back: no guidance. 0, 0 means the same here; guided_velocity
-    then skips the other two evaluations."""
+    Weights that sum to 1 give v_full back: no guidance. Weights 0, 0 also mean no guidance, and
+    guided_velocity then skips the other two evaluations."""
     if w_text == w_motion == 0:
         return v_full
     share = w_text / (w_text + w_motion)
@@ -159,7 +159,7 @@ class Config:
     size: tuple = (480, 832)    # height, width of the video in pixels
     fps: int = 16
     prompt: str | None = None   # used when the user gives none; None = the null text
-    # the tiny model's departure from the paper, see CopyingMotionStream
+    # the tiny model's departure from the paper, see CopyingMotionStream: skip it at first
     copies: bool = False        # frame 0 copied along the tracks is an extra input
     latent_std: tuple = ()      # standard deviation of each channel of the latents
 
@@ -185,6 +185,18 @@ class Config:
         return height // self.stride, width // self.stride
 
     @property
+    def image_dim(self):
+        """Input channels for the image, see image_inputs."""
+        return self.in_dim - self.out_dim - self.track_dim - self.copy_dim
+
+    @property
+    def has_mask(self):
+        """True if the image enters as a mask and a clip: Wan's image-to-video weights, Fun-InP."""
+        return self.image_dim > self.out_dim
+
+    # The tiny model's again, 0 without copies.
+
+    @property
     def copy_dim(self):
         """Input channels for copies: latents and signals of confidence."""
         if not self.copies:
@@ -197,21 +209,6 @@ class Config:
         if not self.copies:
             return 0
         return SHARES
-
-    @property
-    def image_dim(self):
-        """Input channels for the image, see image_inputs."""
-        return self.in_dim - self.out_dim - self.track_dim - self.copy_dim
-
-    @property
-    def repeats_image(self):
-        """True if every chunk gets the image, as a single frame; False: only the first one."""
-        return self.copies
-
-    @property
-    def has_mask(self):
-        """True if the image enters as a mask and a clip: Wan's image-to-video weights, Fun-InP."""
-        return self.image_dim > self.out_dim
 
 
 PRESETS = {
@@ -481,6 +478,16 @@ def cell_of(tracks, stride, height, width):
     return (y * w + x).masked_fill(~inside_picture(tracks, height, width), h * w)
 
 
+def lowest_rank(cell, visible, cells):
+    """The lowest rank of the visible tracks in each cell, N where there is none: (B, T, cells).
+    cell (B, T, N): each track's cell, from cell_of; a track's rank is its place in 0 … N - 1."""
+    B, T, N = cell.shape
+    cell = cell.masked_fill(~visible, cells)                # one more cell, which is dropped
+    rank = torch.arange(N, device=cell.device).expand(B, T, N)
+    lowest = rank.new_full((B, T, cells + 1), N)
+    return lowest.scatter_reduce(2, cell, rank, "amin")[..., :-1]
+
+
 class TrackHead(nn.Module):
     """User-drawn tracks to channels on the latent grid: the new input of MotionStream.
 
@@ -522,20 +529,13 @@ class TrackHead(nn.Module):
         visible = visible.gather(2, order[:, None].expand(B, T, N))
         tracks = tracks.gather(2, order[:, None, :, None].expand(B, T, N, 2))
 
-        # The lowest rank in each cell.
-        nowhere = h * w             # one more cell, for hidden tracks, which is dropped
-        no_track = N                # one more rank, for empty cells, whose vector is zeros
+        # The vector of the track of lowest rank in each cell.
         cell = cell_of(tracks, self.stride, height, width)
-        cell = cell.masked_fill(~visible, nowhere)
-        rank = torch.arange(N, device=ids.device).expand(B, T, N)
-        lowest = rank.new_full((B, T, nowhere + 1), no_track)
-        lowest = lowest.scatter_reduce(2, cell, rank, "amin")[..., :-1]
+        lowest = lowest_rank(cell, visible, h * w)                      # (B, T, h w)
         lowest = lowest.reshape(B, T * h * w, 1)
-
-        # The vector of that track.
         halves = torch.stack([ids >> 16, ids & 0xFFFF], -1)             # (B, N, 2)
         vectors = sinusoid(halves, self.id_dim // 2).flatten(2)         # (B, N, id_dim)
-        vectors = F.pad(vectors, (0, 0, 0, 1))                          # of no_track
+        vectors = F.pad(vectors, (0, 0, 0, 1))                          # zeros for rank N: no track
         volume = vectors.gather(1, lowest.expand(-1, -1, self.id_dim))  # (B, T h w, id_dim)
         volume = volume.view(B, T, h, w, self.id_dim)
 
@@ -782,7 +782,7 @@ def image_inputs(config, latents, frames):
     first_latent = None
     if config.has_mask:
         channels = image_and_mask(latents)
-    elif config.repeats_image:
+    elif config.copies:
         channels = latents
     elif config.image_dim:
         channels = image_channels(latents, frames)
@@ -805,8 +805,9 @@ def without(conditions, *names):
 
 def guided_velocity(model, x_t, sigma, conditions, guidance, null_text=None):
     """Velocity under guidance (w_text, w_motion). One batch holds the clips with all conditions,
-    without text and without motion. A variant of weight 0 is left out; without text, no_text too.
-    null_text: the text embedding of no_text, as many rows as the text has; None: zeros."""
+    without text and without motion. A variant whose weight is 0 is not evaluated, nor is no_text
+    if no text is given. null_text: the text embedding of no_text, as many rows as the text has;
+    None: zeros."""
     w_text, w_motion = guidance
     if w_text == 0 and w_motion == 0:
         return model(x_t, sigma, **conditions)
@@ -863,7 +864,7 @@ def chunk_sizes(config, frames=math.inf):
 
 def split_conditions(conditions, sizes):
     """A clip's conditions by chunk: those with a frame axis are sliced. An image of a single frame
-    goes to every chunk, see Config.repeats_image. sizes: see chunk_sizes."""
+    goes to every chunk, as copying models need. sizes: see chunk_sizes."""
     start = 0
     for size in sizes:
         part = dict(conditions)
@@ -876,19 +877,32 @@ def split_conditions(conditions, sizes):
         yield part
 
 
+def remember(model, x0, caches, condition):
+    """The clean pass: write a finished chunk x0 (B, C, chunk, h, w) to the caches, without a graph.
+    No other pass writes."""
+    B, _, frames, _, _ = x0.shape
+    clean = torch.zeros(B, frames, dtype=torch.float64, device=x0.device)       # sigma 0
+    with torch.no_grad():
+        model(x0, clean, caches=caches, write=True, **condition)
+
+
 def rollout(model, noise, conditions, first_latent=None, exit_step=None, rng=None, caches=None):
     """Sample the student: clean latents (B, C, chunk, h, w), chunk by chunk, each conditioned on
     the KV cache of the earlier ones.
 
-    noise: (B, C, F, h, w), split into the config's chunks, or an iterator, possibly endless, of
-    chunks of any size. conditions: the model's keyword arguments (text, tracks, image, …) for
-    the clip, or an iterator of such dicts, one per chunk, advanced just before that chunk is
-    denoised, so the user can steer while the video streams. A clip's conditions may outlast the
-    noise; shorter ones are refused. first_latent (B, C, 1, h, w): the image, see with_first. rng:
-    draws the fresh noise between denoising steps. caches: None means model.new_caches(). A chunk is
-    yielded before the clean pass writes it to the cache: do not modify it. Sampling runs all of
-    config.sigmas. Training stops each chunk at step `exit_step` and keeps the graph of that step
-    alone (none under no_grad)."""
+        noise       (B, C, F, h, w), split into the config's chunks; or an iterator, possibly
+                    endless, of chunks of any size
+        conditions  the model's keyword arguments (text, tracks, image, …) for the clip, which may
+                    outlast the noise (shorter ones are refused); or an iterator of such dicts, one
+                    per chunk, advanced just before that chunk is denoised, so that the user can
+                    steer while the video streams
+        first_latent  the image, (B, C, 1, h, w), see with_first
+        exit_step   None: run all of config.sigmas. In training each chunk stops at this step, and
+                    only that step's graph is kept (none under no_grad)
+        rng         draws the fresh noise between denoising steps
+        caches      None: model.new_caches()
+
+    A chunk is yielded before the clean pass writes it to the cache: do not modify it."""
     c = model.config
     last = len(c.sigmas) - 1
     if exit_step is not None:
@@ -912,9 +926,7 @@ def rollout(model, noise, conditions, first_latent=None, exit_step=None, rng=Non
                 fresh = torch.randn(x.shape, generator=rng, device=device).to(x)
                 x = add_noise(x0, fresh, same_sigma(c.sigmas[step + 1], x))
         yield x0                                    # so it can be shown before it is cached
-        with torch.no_grad():                       # only the clean pass writes
-            clean = torch.zeros_like(sigma_frames)
-            model(x0.detach(), clean, caches=caches, write=True, **condition)
+        remember(model, x0.detach(), caches, condition)
         first_latent = None                         # the image is in the cache now
 
 
@@ -1113,8 +1125,8 @@ def with_linear_part(output, x_t, sigma, std, expected):
     V is the variance of x_t over all clips, where x0 has standard deviation std. So the network's
     input and target are about 1: the preconditioning of EDM (Karras et al. 2022, section 5), for
     rectified flow, per channel. The linear part assumes more, that x0 is close to `expected`, with
-    standard deviation SPREAD std, so it keeps little of x_t. With a wider Gaussian it would keep
-    noise that a network of width 192 cannot remove from tokens of 384 numbers.
+    standard deviation SPREAD std, so it keeps little of x_t. A wider Gaussian would let more of
+    x_t's noise through than a network of width 192 can remove from tokens of 384 numbers.
 
     output, x_t (B, C, F, h, w); expected (B, C, F, h, w): an estimate of x0."""
     _, variance_overall = linear_part(sigma, std)                   # V

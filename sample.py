@@ -44,10 +44,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from motionstream import (FRAMES, Config, MotionStream, UserError, chunk_sizes,
-                          copy_weights, euler, extra, image_inputs, inside_picture, latent_frames,
-                          motion_inputs, naming, open_pretrained, reason_of, rollout, schedule,
-                          start_points, track_ids, video_frames, write_file)
+from motionstream import (FRAMES, Config, MotionStream, UserError, chunk_sizes, copy_weights, euler,
+                          extra, image_inputs, inside_picture, motion_inputs, naming,
+                          open_pretrained, reason_of, rollout, schedule, start_points, track_ids,
+                          video_frames, write_file)
 from vae import VAE_FILES, WanVAE, open_weights
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -102,8 +102,8 @@ def motion_by_chunk(motion, config):
 def live_motion(points, starts, config, ids=None):
     """One chunk of a live stream: points (T, N, 2) in pixels of the video, NaN where hidden; starts
     (N, 2): their positions in frame 0. T is 4 chunk - 3 for the first chunk, then 4 chunk. ids (N,)
-    in [0, 2**32), the same in every chunk: to be given if tracks come and go, for the default is
-    made from a track's number and start."""
+    in [0, 2**32), the same in every chunk: pass them if tracks come and go, because by default an
+    ID depends on a track's index and start."""
     points = torch.as_tensor(points, dtype=torch.float32)[None]             # (1, T, N, 2)
     starts = torch.as_tensor(starts, dtype=torch.float32)[None]             # (1, N, 2)
     if ids is not None:
@@ -142,7 +142,7 @@ def chunk_conditions(model, vae, image, motion, encoded, channels=None):
         text = encoded.text if part.text is None else part.text.to(image.device)
         inputs = motion_conditions(model, vae, image, part)
         yield {"text": text, "image": channels, "clip": encoded.clip} | inputs
-        if not model.config.repeats_image:
+        if not model.config.copies:
             channels = None                 # they are in the cache now
 
 
@@ -177,6 +177,7 @@ def stream(model, vae, image, motion, encoded=Encoded(), seed=0, **memory):
 def stream_latents(model, vae, image, motion, encoded=Encoded(), seed=0, **memory):
     """As `stream`, but not decoded: an iterator of latents (B, C, chunk, h, w)."""
     config = replace(model.config, **memory)
+    assert not config.has_mask, "weights with a mask take a whole clip: use sample_teacher"
     image = image.to(next(model.parameters()).device)
     encoded_image = vae.encode(image[:, :, None])                           # (B, C, 1, h, w)
     channels, first_latent = image_inputs(config, encoded_image, next(chunk_sizes(config)))
@@ -214,7 +215,7 @@ def sample_teacher(model, vae, image, motion, encoded=Encoded(), seed=0):
 
 def latents_to_cover(frames, config):
     """Latent frames in the fewest whole chunks that cover `frames` video frames."""
-    latents = latent_frames(frames + FRAMES - 1)            # rounded up
+    latents = 1 + math.ceil((frames - 1) / FRAMES)
     first = config.first_chunk_size
     after = math.ceil((latents - first) / config.chunk)     # chunks after the first
     return first + max(after, 0) * config.chunk
@@ -467,7 +468,9 @@ def write_frames(append, frames, total):
     seconds = time.perf_counter() - started
     print(f"{count} of {total} frames in {seconds:.2f} s, {count / seconds:.1f} frames/s, the "
           f"first after {first_after:.2f} s")
-    return sum(128 + signum for signum in noted)
+    if noted:
+        return 128 + noted[0]
+    return 0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -690,7 +693,8 @@ class Models:
 def find_vae(config, beside, path=None):
     """(The VAE for a model's Config, with its weights still mapped; its file). It is read from
     `path`, else it is the tiny model's or, for Wan's weights, the one in the folder `beside` or of
-    the file `beside`. Checked, but for the values of its tensors. Raises UserError."""
+    the file `beside`. Everything is checked except the values of its tensors. Raises
+    UserError."""
     places = [ASSETS / "tiny_vae.safetensors"]          # its shapes would fit Wan's too
     if config.is_wan:
         folder = beside if beside.is_dir() else beside.parent
@@ -765,10 +769,11 @@ def generate(job, models, image, motion):
     else:
         latents = stream_latents(*inputs, chunk=config.chunk, sink=config.sink,
                                  window=config.window)
-        chunks = map(to_frames, decode(models.vae, latents))
         speed = extra("compiling")
         if speed and job.device.type == "cuda" and job.frames:  # nobody steers the next chunk
             chunks = speed.frames_beside(models.vae, latents, job.device, to_frames)
+        else:
+            chunks = map(to_frames, decode(models.vae, latents))
     frames = itertools.chain.from_iterable(chunks)
     yield from itertools.islice(frames, job.frames)
 
@@ -791,7 +796,9 @@ def run(argv):
     if refusals:
         refusals.check_flags(flags)
     image = load_image(flags.image)
-    shipped = {"teacher": "tiny_teacher.safetensors"}.get(flags.sampler, "tiny.safetensors")
+    shipped = "tiny.safetensors"
+    if flags.sampler == "teacher":
+        shipped = "tiny_teacher.safetensors"
     weights = inspect(flags.weights or ASSETS / shipped)
     shown = shown_part(image.size, weights.config.size)
     tracks = tracks_of(flags, image.size, shown)

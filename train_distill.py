@@ -1,6 +1,6 @@
 """Train a tiny MotionStream from scratch on rendered video: every stage of the paper, in order.
 
-    vae      a tiny video autoencoder
+    vae      the tiny model's linear code of video
     teacher  bidirectional rectified flow, given the first frame, text and tracks
     causal   the student, chunk by chunk through the KV cache: regression on the truth on its own
              rollouts (tiny) or on the teacher's ODE trajectories (paper), see causal_from
@@ -65,7 +65,7 @@ from tqdm import tqdm
 
 from motionstream import (FRAMES, PRESETS, Config, MotionStream, UserError, add_noise, cell_of,
                           channel_std, chunk_sizes, euler, extra, guided_velocity, image_inputs,
-                          latent_frames, linear_part, motion_inputs, naming, new_model, rollout,
+                          latent_frames, linear_part, motion_inputs, naming, new_model, remember, rollout,
                           same_sigma, save_pretrained, shift_sigma, split_conditions, start_points,
                           to_x0, track_ids, video_frames, with_first, write_file)
 from sample import (Parser, embed_words, find_device, guidance_flag, hold_signals, inspect,
@@ -147,9 +147,7 @@ def causal_loss(model, states, x0, conditions, context, channel_weight=1.0, past
         loss = loss + ((predicted - target).square() * channel_weight).sum()
         if stop == x0.shape[2]:         # no chunk would read it
             break
-        with torch.no_grad():           # the clean pass is the only one that writes
-            clean = torch.zeros_like(sigma_frames)
-            model(past[:, :, now], clean, caches=caches, write=True, **part)
+        remember(model, past[:, :, now], caches, part)
     return loss / x0.numel()
 
 
@@ -283,8 +281,8 @@ class Settings:
     # distill
     critic_steps: int = 5           # critic updates per generator update (appendix D) [P]
     rollout: int = 16               # chunks of the longest rollout, but at least a clip's [O]
-    neutral_long_rollouts: bool = True      # neutral text in rollouts longer than a clip: its light
-                                            # has faded by then [O]
+    neutral_long_rollouts: bool = True      # a neutral text in rollouts longer than a clip, by
+                                            # whose end a prompted fade of the light is over [O]
     beta: float = 0.5               # clip weight exp(reward / beta) (Reward Forcing, eq. 11) [O]
     export_every: int = 0           # updates between exported weights, except the vae's; 0: none
     # distributed
@@ -1014,8 +1012,8 @@ def user_tracks(visible, group, tracks=None):
     tracks pause for a while (section 3.1). group (B, N): each track's object, whose first track is
     its centre; -1: the ground.
 
-    tracks (B, T, N, 2), if given: every object that moves, and a moving ground, keep at least one
-    track, which a pause or an early end may hide for a while. So a model learns that whatever has
+    tracks (B, T, N, 2), if given: every object of frame 0 that moves, and a moving ground, keep at
+    least one track, which a pause or an early end may hide for a while. So a model learns that whatever has
     no track stays put. Otherwise the model would have to predict the mean of everything that could
     happen [O]."""
     B, T, N = visible.shape
@@ -1125,7 +1123,9 @@ def motion_of(model, points, vae):
     """motion_inputs of the points of a Batch."""
     points = dict(points)
     frame_0 = points.pop("frame_0", None)
-    return motion_inputs(model, **points, image=frame_0, vae=vae)
+    device = points["tracks"].device
+    with torch.autocast(device.type, enabled=False):        # in float32, as when sampling
+        return motion_inputs(model, **points, image=frame_0, vae=vae)
 
 
 def latent_weight(vae, config, sigma):
@@ -1289,7 +1289,7 @@ def draw_trajectories(run, files, count):
 
 
 def loss_in_context(run, student, vae, drawn, channel_weight):
-    """causal_loss with a random sink and window, in three of eight draws the model's own. drawn:
+    """causal_loss under a random sink and window; three draws in eight use the model's own. drawn:
     trajectories, as draw_trajectories returns them."""
     states, x0, points, conditions = drawn
     own = (run.config.sink, run.config.window)
@@ -1398,9 +1398,10 @@ def first_frames(conditions, frames):
 
 def judged_clip(chunks, frames, image_latent, points):
     """Cut a clip of `frames` latents, which the teacher can judge, from a rollout, an iterator of
-    chunks: (x0 (B, C, frames, h, w), points). A rollout of that length is the clip. Of a longer one
-    the clip is the end, with image_latent (B, C, 1, h, w) in place of its first latent: time jumps
-    after it. So the teacher is given the true image, even if the student has drifted from it."""
+    chunks: (x0 (B, C, frames, h, w), points). A rollout of that length is the clip. From a
+    longer one, take the last `frames` latents and replace the first of them by image_latent
+    (B, C, 1, h, w): the clip jumps in time after it. So the teacher is given the true image, even
+    if the student has drifted from it."""
     held = []                                           # the latest chunks
     length = 0                                          # latents of the whole rollout
     for chunk in chunks:
@@ -1441,6 +1442,7 @@ def generated_clip(run, generator, vae, files, plan, grad):
                          plan.exit_step, caches=caches)
         chunks = itertools.islice(chunks, len(sizes))   # stops there: the last is not cached
         x0, points = judged_clip(chunks, run.clip_latents, image_latent, batch.points)
+        # For teacher and critic, too: all three have the teacher's track head, frozen.
         motion = motion_of(generator, points, vae)
     conditions = first_frames(of_rollout, run.clip_latents) | motion
     return x0, conditions, points

@@ -57,7 +57,7 @@ class LinearVAE(nn.Module):
     It compresses little, but decoding is one matrix product, and there is no state: a latent frame
     depends only on its own four frames, so pictures that were moved along tracks can be encoded
     chunk by chunk (see `copy_along_tracks`). Frame 0 is preceded by three copies of itself.
-    Training starts from the principal components of cells (train_distill.py, stage vae)."""
+    Training starts from the principal components of cells (extras/linear_vae.py)."""
 
     def __init__(self, config=LinearVAEConfig()):
         super().__init__()
@@ -194,7 +194,7 @@ class Repack(nn.Module):
 def grow_frames(x, space, repack, conv):
     """Apply nn.Upsample(scale_factor=space), then `repack`, then a 3x3 convolution `conv` to x
     (B, C, T, h, w). Without bias or nonlinearity in between they fuse into one transposed
-    convolution, 3 times as fast: a repeated pixel meets the sum of the weights that fall on it."""
+    convolution, 3 times as fast: the copies of a pixel have one value, so their weights can be summed."""
     weight = F.pad(conv.weight.flip(2, 3), [space - 1] * 4)
     # to (out, mid, space + 2, space + 2)
     weight = F.avg_pool2d(weight, space, stride=1, divisor_override=1)

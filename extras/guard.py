@@ -144,6 +144,9 @@ def check_run(run, flags):
     config = run.config
     settings = run.settings
     check_length(settings.clip_frames, config.chunk, config.first_chunk_size)
+    short = settings.short_latents
+    if settings.whole_every > 1 and not 2 <= short <= run.clip_latents:
+        raise UserError(f"--set short_latents={short}: is not 2 to {run.clip_latents}, a clip's")
     if settings.causal_from not in CAUSAL_FROM:
         known = ", ".join(CAUSAL_FROM)
         raise UserError(f"--set causal_from={settings.causal_from}: is one of {known}")

@@ -750,6 +750,12 @@ def test_weights_with_a_mask_see_the_image_and_then_grey():
     assert image[:, :4, 1:].eq(0).all()
 
 
+def test_weights_with_a_mask_do_not_stream_from_python_either():
+    model = new_model(in_dim=SMALL.out_dim + SMALL.track_dim + 4 + SMALL.out_dim)
+    assert model.config.has_mask
+    assert_error(AssertionError, "use sample_teacher", sample.stream_latents, model, None, None, None)
+
+
 def test_the_vae_beside_the_weights_is_theirs():
     _, here = wan_workplace()
     text_to_video = sample.inspect(here / "t2v.safetensors")

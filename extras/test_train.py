@@ -1054,6 +1054,16 @@ def test_which_tracks_a_batch_gets_depends_on_the_clips_alone():
         assert first.points["tracks"].shape[1] == 45
 
 
+def test_motion_is_made_in_float32_whatever_dtype_a_training_computes_in():
+    model = new_model()
+    tracks, visible, ids = new_tracks(9, 7)
+    points = {"tracks": tracks, "visible": visible, "ids": ids}
+    expected = td.motion_inputs(model, **points)["tracks"]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = td.motion_of(model, points, None)["tracks"]
+    assert found.equal(expected)
+
+
 def encoding_nothing():
     """In here it is an error to encode a video."""
     return patch.object(clips, "encode_video", None)
@@ -1694,6 +1704,8 @@ REFUSED_FLAGS = {
         "--set clip_frames=80: needs whole chunks of 12, the first of 9: 45, 57,",
     "--memory c5s1w1":
         "--set clip_frames=45: needs whole chunks of 20, the first of 17: 57, 77,",
+    "--set short_latents=1": "--set short_latents=1: is not 2 to 12",
+    "--set short_latents=13": "--set short_latents=13: is not 2 to 12",
     "--set steps=50 --set causal_from=trajectories": "50 steps of the teacher: the student's noise levels",
     "--stage eval": "--stage: invalid choice: 'eval'",
     "--clips 3": "unrecognized arguments: --clips 3",
