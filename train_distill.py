@@ -65,9 +65,9 @@ from tqdm import tqdm
 
 from motionstream import (FRAMES, PRESETS, Config, MotionStream, UserError, add_noise, cell_of,
                           channel_std, chunk_sizes, euler, extra, guided_velocity, image_inputs,
-                          latent_frames, linear_part, motion_inputs, naming, new_model, remember, rollout,
-                          same_sigma, save_pretrained, shift_sigma, split_conditions, start_points,
-                          to_x0, track_ids, video_frames, with_first, write_file)
+                          latent_frames, linear_part, motion_inputs, naming, new_model, remember,
+                          rollout, same_sigma, save_pretrained, shift_sigma, split_conditions,
+                          start_points, to_x0, track_ids, video_frames, with_first, write_file)
 from sample import (Parser, embed_words, find_device, guidance_flag, hold_signals, inspect,
                     memory_flag, number, open_vae, reported)
 
@@ -1013,9 +1013,9 @@ def user_tracks(visible, group, tracks=None):
     its centre; -1: the ground.
 
     tracks (B, T, N, 2), if given: every object of frame 0 that moves, and a moving ground, keep at
-    least one track, which a pause or an early end may hide for a while. So a model learns that whatever has
-    no track stays put. Otherwise the model would have to predict the mean of everything that could
-    happen [O]."""
+    least one track, which a pause or an early end may hide for a while. So a model learns that
+    whatever has no track stays put. Otherwise the model would have to predict the mean of
+    everything that could happen [O]."""
     B, T, N = visible.shape
     keep = torch.zeros(B, N, dtype=torch.bool)
     for label in range(int(group.max()) + 1):

@@ -194,7 +194,8 @@ class Repack(nn.Module):
 def grow_frames(x, space, repack, conv):
     """Apply nn.Upsample(scale_factor=space), then `repack`, then a 3x3 convolution `conv` to x
     (B, C, T, h, w). Without bias or nonlinearity in between they fuse into one transposed
-    convolution, 3 times as fast: the copies of a pixel have one value, so their weights can be summed."""
+    convolution, 3 times as fast: the copies of a pixel have one value, so their weights can be
+    summed."""
     weight = F.pad(conv.weight.flip(2, 3), [space - 1] * 4)
     # to (out, mid, space + 2, space + 2)
     weight = F.avg_pool2d(weight, space, stride=1, divisor_override=1)
