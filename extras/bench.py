@@ -1,4 +1,5 @@
-"""How fast a model streams, with random weights: any preset, on a CPU or a GPU, in one table that says what it counts.
+"""How fast a model streams, with random weights: any preset, on a CPU or a GPU, in one table that
+says what it counts.
 
     python -m extras.bench                                                  the tiny model on this CPU
     python -m extras.bench --preset motionstream-1.3b --device cuda --dtype bfloat16 --decoder tiny
@@ -6,8 +7,9 @@
     python -m extras.bench --long 10000                                     does it stay as fast?
     python -m extras.bench --training                                       one DMD step as well
 
-Times are medians over chunks, once the cache is full. Nothing else should run meanwhile. FLOPs, bytes and launches are
-counted on tensors without contents, so that the same numbers come of every machine.
+Times are medians over chunks, once the cache is full. Nothing else should run meanwhile. FLOPs,
+bytes and launches are counted on tensors without contents, so that the same numbers come of every
+machine.
 """
 
 import contextlib
@@ -87,12 +89,12 @@ PAPERS = (
 )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Models with random weights.
 
 def randomise(module, device, dtype_of):
-    """Initialise a module from the meta device on its target device, so that the matrices of 14 billion parameters
-    are allocated only once. dtype_of: function of a parameter's name."""
+    """Initialise a module from the meta device on its target device, so that the matrices of 14
+    billion parameters are allocated only once. dtype_of: function of a parameter's name."""
     tensors = {}
     for name, tensor in module.state_dict().items():
         made = torch.empty(tensor.shape, dtype=dtype_of(name), device=device)
@@ -159,7 +161,7 @@ def new_motion(config, frames):
     return sample.Motion(tracks, visible, ids, start_points(tracks, visible))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is timed and counted.
 
 def chunks_held(config):
@@ -197,8 +199,8 @@ def chunk_parts(model, vae):
 
 
 def training_parts(job):
-    """A DMD step on one clip of 81 frames, all weights in job.dtype, with recomputation in the backward. Excludes the
-    optimizer's update, and the VAE, which is not used."""
+    """A DMD step on one clip of 81 frames, all weights in job.dtype, with recomputation in the
+    backward. Excludes the optimizer's update, and the VAE, which is not used."""
     config = replace(job.config, causal=False)
     generator = random_model(job.config, job.device, job.dtype)
     critic = random_model(config, job.device, job.dtype)
@@ -233,7 +235,7 @@ def training_parts(job):
             Part("critic's step", critic_step, of_critic)]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Counts.
 
 # Operations without a kernel of their own: they make room, or look at what is there.
@@ -266,9 +268,10 @@ def kind_of(name):
 
 
 class Counts(TorchDispatchMode):
-    """Cost of the tensor operations inside `with` if each is a kernel of its own, as in eager mode: launches, bytes
-    read and written, and FLOPs, each a Counter by kind_of. Views cost nothing. A multiplication and an addition are
-    two FLOPs; those of elementwise operations are not counted."""
+    """Cost of the tensor operations inside `with` if each is a kernel of its own, as in eager mode:
+    launches, bytes read and written, and FLOPs, each a Counter by kind_of. Views cost nothing. A
+    multiplication and an addition are two FLOPs; those of elementwise operations are not
+    counted."""
 
     def __init__(self):
         super().__init__()
@@ -294,8 +297,8 @@ class Counts(TorchDispatchMode):
 
 @contextlib.contextmanager
 def norms_of_a_gpu():
-    """Inside `with`, count RMSNorm as on a GPU: one kernel that moves as many bytes as LayerNorm's. A CPU uses six
-    kernels and, in bfloat16, seven times the bytes."""
+    """Inside `with`, count RMSNorm as on a GPU: one kernel that moves as many bytes as LayerNorm's.
+    A CPU uses six kernels and, in bfloat16, seven times the bytes."""
     real = F.rms_norm
     F.rms_norm = F.layer_norm
     try:
@@ -326,17 +329,18 @@ def counted_training(job):
         return [(part, count_part(part)) for part in training_parts(replace(job, device=CPU))]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What a full-size GPU would need, by the counts. The rates are estimates of an H100 or H200, not measured here: what
-# cuBLAS and cuDNN reach at such shapes, and the bandwidth that kernels reach which only move bytes.
+# --------------------------------------------------------------------------------------------------
+# What a full-size GPU would need, by the counts. The rates are estimates of an H100 or H200, not
+# measured here: what cuBLAS and cuDNN reach at such shapes, and the bandwidth that kernels reach
+# which only move bytes.
 
 RATES = {"matmul": 650e12, "attention": 565e12, "convolution": 320e12}      # FLOPs/s
 BANDWIDTH = 3.5e12                                                          # bytes/s
 
 
 def predicted_seconds(counts):
-    """Predicted time of Counts. A matrix product, attention or convolution takes the longer of its FLOPs' and its
-    bytes' time; other operations their bytes' time. Launches overlap with them."""
+    """Predicted time of Counts. A matrix product, attention or convolution takes the longer of its
+    FLOPs' and its bytes' time; other operations their bytes' time. Launches overlap with them."""
     seconds = counts.bytes["other"] / BANDWIDTH
     for kind, rate in RATES.items():
         seconds += max(counts.flops[kind] / rate, counts.bytes[kind] / BANDWIDTH)
@@ -352,7 +356,7 @@ def print_counts(counted):
         print(f"| {part.name} | {counts.launches.total():,} | {moved:.4g} | {flops} |")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Times.
 
 def wait_for(device):
@@ -398,8 +402,9 @@ class Times:
 
 
 def watched(model, vae, motion, text, ahead):
-    """The whole program, from an image and tracks to frames in the CPU's memory. Yields the Times of each chunk.
-    ahead: on a GPU, see compiling.frames_beside; then `asked` may be the next chunk's."""
+    """The whole program, from an image and tracks to frames in the CPU's memory. Yields the Times
+    of each chunk. ahead: on a GPU, see compiling.frames_beside; then `asked` may be the next
+    chunk's."""
     config = model.config
     image = torch.rand(1, 3, *config.size, device=text.device) * 2 - 1
     clip = None
@@ -480,7 +485,7 @@ def print_long(model, vae, text, frames):
           f"{memory[settled] / 2 ** 20:,.1f} MiB after {settled + 1} chunks, {memory[-1] / 2 ** 20:,.1f} at the end")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Memory.
 
 def size_of(tensors):
@@ -513,7 +518,7 @@ def most_memory():
     return 1024 * most                      # Linux counts in kB
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The program.
 
 def machine(device):

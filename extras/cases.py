@@ -33,7 +33,8 @@ def seed_of(*what):
 class Clips:
     """Scenes of the drawn world, or photographs as such scenes, and all that is known of them.
 
-    tracks (B, T, N, 2) in pixels and visible (B, T, N): what the models are told, of `length` frames."""
+    tracks (B, T, N, 2) in pixels and visible (B, T, N): what the models are told, of `length`
+    frames."""
 
     def __init__(self, scene, tracks, visible, size=SIZE, by_colour=False, plain=False):
         self.scene = scene
@@ -68,7 +69,8 @@ class Clips:
         return masks & self.present[:, :, None, None, None]
 
     def three_outlines(self, begin, start, stop):
-        """Those of objects `begin` and the next two, rendered in pure red, green and blue, all else in black."""
+        """Those of objects `begin` and the next two, rendered in pure red, green and blue, all else
+        in black."""
         texture = self.scene["texture"].clone()                 # (B, K, 4, width, width)
         texture[:, :, :3] = 0
         for channel in range(min(3, texture.shape[1] - begin)):
@@ -236,7 +238,7 @@ CHANGES = {
 }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Photographs, as scenes: a disc out of the middle of one moves over the next.
 
 CUT = 0.7                       # diameter of the disc, of the photograph's shorter side
@@ -245,7 +247,8 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def photograph_scenes(folder, clips, frames, rng):
-    """Scenes as of world.new_scenes, of the photographs in a folder, in the order of their names."""
+    """Scenes as of world.new_scenes, of the photographs in a folder, in the order of their
+    names."""
     paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in ENDINGS)
     if len(paths) < 2:
         raise UserError(f"{folder}: holds {len(paths)} photographs ({', '.join(ENDINGS)}), two at least are needed")
@@ -293,12 +296,14 @@ def square_of(image, side, size):
 
 
 def cut_of(image):
-    """What an object shows, (3, 128, 128): the disc's square, and round it as much as a texture covers."""
+    """What an object shows, (3, 128, 128): the disc's square, and round it as much as a texture
+    covers."""
     side = min(image.size) * min(CUT * world.EXTENT, 1)
     return square_of(image, side, 128)
 
 
 def ground_of(image):
-    """A scene's ground, (3, 512, 512), of which the camera sees the middle: the photograph, mirrored beyond its sides."""
+    """A scene's ground, (3, 512, 512), of which the camera sees the middle: the photograph,
+    mirrored beyond its sides."""
     picture = square_of(image, min(image.size), 256)
     return F.pad(picture[None], (128, 128, 128, 128), "reflect")[0]

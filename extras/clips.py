@@ -3,16 +3,18 @@
     python -m extras.clips VIDEOS --out clips
     python -m extras.clips VIDEOS --out clips --weights DIR --vae FILE --text-encoder DIR     for Wan's
 
-In VIDEOS, its subfolders and linked folders, a clip consists of a.mp4 (at the model's frame rate), a.npz (its
-tracks, in any format that extras/tracks.py reads) and a.txt (its prompt, or a row of a *.csv with columns video
-and caption). For the stage distill a picture, a.png, can replace the video. Prompt and picture may be encoded
-already: a.safetensors, with `prompt` and, for an image branch, `clip`.
+In VIDEOS, its subfolders and linked folders, a clip consists of a.mp4 (at the model's frame rate),
+a.npz (its tracks, in any format that extras/tracks.py reads) and a.txt (its prompt, or a row of a
+*.csv with columns video and caption). For the stage distill a picture, a.png, can replace the
+video. Prompt and picture may be encoded already: a.safetensors, with `prompt` and, for an image
+branch, `clip`.
 
 Names match if Windows or macOS treats them as one, e.g. a.mp4 and A.NPZ. Files left out are listed.
 
-Existing files with unchanged sources are kept: an interrupted run resumes. With torchrun each process makes its
-part, on its own GPU; --shard 2/8 makes the second of eight parts, for independent machines. Without --vae the
-clips hold video, for training the stage vae; the tiny model reads words.
+Existing files with unchanged sources are kept: an interrupted run resumes. With torchrun each
+process makes its part, on its own GPU; --shard 2/8 makes the second of eight parts, for independent
+machines. Without --vae the clips hold video, for training the stage vae; the tiny model reads
+words.
 """
 
 import argparse
@@ -86,7 +88,8 @@ class Source:
 
 
 def alike(name):
-    """A key that is equal for names that some systems treat as one: it ignores case and Unicode composition."""
+    """A key that is equal for names that some systems treat as one: it ignores case and Unicode
+    composition."""
     composed = unicodedata.normalize("NFC", name)
     return unicodedata.normalize("NFC", composed.casefold())
 
@@ -129,8 +132,8 @@ def walk(folder):
 
 
 def find_sources(folder):
-    """({name, a path in the folder without its ending: Source}; messages on files that are left out, and
-    why)."""
+    """({name, a path in the folder without its ending: Source}; messages on files that are left
+    out, and why)."""
     files, left = walk(folder)
     files.sort(key=lambda file: file.suffix != file.suffix.lower())         # a.mp4 before a.MP4
     stems = collections.defaultdict(dict)
@@ -153,8 +156,8 @@ def find_sources(folder):
 
 
 def join_alike(stems, folder, left):
-    """Turn stems, {name: {ending: file}}, into sources. Stems with equivalent names are joined if their endings
-    do not overlap. Stems without video, picture or tracks are added to `left`."""
+    """Turn stems, {name: {ending: file}}, into sources. Stems with equivalent names are joined if
+    their endings do not overlap. Stems without video, picture or tracks are added to `left`."""
     groups = collections.defaultdict(list)
     for name in stems:
         groups[alike(name)].append(name)
@@ -177,8 +180,8 @@ def join_alike(stems, folder, left):
 
 
 def read_captions(folder, sources):
-    """({name of a source: prompt} from the csv files in a folder; one message per file). UserError if one
-    cannot be read."""
+    """({name of a source: prompt} from the csv files in a folder; one message per file). UserError
+    if one cannot be read."""
     name_of = {}
     for name in sources:
         name_of.setdefault(alike(name), name)
@@ -218,8 +221,8 @@ def read_captions(folder, sources):
 
 
 def read_table(table):
-    """The rows of a csv file, each (video, caption), "" for what a row lacks. UserError if it has no such
-    columns."""
+    """The rows of a csv file, each (video, caption), "" for what a row lacks. UserError if it has
+    no such columns."""
     try:
         rows = csv.DictReader(io.StringIO(decode_text(table.read_bytes()), newline=""), strict=True)
         names = {str(name).strip().lower(): name for name in rows.fieldnames or ()}
@@ -245,8 +248,9 @@ def clip_name(video, folder):
 
 
 def read_images(job, source):
-    """(The frames of a clip as PIL images: job.frames of a video, or one picture; the size, (width, height),
-    that its tracks refer to). ValueError, one line, if the video has another frame rate or is too short."""
+    """(The frames of a clip as PIL images: job.frames of a video, or one picture; the size, (width,
+    height), that its tracks refer to). ValueError, one line, if the video has another frame rate or
+    is too short."""
     if ".mp4" not in source.files:
         image = load_image(source.path(".png"))
         return [image], image.size
@@ -268,9 +272,10 @@ def read_images(job, source):
 
 
 def read_motion(job, path, stored, size):
-    """Read tracks (T', N, 2) and visibility (T', N) from a file and map them from frames as `stored`, with
-    pixels that need not be square, to frames of `size` (width, height) and then to the model's video. At most
-    MOST_TRACKS tracks, in full length. ValueError if they are shorter than the clip."""
+    """Read tracks (T', N, 2) and visibility (T', N) from a file and map them from frames as
+    `stored`, with pixels that need not be square, to frames of `size` (width, height) and then to
+    the model's video. At most MOST_TRACKS tracks, in full length. ValueError if they are shorter
+    than the clip."""
     with contextlib.redirect_stdout(None):              # without notes on doubtful files
         found = read_tracks(path, stored)
     length = len(found.tracks)
@@ -285,8 +290,9 @@ def read_motion(job, path, stored, size):
 
 
 def read_conditions(job, source, caption):
-    """A clip's conditions besides its frames: {"prompt": a text} or, encoded in its .safetensors, {"text":
-    (L, text_dim)} and, for an image branch, {"clip": (257, clip_dim)}. Raises an exception for any fault."""
+    """A clip's conditions besides its frames: {"prompt": a text} or, encoded in its .safetensors,
+    {"text": (L, text_dim)} and, for an image branch, {"clip": (257, clip_dim)}. Raises an exception
+    for any fault."""
     wan = job.config.is_wan
     if wan and ".safetensors" in source.files:
         rows = read_rows(source.path(".safetensors"), job.config)
@@ -306,8 +312,8 @@ def read_conditions(job, source, caption):
 
 
 def read_clip(job, source, caption):
-    """Read a clip: video (3, T, H, W) uint8, tracks, visible, group, and the result of read_conditions. Raises
-    an exception for any fault."""
+    """Read a clip: video (3, T, H, W) uint8, tracks, visible, group, and the result of
+    read_conditions. Raises an exception for any fault."""
     images, stored = read_images(job, source)
     tracks, visible = read_motion(job, source.path(".npz"), stored, images[0].size)
     video = torch.stack([fit_image(image, job.config.size)[0] for image in images], 1)
@@ -340,8 +346,8 @@ class Encoders:
 
 
 def without_padding(text):
-    """Rows (L, text_dim) without trailing zeros: models pad again, and a text padded to 512 rows is 4 MB of a
-    clip's 9."""
+    """Rows (L, text_dim) without trailing zeros: models pad again, and a text padded to 512 rows is
+    4 MB of a clip's 9."""
     used = text.any(1).nonzero()
     length = 0
     if len(used):
@@ -351,7 +357,8 @@ def without_padding(text):
 
 @torch.no_grad()
 def encode_clip(job, encoders, clip):
-    """Encode a clip from read_clip into the tensors of its file, see the top of train_distill.py."""
+    """Encode a clip from read_clip into the tensors of its file, see the top of
+    train_distill.py."""
     config = job.config
     video = clip["video"]
     seen = video[None].to(job.device) / 127.5 - 1
@@ -390,8 +397,8 @@ def part_of(names, shard):
 
 
 def make_clips(job):
-    """Make the files of a job, or keep those made before; returns them. Faulty clips are named and left out;
-    UserError if they are more than a tenth."""
+    """Make the files of a job, or keep those made before; returns them. Faulty clips are named and
+    left out; UserError if they are more than a tenth."""
     sources, left = find_sources(job.folder)
     captions, said = read_captions(job.folder, sources)
     for line in [f"left out: {line}" for line in left] + said:
@@ -441,8 +448,9 @@ def encode_video(vae, video):
 
 
 def encode_videos(run, files):
-    """{file: its encoded copy} of clips of a training's --data that hold video, made now or in an earlier run,
-    divided among the processes. The copies' names hold digests of their sources. run: train_distill.Run."""
+    """{file: its encoded copy} of clips of a training's --data that hold video, made now or in an
+    earlier run, divided among the processes. The copies' names hold digests of their sources. run:
+    train_distill.Run."""
     folder = run.out / f"latents.{run.checksum('vae'):08x}"
     digests = clip_digests(run)
     encoded = {}

@@ -1,4 +1,5 @@
-"""A tiny decoder from nothing for the latents of a finished VAE, against a discriminator (appendix A).
+"""A tiny decoder from nothing for the latents of a finished VAE, against a discriminator (appendix
+A).
 
     python -m extras.decoder --vae FILE --out runs/decoder                      for a TinyVAE, on drawn videos
     python -m extras.decoder --vae FILE --data FOLDER --weights DIR      for Wan's VAE, on a folder of clips
@@ -39,8 +40,8 @@ DISCRIMINATOR = TinyVAEConfig(latent_channels=1, patch=2, stem=32, encoder=((64,
 
 def adversarial_losses(discriminator, video, output, shown):
     """(The decoder's, by which its output should score high, the discriminator's: true video should
-    score 1 or more, what is shown as false -1 or less.) Neither has a gradient in the other network.
-    All videos are (B, 3, T, H, W)."""
+    score 1 or more, what is shown as false -1 or less.) Neither has a gradient in the other
+    network. All videos are (B, 3, T, H, W)."""
     discriminator.requires_grad_(False)
     loss_g = -discriminator.encode(output).mean()
     discriminator.requires_grad_(True)
@@ -86,8 +87,8 @@ def open_vae(run):
 
 
 def new_networks(given, wan):
-    """(A VAE whose decoder is new, with the encoder of the finished one, or, for Wan's latents, a new
-    one too; the discriminator)."""
+    """(A VAE whose decoder is new, with the encoder of the finished one, or, for Wan's latents, a
+    new one too; the discriminator)."""
     if wan:
         vae = TinyVAE(TinyVAEConfig(given.config.latent_channels, given.stride // 8))
     else:
@@ -100,8 +101,8 @@ def new_networks(given, wan):
 
 def train_decoder(run, updates, adversarial, distance):
     """A decoder from nothing for the latents of a finished VAE: the tiny one, on drawn videos, or
-    with --data Wan's, in the layout of taew2_1, on what Wan's decoder makes of 144x144 pixels and 21
-    frames, while an encoder learns the latents. Half of what is shown as false is from a replay
+    with --data Wan's, in the layout of taew2_1, on what Wan's decoder makes of 144x144 pixels and
+    21 frames, while an encoder learns the latents. Half of what is shown as false is from a replay
     buffer. adversarial: weight of the discriminator's loss. distance: see open_lpips."""
     given = open_vae(run)
     wan = isinstance(given, WanVAE)

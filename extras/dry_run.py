@@ -303,8 +303,8 @@ class Stage:
 
 
 def rollout_costs(run):
-    """Costs of the critic's rollout with the first and with the last exit step. It keeps nothing for a
-    backward, so they are the same with recomputation and without."""
+    """Costs of the critic's rollout with the first and with the last exit step. It keeps nothing
+    for a backward, so they are the same with recomputation and without."""
     last = len(run.config.sigmas) - 1
     short = cost_of(functools.partial(rolling, exit_step=0), run)
     long = cost_of(functools.partial(rolling, exit_step=last), run)

@@ -31,8 +31,8 @@ NEGATIVE_PROMPT = (         # of Wan, what guidance leads away from
 # The encoders.
 
 def pretrained(name, folder, **options):
-    """What transformers calls `name`, from its folder in a -Diffusers repository. The network is not
-    asked. Raises UserError."""
+    """What transformers calls `name`, from its folder in a -Diffusers repository. The network is
+    not asked. Raises UserError."""
     try:
         importlib.import_module("ftfy")     # which text_encoder needs, before anything is loaded
         import transformers
@@ -66,8 +66,8 @@ def text_encoder(folder, device):
 
 
 def image_encoder(folder, device):
-    """A function from an image (1, 3, H, W) in [-1, 1] to rows (257, C): the last layer but one of CLIP,
-    which sees it squeezed to 224x224, as in Wan."""
+    """A function from an image (1, 3, H, W) in [-1, 1] to rows (257, C): the last layer but one of
+    CLIP, which sees it squeezed to 224x224, as in Wan."""
     if folder is None:
         raise UserError("the weights read the image by CLIP too; give --image-encoder DIR")
     encoder = pretrained("CLIPVisionModel", folder / "image_encoder", dtype=torch.float32).to(device)
@@ -84,8 +84,8 @@ def image_encoder(folder, device):
 
 
 def kept_rows(open_encoder, folder, device, what):
-    """{name: rows} of {name: text or image} by open_encoder(folder, device), now or in an earlier run:
-    kept in kept_file. If nothing can be kept there, this is said."""
+    """{name: rows} of {name: text or image} by open_encoder(folder, device), now or in an earlier
+    run: kept in kept_file. If nothing can be kept there, this is said."""
     path = kept_file(folder, what)
     with contextlib.suppress(UserError):    # not there, or not readable any more: encoded again
         return read_tensors(path)[0]
@@ -100,8 +100,8 @@ def kept_rows(open_encoder, folder, device, what):
 
 
 def kept_file(folder, what):
-    """Where the rows of {name: text or image} are kept: named by `what`, and by what the encoder's files
-    are called, how large and how old they are."""
+    """Where the rows of {name: text or image} are kept: named by `what`, and by what the encoder's
+    files are called, how large and how old they are."""
     key = listing(folder)
     for name, value in what.items():
         key.append((name, value.numpy().tobytes() if torch.is_tensor(value) else value))
@@ -110,7 +110,8 @@ def kept_file(folder, what):
 
 
 def cache_folder():
-    """CACHE, else the user's folder for such things; for a user without a home, one for temporary files."""
+    """CACHE, else the user's folder for such things; for a user without a home, one for temporary
+    files."""
     if CACHE:
         return CACHE
     base = os.environ.get("XDG_CACHE_HOME")
@@ -122,9 +123,9 @@ def cache_folder():
 
 
 def listing(folder):
-    """The files of the encoders in a -Diffusers repository, [(path in it, size, age)]: tells if one is
-    another by now. Nothing else in that folder counts, nor is it looked at: it may be a whole disk.
-    None: no files."""
+    """The files of the encoders in a -Diffusers repository, [(path in it, size, age)]: tells if one
+    is another by now. Nothing else in that folder counts, nor is it looked at: it may be a whole
+    disk. None: no files."""
     files = []
     if folder is None:
         return files
@@ -173,8 +174,8 @@ def refuse(sources, config):
 
 
 def check(sources, config, image):
-    """Raise UserError, what to do, if `encode` will fail for what can be known before it begins: missing
-    files, folders and packages. image: as for it."""
+    """Raise UserError, what to do, if `encode` will fail for what can be known before it begins:
+    missing files, folders and packages. image: as for it."""
     refuse(sources, config)
     sources = complete(sources)
     rows = {}
@@ -189,7 +190,8 @@ def check(sources, config, image):
 
 
 def check_folder(folder, parts, what):
-    """Raise UserError if a repository lacks folders, or this machine the packages to encode `what` by it."""
+    """Raise UserError if a repository lacks folders, or this machine the packages to encode `what`
+    by it."""
     missing = [part for part in parts if not (folder / part).is_dir()]
     if missing:
         raise UserError(f"{folder}: has no folder {' and no '.join(missing)}; give a -Diffusers repository "

@@ -1,4 +1,5 @@
-"""Measure: the README's numbers, previews and curves of a training, rewards, a video beside another.
+"""Measure: the README's numbers, previews and curves of a training, rewards, a video beside
+another.
 
     python -m extras.evaluate --clips 12            the tables, of the models in runs/tiny or else of the shipped ones
     python -m extras.evaluate --photographs DIR     and how photographs survive: a piece of one moves over another
@@ -7,7 +8,8 @@
     python -m extras.evaluate papers FOLDER --protocol davis --out DIR --weights FILE --vae FILE --text-encoder DIR
         --tracker FILE.py:FUNCTION          the papers' numbers, on DAVIS, Sora's clips or LLFF: see extras/protocols.py
 
-Scenes are drawn from seeds that training never uses. These are the claims of the README, not of the code.
+Scenes are drawn from seeds that training never uses. These are the claims of the README, not of the
+code.
 """
 
 import argparse
@@ -47,7 +49,7 @@ NO_NETWORK = ["still", "warp"]  # videos made of frame 0 alone
 SHIPPED = {"vae": "tiny_vae", "teacher": "tiny_teacher", "student": "tiny"}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The models, and the videos they make.
 
 @dataclass(frozen=True)
@@ -96,10 +98,10 @@ class Trained:
 
 
 def play(trained, name, clips, text=None, later=None, **overrides):
-    """Generate the video (B, 3, T, H, W), in pieces, from the first frames of `clips`, their tracks and a text (1 or
-    B, L, text_dim). name: "teacher", "causal", "student"; "vae" and "decoder": the truth through the VAE; "still":
-    frame 0; "warp": frame 0 moved along the tracks. later: the text of the second half of a stream. overrides: fields
-    of Config."""
+    """Generate the video (B, 3, T, H, W), in pieces, from the first frames of `clips`, their tracks
+    and a text (1 or B, L, text_dim). name: "teacher", "causal", "student"; "vae" and "decoder": the
+    truth through the VAE; "still": frame 0; "warp": frame 0 moved along the tracks. later: the text
+    of the second half of a stream. overrides: fields of Config."""
     if name == "still":
         image = clips.frames(0, 1)
         return iter([image.expand(-1, -1, clips.length, -1, -1)])
@@ -115,8 +117,8 @@ def play(trained, name, clips, text=None, later=None, **overrides):
 
 
 def warped(image, tracks, visible):
-    """Generate frames (B, 3, 1, H, W): those that copy_along_tracks shows to a copying model, before the VAE. image
-    (B, 3, H, W): frame 0; tracks (B, T, N, 2), visible (B, T, N)."""
+    """Generate frames (B, 3, 1, H, W): those that copy_along_tracks shows to a copying model,
+    before the VAE. image (B, 3, H, W): frame 0; tracks (B, T, N, 2), visible (B, T, N)."""
     yield image[:, :, None]
     height, width = image.shape[2:]
     start = start_points(tracks, visible)                       # (B, N, 2)
@@ -149,7 +151,8 @@ def videos_of(model, vae, clips, text=None, later=None, seed=0):
 
 
 def with_texts(motion, text, later, config):
-    """A Motion chunk by chunk, each with its text: `later` from the chunk that lies in the second half on."""
+    """A Motion chunk by chunk, each with its text: `later` from the chunk that lies in the second
+    half on."""
     half = motion.tracks.shape[1] / 2
     start = FRAMES - 1                                          # as the VAE packs frame 0
     for part in sample.motion_by_chunk(motion, config):
@@ -157,12 +160,13 @@ def with_texts(motion, text, later, config):
         start += part.tracks.shape[1]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The measures.
 
 @dataclass(frozen=True)
 class Places:
-    """Object positions in a piece of video, (B, T, K, 2) in pixels, and other values per object, (B, T, K)."""
+    """Object positions in a piece of video, (B, T, K, 2) in pixels, and other values per object,
+    (B, T, K)."""
     found: torch.Tensor
     true: torch.Tensor          # where they should be
     lost: torch.Tensor          # hardly any of it is found
@@ -171,7 +175,8 @@ class Places:
 
 
 def half_seen(size, least, present):
-    """True where an object is present and its size (B, T, K) exceeds `least` and half of its maximum."""
+    """True where an object is present and its size (B, T, K) exceeds `least` and half of its
+    maximum."""
     largest = size.amax(1, keepdim=True)
     return present[:, None] & (size > 0.5 * largest) & (size > least)
 
@@ -187,8 +192,9 @@ def places_by_colour(video, truth, clips):
 
 
 def places_by_shift(video, truth, ground, outlines, clips):
-    """Places by texture: each object is at the whole-pixel shift at which the truth inside its outline is most like
-    the video. It is lost if even there three quarters of its contrast to the ground are missing."""
+    """Places by texture: each object is at the whole-pixel shift at which the truth inside its
+    outline is most like the video. It is lost if even there three quarters of its contrast to the
+    ground are missing."""
     used = int(clips.present.sum(1).max())                      # slots without an object come last
     outlines = outlines[:, :used]                               # (B, K, T, H, W)
     B, K, T, H, W = outlines.shape
@@ -213,8 +219,8 @@ def places_by_shift(video, truth, ground, outlines, clips):
 
 
 def overlaps(video, truth, ground, outlines, clips):
-    """{"disc", "shape"}: mean overlap of discs and of other objects with their outlines, wherever they were found,
-    while they are visible; NaN without any."""
+    """{"disc", "shape"}: mean overlap of discs and of other objects with their outlines, wherever
+    they were found, while they are visible; NaN without any."""
     of_discs = []
     of_others = []
     area = outlines.sum((3, 4)).transpose(1, 2)                 # (B, T, K)
@@ -244,14 +250,16 @@ def following(places, size):
 
 
 def measure(video, first, clips, start):
-    """A piece of video, from frame `start` on, beside the true one, as numbers. first: the true frame 0.
+    """A piece of video, from frame `start` on, beside the true one, as numbers. first: the true
+    frame 0.
 
-    median, mean, lost: end-point errors in percent of the width, one per object and frame in which at least half of it
-    can be seen; no error is over 30, that of an object that is lost (percent of those) is 30. psnr, objects, ground: in
-    dB, of all and of pixels inside and outside of objects. ssim: of every 4th frame. As shares of the truth's: sharp,
-    the strength of edges; colour, that of the first object's hue; chroma, how colourful objects are; motion, how far
-    they go. edges: the correlation of edges, 1 at best. disc, shape: overlap with the true outline, of objects of one
-    colour. copying: the share of what only frame 0 has."""
+    median, mean, lost: end-point errors in percent of the width, one per object and frame in which
+    at least half of it can be seen; no error is over 30, that of an object that is lost (percent of
+    those) is 30. psnr, objects, ground: in dB, of all and of pixels inside and outside of objects.
+    ssim: of every 4th frame. As shares of the truth's: sharp, the strength of edges; colour, that
+    of the first object's hue; chroma, how colourful objects are; motion, how far they go. edges:
+    the correlation of edges, 1 at best. disc, shape: overlap with the true outline, of objects of
+    one colour. copying: the share of what only frame 0 has."""
     stop = start + video.shape[2]
     truth = clips.frames(start, stop)
     ground = clips.ground(start, stop)
@@ -294,9 +302,10 @@ def case_of(settings):
 
 
 def eval_row(trained, model="student", text=NEUTRAL, later=None, piece=None, after=0, **settings):
-    """Play a case and measure it, `piece` frames at a time (None: all at once), from frame `after` on. settings: fields
-    of Case, of world.Options, of Config. Of each number the mean, and that of each tenth; drift: the standard deviation
-    of PSNR over the pieces. later: the text of the second half, if it is another. text "caption": the scenes' own."""
+    """Play a case and measure it, `piece` frames at a time (None: all at once), from frame `after`
+    on. settings: fields of Case, of world.Options, of Config. Of each number the mean, and that of
+    each tenth; drift: the standard deviation of PSNR over the pieces. later: the text of the second
+    half, if it is another. text "caption": the scenes' own."""
     clips = new_clips(case_of(settings))
     overrides = settings_of(Config, settings)
     if settings:
@@ -334,7 +343,8 @@ def text_of(text, clips, config):
 
 
 def summary(rows):
-    """Average rows of numbers, each beginning with "from": the mean of each number, "drift" and "tenths"."""
+    """Average rows of numbers, each beginning with "from": the mean of each number, "drift" and
+    "tenths"."""
     names = list(rows[0])
     numbers = torch.tensor([list(row.values()) for row in rows])
     mean = dict(zip(names, numbers.nanmean(0).tolist()))
@@ -348,8 +358,8 @@ def summary(rows):
 
 
 def caption_row(trained, model, attributes, points="drag", **settings):
-    """PSNR gain, in dB, of the right caption over the opposite one: of all pixels, and of objects. attributes:
-    indices into world.LIGHT and MOTION, of which one is not 0."""
+    """PSNR gain, in dB, of the right caption over the opposite one: of all pixels, and of objects.
+    attributes: indices into world.LIGHT and MOTION, of which one is not 0."""
     light, motion = attributes
     right = world.caption(light, motion)
     wrong = world.caption(-light % 3, -motion % 3)              # 1 for 2
@@ -362,11 +372,11 @@ def caption_row(trained, model, attributes, points="drag", **settings):
     return numbers
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The tables.
 
-# What training never showed, by the options of extras.world: the world of the first tiny models, the one of today
-# without and with texture, and discs and squares of one colour on smooth grey.
+# What training never showed, by the options of extras.world: the world of the first tiny models,
+# the one of today without and with texture, and discs and squares of one colour on smooth grey.
 SETS = {
     "old world": {"seed": "held old", "style": "simple", "objects": 2},
     "plain": {"seed": "held plain", "style": "textured", "texture": (0, 0), "objects": 2},
@@ -386,8 +396,9 @@ def grid(**values):
 
 
 def tables(count, frames, photographs=None):
-    """The tables to be measured: {title: (settings common to all rows, [settings of each row])}, arguments of
-    eval_row or of another function, "measure". count: clips of each kind; frames: of the streams."""
+    """The tables to be measured: {title: (settings common to all rows, [settings of each row])},
+    arguments of eval_row or of another function, "measure". count: clips of each kind; frames: of
+    the streams."""
     clip = {"seed": "eval 1 False", "clips": count, "frames": CLIP, "objects": 1}
     picture = {"clips": count, "drawn": AT["10 s"]["frames"]}
     text = clip | {"objects": 2, "piece": CLIP // 3}
@@ -421,8 +432,8 @@ def following_rows():
 
 
 def picture_rows(photographs):
-    """SETS, and photographs if there are any, by models, 2 and 10 seconds after the image. A teacher makes no more than
-    its clip."""
+    """SETS, and photographs if there are any, by models, 2 and 10 seconds after the image. A
+    teacher makes no more than its clip."""
     sets = dict(SETS)
     if photographs:
         sets["photographs"] = {"seed": "held photographs", "photographs": photographs}
@@ -441,7 +452,8 @@ CHANGING = ((1, 0), (2, 0), (0, 1), (0, 2))     # light and motion: indices into
 
 
 def text_rows():
-    """Scenes whose light or shapes change, by the right text, the wrong one, the neutral one and none."""
+    """Scenes whose light or shapes change, by the right text, the wrong one, the neutral one and
+    none."""
     rows = []
     for light, motion in CHANGING:
         right = world.caption(light, motion)
@@ -476,8 +488,9 @@ def label_of(row):
 
 @torch.no_grad()
 def measure_tables(trained, stage, what, tables):
-    """Measure tables and print them, draw the streams. `stage`.json, {what: {title: {row: numbers}}}, keeps every row
-    when it is done, and what it has is not measured again. what: says which weights and how much of them."""
+    """Measure tables and print them, draw the streams. `stage`.json, {what: {title: {row:
+    numbers}}}, keeps every row when it is done, and what it has is not measured again. what: says
+    which weights and how much of them."""
     names = trained.names() + NO_NETWORK
     path = trained.folder / f"{stage}.json"
     everything = {}
@@ -518,7 +531,7 @@ def print_table(title, results):
         print(f"| {label} | {' | '.join(cells)} |")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Curves and previews of a training.
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
@@ -555,7 +568,8 @@ PLOTTED = {
 
 
 def curve_of(rows, name):
-    """A number of a stage's rows as [[step, value]], averaged over 2 % of the stage; [] if no row has it."""
+    """A number of a stage's rows as [[step, value]], averaged over 2 % of the stage; [] if no row
+    has it."""
     values = [(row["step"], row[name]) for row in rows if name in row]
     if not values:
         return []
@@ -582,8 +596,9 @@ def plot_stage(folder, stage):
 
 @torch.no_grad()
 def preview(trained, stage, drawn=True):
-    """Plot the curves of a finished stage and, if it was trained on the drawn world, six frames of a dragged scene in
-    rows: truth, truth through the VAE, each existing model; then another scene."""
+    """Plot the curves of a finished stage and, if it was trained on the drawn world, six frames of
+    a dragged scene in rows: truth, truth through the VAE, each existing model; then another
+    scene."""
     plot_stage(trained.folder, stage)
     if not drawn:
         return
@@ -602,12 +617,13 @@ def preview(trained, stage, drawn=True):
     write_file(trained.folder / f"{stage}_preview.png", lambda path: page.save(path, "png"))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Rewards of distillation.
 
 def motion_reward(video, batch):
-    """How well the video (B, 3, T, H, W) follows the tracks in `batch`: (B,) in [-1, 1]. Along a track the colour
-    should stay that of its start. 1: it does everywhere; 0: no better than a still video."""
+    """How well the video (B, 3, T, H, W) follows the tracks in `batch`: (B,) in [-1, 1]. Along a
+    track the colour should stay that of its start. 1: it does everywhere; 0: no better than a still
+    video."""
     B, _, T, H, W = video.shape
     seen = batch["visible"] & batch["visible"][:, :1]           # (B, T, N)
     size = torch.tensor([W, H]).to(video)
@@ -627,8 +643,8 @@ def motion_reward(video, batch):
 
 
 def find_reward(name):
-    """Resolve --reward: "motion", or your own function, FILE.py:FUNCTION, called like motion_reward. UserError if it
-    is neither."""
+    """Resolve --reward: "motion", or your own function, FILE.py:FUNCTION, called like
+    motion_reward. UserError if it is neither."""
     file, _, function = name.rpartition(":")
     try:
         if not file:
@@ -638,12 +654,13 @@ def find_reward(name):
         raise UserError(f"--reward {name}: neither motion nor FILE.py:FUNCTION ({type(e).__name__}: {e})") from None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Two videos.
 
 def compare(made, real, net=None):
-    """The mean PSNR, SSIM and, with `net` ("alex" or "vgg"), LPIPS of the frames of two videos, paths, as long as there
-    are both: ({name: number}, how many frames). The second is scaled and cropped as the first one's image was."""
+    """The mean PSNR, SSIM and, with `net` ("alex" or "vgg"), LPIPS of the frames of two videos,
+    paths, as long as there are both: ({name: number}, how many frames). The second is scaled and
+    cropped as the first one's image was."""
     video = open_video(made)
     other_video = open_video(real)
     if video.fps and other_video.fps and abs(video.fps - other_video.fps) > 0.1:
@@ -666,9 +683,9 @@ def compare(made, real, net=None):
 
 
 def end_point_error(given, found, size, image_size):
-    """(mean distance, number of points) between points that a tracker found in a video of `size` (width, height) and
-    the points requested, in pixels of the video. Both are files; the latter is in pixels of the image of image_size
-    (width, height). Only points visible in both count."""
+    """(mean distance, number of points) between points that a tracker found in a video of `size`
+    (width, height) and the points requested, in pixels of the video. Both are files; the latter is
+    in pixels of the image of image_size (width, height). Only points visible in both count."""
     seen = sample.read_tracks(found, size)
     told = sample.read_tracks(given, image_size)
     if seen.tracks.shape[1] != told.tracks.shape[1]:
@@ -684,7 +701,7 @@ def end_point_error(given, found, size, image_size):
     return apart.mean(), len(apart)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command.
 
 def run_tables(argv):
@@ -712,7 +729,8 @@ def new_parser(description):
 
 
 def open_trained(folder, device="cpu", seed=0):
-    """The models of a training in a folder, or the shipped ones if it has no student. UserError: no such device."""
+    """The models of a training in a folder, or the shipped ones if it has no student. UserError: no
+    such device."""
     device = str(sample.find_device(device))
     files = {}
     if not (folder / "student.safetensors").exists():

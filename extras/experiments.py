@@ -1,9 +1,10 @@
-"""The papers' experiments, in small, on drawn scenes: streams and their memory, guidance, short trainings.
+"""The papers' experiments, in small, on drawn scenes: streams and their memory, guidance, short
+trainings.
 
     python -m extras.experiments --clips 12     hours; a row that is done is not measured again
 
-MotionStream's table 4, figures 4, 6a and A2, and limits; Reward Forcing's sinks; scenes that are carried away or change
-their light; objects, attention, rigidity; short distillations and teachers.
+MotionStream's table 4, figures 4, 6a and A2, and limits; Reward Forcing's sinks; scenes that are
+carried away or change their light; objects, attention, rigidity; short distillations and teachers.
 """
 
 import functools
@@ -32,8 +33,9 @@ from sample import embed_words
 from vae import TinyVAE, TinyVAEConfig, WanVAE
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Short trainings. Each has a folder of its own, named by a digest of its settings, and is done only once.
+# --------------------------------------------------------------------------------------------------
+# Short trainings. Each has a folder of its own, named by a digest of its settings, and is done only
+# once.
 
 class Brief:
     """Settings of a short training. As text: the non-default ones."""
@@ -64,14 +66,16 @@ class Distillation(Brief):
     seed: int = 0                   # beside that of all noise
 
 
-# The student for the tables of memory, trained with many contexts: longer, but shorter than the shipped one.
+# The student for the tables of memory, trained with many contexts: longer, but shorter than the
+# shipped one.
 MANY_MEMORIES = Distillation(updates=180, batch=4, clips=5120, rollout=12, drawn_memory=True)
 DRAWN_MEMORIES = tuple(itertools.product((1, 3, 5), (0, 1, 2, 3), (1, 2, 4)))          # (chunk, sink, window)
 
 
 @dataclass(frozen=True)
 class Lesson(Brief):
-    """A short training of a teacher: new, on dense tracks; or the trained one, at the causal stage's rates."""
+    """A short training of a teacher: new, on dense tracks; or the trained one, at the causal
+    stage's rates."""
     steps: int = 400
     start: bool = False             # from the trained teacher
     harm: bool = False              # on damaged tracks
@@ -90,8 +94,8 @@ class Start(Brief):
 
 
 def brief_run(trained, made, how, config, settings, **more):
-    """The Run of a short training of `made`, "teacher" or "student". how: its special settings. more: further fields
-    of Run; "start" is the contents of the trained teacher's file."""
+    """The Run of a short training of `made`, "teacher" or "student". how: its special settings.
+    more: further fields of Run; "start" is the contents of the trained teacher's file."""
     if td.PROCESSES > 1:
         raise UserError("experiments train in one process, leave out torchrun")
     sums = [trained.checksum(name) for name in MODELS[:MODELS.index(made)]]
@@ -105,7 +109,8 @@ def brief_run(trained, made, how, config, settings, **more):
 
 
 def train_briefly(run, made, train):
-    """Run a training of brief_run, unless its weights exist. Returns it and the models it came from, as Trained."""
+    """Run a training of brief_run, unless its weights exist. Returns it and the models it came
+    from, as Trained."""
     if not run.path(made).exists():
         started = time.time()
         torch.manual_seed(seed_of(run.seed, made))              # for the initial weights
@@ -116,8 +121,8 @@ def train_briefly(run, made, train):
 
 
 def clips_folder(trained, count):
-    """A folder of clips of the drawn world, encoded by the VAE of `trained`, with tracks as long as the longest
-    rollout: rendered once, for all short trainings."""
+    """A folder of clips of the drawn world, encoded by the VAE of `trained`, with tracks as long as
+    the longest rollout: rendered once, for all short trainings."""
     settings = replace(td.TINY, clips=count, rollout=MANY_MEMORIES.rollout)
     files = {name: trained.path(name) for name in MODELS}
     dtype = td.compute_dtype(trained.device)
@@ -127,8 +132,9 @@ def clips_folder(trained, count):
 
 
 def damaged_folder(folder, size):
-    """A copy of a folder of clips whose tracks, in three of four, are as bad as a poor tracker's: jittered by 2 % of
-    the width, late (frames 1 to 12 are missing), or broken (half of the pieces of 4 frames are missing)."""
+    """A copy of a folder of clips whose tracks, in three of four, are as bad as a poor tracker's:
+    jittered by 2 % of the width, late (frames 1 to 12 are missing), or broken (half of the pieces
+    of 4 frames are missing)."""
     copy = folder.with_name(f"{folder.name}.damaged")
     for file in sorted(folder.glob("*.safetensors")):
         if (copy / file.name).exists():
@@ -235,14 +241,14 @@ def teach_briefly(trained, how):
     return train_briefly(run, "teacher", train)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The stage causal without trajectories (causal_from=clips), and corrupted-context augmentation. train_distill.py imports
-# this module when its settings name one of them.
+# --------------------------------------------------------------------------------------------------
+# The stage causal without trajectories (causal_from=clips), and corrupted-context augmentation.
+# train_distill.py imports this module when its settings name one of them.
 
 def draw_noised_clips(run, files, count):
-    """As train_distill.draw_trajectories, but from clips: x0 is the ground truth, the states are noised x0. This trains
-    the causal flow of the data, unguided: teacher forcing on clean latents, which needs no trajectories. (Few-step
-    consistency, a usual next step, is not done here.)"""
+    """As train_distill.draw_trajectories, but from clips: x0 is the ground truth, the states are
+    noised x0. This trains the causal flow of the data, unguided: teacher forcing on clean latents,
+    which needs no trajectories. (Few-step consistency, a usual next step, is not done here.)"""
     batch = td.draw_batch(run, files, count, run.clip_latents)
     x0 = batch.latents
     noise = torch.randn_like(x0)
@@ -251,9 +257,10 @@ def draw_noised_clips(run, files, count):
 
 
 def corrupt_context(x0, first):
-    """Corrupted-context augmentation: imitates a faulty memory of clean latents x0 (B, C, F, h, w). In half of the clips,
-    a rectangle of all chunks but the first shows frame 0 again, so what left it is back and what entered is gone. Meant
-    to teach the student not to pass such faults on. first: latent frames of the first chunk."""
+    """Corrupted-context augmentation: imitates a faulty memory of clean latents x0 (B, C, F, h, w).
+    In half of the clips, a rectangle of all chunks but the first shows frame 0 again, so what left
+    it is back and what entered is gone. Meant to teach the student not to pass such faults on.
+    first: latent frames of the first chunk."""
     B, _, frames, h, w = x0.shape
     low, high = torch.rand(2, 2, B, 1, 1).sort(0).values                # each of rows and columns
     y = torch.arange(h)[:, None] / h
@@ -265,7 +272,7 @@ def corrupt_context(x0, first):
     return torch.where(corrupt, x0[:, :, :1], x0)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Network variants.
 
 class Refreshed(KVCache):
@@ -290,8 +297,8 @@ def refreshing(kind):
 
 
 class DrawnTracks(TrackHead):
-    """A track head that draws the tracks as dots of 5x5 pixels, coloured by ID, and encodes them as a video: the
-    baseline of MotionStream's table 3."""
+    """A track head that draws the tracks as dots of 5x5 pixels, coloured by ID, and encodes them as
+    a video: the baseline of MotionStream's table 3."""
 
     def __init__(self, vae, out_channels, stride):
         super().__init__(out_channels=out_channels, stride=stride)
@@ -337,7 +344,7 @@ def drawing(vae):
     return DrawingTeacher
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Measurements of a row.
 
 def distilled_row(trained, distil, refreshed=False, **settings):
@@ -349,7 +356,8 @@ def distilled_row(trained, distil, refreshed=False, **settings):
 
 
 def started_row(trained, start, model, **settings):
-    """eval_row of the causal student of a Start, or of the student of a short Distillation of it."""
+    """eval_row of the causal student of a Start, or of the student of a short Distillation of
+    it."""
     started = start_briefly(trained, start)
     if model == "student":
         started = distil_briefly(started, Distillation())
@@ -365,8 +373,8 @@ def taught_row(trained, teach, **settings):
 
 
 def speed_row(trained, **settings):
-    """Time per chunk and per decoded frame, relative to the unchanged student: two streams in turn, medians of 15
-    chunks from the sixth on."""
+    """Time per chunk and per decoded frame, relative to the unchanged student: two streams in turn,
+    medians of 15 chunks from the sixth on."""
     overrides = settings_of(Config, settings)
     clips = new_clips(case_of(settings))
     text = embed_words(NEUTRAL, trained.config)
@@ -386,8 +394,8 @@ def speed_row(trained, **settings):
 
 
 def decoders_row(trained, **_):
-    """Ratio of the decoding times of Wan 2.1's decoder and taew2_1 for a chunk of 12 frames of 64x64 pixels, in turn,
-    medians of 5: random weights."""
+    """Ratio of the decoding times of Wan 2.1's decoder and taew2_1 for a chunk of 12 frames of
+    64x64 pixels, in turn, medians of 5: random weights."""
     latents = torch.zeros(1, 16, 3, 8, 8)
     vaes = [WanVAE().eval(), TinyVAE(TinyVAEConfig()).eval()]
     states = [vae.decode(latents)[1] for vae in vaes]
@@ -402,9 +410,9 @@ def decoders_row(trained, **_):
 
 
 def attention_row(trained, layer, model="student", distil=None, **settings):
-    """Percentages of a layer's self-attention on the sink, the window and the chunk itself once the cache is full.
-    Means over a stream's passes (including the clean ones), clips, heads and tokens. distil: measures the student of
-    a short Distillation."""
+    """Percentages of a layer's self-attention on the sink, the window and the chunk itself once the
+    cache is full. Means over a stream's passes (including the clean ones), clips, heads and tokens.
+    distil: measures the student of a short Distillation."""
     if distil:
         trained = distil_briefly(trained, distil)
     clips = new_clips(case_of(settings))
@@ -425,7 +433,8 @@ def attention_row(trained, layer, model="student", distil=None, **settings):
 
 
 def attention_shares(attention, x, rope, cache):
-    """Softmax mass of SelfAttention on sink, window and the chunk x (B, L, D) itself: (3,), of sum 1."""
+    """Softmax mass of SelfAttention on sink, window and the chunk x (B, L, D) itself: (3,), of sum
+    1."""
     heads = (attention.num_heads, -1)
     q = attention.norm_q(attention.q(x)).unflatten(2, heads)            # (B, L, N, K)
     k = attention.norm_k(attention.k(x)).unflatten(2, heads)
@@ -441,9 +450,10 @@ def attention_shares(attention, x, rope, cache):
 
 
 def words_row(trained, model="teacher", text=None, guidance=None, **settings):
-    """How often a motion named in the caption appears, in percent of the clips: those nearer, in mean square, to the
-    captioned video than to the same one with rigid objects, which neither spin nor pulse. share: position between the
-    two, 0 rigid, 1 captioned. Clips whose two videos are alike (40 dB), a spinning disc, do not count."""
+    """How often a motion named in the caption appears, in percent of the clips: those nearer, in
+    mean square, to the captioned video than to the same one with rigid objects, which neither spin
+    nor pulse. share: position between the two, 0 rigid, 1 captioned. Clips whose two videos are
+    alike (40 dB), a spinning disc, do not count."""
     attributes = settings["attributes"]
     clips = new_clips(case_of(settings))
     scene = clips.scene
@@ -464,7 +474,8 @@ def words_row(trained, model="teacher", text=None, guidance=None, **settings):
 
 
 def encoding_row(trained, by, **settings):
-    """Milliseconds to encode the tracks of a clip: by "head" as the track head does, by "vae" as a drawn video."""
+    """Milliseconds to encode the tracks of a clip: by "head" as the track head does, by "vae" as a
+    drawn video."""
     clips = new_clips(case_of(settings))
     model = trained.model("student")
     vae = trained.vae()
@@ -486,7 +497,7 @@ def encoding_row(trained, by, **settings):
     return {"ms": 1000 * np.median(seconds)}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The tables.
 
 def tables(config, count, frames):
@@ -559,8 +570,9 @@ def clip_tables(config, clip):
 
 
 def training_tables(clip, half):
-    """Tables of short trainings: distillations, by both papers' settings; causal students from trajectories and from
-    clips; teachers with damaged tracks, and with tracks as a drawn video. half: settings of a stream."""
+    """Tables of short trainings: distillations, by both papers' settings; causal students from
+    trajectories and from clips; teachers with damaged tracks, and with tracks as a drawn video.
+    half: settings of a stream."""
     ways = [
         Distillation(),
         Distillation(guidance=(0, 0)),

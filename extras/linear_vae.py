@@ -95,8 +95,8 @@ def reconstruction_error(output, video):
 
 
 def train_vae(run):
-    """Train a LinearVAE, initialised with principal components, by reconstruction alone, on the video
-    of --data or of the drawn world."""
+    """Train a LinearVAE, initialised with principal components, by reconstruction alone, on the
+    video of --data or of the drawn world."""
     s = run.settings
     if run.data:
         files = td.open_clips(run.data, run.clip_latents)

@@ -1,5 +1,5 @@
-"""What sample.py tells the user about a job before it samples: what is cropped, hidden, unknown or not
-specified.
+"""What sample.py tells the user about a job before it samples: what is cropped, hidden, unknown or
+not specified.
 """
 
 # The vocabulary of the shipped tiny model: "fading light, spinning shapes" (extras/world.py).

@@ -2,15 +2,16 @@
 
     python -m extras.page --image x.png
 
-It prints an address; whoever opens it can drag, pin, draw paths and move the camera, and all see the same video. The
-flags are those of sample.py, except tracks and frames; --host and --port set the address of the page, --allow the public
-name of a tunnel to it.
+It prints an address; whoever opens it can drag, pin, draw paths and move the camera, and all see
+the same video. The flags are those of sample.py, except tracks and frames; --host and --port set
+the address of the page, --allow the public name of a tunnel to it.
 
-A recording that begins with the image is three files: NAME.mp4, NAME.png (the image) and NAME.npz (the inputs of each
-chunk). `python sample.py --image NAME.png --tracks NAME.npz` reproduces the same frames, see save_recording.
+A recording that begins with the image is three files: NAME.mp4, NAME.png (the image) and NAME.npz
+(the inputs of each chunk). `python sample.py --image NAME.png --tracks NAME.npz` reproduces the
+same frames, see save_recording.
 
-Requests only read and replace values of `Live`; only the main thread runs the model. Handler defines which HTTP
-requests are allowed.
+Requests only read and replace values of `Live`; only the main thread runs the model. Handler
+defines which HTTP requests are allowed.
 """
 
 import argparse
@@ -49,7 +50,7 @@ RECORDING = Path("recording.mp4")   # the default of --out
 PORT = 8765
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # State shared by the threads.
 
 class Shown(NamedTuple):
@@ -102,7 +103,7 @@ class Live:
     lead: float = 0.0       # seconds by which a chunk must start early
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Requests of a browser.
 
 TOKEN = secrets.token_urlsafe(16)
@@ -128,10 +129,10 @@ class Refused(Exception):
 
 
 def merge(control, data, chunks, apart):
-    """The control after a page's post: JSON of the changed values of SETTINGS ("take": a new number starts over;
-    "chunk": one of `chunks`) and groups of points by name, see read_group. Other groups stay during a take. "seq"
-    counts posts, and "points" are the model's, see gather. Raises Refused for too many points, some other exception for
-    any other fault."""
+    """The control after a page's post: JSON of the changed values of SETTINGS ("take": a new number
+    starts over; "chunk": one of `chunks`) and groups of points by name, see read_group. Other
+    groups stay during a take. "seq" counts posts, and "points" are the model's, see gather. Raises
+    Refused for too many points, some other exception for any other fault."""
     changes = json.loads(data, parse_constant=float)
     given = changes.pop("groups", {})
     kinds = {name: type(value) for name, value in changes.items()}
@@ -153,9 +154,9 @@ def merge(control, data, chunks, apart):
 
 
 def read_group(name, group):
-    """Check a group of points sent by the page: {"kind": one of KINDS, "points": [[x, y, x and y in frame 0, and when
-    grabbed], …], "path": [[x, y], …]}, in pixels of the image. Kind "left": removed points. Any fault raises some
-    exception."""
+    """Check a group of points sent by the page: {"kind": one of KINDS, "points": [[x, y, x and y in
+    frame 0, and when grabbed], …], "path": [[x, y], …]}, in pixels of the image. Kind "left":
+    removed points. Any fault raises some exception."""
     points = np.array(group["points"], np.float64)
     path = np.array(group["path"], np.float64).reshape(-1, 2)
     right = (
@@ -173,8 +174,8 @@ def read_group(name, group):
 
 
 def gather(groups, apart):
-    """Points for the model: all held points and, if the camera moves the ground, those ground points that start at
-    least `apart` pixels from all of them."""
+    """Points for the model: all held points and, if the camera moves the ground, those ground
+    points that start at least `apart` pixels from all of them."""
     points = []
     ground = []
     for group in groups.values():
@@ -211,7 +212,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Print nothing of what strangers send."""
 
     def check_sender(self):
-        """Refuse a request unless it names one of our hosts, knows the token, and comes from no other page."""
+        """Refuse a request unless it names one of our hosts, knows the token, and comes from no
+        other page."""
         live = self.server.live
         host = self.headers.get("Host", "")
         origins = [None, f"http://{host}"]
@@ -236,7 +238,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.reply("text/plain; charset=utf-8", why.encode(), {"Connection": "close"}, code)
 
     def do_GET(self):
-        """The page, its state, the newest frame, a picture to start from, or a file of a recording."""
+        """The page, its state, the newest frame, a picture to start from, or a file of a
+        recording."""
         self.answer(self.get)
 
     def do_POST(self):
@@ -305,7 +308,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.live.image = sample.load_image(io.BytesIO(data))
 
     def reply_frame(self, seen, viewer):
-        """The newest frame, as soon as it is not the one that the page `viewer` has seen: a slow page skips some."""
+        """The newest frame, as soon as it is not the one that the page `viewer` has seen: a slow
+        page skips some."""
         live = self.server.live
         count_viewers(live, viewer)
         until = time.monotonic() + 1
@@ -353,7 +357,8 @@ def numbered(paths, number):
 
 
 def count_viewers(live, viewer=None):
-    """Number of pages that have asked for a frame within two seconds. viewer: the name of one that asks now."""
+    """Number of pages that have asked for a frame within two seconds. viewer: the name of one that
+    asks now."""
     now = time.monotonic()
     with live.lock:
         if viewer is not None:
@@ -377,7 +382,8 @@ def told(live):
 
 
 def clock(live):
-    """Show one frame after the other at the clip's rate, while somebody watches and it is not paused."""
+    """Show one frame after the other at the clip's rate, while somebody watches and it is not
+    paused."""
     while not live.stop:
         take = live.take
         live.runs = count_viewers(live) > 0 and not live.control["pause"]
@@ -388,15 +394,17 @@ def clock(live):
         time.sleep(max(live.tick - time.monotonic(), 0.002))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # From points to the model's inputs.
 
 def glide(points, last, frames, begins):
-    """Positions of points in the next `frames` frames: on lines from their old to their new positions.
+    """Positions of points in the next `frames` frames: on lines from their old to their new
+    positions.
 
-    points: rows, see read_group. last: {start: requested position at the end of the previous chunk}; a new point begins
-    where it was grabbed or, in the first chunk of a take (begins), at its start. Returns (starts, a sorted list of
-    (x, y), which identify the points; tracks (frames, N, 2) float32)."""
+    points: rows, see read_group. last: {start: requested position at the end of the previous
+    chunk}; a new point begins where it was grabbed or, in the first chunk of a take (begins), at
+    its start. Returns (starts, a sorted list of (x, y), which identify the points; tracks (frames,
+    N, 2) float32)."""
     begin = {}
     end = {}
     for x, y, start_x, start_y, grabbed_x, grabbed_y in points:
@@ -413,9 +421,9 @@ def glide(points, last, frames, begins):
 
 
 def fit_chunk(starts, tracks, prompt, size, config):
-    """Points of a chunk, see glide, on an image of `size` (width, height), to a sample.Motion in the model's video:
-    hidden outside it, with the text of a prompt if the model reads words. Each point moves the content of its start in
-    frame 0, wherever that is now."""
+    """Points of a chunk, see glide, on an image of `size` (width, height), to a sample.Motion in
+    the model's video: hidden outside it, with the text of a prompt if the model reads words. Each
+    point moves the content of its start in frame 0, wherever that is now."""
     points = to_video(tracks, size, config.size).numpy()
     outside = ((points < 0) | (points >= config.size[::-1])).any(-1)
     points[outside] = np.nan
@@ -427,7 +435,8 @@ def fit_chunk(starts, tracks, prompt, size, config):
 
 
 def point_ids(starts, config):
-    """The IDs of points, which come and go: each is told by its start, see glide. None: the model has its own."""
+    """The IDs of points, which come and go: each is told by its start, see glide. None: the model
+    has its own."""
     if config.track_id_mode != "random":
         return None
     return [zlib.crc32(repr(start).encode()) for start in starts]
@@ -438,14 +447,14 @@ def reads_words(config):
     return config.text_encoder == "words"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Recordings.
 
 class Recorder:
     """Records the shown frames of a take on request: a new video each time, complete when it ends.
 
-    A video that begins with the image is reproducible: the inputs of its chunks are kept while that holds, and saved
-    beside it. out: base of the videos' names; settings: see save_recording."""
+    A video that begins with the image is reproducible: the inputs of its chunks are kept while that
+    holds, and saved beside it. out: base of the videos' names; settings: see save_recording."""
 
     def __init__(self, live, take, out, settings):
         self.live = live
@@ -516,7 +525,8 @@ class Recorder:
         return self
 
     def __exit__(self, kind, error, trace):
-        """The take is over: an open video is finished, or none of it is left behind if something went wrong."""
+        """The take is over: an open video is finished, or none of it is left behind if something
+        went wrong."""
         if kind is None:
             self.record(False)
         self.files.__exit__(kind, error, trace)
@@ -533,10 +543,11 @@ def unused(path):
 def save_recording(path, image, chunks, settings):
     """Write NAME.png and NAME.npz beside the video NAME.mp4.
 
-    The .npz is a file of tracks: tracks (T, N, 2) float32 in pixels of the image, T frames of whole chunks, NaN where a
-    point did not exist; visibility (T, N); ids (N,) int64 as given to the model; start (N, 2) float32: positions in
-    frame 0. It also records the stream: prompts, one per chunk, and `settings`: track_id_mode, seed, chunk, sink,
-    window (-1: all), steps, fps, dtype, frames, weights (a checksum). chunks: of Given."""
+    The .npz is a file of tracks: tracks (T, N, 2) float32 in pixels of the image, T frames of whole
+    chunks, NaN where a point did not exist; visibility (T, N); ids (N,) int64 as given to the
+    model; start (N, 2) float32: positions in frame 0. It also records the stream: prompts, one per
+    chunk, and `settings`: track_id_mode, seed, chunk, sink, window (-1: all), steps, fps, dtype,
+    frames, weights (a checksum). chunks: of Given."""
     tracks, ids, start = join_chunks(chunks)
     arrays = settings | {
         "tracks": tracks, "visibility": ~np.isnan(tracks[..., 0]), "ids": ids, "start": start,
@@ -549,8 +560,9 @@ def save_recording(path, image, chunks, settings):
 
 
 def join_chunks(chunks):
-    """Join the points given to chunks, one column per point, in the model's order: tracks (T, N, 2), NaN where a point
-    did not exist, ids (N,) and starts (N, 2). Without any point there is one empty column."""
+    """Join the points given to chunks, one column per point, in the model's order: tracks (T, N,
+    2), NaN where a point did not exist, ids (N,) and starts (N, 2). Without any point there is one
+    empty column."""
     id_of = {}
     for chunk in chunks:
         id_of.update(zip(chunk.starts, chunk.ids.tolist()))
@@ -567,7 +579,7 @@ def join_chunks(chunks):
     return tracks, np.array(ids, np.int64), np.array(starts or [(0, 0)], np.float32)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The program.
 
 def chunks_to_make(live, take, recorder):
@@ -591,8 +603,8 @@ def chunks_to_make(live, take, recorder):
 
 
 def wait_for_chunk(live, take, recorder):
-    """True as soon as the next chunk has to be started for its first frame to be in time; False if another take is
-    requested, or the program ends."""
+    """True as soon as the next chunk has to be started for its first frame to be in time; False if
+    another take is requested, or the program ends."""
     while not live.stop and live.control["take"] == take.number:
         recorder.record(live.control["record"])
         left = live.tick + len(take.made) / live.status["fps"] - time.monotonic()
@@ -611,8 +623,8 @@ def with_chunk(config, chunk):
 
 @torch.inference_mode()
 def perform(live, job, models, out):
-    """One take: stream from live.image until another take is requested or the program ends. out: base of the
-    recordings' names, None: RECORDING."""
+    """One take: stream from live.image until another take is requested or the program ends. out:
+    base of the recordings' names, None: RECORDING."""
     control = live.control
     config = with_chunk(live.config, control["chunk"])
     take = Take(control["take"], live.image, config)
@@ -640,7 +652,8 @@ def settings_of(job, models):
 
 
 def open_server(address):
-    """A server at (host, port), which does not answer yet. UserError if it cannot have that address."""
+    """A server at (host, port), which does not answer yet. UserError if it cannot have that
+    address."""
     host, port = address
     with naming(f"--host {host} --port {port}", "not an address of this machine"):
         try:
@@ -650,7 +663,8 @@ def open_server(address):
 
 
 def serve(live, server, host, allowed):
-    """Answer browsers in separate threads. server: of open_server, at `host`; allowed: see Live. Prints the address."""
+    """Answer browsers in separate threads. server: of open_server, at `host`; allowed: see Live.
+    Prints the address."""
     server.live = live
     live.allowed = allowed
     live.hosts = [host.lower(), "localhost"]
@@ -666,7 +680,8 @@ def serve(live, server, host, allowed):
 
 
 def host_header(address):
-    """The Host header that a browser sends for an address: x.example:9000 of http://x.example:9000/."""
+    """The Host header that a browser sends for an address: x.example:9000 of
+    http://x.example:9000/."""
     host = address.lower().rpartition("://")[2].partition("/")[0]
     if not re.fullmatch(r"[\w.-]+(:\d+)?", host):
         raise argparse.ArgumentTypeError(f"{address!r} is no name of a host, as x.example or localhost:9000")
@@ -674,8 +689,8 @@ def host_header(address):
 
 
 def parse_flags(argv):
-    """Parse the command line: a namespace, (host, port), and its other names. UserError for flags that fix tracks or
-    frames beforehand, or that the page replaces."""
+    """Parse the command line: a namespace, (host, port), and its other names. UserError for flags
+    that fix tracks or frames beforehand, or that the page replaces."""
     parser = sample.Parser(prog="python -m extras.page", description="Draw tracks on a video while it streams.",
                            allow_abbrev=False)
     sample.add_flags(parser)

@@ -1,15 +1,17 @@
-"""The papers' protocols: how near to a real video comes what a model makes of its first frame and tracks.
+"""The papers' protocols: how near to a real video comes what a model makes of its first frame and
+tracks.
 
     python -m extras.evaluate papers FOLDER --protocol davis --out runs/davis --weights student.safetensors
         --vae Wan2.1_VAE.pth --text-encoder DIR --tracker tracker.py:track
 
-In FOLDER a clip is a.mp4, a.npz, the tracks of its pixels, and a.txt, its prompt, as for extras/clips.py; a
-prompt may be encoded already, in a.safetensors. Other flags are those of sample.py. MotionStream, table 1 and 2,
-appendix E: DAVIS (longer clips keep their first and last frame and evenly chosen ones between), a subset of Sora's
-clips (cut to 81 frames at 16 a second) and LLFF. What is made is in --out, and the numbers are in papers.json.
+In FOLDER a clip is a.mp4, a.npz, the tracks of its pixels, and a.txt, its prompt, as for
+extras/clips.py; a prompt may be encoded already, in a.safetensors. Other flags are those of
+sample.py. MotionStream, table 1 and 2, appendix E: DAVIS (longer clips keep their first and last
+frame and evenly chosen ones between), a subset of Sora's clips (cut to 81 frames at 16 a second)
+and LLFF. What is made is in --out, and the numbers are in papers.json.
 
-A tracker is a function of frames, uint8 (T, H, W, 3), and points (N, 2) in pixels of frame 0, x first. It returns
-where they are, (T, N, 2), as numbers. Without one, end-point errors are left out.
+A tracker is a function of frames, uint8 (T, H, W, 3), and points (N, 2) in pixels of frame 0, x
+first. It returns where they are, (T, N, 2), as numbers. Without one, end-point errors are left out.
 """
 
 import importlib.util
@@ -67,7 +69,7 @@ class Clip:
     embeds: Path | None             # the prompt, encoded
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Clips.
 
 def chosen_frames(protocol, count, fps):
@@ -101,13 +103,13 @@ def read_clip(source, name, caption, protocol):
     return Clip(name, frames[places], cut, prompt, source.files.get(".safetensors"))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Making and measuring.
 
 @dataclass(frozen=True)
 class Made:
-    """What a model made of a Clip: video and truth (1, 3, T, H, W) in [-1, 1], of the model's size, and the tracks
-    that it was told, (T, N, 2) in these pixels, visible (T, N)."""
+    """What a model made of a Clip: video and truth (1, 3, T, H, W) in [-1, 1], of the model's size,
+    and the tracks that it was told, (T, N, 2) in these pixels, visible (T, N)."""
     video: torch.Tensor
     truth: torch.Tensor
     tracks: torch.Tensor
@@ -175,9 +177,9 @@ def scaled(video, size):
 
 
 def measure(made, size, distance, tracker):
-    """{"PSNR", "SSIM", "LPIPS", "EPE"} of what was made, at a size (height, width): means of frames, and of the
-    points that are visible in the tracks, if there are in frame 0. distance: see lpips_network, or None; tracker: see
-    find_tracker, or None."""
+    """{"PSNR", "SSIM", "LPIPS", "EPE"} of what was made, at a size (height, width): means of
+    frames, and of the points that are visible in the tracks, if there are in frame 0. distance: see
+    lpips_network, or None; tracker: see find_tracker, or None."""
     video = scaled(made.video, size)
     truth = scaled(made.truth, size)
     rows = []
@@ -197,8 +199,9 @@ def measure(made, size, distance, tracker):
 
 
 def end_point_error(frames, tracks, visible, tracker):
-    """The mean distance in pixels of tracks (T, N, 2) from where a tracker finds the points of frame 0 in uint8 frames
-    (T, H, W, 3), of what is visible (T, N) in the tracks, at least one of them in frame 0."""
+    """The mean distance in pixels of tracks (T, N, 2) from where a tracker finds the points of
+    frame 0 in uint8 frames (T, H, W, 3), of what is visible (T, N) in the tracks, at least one of
+    them in frame 0."""
     begun = visible[0]
     told = tracks[:, begun]                                     # (T, n, 2)
     found = torch.as_tensor(tracker(frames, told[0].numpy()))
@@ -219,7 +222,7 @@ def find_tracker(name):
         raise UserError(f"--tracker {name}: not FILE.py:FUNCTION ({type(e).__name__}: {e})") from None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command.
 
 def print_table(protocol, rows, kind):
@@ -278,7 +281,8 @@ def run_papers(argv):
 
 
 def open_distance(name):
-    """The LPIPS of two pictures by a network's name; None, if it is not wanted, or not installed: that is said."""
+    """The LPIPS of two pictures by a network's name; None, if it is not wanted, or not installed:
+    that is said."""
     if name is None and not importlib.util.find_spec("lpips"):
         print("LPIPS is left out: pip install lpips")
         return None

@@ -6,9 +6,9 @@
 
 writes an unambiguous file for --tracks of sample.py.
 
-Array names decide how a file is read; shapes and values only reject it; nothing is transposed, scaled
-or swapped on a guess. Sizes are checked before allocation, and no pickle is loaded. Shapes: tracks
-(T, N, 2), x to the right and y down, in pixels of a picture; visible (T, N) bool.
+Array names decide how a file is read; shapes and values only reject it; nothing is transposed,
+scaled or swapped on a guess. Sizes are checked before allocation, and no pickle is loaded. Shapes:
+tracks (T, N, 2), x to the right and y down, in pixels of a picture; visible (T, N) bool.
 """
 
 import argparse
@@ -50,9 +50,9 @@ TOOL = "python -m extras.tracks"            # the program whose flags messages n
 # Arrays from untrusted files. Any fault raises some exception: call this within `naming`.
 
 def read_file(path):
-    """Read a file: ("npy", "npz" or "json", arrays by name, None for names that are not KNOWN). An .npy
-    file, or a single tensor of torch.save, is named tracks. ATI's .pth holds the bytes of an .npz file,
-    wrapped by torch."""
+    """Read a file: ("npy", "npz" or "json", arrays by name, None for names that are not KNOWN). An
+    .npy file, or a single tensor of torch.save, is named tracks. ATI's .pth holds the bytes of an
+    .npz file, wrapped by torch."""
     with open(path, "rb") as file:
         head = file.read(6)
         if head == np.lib.format.MAGIC_PREFIX:
@@ -95,8 +95,8 @@ def to_array(name, value):
 
 
 def decode_text(data):
-    """Decode the bytes of a text file: UTF-8, with or without a byte order mark, or UTF-16 with one.
-    UserError for anything else."""
+    """Decode the bytes of a text file: UTF-8, with or without a byte order mark, or UTF-16 with
+    one. UserError for anything else."""
     encoding = "utf-8-sig"
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         encoding = "utf-16"
@@ -110,7 +110,8 @@ def decode_text(data):
 
 
 def check_unpacked(file):
-    """UserError if a file is too large, packed or unpacked. file: a path, or a whole file in memory."""
+    """UserError if a file is too large, packed or unpacked. file: a path, or a whole file in
+    memory."""
     if isinstance(file, io.BytesIO):
         size = len(file.getbuffer())
     else:
@@ -144,8 +145,8 @@ def read_npy(file):
 
 
 def read_arrays(file):
-    """The arrays of an .npz file by name, None for names that are not KNOWN. file: a path, or a file in
-    memory."""
+    """The arrays of an .npz file by name, None for names that are not KNOWN. file: a path, or a
+    file in memory."""
     check_unpacked(file)
     arrays = {}
     with zipfile.ZipFile(file) as entries:
@@ -162,7 +163,8 @@ def read_arrays(file):
 
 
 def read_json(path):
-    """Arrays by name from {"tracks": ..., "width": ...}, or from the tracks alone, see read_paths."""
+    """Arrays by name from {"tracks": ..., "width": ...}, or from the tracks alone, see
+    read_paths."""
     with open(path, "rb") as file:
         data = file.read(LIMIT_TEXT + 1)
     if len(data) > LIMIT_TEXT:
@@ -179,8 +181,8 @@ def read_json(path):
 
 
 def read_paths(paths):
-    """Tracks as lists of points, {"x": x, "y": y}, [x, y] or null, or one such list, to (N, T, 2): NaN
-    for null and after the end of shorter tracks. Each list may itself be JSON text."""
+    """Tracks as lists of points, {"x": x, "y": y}, [x, y] or null, or one such list, to (N, T, 2):
+    NaN for null and after the end of shorter tracks. Each list may itself be JSON text."""
     paths = parse(paths)
     first = next((point for point in paths if point is not None), None)
     is_pair = isinstance(first, list) and first and isinstance(first[0], (int, float))
@@ -225,12 +227,13 @@ def parse(text):
 # Files of tracks.
 
 def load_tracks(path, size, layout="auto", units="auto", own_size=None, visibility=None, frames=None):
-    """Load a tracks file for an image of `size` (width, height), as a dict: tracks (T, N, 2) float32 in
-    pixels of that image, finite, visible (T, N) bool, ids (N,) and fps, None if the file lacks them.
+    """Load a tracks file for an image of `size` (width, height), as a dict: tracks (T, N, 2)
+    float32 in pixels of that image, finite, visible (T, N) bool, ids (N,) and fps, None if the file
+    lacks them.
 
-    To resolve ambiguous files: layout "tn" or "nt"; units "px" or "01"; own_size (width, height) of the
-    picture that the tracks refer to; visibility, another file; frames, the expected number, which may
-    reveal swapped axes. Raises UserError, naming the file and the flag."""
+    To resolve ambiguous files: layout "tn" or "nt"; units "px" or "01"; own_size (width, height) of
+    the picture that the tracks refer to; visibility, another file; frames, the expected number,
+    which may reveal swapped axes. Raises UserError, naming the file and the flag."""
     with naming(path, CURE):
         kind, arrays = read_file(path)
     beside = visibility
@@ -287,8 +290,8 @@ def positive(name, value):
 
 
 def picture_of(arrays, size, own_size=None):
-    """(width, height) of the picture that a file's tracks refer to: from the file, else `own_size` of
-    --size, else `size`."""
+    """(width, height) of the picture that a file's tracks refer to: from the file, else `own_size`
+    of --size, else `size`."""
     usual = own_size or size
     width = positive("width", arrays.get("width")) or usual[0]
     height = positive("height", arrays.get("height")) or usual[1]
@@ -298,7 +301,8 @@ def picture_of(arrays, size, own_size=None):
 
 
 def by_name(arrays, kind):
-    """(positions, visibility or None, order of the axes, unit), from the names of a file's arrays."""
+    """(positions, visibility or None, order of the axes, unit), from the names of a file's
+    arrays."""
     hidden = [name for name in HIDDEN if name in arrays]
     seen = hidden + [name for name in VISIBLE if name in arrays]
     found = [name for name in POSITIONS if name in arrays and (hidden or name != "points")]
@@ -337,8 +341,8 @@ def from_ati(array):
 
 
 def arrange(tracks, visibility, order):
-    """Rearrange arrays in `order`, "tn" or "nt", to (T, N, 2) and (T, N) or None. A leading 1 is a batch
-    of one; (T, 2) is one track; a third channel of only 0 and 1 is visibility."""
+    """Rearrange arrays in `order`, "tn" or "nt", to (T, N, 2) and (T, N) or None. A leading 1 is a
+    batch of one; (T, 2) is one track; a third channel of only 0 and 1 is visibility."""
     if tracks.ndim == 4 and len(tracks) == 1:
         tracks = tracks[0]
     if visibility is not None:
@@ -363,9 +367,9 @@ def arrange(tracks, visibility, order):
 
 
 def check_tracks(tracks, visibility, size, unit="px"):
-    """Check tracks (T, N, 2): to float32, finite, in pixels, and visible (T, N) bool, from the file's
-    visibility, else True where the position is not NaN. unit: "px" or "01", fractions of a picture of
-    `size` (width, height). UserError for impossible values."""
+    """Check tracks (T, N, 2): to float32, finite, in pixels, and visible (T, N) bool, from the
+    file's visibility, else True where the position is not NaN. unit: "px" or "01", fractions of a
+    picture of `size` (width, height). UserError for impossible values."""
     shape = tracks.shape
     if tracks.dtype.kind not in "iuf" or tracks.ndim != 3 or shape[2] != 2 or 0 in shape:
         raise UserError(f"tracks are {tracks.dtype} {shape}, expected numbers (T, N, 2): frames, tracks, "
@@ -406,7 +410,8 @@ def check_ids(ids, count):
 
 
 def doubt_tracks(tracks, visible, size, unit):
-    """UserError if tracks in pixels are unlikely to belong to a picture of `size` (width, height)."""
+    """UserError if tracks in pixels are unlikely to belong to a picture of `size` (width,
+    height)."""
     farthest = abs(tracks[visible]).max(initial=0)
     if unit == "px" and visible.any() and farthest <= 1:
         raise UserError("all positions lie in [-1, 1] and must be pixels; if they are shares of the "
@@ -425,8 +430,8 @@ def doubt_tracks(tracks, visible, size, unit):
 
 
 def doubt_order(tracks, visible, frames):
-    """UserError if tracks look like (N, T, 2): a heuristic for ambiguous files, not a proof. frames: the
-    expected number, or None."""
+    """UserError if tracks look like (N, T, 2): a heuristic for ambiguous files, not a proof.
+    frames: the expected number, or None."""
     T, N = visible.shape
     part = np.where(visible[..., None], tracks, math.nan)[:999, :999]
     in_time = usual_step(part, 0)
@@ -443,16 +448,17 @@ def doubt_order(tracks, visible, frames):
 
 
 def usual_step(tracks, axis):
-    """The median distance between neighbours along an axis of (T, N, 2), NaN if none are visible."""
+    """The median distance between neighbours along an axis of (T, N, 2), NaN if none are
+    visible."""
     steps = np.linalg.norm(np.diff(tracks, axis=axis), axis=-1)
     steps = steps[~np.isnan(steps)]
     return np.median(steps) if steps.size else math.nan
 
 
 def write_tracks(path, arrays):
-    """Write a dict of arrays as an .npz file for --tracks of sample.py, atomically: `tracks` (T, N, 2)
-    float32 in pixels of a picture of `width` and `height`, `visibility` (T, N) bool, and optional ones.
-    Its format marks it as written here, so it is read without heuristics."""
+    """Write a dict of arrays as an .npz file for --tracks of sample.py, atomically: `tracks` (T, N,
+    2) float32 in pixels of a picture of `width` and `height`, `visibility` (T, N) bool, and
+    optional ones. Its format marks it as written here, so it is read without heuristics."""
     data = io.BytesIO()
     np.savez(data, format="motionstream", **arrays)
     write_file(path, lambda part: part.write_bytes(data.getbuffer()))
@@ -481,8 +487,8 @@ def read_grid(text):
 
 
 def follow(paths, frames):
-    """Tracks (frames, N, 2) float32 along N paths of points (P, 2), with equal time per segment; a single
-    point is pinned."""
+    """Tracks (frames, N, 2) float32 along N paths of points (P, 2), with equal time per segment; a
+    single point is pinned."""
     tracks = np.zeros((frames, len(paths), 2), np.float32)
     for n, points in enumerate(paths):
         times = np.linspace(0, len(points) - 1, frames)
@@ -512,10 +518,10 @@ def in_box(x, y, box):
 
 
 def drag_tracks(drags, pins, grid, frames, size, shown):
-    """(tracks, visible) of --drag and --pin, see `dragged`, on an image of `size` (width, height), in
-    which they start. They may lead out of it, but not into what is cropped of it: outside of the part
-    that is shown, (left, top, right, bottom). grid: text for read_grid, points that move along with
-    each; or None."""
+    """(tracks, visible) of --drag and --pin, see `dragged`, on an image of `size` (width, height),
+    in which they start. They may lead out of it, but not into what is cropped of it: outside of the
+    part that is shown, (left, top, right, bottom). grid: text for read_grid, points that move along
+    with each; or None."""
     whole = (0, 0, size[0], size[1])
     paths = []
     for flag, text, points in dragged(drags, pins):
@@ -546,7 +552,8 @@ MOVES = {                   # argument of `camera`, its value per unit amount, d
 
 
 def camera_move(text):
-    """A flag's type: a camera move with an optional amount, "right:0.3", to arguments of `camera`."""
+    """A flag's type: a camera move with an optional amount, "right:0.3", to arguments of
+    `camera`."""
     name, _, amount = text.partition(":")
     good = name in MOVES and re.fullmatch(r"(\d{1,3}(\.\d*)?|\.\d+)?", amount)
     if not good or amount and not float(amount):
@@ -562,8 +569,8 @@ def camera_move(text):
 
 
 def scene_points(depth, rows, columns, focal):
-    """Unproject the pixels at rows and columns of depth (H, W): (n, 3), x to the right, y down and z
-    ahead, in the unit of depth."""
+    """Unproject the pixels at rows and columns of depth (H, W): (n, 3), x to the right, y down and
+    z ahead, in the unit of depth."""
     H, W = depth.shape
     x, y = np.meshgrid(columns + 0.5, rows + 0.5)
     z = np.float64(depth[np.ix_(rows, columns)])
@@ -571,8 +578,8 @@ def scene_points(depth, rows, columns, focal):
 
 
 def move_camera(scene, move, orbit):
-    """Points (n, 3) in the coordinates of a camera translated by `move` and rotated around the point
-    ahead at depth 1, `orbit` degrees to the right."""
+    """Points (n, 3) in the coordinates of a camera translated by `move` and rotated around the
+    point ahead at depth 1, `orbit` degrees to the right."""
     pivot = np.array([0, 0, 1])
     cosine = np.cos(np.radians(orbit))
     sine = np.sin(np.radians(orbit))
@@ -592,11 +599,11 @@ def nearest_in_cell(xy, z, inside, size, cell):
 
 
 def camera(depth, frames, move=(0, 0, 0), orbit=0, zoom=1, grid=8, focal=None):
-    """Tracks of a static scene of depth (H, W) > 0 under a moving camera: (frames, grid * grid, 2) in
-    pixels of depth, and visible, False outside the picture and behind nearer points. By the last frame
-    the camera has moved by (x, y, z), to the right, down and ahead, in the unit of depth, has orbited the
-    point ahead at depth 1 by `orbit` degrees to the right, and magnifies `zoom` times. focal: in pixels;
-    default: the longer side."""
+    """Tracks of a static scene of depth (H, W) > 0 under a moving camera: (frames, grid * grid, 2)
+    in pixels of depth, and visible, False outside the picture and behind nearer points. By the last
+    frame the camera has moved by (x, y, z), to the right, down and ahead, in the unit of depth, has
+    orbited the point ahead at depth 1 by `orbit` degrees to the right, and magnifies `zoom` times.
+    focal: in pixels; default: the longer side."""
     H, W = depth.shape
     focal = focal or max(H, W)
     count = grid * grid
@@ -625,8 +632,8 @@ def camera(depth, frames, move=(0, 0, 0), orbit=0, zoom=1, grid=8, focal=None):
 
 
 def read_depth(path):
-    """The depth (H, W) in an .npy file, unchanged, or from a grey picture by the common convention: 1 /
-    brightness, so that bright is near."""
+    """The depth (H, W) in an .npy file, unchanged, or from a grey picture by the common convention:
+    1 / brightness, so that bright is near."""
     with open(path, "rb") as file:
         if file.read(6) == np.lib.format.MAGIC_PREFIX:
             depth = read_npy(file)
@@ -649,9 +656,9 @@ def read_depth(path):
 
 
 def load_depth(path, size):
-    """Load the depth (H, W) > 0 of an image of `size` (width, height), as multiples of its finite median:
-    from an .npy file in any unit, or from a grey picture; any resolution of the image's aspect ratio.
-    Raises UserError, naming the file."""
+    """Load the depth (H, W) > 0 of an image of `size` (width, height), as multiples of its finite
+    median: from an .npy file in any unit, or from a grey picture; any resolution of the image's
+    aspect ratio. Raises UserError, naming the file."""
     cure = "damaged, or neither an .npy file of depth (H, W) nor a grey picture"
     with naming(path, cure), np.errstate(all="ignore"):
         depth = read_depth(path)
@@ -670,8 +677,8 @@ def load_depth(path, size):
 
 
 def camera_tracks(path, size, frames, grid, move, focal=None):
-    """(tracks, visible) of `camera` for an image of `size` (width, height) and a file of its depth. move:
-    arguments of `camera`; focal in pixels of the image."""
+    """(tracks, visible) of `camera` for an image of `size` (width, height) and a file of its depth.
+    move: arguments of `camera`; focal in pixels of the image."""
     depth = load_depth(path, size)
     scale = size[0] / depth.shape[1]
     focal = focal and focal / scale
@@ -683,8 +690,9 @@ def camera_tracks(path, size, frames, grid, move, focal=None):
 # Tracks drawn on pictures.
 
 def render_tracks(frame, motion, number, factor=1):
-    """Draw the visible tracks of a Motion on frame `number` (H, W, 3) of a video, enlarged by `factor`: a
-    dot and a trail that widens towards it, edged in black to stand out on any colour."""
+    """Draw the visible tracks of a Motion on frame `number` (H, W, 3) of a video, enlarged by
+    `factor`: a dot and a trail that widens towards it, edged in black to stand out on any
+    colour."""
     span = slice(max(number + 1 - TRAIL, 0), number + 1)
     points = motion.tracks[0, span].numpy() * factor                        # (steps, N, 2)
     visible = motion.visible[0, span].numpy()
@@ -707,16 +715,17 @@ def render_tracks(frame, motion, number, factor=1):
 
 
 def overlaid(frames, motion, size):
-    """Frames of a video of `size` (height, width), possibly enlarged, with a Motion's tracks drawn on."""
+    """Frames of a video of `size` (height, width), possibly enlarged, with a Motion's tracks drawn
+    on."""
     for number, frame in enumerate(frames):
         yield render_tracks(frame, motion, number, len(frame) // size[0])
 
 
 @torch.inference_mode()
 def render_control(vae, motion, size, frames):
-    """Render the tracks of a Motion as a control video of `size` (height, width), T = `frames` = 1 + 4 (F
-    - 1), and encode it: latents (1, C, F, h, w). Drawn on black as --overlay draws them, a choice
-    untested with Fun-Control's weights."""
+    """Render the tracks of a Motion as a control video of `size` (height, width), T = `frames` = 1
+    + 4 (F - 1), and encode it: latents (1, C, F, h, w). Drawn on black as --overlay draws them, a
+    choice untested with Fun-Control's weights."""
     video = np.zeros((frames, *size, 3), np.uint8)
     for number in range(min(frames, motion.tracks.shape[1])):
         video[number] = render_tracks(video[number], motion, number)

@@ -6,8 +6,9 @@ white.
         ...
     video.times()                           # when each frame is shown, in seconds
 
-Videos are written in BT.709 and read back (checked_writer). What cannot be read without a choice (HDR, wide gamut, interlaced, several videos in a file) is
-refused, with the command that makes it right.
+Videos are written in BT.709 and read back (checked_writer). What cannot be read without a choice
+(HDR, wide gamut, interlaced, several videos in a file) is refused, with the command that makes it
+right.
 """
 
 import contextlib
@@ -72,14 +73,15 @@ class Video:
     log: Log
 
     def times(self):
-        """When the frames that have been read are shown, in seconds, of those that the file says it of."""
+        """When the frames that have been read are shown, in seconds, of those that the file says it
+        of."""
         found = re.findall(r"\[Parsed_showinfo.* pts_time: *([-+.\de]+)", self.log.text())
         return [float(time) for time in found]
 
 
 def open_video(path, most=None):
-    """A Video of at most so many frames. UserError, one line, if there is none, or none that can be read as
-    it is; also while it is read, if it is damaged."""
+    """A Video of at most so many frames. UserError, one line, if there is none, or none that can be
+    read as it is; also while it is read, if it is damaged."""
     path = Path(path)
     log = Log()
     frames = decode(path, most, log)
@@ -211,8 +213,8 @@ def refuse_alpha(path, codec):
 
 
 def to_bt709(colour):
-    """The ffmpeg filter that maps colours to BT.709. colour: what is tagged, {name: value} as in USUAL.
-    White is 203 nits, as ITU-R BT.2408 has it; what is brighter is rolled off."""
+    """The ffmpeg filter that maps colours to BT.709. colour: what is tagged, {name: value} as in
+    USUAL. White is 203 nits, as ITU-R BT.2408 has it; what is brighter is rolled off."""
     primaries = colour["color_primaries"]
     matrix = colour["color_space"]
     transfer = colour["color_trc"]
@@ -231,8 +233,8 @@ def to_bt709(colour):
 
 
 def remade(path, options, keep="-fps_mode passthrough ", read=""):
-    """The command line that makes another video of one, with the same frames unless `keep` is left out,
-    in its place; the first stays beside it. read: how ffmpeg reads the first."""
+    """The command line that makes another video of one, with the same frames unless `keep` is left
+    out, in its place; the first stays beside it. read: how ffmpeg reads the first."""
     path = Path(os.path.abspath(path))      # or a name such as -i.mp4 or 12:30.mp4 would mislead ffmpeg
     places = [str(path), f"{path}.old", str(path.with_stem(f"{path.stem}.new"))]
     if os.name == "nt":
@@ -292,9 +294,9 @@ def count_frames(path):
 
 @contextlib.contextmanager
 def checked_writer(part, path, fps):
-    """`with checked_writer(…) as append`: append(frame), uint8 (H, W, 3), writes to a temporary file
-    `part`, which replaces `path` if all frames can be read back when the block ends. UserError, naming
-    `path`, if it cannot be written."""
+    """`with checked_writer(…) as append`: append(frame), uint8 (H, W, 3), writes to a temporary
+    file `part`, which replaces `path` if all frames can be read back when the block ends.
+    UserError, naming `path`, if it cannot be written."""
     count = 0
 
     def append(frame):
