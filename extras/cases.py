@@ -42,7 +42,7 @@ class Clips:
         self.visible = visible
         self.size = size
         self.by_colour = by_colour      # objects are found by their hues; else by what they show
-        self.plain = plain              # every object has one colour, so that its outline can be seen
+        self.plain = plain              # every object has one colour, its outline can be seen
         self.length = tracks.shape[1]
         self.present = scene["present"]                         # (B, K)
         self.discs = scene["shape"][0][..., 0, 0] == world.DISC     # (B, K)
@@ -87,12 +87,12 @@ class Case:
     seed: str
     clips: int
     frames: int
-    drawn: int | None = None    # frames of the scenes, of which the first `frames` are played; None: as many
+    drawn: int | None = None    # frames of the scenes, the first `frames` are played; None: as many
     points: str = "drag"        # "dense": all tracks; "drag": the centre of each object; "none"
     change: str | None = None   # of CHANGES
     speed: int = 1              # as fast as in training, times this
     width: int = SIZE           # pixels per side
-    photographs: Path | None = None     # a folder of pictures: cut-outs of photographs instead of scenes
+    photographs: Path | None = None     # a folder of pictures: cut-outs of them instead of scenes
     options: dict = field(default_factory=dict)     # of extras.world, where they are not USUAL
 
 
@@ -247,11 +247,11 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def photograph_scenes(folder, clips, frames, rng):
-    """Scenes as of world.new_scenes, of the photographs in a folder, in the order of their
-    names."""
+    """Scenes as of world.new_scenes, of the photographs in a folder, sorted by name."""
     paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in ENDINGS)
     if len(paths) < 2:
-        raise UserError(f"{folder}: holds {len(paths)} photographs ({', '.join(ENDINGS)}), two at least are needed")
+        raise UserError(f"{folder}: holds {len(paths)} photographs ({', '.join(ENDINGS)}), "
+                        "two at least are needed")
     images = [sample.load_image(path) for path in paths]
     kind = torch.full((1, 1), world.DISC)
     sides = torch.ones_like(kind)

@@ -30,8 +30,8 @@ from pathlib import Path
 
 import torch
 
-from motionstream import (FRAMES, MASK, PRESETS, WAN_DIT, TrackHead, UserError, as_tuples, public_config,
-                          read_safetensors, reason_of, schedule)
+from motionstream import (FRAMES, MASK, PRESETS, WAN_DIT, TrackHead, UserError, as_tuples,
+                          public_config, read_safetensors, reason_of, schedule)
 from vae import LinearVAEConfig, TinyVAEConfig, WanVAEConfig
 
 # What training code puts into names, anywhere in them.
@@ -110,8 +110,8 @@ CONFIG_JSON = {
     "out_channels": "out_dim",
     "image_dim": "clip_dim",
 }
-WAN_WORDS = ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "text_dim", "text_len",
-             "clip_dim", "freq_dim", "patch_size", "eps")
+WAN_WORDS = ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "text_dim",
+             "text_len", "clip_dim", "freq_dim", "patch_size", "eps")
 
 # The fields of Config that follow from the shapes of tensors.
 SHAPED = ("dim", "ffn_dim", "num_layers", "in_dim", "out_dim", "track_dim", "text_dim", "clip_dim",
@@ -336,8 +336,8 @@ def read_pickle(path):
                             "expected plain numbers")
     if not tensors:
         names = ", ".join(str(name)[:40] for name in list(content)[:5])
-        raise UserError(f"{path}: expected tensors by name; it holds {len(content)} entries without "
-                        f"any: {names}")
+        raise UserError(f"{path}: expected tensors by name; it holds {len(content)} entries "
+                        f"without any: {names}")
     return tensors, {}
 
 
@@ -473,8 +473,8 @@ def checked_config(config, overrides, tensors, metadata, file):
         said = config_beside(source, metadata)
         config = control_as_tracks(tensors, config, file)
     for name in SHAPED:
-        more_outputs = name == "out_dim" and config.copies      # of the head, see CopyingMotionStream
-        no_head = name == "track_dim" and not shaped[name]      # is found when tensors are compared
+        more_outputs = name == "out_dim" and config.copies  # of the head, see CopyingMotionStream
+        no_head = name == "track_dim" and not shaped[name]  # is found when tensors are compared
         if name not in said or more_outputs or no_head:
             continue
         if repr(said[name]) != repr(shaped[name]):
@@ -533,7 +533,8 @@ def check_config(c, file):
     even = c.sink != 1 or c.first_chunk_size == c.chunk    # EMA-Sink averages into the sink's last
     rules = {           # field: (valid, expected)
         "prompt": (isinstance(c.prompt, str | None), "a text"),
-        "num_heads": (c.dim % (2 * c.num_heads) == 0, f"a divisor of {c.dim // 2}, give num_heads=…"),
+        "num_heads": (c.dim % (2 * c.num_heads) == 0,
+                      f"a divisor of {c.dim // 2}, give num_heads=…"),
         "patch_size": (frames == 1, "one latent frame in a patch"),
         "freq_dim": (c.freq_dim % 2 == 0, "an even number"),
         "in_dim": (c.image_dim >= 0, f"at least {c.in_dim - c.image_dim}"),
@@ -696,8 +697,8 @@ def check_memory(needed, path, device="cpu"):
     """UserError, naming the file, if `needed` bytes exceed the free memory of a device."""
     free = free_memory(torch.device(device))
     if free is not None and needed > free:
-        raise UserError(f"{path}: needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free "
-                        f"on {device}; take a smaller model, or a dtype of 16 bits")
+        raise UserError(f"{path}: needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are "
+                        f"free on {device}; take a smaller model, or a dtype of 16 bits")
 
 
 def free_memory(device):
@@ -776,5 +777,6 @@ def advice(config, sampler):
         notes = [f"{how}, shift {shift:g}, text guidance {w_text:g}"]
         config = replace(config, causal=False, shift=shift, guidance=(w_text, 0.0))
     if config.image_dim == 0 and config.out_dim != PRESETS["wan2.2-5b"].out_dim:
-        notes.append("never learned to take an image; it enters as a clean first latent, at sigma 0")
+        notes.append("never learned to take an image; it enters as a clean first latent, at "
+                     "sigma 0")
     return config, notes

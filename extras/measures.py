@@ -103,7 +103,7 @@ def colour_mass(video, colours):
     colourful it is; greyish ones do not count."""
     rgb = video.transpose(1, 2) / 2 + 0.5                               # (B, T, 3, H, W)
     chroma = rgb - rgb.mean(2, keepdim=True)
-    strength = chroma.square().sum(2, keepdim=True).sqrt()              # norm(dim=2) takes 100 times as long
+    strength = chroma.square().sum(2, keepdim=True).sqrt()      # norm(dim=2): 100 times as long
     hues = colours - colours.mean(2, keepdim=True)
     hues = F.normalize(hues, dim=2)                                     # (B, K, 3)
     hue = chroma / strength.clamp(min=1e-12)
@@ -222,7 +222,7 @@ def lpips_network(net):
     the package lpips: a function of two of them. net: "alex" or "vgg"."""
     try:
         from lpips import LPIPS
-    except (ImportError, RuntimeError) as e:            # of torchvision, if it is not made for this torch
+    except (ImportError, RuntimeError) as e:        # of torchvision, not made for this torch
         raise UserError(f"LPIPS: {str(e).splitlines()[0]}; pip install lpips") from None
     return LPIPS(net=net, verbose=False).eval().requires_grad_(False)
 
