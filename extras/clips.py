@@ -1,7 +1,7 @@
 """Your own videos as a folder of clips, for train_distill.py --data.
 
-    python -m extras.clips VIDEOS --out clips
-    python -m extras.clips VIDEOS --out clips --weights DIR --vae FILE --text-encoder DIR     for Wan's
+    python -m extras.clips VIDEOS --out clips                               for the tiny model
+    python -m extras.clips VIDEOS --out clips --weights DIR --vae FILE --text-encoder DIR
 
 In VIDEOS, its subfolders and linked folders, a clip consists of a.mp4 (at the model's frame rate),
 a.npz (its tracks, in any format that extras/tracks.py reads) and a.txt (its prompt, or a row of a
@@ -43,14 +43,15 @@ from extras.guard import clip_digests, content_digest
 from extras.tracks import decode_text
 from extras.video import find_ffmpeg, open_video, remade
 from motionstream import PRESETS, Config, UserError, latent_frames, video_frames, write_file
-from sample import (Parser, Tracks, embed_words, find_device, fit_image, fit_tracks, inspect, load_image,
-                    number, open_vae, read_tracks, reported)
-from train_distill import (LATE, PROCESSES, RANK, TINY, default_device, paper_settings, wait_for_all,
-                           write_clip)
+from sample import (Parser, Tracks, embed_words, find_device, fit_image, fit_tracks, inspect,
+                    load_image, number, open_vae, read_tracks, reported)
+from train_distill import (LATE, PROCESSES, RANK, TINY, default_device, paper_settings,
+                           wait_for_all, write_clip)
 
 MOST_TRACKS = 2500                          # of a clip: the paper's grid of 50x50
 SEEN = (".mp4", ".png")                     # endings of a clip's frames
 ENDINGS = SEEN + (".npz", ".txt", ".safetensors")
+OTHER_VIDEOS = (".mov", ".avi", ".mkv", ".webm", ".m4v", ".gif")
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,7 @@ class Source:
 
 
 def alike(name):
-    """A key that is equal for names that some systems treat as one: it ignores case and Unicode
-    composition."""
+    """A key that is equal for names that some systems treat as one: without case, composed."""
     composed = unicodedata.normalize("NFC", name)
     return unicodedata.normalize("NFC", composed.casefold())
 
@@ -150,20 +150,24 @@ def find_sources(folder):
     tables = sum(table.parent == folder for table in files if table.suffix.lower() == ".csv")
     others[".csv"] -= tables                # read_captions reads them
     for ending, count in sorted((+others).items()):
-        cure = "; make .mp4 of them" if ending in (".mov", ".avi", ".mkv", ".webm", ".m4v", ".gif") else ""
-        left.append(f"{folder}: {count} files that end in {ending or 'nothing'}, which are no part of clips{cure}")
+        cure = "; make .mp4 of them" if ending in OTHER_VIDEOS else ""
+        left.append(f"{folder}: {count} files that end in {ending or 'nothing'}, which are no part "
+                    f"of clips{cure}")
     return join_alike(stems, folder, left), left
 
 
 def join_alike(stems, folder, left):
     """Turn stems, {name: {ending: file}}, into sources. Stems with equivalent names are joined if
     their endings do not overlap. Stems without video, picture or tracks are added to `left`."""
+    def is_seen(name):
+        return any(ending in stems[name] for ending in SEEN)
+
     groups = collections.defaultdict(list)
     for name in stems:
         groups[alike(name)].append(name)
     sources = {}
     for group in groups.values():
-        group.sort(key=lambda name: not any(ending in stems[name] for ending in SEEN))      # the video's first
+        group.sort(key=is_seen, reverse=True)           # the video's first
         joined = {}
         for name in group:
             joined |= stems[name]
@@ -263,7 +267,8 @@ def read_images(job, source):
         raise ValueError(f"frames at {fps:g} a second, {rate} are wanted; {cure}")
     images = [Image.fromarray(frame) for frame in video.frames]
     if len(images) < job.frames:
-        raise ValueError(f"{len(images)} frames at {fps:g} a second, {job.frames} at {rate} are wanted")
+        raise ValueError(f"{len(images)} frames at {fps:g} a second, {job.frames} at {rate} are "
+                         "wanted")
     late = [time - n / rate for n, time in enumerate(video.times()[:job.frames])]
     uneven = max(late, default=0) - min(late, default=0)
     if uneven > 1.01 / rate:                            # tracks and models assume even spacing
@@ -357,8 +362,7 @@ def without_padding(text):
 
 @torch.no_grad()
 def encode_clip(job, encoders, clip):
-    """Encode a clip from read_clip into the tensors of its file, see the top of
-    train_distill.py."""
+    """Encode a clip from read_clip into the tensors of its file, as train_distill.py has them."""
     config = job.config
     video = clip["video"]
     seen = video[None].to(job.device) / 127.5 - 1
@@ -431,8 +435,8 @@ def make_clips(job):
             write_file(path, lambda part: save_file(clip, part, about))
         files.append(path)
     if not names or len(files) < 0.9 * len(names):
-        raise UserError(f"{job.folder}: {len(files)} of {len(names)} clips can be used here; a clip is "
-                        "a.mp4 or a.png, a.npz and a.txt; what is made stays, run it again")
+        raise UserError(f"{job.folder}: {len(files)} of {len(names)} clips can be used here; a "
+                        "clip is a.mp4 or a.png, a.npz and a.txt; what is made stays, run it again")
     return files
 
 
@@ -449,8 +453,8 @@ def encode_video(vae, video):
 
 def encode_videos(run, files):
     """{file: its encoded copy} of clips of a training's --data that hold video, made now or in an
-    earlier run, divided among the processes. The copies' names hold digests of their sources. run:
-    train_distill.Run."""
+    earlier run, divided among the processes. The copies' names hold digests of their sources.
+    run: train_distill.Run."""
     folder = run.out / f"latents.{run.checksum('vae'):08x}"
     digests = clip_digests(run)
     encoded = {}
@@ -490,12 +494,15 @@ def parse_job(argv):
     add("--out", type=Path, required=True, metavar="FOLDER", help="of the clips")
     add("--weights", type=Path, help="what is to be trained (none: the tiny model)")
     add("--vae", type=Path, help="to encode by; its latents are the model's")
-    add("--frames", type=number(int, 1, 10 ** 6), help="of a clip, 1 + 4 k (45; Wan's: 81; 5B: 121)")
+    add("--frames", type=number(int, 1, 10 ** 6),
+        help="of a clip, 1 + 4 k (45; Wan's: 81; 5B: 121)")
     add("--text-encoder", type=Path, help="a -Diffusers repository with Wan's, for the prompts")
     add("--image-encoder", type=Path, help="the same of CLIP; default: that of --text-encoder")
     add("--device", help="cpu, cuda:0, … (a GPU for each process, if there are)")
-    add("--dtype", choices=("float32", "bfloat16"), help="of the VAE's convolutions (bfloat16 on a GPU)")
-    add("--shard", type=shard, default=(1, 1), metavar="I/N", help="make only the I-th of N parts of the clips")
+    add("--dtype", choices=("float32", "bfloat16"),
+        help="of the VAE's convolutions (bfloat16 on a GPU)")
+    add("--shard", type=shard, default=(1, 1), metavar="I/N",
+        help="make only the I-th of N parts of the clips")
     flags = parser.parse_args(argv)
     config = inspect(flags.weights).config if flags.weights else PRESETS["tiny"]
     wan = config.is_wan
@@ -506,7 +513,8 @@ def parse_job(argv):
         (not flags.folder.is_dir(), f"{flags.folder}: no such folder"),
         (flags.out.resolve().is_relative_to(flags.folder.resolve()),
          f"--out {flags.out}: is in {flags.folder}, which is read; choose another"),
-        (flags.out.exists() and not flags.out.is_dir(), f"--out {flags.out}: is a file; name a folder"),
+        (flags.out.exists() and not flags.out.is_dir(),
+         f"--out {flags.out}: is a file; name a folder"),
         (flags.vae and not flags.vae.is_file(), f"--vae {flags.vae}: no such file"),
         (wan and not flags.vae, f"{flags.weights}: give --vae FILE, whose latents it reads"),
         (not wan and flags.text_encoder, "the tiny model reads words; drop --text-encoder"),
