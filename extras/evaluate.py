@@ -1,12 +1,15 @@
-"""Measure: the README's numbers, previews and curves of a training, rewards, a video beside
-another.
+"""Measure: the README's numbers, curves and previews of a training, rewards, one video by another.
 
-    python -m extras.evaluate --clips 12            the tables, of the models in runs/tiny or else of the shipped ones
-    python -m extras.evaluate --photographs DIR     and how photographs survive: a piece of one moves over another
-    python -m extras.evaluate curves runs/tiny      the curves of each stage once more
+    python -m extras.evaluate --clips 12
+        the tables, of the models in runs/tiny or else of the shipped ones
+    python -m extras.evaluate --photographs DIR
+        and how photographs survive: a piece of one moves over another
+    python -m extras.evaluate curves runs/tiny
+        the curves of each stage once more
     python -m extras.evaluate compare out.mp4 real.mp4
-    python -m extras.evaluate papers FOLDER --protocol davis --out DIR --weights FILE --vae FILE --text-encoder DIR
-        --tracker FILE.py:FUNCTION          the papers' numbers, on DAVIS, Sora's clips or LLFF: see extras/protocols.py
+    python -m extras.evaluate papers FOLDER --protocol davis --out DIR --weights FILE --vae FILE
+            --text-encoder DIR --tracker FILE.py:FUNCTION
+        the papers' numbers, on DAVIS, Sora's clips or LLFF: see extras/protocols.py
 
 Scenes are drawn from seeds that training never uses. These are the claims of the README, not of the
 code.
@@ -36,13 +39,13 @@ from extras.cases import NEUTRAL, Case, new_clips
 from extras.guard import read_log
 from extras.measures import lpips_network, psnr, ssim
 from extras.video import open_video
-from motionstream import (FRAMES, PRESETS, Config, MotionStream, UserError, naming, start_points, track_ids, warp,
-                          way_back, write_file)
+from motionstream import (FRAMES, PRESETS, Config, MotionStream, UserError, naming, start_points,
+                          track_ids, warp, way_back, write_file)
 from sample import ASSETS, Parser, embed_words, number
 from vae import load_vae
 
 CLIP = 45                       # frames of a clip, as in training
-REACH = 30                      # percent of the width: no object is looked for farther from where it should be
+REACH = 30                      # percent of the width: no object is looked for farther away
 
 MODELS = ("vae", "teacher", "causal", "student")       # in the order of the stages
 NO_NETWORK = ["still", "warp"]  # videos made of frame 0 alone
@@ -76,7 +79,8 @@ class Trained:
     def model(self, name, **overrides):
         """A DiT in float32, frozen. overrides: fields of Config."""
         path = self.path(name)
-        return self.network.from_pretrained(path, dtype=torch.float32, device=self.device, **overrides)
+        load = self.network.from_pretrained
+        return load(path, dtype=torch.float32, device=self.device, **overrides)
 
     @functools.cached_property
     def config(self):
@@ -125,7 +129,7 @@ def warped(image, tracks, visible):
     visible = visible & start.isfinite().all(2)[:, None]
     for t in range(1, tracks.shape[1]):
         backs = []
-        for i in range(len(image)):         # one by one: squares times points are held for one picture alone
+        for i in range(len(image)):     # one by one: squares times points are held for one alone
             points = tracks[i:i + 1, t:t + 1]                   # (1, 1, N, 2)
             seen = visible[i:i + 1, t:t + 1]
             back, _ = way_back(points, seen, start[i:i + 1], height, width)
@@ -151,8 +155,7 @@ def videos_of(model, vae, clips, text=None, later=None, seed=0):
 
 
 def with_texts(motion, text, later, config):
-    """A Motion chunk by chunk, each with its text: `later` from the chunk that lies in the second
-    half on."""
+    """A Motion chunk by chunk, each with its text: `later` from the first in the second half on."""
     half = motion.tracks.shape[1] / 2
     start = FRAMES - 1                                          # as the VAE packs frame 0
     for part in sample.motion_by_chunk(motion, config):
@@ -175,8 +178,7 @@ class Places:
 
 
 def half_seen(size, least, present):
-    """True where an object is present and its size (B, T, K) exceeds `least` and half of its
-    maximum."""
+    """True where an object is present, its size (B, T, K) over `least` and half of its maximum."""
     largest = size.amax(1, keepdim=True)
     return present[:, None] & (size > 0.5 * largest) & (size > least)
 
@@ -200,11 +202,11 @@ def places_by_shift(video, truth, ground, outlines, clips):
     B, K, T, H, W = outlines.shape
     reach = REACH * clips.size // 100
 
-    def each(v):                                                # (B, 3, T, H, W) to (B K T, 3, H, W)
+    def each(v):                                        # (B, 3, T, H, W) to (B K T, 3, H, W)
         frames = v.transpose(1, 2)[:, None]
         return frames.expand(-1, K, -1, -1, -1, -1).flatten(0, 2)
 
-    def by_frame(x):                                            # (B K T, …) to (B, T, K, …)
+    def by_frame(x):                                    # (B K T, …) to (B, T, K, …)
         return x.unflatten(0, (B, K, T)).transpose(1, 2)
 
     mask = outlines.flatten(0, 2)
@@ -246,12 +248,12 @@ def following(places, size):
     moved = places.found.diff(dim=1).norm(dim=-1)[there].sum()
     true_moved = places.true.diff(dim=1).norm(dim=-1)[there].sum()
     lost = 100 * places.lost[seen].float().mean()
-    return {"median": error.median(), "mean": error.mean(), "lost": lost, "motion": moved / true_moved}
+    motion = moved / true_moved
+    return {"median": error.median(), "mean": error.mean(), "lost": lost, "motion": motion}
 
 
 def measure(video, first, clips, start):
-    """A piece of video, from frame `start` on, beside the true one, as numbers. first: the true
-    frame 0.
+    """A piece of video, from frame `start` on, beside the true one, as numbers. first: frame 0.
 
     median, mean, lost: end-point errors in percent of the width, one per object and frame in which
     at least half of it can be seen; no error is over 30, that of an object that is lost (percent of
@@ -283,7 +285,8 @@ def measure(video, first, clips, start):
     }
     if clips.plain:
         numbers |= overlaps(video, truth, ground, outlines, clips)
-    return {name: float(number) for name, number in numbers.items()}    # tensors kept would scatter the heap
+    # Tensors that are kept would scatter the heap.
+    return {name: float(number) for name, number in numbers.items()}
 
 
 def settings_of(what, settings):
@@ -407,8 +410,13 @@ def tables(count, frames, photographs=None):
     still = {"seed": "stream False", "camera": False, "points": "drag"}
     moving = {"seed": "stream True", "camera": True, "points": "dense"}
     streams = [camera | {"sink": sink} for camera in (still, moving) for sink in (1, 0)]
-    return {"following": (clip, following_rows()), "pictures": (picture, picture_rows(photographs)),
-            "text": (text, text_rows()), "captions": (caption, caption_rows()), "streams": (stream, streams)}
+    return {
+        "following": (clip, following_rows()),
+        "pictures": (picture, picture_rows(photographs)),
+        "text": (text, text_rows()),
+        "captions": (caption, caption_rows()),
+        "streams": (stream, streams),
+    }
 
 
 def following_rows():
@@ -448,12 +456,12 @@ def picture_rows(photographs):
     return rows
 
 
-CHANGING = ((1, 0), (2, 0), (0, 1), (0, 2))     # light and motion: indices into world.LIGHT and MOTION
+# Light and motion: indices into world.LIGHT and MOTION.
+CHANGING = ((1, 0), (2, 0), (0, 1), (0, 2))
 
 
 def text_rows():
-    """Scenes whose light or shapes change, by the right text, the wrong one, the neutral one and
-    none."""
+    """Scenes whose light or shapes change, by the right, the wrong, the neutral text and none."""
     rows = []
     for light, motion in CHANGING:
         right = world.caption(light, motion)
@@ -467,12 +475,15 @@ def text_rows():
 def caption_rows():
     """The same scenes in both styles, by a centre track alone."""
     rows = []
-    for row in grid(style=("simple", "textured"), attributes=CHANGING, model=("teacher", "student")):
+    styles = ("simple", "textured")
+    models = ("teacher", "student")
+    for row in grid(style=styles, attributes=CHANGING, model=models):
         rows.append({"seed": f"caption {row['attributes']}"} | row)
     return rows
 
 
-HIDDEN = ("seed", "measure", "clips", "drawn", "after", "frames", "photographs")     # of a row, where "set" says it
+# Of a row, where "set" says it.
+HIDDEN = ("seed", "measure", "clips", "drawn", "after", "frames", "photographs")
 
 
 def label_of(row):
@@ -515,7 +526,8 @@ def measure_tables(trained, stage, what, tables):
     for label, row in done["streams"].items():
         curves[label] = [(tenth["from"], tenth["mean"]) for tenth in row["tenths"]]
     if curves:
-        plot(trained.folder / f"{stage}.png", curves, "end-point error, % of the width, over frames")
+        title = "end-point error, % of the width, over frames"
+        plot(trained.folder / f"{stage}.png", curves, title)
 
 
 def print_table(title, results):
@@ -561,8 +573,8 @@ def plot(path, curves, title, width=640, height=320):
 
 # What is drawn of a stage, by the ending of the picture's name.
 PLOTTED = {
-    "": ("loss", "loss_c", "loss_g", "loss_d", "reward", "std", "std_least", "std_most", "moves", "x0_none", "x0_tracks",
-         "x0_swapped"),
+    "": ("loss", "loss_c", "loss_g", "loss_d", "reward", "std", "std_least", "std_most", "moves",
+         "x0_none", "x0_tracks", "x0_swapped"),
     "_pixels": ("pan_error",),
 }
 
@@ -651,7 +663,8 @@ def find_reward(name):
             return {"motion": motion_reward}[name]
         return runpy.run_path(file)[function]
     except Exception as e:                              # whatever the file does
-        raise UserError(f"--reward {name}: neither motion nor FILE.py:FUNCTION ({type(e).__name__}: {e})") from None
+        raise UserError(f"--reward {name}: neither motion nor FILE.py:FUNCTION "
+                        f"({type(e).__name__}: {e})") from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -664,13 +677,15 @@ def compare(made, real, net=None):
     video = open_video(made)
     other_video = open_video(real)
     if video.fps and other_video.fps and abs(video.fps - other_video.fps) > 0.1:
-        print(f"note: {made} is at {video.fps:g} frames/s, {real} at {other_video.fps:g}; they are not resampled")
+        print(f"note: {made} is at {video.fps:g} frames/s, {real} at {other_video.fps:g}; they "
+              "are not resampled")
     distance = lpips_network(net) if net else None
     rows = []
     for frame, other in zip(video.frames, other_video.frames):
-        if min(frame.shape[:2]) < 11:
-            raise UserError(f"{made}: is {frame.shape[1]}x{frame.shape[0]}; SSIM needs 11 pixels a side")
-        truth = sample.fit_image(Image.fromarray(other), frame.shape[:2])
+        height, width = frame.shape[:2]
+        if min(height, width) < 11:
+            raise UserError(f"{made}: is {width}x{height}; SSIM needs 11 pixels a side")
+        truth = sample.fit_image(Image.fromarray(other), (height, width))
         pixels = torch.from_numpy(frame).permute(2, 0, 1)[None] / 127.5 - 1
         row = {"PSNR": psnr(pixels, truth), "SSIM": ssim(pixels, truth).item()}
         if distance:
@@ -689,7 +704,8 @@ def end_point_error(given, found, size, image_size):
     seen = sample.read_tracks(found, size)
     told = sample.read_tracks(given, image_size)
     if seen.tracks.shape[1] != told.tracks.shape[1]:
-        raise UserError(f"{found}: holds {seen.tracks.shape[1]} tracks, {told.tracks.shape[1]} were given")
+        raise UserError(f"{found}: holds {seen.tracks.shape[1]} tracks, {told.tracks.shape[1]} "
+                        "were given")
     scale, left, top = sample.crop(*image_size, size[::-1])
     places = (told.tracks - np.float32((left, top))) * np.float32(scale)
     inside = ((places >= 0) & (places < size)).all(-1)
@@ -707,7 +723,8 @@ def end_point_error(given, found, size, image_size):
 def run_tables(argv):
     """Measure the tables."""
     parser = new_parser(__doc__)
-    parser.add_argument("--photographs", type=Path, metavar="DIR", help="a folder of pictures, for one more set (none)")
+    parser.add_argument("--photographs", type=Path, metavar="DIR",
+                        help="a folder of pictures, for one more set (none)")
     args = parser.parse_args(argv)
     if args.photographs and not args.photographs.is_dir():
         raise UserError(f"--photographs {args.photographs}: no such folder")
@@ -720,11 +737,14 @@ def new_parser(description):
     """The flags shared by programs that measure trained models."""
     count = number(int, 1, 10 ** 9)
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder of a training, and of the results")
-    parser.add_argument("--clips", type=count, default=16, help="of each kind that is measured (16)")
-    parser.add_argument("--frames", type=count, default=10_000, help="length of the streams that are measured (10000)")
-    parser.add_argument("--seed", type=int, default=0, help="of all noise (0)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("runs/tiny"),
+        help="folder of a training, and of the results")
+    add("--clips", type=count, default=16, help="of each kind that is measured (16)")
+    add("--frames", type=count, default=10_000,
+        help="length of the streams that are measured (10000)")
+    add("--seed", type=int, default=0, help="of all noise (0)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
 
 
@@ -763,17 +783,20 @@ def run_curves(argv):
 def run_compare(argv):
     """Compare two videos frame by frame, and requested tracks with a tracker's."""
     parser = Parser(description=run_compare.__doc__, prog="python -m extras.evaluate compare")
-    parser.add_argument("made", type=Path, help="a video that was made")
-    parser.add_argument("real", type=Path, nargs="?", help="what it should look like")
-    parser.add_argument("--lpips", choices=("alex", "vgg"), help="LPIPS too, by the package lpips")
-    parser.add_argument("--tracks", type=Path, metavar="FILE", help="that it was told to follow, with --found")
-    parser.add_argument("--found", type=Path, metavar="FILE", help="what a tracker found in it, in its pixels")
-    parser.add_argument("--image", type=Path, metavar="FILE", help="that it started from, whose pixels --tracks are in")
+    add = parser.add_argument
+    add("made", type=Path, help="a video that was made")
+    add("real", type=Path, nargs="?", help="what it should look like")
+    add("--lpips", choices=("alex", "vgg"), help="LPIPS too, by the package lpips")
+    add("--tracks", type=Path, metavar="FILE", help="that it was told to follow, with --found")
+    add("--found", type=Path, metavar="FILE", help="what a tracker found in it, in its pixels")
+    add("--image", type=Path, metavar="FILE",
+        help="that it started from, whose pixels --tracks are in")
     args = parser.parse_args(argv)
     if bool(args.tracks) != bool(args.found):
         raise UserError("--tracks and --found need each other")
     if not (args.real or args.tracks):
-        raise UserError(f"{args.made}: give a second video, or --tracks and --found, to compare it with")
+        raise UserError(f"{args.made}: give a second video, or --tracks and --found, to compare "
+                        "it with")
     if args.lpips and not args.real:
         raise UserError("--lpips needs a second video")
     told = []

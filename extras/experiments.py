@@ -1,5 +1,4 @@
-"""The papers' experiments, in small, on drawn scenes: streams and their memory, guidance, short
-trainings.
+"""The papers' experiments, in small, on drawn scenes: streams, memory, guidance, short trainings.
 
     python -m extras.experiments --clips 12     hours; a row that is done is not measured again
 
@@ -23,12 +22,13 @@ import train_distill as td
 from extras import world
 from extras.cases import CHANGES, NEUTRAL, new_clips, seed_of
 from extras.clips import encode_video
-from extras.evaluate import (CLIP, MODELS, Trained, case_of, eval_row, find_reward, grid, measure_tables, new_parser,
-                             open_trained, play, settings_of, videos_of, weights_of)
+from extras.evaluate import (CLIP, MODELS, Trained, case_of, eval_row, find_reward, grid,
+                             measure_tables, new_parser, open_trained, play, settings_of,
+                             videos_of, weights_of)
 from extras.guard import CAUSAL_FROM, own_folder
 from extras.tracks import render_control
-from motionstream import (Config, KVCache, MotionStream, TrackHead, UserError, add_noise, apply_rope, same_sigma,
-                          schedule, track_ids)
+from motionstream import (Config, KVCache, MotionStream, TrackHead, UserError, add_noise,
+                          apply_rope, same_sigma, schedule, track_ids)
 from sample import embed_words
 from vae import TinyVAE, TinyVAEConfig, WanVAE
 
@@ -69,13 +69,13 @@ class Distillation(Brief):
 # The student for the tables of memory, trained with many contexts: longer, but shorter than the
 # shipped one.
 MANY_MEMORIES = Distillation(updates=180, batch=4, clips=5120, rollout=12, drawn_memory=True)
-DRAWN_MEMORIES = tuple(itertools.product((1, 3, 5), (0, 1, 2, 3), (1, 2, 4)))          # (chunk, sink, window)
+# Each is (chunk, sink, window).
+DRAWN_MEMORIES = tuple(itertools.product((1, 3, 5), (0, 1, 2, 3), (1, 2, 4)))
 
 
 @dataclass(frozen=True)
 class Lesson(Brief):
-    """A short training of a teacher: new, on dense tracks; or the trained one, at the causal
-    stage's rates."""
+    """A short training of a teacher: new, on dense tracks; or the trained one, as causal learns."""
     steps: int = 400
     start: bool = False             # from the trained teacher
     harm: bool = False              # on damaged tracks
@@ -109,8 +109,8 @@ def brief_run(trained, made, how, config, settings, **more):
 
 
 def train_briefly(run, made, train):
-    """Run a training of brief_run, unless its weights exist. Returns it and the models it came
-    from, as Trained."""
+    """Run a training of brief_run, unless its weights exist. Returns it, and what it came from, as
+    Trained."""
     if not run.path(made).exists():
         started = time.time()
         torch.manual_seed(seed_of(run.seed, made))              # for the initial weights
@@ -125,8 +125,9 @@ def clips_folder(trained, count):
     the longest rollout: rendered once, for all short trainings."""
     settings = replace(td.TINY, clips=count, rollout=MANY_MEMORIES.rollout)
     files = {name: trained.path(name) for name in MODELS}
-    dtype = td.compute_dtype(trained.device)
-    run = td.Run(trained.folder, trained.seed, trained.device, dtype, trained.config, settings, files)
+    device = trained.device
+    dtype = td.compute_dtype(device)
+    run = td.Run(trained.folder, trained.seed, device, dtype, trained.config, settings, files)
     encode = functools.partial(encode_video, trained.vae().cpu())
     return world.rendered_clips(run, f"clips{count}", count, encode)[0].parent
 
@@ -221,8 +222,13 @@ def lesson_run(trained, how):
         settings = replace(settings, teacher=td.TINY.causal, dense_share=0.0)
     else:
         inputs = config.in_dim - config.track_dim - config.copy_dim + config.out_dim
-        config = replace(config, track_id_mode="random", track_dim=config.out_dim, in_dim=inputs, copies=False,
-                         latent_std=())
+        config = replace(
+            config,
+            track_id_mode="random",
+            track_dim=config.out_dim,
+            in_dim=inputs,
+            copies=False,
+            latent_std=())
         settings = replace(settings, dense_share=1.0)
     return brief_run(trained, "teacher", how, config, settings, **more)
 
@@ -308,13 +314,13 @@ class DrawnTracks(TrackHead):
     def forward(self, tracks, visible, ids, height, width):
         frames = tracks.shape[1]
         video = self.draw(tracks, visible, ids, height, width)
-        if frames % 4 == 0:                                             # a chunk goes on from the last
+        if frames % 4 == 0:                                     # a chunk goes on from the last
             video = torch.cat([self.video, video], 2)
         self.video = video
         with torch.no_grad():
             latents = self.others[0].encode(video)
         latents = latents[:, :, -((frames + 3) // 4):]
-        return latents + 0 * self.conv.weight.sum()                     # a gradient for what is not used
+        return latents + 0 * self.conv.weight.sum()     # a gradient for what is not used
 
     def draw(self, tracks, visible, ids, height, width):
         """The video (B, 3, T, H, W) in [-1, 1], black where there is no track."""
@@ -356,8 +362,7 @@ def distilled_row(trained, distil, refreshed=False, **settings):
 
 
 def started_row(trained, start, model, **settings):
-    """eval_row of the causal student of a Start, or of the student of a short Distillation of
-    it."""
+    """eval_row of the causal student of a Start, or of a short Distillation's student of it."""
     started = start_briefly(trained, start)
     if model == "student":
         started = distil_briefly(started, Distillation())
@@ -433,8 +438,7 @@ def attention_row(trained, layer, model="student", distil=None, **settings):
 
 
 def attention_shares(attention, x, rope, cache):
-    """Softmax mass of SelfAttention on sink, window and the chunk x (B, L, D) itself: (3,), of sum
-    1."""
+    """Shares of SelfAttention's softmax on sink, window and the chunk x (B, L, D) itself: (3,)."""
     heads = (attention.num_heads, -1)
     q = attention.norm_q(attention.q(x)).unflatten(2, heads)            # (B, L, N, K)
     k = attention.norm_k(attention.k(x)).unflatten(2, heads)
@@ -474,8 +478,8 @@ def words_row(trained, model="teacher", text=None, guidance=None, **settings):
 
 
 def encoding_row(trained, by, **settings):
-    """Milliseconds to encode the tracks of a clip: by "head" as the track head does, by "vae" as a
-    drawn video."""
+    """Milliseconds to encode a clip's tracks: by "head" as the track head does, by "vae" as a drawn
+    video."""
     clips = new_clips(case_of(settings))
     model = trained.model("student")
     vae = trained.vae()
@@ -503,7 +507,7 @@ def encoding_row(trained, by, **settings):
 def tables(config, count, frames):
     """As in evaluate.py. count: clips of each kind; frames: of the streams."""
     clip = {"seed": "eval 1 False", "clips": count, "frames": CLIP, "objects": 1}
-    frames = min(frames, 20 * CLIP)                                     # 20 times the training's length
+    frames = min(frames, 20 * CLIP)                         # 20 times the training's length
     stream = clip | {"seed": "stream False", "clips": math.ceil(count / 4)}
     whole = stream | {"frames": frames, "piece": math.ceil(frames / 30)}
     half = stream | {"frames": math.ceil(frames / 2), "piece": math.ceil(frames / 60)}
@@ -585,7 +589,7 @@ def training_tables(clip, half):
         Distillation(reward="motion", beta=2.0),
     ]
     students = [{"distil": how} for how in ways]
-    students += [{"distil": Distillation(), "sink_decay": 0.9}]         # EMA-Sink in streaming alone
+    students += [{"distil": Distillation(), "sink_decay": 0.9}]     # EMA-Sink in streaming alone
     students += [{"measure": eval_row, "model": model} for model in ("causal", "student")]
     starts = [Start(causal_from=way, seed=seed) for seed in (0, 1) for way in CAUSAL_FROM]
     started = grid(model=("causal", "student"), start=starts)
