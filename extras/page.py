@@ -43,8 +43,8 @@ import sample
 from extras import notes, recording, video, world
 from extras.refusals import check_output
 from motionstream import Config, UserError, naming, reason_of, video_frames, write_file
-from sample import (crop, embed_words, enlarge, fit_image, hold_signals, live_motion, number, to_frames,
-                    to_video, video_file)
+from sample import (crop, embed_words, enlarge, fit_image, hold_signals, live_motion, number,
+                    to_frames, to_video, video_file)
 
 RECORDING = Path("recording.mp4")   # the default of --out
 PORT = 8765
@@ -74,8 +74,8 @@ class Take:
     number: int
     image: Image.Image
     config: Config
-    made: collections.deque = field(default_factory=collections.deque)      # of Shown, to be shown
-    seen: collections.deque = field(default_factory=collections.deque)      # of frames, for the recorder
+    made: collections.deque = field(default_factory=collections.deque)  # of Shown, to be shown
+    seen: collections.deque = field(default_factory=collections.deque)  # of frames, to be recorded
     obeyed: dict | None = None      # the control of the latest chunk
     begun: float | None = None      # its start time, until its first frame is done
 
@@ -97,7 +97,7 @@ class Live:
     take: Take | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
     count: itertools.count = field(default_factory=lambda: itertools.count(1))      # of frames
-    viewers: dict = field(default_factory=dict)     # {name of a page: time of its last request for a frame}
+    viewers: dict = field(default_factory=dict)     # {a page: when it last asked for a frame}
     runs: bool = False      # somebody watches, and it is not paused
     tick: float = 0.0       # time to show the next frame
     lead: float = 0.0       # seconds by which a chunk must start early
@@ -108,17 +108,22 @@ class Live:
 
 TOKEN = secrets.token_urlsafe(16)
 NONCE = secrets.token_urlsafe(16)
+POLICY = (f"default-src 'none'; script-src 'nonce-{NONCE}'; style-src 'nonce-{NONCE}'; "
+          "connect-src 'self'; img-src 'self'; base-uri 'none'; form-action 'none'; "
+          "frame-ancestors 'none'")
 HEADERS = {
-    "Cache-Control": "no-store", "Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff",
-    "Content-Security-Policy":
-        f"default-src 'none'; script-src 'nonce-{NONCE}'; style-src 'nonce-{NONCE}'; connect-src 'self'; "
-        "img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"}
-MOST = {"application/json": 2 ** 18, "image/png": 2 ** 23, "image/jpeg": 2 ** 23}      # bytes in a post
+    "Cache-Control": "no-store",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": POLICY,
+}
+MOST = {"application/json": 2 ** 18, "image/png": 2 ** 23, "image/jpeg": 2 ** 23}   # bytes posted
 MOST_POINTS = 256
 MOST_LEFT = 64              # removed groups
 MOST_PIXELS = 2 ** 25       # of an image
 FARTHEST = 1e6              # pixels
-PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8").replace("NONCE", NONCE).encode()
+SOURCE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+PAGE = SOURCE.replace("NONCE", NONCE).encode()
 SETTINGS = {"take": int, "chunk": int, "pause": bool, "record": bool, "prompt": str}
 KINDS = ("drag", "pin", "path", "camera", "left")
 HELD = ("drag", "pin", "path")
@@ -212,19 +217,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Print nothing of what strangers send."""
 
     def check_sender(self):
-        """Refuse a request unless it names one of our hosts, knows the token, and comes from no
-        other page."""
+        """Refuse a request unless it names one of our hosts, knows the token, and is our page's."""
         live = self.server.live
         host = self.headers.get("Host", "")
+        here = self.connection.getsockname()[0]
         origins = [None, f"http://{host}"]
         if host in live.allowed:
             origins.append(f"https://{host}")           # tunnels
-        elif host not in named([*live.hosts, self.connection.getsockname()[0]], self.server.server_port):
-            raise Refused(421, f"This program does not go by the name {host[:100]!r}. If a tunnel or another port is in "
-                          "front of it, start it again with --allow and that name, as --allow x.example:9000.")
+        elif host not in named(live.hosts + [here], self.server.server_port):
+            raise Refused(421, f"This program does not go by the name {host[:100]!r}. If a tunnel "
+                          "or another port is in front of it, start it again with --allow and "
+                          "that name, as --allow x.example:9000.")
         token = self.path[1:].partition("/")[0]
         if not secrets.compare_digest(token.encode(), TOKEN.encode()):
-            raise Refused(403, "Open the whole address that the program has printed; it is another one each time.")
+            raise Refused(403, "Open the whole address that the program has printed; it is another "
+                          "one each time.")
         if self.headers.get("Origin") not in origins:
             raise Refused(403, "This was asked for by another page.")
 
@@ -238,8 +245,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.reply("text/plain; charset=utf-8", why.encode(), {"Connection": "close"}, code)
 
     def do_GET(self):
-        """The page, its state, the newest frame, a picture to start from, or a file of a
-        recording."""
+        """The page, its state, the newest frame, a picture to start from, or a recording's file."""
         self.answer(self.get)
 
     def do_POST(self):
@@ -279,7 +285,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise
         except Exception:                               # bad data raise many kinds
             raise Refused(400, "This is not what the page sends, or no picture.") from None
-        self.reply("application/json", json.dumps({"seq": self.server.live.control["seq"]}).encode())
+        said = json.dumps({"seq": self.server.live.control["seq"]})
+        self.reply("application/json", said.encode())
 
     def check_body(self):
         """Refuse what is posted before it is read."""
@@ -357,8 +364,7 @@ def numbered(paths, number):
 
 
 def count_viewers(live, viewer=None):
-    """Number of pages that have asked for a frame within two seconds. viewer: the name of one that
-    asks now."""
+    """Number of pages that asked for a frame within two seconds. viewer: one that asks now."""
     now = time.monotonic()
     with live.lock:
         if viewer is not None:
@@ -377,13 +383,14 @@ def told(live):
     state["viewers"] = count_viewers(live)
     state["files"] = [path.name for path in live.files]
     state["pictures"] = [path.stem for path in live.pictures]
-    state["unknown"] = notes.unknown_words(sample.words_in(state["prompt"])) if state["words"] else []
+    state["unknown"] = []
+    if state["words"]:
+        state["unknown"] = notes.unknown_words(sample.words_in(state["prompt"]))
     return state
 
 
 def clock(live):
-    """Show one frame after the other at the clip's rate, while somebody watches and it is not
-    paused."""
+    """Show frame after frame at the clip's rate, while somebody watches and it is not paused."""
     while not live.stop:
         take = live.take
         live.runs = count_viewers(live) > 0 and not live.control["pause"]
@@ -398,13 +405,12 @@ def clock(live):
 # From points to the model's inputs.
 
 def glide(points, last, frames, begins):
-    """Positions of points in the next `frames` frames: on lines from their old to their new
-    positions.
+    """Positions of points in the next `frames` frames, on lines from their old to their new ones.
 
     points: rows, see read_group. last: {start: requested position at the end of the previous
     chunk}; a new point begins where it was grabbed or, in the first chunk of a take (begins), at
-    its start. Returns (starts, a sorted list of (x, y), which identify the points; tracks (frames,
-    N, 2) float32)."""
+    its start. Returns (starts, a sorted list of (x, y), which identify the points; tracks
+    (frames, N, 2) float32)."""
     begin = {}
     end = {}
     for x, y, start_x, start_y, grabbed_x, grabbed_y in points:
@@ -428,15 +434,15 @@ def fit_chunk(starts, tracks, prompt, size, config):
     outside = ((points < 0) | (points >= config.size[::-1])).any(-1)
     points[outside] = np.nan
     begun = np.array(starts, np.float32).reshape(-1, 2)
-    motion = live_motion(points, to_video(begun, size, config.size), config, point_ids(starts, config))
+    begun = to_video(begun, size, config.size)
+    motion = live_motion(points, begun, config, point_ids(starts, config))
     if reads_words(config):
         motion = replace(motion, text=embed_words(prompt, config))
     return motion
 
 
 def point_ids(starts, config):
-    """The IDs of points, which come and go: each is told by its start, see glide. None: the model
-    has its own."""
+    """The IDs of points, which come and go: by their starts, see glide. None: the model's own."""
     if config.track_id_mode != "random":
         return None
     return [zlib.crc32(repr(start).encode()) for start in starts]
@@ -513,11 +519,15 @@ class Recorder:
         self.files.close()
         endings = (".mp4",) if self.chunks is None else (".mp4", ".png", ".npz")
         if self.chunks is None:
-            print(f"{self.path}: {self.count} frames; it begins after the image, there is the video alone")
+            print(f"{self.path}: {self.count} frames; it begins after the image, there is the "
+                  "video alone")
         else:
-            save_recording(self.path, self.take.image, self.chunks, self.settings | {"frames": self.count})
-            files = f"--image {self.path.with_suffix('.png')} --tracks {self.path.with_suffix('.npz')}"
-            print(f"{self.path}: {self.count} frames; sample.py {files} makes them again")
+            settings = self.settings | {"frames": self.count}
+            save_recording(self.path, self.take.image, self.chunks, settings)
+            image = self.path.with_suffix(".png")
+            tracks = self.path.with_suffix(".npz")
+            print(f"{self.path}: {self.count} frames; sample.py --image {image} --tracks {tracks} "
+                  "makes them again")
         self.live.files += [self.path.with_suffix(ending) for ending in endings]
         self.count = 0
 
@@ -525,8 +535,7 @@ class Recorder:
         return self
 
     def __exit__(self, kind, error, trace):
-        """The take is over: an open video is finished, or none of it is left behind if something
-        went wrong."""
+        """The take is over: an open video is finished or, if something went wrong, is removed."""
         if kind is None:
             self.record(False)
         self.files.__exit__(kind, error, trace)
@@ -550,9 +559,15 @@ def save_recording(path, image, chunks, settings):
     frames, weights (a checksum). chunks: of Given."""
     tracks, ids, start = join_chunks(chunks)
     arrays = settings | {
-        "tracks": tracks, "visibility": ~np.isnan(tracks[..., 0]), "ids": ids, "start": start,
-        "prompts": [chunk.prompt for chunk in chunks], "width": image.width, "height": image.height,
-        "format": "motionstream"}
+        "tracks": tracks,
+        "visibility": ~np.isnan(tracks[..., 0]),
+        "ids": ids,
+        "start": start,
+        "prompts": [chunk.prompt for chunk in chunks],
+        "width": image.width,
+        "height": image.height,
+        "format": "motionstream",
+    }
     data = io.BytesIO()
     np.savez(data, **arrays)
     write_file(path.with_suffix(".npz"), lambda part: part.write_bytes(data.getbuffer()))
@@ -560,9 +575,9 @@ def save_recording(path, image, chunks, settings):
 
 
 def join_chunks(chunks):
-    """Join the points given to chunks, one column per point, in the model's order: tracks (T, N,
-    2), NaN where a point did not exist, ids (N,) and starts (N, 2). Without any point there is one
-    empty column."""
+    """Join the points given to chunks, one column per point, in the model's order: tracks
+    (T, N, 2), NaN where a point did not exist, ids (N,) and starts (N, 2). Without any point there
+    is one empty column."""
     id_of = {}
     for chunk in chunks:
         id_of.update(zip(chunk.starts, chunk.ids.tolist()))
@@ -576,7 +591,8 @@ def join_chunks(chunks):
         tracks[begin:end, [column[start] for start in chunk.starts]] = chunk.tracks
         begin = end
     ids = [id_of[start] for start in starts] or [0]
-    return tracks, np.array(ids, np.int64), np.array(starts or [(0, 0)], np.float32)
+    starts = starts or [(0, 0)]
+    return tracks, np.array(ids, np.int64), np.array(starts, np.float32)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -646,14 +662,21 @@ def settings_of(job, models):
     """A recording's settings, besides the inputs of its chunks."""
     config = job.config
     window = -1 if config.window is None else config.window
-    return {"track_id_mode": config.track_id_mode, "seed": job.seed, "chunk": config.chunk, "sink": config.sink,
-            "window": window, "steps": len(config.sigmas), "fps": job.fps, "dtype": job.dtype,
-            "weights": recording.checksum(models)}
+    return {
+        "track_id_mode": config.track_id_mode,
+        "seed": job.seed,
+        "chunk": config.chunk,
+        "sink": config.sink,
+        "window": window,
+        "steps": len(config.sigmas),
+        "fps": job.fps,
+        "dtype": job.dtype,
+        "weights": recording.checksum(models),
+    }
 
 
 def open_server(address):
-    """A server at (host, port), which does not answer yet. UserError if it cannot have that
-    address."""
+    """A server at (host, port), which does not answer yet. UserError if it cannot have that."""
     host, port = address
     with naming(f"--host {host} --port {port}", "not an address of this machine"):
         try:
@@ -668,10 +691,11 @@ def serve(live, server, host, allowed):
     server.live = live
     live.allowed = allowed
     live.hosts = [host.lower(), "localhost"]
-    if host == "0.0.0.0":                               # all addresses of this machine; and its name
+    if host == "0.0.0.0":                   # all addresses of this machine; and its name
         live.hosts.append(socket.gethostname().lower())
     if host != "127.0.0.1" or allowed:
-        print(f"warning: whoever reaches {' or '.join([host, *allowed])} and sees the address can steer this program")
+        names = " or ".join([host] + allowed)
+        print(f"warning: whoever reaches {names} and sees the address can steer this program")
     print(f"http://{host}:{server.server_port}/{TOKEN}/", flush=True)
     for name in allowed:
         print(f"and, as --allow says, {name}/{TOKEN}/", flush=True)
@@ -680,19 +704,19 @@ def serve(live, server, host, allowed):
 
 
 def host_header(address):
-    """The Host header that a browser sends for an address: x.example:9000 of
-    http://x.example:9000/."""
+    """The Host header that a browser sends: x.example:9000 for http://x.example:9000/."""
     host = address.lower().rpartition("://")[2].partition("/")[0]
     if not re.fullmatch(r"[\w.-]+(:\d+)?", host):
-        raise argparse.ArgumentTypeError(f"{address!r} is no name of a host, as x.example or localhost:9000")
+        raise argparse.ArgumentTypeError(f"{address!r} is no name of a host, as x.example or "
+                                         "localhost:9000")
     return host
 
 
 def parse_flags(argv):
     """Parse the command line: a namespace, (host, port), and its other names. UserError for flags
     that fix tracks or frames beforehand, or that the page replaces."""
-    parser = sample.Parser(prog="python -m extras.page", description="Draw tracks on a video while it streams.",
-                           allow_abbrev=False)
+    parser = sample.Parser(prog="python -m extras.page", allow_abbrev=False,
+                           description="Draw tracks on a video while it streams.")
     sample.add_flags(parser)
     add = parser.add_argument_group("page").add_argument
     add("--host", default="127.0.0.1", help="an address of this machine (127.0.0.1)")
@@ -701,26 +725,64 @@ def parse_flags(argv):
         help="what a browser calls it behind a tunnel or another port: x.example, localhost:9000")
     parser.set_defaults(out=None)
     flags = parser.parse_args(argv)
-    for typed, name in ((flags.tracks or flags.drag or flags.pin, "--tracks, --drag and --pin"), (flags.grid is not None, "--grid"),
-                        (flags.frames, "--frames"), (flags.overlay, "--overlay"),
-                        (flags.sampler == "teacher", "--sampler teacher")):
+    others = [
+        (flags.tracks or flags.drag or flags.pin, "--tracks, --drag and --pin"),
+        (flags.grid is not None, "--grid"),
+        (flags.frames, "--frames"),
+        (flags.overlay, "--overlay"),
+        (flags.sampler == "teacher", "--sampler teacher"),
+    ]
+    for typed, name in others:
         if typed:
-            raise UserError(f"the page streams for as long as it is open, and tracks are drawn there: drop {name}")
+            raise UserError("the page streams for as long as it is open, and tracks are drawn "
+                            f"there: drop {name}")
     return flags, (flags.host, flags.port), flags.allow
 
 
 def pictures(image):
     """Files to start from: the image, and the examples that have tracks."""
-    examples = [path for path in sorted(sample.ASSETS.glob("*.png")) if path.with_suffix(".npz").exists()]
+    found = sorted(sample.ASSETS.glob("*.png"))
+    examples = [path for path in found if path.with_suffix(".npz").exists()]
     return [image] + [path for path in examples if path.resolve() != image.resolve()]
 
 
 def check_out(flags):
     """UserError unless a recording can be written to --out without replacing an input file."""
-    inputs = [value for name, value in vars(flags).items() if isinstance(value, Path) and name != "out"]
+    others = vars(flags) | {"out": None}
+    inputs = [value for value in others.values() if isinstance(value, Path)]
     check_output(flags.out, (".mp4",), inputs)
     for ending in (".png", ".npz"):
         check_output(flags.out.with_suffix(ending), (ending,), inputs)
+
+
+def new_control(job, out):
+    """What all pages share at first, see merge. out: of a recording from the start, or None."""
+    return {
+        "seq": 0,
+        "take": 0,
+        "chunk": job.config.chunk,
+        "pause": True,
+        "record": out is not None,
+        "prompt": job.prompt or "",
+        "groups": {},
+        "points": [],
+    }
+
+
+def new_status(job, image):
+    """What else a page is told at first."""
+    config = job.config
+    return {
+        "size": config.size,
+        "image": image.size,
+        "latency": 0.0,
+        "slowness": 0.0,
+        "fps": job.fps,
+        "words": reads_words(config),
+        "menu": world.caption_phrases(),
+        "chunks": sorted({1, config.chunk}),
+        "recorded": "",
+    }
 
 
 def run(argv):
@@ -734,21 +796,20 @@ def run(argv):
     job = sample.resolve(flags, weights, sample.no_tracks(sample.MOST_FRAMES))
     config = job.config
     if not (config.causal and config.track_dim and weights.has_head):
-        raise UserError(f"{weights.path}: the page needs a trained student, which streams and follows tracks")
+        raise UserError(f"{weights.path}: the page needs a trained student, which streams and "
+                        "follows tracks")
     pixels = fit_image(image, config.size)
     server = open_server(address)               # a port in use is found before any model loads
     models = sample.load_models(job, pixels)
     for note in job.notes:
         print(f"note: {note}")
     job = replace(job, frames=None)
-    control = {"seq": 0, "take": 0, "chunk": config.chunk, "pause": True, "record": flags.out is not None,
-               "prompt": job.prompt or "", "groups": {}, "points": []}
-    status = {"size": config.size, "image": image.size, "latency": 0.0, "slowness": 0.0, "fps": job.fps,
-              "words": reads_words(config), "menu": world.caption_phrases(), "chunks": sorted({1, config.chunk}),
-              "recorded": ""}
+    control = new_control(job, flags.out)
+    status = new_status(job, image)
     with hold_signals() as noted:
         first = Shown(0, 0, to_frames(pixels[:, :, None])[0])
-        live = Live(image, config, control, status, first, noted, flags.out, pictures=pictures(flags.image))
+        live = Live(image, config, control, status, first, noted, flags.out)
+        live.pictures = pictures(flags.image)
         serve(live, server, address[0], allowed)
         while not noted:
             perform(live, job, models, flags.out)

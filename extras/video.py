@@ -65,7 +65,7 @@ class Log:
 
 @dataclass
 class Video:
-    """A video that is being read. Its frames, whose pixels are square, may be larger than `size`."""
+    """A video that is being read. Its frames, with square pixels, may be larger than `size`."""
     path: Path
     fps: float | None               # mean, as the file says
     size: tuple                     # (width, height) as stored, upright
