@@ -288,8 +288,7 @@ def kind_of(name):
 class Counts(TorchDispatchMode):
     """Cost of the tensor operations inside `with` if each is a kernel of its own, as in eager mode:
     launches, bytes read and written, and FLOPs, each a Counter by kind_of. Views cost nothing. A
-    multiplication and an addition are two FLOPs; those of elementwise operations are not
-    counted."""
+    multiplication and an addition are two FLOPs; elementwise operations' are not counted."""
 
     def __init__(self):
         super().__init__()
@@ -423,9 +422,8 @@ class Times:
 
 
 def watched(model, vae, motion, text, ahead):
-    """The whole program, from an image and tracks to frames in the CPU's memory. Yields the Times
-    of each chunk. ahead: on a GPU, see compiling.frames_beside; then `asked` may be the next
-    chunk's."""
+    """The whole program, from an image and tracks to frames in the CPU's memory. Yields each
+    chunk's Times. ahead: on a GPU, see compiling.frames_beside; `asked` may be the next one's."""
     config = model.config
     image = torch.rand(1, 3, *config.size, device=text.device) * 2 - 1
     clip = None

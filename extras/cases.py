@@ -33,8 +33,7 @@ def seed_of(*what):
 class Clips:
     """Scenes of the drawn world, or photographs as such scenes, and all that is known of them.
 
-    tracks (B, T, N, 2) in pixels and visible (B, T, N): what the models are told, of `length`
-    frames."""
+    tracks (B, T, N, 2) in pixels, visible (B, T, N): what models are told, of `length` frames."""
 
     def __init__(self, scene, tracks, visible, size=SIZE, by_colour=False, plain=False):
         self.scene = scene
@@ -69,8 +68,7 @@ class Clips:
         return masks & self.present[:, :, None, None, None]
 
     def three_outlines(self, begin, start, stop):
-        """Those of objects `begin` and the next two, rendered in pure red, green and blue, all else
-        in black."""
+        """Those of objects `begin` and the next two: red, green and blue, and all else black."""
         texture = self.scene["texture"].clone()                 # (B, K, 4, width, width)
         texture[:, :, :3] = 0
         for channel in range(min(3, texture.shape[1] - begin)):
@@ -296,8 +294,7 @@ def square_of(image, side, size):
 
 
 def cut_of(image):
-    """What an object shows, (3, 128, 128): the disc's square, and round it as much as a texture
-    covers."""
+    """What an object shows, (3, 128, 128): the disc's square, with a texture's margin around it."""
     side = min(image.size) * min(CUT * world.EXTENT, 1)
     return square_of(image, side, 128)
 

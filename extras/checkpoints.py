@@ -290,8 +290,7 @@ def read_json(path):
 
 
 def read_tensors(path):
-    """One .safetensors or .pt file to ({name: tensor}, metadata), the names as they are in it; see
-    read."""
+    """One .safetensors or .pt file to ({name: tensor}, metadata), with its own names; see read."""
     path = Path(path)
     start = b""
     try:
@@ -318,8 +317,7 @@ def is_zip(path):
 
 
 def read_pickle(path):
-    """A .pt or .pth file to ({name: tensor}, {}). Of dicts within dicts, names are joined by a
-    slash."""
+    """A .pt or .pth file to ({name: tensor}, {}). A slash joins the names of dicts within dicts."""
     mapped = is_zip(path)
     if not mapped:                              # an older kind, which cannot be mapped
         check_memory(path.stat().st_size, path)
@@ -342,8 +340,7 @@ def read_pickle(path):
 
 
 def flattened(content):
-    """The tensors in a dict and in the dicts within it, {"outer/inner": tensor}. All else is left
-    out."""
+    """The tensors in a dict and in the dicts within it, {"outer/inner": tensor}, and no more."""
     tensors = {}
     pending = [("", content)]
     seen = set()
@@ -721,8 +718,7 @@ def free_memory(device):
 # What a file is, and how weights are sampled.
 
 def what_it_is(names, wanted):
-    """What has tensors of these names, in words, with one that tells; it is not what is
-    `wanted`."""
+    """What has tensors of these names, in words, with one that tells; it is not the `wanted`."""
     for pattern, kind in KINDS.items():
         telling = [name for name in names if re.search(pattern, name)]
         if telling and kind.split()[-1] not in wanted:
@@ -732,8 +728,7 @@ def what_it_is(names, wanted):
 
 
 def explain(path, start, error):
-    """Why a file that begins like this could not be read, in words: by its first bytes, else by the
-    error."""
+    """Why a file that begins like this could not be read: by its first bytes, else by the error."""
     size = Path(path).stat().st_size
     if size == 0:
         return "this is an empty file (0 bytes)"

@@ -46,8 +46,7 @@ PAPER_5B_CLIPS = {"first set": 600_000, "second set": 30_000}
 class Costs(Counts):
     """Counts, plus the peak number of bytes allocated inside `with`.
 
-    The contents of a tensor read as 0: the noise level that a loss draws does not change its
-    cost."""
+    The contents of a tensor read as 0: a loss costs the same at each noise level it may draw."""
 
     def __init__(self, before=()):
         """before: existing tensors, which are not counted."""

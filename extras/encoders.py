@@ -118,8 +118,7 @@ def kept_file(folder, what):
 
 
 def cache_folder():
-    """CACHE, else the user's folder for such things; for a user without a home, one for temporary
-    files."""
+    """CACHE, else the user's folder for such things, or, without a home, for temporary files."""
     if CACHE:
         return CACHE
     base = os.environ.get("XDG_CACHE_HOME")
@@ -200,8 +199,7 @@ def check(sources, config, image):
 
 
 def check_folder(folder, parts, what):
-    """Raise UserError if a repository lacks folders, or this machine the packages to encode `what`
-    by it."""
+    """Raise UserError if a repository lacks folders, or this machine packages to encode `what`."""
     missing = [part for part in parts if not (folder / part).is_dir()]
     if missing:
         raise UserError(f"{folder}: has no folder {' and no '.join(missing)}; give a -Diffusers "

@@ -346,8 +346,7 @@ def text_of(text, clips, config):
 
 
 def summary(rows):
-    """Average rows of numbers, each beginning with "from": the mean of each number, "drift" and
-    "tenths"."""
+    """Average rows of numbers, each with "from" first: each number's mean, "drift" and "tenths"."""
     names = list(rows[0])
     numbers = torch.tensor([list(row.values()) for row in rows])
     mean = dict(zip(names, numbers.nanmean(0).tolist()))
@@ -580,8 +579,7 @@ PLOTTED = {
 
 
 def curve_of(rows, name):
-    """A number of a stage's rows as [[step, value]], averaged over 2 % of the stage; [] if no row
-    has it."""
+    """A number of a stage's rows as [[step, value]], means over 2 % of the stage; [] for none."""
     values = [(row["step"], row[name]) for row in rows if name in row]
     if not values:
         return []
@@ -749,8 +747,8 @@ def new_parser(description):
 
 
 def open_trained(folder, device="cpu", seed=0):
-    """The models of a training in a folder, or the shipped ones if it has no student. UserError: no
-    such device."""
+    """The models of a training in a folder, or the shipped ones if it has no student. UserError if
+    there is no such device."""
     device = str(sample.find_device(device))
     files = {}
     if not (folder / "student.safetensors").exists():

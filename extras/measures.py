@@ -61,8 +61,7 @@ def video_ssim(video, truth):
 
 
 def sharpness(video, truth):
-    """How strong edges are, as a share of the truth's: sums of absolute differences of neighbouring
-    pixels."""
+    """How strong edges are, as a share of the truth's: sums of neighbours' absolute differences."""
     edges = 0
     true_edges = 0
     for axis in (3, 4):
@@ -130,8 +129,7 @@ def centroid(weight):
 # all shifts at once.
 
 def spectrum(x, reach):
-    """The FFT of pictures (…, H, W), padded by zeros so that shifts up to `reach` do not wrap
-    round."""
+    """FFT of pictures (…, H, W), zero-padded so that shifts up to `reach` do not wrap round."""
     height, width = x.shape[-2:]
     return torch.fft.rfft2(x, (height + reach, width + reach))
 
