@@ -252,9 +252,9 @@ def clip_name(video, folder):
 
 
 def read_images(job, source):
-    """(The frames of a clip as PIL images: job.frames of a video, or one picture; the size, (width,
-    height), that its tracks refer to). ValueError, one line, if the video has another frame rate or
-    is too short."""
+    """(The frames of a clip as PIL images: job.frames of a video, or one picture; the size,
+    (width, height), that its tracks refer to). ValueError, one line, if the video has another frame
+    rate or is too short."""
     if ".mp4" not in source.files:
         image = load_image(source.path(".png"))
         return [image], image.size

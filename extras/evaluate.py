@@ -498,9 +498,9 @@ def label_of(row):
 
 @torch.no_grad()
 def measure_tables(trained, stage, what, tables):
-    """Measure tables and print them, draw the streams. `stage`.json, {what: {title: {row:
-    numbers}}}, keeps every row when it is done, and what it has is not measured again. what: says
-    which weights and how much of them."""
+    """Measure tables and print them, draw the streams. `stage`.json keeps every row when it is
+    done, {what: {title: {row: numbers}}}, and what it has is not measured again. what: says which
+    weights and how much of them."""
     names = trained.names() + NO_NETWORK
     path = trained.folder / f"{stage}.json"
     everything = {}

@@ -417,8 +417,8 @@ def test_pieces_and_tenths_are_of_the_frames_that_they_say():
 
 def moving_square(count=3):
     """An object of 2x2 squares, of noise, that goes 24 pixels to the right with each frame over a
-    ground of noise, and a track for each square of 4x4 pixels that is seen in frame 0: (video (1,
-    3, count, 32, 64), tracks, visible)."""
+    ground of noise, and a track for each square of 4x4 pixels that is seen in frame 0:
+    (video (1, 3, count, 32, 64), tracks, visible)."""
     video = rand(1, 3, 1, 32, 64).repeat(1, 1, count, 1, 1)
     looks = rand(1, 3, 8, 8, seed=1)
     tracks = square_centres(32, 64, "cpu").flatten(0, 1)                # (N, 2)
