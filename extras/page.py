@@ -160,8 +160,8 @@ def merge(control, data, chunks, apart):
 
 def read_group(name, group):
     """Check a group of points sent by the page: {"kind": one of KINDS, "points": [[x, y, x and y
-    in frame 0, and when grabbed], …], "path": [[x, y], …]}, in pixels of the image. Kind "left":
-    removed points. Any fault raises some exception."""
+    in frame 0, and when grabbed], …], "path": [[x, y], …]}, in pixels of the image. Kind
+    "left": removed points. Any fault raises some exception."""
     points = np.array(group["points"], np.float64)
     path = np.array(group["path"], np.float64).reshape(-1, 2)
     right = (
