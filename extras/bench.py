@@ -1,13 +1,16 @@
-"""How fast a model streams, with random weights: any preset, on a CPU or a GPU, in one table that says what it counts.
+"""How fast a model streams, with random weights: any preset, on a CPU or a GPU, in one table that
+says what it counts.
 
-    python -m extras.bench                                                  the tiny model on this CPU
+    python -m extras.bench                                      the tiny model on this CPU
     python -m extras.bench --preset motionstream-1.3b --device cuda --dtype bfloat16 --decoder tiny
-    python -m extras.bench --preset motionstream-1.3b --predict             no GPU: counts, and what they predict
-    python -m extras.bench --long 10000                                     does it stay as fast?
-    python -m extras.bench --training                                       one DMD step as well
+    python -m extras.bench --preset motionstream-1.3b --predict     no GPU: counts, and what they
+                                                                    predict
+    python -m extras.bench --long 10000                         does it stay as fast?
+    python -m extras.bench --training                           one DMD step as well
 
-Times are medians over chunks, once the cache is full. Nothing else should run meanwhile. FLOPs, bytes and launches are
-counted on tensors without contents, so that the same numbers come of every machine.
+Times are medians over chunks, once the cache is full. Nothing else should run meanwhile. FLOPs,
+bytes and launches are counted on tensors without contents, so that the same numbers come of every
+machine.
 """
 
 import contextlib
@@ -74,25 +77,32 @@ class Row:
 
 # Published numbers as stated: name, frames/s, latency in seconds, what is counted.
 PAPERS = (
-    ("MotionStream 1.3B, Wan's VAE", "16.7", "0.69", "H100, bfloat16, FlashAttention 3, 832x480, c3s1w1, 3 passes + "
-     "cache update + decoding; latency: one chunk (table A2)"),
-    ("MotionStream 1.3B, tiny VAE", "29.5", "0.39", "the same with a decoder of 9.84 M parameters"),
-    ("MotionStream 5B, Wan's VAE", "10.4", "1.14", "the same at 1280x704"),
-    ("MotionStream 5B, tiny VAE", "23.9", "0.49", "the same with a decoder of 56.7 M parameters"),
-    ("Self-Forcing 1.3B", "17", "", "H100, 4 passes + cache update, up to 21 latents; whether the VAE is in it is "
-     "an open question (its issue 67); 13.1 by others for 81 frames in 6.2 s"),
-    ("Reward Forcing 1.3B", "23.1", "", "H100, 4 passes; 13.7 by others for 81 frames in 5.9 s (its issue 13)"),
-    ("FlashDreams, Self-Forcing 1.3B", "34.9", "", "H100, 12 frames in 344 ms: 4 passes alone, 21 latents of context, "
-     "cuDNN attention, compiled, CUDA graphs"),
+    ("MotionStream 1.3B, Wan's VAE", "16.7", "0.69",
+     "H100, bfloat16, FlashAttention 3, 832x480, c3s1w1, 3 passes + cache update + decoding; "
+     "latency: one chunk (table A2)"),
+    ("MotionStream 1.3B, tiny VAE", "29.5", "0.39",
+     "the same with a decoder of 9.84 M parameters"),
+    ("MotionStream 5B, Wan's VAE", "10.4", "1.14",
+     "the same at 1280x704"),
+    ("MotionStream 5B, tiny VAE", "23.9", "0.49",
+     "the same with a decoder of 56.7 M parameters"),
+    ("Self-Forcing 1.3B", "17", "",
+     "H100, 4 passes + cache update, up to 21 latents; whether the VAE is in it is an open "
+     "question (its issue 67); 13.1 by others for 81 frames in 6.2 s"),
+    ("Reward Forcing 1.3B", "23.1", "",
+     "H100, 4 passes; 13.7 by others for 81 frames in 5.9 s (its issue 13)"),
+    ("FlashDreams, Self-Forcing 1.3B", "34.9", "",
+     "H100, 12 frames in 344 ms: 4 passes alone, 21 latents of context, cuDNN attention, "
+     "compiled, CUDA graphs"),
 )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Models with random weights.
 
 def randomise(module, device, dtype_of):
-    """Initialise a module from the meta device on its target device, so that the matrices of 14 billion parameters
-    are allocated only once. dtype_of: function of a parameter's name."""
+    """Initialise a module from the meta device on its target device, so that the matrices of 14
+    billion parameters are allocated only once. dtype_of: function of a parameter's name."""
     tensors = {}
     for name, tensor in module.state_dict().items():
         made = torch.empty(tensor.shape, dtype=dtype_of(name), device=device)
@@ -128,13 +138,15 @@ def new_vae(config, decoder, device, dtype):
 
 def random_conditions(config, frames, device):
     """Random conditions for a clip of `frames` latents: the model's keyword arguments."""
-    shape = (frames, *config.latent_size)
+    height, width = config.latent_size
     given = {"text": torch.randn(1, config.text_len, config.text_dim, device=device)}
     if config.track_dim:
-        given["tracks"] = torch.randn(1, config.track_dim, *shape, device=device)
+        tracks = (1, config.track_dim, frames, height, width)
+        given["tracks"] = torch.randn(tracks, device=device)
     if config.copies:
-        given["copies"] = torch.randn(1, config.copy_dim, *shape, device=device)
-        image = (1, config.out_dim, 1, *config.latent_size)
+        copies = (1, config.copy_dim, frames, height, width)
+        given["copies"] = torch.randn(copies, device=device)
+        image = (1, config.out_dim, 1, height, width)
         given["image"] = torch.randn(image, device=device)
     if config.clip_dim:
         given["clip"] = torch.randn(1, CLIP_ROWS, config.clip_dim, device=device)
@@ -143,7 +155,8 @@ def random_conditions(config, frames, device):
 
 def random_latents(config, frames, device):
     """Random latents (1, C, frames, h, w)."""
-    return torch.randn(1, config.out_dim, frames, *config.latent_size, device=device)
+    height, width = config.latent_size
+    return torch.randn(1, config.out_dim, frames, height, width, device=device)
 
 
 def new_motion(config, frames):
@@ -159,7 +172,7 @@ def new_motion(config, frames):
     return sample.Motion(tracks, visible, ids, start_points(tracks, visible))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is timed and counted.
 
 def chunks_held(config):
@@ -197,8 +210,8 @@ def chunk_parts(model, vae):
 
 
 def training_parts(job):
-    """A DMD step on one clip of 81 frames, all weights in job.dtype, with recomputation in the backward. Excludes the
-    optimizer's update, and the VAE, which is not used."""
+    """A DMD step on one clip of 81 frames, all weights in job.dtype, with recomputation in the
+    backward. Excludes the optimizer's update, and the VAE, which is not used."""
     config = replace(job.config, causal=False)
     generator = random_model(job.config, job.device, job.dtype)
     critic = random_model(config, job.device, job.dtype)
@@ -227,17 +240,20 @@ def training_parts(job):
         critic.zero_grad()
 
     guided = "guided" if any(config.guidance) else "plain"
-    of_generator = f"rollout of {CLIP_LATENTS} latents, {last + 1} passes; {guided} teacher, critic; backward"
-    of_critic = "the rollout without a graph, critic, backward; the papers make 5 of them for each of the generator"
+    of_generator = (f"rollout of {CLIP_LATENTS} latents, {last + 1} passes; {guided} teacher, "
+                    "critic; backward")
+    of_critic = ("the rollout without a graph, critic, backward; the papers make 5 of them for "
+                 "each of the generator")
     return [Part("generator's step", generator_step, of_generator),
             Part("critic's step", critic_step, of_critic)]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Counts.
 
 # Operations without a kernel of their own: they make room, or look at what is there.
-FREE = ("prim", "aten.empty", "aten.new_empty", "aten.detach", "aten._unsafe_view", "aten.lift_fresh", "aten.alias")
+FREE = ("prim", "aten.empty", "aten.new_empty", "aten.detach", "aten._unsafe_view",
+        "aten.lift_fresh", "aten.alias")
 
 
 def cpu_attention(q, k, v, *args, out_val=None, **kwargs):
@@ -250,9 +266,13 @@ def cpu_attention_backward(grad, q, k, v, *args, out_val=None, **kwargs):
     return sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
 
 
-CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-CPU_FLOPS = {CPU_ATTENTION: cpu_attention,
-             torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: cpu_attention_backward}
+aten = torch.ops.aten
+CPU_ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
+CPU_ATTENTION_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward
+CPU_FLOPS = {
+    CPU_ATTENTION: cpu_attention,
+    CPU_ATTENTION_BACKWARD: cpu_attention_backward,
+}
 
 
 def kind_of(name):
@@ -266,9 +286,9 @@ def kind_of(name):
 
 
 class Counts(TorchDispatchMode):
-    """Cost of the tensor operations inside `with` if each is a kernel of its own, as in eager mode: launches, bytes
-    read and written, and FLOPs, each a Counter by kind_of. Views cost nothing. A multiplication and an addition are
-    two FLOPs; those of elementwise operations are not counted."""
+    """Cost of the tensor operations inside `with` if each is a kernel of its own, as in eager mode:
+    launches, bytes read and written, and FLOPs, each a Counter by kind_of. Views cost nothing. A
+    multiplication and an addition are two FLOPs; elementwise operations' are not counted."""
 
     def __init__(self):
         super().__init__()
@@ -294,8 +314,8 @@ class Counts(TorchDispatchMode):
 
 @contextlib.contextmanager
 def norms_of_a_gpu():
-    """Inside `with`, count RMSNorm as on a GPU: one kernel that moves as many bytes as LayerNorm's. A CPU uses six
-    kernels and, in bfloat16, seven times the bytes."""
+    """Inside `with`, count RMSNorm as on a GPU: one kernel that moves as many bytes as LayerNorm's.
+    A CPU uses six kernels and, in bfloat16, seven times the bytes."""
     real = F.rms_norm
     F.rms_norm = F.layer_norm
     try:
@@ -326,17 +346,18 @@ def counted_training(job):
         return [(part, count_part(part)) for part in training_parts(replace(job, device=CPU))]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What a full-size GPU would need, by the counts. The rates are estimates of an H100 or H200, not measured here: what
-# cuBLAS and cuDNN reach at such shapes, and the bandwidth that kernels reach which only move bytes.
+# --------------------------------------------------------------------------------------------------
+# What a full-size GPU would need, by the counts. The rates are estimates of an H100 or H200, not
+# measured here: what cuBLAS and cuDNN reach at such shapes, and the bandwidth that kernels reach
+# which only move bytes.
 
 RATES = {"matmul": 650e12, "attention": 565e12, "convolution": 320e12}      # FLOPs/s
 BANDWIDTH = 3.5e12                                                          # bytes/s
 
 
 def predicted_seconds(counts):
-    """Predicted time of Counts. A matrix product, attention or convolution takes the longer of its FLOPs' and its
-    bytes' time; other operations their bytes' time. Launches overlap with them."""
+    """Predicted time of Counts. A matrix product, attention or convolution takes the longer of its
+    FLOPs' and its bytes' time; other operations their bytes' time. Launches overlap with them."""
     seconds = counts.bytes["other"] / BANDWIDTH
     for kind, rate in RATES.items():
         seconds += max(counts.flops[kind] / rate, counts.bytes[kind] / BANDWIDTH)
@@ -345,14 +366,15 @@ def predicted_seconds(counts):
 
 def print_counts(counted):
     """Print the counts as a Markdown table."""
-    print(f"| counted | launches | GB | {' | '.join(f'TFLOP, {kind}' for kind in RATES)} |\n|---|---|---|---|---|---|")
+    columns = ["counted", "launches", "GB"] + [f"TFLOP, {kind}" for kind in RATES]
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for part, counts in counted:
         flops = " | ".join(f"{counts.flops[kind] / 1e12:.4g}" for kind in RATES)
         moved = counts.bytes.total() / 1e9
         print(f"| {part.name} | {counts.launches.total():,} | {moved:.4g} | {flops} |")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Times.
 
 def wait_for(device):
@@ -385,7 +407,9 @@ def summed_rows(parts, seconds, flops):
     """A Row for each part of a chunk, cumulative over the parts before it."""
     rows = []
     for i, part in enumerate(parts):
-        rows.append(Row(part.name, sum(seconds[:i + 1]), part.counts, part.frames, sum(flops[:i + 1])))
+        seconds_so_far = sum(seconds[:i + 1])
+        flops_so_far = sum(flops[:i + 1])
+        rows.append(Row(part.name, seconds_so_far, part.counts, part.frames, flops_so_far))
     return rows
 
 
@@ -398,8 +422,8 @@ class Times:
 
 
 def watched(model, vae, motion, text, ahead):
-    """The whole program, from an image and tracks to frames in the CPU's memory. Yields the Times of each chunk.
-    ahead: on a GPU, see compiling.frames_beside; then `asked` may be the next chunk's."""
+    """The whole program, from an image and tracks to frames in the CPU's memory. Yields each
+    chunk's Times. ahead: on a GPU, see compiling.frames_beside; `asked` may be the next one's."""
     config = model.config
     image = torch.rand(1, 3, *config.size, device=text.device) * 2 - 1
     clip = None
@@ -442,12 +466,17 @@ def program_rows(model, vae, text, repeats, flops):
     started = time.perf_counter()
     times = list(watched(model, vae, motion, text, ahead=False))
     pixel = torch.tensor([t.shown - t.asked for t in times[held:]]).median().item()
+    first = times[0].shown - started
     return [
-        Row("end to end", chunk, "and noise, track head and copies, frames as bytes on the CPU; a GPU decodes and copies "
-            "a chunk while it makes the next", frames, flops),
-        Row("first pixel", pixel, "from the reading of a chunk's tracks to its first frame, as bytes on the CPU; live, "
+        Row("end to end", chunk,
+            "and noise, track head and copies, frames as bytes on the CPU; a GPU decodes and "
+            "copies a chunk while it makes the next", frames, flops),
+        Row("first pixel", pixel,
+            "from the reading of a chunk's tracks to its first frame, as bytes on the CPU; live, "
             "where no chunk is begun before the last is shown"),
-        Row("first frame", times[0].shown - started, "from pixels and tracks: encoding, the first chunk, its decoding")]
+        Row("first frame", first,
+            "from pixels and tracks: encoding, the first chunk, its decoding"),
+    ]
 
 
 def memory_now(device):
@@ -475,12 +504,15 @@ def print_long(model, vae, text, frames):
     some = min(100, len(seconds) // 2)
     first = seconds[:some].median().item()
     last = seconds[-some:].median().item()
-    print(f"\n{per_chunk * chunks:,} frames: {1000 * first:.1f} ms a chunk, median of the first {some} with a full "
-          f"cache; {1000 * last:.1f} of the last, {100 * (last / first - 1):+.1f} %. Memory "
-          f"{memory[settled] / 2 ** 20:,.1f} MiB after {settled + 1} chunks, {memory[-1] / 2 ** 20:,.1f} at the end")
+    change = 100 * (last / first - 1)
+    before = memory[settled] / 2 ** 20
+    after = memory[-1] / 2 ** 20
+    print(f"\n{per_chunk * chunks:,} frames: {1000 * first:.1f} ms a chunk, median of the first "
+          f"{some} with a full cache; {1000 * last:.1f} of the last, {change:+.1f} %. Memory "
+          f"{before:,.1f} MiB after {settled + 1} chunks, {after:,.1f} at the end")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Memory.
 
 def size_of(tensors):
@@ -491,11 +523,14 @@ def size_of(tensors):
 def memory_rows(model, vae, caches, device):
     """(name, bytes, what is counted) of each component."""
     held = [tensor for cache in caches for pair in cache.chunks for tensor in pair]
+    weights = size_of(model.parameters()) + size_of(vae.parameters())
     rows = [
-        ("weights", size_of(model.parameters()) + size_of(vae.parameters()), "of DiT and VAE"),
-        ("KV cache", size_of(held), "of all layers, full")]
+        ("weights", weights, "of DiT and VAE"),
+        ("KV cache", size_of(held), "of all layers, full"),
+    ]
     if device.type == "cuda":
-        rows.append(("most at once", torch.cuda.max_memory_allocated(device), "that torch held on the GPU"))
+        most = torch.cuda.max_memory_allocated(device)
+        rows.append(("most at once", most, "that torch held on the GPU"))
     elif most_memory():
         rows.append(("most at once", most_memory(), "of the whole process, Python and torch too"))
     return rows
@@ -513,7 +548,7 @@ def most_memory():
     return 1024 * most                      # Linux counts in kB
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The program.
 
 def machine(device):
@@ -532,10 +567,11 @@ def print_rows(rows, peak):
     """Print the rows as a Markdown table. peak: FLOPs/s."""
     print("| | milliseconds | frames/s | TFLOP | of the peak | counts |\n|---|---|---|---|---|---|")
     for row in rows:
+        milliseconds = f"{1000 * row.seconds:.1f}"
         rate = f"{row.frames / row.seconds:.1f}" if row.frames else ""
         flops = f"{row.flops / 1e12:.3g}" if row.flops else ""
         share = f"{row.flops / row.seconds / peak:.0%}" if row.flops else ""
-        print(f"| {row.name} | {1000 * row.seconds:.1f} | {rate} | {flops} | {share} | {row.counts} |")
+        print(f"| {row.name} | {milliseconds} | {rate} | {flops} | {share} | {row.counts} |")
 
 
 def print_papers():
@@ -551,14 +587,15 @@ def print_predicted(job, training):
     steps = counted_training(job) if training else []
     print_counts(counted + steps)
     rates = ", ".join(f"{kind} {rate / 1e12:.0f}" for kind, rate in RATES.items())
-    print(f"\nPREDICTED from these counts, not measured, for one H100 or H200 without torch.compile: {rates} TFLOP/s, "
-          f"{BANDWIDTH / 1e12} TB/s. The peak is 989 TFLOP/s.\n")
+    print("\nPREDICTED from these counts, not measured, for one H100 or H200 without "
+          f"torch.compile: {rates} TFLOP/s, {BANDWIDTH / 1e12} TB/s. The peak is 989 TFLOP/s.\n")
     parts = [part for part, _ in counted]
     seconds = [predicted_seconds(counts) for _, counts in counted]
     flops = [counts.flops.total() for _, counts in counted]
     rows = summed_rows(parts, seconds, flops)
     shown = seconds[0] + seconds[2]
-    rows.append(Row("first pixel", shown, "the passes and the decoding of a whole chunk, no copy to the CPU"))
+    about = "the passes and the decoding of a whole chunk, no copy to the CPU"
+    rows.append(Row("first pixel", shown, about))
     for part, counts in steps:
         rows.append(Row(part.name, predicted_seconds(counts), part.counts, 0, counts.flops.total()))
     print_rows(rows, 989e12)
@@ -602,17 +639,22 @@ def print_training(job, repeats, peak):
 
 def parse_flags(argv):
     """The command line."""
-    parser = Parser(prog="python -m extras.bench", description=__doc__.splitlines()[0])
+    first_paragraph = __doc__.split("\n\n")[0]
+    parser = Parser(prog="python -m extras.bench", description=first_paragraph)
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="tiny", help="(tiny)")
     add("--device", default="cpu", help="cpu, cuda, … (cpu)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of DiT and VAE (float32; --predict: bfloat16)")
-    add("--decoder", choices=("own", "tiny"), default="own", help="the family's VAE, or one as small as TAEHV (own)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"),
+        help="of DiT and VAE (float32; --predict: bfloat16)")
+    add("--decoder", choices=("own", "tiny"), default="own",
+        help="the family's VAE, or one as small as TAEHV (own)")
     add("--steps", type=number(int, 1, 100), help="passes of the DiT for a chunk (the preset's)")
-    add("--memory", type=sample.memory_flag, metavar="cNsNwN", help="chunk, sink, window, as for sample.py (the preset's)")
+    add("--memory", type=sample.memory_flag, metavar="cNsNwN",
+        help="chunk, sink, window, as for sample.py (the preset's)")
     add("--repeats", type=number(int, 1, 10_000), default=15, help="chunks that are timed (15)")
     add("--compile", action="store_true", help="compile the DiT's blocks")
-    add("--long", type=number(int, 1, 10_000_000), default=0, metavar="FRAMES", help="stream so many, too: 10000")
+    add("--long", type=number(int, 1, 10_000_000), default=0, metavar="FRAMES",
+        help="stream so many, too: 10000")
     add("--training", action="store_true", help="time a DMD step, too")
     add("--predict", action="store_true", help="time nothing: count, and predict for a large GPU")
     return parser.parse_args(argv)
@@ -637,8 +679,8 @@ def run(argv):
     job = Job(config, device, getattr(torch, dtype), flags.decoder)
     torch.manual_seed(0)
     height, width = config.size
-    print(f"{flags.preset}, {width}x{height} pixels, chunk {config.chunk}, sink {config.sink}, window {config.window}, "
-          f"{dtype}, random weights")
+    print(f"{flags.preset}, {width}x{height} pixels, chunk {config.chunk}, sink {config.sink}, "
+          f"window {config.window}, {dtype}, random weights")
     if flags.predict:
         print_predicted(job, flags.training)
         return 0

@@ -33,7 +33,7 @@ def seed_of(*what):
 class Clips:
     """Scenes of the drawn world, or photographs as such scenes, and all that is known of them.
 
-    tracks (B, T, N, 2) in pixels and visible (B, T, N): what the models are told, of `length` frames."""
+    tracks (B, T, N, 2) in pixels, visible (B, T, N): what models are told, of `length` frames."""
 
     def __init__(self, scene, tracks, visible, size=SIZE, by_colour=False, plain=False):
         self.scene = scene
@@ -41,7 +41,7 @@ class Clips:
         self.visible = visible
         self.size = size
         self.by_colour = by_colour      # objects are found by their hues; else by what they show
-        self.plain = plain              # every object has one colour, so that its outline can be seen
+        self.plain = plain              # every object has one colour, its outline can be seen
         self.length = tracks.shape[1]
         self.present = scene["present"]                         # (B, K)
         self.discs = scene["shape"][0][..., 0, 0] == world.DISC     # (B, K)
@@ -68,7 +68,7 @@ class Clips:
         return masks & self.present[:, :, None, None, None]
 
     def three_outlines(self, begin, start, stop):
-        """Those of objects `begin` and the next two, rendered in pure red, green and blue, all else in black."""
+        """Those of objects `begin` and the next two: red, green and blue, and all else black."""
         texture = self.scene["texture"].clone()                 # (B, K, 4, width, width)
         texture[:, :, :3] = 0
         for channel in range(min(3, texture.shape[1] - begin)):
@@ -85,12 +85,12 @@ class Case:
     seed: str
     clips: int
     frames: int
-    drawn: int | None = None    # frames of the scenes, of which the first `frames` are played; None: as many
+    drawn: int | None = None    # frames of the scenes, the first `frames` are played; None: as many
     points: str = "drag"        # "dense": all tracks; "drag": the centre of each object; "none"
     change: str | None = None   # of CHANGES
     speed: int = 1              # as fast as in training, times this
     width: int = SIZE           # pixels per side
-    photographs: Path | None = None     # a folder of pictures: cut-outs of photographs instead of scenes
+    photographs: Path | None = None     # a folder of pictures: cut-outs of them instead of scenes
     options: dict = field(default_factory=dict)     # of extras.world, where they are not USUAL
 
 
@@ -236,7 +236,7 @@ CHANGES = {
 }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Photographs, as scenes: a disc out of the middle of one moves over the next.
 
 CUT = 0.7                       # diameter of the disc, of the photograph's shorter side
@@ -245,10 +245,11 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def photograph_scenes(folder, clips, frames, rng):
-    """Scenes as of world.new_scenes, of the photographs in a folder, in the order of their names."""
+    """Scenes as of world.new_scenes, of the photographs in a folder, sorted by name."""
     paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in ENDINGS)
     if len(paths) < 2:
-        raise UserError(f"{folder}: holds {len(paths)} photographs ({', '.join(ENDINGS)}), two at least are needed")
+        raise UserError(f"{folder}: holds {len(paths)} photographs ({', '.join(ENDINGS)}), "
+                        "two at least are needed")
     images = [sample.load_image(path) for path in paths]
     kind = torch.full((1, 1), world.DISC)
     sides = torch.ones_like(kind)
@@ -293,12 +294,13 @@ def square_of(image, side, size):
 
 
 def cut_of(image):
-    """What an object shows, (3, 128, 128): the disc's square, and round it as much as a texture covers."""
+    """What an object shows, (3, 128, 128): the disc's square, with a texture's margin around it."""
     side = min(image.size) * min(CUT * world.EXTENT, 1)
     return square_of(image, side, 128)
 
 
 def ground_of(image):
-    """A scene's ground, (3, 512, 512), of which the camera sees the middle: the photograph, mirrored beyond its sides."""
+    """A scene's ground, (3, 512, 512), of which the camera sees the middle: the photograph,
+    mirrored beyond its sides."""
     picture = square_of(image, min(image.size), 256)
     return F.pad(picture[None], (128, 128, 128, 128), "reflect")[0]

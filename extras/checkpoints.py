@@ -30,8 +30,8 @@ from pathlib import Path
 
 import torch
 
-from motionstream import (FRAMES, MASK, PRESETS, WAN_DIT, TrackHead, UserError, as_tuples, public_config,
-                          read_safetensors, reason_of, schedule)
+from motionstream import (FRAMES, MASK, PRESETS, WAN_DIT, TrackHead, UserError, as_tuples,
+                          public_config, read_safetensors, reason_of, schedule)
 from vae import LinearVAEConfig, TinyVAEConfig, WanVAEConfig
 
 # What training code puts into names, anywhere in them.
@@ -110,8 +110,8 @@ CONFIG_JSON = {
     "out_channels": "out_dim",
     "image_dim": "clip_dim",
 }
-WAN_WORDS = ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "text_dim", "text_len",
-             "clip_dim", "freq_dim", "patch_size", "eps")
+WAN_WORDS = ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "text_dim",
+             "text_len", "clip_dim", "freq_dim", "patch_size", "eps")
 
 # The fields of Config that follow from the shapes of tensors.
 SHAPED = ("dim", "ffn_dim", "num_layers", "in_dim", "out_dim", "track_dim", "text_dim", "clip_dim",
@@ -290,8 +290,7 @@ def read_json(path):
 
 
 def read_tensors(path):
-    """One .safetensors or .pt file to ({name: tensor}, metadata), the names as they are in it; see
-    read."""
+    """One .safetensors or .pt file to ({name: tensor}, metadata), with its own names; see read."""
     path = Path(path)
     start = b""
     try:
@@ -318,8 +317,7 @@ def is_zip(path):
 
 
 def read_pickle(path):
-    """A .pt or .pth file to ({name: tensor}, {}). Of dicts within dicts, names are joined by a
-    slash."""
+    """A .pt or .pth file to ({name: tensor}, {}). A slash joins the names of dicts within dicts."""
     mapped = is_zip(path)
     if not mapped:                              # an older kind, which cannot be mapped
         check_memory(path.stat().st_size, path)
@@ -336,14 +334,13 @@ def read_pickle(path):
                             "expected plain numbers")
     if not tensors:
         names = ", ".join(str(name)[:40] for name in list(content)[:5])
-        raise UserError(f"{path}: expected tensors by name; it holds {len(content)} entries without "
-                        f"any: {names}")
+        raise UserError(f"{path}: expected tensors by name; it holds {len(content)} entries "
+                        f"without any: {names}")
     return tensors, {}
 
 
 def flattened(content):
-    """The tensors in a dict and in the dicts within it, {"outer/inner": tensor}. All else is left
-    out."""
+    """The tensors in a dict and in the dicts within it, {"outer/inner": tensor}, and no more."""
     tensors = {}
     pending = [("", content)]
     seen = set()
@@ -473,8 +470,8 @@ def checked_config(config, overrides, tensors, metadata, file):
         said = config_beside(source, metadata)
         config = control_as_tracks(tensors, config, file)
     for name in SHAPED:
-        more_outputs = name == "out_dim" and config.copies      # of the head, see CopyingMotionStream
-        no_head = name == "track_dim" and not shaped[name]      # is found when tensors are compared
+        more_outputs = name == "out_dim" and config.copies  # of the head, see CopyingMotionStream
+        no_head = name == "track_dim" and not shaped[name]  # is found when tensors are compared
         if name not in said or more_outputs or no_head:
             continue
         if repr(said[name]) != repr(shaped[name]):
@@ -533,7 +530,8 @@ def check_config(c, file):
     even = c.sink != 1 or c.first_chunk_size == c.chunk    # EMA-Sink averages into the sink's last
     rules = {           # field: (valid, expected)
         "prompt": (isinstance(c.prompt, str | None), "a text"),
-        "num_heads": (c.dim % (2 * c.num_heads) == 0, f"a divisor of {c.dim // 2}, give num_heads=…"),
+        "num_heads": (c.dim % (2 * c.num_heads) == 0,
+                      f"a divisor of {c.dim // 2}, give num_heads=…"),
         "patch_size": (frames == 1, "one latent frame in a patch"),
         "freq_dim": (c.freq_dim % 2 == 0, "an even number"),
         "in_dim": (c.image_dim >= 0, f"at least {c.in_dim - c.image_dim}"),
@@ -696,8 +694,8 @@ def check_memory(needed, path, device="cpu"):
     """UserError, naming the file, if `needed` bytes exceed the free memory of a device."""
     free = free_memory(torch.device(device))
     if free is not None and needed > free:
-        raise UserError(f"{path}: needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free "
-                        f"on {device}; take a smaller model, or a dtype of 16 bits")
+        raise UserError(f"{path}: needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are "
+                        f"free on {device}; take a smaller model, or a dtype of 16 bits")
 
 
 def free_memory(device):
@@ -720,8 +718,7 @@ def free_memory(device):
 # What a file is, and how weights are sampled.
 
 def what_it_is(names, wanted):
-    """What has tensors of these names, in words, with one that tells; it is not what is
-    `wanted`."""
+    """What has tensors of these names, in words, with one that tells; it is not the `wanted`."""
     for pattern, kind in KINDS.items():
         telling = [name for name in names if re.search(pattern, name)]
         if telling and kind.split()[-1] not in wanted:
@@ -731,8 +728,7 @@ def what_it_is(names, wanted):
 
 
 def explain(path, start, error):
-    """Why a file that begins like this could not be read, in words: by its first bytes, else by the
-    error."""
+    """Why a file that begins like this could not be read: by its first bytes, else by the error."""
     size = Path(path).stat().st_size
     if size == 0:
         return "this is an empty file (0 bytes)"
@@ -776,5 +772,6 @@ def advice(config, sampler):
         notes = [f"{how}, shift {shift:g}, text guidance {w_text:g}"]
         config = replace(config, causal=False, shift=shift, guidance=(w_text, 0.0))
     if config.image_dim == 0 and config.out_dim != PRESETS["wan2.2-5b"].out_dim:
-        notes.append("never learned to take an image; it enters as a clean first latent, at sigma 0")
+        notes.append("never learned to take an image; it enters as a clean first latent, at "
+                     "sigma 0")
     return config, notes

@@ -1,18 +1,20 @@
 """Your own videos as a folder of clips, for train_distill.py --data.
 
-    python -m extras.clips VIDEOS --out clips
-    python -m extras.clips VIDEOS --out clips --weights DIR --vae FILE --text-encoder DIR     for Wan's
+    python -m extras.clips VIDEOS --out clips                               for the tiny model
+    python -m extras.clips VIDEOS --out clips --weights DIR --vae FILE --text-encoder DIR
 
-In VIDEOS, its subfolders and linked folders, a clip consists of a.mp4 (at the model's frame rate), a.npz (its
-tracks, in any format that extras/tracks.py reads) and a.txt (its prompt, or a row of a *.csv with columns video
-and caption). For the stage distill a picture, a.png, can replace the video. Prompt and picture may be encoded
-already: a.safetensors, with `prompt` and, for an image branch, `clip`.
+In VIDEOS, its subfolders and linked folders, a clip consists of a.mp4 (at the model's frame rate),
+a.npz (its tracks, in any format that extras/tracks.py reads) and a.txt (its prompt, or a row of a
+*.csv with columns video and caption). For the stage distill a picture, a.png, can replace the
+video. Prompt and picture may be encoded already: a.safetensors, with `prompt` and, for an image
+branch, `clip`.
 
 Names match if Windows or macOS treats them as one, e.g. a.mp4 and A.NPZ. Files left out are listed.
 
-Existing files with unchanged sources are kept: an interrupted run resumes. With torchrun each process makes its
-part, on its own GPU; --shard 2/8 makes the second of eight parts, for independent machines. Without --vae the
-clips hold video, for training the stage vae; the tiny model reads words.
+Existing files with unchanged sources are kept: an interrupted run resumes. With torchrun each
+process makes its part, on its own GPU; --shard 2/8 makes the second of eight parts, for independent
+machines. Without --vae the clips hold video, for training the stage vae; the tiny model reads
+words.
 """
 
 import argparse
@@ -41,14 +43,15 @@ from extras.guard import clip_digests, content_digest
 from extras.tracks import decode_text
 from extras.video import find_ffmpeg, open_video, remade
 from motionstream import PRESETS, Config, UserError, latent_frames, video_frames, write_file
-from sample import (Parser, Tracks, embed_words, find_device, fit_image, fit_tracks, inspect, load_image,
-                    number, open_vae, read_tracks, reported)
-from train_distill import (LATE, PROCESSES, RANK, TINY, default_device, paper_settings, wait_for_all,
-                           write_clip)
+from sample import (Parser, Tracks, embed_words, find_device, fit_image, fit_tracks, inspect,
+                    load_image, number, open_vae, read_tracks, reported)
+from train_distill import (LATE, PROCESSES, RANK, TINY, default_device, paper_settings,
+                           wait_for_all, write_clip)
 
 MOST_TRACKS = 2500                          # of a clip: the paper's grid of 50x50
 SEEN = (".mp4", ".png")                     # endings of a clip's frames
 ENDINGS = SEEN + (".npz", ".txt", ".safetensors")
+OTHER_VIDEOS = (".mov", ".avi", ".mkv", ".webm", ".m4v", ".gif")
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class Source:
 
 
 def alike(name):
-    """A key that is equal for names that some systems treat as one: it ignores case and Unicode composition."""
+    """A key that is equal for names that some systems treat as one: without case, composed."""
     composed = unicodedata.normalize("NFC", name)
     return unicodedata.normalize("NFC", composed.casefold())
 
@@ -129,8 +132,8 @@ def walk(folder):
 
 
 def find_sources(folder):
-    """({name, a path in the folder without its ending: Source}; messages on files that are left out, and
-    why)."""
+    """({name, a path in the folder without its ending: Source}; messages on files that are left
+    out, and why)."""
     files, left = walk(folder)
     files.sort(key=lambda file: file.suffix != file.suffix.lower())         # a.mp4 before a.MP4
     stems = collections.defaultdict(dict)
@@ -147,20 +150,24 @@ def find_sources(folder):
     tables = sum(table.parent == folder for table in files if table.suffix.lower() == ".csv")
     others[".csv"] -= tables                # read_captions reads them
     for ending, count in sorted((+others).items()):
-        cure = "; make .mp4 of them" if ending in (".mov", ".avi", ".mkv", ".webm", ".m4v", ".gif") else ""
-        left.append(f"{folder}: {count} files that end in {ending or 'nothing'}, which are no part of clips{cure}")
+        cure = "; make .mp4 of them" if ending in OTHER_VIDEOS else ""
+        left.append(f"{folder}: {count} files that end in {ending or 'nothing'}, which are no part "
+                    f"of clips{cure}")
     return join_alike(stems, folder, left), left
 
 
 def join_alike(stems, folder, left):
-    """Turn stems, {name: {ending: file}}, into sources. Stems with equivalent names are joined if their endings
-    do not overlap. Stems without video, picture or tracks are added to `left`."""
+    """Turn stems, {name: {ending: file}}, into sources. Stems with equivalent names are joined if
+    their endings do not overlap. Stems without video, picture or tracks are added to `left`."""
+    def is_seen(name):
+        return any(ending in stems[name] for ending in SEEN)
+
     groups = collections.defaultdict(list)
     for name in stems:
         groups[alike(name)].append(name)
     sources = {}
     for group in groups.values():
-        group.sort(key=lambda name: not any(ending in stems[name] for ending in SEEN))      # the video's first
+        group.sort(key=is_seen, reverse=True)           # the video's first
         joined = {}
         for name in group:
             joined |= stems[name]
@@ -177,8 +184,8 @@ def join_alike(stems, folder, left):
 
 
 def read_captions(folder, sources):
-    """({name of a source: prompt} from the csv files in a folder; one message per file). UserError if one
-    cannot be read."""
+    """({name of a source: prompt} from the csv files in a folder; one message per file). UserError
+    if one cannot be read."""
     name_of = {}
     for name in sources:
         name_of.setdefault(alike(name), name)
@@ -218,8 +225,8 @@ def read_captions(folder, sources):
 
 
 def read_table(table):
-    """The rows of a csv file, each (video, caption), "" for what a row lacks. UserError if it has no such
-    columns."""
+    """The rows of a csv file, each (video, caption), "" for what a row lacks. UserError if it has
+    no such columns."""
     try:
         rows = csv.DictReader(io.StringIO(decode_text(table.read_bytes()), newline=""), strict=True)
         names = {str(name).strip().lower(): name for name in rows.fieldnames or ()}
@@ -245,8 +252,9 @@ def clip_name(video, folder):
 
 
 def read_images(job, source):
-    """(The frames of a clip as PIL images: job.frames of a video, or one picture; the size, (width, height),
-    that its tracks refer to). ValueError, one line, if the video has another frame rate or is too short."""
+    """(The frames of a clip as PIL images: job.frames of a video, or one picture; the size,
+    (width, height), that its tracks refer to). ValueError, one line, if the video has another frame
+    rate or is too short."""
     if ".mp4" not in source.files:
         image = load_image(source.path(".png"))
         return [image], image.size
@@ -259,7 +267,8 @@ def read_images(job, source):
         raise ValueError(f"frames at {fps:g} a second, {rate} are wanted; {cure}")
     images = [Image.fromarray(frame) for frame in video.frames]
     if len(images) < job.frames:
-        raise ValueError(f"{len(images)} frames at {fps:g} a second, {job.frames} at {rate} are wanted")
+        raise ValueError(f"{len(images)} frames at {fps:g} a second, {job.frames} at {rate} are "
+                         "wanted")
     late = [time - n / rate for n, time in enumerate(video.times()[:job.frames])]
     uneven = max(late, default=0) - min(late, default=0)
     if uneven > 1.01 / rate:                            # tracks and models assume even spacing
@@ -268,9 +277,10 @@ def read_images(job, source):
 
 
 def read_motion(job, path, stored, size):
-    """Read tracks (T', N, 2) and visibility (T', N) from a file and map them from frames as `stored`, with
-    pixels that need not be square, to frames of `size` (width, height) and then to the model's video. At most
-    MOST_TRACKS tracks, in full length. ValueError if they are shorter than the clip."""
+    """Read tracks (T', N, 2) and visibility (T', N) from a file and map them from frames as
+    `stored`, with pixels that need not be square, to frames of `size` (width, height) and then to
+    the model's video. At most MOST_TRACKS tracks, in full length. ValueError if they are shorter
+    than the clip."""
     with contextlib.redirect_stdout(None):              # without notes on doubtful files
         found = read_tracks(path, stored)
     length = len(found.tracks)
@@ -285,8 +295,9 @@ def read_motion(job, path, stored, size):
 
 
 def read_conditions(job, source, caption):
-    """A clip's conditions besides its frames: {"prompt": a text} or, encoded in its .safetensors, {"text":
-    (L, text_dim)} and, for an image branch, {"clip": (257, clip_dim)}. Raises an exception for any fault."""
+    """A clip's conditions besides its frames: {"prompt": a text} or, encoded in its .safetensors,
+    {"text": (L, text_dim)} and, for an image branch, {"clip": (257, clip_dim)}. Raises an exception
+    for any fault."""
     wan = job.config.is_wan
     if wan and ".safetensors" in source.files:
         rows = read_rows(source.path(".safetensors"), job.config)
@@ -306,8 +317,8 @@ def read_conditions(job, source, caption):
 
 
 def read_clip(job, source, caption):
-    """Read a clip: video (3, T, H, W) uint8, tracks, visible, group, and the result of read_conditions. Raises
-    an exception for any fault."""
+    """Read a clip: video (3, T, H, W) uint8, tracks, visible, group, and the result of
+    read_conditions. Raises an exception for any fault."""
     images, stored = read_images(job, source)
     tracks, visible = read_motion(job, source.path(".npz"), stored, images[0].size)
     video = torch.stack([fit_image(image, job.config.size)[0] for image in images], 1)
@@ -340,8 +351,8 @@ class Encoders:
 
 
 def without_padding(text):
-    """Rows (L, text_dim) without trailing zeros: models pad again, and a text padded to 512 rows is 4 MB of a
-    clip's 9."""
+    """Rows (L, text_dim) without trailing zeros: models pad again, and a text padded to 512 rows is
+    4 MB of a clip's 9."""
     used = text.any(1).nonzero()
     length = 0
     if len(used):
@@ -351,7 +362,7 @@ def without_padding(text):
 
 @torch.no_grad()
 def encode_clip(job, encoders, clip):
-    """Encode a clip from read_clip into the tensors of its file, see the top of train_distill.py."""
+    """Encode a clip from read_clip into the tensors of its file, as train_distill.py has them."""
     config = job.config
     video = clip["video"]
     seen = video[None].to(job.device) / 127.5 - 1
@@ -390,8 +401,8 @@ def part_of(names, shard):
 
 
 def make_clips(job):
-    """Make the files of a job, or keep those made before; returns them. Faulty clips are named and left out;
-    UserError if they are more than a tenth."""
+    """Make the files of a job, or keep those made before; returns them. Faulty clips are named and
+    left out; UserError if they are more than a tenth."""
     sources, left = find_sources(job.folder)
     captions, said = read_captions(job.folder, sources)
     for line in [f"left out: {line}" for line in left] + said:
@@ -424,8 +435,8 @@ def make_clips(job):
             write_file(path, lambda part: save_file(clip, part, about))
         files.append(path)
     if not names or len(files) < 0.9 * len(names):
-        raise UserError(f"{job.folder}: {len(files)} of {len(names)} clips can be used here; a clip is "
-                        "a.mp4 or a.png, a.npz and a.txt; what is made stays, run it again")
+        raise UserError(f"{job.folder}: {len(files)} of {len(names)} clips can be used here; a "
+                        "clip is a.mp4 or a.png, a.npz and a.txt; what is made stays, run it again")
     return files
 
 
@@ -441,8 +452,9 @@ def encode_video(vae, video):
 
 
 def encode_videos(run, files):
-    """{file: its encoded copy} of clips of a training's --data that hold video, made now or in an earlier run,
-    divided among the processes. The copies' names hold digests of their sources. run: train_distill.Run."""
+    """{file: its encoded copy} of clips of a training's --data that hold video, made now or in an
+    earlier run, divided among the processes. The copies' names hold digests of their sources.
+    run: train_distill.Run."""
     folder = run.out / f"latents.{run.checksum('vae'):08x}"
     digests = clip_digests(run)
     encoded = {}
@@ -482,12 +494,15 @@ def parse_job(argv):
     add("--out", type=Path, required=True, metavar="FOLDER", help="of the clips")
     add("--weights", type=Path, help="what is to be trained (none: the tiny model)")
     add("--vae", type=Path, help="to encode by; its latents are the model's")
-    add("--frames", type=number(int, 1, 10 ** 6), help="of a clip, 1 + 4 k (45; Wan's: 81; 5B: 121)")
+    add("--frames", type=number(int, 1, 10 ** 6),
+        help="of a clip, 1 + 4 k (45; Wan's: 81; 5B: 121)")
     add("--text-encoder", type=Path, help="a -Diffusers repository with Wan's, for the prompts")
     add("--image-encoder", type=Path, help="the same of CLIP; default: that of --text-encoder")
     add("--device", help="cpu, cuda:0, … (a GPU for each process, if there are)")
-    add("--dtype", choices=("float32", "bfloat16"), help="of the VAE's convolutions (bfloat16 on a GPU)")
-    add("--shard", type=shard, default=(1, 1), metavar="I/N", help="make only the I-th of N parts of the clips")
+    add("--dtype", choices=("float32", "bfloat16"),
+        help="of the VAE's convolutions (bfloat16 on a GPU)")
+    add("--shard", type=shard, default=(1, 1), metavar="I/N",
+        help="make only the I-th of N parts of the clips")
     flags = parser.parse_args(argv)
     config = inspect(flags.weights).config if flags.weights else PRESETS["tiny"]
     wan = config.is_wan
@@ -498,7 +513,8 @@ def parse_job(argv):
         (not flags.folder.is_dir(), f"{flags.folder}: no such folder"),
         (flags.out.resolve().is_relative_to(flags.folder.resolve()),
          f"--out {flags.out}: is in {flags.folder}, which is read; choose another"),
-        (flags.out.exists() and not flags.out.is_dir(), f"--out {flags.out}: is a file; name a folder"),
+        (flags.out.exists() and not flags.out.is_dir(),
+         f"--out {flags.out}: is a file; name a folder"),
         (flags.vae and not flags.vae.is_file(), f"--vae {flags.vae}: no such file"),
         (wan and not flags.vae, f"{flags.weights}: give --vae FILE, whose latents it reads"),
         (not wan and flags.text_encoder, "the tiny model reads words; drop --text-encoder"),

@@ -1,7 +1,9 @@
-"""A tiny decoder from nothing for the latents of a finished VAE, against a discriminator (appendix A).
+"""A tiny decoder for the latents of a finished VAE, from nothing and against a discriminator.
 
-    python -m extras.decoder --vae FILE --out runs/decoder                      for a TinyVAE, on drawn videos
-    python -m extras.decoder --vae FILE --data FOLDER --weights DIR      for Wan's VAE, on a folder of clips
+    python -m extras.decoder --vae FILE --out runs/decoder          for a TinyVAE, on drawn videos
+    python -m extras.decoder --vae FILE --data FOLDER --weights DIR         for Wan's VAE, on clips
+
+The paper's appendix A.
 
 Other flags are those of train_distill.py. It writes decoder.safetensors, a whole VAE, for --vae.
 """
@@ -39,8 +41,8 @@ DISCRIMINATOR = TinyVAEConfig(latent_channels=1, patch=2, stem=32, encoder=((64,
 
 def adversarial_losses(discriminator, video, output, shown):
     """(The decoder's, by which its output should score high, the discriminator's: true video should
-    score 1 or more, what is shown as false -1 or less.) Neither has a gradient in the other network.
-    All videos are (B, 3, T, H, W)."""
+    score 1 or more, what is shown as false -1 or less.) Neither has a gradient in the other
+    network. All videos are (B, 3, T, H, W)."""
     discriminator.requires_grad_(False)
     loss_g = -discriminator.encode(output).mean()
     discriminator.requires_grad_(True)
@@ -81,13 +83,14 @@ def open_vae(run):
     except ValueError as e:
         raise UserError(f"{e}; --vae FILE names another") from None
     if isinstance(vae, LinearVAE):
-        raise UserError(f"{path}: a linear code, whose decoder is one product; give a TinyVAE or Wan's")
+        raise UserError(f"{path}: a linear code, whose decoder is one product; give a TinyVAE or "
+                        "Wan's")
     return vae.to(run.device)
 
 
 def new_networks(given, wan):
-    """(A VAE whose decoder is new, with the encoder of the finished one, or, for Wan's latents, a new
-    one too; the discriminator)."""
+    """(A VAE whose decoder is new, with the encoder of the finished one, or, for Wan's latents, a
+    new one too; the discriminator)."""
     if wan:
         vae = TinyVAE(TinyVAEConfig(given.config.latent_channels, given.stride // 8))
     else:
@@ -100,13 +103,14 @@ def new_networks(given, wan):
 
 def train_decoder(run, updates, adversarial, distance):
     """A decoder from nothing for the latents of a finished VAE: the tiny one, on drawn videos, or
-    with --data Wan's, in the layout of taew2_1, on what Wan's decoder makes of 144x144 pixels and 21
-    frames, while an encoder learns the latents. Half of what is shown as false is from a replay
+    with --data Wan's, in the layout of taew2_1, on what Wan's decoder makes of 144x144 pixels and
+    21 frames, while an encoder learns the latents. Half of what is shown as false is from a replay
     buffer. adversarial: weight of the discriminator's loss. distance: see open_lpips."""
     given = open_vae(run)
     wan = isinstance(given, WanVAE)
     if wan != run.config.is_wan or wan != bool(run.data):
-        raise UserError(f"{run.path('vae')}: Wan's needs --data and --weights, a tiny one takes neither")
+        raise UserError(f"{run.path('vae')}: Wan's needs --data and --weights, a tiny one takes "
+                        "neither")
     if wan:
         check_clips(run, "decoder")
         files = td.training_clips(run, LATENTS)
@@ -117,9 +121,11 @@ def train_decoder(run, updates, adversarial, distance):
     vae, discriminator = new_networks(given, wan)
     _, video = draw(given, files, run.device)
     discriminator.register_buffer("replay", torch.zeros(REPLAY, *video.shape[1:]).bfloat16())
+    vae = vae.to(run.device)
+    discriminator = discriminator.to(run.device)
     accumulate = run.settings.vae_accumulate
-    learner = td.Learner("decoder", vae.to(run.device), how, updates, accumulate)
-    learner_d = td.Learner("discriminator", discriminator.to(run.device), how_d, updates, accumulate)
+    learner = td.Learner("decoder", vae, how, updates, accumulate)
+    learner_d = td.Learner("discriminator", discriminator, how_d, updates, accumulate)
     loop = td.Loop(run, "decoder", updates, learner, learner_d)
     loop.settings["adversarial"] = adversarial
     for update in loop:
@@ -149,7 +155,8 @@ def train(argv):
     add = parser.add_argument
     add("--adversarial", type=number(float, 0, 100), default=0.01,
         help="weight of the discriminator's loss (0.01)")
-    add("--perceptual", choices=["alex", "vgg"], help="LPIPS in the loss too, by its package (none)")
+    add("--perceptual", choices=["alex", "vgg"],
+        help="LPIPS in the loss too, by its package (none)")
     flags = td.parse(argv, parser)
     td.join_processes(flags.device)
     run = td.resolve(flags)

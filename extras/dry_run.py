@@ -46,13 +46,12 @@ PAPER_5B_CLIPS = {"first set": 600_000, "second set": 30_000}
 class Costs(Counts):
     """Counts, plus the peak number of bytes allocated inside `with`.
 
-    The contents of a tensor read as 0: the noise level that a loss draws does not change its
-    cost."""
+    The contents of a tensor read as 0: a loss costs the same at each noise level it may draw."""
 
     def __init__(self, before=()):
         """before: existing tensors, which are not counted."""
         super().__init__()
-        self.alive = {tensor.untyped_storage()._cdata: 0 for tensor in before}     # {storage: bytes}
+        self.alive = {tensor.untyped_storage()._cdata: 0 for tensor in before}  # {storage: bytes}
         self.held = 0
         self.most = 0
 
@@ -303,8 +302,8 @@ class Stage:
 
 
 def rollout_costs(run):
-    """Costs of the critic's rollout with the first and with the last exit step. It keeps nothing for a
-    backward, so they are the same with recomputation and without."""
+    """Costs of the critic's rollout with the first and with the last exit step. It keeps nothing
+    for a backward, so they are the same with recomputation and without."""
     last = len(run.config.sigmas) - 1
     short = cost_of(functools.partial(rolling, exit_step=0), run)
     long = cost_of(functools.partial(rolling, exit_step=last), run)
@@ -399,8 +398,8 @@ def stages_of(run):
     # generator, critic (without an average) and teacher
     clips = s.batch * s.distill_accumulate * s.distill_updates
     stages.append(Stage("distill", clips, costs["distill"], others["distill"], s.batch,
-                        micro_steps=s.distill_accumulate, reduced=1 + 1 / s.critic_steps, gathered=4,
-                        **kept_bytes(run, 2, 1, frozen=1)))
+                        micro_steps=s.distill_accumulate, reduced=1 + 1 / s.critic_steps,
+                        gathered=4, **kept_bytes(run, 2, 1, frozen=1)))
     return stages
 
 
@@ -456,12 +455,12 @@ def print_days(run, stages):
     rows = []
     for stage in stages:
         days = [f"{stage.days(tflops, gpus):,.2g}" for gpus in GPUS]
-        rows.append([stage.name, f"{stage.clips:,}", f"{stage.clip_flops / 1e12:,.4g}", *days])
+        rows.append([stage.name, f"{stage.clips:,}", f"{stage.clip_flops / 1e12:,.4g}"] + days)
     sums = [f"{sum(stage.days(tflops, gpus) for stage in stages):,.2g}" for gpus in GPUS]
-    rows.append(["all", "", "", *sums])
-    print_table(f"Days at {tflops:g} TFLOP/s a GPU (--set tflops=…), blocks "
-                f"{'computed again in the backward' if run.checkpointing else 'kept for the backward'}",
-                ["stage", "clips", "TFLOP a clip", *gpu_columns()], rows)
+    rows.append(["all", "", ""] + sums)
+    how = "computed again in the backward" if run.checkpointing else "kept for the backward"
+    print_table(f"Days at {tflops:g} TFLOP/s a GPU (--set tflops=…), blocks {how}",
+                ["stage", "clips", "TFLOP a clip"] + gpu_columns(), rows)
 
 
 def print_memory(run, parameters, stages):
@@ -474,12 +473,13 @@ def print_memory(run, parameters, stages):
         for gpus in GPUS:
             needed = stage.memory(parameters, gpus)
             cells.append(f"{needed / GIB:.3g} ({smallest_card(needed)})")
-        rows.append([stage.name, *cells])
+        rows.append([stage.name] + cells)
     how = "recomputed" if run.checkpointing else "kept"
     gradients = "gradients too" if run.settings.shard_gradients else "gradients are whole"
-    print_table(f"GiB a GPU, with activations {how}: weights, AdamW and averages are shared, {gradients} "
-                "(--set shard_gradients); in brackets the smallest card of which a tenth is left",
-                ["stage", "activations, recomputed", "kept", *gpu_columns()], rows)
+    print_table(f"GiB a GPU, with activations {how}: weights, AdamW and averages are shared, "
+                f"{gradients} (--set shard_gradients); in brackets the smallest card of which a "
+                "tenth is left",
+                ["stage", "activations, recomputed", "kept"] + gpu_columns(), rows)
 
 
 def print_recomputation(stages):
@@ -489,19 +489,21 @@ def print_recomputation(stages):
         if stage.micro_steps:
             few, many = sorted([stage.cost.flops, stage.other.flops])
             more.append(f"{stage.name} {100 * (many / few - 1):.0f} %")
-    print(f"\nrecomputation (--checkpointing, --no-checkpointing) costs more FLOPs: {', '.join(more)}")
+    print("\nrecomputation (--checkpointing, --no-checkpointing) costs more FLOPs: "
+          f"{', '.join(more)}")
 
 
 def print_sent(parameters, stages, gpus=8):
     rows = []
     for stage in stages:
         if stage.micro_steps:
-            sent = stage.sent(parameters, gpus)
-            rows.append([stage.name, *[f"{count / 1e9:,.4g}" for count in sent]])
-    print_table(f"GB that each of {gpus} GPUs sends for an update",
-                ["stage", "weights, gathered", "gradients", "gradients, reduced every micro-step"], rows)
-    print("\nThose of a student's blocks are sent twice where a process has several micro-steps an update: "
-          "first what\nthose before have added up, then the last one's (every micro-step: once).")
+            sent = [f"{count / 1e9:,.4g}" for count in stage.sent(parameters, gpus)]
+            rows.append([stage.name] + sent)
+    columns = ["stage", "weights, gathered", "gradients", "gradients, reduced every micro-step"]
+    print_table(f"GB that each of {gpus} GPUs sends for an update", columns, rows)
+    print("\nThose of a student's blocks are sent twice where a process has several micro-steps an "
+          "update: first what\nthose before have added up, then the last one's (every micro-step: "
+          "once).")
 
 
 def print_disk(run, parameters):
@@ -517,14 +519,14 @@ def print_disk(run, parameters):
     rows.append(["two checkpoints of distill", f"{2 * 28 * parameters / 1e9:,.4g}"])
     rows.append(["weights that are exported, each time", f"{2 * parameters / 1e9:,.4g}"])
     rows_of_text = min(TEXT_ROWS, run.config.text_len)
-    print_table(f"Disk; MB of a clip with {MOST_TRACKS:,} tracks and {rows_of_text} rows of text: {about}",
-                ["what", "GB"], rows)
+    print_table(f"Disk; MB of a clip with {MOST_TRACKS:,} tracks and {rows_of_text} rows of text: "
+                f"{about}", ["what", "GB"], rows)
 
 
 def print_settings(run):
     usual = asdict(run.config) | asdict(run.settings)
-    print_table("Settings (--set field=value)", ["setting", "value"],
-                [[name, str(value)] for name, value in usual.items()])
+    rows = [[name, str(value)] for name, value in usual.items()]
+    print_table("Settings (--set field=value)", ["setting", "value"], rows)
 
 
 def stream_cache(run):
@@ -547,10 +549,10 @@ def print_dry_run(run):
     print_settings(run)
     tokens = math.prod(config.size) // (2 * config.stride) ** 2
     window = "full" if config.window is None else config.window
-    print(f"\n{parameters:,} parameters, {tokens:,} tokens a latent frame, {run.clip_latents} of them "
-          f"a clip\nthe KV cache of a stream, c{config.chunk}s{config.sink}w{window}: "
-          f"{stream_cache(run) / 2 ** 20:,.0f} MiB in bfloat16\ncounted on tensors without contents, "
-          "in bfloat16; nothing is measured")
+    print(f"\n{parameters:,} parameters, {tokens:,} tokens a latent frame, {run.clip_latents} of "
+          f"them a clip\nthe KV cache of a stream, c{config.chunk}s{config.sink}w{window}: "
+          f"{stream_cache(run) / 2 ** 20:,.0f} MiB in bfloat16\ncounted on tensors without "
+          "contents, in bfloat16; nothing is measured")
     if run.settings.causal_from == "rollouts":
         print("causal is counted as from trajectories; its rollouts take more forwards")
     stages = stages_of(run)

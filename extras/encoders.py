@@ -19,20 +19,23 @@ from safetensors.torch import save_file
 from motionstream import CLIP_ROWS, UserError, reason_of, write_file
 from extras.checkpoints import read_tensors
 
-PARTS = ("image_encoder", "text_encoder", "tokenizer")      # folders of a repository that are read here
+PARTS = ("image_encoder", "text_encoder", "tokenizer")      # folders of a repository, read here
 CACHE = None                # a folder for what encoders returned; None: see cache_folder
 PACKAGES = ("transformers", "ftfy")
 NEGATIVE_PROMPT = (         # of Wan, what guidance leads away from
-    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
-    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，"
+    "画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，"
+    "残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，"
+    "毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，"
+    "三条腿，背景人很多，倒着走")
 
 
 # --------------------------------------------------------------------------------------------------
 # The encoders.
 
 def pretrained(name, folder, **options):
-    """What transformers calls `name`, from its folder in a -Diffusers repository. The network is not
-    asked. Raises UserError."""
+    """What transformers calls `name`, from its folder in a -Diffusers repository. The network is
+    not asked. Raises UserError."""
     try:
         importlib.import_module("ftfy")     # which text_encoder needs, before anything is loaded
         import transformers
@@ -40,8 +43,8 @@ def pretrained(name, folder, **options):
     except ImportError as e:
         raise UserError(f"{folder}: {e}; pip install transformers ftfy") from None
     except Exception as e:                  # of a dozen kinds
-        raise UserError(f"{folder}: no complete {name} ({reason_of(e)}); give the -Diffusers repository "
-                        "that has it") from None
+        raise UserError(f"{folder}: no complete {name} ({reason_of(e)}); give the -Diffusers "
+                        "repository that has it") from None
 
 
 def text_encoder(folder, device):
@@ -50,10 +53,12 @@ def text_encoder(folder, device):
     collapsed. (Wan pads and masks, which is the same.)"""
     tokenizer = pretrained("AutoTokenizer", folder / "tokenizer")
     from ftfy import fix_text
-    encoder = pretrained("UMT5EncoderModel", folder / "text_encoder", dtype=torch.bfloat16).to(device)
+    encoder = pretrained("UMT5EncoderModel", folder / "text_encoder", dtype=torch.bfloat16)
+    encoder = encoder.to(device)
     table = encoder.shared.weight
     if not (table.any() and encoder.encoder.embed_tokens.weight.equal(table)):
-        raise UserError(f"{folder}: its table of tokens is empty once loaded, pip install -U transformers")
+        raise UserError(f"{folder}: its table of tokens is empty once loaded, pip install -U "
+                        "transformers")
 
     @torch.inference_mode()
     def encode(text):
@@ -66,13 +71,16 @@ def text_encoder(folder, device):
 
 
 def image_encoder(folder, device):
-    """A function from an image (1, 3, H, W) in [-1, 1] to rows (257, C): the last layer but one of CLIP,
-    which sees it squeezed to 224x224, as in Wan."""
+    """A function from an image (1, 3, H, W) in [-1, 1] to rows (257, C): the last layer but one of
+    CLIP, which sees it squeezed to 224x224, as in Wan."""
     if folder is None:
         raise UserError("the weights read the image by CLIP too; give --image-encoder DIR")
-    encoder = pretrained("CLIPVisionModel", folder / "image_encoder", dtype=torch.float32).to(device)
-    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073], device=device).view(1, 3, 1, 1)    # CLIP's own
-    std = torch.tensor([0.26862954, 0.26130258, 0.27577711], device=device).view(1, 3, 1, 1)
+    encoder = pretrained("CLIPVisionModel", folder / "image_encoder", dtype=torch.float32)
+    encoder = encoder.to(device)
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073], device=device)         # CLIP's own
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711], device=device)
+    mean = mean.view(1, 3, 1, 1)
+    std = std.view(1, 3, 1, 1)
 
     @torch.inference_mode()
     def encode(image):
@@ -84,8 +92,8 @@ def image_encoder(folder, device):
 
 
 def kept_rows(open_encoder, folder, device, what):
-    """{name: rows} of {name: text or image} by open_encoder(folder, device), now or in an earlier run:
-    kept in kept_file. If nothing can be kept there, this is said."""
+    """{name: rows} of {name: text or image} by open_encoder(folder, device), now or in an earlier
+    run: kept in kept_file. If nothing can be kept there, this is said."""
     path = kept_file(folder, what)
     with contextlib.suppress(UserError):    # not there, or not readable any more: encoded again
         return read_tensors(path)[0]
@@ -100,8 +108,8 @@ def kept_rows(open_encoder, folder, device, what):
 
 
 def kept_file(folder, what):
-    """Where the rows of {name: text or image} are kept: named by `what`, and by what the encoder's files
-    are called, how large and how old they are."""
+    """Where the rows of {name: text or image} are kept: named by `what`, and by what the encoder's
+    files are called, how large and how old they are."""
     key = listing(folder)
     for name, value in what.items():
         key.append((name, value.numpy().tobytes() if torch.is_tensor(value) else value))
@@ -110,7 +118,7 @@ def kept_file(folder, what):
 
 
 def cache_folder():
-    """CACHE, else the user's folder for such things; for a user without a home, one for temporary files."""
+    """CACHE, else the user's folder for such things, or, without a home, for temporary files."""
     if CACHE:
         return CACHE
     base = os.environ.get("XDG_CACHE_HOME")
@@ -122,9 +130,9 @@ def cache_folder():
 
 
 def listing(folder):
-    """The files of the encoders in a -Diffusers repository, [(path in it, size, age)]: tells if one is
-    another by now. Nothing else in that folder counts, nor is it looked at: it may be a whole disk.
-    None: no files."""
+    """The files of the encoders in a -Diffusers repository, [(path in it, size, age)]: tells if one
+    is another by now. Nothing else in that folder counts, nor is it looked at: it may be a whole
+    disk. None: no files."""
     files = []
     if folder is None:
         return files
@@ -160,12 +168,14 @@ def complete(sources):
 def refuse(sources, config):
     """Raise UserError, what to do, if weights of this config cannot use these Sources."""
     text = sources.prompt is not None
+    told = text or sources.prompt_embeds
     faults = [
         (text and not complete(sources).text_encoder,
          "reads no words, which --text-encoder encodes; or give --prompt-embeds"),
         (text and sources.prompt_embeds, "takes one text; drop --prompt or --prompt-embeds"),
-        (sources.image_encoder and not config.clip_dim, "has no image branch, drop --image-encoder"),
-        (config.guidance[0] and not text and not sources.prompt_embeds, "there is no text; give --prompt"),
+        (sources.image_encoder and not config.clip_dim,
+         "has no image branch, drop --image-encoder"),
+        (config.guidance[0] and not told, "there is no text; give --prompt"),
     ]
     for wrong, cure in faults:
         if wrong:
@@ -173,8 +183,8 @@ def refuse(sources, config):
 
 
 def check(sources, config, image):
-    """Raise UserError, what to do, if `encode` will fail for what can be known before it begins: missing
-    files, folders and packages. image: as for it."""
+    """Raise UserError, what to do, if `encode` will fail for what can be known before it begins:
+    missing files, folders and packages. image: as for it."""
     refuse(sources, config)
     sources = complete(sources)
     rows = {}
@@ -189,14 +199,15 @@ def check(sources, config, image):
 
 
 def check_folder(folder, parts, what):
-    """Raise UserError if a repository lacks folders, or this machine the packages to encode `what` by it."""
+    """Raise UserError if a repository lacks folders, or this machine packages to encode `what`."""
     missing = [part for part in parts if not (folder / part).is_dir()]
     if missing:
-        raise UserError(f"{folder}: has no folder {' and no '.join(missing)}; give a -Diffusers repository "
-                        "that has it")
+        raise UserError(f"{folder}: has no folder {' and no '.join(missing)}; give a -Diffusers "
+                        "repository that has it")
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing and not kept_file(folder, what).is_file():
-        raise UserError(f"{folder}: needs packages that are not installed; pip install {' '.join(missing)}")
+        raise UserError(f"{folder}: needs packages that are not installed; pip install "
+                        f"{' '.join(missing)}")
 
 
 def texts_of(sources):
@@ -212,7 +223,8 @@ def encode(sources, config, image, device):
     after its end, or None. null_text is what guidance leads away from; clip is of the image
     (1, 3, H, W)."""
     refuse(sources, config)
-    sources, weights = complete(sources), sources.weights
+    weights = sources.weights
+    sources = complete(sources)
     rows = {}
     if sources.prompt_embeds:
         rows = read_rows(sources.prompt_embeds, config)
@@ -220,7 +232,8 @@ def encode(sources, config, image, device):
         rows = kept_rows(text_encoder, sources.text_encoder, device, texts_of(sources))
         check_rows(rows, config, sources.text_encoder)
     else:
-        print(f"note: {weights}: gets no text at all, which Wan did not see in training, and no guidance by it; give --prompt")
+        print(f"note: {weights}: gets no text at all, which Wan did not see in training, and no "
+              "guidance by it; give --prompt")
     if config.clip_dim and "clip" not in rows:
         if not sources.image_encoder:
             raise UserError(f"{weights}: reads the image by CLIP too; give --image-encoder")
@@ -271,5 +284,5 @@ def check_rows(rows, config, path):
         least, most, channels = shapes[name]
         fits = tensor.is_floating_point() and tensor.ndim == 2 and tensor.shape[1] == channels
         if not (fits and least <= len(tensor) <= most and tensor.isfinite().all()):
-            raise UserError(f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, expected finite floats "
-                            f"(L, {channels}), {least} <= L <= {most}")
+            raise UserError(f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, expected "
+                            f"finite floats (L, {channels}), {least} <= L <= {most}")

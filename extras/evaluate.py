@@ -1,13 +1,18 @@
-"""Measure: the README's numbers, previews and curves of a training, rewards, a video beside another.
+"""Measure: the README's numbers, curves and previews of a training, rewards, one video by another.
 
-    python -m extras.evaluate --clips 12            the tables, of the models in runs/tiny or else of the shipped ones
-    python -m extras.evaluate --photographs DIR     and how photographs survive: a piece of one moves over another
-    python -m extras.evaluate curves runs/tiny      the curves of each stage once more
+    python -m extras.evaluate --clips 12
+        the tables, of the models in runs/tiny or else of the shipped ones
+    python -m extras.evaluate --photographs DIR
+        and how photographs survive: a piece of one moves over another
+    python -m extras.evaluate curves runs/tiny
+        the curves of each stage once more
     python -m extras.evaluate compare out.mp4 real.mp4
-    python -m extras.evaluate papers FOLDER --protocol davis --out DIR --weights FILE --vae FILE --text-encoder DIR
-        --tracker FILE.py:FUNCTION          the papers' numbers, on DAVIS, Sora's clips or LLFF: see extras/protocols.py
+    python -m extras.evaluate papers FOLDER --protocol davis --out DIR --weights FILE --vae FILE
+            --text-encoder DIR --tracker FILE.py:FUNCTION
+        the papers' numbers, on DAVIS, Sora's clips or LLFF: see extras/protocols.py
 
-Scenes are drawn from seeds that training never uses. These are the claims of the README, not of the code.
+Scenes are drawn from seeds that training never uses. These are the claims of the README, not of the
+code.
 """
 
 import argparse
@@ -34,20 +39,20 @@ from extras.cases import NEUTRAL, Case, new_clips
 from extras.guard import read_log
 from extras.measures import lpips_network, psnr, ssim
 from extras.video import open_video
-from motionstream import (FRAMES, PRESETS, Config, MotionStream, UserError, naming, start_points, track_ids, warp,
-                          way_back, write_file)
+from motionstream import (FRAMES, PRESETS, Config, MotionStream, UserError, naming, start_points,
+                          track_ids, warp, way_back, write_file)
 from sample import ASSETS, Parser, embed_words, number
 from vae import load_vae
 
 CLIP = 45                       # frames of a clip, as in training
-REACH = 30                      # percent of the width: no object is looked for farther from where it should be
+REACH = 30                      # percent of the width: no object is looked for farther away
 
 MODELS = ("vae", "teacher", "causal", "student")       # in the order of the stages
 NO_NETWORK = ["still", "warp"]  # videos made of frame 0 alone
 SHIPPED = {"vae": "tiny_vae", "teacher": "tiny_teacher", "student": "tiny"}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The models, and the videos they make.
 
 @dataclass(frozen=True)
@@ -74,7 +79,8 @@ class Trained:
     def model(self, name, **overrides):
         """A DiT in float32, frozen. overrides: fields of Config."""
         path = self.path(name)
-        return self.network.from_pretrained(path, dtype=torch.float32, device=self.device, **overrides)
+        load = self.network.from_pretrained
+        return load(path, dtype=torch.float32, device=self.device, **overrides)
 
     @functools.cached_property
     def config(self):
@@ -96,10 +102,10 @@ class Trained:
 
 
 def play(trained, name, clips, text=None, later=None, **overrides):
-    """Generate the video (B, 3, T, H, W), in pieces, from the first frames of `clips`, their tracks and a text (1 or
-    B, L, text_dim). name: "teacher", "causal", "student"; "vae" and "decoder": the truth through the VAE; "still":
-    frame 0; "warp": frame 0 moved along the tracks. later: the text of the second half of a stream. overrides: fields
-    of Config."""
+    """Generate the video (B, 3, T, H, W), in pieces, from the first frames of `clips`, their tracks
+    and a text (1 or B, L, text_dim). name: "teacher", "causal", "student"; "vae" and "decoder": the
+    truth through the VAE; "still": frame 0; "warp": frame 0 moved along the tracks. later: the text
+    of the second half of a stream. overrides: fields of Config."""
     if name == "still":
         image = clips.frames(0, 1)
         return iter([image.expand(-1, -1, clips.length, -1, -1)])
@@ -115,15 +121,15 @@ def play(trained, name, clips, text=None, later=None, **overrides):
 
 
 def warped(image, tracks, visible):
-    """Generate frames (B, 3, 1, H, W): those that copy_along_tracks shows to a copying model, before the VAE. image
-    (B, 3, H, W): frame 0; tracks (B, T, N, 2), visible (B, T, N)."""
+    """Generate frames (B, 3, 1, H, W): those that copy_along_tracks shows to a copying model,
+    before the VAE. image (B, 3, H, W): frame 0; tracks (B, T, N, 2), visible (B, T, N)."""
     yield image[:, :, None]
     height, width = image.shape[2:]
     start = start_points(tracks, visible)                       # (B, N, 2)
     visible = visible & start.isfinite().all(2)[:, None]
     for t in range(1, tracks.shape[1]):
         backs = []
-        for i in range(len(image)):         # one by one: squares times points are held for one picture alone
+        for i in range(len(image)):     # one by one: squares times points are held for one alone
             points = tracks[i:i + 1, t:t + 1]                   # (1, 1, N, 2)
             seen = visible[i:i + 1, t:t + 1]
             back, _ = way_back(points, seen, start[i:i + 1], height, width)
@@ -149,7 +155,7 @@ def videos_of(model, vae, clips, text=None, later=None, seed=0):
 
 
 def with_texts(motion, text, later, config):
-    """A Motion chunk by chunk, each with its text: `later` from the chunk that lies in the second half on."""
+    """A Motion chunk by chunk, each with its text: `later` from the first in the second half on."""
     half = motion.tracks.shape[1] / 2
     start = FRAMES - 1                                          # as the VAE packs frame 0
     for part in sample.motion_by_chunk(motion, config):
@@ -157,12 +163,13 @@ def with_texts(motion, text, later, config):
         start += part.tracks.shape[1]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The measures.
 
 @dataclass(frozen=True)
 class Places:
-    """Object positions in a piece of video, (B, T, K, 2) in pixels, and other values per object, (B, T, K)."""
+    """Object positions in a piece of video, (B, T, K, 2) in pixels, and other values per object,
+    (B, T, K)."""
     found: torch.Tensor
     true: torch.Tensor          # where they should be
     lost: torch.Tensor          # hardly any of it is found
@@ -171,7 +178,7 @@ class Places:
 
 
 def half_seen(size, least, present):
-    """True where an object is present and its size (B, T, K) exceeds `least` and half of its maximum."""
+    """True where an object is present, its size (B, T, K) over `least` and half of its maximum."""
     largest = size.amax(1, keepdim=True)
     return present[:, None] & (size > 0.5 * largest) & (size > least)
 
@@ -187,18 +194,19 @@ def places_by_colour(video, truth, clips):
 
 
 def places_by_shift(video, truth, ground, outlines, clips):
-    """Places by texture: each object is at the whole-pixel shift at which the truth inside its outline is most like
-    the video. It is lost if even there three quarters of its contrast to the ground are missing."""
+    """Places by texture: each object is at the whole-pixel shift at which the truth inside its
+    outline is most like the video. It is lost if even there three quarters of its contrast to the
+    ground are missing."""
     used = int(clips.present.sum(1).max())                      # slots without an object come last
     outlines = outlines[:, :used]                               # (B, K, T, H, W)
     B, K, T, H, W = outlines.shape
     reach = REACH * clips.size // 100
 
-    def each(v):                                                # (B, 3, T, H, W) to (B K T, 3, H, W)
+    def each(v):                                        # (B, 3, T, H, W) to (B K T, 3, H, W)
         frames = v.transpose(1, 2)[:, None]
         return frames.expand(-1, K, -1, -1, -1, -1).flatten(0, 2)
 
-    def by_frame(x):                                            # (B K T, …) to (B, T, K, …)
+    def by_frame(x):                                    # (B K T, …) to (B, T, K, …)
         return x.unflatten(0, (B, K, T)).transpose(1, 2)
 
     mask = outlines.flatten(0, 2)
@@ -213,8 +221,8 @@ def places_by_shift(video, truth, ground, outlines, clips):
 
 
 def overlaps(video, truth, ground, outlines, clips):
-    """{"disc", "shape"}: mean overlap of discs and of other objects with their outlines, wherever they were found,
-    while they are visible; NaN without any."""
+    """{"disc", "shape"}: mean overlap of discs and of other objects with their outlines, wherever
+    they were found, while they are visible; NaN without any."""
     of_discs = []
     of_others = []
     area = outlines.sum((3, 4)).transpose(1, 2)                 # (B, T, K)
@@ -240,18 +248,20 @@ def following(places, size):
     moved = places.found.diff(dim=1).norm(dim=-1)[there].sum()
     true_moved = places.true.diff(dim=1).norm(dim=-1)[there].sum()
     lost = 100 * places.lost[seen].float().mean()
-    return {"median": error.median(), "mean": error.mean(), "lost": lost, "motion": moved / true_moved}
+    motion = moved / true_moved
+    return {"median": error.median(), "mean": error.mean(), "lost": lost, "motion": motion}
 
 
 def measure(video, first, clips, start):
-    """A piece of video, from frame `start` on, beside the true one, as numbers. first: the true frame 0.
+    """A piece of video, from frame `start` on, beside the true one, as numbers. first: frame 0.
 
-    median, mean, lost: end-point errors in percent of the width, one per object and frame in which at least half of it
-    can be seen; no error is over 30, that of an object that is lost (percent of those) is 30. psnr, objects, ground: in
-    dB, of all and of pixels inside and outside of objects. ssim: of every 4th frame. As shares of the truth's: sharp,
-    the strength of edges; colour, that of the first object's hue; chroma, how colourful objects are; motion, how far
-    they go. edges: the correlation of edges, 1 at best. disc, shape: overlap with the true outline, of objects of one
-    colour. copying: the share of what only frame 0 has."""
+    median, mean, lost: end-point errors in percent of the width, one per object and frame in which
+    at least half of it can be seen; no error is over 30, that of an object that is lost (percent of
+    those) is 30. psnr, objects, ground: in dB, of all and of pixels inside and outside of objects.
+    ssim: of every 4th frame. As shares of the truth's: sharp, the strength of edges; colour, that
+    of the first object's hue; chroma, how colourful objects are; motion, how far they go. edges:
+    the correlation of edges, 1 at best. disc, shape: overlap with the true outline, of objects of
+    one colour. copying: the share of what only frame 0 has."""
     stop = start + video.shape[2]
     truth = clips.frames(start, stop)
     ground = clips.ground(start, stop)
@@ -275,7 +285,8 @@ def measure(video, first, clips, start):
     }
     if clips.plain:
         numbers |= overlaps(video, truth, ground, outlines, clips)
-    return {name: float(number) for name, number in numbers.items()}    # tensors kept would scatter the heap
+    # Tensors that are kept would scatter the heap.
+    return {name: float(number) for name, number in numbers.items()}
 
 
 def settings_of(what, settings):
@@ -294,9 +305,10 @@ def case_of(settings):
 
 
 def eval_row(trained, model="student", text=NEUTRAL, later=None, piece=None, after=0, **settings):
-    """Play a case and measure it, `piece` frames at a time (None: all at once), from frame `after` on. settings: fields
-    of Case, of world.Options, of Config. Of each number the mean, and that of each tenth; drift: the standard deviation
-    of PSNR over the pieces. later: the text of the second half, if it is another. text "caption": the scenes' own."""
+    """Play a case and measure it, `piece` frames at a time (None: all at once), from frame `after`
+    on. settings: fields of Case, of world.Options, of Config. Of each number the mean, and that of
+    each tenth; drift: the standard deviation of PSNR over the pieces. later: the text of the second
+    half, if it is another. text "caption": the scenes' own."""
     clips = new_clips(case_of(settings))
     overrides = settings_of(Config, settings)
     if settings:
@@ -334,7 +346,7 @@ def text_of(text, clips, config):
 
 
 def summary(rows):
-    """Average rows of numbers, each beginning with "from": the mean of each number, "drift" and "tenths"."""
+    """Average rows of numbers, each with "from" first: each number's mean, "drift" and "tenths"."""
     names = list(rows[0])
     numbers = torch.tensor([list(row.values()) for row in rows])
     mean = dict(zip(names, numbers.nanmean(0).tolist()))
@@ -348,8 +360,8 @@ def summary(rows):
 
 
 def caption_row(trained, model, attributes, points="drag", **settings):
-    """PSNR gain, in dB, of the right caption over the opposite one: of all pixels, and of objects. attributes:
-    indices into world.LIGHT and MOTION, of which one is not 0."""
+    """PSNR gain, in dB, of the right caption over the opposite one: of all pixels, and of objects.
+    attributes: indices into world.LIGHT and MOTION, of which one is not 0."""
     light, motion = attributes
     right = world.caption(light, motion)
     wrong = world.caption(-light % 3, -motion % 3)              # 1 for 2
@@ -362,11 +374,11 @@ def caption_row(trained, model, attributes, points="drag", **settings):
     return numbers
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The tables.
 
-# What training never showed, by the options of extras.world: the world of the first tiny models, the one of today
-# without and with texture, and discs and squares of one colour on smooth grey.
+# What training never showed, by the options of extras.world: the world of the first tiny models,
+# the one of today without and with texture, and discs and squares of one colour on smooth grey.
 SETS = {
     "old world": {"seed": "held old", "style": "simple", "objects": 2},
     "plain": {"seed": "held plain", "style": "textured", "texture": (0, 0), "objects": 2},
@@ -386,8 +398,9 @@ def grid(**values):
 
 
 def tables(count, frames, photographs=None):
-    """The tables to be measured: {title: (settings common to all rows, [settings of each row])}, arguments of
-    eval_row or of another function, "measure". count: clips of each kind; frames: of the streams."""
+    """The tables to be measured: {title: (settings common to all rows, [settings of each row])},
+    arguments of eval_row or of another function, "measure". count: clips of each kind; frames: of
+    the streams."""
     clip = {"seed": "eval 1 False", "clips": count, "frames": CLIP, "objects": 1}
     picture = {"clips": count, "drawn": AT["10 s"]["frames"]}
     text = clip | {"objects": 2, "piece": CLIP // 3}
@@ -396,8 +409,13 @@ def tables(count, frames, photographs=None):
     still = {"seed": "stream False", "camera": False, "points": "drag"}
     moving = {"seed": "stream True", "camera": True, "points": "dense"}
     streams = [camera | {"sink": sink} for camera in (still, moving) for sink in (1, 0)]
-    return {"following": (clip, following_rows()), "pictures": (picture, picture_rows(photographs)),
-            "text": (text, text_rows()), "captions": (caption, caption_rows()), "streams": (stream, streams)}
+    return {
+        "following": (clip, following_rows()),
+        "pictures": (picture, picture_rows(photographs)),
+        "text": (text, text_rows()),
+        "captions": (caption, caption_rows()),
+        "streams": (stream, streams),
+    }
 
 
 def following_rows():
@@ -421,8 +439,8 @@ def following_rows():
 
 
 def picture_rows(photographs):
-    """SETS, and photographs if there are any, by models, 2 and 10 seconds after the image. A teacher makes no more than
-    its clip."""
+    """SETS, and photographs if there are any, by models, 2 and 10 seconds after the image. A
+    teacher makes no more than its clip."""
     sets = dict(SETS)
     if photographs:
         sets["photographs"] = {"seed": "held photographs", "photographs": photographs}
@@ -437,11 +455,12 @@ def picture_rows(photographs):
     return rows
 
 
-CHANGING = ((1, 0), (2, 0), (0, 1), (0, 2))     # light and motion: indices into world.LIGHT and MOTION
+# Light and motion: indices into world.LIGHT and MOTION.
+CHANGING = ((1, 0), (2, 0), (0, 1), (0, 2))
 
 
 def text_rows():
-    """Scenes whose light or shapes change, by the right text, the wrong one, the neutral one and none."""
+    """Scenes whose light or shapes change, by the right, the wrong, the neutral text and none."""
     rows = []
     for light, motion in CHANGING:
         right = world.caption(light, motion)
@@ -455,12 +474,15 @@ def text_rows():
 def caption_rows():
     """The same scenes in both styles, by a centre track alone."""
     rows = []
-    for row in grid(style=("simple", "textured"), attributes=CHANGING, model=("teacher", "student")):
+    styles = ("simple", "textured")
+    models = ("teacher", "student")
+    for row in grid(style=styles, attributes=CHANGING, model=models):
         rows.append({"seed": f"caption {row['attributes']}"} | row)
     return rows
 
 
-HIDDEN = ("seed", "measure", "clips", "drawn", "after", "frames", "photographs")     # of a row, where "set" says it
+# Of a row, where "set" says it.
+HIDDEN = ("seed", "measure", "clips", "drawn", "after", "frames", "photographs")
 
 
 def label_of(row):
@@ -476,8 +498,9 @@ def label_of(row):
 
 @torch.no_grad()
 def measure_tables(trained, stage, what, tables):
-    """Measure tables and print them, draw the streams. `stage`.json, {what: {title: {row: numbers}}}, keeps every row
-    when it is done, and what it has is not measured again. what: says which weights and how much of them."""
+    """Measure tables and print them, draw the streams. `stage`.json keeps every row when it is
+    done, {what: {title: {row: numbers}}}, and what it has is not measured again. what: says which
+    weights and how much of them."""
     names = trained.names() + NO_NETWORK
     path = trained.folder / f"{stage}.json"
     everything = {}
@@ -502,7 +525,8 @@ def measure_tables(trained, stage, what, tables):
     for label, row in done["streams"].items():
         curves[label] = [(tenth["from"], tenth["mean"]) for tenth in row["tenths"]]
     if curves:
-        plot(trained.folder / f"{stage}.png", curves, "end-point error, % of the width, over frames")
+        title = "end-point error, % of the width, over frames"
+        plot(trained.folder / f"{stage}.png", curves, title)
 
 
 def print_table(title, results):
@@ -518,7 +542,7 @@ def print_table(title, results):
         print(f"| {label} | {' | '.join(cells)} |")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Curves and previews of a training.
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
@@ -548,14 +572,14 @@ def plot(path, curves, title, width=640, height=320):
 
 # What is drawn of a stage, by the ending of the picture's name.
 PLOTTED = {
-    "": ("loss", "loss_c", "loss_g", "loss_d", "reward", "std", "std_least", "std_most", "moves", "x0_none", "x0_tracks",
-         "x0_swapped"),
+    "": ("loss", "loss_c", "loss_g", "loss_d", "reward", "std", "std_least", "std_most", "moves",
+         "x0_none", "x0_tracks", "x0_swapped"),
     "_pixels": ("pan_error",),
 }
 
 
 def curve_of(rows, name):
-    """A number of a stage's rows as [[step, value]], averaged over 2 % of the stage; [] if no row has it."""
+    """A number of a stage's rows as [[step, value]], means over 2 % of the stage; [] for none."""
     values = [(row["step"], row[name]) for row in rows if name in row]
     if not values:
         return []
@@ -582,8 +606,9 @@ def plot_stage(folder, stage):
 
 @torch.no_grad()
 def preview(trained, stage, drawn=True):
-    """Plot the curves of a finished stage and, if it was trained on the drawn world, six frames of a dragged scene in
-    rows: truth, truth through the VAE, each existing model; then another scene."""
+    """Plot the curves of a finished stage and, if it was trained on the drawn world, six frames of
+    a dragged scene in rows: truth, truth through the VAE, each existing model; then another
+    scene."""
     plot_stage(trained.folder, stage)
     if not drawn:
         return
@@ -602,12 +627,13 @@ def preview(trained, stage, drawn=True):
     write_file(trained.folder / f"{stage}_preview.png", lambda path: page.save(path, "png"))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Rewards of distillation.
 
 def motion_reward(video, batch):
-    """How well the video (B, 3, T, H, W) follows the tracks in `batch`: (B,) in [-1, 1]. Along a track the colour
-    should stay that of its start. 1: it does everywhere; 0: no better than a still video."""
+    """How well the video (B, 3, T, H, W) follows the tracks in `batch`: (B,) in [-1, 1]. Along a
+    track the colour should stay that of its start. 1: it does everywhere; 0: no better than a still
+    video."""
     B, _, T, H, W = video.shape
     seen = batch["visible"] & batch["visible"][:, :1]           # (B, T, N)
     size = torch.tensor([W, H]).to(video)
@@ -627,33 +653,37 @@ def motion_reward(video, batch):
 
 
 def find_reward(name):
-    """Resolve --reward: "motion", or your own function, FILE.py:FUNCTION, called like motion_reward. UserError if it
-    is neither."""
+    """Resolve --reward: "motion", or your own function, FILE.py:FUNCTION, called like
+    motion_reward. UserError if it is neither."""
     file, _, function = name.rpartition(":")
     try:
         if not file:
             return {"motion": motion_reward}[name]
         return runpy.run_path(file)[function]
     except Exception as e:                              # whatever the file does
-        raise UserError(f"--reward {name}: neither motion nor FILE.py:FUNCTION ({type(e).__name__}: {e})") from None
+        raise UserError(f"--reward {name}: neither motion nor FILE.py:FUNCTION "
+                        f"({type(e).__name__}: {e})") from None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Two videos.
 
 def compare(made, real, net=None):
-    """The mean PSNR, SSIM and, with `net` ("alex" or "vgg"), LPIPS of the frames of two videos, paths, as long as there
-    are both: ({name: number}, how many frames). The second is scaled and cropped as the first one's image was."""
+    """The mean PSNR, SSIM and, with `net` ("alex" or "vgg"), LPIPS of the frames of two videos,
+    paths, as long as there are both: ({name: number}, how many frames). The second is scaled and
+    cropped as the first one's image was."""
     video = open_video(made)
     other_video = open_video(real)
     if video.fps and other_video.fps and abs(video.fps - other_video.fps) > 0.1:
-        print(f"note: {made} is at {video.fps:g} frames/s, {real} at {other_video.fps:g}; they are not resampled")
+        print(f"note: {made} is at {video.fps:g} frames/s, {real} at {other_video.fps:g}; they "
+              "are not resampled")
     distance = lpips_network(net) if net else None
     rows = []
     for frame, other in zip(video.frames, other_video.frames):
-        if min(frame.shape[:2]) < 11:
-            raise UserError(f"{made}: is {frame.shape[1]}x{frame.shape[0]}; SSIM needs 11 pixels a side")
-        truth = sample.fit_image(Image.fromarray(other), frame.shape[:2])
+        height, width = frame.shape[:2]
+        if min(height, width) < 11:
+            raise UserError(f"{made}: is {width}x{height}; SSIM needs 11 pixels a side")
+        truth = sample.fit_image(Image.fromarray(other), (height, width))
         pixels = torch.from_numpy(frame).permute(2, 0, 1)[None] / 127.5 - 1
         row = {"PSNR": psnr(pixels, truth), "SSIM": ssim(pixels, truth).item()}
         if distance:
@@ -666,13 +696,14 @@ def compare(made, real, net=None):
 
 
 def end_point_error(given, found, size, image_size):
-    """(mean distance, number of points) between points that a tracker found in a video of `size` (width, height) and
-    the points requested, in pixels of the video. Both are files; the latter is in pixels of the image of image_size
-    (width, height). Only points visible in both count."""
+    """(mean distance, number of points) between points that a tracker found in a video of `size`
+    (width, height) and the points requested, in pixels of the video. Both are files; the latter is
+    in pixels of the image of image_size (width, height). Only points visible in both count."""
     seen = sample.read_tracks(found, size)
     told = sample.read_tracks(given, image_size)
     if seen.tracks.shape[1] != told.tracks.shape[1]:
-        raise UserError(f"{found}: holds {seen.tracks.shape[1]} tracks, {told.tracks.shape[1]} were given")
+        raise UserError(f"{found}: holds {seen.tracks.shape[1]} tracks, {told.tracks.shape[1]} "
+                        "were given")
     scale, left, top = sample.crop(*image_size, size[::-1])
     places = (told.tracks - np.float32((left, top))) * np.float32(scale)
     inside = ((places >= 0) & (places < size)).all(-1)
@@ -684,13 +715,14 @@ def end_point_error(given, found, size, image_size):
     return apart.mean(), len(apart)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command.
 
 def run_tables(argv):
     """Measure the tables."""
     parser = new_parser(__doc__)
-    parser.add_argument("--photographs", type=Path, metavar="DIR", help="a folder of pictures, for one more set (none)")
+    parser.add_argument("--photographs", type=Path, metavar="DIR",
+                        help="a folder of pictures, for one more set (none)")
     args = parser.parse_args(argv)
     if args.photographs and not args.photographs.is_dir():
         raise UserError(f"--photographs {args.photographs}: no such folder")
@@ -703,16 +735,20 @@ def new_parser(description):
     """The flags shared by programs that measure trained models."""
     count = number(int, 1, 10 ** 9)
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder of a training, and of the results")
-    parser.add_argument("--clips", type=count, default=16, help="of each kind that is measured (16)")
-    parser.add_argument("--frames", type=count, default=10_000, help="length of the streams that are measured (10000)")
-    parser.add_argument("--seed", type=int, default=0, help="of all noise (0)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("runs/tiny"),
+        help="folder of a training, and of the results")
+    add("--clips", type=count, default=16, help="of each kind that is measured (16)")
+    add("--frames", type=count, default=10_000,
+        help="length of the streams that are measured (10000)")
+    add("--seed", type=int, default=0, help="of all noise (0)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
 
 
 def open_trained(folder, device="cpu", seed=0):
-    """The models of a training in a folder, or the shipped ones if it has no student. UserError: no such device."""
+    """The models of a training in a folder, or the shipped ones if it has no student. UserError if
+    there is no such device."""
     device = str(sample.find_device(device))
     files = {}
     if not (folder / "student.safetensors").exists():
@@ -745,17 +781,20 @@ def run_curves(argv):
 def run_compare(argv):
     """Compare two videos frame by frame, and requested tracks with a tracker's."""
     parser = Parser(description=run_compare.__doc__, prog="python -m extras.evaluate compare")
-    parser.add_argument("made", type=Path, help="a video that was made")
-    parser.add_argument("real", type=Path, nargs="?", help="what it should look like")
-    parser.add_argument("--lpips", choices=("alex", "vgg"), help="LPIPS too, by the package lpips")
-    parser.add_argument("--tracks", type=Path, metavar="FILE", help="that it was told to follow, with --found")
-    parser.add_argument("--found", type=Path, metavar="FILE", help="what a tracker found in it, in its pixels")
-    parser.add_argument("--image", type=Path, metavar="FILE", help="that it started from, whose pixels --tracks are in")
+    add = parser.add_argument
+    add("made", type=Path, help="a video that was made")
+    add("real", type=Path, nargs="?", help="what it should look like")
+    add("--lpips", choices=("alex", "vgg"), help="LPIPS too, by the package lpips")
+    add("--tracks", type=Path, metavar="FILE", help="that it was told to follow, with --found")
+    add("--found", type=Path, metavar="FILE", help="what a tracker found in it, in its pixels")
+    add("--image", type=Path, metavar="FILE",
+        help="that it started from, whose pixels --tracks are in")
     args = parser.parse_args(argv)
     if bool(args.tracks) != bool(args.found):
         raise UserError("--tracks and --found need each other")
     if not (args.real or args.tracks):
-        raise UserError(f"{args.made}: give a second video, or --tracks and --found, to compare it with")
+        raise UserError(f"{args.made}: give a second video, or --tracks and --found, to compare "
+                        "it with")
     if args.lpips and not args.real:
         raise UserError("--lpips needs a second video")
     told = []

@@ -1,9 +1,9 @@
-"""The papers' experiments, in small, on drawn scenes: streams and their memory, guidance, short trainings.
+"""The papers' experiments, in small, on drawn scenes: streams, memory, guidance, short trainings.
 
     python -m extras.experiments --clips 12     hours; a row that is done is not measured again
 
-MotionStream's table 4, figures 4, 6a and A2, and limits; Reward Forcing's sinks; scenes that are carried away or change
-their light; objects, attention, rigidity; short distillations and teachers.
+MotionStream's table 4, figures 4, 6a and A2, and limits; Reward Forcing's sinks; scenes that are
+carried away or change their light; objects, attention, rigidity; short distillations and teachers.
 """
 
 import functools
@@ -22,18 +22,20 @@ import train_distill as td
 from extras import world
 from extras.cases import CHANGES, NEUTRAL, new_clips, seed_of
 from extras.clips import encode_video
-from extras.evaluate import (CLIP, MODELS, Trained, case_of, eval_row, find_reward, grid, measure_tables, new_parser,
-                             open_trained, play, settings_of, videos_of, weights_of)
+from extras.evaluate import (CLIP, MODELS, Trained, case_of, eval_row, find_reward, grid,
+                             measure_tables, new_parser, open_trained, play, settings_of,
+                             videos_of, weights_of)
 from extras.guard import CAUSAL_FROM, own_folder
 from extras.tracks import render_control
-from motionstream import (Config, KVCache, MotionStream, TrackHead, UserError, add_noise, apply_rope, same_sigma,
-                          schedule, track_ids)
+from motionstream import (Config, KVCache, MotionStream, TrackHead, UserError, add_noise,
+                          apply_rope, same_sigma, schedule, track_ids)
 from sample import embed_words
 from vae import TinyVAE, TinyVAEConfig, WanVAE
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Short trainings. Each has a folder of its own, named by a digest of its settings, and is done only once.
+# --------------------------------------------------------------------------------------------------
+# Short trainings. Each has a folder of its own, named by a digest of its settings, and is done only
+# once.
 
 class Brief:
     """Settings of a short training. As text: the non-default ones."""
@@ -64,14 +66,16 @@ class Distillation(Brief):
     seed: int = 0                   # beside that of all noise
 
 
-# The student for the tables of memory, trained with many contexts: longer, but shorter than the shipped one.
+# The student for the tables of memory, trained with many contexts: longer, but shorter than the
+# shipped one.
 MANY_MEMORIES = Distillation(updates=180, batch=4, clips=5120, rollout=12, drawn_memory=True)
-DRAWN_MEMORIES = tuple(itertools.product((1, 3, 5), (0, 1, 2, 3), (1, 2, 4)))          # (chunk, sink, window)
+# Each is (chunk, sink, window).
+DRAWN_MEMORIES = tuple(itertools.product((1, 3, 5), (0, 1, 2, 3), (1, 2, 4)))
 
 
 @dataclass(frozen=True)
 class Lesson(Brief):
-    """A short training of a teacher: new, on dense tracks; or the trained one, at the causal stage's rates."""
+    """A short training of a teacher: new, on dense tracks; or the trained one, as causal learns."""
     steps: int = 400
     start: bool = False             # from the trained teacher
     harm: bool = False              # on damaged tracks
@@ -90,8 +94,8 @@ class Start(Brief):
 
 
 def brief_run(trained, made, how, config, settings, **more):
-    """The Run of a short training of `made`, "teacher" or "student". how: its special settings. more: further fields
-    of Run; "start" is the contents of the trained teacher's file."""
+    """The Run of a short training of `made`, "teacher" or "student". how: its special settings.
+    more: further fields of Run; "start" is the contents of the trained teacher's file."""
     if td.PROCESSES > 1:
         raise UserError("experiments train in one process, leave out torchrun")
     sums = [trained.checksum(name) for name in MODELS[:MODELS.index(made)]]
@@ -105,7 +109,8 @@ def brief_run(trained, made, how, config, settings, **more):
 
 
 def train_briefly(run, made, train):
-    """Run a training of brief_run, unless its weights exist. Returns it and the models it came from, as Trained."""
+    """Run a training of brief_run, unless its weights exist. Returns it, and what it came from, as
+    Trained."""
     if not run.path(made).exists():
         started = time.time()
         torch.manual_seed(seed_of(run.seed, made))              # for the initial weights
@@ -116,19 +121,21 @@ def train_briefly(run, made, train):
 
 
 def clips_folder(trained, count):
-    """A folder of clips of the drawn world, encoded by the VAE of `trained`, with tracks as long as the longest
-    rollout: rendered once, for all short trainings."""
+    """A folder of clips of the drawn world, encoded by the VAE of `trained`, with tracks as long as
+    the longest rollout: rendered once, for all short trainings."""
     settings = replace(td.TINY, clips=count, rollout=MANY_MEMORIES.rollout)
     files = {name: trained.path(name) for name in MODELS}
-    dtype = td.compute_dtype(trained.device)
-    run = td.Run(trained.folder, trained.seed, trained.device, dtype, trained.config, settings, files)
+    device = trained.device
+    dtype = td.compute_dtype(device)
+    run = td.Run(trained.folder, trained.seed, device, dtype, trained.config, settings, files)
     encode = functools.partial(encode_video, trained.vae().cpu())
     return world.rendered_clips(run, f"clips{count}", count, encode)[0].parent
 
 
 def damaged_folder(folder, size):
-    """A copy of a folder of clips whose tracks, in three of four, are as bad as a poor tracker's: jittered by 2 % of
-    the width, late (frames 1 to 12 are missing), or broken (half of the pieces of 4 frames are missing)."""
+    """A copy of a folder of clips whose tracks, in three of four, are as bad as a poor tracker's:
+    jittered by 2 % of the width, late (frames 1 to 12 are missing), or broken (half of the pieces
+    of 4 frames are missing)."""
     copy = folder.with_name(f"{folder.name}.damaged")
     for file in sorted(folder.glob("*.safetensors")):
         if (copy / file.name).exists():
@@ -215,8 +222,13 @@ def lesson_run(trained, how):
         settings = replace(settings, teacher=td.TINY.causal, dense_share=0.0)
     else:
         inputs = config.in_dim - config.track_dim - config.copy_dim + config.out_dim
-        config = replace(config, track_id_mode="random", track_dim=config.out_dim, in_dim=inputs, copies=False,
-                         latent_std=())
+        config = replace(
+            config,
+            track_id_mode="random",
+            track_dim=config.out_dim,
+            in_dim=inputs,
+            copies=False,
+            latent_std=())
         settings = replace(settings, dense_share=1.0)
     return brief_run(trained, "teacher", how, config, settings, **more)
 
@@ -235,14 +247,14 @@ def teach_briefly(trained, how):
     return train_briefly(run, "teacher", train)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The stage causal without trajectories (causal_from=clips), and corrupted-context augmentation. train_distill.py imports
-# this module when its settings name one of them.
+# --------------------------------------------------------------------------------------------------
+# The stage causal without trajectories (causal_from=clips), and corrupted-context augmentation.
+# train_distill.py imports this module when its settings name one of them.
 
 def draw_noised_clips(run, files, count):
-    """As train_distill.draw_trajectories, but from clips: x0 is the ground truth, the states are noised x0. This trains
-    the causal flow of the data, unguided: teacher forcing on clean latents, which needs no trajectories. (Few-step
-    consistency, a usual next step, is not done here.)"""
+    """As train_distill.draw_trajectories, but from clips: x0 is the ground truth, the states are
+    noised x0. This trains the causal flow of the data, unguided: teacher forcing on clean latents,
+    which needs no trajectories. (Few-step consistency, a usual next step, is not done here.)"""
     batch = td.draw_batch(run, files, count, run.clip_latents)
     x0 = batch.latents
     noise = torch.randn_like(x0)
@@ -251,9 +263,10 @@ def draw_noised_clips(run, files, count):
 
 
 def corrupt_context(x0, first):
-    """Corrupted-context augmentation: imitates a faulty memory of clean latents x0 (B, C, F, h, w). In half of the clips,
-    a rectangle of all chunks but the first shows frame 0 again, so what left it is back and what entered is gone. Meant
-    to teach the student not to pass such faults on. first: latent frames of the first chunk."""
+    """Corrupted-context augmentation: imitates a faulty memory of clean latents x0 (B, C, F, h, w).
+    In half of the clips, a rectangle of all chunks but the first shows frame 0 again, so what left
+    it is back and what entered is gone. Meant to teach the student not to pass such faults on.
+    first: latent frames of the first chunk."""
     B, _, frames, h, w = x0.shape
     low, high = torch.rand(2, 2, B, 1, 1).sort(0).values                # each of rows and columns
     y = torch.arange(h)[:, None] / h
@@ -265,7 +278,7 @@ def corrupt_context(x0, first):
     return torch.where(corrupt, x0[:, :, :1], x0)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Network variants.
 
 class Refreshed(KVCache):
@@ -290,8 +303,8 @@ def refreshing(kind):
 
 
 class DrawnTracks(TrackHead):
-    """A track head that draws the tracks as dots of 5x5 pixels, coloured by ID, and encodes them as a video: the
-    baseline of MotionStream's table 3."""
+    """A track head that draws the tracks as dots of 5x5 pixels, coloured by ID, and encodes them as
+    a video: the baseline of MotionStream's table 3."""
 
     def __init__(self, vae, out_channels, stride):
         super().__init__(out_channels=out_channels, stride=stride)
@@ -301,13 +314,13 @@ class DrawnTracks(TrackHead):
     def forward(self, tracks, visible, ids, height, width):
         frames = tracks.shape[1]
         video = self.draw(tracks, visible, ids, height, width)
-        if frames % 4 == 0:                                             # a chunk goes on from the last
+        if frames % 4 == 0:                                     # a chunk goes on from the last
             video = torch.cat([self.video, video], 2)
         self.video = video
         with torch.no_grad():
             latents = self.others[0].encode(video)
         latents = latents[:, :, -((frames + 3) // 4):]
-        return latents + 0 * self.conv.weight.sum()                     # a gradient for what is not used
+        return latents + 0 * self.conv.weight.sum()     # a gradient for what is not used
 
     def draw(self, tracks, visible, ids, height, width):
         """The video (B, 3, T, H, W) in [-1, 1], black where there is no track."""
@@ -337,7 +350,7 @@ def drawing(vae):
     return DrawingTeacher
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Measurements of a row.
 
 def distilled_row(trained, distil, refreshed=False, **settings):
@@ -349,7 +362,7 @@ def distilled_row(trained, distil, refreshed=False, **settings):
 
 
 def started_row(trained, start, model, **settings):
-    """eval_row of the causal student of a Start, or of the student of a short Distillation of it."""
+    """eval_row of the causal student of a Start, or of a short Distillation's student of it."""
     started = start_briefly(trained, start)
     if model == "student":
         started = distil_briefly(started, Distillation())
@@ -365,8 +378,8 @@ def taught_row(trained, teach, **settings):
 
 
 def speed_row(trained, **settings):
-    """Time per chunk and per decoded frame, relative to the unchanged student: two streams in turn, medians of 15
-    chunks from the sixth on."""
+    """Time per chunk and per decoded frame, relative to the unchanged student: two streams in turn,
+    medians of 15 chunks from the sixth on."""
     overrides = settings_of(Config, settings)
     clips = new_clips(case_of(settings))
     text = embed_words(NEUTRAL, trained.config)
@@ -386,8 +399,8 @@ def speed_row(trained, **settings):
 
 
 def decoders_row(trained, **_):
-    """Ratio of the decoding times of Wan 2.1's decoder and taew2_1 for a chunk of 12 frames of 64x64 pixels, in turn,
-    medians of 5: random weights."""
+    """Ratio of the decoding times of Wan 2.1's decoder and taew2_1 for a chunk of 12 frames of
+    64x64 pixels, in turn, medians of 5: random weights."""
     latents = torch.zeros(1, 16, 3, 8, 8)
     vaes = [WanVAE().eval(), TinyVAE(TinyVAEConfig()).eval()]
     states = [vae.decode(latents)[1] for vae in vaes]
@@ -402,9 +415,9 @@ def decoders_row(trained, **_):
 
 
 def attention_row(trained, layer, model="student", distil=None, **settings):
-    """Percentages of a layer's self-attention on the sink, the window and the chunk itself once the cache is full.
-    Means over a stream's passes (including the clean ones), clips, heads and tokens. distil: measures the student of
-    a short Distillation."""
+    """Percentages of a layer's self-attention on the sink, the window and the chunk itself once the
+    cache is full. Means over a stream's passes (including the clean ones), clips, heads and tokens.
+    distil: measures the student of a short Distillation."""
     if distil:
         trained = distil_briefly(trained, distil)
     clips = new_clips(case_of(settings))
@@ -425,7 +438,7 @@ def attention_row(trained, layer, model="student", distil=None, **settings):
 
 
 def attention_shares(attention, x, rope, cache):
-    """Softmax mass of SelfAttention on sink, window and the chunk x (B, L, D) itself: (3,), of sum 1."""
+    """Shares of SelfAttention's softmax on sink, window and the chunk x (B, L, D) itself: (3,)."""
     heads = (attention.num_heads, -1)
     q = attention.norm_q(attention.q(x)).unflatten(2, heads)            # (B, L, N, K)
     k = attention.norm_k(attention.k(x)).unflatten(2, heads)
@@ -441,9 +454,10 @@ def attention_shares(attention, x, rope, cache):
 
 
 def words_row(trained, model="teacher", text=None, guidance=None, **settings):
-    """How often a motion named in the caption appears, in percent of the clips: those nearer, in mean square, to the
-    captioned video than to the same one with rigid objects, which neither spin nor pulse. share: position between the
-    two, 0 rigid, 1 captioned. Clips whose two videos are alike (40 dB), a spinning disc, do not count."""
+    """How often a motion named in the caption appears, in percent of the clips: those nearer, in
+    mean square, to the captioned video than to the same one with rigid objects, which neither spin
+    nor pulse. share: position between the two, 0 rigid, 1 captioned. Clips whose two videos are
+    alike (40 dB), a spinning disc, do not count."""
     attributes = settings["attributes"]
     clips = new_clips(case_of(settings))
     scene = clips.scene
@@ -464,7 +478,8 @@ def words_row(trained, model="teacher", text=None, guidance=None, **settings):
 
 
 def encoding_row(trained, by, **settings):
-    """Milliseconds to encode the tracks of a clip: by "head" as the track head does, by "vae" as a drawn video."""
+    """Milliseconds to encode a clip's tracks: by "head" as the track head does, by "vae" as a drawn
+    video."""
     clips = new_clips(case_of(settings))
     model = trained.model("student")
     vae = trained.vae()
@@ -486,13 +501,13 @@ def encoding_row(trained, by, **settings):
     return {"ms": 1000 * np.median(seconds)}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The tables.
 
 def tables(config, count, frames):
     """As in evaluate.py. count: clips of each kind; frames: of the streams."""
     clip = {"seed": "eval 1 False", "clips": count, "frames": CLIP, "objects": 1}
-    frames = min(frames, 20 * CLIP)                                     # 20 times the training's length
+    frames = min(frames, 20 * CLIP)                         # 20 times the training's length
     stream = clip | {"seed": "stream False", "clips": math.ceil(count / 4)}
     whole = stream | {"frames": frames, "piece": math.ceil(frames / 30)}
     half = stream | {"frames": math.ceil(frames / 2), "piece": math.ceil(frames / 60)}
@@ -559,8 +574,9 @@ def clip_tables(config, clip):
 
 
 def training_tables(clip, half):
-    """Tables of short trainings: distillations, by both papers' settings; causal students from trajectories and from
-    clips; teachers with damaged tracks, and with tracks as a drawn video. half: settings of a stream."""
+    """Tables of short trainings: distillations, by both papers' settings; causal students from
+    trajectories and from clips; teachers with damaged tracks, and with tracks as a drawn video.
+    half: settings of a stream."""
     ways = [
         Distillation(),
         Distillation(guidance=(0, 0)),
@@ -573,7 +589,7 @@ def training_tables(clip, half):
         Distillation(reward="motion", beta=2.0),
     ]
     students = [{"distil": how} for how in ways]
-    students += [{"distil": Distillation(), "sink_decay": 0.9}]         # EMA-Sink in streaming alone
+    students += [{"distil": Distillation(), "sink_decay": 0.9}]     # EMA-Sink in streaming alone
     students += [{"measure": eval_row, "model": model} for model in ("causal", "student")]
     starts = [Start(causal_from=way, seed=seed) for seed in (0, 1) for way in CAUSAL_FROM]
     started = grid(model=("causal", "student"), start=starts)

@@ -1,6 +1,7 @@
 """The stage vae of train_distill.py: a linear code for the tiny model, which is not MotionStream's.
 
-Shapes are those of motionstream.py."""
+Shapes are those of motionstream.py.
+"""
 
 import torch
 from safetensors import safe_open
@@ -22,10 +23,15 @@ def random_crop(files):
     with safe_open(file, "pt") as clip:
         video = clip.get_slice("video")
         _, frames, height, width = video.get_shape()
-        t = int(torch.randint(max(frames - CROP_FRAMES, 0) + 1, ()))
-        y = int(torch.randint(max(height - CROP, 0) + 1, ()))
-        x = int(torch.randint(max(width - CROP, 0) + 1, ()))
+        t = random_start(frames, CROP_FRAMES)
+        y = random_start(height, CROP)
+        x = random_start(width, CROP)
         return video[:, t:t + CROP_FRAMES, y:y + CROP, x:x + CROP]
+
+
+def random_start(length, part):
+    """Where a random part of an axis begins; 0 if the axis is not longer than the part."""
+    return int(torch.randint(max(length - part, 0) + 1, ()))
 
 
 def random_crops(files, count):
@@ -48,7 +54,9 @@ def principal_components(vae, videos):
     for video in videos:
         whole = video.shape[1] // FRAMES * FRAMES
         x = video[:, :whole].float() / 127.5 - 1
-        x = x.unflatten(1, (-1, FRAMES)).unflatten(3, (-1, side)).unflatten(5, (-1, side))
+        x = x.unflatten(1, (-1, FRAMES))
+        x = x.unflatten(3, (-1, side))
+        x = x.unflatten(5, (-1, side))                          # (3, F, 4, h, 8, w, 8)
         cells = x.permute(1, 3, 5, 0, 2, 4, 6)                  # (F, h, w, 3, 4, 8, 8)
         cells = cells.flatten(0, 2)                             # (F h w, 3, 4, 8, 8)
         spread = cells.flatten(2).var(2).mean(1)
@@ -57,7 +65,8 @@ def principal_components(vae, videos):
         moment = moment + (flat * weight[:, None]).T @ flat
         total = total + weight.sum()
     _, vectors = torch.linalg.eigh(moment / total)              # the largest are last
-    basis = vectors.flip(1)[:, :channels].T.reshape(channels, 3 * FRAMES, side, side)
+    largest = vectors.flip(1)[:, :channels].T
+    basis = largest.reshape(channels, 3 * FRAMES, side, side)
     overlap = vae.config.overlap
     inner = slice(overlap, overlap + side)
     with torch.no_grad():
@@ -70,8 +79,8 @@ def principal_components(vae, videos):
 def normalise_latents(vae, videos):
     """Rescale the latent channels, folded into a LinearVAE's encoder and decoder, so that the RMS
     of each is proportional to the square root of its effect on pixels, clamped to [0.6, 2]: coarse
-    channels, the first to emerge from noise, become larger. videos: a list of (3, T, H, W) uint8, T
-    = 1 + 4 k."""
+    channels, the first to emerge from noise, become larger. videos: a list of (3, T, H, W) uint8,
+    T = 1 + 4 k."""
     with torch.no_grad():
         latents = [vae.encode(video[None].float() / 127.5 - 1) for video in videos]
         std = torch.cat(latents).square().mean((0, 2, 3, 4)).sqrt()
@@ -79,8 +88,9 @@ def normalise_latents(vae, videos):
         wanted = (worth / worth.square().mean().sqrt()).clamp(0.6, 2)
         gain = wanted / std
         vae.encoder.bias *= gain
-        vae.encoder.weight *= gain.view(-1, 1, 1, 1)
-        vae.decoder.weight /= gain.view(-1, 1, 1, 1)
+        scale = gain.view(-1, 1, 1, 1)
+        vae.encoder.weight *= scale
+        vae.decoder.weight /= scale
         vae.latent_std.copy_(wanted)
 
 
@@ -95,8 +105,8 @@ def reconstruction_error(output, video):
 
 
 def train_vae(run):
-    """Train a LinearVAE, initialised with principal components, by reconstruction alone, on the video
-    of --data or of the drawn world."""
+    """Train a LinearVAE, initialised with principal components, by reconstruction alone, on the
+    video of --data or of the drawn world."""
     s = run.settings
     if run.data:
         files = td.open_clips(run.data, run.clip_latents)

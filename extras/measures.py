@@ -12,8 +12,8 @@ from motionstream import UserError
 
 
 def psnr(video, truth, mask=None):
-    """Decibels between two tensors in [-1, 1]; with a mask, of videos, of the pixels inside alone. NaN if the mask is
-    empty."""
+    """Decibels between two tensors in [-1, 1]; with a mask, of videos, of the pixels inside alone.
+    NaN if the mask is empty."""
     error = (video - truth).square()
     if mask is None:
         mean = error.mean()
@@ -24,8 +24,8 @@ def psnr(video, truth, mask=None):
 
 
 def ssim(a, b):
-    """Structural similarity (B,) of pictures (B, 3, H, W) in [-1, 1], by Gaussian windows of 11x11 pixels, sigma 1.5
-    (Wang et al. 2004)."""
+    """Structural similarity (B,) of pictures (B, 3, H, W) in [-1, 1], by Gaussian windows of 11x11
+    pixels, sigma 1.5 (Wang et al. 2004)."""
     place = torch.arange(-5, 6).double()
     bell = torch.exp(-place ** 2 / 4.5)
     bell = bell / bell.sum()
@@ -61,7 +61,7 @@ def video_ssim(video, truth):
 
 
 def sharpness(video, truth):
-    """How strong edges are, as a share of the truth's: sums of absolute differences of neighbouring pixels."""
+    """How strong edges are, as a share of the truth's: sums of neighbours' absolute differences."""
     edges = 0
     true_edges = 0
     for axis in (3, 4):
@@ -71,8 +71,8 @@ def sharpness(video, truth):
 
 
 def edge_correlation(video, truth):
-    """Whether edges are where they should be: the correlation of the differences of neighbouring pixels, 1 at best.
-    Sharpness without it is noise."""
+    """Whether edges are where they should be: the correlation of the differences of neighbouring
+    pixels, 1 at best. Sharpness without it is noise."""
     product = 0
     energy = 0
     true_energy = 0
@@ -97,11 +97,12 @@ def colourfulness(video, truth, mask):
 
 
 def colour_mass(video, colours):
-    """How much of each colour (B, K, 3), in [0, 1], is in a video, and where: mass (B, T, K) and centroid (B, T, K, 2)
-    in pixels. A pixel counts for the colour nearest to it in hue, by how colourful it is; greyish ones do not count."""
+    """How much of each colour (B, K, 3), in [0, 1], is in a video, and where: mass (B, T, K) and
+    centroid (B, T, K, 2) in pixels. A pixel counts for the colour nearest to it in hue, by how
+    colourful it is; greyish ones do not count."""
     rgb = video.transpose(1, 2) / 2 + 0.5                               # (B, T, 3, H, W)
     chroma = rgb - rgb.mean(2, keepdim=True)
-    strength = chroma.square().sum(2, keepdim=True).sqrt()              # norm(dim=2) takes 100 times as long
+    strength = chroma.square().sum(2, keepdim=True).sqrt()      # norm(dim=2): 100 times as long
     hues = colours - colours.mean(2, keepdim=True)
     hues = F.normalize(hues, dim=2)                                     # (B, K, 3)
     hue = chroma / strength.clamp(min=1e-12)
@@ -123,18 +124,19 @@ def centroid(weight):
     return torch.stack([x, y], -1) / total[..., None]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Best whole shifts. correlate(a, b)[dy, dx] is the sum of a(y, x) b(y + dy, x + dx): by FFT, for all shifts at once.
+# --------------------------------------------------------------------------------------------------
+# Best whole shifts. correlate(a, b)[dy, dx] is the sum of a(y, x) b(y + dy, x + dx): by FFT, for
+# all shifts at once.
 
 def spectrum(x, reach):
-    """The FFT of pictures (…, H, W), padded by zeros so that shifts up to `reach` do not wrap round."""
+    """FFT of pictures (…, H, W), zero-padded so that shifts up to `reach` do not wrap round."""
     height, width = x.shape[-2:]
     return torch.fft.rfft2(x, (height + reach, width + reach))
 
 
 def correlate(a, b, size, reach):
-    """From two spectra of pictures of `size` (H, W): correlations (…, 2 reach + 1, 2 reach + 1), the middle is no
-    shift."""
+    """From two spectra of pictures of `size` (H, W): correlations (…, 2 reach + 1, 2 reach + 1),
+    the middle is no shift."""
     height, width = size
     padded = (height + reach, width + reach)
     full = torch.fft.irfft2(a.conj() * b, padded)
@@ -152,9 +154,10 @@ def shift_of(index, reach):
 
 
 def best_shift(pictures, truth, mask, reach):
-    """Where the masked part of each true picture is found in another: the whole shift (n, 2), x and y, of at most
-    `reach` pixels with the least squared error, and that error (n,), the mean of a masked pixel's three channels.
-    pictures, truth (n, 3, H, W); mask (n, H, W). At least half of the part has to be inside the picture."""
+    """Where the masked part of each true picture is found in another: the whole shift (n, 2), x and
+    y, of at most `reach` pixels with the least squared error, and that error (n,), the mean of a
+    masked pixel's three channels. pictures, truth (n, 3, H, W); mask (n, H, W). At least half of
+    the part has to be inside the picture."""
     size = mask.shape[-2:]
     mask = mask.float()
     seen = spectrum(mask, reach)
@@ -176,9 +179,10 @@ def best_shift(pictures, truth, mask, reach):
 
 
 def best_overlap(found, outline, reach=16, near=6):
-    """How well outlines agree wherever they are: the intersection over union (n,) of what was found (n, H, W) and the
-    true outline (n, H, W), both of 0 and 1, moved by the whole shift of at most `reach` pixels that is best for it. What
-    was found farther than `near` pixels from the outline is not this object and does not count."""
+    """How well outlines agree wherever they are: the intersection over union (n,) of what was found
+    (n, H, W) and the true outline (n, H, W), both of 0 and 1, moved by the whole shift of at most
+    `reach` pixels that is best for it. What was found farther than `near` pixels from the outline
+    is not this object and does not count."""
     size = outline.shape[-2:]
     outline = outline.float()
     found = found.float()
@@ -194,9 +198,10 @@ def best_overlap(found, outline, reach=16, near=6):
 
 
 def object_pixels(video, truth, ground, mask):
-    """Which pixels (B, T, H, W) of a video show an object of one colour, and not the ground behind it: those beyond the
-    middle between the two colours. The object's is the mean of the true one inside its mask, frame by frame; ground is
-    the true video without objects. Pixels whose ground has the object's colour never count."""
+    """Which pixels (B, T, H, W) of a video show an object of one colour, and not the ground behind
+    it: those beyond the middle between the two colours. The object's is the mean of the true one
+    inside its mask, frame by frame; ground is the true video without objects. Pixels whose ground
+    has the object's colour never count."""
     mask = mask[:, None]                                                # (B, 1, T, H, W)
     count = mask.sum((3, 4), keepdim=True)
     total = (truth * mask).sum((3, 4), keepdim=True)
@@ -207,21 +212,22 @@ def object_pixels(video, truth, ground, mask):
     return (along > 0.5 * length) & (length > 0.04)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # LPIPS, by its package.
 
 def lpips_network(net):
-    """How different images (B, 3, H, W) in [-1, 1] look (Zhang et al. 2018, arXiv 1801.03924), by the package lpips:
-    a function of two of them. net: "alex" or "vgg"."""
+    """How different images (B, 3, H, W) in [-1, 1] look (Zhang et al. 2018, arXiv 1801.03924), by
+    the package lpips: a function of two of them. net: "alex" or "vgg"."""
     try:
         from lpips import LPIPS
-    except (ImportError, RuntimeError) as e:            # of torchvision, if it is not made for this torch
+    except (ImportError, RuntimeError) as e:        # of torchvision, not made for this torch
         raise UserError(f"LPIPS: {str(e).splitlines()[0]}; pip install lpips") from None
     return LPIPS(net=net, verbose=False).eval().requires_grad_(False)
 
 
 def open_lpips(net, device):
-    """The mean LPIPS of two videos (B, 3, T, H, W), of every fourth frame, from another one each micro-step; None: 0."""
+    """The mean LPIPS of two videos (B, 3, T, H, W), of every fourth frame, from another one each
+    micro-step; None: 0."""
     if net is None:
         return lambda video, truth, step: 0.0
     network = lpips_network(net).to(device)

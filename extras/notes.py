@@ -1,5 +1,5 @@
-"""What sample.py tells the user about a job before it samples: what is cropped, hidden, unknown or not
-specified.
+"""What sample.py tells the user about a job before it samples: what is cropped, hidden, unknown or
+not specified.
 """
 
 # The vocabulary of the shipped tiny model: "fading light, spinning shapes" (extras/world.py).
@@ -17,8 +17,8 @@ def print_notes(job, words, tracks, motion, image_size, shown):
                      f"{part_in_words(shown)}")
     notes += on_tracks(job, tracks, motion)
     if tracks.fps not in (None, job.fps):
-        notes.append(f"the tracks are at {tracks.fps:g} frames/s, the video at {job.fps:g}; they are "
-                     "not resampled")
+        notes.append(f"the tracks are at {tracks.fps:g} frames/s, the video at {job.fps:g}; "
+                     "they are not resampled")
     for note in notes:
         print(f"note: {note}")
 
@@ -59,11 +59,12 @@ def on_tracks(job, tracks, motion):
     visible = tracks.visible[:motion.visible.shape[1]].sum()
     lost = visible - motion.visible.sum().item()
     if lost:
-        notes.append(f"{lost} of {visible} visible track points lie outside the video and are hidden")
+        notes.append(f"{lost} of {visible} visible track points lie outside the video and are "
+                     "hidden")
     kind = job.config.track_id_mode
     if tracks.ids is not None and tracks.id_mode != kind:
-        notes.append(f"the IDs of these weights are of the kind {kind!r}, not {tracks.id_mode!r}; the "
-                     "file's ids are not used")
+        notes.append(f"the IDs of these weights are of the kind {kind!r}, not {tracks.id_mode!r}; "
+                     "the file's ids are not used")
     if not motion.visible.any():
         notes.append("no track is seen in the video, nothing is specified")
     return notes

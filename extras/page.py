@@ -2,15 +2,16 @@
 
     python -m extras.page --image x.png
 
-It prints an address; whoever opens it can drag, pin, draw paths and move the camera, and all see the same video. The
-flags are those of sample.py, except tracks and frames; --host and --port set the address of the page, --allow the public
-name of a tunnel to it.
+It prints an address; whoever opens it can drag, pin, draw paths and move the camera, and all see
+the same video. The flags are those of sample.py, except tracks and frames; --host and --port set
+the address of the page, --allow the public name of a tunnel to it.
 
-A recording that begins with the image is three files: NAME.mp4, NAME.png (the image) and NAME.npz (the inputs of each
-chunk). `python sample.py --image NAME.png --tracks NAME.npz` reproduces the same frames, see save_recording.
+A recording that begins with the image is three files: NAME.mp4, NAME.png (the image) and NAME.npz
+(the inputs of each chunk). `python sample.py --image NAME.png --tracks NAME.npz` reproduces the
+same frames, see save_recording.
 
-Requests only read and replace values of `Live`; only the main thread runs the model. Handler defines which HTTP
-requests are allowed.
+Requests only read and replace values of `Live`; only the main thread runs the model. Handler
+defines which HTTP requests are allowed.
 """
 
 import argparse
@@ -42,14 +43,14 @@ import sample
 from extras import notes, recording, video, world
 from extras.refusals import check_output
 from motionstream import Config, UserError, naming, reason_of, video_frames, write_file
-from sample import (crop, embed_words, enlarge, fit_image, hold_signals, live_motion, number, to_frames,
-                    to_video, video_file)
+from sample import (crop, embed_words, enlarge, fit_image, hold_signals, live_motion, number,
+                    to_frames, to_video, video_file)
 
 RECORDING = Path("recording.mp4")   # the default of --out
 PORT = 8765
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # State shared by the threads.
 
 class Shown(NamedTuple):
@@ -73,8 +74,8 @@ class Take:
     number: int
     image: Image.Image
     config: Config
-    made: collections.deque = field(default_factory=collections.deque)      # of Shown, to be shown
-    seen: collections.deque = field(default_factory=collections.deque)      # of frames, for the recorder
+    made: collections.deque = field(default_factory=collections.deque)  # of Shown, to be shown
+    seen: collections.deque = field(default_factory=collections.deque)  # of frames, to be recorded
     obeyed: dict | None = None      # the control of the latest chunk
     begun: float | None = None      # its start time, until its first frame is done
 
@@ -96,28 +97,33 @@ class Live:
     take: Take | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
     count: itertools.count = field(default_factory=lambda: itertools.count(1))      # of frames
-    viewers: dict = field(default_factory=dict)     # {name of a page: time of its last request for a frame}
+    viewers: dict = field(default_factory=dict)     # {a page: when it last asked for a frame}
     runs: bool = False      # somebody watches, and it is not paused
     tick: float = 0.0       # time to show the next frame
     lead: float = 0.0       # seconds by which a chunk must start early
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Requests of a browser.
 
 TOKEN = secrets.token_urlsafe(16)
 NONCE = secrets.token_urlsafe(16)
+POLICY = (f"default-src 'none'; script-src 'nonce-{NONCE}'; style-src 'nonce-{NONCE}'; "
+          "connect-src 'self'; img-src 'self'; base-uri 'none'; form-action 'none'; "
+          "frame-ancestors 'none'")
 HEADERS = {
-    "Cache-Control": "no-store", "Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff",
-    "Content-Security-Policy":
-        f"default-src 'none'; script-src 'nonce-{NONCE}'; style-src 'nonce-{NONCE}'; connect-src 'self'; "
-        "img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"}
-MOST = {"application/json": 2 ** 18, "image/png": 2 ** 23, "image/jpeg": 2 ** 23}      # bytes in a post
+    "Cache-Control": "no-store",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": POLICY,
+}
+MOST = {"application/json": 2 ** 18, "image/png": 2 ** 23, "image/jpeg": 2 ** 23}   # bytes posted
 MOST_POINTS = 256
 MOST_LEFT = 64              # removed groups
 MOST_PIXELS = 2 ** 25       # of an image
 FARTHEST = 1e6              # pixels
-PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8").replace("NONCE", NONCE).encode()
+SOURCE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+PAGE = SOURCE.replace("NONCE", NONCE).encode()
 SETTINGS = {"take": int, "chunk": int, "pause": bool, "record": bool, "prompt": str}
 KINDS = ("drag", "pin", "path", "camera", "left")
 HELD = ("drag", "pin", "path")
@@ -128,10 +134,10 @@ class Refused(Exception):
 
 
 def merge(control, data, chunks, apart):
-    """The control after a page's post: JSON of the changed values of SETTINGS ("take": a new number starts over;
-    "chunk": one of `chunks`) and groups of points by name, see read_group. Other groups stay during a take. "seq"
-    counts posts, and "points" are the model's, see gather. Raises Refused for too many points, some other exception for
-    any other fault."""
+    """The control after a page's post: JSON of the changed values of SETTINGS ("take": a new number
+    starts over; "chunk": one of `chunks`) and groups of points by name, see read_group. Other
+    groups stay during a take. "seq" counts posts, and "points" are the model's, see gather. Raises
+    Refused for too many points, some other exception for any other fault."""
     changes = json.loads(data, parse_constant=float)
     given = changes.pop("groups", {})
     kinds = {name: type(value) for name, value in changes.items()}
@@ -153,9 +159,9 @@ def merge(control, data, chunks, apart):
 
 
 def read_group(name, group):
-    """Check a group of points sent by the page: {"kind": one of KINDS, "points": [[x, y, x and y in frame 0, and when
-    grabbed], …], "path": [[x, y], …]}, in pixels of the image. Kind "left": removed points. Any fault raises some
-    exception."""
+    """Check a group of points sent by the page: {"kind": one of KINDS, "points": [[x, y, x and y
+    in frame 0, and when grabbed], …], "path": [[x, y], …]}, in pixels of the image. Kind
+    "left": removed points. Any fault raises some exception."""
     points = np.array(group["points"], np.float64)
     path = np.array(group["path"], np.float64).reshape(-1, 2)
     right = (
@@ -173,8 +179,8 @@ def read_group(name, group):
 
 
 def gather(groups, apart):
-    """Points for the model: all held points and, if the camera moves the ground, those ground points that start at
-    least `apart` pixels from all of them."""
+    """Points for the model: all held points and, if the camera moves the ground, those ground
+    points that start at least `apart` pixels from all of them."""
     points = []
     ground = []
     for group in groups.values():
@@ -211,18 +217,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Print nothing of what strangers send."""
 
     def check_sender(self):
-        """Refuse a request unless it names one of our hosts, knows the token, and comes from no other page."""
+        """Refuse a request unless it names one of our hosts, knows the token, and is our page's."""
         live = self.server.live
         host = self.headers.get("Host", "")
+        here = self.connection.getsockname()[0]
         origins = [None, f"http://{host}"]
         if host in live.allowed:
             origins.append(f"https://{host}")           # tunnels
-        elif host not in named([*live.hosts, self.connection.getsockname()[0]], self.server.server_port):
-            raise Refused(421, f"This program does not go by the name {host[:100]!r}. If a tunnel or another port is in "
-                          "front of it, start it again with --allow and that name, as --allow x.example:9000.")
+        elif host not in named(live.hosts + [here], self.server.server_port):
+            raise Refused(421, f"This program does not go by the name {host[:100]!r}. If a tunnel "
+                          "or another port is in front of it, start it again with --allow and "
+                          "that name, as --allow x.example:9000.")
         token = self.path[1:].partition("/")[0]
         if not secrets.compare_digest(token.encode(), TOKEN.encode()):
-            raise Refused(403, "Open the whole address that the program has printed; it is another one each time.")
+            raise Refused(403, "Open the whole address that the program has printed; it is another "
+                          "one each time.")
         if self.headers.get("Origin") not in origins:
             raise Refused(403, "This was asked for by another page.")
 
@@ -236,7 +245,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.reply("text/plain; charset=utf-8", why.encode(), {"Connection": "close"}, code)
 
     def do_GET(self):
-        """The page, its state, the newest frame, a picture to start from, or a file of a recording."""
+        """The page, its state, the newest frame, a picture to start from, or a recording's file."""
         self.answer(self.get)
 
     def do_POST(self):
@@ -276,7 +285,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise
         except Exception:                               # bad data raise many kinds
             raise Refused(400, "This is not what the page sends, or no picture.") from None
-        self.reply("application/json", json.dumps({"seq": self.server.live.control["seq"]}).encode())
+        said = json.dumps({"seq": self.server.live.control["seq"]})
+        self.reply("application/json", said.encode())
 
     def check_body(self):
         """Refuse what is posted before it is read."""
@@ -305,7 +315,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.live.image = sample.load_image(io.BytesIO(data))
 
     def reply_frame(self, seen, viewer):
-        """The newest frame, as soon as it is not the one that the page `viewer` has seen: a slow page skips some."""
+        """The newest frame, as soon as it is not the one that the page `viewer` has seen: a slow
+        page skips some."""
         live = self.server.live
         count_viewers(live, viewer)
         until = time.monotonic() + 1
@@ -353,7 +364,7 @@ def numbered(paths, number):
 
 
 def count_viewers(live, viewer=None):
-    """Number of pages that have asked for a frame within two seconds. viewer: the name of one that asks now."""
+    """Number of pages that asked for a frame within two seconds. viewer: one that asks now."""
     now = time.monotonic()
     with live.lock:
         if viewer is not None:
@@ -372,12 +383,14 @@ def told(live):
     state["viewers"] = count_viewers(live)
     state["files"] = [path.name for path in live.files]
     state["pictures"] = [path.stem for path in live.pictures]
-    state["unknown"] = notes.unknown_words(sample.words_in(state["prompt"])) if state["words"] else []
+    state["unknown"] = []
+    if state["words"]:
+        state["unknown"] = notes.unknown_words(sample.words_in(state["prompt"]))
     return state
 
 
 def clock(live):
-    """Show one frame after the other at the clip's rate, while somebody watches and it is not paused."""
+    """Show frame after frame at the clip's rate, while somebody watches and it is not paused."""
     while not live.stop:
         take = live.take
         live.runs = count_viewers(live) > 0 and not live.control["pause"]
@@ -388,15 +401,16 @@ def clock(live):
         time.sleep(max(live.tick - time.monotonic(), 0.002))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # From points to the model's inputs.
 
 def glide(points, last, frames, begins):
-    """Positions of points in the next `frames` frames: on lines from their old to their new positions.
+    """Positions of points in the next `frames` frames, on lines from their old to their new ones.
 
-    points: rows, see read_group. last: {start: requested position at the end of the previous chunk}; a new point begins
-    where it was grabbed or, in the first chunk of a take (begins), at its start. Returns (starts, a sorted list of
-    (x, y), which identify the points; tracks (frames, N, 2) float32)."""
+    points: rows, see read_group. last: {start: requested position at the end of the previous
+    chunk}; a new point begins where it was grabbed or, in the first chunk of a take (begins), at
+    its start. Returns (starts, a sorted list of (x, y), which identify the points; tracks
+    (frames, N, 2) float32)."""
     begin = {}
     end = {}
     for x, y, start_x, start_y, grabbed_x, grabbed_y in points:
@@ -413,21 +427,22 @@ def glide(points, last, frames, begins):
 
 
 def fit_chunk(starts, tracks, prompt, size, config):
-    """Points of a chunk, see glide, on an image of `size` (width, height), to a sample.Motion in the model's video:
-    hidden outside it, with the text of a prompt if the model reads words. Each point moves the content of its start in
-    frame 0, wherever that is now."""
+    """Points of a chunk, see glide, on an image of `size` (width, height), to a sample.Motion in
+    the model's video: hidden outside it, with the text of a prompt if the model reads words. Each
+    point moves the content of its start in frame 0, wherever that is now."""
     points = to_video(tracks, size, config.size).numpy()
     outside = ((points < 0) | (points >= config.size[::-1])).any(-1)
     points[outside] = np.nan
     begun = np.array(starts, np.float32).reshape(-1, 2)
-    motion = live_motion(points, to_video(begun, size, config.size), config, point_ids(starts, config))
+    begun = to_video(begun, size, config.size)
+    motion = live_motion(points, begun, config, point_ids(starts, config))
     if reads_words(config):
         motion = replace(motion, text=embed_words(prompt, config))
     return motion
 
 
 def point_ids(starts, config):
-    """The IDs of points, which come and go: each is told by its start, see glide. None: the model has its own."""
+    """The IDs of points, which come and go: by their starts, see glide. None: the model's own."""
     if config.track_id_mode != "random":
         return None
     return [zlib.crc32(repr(start).encode()) for start in starts]
@@ -438,14 +453,14 @@ def reads_words(config):
     return config.text_encoder == "words"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Recordings.
 
 class Recorder:
     """Records the shown frames of a take on request: a new video each time, complete when it ends.
 
-    A video that begins with the image is reproducible: the inputs of its chunks are kept while that holds, and saved
-    beside it. out: base of the videos' names; settings: see save_recording."""
+    A video that begins with the image is reproducible: the inputs of its chunks are kept while that
+    holds, and saved beside it. out: base of the videos' names; settings: see save_recording."""
 
     def __init__(self, live, take, out, settings):
         self.live = live
@@ -504,11 +519,15 @@ class Recorder:
         self.files.close()
         endings = (".mp4",) if self.chunks is None else (".mp4", ".png", ".npz")
         if self.chunks is None:
-            print(f"{self.path}: {self.count} frames; it begins after the image, there is the video alone")
+            print(f"{self.path}: {self.count} frames; it begins after the image, there is the "
+                  "video alone")
         else:
-            save_recording(self.path, self.take.image, self.chunks, self.settings | {"frames": self.count})
-            files = f"--image {self.path.with_suffix('.png')} --tracks {self.path.with_suffix('.npz')}"
-            print(f"{self.path}: {self.count} frames; sample.py {files} makes them again")
+            settings = self.settings | {"frames": self.count}
+            save_recording(self.path, self.take.image, self.chunks, settings)
+            image = self.path.with_suffix(".png")
+            tracks = self.path.with_suffix(".npz")
+            print(f"{self.path}: {self.count} frames; sample.py --image {image} --tracks {tracks} "
+                  "makes them again")
         self.live.files += [self.path.with_suffix(ending) for ending in endings]
         self.count = 0
 
@@ -516,7 +535,7 @@ class Recorder:
         return self
 
     def __exit__(self, kind, error, trace):
-        """The take is over: an open video is finished, or none of it is left behind if something went wrong."""
+        """The take is over: an open video is finished or, if something went wrong, is removed."""
         if kind is None:
             self.record(False)
         self.files.__exit__(kind, error, trace)
@@ -533,15 +552,22 @@ def unused(path):
 def save_recording(path, image, chunks, settings):
     """Write NAME.png and NAME.npz beside the video NAME.mp4.
 
-    The .npz is a file of tracks: tracks (T, N, 2) float32 in pixels of the image, T frames of whole chunks, NaN where a
-    point did not exist; visibility (T, N); ids (N,) int64 as given to the model; start (N, 2) float32: positions in
-    frame 0. It also records the stream: prompts, one per chunk, and `settings`: track_id_mode, seed, chunk, sink,
-    window (-1: all), steps, fps, dtype, frames, weights (a checksum). chunks: of Given."""
+    The .npz is a file of tracks: tracks (T, N, 2) float32 in pixels of the image, T frames of whole
+    chunks, NaN where a point did not exist; visibility (T, N); ids (N,) int64 as given to the
+    model; start (N, 2) float32: positions in frame 0. It also records the stream: prompts, one per
+    chunk, and `settings`: track_id_mode, seed, chunk, sink, window (-1: all), steps, fps, dtype,
+    frames, weights (a checksum). chunks: of Given."""
     tracks, ids, start = join_chunks(chunks)
     arrays = settings | {
-        "tracks": tracks, "visibility": ~np.isnan(tracks[..., 0]), "ids": ids, "start": start,
-        "prompts": [chunk.prompt for chunk in chunks], "width": image.width, "height": image.height,
-        "format": "motionstream"}
+        "tracks": tracks,
+        "visibility": ~np.isnan(tracks[..., 0]),
+        "ids": ids,
+        "start": start,
+        "prompts": [chunk.prompt for chunk in chunks],
+        "width": image.width,
+        "height": image.height,
+        "format": "motionstream",
+    }
     data = io.BytesIO()
     np.savez(data, **arrays)
     write_file(path.with_suffix(".npz"), lambda part: part.write_bytes(data.getbuffer()))
@@ -549,8 +575,9 @@ def save_recording(path, image, chunks, settings):
 
 
 def join_chunks(chunks):
-    """Join the points given to chunks, one column per point, in the model's order: tracks (T, N, 2), NaN where a point
-    did not exist, ids (N,) and starts (N, 2). Without any point there is one empty column."""
+    """Join the points given to chunks, one column per point, in the model's order: tracks
+    (T, N, 2), NaN where a point did not exist, ids (N,) and starts (N, 2). Without any point there
+    is one empty column."""
     id_of = {}
     for chunk in chunks:
         id_of.update(zip(chunk.starts, chunk.ids.tolist()))
@@ -564,10 +591,11 @@ def join_chunks(chunks):
         tracks[begin:end, [column[start] for start in chunk.starts]] = chunk.tracks
         begin = end
     ids = [id_of[start] for start in starts] or [0]
-    return tracks, np.array(ids, np.int64), np.array(starts or [(0, 0)], np.float32)
+    starts = starts or [(0, 0)]
+    return tracks, np.array(ids, np.int64), np.array(starts, np.float32)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The program.
 
 def chunks_to_make(live, take, recorder):
@@ -591,8 +619,8 @@ def chunks_to_make(live, take, recorder):
 
 
 def wait_for_chunk(live, take, recorder):
-    """True as soon as the next chunk has to be started for its first frame to be in time; False if another take is
-    requested, or the program ends."""
+    """True as soon as the next chunk has to be started for its first frame to be in time; False if
+    another take is requested, or the program ends."""
     while not live.stop and live.control["take"] == take.number:
         recorder.record(live.control["record"])
         left = live.tick + len(take.made) / live.status["fps"] - time.monotonic()
@@ -611,8 +639,8 @@ def with_chunk(config, chunk):
 
 @torch.inference_mode()
 def perform(live, job, models, out):
-    """One take: stream from live.image until another take is requested or the program ends. out: base of the
-    recordings' names, None: RECORDING."""
+    """One take: stream from live.image until another take is requested or the program ends. out:
+    base of the recordings' names, None: RECORDING."""
     control = live.control
     config = with_chunk(live.config, control["chunk"])
     take = Take(control["take"], live.image, config)
@@ -634,13 +662,21 @@ def settings_of(job, models):
     """A recording's settings, besides the inputs of its chunks."""
     config = job.config
     window = -1 if config.window is None else config.window
-    return {"track_id_mode": config.track_id_mode, "seed": job.seed, "chunk": config.chunk, "sink": config.sink,
-            "window": window, "steps": len(config.sigmas), "fps": job.fps, "dtype": job.dtype,
-            "weights": recording.checksum(models)}
+    return {
+        "track_id_mode": config.track_id_mode,
+        "seed": job.seed,
+        "chunk": config.chunk,
+        "sink": config.sink,
+        "window": window,
+        "steps": len(config.sigmas),
+        "fps": job.fps,
+        "dtype": job.dtype,
+        "weights": recording.checksum(models),
+    }
 
 
 def open_server(address):
-    """A server at (host, port), which does not answer yet. UserError if it cannot have that address."""
+    """A server at (host, port), which does not answer yet. UserError if it cannot have that."""
     host, port = address
     with naming(f"--host {host} --port {port}", "not an address of this machine"):
         try:
@@ -650,14 +686,16 @@ def open_server(address):
 
 
 def serve(live, server, host, allowed):
-    """Answer browsers in separate threads. server: of open_server, at `host`; allowed: see Live. Prints the address."""
+    """Answer browsers in separate threads. server: of open_server, at `host`; allowed: see Live.
+    Prints the address."""
     server.live = live
     live.allowed = allowed
     live.hosts = [host.lower(), "localhost"]
-    if host == "0.0.0.0":                               # all addresses of this machine; and its name
+    if host == "0.0.0.0":                   # all addresses of this machine; and its name
         live.hosts.append(socket.gethostname().lower())
     if host != "127.0.0.1" or allowed:
-        print(f"warning: whoever reaches {' or '.join([host, *allowed])} and sees the address can steer this program")
+        names = " or ".join([host] + allowed)
+        print(f"warning: whoever reaches {names} and sees the address can steer this program")
     print(f"http://{host}:{server.server_port}/{TOKEN}/", flush=True)
     for name in allowed:
         print(f"and, as --allow says, {name}/{TOKEN}/", flush=True)
@@ -666,18 +704,19 @@ def serve(live, server, host, allowed):
 
 
 def host_header(address):
-    """The Host header that a browser sends for an address: x.example:9000 of http://x.example:9000/."""
+    """The Host header that a browser sends: x.example:9000 for http://x.example:9000/."""
     host = address.lower().rpartition("://")[2].partition("/")[0]
     if not re.fullmatch(r"[\w.-]+(:\d+)?", host):
-        raise argparse.ArgumentTypeError(f"{address!r} is no name of a host, as x.example or localhost:9000")
+        raise argparse.ArgumentTypeError(f"{address!r} is no name of a host, as x.example or "
+                                         "localhost:9000")
     return host
 
 
 def parse_flags(argv):
-    """Parse the command line: a namespace, (host, port), and its other names. UserError for flags that fix tracks or
-    frames beforehand, or that the page replaces."""
-    parser = sample.Parser(prog="python -m extras.page", description="Draw tracks on a video while it streams.",
-                           allow_abbrev=False)
+    """Parse the command line: a namespace, (host, port), and its other names. UserError for flags
+    that fix tracks or frames beforehand, or that the page replaces."""
+    parser = sample.Parser(prog="python -m extras.page", allow_abbrev=False,
+                           description="Draw tracks on a video while it streams.")
     sample.add_flags(parser)
     add = parser.add_argument_group("page").add_argument
     add("--host", default="127.0.0.1", help="an address of this machine (127.0.0.1)")
@@ -686,26 +725,64 @@ def parse_flags(argv):
         help="what a browser calls it behind a tunnel or another port: x.example, localhost:9000")
     parser.set_defaults(out=None)
     flags = parser.parse_args(argv)
-    for typed, name in ((flags.tracks or flags.drag or flags.pin, "--tracks, --drag and --pin"), (flags.grid is not None, "--grid"),
-                        (flags.frames, "--frames"), (flags.overlay, "--overlay"),
-                        (flags.sampler == "teacher", "--sampler teacher")):
+    others = [
+        (flags.tracks or flags.drag or flags.pin, "--tracks, --drag and --pin"),
+        (flags.grid is not None, "--grid"),
+        (flags.frames, "--frames"),
+        (flags.overlay, "--overlay"),
+        (flags.sampler == "teacher", "--sampler teacher"),
+    ]
+    for typed, name in others:
         if typed:
-            raise UserError(f"the page streams for as long as it is open, and tracks are drawn there: drop {name}")
+            raise UserError("the page streams for as long as it is open, and tracks are drawn "
+                            f"there: drop {name}")
     return flags, (flags.host, flags.port), flags.allow
 
 
 def pictures(image):
     """Files to start from: the image, and the examples that have tracks."""
-    examples = [path for path in sorted(sample.ASSETS.glob("*.png")) if path.with_suffix(".npz").exists()]
+    found = sorted(sample.ASSETS.glob("*.png"))
+    examples = [path for path in found if path.with_suffix(".npz").exists()]
     return [image] + [path for path in examples if path.resolve() != image.resolve()]
 
 
 def check_out(flags):
     """UserError unless a recording can be written to --out without replacing an input file."""
-    inputs = [value for name, value in vars(flags).items() if isinstance(value, Path) and name != "out"]
+    others = vars(flags) | {"out": None}
+    inputs = [value for value in others.values() if isinstance(value, Path)]
     check_output(flags.out, (".mp4",), inputs)
     for ending in (".png", ".npz"):
         check_output(flags.out.with_suffix(ending), (ending,), inputs)
+
+
+def new_control(job, out):
+    """What all pages share at first, see merge. out: of a recording from the start, or None."""
+    return {
+        "seq": 0,
+        "take": 0,
+        "chunk": job.config.chunk,
+        "pause": True,
+        "record": out is not None,
+        "prompt": job.prompt or "",
+        "groups": {},
+        "points": [],
+    }
+
+
+def new_status(job, image):
+    """What else a page is told at first."""
+    config = job.config
+    return {
+        "size": config.size,
+        "image": image.size,
+        "latency": 0.0,
+        "slowness": 0.0,
+        "fps": job.fps,
+        "words": reads_words(config),
+        "menu": world.caption_phrases(),
+        "chunks": sorted({1, config.chunk}),
+        "recorded": "",
+    }
 
 
 def run(argv):
@@ -719,21 +796,20 @@ def run(argv):
     job = sample.resolve(flags, weights, sample.no_tracks(sample.MOST_FRAMES))
     config = job.config
     if not (config.causal and config.track_dim and weights.has_head):
-        raise UserError(f"{weights.path}: the page needs a trained student, which streams and follows tracks")
+        raise UserError(f"{weights.path}: the page needs a trained student, which streams and "
+                        "follows tracks")
     pixels = fit_image(image, config.size)
     server = open_server(address)               # a port in use is found before any model loads
     models = sample.load_models(job, pixels)
     for note in job.notes:
         print(f"note: {note}")
     job = replace(job, frames=None)
-    control = {"seq": 0, "take": 0, "chunk": config.chunk, "pause": True, "record": flags.out is not None,
-               "prompt": job.prompt or "", "groups": {}, "points": []}
-    status = {"size": config.size, "image": image.size, "latency": 0.0, "slowness": 0.0, "fps": job.fps,
-              "words": reads_words(config), "menu": world.caption_phrases(), "chunks": sorted({1, config.chunk}),
-              "recorded": ""}
+    control = new_control(job, flags.out)
+    status = new_status(job, image)
     with hold_signals() as noted:
         first = Shown(0, 0, to_frames(pixels[:, :, None])[0])
-        live = Live(image, config, control, status, first, noted, flags.out, pictures=pictures(flags.image))
+        live = Live(image, config, control, status, first, noted, flags.out)
+        live.pictures = pictures(flags.image)
         serve(live, server, address[0], allowed)
         while not noted:
             perform(live, job, models, flags.out)

@@ -1,15 +1,17 @@
-"""The papers' protocols: how near to a real video comes what a model makes of its first frame and tracks.
+"""The papers' protocols: how near to a real video is what a model makes of its tracks and frame 0.
 
-    python -m extras.evaluate papers FOLDER --protocol davis --out runs/davis --weights student.safetensors
-        --vae Wan2.1_VAE.pth --text-encoder DIR --tracker tracker.py:track
+    python -m extras.evaluate papers FOLDER --protocol davis --out runs/davis
+        --weights student.safetensors --vae Wan2.1_VAE.pth --text-encoder DIR
+        --tracker tracker.py:track
 
-In FOLDER a clip is a.mp4, a.npz, the tracks of its pixels, and a.txt, its prompt, as for extras/clips.py; a
-prompt may be encoded already, in a.safetensors. Other flags are those of sample.py. MotionStream, table 1 and 2,
-appendix E: DAVIS (longer clips keep their first and last frame and evenly chosen ones between), a subset of Sora's
-clips (cut to 81 frames at 16 a second) and LLFF. What is made is in --out, and the numbers are in papers.json.
+In FOLDER a clip is a.mp4, a.npz, the tracks of its pixels, and a.txt, its prompt, as for
+extras/clips.py; a prompt may be encoded already, in a.safetensors. Other flags are those of
+sample.py. MotionStream, table 1 and 2, appendix E: DAVIS (longer clips keep their first and last
+frame and evenly chosen ones between), a subset of Sora's clips (cut to 81 frames at 16 a second)
+and LLFF. What is made is in --out, and the numbers are in papers.json.
 
-A tracker is a function of frames, uint8 (T, H, W, 3), and points (N, 2) in pixels of frame 0, x first. It returns
-where they are, (T, N, 2), as numbers. Without one, end-point errors are left out.
+A tracker is a function of frames, uint8 (T, H, W, 3), and points (N, 2) in pixels of frame 0, x
+first. It returns where they are, (T, N, 2), as numbers. Without one, end-point errors are left out.
 """
 
 import importlib.util
@@ -42,10 +44,11 @@ class Protocol:
     frames: int = 81                # at most
 
 
+STILL_SCENE = "A static scene, in which nothing moves but the camera. "
 PROTOCOLS = {
     "davis": Protocol(True, None, (480, 832)),
     "sora": Protocol(False, 16, (480, 832)),
-    "llff": Protocol(True, None, (288, 512), "A static scene, in which nothing moves but the camera. "),
+    "llff": Protocol(True, None, (288, 512), STILL_SCENE),
 }
 
 # What the paper has (tables 1, 2), for the 1.3B models: PSNR, SSIM, LPIPS, EPE.
@@ -67,7 +70,7 @@ class Clip:
     embeds: Path | None             # the prompt, encoded
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Clips.
 
 def chosen_frames(protocol, count, fps):
@@ -89,8 +92,8 @@ def read_clip(source, name, caption, protocol):
     height, width = frames.shape[1:3]
     tracks = sample.read_tracks(source.path(".npz"), (width, height))
     if len(tracks.tracks) != len(frames):
-        raise UserError(f"{source.path('.npz')}: tracks of {len(tracks.tracks)} frames, its video has "
-                        f"{len(frames)}")
+        raise UserError(f"{source.path('.npz')}: tracks of {len(tracks.tracks)} frames, its video "
+                        f"has {len(frames)}")
     places = chosen_frames(protocol, len(frames), video.fps)
     cut = sample.Tracks(tracks.tracks[places], tracks.visible[places])
     if ".txt" in source.files:
@@ -101,13 +104,13 @@ def read_clip(source, name, caption, protocol):
     return Clip(name, frames[places], cut, prompt, source.files.get(".safetensors"))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Making and measuring.
 
 @dataclass(frozen=True)
 class Made:
-    """What a model made of a Clip: video and truth (1, 3, T, H, W) in [-1, 1], of the model's size, and the tracks
-    that it was told, (T, N, 2) in these pixels, visible (T, N)."""
+    """What a model made of a Clip: video and truth (1, 3, T, H, W) in [-1, 1], of the model's size,
+    and the tracks that it was told, (T, N, 2) in these pixels, visible (T, N)."""
     video: torch.Tensor
     truth: torch.Tensor
     tracks: torch.Tensor
@@ -175,9 +178,9 @@ def scaled(video, size):
 
 
 def measure(made, size, distance, tracker):
-    """{"PSNR", "SSIM", "LPIPS", "EPE"} of what was made, at a size (height, width): means of frames, and of the
-    points that are visible in the tracks, if there are in frame 0. distance: see lpips_network, or None; tracker: see
-    find_tracker, or None."""
+    """{"PSNR", "SSIM", "LPIPS", "EPE"} of what was made, at a size (height, width): means of
+    frames, and of the points that are visible in the tracks, if there are in frame 0. distance: see
+    lpips_network, or None; tracker: see find_tracker, or None."""
     video = scaled(made.video, size)
     truth = scaled(made.truth, size)
     rows = []
@@ -197,8 +200,9 @@ def measure(made, size, distance, tracker):
 
 
 def end_point_error(frames, tracks, visible, tracker):
-    """The mean distance in pixels of tracks (T, N, 2) from where a tracker finds the points of frame 0 in uint8 frames
-    (T, H, W, 3), of what is visible (T, N) in the tracks, at least one of them in frame 0."""
+    """The mean distance in pixels of tracks (T, N, 2) from where a tracker finds the points of
+    frame 0 in uint8 frames (T, H, W, 3), of what is visible (T, N) in the tracks, at least one of
+    them in frame 0."""
     begun = visible[0]
     told = tracks[:, begun]                                     # (T, n, 2)
     found = torch.as_tensor(tracker(frames, told[0].numpy()))
@@ -216,10 +220,11 @@ def find_tracker(name):
     try:
         return runpy.run_path(file)[function]
     except Exception as e:                              # whatever the file does
-        raise UserError(f"--tracker {name}: not FILE.py:FUNCTION ({type(e).__name__}: {e})") from None
+        raise UserError(f"--tracker {name}: not FILE.py:FUNCTION "
+                        f"({type(e).__name__}: {e})") from None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command.
 
 def print_table(protocol, rows, kind):
@@ -246,12 +251,15 @@ def mean_row(rows):
 
 def run_papers(argv):
     """Run one of the papers' protocols over a folder of clips."""
-    parser = Parser(description=__doc__, prog="python -m extras.evaluate papers", allow_abbrev=False)
-    parser.add_argument("folder", type=Path, help="of clips, see above")
-    parser.add_argument("--protocol", choices=PROTOCOLS, default="davis")
-    parser.add_argument("--out", type=Path, required=True, help="folder for what is made and measured")
-    parser.add_argument("--tracker", metavar="FILE.py:FUNCTION", help="for end-point errors, see above (none)")
-    parser.add_argument("--lpips", choices=("alex", "vgg", "none"), help="its network (alex, if lpips is installed)")
+    parser = Parser(description=__doc__, prog="python -m extras.evaluate papers",
+                    allow_abbrev=False)
+    add = parser.add_argument
+    add("folder", type=Path, help="of clips, see above")
+    add("--protocol", choices=PROTOCOLS, default="davis")
+    add("--out", type=Path, required=True, help="folder for what is made and measured")
+    add("--tracker", metavar="FILE.py:FUNCTION", help="for end-point errors, see above (none)")
+    add("--lpips", choices=("alex", "vgg", "none"),
+        help="its network (alex, if lpips is installed)")
     args, words = parser.parse_known_args(argv)
     if not args.folder.is_dir():
         raise UserError(f"{args.folder}: no such folder")
@@ -267,18 +275,23 @@ def run_papers(argv):
     for name, source in sources.items():
         if ".mp4" in source.files:
             clip = read_clip(source, name, captions.get(name), protocol)
-            rows[name] = measure(player.play(clip), protocol.size, distance, tracker)
-            print(f"{name}: {', '.join(f'{what} {number:.4g}' for what, number in rows[name].items())}", flush=True)
+            row = measure(player.play(clip), protocol.size, distance, tracker)
+            rows[name] = row
+            told = ", ".join(f"{what} {number:.4g}" for what, number in row.items())
+            print(f"{name}: {told}", flush=True)
     if not rows:
         raise UserError(f"{args.folder}: no clips; a clip is a.mp4, a.npz and a.txt")
     kind = "student" if player.models.dit.config.causal else "teacher"
-    print_table(args.protocol, rows | {f"mean of {len(rows)}": mean_row(rows)}, kind)
-    told = {"protocol": args.protocol, "flags": words, "clips": rows, "mean": mean_row(rows)}
-    write_file(args.out / "papers.json", lambda part: part.write_text(json.dumps(told, indent=1)))
+    mean = mean_row(rows)
+    print_table(args.protocol, rows | {f"mean of {len(rows)}": mean}, kind)
+    whole = {"protocol": args.protocol, "flags": words, "clips": rows, "mean": mean}
+    text = json.dumps(whole, indent=1)
+    write_file(args.out / "papers.json", lambda part: part.write_text(text))
 
 
 def open_distance(name):
-    """The LPIPS of two pictures by a network's name; None, if it is not wanted, or not installed: that is said."""
+    """The LPIPS of two pictures by a network's name; None if it is not wanted, or not installed,
+    which is said."""
     if name is None and not importlib.util.find_spec("lpips"):
         print("LPIPS is left out: pip install lpips")
         return None

@@ -34,8 +34,7 @@ counted_chunk = bench.counted_chunk
 
 
 def counted_while_computed(job):
-    """As bench.counted_chunk, on real tensors: a small model computes on them sooner than on fake
-    ones."""
+    """As bench.counted_chunk, on real tensors, which is faster for a small model."""
     with unittest.mock.patch.object(bench, "FakeTensorMode", contextlib.nullcontext):
         return counted_chunk(job)
 
@@ -67,7 +66,7 @@ def test_every_part_of_a_chunk_is_counted_on_top_of_the_one_before():
         assert "chunk 3, sink 1, window 1" in out
         assert "3 passes" in out
         parts = [rows[name] for name in ("DiT", "with cache update", "with decoding")]
-        work = [value(part[2]) for part in parts]               # TFLOP; times vary on a busy machine
+        work = [value(part[2]) for part in parts]           # TFLOP; times vary on a busy machine
         assert work == sorted(work), (preset, work)
         assert work[0] > 0
         assert all(value(part[0]) > 0 for part in parts), (preset, parts)
@@ -85,8 +84,8 @@ def test_flags_change_what_is_measured_and_ask_for_a_long_stream_and_a_training_
     assert bench.CLIP_LATENTS == 21
     # A product in bfloat16 takes seconds on some CPUs.
     with unittest.mock.patch.object(bench, "matmul_rate", lambda device, dtype: 1e12):
-        out, rows = table("--preset", "copies", "--memory", "c2s2w3", "--steps", "2", "--dtype", "bfloat16",
-                          "--long", "100", "--training")
+        out, rows = table("--preset", "copies", "--memory", "c2s2w3", "--steps", "2",
+                          "--dtype", "bfloat16", "--long", "100", "--training")
     assert "chunk 2, sink 2, window 3, bfloat16" in out
     assert "2 passes" in out
     long = r"^104 frames: [\d.]+ ms a chunk, .* MiB after \d+ chunks, [\d.]+ at the end$"
@@ -186,7 +185,7 @@ def test_random_weights_have_the_dtypes_of_loaded_ones_and_a_full_cache_its_size
 
 
 def test_a_prediction_is_marked_as_one_and_rests_on_counts():
-    with unittest.mock.patch.object(bench, "BANDWIDTH", 1e9):       # else a small model takes 0.0 ms
+    with unittest.mock.patch.object(bench, "BANDWIDTH", 1e9):   # else a small model takes 0.0 ms
         out, rows = table("--preset", "starts", "--predict")
     assert "PREDICTED" in out
     assert "bfloat16" in out

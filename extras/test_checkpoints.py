@@ -1,4 +1,4 @@
-"""Weights in other layouts than Wan's own names in safetensors, and how public weights are sampled."""
+"""Weights in other layouts than Wan's names in safetensors, and how public ones are sampled."""
 
 import functools
 import importlib.util
@@ -21,9 +21,10 @@ from safetensors.torch import load_file, save_file
 
 import sample
 from extras import checkpoints
-from extras.testing import (FAMILIES, HERE, WAN21, WAN22, assert_error, assert_near, diffusers_config,
-                            folder, in_diffusers_layout, new_vae, public, rand, randomised, same,
-                            same_tensors, settled, slow, wan_video, wan_workplace, write_layout)
+from extras.testing import (FAMILIES, HERE, WAN21, WAN22, assert_error, assert_near,
+                            diffusers_config, folder, in_diffusers_layout, new_vae, public, rand,
+                            randomised, same, same_tensors, settled, slow, wan_video,
+                            wan_workplace, write_layout)
 from motionstream import PRESETS, MotionStream, UserError, save_pretrained, schedule
 from vae import STATISTICS, TinyVAEConfig, WanVAE, WanVAEConfig, load_vae
 
@@ -33,7 +34,8 @@ def with_diffusers(test):
     @functools.wraps(test)
     def maybe():
         if not importlib.util.find_spec("diffusers"):
-            raise unittest.SkipTest("DIFFUSERS IS NOT INSTALLED, nothing was compared: pip install diffusers")
+            raise unittest.SkipTest("DIFFUSERS IS NOT INSTALLED, nothing was compared: "
+                                    "pip install diffusers")
         test()
     return maybe
 
@@ -79,7 +81,7 @@ def inputs_of(config):
 
 
 def velocity_of_diffusers(model, x, timestep, given):
-    """What Diffusers' WanTransformer3DModel returns for the same inputs. timestep: (B,) or (B, F)."""
+    """What Diffusers' WanTransformer3DModel returns for the same. timestep: (B,) or (B, F)."""
     channels = [x] + [given[name] for name in ("tracks", "image") if name in given]
     text = F.pad(given["text"], (0, 0, 0, 512 - 5))
     if timestep.ndim == 2:
@@ -183,7 +185,7 @@ def renamed_for_diffusers(tensors, version):
 
 
 def write_vaes(here, version, ours, theirs):
-    """Writes a VAE as the public repositories have it. Returns what can be loaded: folders and files."""
+    """Writes a VAE as public repositories have it. Returns the folders and files to load."""
     wan = here / f"{version}-Wan"
     diffusers = here / version
     (diffusers / "vae").mkdir(parents=True)
@@ -238,9 +240,9 @@ def test_latents_are_normalised_as_diffusers_pipelines_do():
 # Names.
 
 PREFIXES = (
-    "model.", "model.diffusion_model.", "module.", "_orig_mod.", "_fsdp_wrapped_module.", "pipe.dit.",
-    "net.", "_checkpoint_wrapped_module.", "module.model._orig_mod.", "transformer.", "dit.",
-    "any.thing.at.all.")
+    "model.", "model.diffusion_model.", "module.", "_orig_mod.", "_fsdp_wrapped_module.",
+    "pipe.dit.", "net.", "_checkpoint_wrapped_module.", "module.model._orig_mod.", "transformer.",
+    "dit.", "any.thing.at.all.")
 
 
 def wrappings(tensors):
@@ -301,10 +303,11 @@ def test_of_several_models_in_a_file_the_wanted_one_is_taken():
     with folder() as here:
         path = here / "a.safetensors"
         text_encoder = {"text_encoders.t5.x": torch.ones(2)}
-        save_file(under("model.diffusion_model.", dit) | under("vae.", wan_vae()) | text_encoder, path)
+        both = under("model.diffusion_model.", dit) | under("vae.", wan_vae())
+        save_file(both | text_encoder, path)
         assert same_tensors(MotionStream.from_pretrained(path), dit)
         assert same_tensors(load_vae(path), wan_vae())
-        torch.save({"ema": dit, "model": other}, here / "a.pt")             # the average, as of Self-Forcing
+        torch.save({"ema": dit, "model": other}, here / "a.pt")    # the average, as of Self-Forcing
         assert same_tensors(MotionStream.from_pretrained(here / "a.pt"), dit)
         save_file(under("generator.model.", dit) | under("fake_score.model.", other), path)
         model = MotionStream.from_pretrained(path)
@@ -348,7 +351,7 @@ STUDENTS = [                # transformer/config.json, chunk, sink and window
     ({"_class_name": CAUSAL}, ALL),                             # FastVideo
     ({"_class_name": "KreaCausalWanTransformer3DModel"}, ALL),
     ({"_class_name": "CausalWanModel", "local_attn_size": -1, "sink_size": 0}, ALL),
-    ({"_class_name": "WanModel", "local_attn_size": 12, "sink_size": 3}, (3, 1, 2)),        # LongLive
+    ({"_class_name": "WanModel", "local_attn_size": 12, "sink_size": 3}, (3, 1, 2)),    # LongLive
     ({"_class_name": "MinWMCausalTransformer3DModel", "num_frame_per_block": 4,
       "local_attn_size": 16, "sink_size": 4}, (4, 1, 2)),
     ({"_class_name": CAUSAL, "num_frames_per_block": 1, "sliding_window_num_frames": None,
@@ -356,7 +359,7 @@ STUDENTS = [                # transformer/config.json, chunk, sink and window
     ({"_class_name": CAUSAL, "num_frames_per_block": 3, "sliding_window_num_frames": 24,
       "sink_size": 3}, (3, 1, 6)),                              # and Rolling Forcing
 ]
-REPOSITORIES = [            # the class in transformer/config.json, model_index.json, whether it is a student
+REPOSITORIES = [   # the class in transformer/config.json, model_index.json, whether it is a student
     ({"_class_name": PLAIN}, {"_class_name": "WanCausalDMDPipeline"}, True),
     ({}, {"_class_name": "WanPipeline", "transformer": ["diffusers", CAUSAL]}, True),
     ({}, {"_class_name": "CausalForcingPipeline"}, True),
@@ -433,7 +436,7 @@ def test_checkpoints_of_self_forcing_and_causvid_are_students():
             {"generator": named},
             {"generator": named, "step": 600},
         ):
-            for zipped in True, False:          # False: the older kind of file, which cannot be mapped
+            for zipped in True, False:      # False: the older kind of file, which cannot be mapped
                 torch.save(content, path, _use_new_zipfile_serialization=zipped)
                 model = MotionStream.from_pretrained(path)
                 assert same_tensors(model, public())
@@ -443,7 +446,7 @@ def test_checkpoints_of_self_forcing_and_causvid_are_students():
                 assert config.size == (480, 832)
                 assert np.allclose(config.sigmas, (1, 0.9375, 0.833333, 0.625), atol=1e-6)
         assert MotionStream.from_pretrained(path, sink=1, window=2).config.window == 2
-        for content in public(), {"model": named, "step": 600}:             # which say nothing of a generator
+        for content in public(), {"model": named, "step": 600}:   # which say nothing of a generator
             torch.save(content, here / "flat.pth")
             model = MotionStream.from_pretrained(here / "flat.pth")
             assert same_tensors(model, public())
@@ -525,7 +528,7 @@ def test_a_pt_of_tensors_without_plain_numbers_or_a_broken_zip_is_refused():
             assert_refused(path, said)
         data = path.read_bytes()
         end = data.rindex(b"PK\x05\x06")
-        broken = data[:end + 4] + b"\xff" * 12 + data[end + 16:]            # zipfile raises BadZipFile
+        broken = data[:end + 4] + b"\xff" * 12 + data[end + 16:]        # zipfile raises BadZipFile
         for content in broken, b"PK\x05\x06" + b"\xff" * 18:
             path.write_bytes(content)
             assert_refused(path, "a.pt: ")
@@ -605,11 +608,16 @@ def test_other_models_are_told_by_what_they_are():
         path = here / "a.safetensors"
         for name, said in OTHERS.items():
             save_file({name: torch.ones(8)}, path)
-            for load, wanted in (MotionStream.from_pretrained, "Wan DiT"), (load_vae, "VAE (Wan or TAEHV)"):
-                text = f"a.safetensors: expected a complete {wanted} checkpoint; {said.format(name)}"
+            for load, wanted in [
+                (MotionStream.from_pretrained, "Wan DiT"),
+                (load_vae, "VAE (Wan or TAEHV)"),
+            ]:
+                text = (f"a.safetensors: expected a complete {wanted} checkpoint; "
+                        f"{said.format(name)}")
                 assert_refused(path, text, load)
-        save_file({"encoder.first.weight": torch.ones(3)}, path)            # a VAE, of another family
-        assert_refused(path, "VAE (Wan or TAEHV) checkpoint; its first tensor is encoder.first.weight", load_vae)
+        save_file({"encoder.first.weight": torch.ones(3)}, path)        # a VAE, of another family
+        text = "VAE (Wan or TAEHV) checkpoint; its first tensor is encoder.first.weight"
+        assert_refused(path, text, load_vae)
         save_file(wan_vae(), path)
         assert_refused(path, "this looks like a VAE: it holds ")
         torch.save({"generator_ema": public()}, here / "dit.pt")
@@ -636,7 +644,9 @@ from safetensors.torch import load_file
 from motionstream import MotionStream
 
 def anonymous():                            # kB of memory that is no file's
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    for line in open("/proc/self/status"):
+        if line.startswith("RssAnon"):
+            return int(line.split()[1])
 
 def watch():
     while True:
@@ -647,7 +657,7 @@ before = anonymous()
 peak = [before]
 threading.Thread(target=watch, daemon=True).start()
 started = time.perf_counter()
-if sys.argv[2] == "copy":                   # a plain load_file only maps; read once, it has done what a load must
+if sys.argv[2] == "copy":                   # load_file only maps; read once, it has done all
     loaded = {name: t.clone() for name, t in load_file(sys.argv[1]).items()}
 else:
     loaded = MotionStream.from_pretrained(sys.argv[1])
@@ -683,8 +693,8 @@ def test_loading_wan_1_3b_takes_about_the_memory_of_its_file():
         size = path.stat().st_size
         for way in "copy", "from_pretrained":
             seconds, peaks = loading(path, way)
-            print(f"{size / 1e9:.2f} GB by {way}: {seconds[2]:.2f} s ({seconds[0]:.2f} to {seconds[-1]:.2f}), "
-                  f"anonymous memory {peaks[2] / size:.2f} of the file")
+            print(f"{size / 1e9:.2f} GB by {way}: {seconds[2]:.2f} s ({seconds[0]:.2f} to "
+                  f"{seconds[-1]:.2f}), anonymous memory {peaks[2] / size:.2f} of the file")
         assert peaks[-1] < 1.3 * size, (peaks, size)
 
 
@@ -733,7 +743,8 @@ def test_flags_say_how_weights_are_sampled():
     assert not job.config.causal
     assert job.config.steps == 3
     assert job.config.guidance == (3, 4)
-    assert_error(UserError, "use --sampler teacher", settled, "headed.safetensors", "--sampler", "stream")
+    assert_error(UserError, "use --sampler teacher",
+                 settled, "headed.safetensors", "--sampler", "stream")
 
 
 def test_a_stream_that_remembers_all_ends_where_its_training_did():

@@ -16,8 +16,9 @@ import sample
 import train_distill as td
 from extras import clips, encoders, guard
 from extras.test_video import ffmpeg
-from extras.testing import (SMALL, STUB, STUB_VAE, assert_error, assert_near, folder, new_model, new_vae,
-                            own_clips, quiet, rand, recipe, saved, small_encoders, with_transformers)
+from extras.testing import (SMALL, STUB, STUB_VAE, assert_error, assert_near, folder, new_model,
+                            new_vae, own_clips, quiet, rand, recipe, saved, small_encoders,
+                            with_transformers)
 from motionstream import MotionStream, UserError
 from sample import embed_words
 
@@ -69,8 +70,8 @@ def test_processes_share_the_clips_that_are_made():
 
 
 def assert_cropped_alike(clip, pictures, given):
-    """A clip of 48x32 is that of a video of 64x48 and its tracks: at scale 3/4 it has 36 rows, of which 2
-    go above, 2 below."""
+    """A clip of 48x32 is that of a video of 64x48 and its tracks: at scale 3/4 it has 36 rows, of
+    which 2 go above, 2 below."""
     frames = [sample.fit_image(Image.fromarray(frame), (32, 48)) for frame in pictures]
     video = ((torch.stack(frames, 2) + 1) * 127.5).round().byte()
     with torch.no_grad():
@@ -95,7 +96,8 @@ def test_own_clips_are_cropped_and_encoded_with_their_tracks():
         assert files == [here / "clips" / f"{name}.safetensors" for name in names]
         for name, file in zip(names, files):
             clip = load_file(file)
-            assert_cropped_alike(clip, pictures_in(data / f"{name}.mp4"), np.load(data / f"{name}.npz"))
+            pictures = pictures_in(data / f"{name}.mp4")
+            assert_cropped_alike(clip, pictures, np.load(data / f"{name}.npz"))
             assert (clip["group"] == -1).all()
             assert clip["tracks"].dtype == torch.float32
             assert clip["latents"].dtype == torch.float16
@@ -170,7 +172,8 @@ def test_pictures_are_enough_to_distil():
         for file in data.rglob("*.mp4"):
             Image.new("RGB", (64, 48)).save(file.with_suffix(".png"))
             file.unlink()
-        save_file({"prompt": rand(3, 4096)}, data / "a.safetensors")    # not for models that read words
+        # Not for models that read words.
+        save_file({"prompt": rand(3, 4096)}, data / "a.safetensors")
         files, _ = made(flags)
         for file in files:
             assert load_file(file)["latents"].shape == (4, 1, 4, 6)
@@ -240,9 +243,11 @@ def test_rows_of_a_table_are_of_names_that_some_systems_take_for_one():
         (data / "more.CSV").write_text("\n".join(rows) + "\n", encoding="utf-16")
         files, said = made(small_flags(here, data))
         assert said == (
-            f"{data}/more.CSV: 4 of 6 rows are of clips here, not 'gone.mp4'; 1 have no video or no "
-            "caption; 1 name a clip again, of which the last counts; 1 of the clips have a .txt, which counts instead\n"), said
-        for found, words in zip(texts_of(files), ("warming light", "light", "fading light"), strict=True):
+            f"{data}/more.CSV: 4 of 6 rows are of clips here, not 'gone.mp4'; 1 have no video or "
+            "no caption; 1 name a clip again, of which the last counts; 1 of the clips have a "
+            ".txt, which counts instead\n"), said
+        prompts = ("warming light", "light", "fading light")
+        for found, words in zip(texts_of(files), prompts, strict=True):
             assert found.equal(embedded(words)), words
 
 
@@ -269,8 +274,14 @@ def test_texts_are_utf_8_or_utf_16_with_a_mark():
                         b"\xfe\xff" + text.encode("utf-16-be")):
             own.write_bytes(content)
             assert clips.read_conditions(job, source, None) == {"prompt": text}
-        for content in (text.encode("utf-16-le"), "light".encode("utf-16-be"), text.encode("utf-32"),
-                        b"\xff\xfea", bytes(range(256)), text.encode("latin-1")):
+        for content in [
+            text.encode("utf-16-le"),
+            "light".encode("utf-16-be"),
+            text.encode("utf-32"),
+            b"\xff\xfea",
+            bytes(range(256)),
+            text.encode("latin-1"),
+        ]:
             own.write_bytes(content)
             assert_error(UserError, f"{own}: is no text in UTF-8",
                          clips.read_conditions, job, source, None)
@@ -445,9 +456,10 @@ def test_videos_that_cannot_be_read_as_they_are_are_left_out_with_their_command(
 
 
 LEFT_OUT = (
-    "link/deep: is a link to", "sub/loop: is a link to", "link/back: is a link to", "self: is no file",
-    "gone.mp4: is no file, or a link to none", "1 hidden", "1 files that end in .mov, which",
-    "1 files that end in nothing", "alone: alone.txt without a video", "too")
+    "link/deep: is a link to", "sub/loop: is a link to", "link/back: is a link to",
+    "self: is no file", "gone.mp4: is no file, or a link to none", "1 hidden",
+    "1 files that end in .mov, which", "1 files that end in nothing",
+    "alone: alone.txt without a video", "too")
 
 
 def test_all_of_a_folder_is_seen_or_it_is_said_what_is_not():
@@ -507,7 +519,8 @@ def test_what_cannot_be_made_into_clips_is_refused_in_one_line():
             ("is in", [data, "--out", data / "clips"]),
             ("x.safetensors: no such file", [data, "--vae", here / "x.safetensors"] + elsewhere),
             ("wan.safetensors: give --vae FILE", [data, "--weights", wan] + elsewhere),
-            ("the tiny model reads words; drop --text-encoder", [data, "--text-encoder", here] + elsewhere),
+            ("the tiny model reads words; drop --text-encoder",
+             [data, "--text-encoder", here] + elsewhere),
             ("vae.safetensors: is a file; name a folder", [data, "--out", vae]),
             ("--device nowhere: not available here", [data, "--device", "nowhere"] + elsewhere),
             ("--device meta: not available here", [data, "--device", "meta"] + elsewhere),
@@ -528,8 +541,8 @@ def write_plain_video(path, width, height, frames):
 def test_the_filter_in_docs_takes_wide_clips_of_81_frames_at_16_a_second():
     with folder() as here, patch.object(sys, "argv", ["x", str(here), str(here / "out")]):
         out = here / "out"
-        rows = ["video,caption,aesthetic score,motion score,temporal consistency score,camera motion,"
-                "frame,fps,seconds"]
+        rows = ["video,caption,aesthetic score,motion score,temporal consistency score,"
+                "camera motion,frame,fps,seconds"]
         for name, width, height, frames in (
             ("a", 64, 36, 160), ("short", 64, 36, 140), ("square", 48, 48, 160),
         ):

@@ -21,7 +21,7 @@ from vae import LinearVAE, TinyVAE, TinyVAEConfig, WanVAE, WanVAEConfig, load_va
 SMALL_16 = replace(SMALL_VAE, latent_channels=16)
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Losses.
 
 class Mean(nn.Module):
@@ -45,7 +45,8 @@ def test_adversarial_losses_are_the_hinge():
 
 
 def has_gradient(loss, network):
-    grads = torch.autograd.grad(loss, list(network.parameters()), retain_graph=True, allow_unused=True)
+    parameters = list(network.parameters())
+    grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
     return any(grad is not None and grad.any() for grad in grads)
 
 
@@ -61,7 +62,7 @@ def test_each_adversarial_loss_moves_one_network():
     assert not has_gradient(loss_d, vae)
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Trainings.
 
 def noise(files, count):
@@ -70,8 +71,7 @@ def noise(files, count):
 
 
 def train(here, flags, code=None):
-    """Run extras.decoder on noise instead of drawn videos. Returns the last line that it printed
-    as an error."""
+    """Run extras.decoder on noise instead of drawn videos. Returns the last line of its errors."""
     words = ["--smoke", "--out", here] + flags
     stubs = unittest.mock.patch.multiple(
         decoder,
@@ -246,7 +246,8 @@ def test_what_a_decoder_cannot_be_trained_with_is_refused_in_one_line():
             (["--vae", tiny] + wan[2:], "tiny.safetensors: Wan's needs --data and --weights"),
             (wan[:2], "wan.pth: Wan's needs --data and --weights, a tiny one"),
             (wan[:4], "wan.pth: Wan's needs --data and --weights, a tiny one"),
-            ([], "vae.safetensors: cannot be read (No such file or directory); --vae FILE names another"),
+            ([], "vae.safetensors: cannot be read (No such file or directory); --vae FILE names "
+                 "another"),
             (["--vae", linear], "linear.safetensors: a linear code"),
             (["--vae", tiny, "--perceptual", "alex"], "LPIPS: "),
             (["--vae", tiny, "--perceptual", "net"], "--perceptual: invalid choice: 'net'"),

@@ -21,10 +21,10 @@ SMALL = Config(in_dim=32, track_dim=16, clip_dim=40, dim=96, ffn_dim=350, num_he
                text_dim=64, text_len=8, size=(64, 64), clean_first=False)
 
 
-def resolved(config=SMALL, *flags):
+def resolved(config=SMALL, flags=()):
     """A training of that config, on the CPU in float32."""
     with quiet(), unittest.mock.patch.dict(PRESETS, {"wan2.1-1.3b": config}):
-        run = td.resolve(td.parse(["--dry-run", "wan2.1-1.3b", *flags]))
+        run = td.resolve(td.parse(["--dry-run", "wan2.1-1.3b"] + list(flags)))
     return replace(run, device="cpu", dtype=torch.float32)
 
 
@@ -34,10 +34,13 @@ def test_a_dry_run_tells_parameters_and_costs_and_makes_nothing():
         flags = ["--dry-run", "wan2.1-1.3b", "--out", str(here / "out"), "--no-checkpointing"]
         flags += ["--set", "clip_frames=45", "--memory", "c3s2w6"]
         costs = {name: dry_run.Cost(1e14, 2 ** 34, 3) for name in ("teacher", "causal", "distill")}
+        nothing_is_counted = unittest.mock.patch.multiple(
+            dry_run,
+            learning_costs=lambda run, rollouts: costs,
+            cost_of=lambda build, run: costs["teacher"],
+            counted=lambda build, run: costs["teacher"])
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        with quiet() as (out, err), unittest.mock.patch.multiple(
-                dry_run, learning_costs=lambda run, rollouts: costs, cost_of=lambda build, run: costs["teacher"],
-                counted=lambda build, run: costs["teacher"]):
+        with quiet() as (out, err), nothing_is_counted:
             assert td.main(flags) is None, err.getvalue()
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000        # KiB
         assert not (here / "out").exists()
@@ -51,7 +54,8 @@ def test_a_dry_run_tells_parameters_and_costs_and_makes_nothing():
     assert "| teacher, second stage | 102,400 | 100 | 0.3 |" in said
     assert "| causal | 256,000 |" in said
     # 26.4 GiB as in docs/training.md, and 16 of activations, on one card of 80 GB
-    assert "| teacher, first stage | 16 | 16 | 42.4 (80 GB) | 26.6 (48 GB) | 23.9 (48 GB) |" in said, said
+    memory = "| 42.4 (80 GB) | 26.6 (48 GB) | 23.9 (48 GB) |"
+    assert f"| teacher, first stage | 16 | 16 {memory}" in said, said
     # of two and more GPUs each gathers the whole student, too: 4 bytes a parameter
     assert "| distill | 16 | 16 | 68.9 (80 GB) | 41.1 (80 GB) | 36.5 (48 GB) |" in said, said
     assert "600,000 clips, first set" in said, said
@@ -59,8 +63,8 @@ def test_a_dry_run_tells_parameters_and_costs_and_makes_nothing():
 
 
 def test_the_flops_are_those_of_the_flop_counter_and_of_attentions_backward():
-    """torch counts no attention of the CPU's, so it is done by matrix products here: 2 forward and 4
-    backward; fused attention computes one of the two again, which makes 5."""
+    """torch counts no attention of the CPU's, so it is done by matrix products here: 2 forward and
+    4 backward; fused attention computes one of the two again, which makes 5."""
     c = SMALL
     run = resolved()
     assert not run.start
@@ -85,7 +89,7 @@ def test_the_flops_are_those_of_the_flop_counter_and_of_attentions_backward():
 
 
 def saved_bytes(step_forward, known):
-    """What autograd keeps of a forward for the backward: whole storages, each once, but for those known."""
+    """What autograd keeps of a forward: whole storages, each once, without those known before."""
     kept = {}
     known = {tensor.untyped_storage().data_ptr() for tensor in known}
 
@@ -126,8 +130,7 @@ def test_the_activations_are_what_autograd_saves():
 
 @contextlib.contextmanager
 def on_real_tensors():
-    """Steps are counted while they are done in here: a small model does one sooner on real tensors
-    than on fake ones."""
+    """Steps are counted while they are done, in here: for a small model that is faster."""
     with unittest.mock.patch.object(dry_run, "FakeTensorMode", contextlib.nullcontext):
         yield
 
@@ -137,7 +140,7 @@ BRIEF = "--set", "clip_frames=45", "--memory", "c6s1w1"
 
 
 def test_what_is_counted_on_fake_tensors_is_what_is_counted_on_real_ones():
-    run = resolved(replace(SMALL, num_layers=1), *BRIEF)
+    run = resolved(replace(SMALL, num_layers=1), BRIEF)
     generating = functools.partial(dry_run.generating, exit_step=0)
     with on_real_tensors():
         real = dry_run.counted(generating, run)
@@ -145,7 +148,7 @@ def test_what_is_counted_on_fake_tensors_is_what_is_counted_on_real_ones():
 
 
 def test_recomputation_keeps_a_blocks_input_and_costs_are_linear_in_layers():
-    run = resolved(SMALL, *BRIEF)
+    run = resolved(SMALL, BRIEF)
     tokens = 12 * (64 // 16) ** 2
     generating = functools.partial(dry_run.generating, exit_step=0)
     kept = replace(run, checkpointing=False)
@@ -157,15 +160,17 @@ def test_recomputation_keeps_a_blocks_input_and_costs_are_linear_in_layers():
             assert told.gathers == counted.gathers
             # of a toy, the moment at which most is held may be another one with more layers
             assert abs(told.held / counted.held - 1) < 0.1, (told.held, counted.held)
-        one, four = [dry_run.counted(dry_run.teaching, replace(run, config=replace(SMALL, num_layers=n)))
-                     for n in (1, 4)]
+        one_layer = replace(run, config=replace(SMALL, num_layers=1))
+        one = dry_run.counted(dry_run.teaching, one_layer)
+        four_layers = replace(run, config=replace(SMALL, num_layers=4))
+        four = dry_run.counted(dry_run.teaching, four_layers)
     more = (four.held - one.held) / 3
     block_input = 4 * tokens * SMALL.dim                                # float32
     assert block_input <= more < 1.4 * block_input, more / block_input
 
 
 def test_recomputation_does_not_change_a_rollout_without_a_backward():
-    run = resolved(replace(SMALL, num_layers=1), *BRIEF)
+    run = resolved(replace(SMALL, num_layers=1), BRIEF)
     rolling = functools.partial(dry_run.rolling, exit_step=0)
     with on_real_tensors():
         kept = dry_run.counted(rolling, replace(run, checkpointing=False))
@@ -187,13 +192,14 @@ def test_a_rollout_is_of_the_length_and_memory_of_training():
 
 @contextlib.contextmanager
 def two_fake_processes():
-    """As if there were another process, which nothing is sent to; what would be is noted: {"gather" or
-    "reduce": bytes that each sends}."""
+    """As if there were another process, which nothing is sent to; what would be is noted: {"gather"
+    or "reduce": bytes that each sends}."""
     sent = {"gather": 0, "reduce": 0}
 
     def counting(kind, call):
         def collective(*args, **more):
-            tensors = [value for value in (*args, *more.values()) if torch.is_tensor(value)]
+            values = list(args) + list(more.values())
+            tensors = [value for value in values if torch.is_tensor(value)]
             sent[kind] += max(tensor.nbytes for tensor in tensors) / 2
             return call(*args, **more)
         return collective
@@ -247,13 +253,13 @@ def test_gradients_are_sent_once_an_update_and_the_dry_run_counts_what_is_sent()
     gathered, reduced, reduced_each = stage.sent(count, 2)
     for told, counted in (gathered, sent["gather"]), (reduced, sent["reduce"]), \
             (reduced_each, before["reduce"]):
-        assert abs(told / counted - 1) < 0.1, (told, counted)       # FSDP pads rows to the processes
+        assert abs(told / counted - 1) < 0.1, (told, counted)   # FSDP pads rows to the processes
     assert before["reduce"] == 4 * sent["reduce"]
     assert before["gather"] == sent["gather"]
 
 
 def test_a_student_is_gathered_once_for_all_chunks_and_for_each_in_the_backward():
-    run = resolved(replace(SMALL, num_layers=1), *BRIEF)                # clips of two chunks
+    run = resolved(replace(SMALL, num_layers=1), BRIEF)                # clips of two chunks
     with on_real_tensors():
         told = dry_run.counted(dry_run.regression, run)
     assert told.gathers == 1 + 2
@@ -309,10 +315,12 @@ def test_gradients_are_whole_or_shared_as_the_settings_say():
 
 def test_at_full_size_blocks_are_recomputed_unless_that_is_switched_off():
     assert resolved().checkpointing
-    assert not resolved(SMALL, "--no-checkpointing").checkpointing
+    assert not resolved(SMALL, ["--no-checkpointing"]).checkpointing
     with quiet():
-        tiny = [td.resolve(td.parse(["--dry-run", *flags])) for flags in ([], ["--checkpointing"])]
-    assert [run.checkpointing for run in tiny] == [False, True]
+        tiny = td.resolve(td.parse(["--dry-run"]))
+        switched = td.resolve(td.parse(["--dry-run", "--checkpointing"]))
+    assert not tiny.checkpointing
+    assert switched.checkpointing
 
 
 def test_a_dry_run_of_another_config_tells_its_own_sizes():

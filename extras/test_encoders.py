@@ -47,7 +47,7 @@ def tracks():
 
 def sampled(weights, flags):
     """What sample.py says on stdout with public weights, and the DiT's calls."""
-    picture = here() / "out.png"                        # the last frame, sooner written than a video
+    picture = here() / "out.png"                    # the last frame, sooner written than a video
     words = flags + ["--out", picture]
     code, out, err, calls = wan_sampled(weights, *words)
     assert code == 0, err
@@ -63,7 +63,7 @@ def refused(weights, flags):
     return err
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What other programs encoded.
 
 def test_encoded_texts_reach_the_teacher_padded_with_zeros():
@@ -138,7 +138,8 @@ def test_encoded_texts_and_images_of_the_wrong_shape_are_refused():
         sources = encoders.Sources(prompt_embeds=path)
         for name, wrong in wrong_rows():
             save_file(good | {name: wrong}, path)
-            assert_error(UserError, f"{path}: {name} ", encoders.encode, sources, config, None, "cpu")
+            assert_error(UserError, f"{path}: {name} ",
+                         encoders.encode, sources, config, None, "cpu")
         for tensors in {"a": rand(5, 4096), "b": rand(5, 4096)}, {}:
             save_file(tensors, path)
             assert_error(UserError, "no prompt", encoders.encode, sources, config, None, "cpu")
@@ -150,7 +151,7 @@ def test_encoded_texts_and_images_of_the_wrong_shape_are_refused():
     assert clip.equal(clip_rows()[None])
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The encoders.
 
 # Texts, and the tokens that they are, the end of the sentence included.
@@ -260,9 +261,14 @@ def test_of_a_large_folder_only_the_files_of_its_encoders_are_looked_at():
         return scandir(path)
 
     with folder() as at:
-        for name in (
-                "text_encoder/model.safetensors", "tokenizer/spiece.model", "tokenizer/._spiece.model",
-                "films/1/a.mp4", "transformer/model.safetensors", "x.json"):
+        for name in [
+            "text_encoder/model.safetensors",
+            "tokenizer/spiece.model",
+            "tokenizer/._spiece.model",
+            "films/1/a.mp4",
+            "transformer/model.safetensors",
+            "x.json",
+        ]:
             path = at / "repository" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"1")
@@ -279,7 +285,7 @@ def test_of_a_large_folder_only_the_files_of_its_encoders_are_looked_at():
         assert encoders.listing(None) == []
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The encoders in sample.py.
 
 @with_transformers
@@ -299,7 +305,7 @@ def test_a_prompt_and_an_image_are_encoded_for_the_weights():
         assert call.tracks.count_nonzero()
         _, calls = sampled("clip.safetensors", from_folder + ["--negative-prompt", "dog"])
         assert not calls[0].text[1].equal(call.text[1])
-        (at / "transformer").mkdir()                                    # a repository with all of it
+        (at / "transformer").mkdir()                                # a repository with all of it
         shutil.copy(here() / "clip.safetensors", at / "transformer")
         _, calls = sampled(at, flags)
         assert calls[0].text.equal(call.text)
@@ -312,7 +318,7 @@ def test_a_prompt_and_an_image_are_encoded_for_the_weights():
 @with_transformers
 def test_encoders_are_loaded_once_and_are_gone_when_the_model_loads():
     loaded = []                                         # weak references to encoders and tokenizers
-    alive = []                                          # which of them there were when the model was loaded
+    alive = []                                  # which of them there were when the model was loaded
     load_encoder = encoders.pretrained
     load_model = MotionStream.from_pretrained
 
@@ -331,7 +337,7 @@ def test_encoders_are_loaded_once_and_are_gone_when_the_model_loads():
         small_encoders(at, width=4096)
         flags = ["--prompt", "a red cat", "--text-encoder", at, "--frames", 3, "--steps", 1]
         _, teachers = sampled("clip.safetensors", flags)
-        assert len(loaded) == 3                                         # a tokenizer and two encoders
+        assert len(loaded) == 3                                     # a tokenizer and two encoders
         assert alive == [None] * 3, "an encoder is in memory beside the DiT"
         loaded.clear()
         _, students = sampled("clip.safetensors", flags + ["--sampler", "stream"])
@@ -364,7 +370,8 @@ def lacking():
         (t2v, ["--frames", 90, "--sampler", "stream"], "--memory"),
         ("clip.safetensors", [], "--image-encoder"),
         ("clip.safetensors", embeds, "give --image-encoder"),
-        ("self_forcing.pt", ["--negative-prompt", "red"], "--negative-prompt belongs to --sampler teacher"),
+        ("self_forcing.pt", ["--negative-prompt", "red"],
+         "--negative-prompt belongs to --sampler teacher"),
         ("headless.safetensors", encoder, "reads words"),
         ("headless.safetensors", embeds, "reads words"),
     ]

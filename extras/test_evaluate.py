@@ -16,12 +16,12 @@ from PIL import Image
 import sample
 from extras import evaluate, measures, world
 from extras.cases import Case, Clips, new_clips, seed_of
-from extras.evaluate import (Trained, compare, end_point_error, eval_row, find_reward, label_of, measure,
-                             measure_tables, motion_reward, play)
+from extras.evaluate import (Trained, compare, end_point_error, eval_row, find_reward, label_of,
+                             measure, measure_tables, motion_reward, play)
 from extras.measures import ssim
 from extras.test_video import ffmpeg
-from extras.testing import (HERE, Perceptual, assert_error, assert_near, folder, having_lpips, new_model,
-                            new_vae, quiet, rand, saved, seeded)
+from extras.testing import (HERE, Perceptual, assert_error, assert_near, folder, having_lpips,
+                            new_model, new_vae, quiet, rand, saved, seeded)
 from motionstream import MotionStream, UserError, copy_along_tracks, square_centres, start_points
 
 
@@ -39,7 +39,7 @@ def flat_clips(count=2, frames=5, objects=2):
     return draw_clips(scene, by_colour=True, plain=True)
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Measures.
 
 def measured(clips, change):
@@ -113,7 +113,8 @@ def blurred(video):
 
 
 def test_by_what_they_show_objects_are_found_where_they_are_and_lost_where_they_are_not():
-    scene = world.new_scenes(2, 3, seeded(2), objects=1, camera=False, attributes=(0, 0), texture=(1, 1))
+    options = {"objects": 1, "camera": False, "attributes": (0, 0), "texture": (1, 1)}
+    scene = world.new_scenes(2, 3, seeded(2), **options)
     clips = draw_clips(scene)
     numbers = measured(clips, lambda truth: truth)
     assert numbers["median"] == 0
@@ -145,7 +146,7 @@ def test_the_best_shift_is_the_one_that_was_made():
     shift, error = measures.best_shift(pictures, truth, mask, 8)
     assert shift.equal(ways)
     assert error.max() < 1e-4
-    pictures[:, :, :, :32] = 0                                          # most of it is outside, or gone
+    pictures[:, :, :, :32] = 0                                      # most of it is outside, or gone
     _, error = measures.best_shift(pictures, truth, mask, 4)
     assert (error > 0.3).all()
 
@@ -222,13 +223,14 @@ def test_similarity_is_that_of_scikit_image():
         assert abs(ssim(smooth, noisy)[i] - theirs) < 1e-6
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Cases.
 
 def case_clips(change=None, points="dense", speed=1, **options):
     """Two clips of two objects."""
     options = {"objects": 2} | options
-    return new_clips(Case("test", 2, 21, change=change, points=points, speed=speed, options=options))
+    case = Case("test", 2, 21, change=change, points=points, speed=speed, options=options)
+    return new_clips(case)
 
 
 def test_changes_of_a_scene_move_objects_as_their_names_say():
@@ -253,7 +255,8 @@ def test_changes_of_a_scene_move_objects_as_their_names_say():
 
 
 def test_twice_the_speed_is_every_second_frame():
-    options = {"objects": 2, "camera": False, "attributes": (0, 0), "moving": True, "style": "simple"}
+    options = {"objects": 2, "camera": False, "attributes": (0, 0), "moving": True,
+               "style": "simple"}
     slow = world.new_scenes(2, 42, seeded(seed_of("test")), **options)
     fast = case_clips(speed=2).scene
     assert fast["position"].equal(slow["position"][:, :, ::2])
@@ -308,7 +311,8 @@ def test_what_is_drawn_longer_than_it_is_played_begins_alike():
 def test_outlines_are_where_objects_are_seen_and_not_where_others_hide_them():
     clips = flat_clips()
     position = clips.scene["position"]
-    position[:, 1] = position[:, 0] + torch.tensor([0.06, 0.0])         # the second hides part of the first
+    near = torch.tensor([0.06, 0.0])            # the second hides part of the first
+    position[:, 1] = position[:, 0] + near
     outlines = clips.outlines(2, 5)
     assert outlines.shape == (2, 3, 3, 128, 128)
     assert not outlines[:, 2].any()
@@ -347,7 +351,7 @@ def test_photographs_are_scenes_in_which_the_middle_of_one_moves_over_the_next()
     for i in range(3):
         shown = truth[i][:, disc[i]]                                    # (3, pixels)
         assert shown[i].mean() > 0.95, i
-        assert shown.mean() < -0.2, i                                   # the other channels are dark
+        assert shown.mean() < -0.2, i                               # the other channels are dark
     seen = clips.visible[0, 4, :16]
     x, y = clips.tracks[0, 4, :16][seen].long().unbind(1)
     assert disc[0, 4, y, x].float().mean() > 0.9
@@ -360,7 +364,7 @@ def test_one_photograph_is_too_few():
         assert_error(UserError, "holds 1 photographs", new_clips, case)
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Models and tables.
 
 def stub(model):
@@ -412,8 +416,9 @@ def test_pieces_and_tenths_are_of_the_frames_that_they_say():
 
 
 def moving_square(count=3):
-    """An object of 2x2 squares, of noise, that goes 24 pixels to the right with each frame over a ground of noise, and
-    a track for each square of 4x4 pixels that is seen in frame 0: (video (1, 3, count, 32, 64), tracks, visible)."""
+    """An object of 2x2 squares, of noise, that goes 24 pixels to the right with each frame over a
+    ground of noise, and a track for each square of 4x4 pixels that is seen in frame 0:
+    (video (1, 3, count, 32, 64), tracks, visible)."""
     video = rand(1, 3, 1, 32, 64).repeat(1, 1, count, 1, 1)
     looks = rand(1, 3, 8, 8, seed=1)
     tracks = square_centres(32, 64, "cpu").flatten(0, 1)                # (N, 2)
@@ -471,7 +476,7 @@ def test_a_warp_looks_at_the_points_of_one_frame_of_one_clip_at_a_time():
 
 def test_a_table_is_kept_row_by_row_and_measured_once():
     calls = []
-    interrupted = {2}                                                   # rows at which Ctrl-C is pressed, once
+    interrupted = {2}                                       # rows at which Ctrl-C is pressed, once
 
     def row(trained, x, y):
         calls.append((x, y))
@@ -496,7 +501,7 @@ def test_a_table_is_kept_row_by_row_and_measured_once():
             with quiet() as (out, _), contextlib.suppress(KeyboardInterrupt):
                 measure_tables(trained, "eval", "these weights", tables)
         assert (here / "eval.png").exists()
-    assert calls == [(1, 1), (1, 2), (1, 2), (3, 4), (3, 6), (2, 3)]            # and there is no teacher
+    assert calls == [(1, 1), (1, 2), (1, 2), (3, 4), (3, 6), (2, 3)]    # and there is no teacher
     assert "| y 2 | 2.50 |" in out.getvalue()
     assert "| b | ms |\n|---|---|\n| y 4 | 7.00 |" in out.getvalue()
 
@@ -553,7 +558,7 @@ def test_of_ones_own_videos_there_are_curves_alone():
         assert (here / "teacher.png").exists()
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Rewards.
 
 def test_the_motion_reward_is_1_for_the_truth_and_0_for_a_picture_that_stands_still():
@@ -590,7 +595,7 @@ def test_a_reward_is_named_or_a_function_in_a_file():
             assert_error(UserError, said, find_reward, name)
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Two videos.
 
 def write_video(path, frames):
@@ -633,7 +638,8 @@ def test_frames_are_compared_with_those_that_are_stored_not_with_an_even_rate():
         uneven = here / "late.mp4"
         picture = here / "x.png"
         ffmpeg("-f", "lavfi", "-i", "testsrc2=s=64x48:r=16:d=2", "-qp", 0, even)
-        ffmpeg("-i", even, "-vf", late, "-fps_mode", "passthrough", "-enc_time_base", "1/32", "-qp", 0, uneven)
+        ffmpeg("-i", even, "-vf", late, "-fps_mode", "passthrough", "-enc_time_base", "1/32",
+               "-qp", 0, uneven)
         numbers, count = compare(even, uneven)
         assert count == 32
         assert numbers["PSNR"] > 60
@@ -652,7 +658,7 @@ def test_tracks_that_a_tracker_found_are_compared_point_by_point():
     large = (64, 48)                                                    # of the video
     told = np.full((4, 3, 2), 9.0)
     seen = np.tile([[True, True, False]], (4, 1))
-    off_by = 2 * np.array([[3, 4], [0, 0], [900, 0]])                   # 10 pixels, 0, of one that is hidden
+    off_by = 2 * np.array([[3, 4], [0, 0], [900, 0]])       # 10 pixels, 0, of one that is hidden
     found = np.full((5, 3, 2), 18.0) + off_by
     found_seen = np.ones((5, 3), bool)
     found_seen[0, 0] = False                                            # the tracker did not see it
@@ -696,7 +702,8 @@ def test_curves_are_of_the_rows_that_a_damaged_log_still_has():
         assert out.splitlines() == [str(here / "vae.png")]
         (here / "eval.json").write_text('{"seed')
         trained = SimpleNamespace(folder=here, names=list)
-        assert_error(UserError, "eval.json: damaged; remove it", measure_tables, trained, "eval", "", {})
+        assert_error(UserError, "eval.json: damaged; remove it",
+                     measure_tables, trained, "eval", "", {})
 
 
 def test_the_command_says_what_it_cannot():
@@ -711,7 +718,8 @@ def test_the_command_says_what_it_cannot():
             (["compare", video], "a.mp4: give a second video, or --tracks"),
             (["compare", small, video], "small.mp4: is 8x8; SSIM needs 11 pixels a side"),
             (["--photographs", video], "a.mp4: no such folder"),
-            (["compare", video, "--lpips", "alex", "--tracks", video, "--found", video], "--lpips needs a second video"),
+            (["compare", video, "--lpips", "alex", "--tracks", video, "--found", video],
+             "--lpips needs a second video"),
             (["compare", video, "--found", here / "t.npz"], "need each other"),
             (["curves", here], "give the folder of a training"),
             (["--device", "moon"], "--device moon: not available here"),

@@ -16,12 +16,12 @@ from extras.cases import Case, new_clips
 from extras.evaluate import Trained, case_of, eval_row, label_of, settings_of
 from extras.experiments import (Distillation, DrawnTracks, Lesson, Refreshed, attention_row,
                                 attention_shares, clips_folder, damaged_folder, distil_briefly,
-                                distillation_run, drawing, encoding_row, lesson_run, refreshing, speed_row, taught_row,
-                                teach_briefly, words_row)
-from extras.testing import (assert_error, assert_near, folder, new_model, new_vae, quiet, rand, randomised,
-                            saved)
-from motionstream import (PRESETS, Config, KVCache, MotionStream, SelfAttention, UserError, apply_rope,
-                          rope_table)
+                                distillation_run, drawing, encoding_row, lesson_run, refreshing,
+                                speed_row, taught_row, teach_briefly, words_row)
+from extras.testing import (assert_error, assert_near, folder, new_model, new_vae, quiet, rand,
+                            randomised, saved)
+from motionstream import (PRESETS, Config, KVCache, MotionStream, SelfAttention, UserError,
+                          apply_rope, rope_table)
 
 FITS = {"size": (32, 32), "text_dim": 64}
 CASE = {"seed": "x", "clips": 1, "frames": 9, "objects": 1, "width": 32}
@@ -36,7 +36,7 @@ def small(here):
     return Trained(here)
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The tables.
 
 def coarse_scenes():
@@ -81,7 +81,7 @@ def test_settings_of_a_brief_training_say_only_what_is_not_as_usual():
     assert Case("x", 1, 9) == case_of({"seed": "x", "clips": 1, "frames": 9})
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What a row measures.
 
 def test_attention_shares_are_those_of_queries_and_keys_by_hand():
@@ -105,14 +105,19 @@ def test_attention_shares_are_those_of_queries_and_keys_by_hand():
             weights = weights / weights.sum(1, keepdim=True)            # (L, 3 L)
             parts = weights.view(chunk, 3, chunk).sum(2)
             shares.append(parts.mean(0))
-    expected = torch.stack(shares).mean(0)                              # sink, window, the chunk itself
+    expected = torch.stack(shares).mean(0)                          # sink, window, the chunk itself
     assert_near(attention_shares(attention, x, rope, cache).double(), expected, 1e-5)
 
 
 def test_attention_is_watched_in_one_layer_once_the_cache_is_full():
     model = new_model(**FITS)
-    trained = SimpleNamespace(device="cpu", seed=0, config=model.config, model=lambda name: model, vae=new_vae)
-    case = CASE | {"frames": 33}                                        # three chunks: the third sees all
+    trained = SimpleNamespace(
+        device="cpu",
+        seed=0,
+        config=model.config,
+        model=lambda name: model,
+        vae=new_vae)
+    case = CASE | {"frames": 33}                                # three chunks: the third sees all
     row = attention_row(trained, layer=1, **case)
     assert list(row) == ["sink", "window", "itself"]
     assert abs(sum(row.values()) - 100) < 1e-3
@@ -120,7 +125,7 @@ def test_attention_is_watched_in_one_layer_once_the_cache_is_full():
     watched = model.blocks[1].self_attn
     watched.q.weight.zero_()
     watched.q.bias.zero_()
-    watched.norm_q.weight.zero_()                                       # no query: all is attended alike
+    watched.norm_q.weight.zero_()                               # no query: all is attended alike
     row = attention_row(trained, layer=1, **case)
     assert_near(torch.tensor(list(row.values())), torch.full((3,), 100 / 3), 1e-4)
 
@@ -134,7 +139,8 @@ def words_of(video, case):
 
 def test_a_motion_appears_in_the_video_as_captioned_and_not_in_the_rigid_one():
     for kind in 1, 2:                                                   # spinning, pulsing
-        case = {"seed": "words", "clips": 8, "frames": 13, "objects": 1, "width": 64, "attributes": (0, kind)}
+        case = {"seed": "words", "clips": 8, "frames": 13, "objects": 1, "width": 64,
+                "attributes": (0, kind)}
         clips = new_clips(case_of(dict(case)))
         scene = clips.scene
         assert scene["spin"].any() == (kind == 1)
@@ -204,7 +210,7 @@ def test_a_stream_is_as_fast_as_itself():
     assert abs(slow["frame"] - slow["chunk"] / 2) < 0.1
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Short trainings.
 
 def test_a_brief_distillation_is_trained_once_and_can_be_measured():
@@ -217,7 +223,8 @@ def test_a_brief_distillation_is_trained_once_and_can_be_measured():
         assert student.path("vae") == here / "vae.safetensors"
         before = load_file(here / "causal.safetensors")
         after = load_file(path)
-        assert any(not before[name].half().equal(after[name]) for name in before), "it was not trained"
+        moved = [name for name in before if not before[name].half().equal(after[name])]
+        assert moved, "it was not trained"
         assert eval_row(student, **CASE)["psnr"] > 0
         written = path.stat().st_mtime_ns
         again = distil_briefly(trained, how)
@@ -366,7 +373,7 @@ def test_a_corrupted_context_shows_frame_0_in_a_rectangle_of_half_of_the_clips()
             assert rectangle.all()
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Networks that differ.
 
 def test_drawn_tracks_are_encoded_in_pieces_as_at_once():

@@ -17,12 +17,13 @@ PATTERNS = 4
 
 
 def made_of_patterns(seed):
-    """A still video (3, 9, 32, 48) uint8 whose cells of 8x8 pixels are sums of PATTERNS patterns."""
+    """A still video (3, 9, 32, 48) uint8 whose cells of 8x8 pixels are sums of PATTERNS."""
     patterns = rand(PATTERNS, 3, 8, 8)
     shares = 0.08 * rand(4, 6, PATTERNS, seed=seed)              # of each cell
     cells = torch.einsum("yxp,pchw->cyhxw", shares, patterns)
     picture = cells.reshape(3, 32, 48).clamp(-1, 1)
-    return ((picture + 1) * 127.5).round().byte()[:, None].expand(-1, 9, -1, -1)
+    pixels = ((picture + 1) * 127.5).round().byte()
+    return pixels[:, None].expand(-1, 9, -1, -1)
 
 
 def error_of(channels, videos):

@@ -34,8 +34,8 @@ import extras.page
 import sample
 from extras import world
 from extras.page import Given, Recorder, Refused, Take, gather, glide, join_chunks, merge, named
-from extras.testing import (COPYING, HERE, assert_near, folder, new_model, new_vae, quiet, rand, randomised,
-                            sampled, saved, seeded, slow, workplace)
+from extras.testing import (COPYING, HERE, assert_near, folder, new_model, new_vae, quiet, rand,
+                            randomised, sampled, saved, seeded, slow, workplace)
 from extras.video import count_frames
 from motionstream import motion_inputs, save_pretrained
 from vae import LinearVAE, LinearVAEConfig
@@ -81,8 +81,8 @@ class Client:
         return Answer(answer.status, answer.headers, answer.read())
 
     def control(self, points=(), name="all", **changes):
-        """Post a control, with a group of points by that name, if there are points: (x, y) now, and at
-        the start and when grabbed if that is elsewhere."""
+        """Post a control, with a group of points by that name, if there are points: (x, y) now, and
+        at the start and when grabbed if that is elsewhere."""
         groups = {}
         if points:
             rows = [list(point) * (6 // len(point)) for point in points]
@@ -369,12 +369,14 @@ def test_flags_that_the_page_has_no_use_for_and_files_that_it_would_overwrite_ar
 
 def test_a_port_in_use_is_found_before_any_model_loads():
     _, here = workplace()
-    words = ["--image", here / "image.png", "--weights", here / "student.safetensors", "--vae", here / "vae.safetensors"]
-    with socket.create_server(("127.0.0.1", 0)) as other, \
-            unittest.mock.patch("sample.load_models", side_effect=AssertionError), quiet() as (_, err):
+    words = ["--image", here / "image.png", "--weights", here / "student.safetensors"]
+    words += ["--vae", here / "vae.safetensors"]
+    nothing_loads = unittest.mock.patch("sample.load_models", side_effect=AssertionError)
+    with socket.create_server(("127.0.0.1", 0)) as other, nothing_loads, quiet() as (_, err):
         port = other.getsockname()[1]
         assert extras.page.main([str(word) for word in words] + ["--port", str(port)]) == 2
-    assert err.getvalue() == f"error: --host 127.0.0.1 --port {port}: Address already in use; choose others\n"
+    said = f"--host 127.0.0.1 --port {port}: Address already in use; choose others"
+    assert err.getvalue() == f"error: {said}\n"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -533,7 +535,7 @@ def test_a_crowd_of_viewers_or_connections_is_turned_away():
         assert page.status()["take"] == 0                   # who is there stays
         for connection in crowd:
             connection.close()
-        wait_until(lambda: threading.active_count() <= before, 4)       # a viewer waits for a second
+        wait_until(lambda: threading.active_count() <= before, 4)   # a viewer waits for a second
         assert page.status()["take"] == 0
 
 
@@ -600,10 +602,11 @@ def test_points_reach_the_track_head_on_lines_that_end_where_they_are_now():
     share = (np.arange(12) + 1)[:, None] / 12
     way = np.subtract(far, start)
     assert np.allclose(tracks[:, 1], in_video + share * way, atol=1e-4)
-    assert np.allclose(tracks[:, 0], (20, 26) + share * (4, 0), atol=1e-4)      # from where it was grabbed
+    from_grab = (20, 26) + share * (4, 0)
+    assert np.allclose(tracks[:, 0], from_grab, atol=1e-4)
     assert ids == [0, 0]                                    # those of the weights are all the same
     after, _, _ = calls[moved + 1]
-    assert np.allclose(after, [(24, 26), np.subtract(far, (0, 4))])             # and there they stay
+    assert np.allclose(after, [(24, 26), np.subtract(far, (0, 4))])         # and there they stay
 
 
 def test_a_restart_with_another_chunk_is_not_lost_while_a_take_begins():
@@ -650,9 +653,10 @@ def test_a_point_keeps_its_id_while_others_come_and_go():
     near = (9.3, 8.2)
     nearer = (9.3, np.nextafter(8.2, 9).item())             # the same place in float32
     ids = {}
+    config = new_model(track_id_mode="random").config
     for starts in [near], [near, nearer], [(1.0, 2.0), nearer]:
         tracks = np.full((12, len(starts), 2), 20, np.float32)
-        motion = extras.page.fit_chunk(starts, tracks, "", (48, 40), new_model(track_id_mode="random").config)
+        motion = extras.page.fit_chunk(starts, tracks, "", (48, 40), config)
         for start, number in zip(starts, motion.ids[0].tolist()):
             assert ids.setdefault(start, number) == number
     assert len(set(ids.values())) == 3
@@ -666,7 +670,8 @@ def test_a_point_keeps_its_id_while_others_come_and_go():
 @contextlib.contextmanager
 def started(*flags):
     """(The process, a client of it)."""
-    command = [sys.executable, "-m", "extras.page", "--image", HERE / "assets/drag.png", "--port", 0]
+    command = [sys.executable, "-m", "extras.page", "--port", 0]
+    command += ["--image", HERE / "assets/drag.png"]
     command.extend(flags)
     words = [str(word) for word in command]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=HERE) as program:
@@ -713,8 +718,10 @@ def test_how_soon_a_drag_is_answered_and_that_memory_stays():
             page.control([(115, 256)], take=1, chunk=chunk)
             page.watch(48)
             answers, starts, sizes = answers_to_drags(program, page, chunk)
-        for what, times in ("drag to its first frame", answers), ("chunk to its first picture", starts):
-            print(f"chunk {chunk}, {what}: median {np.median(times):.3f} s, worst {max(times):.3f} s")
+        timed = [("drag to its first frame", answers), ("chunk to its first picture", starts)]
+        for what, times in timed:
+            median = np.median(times)
+            print(f"chunk {chunk}, {what}: median {median:.3f} s, worst {max(times):.3f} s")
         print(f"memory {sizes[0]:.0f} to {sizes[-1]:.0f} MB")
         assert max(answers) < most
         assert sizes[-1] < sizes[5] + 40
@@ -789,13 +796,14 @@ def test_the_page_records_what_is_seen_when_it_asks_into_files_that_are_not_ther
             begun = int(page.seen)
             status = recorded(page, True, 40)
             assert status["record"]
-            assert re.fullmatch(r"recording-2\.mp4, 0\.[2-9] s, the video alone", status["recorded"])
+            expected = r"recording-2\.mp4, 0\.[2-9] s, the video alone"
+            assert re.fullmatch(expected, status["recorded"])
             assert not (mine / "recording-2.mp4").exists()
             page.control([(9, 8)], record=False, pause=True)        # it ends in a pause as well
             wait_until((mine / "recording-2.mp4").exists)
             frames = count_frames(mine / "recording-2.mp4")
             assert 40 <= frames <= int(page.status()["frame"]) - begun + 14
-            until_recorded(page, "recording-4", take=1)             # another take, from its image on
+            until_recorded(page, "recording-4", take=1)         # another take, from its image on
             until_recorded(page, "recording-5", take=2)             # and another one
             status = recorded(page, False, 30, take=2)
             assert re.fullmatch(r"recording-5\.mp4, [\d.]+ s", status["recorded"])
@@ -850,7 +858,7 @@ def test_a_recording_has_each_frame_seen_while_it_is_on_and_keeps_nothing_else()
         assert out.getvalue().count("there is the video alone") == 2
         assert (mine / "x.mp4").read_text() == "of an earlier take"
         assert not list(mine.glob("*.npz"))
-        for name, begin, end in ("x-2", 20, 31), ("x-3", 45, 50):       # 30: before it was turned off
+        for name, begin, end in ("x-2", 20, 31), ("x-3", 45, 50):   # 30: before it was turned off
             frames = frames_of(mine / f"{name}.mp4")
             assert frames.shape[1:] == (256, 256, 3)
             brightness = torch.from_numpy(frames).float().mean((1, 2, 3))
@@ -944,7 +952,8 @@ def played(recording, flags):
         return contextlib.nullcontext(kept.append)
 
     words = ["--image", recording.with_suffix(".png"), "--tracks", recording] + flags
-    with patch.object(sample, "video_file", keep), patch.object(sample, "enlarge", lambda frame, *_: frame):
+    as_it_is = patch.object(sample, "enlarge", lambda frame, *_: frame)
+    with patch.object(sample, "video_file", keep), as_it_is:
         code, out, err = sampled(*words)
     assert code == 0, err
     assert "other weights" not in out
@@ -1046,7 +1055,7 @@ class Chromium:
         self.into, theirs_out = os.pipe()
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe",
                  "--disable-renderer-backgrounding", f"--user-data-dir={here}", "about:blank"]
-        line = f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}'         # it reads from 3 and writes to 4
+        line = f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}'    # it reads from 3 and writes to 4
         self.process = subprocess.Popen(
             ["bash", "-c", line, program] + flags, pass_fds=(theirs_in, theirs_out),
             stderr=subprocess.DEVNULL, start_new_session=True)
@@ -1080,7 +1089,8 @@ def chromium():
     names = "chromium-headless-shell", "chromium", "google-chrome"
     programs = [path for path in map(shutil.which, names) if path]
     if not programs:
-        raise unittest.SkipTest("NO BROWSER: the page was not tried; apt-get install chromium-headless-shell")
+        raise unittest.SkipTest("NO BROWSER: the page was not tried; "
+                                "apt-get install chromium-headless-shell")
     here = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     browser = Chromium(programs[0], here.name)
     atexit.register(here.cleanup)
@@ -1094,7 +1104,8 @@ class Tab:
     def __init__(self, width):
         where = {"url": "about:blank", "newWindow": True}
         self.target = chromium().call("Target.createTarget", where)["targetId"]
-        attached = chromium().call("Target.attachToTarget", {"targetId": self.target, "flatten": True})
+        target = {"targetId": self.target, "flatten": True}
+        attached = chromium().call("Target.attachToTarget", target)
         self.session = attached["sessionId"]
         self("Emulation.setDeviceMetricsOverride", width=width, height=860, deviceScaleFactor=1,
              mobile=width < 600)
@@ -1150,7 +1161,8 @@ class Tab:
 
     def mouse(self, kind, at):
         x, y = at
-        self("Input.dispatchMouseEvent", type=f"mouse{kind}", x=x, y=y, button="left", buttons=1, clickCount=1)
+        self("Input.dispatchMouseEvent", type=f"mouse{kind}", x=x, y=y, button="left", buttons=1,
+             clickCount=1)
         time.sleep(0.05)
 
     def key(self, letter, **more):
@@ -1174,8 +1186,7 @@ class Tab:
         return page.status()
 
     def until_at(self, script, goal, near=0.1):
-        """Wait until the colour that `script` looks for is near `goal`. Returns how much of it there
-        is."""
+        """Wait until the colour that `script` looks for is near `goal`. Returns its amount."""
         x, y = goal
         self.until(f"(([n, x, y]) => Math.hypot(x - {x}, y - {y}) < {near})({script})")
         return self.run(script)[0]
@@ -1220,7 +1231,7 @@ def shipped(image):
 
 
 def write_two_objects(path):
-    """A picture of two objects, at (0.3, 0.35) and (0.7, 0.7). Returns scripts that look for them."""
+    """A picture of two objects, at (0.3, 0.35) and (0.7, 0.7). Returns scripts that find them."""
     scene = world.new_scenes(1, 1, seeded(3), objects=2, camera=False, attributes=(0, 0), flat=True,
                              style="simple")
     scene["position"][0, :2, 0] = torch.tensor([[0.3, 0.35], [0.7, 0.7]])
@@ -1246,7 +1257,7 @@ def test_in_a_browser_one_object_goes_its_way_while_another_is_pinned():
             browser.run("actions.clear(), actions.pin()")
             browser.click((0.7, 0.7))
             browser.run("actions.path()")
-            browser.drag((0.6, 0.35), (0.25, 0.35))             # drawn now, gone along when it is played
+            browser.drag((0.6, 0.35), (0.25, 0.35))     # drawn now, gone along when it is played
             browser.until_frames(24)
             browser.until_at(red, (0.6, 0.35))                  # it waits where it was dragged to
             browser.run("actions.play()")
@@ -1260,7 +1271,7 @@ def test_in_a_browser_a_dragged_object_moves_again_and_again():
         with served(*shipped(here / "two.png")) as page, browsing(page) as browser:
             begin = [0.3, 0.35]
             most = browser.until_at(red, begin, 0.04)
-            for goal in (0.6, 0.4), (0.3, 0.6):                 # the second one takes hold of what has moved
+            for goal in (0.6, 0.4), (0.3, 0.6):     # the second one takes hold of what has moved
                 browser.drag(begin, goal)
                 assert browser.until_at(red, goal, 0.12) > most / 3
                 begin = browser.run("pointsOf(['drag'])[0].p")
@@ -1281,7 +1292,8 @@ def test_in_a_browser_words_are_chosen_and_the_camera_is_moved_and_all_stays_on_
         z, at = browser.run("[camera().z, camera().at]")
         assert_near(torch.tensor([z] + at), torch.tensor([1, 0.1, 0]), 1e-3)
         browser("Page.reload")
-        browser.until("typeof view === 'object' && view !== null && pointsOf(['drag']).length === 1")
+        browser.until("typeof view === 'object' && view !== null && "
+                      "pointsOf(['drag']).length === 1")
         with browsing(page, 390) as other:                      # a second one, on a phone
             other.until("pointsOf(['drag']).length === 1 && state.viewers >= 2")
             other.run("actions.restart()")
@@ -1291,7 +1303,7 @@ def test_in_a_browser_words_are_chosen_and_the_camera_is_moved_and_all_stays_on_
 
 def test_in_a_browser_what_is_grabbed_again_is_what_was_brought_there():
     with served("--fps", 24) as page, browsing(page) as browser:
-        for begin, end in (0.2, 0.4), (0.8, 0.47):              # two things, side by side in the end
+        for begin, end in (0.2, 0.4), (0.8, 0.47):          # two things, side by side in the end
             browser.drag((begin, 0.5), (end, 0.5))
             browser.until_told(page)
             browser.run("actions.clear()")
@@ -1375,7 +1387,11 @@ def test_in_a_browser_the_picture_is_as_large_as_fits_and_no_label_is_clipped():
 
 def test_in_a_browser_it_is_said_how_slow_a_stream_is():
     with served("--fps", 24) as page, browsing(page) as browser:
-        for slowness, shown, said in (2.14, 0, "slower than real time (2.1×)"), (1, 0, ""), (1, 800, "computing…"):
+        for slowness, shown, said in [
+            (2.14, 0, "slower than real time (2.1×)"),
+            (1, 0, ""),
+            (1, 800, "computing…"),
+        ]:
             state = f"control.pause = false, state.slowness = {slowness}"
             assert browser.run(f"({state}, badge({shown}, times = []))") == said
 
@@ -1398,7 +1414,8 @@ def test_in_a_browser_an_example_is_chosen_and_a_recording_is_offered():
     with (folder() as mine, into(mine / "recording.mp4"), served("--fps", 24) as page,
           browsing(page) as browser):
         browser.until("$('pictures').querySelectorAll('img').length === 5")
-        browser.run("[...document.images].find(image => image.alt === 'drag').parentElement.click()")
+        browser.run("[...document.images].find(image => image.alt === 'drag')"
+                    ".parentElement.click()")
         wait_until(lambda: page.status()["image"] == [384, 384])
         browser.run("actions.record(), actions.pause()")
         browser.until("/[.]mp4, /.test($('recorded').textContent)")
@@ -1423,8 +1440,9 @@ def is_colour(picture, colour):
 
 
 def width_along(browser, begin, end):
-    """Draw a path from place to place, level or upright. Returns how many pixels of its colour there are
-    across it at each pixel of its way, (L,), but for the first, where a point lies on it."""
+    """Draw a path from place to place, level or upright. Returns how many pixels of its colour
+    there are across it at each pixel of its way, (L,), but for the first, where a point lies on
+    it."""
     browser.run("actions.clear(), actions.path()")
     browser.drag(begin, end)
     browser.hover(BEYOND)
@@ -1487,7 +1505,7 @@ def test_in_a_browser_a_ghost_stays_where_a_point_was_taken():
         assert not browser.drawn().any()
         browser.drag(begin, np.add(begin, (0.02, 0)))
         browser.hover(BEYOND)
-        assert not ring(browser.drawn(), np.subtract(begin, (0.02, 0))).any()      # hardly moved: none
+        assert not ring(browser.drawn(), np.subtract(begin, (0.02, 0))).any()   # hardly moved: none
         browser.run("actions.clear(), actions.path()")
         browser.drag(begin, end)
         browser.run("actions.play()")
@@ -1550,8 +1568,9 @@ def test_in_a_browser_nothing_is_shown_under_a_mouse_that_the_page_has_come_to_l
     with served("--fps", 24) as page, browsing(page, 390) as browser:
         assert not browser.drawn().any()                        # the mouse may rest at the corner
         for moved in 0, 1:
-            event = f"new PointerEvent('pointermove', {{clientX: 8, clientY: 8, movementX: {moved}}})"
-            browser.run(f"marks.dispatchEvent({event})")        # the first is one that browsers make up
+            event = ("new PointerEvent('pointermove', "
+                     f"{{clientX: 8, clientY: 8, movementX: {moved}}})")
+            browser.run(f"marks.dispatchEvent({event})")    # the first is one that browsers make up
             assert browser.drawn()[:20, :20].any() == moved
 
 

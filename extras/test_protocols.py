@@ -15,14 +15,16 @@ from motionstream import UserError
 
 
 def test_clips_are_cut_as_the_papers_cut_them():
-    davis, sora = protocols.PROTOCOLS["davis"], protocols.PROTOCOLS["sora"]
+    davis = protocols.PROTOCOLS["davis"]
+    sora = protocols.PROTOCOLS["sora"]
     places = protocols.chosen_frames(davis, 104, 24)
     assert len(places) == 81
     assert (places[0], places[-1]) == (0, 103)
-    assert {*np.diff(places)} == {1, 2}
+    assert set(np.diff(places)) == {1, 2}
     assert protocols.chosen_frames(davis, 50, 24).tolist() == list(range(50))
-    assert protocols.chosen_frames(sora, 300, 30)[:5].tolist() == [0, 2, 4, 6, 8]      # every 1.875th
-    assert len(protocols.chosen_frames(sora, 300, 30)) == 81
+    places = protocols.chosen_frames(sora, 300, 30)
+    assert places[:5].tolist() == [0, 2, 4, 6, 8]       # every 1.875th
+    assert len(places) == 81
     assert protocols.chosen_frames(sora, 90, 16).tolist() == list(range(81))
     assert protocols.chosen_frames(sora, 60, 30)[-1] < 60
 
@@ -40,8 +42,12 @@ def test_end_point_errors_are_of_what_the_tracks_say_is_visible():
         return found
 
     assert protocols.end_point_error(frames, tracks, visible, tracker) == 1     # of 5 points
-    assert_error(UserError, "--tracker: returned (2, 2), expected (3, 2, 2)", protocols.end_point_error,
-                 frames, tracks, visible, lambda frames, points: points)
+
+    def broken(given, points):
+        return points
+
+    assert_error(UserError, "--tracker: returned (2, 2), expected (3, 2, 2)",
+                 protocols.end_point_error, frames, tracks, visible, broken)
 
 
 def test_a_video_that_is_the_truth_has_no_error_at_any_size():
@@ -72,20 +78,22 @@ def test_a_folder_of_clips_is_played_and_measured():
         (here / "tracker.py").write_text("import numpy as np\n"
                                          "def still(frames, points):\n"
                                          "    return np.stack([points] * len(frames))\n")
-        words = ["papers", data, "--protocol", "llff", "--out", here / "out",
-                 "--weights", weights / "student.safetensors", "--vae", weights / "vae.safetensors",
-                 "--tracker", f"{here / 'tracker.py'}:still"]
+        words = ["papers", data, "--protocol", "llff", "--out", here / "out"]
+        words += ["--weights", weights / "student.safetensors"]
+        words += ["--vae", weights / "vae.safetensors"]
+        words += ["--tracker", f"{here / 'tracker.py'}:still", "--lpips", "alex"]
+        words = [str(word) for word in words]
         lpips = SimpleNamespace(LPIPS=Perceptual)
         small = protocols.Protocol(True, None, (32, 48), "Still. ")
         with unittest.mock.patch.dict(protocols.PROTOCOLS, llff=small), having_lpips(lpips), \
                 quiet() as (out, err):
-            assert evaluate.main([str(word) for word in words] + ["--lpips", "alex"]) == 0, err.getvalue()
+            assert evaluate.main(words) == 0, err.getvalue()
         said = out.getvalue()
         assert "| mean of 2 | " in said, said
         assert "| the paper's student, 1.3B" in said, said
         told = json.loads((here / "out/papers.json").read_text())
-        assert {*told["clips"]} == {"a", "b"}
-        assert {*told["mean"]} == {"PSNR", "SSIM", "LPIPS", "EPE"}
+        assert told["clips"].keys() == {"a", "b"}
+        assert told["mean"].keys() == {"PSNR", "SSIM", "LPIPS", "EPE"}
         for name in protocols.NAMES:
             values = [row[name] for row in told["clips"].values() if name in row]
             assert abs(np.mean(values) - told["mean"][name]) < 1e-9
@@ -101,15 +109,19 @@ def test_what_is_wrong_with_a_protocols_folder_is_one_line():
     with folder() as here:
         data = own_clips(here / "data", names=("a",), frames=10)
         np.savez(here / "data/a.npz", tracks=np.full((9, 2, 2), 20, np.float32))
-        for said, *words in [
-                ("none: no such folder", here / "none"),
-                ("out: no clips; a clip is a.mp4, a.npz and a.txt", here / "out"),
-                ("a.npz: tracks of 9 frames, its video has 10", data),
-                ("--tracker x.py:f: not FILE.py:FUNCTION (FileNotFoundError", data, "--tracker", "x.py:f")]:
-            (here / "out").mkdir(exist_ok=True)
+        out = here / "out"
+        tracker = ["--tracker", "x.py:f"]
+        cases = [
+            ("none: no such folder", here / "none", []),
+            ("out: no clips; a clip is a.mp4, a.npz and a.txt", out, []),
+            ("a.npz: tracks of 9 frames, its video has 10", data, []),
+            ("--tracker x.py:f: not FILE.py:FUNCTION (FileNotFoundError", data, tracker),
+        ]
+        for said, clips, more in cases:
+            out.mkdir(exist_ok=True)
+            words = ["papers", str(clips), "--out", str(out), "--lpips", "none"]
             with quiet() as (_, err):
-                words = ["papers", *words, "--out", here / "out", "--lpips", "none"]
-                assert evaluate.main([str(word) for word in words]) == 2
+                assert evaluate.main(words + more) == 2
             last = err.getvalue().splitlines()[-1]
             assert last.startswith("error: "), (said, last)
             assert said in last, (said, last)

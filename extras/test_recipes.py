@@ -1,4 +1,4 @@
-"""The recipes of training: which noise levels and tracks, where a student starts, what is logged."""
+"""The recipes of training: noise levels and tracks, where a student starts, what is logged."""
 
 import contextlib
 import itertools
@@ -200,7 +200,7 @@ def test_other_sparse_tracks_are_other_trajectories():
 
 @contextlib.contextmanager
 def counted_passes():
-    """(Passes that write to a cache, others) of all models in here, as a Counter of True and False."""
+    """A Counter of all models' passes in here: True, those that write to a cache, and False."""
     count = Counter()
     forward = MotionStream.forward
 
@@ -229,7 +229,8 @@ def test_a_rollout_in_training_does_not_cache_its_last_chunk_and_has_the_same_bi
             torch.manual_seed(0)
             with counted_passes() as count:
                 x0, _, _ = td.generated_clip(run, generator, None, files, plan, grad)
-            assert count == {True: run.clip_chunks - 1, False: run.clip_chunks * (plan.exit_step + 1)}
+            passes = run.clip_chunks * (plan.exit_step + 1)
+            assert count == {True: run.clip_chunks - 1, False: passes}
             assert x0.requires_grad == grad
             torch.manual_seed(0)
             kept.clear()
@@ -272,9 +273,10 @@ def test_clips_stand_for_trajectories_with_noise_on_the_truth():
 def test_a_causal_student_starts_from_clips_without_a_trajectory():
     with folder() as here:
         before(here)
-        more = ["--set", "causal_from=clips", "--set", "steps=7"]       # no multiple of the student's 3
+        more = ["--set", "causal_from=clips", "--set", "steps=7"]   # no multiple of the student's 3
         more += ["--set", "corrupt_context=True"]
-        damage = unittest.mock.patch.object(experiments, "corrupt_context", lambda x0, first: x0 * first)
+        damage = unittest.mock.patch.object(
+            experiments, "corrupt_context", lambda x0, first: x0 * first)
         with unittest.mock.patch.object(td, "make_trajectories", None), damage, \
                 watched("causal_loss") as calls:
             train(here, ["causal"], more)
@@ -379,7 +381,8 @@ def test_a_start_that_there_is_not_is_refused_in_one_line():
 def test_how_models_are_sampled_is_that_of_the_run_and_not_of_the_weights_it_starts_from():
     sigmas = (1.0, 0.75)                # of 4 steps under shift 3: 1, 0.9, 0.75, 0.5
     assert set(sigmas) < set(schedule(4, 3.0))
-    more = ["--set", f"sigmas={sigmas}", "--set", "steps=4", "--set", "shift=3.0", "--guidance", "2,0"]
+    more = ["--set", f"sigmas={sigmas}", "--set", "steps=4", "--set", "shift=3.0"]
+    more += ["--guidance", "2,0"]
     with folder() as here:
         before(here)
         more += ["--set", "trajectories=2", "--set", "causal_from=trajectories"]
@@ -432,8 +435,7 @@ def test_a_pan_moves_the_whole_picture_in_whole_cells_by_the_last_latent():
 
 
 class Stub(torch.nn.Module):
-    """A teacher whose x0 is frame 0, moved by whole cells by as much as a track, or not, if it ignores
-    them."""
+    """A teacher whose x0 is frame 0, moved by whole cells as a track is, unless it ignores them."""
 
     def __init__(self, config, ignores=False):
         super().__init__()
@@ -450,7 +452,7 @@ class Stub(torch.nn.Module):
 
 
 def teacher_errors(here, model):
-    """watch.teacher_errors of a Stub on four clips, each of which pans by another number of cells."""
+    """watch.teacher_errors of a Stub on four clips, each panning by another number of cells."""
     config = model.config
     h, w = config.latent_size
     run = small_run(here)
@@ -507,8 +509,11 @@ def test_the_numbers_of_teacher_and_student_are_logged_and_printed():
         flags = own_flags(here, write_clips(here / "data"))
         every = {"teacher": 1, "distill": 2}
         before(here)
-        with quiet() as (out, err), unittest.mock.patch.multiple(
-                td, REPORT_EVERY=every, show=lambda run, stage: evaluate.plot_stage(run.out, stage)):
+        plotted = unittest.mock.patch.multiple(
+            td,
+            REPORT_EVERY=every,
+            show=lambda run, stage: evaluate.plot_stage(run.out, stage))
+        with quiet() as (out, err), plotted:
             for stage, updates in ("teacher", "1"), ("distill", "3"):
                 own = ["--stage", stage, "--steps", updates, "--accumulate", "1"]
                 code = td.main(flags + own)

@@ -24,13 +24,16 @@ BAD = [
 
 def test_settings_of_a_recording_are_within_those_of_the_flags():
     said = settings_in(GOOD)
-    assert said.keys() == {*SETTINGS, "prompts"} and said["window"] is None
+    assert said.keys() == set(SETTINGS) | {"prompts"}
+    assert said["window"] is None
     for name, value in BAD:
         assert_error(ValueError, "", settings_in, GOOD | {name: value})
 
 
 def test_the_page_looks_for_ffmpeg_before_anything_is_loaded():
-    with patch.dict("os.environ", IMAGEIO_FFMPEG_EXE="/nowhere/ffmpeg"), patch.object(sample, "inspect", None):
+    without_ffmpeg = patch.dict("os.environ", IMAGEIO_FFMPEG_EXE="/nowhere/ffmpeg")
+    nothing_loads = patch.object(sample, "inspect", None)
+    with without_ffmpeg, nothing_loads:
         with quiet() as (_, err):
             code = page.main(["--image", str(HERE / "assets/drag.png")])
     assert code == 2

@@ -31,7 +31,8 @@ def test_attention_asks_cudnn_first_and_forbids_nothing():
 
     before = torch.nn.attention._cur_sdpa_kernel_backends(with_priority=True)
     with unittest.mock.patch.object(F, "scaled_dot_product_attention", note):
-        attend(*torch.randn(3, 1, 6, 2, 8))
+        q, k, v = torch.randn(3, 1, 6, 2, 8)
+        attend(q, k, v)
     assert orders == [motionstream.ATTENTION]
     assert orders[0][0] == torch.nn.attention.SDPBackend.CUDNN_ATTENTION
     assert set(before) <= set(orders[0])
@@ -41,7 +42,10 @@ def test_attention_asks_cudnn_first_and_forbids_nothing():
 def test_attention_on_a_cpu_is_what_it_was_to_the_bit():
     q = torch.randn(2, 6, 3, 8)                                         # (B, L, heads, K)
     k, v = torch.randn(2, 2, 11, 3, 8)
-    expected = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    q_heads = q.transpose(1, 2)                                         # (B, heads, L, K)
+    k_heads = k.transpose(1, 2)
+    v_heads = v.transpose(1, 2)
+    expected = F.scaled_dot_product_attention(q_heads, k_heads, v_heads)
     assert torch.equal(attend(q, k, v), expected.transpose(1, 2).flatten(2))
 
 
@@ -82,7 +86,8 @@ def roll_out(model, chunks):
     config = model.config
     frames = chunks * config.chunk
     noise = rand(1, config.out_dim, frames, 4, 6)
-    given = {"text": rand(1, 3, config.text_dim, seed=1), "tracks": rand(1, 8, frames, 4, 6, seed=2)}
+    text = rand(1, 3, config.text_dim, seed=1)
+    given = {"text": text, "tracks": rand(1, 8, frames, 4, 6, seed=2)}
     with torch.inference_mode():
         latents = rollout(model, noise, given, rng=torch.Generator().manual_seed(0))
         return torch.cat(list(latents), 2)
@@ -111,7 +116,8 @@ def test_all_lengths_may_be_compiled_those_of_chunks_of_one_latent_too():
 
     for chunk, sink, window in (3, 1, 1), (1, 3, 9), (4, 0, 1):
         model = new_model(chunk=chunk, sink=sink, window=window)
-        needed = lengths(model.config) + lengths(with_chunk(model.config, 1))       # which the page offers
+        offered = with_chunk(model.config, 1)               # by the page
+        needed = lengths(model.config) + lengths(offered)
         with traced(), unittest.mock.patch.object(torch, "compile", not_compiled):
             compile_blocks(model)
             assert torch._dynamo.config.recompile_limit >= 2 * needed
@@ -128,18 +134,19 @@ def test_a_teacher_is_compiled_whatever_its_window_says():
     assert len(programs) == 1
 
 
-def refused(program, *argv):
+def refused(program, argv):
     """What the error says, in one line."""
     with quiet() as (_, err):
-        assert program.main(list(argv)) == 2
+        assert program.main(argv) == 2
     line = err.getvalue()
     assert line.startswith("error: ") and line.count("\n") == 1, line
     return line
 
 
 def test_compile_is_refused_for_a_cache_that_keeps_all():
-    assert "add --memory c3s1w5" in refused(bench, "--compile", "--memory", "c3s1wfull")
-    line = refused(sample, "--image", str(ASSETS / "drag.png"), "--compile", "--memory", "c3s1wfull")
+    flags = ["--compile", "--memory", "c3s1wfull"]
+    assert "add --memory c3s1w5" in refused(bench, flags)
+    line = refused(sample, ["--image", str(ASSETS / "drag.png")] + flags)
     assert "tiny.safetensors: --compile needs a cache that stops growing" in line
 
 
@@ -151,17 +158,18 @@ def test_compile_without_a_compiler_is_one_line():
 
     with unittest.mock.patch.object(torch, "compile", broken):
         with unittest.mock.patch.dict(bench.PRESETS, {"tiny": SMALL}):
-            line = refused(bench, "--compile")
+            line = refused(bench, ["--compile"])
     assert "torch.compile does not work here (No working C++ compiler found)" in line
 
 
 def test_the_flag_compiles_what_is_loaded():
-    words = ("--image", str(ASSETS / "drag.png"), "--frames", "1")
+    words = ["--image", str(ASSETS / "drag.png"), "--frames", "1"]
     compiled = []
     with unittest.mock.patch.object(compiling, "compile_blocks", compiled.append):
         with folder() as here, quiet():
-            for more in ((), ("--compile",)):
-                assert sample.main([*words, "--out", str(here / "x.png"), *more]) == 0
+            words += ["--out", str(here / "x.png")]
+            for more in [], ["--compile"]:
+                assert sample.main(words + more) == 0
     assert [type(model) for model in compiled] == [CopyingMotionStream]
 
 
@@ -215,7 +223,8 @@ def test_frames_made_beside_are_the_same_and_the_next_chunk_is_begun_before_one_
     expected = [sample.to_frames(video) for video in sample.decode(vae, latents.split(2, 2))]
     with torch.inference_mode(), fake_gpu() as log:
         found = []
-        for frames in compiling.frames_beside(vae, chunks_of(latents, log), "cuda", sample.to_frames):
+        chunks = chunks_of(latents, log)
+        for frames in compiling.frames_beside(vae, chunks, "cuda", sample.to_frames):
             log.append(f"show {len(found)}")
             found.append(frames)
     assert len(found) == len(expected) == 3
@@ -223,8 +232,11 @@ def test_frames_made_beside_are_the_same_and_the_next_chunk_is_begun_before_one_
         assert ours.dtype == np.uint8 and np.array_equal(ours, theirs)
     decoded = ["wait", "enter", "leave", "keep"]        # and never left open
     copied = ["enter", "leave"]
-    assert log == ["make 0", *decoded, "make 1", *copied, "show 0", *decoded,
-                   "make 2", *copied, "show 1", *decoded, *copied, "show 2"]
+    expected_log = ["make 0"] + decoded
+    expected_log += ["make 1"] + copied + ["show 0"] + decoded
+    expected_log += ["make 2"] + copied + ["show 1"] + decoded
+    expected_log += copied + ["show 2"]
+    assert log == expected_log
 
 
 def job_on(device, frames):
@@ -280,5 +292,6 @@ def test_an_rmsnorm_counts_as_the_one_kernel_that_it_is_on_a_gpu():
 
     real = F.rms_norm
     counts = bench.count_part(bench.Part("norm", work, ""))
-    assert counts.launches.total() == 3 + 2         # itself, again, its gradient; the sum and the sum's gradient
+    # Itself, again, its gradient; the sum and the sum's gradient.
+    assert counts.launches.total() == 3 + 2
     assert F.rms_norm is real

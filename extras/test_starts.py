@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 import sample
 import train_distill as td
 from extras import clips
-from extras.testing import (FAMILIES, SMALL, WAN21, assert_error, assert_near, clip_of, folder, new_model,
-                            new_vae, own_clips, public, quiet, rand, randomised, recipe, saved,
-                            seeded, wan_video, write_layout)
+from extras.testing import (FAMILIES, SMALL, WAN21, assert_error, assert_near, clip_of, folder,
+                            new_model, new_vae, own_clips, public, quiet, rand, randomised, recipe,
+                            saved, seeded, wan_video, write_layout)
 from extras.video import open_video
 from motionstream import (PRESETS, MotionStream, UserError, chunk_sizes, rollout, split_conditions,
                           track_features)
@@ -112,7 +112,7 @@ def test_weights_with_a_mask_take_a_track_slot_but_no_training():
             assert_near(model(x, sigma, **given), source(x, sigma, **given), 1e-6)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A first chunk of its own size: the 31 latents of 121 frames are 1 + 10 x 3.
 
 def test_chunks_may_begin_with_one_of_another_size():
@@ -188,7 +188,8 @@ def test_every_stage_trains_with_a_first_chunk_of_its_own():
         words = [data, "--out", here / "clips", "--weights", start, "--vae", vae, "--frames", 49]
         with quiet():
             clips.make_clips(clips.parse_job([str(word) for word in words]))
-        flags = ["--smoke", "--data", here / "clips", "--weights", start, "--vae", vae, "--out", here / "out"]
+        flags = ["--smoke", "--data", here / "clips", "--out", here / "out"]
+        flags += ["--weights", start, "--vae", vae]
         flags += ["--set", "first_chunk=1", "--set", "clip_frames=49", "--set", "export_every=1"]
         flags = [str(flag) for flag in flags]
         sizes = []
@@ -200,9 +201,11 @@ def test_every_stage_trains_with_a_first_chunk_of_its_own():
             sizes.append([x.shape[2] for x in noise])
             return rollout(model, noise, *rest, **more)
 
-        with quiet() as (_, err), unittest.mock.patch.multiple(td, show=lambda *_: None, rollout=watched):
+        both = unittest.mock.patch.multiple(td, show=lambda *_: None, rollout=watched)
+        with quiet() as (_, err), both:
             for stage in "teacher", "causal", "distill":
-                assert td.main([*flags, "--stage", stage, "--steps", "1"]) is None, err.getvalue()
+                code = td.main(flags + ["--stage", stage, "--steps", "1"])
+                assert code is None, err.getvalue()
         assert sizes, sizes
         assert all(size == [1, 3, 3, 3, 3] for size in sizes), sizes
         for name in "teacher", "causal", "student":
@@ -212,7 +215,7 @@ def test_every_stage_trains_with_a_first_chunk_of_its_own():
         assert student.config.causal
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A folder of clips by many processes.
 
 def clip_words(here, data, *more):
@@ -264,7 +267,8 @@ def test_latents_in_bfloat16_are_nearly_those_in_float32_and_another_file():
         with torch.autocast("cpu", torch.bfloat16):
             rough = vae.encode(video)
     error = (rough.float() - exact).norm() / exact.norm()
-    print(f"latents of a small random VAE under bfloat16 are {100 * error:.2f} % (relative L2) from float32's")
+    print(f"latents of a small random VAE under bfloat16 are {100 * error:.2f} % (relative L2) "
+          "from float32's")
     assert 0 < error < 0.03, error
     with folder() as here:
         words = clip_words(here, own_clips(here / "data", names=("a",)))
@@ -277,7 +281,7 @@ def test_latents_in_bfloat16_are_nearly_those_in_float32_and_another_file():
         assert abs(before[0] - before[1]).mean() < 0.05
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The recipes of docs/training.md, with what they download replaced.
 
 def run_recipe(word, *words):
@@ -332,8 +336,12 @@ def test_the_recipe_for_a_public_set_makes_videos_of_its_latents():
     latents = vae.encode(wan_video(vae, 9)).detach()
     mean, std = vae.statistics(latents)
     raw = (latents * std + mean)[0].numpy()
-    row = {"vae_latent_bytes": raw.tobytes(), "vae_latent_shape": list(raw.shape), "caption": "a cat",
-           "vae_latent_dtype": "float32"}
+    row = {
+        "vae_latent_bytes": raw.tobytes(),
+        "vae_latent_shape": list(raw.shape),
+        "vae_latent_dtype": "float32",
+        "caption": "a cat",
+    }
     batch = SimpleNamespace(to_pylist=lambda: [row])
 
     def parquet_file(path):
@@ -356,7 +364,8 @@ def test_the_recipe_for_a_public_set_makes_videos_of_its_latents():
                 if before[name]:
                     sys.modules[name] = before[name]
         names = sorted(file.name for file in (here / "out").iterdir())
-        assert names == ["p1-data-0000.mp4", "p1-data-0000.txt", "p1-data-0001.mp4", "p1-data-0001.txt"]
+        assert names == ["p1-data-0000.mp4", "p1-data-0000.txt",
+                         "p1-data-0001.mp4", "p1-data-0001.txt"]
         frames = np.stack(list(open_video(here / "out/p1-data-0000.mp4").frames))
         with torch.no_grad():
             expected = sample.to_frames(vae.decode(latents)[0])

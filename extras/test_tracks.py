@@ -20,8 +20,8 @@ import sample
 from extras import tracks as program
 from extras.testing import (HERE, assert_error, command, folder, new_model, quiet, rand, recipe,
                             sampled, saved, seeded, workplace)
-from extras.tracks import (MOVES, camera, camera_move, camera_tracks, drag_tracks, follow, load_depth,
-                           load_tracks, read_path, render_control)
+from extras.tracks import (MOVES, camera, camera_move, camera_tracks, drag_tracks, follow,
+                           load_depth, load_tracks, read_path, render_control)
 from motionstream import UserError
 
 SIZE = (48, 32)             # width, height of the picture that most tracks here are on
@@ -49,7 +49,8 @@ def npz_files(xy, seen):
         "cotracker": {"pred_tracks": xy[None], "pred_visibility": seen[None]},
         "cotracker_1": {"tracks": xy[None], "visibility": seen[None, ..., None]},
         "comfy": {"track_path": xy, "track_visibility": seen},
-        "large": {"tracks": 2 * xy.astype(">f8"), "visibles": 0.9 * seen, "width": 96, "height": 64},
+        "large": {"tracks": 2 * xy.astype(">f8"), "visibles": 0.9 * seen, "width": 96,
+                  "height": 64},
         "tapir": {"tracks": turned, "occluded": ~seen.T},
         "tapvid": {"points": turned / SIZE, "occlusion": ~seen.T},
         "wantrack": {"track_points": xy / SIZE, "track_visibility": 1.0 * seen},
@@ -259,7 +260,8 @@ def test_refused_tracks_are_refused_for_what_is_wrong_with_them():
         assert_error(UserError, "holds tracks twice", load_tracks, path, (48, 32))
         for text in "[[[1, 2, 3], [4, 5, 6]]]", "[[[true, false]]]", "[[1, null]]":
             (here / "x.json").write_text(text)
-            assert_error(UserError, "track 0 is no list of points", load_tracks, here / "x.json", SIZE)
+            assert_error(UserError, "track 0 is no list of points",
+                         load_tracks, here / "x.json", SIZE)
 
 
 def damaged(data, rng, cut):
@@ -318,9 +320,11 @@ def test_files_of_torch_save_that_hold_tensors_are_read_as_their_npz_would_be():
     tracks = 30 * torch.rand(6, 4, 2, generator=seeded())
     seen = torch.rand(6, 4, generator=seeded(1)) > 0.3
     ours = {"tracks": tracks, "visibility": seen, "width": 96, "height": 64, "fps": 24}
-    tensors = {"tracks": tracks.clone().requires_grad_(), "height": torch.tensor(64), "fps": torch.tensor(24)}
+    learnt = tracks.clone().requires_grad_()
+    tensors = {"tracks": learnt, "height": torch.tensor(64), "fps": torch.tensor(24)}
     batch = {"tracks": tracks[None], "visibility": seen[None, ..., None]}
-    tapir = {"tracks": tracks.transpose(0, 1), "occluded": ~seen.T, "width": 96, "height": 64, "fps": 24}
+    turned = tracks.transpose(0, 1)
+    tapir = {"tracks": turned, "occluded": ~seen.T, "width": 96, "height": 64, "fps": 24}
     unknown = {"video": tracks, "note": "mine", "nested": {"a": tracks}}
     with folder() as here:
         np.savez(here / "x.npz", **ours)
@@ -427,8 +431,8 @@ def test_a_tracks_file_is_never_unpacked_beyond_the_limit():
 # The programs.
 
 def converted(flags, path):
-    """Exit code, stdout and stderr of python -m extras.tracks for the workplace's image, run in this
-    process, which writes `path`."""
+    """Exit code, stdout and stderr of python -m extras.tracks for the workplace's image, run in
+    this process, which writes `path`."""
     words = flags + ["--image", workplace()[1] / "image.png", "--out", path]
     with quiet() as (out, err):
         code = program.main([str(word) for word in words])
@@ -817,7 +821,7 @@ def test_a_camera_sees_planes_of_known_depth_where_geometry_has_them():
     assert MOVES.keys() == SHIFTS.keys() | TURNS.keys() | ZOOMS.keys()
     for name in SHIFTS:
         hidden = check_camera(name, 0.3)
-        assert hidden or name == "out", name                            # which shows what was hidden
+        assert hidden or name == "out", name                        # which shows what was hidden
     for name in TURNS:
         assert check_camera(name, 20), name
     for name in ZOOMS:
@@ -829,7 +833,7 @@ def test_a_camera_sees_planes_of_known_depth_where_geometry_has_them():
 
 def test_what_is_magnified_hides_without_holes_and_ground_does_not_hide_itself():
     depth = np.ones((128, 128))
-    depth[40:88, 40:88] = 0.35                                          # 7 times as large in the end
+    depth[40:88, 40:88] = 0.35                                      # 7 times as large in the end
     tracks, visible = camera(depth, 9, (0, 0, 0.3), grid=50, focal=128)
     cells = ((np.arange(50) + 0.5) / 50 * 128).astype(int)
     behind = depth[np.ix_(cells, cells)].reshape(-1) == 1

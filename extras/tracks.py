@@ -6,9 +6,9 @@
 
 writes an unambiguous file for --tracks of sample.py.
 
-Array names decide how a file is read; shapes and values only reject it; nothing is transposed, scaled
-or swapped on a guess. Sizes are checked before allocation, and no pickle is loaded. Shapes: tracks
-(T, N, 2), x to the right and y down, in pixels of a picture; visible (T, N) bool.
+Array names decide how a file is read; shapes and values only reject it; nothing is transposed,
+scaled or swapped on a guess. Sizes are checked before allocation, and no pickle is loaded. Shapes:
+tracks (T, N, 2), x to the right and y down, in pixels of a picture; visible (T, N) bool.
 """
 
 import argparse
@@ -50,9 +50,9 @@ TOOL = "python -m extras.tracks"            # the program whose flags messages n
 # Arrays from untrusted files. Any fault raises some exception: call this within `naming`.
 
 def read_file(path):
-    """Read a file: ("npy", "npz" or "json", arrays by name, None for names that are not KNOWN). An .npy
-    file, or a single tensor of torch.save, is named tracks. ATI's .pth holds the bytes of an .npz file,
-    wrapped by torch."""
+    """Read a file: ("npy", "npz" or "json", arrays by name, None for names that are not KNOWN). An
+    .npy file, or a single tensor of torch.save, is named tracks. ATI's .pth holds the bytes of an
+    .npz file, wrapped by torch."""
     with open(path, "rb") as file:
         head = file.read(6)
         if head == np.lib.format.MAGIC_PREFIX:
@@ -64,11 +64,12 @@ def read_file(path):
     if is_zip and not any(name.endswith("data.pkl") for name in zipfile.ZipFile(path).namelist()):
         return "npz", read_arrays(path)
     packed = None
-    with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):  # they advise unpickling
+    quiet = warnings.catch_warnings(action="ignore")    # they advise unpickling
+    with contextlib.suppress(Exception), quiet:
         packed = torch.load(path, map_location="cpu", weights_only=True)
     if packed is None:
-        raise UserError("is a pickle, which may run code and is not opened; docs/tracks.md says how to "
-                        "make an .npz of it")
+        raise UserError("is a pickle, which may run code and is not opened; docs/tracks.md says "
+                        "how to make an .npz of it")
     if isinstance(packed, bytes):
         return "npz", read_arrays(io.BytesIO(packed))
     if torch.is_tensor(packed):
@@ -88,15 +89,15 @@ def to_array(name, value):
         return np.asarray(value)
     if not torch.is_tensor(value) or value.layout != torch.strided or value.is_quantized:
         raise UserError(f"{name} is a {type(value).__name__}, and no plain tensor")
-    check_size(tuple(value.shape), value.itemsize)          # its shape may claim more than the file holds
+    check_size(tuple(value.shape), value.itemsize)      # its shape may claim more than is there
     if value.dtype == torch.bfloat16:
         value = value.float()
     return value.detach().numpy()
 
 
 def decode_text(data):
-    """Decode the bytes of a text file: UTF-8, with or without a byte order mark, or UTF-16 with one.
-    UserError for anything else."""
+    """Decode the bytes of a text file: UTF-8, with or without a byte order mark, or UTF-16 with
+    one. UserError for anything else."""
     encoding = "utf-8-sig"
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         encoding = "utf-16"
@@ -106,11 +107,12 @@ def decode_text(data):
             raise ValueError("it has zeros in it")
         return text
     except ValueError as e:
-        raise UserError(f"is no text in UTF-8 or, with a byte order mark, in UTF-16 ({e}); save it as UTF-8") from None
+        raise UserError(f"is no text in UTF-8 or, with a byte order mark, in UTF-16 ({e}); save it "
+                        "as UTF-8") from None
 
 
 def check_unpacked(file):
-    """UserError if a file is too large, packed or unpacked. file: a path, or a whole file in memory."""
+    """UserError if a file, a path or a whole file in memory, is too large, packed or unpacked."""
     if isinstance(file, io.BytesIO):
         size = len(file.getbuffer())
     else:
@@ -125,8 +127,8 @@ def check_unpacked(file):
 def check_size(shape, itemsize):
     """UserError if an array is too large, before it is allocated."""
     if max(shape, default=0) > LONGEST or math.prod(shape) * max(itemsize, 4) > LIMIT:
-        raise UserError(f"has an array of {shape}, at most {LONGEST} a side and {LIMIT / 2 ** 30:g} GiB "
-                        "are read")
+        raise UserError(f"has an array of {shape}, at most {LONGEST} a side and "
+                        f"{LIMIT / 2 ** 30:g} GiB are read")
 
 
 def read_npy(file):
@@ -144,8 +146,7 @@ def read_npy(file):
 
 
 def read_arrays(file):
-    """The arrays of an .npz file by name, None for names that are not KNOWN. file: a path, or a file in
-    memory."""
+    """The arrays of an .npz file, a path or in memory, by name: None if it is not in KNOWN."""
     check_unpacked(file)
     arrays = {}
     with zipfile.ZipFile(file) as entries:
@@ -162,12 +163,12 @@ def read_arrays(file):
 
 
 def read_json(path):
-    """Arrays by name from {"tracks": ..., "width": ...}, or from the tracks alone, see read_paths."""
+    """Arrays by name from {"tracks": ..., "width": ...}, or tracks alone, see read_paths."""
     with open(path, "rb") as file:
         data = file.read(LIMIT_TEXT + 1)
     if len(data) > LIMIT_TEXT:
-        raise UserError(f"is no .npy or .npz file, and of others at most {LIMIT_TEXT / 2 ** 20:.0f} MiB "
-                        "are read")
+        raise UserError("is no .npy or .npz file, and of others at most "
+                        f"{LIMIT_TEXT / 2 ** 20:.0f} MiB are read")
     given = parse(decode_text(data))
     if not isinstance(given, dict):
         given = {"tracks": given}
@@ -179,8 +180,8 @@ def read_json(path):
 
 
 def read_paths(paths):
-    """Tracks as lists of points, {"x": x, "y": y}, [x, y] or null, or one such list, to (N, T, 2): NaN
-    for null and after the end of shorter tracks. Each list may itself be JSON text."""
+    """Tracks as lists of points, {"x": x, "y": y}, [x, y] or null, or one such list, to (N, T, 2):
+    NaN for null and after the end of shorter tracks. Each list may itself be JSON text."""
     paths = parse(paths)
     first = next((point for point in paths if point is not None), None)
     is_pair = isinstance(first, list) and first and isinstance(first[0], (int, float))
@@ -207,7 +208,8 @@ def read_points(path, number):
         points.append(point)
     points = np.array(points)
     if points.shape != (len(path), 2) or points.dtype.kind not in "if":
-        raise UserError(f'track {number} is no list of points, each {{"x": x, "y": y}}, [x, y] or null')
+        raise UserError(f"track {number} is no list of points, each "
+                        '{"x": x, "y": y}, [x, y] or null')
     return points
 
 
@@ -224,13 +226,15 @@ def parse(text):
 # --------------------------------------------------------------------------------------------------
 # Files of tracks.
 
-def load_tracks(path, size, layout="auto", units="auto", own_size=None, visibility=None, frames=None):
-    """Load a tracks file for an image of `size` (width, height), as a dict: tracks (T, N, 2) float32 in
-    pixels of that image, finite, visible (T, N) bool, ids (N,) and fps, None if the file lacks them.
+def load_tracks(path, size, layout="auto", units="auto", own_size=None, visibility=None,
+                frames=None):
+    """Load a tracks file for an image of `size` (width, height), as a dict: tracks (T, N, 2)
+    float32 in pixels of that image, finite, visible (T, N) bool, ids (N,) and fps, None if the file
+    lacks them.
 
-    To resolve ambiguous files: layout "tn" or "nt"; units "px" or "01"; own_size (width, height) of the
-    picture that the tracks refer to; visibility, another file; frames, the expected number, which may
-    reveal swapped axes. Raises UserError, naming the file and the flag."""
+    To resolve ambiguous files: layout "tn" or "nt"; units "px" or "01"; own_size (width, height) of
+    the picture that the tracks refer to; visibility, another file; frames, the expected number,
+    which may reveal swapped axes. Raises UserError, naming the file and the flag."""
     with naming(path, CURE):
         kind, arrays = read_file(path)
     beside = visibility
@@ -238,7 +242,7 @@ def load_tracks(path, size, layout="auto", units="auto", own_size=None, visibili
         beside = find_visibility(path)
     if beside:
         arrays["visibility"] = read_visibility(beside, path, arrays)
-    with naming(path, CURE), np.errstate(all="ignore"):     # overflow of float32 has its own message
+    with naming(path, CURE), np.errstate(all="ignore"):         # overflow has its own message
         if str(arrays.get("format")) == "motionstream":     # written here: unambiguous
             layout = layout.replace("auto", "tn")
             units = units.replace("auto", "px")
@@ -287,8 +291,8 @@ def positive(name, value):
 
 
 def picture_of(arrays, size, own_size=None):
-    """(width, height) of the picture that a file's tracks refer to: from the file, else `own_size` of
-    --size, else `size`."""
+    """(width, height) of the picture that a file's tracks refer to: from the file, else `own_size`
+    of --size, else `size`."""
     usual = own_size or size
     width = positive("width", arrays.get("width")) or usual[0]
     height = positive("height", arrays.get("height")) or usual[1]
@@ -298,7 +302,7 @@ def picture_of(arrays, size, own_size=None):
 
 
 def by_name(arrays, kind):
-    """(positions, visibility or None, order of the axes, unit), from the names of a file's arrays."""
+    """(positions, visibility or None, order of the axes, unit), by the names of a file's arrays."""
     hidden = [name for name in HIDDEN if name in arrays]
     seen = hidden + [name for name in VISIBLE if name in arrays]
     found = [name for name in POSITIONS if name in arrays and (hidden or name != "points")]
@@ -309,7 +313,8 @@ def by_name(arrays, kind):
     positions = arrays[found[0]]
     order, unit = POSITIONS[found[0]]
     if positions.dtype.kind not in "iuf" or positions.dtype.itemsize > 8:
-        raise UserError(f"{found[0]} are {positions.dtype} {positions.shape}, expected numbers (T, N, 2)")
+        raise UserError(f"{found[0]} are {positions.dtype} {positions.shape}, expected numbers "
+                        "(T, N, 2)")
     if found == ["array"]:
         arrays.setdefault("fps", np.array(24))          # ATI's frame rate
         positions, visibility = from_ati(positions)
@@ -330,15 +335,15 @@ def from_ati(array):
         raise UserError(f"array is {array.shape}, expected (N, T, 1, 3), as ATI writes it")
     scale = array[..., 2].max()
     if scale not in (1, 8):
-        raise UserError(f"visibility, the third channel of array, reaches {scale}, expected 8, as ATI "
-                        "writes it, or 1")
+        raise UserError(f"visibility, the third channel of array, reaches {scale}, expected 8, as "
+                        "ATI writes it, or 1")
     array = array[:, :, 0].astype(np.float32) / np.float32(scale)
     return array[..., :2], array[..., 2]
 
 
 def arrange(tracks, visibility, order):
-    """Rearrange arrays in `order`, "tn" or "nt", to (T, N, 2) and (T, N) or None. A leading 1 is a batch
-    of one; (T, 2) is one track; a third channel of only 0 and 1 is visibility."""
+    """Rearrange arrays in `order`, "tn" or "nt", to (T, N, 2) and (T, N) or None. A leading 1 is a
+    batch of one; (T, 2) is one track; a third channel of only 0 and 1 is visibility."""
     if tracks.ndim == 4 and len(tracks) == 1:
         tracks = tracks[0]
     if visibility is not None:
@@ -349,7 +354,8 @@ def arrange(tracks, visibility, order):
     elif tracks.ndim == 3 and tracks.shape[2] == 3:
         third = tracks[..., 2]
         if third.any() and np.isin(third, (0, 1)).all():
-            tracks, visibility = tracks[..., :2], third
+            tracks = tracks[..., :2]
+            visibility = third
     if tracks.ndim == 2:
         tracks = tracks[:, None]
         if visibility is not None and visibility.ndim == 1:
@@ -363,18 +369,19 @@ def arrange(tracks, visibility, order):
 
 
 def check_tracks(tracks, visibility, size, unit="px"):
-    """Check tracks (T, N, 2): to float32, finite, in pixels, and visible (T, N) bool, from the file's
-    visibility, else True where the position is not NaN. unit: "px" or "01", fractions of a picture of
-    `size` (width, height). UserError for impossible values."""
+    """Check tracks (T, N, 2): to float32, finite, in pixels, and visible (T, N) bool, from the
+    file's visibility, else True where the position is not NaN. unit: "px" or "01", fractions of a
+    picture of `size` (width, height). UserError for impossible values."""
     shape = tracks.shape
     if tracks.dtype.kind not in "iuf" or tracks.ndim != 3 or shape[2] != 2 or 0 in shape:
-        raise UserError(f"tracks are {tracks.dtype} {shape}, expected numbers (T, N, 2): frames, tracks, "
-                        "x and y")
+        raise UserError(f"tracks are {tracks.dtype} {shape}, expected numbers (T, N, 2): frames, "
+                        "tracks, x and y")
     if shape[0] > LONGEST or shape[1] > MOST:
-        raise UserError(f"tracks have shape {shape}, at most {LONGEST} frames and {MOST} tracks are read")
+        raise UserError(f"tracks have shape {shape}, at most {LONGEST} frames and {MOST} tracks "
+                        "are read")
     if visibility is not None and visibility.shape != shape[:2]:
-        raise UserError(f"visibility has shape {visibility.shape}, expected {shape[:2]}, as tracks are "
-                        f"{shape}")
+        raise UserError(f"visibility has shape {visibility.shape}, expected {shape[:2]}, as tracks "
+                        f"are {shape}")
     tracks = tracks.astype(np.float32)
     if visibility is None:
         visibility = ~np.isnan(tracks).any(-1)
@@ -386,13 +393,14 @@ def check_tracks(tracks, visibility, size, unit="px"):
     wrong = np.argwhere(visible & ~(abs(tracks) < 1e6).all(-1))
     if len(wrong):
         frame, track = wrong[0]
-        raise UserError(f"{len(wrong)} visible points are NaN, infinite or beyond a million pixels, the "
-                        f"first is frame {frame} of track {track}; set their visibility to 0")
+        raise UserError(f"{len(wrong)} visible points are NaN, infinite or beyond a million "
+                        f"pixels, the first is frame {frame} of track {track}; set their "
+                        "visibility to 0")
     if unit == "01":
         farthest = abs(tracks[visible]).max(initial=0)
         if farthest > 1.5:
-            raise UserError(f"positions reach {farthest:g} and must be shares of the picture, 0..1; "
-                            f"if they are pixels: {TOOL} --units px")
+            raise UserError(f"positions reach {farthest:g} and must be shares of the picture, "
+                            f"0..1; if they are pixels: {TOOL} --units px")
         tracks = tracks * np.float32(size)
     return np.nan_to_num(tracks).clip(-1e6, 1e6), visible
 
@@ -401,16 +409,16 @@ def check_ids(ids, count):
     """UserError unless ids are one integer in [0, 2**32) for each of `count` tracks."""
     whole = ids.dtype.kind in "iu" and ids.shape == (count,)
     if not whole or ids.min() < 0 or ids.max() >= 2 ** 32:
-        raise UserError(f"ids are {ids.dtype} {ids.shape}, expected a whole number below 2**32 for each "
-                        "track")
+        raise UserError(f"ids are {ids.dtype} {ids.shape}, expected a whole number below 2**32 for "
+                        "each track")
 
 
 def doubt_tracks(tracks, visible, size, unit):
-    """UserError if tracks in pixels are unlikely to belong to a picture of `size` (width, height)."""
+    """UserError if tracks in pixels are unlikely to be of a picture of `size` (width, height)."""
     farthest = abs(tracks[visible]).max(initial=0)
     if unit == "px" and visible.any() and farthest <= 1:
-        raise UserError("all positions lie in [-1, 1] and must be pixels; if they are shares of the "
-                        f"picture, 0..1: {TOOL} --units 01")
+        raise UserError("all positions lie in [-1, 1] and must be pixels; if they are shares of "
+                        f"the picture, 0..1: {TOOL} --units 01")
     start = tracks[0][visible[0]]                       # (n, 2)
     outside = ((start < 0) | (start > size)).any(1).sum()
     if 2 * outside <= len(start):
@@ -425,8 +433,8 @@ def doubt_tracks(tracks, visible, size, unit):
 
 
 def doubt_order(tracks, visible, frames):
-    """UserError if tracks look like (N, T, 2): a heuristic for ambiguous files, not a proof. frames: the
-    expected number, or None."""
+    """UserError if tracks look like (N, T, 2): a heuristic for ambiguous files, not a proof.
+    frames: the expected number, or None."""
     T, N = visible.shape
     part = np.where(visible[..., None], tracks, math.nan)[:999, :999]
     in_time = usual_step(part, 0)
@@ -438,21 +446,21 @@ def doubt_order(tracks, visible, frames):
     ]
     for doubtful, why in doubts:
         if doubtful:
-            raise UserError(f"shape {tracks.shape} looks like (N, T, 2), as {why}: {TOOL} --layout nt, or "
-                            "tn if it is right")
+            raise UserError(f"shape {tracks.shape} looks like (N, T, 2), as {why}: {TOOL} --layout "
+                            "nt, or tn if it is right")
 
 
 def usual_step(tracks, axis):
-    """The median distance between neighbours along an axis of (T, N, 2), NaN if none are visible."""
+    """The median distance between visible neighbours along an axis of (T, N, 2), NaN for none."""
     steps = np.linalg.norm(np.diff(tracks, axis=axis), axis=-1)
     steps = steps[~np.isnan(steps)]
     return np.median(steps) if steps.size else math.nan
 
 
 def write_tracks(path, arrays):
-    """Write a dict of arrays as an .npz file for --tracks of sample.py, atomically: `tracks` (T, N, 2)
-    float32 in pixels of a picture of `width` and `height`, `visibility` (T, N) bool, and optional ones.
-    Its format marks it as written here, so it is read without heuristics."""
+    """Write a dict of arrays as an .npz file for --tracks of sample.py, atomically: `tracks`
+    (T, N, 2) float32 in pixels of a picture of `width` and `height`, `visibility` (T, N) bool, and
+    optional ones. Its format marks it as written here, so it is read without heuristics."""
     data = io.BytesIO()
     np.savez(data, format="motionstream", **arrays)
     write_file(path, lambda part: part.write_bytes(data.getbuffer()))
@@ -475,14 +483,15 @@ def read_grid(text):
     found = re.fullmatch(r"([1-9]\d?)x([1-9]\d{0,3})", text)
     if not found:
         raise UserError(f"--grid: {text!r} is not like 3x20, 3x3 points 20 pixels apart")
-    side, apart = int(found[1]), int(found[2])
+    side = int(found[1])
+    apart = int(found[2])
     axis = (np.arange(side) - (side - 1) / 2) * apart
     return np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2)
 
 
 def follow(paths, frames):
-    """Tracks (frames, N, 2) float32 along N paths of points (P, 2), with equal time per segment; a single
-    point is pinned."""
+    """Tracks (frames, N, 2) float32 along N paths of points (P, 2), with equal time per segment; a
+    single point is pinned."""
     tracks = np.zeros((frames, len(paths), 2), np.float32)
     for n, points in enumerate(paths):
         times = np.linspace(0, len(points) - 1, frames)
@@ -496,8 +505,8 @@ def dragged(drags, pins):
     UserError for a drag without an arrow and a pin with one."""
     for text in drags or ():
         if "->" not in text:
-            raise UserError(f'--drag {text}: there is no arrow; write "X,Y -> X,Y", or --pin X,Y for a '
-                            "point that stays")
+            raise UserError(f'--drag {text}: there is no arrow; write "X,Y -> X,Y", or --pin X,Y '
+                            "for a point that stays")
         yield "--drag", text, read_path(text)
     for text in pins or ():
         if "->" in text:
@@ -512,10 +521,10 @@ def in_box(x, y, box):
 
 
 def drag_tracks(drags, pins, grid, frames, size, shown):
-    """(tracks, visible) of --drag and --pin, see `dragged`, on an image of `size` (width, height), in
-    which they start. They may lead out of it, but not into what is cropped of it: outside of the part
-    that is shown, (left, top, right, bottom). grid: text for read_grid, points that move along with
-    each; or None."""
+    """(tracks, visible) of --drag and --pin, see `dragged`, on an image of `size` (width, height),
+    in which they start. They may lead out of it, but not into what is cropped of it: outside of the
+    part that is shown, (left, top, right, bottom). grid: text for read_grid, points that move along
+    with each; or None."""
     whole = (0, 0, size[0], size[1])
     paths = []
     for flag, text, points in dragged(drags, pins):
@@ -525,8 +534,8 @@ def drag_tracks(drags, pins, grid, frames, size, shown):
                             "pixels")
         for x, y in points:
             if in_box(x, y, whole) and not in_box(x, y, shown):
-                raise UserError(f"{flag} {text}: {x:g},{y:g} lies in what is cropped of the image; the "
-                                f"video shows {part_in_words(shown)}")
+                raise UserError(f"{flag} {text}: {x:g},{y:g} lies in what is cropped of the image; "
+                                f"the video shows {part_in_words(shown)}")
         paths.append(points)
     if grid:
         paths = [points + offset for points in paths for offset in read_grid(grid)]
@@ -538,20 +547,26 @@ def drag_tracks(drags, pins, grid, frames, size, shown):
 # A moving camera in a static scene of known depth.
 
 MOVES = {                   # argument of `camera`, its value per unit amount, default amount
-    "left": ("move", (-1, 0, 0), 0.2), "right": ("move", (1, 0, 0), 0.2),
-    "up": ("move", (0, -1, 0), 0.2), "down": ("move", (0, 1, 0), 0.2),
-    "in": ("move", (0, 0, 1), 0.3), "out": ("move", (0, 0, -1), 0.3),
-    "orbit-left": ("orbit", -1, 15), "orbit-right": ("orbit", 1, 15),
-    "zoom-in": ("zoom", 1, 1.5), "zoom-out": ("zoom", -1, 1.5)}
+    "left": ("move", (-1, 0, 0), 0.2),
+    "right": ("move", (1, 0, 0), 0.2),
+    "up": ("move", (0, -1, 0), 0.2),
+    "down": ("move", (0, 1, 0), 0.2),
+    "in": ("move", (0, 0, 1), 0.3),
+    "out": ("move", (0, 0, -1), 0.3),
+    "orbit-left": ("orbit", -1, 15),
+    "orbit-right": ("orbit", 1, 15),
+    "zoom-in": ("zoom", 1, 1.5),
+    "zoom-out": ("zoom", -1, 1.5),
+}
 
 
 def camera_move(text):
-    """A flag's type: a camera move with an optional amount, "right:0.3", to arguments of `camera`."""
+    """A flag's type: a camera move (and amount), "right:0.3", to arguments of `camera`."""
     name, _, amount = text.partition(":")
     good = name in MOVES and re.fullmatch(r"(\d{1,3}(\.\d*)?|\.\d+)?", amount)
     if not good or amount and not float(amount):
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(MOVES)}, with an amount if "
-                                         "wanted, right:0.3")
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(MOVES)}, with an amount "
+                                         "if wanted, right:0.3")
     kind, unit, usual = MOVES[name]
     amount = float(amount or usual)
     if kind != "zoom":
@@ -562,8 +577,8 @@ def camera_move(text):
 
 
 def scene_points(depth, rows, columns, focal):
-    """Unproject the pixels at rows and columns of depth (H, W): (n, 3), x to the right, y down and z
-    ahead, in the unit of depth."""
+    """Unproject the pixels at rows and columns of depth (H, W): (n, 3), x to the right, y down and
+    z ahead, in the unit of depth."""
     H, W = depth.shape
     x, y = np.meshgrid(columns + 0.5, rows + 0.5)
     z = np.float64(depth[np.ix_(rows, columns)])
@@ -571,8 +586,8 @@ def scene_points(depth, rows, columns, focal):
 
 
 def move_camera(scene, move, orbit):
-    """Points (n, 3) in the coordinates of a camera translated by `move` and rotated around the point
-    ahead at depth 1, `orbit` degrees to the right."""
+    """Points (n, 3) in the coordinates of a camera translated by `move` and rotated around the
+    point ahead at depth 1, `orbit` degrees to the right."""
     pivot = np.array([0, 0, 1])
     cosine = np.cos(np.radians(orbit))
     sine = np.sin(np.radians(orbit))
@@ -592,20 +607,23 @@ def nearest_in_cell(xy, z, inside, size, cell):
 
 
 def camera(depth, frames, move=(0, 0, 0), orbit=0, zoom=1, grid=8, focal=None):
-    """Tracks of a static scene of depth (H, W) > 0 under a moving camera: (frames, grid * grid, 2) in
-    pixels of depth, and visible, False outside the picture and behind nearer points. By the last frame
-    the camera has moved by (x, y, z), to the right, down and ahead, in the unit of depth, has orbited the
-    point ahead at depth 1 by `orbit` degrees to the right, and magnifies `zoom` times. focal: in pixels;
-    default: the longer side."""
+    """Tracks of a static scene of depth (H, W) > 0 under a moving camera: (frames, grid * grid, 2)
+    in pixels of depth, and visible, False outside the picture and behind nearer points. By the last
+    frame the camera has moved by (x, y, z), to the right, down and ahead, in the unit of depth, has
+    orbited the point ahead at depth 1 by `orbit` degrees to the right, and magnifies `zoom` times.
+    focal: in pixels; default: the longer side."""
     H, W = depth.shape
     focal = focal or max(H, W)
     count = grid * grid
     step = math.ceil(max(H, W) / 512)                   # resolution of the occluders
-    rows, columns = [((np.arange(grid) + 0.5) / grid * side).astype(int) for side in (H, W)]
+    places = (np.arange(grid) + 0.5) / grid
+    rows = (places * H).astype(int)
+    columns = (places * W).astype(int)
     tracked = scene_points(depth, rows, columns, focal)
     hiding = scene_points(depth, np.arange(0, H, step), np.arange(0, W, step), focal)
     scene = np.concatenate([tracked, hiding])           # (n, 3)
-    tracks, visible = [], []
+    tracks = []
+    visible = []
     slope = None
     for t in np.linspace(0, 1, frames):
         magnified = zoom ** t
@@ -620,13 +638,14 @@ def camera(depth, frames, move=(0, 0, 0), orbit=0, zoom=1, grid=8, focal=None):
         if slope is None:
             slope = np.clip(z / nearest, 1, 1.25)       # depth ratio of a surface within a square
         tracks.append(xy[:count])
-        visible.append((inside & (z < 1.05 * slope * nearest))[:count])
+        seen = inside & (z < 1.05 * slope * nearest)
+        visible.append(seen[:count])
     return np.stack(tracks), np.stack(visible)
 
 
 def read_depth(path):
-    """The depth (H, W) in an .npy file, unchanged, or from a grey picture by the common convention: 1 /
-    brightness, so that bright is near."""
+    """The depth (H, W) in an .npy file, unchanged, or from a grey picture by the common convention:
+    1 / brightness, so that bright is near."""
     with open(path, "rb") as file:
         if file.read(6) == np.lib.format.MAGIC_PREFIX:
             depth = read_npy(file)
@@ -643,15 +662,15 @@ def read_depth(path):
         grey = grey[..., 0]
     if not grey.max() > 0:
         raise UserError("is black")
-    print(f"note: {path}: bright is read as near, depth as one over brightness, black 20 times as far as "
-          "the brightest")
+    print(f"note: {path}: bright is read as near, depth as one over brightness, black 20 times as "
+          "far as the brightest")
     return grey.max() / np.maximum(grey, grey.max() / 20)
 
 
 def load_depth(path, size):
-    """Load the depth (H, W) > 0 of an image of `size` (width, height), as multiples of its finite median:
-    from an .npy file in any unit, or from a grey picture; any resolution of the image's aspect ratio.
-    Raises UserError, naming the file."""
+    """Load the depth (H, W) > 0 of an image of `size` (width, height), as multiples of its finite
+    median: from an .npy file in any unit, or from a grey picture; any resolution of the image's
+    aspect ratio. Raises UserError, naming the file."""
     cure = "damaged, or neither an .npy file of depth (H, W) nor a grey picture"
     with naming(path, cure), np.errstate(all="ignore"):
         depth = read_depth(path)
@@ -661,17 +680,18 @@ def load_depth(path, size):
         wrong = (~(depth > 0)).sum()
         far = np.isinf(depth)
         if wrong or far.all():
-            raise UserError(f"{wrong or depth.size} of {depth.size} depths are not above 0, or all are "
-                            "infinite; is it inverse depth? Save 1 / depth, and numpy.inf for the sky")
+            raise UserError(f"{wrong or depth.size} of {depth.size} depths are not above 0, or all "
+                            "are infinite; is it inverse depth? Save 1 / depth, and numpy.inf for "
+                            "the sky")
         if abs(W * size[1] - H * size[0]) > W + H:
-            raise UserError(f"is {W}x{H}, its image {size[0]}x{size[1]}: not the same shape; resize it to "
-                            "the image")
+            raise UserError(f"is {W}x{H}, its image {size[0]}x{size[1]}: not the same shape; "
+                            "resize it to the image")
         return np.minimum(depth / np.median(depth[~far]).astype(np.float64), 1000)
 
 
 def camera_tracks(path, size, frames, grid, move, focal=None):
-    """(tracks, visible) of `camera` for an image of `size` (width, height) and a file of its depth. move:
-    arguments of `camera`; focal in pixels of the image."""
+    """(tracks, visible) of `camera` for an image of `size` (width, height) and a file of its depth.
+    move: arguments of `camera`; focal in pixels of the image."""
     depth = load_depth(path, size)
     scale = size[0] / depth.shape[1]
     focal = focal and focal / scale
@@ -683,8 +703,8 @@ def camera_tracks(path, size, frames, grid, move, focal=None):
 # Tracks drawn on pictures.
 
 def render_tracks(frame, motion, number, factor=1):
-    """Draw the visible tracks of a Motion on frame `number` (H, W, 3) of a video, enlarged by `factor`: a
-    dot and a trail that widens towards it, edged in black to stand out on any colour."""
+    """Draw the visible tracks of a Motion on frame `number` (H, W, 3) of a video, enlarged by
+    `factor`: a dot, and a trail that widens towards it, edged in black to be seen on any colour."""
     span = slice(max(number + 1 - TRAIL, 0), number + 1)
     points = motion.tracks[0, span].numpy() * factor                        # (steps, N, 2)
     visible = motion.visible[0, span].numpy()
@@ -707,16 +727,16 @@ def render_tracks(frame, motion, number, factor=1):
 
 
 def overlaid(frames, motion, size):
-    """Frames of a video of `size` (height, width), possibly enlarged, with a Motion's tracks drawn on."""
+    """Frames of a video of `size` (height, width), perhaps enlarged, with a Motion's tracks on."""
     for number, frame in enumerate(frames):
         yield render_tracks(frame, motion, number, len(frame) // size[0])
 
 
 @torch.inference_mode()
 def render_control(vae, motion, size, frames):
-    """Render the tracks of a Motion as a control video of `size` (height, width), T = `frames` = 1 + 4 (F
-    - 1), and encode it: latents (1, C, F, h, w). Drawn on black as --overlay draws them, a choice
-    untested with Fun-Control's weights."""
+    """Render the tracks of a Motion as a control video of `size` (height, width) and of
+    T = `frames` = 1 + 4 (F - 1), and encode it: latents (1, C, F, h, w). Drawn on black as by
+    --overlay, a choice untested with Fun-Control's weights."""
     video = np.zeros((frames, *size, 3), np.uint8)
     for number in range(min(frames, motion.tracks.shape[1])):
         video[number] = render_tracks(video[number], motion, number)
@@ -744,23 +764,31 @@ def new_parser():
     add("tracks", nargs="?", type=Path, metavar="FILE", help="tracks as another program wrote them")
     add("--image", required=True, help="that the tracks are for", **file)
     add("--out", required=True, help=".npz", **file)
-    add("--frames", type=number(int, 1, MOST_FRAMES), metavar="N", 
+    add("--frames", type=number(int, 1, MOST_FRAMES), metavar="N",
         help=f"of what is made here; default: {WAN_FRAMES}")
-    add("--drag", action="append", metavar="X,Y->X,Y", help="where a point of the image goes; repeatable")
+    add("--drag", action="append", metavar="X,Y->X,Y",
+        help="where a point of the image goes; repeatable")
     add("--pin", action="append", metavar="X,Y", help="a point that stays; repeatable")
     add("--grid", metavar="NxP", help="each of those N by N points, P pixels apart")
     add = parser.add_argument_group("what a FILE does not say itself").add_argument
-    add("--layout", choices=("auto", "tn", "nt"), default="auto", help="frames first, or tracks; auto: by names")
-    add("--units", choices=("auto", "px", "01"), default="auto", help="pixels, or shares of the picture")
-    add("--size", type=picture_size, metavar="WxH", help="of the video they belong to; default: the image's")
-    add("--visibility", help="an .npy, laid out as the tracks; default: the one beside an .npy of tracks", **file)
+    add("--layout", choices=("auto", "tn", "nt"), default="auto",
+        help="frames first, or tracks; auto: by names")
+    add("--units", choices=("auto", "px", "01"), default="auto",
+        help="pixels, or shares of the picture")
+    add("--size", type=picture_size, metavar="WxH",
+        help="of the video they belong to; default: the image's")
+    add("--visibility", **file,
+        help="an .npy, laid out as the tracks; default: the one beside an .npy of tracks")
     add = parser.add_argument_group("a camera").add_argument
     add("--depth", help=".npy (H, W), or a grey picture, bright is near", **file)
     add("--camera", type=camera_move, metavar="MOVE",
-        help=f"{', '.join(MOVES)}; with an amount if wanted, as right:0.3: median depths, degrees, or times")
-    add("--focal", type=number(float, 1, 10 ** 6), metavar="F", help="in pixels; default: the longer side")
+        help=f"{', '.join(MOVES)}; with an amount if wanted, as right:0.3: median depths, degrees, "
+        "or times")
+    add("--focal", type=number(float, 1, 10 ** 6), metavar="F",
+        help="in pixels; default: the longer side")
     add("--points", type=number(int, 1, 100), default=8, metavar="N",
-        help="N by N points of the scene (8, as the tiny model knows; 50 for weights of Wan's kind)")
+        help="N by N points of the scene (8, as the tiny model knows; 50 for weights of Wan's "
+        "kind)")
     return parser
 
 
@@ -796,7 +824,8 @@ def run(argv):
     if given.tracks:
         found = load_tracks(given.tracks, image.size, given.layout, given.units, given.size,
                             given.visibility, given.frames)
-        tracks, visible = found["tracks"], found["visible"]
+        tracks = found["tracks"]
+        visible = found["visible"]
         arrays |= {name: found[name] for name in ("ids", "fps") if found[name] is not None}
     elif given.depth:
         tracks, visible = camera_tracks(given.depth, image.size, frames, given.points, given.camera,

@@ -1,13 +1,13 @@
-"""Videos as they are stored: every frame once, upright, with square pixels, transparent parts over
-white.
+"""Videos as they are stored: every frame once, upright, in square pixels, transparency over white.
 
     video = open_video(path)
     for frame in video.frames:              # uint8 (H, W, 3)
         ...
     video.times()                           # when each frame is shown, in seconds
 
-Videos are written in BT.709 and read back (checked_writer). What cannot be read without a choice (HDR, wide gamut, interlaced, several videos in a file) is
-refused, with the command that makes it right.
+Videos are written in BT.709 and read back (checked_writer). What cannot be read without a choice
+(HDR, wide gamut, interlaced, several videos in a file) is refused, with the command that makes it
+right.
 """
 
 import contextlib
@@ -30,12 +30,13 @@ from motionstream import UserError, reason_of
 
 # Tags of colours that are read as they are. Others are wrong unless they are mapped to the gamut of
 # BT.709, and in HDR brightness too.
-SMALL = ("bt709", "bt470m", "bt470bg", "smpte170m", "smpte240m")        # standards of about one gamut
+SMALL = ("bt709", "bt470m", "bt470bg", "smpte170m", "smpte240m")    # standards of about one gamut
 UNTAGGED = ("unknown", "reserved")
 USUAL = {
     "color_space": UNTAGGED + SMALL + ("gbr", "fcc", "ycgco"),
     "color_primaries": UNTAGGED + SMALL,
-    "color_trc": UNTAGGED + SMALL + ("iec61966-2-1", "iec61966-2-4", "bt1361e", "bt2020-10", "bt2020-12"),
+    "color_trc": UNTAGGED + SMALL + ("iec61966-2-1", "iec61966-2-4", "bt1361e", "bt2020-10",
+                                     "bt2020-12"),
 }
 BRIGHT = ("smpte2084", "arib-std-b67")      # the transfer functions of HDR, PQ and HLG
 
@@ -48,7 +49,7 @@ class Log:
 
     def __init__(self):
         self.lines = []
-        self.begun = threading.Event()      # the first frame has been described, or there will be none
+        self.begun = threading.Event()      # the first frame has been described, or none will be
 
     def follow(self, pipe):
         """Read all of it, in a thread of its own: a full pipe would stop ffmpeg."""
@@ -64,22 +65,22 @@ class Log:
 
 @dataclass
 class Video:
-    """A video that is being read."""
+    """A video that is being read. Its frames, with square pixels, may be larger than `size`."""
     path: Path
     fps: float | None               # mean, as the file says
-    size: tuple                     # (width, height) as stored, upright; frames with square pixels may be larger
+    size: tuple                     # (width, height) as stored, upright
     frames: Iterator                # uint8 (H, W, 3), one by one
     log: Log
 
     def times(self):
-        """When the frames that have been read are shown, in seconds, of those that the file says it of."""
+        """When the frames that have been read are shown, in seconds, where the file says it."""
         found = re.findall(r"\[Parsed_showinfo.* pts_time: *([-+.\de]+)", self.log.text())
         return [float(time) for time in found]
 
 
 def open_video(path, most=None):
-    """A Video of at most so many frames. UserError, one line, if there is none, or none that can be read as
-    it is; also while it is read, if it is damaged."""
+    """A Video of at most so many frames. UserError, one line, if there is none, or none that can be
+    read as it is; also while it is read, if it is damaged."""
     path = Path(path)
     log = Log()
     frames = decode(path, most, log)
@@ -207,12 +208,13 @@ def refuse_alpha(path, codec):
     white = "[a]format=rgb24,drawbox=c=white:t=fill[w]"
     over = f"format=rgba,split[a][b];{white};[w][b]overlay=format=rgb,format=yuv420p"
     cure = remade(path, f'-vf "{over}" -metadata:s:v alpha_mode=', read=f"-c:v {decoder} ")
-    raise UserError(f"{path}: is transparent, which ffmpeg does not read by itself; over white: {cure}")
+    raise UserError(f"{path}: is transparent, which ffmpeg does not read by itself; over white: "
+                    f"{cure}")
 
 
 def to_bt709(colour):
-    """The ffmpeg filter that maps colours to BT.709. colour: what is tagged, {name: value} as in USUAL.
-    White is 203 nits, as ITU-R BT.2408 has it; what is brighter is rolled off."""
+    """The ffmpeg filter that maps colours to BT.709. colour: what is tagged, {name: value} as in
+    USUAL. White is 203 nits, as ITU-R BT.2408 has it; what is brighter is rolled off."""
     primaries = colour["color_primaries"]
     matrix = colour["color_space"]
     transfer = colour["color_trc"]
@@ -231,9 +233,9 @@ def to_bt709(colour):
 
 
 def remade(path, options, keep="-fps_mode passthrough ", read=""):
-    """The command line that makes another video of one, with the same frames unless `keep` is left out,
-    in its place; the first stays beside it. read: how ffmpeg reads the first."""
-    path = Path(os.path.abspath(path))      # or a name such as -i.mp4 or 12:30.mp4 would mislead ffmpeg
+    """The command line that makes another video of one, with the same frames unless `keep` is left
+    out, in its place; the first stays beside it. read: how ffmpeg reads the first."""
+    path = Path(os.path.abspath(path))      # -i.mp4 or 12:30.mp4 would mislead ffmpeg
     places = [str(path), f"{path}.old", str(path.with_stem(f"{path.stem}.new"))]
     if os.name == "nt":
         move = "move"
@@ -292,9 +294,9 @@ def count_frames(path):
 
 @contextlib.contextmanager
 def checked_writer(part, path, fps):
-    """`with checked_writer(…) as append`: append(frame), uint8 (H, W, 3), writes to a temporary file
-    `part`, which replaces `path` if all frames can be read back when the block ends. UserError, naming
-    `path`, if it cannot be written."""
+    """`with checked_writer(…) as append`: append(frame), uint8 (H, W, 3), writes to a temporary
+    file `part`, which replaces `path` if all frames can be read back when the block ends.
+    UserError, naming `path`, if it cannot be written."""
     count = 0
 
     def append(frame):
