@@ -35,6 +35,7 @@ import argparse
 import ast
 import contextlib
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -350,9 +351,6 @@ SMOKE = {"vae_updates": 4, "teacher_updates": 4, "causal_updates": 3, "distill_u
          "vae_accumulate": 1, "teacher_accumulate": 1, "causal_accumulate": 1,
          "distill_accumulate": 1, "vae_clips": 8, "clips": 16, "trajectories": 8}
 
-# Updates between measurements by extras/watch.py.
-REPORT_EVERY = {"teacher": 200, "distill": 50}
-
 NEUTRAL = PRESETS["tiny"].prompt
 # The weights that each stage makes.
 WEIGHTS = {"vae": "vae", "teacher": "teacher", "causal": "causal", "distill": "student"}
@@ -404,15 +402,6 @@ class Run:
 
     def path(self, name):
         return Path(self.files[name])
-
-    def checksum(self, name):
-        """Checksum of the weights `name`: of their tensors or, without extras/, of the file's size
-        and time."""
-        guard = extra("guard")
-        if guard:
-            return guard.weights_digest(self.path(name))
-        about = self.path(name).stat()
-        return seed_of(about.st_size, about.st_mtime_ns)
 
     def load(self, name, **overrides):
         """Load a trained MotionStream, in float32 and frozen. Sampling settings come from
@@ -524,6 +513,12 @@ PARTLY = replace(SHARED, strict=False)      # optimizers hold nothing of paramet
 def seed_of(*values):
     """A seed for torch from anything printable, the same in every process."""
     return zlib.crc32(" ".join(map(str, values)).encode())
+
+
+def file_digest(path):
+    """A digest of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def generators(device):
@@ -708,7 +703,52 @@ class Learner:
 
 
 # --------------------------------------------------------------------------------------------------
+# What extras/ adds to a training: guard.py makes it safe, watch.py shows how it goes.
+
+class Unguarded:
+    """What a copy without extras/ has in place of the functions of extras/guard.py, which refuse
+    bad inputs, lock the folder and skip damaged checkpoints."""
+
+    def check_flags(self, flags, config, settings):
+        if not (flags.data and flags.vae):
+            raise UserError("without extras/, give --data FOLDER of encoded clips, and --vae FILE")
+
+    def check_run(self, run, flags):
+        pass
+
+    def check_stage(self, run, stage):
+        pass
+
+    def own_folder(self, folder):
+        if RANK == 0:
+            print("extras/guard.py is missing: flags, files and clips are not checked")
+        folder.mkdir(parents=True, exist_ok=True)
+        return contextlib.nullcontext()
+
+    def checkpoint_settings(self, run, stage):
+        return {}
+
+    def newest_checkpoint(self, folder, stage, settings):
+        paths = sorted(folder.glob(f"{stage}.*.checkpoint.pt"))
+        return torch.load(paths[-1], map_location="cpu", weights_only=True) if paths else None
+
+    def clip_digests(self, run):
+        return {}
+
+
+def guard():
+    """The module extras/guard.py or, in a copy without it, Unguarded."""
+    return extra("guard") or Unguarded()
+
+
+def no_report(loop, *inputs):
+    """What a stage calls after every update, with its Loop, networks and clips: does nothing.
+    extras/watch.py has one that measures now and then."""
+
+
+# --------------------------------------------------------------------------------------------------
 # The loop of a stage, its log and its checkpoints.
+
 
 def checkpoint_path(folder, stage, updates):
     """File of a stage's checkpoint after so many updates; names sort by updates."""
@@ -731,13 +771,11 @@ def load_checkpoint(folder, stage, settings, learners):
     """Load a stage's newest checkpoint, read by process 0, into the learners. Returns its number
     of updates, or 0 if there is no checkpoint. UserError if it has other learners or, with
     extras/, other settings."""
-    checkpoint = {"updates": 0, "learners": {}}
-    guard = extra("guard")
-    paths = sorted(folder.glob(f"{stage}.*.checkpoint.pt"))
-    if guard and RANK == 0:             # it skips damaged ones and shortens the log to fit
-        checkpoint = guard.newest_checkpoint(folder, stage, settings) or checkpoint
-    elif paths and RANK == 0:
-        checkpoint = torch.load(paths[-1], map_location="cpu", weights_only=True)
+    checkpoint = None
+    if RANK == 0:
+        checkpoint = guard().newest_checkpoint(folder, stage, settings)
+    if checkpoint is None:
+        checkpoint = {"updates": 0, "learners": {}}
     updates = from_first(checkpoint["updates"])
     if updates == 0:
         return 0
@@ -763,9 +801,7 @@ class Loop:
         self.learners = learners
         self.accumulate = learners[0].accumulate
         self.settings = {"updates": updates, "micro-steps an update": self.accumulate * PROCESSES}
-        guard = extra("guard")
-        if guard:                       # which refuses to resume with others
-            self.settings |= guard.checkpoint_settings(run, stage)
+        self.settings |= guard().checkpoint_settings(run, stage)
 
     def __iter__(self):
         begin = load_checkpoint(self.run.out, self.stage, self.settings, self.learners)
@@ -813,13 +849,6 @@ class Loop:
             if value is not None:
                 value = torch.as_tensor(value).item()
                 self.numbers.setdefault(name, []).append(value)
-
-    def tell(self, **numbers):
-        """Log numbers and print them above the progress bar."""
-        self.log(**numbers)
-        if RANK == 0:
-            rounded = {name: round(float(value), 5) for name, value in numbers.items()}
-            tqdm.write(f"{self.stage}: {json.dumps(rounded)}")
 
     def save_if_due(self, stop):
         """Write a checkpoint if due; exit if any process has a signal in `stop`. Collective."""
@@ -1191,12 +1220,13 @@ def loss_of_teacher(run, model, vae, batch):
         return flow_loss(model, x0, sigma, conditions, first_latent, cell_weight, channel_weight)
 
 
-def train_teacher(run, network=new_model):
-    """Stage 2: rectified flow on whole and short clips, given the image, text and tracks. network:
-    builds a new teacher from its config; extras/experiments.py has one with another track head.
+def train_teacher(run, report=no_report, network=new_model):
+    """Stage 2: rectified flow on whole and short clips, given the image, text and tracks. report:
+    see no_report. network: builds a new teacher from its config; extras/experiments.py has one with
+    another track head.
 
     All tracks are given at first, as in the paper's first stage: the model learns sooner what
-    tracks mean. Whether it follows them is shown early by extras/watch.py, not by the flow loss."""
+    tracks mean. Whether it follows them is shown early by a report, not by the flow loss."""
     s = run.settings
     files = training_clips(run, run.clip_latents)
     held_back = files[:max(len(files) // 20, 1)]
@@ -1206,7 +1236,6 @@ def train_teacher(run, network=new_model):
     model.recompute_blocks(run.checkpointing)
     learner = Learner("teacher", model, s.teacher, s.teacher_updates, s.teacher_accumulate,
                       s.shard_gradients)
-    watch = extra("watch")
     loop = Loop(run, "teacher", s.teacher_updates, learner)
     for update in loop:
         dense = update < int(s.dense_share * s.teacher_updates)
@@ -1221,8 +1250,7 @@ def train_teacher(run, network=new_model):
             loop.log(loss=loss)
         loop.log(grad=learner.update(update))
         export_weights(run, "teacher", learner.average, update + 1)
-        if watch and (update + 1) % REPORT_EVERY["teacher"] == 0:
-            loop.tell(**watch.teacher_errors(run, learner.average, vae, held_back))
+        report(loop, learner.average, vae, held_back)
     save_weights(run.path("teacher"), learner.average)
 
 
@@ -1253,10 +1281,8 @@ def make_trajectories(run, files):
     what the trajectories depend on."""
     s = run.settings
     each = 2 * s.batch
-    weights = [run.checksum("vae"), run.checksum("teacher")]
-    guard = extra("guard")
-    digests = guard.clip_digests(run) if guard else {}
-    source = weights + [digests, run.seed, each, s.p_sparse, s.track_what_moves]
+    source = [file_digest(run.path("vae")), file_digest(run.path("teacher")),
+              guard().clip_digests(run), run.seed, each, s.p_sparse, s.track_what_moves]
     folder = run.out / f"trajectories.{seed_of(source, run.config, s.clip_frames):08x}"
     count = math.ceil(s.trajectories / each) * each
     paths = [folder / f"{i:07}.safetensors" for i in range(count)]
@@ -1338,9 +1364,9 @@ def to_be_trained(run, model):
     return model.recompute_blocks(run.checkpointing)
 
 
-def train_causal(run):
+def train_causal(run, report=no_report):
     """Stage 3: the student, initialised from the teacher, learns from ODE trajectories or its own
-    rollouts, see loss_of_causal."""
+    rollouts, see loss_of_causal. report: see no_report."""
     s = run.settings
     files = training_clips(run, run.clip_latents)       # collective: call it in all processes
     if s.causal_from == "trajectories":
@@ -1359,6 +1385,7 @@ def train_causal(run):
             loop.log(loss=loss)
         loop.log(grad=learner.update(update))
         export_weights(run, "causal", learner.average, update + 1)
+        report(loop, learner.average, vae, files)
     save_weights(run.path("causal"), learner.average)
 
 
@@ -1473,9 +1500,10 @@ def loss_of_critic(run, generator, critic, vae, files, plan):
         return critic_loss(x0, critic, conditions, first_latent, run.config.shift, weight_at)
 
 
-def distill(run, draw_plan=draw_plan):
+def distill(run, report=no_report, draw_plan=draw_plan):
     """Stage 4, Self-Forcing: critic_steps critic updates per generator update, each on new
-    rollouts. draw_plan: extras/experiments.py has one that also draws chunk, sink and window."""
+    rollouts. report: see no_report. draw_plan: extras/experiments.py has one that also draws chunk,
+    sink and window."""
     s = run.settings
     files = training_clips(run, frames=1)
     vae = run.load_vae()
@@ -1486,7 +1514,6 @@ def distill(run, draw_plan=draw_plan):
                         math.ceil(s.distill_updates / s.critic_steps),
                         s.distill_accumulate, s.shard_gradients)
     learner_c = Learner("critic", critic, s.critic, 0, s.distill_accumulate, s.shard_gradients)
-    watch = extra("watch")
     loop = Loop(run, "distill", s.distill_updates, learner_g, learner_c)
     for update in loop:
         if update % s.critic_steps == 0:
@@ -1505,15 +1532,14 @@ def distill(run, draw_plan=draw_plan):
             learner_c.backward(loss)
             loop.log(loss_c=loss)
         loop.log(grad_c=learner_c.update(update))
-        if watch and (update + 1) % REPORT_EVERY["distill"] == 0:
-            loop.tell(**watch.student_numbers(run, generator, teacher, critic, vae, files))
+        report(loop, generator, teacher, critic, vae, files)
     save_weights(run.path("student"), learner_g.average)
 
 
-def train_vae(run):
+def train_vae(run, report=no_report):
     """Stage 1: the tiny model's VAE, see extras/linear_vae.py."""
     from extras.linear_vae import train_vae
-    train_vae(run)
+    train_vae(run, report)
 
 
 STAGES = {"vae": train_vae, "teacher": train_teacher, "causal": train_causal,
@@ -1637,17 +1663,11 @@ def starting_settings(start, config):
 def resolve(flags):
     """Resolve what parse returns, and the weights named there, into a Run. UserError, one line, if
     that cannot be."""
-    guard = extra("guard")
-    if guard:
-        guard.check_flags(flags)
-    elif not (flags.data and flags.vae):
-        raise UserError("without extras/, give --data FOLDER of encoded clips, and --vae FILE")
     start = inspect(flags.weights) if flags.weights else None
     config = starting_config(start, flags.dry_run or "tiny")
     settings = starting_settings(start, config)
+    guard().check_flags(flags, config, settings)
     for path, value in flags.set:
-        if guard:
-            guard.check_field(path, value, config, settings)
         if path in vars(config):
             config = assign(config, path, value)
         else:
@@ -1666,16 +1686,8 @@ def resolve(flags):
         reward = find_reward(flags.reward)
     run = Run(out, flags.seed, device, compute_dtype(device), config, settings, files, flags.data,
               start, reward, checkpointing)
-    if guard:
-        guard.check_run(run, flags)
+    guard().check_run(run, flags)
     return run
-
-
-def show(run, stage):
-    """Draw the stage's curves and a preview, if extras is there."""
-    watch = extra("watch")
-    if watch and RANK == 0:
-        watch.show(run, stage)
 
 
 def run_stages(argv):
@@ -1691,20 +1703,17 @@ def run_stages(argv):
         missing = not run.path(WEIGHTS[stage]).exists()
         if flags.stage == stage or (flags.stage == "all" and missing):
             stages.append(stage)
-    guard = extra("guard")
-    watch = extra("watch")
-    if RANK == 0 and not guard:
-        print("extras/guard.py is missing: flags, files and clips are not checked")
-    run.out.mkdir(parents=True, exist_ok=True)
-    with guard.own_folder(run.out) if guard else contextlib.nullcontext():
-        if watch and RANK == 0:
+    watch = extra("watch")              # None: nothing is measured or shown
+    report = watch.report if watch else no_report
+    with guard().own_folder(run.out):
+        if watch:
             watch.print_plan(run, stages)
         for stage in stages:
-            if guard:
-                guard.check_stage(run, stage)
+            guard().check_stage(run, stage)
             torch.manual_seed(seed_of(run.seed, stage))     # for the initial weights
-            STAGES[stage](run)
-            show(run, stage)
+            STAGES[stage](run, report)
+            if watch:
+                watch.show(run, stage)
     if flags.stage == "all" and RANK == 0 and not run.data:
         print(f"to measure it: python -m extras.evaluate --out {run.out}")
 

@@ -26,6 +26,7 @@ from extras.evaluate import (CLIP, MODELS, Trained, case_of, eval_row, find_rewa
                              open_trained, play, settings_of, videos_of, weights_of)
 from extras.guard import CAUSAL_FROM, own_folder
 from extras.tracks import render_control
+from extras.watch import report
 from motionstream import (Config, KVCache, MotionStream, TrackHead, UserError, add_noise, apply_rope, same_sigma,
                           schedule, track_ids)
 from sample import embed_words
@@ -110,7 +111,7 @@ def train_briefly(run, made, train):
         started = time.time()
         torch.manual_seed(seed_of(run.seed, made))              # for the initial weights
         with torch.enable_grad(), own_folder(run.out):
-            train(run)
+            train(run, report=report)
         print(f"{run.out}: trained in {(time.time() - started) / 60:.1f} minutes")
     return Trained(run.out, run.device, run.seed, {name: run.path(name) for name in MODELS})
 

@@ -508,7 +508,7 @@ def test_the_numbers_of_teacher_and_student_are_logged_and_printed():
         every = {"teacher": 1, "distill": 2}
         before(here)
         with quiet() as (out, err), unittest.mock.patch.multiple(
-                td, REPORT_EVERY=every, show=lambda run, stage: evaluate.plot_stage(run.out, stage)):
+                watch, REPORT_EVERY=every, show=lambda run, stage: evaluate.plot_stage(run.out, stage)):
             for stage, updates in ("teacher", "1"), ("distill", "3"):
                 own = ["--stage", stage, "--steps", updates, "--accumulate", "1"]
                 code = td.main(flags + own)

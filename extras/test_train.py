@@ -76,7 +76,7 @@ def log_of(here):
 
 def without_pictures():
     """train_distill.main draws no previews in here."""
-    return patch.object(td, "show", lambda run, stage: None)
+    return patch.object(watch, "show", lambda run, stage: None)
 
 
 def new_run(*flags):
