@@ -119,15 +119,14 @@ def flow_loss(model, x0, sigma, conditions, first_latent, cell_weight=1.0, chann
 
 def causal_loss(model, states, x0, conditions, context, channel_weight=1.0, past=None):
     """Regression through the KV cache (section 3.2): each chunk predicts its clean end, x0
-    (B, C, F, h, w), from its own state at a random noise level and a cache of `context`
-    (sink, window) that holds the chunks before it.
+    (B, C, F, h, w), from its own state at a random noise level and a cache that holds the chunks
+    before it. context: the cache's sink and window, see new_caches.
 
     states: one (B, C, F, h, w) per noise level of the model. channel_weight (1, C, 1, 1, 1):
     weights of the error. past: written to the cache in place of x0."""
     if past is None:
         past = x0
-    sink, window = context
-    caches = model.new_caches(sink=sink, window=window)
+    caches = model.new_caches(**context)
     sigmas = model.config.sigmas
     loss = 0.0
     stop = 0
@@ -395,7 +394,7 @@ class Run:
         return max(self.settings.clip_frames, longest)
 
     @property
-    def context(self):
+    def streaming(self):
         """The student's chunk and cache settings, {field of Config: value}."""
         names = ("chunk", "sink", "window", "sink_decay")
         return {name: getattr(self.config, name) for name in names}
@@ -513,12 +512,6 @@ PARTLY = replace(SHARED, strict=False)      # optimizers hold nothing of paramet
 def seed_of(*values):
     """A seed for torch from anything printable, the same in every process."""
     return zlib.crc32(" ".join(map(str, values)).encode())
-
-
-def file_digest(path):
-    """A digest of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def generators(device):
@@ -771,11 +764,9 @@ def load_checkpoint(folder, stage, settings, learners):
     """Load a stage's newest checkpoint, read by process 0, into the learners. Returns its number
     of updates, or 0 if there is no checkpoint. UserError if it has other learners or, with
     extras/, other settings."""
-    checkpoint = None
+    checkpoint = {"updates": 0, "learners": {}}
     if RANK == 0:
-        checkpoint = guard().newest_checkpoint(folder, stage, settings)
-    if checkpoint is None:
-        checkpoint = {"updates": 0, "learners": {}}
+        checkpoint = guard().newest_checkpoint(folder, stage, settings) or checkpoint
     updates = from_first(checkpoint["updates"])
     if updates == 0:
         return 0
@@ -1003,7 +994,7 @@ def stack(tensors, fill=0):
     return batch
 
 
-def pick(files, count, frames=None, track_frames=None):
+def draw_clips(files, count, frames=None, track_frames=None):
     """Random clips, {name: (count, …)}; see read_clip. Texts are padded with zeros, tracks with
     hidden ones."""
     chosen = torch.randint(0, len(files), (count,)).tolist()
@@ -1128,16 +1119,16 @@ def draw_batch(run, files, count, frames, *, dense=False, first_only=False):
     given_tracks. first_only: no latents but the image's."""
     config = run.config
     latents_read = 1 if first_only else frames
-    clips = pick(files, count, latents_read, video_frames(frames))
+    clips = draw_clips(files, count, latents_read, video_frames(frames))
     latents = clips["latents"].float()
     tracks = clips["tracks"]
     true = clips["visible"]
     on_object = clips["group"] >= 0                             # (B, N)
     visible = given_tracks(run, tracks, true, clips["group"], dense)
     conditions = {name: clips[name].float() for name in ("text", "clip") if name in clips}
-    image, _ = image_inputs(config, latents[:, :, :1], frames)
-    if image is not None:
-        conditions["image"] = image
+    channels, _ = image_inputs(config, latents[:, :, :1], frames)
+    if channels is not None:
+        conditions["image"] = channels
     points = {"tracks": tracks, "visible": visible, "ids": track_ids(tracks, config)}
     if config.copies:
         points["start"] = start_points(tracks, true)
@@ -1150,11 +1141,9 @@ def draw_batch(run, files, count, frames, *, dense=False, first_only=False):
 
 def motion_of(model, points, vae):
     """motion_inputs of the points of a Batch."""
-    points = dict(points)
-    frame_0 = points.pop("frame_0", None)
     device = points["tracks"].device
     with torch.autocast(device.type, enabled=False):        # in float32, as when sampling
-        return motion_inputs(model, **points, image=frame_0, vae=vae)
+        return motion_inputs(model, **points, vae=vae)
 
 
 def latent_weight(vae, config, sigma):
@@ -1179,7 +1168,6 @@ def x0_weight(vae, config, device):
 
 # --------------------------------------------------------------------------------------------------
 # Stage 2: the teacher.
-
 
 def drop(conditions, share):
     """Zero all conditions, {name: (B, …)}, in a random share of the clips."""
@@ -1221,12 +1209,12 @@ def loss_of_teacher(run, model, vae, batch):
 
 
 def train_teacher(run, report=no_report, network=new_model):
-    """Stage 2: rectified flow on whole and short clips, given the image, text and tracks. report:
-    see no_report. network: builds a new teacher from its config; extras/experiments.py has one with
-    another track head.
+    """Stage 2: rectified flow on whole and short clips, given the image, text and tracks. All
+    tracks are given at first, as in the paper's first stage: the model learns sooner what tracks
+    mean. Whether it follows them is shown early by extras/watch.py, not by the flow loss.
 
-    All tracks are given at first, as in the paper's first stage: the model learns sooner what
-    tracks mean. Whether it follows them is shown early by a report, not by the flow loss."""
+    report: see no_report. network: builds a new teacher from its config; extras/experiments.py has
+    one with another track head."""
     s = run.settings
     files = training_clips(run, run.clip_latents)
     held_back = files[:max(len(files) // 20, 1)]
@@ -1257,7 +1245,8 @@ def train_teacher(run, report=no_report, network=new_model):
 # --------------------------------------------------------------------------------------------------
 # Stage 3: causal initialisation, see causal_loss.
 
-CONTEXTS = ((0, 1), (1, 0), (2, 1), (1, 2), (1, None))  # (sink, window), besides the model's own
+CONTEXTS = [dict(sink=0, window=1), dict(sink=1, window=0), dict(sink=2, window=1),
+            dict(sink=1, window=2), dict(sink=1, window=None)]      # besides the model's own
 
 
 @torch.no_grad()
@@ -1281,8 +1270,10 @@ def make_trajectories(run, files):
     what the trajectories depend on."""
     s = run.settings
     each = 2 * s.batch
-    source = [file_digest(run.path("vae")), file_digest(run.path("teacher")),
-              guard().clip_digests(run), run.seed, each, s.p_sparse, s.track_what_moves]
+    source = [guard().clip_digests(run), run.seed, each, s.p_sparse, s.track_what_moves]
+    for name in "vae", "teacher":
+        with open(run.path(name), "rb") as file:
+            source.append(hashlib.file_digest(file, "sha256").hexdigest())
     folder = run.out / f"trajectories.{seed_of(source, run.config, s.clip_frames):08x}"
     count = math.ceil(s.trajectories / each) * each
     paths = [folder / f"{i:07}.safetensors" for i in range(count)]
@@ -1305,7 +1296,8 @@ def make_trajectories(run, files):
 def draw_trajectories(run, files, count):
     """(states, one per noise level; x0; points; conditions) of random trajectories, see
     make_trajectories."""
-    clips = {name: value.to(run.device) for name, value in pick(files, count).items()}
+    clips = draw_clips(files, count)
+    clips = {name: value.to(run.device) for name, value in clips.items()}
     states = clips.pop("states").float()                        # (B, S + 1, C, F, h, w)
     points = {}
     for name in [name for name in clips if name.startswith("points.")]:
@@ -1314,12 +1306,12 @@ def draw_trajectories(run, files, count):
     return states, x0, points, clips
 
 
-def loss_in_context(run, student, vae, drawn, channel_weight):
-    """causal_loss under a random sink and window; three draws in eight use the model's own. drawn:
-    trajectories, as draw_trajectories returns them."""
-    states, x0, points, conditions = drawn
-    own = (run.config.sink, run.config.window)
-    contexts = (own, own, own) + CONTEXTS
+def loss_in_context(run, student, vae, trajectories, channel_weight):
+    """causal_loss under a random sink and window; three draws in eight use the model's own.
+    trajectories: what draw_trajectories returns."""
+    states, x0, points, conditions = trajectories
+    own = dict(sink=run.config.sink, window=run.config.window)
+    contexts = [own, own, own] + CONTEXTS
     context = contexts[int(torch.randint(0, len(contexts), ()))]
     motion = motion_of(student, points, vae)
     past = None
@@ -1349,11 +1341,11 @@ def loss_of_causal(run, student, vae, files, channel_weight, update):
     if s.causal_from == "rollouts":
         return loss_on_rollouts(run, student, vae, files, channel_weight, update)
     if s.causal_from == "trajectories":
-        drawn = draw_trajectories(run, files, s.batch)
+        trajectories = draw_trajectories(run, files, s.batch)
     else:
         experiments = extra("experiments", f"causal_from={s.causal_from}")
-        drawn = experiments.draw_noised_clips(run, files, s.batch)
-    return loss_in_context(run, student, vae, drawn, channel_weight)
+        trajectories = experiments.draw_noised_clips(run, files, s.batch)
+    return loss_in_context(run, student, vae, trajectories, channel_weight)
 
 
 def to_be_trained(run, model):
@@ -1372,7 +1364,7 @@ def train_causal(run, report=no_report):
     if s.causal_from == "trajectories":
         files = make_trajectories(run, files)
     vae = run.load_vae()
-    student = to_be_trained(run, run.load("teacher", causal=True, **run.context))
+    student = to_be_trained(run, run.load("teacher", causal=True, **run.streaming))
     weight = x0_weight(vae, student.config, run.device)
     learner = Learner("causal", student, s.causal, s.causal_updates, s.causal_accumulate,
                       s.shard_gradients)
@@ -1398,7 +1390,7 @@ class Plan:
     deadlock."""
     chunks: int             # length
     exit_step: int          # the denoising step whose x0 is used, see motionstream.rollout
-    context: dict           # the student's chunk and cache settings, see Run.context
+    streaming: dict         # the student's chunk and cache settings, see Run.streaming
 
 
 def draw_plan(run, update, learner):
@@ -1415,7 +1407,7 @@ def draw_plan(run, update, learner):
     if longer and draw(2):
         chunks += 1 + draw(longer)
     exit_step = draw(len(run.config.sigmas))
-    return Plan(chunks, exit_step, run.context)
+    return Plan(chunks, exit_step, run.streaming)
 
 
 def first_frames(conditions, frames):
@@ -1451,7 +1443,7 @@ def generated_clip(run, generator, vae, files, plan, grad):
     chunk's last denoising step."""
     config = run.config
     frames = run.latents_of(plan.chunks)
-    sizes = list(chunk_sizes(replace(config, **plan.context), frames))
+    sizes = list(chunk_sizes(replace(config, **plan.streaming), frames))
     batch = draw_batch(run, files, run.settings.batch, frames, first_only=True)
     image_latent = batch.latents                        # (B, C, 1, h, w)
     B, C, _, h, w = image_latent.shape
@@ -1461,7 +1453,7 @@ def generated_clip(run, generator, vae, files, plan, grad):
     of_rollout = batch.conditions | {"text": text}
     noise = torch.randn(B, C, frames, h, w, device=run.device)
     first_latent = first_latent_of(config, image_latent)
-    caches = generator.new_caches(**plan.context)
+    caches = generator.new_caches(**plan.streaming)
     with run.autocast(), torch.set_grad_enabled(grad), gathered(generator):
         motion = motion_of(generator, batch.points, vae)
         by_chunk = split_conditions(of_rollout | motion, sizes)
@@ -1502,13 +1494,12 @@ def loss_of_critic(run, generator, critic, vae, files, plan):
 
 def distill(run, report=no_report, draw_plan=draw_plan):
     """Stage 4, Self-Forcing: critic_steps critic updates per generator update, each on new
-    rollouts. report: see no_report. draw_plan: extras/experiments.py has one that also draws chunk,
-    sink and window."""
+    rollouts. report: see no_report. draw_plan: extras/experiments.py has one that draws more."""
     s = run.settings
     files = training_clips(run, frames=1)
     vae = run.load_vae()
     teacher = shard(run.load("teacher"))
-    generator = to_be_trained(run, run.load("causal", **run.context))
+    generator = to_be_trained(run, run.load("causal", **run.streaming))
     critic = to_be_trained(run, run.load("teacher"))
     learner_g = Learner("generator", generator, s.generator,
                         math.ceil(s.distill_updates / s.critic_steps),

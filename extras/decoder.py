@@ -66,7 +66,7 @@ def draw_tiny(given, files, device):
 
 def draw_wan(given, files, device):
     """(Latents, what the finished VAE decodes them to) of random pieces of clips."""
-    latents = td.pick(files, 16, LATENTS)["latents"]
+    latents = td.draw_clips(files, 16, LATENTS)["latents"]
     cells = PIXELS // given.stride
     y = int(torch.randint(max(latents.shape[3] - cells, 0) + 1, ()))
     x = int(torch.randint(max(latents.shape[4] - cells, 0) + 1, ()))

@@ -165,13 +165,13 @@ def distillation_run(trained, how):
 
 
 def draw_memory(run, update, learner):
-    """train_distill.draw_plan, with one of DRAWN_MEMORIES as the context."""
+    """train_distill.draw_plan, with one of DRAWN_MEMORIES."""
     plan = td.draw_plan(run, update, learner)
     rng = torch.Generator().manual_seed(seed_of("memory", run.seed, update, learner))
     number = int(torch.randint(len(DRAWN_MEMORIES), (), generator=rng))
     chunk, sink, window = DRAWN_MEMORIES[number]
     memory = {"chunk": chunk, "sink": sink, "window": window}
-    return replace(plan, context=plan.context | memory)
+    return replace(plan, streaming=plan.streaming | memory)
 
 
 def distil_briefly(trained, how):

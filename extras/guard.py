@@ -241,7 +241,7 @@ def check_prerequisites(run, stage):
     if stage == "distill":
         config = inspect(run.path("causal")).config
         was = {name: getattr(config, name) for name in ("chunk", "sink", "window")}
-        if not was.items() <= run.context.items():
+        if not was.items() <= run.streaming.items():
             raise UserError(f"{run.path('causal')}: was trained with {was}; say by --memory what "
                             "the student gets")
 

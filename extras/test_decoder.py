@@ -185,15 +185,15 @@ def test_a_decoder_for_wans_vae_learns_what_wans_decodes_and_an_encoder_the_late
         asked.append(TinyVAEConfig(latent_channels, patch))
         return NARROW
 
-    def pick_few(files, count, frames):
-        return pick(files, 2, frames)
+    def draw_few(files, count, frames):
+        return draw_clips(files, 2, frames)
 
-    pick = td.pick
+    draw_clips = td.draw_clips
     losses, of_losses = recorded(decoder.adversarial_losses)
     by_wan, of_wan = recorded(WanVAE.decode)
     by_ours, of_ours = recorded(TinyVAE.decode_unclamped)
     with (folder() as here,
-          unittest.mock.patch.object(td, "pick", pick_few),
+          unittest.mock.patch.object(td, "draw_clips", draw_few),
           unittest.mock.patch.multiple(decoder, TinyVAEConfig=narrow, adversarial_losses=losses),
           unittest.mock.patch.object(WanVAE, "decode", by_wan),
           unittest.mock.patch.object(TinyVAE, "decode_unclamped", by_ours)):

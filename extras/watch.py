@@ -187,7 +187,7 @@ def student_numbers(run, generator, teacher, critic, vae, files):
     by sigma; smallest and largest standard deviation of a latent channel, relative to the data's;
     mean change between successive latents; share of saturated pixels."""
     torch.manual_seed(0)
-    plan = td.Plan(run.clip_chunks, len(run.config.sigmas) - 1, run.context)
+    plan = td.Plan(run.clip_chunks, len(run.config.sigmas) - 1, run.streaming)
     x0, conditions, _ = td.generated_clip(run, generator, vae, files, plan, grad=False)
     first_latent = td.first_latent_of(run.config, x0)
     variance = x0.square().mean((0, 2, 3, 4))                   # (C,)
