@@ -14,10 +14,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import train_distill as td
+from extras import watch
 from extras.guard import check_clips, own_folder
 from extras.linear_vae import random_crops
 from extras.measures import open_lpips, psnr
-from extras.watch import show
 from extras.world import rendered_clips
 from motionstream import UserError, save_pretrained
 from sample import number, reported
@@ -163,7 +163,7 @@ def train(argv):
         distance = open_lpips(flags.perceptual, run.device)
         torch.manual_seed(td.seed_of(run.seed, "decoder"))      # of the weights that it begins with
         train_decoder(run, updates, flags.adversarial, distance)
-        show(run, "decoder")
+        watch.show(run, "decoder")
 
 
 def main(argv=None):

@@ -12,7 +12,7 @@ import torch.nn as nn
 from safetensors.torch import save_file
 
 import train_distill as td
-from extras import decoder
+from extras import decoder, watch
 from extras.testing import (SMALL_VAE, STUB, TAEW21, Perceptual, assert_error, folder, having_lpips,
                             new_vae, quiet, rand, randomised, same, saved)
 from motionstream import MotionStream
@@ -77,7 +77,7 @@ def train(here, flags, code=None):
         decoder,
         rendered_clips=lambda run, name, count: None,
         random_crops=noise)
-    without_pictures = unittest.mock.patch.object(td, "show", lambda run, stage: None)
+    without_pictures = unittest.mock.patch.object(watch, "show", lambda run, stage: None)
     with quiet() as (_, err), stubs, without_pictures:
         result = decoder.main([str(word) for word in words])
     assert result == code, err.getvalue()

@@ -51,7 +51,7 @@ def before(here):
 def train(here, stages, more=()):
     """A step of each stage of such a training; the rows that were logged."""
     flags = own_flags(here, write_clips(here / "data")) + list(more)
-    with quiet() as (_, err), unittest.mock.patch.object(td, "show", lambda *_: None):
+    with quiet() as (_, err), unittest.mock.patch.object(watch, "show", lambda *_: None):
         for stage in stages:
             code = td.main(flags + ["--stage", stage, "--steps", "1"])
             assert code is None, err.getvalue()

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import sample
 import train_distill as td
-from extras import clips
+from extras import clips, watch
 from extras.testing import (FAMILIES, SMALL, WAN21, assert_error, assert_near, clip_of, folder, new_model,
                             new_vae, own_clips, public, quiet, rand, randomised, recipe, saved,
                             seeded, wan_video, write_layout)
@@ -200,7 +200,8 @@ def test_every_stage_trains_with_a_first_chunk_of_its_own():
             sizes.append([x.shape[2] for x in noise])
             return rollout(model, noise, *rest, **more)
 
-        with quiet() as (_, err), unittest.mock.patch.multiple(td, show=lambda *_: None, rollout=watched):
+        without_pictures = unittest.mock.patch.object(watch, "show", lambda run, stage: None)
+        with quiet() as (_, err), without_pictures, unittest.mock.patch.object(td, "rollout", watched):
             for stage in "teacher", "causal", "distill":
                 assert td.main([*flags, "--stage", stage, "--steps", "1"]) is None, err.getvalue()
         assert sizes, sizes
