@@ -1012,18 +1012,18 @@ def way_back(tracks, visible, start, height, width):
     return -move.masked_fill(no_track[..., None], 0), distance.masked_fill(no_track, math.inf)
 
 
-def warp(image, back):
-    """Backward warp: each square of frame t samples the image, bilinearly, at its own place plus
+def warp(frame_0, back):
+    """Backward warp: each square of frame t samples frame_0, bilinearly, at its own place plus
     `back`. (B, 3, H, W) and (B, T, rows, columns, 2) from way_back to (B, 3, T, H, W)."""
-    B, _, H, W = image.shape
+    B, _, H, W = frame_0.shape
     T = back.shape[1]
     back = back.repeat_interleave(COPY_CELL, 2)
     back = back.repeat_interleave(COPY_CELL, 3)                         # per pixel: (B, T, H, W, 2)
-    x = torch.arange(W, device=image.device) + 0.5 + back[..., 0]
-    y = torch.arange(H, device=image.device)[:, None] + 0.5 + back[..., 1]
+    x = torch.arange(W, device=frame_0.device) + 0.5 + back[..., 0]
+    y = torch.arange(H, device=frame_0.device)[:, None] + 0.5 + back[..., 1]
     source = torch.stack([2 * x / W - 1, 2 * y / H - 1], -1)            # the edges are -1 and 1
     # one tall grid for all frames: the image is not repeated
-    video = F.grid_sample(image, source.flatten(1, 2), padding_mode="border", align_corners=False)
+    video = F.grid_sample(frame_0, source.flatten(1, 2), padding_mode="border", align_corners=False)
     return video.unflatten(2, (T, H))                                   # (B, 3, T, H, W)
 
 
@@ -1051,7 +1051,7 @@ def gone_elsewhere(back, tracks, visible, start, height, width):
 
 
 @torch.no_grad()
-def copy_along_tracks(vae, image, tracks, visible, start):
+def copy_along_tracks(vae, frame_0, tracks, visible, start):
     """The `copies` input of a copying model, (B, C + SIGNALS, F, h, w); channels are
 
         C   latents of frame 0 warped along the tracks
@@ -1059,24 +1059,24 @@ def copy_along_tracks(vae, image, tracks, visible, start):
         2   confidence that the warped content has gone elsewhere, see gone_elsewhere
         2   confidence that the content of the unmoved image has gone elsewhere
 
-    vae: one without memory between latents (LinearVAE). image (B, 3, H, W) in [-1, 1]: frame 0,
-    which is copied unchanged. tracks (B, T, N, 2), visible (B, T, N); start (B, N, 2): positions in
+    vae: one without memory between latents (LinearVAE). frame_0 (B, 3, H, W) in [-1, 1]: the
+    image, itself unchanged. tracks (B, T, N, 2), visible (B, T, N); start (B, N, 2): positions in
     frame 0, see start_points; a track whose start is NaN, because it is not visible there, copies
     nothing. T % 4 == 1 starts a clip, T % 4 == 0 continues one: concatenated chunks equal the whole
     clip."""
-    H, W = image.shape[2:]
-    check_shape("image", image, (len(tracks), 3, H, W))
+    H, W = frame_0.shape[2:]
+    check_shape("frame_0", frame_0, (len(tracks), 3, H, W))
     visible = visible & start.isfinite().all(2)[:, None]
     tracks = F.pad(tracks, (0, 0, 0, 1))        # one more track, never visible, so that N = 0
     visible = F.pad(visible, (0, 1))            # is no special case
     start = F.pad(start, (0, 0, 0, 1))
     back, distance = way_back(tracks, visible, start, H, W)
-    video = warp(image, back)
+    video = warp(frame_0, back)
     moved_is_gone = gone_elsewhere(back, tracks, visible, start, H, W)
     still_is_gone = gone_elsewhere(torch.zeros_like(back), tracks, visible, start, H, W)
     signals = torch.cat([nearness(distance), moved_is_gone, still_is_gone], 1)
     if tracks.shape[1] % FRAMES == 1:
-        video[:, :, 0] = image
+        video[:, :, 0] = frame_0
         signals[:, :, 0] = 0
         signals[:, :len(NEAR), 0] = 1
         latents = vae.encode(video)
@@ -1178,15 +1178,15 @@ def new_model(config):
     return MotionStream(config)
 
 
-def motion_inputs(model, tracks, visible, ids, *, start=None, image=None, vae=None):
+def motion_inputs(model, tracks, visible, ids, *, start=None, frame_0=None, vae=None):
     """The tracks of a clip or a chunk as keyword arguments of the model: {"tracks": …} from
     track_features; for a copying model also {"copies": …} from copy_along_tracks. Only copies need
-    start (B, N, 2), image, the pixels (B, 3, H, W) of frame 0, and vae."""
+    start (B, N, 2), frame_0, the image's pixels (B, 3, H, W), and vae."""
     inputs = {"tracks": track_features(model, tracks, visible, ids)}
     if model.config.copies:
         assert start is not None, "a copying model needs start, see start_points"
-        assert image is not None and vae is not None, "a copying model needs image and vae"
-        inputs["copies"] = copy_along_tracks(vae, image, tracks, visible, start)
+        assert frame_0 is not None and vae is not None, "a copying model needs frame_0 and vae"
+        inputs["copies"] = copy_along_tracks(vae, frame_0, tracks, visible, start)
     return inputs
 
 

@@ -116,21 +116,21 @@ def live_motion(points, starts, config, ids=None):
     return Motion(points, ~points.isnan().any(-1), ids, starts)
 
 
-def motion_conditions(model, vae, image, motion):
+def motion_conditions(model, vae, frame_0, motion):
     """The model's keyword arguments for the Motion of a clip or a chunk, see motion_inputs."""
     if motion.control is not None:
         return {"tracks": motion.control}
     if not model.config.track_dim:
         return {}
-    device = image.device
+    device = frame_0.device
     start = motion.start
     if start is not None:
         start = start.to(device)
     return motion_inputs(model, motion.tracks.to(device), motion.visible.to(device),
-                         motion.ids.to(device), start=start, image=image, vae=vae)
+                         motion.ids.to(device), start=start, frame_0=frame_0, vae=vae)
 
 
-def chunk_conditions(model, vae, image, motion, encoded, channels=None):
+def chunk_conditions(model, vae, frame_0, motion, encoded, channels=None):
     """The model's keyword arguments by chunk, made lazily. motion: an iterator of a Motion per
     chunk. channels: the image channels of the first chunk, see image_inputs."""
     for number, part in enumerate(motion):
@@ -139,8 +139,8 @@ def chunk_conditions(model, vae, image, motion, encoded, channels=None):
         assert frames % FRAMES == odd, (
             f"chunk {number} has tracks of {frames} frames; the first chunk takes 4 chunk - 3, "
             "later ones 4 chunk")
-        text = encoded.text if part.text is None else part.text.to(image.device)
-        inputs = motion_conditions(model, vae, image, part)
+        text = encoded.text if part.text is None else part.text.to(frame_0.device)
+        inputs = motion_conditions(model, vae, frame_0, part)
         yield {"text": text, "image": channels, "clip": encoded.clip} | inputs
         if not model.config.copies:
             channels = None                 # they are in the cache now
@@ -162,49 +162,49 @@ def decode(vae, latents):
 
 
 @torch.inference_mode()
-def stream(model, vae, image, motion, encoded=Encoded(), seed=0, **memory):
+def stream(model, vae, frame_0, motion, encoded=Encoded(), seed=0, **cache):
     """Sample the student: a video as long as `motion`, at constant memory. Yields each chunk as
     soon as it is decoded, (B, 3, T, H, W) in [-1, 1]: 4 chunk - 3 frames, then 4 chunk (with
     config.first_chunk, 4 first_chunk - 3 at first).
 
-    image (B, 3, H, W) in [-1, 1], of the model's size, is frame 0, see fit_image. motion: a Motion,
-    or an iterator of one per chunk (see live_motion), advanced just before that chunk is denoised,
-    so that tracks and text can change while it streams. memory: chunk, sink and window, to override
-    the config's."""
-    yield from decode(vae, stream_latents(model, vae, image, motion, encoded, seed, **memory))
+    frame_0 (B, 3, H, W) in [-1, 1]: the image, of the model's size, see fit_image. motion: a
+    Motion, or an iterator of one per chunk (see live_motion), advanced just before that chunk is
+    denoised, so that tracks and text can change while it streams. cache: chunk, sink and window, to
+    override the config's."""
+    yield from decode(vae, stream_latents(model, vae, frame_0, motion, encoded, seed, **cache))
 
 
-def stream_latents(model, vae, image, motion, encoded=Encoded(), seed=0, **memory):
+def stream_latents(model, vae, frame_0, motion, encoded=Encoded(), seed=0, **cache):
     """As `stream`, but not decoded: an iterator of latents (B, C, chunk, h, w)."""
-    config = replace(model.config, **memory)
+    config = replace(model.config, **cache)
     assert not config.has_mask, "weights with a mask take a whole clip: use sample_teacher"
-    image = image.to(next(model.parameters()).device)
-    encoded_image = vae.encode(image[:, :, None])                           # (B, C, 1, h, w)
+    frame_0 = frame_0.to(next(model.parameters()).device)
+    encoded_image = vae.encode(frame_0[:, :, None])                         # (B, C, 1, h, w)
     channels, first_latent = image_inputs(config, encoded_image, next(chunk_sizes(config)))
     rng = torch.Generator().manual_seed(seed)
     noise = (draw_noise(encoded_image, size, rng) for size in chunk_sizes(config))
     if isinstance(motion, Motion):
         motion = motion_by_chunk(motion, config)
-    conditions = chunk_conditions(model, vae, image, motion, encoded, channels)
-    caches = model.new_caches(**memory)
+    conditions = chunk_conditions(model, vae, frame_0, motion, encoded, channels)
+    caches = model.new_caches(**cache)
     return rollout(model, noise, conditions, first_latent, rng=rng, caches=caches)
 
 
 @torch.inference_mode()
-def sample_teacher(model, vae, image, motion, encoded=Encoded(), seed=0):
+def sample_teacher(model, vae, frame_0, motion, encoded=Encoded(), seed=0):
     """Sample the teacher: all chunks that cover a Motion at once, then yielded as `stream` does.
     Steps and guidance are the config's."""
     config = model.config
     count = latents_to_cover(motion.tracks.shape[1], config)
-    image = image.to(next(model.parameters()).device)
+    frame_0 = frame_0.to(next(model.parameters()).device)
     grey = 0                                # frames after the image
     if config.has_mask:
         grey = FRAMES * (count - 1)
-    encoded_image = vae.encode(F.pad(image[:, :, None], (0, 0, 0, 0, 0, grey)))
+    encoded_image = vae.encode(F.pad(frame_0[:, :, None], (0, 0, 0, 0, 0, grey)))
     channels, first_latent = image_inputs(config, encoded_image, count)
     conditions = {"text": encoded.text, "image": channels, "clip": encoded.clip}
     motions = motion_by_chunk(motion, config)
-    parts = [motion_conditions(model, vae, image, part) for part in motions]
+    parts = [motion_conditions(model, vae, frame_0, part) for part in motions]
     for name in parts[0]:
         conditions[name] = torch.cat([part[name] for part in parts], 2)
     noise = draw_noise(encoded_image, count, torch.Generator().manual_seed(seed))
@@ -611,7 +611,7 @@ class Job:
     fps: float              # of the output file
     seed: int
     device: torch.device
-    dtype: str              # of the DiT and of the VAE's decoder
+    dtype: torch.dtype      # of the DiT and of the VAE's decoder
     prompt: str | None
     drawn: bool = False     # tracks enter as a control video, not through the track head
     vae: Path | None = None                 # None: see find_vae
@@ -622,13 +622,14 @@ class Job:
 
 def resolve(flags, weights, tracks):
     """Resolve flags, see parse_flags, into a Job. Weights and tracks decide what the flags leave
-    open. UserError, with the cure, if flags, weights and tracks contradict each other."""
+    open. Whether they contradict each other is checked by extras/refusals.py, see `run`."""
     config, notes = resolve_config(flags, weights)
     prompt = config.prompt if flags.prompt is None else flags.prompt
     device = find_device(flags.device)
     dtype = flags.dtype
     if dtype == "auto":
         dtype = "float32" if device.type == "cpu" else "bfloat16"
+    dtype = getattr(torch, dtype)
     moved = tracks.tracks.shape[1] > 0
     drawn = moved and not weights.has_head and config.track_dim == config.out_dim
     if drawn:
@@ -639,13 +640,9 @@ def resolve(flags, weights, tracks):
         encoders = extra("encoders", f"{weights.path}: reads what Wan's encoders return")
         sources = encoders.Sources(prompt, flags.negative_prompt, flags.prompt_embeds,
                                    flags.text_encoder, flags.image_encoder, weights.path)
-    job = Job(weights, config, flags.frames or len(tracks.tracks), flags.fps or config.fps,
-              flags.seed or 0, device, dtype, prompt, drawn, flags.vae, sources, flags.compile,
-              tuple(notes))
-    refusals = extra("refusals")
-    if refusals:
-        refusals.check_job(flags, job, moved, WAN_FRAMES)
-    return job
+    return Job(weights, config, flags.frames or len(tracks.tracks), flags.fps or config.fps,
+               flags.seed or 0, device, dtype, prompt, drawn, flags.vae, sources, flags.compile,
+               tuple(notes))
 
 
 def find_device(name):
@@ -717,11 +714,10 @@ def open_vae(config, beside, path=None):
     return copy_weights(vae, file, torch.float32)
 
 
-def encode_inputs(job, image):
-    """Encode a Job's text and image inputs. image (1, 3, H, W) in [-1, 1]."""
+def encode_inputs(job, frame_0):
+    """Encode a Job's text and image inputs. frame_0 (1, 3, H, W) in [-1, 1]."""
     if job.sources:
-        encoders = extra("encoders", "text")
-        return Encoded(*encoders.encode(job.sources, job.config, image, job.device))
+        return Encoded(*job.sources.encode(job.config, frame_0, job.device))
     text = embed_words(job.prompt, job.config)
     return Encoded(text if text is None else text.to(job.device))
 
@@ -734,18 +730,14 @@ def decode_in(dtype, vae):
         vae.conv2.to(dtype)                 # the decoder's first layer
 
 
-def load_models(job, image):
-    """Load the Models of a Job; the encoders are freed before the DiT. image (1, 3, H, W)."""
+def load_models(job, frame_0):
+    """Load the Models of a Job; the encoders are freed before the DiT. frame_0 (1, 3, H, W)."""
     path = job.weights.path
-    dtype = getattr(torch, job.dtype)
-    vae, file = find_vae(job.config, path, job.vae)
-    refusals = extra("refusals")
-    if refusals:
-        refusals.check_files(job, image)
-    vae = copy_weights(vae, file, torch.float32).to(job.device)
-    decode_in(dtype, vae)
-    encoded = encode_inputs(job, image)
-    dit = MotionStream.from_pretrained(path, dtype=dtype, device=job.device, **vars(job.config))
+    vae = open_vae(job.config, path, job.vae).to(job.device)
+    decode_in(job.dtype, vae)
+    encoded = encode_inputs(job, frame_0)
+    dit = MotionStream.from_pretrained(path, dtype=job.dtype, device=job.device,
+                                       **vars(job.config))
     if job.compile:
         extra("compiling", "--compile").compile_blocks(dit)
     c = dit.config
@@ -754,16 +746,16 @@ def load_models(job, image):
         window = "full" if c.window is None else c.window
         sampler = f"stream, c{c.chunk}s{c.sink}w{window}, {len(c.sigmas)} steps"
     print(f"{path.name}: {c.size[1]}x{c.size[0]} pixels, {sampler}, seed {job.seed}, {job.device}, "
-          f"{job.dtype}")
+          f"{str(job.dtype).removeprefix('torch.')}")
     return Models(dit, vae, encoded)
 
 
 @torch.inference_mode()
-def generate(job, models, image, motion):
+def generate(job, models, frame_0, motion):
     """Yield the video's frames, uint8 (H, W, 3): job.frames of them; None: as long as `motion`
-    lasts. image and motion: see `stream`."""
+    lasts. frame_0 and motion: see `stream`."""
     config = job.config
-    inputs = (models.dit, models.vae, image, motion, models.encoded, job.seed)
+    inputs = (models.dit, models.vae, frame_0, motion, models.encoded, job.seed)
     if not config.causal:
         chunks = map(to_frames, sample_teacher(*inputs))
     else:
@@ -792,7 +784,7 @@ def tracks_of(flags, image_size, shown):
 def run(argv):
     """Run the program; returns the exit code. argv: None for the command line's."""
     flags = parse_flags(argv)
-    refusals = extra("refusals")
+    refusals = extra("refusals")        # None: what is wrong is found out by failing
     if refusals:
         refusals.check_flags(flags)
     image = load_image(flags.image)
@@ -806,10 +798,12 @@ def run(argv):
         recording = extra("recording", "a recording")
         flags, recorded = recording.replayed(flags, tracks.recorded, weights.config)
     job = resolve(flags, weights, tracks)
+    pixels = fit_image(image, job.config.size)
+    if refusals:
+        refusals.check(flags, job, pixels, tracks, WAN_FRAMES)
     if flags.overlay or job.drawn:
         drawing = extra("tracks", "drawing tracks")     # found missing here, before any model loads
     motion = fit_tracks(tracks, image.size, job.frames, job.config, job.seed)
-    pixels = fit_image(image, job.config.size)
     models = load_models(job, pixels)
     notes = extra("notes")
     if notes:

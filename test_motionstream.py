@@ -1354,17 +1354,18 @@ def test_the_flow_loss_is_a_weighted_mean():
 
 def causal_loss(x0, past, context, hook=None):
     """td.causal_loss of a model that has x0 at each noise level, with the same draws each time.
-    hook: called after each pass of the model."""
+    context: (sink, window). hook: called after each pass of the model."""
     model = new_model()
     if hook:
         model.register_forward_hook(hook, with_kwargs=True)
     _, given, _ = clip_of(12)
+    sink, window = context
     noise = rand_like(x0, seed=4)
     states = []
     for sigma in SMALL.sigmas:
         states.append(add_noise(x0, noise, torch.tensor([sigma, sigma])))
     torch.manual_seed(0)
-    return td.causal_loss(model, states, x0, given, context, past=past).item()
+    return td.causal_loss(model, states, x0, given, dict(sink=sink, window=window), past=past).item()
 
 
 def test_causal_loss_sees_the_past_that_the_cache_holds():

@@ -35,6 +35,7 @@ import argparse
 import ast
 import contextlib
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -118,15 +119,14 @@ def flow_loss(model, x0, sigma, conditions, first_latent, cell_weight=1.0, chann
 
 def causal_loss(model, states, x0, conditions, context, channel_weight=1.0, past=None):
     """Regression through the KV cache (section 3.2): each chunk predicts its clean end, x0
-    (B, C, F, h, w), from its own state at a random noise level and a cache of `context`
-    (sink, window) that holds the chunks before it.
+    (B, C, F, h, w), from its own state at a random noise level and a cache that holds the chunks
+    before it. context: the cache's sink and window, see new_caches.
 
     states: one (B, C, F, h, w) per noise level of the model. channel_weight (1, C, 1, 1, 1):
     weights of the error. past: written to the cache in place of x0."""
     if past is None:
         past = x0
-    sink, window = context
-    caches = model.new_caches(sink=sink, window=window)
+    caches = model.new_caches(**context)
     sigmas = model.config.sigmas
     loss = 0.0
     stop = 0
@@ -350,9 +350,6 @@ SMOKE = {"vae_updates": 4, "teacher_updates": 4, "causal_updates": 3, "distill_u
          "vae_accumulate": 1, "teacher_accumulate": 1, "causal_accumulate": 1,
          "distill_accumulate": 1, "vae_clips": 8, "clips": 16, "trajectories": 8}
 
-# Updates between measurements by extras/watch.py.
-REPORT_EVERY = {"teacher": 200, "distill": 50}
-
 NEUTRAL = PRESETS["tiny"].prompt
 # The weights that each stage makes.
 WEIGHTS = {"vae": "vae", "teacher": "teacher", "causal": "causal", "distill": "student"}
@@ -397,22 +394,13 @@ class Run:
         return max(self.settings.clip_frames, longest)
 
     @property
-    def context(self):
+    def streaming(self):
         """The student's chunk and cache settings, {field of Config: value}."""
         names = ("chunk", "sink", "window", "sink_decay")
         return {name: getattr(self.config, name) for name in names}
 
     def path(self, name):
         return Path(self.files[name])
-
-    def checksum(self, name):
-        """Checksum of the weights `name`: of their tensors or, without extras/, of the file's size
-        and time."""
-        guard = extra("guard")
-        if guard:
-            return guard.weights_digest(self.path(name))
-        about = self.path(name).stat()
-        return seed_of(about.st_size, about.st_mtime_ns)
 
     def load(self, name, **overrides):
         """Load a trained MotionStream, in float32 and frozen. Sampling settings come from
@@ -708,7 +696,52 @@ class Learner:
 
 
 # --------------------------------------------------------------------------------------------------
+# What extras/ adds to a training: guard.py makes it safe, watch.py shows how it goes.
+
+class Unguarded:
+    """What a copy without extras/ has in place of the functions of extras/guard.py, which refuse
+    bad inputs, lock the folder and skip damaged checkpoints."""
+
+    def check_flags(self, flags, config, settings):
+        if not (flags.data and flags.vae):
+            raise UserError("without extras/, give --data FOLDER of encoded clips, and --vae FILE")
+
+    def check_run(self, run, flags):
+        pass
+
+    def check_stage(self, run, stage):
+        pass
+
+    def own_folder(self, folder):
+        if RANK == 0:
+            print("extras/guard.py is missing: flags, files and clips are not checked")
+        folder.mkdir(parents=True, exist_ok=True)
+        return contextlib.nullcontext()
+
+    def checkpoint_settings(self, run, stage):
+        return {}
+
+    def newest_checkpoint(self, folder, stage, settings):
+        paths = sorted(folder.glob(f"{stage}.*.checkpoint.pt"))
+        return torch.load(paths[-1], map_location="cpu", weights_only=True) if paths else None
+
+    def clip_digests(self, run):
+        return {}
+
+
+def guard():
+    """The module extras/guard.py or, in a copy without it, Unguarded."""
+    return extra("guard") or Unguarded()
+
+
+def no_report(loop, *inputs):
+    """What a stage calls after every update, with its Loop, networks and clips: does nothing.
+    extras/watch.py has one that measures now and then."""
+
+
+# --------------------------------------------------------------------------------------------------
 # The loop of a stage, its log and its checkpoints.
+
 
 def checkpoint_path(folder, stage, updates):
     """File of a stage's checkpoint after so many updates; names sort by updates."""
@@ -732,12 +765,8 @@ def load_checkpoint(folder, stage, settings, learners):
     of updates, or 0 if there is no checkpoint. UserError if it has other learners or, with
     extras/, other settings."""
     checkpoint = {"updates": 0, "learners": {}}
-    guard = extra("guard")
-    paths = sorted(folder.glob(f"{stage}.*.checkpoint.pt"))
-    if guard and RANK == 0:             # it skips damaged ones and shortens the log to fit
-        checkpoint = guard.newest_checkpoint(folder, stage, settings) or checkpoint
-    elif paths and RANK == 0:
-        checkpoint = torch.load(paths[-1], map_location="cpu", weights_only=True)
+    if RANK == 0:
+        checkpoint = guard().newest_checkpoint(folder, stage, settings) or checkpoint
     updates = from_first(checkpoint["updates"])
     if updates == 0:
         return 0
@@ -763,9 +792,7 @@ class Loop:
         self.learners = learners
         self.accumulate = learners[0].accumulate
         self.settings = {"updates": updates, "micro-steps an update": self.accumulate * PROCESSES}
-        guard = extra("guard")
-        if guard:                       # which refuses to resume with others
-            self.settings |= guard.checkpoint_settings(run, stage)
+        self.settings |= guard().checkpoint_settings(run, stage)
 
     def __iter__(self):
         begin = load_checkpoint(self.run.out, self.stage, self.settings, self.learners)
@@ -813,13 +840,6 @@ class Loop:
             if value is not None:
                 value = torch.as_tensor(value).item()
                 self.numbers.setdefault(name, []).append(value)
-
-    def tell(self, **numbers):
-        """Log numbers and print them above the progress bar."""
-        self.log(**numbers)
-        if RANK == 0:
-            rounded = {name: round(float(value), 5) for name, value in numbers.items()}
-            tqdm.write(f"{self.stage}: {json.dumps(rounded)}")
 
     def save_if_due(self, stop):
         """Write a checkpoint if due; exit if any process has a signal in `stop`. Collective."""
@@ -974,7 +994,7 @@ def stack(tensors, fill=0):
     return batch
 
 
-def pick(files, count, frames=None, track_frames=None):
+def draw_clips(files, count, frames=None, track_frames=None):
     """Random clips, {name: (count, …)}; see read_clip. Texts are padded with zeros, tracks with
     hidden ones."""
     chosen = torch.randint(0, len(files), (count,)).tolist()
@@ -1099,16 +1119,16 @@ def draw_batch(run, files, count, frames, *, dense=False, first_only=False):
     given_tracks. first_only: no latents but the image's."""
     config = run.config
     latents_read = 1 if first_only else frames
-    clips = pick(files, count, latents_read, video_frames(frames))
+    clips = draw_clips(files, count, latents_read, video_frames(frames))
     latents = clips["latents"].float()
     tracks = clips["tracks"]
     true = clips["visible"]
     on_object = clips["group"] >= 0                             # (B, N)
     visible = given_tracks(run, tracks, true, clips["group"], dense)
     conditions = {name: clips[name].float() for name in ("text", "clip") if name in clips}
-    image, _ = image_inputs(config, latents[:, :, :1], frames)
-    if image is not None:
-        conditions["image"] = image
+    channels, _ = image_inputs(config, latents[:, :, :1], frames)
+    if channels is not None:
+        conditions["image"] = channels
     points = {"tracks": tracks, "visible": visible, "ids": track_ids(tracks, config)}
     if config.copies:
         points["start"] = start_points(tracks, true)
@@ -1121,11 +1141,9 @@ def draw_batch(run, files, count, frames, *, dense=False, first_only=False):
 
 def motion_of(model, points, vae):
     """motion_inputs of the points of a Batch."""
-    points = dict(points)
-    frame_0 = points.pop("frame_0", None)
     device = points["tracks"].device
     with torch.autocast(device.type, enabled=False):        # in float32, as when sampling
-        return motion_inputs(model, **points, image=frame_0, vae=vae)
+        return motion_inputs(model, **points, vae=vae)
 
 
 def latent_weight(vae, config, sigma):
@@ -1150,7 +1168,6 @@ def x0_weight(vae, config, device):
 
 # --------------------------------------------------------------------------------------------------
 # Stage 2: the teacher.
-
 
 def drop(conditions, share):
     """Zero all conditions, {name: (B, …)}, in a random share of the clips."""
@@ -1191,12 +1208,13 @@ def loss_of_teacher(run, model, vae, batch):
         return flow_loss(model, x0, sigma, conditions, first_latent, cell_weight, channel_weight)
 
 
-def train_teacher(run, network=new_model):
-    """Stage 2: rectified flow on whole and short clips, given the image, text and tracks. network:
-    builds a new teacher from its config; extras/experiments.py has one with another track head.
+def train_teacher(run, report=no_report, network=new_model):
+    """Stage 2: rectified flow on whole and short clips, given the image, text and tracks. All
+    tracks are given at first, as in the paper's first stage: the model learns sooner what tracks
+    mean. Whether it follows them is shown early by extras/watch.py, not by the flow loss.
 
-    All tracks are given at first, as in the paper's first stage: the model learns sooner what
-    tracks mean. Whether it follows them is shown early by extras/watch.py, not by the flow loss."""
+    report: see no_report. network: builds a new teacher from its config; extras/experiments.py has
+    one with another track head."""
     s = run.settings
     files = training_clips(run, run.clip_latents)
     held_back = files[:max(len(files) // 20, 1)]
@@ -1206,7 +1224,6 @@ def train_teacher(run, network=new_model):
     model.recompute_blocks(run.checkpointing)
     learner = Learner("teacher", model, s.teacher, s.teacher_updates, s.teacher_accumulate,
                       s.shard_gradients)
-    watch = extra("watch")
     loop = Loop(run, "teacher", s.teacher_updates, learner)
     for update in loop:
         dense = update < int(s.dense_share * s.teacher_updates)
@@ -1221,15 +1238,15 @@ def train_teacher(run, network=new_model):
             loop.log(loss=loss)
         loop.log(grad=learner.update(update))
         export_weights(run, "teacher", learner.average, update + 1)
-        if watch and (update + 1) % REPORT_EVERY["teacher"] == 0:
-            loop.tell(**watch.teacher_errors(run, learner.average, vae, held_back))
+        report(loop, learner.average, vae, held_back)
     save_weights(run.path("teacher"), learner.average)
 
 
 # --------------------------------------------------------------------------------------------------
 # Stage 3: causal initialisation, see causal_loss.
 
-CONTEXTS = ((0, 1), (1, 0), (2, 1), (1, 2), (1, None))  # (sink, window), besides the model's own
+CONTEXTS = [dict(sink=0, window=1), dict(sink=1, window=0), dict(sink=2, window=1),
+            dict(sink=1, window=2), dict(sink=1, window=None)]      # besides the model's own
 
 
 @torch.no_grad()
@@ -1253,10 +1270,10 @@ def make_trajectories(run, files):
     what the trajectories depend on."""
     s = run.settings
     each = 2 * s.batch
-    weights = [run.checksum("vae"), run.checksum("teacher")]
-    guard = extra("guard")
-    digests = guard.clip_digests(run) if guard else {}
-    source = weights + [digests, run.seed, each, s.p_sparse, s.track_what_moves]
+    source = [guard().clip_digests(run), run.seed, each, s.p_sparse, s.track_what_moves]
+    for name in "vae", "teacher":
+        with open(run.path(name), "rb") as file:
+            source.append(hashlib.file_digest(file, "sha256").hexdigest())
     folder = run.out / f"trajectories.{seed_of(source, run.config, s.clip_frames):08x}"
     count = math.ceil(s.trajectories / each) * each
     paths = [folder / f"{i:07}.safetensors" for i in range(count)]
@@ -1279,7 +1296,8 @@ def make_trajectories(run, files):
 def draw_trajectories(run, files, count):
     """(states, one per noise level; x0; points; conditions) of random trajectories, see
     make_trajectories."""
-    clips = {name: value.to(run.device) for name, value in pick(files, count).items()}
+    clips = draw_clips(files, count)
+    clips = {name: value.to(run.device) for name, value in clips.items()}
     states = clips.pop("states").float()                        # (B, S + 1, C, F, h, w)
     points = {}
     for name in [name for name in clips if name.startswith("points.")]:
@@ -1288,12 +1306,12 @@ def draw_trajectories(run, files, count):
     return states, x0, points, clips
 
 
-def loss_in_context(run, student, vae, drawn, channel_weight):
-    """causal_loss under a random sink and window; three draws in eight use the model's own. drawn:
-    trajectories, as draw_trajectories returns them."""
-    states, x0, points, conditions = drawn
-    own = (run.config.sink, run.config.window)
-    contexts = (own, own, own) + CONTEXTS
+def loss_in_context(run, student, vae, trajectories, channel_weight):
+    """causal_loss under a random sink and window; three draws in eight use the model's own.
+    trajectories: what draw_trajectories returns."""
+    states, x0, points, conditions = trajectories
+    own = dict(sink=run.config.sink, window=run.config.window)
+    contexts = [own, own, own] + CONTEXTS
     context = contexts[int(torch.randint(0, len(contexts), ()))]
     motion = motion_of(student, points, vae)
     past = None
@@ -1323,11 +1341,11 @@ def loss_of_causal(run, student, vae, files, channel_weight, update):
     if s.causal_from == "rollouts":
         return loss_on_rollouts(run, student, vae, files, channel_weight, update)
     if s.causal_from == "trajectories":
-        drawn = draw_trajectories(run, files, s.batch)
+        trajectories = draw_trajectories(run, files, s.batch)
     else:
         experiments = extra("experiments", f"causal_from={s.causal_from}")
-        drawn = experiments.draw_noised_clips(run, files, s.batch)
-    return loss_in_context(run, student, vae, drawn, channel_weight)
+        trajectories = experiments.draw_noised_clips(run, files, s.batch)
+    return loss_in_context(run, student, vae, trajectories, channel_weight)
 
 
 def to_be_trained(run, model):
@@ -1338,15 +1356,15 @@ def to_be_trained(run, model):
     return model.recompute_blocks(run.checkpointing)
 
 
-def train_causal(run):
+def train_causal(run, report=no_report):
     """Stage 3: the student, initialised from the teacher, learns from ODE trajectories or its own
-    rollouts, see loss_of_causal."""
+    rollouts, see loss_of_causal. report: see no_report."""
     s = run.settings
     files = training_clips(run, run.clip_latents)       # collective: call it in all processes
     if s.causal_from == "trajectories":
         files = make_trajectories(run, files)
     vae = run.load_vae()
-    student = to_be_trained(run, run.load("teacher", causal=True, **run.context))
+    student = to_be_trained(run, run.load("teacher", causal=True, **run.streaming))
     weight = x0_weight(vae, student.config, run.device)
     learner = Learner("causal", student, s.causal, s.causal_updates, s.causal_accumulate,
                       s.shard_gradients)
@@ -1359,6 +1377,7 @@ def train_causal(run):
             loop.log(loss=loss)
         loop.log(grad=learner.update(update))
         export_weights(run, "causal", learner.average, update + 1)
+        report(loop, learner.average, vae, files)
     save_weights(run.path("causal"), learner.average)
 
 
@@ -1371,7 +1390,7 @@ class Plan:
     deadlock."""
     chunks: int             # length
     exit_step: int          # the denoising step whose x0 is used, see motionstream.rollout
-    context: dict           # the student's chunk and cache settings, see Run.context
+    streaming: dict         # the student's chunk and cache settings, see Run.streaming
 
 
 def draw_plan(run, update, learner):
@@ -1388,7 +1407,7 @@ def draw_plan(run, update, learner):
     if longer and draw(2):
         chunks += 1 + draw(longer)
     exit_step = draw(len(run.config.sigmas))
-    return Plan(chunks, exit_step, run.context)
+    return Plan(chunks, exit_step, run.streaming)
 
 
 def first_frames(conditions, frames):
@@ -1424,7 +1443,7 @@ def generated_clip(run, generator, vae, files, plan, grad):
     chunk's last denoising step."""
     config = run.config
     frames = run.latents_of(plan.chunks)
-    sizes = list(chunk_sizes(replace(config, **plan.context), frames))
+    sizes = list(chunk_sizes(replace(config, **plan.streaming), frames))
     batch = draw_batch(run, files, run.settings.batch, frames, first_only=True)
     image_latent = batch.latents                        # (B, C, 1, h, w)
     B, C, _, h, w = image_latent.shape
@@ -1434,7 +1453,7 @@ def generated_clip(run, generator, vae, files, plan, grad):
     of_rollout = batch.conditions | {"text": text}
     noise = torch.randn(B, C, frames, h, w, device=run.device)
     first_latent = first_latent_of(config, image_latent)
-    caches = generator.new_caches(**plan.context)
+    caches = generator.new_caches(**plan.streaming)
     with run.autocast(), torch.set_grad_enabled(grad), gathered(generator):
         motion = motion_of(generator, batch.points, vae)
         by_chunk = split_conditions(of_rollout | motion, sizes)
@@ -1473,20 +1492,19 @@ def loss_of_critic(run, generator, critic, vae, files, plan):
         return critic_loss(x0, critic, conditions, first_latent, run.config.shift, weight_at)
 
 
-def distill(run, draw_plan=draw_plan):
+def distill(run, report=no_report, draw_plan=draw_plan):
     """Stage 4, Self-Forcing: critic_steps critic updates per generator update, each on new
-    rollouts. draw_plan: extras/experiments.py has one that also draws chunk, sink and window."""
+    rollouts. report: see no_report. draw_plan: extras/experiments.py has one that draws more."""
     s = run.settings
     files = training_clips(run, frames=1)
     vae = run.load_vae()
     teacher = shard(run.load("teacher"))
-    generator = to_be_trained(run, run.load("causal", **run.context))
+    generator = to_be_trained(run, run.load("causal", **run.streaming))
     critic = to_be_trained(run, run.load("teacher"))
     learner_g = Learner("generator", generator, s.generator,
                         math.ceil(s.distill_updates / s.critic_steps),
                         s.distill_accumulate, s.shard_gradients)
     learner_c = Learner("critic", critic, s.critic, 0, s.distill_accumulate, s.shard_gradients)
-    watch = extra("watch")
     loop = Loop(run, "distill", s.distill_updates, learner_g, learner_c)
     for update in loop:
         if update % s.critic_steps == 0:
@@ -1505,15 +1523,14 @@ def distill(run, draw_plan=draw_plan):
             learner_c.backward(loss)
             loop.log(loss_c=loss)
         loop.log(grad_c=learner_c.update(update))
-        if watch and (update + 1) % REPORT_EVERY["distill"] == 0:
-            loop.tell(**watch.student_numbers(run, generator, teacher, critic, vae, files))
+        report(loop, generator, teacher, critic, vae, files)
     save_weights(run.path("student"), learner_g.average)
 
 
-def train_vae(run):
+def train_vae(run, report=no_report):
     """Stage 1: the tiny model's VAE, see extras/linear_vae.py."""
     from extras.linear_vae import train_vae
-    train_vae(run)
+    train_vae(run, report)
 
 
 STAGES = {"vae": train_vae, "teacher": train_teacher, "causal": train_causal,
@@ -1637,17 +1654,11 @@ def starting_settings(start, config):
 def resolve(flags):
     """Resolve what parse returns, and the weights named there, into a Run. UserError, one line, if
     that cannot be."""
-    guard = extra("guard")
-    if guard:
-        guard.check_flags(flags)
-    elif not (flags.data and flags.vae):
-        raise UserError("without extras/, give --data FOLDER of encoded clips, and --vae FILE")
     start = inspect(flags.weights) if flags.weights else None
     config = starting_config(start, flags.dry_run or "tiny")
     settings = starting_settings(start, config)
+    guard().check_flags(flags, config, settings)
     for path, value in flags.set:
-        if guard:
-            guard.check_field(path, value, config, settings)
         if path in vars(config):
             config = assign(config, path, value)
         else:
@@ -1666,16 +1677,8 @@ def resolve(flags):
         reward = find_reward(flags.reward)
     run = Run(out, flags.seed, device, compute_dtype(device), config, settings, files, flags.data,
               start, reward, checkpointing)
-    if guard:
-        guard.check_run(run, flags)
+    guard().check_run(run, flags)
     return run
-
-
-def show(run, stage):
-    """Draw the stage's curves and a preview, if extras is there."""
-    watch = extra("watch")
-    if watch and RANK == 0:
-        watch.show(run, stage)
 
 
 def run_stages(argv):
@@ -1691,20 +1694,17 @@ def run_stages(argv):
         missing = not run.path(WEIGHTS[stage]).exists()
         if flags.stage == stage or (flags.stage == "all" and missing):
             stages.append(stage)
-    guard = extra("guard")
-    watch = extra("watch")
-    if RANK == 0 and not guard:
-        print("extras/guard.py is missing: flags, files and clips are not checked")
-    run.out.mkdir(parents=True, exist_ok=True)
-    with guard.own_folder(run.out) if guard else contextlib.nullcontext():
-        if watch and RANK == 0:
+    watch = extra("watch")              # None: nothing is measured or shown
+    report = watch.report if watch else no_report
+    with guard().own_folder(run.out):
+        if watch:
             watch.print_plan(run, stages)
         for stage in stages:
-            if guard:
-                guard.check_stage(run, stage)
+            guard().check_stage(run, stage)
             torch.manual_seed(seed_of(run.seed, stage))     # for the initial weights
-            STAGES[stage](run)
-            show(run, stage)
+            STAGES[stage](run, report)
+            if watch:
+                watch.show(run, stage)
     if flags.stage == "all" and RANK == 0 and not run.data:
         print(f"to measure it: python -m extras.evaluate --out {run.out}")
 

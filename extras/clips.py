@@ -39,7 +39,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from extras.encoders import image_encoder, listing, read_rows, text_encoder
-from extras.guard import clip_digests, content_digest
+from extras.guard import clip_digests, content_digest, weights_digest
 from extras.tracks import decode_text
 from extras.video import find_ffmpeg, open_video, remade
 from motionstream import PRESETS, Config, UserError, latent_frames, video_frames, write_file
@@ -455,7 +455,7 @@ def encode_videos(run, files):
     """{file: its encoded copy} of clips of a training's --data that hold video, made now or in an
     earlier run, divided among the processes. The copies' names hold digests of their sources.
     run: train_distill.Run."""
-    folder = run.out / f"latents.{run.checksum('vae'):08x}"
+    folder = run.out / f"latents.{weights_digest(run.path('vae')):08x}"
     digests = clip_digests(run)
     encoded = {}
     for file in files:

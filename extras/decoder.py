@@ -16,6 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import train_distill as td
+from extras import watch
 from extras.guard import check_clips, own_folder
 from extras.linear_vae import random_crops
 from extras.measures import open_lpips, psnr
@@ -67,7 +68,7 @@ def draw_tiny(given, files, device):
 
 def draw_wan(given, files, device):
     """(Latents, what the finished VAE decodes them to) of random pieces of clips."""
-    latents = td.pick(files, 16, LATENTS)["latents"]
+    latents = td.draw_clips(files, 16, LATENTS)["latents"]
     cells = PIXELS // given.stride
     y = int(torch.randint(max(latents.shape[3] - cells, 0) + 1, ()))
     x = int(torch.randint(max(latents.shape[4] - cells, 0) + 1, ()))
@@ -169,7 +170,7 @@ def train(argv):
         distance = open_lpips(flags.perceptual, run.device)
         torch.manual_seed(td.seed_of(run.seed, "decoder"))      # of the weights that it begins with
         train_decoder(run, updates, flags.adversarial, distance)
-        td.show(run, "decoder")
+        watch.show(run, "decoder")
 
 
 def main(argv=None):

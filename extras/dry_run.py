@@ -198,7 +198,7 @@ def regression(run):
     model = network(run, learns=True, causal=True)
     x0, conditions = batch_of(run, run.settings.batch, run.clip_latents)
     states = [x0] * len(run.config.sigmas)
-    context = (run.config.sink, run.config.window)
+    context = dict(sink=run.config.sink, window=run.config.window)
 
     def step():
         with run.autocast():

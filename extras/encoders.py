@@ -157,6 +157,10 @@ class Sources:
     image_encoder: Path | None = None       # None: that of the text
     weights: Path = Path("weights")         # that read it all, named in errors
 
+    def encode(self, config, image, device):
+        """The function `encode` below, of these Sources."""
+        return encode(self, config, image, device)
+
 
 def complete(sources):
     """Sources with the folders of encoders that are not named."""

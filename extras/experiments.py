@@ -27,6 +27,7 @@ from extras.evaluate import (CLIP, MODELS, Trained, case_of, eval_row, find_rewa
                              videos_of, weights_of)
 from extras.guard import CAUSAL_FROM, own_folder
 from extras.tracks import render_control
+from extras.watch import report
 from motionstream import (Config, KVCache, MotionStream, TrackHead, UserError, add_noise,
                           apply_rope, same_sigma, schedule, track_ids)
 from sample import embed_words
@@ -115,7 +116,7 @@ def train_briefly(run, made, train):
         started = time.time()
         torch.manual_seed(seed_of(run.seed, made))              # for the initial weights
         with torch.enable_grad(), own_folder(run.out):
-            train(run)
+            train(run, report=report)
         print(f"{run.out}: trained in {(time.time() - started) / 60:.1f} minutes")
     return Trained(run.out, run.device, run.seed, {name: run.path(name) for name in MODELS})
 
@@ -171,13 +172,13 @@ def distillation_run(trained, how):
 
 
 def draw_memory(run, update, learner):
-    """train_distill.draw_plan, with one of DRAWN_MEMORIES as the context."""
+    """train_distill.draw_plan, with one of DRAWN_MEMORIES."""
     plan = td.draw_plan(run, update, learner)
     rng = torch.Generator().manual_seed(seed_of("memory", run.seed, update, learner))
     number = int(torch.randint(len(DRAWN_MEMORIES), (), generator=rng))
     chunk, sink, window = DRAWN_MEMORIES[number]
     memory = {"chunk": chunk, "sink": sink, "window": window}
-    return replace(plan, context=plan.context | memory)
+    return replace(plan, streaming=plan.streaming | memory)
 
 
 def distil_briefly(trained, how):

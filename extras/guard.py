@@ -93,8 +93,10 @@ CAUSAL_FROM = ("trajectories", "rollouts", "clips")         # see train_distill.
 LEAST_LATENTS = latent_frames(td.TINY.clip_frames)
 
 
-def check_flags(flags):
-    """UserError, one line, for flags (what train_distill.parse returns) that do not go together."""
+def check_flags(flags, config, settings):
+    """UserError, one line, for flags (what train_distill.parse returns) that do not go together, or
+    that change a field of Config or Settings to what it cannot be. config, settings: before the
+    change."""
     stage = flags.stage
     memory = flags.memory
     data = flags.data
@@ -113,6 +115,8 @@ def check_flags(flags):
     ]:
         if wrong:
             raise UserError(cure)
+    for path, value in flags.set:
+        check_field(path, value, config, settings)
 
 
 def check_field(path, value, config, settings):
@@ -237,7 +241,7 @@ def check_prerequisites(run, stage):
     if stage == "distill":
         config = inspect(run.path("causal")).config
         was = {name: getattr(config, name) for name in ("chunk", "sink", "window")}
-        if not was.items() <= run.context.items():
+        if not was.items() <= run.streaming.items():
             raise UserError(f"{run.path('causal')}: was trained with {was}; say by --memory what "
                             "the student gets")
 
@@ -249,7 +253,7 @@ def check_clips(run, stage):
     """UserError, one line, for a clip of --data that cannot train the stage."""
     if not run.data:
         return
-    vae = None if stage == "vae" else run.checksum("vae")
+    vae = None if stage == "vae" else weights_digest(run.path("vae"))
     for file in td.clip_files(run.data):
         shapes, metadata = td.read_header(file)
         check_clip(file, shapes, metadata, run.config, run.track_frames, vae)
@@ -453,9 +457,9 @@ def checkpoint_settings(run, stage):
     for name, digest in clip_digests(run).items():
         settings[f"checksum of {name}"] = digest
     if run.start:
-        settings["checksum of --weights"] = run.checksum("start")
+        settings["checksum of --weights"] = weights_digest(run.path("start"))
     for name in PREREQUISITES[stage]:
-        settings[f"checksum of {name}"] = run.checksum(name)
+        settings[f"checksum of {name}"] = weights_digest(run.path(name))
     return settings
 
 

@@ -104,9 +104,9 @@ def reconstruction_error(output, video):
     return pixels + 0.1 * (down + across)
 
 
-def train_vae(run):
+def train_vae(run, report):
     """Train a LinearVAE, initialised with principal components, by reconstruction alone, on the
-    video of --data or of the drawn world."""
+    video of --data or of the drawn world. report: see train_distill.no_report."""
     s = run.settings
     if run.data:
         files = td.open_clips(run.data, run.clip_latents)
@@ -125,6 +125,7 @@ def train_vae(run):
             learner.backward(loss)
             loop.log(loss=loss, psnr=psnr(output, video))
         loop.log(grad=learner.update(update))
+        report(loop, vae)
     whole = td.video_frames(run.clip_latents)
     normalise_latents(vae, [video[:, :whole].to(run.device) for video in videos])
     save_pretrained(vae, run.path("vae"), torch.float16, **vae.metadata())

@@ -41,7 +41,7 @@ from PIL import Image
 
 import sample
 from extras import notes, recording, video, world
-from extras.refusals import check_output
+from extras.refusals import check, check_output
 from motionstream import Config, UserError, naming, reason_of, video_frames, write_file
 from sample import (crop, embed_words, enlarge, fit_image, hold_signals, live_motion, number,
                     to_frames, to_video, video_file)
@@ -670,7 +670,7 @@ def settings_of(job, models):
         "window": window,
         "steps": len(config.sigmas),
         "fps": job.fps,
-        "dtype": job.dtype,
+        "dtype": str(job.dtype).removeprefix("torch."),
         "weights": recording.checksum(models),
     }
 
@@ -793,12 +793,14 @@ def run(argv):
     if flags.out:
         check_out(flags)
     weights = sample.inspect(flags.weights or sample.ASSETS / "tiny.safetensors")
-    job = sample.resolve(flags, weights, sample.no_tracks(sample.MOST_FRAMES))
+    tracks = sample.no_tracks(sample.MOST_FRAMES)
+    job = sample.resolve(flags, weights, tracks)
     config = job.config
+    pixels = fit_image(image, config.size)
+    check(flags, job, pixels, tracks, sample.WAN_FRAMES)
     if not (config.causal and config.track_dim and weights.has_head):
         raise UserError(f"{weights.path}: the page needs a trained student, which streams and "
                         "follows tracks")
-    pixels = fit_image(image, config.size)
     server = open_server(address)               # a port in use is found before any model loads
     models = sample.load_models(job, pixels)
     for note in job.notes:

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import sample
+from extras import refusals
 from extras.clips import find_sources, read_captions
 from extras.measures import lpips_network, psnr, ssim
 from extras.tracks import decode_text, render_control
@@ -143,10 +144,12 @@ class Player:
         weights = sample.inspect(flags.weights or sample.ASSETS / "tiny.safetensors")
         size = clip.frames.shape[2], clip.frames.shape[1]
         job = sample.resolve(flags, weights, clip.tracks)
+        refusals.check_job(flags, job, clip.tracks, sample.WAN_FRAMES)
         config = job.config
         motion = sample.fit_tracks(clip.tracks, size, job.frames, config, job.seed)
         pixels = sample.fit_image(Image.fromarray(clip.frames[0]), config.size)
         if self.models is None:
+            refusals.check_files(job, pixels)
             self.models = sample.load_models(job, pixels)
         else:
             encoded = sample.encode_inputs(job, pixels)

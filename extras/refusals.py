@@ -45,14 +45,29 @@ def check_output(path, endings, inputs):
             raise UserError(f"{path}: {cure}")
 
 
-def check_job(flags, job, moved, most):
-    """UserError with the cure for the first invalid combination of flags, weights and tracks. job: a
-    sample.Job; moved: there are tracks; most: frames that a student remembers who has seen so many."""
-    weights, config = job.weights, job.config
+def check(flags, job, image, tracks, most):
+    """Everything that is checked once flags, weights and tracks are a sample.Job, before any model is
+    loaded. flags: see sample.parse_flags; image: (1, 3, H, W); tracks: sample.Tracks; most: see
+    check_job."""
+    check_job(flags, job, tracks, most)
+    check_files(job, image)
+
+
+def check_job(flags, job, tracks, most):
+    """UserError with the cure for the first invalid combination of flags, weights and tracks. most:
+    frames up to which a student with a full window was trained."""
+    weights = job.weights
+    config = job.config
     streams = config.causal
-    kind, sampler = ("student", "stream") if streams else ("teacher", "teacher")
+    kind = "teacher"
+    sampler = "teacher"
+    if streams:
+        kind = "student"
+        sampler = "stream"
+    full = streams and config.window is None
+    moved = tracks.tracks.shape[1] > 0
+    motion_weight = flags.guidance[1] if flags.guidance else 0
     encoded = flags.prompt_embeds or flags.text_encoder or flags.image_encoder
-    weight = flags.guidance and flags.guidance[1]
     for wrong, cure in [
         (weights.own and flags.sampler not in (None, sampler),
          f"holds a {kind}, use --sampler {sampler}"),
@@ -62,13 +77,12 @@ def check_job(flags, job, moved, most):
         (not streams and flags.memory, "--memory belongs to --sampler stream"),
         (not streams and "sink_decay" in dict(flags.settings or ()),
          "sink_decay belongs to --sampler stream"),
-        (streams and config.window is None and job.frames > most and not flags.memory,
+        (full and job.frames > most and not flags.memory,
          f"trained to remember {most} frames, all of them; add --memory c{config.chunk}s1w5"),
-        (streams and config.window is None and flags.compile,
-         "--compile needs a cache that stops growing; add --memory c3s1w5"),
+        (full and flags.compile, "--compile needs a cache that stops growing; add --memory c3s1w5"),
         (streams and config.has_mask,
          "takes the image as a clip with a mask, which cannot stream; use --sampler teacher"),
-        (not config.track_dim and (moved or weight),
+        (not config.track_dim and (moved or motion_weight),
          "has no input for tracks; take Fun-Control, or drop --tracks, and give --guidance T,0"),
         (moved and not job.drawn and not weights.has_head, "has no trained track head, and its "
          f"input for tracks has {config.track_dim} channels, none for a drawn video"),
@@ -85,7 +99,7 @@ def check_files(job, image):
     weights = job.weights
     if job.sources:
         encoders.check(job.sources, job.config, image)
-    needed = weights.count * getattr(torch, job.dtype).itemsize
+    needed = weights.count * job.dtype.itemsize
     checkpoints.check_memory(needed, weights.path, job.device)
 
 

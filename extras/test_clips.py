@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import sample
 import train_distill as td
-from extras import clips, encoders, guard
+from extras import clips, encoders, guard, watch
 from extras.test_video import ffmpeg
 from extras.testing import (SMALL, STUB, STUB_VAE, assert_error, assert_near, folder, new_model,
                             new_vae, own_clips, quiet, rand, recipe, saved, small_encoders,
@@ -119,7 +119,7 @@ def test_of_many_tracks_2500_are_kept_at_random():
 
 
 def test_a_training_reads_the_folder_that_is_made():
-    with folder() as here, patch.object(td, "show", lambda run, stage: None):
+    with folder() as here, patch.object(watch, "show", lambda run, stage: None):
         flags = small_flags(here, own_clips(here / "data", frames=69))
         made(flags + ["--frames", 45])
         files = td.open_clips(here / "clips", 12)

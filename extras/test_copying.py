@@ -144,22 +144,22 @@ def test_motion_inputs_are_features_and_of_a_copying_model_copies():
     points = {"tracks": tracks, "visible": visible, "ids": ids}
     plain = new_model(**vars(SMALL))
     features = track_features(plain, tracks, visible, ids)
-    inputs = motion_inputs(plain, **points, start=start, image=image, vae=vae)
+    inputs = motion_inputs(plain, **points, start=start, frame_0=image, vae=vae)
     assert inputs.keys() == {"tracks"}
     assert inputs["tracks"].equal(features)
 
     copying = new_model(**vars(COPYING))
     features = track_features(copying, tracks, visible, ids)
     copies = copy_along_tracks(vae, image, tracks, visible, start)
-    inputs = motion_inputs(copying, **points, start=start, image=image, vae=vae)
+    inputs = motion_inputs(copying, **points, start=start, frame_0=image, vae=vae)
     assert inputs.keys() == {"tracks", "copies"}
     assert inputs["tracks"].equal(features)
     assert inputs["copies"].equal(copies)
     assert_error(AssertionError, "see start_points", motion_inputs, copying, **points)
     points |= {"start": tracks[:, 0]}
-    assert_error(AssertionError, "needs image and vae", motion_inputs, copying, **points)
-    two = "image (1, 3, 32, 48), expected (2, 3, 32, 48)"
-    assert_error(AssertionError, two, motion_inputs, copying, **points, image=image[:1], vae=vae)
+    assert_error(AssertionError, "needs frame_0 and vae", motion_inputs, copying, **points)
+    two = "frame_0 (1, 3, 32, 48), expected (2, 3, 32, 48)"
+    assert_error(AssertionError, two, motion_inputs, copying, **points, frame_0=image[:1], vae=vae)
 
 
 def test_a_square_follows_the_visible_track_nearest_to_its_centre():

@@ -12,7 +12,7 @@ import torch.nn as nn
 from safetensors.torch import save_file
 
 import train_distill as td
-from extras import decoder
+from extras import decoder, watch
 from extras.testing import (SMALL_VAE, STUB, TAEW21, Perceptual, assert_error, folder, having_lpips,
                             new_vae, quiet, rand, randomised, same, saved)
 from motionstream import MotionStream
@@ -77,7 +77,7 @@ def train(here, flags, code=None):
         decoder,
         rendered_clips=lambda run, name, count: None,
         random_crops=noise)
-    without_pictures = unittest.mock.patch.object(td, "show", lambda run, stage: None)
+    without_pictures = unittest.mock.patch.object(watch, "show", lambda run, stage: None)
     with quiet() as (_, err), stubs, without_pictures:
         result = decoder.main([str(word) for word in words])
     assert result == code, err.getvalue()
@@ -185,15 +185,15 @@ def test_a_decoder_for_wans_vae_learns_what_wans_decodes_and_an_encoder_the_late
         asked.append(TinyVAEConfig(latent_channels, patch))
         return NARROW
 
-    def pick_few(files, count, frames):
-        return pick(files, 2, frames)
+    def draw_few(files, count, frames):
+        return draw_clips(files, 2, frames)
 
-    pick = td.pick
+    draw_clips = td.draw_clips
     losses, of_losses = recorded(decoder.adversarial_losses)
     by_wan, of_wan = recorded(WanVAE.decode)
     by_ours, of_ours = recorded(TinyVAE.decode_unclamped)
     with (folder() as here,
-          unittest.mock.patch.object(td, "pick", pick_few),
+          unittest.mock.patch.object(td, "draw_clips", draw_few),
           unittest.mock.patch.multiple(decoder, TinyVAEConfig=narrow, adversarial_losses=losses),
           unittest.mock.patch.object(WanVAE, "decode", by_wan),
           unittest.mock.patch.object(TinyVAE, "decode_unclamped", by_ours)):

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 import train_distill as td
-from extras import linear_vae
+from extras import linear_vae, watch
 from extras.testing import DRAWN, assert_near, folder, quiet, rand, seeded
 from motionstream import PRESETS
 from vae import LinearVAE, LinearVAEConfig, load_vae
@@ -85,7 +85,7 @@ def test_crops_are_pieces_of_the_clips_and_rather_the_varied_ones():
 
 def test_the_vae_is_trained_on_clips_that_hold_video():
     small = replace(DRAWN, out_dim=96, in_dim=96 + 16)
-    without_pictures = unittest.mock.patch.object(td, "show", lambda run, stage: None)
+    without_pictures = unittest.mock.patch.object(watch, "show", lambda run, stage: None)
     with folder() as here, quiet() as (_, err), without_pictures, \
             unittest.mock.patch.dict(PRESETS, tiny=small):
         for i in range(3):

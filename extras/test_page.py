@@ -349,6 +349,9 @@ FLAGS_WITHOUT_USE = {
     "--out image.mp4": "image.png: is a file that is read",
     "--out x.png": "choose a name that ends in .mp4",
     "--weights teacher.safetensors --vae vae.safetensors": "the page needs a trained student",
+    "--weights student.safetensors --vae vae.safetensors --guidance 1,1":
+        "--guidance belongs to --sampler teacher",
+    "--prompt-embeds rows.safetensors": "reads words, give it --prompt",
     "--host 300.0.0.1 --weights student.safetensors --vae vae.safetensors":
         "--host 300.0.0.1 --port 8765: ",
 }
@@ -361,7 +364,8 @@ def test_flags_that_the_page_has_no_use_for_and_files_that_it_would_overwrite_ar
         for word in flags.split():
             is_file = re.fullmatch(r"\w+\.(npy|mp4|png|safetensors)", word)
             words.append(here / word if is_file else word)
-        with quiet() as (_, err):
+        with unittest.mock.patch("sample.load_models", side_effect=AssertionError), \
+                quiet() as (_, err):
             assert extras.page.main([str(word) for word in words]) == 2
         assert cure in err.getvalue(), (flags, err.getvalue())
         assert err.getvalue().count("\n") == 1

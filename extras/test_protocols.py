@@ -125,3 +125,14 @@ def test_what_is_wrong_with_a_protocols_folder_is_one_line():
             last = err.getvalue().splitlines()[-1]
             assert last.startswith("error: "), (said, last)
             assert said in last, (said, last)
+
+
+def test_a_protocol_refuses_the_flags_that_sample_refuses():
+    with folder() as here:
+        data = own_clips(here / "data", names=("a",), frames=10)
+        np.savez(here / "data/a.npz", tracks=np.full((10, 2, 2), 20, np.float32))
+        words = ["papers", data, "--out", here / "out", "--lpips", "none", "--sampler", "teacher"]
+        with unittest.mock.patch("sample.load_models", side_effect=AssertionError), \
+                quiet() as (_, err):
+            assert evaluate.main([str(word) for word in words]) == 2
+    assert "holds a student, use --sampler stream" in err.getvalue(), err.getvalue()

@@ -51,7 +51,7 @@ def before(here):
 def train(here, stages, more=()):
     """A step of each stage of such a training; the rows that were logged."""
     flags = own_flags(here, write_clips(here / "data")) + list(more)
-    with quiet() as (_, err), unittest.mock.patch.object(td, "show", lambda *_: None):
+    with quiet() as (_, err), unittest.mock.patch.object(watch, "show", lambda *_: None):
         for stage in stages:
             code = td.main(flags + ["--stage", stage, "--steps", "1"])
             assert code is None, err.getvalue()
@@ -246,7 +246,7 @@ def test_the_regression_does_not_cache_the_last_chunk():
     model = new_model()
     x0, given, _ = clip_of(12)
     with counted_passes() as count:
-        td.causal_loss(model, [x0] * 3, x0, given, (1, 1))
+        td.causal_loss(model, [x0] * 3, x0, given, dict(sink=1, window=1))
     assert count == {True: 3, False: 4}
 
 
@@ -337,7 +337,7 @@ def test_a_causal_student_learns_from_clips():
     for i in range(25):
         noise = torch.randn_like(x0)
         states = [add_noise(x0, noise, torch.full((2,), sigma)) for sigma in SMALL.sigmas]
-        loss = td.causal_loss(model, states, x0, given, (1, 1))
+        loss = td.causal_loss(model, states, x0, given, dict(sink=1, window=1))
         learner.backward(loss)
         learner.update(i)
         losses.append(loss.item())
@@ -469,7 +469,7 @@ def teacher_errors(here, model):
             "latents": latents, "tracks": tracks, "group": torch.full((3,), -1),
             "visible": torch.ones(45, 3, dtype=torch.bool), "text": rand(2, 12)})
 
-    def far(model, tracks, visible, ids, image, vae):
+    def far(model, tracks, visible, ids, vae):
         """How far the first track goes, to the middle of the last latent, in place of features."""
         way = tracks[:, -4:, 0, 0].mean(1) - tracks[:, 0, 0, 0]
         return {"tracks": way[:, None]}
@@ -510,7 +510,7 @@ def test_the_numbers_of_teacher_and_student_are_logged_and_printed():
         every = {"teacher": 1, "distill": 2}
         before(here)
         plotted = unittest.mock.patch.multiple(
-            td,
+            watch,
             REPORT_EVERY=every,
             show=lambda run, stage: evaluate.plot_stage(run.out, stage))
         with quiet() as (out, err), plotted:
@@ -561,7 +561,7 @@ def test_the_numbers_of_a_student_are_those_of_what_it_makes():
             numbers = watch.student_numbers(run, None, teacher, teacher, Still(), files)
             critic = new_model(2, causal=False)
             other = watch.student_numbers(run, None, teacher, critic, Still(), files)
-    assert plans[0] == td.Plan(4, 2, run.context), "a whole clip, to the last step"
+    assert plans[0] == td.Plan(4, 2, run.streaming), "a whole clip, to the last step"
     assert numbers["std_least"] == 0.25
     assert numbers["std_most"] == 3
     assert numbers["moves"] == 2 * (3 + 1 + 1 + 1) / 4

@@ -242,7 +242,7 @@ def test_frames_made_beside_are_the_same_and_the_next_chunk_is_begun_before_one_
 def job_on(device, frames):
     """A Job of new_model's student."""
     config = new_model(track_id_mode="random").config
-    return sample.Job(None, config, frames, 16, 0, torch.device(device), "float32", None)
+    return sample.Job(None, config, frames, 16, 0, torch.device(device), torch.float32, None)
 
 
 def test_a_live_stream_begins_no_chunk_before_the_last_is_shown():

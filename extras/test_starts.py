@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import sample
 import train_distill as td
-from extras import clips
+from extras import clips, watch
 from extras.testing import (FAMILIES, SMALL, WAN21, assert_error, assert_near, clip_of, folder,
                             new_model, new_vae, own_clips, public, quiet, rand, randomised, recipe,
                             saved, seeded, wan_video, write_layout)
@@ -201,8 +201,9 @@ def test_every_stage_trains_with_a_first_chunk_of_its_own():
             sizes.append([x.shape[2] for x in noise])
             return rollout(model, noise, *rest, **more)
 
-        both = unittest.mock.patch.multiple(td, show=lambda *_: None, rollout=watched)
-        with quiet() as (_, err), both:
+        without_pictures = unittest.mock.patch.object(watch, "show", lambda run, stage: None)
+        watching = unittest.mock.patch.object(td, "rollout", watched)
+        with quiet() as (_, err), without_pictures, watching:
             for stage in "teacher", "causal", "distill":
                 code = td.main(flags + ["--stage", stage, "--steps", "1"])
                 assert code is None, err.getvalue()

@@ -76,7 +76,7 @@ def log_of(here):
 
 def without_pictures():
     """train_distill.main draws no previews in here."""
-    return patch.object(td, "show", lambda run, stage: None)
+    return patch.object(watch, "show", lambda run, stage: None)
 
 
 def new_run(*flags):
@@ -1009,7 +1009,7 @@ def test_batches_are_of_random_clips_padded_with_hidden_tracks_and_empty_text():
         files = td.open_clips(new_clips(here / "data", 3, 57, track_frames=93), 12)
         clips = [load_file(file) for file in files]
         torch.manual_seed(0)
-        batch = td.pick(files, 30, 6, 21)
+        batch = td.draw_clips(files, 30, 6, 21)
     assert batch["latents"].shape == (30, 4, 6, 4, 6)
     assert batch["tracks"].shape == (30, 21, 6, 2)
     assert batch["visible"].shape == (30, 21, 6)
@@ -1274,7 +1274,8 @@ def test_causal_training_has_the_ema_sink_that_sampling_has():
     for decay, context in itertools.product((1.0, 0.5), ((1, 1), (0, 1), (1, None))):
         model.config = replace(SMALL, sink_decay=decay)
         torch.manual_seed(0)
-        losses[decay, context] = td.causal_loss(model, states, x0, given, context).item()
+        losses[decay, context] = td.causal_loss(model, states, x0, given,
+                                                dict(sink=context[0], window=context[1])).item()
     assert losses[1.0, (1, 1)] != losses[0.5, (1, 1)]
     for context in (0, 1), (1, None):                   # nothing is absorbed
         assert losses[1.0, context] == losses[0.5, context]
@@ -1411,7 +1412,7 @@ def recording_memories():
 
 
 def test_a_student_is_trained_with_the_memory_that_is_asked_for():
-    with folder() as here, without_pictures(), patch.object(td, "CONTEXTS", ()):   # its own alone
+    with folder() as here, without_pictures(), patch.object(td, "CONTEXTS", []):   # its own alone
         data = new_clips(here / "data", 1, 57, track_frames=69)
         for name, wanted, latents, more in (
             ("c2s3wfull", (2, 3, None), 12, ["--rollout", "8"]),

@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 
 import motionstream
 import sample
+from extras import refusals
 from motionstream import PRESETS, MotionStream
 from vae import LinearVAE, LinearVAEConfig, TinyVAE, TinyVAEConfig, WanVAEConfig
 
@@ -579,7 +580,7 @@ def wan_workplace():
 
 
 def settled(weights, *more, frames=81):
-    """The Job that sample.py makes of the flags and the weights."""
+    """The Job that sample.py makes of the flags and the weights, and checks."""
     words = ["--image", "x.png", "--frames", frames] + list(more)
     given = sample.parse_flags([str(word) for word in words])
     weights = sample.inspect(wan_workplace()[1] / weights)
@@ -587,7 +588,9 @@ def settled(weights, *more, frames=81):
     if given.tracks:                        # a file that nobody reads
         points = np.zeros((81, 1, 2), np.float32)
         tracks = sample.Tracks(points, points[..., 0] == 0)
-    return sample.resolve(given, weights, tracks)
+    job = sample.resolve(given, weights, tracks)
+    refusals.check_job(given, job, tracks, sample.WAN_FRAMES)
+    return job
 
 
 def shards(here, tensors, count=3):

@@ -1,11 +1,13 @@
-"""What a training shows: its plan; early signs that it goes wrong, which train_distill.py prints and
-logs every REPORT_EVERY updates of the stages teacher and distill; pictures after each stage.
+"""What a training shows: its plan; early signs that it goes wrong, printed and logged every
+REPORT_EVERY updates of the stages teacher and distill; pictures after each stage.
 docs/training.md explains how to read them. Shapes are those of motionstream.py."""
 
 import itertools
+import json
 import statistics
 
 import torch
+from tqdm import tqdm
 
 import train_distill as td
 from extras.guard import read_log
@@ -43,8 +45,11 @@ def hours_left(rows, updates):
 
 
 def print_plan(run, stages):
-    """Print a table of the stages to be run. Hours left are estimated from a stage's own logged
-    updates or, for the tiny model by default settings, from those of the shipped weights."""
+    """Print a table of the stages to be run, in process 0. Hours left are estimated from a stage's
+    own logged updates or, for the tiny model by default settings, from those of the shipped
+    weights."""
+    if td.RANK > 0:
+        return
     print(f"{run.out}: on {run.device}, matrix products in {str(run.dtype)[6:]}, seed {run.seed}")
     changed = unusual(run)
     if changed:
@@ -70,7 +75,9 @@ def print_plan(run, stages):
 
 
 def show(run, stage):
-    """Draw a finished stage's curves and a preview, see extras/evaluate.py."""
+    """Draw a finished stage's curves and a preview in process 0, see extras/evaluate.py."""
+    if td.RANK > 0:
+        return
     from extras.evaluate import Trained, preview
     trained = Trained(run.out, run.device, files={"vae": run.path("vae")})
     preview(trained, stage, drawn=run.data is None)
@@ -180,7 +187,7 @@ def student_numbers(run, generator, teacher, critic, vae, files):
     by sigma; smallest and largest standard deviation of a latent channel, relative to the data's;
     mean change between successive latents; share of saturated pixels."""
     torch.manual_seed(0)
-    plan = td.Plan(run.clip_chunks, len(run.config.sigmas) - 1, run.context)
+    plan = td.Plan(run.clip_chunks, len(run.config.sigmas) - 1, run.streaming)
     x0, conditions, _ = td.generated_clip(run, generator, vae, files, plan, grad=False)
     first_latent = td.first_latent_of(run.config, x0)
     variance = x0.square().mean((0, 2, 3, 4))                   # (C,)
@@ -197,3 +204,23 @@ def student_numbers(run, generator, teacher, critic, vae, files):
         video, _ = vae.decode(x0[:1])
     numbers["saturated"] = (video.abs() > 0.99).float().mean()
     return numbers
+
+
+# --------------------------------------------------------------------------------------------------
+# When they are measured.
+
+MEASURES = {"teacher": teacher_errors, "distill": student_numbers}
+REPORT_EVERY = {"teacher": 200, "distill": 50}      # updates between measurements
+
+
+def report(loop, *inputs):
+    """What train_distill.py calls after every update of a stage: measure now and then, log the
+    numbers and print them above the progress bar. loop: train_distill.Loop; inputs: those of
+    MEASURES after the run."""
+    if loop.stage not in MEASURES or (loop.update + 1) % REPORT_EVERY[loop.stage]:
+        return
+    numbers = MEASURES[loop.stage](loop.run, *inputs)
+    loop.log(**numbers)
+    if td.RANK == 0:
+        rounded = {name: round(float(value), 5) for name, value in numbers.items()}
+        tqdm.write(f"{loop.stage}: {json.dumps(rounded)}")
