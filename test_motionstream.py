@@ -1359,13 +1359,13 @@ def causal_loss(x0, past, context, hook=None):
     if hook:
         model.register_forward_hook(hook, with_kwargs=True)
     _, given, _ = clip_of(12)
-    sink, window = context
+    memory = {"sink": context[0], "window": context[1]}
     noise = rand_like(x0, seed=4)
     states = []
     for sigma in SMALL.sigmas:
         states.append(add_noise(x0, noise, torch.tensor([sigma, sigma])))
     torch.manual_seed(0)
-    return td.causal_loss(model, states, x0, given, dict(sink=sink, window=window), past=past).item()
+    return td.causal_loss(model, states, x0, given, memory, past=past).item()
 
 
 def test_causal_loss_sees_the_past_that_the_cache_holds():
@@ -1464,8 +1464,8 @@ def run_test(test):
 
 
 def run_file(file, words=()):
-    """Run named_tests. Returns a Counter of how they ended. Each line says how long a test took and,
-    in brackets, what it computed, which other programs change less."""
+    """Run named_tests. Returns a Counter of how they ended. Each line says how long a test took
+    and, in brackets, what it computed, which other programs change less."""
     count = Counter()
     for name, test in named_tests(file, words):
         begin = time.time()

@@ -1,5 +1,5 @@
-"""Speed on a GPU, for sample.py and extras/bench.py: torch.compile, for --compile, and a second CUDA
-stream that decodes."""
+"""Speed on a GPU, for sample.py and extras/bench.py: torch.compile, for --compile, and a second
+CUDA stream that decodes."""
 
 import itertools
 
@@ -10,8 +10,8 @@ from motionstream import UserError, reason_of
 
 def compile_blocks(model):
     """torch.compile each block of a model: the blocks share one compilation, the layers of a whole
-    model would not. It recompiles for each cache length, with `write` and without, until the cache is
-    full. UserError if the cache never fills, or if torch finds no compiler."""
+    model would not. It recompiles for each cache length, with `write` and without, until the cache
+    is full. UserError if the cache never fills, or if torch finds no compiler."""
     config = model.config
     if config.causal and config.window is None:
         raise UserError("--compile needs a cache that stops growing; add --memory c3s1w5")

@@ -1,5 +1,5 @@
-"""What guards a training against mistakes and accidents: it refuses bad inputs in one line, locks the
-folder, tells files by their content and puts damaged checkpoints aside. train_distill.py trains
+"""What guards a training against mistakes and accidents: it refuses bad inputs in one line, locks
+the folder, tells files by their content and puts damaged checkpoints aside. train_distill.py trains
 without it too. Shapes are those of motionstream.py."""
 
 import contextlib

@@ -1,9 +1,9 @@
-"""What NAME.npz of a recording of the page says besides its tracks, so that sample.py makes the same
-frames again.
+"""What NAME.npz of a recording of the page says besides its tracks, so that sample.py makes the
+same frames again.
 
     settings_in(arrays)                  -> {name: value}, see SETTINGS
-    replayed(flags, said, config)        -> the flags of sample.py with what they leave open, and what
-                                            is left to obey of the recording
+    replayed(flags, said, config)        -> the flags of sample.py with what they leave open, and
+                                            what is left to obey of the recording
     steered(parts, said, …)              -> the motion, each chunk with its own text
 
 What is recorded is written by extras/page.py, see save_recording there.
@@ -53,8 +53,8 @@ def settings_in(arrays):
 
 
 def replayed(flags, said, config):
-    """(The flags of sample.py, a namespace, with what a recording has `said` where nothing was typed;
-    what it has said, but for the prompts if one was typed). config: of the weights."""
+    """(The flags of sample.py, a namespace, with what a recording has `said` where nothing was
+    typed; what it has said, but for the prompts if one was typed). config: of the weights."""
     fields = {"frames": flags.frames or said["frames"], "fps": flags.fps or said["fps"]}
     if flags.seed is None:
         fields["seed"] = said["seed"]
@@ -74,8 +74,8 @@ def replayed(flags, said, config):
 
 
 def steered(parts, said, job, models, embed):
-    """The parts of a motion, one for each chunk, each with the text of its own prompt; None for models
-    whose text cannot change. Prints why the frames may be others. embed(prompt, config): the text."""
+    """The parts of a motion, one for each chunk, each with its own prompt's text; None for models
+    whose text cannot change. Prints why the frames may differ. embed(prompt, config): the text."""
     if said["weights"] != checksum(models):
         print("note: it was recorded with other weights")
     if job.config.causal and job.config.text_encoder == "words":

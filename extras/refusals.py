@@ -46,7 +46,7 @@ def check_output(path, endings, inputs):
 
 
 def check(flags, job, image, tracks, most):
-    """Everything that is checked once flags, weights and tracks are a sample.Job, before any model is
+    """Everything that is checked of a sample.Job of flags, weights and tracks before any model is
     loaded. flags: see sample.parse_flags; image: (1, 3, H, W); tracks: sample.Tracks; most: see
     check_job."""
     check_job(flags, job, tracks, most)
@@ -94,8 +94,8 @@ def check_job(flags, job, tracks, most):
 
 
 def check_files(job, image):
-    """UserError if the encoders of a sample.Job will fail, or its DiT does not fit into memory: said
-    before any of them is loaded, not after the encoders have run. image: (1, 3, H, W)."""
+    """UserError if the encoders of a sample.Job will fail, or its DiT does not fit into memory:
+    said before any of them is loaded, not after the encoders have run. image: (1, 3, H, W)."""
     weights = job.weights
     if job.sources:
         encoders.check(job.sources, job.config, image)

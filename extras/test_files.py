@@ -88,7 +88,7 @@ def test_what_a_file_says_of_itself_is_checked_before_anything_is_built():
         for value in values:
             assert_config_refused(name, json.dumps(good | {name: value}))
     uneven = json.dumps(good | {"sink_decay": 0.9, "first_chunk": 1})
-    assert_config_refused("sink_decay", uneven)                 # what has another size is no average
+    assert_config_refused("sink_decay", uneven)                 # unequal chunks have no average
     copying = json.dumps(good | {"copies": True})
     assert_config_refused("in_dim", copying)                    # leaves no channels for copies
 

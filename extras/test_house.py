@@ -205,7 +205,8 @@ def name_of(node):
 
 FLOW = ["per_frame", "add_noise", "to_x0", "shift_sigma", "same_sigma", "check_shape", "with_first"]
 ATTENTION = ["KVCache", "RMSNorm", "apply_rope", "ATTENTION", "attend", "SelfAttention"]
-HEAD = ["FRAMES", "sinusoid", "check_shape", "inside_picture", "cell_of", "lowest_rank", "TrackHead"]
+HEAD = [
+    "FRAMES", "sinusoid", "check_shape", "inside_picture", "cell_of", "lowest_rank", "TrackHead"]
 GUIDANCE = ["joint_guidance", "without", "guided_velocity"]
 VAE = ["FRAMES", "check_video", "check_latents"]
 LAYERS = VAE + ["each_frame", "channels_to_frames"]
@@ -243,7 +244,8 @@ def test_the_track_head_runs_from_its_own_source():
 
 
 def test_rollout_runs_from_its_own_source():
-    own = lifted("motionstream.py", FLOW + ["chunk_sizes", "split_conditions", "remember", "rollout"])
+    names = FLOW + ["chunk_sizes", "split_conditions", "remember", "rollout"]
+    own = lifted("motionstream.py", names)
     model = new_model()
     noise, given, first = clip_of(8)
     expected = list(rollout(model, noise, given, first, rng=seeded()))

@@ -1,7 +1,7 @@
-"""Damage to the files that users bring: whatever of one is changed, it is read or refused in one line.
+"""Damage to files that users bring: whatever of one is changed, it is read or refused in one line.
 
-A checkpoint of a training has checksums, and is read as it was written or not at all. The public formats
-of weights have none: there a flipped bit of a number may go unseen, but for all else holds the same.
+A training's checkpoint has checksums, and is read as written or not at all. The public formats
+of weights have none: there a flipped bit of a number may go unseen, but else the same holds.
 """
 
 import copy
@@ -98,9 +98,11 @@ def change_bytes(whole, rng):
 # Changes of what is said in a file.
 
 STRANGE = (
-    None, True, False, 0, 1, -1, 2, 3, 7, 255, 10 ** 4, 2 ** 31, 2 ** 63, 10 ** 30, 0.5, -0.5, 1e-300,
-    1e300, math.nan, math.inf, -math.inf, "", "3", "nan", "umt5", "\n", "\ud800", "x" * 9999, [], [1],
-    [None], [1, 2, 3], ["a", "b"], [[1, 2], [3]], [32, 48], [1.0, 0.5], {}, {"a": 1}, [{}], [[[[]]]])
+    None, True, False, 0, 1, -1, 2, 3, 7, 255, 10 ** 4, 2 ** 31, 2 ** 63, 10 ** 30,
+    0.5, -0.5, 1e-300, 1e300, math.nan, math.inf, -math.inf,
+    "", "3", "nan", "umt5", "\n", "\ud800", "x" * 9999,
+    [], [1], [None], [1, 2, 3], ["a", "b"], [[1, 2], [3]], [32, 48], [1.0, 0.5],
+    {}, {"a": 1}, [{}], [[[[]]]])
 
 
 def change_value(value, rng):
@@ -131,7 +133,7 @@ def change_value(value, rng):
 
 
 def change_config(whole, rng):
-    """A .safetensors file whose metadata have another config: changed as JSON, or letter by letter."""
+    """A .safetensors file, the config in its metadata changed as JSON or letter by letter."""
     length = int.from_bytes(whole[:8], "little")
     header = json.loads(whole[8:8 + length])
     about = header["__metadata__"]
@@ -179,8 +181,8 @@ def change_arrays(whole, rng):
 # What is to come of them.
 
 def read_or_refused(read, path):
-    """What read(path) returns; None if it raises a UserError, of one line that names the file. It may do
-    nothing else, nor print or warn."""
+    """What read(path) returns; None if it raises a UserError, of one line that names the file. It
+    may do nothing else, nor print or warn."""
     found = None
     begun = time.process_time()
     with quiet() as (out, err), warnings.catch_warnings(record=True) as warned:
@@ -199,8 +201,8 @@ def read_or_refused(read, path):
 
 
 def refusals(path, change, read, right, count):
-    """Change the file at `path` so often, each time from what it is now. Returns how often it was refused;
-    else right(what was read) has to be true."""
+    """Change the file at `path` so often, each time from what it is now. Returns how often it was
+    refused; else right(what was read) has to be true."""
     assert right(read_or_refused(read, path)), "as it is"
     whole = path.read_bytes()
     refused = 0
@@ -275,7 +277,7 @@ def refused_vaes(count):
 
 
 def runs(model):
-    """Whether a DiT is within the limits of a config, and has a velocity for a latent of 4x6 cells."""
+    """Whether a DiT is within a config's limits, and has a velocity for a latent of 4x6 cells."""
     c = model.config
     check_config(c, "x")
     x = torch.zeros(1, c.out_dim, 1, 4, 6)
@@ -320,12 +322,13 @@ def new_recording(path):
 
 
 def play(recording):
-    """The bytes of the first frame that sample.py makes of a recording, NAME.npz. UserError if it refuses."""
+    """The bytes of sample.py's first frame of a recording, NAME.npz. UserError if it refuses."""
     here = workplace()[1]
     out = recording.with_name("first.png")
     code, _, err = sampled(
-        "--image", here / "image.png", "--tracks", recording, "--weights", here / "student.safetensors",
-        "--vae", here / "vae.safetensors", "--frames", 1, "--out", out)
+        "--image", here / "image.png", "--tracks", recording,
+        "--weights", here / "student.safetensors", "--vae", here / "vae.safetensors",
+        "--frames", 1, "--out", out)
     if code == 2:
         line, = err.splitlines()
         raise UserError(line.removeprefix("error: "))
@@ -371,8 +374,8 @@ def as_bytes(value):
 
 
 def resumed(path):
-    """What a training resumes from in a folder whose newest checkpoint is `path`; None: from the one before
-    it, which is said in one line."""
+    """What a training resumes from in a folder whose newest checkpoint is `path`; None: from the
+    one before it, which is said in one line."""
     learner = toy()
     with quiet() as (out, _):
         updates = td.load_checkpoint(path.parent, "toy", {"lr": 1e-3}, [learner])

@@ -86,8 +86,8 @@ def test_without_extras_an_ema_sink_is_one_line_and_all_else_goes_on():
     with unittest.mock.patch.dict(sys.modules, without):
         assert len(model.new_caches()) == 2
         model.config = replace(model.config, sink_decay=0.5)
-        said = "sink_decay < 1 (EMA-Sink): needs extras/reward_forcing.py, which is missing from this copy"
-        assert_error(UserError, said, model.new_caches)
+        needs = "needs extras/reward_forcing.py, which is missing from this copy"
+        assert_error(UserError, f"sink_decay < 1 (EMA-Sink): {needs}", model.new_caches)
 
 
 def test_the_teacher_which_has_no_cache_refuses_an_ema_sink():

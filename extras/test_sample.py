@@ -24,8 +24,9 @@ import sample
 from extras.notes import on_tracks
 from extras.recording import checksum as recording_checksum
 from extras.testing import (COPYING, HERE, SMALL, STUB, WAN22, assert_error, assert_near, clip_of,
-                            command, folder, linear_vae, new_model, new_tracks, new_vae, quiet, rand,
-                            randomised, sampled, saved, settled, wan_sampled, wan_workplace, workplace)
+                            command, folder, linear_vae, new_model, new_tracks, new_vae, quiet,
+                            rand, randomised, sampled, saved, settled, wan_sampled, wan_workplace,
+                            workplace)
 from extras.video import count_frames
 from motionstream import (MotionStream, copy_along_tracks, euler, guided_velocity, image_and_mask,
                           image_inputs, joint_guidance, start_points, track_features)
@@ -64,8 +65,8 @@ def test_sample_writes_a_video_of_the_tracks_length():
     assert not list(here.glob(".*")), "temporary files are left"
 
 
-# Samples in a copy without extras, and refuses what needs them, and what is missing. torch is loaded
-# once.
+# Samples in a copy without extras, and refuses what needs them, and what is missing. torch is
+# loaded once.
 IN_A_COPY = """
 import numpy, sample
 image = "--image assets/drag.png --frames 9".split()
@@ -77,8 +78,8 @@ for flags in ["--image", "none.png"], ["--weights", "none.safetensors"], ["--dev
     assert sample.main(image + flags) == 2
 """
 
-# Two times nobody reads what it prints, which is noticed by the first line or, if that is kept back,
-# at the end.
+# Two times nobody reads what it prints, which is noticed by the first line or, if that is kept
+# back, at the end.
 UNREAD = """
 import os, sys, sample
 flags = sys.argv[1:]
@@ -117,7 +118,7 @@ def test_a_copy_without_extras_samples():
 
 def test_a_reader_that_has_gone_is_no_error():
     words = command("--frames", 1, "--steps", 1, "--out", workplace()[1] / "out.png")
-    alone = os.environ | {"OMP_NUM_THREADS": "1"}       # a fork of OpenMP's threads would wait for ever
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}       # a fork of OpenMP's threads would hang
     done = subprocess.run([sys.executable, "-c", UNREAD] + [str(word) for word in words], cwd=HERE,
                           env=alone, capture_output=True, text=True, timeout=300)
     (workplace()[1] / "out.png").unlink()
@@ -296,7 +297,8 @@ def write_bad_files(here):
     ):
         (here / name).write_bytes(content)
         yield flag, here / name
-    yield "--weights", saved(here / "hole.safetensors", new_model(), lambda tensors: tensors.popitem())
+    hole = saved(here / "hole.safetensors", new_model(), lambda tensors: tensors.popitem())
+    yield "--weights", hole
 
 
 def bad_paths(here):
@@ -407,7 +409,9 @@ def seen_of_two_chunks(make, model, vae):
 
 def latent_vae(first):
     """A VAE that encodes everything to `first`, and decodes to the latents themselves."""
-    return SimpleNamespace(encode=lambda video: first, decode=lambda latents, state: (latents, state))
+    return SimpleNamespace(
+        encode=lambda video: first,
+        decode=lambda latents, state: (latents, state))
 
 
 def test_the_image_enters_as_clean_latent_frame_0():
@@ -543,7 +547,7 @@ def test_copying_models_copy_in_every_path():
     motion = new_motion(45, 3, batch=1)
     motion = replace(motion, start=start_points(motion.tracks, motion.visible))
     copies = copy_along_tracks(vae, image, motion.tracks, motion.visible, motion.start)
-    passes = len(COPYING.sigmas) + 1                        # of a chunk, the last one writes the cache
+    passes = len(COPYING.sigmas) + 1                        # of a chunk, the last writes the cache
     for make, causal, first_chunk, every, frames in (
         (sample.stream, True, None, passes, 45),
         (sample.stream, True, 1, passes, 49),               # 1 + 4 x 3 latents
@@ -561,7 +565,8 @@ def test_copying_models_copy_in_every_path():
         assert videos.shape == (1, 3, frames, 32, 48)
         found = torch.cat([given["copies"] for given in seen[::every]], 2)
         assert_near(found[:, :, :12], copies, 1e-5)
-        assert all(given["image"] is not None for given in seen), "the still image is in every chunk"
+        still = [given["image"] is not None for given in seen]
+        assert all(still), "the still image is in every chunk"
 
 
 def test_a_vae_decodes_in_16_bits_and_encodes_as_before():
@@ -606,8 +611,8 @@ def test_models_are_loaded_in_the_jobs_dtype():
 # Recordings.
 
 def record_by_hand(here, mode):
-    """(The frames of a stream at chunk 1 of a model with such track IDs, the arrays of its recording,
-    which is written)."""
+    """(The frames of a stream at chunk 1 of a model with such track IDs, the arrays of its
+    recording, which is written)."""
     weights = saved(here / f"{mode}.safetensors", new_model(track_id_mode=mode))
     model = MotionStream.from_pretrained(weights, dtype=torch.float32, chunk=1, sink=2, window=2)
     vae = load_vae(workplace()[1] / "vae.safetensors")
@@ -639,7 +644,7 @@ def record_by_hand(here, mode):
 
 @contextlib.contextmanager
 def keeping_videos():
-    """A list of (fps, frames of 8x8 enlarged pixels one) of the videos that sample.py writes in here."""
+    """A list of (fps, frames at 1/8 size) of the videos that sample.py writes in here."""
     videos = []
 
     @contextlib.contextmanager
@@ -753,7 +758,8 @@ def test_weights_with_a_mask_see_the_image_and_then_grey():
 def test_weights_with_a_mask_do_not_stream_from_python_either():
     model = new_model(in_dim=SMALL.out_dim + SMALL.track_dim + 4 + SMALL.out_dim)
     assert model.config.has_mask
-    assert_error(AssertionError, "use sample_teacher", sample.stream_latents, model, None, None, None)
+    assert_error(
+        AssertionError, "use sample_teacher", sample.stream_latents, model, None, None, None)
 
 
 def test_the_vae_beside_the_weights_is_theirs():

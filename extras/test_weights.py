@@ -182,8 +182,8 @@ def test_wans_own_layout_and_ours_are_read_without_extras():
         save_file(in_diffusers_layout(public()), here / "other.safetensors")
         other = here / "other.safetensors"
         assert_error(UserError, "other.safetensors: it has no tensor blocks.0", load, other)
-        said = "may mean another layout: needs extras/checkpoints.py, which is missing from this copy"
-        assert_error(UserError, said, load, other)
+        needs = "needs extras/checkpoints.py, which is missing from this copy"
+        assert_error(UserError, f"may mean another layout: {needs}", load, other)
 
 
 def test_a_copy_without_extras_trusts_a_config_of_which_a_model_can_be_built():

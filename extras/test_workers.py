@@ -1,4 +1,4 @@
-"""Work shared by processes that begin anew, as on Windows and macOS, and know nothing of the first."""
+"""Work shared by processes that begin anew, as on Windows and macOS, unaware of the first."""
 
 import functools
 import sys

@@ -1,4 +1,4 @@
-"""The drawn world: the tracks are where things are drawn, the draws are those that the models were trained on."""
+"""The drawn world: tracks are where things are drawn, draws are what the models were trained on."""
 
 import dataclasses
 import json
@@ -73,7 +73,7 @@ def test_tracks_on_objects_lie_on_the_pixels():
 
 def test_tracks_on_the_ground_lie_on_the_pixels():
     scene = world.new_scenes(2, 45, seeded(), objects=0, camera=True, attributes=(0, None))
-    axis = (torch.arange(512) + 0.5) / 512                      # the colour of a place says where it is
+    axis = (torch.arange(512) + 0.5) / 512                      # a place's colour says where it is
     x, y = torch.meshgrid(axis, axis, indexing="xy")
     scene["backdrop"] = torch.stack([x, y, x * 0]).expand(2, -1, -1, -1)
     video = world.render(scene, 128)
@@ -319,7 +319,7 @@ def test_a_folder_is_the_same_by_one_process_or_two_and_is_resumed():
         world.write_clips(two, 2, seed=4, workers=1, **options)
         first = two / "0000000.safetensors"
         written = first.stat().st_mtime_ns
-        with unittest.mock.patch.dict(sys.modules, {"__main__": world}):      # processes load no tests
+        with unittest.mock.patch.dict(sys.modules, {"__main__": world}):      # they load no tests
             world.write_clips(two, 4, seed=4, workers=2, **options)
         assert first.stat().st_mtime_ns == written, "it was drawn again"
         files = files_of(one)
@@ -360,7 +360,7 @@ def test_a_clip_holds_what_a_training_reads():
 
 def test_what_is_wrong_is_said_in_one_line():
     with folder() as here:
-        flags = ["--out", str(here), "--clips", "1", "--frames", "1", "--size", "16", "--workers", "1"]
+        flags = ["--out", str(here)] + "--clips 1 --frames 1 --size 16 --workers 1".split()
         cases = [
             (["--seed", "1"], "other settings"),
             (["--texture", "0", "2"], "0 to 1"),

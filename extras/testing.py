@@ -37,8 +37,8 @@ HERE = Path(__file__).resolve().parents[1]
 
 # Head dimension 20: RoPE splits it 8 / 6 / 6, unequal as in Wan's 44 / 42 / 42.
 SMALL = replace(
-    PRESETS["tiny"], dim=40, ffn_dim=80, num_heads=2, num_layers=2, in_dim=12, out_dim=4, track_dim=8,
-    text_dim=12, text_len=5, size=(32, 48), causal=True, track_id_mode="same",
+    PRESETS["tiny"], dim=40, ffn_dim=80, num_heads=2, num_layers=2, in_dim=12, out_dim=4,
+    track_dim=8, text_dim=12, text_len=5, size=(32, 48), causal=True, track_id_mode="same",
     copies=False, guidance=(1.0, 1.5))
 # As SMALL, but one that copies along tracks: latents, copies, tracks, image.
 COPYING = replace(
@@ -105,7 +105,8 @@ def linear_vae(channels=4):
 
 
 # What is trained on drawn scenes in the tests: of 32 pixels per side.
-DRAWN = replace(SMALL, causal=False, size=(32, 32), text_dim=64, in_dim=32, out_dim=16, track_dim=16)
+DRAWN = replace(
+    SMALL, causal=False, size=(32, 32), text_dim=64, in_dim=32, out_dim=16, track_dim=16)
 
 
 def small_scenes():
@@ -197,7 +198,7 @@ def saved(path, model, change=None, dtype=None, **meta):
     return path
 
 
-# Public weights. Small models, but with Wan's heads of 128 channels, whose RoPE splits 44 / 42 / 42.
+# Public weights. Small models with Wan's heads of 128 channels, whose RoPE splits 44 / 42 / 42.
 WAN = replace(PRESETS["wan2.1-1.3b"], dim=256, ffn_dim=320, num_heads=2, num_layers=2, text_dim=24)
 WAN_5B = replace(
     WAN, in_dim=48, out_dim=48, first_chunk=1, stride=16, size=(704, 1280), fps=24)
@@ -221,7 +222,7 @@ FAMILIES = {                # and what they want of the image: nothing, its late
 
 @functools.cache
 def public(family="Wan 2.1 T2V"):
-    """{name: tensor} of a random model in Wan's layout, of sizes at which float32 agrees to the last digits."""
+    """{name: random tensor} in Wan's layout, of sizes at which float32 agrees to the last digit."""
     config, _ = FAMILIES[family]
     rng = seeded()
     tensors = without_head(MotionStream(config))
@@ -251,7 +252,7 @@ def in_diffusers_layout(tensors):
     return {diffusers_name(name): t for name, t in tensors.items()}
 
 
-OF_MODEL = {                # the beginnings of Wan's names, of modules, and what Diffusers calls them
+OF_MODEL = {                # beginnings of Wan's names, of modules, and what Diffusers calls them
     "patch_embedding": "patch_embedding",
     "head.head": "proj_out",
     "head.modulation": "scale_shift_table",
@@ -347,7 +348,7 @@ def write_layout(here, family, layout):
         path.mkdir()
         config = diffusers_config(c)
         tensors = in_diffusers_layout(tensors)
-        if c.clip_dim:                                          # what those repositories hold and nothing reads
+        if c.clip_dim:                                          # they hold it, nothing reads it
             for i in range(c.num_layers):
                 tensors[f"blocks.{i}.attn2.norm_added_q.weight"] = torch.zeros(c.dim)
     save_file(tensors, path / "diffusion_pytorch_model.safetensors")
@@ -398,8 +399,8 @@ class Perceptual(nn.Module):
 
 @contextlib.contextmanager
 def having_lpips(module):
-    """`import lpips` gives this in here; None: there is no such package. (patch.dict would forget all
-    modules that are imported inside.)"""
+    """`import lpips` gives this in here; None: there is no such package. (patch.dict would forget
+    all modules that are imported inside.)"""
     before = sys.modules.get("lpips")
     sys.modules["lpips"] = module
     try:
@@ -424,8 +425,7 @@ def with_transformers(test):
 
 
 def small_encoders(here, width=64):
-    """The encoders of a -Diffusers repository in small, with random parameters, as files; returns (UMT5,
-    CLIP)."""
+    """Small, random encoders as the files of a -Diffusers repository; returns (UMT5, CLIP)."""
     import transformers
     small_tokenizer().save_pretrained(here / "tokenizer")
     config = transformers.UMT5Config(
@@ -467,7 +467,7 @@ def ramp_video(blue, frames):
 
 
 def own_clips(here, names=("a", "sub/b", "c"), frames=45):
-    """A folder of clips as users have it: videos of 64x48 pixels, tracks, some of them hidden, and texts."""
+    """A folder of clips as users have it: videos of 64x48 pixels, tracks, some hidden, texts."""
     for i, name in enumerate(names):
         path = here / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -484,7 +484,8 @@ def own_flags(here, data, *more):
     """Flags of a training of small models on the clips in `data`."""
     start = saved(here / "start.safetensors", new_model(causal=False))
     vae = saved(here / "encoder.safetensors", new_vae())
-    flags = ["--smoke", "--data", data, "--weights", start, "--vae", vae, "--out", here / "runs/out"]
+    out = here / "runs/out"
+    flags = ["--smoke", "--data", data, "--weights", start, "--vae", vae, "--out", out]
     flags.extend(more)
     return [str(flag) for flag in flags]
 
@@ -550,8 +551,8 @@ STUB_VAE = TinyVAEConfig(
 
 @functools.cache
 def wan_workplace():
-    """A folder as users of Wan have it: weights that do not say how they are sampled, their VAE, what
-    encoders made."""
+    """A folder as users of Wan have it: weights that do not say how they are sampled, their VAE,
+    and what encoders made."""
     here = tempfile.TemporaryDirectory()
     path = Path(here.name)
 
@@ -622,7 +623,7 @@ def small_pictures():
 
 
 def wan_sampled(weights, *more):
-    """Exit code, stdout and stderr of sample.py with public weights, and what the DiT was called with each time."""
+    """Exit code, stdout and stderr of sample.py with public weights, and each call of the DiT."""
     _, here = wan_workplace()
     calls = []
     forward = MotionStream.forward

@@ -148,9 +148,9 @@ SIGMA_BINS = (0.0, 0.5, 0.9, 0.98, 1.0)
 
 @torch.no_grad()
 def teacher_errors(run, model, vae, files):
-    """A teacher's errors on held-out clips: of x0 from pure noise with all tracks, with none, and with
-    those of another clip (x0_swapped, which equals x0_tracks if tracks are ignored); pan_error; and
-    the flow loss by bins of sigma."""
+    """A teacher's errors on held-out clips: of x0 from pure noise with all tracks, with none, and
+    with those of another clip (x0_swapped, which equals x0_tracks if tracks are ignored);
+    pan_error; and the flow loss by bins of sigma."""
     torch.manual_seed(0)
     batch = td.draw_batch(run, files, 6 * run.settings.batch, run.clip_latents, dense=True)
     x0 = batch.latents

@@ -709,8 +709,8 @@ def write_clips(folder, count, encode=None, workers=1, **settings):
 
 
 def rendered_clips(run, name, count, encode=None):
-    """Files of the clips that a training (train_distill.Run) draws for itself, rendered now or in an
-    earlier run into a folder called `name` and a digest of its settings. encode: see write_clips."""
+    """Files of the clips that a training (train_distill.Run) draws for itself, rendered now or
+    earlier into a folder called `name` and a digest of its settings. encode: see write_clips."""
     from extras.guard import weights_digest                         # which workers do without
     from train_distill import LATE, RANK, seed_of, wait_for_all
     made_by = weights_digest(run.path("vae")) if encode else None
