@@ -275,7 +275,10 @@ class Settings:
                                     # object labels, see given_tracks [O]
     # causal
     causal_from: str = "rollouts"   # own rollouts [O]; "trajectories" of the teacher [P]; "clips"
-                                    # with noise, see extras/experiments.py [O]
+                                    # with noise, or "consistency" after them, see
+                                    # extras/experiments.py [O]
+    consistency_share: float = 0.5  # last share of the updates, for consistency [O]
+    consistency_hop: int = 1        # Euler steps between its noise levels (Causal Forcing++)
     corrupt_context: bool = True    # damage the past, see extras/experiments.py; unused with
                                     # rollouts [O]
     # distill
@@ -1288,9 +1291,10 @@ def draw_trajectories(run, files, count):
     return states, x0, points, clips
 
 
-def loss_in_context(run, student, vae, drawn, channel_weight):
-    """causal_loss under a random sink and window; three draws in eight use the model's own. drawn:
-    trajectories, as draw_trajectories returns them."""
+def loss_in_context(run, student, vae, drawn, channel_weight, loss_of=None):
+    """causal_loss, or loss_of in its place, under a random sink and window; three draws in eight
+    use the model's own. drawn: trajectories, as draw_trajectories returns them."""
+    loss_of = loss_of or causal_loss
     states, x0, points, conditions = drawn
     own = (run.config.sink, run.config.window)
     contexts = (own, own, own) + CONTEXTS
@@ -1300,7 +1304,7 @@ def loss_in_context(run, student, vae, drawn, channel_weight):
     if run.settings.corrupt_context:
         experiments = extra("experiments", "corrupt_context damages the past")
         past = experiments.corrupt_context(x0, next(chunk_sizes(run.config)))
-    return causal_loss(student, states, x0, conditions | motion, context, channel_weight, past)
+    return loss_of(student, states, x0, conditions | motion, context, channel_weight, past)
 
 
 def loss_on_rollouts(run, student, vae, files, channel_weight, update):
@@ -1342,6 +1346,8 @@ def train_causal(run):
     """Stage 3: the student, initialised from the teacher, learns from ODE trajectories or its own
     rollouts, see loss_of_causal."""
     s = run.settings
+    if s.causal_from == "consistency":
+        return extra("experiments", "causal_from=consistency").train_consistency(run)
     files = training_clips(run, run.clip_latents)       # collective: call it in all processes
     if s.causal_from == "trajectories":
         files = make_trajectories(run, files)

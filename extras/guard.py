@@ -53,6 +53,8 @@ LIMITS = {
     "p_no_text": SHARE,
     "p_no_tracks": SHARE,
     "p_sparse": SHARE,
+    "consistency_share": SHARE,
+    "consistency_hop": COUNT,
     "critic_steps": COUNT,
     "rollout": (int, 0, 10 ** 4),
     "beta": (float, 1e-6, 10 ** 6),
@@ -86,7 +88,7 @@ SWITCHES = ("track_what_moves", "corrupt_context", "neutral_long_rollouts", "sha
 SOURCE = "the training (--set)"     # of a setting, in messages
 
 
-CAUSAL_FROM = ("trajectories", "rollouts", "clips")         # see train_distill.loss_of_causal
+CAUSAL_FROM = ("trajectories", "rollouts", "clips", "consistency")      # see td.loss_of_causal
 
 
 # Latent frames of the shortest clip that a model is trained on: the tiny model's 12.
