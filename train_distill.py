@@ -290,6 +290,7 @@ class Settings:
     export_every: int = 0           # updates between exported weights, except the vae's; 0: none
     # distributed
     shard_gradients: bool = False   # reduce gradients every micro-step: less memory, more traffic
+    replicate_teacher: bool = False     # the real score whole and in bfloat16, see real_score
     # checkpoints
     checkpoint_minutes: float = 5   # time between checkpoints; a signal also causes one
     # dry run
@@ -417,13 +418,13 @@ class Run:
         about = self.path(name).stat()
         return seed_of(about.st_size, about.st_mtime_ns)
 
-    def load(self, name, **overrides):
-        """Load a trained MotionStream, in float32 and frozen. Sampling settings come from
-        `config`, not from its file. overrides: further fields of Config."""
+    def load(self, name, dtype=torch.float32, **overrides):
+        """Load a trained MotionStream, frozen. Sampling settings come from `config`, not from its
+        file. overrides: further fields of Config."""
         names = ("shift", "sigmas", "steps", "guidance")
         fields = {each: getattr(self.config, each) for each in names} | overrides
         return MotionStream.from_pretrained(
-            self.path(name), dtype=torch.float32, device=self.device, **fields)
+            self.path(name), dtype=dtype, device=self.device, **fields)
 
     def load_vae(self):
         """Load the VAE of the latents."""
@@ -1479,13 +1480,21 @@ def loss_of_critic(run, generator, critic, vae, files, plan):
         return critic_loss(x0, critic, conditions, first_latent, run.config.shift, weight_at)
 
 
+def real_score(run):
+    """The frozen teacher: sharded in float32 or, by replicate_teacher, whole in every process, in
+    bfloat16 except for motionstream.FLOAT32. Then its passes gather nothing."""
+    if run.settings.replicate_teacher:
+        return run.load("teacher", torch.bfloat16)
+    return shard(run.load("teacher"))
+
+
 def distill(run, draw_plan=draw_plan):
     """Stage 4, Self-Forcing: critic_steps critic updates per generator update, each on new
     rollouts. draw_plan: extras/experiments.py has one that also draws chunk, sink and window."""
     s = run.settings
     files = training_clips(run, frames=1)
     vae = run.load_vae()
-    teacher = shard(run.load("teacher"))
+    teacher = real_score(run)
     generator = to_be_trained(run, run.load("causal", **run.context))
     critic = to_be_trained(run, run.load("teacher"))
     learner_g = Learner("generator", generator, s.generator,

@@ -8,6 +8,7 @@ All counts are linear in the number of layers, so they are extrapolated from one
 import functools
 import itertools
 import math
+import re
 import weakref
 from dataclasses import asdict, dataclass, replace
 
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import train_distill as td
 from extras.bench import CPU, Counts, new_vae, random_conditions
-from motionstream import CLIP_ROWS, chunk_sizes, guided_velocity, new_model, rollout
+from motionstream import CLIP_ROWS, FLOAT32, chunk_sizes, guided_velocity, new_model, rollout
 
 GPUS = (1, 4, 8)
 CARDS = {               # GiB usable by a program
@@ -94,6 +95,8 @@ def counted(build, run):
     kept = set()
 
     def gathered(network, inputs):
+        if network.patch_embedding.weight.dtype == torch.bfloat16:
+            return                                  # replicate_teacher
         if network not in kept:
             gathers.append("forward")
         if getattr(network.config, "causal", False):
@@ -141,6 +144,16 @@ def network(run, learns, causal=False):
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
         model.recompute_blocks(run.checkpointing)
+    return model
+
+
+def real_score(run):
+    """train_distill.real_score without contents."""
+    model = network(run, learns=False)
+    if run.settings.replicate_teacher:
+        for name, p in model.named_parameters():
+            if not re.search(FLOAT32, name):
+                p.data = p.data.to(torch.bfloat16)
     return model
 
 
@@ -238,7 +251,7 @@ def generating(run, exit_step):
     """Train the generator on its own rollout."""
     generator = network(run, learns=True, causal=True)
     critic = network(run, learns=True)
-    teacher = network(run, learns=False)
+    teacher = real_score(run)
 
     def step():
         with run.autocast():
@@ -372,6 +385,14 @@ def kept_bytes(run, trained, averaged, frozen=0):
     return {"sharded": shared, "whole": gradients}
 
 
+def replicated_bytes(run):
+    """Bytes of the teacher that every GPU holds by replicate_teacher; 0 without it."""
+    if not run.settings.replicate_teacher:
+        return 0
+    with torch.device("meta"):
+        return sum(p.nbytes for p in real_score(run).parameters())
+
+
 def stages_of(run):
     """The Stages of a training."""
     s = run.settings
@@ -398,9 +419,10 @@ def stages_of(run):
                         **kept_bytes(run, 1, 1)))
     # generator, critic (without an average) and teacher
     clips = s.batch * s.distill_accumulate * s.distill_updates
+    whole = replicated_bytes(run)
     stages.append(Stage("distill", clips, costs["distill"], others["distill"], s.batch,
                         micro_steps=s.distill_accumulate, reduced=1 + 1 / s.critic_steps, gathered=4,
-                        **kept_bytes(run, 2, 1, frozen=1)))
+                        beside=whole, **kept_bytes(run, 2, 1, frozen=whole == 0)))
     return stages
 
 

@@ -303,13 +303,13 @@ def remember_guided(forced, x0, caches, condition):
 
 
 def consistency_loss(student, states, x0, conditions, context, channel_weight=1.0, past=None, *, forced, average, hop):
-    """Consistency distillation through the KV cache (Causal Forcing++, eq. of its causal CD; Song et al. 2023, algorithm
-    2): from a chunk's state at a random noise level, the student predicts the x0 that `average` predicts from the next
-    level, to which `forced`, the teacher-forced copy, goes by `hop` Euler steps (skipping steps, LCM, arXiv 2310.04378).
-    At the last level, 0, that is where the steps end. All three read the same clean past from caches of their own.
+    """Consistency distillation (Song et al. 2023, algorithm 2) through the KV cache (Causal Forcing++): from a chunk's
+    state at a random noise level, the student predicts the x0 that `average` predicts from the next level. `forced`, the
+    teacher-forced copy, goes there by `hop` Euler steps (skipping steps, LCM, arXiv 2310.04378); if the next level is 0,
+    where it ends is the target. All three read the same past from caches of their own.
 
-    states: one (B, C, F, h, w) for each of consistency_sigmas. average: the moving average of the student. The others:
-    see train_distill.causal_loss."""
+    states: one (B, C, F, h, w) for each of consistency_sigmas. average: the student's moving average. The others: see
+    train_distill.causal_loss."""
     if past is None:
         past = x0
     sink, window = context
@@ -352,6 +352,12 @@ def forced_copy(run, learner, first):
     return td.shard(run.load("forced", **run.context))
 
 
+def loss_by_copies(forced, average, hop, *inputs):
+    """consistency_loss of its `inputs`, for which both copies of the student are gathered once, as the student is."""
+    with td.gathered(forced), td.gathered(average):
+        return consistency_loss(*inputs, forced=forced, average=average, hop=hop)
+
+
 def train_consistency(run):
     """Stage 3 by causal_from=consistency: train_distill.train_causal from clips, then, in the last consistency_share of
     the updates, by consistency_loss."""
@@ -369,7 +375,7 @@ def train_consistency(run):
         if update >= begin and loss_of is td.causal_loss:
             forced = forced_copy(run, learner, update == begin)
             sigmas = consistency_sigmas(s, run.config)
-            loss_of = functools.partial(consistency_loss, forced=forced, average=learner.average, hop=s.consistency_hop)
+            loss_of = functools.partial(loss_by_copies, forced, learner.average, s.consistency_hop)
         for _ in loop.micro_steps():
             with run.autocast(), td.gathered(student):
                 drawn = draw_noised_clips(run, files, s.batch, sigmas)
