@@ -222,6 +222,25 @@ def regression(run):
     return [model], step
 
 
+def consistency(run):
+    """Train the student by consistency, beside its two frozen copies."""
+    from extras.experiments import consistency_sigmas, loss_by_copies
+    s = run.settings
+    student = network(run, learns=True, causal=True)
+    forced, average = [network(run, learns=False, causal=True) for _ in range(2)]
+    x0, conditions = batch_of(run, s.batch, run.clip_latents)
+    states = [x0] * len(consistency_sigmas(s, run.config))
+    context = (run.config.sink, run.config.window)
+
+    def step():
+        with run.autocast():
+            inputs = (student, states, x0, conditions, context)
+            loss = loss_by_copies(forced, average, s.consistency_hop, *inputs)
+        loss.backward()
+
+    return [student, forced, average], step
+
+
 def generated_clip(run, generator, exit_step):
     """train_distill.generated_clip without files: (a clip (B, C, F, h, w), its conditions)."""
     config = run.config
@@ -341,6 +360,21 @@ def distill_cost(run, critic, rollouts):
     return Cost(mean("flops"), max(critic.held, generator.held), mean("gathers"))
 
 
+def causal_cost(run):
+    """Mean cost of a causal micro-step; of those from rollouts, as if from trajectories."""
+    s = run.settings
+    forced = cost_of(regression, run)
+    if s.causal_from != "consistency":
+        return forced
+    after = cost_of(consistency, run)
+
+    def mean(name):
+        before = getattr(forced, name)
+        return before + s.consistency_share * (getattr(after, name) - before)
+
+    return Cost(mean("flops"), max(forced.held, after.held), mean("gathers"))
+
+
 def stored_clips(run):
     """{name of a data set: number of clips} that the training reads."""
     if run.data:
@@ -371,7 +405,7 @@ def learning_costs(run, rollouts):
     """{stage: Cost of a micro-step}. rollouts: see rollout_costs."""
     teacher = cost_of(teaching, run)
     return {"teacher": teacher,
-            "causal": cost_of(regression, run),
+            "causal": causal_cost(run),
             "distill": distill_cost(run, teacher, rollouts)}
 
 
@@ -414,9 +448,10 @@ def stages_of(run):
         stages.append(Stage("trajectories", s.trajectories, trajectory, trajectory, 2 * s.batch,
                             whole=4))
     clips = s.batch * s.causal_accumulate * s.causal_updates
+    copies = s.causal_from == "consistency"             # frozen; and the average gathered, too
     stages.append(Stage("causal", clips, costs["causal"], others["causal"], s.batch,
-                        micro_steps=s.causal_accumulate, reduced=1, gathered=4,
-                        **kept_bytes(run, 1, 1)))
+                        micro_steps=s.causal_accumulate, reduced=1, gathered=4 + 8 * copies,
+                        **kept_bytes(run, 1, 1, frozen=copies)))
     # generator, critic (without an average) and teacher
     clips = s.batch * s.distill_accumulate * s.distill_updates
     whole = replicated_bytes(run)
