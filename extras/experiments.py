@@ -26,8 +26,9 @@ from extras.evaluate import (CLIP, MODELS, Trained, case_of, eval_row, find_rewa
                              open_trained, play, settings_of, videos_of, weights_of)
 from extras.guard import CAUSAL_FROM, own_folder
 from extras.tracks import render_control
-from motionstream import (Config, KVCache, MotionStream, TrackHead, UserError, add_noise, apply_rope, chunk_sizes,
-                          guided_velocity, remember, same_sigma, schedule, split_conditions, to_x0, track_ids, with_first)
+from motionstream import (Config, KVCache, MotionStream, TrackHead, UserError, add_noise,
+                          apply_rope, chunk_sizes, guided_velocity, remember, same_sigma, schedule,
+                          split_conditions, to_x0, track_ids, with_first)
 from sample import embed_words
 from vae import TinyVAE, TinyVAEConfig, WanVAE
 
@@ -240,9 +241,9 @@ def teach_briefly(trained, how):
 # this module when its settings name one of them.
 
 def draw_noised_clips(run, files, count, sigmas=None):
-    """As train_distill.draw_trajectories, but from clips: x0 is the ground truth, the states are noised x0. This trains
-    the causal flow of the data, unguided: teacher forcing on clean latents, which needs no trajectories. sigmas: of the
-    states; None: the student's."""
+    """As train_distill.draw_trajectories, but from clips: x0 is the ground truth, the states are
+    noised x0. This trains the causal flow of the data, unguided: teacher forcing on clean latents,
+    which needs no trajectories. sigmas: of the states; None: the student's."""
     batch = td.draw_batch(run, files, count, run.clip_latents)
     x0 = batch.latents
     noise = torch.randn_like(x0)
@@ -266,10 +267,11 @@ def corrupt_context(x0, first):
     return torch.where(corrupt, x0[:, :, :1], x0)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# causal_from=consistency: teacher forcing on clips, then few-step consistency, both through the KV cache. Stands in for
-# regression on ODE trajectories, as in Causal Forcing++ (arXiv 2605.15141): a teacher-forced copy of the student, not
-# the bidirectional teacher, solves the ODE, one step at a time and on true clips.
+# --------------------------------------------------------------------------------------------------
+# causal_from=consistency: teacher forcing on clips, then few-step consistency, both through the KV
+# cache. Stands in for regression on ODE trajectories, as in Causal Forcing++ (arXiv 2605.15141): a
+# teacher-forced copy of the student, not the bidirectional teacher, solves the ODE, one step at a
+# time, and starts from true clips.
 
 def consistency_sigmas(settings, config):
     """The noise levels of consistency: every consistency_hop-th of the teacher's schedule."""
@@ -277,15 +279,16 @@ def consistency_sigmas(settings, config):
 
 
 def predicted_x0(model, x_t, sigma, condition, caches, first_latent):
-    """A model's x0 from x_t (B, C, chunk, h, w) at one sigma, after the past in its caches. At sigma 0 it is x_t."""
+    """A causal model's x0 (B, C, chunk, h, w) from x_t at one sigma, a number, after the past in
+    its caches. At sigma 0 it is x_t. first_latent: see with_first."""
     x_t, sigma_frames = with_first(x_t, same_sigma(sigma, x_t), first_latent)
     velocity = model(x_t, sigma_frames, caches=caches, **condition)
     return to_x0(x_t, velocity, sigma_frames)
 
 
 def solve(forced, x, sigmas, condition, caches, first_latent):
-    """Euler steps of a causal model, under its config's guidance, from x (B, C, chunk, h, w) at sigmas[0] through the
-    others. caches: see remember_guided."""
+    """Euler steps of a causal model, under its config's guidance, from x (B, C, chunk, h, w) at
+    sigmas[0] to sigmas[-1]. caches: see remember_guided."""
     model = functools.partial(forced, caches=caches)
     for sigma, following in zip(sigmas, sigmas[1:]):
         x, sigma_frames = with_first(x, same_sigma(sigma, x), first_latent)
@@ -295,27 +298,31 @@ def solve(forced, x, sigmas, condition, caches, first_latent):
 
 
 def remember_guided(forced, x0, caches, condition):
-    """motionstream.remember for a model under guidance: each of the variants that guided_velocity evaluates in one
-    batch has a past of its own."""
+    """motionstream.remember for a model under guidance, without a graph: each of the variants that
+    guided_velocity evaluates in one batch has a past of its own."""
     model = functools.partial(forced, caches=caches, write=True)
     clean = torch.zeros(x0.shape[0], x0.shape[2], dtype=torch.float64, device=x0.device)
-    guided_velocity(model, x0, clean, condition, forced.config.guidance)
+    with torch.no_grad():
+        guided_velocity(model, x0, clean, condition, forced.config.guidance)
 
 
-def consistency_loss(student, states, x0, conditions, context, channel_weight=1.0, past=None, *, forced, average, hop):
-    """Consistency distillation (Song et al. 2023, algorithm 2) through the KV cache (Causal Forcing++): from a chunk's
-    state at a random noise level, the student predicts the x0 that `average` predicts from the next level. `forced`, the
-    teacher-forced copy, goes there by `hop` Euler steps (skipping steps, LCM, arXiv 2310.04378); if the next level is 0,
-    where it ends is the target. All three read the same past from caches of their own.
+def consistency_loss(student, states, x0, conditions, context, channel_weight=1.0, past=None,
+                     *, forced, average, hop):
+    """Consistency distillation (Song et al. 2023, algorithm 2) through the KV cache (Causal
+    Forcing++): from a chunk's state at a random noise level, the student predicts the x0 that
+    `average` predicts from the next level. `forced`, the teacher-forced copy, goes there by `hop`
+    Euler steps (skipping steps, LCM, arXiv 2310.04378); if the next level is 0, where it ends is
+    the target. All three read the same past from caches of their own.
 
-    states: one (B, C, F, h, w) for each of consistency_sigmas. average: the student's moving average. The others: see
-    train_distill.causal_loss."""
+    states: one (B, C, F, h, w) for each of consistency_sigmas. average: the student's moving
+    average. The others: see train_distill.causal_loss."""
     if past is None:
         past = x0
     sink, window = context
     config = student.config
     sigmas = schedule(config.steps, config.shift) + (0.0,)
-    own, solver, target = [each.new_caches(sink=sink, window=window) for each in (student, forced, average)]
+    networks = (student, forced, average)
+    own, solver, target = [each.new_caches(sink=sink, window=window) for each in networks]
     loss = 0.0
     stop = 0
     sizes = list(chunk_sizes(config, x0.shape[2]))
@@ -337,14 +344,14 @@ def consistency_loss(student, states, x0, conditions, context, channel_weight=1.
             break
         remember(student, past[:, :, now], own, part)
         remember(average, past[:, :, now], target, part)
-        with torch.no_grad():
-            remember_guided(forced, past[:, :, now], solver, part)
+        remember_guided(forced, past[:, :, now], solver, part)
     return loss / x0.numel()
 
 
 def forced_copy(run, learner, first):
-    """The frozen teacher-forced student that solves the ODE: the learner's average, written to forced.safetensors at the
-    `first` update of consistency, and read from there after a break. Collective."""
+    """The frozen teacher-forced student that solves the ODE: the learner's average, written to
+    forced.safetensors at the `first` update of consistency, and read from there after a break.
+    Collective."""
     path = run.out / "forced.safetensors"
     if first:
         td.save_weights(path, learner.average)
@@ -353,20 +360,21 @@ def forced_copy(run, learner, first):
 
 
 def loss_by_copies(forced, average, hop, *inputs):
-    """consistency_loss of its `inputs`, for which both copies of the student are gathered once, as the student is."""
+    """consistency_loss of its `inputs`. Both copies are gathered once, not once a pass."""
     with td.gathered(forced), td.gathered(average):
         return consistency_loss(*inputs, forced=forced, average=average, hop=hop)
 
 
 def train_consistency(run):
-    """Stage 3 by causal_from=consistency: train_distill.train_causal from clips, then, in the last consistency_share of
-    the updates, by consistency_loss."""
+    """Stage 3 by causal_from=consistency: as train_distill.train_causal from clips, then, in the
+    last consistency_share of the updates, by consistency_loss."""
     s = run.settings
     files = td.training_clips(run, run.clip_latents)
     vae = run.load_vae()
     student = td.to_be_trained(run, run.load("teacher", causal=True, **run.context))
     weight = td.x0_weight(vae, student.config, run.device)
-    learner = td.Learner("causal", student, s.causal, s.causal_updates, s.causal_accumulate, s.shard_gradients)
+    learner = td.Learner("causal", student, s.causal, s.causal_updates, s.causal_accumulate,
+                         s.shard_gradients)
     begin = s.causal_updates - int(s.consistency_share * s.causal_updates)
     sigmas = run.config.sigmas
     loss_of = td.causal_loss

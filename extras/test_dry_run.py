@@ -319,7 +319,8 @@ def test_consistency_is_counted_with_the_passes_of_its_two_copies():
     known = {dry_run.regression: forced, dry_run.consistency: after}
     with unittest.mock.patch.object(dry_run, "cost_of", lambda build, run: known[build]):
         mean = dry_run.causal_cost(run)
-    # Two chunks: an Euler step of guided passes and the average's prediction each, and one clean pass of both.
+    # Two chunks, each with an Euler step of guided passes and the average's prediction; between
+    # them a clean pass of both.
     assert after.gathers == forced.gathers + 2
     variants = 3
     passes = 2 * (variants + 1) + (variants + 1)
@@ -349,9 +350,10 @@ def test_a_replicated_teacher_is_whole_on_every_gpu_and_never_gathered():
     assert 2 * count < own < 4 * count
     costs = {name: dry_run.Cost(1, 7) for name in ("teacher", "causal", "distill")}
     held = []
-    with unittest.mock.patch.multiple(
-            dry_run, learning_costs=lambda run, rollouts: costs, cost_of=lambda build, run: costs["teacher"],
-            counted=lambda build, run: costs["teacher"]):
+    stubs = {"learning_costs": lambda run, rollouts: costs,
+             "cost_of": lambda build, run: costs["teacher"],
+             "counted": lambda build, run: costs["teacher"]}
+    with unittest.mock.patch.multiple(dry_run, **stubs):
         for each in run, whole:
             distill = dry_run.stages_of(each)[-1]
             held.append(distill.memory(count, 4))

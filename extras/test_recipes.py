@@ -344,8 +344,7 @@ def test_a_causal_student_learns_from_clips():
 
 def student_and_copies():
     """A student, its teacher-forced copy under guidance, its average."""
-    how = {"causal": True, "num_layers": 1, "steps": 4, "sigmas": schedule(2, SMALL.shift), "guidance": (2.0, 1.0)}
-    return [new_model(seed, **how) for seed in range(3)]
+    return [new_model(seed, num_layers=1, steps=4, guidance=(2.0, 1.0)) for seed in range(3)]
 
 
 def past_of(model, past, given):
@@ -359,7 +358,7 @@ def past_of(model, past, given):
 
 
 def velocity_after(model, x_t, sigma, past, given):
-    """A model's velocity of the chunk that follows `past`, float64; 0 for the first, clean frame of the clip."""
+    """A model's velocity of the chunk after `past`, float64; 0 for the clip's clean frame."""
     begin = past.shape[2]
     caches = past_of(model, past, given)
     part = part_of(given, slice(begin, begin + 3))
@@ -374,7 +373,9 @@ def guided_after(model, x_t, sigma, past, given):
     """Eq. 2 by three separate passes, each variant after a past of its own."""
     no_text = given | {"text": torch.zeros_like(given["text"])}
     no_motion = given | {"tracks": torch.zeros_like(given["tracks"])}
-    full, text, motion = [velocity_after(model, x_t, sigma, past, each) for each in (given, no_text, no_motion)]
+    full = velocity_after(model, x_t, sigma, past, given)
+    text = velocity_after(model, x_t, sigma, past, no_text)
+    motion = velocity_after(model, x_t, sigma, past, no_motion)
     base = 2 / 3 * text + 1 / 3 * motion
     return base + 2.0 * (full - text) + 1.0 * (full - motion)
 
@@ -428,13 +429,13 @@ def test_where_the_steps_end_at_0_their_x0_is_what_the_student_is_to_predict():
     student, forced, average = student_and_copies()
     x0, given, _ = clip_of(3)
     noise, _, _ = clip_of(3, seed=7)
-    unguided = replace(forced.config, guidance=(0.0, 0.0))
-    forced.config = unguided
+    forced.config = replace(forced.config, guidance=(0.0, 0.0))
     with torch.no_grad():
         loss = experiments.consistency_loss(
             student, [noise], x0, given, (1, 1), forced=student, average=average, hop=4)
         x = noise
-        for sigma, following in zip(schedule(4, SMALL.shift), schedule(4, SMALL.shift)[1:] + (0.0,)):
+        sigmas = schedule(4, SMALL.shift) + (0.0,)
+        for sigma, following in zip(sigmas, sigmas[1:]):
             x = x + (following - sigma) * forced(x, torch.full((2,), sigma), **given)
         ends = experiments.predicted_x0(average, x, 0.0, given, average.new_caches(), None)
     assert ends.equal(x), "whatever the average says"
@@ -442,7 +443,7 @@ def test_where_the_steps_end_at_0_their_x0_is_what_the_student_is_to_predict():
 
 
 def test_consistency_teaches_the_first_step_where_the_many_steps_end():
-    """One-step x0 of a student from noise comes nearer to the end of its teacher-forced copy's ODE."""
+    """A student's x0 from noise in one step comes nearer to where its forced copy's ODE ends."""
     student, forced = [new_model(num_layers=1, steps=4, guidance=(0.0, 0.0)) for _ in range(2)]
     student.requires_grad_(True).track_head.requires_grad_(False)
     x0, given, _ = clip_of(3)
@@ -524,8 +525,20 @@ def test_two_starts_of_two_seeds_are_compared_by_the_experiments():
 def test_a_start_that_there_is_not_is_refused_in_one_line():
     with quiet() as (_, err):
         assert td.main(["--set", "causal_from=nowhere"]) == 2
-    assert "causal_from=nowhere: is one of trajectories, rollouts, clips, consistency" in err.getvalue()
+    known = "trajectories, rollouts, clips, consistency"
+    assert f"causal_from=nowhere: is one of {known}" in err.getvalue()
     assert len(err.getvalue().strip().splitlines()) == 1
+
+
+def test_noise_levels_that_consistency_cannot_have_are_refused_in_one_line():
+    for more, line in [
+        (["--set", "consistency_hop=4"], "consistency_hop=4: does not divide 15 steps"),
+        (["--set", "consistency_hop=3"], "5 steps of the teacher: the student's noise levels "),
+    ]:
+        with quiet() as (_, err):
+            assert td.main(["--set", "causal_from=consistency", *more]) == 2
+        assert line in err.getvalue()
+        assert len(err.getvalue().strip().splitlines()) == 1
 
 
 # --------------------------------------------------------------------------------------------------

@@ -778,8 +778,8 @@ def consistency_update():
 
 
 def teachers_score(here, replicate):
-    """(Gathers of the teacher's passes in a generator's loss, that loss, the teacher's parameters in
-    this process) by replicate_teacher. The critic is whole here."""
+    """(Gathers of the teacher's passes in a generator's loss, that loss, numbers of the teacher's
+    parameters in this process) by replicate_teacher. The critic is whole here."""
     clip, given, _ = clip_of(3, DRAWN)
     with small_scenes():
         run = new_run(*distill_flags(here, 1, "--set", f"replicate_teacher={replicate}"))
