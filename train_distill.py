@@ -278,7 +278,7 @@ class Settings:
                                     # with noise, or "consistency" after them, see
                                     # extras/experiments.py [O]
     consistency_share: float = 0.5  # last share of the updates, for consistency [O]
-    consistency_hop: int = 1        # Euler steps between its noise levels (Causal Forcing++)
+    consistency_hop: int = 5        # Euler steps between its noise levels [O]; Causal Forcing++: 1
     corrupt_context: bool = True    # damage the past, see extras/experiments.py; unused with
                                     # rollouts [O]
     # distill
@@ -327,6 +327,7 @@ PAPER = Settings(
     track_what_moves=False,         # anything may move without a track
     p_sparse=0.5,                   # [O], except stage 1; the paper: 0, which never shows a drag
     causal_from="trajectories",
+    consistency_hop=1,
     corrupt_context=False,
     rollout=0,
     neutral_long_rollouts=False,
