@@ -1359,13 +1359,14 @@ def causal_loss(x0, past, context, hook=None):
     if hook:
         model.register_forward_hook(hook, with_kwargs=True)
     _, given, _ = clip_of(12)
-    memory = {"sink": context[0], "window": context[1]}
+    sink, window = context
+    context = dict(sink=sink, window=window)
     noise = rand_like(x0, seed=4)
     states = []
     for sigma in SMALL.sigmas:
         states.append(add_noise(x0, noise, torch.tensor([sigma, sigma])))
     torch.manual_seed(0)
-    return td.causal_loss(model, states, x0, given, memory, past=past).item()
+    return td.causal_loss(model, states, x0, given, context, past=past).item()
 
 
 def test_causal_loss_sees_the_past_that_the_cache_holds():

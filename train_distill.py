@@ -275,7 +275,10 @@ class Settings:
                                     # object labels, see given_tracks [O]
     # causal
     causal_from: str = "rollouts"   # own rollouts [O]; "trajectories" of the teacher [P]; "clips"
-                                    # with noise, see extras/experiments.py [O]
+                                    # with noise, or "consistency" after them, see
+                                    # extras/experiments.py [O]
+    consistency_share: float = 0.5  # last share of the updates, for consistency [O]
+    consistency_hop: int = 5        # Euler steps between its noise levels [O]; Causal Forcing++: 1
     corrupt_context: bool = True    # damage the past, see extras/experiments.py; unused with
                                     # rollouts [O]
     # distill
@@ -287,6 +290,7 @@ class Settings:
     export_every: int = 0           # updates between exported weights, except the vae's; 0: none
     # distributed
     shard_gradients: bool = False   # reduce gradients every micro-step: less memory, more traffic
+    replicate_teacher: bool = False     # the real score whole and in bfloat16, see real_score
     # checkpoints
     checkpoint_minutes: float = 5   # time between checkpoints; a signal also causes one
     # dry run
@@ -323,6 +327,7 @@ PAPER = Settings(
     track_what_moves=False,         # anything may move without a track
     p_sparse=0.5,                   # [O], except stage 1; the paper: 0, which never shows a drag
     causal_from="trajectories",
+    consistency_hop=1,
     corrupt_context=False,
     rollout=0,
     neutral_long_rollouts=False,
@@ -402,13 +407,13 @@ class Run:
     def path(self, name):
         return Path(self.files[name])
 
-    def load(self, name, **overrides):
-        """Load a trained MotionStream, in float32 and frozen. Sampling settings come from
-        `config`, not from its file. overrides: further fields of Config."""
+    def load(self, name, dtype=torch.float32, **overrides):
+        """Load a trained MotionStream, frozen. Sampling settings come from `config`, not from its
+        file. overrides: further fields of Config."""
         names = ("shift", "sigmas", "steps", "guidance")
         fields = {each: getattr(self.config, each) for each in names} | overrides
         return MotionStream.from_pretrained(
-            self.path(name), dtype=torch.float32, device=self.device, **fields)
+            self.path(name), dtype=dtype, device=self.device, **fields)
 
     def load_vae(self):
         """Load the VAE of the latents."""
@@ -1306,9 +1311,10 @@ def draw_trajectories(run, files, count):
     return states, x0, points, clips
 
 
-def loss_in_context(run, student, vae, trajectories, channel_weight):
-    """causal_loss under a random sink and window; three draws in eight use the model's own.
-    trajectories: what draw_trajectories returns."""
+def loss_in_context(run, student, vae, trajectories, channel_weight, loss_of=None):
+    """causal_loss, or loss_of in its place, under a random sink and window; three draws in eight
+    use the model's own. trajectories: what draw_trajectories returns."""
+    loss_of = loss_of or causal_loss
     states, x0, points, conditions = trajectories
     own = dict(sink=run.config.sink, window=run.config.window)
     contexts = [own, own, own] + CONTEXTS
@@ -1318,7 +1324,7 @@ def loss_in_context(run, student, vae, trajectories, channel_weight):
     if run.settings.corrupt_context:
         experiments = extra("experiments", "corrupt_context damages the past")
         past = experiments.corrupt_context(x0, next(chunk_sizes(run.config)))
-    return causal_loss(student, states, x0, conditions | motion, context, channel_weight, past)
+    return loss_of(student, states, x0, conditions | motion, context, channel_weight, past)
 
 
 def loss_on_rollouts(run, student, vae, files, channel_weight, update):
@@ -1360,6 +1366,8 @@ def train_causal(run, report=no_report):
     """Stage 3: the student, initialised from the teacher, learns from ODE trajectories or its own
     rollouts, see loss_of_causal. report: see no_report."""
     s = run.settings
+    if s.causal_from == "consistency":
+        return extra("experiments", "causal_from=consistency").train_consistency(run, report)
     files = training_clips(run, run.clip_latents)       # collective: call it in all processes
     if s.causal_from == "trajectories":
         files = make_trajectories(run, files)
@@ -1492,13 +1500,21 @@ def loss_of_critic(run, generator, critic, vae, files, plan):
         return critic_loss(x0, critic, conditions, first_latent, run.config.shift, weight_at)
 
 
+def real_score(run):
+    """The frozen teacher: sharded in float32 or, by replicate_teacher, whole in every process, in
+    bfloat16 except for motionstream.FLOAT32. Then its passes gather nothing."""
+    if run.settings.replicate_teacher:
+        return run.load("teacher", torch.bfloat16)
+    return shard(run.load("teacher"))
+
+
 def distill(run, report=no_report, draw_plan=draw_plan):
     """Stage 4, Self-Forcing: critic_steps critic updates per generator update, each on new
     rollouts. report: see no_report. draw_plan: extras/experiments.py has one that draws more."""
     s = run.settings
     files = training_clips(run, frames=1)
     vae = run.load_vae()
-    teacher = shard(run.load("teacher"))
+    teacher = real_score(run)
     generator = to_be_trained(run, run.load("causal", **run.streaming))
     critic = to_be_trained(run, run.load("teacher"))
     learner_g = Learner("generator", generator, s.generator,

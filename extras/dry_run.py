@@ -8,6 +8,7 @@ All counts are linear in the number of layers, so they are extrapolated from one
 import functools
 import itertools
 import math
+import re
 import weakref
 from dataclasses import asdict, dataclass, replace
 
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import train_distill as td
 from extras.bench import CPU, Counts, new_vae, random_conditions
-from motionstream import CLIP_ROWS, chunk_sizes, guided_velocity, new_model, rollout
+from motionstream import CLIP_ROWS, FLOAT32, chunk_sizes, guided_velocity, new_model, rollout
 
 GPUS = (1, 4, 8)
 CARDS = {               # GiB usable by a program
@@ -93,6 +94,8 @@ def counted(build, run):
     kept = set()
 
     def gathered(network, inputs):
+        if network.patch_embedding.weight.dtype == torch.bfloat16:
+            return                                  # replicate_teacher
         if network not in kept:
             gathers.append("forward")
         if getattr(network.config, "causal", False):
@@ -140,6 +143,16 @@ def network(run, learns, causal=False):
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
         model.recompute_blocks(run.checkpointing)
+    return model
+
+
+def real_score(run):
+    """train_distill.real_score without contents."""
+    model = network(run, learns=False)
+    if run.settings.replicate_teacher:
+        for name, p in model.named_parameters():
+            if not re.search(FLOAT32, name):
+                p.data = p.data.to(torch.bfloat16)
     return model
 
 
@@ -208,6 +221,25 @@ def regression(run):
     return [model], step
 
 
+def consistency(run):
+    """Train the student by consistency, beside its two frozen copies."""
+    from extras.experiments import consistency_sigmas, loss_by_copies
+    s = run.settings
+    student = network(run, learns=True, causal=True)
+    forced, average = [network(run, learns=False, causal=True) for _ in range(2)]
+    x0, conditions = batch_of(run, s.batch, run.clip_latents)
+    states = [x0] * len(consistency_sigmas(s, run.config))
+    context = dict(sink=run.config.sink, window=run.config.window)
+
+    def step():
+        with run.autocast():
+            inputs = (student, states, x0, conditions, context)
+            loss = loss_by_copies(forced, average, s.consistency_hop, *inputs)
+        loss.backward()
+
+    return [student, forced, average], step
+
+
 def generated_clip(run, generator, exit_step):
     """train_distill.generated_clip without files: (a clip (B, C, F, h, w), its conditions)."""
     config = run.config
@@ -237,7 +269,7 @@ def generating(run, exit_step):
     """Train the generator on its own rollout."""
     generator = network(run, learns=True, causal=True)
     critic = network(run, learns=True)
-    teacher = network(run, learns=False)
+    teacher = real_score(run)
 
     def step():
         with run.autocast():
@@ -327,6 +359,21 @@ def distill_cost(run, critic, rollouts):
     return Cost(mean("flops"), max(critic.held, generator.held), mean("gathers"))
 
 
+def causal_cost(run):
+    """Mean cost of a causal micro-step; of those from rollouts, as if from trajectories."""
+    s = run.settings
+    forced = cost_of(regression, run)
+    if s.causal_from != "consistency":
+        return forced
+    after = cost_of(consistency, run)
+
+    def mean(name):
+        before = getattr(forced, name)
+        return before + s.consistency_share * (getattr(after, name) - before)
+
+    return Cost(mean("flops"), max(forced.held, after.held), mean("gathers"))
+
+
 def stored_clips(run):
     """{name of a data set: number of clips} that the training reads."""
     if run.data:
@@ -357,7 +404,7 @@ def learning_costs(run, rollouts):
     """{stage: Cost of a micro-step}. rollouts: see rollout_costs."""
     teacher = cost_of(teaching, run)
     return {"teacher": teacher,
-            "causal": cost_of(regression, run),
+            "causal": causal_cost(run),
             "distill": distill_cost(run, teacher, rollouts)}
 
 
@@ -369,6 +416,14 @@ def kept_bytes(run, trained, averaged, frozen=0):
     if run.settings.shard_gradients:
         return {"sharded": shared + gradients}
     return {"sharded": shared, "whole": gradients}
+
+
+def replicated_bytes(run):
+    """Bytes of the teacher that every GPU holds by replicate_teacher; 0 without it."""
+    if not run.settings.replicate_teacher:
+        return 0
+    with torch.device("meta"):
+        return sum(p.nbytes for p in real_score(run).parameters())
 
 
 def stages_of(run):
@@ -392,14 +447,16 @@ def stages_of(run):
         stages.append(Stage("trajectories", s.trajectories, trajectory, trajectory, 2 * s.batch,
                             whole=4))
     clips = s.batch * s.causal_accumulate * s.causal_updates
+    copies = s.causal_from == "consistency"             # frozen; and the average gathered, too
     stages.append(Stage("causal", clips, costs["causal"], others["causal"], s.batch,
-                        micro_steps=s.causal_accumulate, reduced=1, gathered=4,
-                        **kept_bytes(run, 1, 1)))
+                        micro_steps=s.causal_accumulate, reduced=1, gathered=4 + 8 * copies,
+                        **kept_bytes(run, 1, 1, frozen=copies)))
     # generator, critic (without an average) and teacher
     clips = s.batch * s.distill_accumulate * s.distill_updates
+    whole = replicated_bytes(run)
     stages.append(Stage("distill", clips, costs["distill"], others["distill"], s.batch,
                         micro_steps=s.distill_accumulate, reduced=1 + 1 / s.critic_steps,
-                        gathered=4, **kept_bytes(run, 2, 1, frozen=1)))
+                        gathered=4, beside=whole, **kept_bytes(run, 2, 1, frozen=whole == 0)))
     return stages
 
 

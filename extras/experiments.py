@@ -29,7 +29,8 @@ from extras.guard import CAUSAL_FROM, own_folder
 from extras.tracks import render_control
 from extras.watch import report
 from motionstream import (Config, KVCache, MotionStream, TrackHead, UserError, add_noise,
-                          apply_rope, same_sigma, schedule, track_ids)
+                          apply_rope, chunk_sizes, guided_velocity, remember, same_sigma, schedule,
+                          split_conditions, to_x0, track_ids, with_first)
 from sample import embed_words
 from vae import TinyVAE, TinyVAEConfig, WanVAE
 
@@ -252,14 +253,15 @@ def teach_briefly(trained, how):
 # The stage causal without trajectories (causal_from=clips), and corrupted-context augmentation.
 # train_distill.py imports this module when its settings name one of them.
 
-def draw_noised_clips(run, files, count):
+def draw_noised_clips(run, files, count, sigmas=None):
     """As train_distill.draw_trajectories, but from clips: x0 is the ground truth, the states are
     noised x0. This trains the causal flow of the data, unguided: teacher forcing on clean latents,
-    which needs no trajectories. (Few-step consistency, a usual next step, is not done here.)"""
+    which needs no trajectories. sigmas: of the states; None: the student's."""
     batch = td.draw_batch(run, files, count, run.clip_latents)
     x0 = batch.latents
     noise = torch.randn_like(x0)
-    states = [add_noise(x0, noise, same_sigma(sigma, x0)) for sigma in run.config.sigmas]
+    sigmas = sigmas or run.config.sigmas
+    states = [add_noise(x0, noise, same_sigma(sigma, x0)) for sigma in sigmas]
     return states, x0, batch.points, batch.conditions
 
 
@@ -277,6 +279,135 @@ def corrupt_context(x0, first):
     late = torch.arange(frames)[:, None, None] >= first
     corrupt = (inside[:, None, None] & late).to(x0.device)              # (B, 1, F, h, w)
     return torch.where(corrupt, x0[:, :, :1], x0)
+
+
+# --------------------------------------------------------------------------------------------------
+# causal_from=consistency: teacher forcing on clips, then few-step consistency, both through the KV
+# cache. Stands in for regression on ODE trajectories, as in Causal Forcing++ (arXiv 2605.15141): a
+# teacher-forced copy of the student, not the bidirectional teacher, solves the ODE, one step at a
+# time, and starts from true clips.
+
+def consistency_sigmas(settings, config):
+    """The noise levels of consistency: every consistency_hop-th of the teacher's schedule."""
+    return schedule(config.steps, config.shift)[::settings.consistency_hop]
+
+
+def predicted_x0(model, x_t, sigma, condition, caches, first_latent):
+    """A causal model's x0 (B, C, chunk, h, w) from x_t at one sigma, a number, after the past in
+    its caches. At sigma 0 it is x_t. first_latent: see with_first."""
+    x_t, sigma_frames = with_first(x_t, same_sigma(sigma, x_t), first_latent)
+    velocity = model(x_t, sigma_frames, caches=caches, **condition)
+    return to_x0(x_t, velocity, sigma_frames)
+
+
+def solve(forced, x, sigmas, condition, caches, first_latent):
+    """Euler steps of a causal model, under its config's guidance, from x (B, C, chunk, h, w) at
+    sigmas[0] to sigmas[-1]. caches: see remember_guided."""
+    model = functools.partial(forced, caches=caches)
+    for sigma, following in zip(sigmas, sigmas[1:]):
+        x, sigma_frames = with_first(x, same_sigma(sigma, x), first_latent)
+        velocity = guided_velocity(model, x, sigma_frames, condition, forced.config.guidance)
+        x = x + (following - sigma) * velocity
+    return x
+
+
+def remember_guided(forced, x0, caches, condition):
+    """motionstream.remember for a model under guidance, without a graph: each of the variants that
+    guided_velocity evaluates in one batch has a past of its own."""
+    model = functools.partial(forced, caches=caches, write=True)
+    clean = torch.zeros(x0.shape[0], x0.shape[2], dtype=torch.float64, device=x0.device)
+    with torch.no_grad():
+        guided_velocity(model, x0, clean, condition, forced.config.guidance)
+
+
+def consistency_loss(student, states, x0, conditions, context, channel_weight=1.0, past=None,
+                     *, forced, average, hop):
+    """Consistency distillation (Song et al. 2023, algorithm 2) through the KV cache (Causal
+    Forcing++): from a chunk's state at a random noise level, the student predicts the x0 that
+    `average` predicts from the next level. `forced`, the teacher-forced copy, goes there by `hop`
+    Euler steps (skipping steps, LCM, arXiv 2310.04378); if the next level is 0, where it ends is
+    the target. All three read the same past from caches of their own.
+
+    states: one (B, C, F, h, w) for each of consistency_sigmas. average: the student's moving
+    average. The others: see train_distill.causal_loss."""
+    if past is None:
+        past = x0
+    config = student.config
+    sigmas = schedule(config.steps, config.shift) + (0.0,)
+    networks = (student, forced, average)
+    own, solver, target = [each.new_caches(**context) for each in networks]
+    loss = 0.0
+    stop = 0
+    sizes = list(chunk_sizes(config, x0.shape[2]))
+    for size, part in zip(sizes, split_conditions(conditions, sizes)):
+        start = stop
+        stop = start + size
+        now = slice(start, stop)
+        first_latent = td.first_latent_of(config, x0) if start == 0 else None
+        level = int(torch.randint(0, len(states), ()))
+        x_t = states[level][:, :, now]
+        begin = level * hop
+        end = begin + hop
+        with torch.no_grad():
+            later = solve(forced, x_t, sigmas[begin:end + 1], part, solver, first_latent)
+            wanted = predicted_x0(average, later, sigmas[end], part, target, first_latent)
+        predicted = predicted_x0(student, x_t, sigmas[begin], part, own, first_latent)
+        loss = loss + ((predicted - wanted).square() * channel_weight).sum()
+        if stop == x0.shape[2]:         # no chunk would read it
+            break
+        remember(student, past[:, :, now], own, part)
+        remember(average, past[:, :, now], target, part)
+        remember_guided(forced, past[:, :, now], solver, part)
+    return loss / x0.numel()
+
+
+def forced_copy(run, learner, first):
+    """The frozen teacher-forced student that solves the ODE: the learner's average, written to
+    forced.safetensors at the `first` update of consistency, and read from there after a break.
+    Collective."""
+    path = run.out / "forced.safetensors"
+    if first:
+        td.save_weights(path, learner.average)
+    run = replace(run, files=run.files | {"forced": path})
+    return td.shard(run.load("forced", **run.streaming))
+
+
+def loss_by_copies(forced, average, hop, *inputs):
+    """consistency_loss of its `inputs`. Both copies are gathered once, not once a pass."""
+    with td.gathered(forced), td.gathered(average):
+        return consistency_loss(*inputs, forced=forced, average=average, hop=hop)
+
+
+def train_consistency(run, report):
+    """Stage 3 by causal_from=consistency: as train_distill.train_causal from clips, then, in the
+    last consistency_share of the updates, by consistency_loss. report: see
+    train_distill.no_report."""
+    s = run.settings
+    files = td.training_clips(run, run.clip_latents)
+    vae = run.load_vae()
+    student = td.to_be_trained(run, run.load("teacher", causal=True, **run.streaming))
+    weight = td.x0_weight(vae, student.config, run.device)
+    learner = td.Learner("causal", student, s.causal, s.causal_updates, s.causal_accumulate,
+                         s.shard_gradients)
+    begin = s.causal_updates - int(s.consistency_share * s.causal_updates)
+    sigmas = run.config.sigmas
+    loss_of = td.causal_loss
+    loop = td.Loop(run, "causal", s.causal_updates, learner)
+    for update in loop:
+        if update >= begin and loss_of is td.causal_loss:
+            forced = forced_copy(run, learner, update == begin)
+            sigmas = consistency_sigmas(s, run.config)
+            loss_of = functools.partial(loss_by_copies, forced, learner.average, s.consistency_hop)
+        for _ in loop.micro_steps():
+            with run.autocast(), td.gathered(student):
+                drawn = draw_noised_clips(run, files, s.batch, sigmas)
+                loss = td.loss_in_context(run, student, vae, drawn, weight, loss_of)
+            learner.backward(loss)
+            loop.log(loss=loss)
+        loop.log(grad=learner.update(update))
+        td.export_weights(run, "causal", learner.average, update + 1)
+        report(loop, learner.average, vae, files)
+    td.save_weights(run.path("causal"), learner.average)
 
 
 # --------------------------------------------------------------------------------------------------

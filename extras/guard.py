@@ -53,6 +53,8 @@ LIMITS = {
     "p_no_text": SHARE,
     "p_no_tracks": SHARE,
     "p_sparse": SHARE,
+    "consistency_share": SHARE,
+    "consistency_hop": COUNT,
     "critic_steps": COUNT,
     "rollout": (int, 0, 10 ** 4),
     "beta": (float, 1e-6, 10 ** 6),
@@ -82,11 +84,12 @@ WIDTHS = {                          # of Config, which in a file follow from its
     "freq_dim": WIDTH,
     "patch_size": (int, 1, 64, 3, 3),
 }
-SWITCHES = ("track_what_moves", "corrupt_context", "neutral_long_rollouts", "shard_gradients")
+SWITCHES = ("track_what_moves", "corrupt_context", "neutral_long_rollouts", "shard_gradients",
+            "replicate_teacher")
 SOURCE = "the training (--set)"     # of a setting, in messages
 
 
-CAUSAL_FROM = ("trajectories", "rollouts", "clips")         # see train_distill.loss_of_causal
+CAUSAL_FROM = ("trajectories", "rollouts", "clips", "consistency")      # see td.loss_of_causal
 
 
 # Latent frames of the shortest clip that a model is trained on: the tiny model's 12.
@@ -154,9 +157,23 @@ def check_run(run, flags):
     if settings.causal_from not in CAUSAL_FROM:
         known = ", ".join(CAUSAL_FROM)
         raise UserError(f"--set causal_from={settings.causal_from}: is one of {known}")
-    solves = stage in ("all", "causal") and settings.causal_from == "trajectories"
-    if solves and not set(config.sigmas) <= set(schedule(config.steps, config.shift)):
-        raise UserError(f"{config.steps} steps of the teacher: the student's noise levels "
+    check_levels(config, settings, stage)
+
+
+def check_levels(config, settings, stage):
+    """UserError, one line, if the causal stage needs the student's noise levels among those of the
+    teacher's steps, or of every consistency_hop-th of them, and they are not."""
+    if stage not in ("all", "causal"):
+        return
+    hop = 1
+    if settings.causal_from == "consistency":
+        hop = settings.consistency_hop
+        if config.steps % hop:
+            raise UserError(f"--set consistency_hop={hop}: does not divide {config.steps} steps")
+    elif settings.causal_from != "trajectories":
+        return
+    if not set(config.sigmas) <= set(schedule(config.steps, config.shift)[::hop]):
+        raise UserError(f"{config.steps // hop} steps of the teacher: the student's noise levels "
                         f"{config.sigmas} are not among its own; choose another number")
 
 
@@ -444,7 +461,7 @@ def drop_rows(path, stage, begin):
 
 # Settings that may differ on resuming: they do not change what a stage learns. (train_distill.Loop
 # adds the stage's own micro-steps per update.)
-FREE = ("tflops", "checkpoint_minutes", "export_every", "shard_gradients",
+FREE = ("tflops", "checkpoint_minutes", "export_every", "shard_gradients", "replicate_teacher",
         "vae_accumulate", "teacher_accumulate", "causal_accumulate", "distill_accumulate")
 
 

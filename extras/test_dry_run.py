@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_distill as td
 from extras import dry_run
-from extras.testing import folder, new_model, quiet, rand, seeded
+from extras.testing import folder, new_model, quiet, rand, saved, seeded
 from motionstream import PRESETS, Config
 
 SMALL = Config(in_dim=32, track_dim=16, clip_dim=40, dim=96, ffn_dim=350, num_heads=3, num_layers=4,
@@ -311,6 +311,60 @@ def test_gradients_are_whole_or_shared_as_the_settings_say():
     assert dry_run.kept_bytes(run, 2, 1, frozen=1) == {"sharded": 32, "whole": 8}
     assert td.PAPER_5B.shard_gradients
     assert not td.PAPER.shard_gradients
+
+
+def test_consistency_is_counted_with_the_passes_of_its_two_copies():
+    config = replace(SMALL, num_layers=1, steps=6)
+    flags = list(BRIEF)
+    flags += ["--set", "causal_from=consistency", "--set", "consistency_share=0.25"]
+    run = resolved(config, flags)
+    further = resolved(config, flags + ["--set", "consistency_hop=2"])
+    with on_real_tensors():
+        forced = dry_run.counted(dry_run.regression, run)
+        after = dry_run.counted(dry_run.consistency, run)
+        far = dry_run.counted(dry_run.consistency, further)
+    known = {dry_run.regression: forced, dry_run.consistency: after}
+    with unittest.mock.patch.object(dry_run, "cost_of", lambda build, run: known[build]):
+        mean = dry_run.causal_cost(run)
+    # Two chunks, each with an Euler step of guided passes and the average's prediction; between
+    # them a clean pass of both.
+    assert after.gathers == forced.gathers + 2
+    variants = 3
+    passes = 2 * (variants + 1) + (variants + 1)
+    regressed = 2 * (1 + 1 + 2) + 1                     # forward, again, backward; one clean pass
+    assert abs((after.flops / forced.flops - 1) / (passes / regressed) - 1) < 0.2
+    more = far.flops - after.flops
+    assert abs(more / (after.flops - forced.flops) / (2 * variants / passes) - 1) < 0.1
+    assert mean.held == max(forced.held, after.held)
+    assert mean.gathers == forced.gathers + 0.5
+
+
+def test_a_replicated_teacher_is_whole_on_every_gpu_and_never_gathered():
+    config = replace(SMALL, num_layers=1)
+    run = resolved(config, BRIEF)
+    whole = resolved(config, list(BRIEF) + ["--set", "replicate_teacher=True"])
+    generating = functools.partial(dry_run.generating, exit_step=0)
+    with on_real_tensors():
+        gathers = [dry_run.counted(generating, each).gathers for each in (run, whole)]
+    assert gathers[0] == gathers[1] + 1, "the teacher's variants run in one batch"
+    with folder() as here:
+        model = new_model(**vars(config))
+        count = sum(p.numel() for p in model.parameters())
+        path = saved(here / "teacher.safetensors", model)
+        files = {"teacher": path}
+        teacher = td.real_score(replace(whole, files=files))
+        own = sum(p.nbytes for p in teacher.parameters())
+    assert 2 * count < own < 4 * count
+    costs = {name: dry_run.Cost(1, 7) for name in ("teacher", "causal", "distill")}
+    held = []
+    stubs = {"learning_costs": lambda run, rollouts: costs,
+             "cost_of": lambda build, run: costs["teacher"],
+             "counted": lambda build, run: costs["teacher"]}
+    with unittest.mock.patch.multiple(dry_run, **stubs):
+        for each in run, whole:
+            distill = dry_run.stages_of(each)[-1]
+            held.append(distill.memory(count, 4))
+    assert held[1] - held[0] == own - 4 * count / 4
 
 
 def test_at_full_size_blocks_are_recomputed_unless_that_is_switched_off():

@@ -15,7 +15,7 @@ from extras import evaluate, experiments, guard, watch
 from extras.evaluate import Trained
 from extras.reward_forcing import clip_weight
 from extras.testing import (COPYING, SMALL, assert_near, clip_of, folder, new_model, new_tracks,
-                            new_vae, own_flags, quiet, rand, same, saved, seeded)
+                            new_vae, own_flags, part_of, quiet, rand, same, saved, seeded)
 from motionstream import PRESETS, MotionStream, add_noise, rollout, schedule, shift_sigma
 
 STAGES = ("teacher", "causal", "distill")
@@ -344,12 +344,171 @@ def test_a_causal_student_learns_from_clips():
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5]), losses
 
 
+ONE = {"sink": 1, "window": 1}          # chunk each
+
+
+def student_and_copies():
+    """A student, its teacher-forced copy under guidance, its average."""
+    return [new_model(seed, num_layers=1, steps=4, guidance=(2.0, 1.0)) for seed in range(3)]
+
+
+def past_of(model, past, given):
+    """Caches of sink 1 and window 1 after the chunks in `past`, of 3 latents each."""
+    caches = model.new_caches(sink=1, window=1)
+    for start in range(0, past.shape[2], 3):
+        now = slice(start, start + 3)
+        sigma = torch.zeros(len(past))
+        model(past[:, :, now], sigma, **part_of(given, now), caches=caches, write=True)
+    return caches
+
+
+def velocity_after(model, x_t, sigma, past, given):
+    """A model's velocity of the chunk after `past`, float64; 0 for the clip's clean frame."""
+    begin = past.shape[2]
+    caches = past_of(model, past, given)
+    part = part_of(given, slice(begin, begin + 3))
+    sigmas = torch.full((len(x_t), 3), sigma)
+    if begin == 0:
+        sigmas[:, 0] = 0
+    velocity = model(x_t.float(), sigmas, **part, caches=caches).double()
+    return velocity * (sigmas > 0)[:, None, :, None, None]
+
+
+def guided_after(model, x_t, sigma, past, given):
+    """Eq. 2 by three separate passes, each variant after a past of its own."""
+    no_text = given | {"text": torch.zeros_like(given["text"])}
+    no_motion = given | {"tracks": torch.zeros_like(given["tracks"])}
+    full = velocity_after(model, x_t, sigma, past, given)
+    text = velocity_after(model, x_t, sigma, past, no_text)
+    motion = velocity_after(model, x_t, sigma, past, no_motion)
+    base = 2 / 3 * text + 1 / 3 * motion
+    return base + 2.0 * (full - text) + 1.0 * (full - motion)
+
+
+def consistency_again(models, x0, noise, past, given, hop, weight):
+    """consistency_loss in float64, of one state after the other. Draws the same levels."""
+    student, forced, average = models
+    k = SMALL.shift
+    even = [1 - i / 4 for i in range(5)]
+    sigmas = [k * s / (1 + (k - 1) * s) for s in even]
+    loss = 0.0
+    for start in range(0, x0.shape[2], 3):
+        begin = hop * int(torch.randint(0, 4 // hop, ()))
+        now = slice(start, start + 3)
+        before = past[:, :, :start]
+        clean = x0[:, :, now].double()
+        x_t = (1 - sigmas[begin]) * clean + sigmas[begin] * noise[:, :, now].double()
+        if start == 0:
+            x_t[:, :, 0] = clean[:, :, 0]
+        x = x_t
+        for i in range(begin, begin + hop):
+            x = x + (sigmas[i + 1] - sigmas[i]) * guided_after(forced, x, sigmas[i], before, given)
+        end = sigmas[begin + hop]
+        wanted = x
+        if end:
+            wanted = x - end * velocity_after(average, x, end, before, given)
+        made = x_t - sigmas[begin] * velocity_after(student, x_t, sigmas[begin], before, given)
+        loss = loss + weight * (made - wanted).square().sum()
+    return loss / x0.numel()
+
+
+def test_consistency_is_that_of_its_formula_with_a_past_of_its_own_for_each_network():
+    models = student_and_copies()
+    x0, given, _ = clip_of(9)
+    noise, _, _ = clip_of(9, seed=7)
+    for past, hop in (x0, 2), (0.5 * x0, 1), (x0, 4):
+        sigmas = schedule(4, SMALL.shift)[::hop]
+        states = [add_noise(x0, noise, torch.full((2,), sigma)) for sigma in sigmas]
+        for seed in range(2):
+            torch.manual_seed(seed)
+            with torch.no_grad():
+                again = consistency_again(models, x0, noise, past, given, hop, 3.0)
+            torch.manual_seed(seed)
+            loss = experiments.consistency_loss(
+                models[0], states, x0, given, ONE, 3.0, past,
+                forced=models[1], average=models[2], hop=hop)
+            assert_near(loss, again, 1e-4)
+
+
+def test_where_the_steps_end_at_0_their_x0_is_what_the_student_is_to_predict():
+    student, forced, average = student_and_copies()
+    x0, given, _ = clip_of(3)
+    noise, _, _ = clip_of(3, seed=7)
+    forced.config = replace(forced.config, guidance=(0.0, 0.0))
+    with torch.no_grad():
+        loss = experiments.consistency_loss(
+            student, [noise], x0, given, ONE, forced=student, average=average, hop=4)
+        x = noise
+        sigmas = schedule(4, SMALL.shift) + (0.0,)
+        for sigma, following in zip(sigmas, sigmas[1:]):
+            x = x + (following - sigma) * forced(x, torch.full((2,), sigma), **given)
+        ends = experiments.predicted_x0(average, x, 0.0, given, average.new_caches(), None)
+    assert ends.equal(x), "whatever the average says"
+    assert loss > 0
+
+
+def test_consistency_teaches_the_first_step_where_the_many_steps_end():
+    """A student's x0 from noise in one step comes nearer to where its forced copy's ODE ends."""
+    student, forced = [new_model(num_layers=1, steps=4, guidance=(0.0, 0.0)) for _ in range(2)]
+    student.requires_grad_(True).track_head.requires_grad_(False)
+    x0, given, _ = clip_of(3)
+    noise, _, _ = clip_of(3, seed=7)
+    first = x0[:, :, :1]
+    sigmas = schedule(4, SMALL.shift)
+    states = [add_noise(x0, noise, torch.full((2,), sigma)) for sigma in sigmas]
+    learner = td.Learner("causal", student, td.Learning(None, 3e-3, ema=0.9))
+    with torch.no_grad():
+        ends = experiments.solve(forced, noise, sigmas + (0.0,), given, forced.new_caches(), first)
+
+    def off():
+        with torch.no_grad():
+            made = experiments.predicted_x0(student, noise, 1.0, given, student.new_caches(), first)
+        return (made - ends)[:, :, 1:].square().mean().item()
+
+    torch.manual_seed(0)
+    before = off()
+    for i in range(40):
+        loss = experiments.consistency_loss(
+            student, states, x0, given, ONE, forced=forced, average=learner.average, hop=1)
+        learner.backward(loss)
+        learner.update(i)
+    assert off() < 0.5 * before, (before, off())
+
+
+def test_a_student_starts_by_consistency_from_its_teacher_forced_self():
+    more = ["--set", "causal_from=consistency", "--set", "causal_updates=4", "--set", "steps=6",
+            "--set", "consistency_hop=2"]
+    losses = []
+
+    def note(*args, **kwargs):
+        losses.append((args, kwargs))
+        return consistency_loss(*args, **kwargs)
+
+    consistency_loss = experiments.consistency_loss
+    with folder() as here, unittest.mock.patch.object(td, "make_trajectories", None), \
+            unittest.mock.patch.object(experiments, "consistency_loss", note), \
+            watched("causal_loss") as regressed:
+        before(here)
+        flags = own_flags(here, write_clips(here / "data")) + more + ["--stage", "causal"]
+        with quiet() as (_, err), unittest.mock.patch.object(watch, "show", lambda *_: None):
+            assert td.main(flags) is None, err.getvalue()
+        forced = load_file(here / "runs/out/forced.safetensors")
+        student = load_file(here / "runs/out/causal.safetensors")
+    assert len(regressed) == len(losses) == 2
+    (_, states, *_), networks = losses[0]
+    assert len(states) == 3, "every second of six levels"
+    assert networks["hop"] == 2
+    assert same(networks["forced"].half().state_dict(), forced)
+    assert not same(forced, student)
+    assert same(networks["average"].half().state_dict(), student)
+
+
 def test_two_starts_of_two_seeds_are_compared_by_the_experiments():
     config = replace(PRESETS["tiny"], num_layers=1)
     common, rows = experiments.tables(config, 1, 45)["causal start, drag"]
     starts = {row["start"] for row in rows}
     assert {(start.causal_from, start.seed) for start in starts} == set(
-        itertools.product(("trajectories", "clips", "rollouts"), (0, 1)))
+        itertools.product(("trajectories", "clips", "rollouts", "consistency"), (0, 1)))
     assert common["measure"] == experiments.started_row
     fits = {"size": (32, 32), "text_dim": 64}
     how = experiments.Start("clips", steps=1, clips=2, seed=1)
@@ -371,8 +530,20 @@ def test_two_starts_of_two_seeds_are_compared_by_the_experiments():
 def test_a_start_that_there_is_not_is_refused_in_one_line():
     with quiet() as (_, err):
         assert td.main(["--set", "causal_from=nowhere"]) == 2
-    assert "causal_from=nowhere: is one of trajectories, rollouts, clips" in err.getvalue()
+    known = "trajectories, rollouts, clips, consistency"
+    assert f"causal_from=nowhere: is one of {known}" in err.getvalue()
     assert len(err.getvalue().strip().splitlines()) == 1
+
+
+def test_noise_levels_that_consistency_cannot_have_are_refused_in_one_line():
+    for more, line in [
+        (["--set", "consistency_hop=4"], "consistency_hop=4: does not divide 15 steps"),
+        (["--set", "consistency_hop=3"], "5 steps of the teacher: the student's noise levels "),
+    ]:
+        with quiet() as (_, err):
+            assert td.main(["--set", "causal_from=consistency", *more]) == 2
+        assert line in err.getvalue()
+        assert len(err.getvalue().strip().splitlines()) == 1
 
 
 # --------------------------------------------------------------------------------------------------

@@ -31,12 +31,13 @@ from safetensors.torch import load_file, save_file
 
 import train_distill as td
 from extras import clips, guard, watch, world
-from extras.experiments import DRAWN_MEMORIES, draw_memory
-from extras.testing import (DRAWN, HERE, SMALL, SMALL_VAE, STUB, STUB_VAE, all_equal,
+from extras.bench import random_conditions
+from extras.experiments import DRAWN_MEMORIES, draw_memory, loss_by_copies
+from extras.testing import (COPYING, DRAWN, HERE, SMALL, SMALL_VAE, STUB, STUB_VAE, all_equal,
                             assert_error, assert_near, before_distillation, clip_of, folder,
                             new_model, new_tracks, new_vae, own_flags, quiet, rand, randomised,
                             same, saved, seeded, slow, small_scenes)
-from motionstream import MotionStream, euler, rollout, schedule
+from motionstream import MotionStream, euler, guided_velocity, rollout, schedule
 from sample import ASSETS, embed_words
 
 patch = unittest.mock.patch
@@ -759,6 +760,41 @@ def rollout_update(gathered):
     return len(forward), len(backward), loss.item(), gradients[0]
 
 
+def consistency_update():
+    """(Gathers of a consistency loss, that loss, the gradients) of CHUNKS chunks, in one process or
+    in each of two."""
+    torch.manual_seed(0)
+    student, forced = [new_model(seed, num_layers=LAYERS, steps=2) for seed in range(2)]
+    student.requires_grad_(True).track_head.requires_grad_(False)
+    learner = td.Learner("student", student, td.Learning(None, 1e-3, ema=0.9), accumulate=2)
+    x0, given, _ = clip_of(3 * CHUNKS)
+    inputs = (student, [x0, x0], x0, given, (1, 1))
+    with counting_gathers() as gathers, td.gathered(student):
+        loss = loss_by_copies(td.shard(forced), learner.average, 1, *inputs)
+    with keeping_gradients() as gradients:
+        learner.backward(2 / td.PROCESSES * loss)       # of two alike, or of one alone
+        learner.update(0)
+    return len(gathers), loss.item(), gradients[0]
+
+
+def teachers_score(here, replicate):
+    """(Gathers of the teacher's passes in a generator's loss, that loss, numbers of the teacher's
+    parameters in this process) by replicate_teacher. The critic is whole here."""
+    clip, given, _ = clip_of(3, DRAWN)
+    with small_scenes():
+        run = new_run(*distill_flags(here, 1, "--set", f"replicate_teacher={replicate}"))
+    teacher = td.real_score(run)
+    critic = new_model(seed=1, **vars(DRAWN))
+    torch.manual_seed(0)
+    with counting_gathers() as gathers, torch.no_grad():
+        loss = td.dmd_loss(clip, teacher, critic, given, clip[:, :, :1], 5.0)
+    own = Counter()
+    for p in teacher.parameters():
+        p = p.to_local() if hasattr(p, "to_local") else p
+        own[p.dtype] += p.numel()
+    return len(gathers), loss.item(), own
+
+
 def be_one_of_two(here):
     """What each of the processes does that two_processes starts."""
     results = {"distilled": distillation_gradients(here / "distilled", "--checkpointing")}
@@ -766,6 +802,9 @@ def be_one_of_two(here):
     results["shared"] = toy_update(shard_gradients=True)
     results["kept"] = rollout_update(td.gathered)
     results["each"] = rollout_update(contextlib.nullcontext)
+    results["consistent"] = consistency_update()
+    for replicate in False, True:
+        results[f"teacher {replicate}"] = teachers_score(here / "distilled", replicate)
     results["fresh"] = toy_results(here / "fresh")
     results["resumed"] = toy_results(here / "resumed")
     results["vae"] = vae_gradients()
@@ -920,6 +959,71 @@ def test_a_rollout_gathers_its_student_once_and_its_losses_stay_the_same():
         assert backward == backward_each > 0
         assert loss == loss_each
         assert all_equal(gradients, gradients_each)
+
+
+def test_consistency_gathers_each_of_its_networks_once_and_is_that_of_one_process():
+    _, _, results = two_processes()
+    _, loss, gradients = consistency_update()
+    for found in results:
+        gathers, loss_of_two, gradients_of_two = found["consistent"]
+        assert gathers == 3 * (LAYERS + 1), gathers
+        assert abs(loss_of_two / loss - 1) < 1e-5
+        assert_same_gradients([gradients], [gradients_of_two])
+
+
+def test_a_replicated_teacher_gathers_nothing_and_scores_as_the_sharded_one():
+    _, _, results = two_processes()
+    count = sum(p.numel() for p in new_model(**vars(DRAWN)).parameters())
+    for found in results:
+        gathers, loss, own = found["teacher False"]
+        assert gathers == DRAWN.num_layers + 1
+        assert own.keys() == {torch.float32} and own.total() < 0.6 * count
+        gathers, loss_of_whole, own = found["teacher True"]
+        assert gathers == 0
+        assert own.total() == count
+        assert own[torch.bfloat16] > own[torch.float32] > 0
+        assert 0 < abs(loss_of_whole / loss - 1) < 0.02, (loss_of_whole, loss)
+
+
+def test_a_teacher_in_bfloat16_takes_what_a_training_gives_it_with_autocast_and_without():
+    with_clip = replace(SMALL, causal=False, clip_dim=40, in_dim=16, clean_first=False)
+    for config in replace(SMALL, causal=False), replace(COPYING, causal=False), with_clip:
+        torch.manual_seed(0)
+        conditions = random_conditions(config, 3, "cpu")
+        h, w = config.latent_size
+        x = rand(1, config.out_dim, 3, h, w)
+        sigma = torch.full((1,), 0.7, dtype=torch.float64)
+        with folder() as here:
+            path = saved(here / "teacher.safetensors", new_model(**vars(config)))
+            whole, half = [MotionStream.from_pretrained(path, dtype=dtype)
+                           for dtype in (torch.float32, torch.bfloat16)]
+        for autocast in False, True:
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, autocast):
+                ours = guided_velocity(half, x, sigma, conditions, (3.0, 1.5))
+                theirs = guided_velocity(whole, x, sigma, conditions, (3.0, 1.5))
+            assert ours.dtype == torch.float32
+            apart = (ours - theirs).square().mean().sqrt() / theirs.square().mean().sqrt()
+            assert 0 < apart < 0.03, (config, apart)
+
+
+def test_the_replicated_teacher_is_the_real_score_of_a_distillation():
+    scored = []
+    with folder() as here, small_scenes(), without_pictures(), \
+            patch.object(td, "dmd_loss", wraps=td.dmd_loss) as dmd_loss:
+        before_distillation(here)
+        flags = distill_flags(here, 1, "--rollout", "5")
+        for replicate in False, True:
+            (here / "student.safetensors").unlink(missing_ok=True)
+            for path in here.glob("*.checkpoint.pt"):
+                path.unlink()
+            trained([*flags, "--set", f"replicate_teacher={replicate}"])
+            _, teacher, critic, *_ = dmd_loss.call_args.args
+            scored.append((teacher.blocks[0].ffn[0].weight.dtype, teacher.head.head.weight.dtype,
+                           critic.blocks[0].ffn[0].weight.dtype, log_of(here)[-1]["loss_g"]))
+    (*before, loss), (*after, loss_of_whole) = scored
+    assert before == [torch.float32] * 3
+    assert after == [torch.bfloat16, torch.float32, torch.float32]
+    assert abs(loss_of_whole / loss - 1) < 0.02, (loss_of_whole, loss)
 
 
 def test_what_one_process_began_two_take_over_and_the_reverse():

@@ -18,7 +18,6 @@ B clips, K object slots, T frames, P tracks on each object, N = K * P + GRID * G
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
 import functools
 import json
@@ -28,6 +27,7 @@ import os
 import pathlib
 import signal
 import sys
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -701,7 +701,7 @@ def write_clips(folder, count, encode=None, workers=1, **settings):
             write(encode, i)
         torch.set_num_threads(threads)
         return
-    with concurrent.futures.ProcessPoolExecutor(
+    with ProcessPoolExecutor(
             workers, multiprocessing.get_context("spawn"), start_worker, [encode]) as pool:
         done = pool.map(functools.partial(write_in_worker, write), missing, chunksize=4)
         for _ in tqdm(done, "draw clips", len(missing)):
