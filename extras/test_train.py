@@ -768,7 +768,7 @@ def consistency_update():
     student.requires_grad_(True).track_head.requires_grad_(False)
     learner = td.Learner("student", student, td.Learning(None, 1e-3, ema=0.9), accumulate=2)
     x0, given, _ = clip_of(3 * CHUNKS)
-    inputs = (student, [x0, x0], x0, given, (1, 1))
+    inputs = (student, [x0, x0], x0, given, dict(sink=1, window=1))
     with counting_gathers() as gathers, td.gathered(student):
         loss = loss_by_copies(td.shard(forced), learner.average, 1, *inputs)
     with keeping_gradients() as gradients:
