@@ -405,13 +405,14 @@ def toy_run(here, always_save=False):
 
 
 class Toy:
-    """Some updates of a small model's training in the folder `here`. settings: of its checkpoints."""
+    """Some updates of a small model in the folder `here`. settings: of its checkpoints."""
 
     def __init__(self, here, updates=6, accumulate=1, **settings):
         self.here = here
         self.updates = updates
         self.model = new_toy()
-        self.learner = td.Learner("toy", self.model, td.Learning(1e-2, 1e-2, ema=0.9), updates, accumulate)
+        learning = td.Learning(1e-2, 1e-2, ema=0.9)
+        self.learner = td.Learner("toy", self.model, learning, updates, accumulate)
         self.settings = {"data": "toy", "seed": 1} | settings
         self.gradients = None
         self.said = ""
@@ -465,7 +466,7 @@ def test_an_interrupted_training_continues_with_the_same_bits_and_no_other_setti
         uninterrupted = trained_toy(one)
         stopped = stopped_toy(two, 2)
         assert "saved at update 3; the same command goes on\n" in stopped.said
-        with open(two / "stats.jsonl", "a") as file:    # as if killed at update 4, after the checkpoint
+        with open(two / "stats.jsonl", "a") as file:    # as if killed at update 4
             file.write('{"stage": "toy", "step": 3, "loss": 1, "seconds": 1}\n')
             file.write('{"stage": "other", "step": 9, "loss": 1, "seconds": 1}\n{"sta')
         other_data = Toy(two, data="else")
@@ -631,8 +632,8 @@ def test_weights_of_some_updates_are_kept_to_choose_from():
 def test_nan_stops_a_training_before_anything_moves():
     with folder() as here, folder() as other:
         broken = Toy(here)
-        assert_error(td.UserError, "toy, update 3: loss nan, gradient norm nan; stopped before anything moved",
-                     broken.train, nan_at=3)
+        said = "toy, update 3: loss nan, gradient norm nan; stopped before anything moved"
+        assert_error(td.UserError, said, broken.train, nan_at=3)
         stopped = stopped_toy(other, 2)                 # three updates, none of NaN
         assert same(stopped.model.state_dict(), broken.model.state_dict())
 
@@ -655,7 +656,8 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before_it():
         with files_of_at_most(50_000):
             toy = Toy(here)
             assert_error(OSError, "toy.0000006.checkpoint.pt: ", toy.train)
-            assert_error(OSError, "x.safetensors: ", td.write_clip, clip, {"a": torch.zeros(50_000)})
+            large = {"a": torch.zeros(50_000)}
+            assert_error(OSError, "x.safetensors: ", td.write_clip, clip, large)
         assert not list(clip.parent.iterdir())
         clip.parent.rmdir()
         names = sorted(path.name for path in here.iterdir())
@@ -840,7 +842,7 @@ def two_processes():
     for name in "distilled", "fresh", "resumed":
         (here / name).mkdir()
     before_distillation(here / "distilled")
-    stopped_toy(here / "resumed", 0, UPDATES, ACCUMULATE)     # after the first update, by one process
+    stopped_toy(here / "resumed", 0, UPDATES, ACCUMULATE)     # after update 1, by one process
     as_torchrun_says = {
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
@@ -853,16 +855,16 @@ def two_processes():
 
 
 def assert_same_gradients(ours, theirs):
-    """To 1e-5 of the largest of each parameter's, but 1e-3 after an update by Muon, which may round to
-    bfloat16: sums in another order may round to the other side."""
+    """To 1e-5 of the largest of each parameter's, but 1e-3 after an update by Muon, which may round
+    to bfloat16: sums in another order may round to the other side."""
     for update, (left, right) in enumerate(zip(ours, theirs, strict=True)):
         for a, b in zip(left, right, strict=True):
             assert_near(b, a, 1e-3 if update else 1e-5)
 
 
 def assert_moved_alike(start, ours, theirs):
-    """Two state dicts went the same way from `start`, to a fifth of it: Muon fills what a gradient of
-    low rank leaves open, and that is rounding."""
+    """Two state dicts went the same way from `start`, to a fifth of it: Muon fills what a gradient
+    of low rank leaves open, and that is rounding."""
     assert ours.keys() == theirs.keys() == start.keys()
     way = 0.0
     apart = 0.0
@@ -895,8 +897,8 @@ def test_an_update_follows_the_mean_gradient_of_its_micro_steps():
 
 
 def drawn_numbers(passes, rank=0, processes=1):
-    """{micro-step: what one of so many processes draws in it}, of two updates of four micro-steps, each
-    gone through so often."""
+    """{micro-step: what one of so many processes draws in it}, of two updates of four micro-steps,
+    each gone through so often."""
     drawn = {}
     learner = SimpleNamespace(name="toy", accumulate=4 // processes, state_dict=dict)
     stubs = patch.multiple(td, RANK=rank, PROCESSES=processes, mean_processes=lambda tensor: tensor,
@@ -1205,7 +1207,7 @@ def test_drawn_clips_are_the_same_whether_they_are_encoded_while_drawn_or_later(
         drawn = load_file(videos[0])
         with torch.no_grad():
             latents = run.load_vae().encode(drawn["video"][None] / 127.5 - 1)[0].half()
-    assert_near(clip["latents"], latents, 2e-3)         # drawn by one thread, here there may be more
+    assert_near(clip["latents"], latents, 2e-3)         # by one thread; here maybe more
     assert clip["first"].equal(drawn["video"][:, 0])
     assert clip["tracks"].equal(drawn["tracks"])
     assert clip["tracks"].shape[0] == 189, "those of 16 chunks"
@@ -1277,7 +1279,7 @@ def test_clips_are_told_by_what_they_hold_and_not_by_age_or_place():
 
 
 def waits_and_files(here, rank):
-    """How process `rank` of two waits while it makes what stage causal needs, and what it writes."""
+    """How process `rank` of two waits while it makes what causal needs, and what it writes."""
     waits = []
     made = []
 
@@ -1365,7 +1367,7 @@ def test_text_is_dropped_for_the_teacher_and_for_nobody_else():
         run = td.resolve(td.parse(flags))
         batch = td.draw_batch(run, td.open_clips(here / "data", 12), 200, 12)
     assert batch.conditions["text"].flatten(1).any(1).all()
-    assert len(kept) == 10 + 3 * 20                     # a batch of whole clips, three of short ones
+    assert len(kept) == 10 + 3 * 20             # a batch of whole clips, three of short
     assert 0.02 < 1 - sum(kept) / len(kept) < 0.25
 
 
@@ -1413,8 +1415,8 @@ def test_distillation_with_a_reward_and_an_ema_sink():
         row, = log_of(here)
         assert row["reward"] == 4
         assert 1 < row["loss_g"] < 1e3, "it counts exp(4 / 1)"
-        # In two rollouts of 4 chunks, 2 layers average the keys and values of chunk 1 into the sink,
-        # chunk 0.
+        # In two rollouts of 4 chunks, 2 layers average the keys and values of chunk 1 into the
+        # sink, chunk 0.
         assert shares.count(0.25) == 2 * 2 * 2
         student = MotionStream.from_pretrained(here / "student.safetensors")
         assert student.config.sink_decay == 0.75
@@ -1621,7 +1623,7 @@ WAN = replace(STUB, in_dim=32, clip_dim=32, text_len=8, size=(32, 48), clean_fir
 
 @contextlib.contextmanager
 def three_steps():
-    """The teacher's sampler takes 3 steps of Wan's 48 in here: those at the student's noise levels."""
+    """In here the teacher takes 3 steps of Wan's 48: those at the student's noise levels."""
     assert set(schedule(3, 6.0)) < set(schedule(48, 6.0))
 
     def few(model, *arguments):
@@ -1665,7 +1667,8 @@ def test_wans_weights_get_a_track_slot_and_learn_in_the_papers_first_stage_of_th
         one_update_each(flags, "teacher")
         teacher, = weights_of(here / "out", "teacher")
         state = torch.load(*(here / "out").glob("teacher.*.pt"), weights_only=True)
-    assert teacher.config == replace(WAN, in_dim=48, track_dim=16, shift=6.0, sigmas=schedule(3, 6.0), steps=48)
+    sampling = {"shift": 6.0, "sigmas": schedule(3, 6.0), "steps": 48}
+    assert teacher.config == replace(WAN, in_dim=48, track_dim=16, **sampling)
     moments = state["learners"]["teacher"]["optimizer"]["state"]
     assert moments
     assert all("exp_avg" in moment for moment in moments.values()), "AdamW alone"
@@ -1794,7 +1797,7 @@ REFUSED_FLAGS = {
     "--set batch=2.5": "(--set): batch is 2.5 in its config; expected int",
     "--set vae_clips=0": "(--set): vae_clips is 0",
     "--set p_no_text=1.5": "(--set): p_no_text is 1.5 in its config; expected float from 0 to 1",
-    "--set corrupt_context=3": "(--set): corrupt_context is 3 in its config; expected True or False",
+    "--set corrupt_context=3": "corrupt_context is 3 in its config; expected True or False",
     "--set teacher.adam=-1": "the training (--set), teacher: adam is -1",
     "--set critic.warm_up=0": "the training (--set), critic: warm_up is 0",
     "--set causal.betas=(0.9,1)": "the training (--set), causal: betas is (0.9, 1)",
@@ -1811,7 +1814,8 @@ REFUSED_FLAGS = {
         "--set clip_frames=45: needs whole chunks of 20, the first of 17: 57, 77,",
     "--set short_latents=1": "--set short_latents=1: is not 2 to 12",
     "--set short_latents=13": "--set short_latents=13: is not 2 to 12",
-    "--set steps=50 --set causal_from=trajectories": "50 steps of the teacher: the student's noise levels",
+    "--set steps=50 --set causal_from=trajectories":
+        "50 steps of the teacher: the student's noise levels",
     "--stage eval": "--stage: invalid choice: 'eval'",
     "--clips 3": "unrecognized arguments: --clips 3",
     "--adversarial 1": "unrecognized arguments: --adversarial 1",
@@ -1827,8 +1831,9 @@ def test_flags_that_cannot_be_are_refused_in_one_line():
 
 
 def test_every_setting_has_limits_that_all_settings_here_are_in():
-    limited = {*guard.LIMITS, *guard.SWITCHES, "causal_from", "vae", "teacher", "causal", "generator", "critic"}
-    assert vars(td.TINY).keys() == limited
+    learners = {"vae", "teacher", "causal", "generator", "critic"}
+    limited = {*guard.LIMITS, *guard.SWITCHES, "causal_from"}
+    assert vars(td.TINY).keys() == limited | learners
     assert vars(td.TINY.vae).keys() == {*guard.LEARNING, "muon"}
     for settings in td.TINY, td.PAPER, td.PAPER_STAGE_2, td.PAPER_5B, td.PAPER_5B_STAGE_2:
         run = SimpleNamespace(settings=settings, config=STUB, data=Path("clips"))
@@ -1880,5 +1885,6 @@ def test_files_that_cannot_be_trained_on_are_refused_in_one_line():
 @slow
 def test_the_whole_training_runs_in_a_minute():
     with folder() as here:
-        subprocess.run([sys.executable, "train_distill.py", "--smoke", "--out", here], cwd=HERE, check=True)
+        command = [sys.executable, "train_distill.py", "--smoke", "--out", here]
+        subprocess.run(command, cwd=HERE, check=True)
         assert any(here.glob("*student*.safetensors")) and (here / "stats.jsonl").stat().st_size > 0
