@@ -46,7 +46,9 @@ def per_frame(sigma):
 
 
 def add_noise(x0, noise, sigma):
-    """Clean latents to noised ones, x_t."""
+    """Clean latents to noised ones, x_t (eq. A1). noise: as x0; sigma: (B,) or (B, F)."""
+    check_shape("noise", noise, x0.shape)
+    assert len(sigma) == len(x0), f"sigma of {len(sigma)} clips, x0 of {len(x0)}"
     sigma = per_frame(sigma).to(x0.dtype)
     return (1 - sigma) * x0 + sigma * noise
 
@@ -98,6 +100,7 @@ def joint_guidance(v_full, v_notext, v_nomotion, w_text, w_motion):
     guided_velocity then skips the other two evaluations."""
     if w_text == w_motion == 0:
         return v_full
+    assert w_text + w_motion != 0, f"guidance {w_text}, {w_motion}: the weights must not cancel"
     share = w_text / (w_text + w_motion)
     base = share * v_notext + (1 - share) * v_nomotion
     return base + w_text * (v_full - v_notext) + w_motion * (v_full - v_nomotion)
@@ -325,8 +328,8 @@ class RMSNorm(nn.Module):
 
 # Attention backends of a GPU, most preferred first. On Hopper cuDNN is nearly twice as fast as
 # FlashAttention 2, which torch may prefer.
-ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
-             SDPBackend.MATH, SDPBackend.OVERRIDEABLE]
+ATTENTION = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
+             SDPBackend.MATH, SDPBackend.OVERRIDEABLE)
 
 
 def attend(q, k, v):
@@ -335,7 +338,7 @@ def attend(q, k, v):
     k = k.transpose(1, 2)
     v = v.transpose(1, 2)
     if q.is_cuda:
-        with sdpa_kernel(ATTENTION, set_priority=True):
+        with sdpa_kernel(list(ATTENTION), set_priority=True):
             y = F.scaled_dot_product_attention(q, k, v)
     else:       # a CPU has one kernel, and the `with` would cost 4 % of the tiny model's time
         y = F.scaled_dot_product_attention(q, k, v)
@@ -605,6 +608,7 @@ def condition_or_zeros(name, value, channels, x):
 def check_latents(config, x, sigma):
     """AssertionError unless latents x (B, C, F, h, w) and sigma fit the model and each other."""
     assert x.ndim == 5, f"latents {tuple(x.shape)}, expected (B, {config.out_dim}, F, h, w)"
+    assert torch.is_tensor(sigma), f"sigma {sigma}, expected a tensor (B,) or (B, F)"
     B, C, frames, h, w = x.shape
     _, p, q = config.patch_size
     assert C == config.out_dim, f"latents of {C} channels, expected {config.out_dim}"
@@ -1068,7 +1072,9 @@ def copy_along_tracks(vae, frame_0, tracks, visible, start):
     nothing. T % 4 == 1 starts a clip, T % 4 == 0 continues one: concatenated chunks equal the whole
     clip."""
     H, W = frame_0.shape[2:]
+    T = tracks.shape[1]
     check_shape("frame_0", frame_0, (len(tracks), 3, H, W))
+    assert T % FRAMES < 2, f"tracks of {T} frames, expected 4 n + 1 to start a clip, 4 n later"
     visible = visible & start.isfinite().all(2)[:, None]
     tracks = F.pad(tracks, (0, 0, 0, 1))        # one more track, never visible, so that N = 0
     visible = F.pad(visible, (0, 1))            # is no special case
@@ -1078,7 +1084,7 @@ def copy_along_tracks(vae, frame_0, tracks, visible, start):
     moved_is_gone = gone_elsewhere(back, tracks, visible, start, H, W)
     still_is_gone = gone_elsewhere(torch.zeros_like(back), tracks, visible, start, H, W)
     signals = torch.cat([nearness(distance), moved_is_gone, still_is_gone], 1)
-    if tracks.shape[1] % FRAMES == 1:
+    if T % FRAMES == 1:
         video[:, :, 0] = frame_0
         signals[:, :, 0] = 0
         signals[:, :len(NEAR), 0] = 1

@@ -10,10 +10,11 @@ pixels of the image as displayed (after its EXIF rotation); and optionally
     ids (N,)            ID of each track, see track_ids; track_id_mode: the kind of IDs
     start (N, 2)        position of each point in frame 0, if it is not visible there
     fps                 only compared with the model's
-    format              "motionstream": written by this project, so its layout is trusted
+    format              "motionstream": its layout is trusted. A file without it is read by
+                        extras/tracks.py, which looks at the values and knows other programs' files
 
 A recording of the page also stores its settings (extras/recording.py) and gives the same frames
-again. extras/tracks.py reads files of other programs. --drag and --pin replace --tracks.
+again. --drag and --pin replace --tracks.
 """
 
 import argparse
@@ -32,11 +33,6 @@ import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
-    # Idle threads spin only briefly: others need the cores. OpenMP reads this once, when numpy or
-    # torch loads it.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
 import imageio.v2 as imageio
 import numpy as np
 import torch
@@ -44,10 +40,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from motionstream import (FRAMES, Config, MotionStream, UserError, chunk_sizes, copy_weights, euler,
-                          extra, image_inputs, inside_picture, motion_inputs, naming,
-                          open_pretrained, reason_of, rollout, schedule, start_points, track_ids,
-                          video_frames, write_file)
+from motionstream import (FRAMES, Config, MotionStream, UserError, check_shape, chunk_sizes,
+                          copy_weights, euler, extra, image_inputs, inside_picture, motion_inputs,
+                          naming, open_pretrained, reason_of, rollout, schedule, start_points,
+                          track_ids, video_frames, write_file)
 from vae import VAE_FILES, WanVAE, open_weights
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -130,15 +126,16 @@ def motion_conditions(model, vae, frame_0, motion):
                          motion.ids.to(device), start=start, frame_0=frame_0, vae=vae)
 
 
-def chunk_conditions(model, vae, frame_0, motion, encoded, channels=None):
+def chunk_conditions(model, vae, frame_0, motion, encoded, sizes, channels=None):
     """The model's keyword arguments by chunk, made lazily. motion: an iterator of a Motion per
-    chunk. channels: the image channels of the first chunk, see image_inputs."""
-    for number, part in enumerate(motion):
-        frames = part.tracks.shape[1]
-        odd = 1 if number == 0 else 0       # frame 0 has a latent of its own
-        assert frames % FRAMES == odd, (
-            f"chunk {number} has tracks of {frames} frames; the first chunk takes 4 chunk - 3, "
-            "later ones 4 chunk")
+    chunk. sizes: of the chunks in latents, see chunk_sizes. channels: the image channels of the
+    first chunk, see image_inputs."""
+    for number, (size, part) in enumerate(zip(sizes, motion)):
+        wanted = FRAMES * size
+        if number == 0:
+            wanted = video_frames(size)     # frame 0 has a latent of its own
+        found = part.tracks.shape[1]
+        assert found == wanted, f"chunk {number} has tracks of {found} frames, expected {wanted}"
         text = encoded.text if part.text is None else part.text.to(frame_0.device)
         inputs = motion_conditions(model, vae, frame_0, part)
         yield {"text": text, "image": channels, "clip": encoded.clip} | inputs
@@ -146,10 +143,10 @@ def chunk_conditions(model, vae, frame_0, motion, encoded, channels=None):
             channels = None                 # they are in the cache now
 
 
-def draw_noise(first_latent, frames, rng):
-    """Noise (B, C, frames, h, w), sized as the image's latent; the same on every device."""
+def draw_noise(first_latent, count, rng):
+    """Noise (B, C, count, h, w), sized as the image's latent; the same on every device."""
     B, C, _, h, w = first_latent.shape
-    return torch.randn((B, C, frames, h, w), generator=rng).to(first_latent)
+    return torch.randn((B, C, count, h, w), generator=rng).to(first_latent)
 
 
 def decode(vae, latents):
@@ -178,6 +175,7 @@ def stream_latents(model, vae, frame_0, motion, encoded=Encoded(), seed=0, **cac
     """As `stream`, but not decoded: an iterator of latents (B, C, chunk, h, w)."""
     config = replace(model.config, **cache)
     assert not config.has_mask, "weights with a mask take a whole clip: use sample_teacher"
+    check_shape("frame_0", frame_0, (len(frame_0), 3, *config.size))
     frame_0 = frame_0.to(next(model.parameters()).device)
     encoded_image = vae.encode(frame_0[:, :, None])                         # (B, C, 1, h, w)
     channels, first_latent = image_inputs(config, encoded_image, next(chunk_sizes(config)))
@@ -185,7 +183,8 @@ def stream_latents(model, vae, frame_0, motion, encoded=Encoded(), seed=0, **cac
     noise = (draw_noise(encoded_image, size, rng) for size in chunk_sizes(config))
     if isinstance(motion, Motion):
         motion = motion_by_chunk(motion, config)
-    conditions = chunk_conditions(model, vae, frame_0, motion, encoded, channels)
+    sizes = chunk_sizes(config)
+    conditions = chunk_conditions(model, vae, frame_0, motion, encoded, sizes, channels)
     caches = model.new_caches(**cache)
     return rollout(model, noise, conditions, first_latent, rng=rng, caches=caches)
 
@@ -195,6 +194,7 @@ def sample_teacher(model, vae, frame_0, motion, encoded=Encoded(), seed=0):
     """Sample the teacher: all chunks that cover a Motion at once, then yielded as `stream` does.
     Steps and guidance are the config's."""
     config = model.config
+    check_shape("frame_0", frame_0, (len(frame_0), 3, *config.size))
     count = latents_to_cover(motion.tracks.shape[1], config)
     frame_0 = frame_0.to(next(model.parameters()).device)
     grey = 0                                # frames after the image
@@ -363,8 +363,10 @@ def own_tracks(arrays, size):
     if "prompts" in arrays:
         recorded = extra("recording", "is a recording").settings_in(arrays)
     fps = float(arrays["fps"]) if "fps" in arrays else None
+    if "ids" not in arrays:
+        ids = None
     mode = str(arrays.get("track_id_mode", "random"))
-    return Tracks(tracks, visible, ids if "ids" in arrays else None, mode, fps, recorded, start)
+    return Tracks(tracks, visible, ids=ids, id_mode=mode, fps=fps, recorded=recorded, start=start)
 
 
 def to_video(points, image_size, size):
@@ -554,7 +556,7 @@ def add_flags(parser):
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
         help="auto: float32 on the CPU, else bfloat16")
     add("--compile", action="store_true",
-        help="torch.compile the DiT's blocks: a minute slower, then faster")
+        help="compile the DiT's blocks, a minute; on a GPU, decode on a stream of its own")
     add("--text-encoder", help="a -Diffusers folder with UMT5; default: --weights, if one", **file)
     add("--image-encoder", help="a -Diffusers folder with CLIP; default: --text-encoder's", **file)
     add("--negative-prompt", metavar="TEXT", help="guidance avoids it; default: Wan's")
@@ -640,9 +642,20 @@ def resolve(flags, weights, tracks):
         encoders = extra("encoders", f"{weights.path}: reads what Wan's encoders return")
         sources = encoders.Sources(prompt, flags.negative_prompt, flags.prompt_embeds,
                                    flags.text_encoder, flags.image_encoder, weights.path)
-    return Job(weights, config, flags.frames or len(tracks.tracks), flags.fps or config.fps,
-               flags.seed or 0, device, dtype, prompt, drawn, flags.vae, sources, flags.compile,
-               tuple(notes))
+    return Job(
+        weights=weights,
+        config=config,
+        frames=flags.frames or len(tracks.tracks),
+        fps=flags.fps or config.fps,
+        seed=flags.seed or 0,
+        device=device,
+        dtype=dtype,
+        prompt=prompt,
+        drawn=drawn,
+        vae=flags.vae,
+        sources=sources,
+        compile=flags.compile,
+        notes=tuple(notes))
 
 
 def find_device(name):
@@ -752,18 +765,17 @@ def load_models(job, frame_0):
 
 @torch.inference_mode()
 def generate(job, models, frame_0, motion):
-    """Yield the video's frames, uint8 (H, W, 3): job.frames of them; None: as long as `motion`
-    lasts. frame_0 and motion: see `stream`."""
+    """Yield the video's frames, uint8 (H, W, 3): job.frames of them; None: until `motion`
+    ends. frame_0 and motion: see `stream`."""
     config = job.config
     inputs = (models.dit, models.vae, frame_0, motion, models.encoded, job.seed)
     if not config.causal:
         chunks = map(to_frames, sample_teacher(*inputs))
     else:
-        latents = stream_latents(*inputs, chunk=config.chunk, sink=config.sink,
-                                 window=config.window)
-        speed = extra("compiling")
-        if speed and job.device.type == "cuda" and job.frames:  # nobody steers the next chunk
-            chunks = speed.frames_beside(models.vae, latents, job.device, to_frames)
+        latents = stream_latents(*inputs)
+        if job.compile and job.device.type == "cuda" and job.frames:  # nobody steers the next chunk
+            frames_beside = extra("compiling", "--compile").frames_beside
+            chunks = frames_beside(models.vae, latents, job.device, to_frames)
         else:
             chunks = map(to_frames, decode(models.vae, latents))
     frames = itertools.chain.from_iterable(chunks)
@@ -799,15 +811,13 @@ def run(argv):
         flags, recorded = recording.replayed(flags, tracks.recorded, weights.config)
     job = resolve(flags, weights, tracks)
     pixels = fit_image(image, job.config.size)
+    motion = fit_tracks(tracks, image.size, job.frames, job.config, job.seed)
     if refusals:
         refusals.check(flags, job, pixels, tracks, WAN_FRAMES)
+        refusals.print_notes(job, words_in(job.prompt), tracks, motion, image.size, shown)
     if flags.overlay or job.drawn:
         drawing = extra("tracks", "drawing tracks")     # found missing here, before any model loads
-    motion = fit_tracks(tracks, image.size, job.frames, job.config, job.seed)
     models = load_models(job, pixels)
-    notes = extra("notes")
-    if notes:
-        notes.print_notes(job, words_in(job.prompt), tracks, motion, image.size, shown)
     if job.drawn:
         whole = motion.tracks.shape[1]
         control = drawing.render_control(models.vae, motion, job.config.size, whole)

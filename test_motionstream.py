@@ -68,6 +68,9 @@ def test_noising_and_its_inverse_agree_and_sigma_1_is_noise():
     x_t = add_noise(x0, noise, ends)
     assert x_t[:, :, 1].equal(noise[:, :, 1])
     assert x_t[:, :, ::2].equal(x0[:, :, ::2])
+    one = torch.ones(1)
+    assert_error(AssertionError, "sigma of 1 clips, x0 of 2", add_noise, x0, noise, one)
+    assert_error(AssertionError, "noise (1, 4, 3, 2, 2), ", add_noise, x0, noise[:1], quarter)
 
 
 def assert_numbers(found, expected, tolerance=1e-12):
@@ -770,6 +773,7 @@ def test_latents_and_sigma_that_do_not_fit_are_refused_in_numbers():
         refused(f"sigma (1,), {expected}", x, one)
         refused(f"sigma (2, 2), {expected}", x, torch.ones(2, 2))
         refused(f"sigma (), {expected}", x, torch.tensor(1.0))
+        refused("sigma 0.5, expected a tensor", x, 0.5)
         refused("latents (2, 4, 4, 6), expected (B, 4, F, h, w)", x[:, :, 0], torch.ones(2))
 
 
@@ -830,6 +834,7 @@ def test_joint_guidance_equals_the_expanded_algebra():
     assert_near(guided(0.0, 2.0), motion_alone, 1e-12)
     assert guided(0, 0) is full
     assert_near(guided(0.25, 0.75), full, 1e-12)                # of sum 1: no guidance
+    assert_error(AssertionError, "must not cancel", guided, -1.0, 1.0)
 
 
 def assert_guided(model, x, given, no_text, no_motion):

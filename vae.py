@@ -51,8 +51,8 @@ class LinearVAEConfig:
 
 
 class LinearVAE(nn.Module):
-    """Windows of 16x16 pixels by 4 frames, one every 8 pixels, to `latent_channels` numbers,
-    linearly, and back.
+    """A linear map from overlapping windows (16x16 pixels by 4 frames, one every 8 pixels) to
+    `latent_channels` numbers, and one back.
 
     It compresses little, but decoding is one matrix product, and there is no state: a latent frame
     depends only on its own four frames, so pictures that were moved along tracks can be encoded

@@ -2,6 +2,7 @@
 
 import os
 
-# For python -m extras.NAME: before the program loads torch, as in sample.py.
+# For python -m extras.NAME, before it loads torch: idle threads spin only briefly, as a browser
+# beside the page needs the cores.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -40,8 +40,8 @@ import torch
 from PIL import Image
 
 import sample
-from extras import notes, recording, video, world
-from extras.refusals import check, check_output
+from extras import recording, video, world
+from extras.refusals import check, check_output, unknown_words
 from motionstream import Config, UserError, naming, reason_of, video_frames, write_file
 from sample import (crop, embed_words, enlarge, fit_image, hold_signals, live_motion, number,
                     to_frames, to_video, video_file)
@@ -385,7 +385,7 @@ def told(live):
     state["pictures"] = [path.stem for path in live.pictures]
     state["unknown"] = []
     if state["words"]:
-        state["unknown"] = notes.unknown_words(sample.words_in(state["prompt"]))
+        state["unknown"] = unknown_words(sample.words_in(state["prompt"]))
     return state
 
 

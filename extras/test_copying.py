@@ -83,6 +83,10 @@ def test_copies_made_chunk_by_chunk_are_those_of_the_whole():
         part = copy_along_tracks(vae, image, tracks[:, now], visible[:, now], start)
         parts.append(part)
     assert_near(torch.cat(parts, 2), whole, 1e-6)
+    ten = slice(0, 10)
+    said = "tracks of 10 frames, expected 4 n + 1"
+    args = (vae, image, tracks[:, ten], visible[:, ten], start)
+    assert_error(AssertionError, said, copy_along_tracks, *args)
 
 
 def test_no_visible_track_at_all_is_the_image_standing_still():

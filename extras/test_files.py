@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import sample
-from extras import checkpoints, notes, world
+from extras import checkpoints, refusals, world
 from extras.checkpoints import CHOICES, LIMITS, SHAPED, check_config, free_memory
 from extras.testing import (COPYING, HERE, SMALL, assert_error, command, folder, linear_vae,
                             new_model, new_vae, public, same_tensors, sampled, saved, workplace,
@@ -300,9 +300,9 @@ def test_a_crop_of_the_image_is_said():
     size = (32, 48)
     assert sample.shown_part((96, 64), size) == (0, 0, 96, 64)
     shown = sample.shown_part((48, 40), size)
-    assert notes.part_in_words(shown) == "x from 0 to 48 and y from 4 to 36"
+    assert refusals.part_in_words(shown) == "x from 0 to 48 and y from 4 to 36"
     shown = sample.shown_part((100, 32), size)
-    assert notes.part_in_words(shown) == "x from 26 to 74 and y from 0 to 32"
+    assert refusals.part_in_words(shown) == "x from 26 to 74 and y from 0 to 32"
 
 
 def test_the_words_of_the_tiny_model_are_those_of_the_drawn_world():
@@ -311,11 +311,11 @@ def test_the_words_of_the_tiny_model_are_those_of_the_drawn_world():
         for motion in range(len(world.MOTION)):
             captions.append(world.caption(light, motion))
     words = re.findall(r"\w+", " ".join(captions))
-    assert set(words) == set(notes.WORDS)
+    assert set(words) == set(refusals.WORDS)
     parser = sample.Parser()
     sample.add_flags(parser)
     said = parser.format_help()
-    for word in notes.WORDS:
+    for word in refusals.WORDS:
         assert word in said, f"--help does not name {word}"
 
 

@@ -21,15 +21,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import sample
-from extras.notes import on_tracks
 from extras.recording import checksum as recording_checksum
+from extras.refusals import on_tracks
 from extras.testing import (COPYING, HERE, SMALL, STUB, WAN22, assert_error, assert_near, clip_of,
                             command, folder, linear_vae, new_model, new_tracks, new_vae, quiet,
                             rand, randomised, sampled, saved, settled, wan_sampled, wan_workplace,
                             workplace)
 from extras.video import count_frames
-from motionstream import (MotionStream, copy_along_tracks, euler, guided_velocity, image_and_mask,
-                          image_inputs, joint_guidance, start_points, track_features)
+from motionstream import (MotionStream, chunk_sizes, copy_along_tracks, euler, guided_velocity,
+                          image_and_mask, image_inputs, joint_guidance, start_points,
+                          track_features)
 from vae import LinearVAE, LinearVAEConfig, TinyVAE, WanVAE, WanVAEConfig, load_vae
 
 patch = unittest.mock.patch
@@ -370,7 +371,9 @@ def test_the_stream_hands_the_track_head_the_whole_motion():
     model = new_model()
     motion = new_motion(28, 5)
     chunks = sample.motion_by_chunk(motion, model.config)
-    given = sample.chunk_conditions(model, None, rand(2, 3, 32, 48), chunks, sample.Encoded())
+    sizes = chunk_sizes(model.config)
+    frame_0 = rand(2, 3, 32, 48)
+    given = sample.chunk_conditions(model, None, frame_0, chunks, sample.Encoded(), sizes)
     parts = [part["tracks"] for part in given]
     assert len(parts) == 3
     rest = 33 - 28                                          # 3 chunks of 3 latents are 33 frames
@@ -384,12 +387,24 @@ def test_a_stream_refuses_tracks_of_another_length_than_its_chunk():
     """A chunk of 4 k frames continues a clip, one of 4 k - 3 starts it."""
     model = new_model()
     image = rand(1, 3, 32, 48)
-    for lengths, number, frames in ((12, 12, 12), 0, 12), ((9, 9, 9), 1, 9), ((9, 12, 13), 2, 13):
+    cases = ((12, 12), 0, 12, 9), ((5, 12), 0, 5, 9), ((9, 9), 1, 9, 12), ((9, 12, 16), 2, 16, 12)
+    for lengths, number, frames, wanted in cases:
         motion = [new_motion(length, 3, batch=1) for length in lengths]
-        chunks = sample.chunk_conditions(model, None, image, motion, sample.Encoded())
+        sizes = chunk_sizes(model.config)
+        chunks = sample.chunk_conditions(model, None, image, motion, sample.Encoded(), sizes)
         assert len(list(itertools.islice(chunks, number))) == number
-        said = f"chunk {number} has tracks of {frames} frames; the first chunk takes 4 chunk - 3"
+        said = f"chunk {number} has tracks of {frames} frames, expected {wanted}"
         assert_error(AssertionError, said, next, chunks)
+
+
+def test_an_image_of_another_size_is_refused_at_the_door():
+    model = new_model()
+    vae = new_vae()
+    image = rand(1, 3, 64, 96)
+    said = "frame_0 (1, 3, 64, 96), expected (1, 3, 32, 48)"
+    motion = new_motion(9, 3, batch=1)
+    assert_error(AssertionError, said, sample.stream_latents, model, vae, image, motion)
+    assert_error(AssertionError, said, next, sample.sample_teacher(model, vae, image, motion))
 
 
 def seen_of_two_chunks(make, model, vae):

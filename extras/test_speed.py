@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import unittest.mock
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ def test_attention_asks_cudnn_first_and_forbids_nothing():
     with unittest.mock.patch.object(F, "scaled_dot_product_attention", note):
         q, k, v = torch.randn(3, 1, 6, 2, 8).as_subclass(OnGPU)
         attend(q, k, v)
-    assert orders == [motionstream.ATTENTION]
+    assert orders == [list(motionstream.ATTENTION)]
     assert orders[0][0] == torch.nn.attention.SDPBackend.CUDNN_ATTENTION
     assert set(before) <= set(orders[0])
     assert torch.nn.attention._cur_sdpa_kernel_backends(with_priority=True) == before
@@ -281,7 +282,8 @@ def test_only_a_motion_that_is_known_beforehand_is_made_ahead_on_a_gpu():
 
     with unittest.mock.patch.object(compiling, "frames_beside", beside):
         for device, frames in ("cpu", 9), ("cuda", None), ("cuda", 9):
-            list(sample.generate(job_on(device, frames), models, rand(1, 3, 32, 48), motion))
+            job = replace(job_on(device, frames), compile=True)
+            list(sample.generate(job, models, rand(1, 3, 32, 48), motion))
             assert len(asked) == ((device, frames) == ("cuda", 9))
 
 

@@ -22,7 +22,7 @@ from extras.testing import (HERE, assert_error, command, folder, new_model, quie
                             sampled, saved, seeded, workplace)
 from extras.tracks import (MOVES, camera, camera_move, camera_tracks, drag_tracks, follow,
                            load_depth, load_tracks, read_path, render_control)
-from motionstream import UserError
+from motionstream import UserError, chunk_sizes
 
 SIZE = (48, 32)             # width, height of the picture that most tracks here are on
 WHOLE = (0, 0, 48, 32)
@@ -976,7 +976,8 @@ def test_a_control_video_is_handed_over_chunk_by_chunk():
     model = new_model(causal=False)
     chunks = sample.motion_by_chunk(motion, model.config)
     parts = []
-    for part in sample.chunk_conditions(model, None, image, chunks, sample.Encoded()):
+    sizes = chunk_sizes(model.config)
+    for part in sample.chunk_conditions(model, None, image, chunks, sample.Encoded(), sizes):
         parts.append(part["tracks"])
     assert [part.shape[2] for part in parts] == [3, 3]
     assert torch.cat(parts, 2).equal(control)

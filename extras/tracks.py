@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from extras.notes import part_in_words
+from extras.refusals import part_in_words
 from motionstream import UserError, naming, write_file
 
 LIMIT = 2 ** 30             # bytes of a file, unpacked, and of each of its arrays as float32
