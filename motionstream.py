@@ -766,10 +766,10 @@ class MotionStream(nn.Module):
 MASK = FRAMES       # mask channels: one per video frame of a latent frame
 
 
-def image_channels(first_latent, frames):
-    """Image channels of a clip of `frames` latent frames: the image's latent (B, C, 1, h, w),
+def image_channels(first_latent, count):
+    """Image channels of a clip of `count` latent frames: the image's latent (B, C, 1, h, w),
     followed by zeros (figure 2)."""
-    return F.pad(first_latent, (0, 0, 0, 0, 0, frames - 1))
+    return F.pad(first_latent, (0, 0, 0, 0, 0, count - 1))
 
 
 def image_and_mask(latents):
@@ -781,10 +781,10 @@ def image_and_mask(latents):
     return torch.cat([image_channels(mask, frames), latents], 1)
 
 
-def image_inputs(config, latents, frames):
-    """The image as inputs for a clip of `frames` latents: (image channels, clean latent frame 0).
+def image_inputs(config, latents, count):
+    """The image as inputs for a clip of `count` latents: (image channels, clean latent frame 0).
     Either is None if the model has no such input. latents: the encoded image, (B, C, 1, h, w); with
-    a mask an encoded clip, (B, C, frames, h, w), see image_and_mask."""
+    a mask an encoded clip, (B, C, count, h, w), see image_and_mask."""
     channels = None
     first_latent = None
     if config.has_mask:
@@ -792,7 +792,7 @@ def image_inputs(config, latents, frames):
     elif config.copies:
         channels = latents
     elif config.image_dim:
-        channels = image_channels(latents, frames)
+        channels = image_channels(latents, count)
     if config.clean_first:
         first_latent = latents[:, :, :1]
     return channels, first_latent
@@ -858,14 +858,14 @@ def euler(model, noise, conditions, first_latent=None, null_text=None):
     yield x, 0.0
 
 
-def chunk_sizes(config, frames=math.inf):
+def chunk_sizes(config, count=math.inf):
     """Sizes of the chunks in latent frames: config.first_chunk_size, then config.chunk, endlessly
-    or up to `frames` in total, where the last chunk may be shorter."""
+    or up to `count` in total, where the last chunk may be shorter."""
     assert config.chunk >= 1, f"chunk {config.chunk}, expected 1 or more"
     size = config.first_chunk_size
-    while frames > 0:
-        yield min(size, frames)
-        frames = frames - size
+    while count > 0:
+        yield min(size, count)
+        count = count - size
         size = config.chunk
 
 
