@@ -587,7 +587,8 @@ class Muon(torch.optim.Optimizer):
 
 class Learner:
     """A network, its optimizers and the moving average (EMA) of its weights, all sharded, see
-    `shard`. Call `backward` for each micro-step of an update, then `update`.
+    `shard`. Call `backward` for each micro-step of an update, then `update`. Without an average,
+    `average` is the network itself.
 
     learning: its settings. updates: after so many the learning rate is 0; 0: no decay.
     accumulate: micro-steps per update, over all processes. shard_gradients: see backward."""
@@ -601,7 +602,7 @@ class Learner:
         self.micro_steps = 0            # since the last update
         self.loss = 0.0                 # mean loss of these micro-steps
         self.averaged = None
-        self.average = None
+        self.average = model
         if learning.ema:
             self.averaged = AveragedModel(model, multi_avg_fn=self.move_average)
             self.average = shard(self.averaged.module.requires_grad_(False))

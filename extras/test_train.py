@@ -1554,6 +1554,25 @@ def test_every_stage_runs_on_a_folder_of_clips():
         assert student.config == replace(SMALL, causal=True)
 
 
+def test_without_an_average_a_stage_ends_with_the_trained_weights_themselves():
+    with folder() as here, without_pictures():
+        flags = own_flags(here, new_clips(here / "data"), "--set", "export_every=1")
+        flags += ["--set", "batch=1"]
+        for name in "teacher", "causal", "generator":
+            flags += ["--set", f"{name}.ema=0"]
+        out = here / "runs/out"
+        with patch.dict(watch.REPORT_EVERY, {"teacher": 1}):
+            one_update_each(flags, "teacher", "causal", "distill")
+        for stage, learner in ("teacher",) * 2, ("causal",) * 2, ("distill", "generator"):
+            checkpoint = torch.load(out / f"{stage}.0000001.checkpoint.pt")
+            learned = checkpoint["learners"][learner]
+            assert "average" not in learned
+            name = td.WEIGHTS[stage]
+            for path in out / f"{name}.safetensors", out / f"{name}.00001.safetensors":
+                for key, tensor in load_file(path).items():
+                    assert tensor.equal(learned["model"][key].half()), (stage, key)
+
+
 # Each stage, twice, and what else is asked without extras.
 ALONE = """
 import sys, train_distill
