@@ -237,7 +237,8 @@ class Settings:
     """The training settings. The defaults are the tiny model's.
 
     A micro-step is a forward and backward pass over `batch` clips in one process. An update uses
-    the mean gradient of STAGE_accumulate micro-steps, divided among the processes."""
+    the mean gradient of STAGE_accumulate micro-steps, divided evenly among the processes; each
+    takes at least one, so that more processes than micro-steps make larger updates."""
     # data
     clip_frames: int = 45           # 12 latent frames, 4 chunks of 3 [O]
     batch: int = 4                  # clips per micro-step [O]

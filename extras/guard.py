@@ -158,6 +158,19 @@ def check_run(run, flags):
         known = ", ".join(CAUSAL_FROM)
         raise UserError(f"--set causal_from={settings.causal_from}: is one of {known}")
     check_levels(config, settings, stage)
+    check_micro_steps(settings, stage)
+
+
+def check_micro_steps(settings, stage):
+    """UserError, one line, if the processes cannot take equally many of a stage's micro-steps. Fewer
+    micro-steps than processes are no error: each takes one."""
+    stages = td.STAGES if stage == "all" else [stage]
+    for each in stages:
+        name = "vae_accumulate" if each == "decoder" else f"{each}_accumulate"
+        count = getattr(settings, name)
+        if count > td.PROCESSES and count % td.PROCESSES:
+            raise UserError(f"--set {name}={count}: {td.PROCESSES} processes cannot divide {count} "
+                            "micro-steps evenly; give --accumulate N, for each process")
 
 
 def check_levels(config, settings, stage):

@@ -1849,6 +1849,21 @@ def test_flags_that_cannot_be_are_refused_in_one_line():
             assert expected in said and "makes it" not in said, said
 
 
+def test_micro_steps_that_processes_cannot_share_evenly_are_refused():
+    with folder() as here:
+        flags = ["--dry-run", "wan2.1-1.3b", "--out", here]
+        with patch.object(td, "PROCESSES", 24), patch.object(td, "join_processes"):
+            said = refusal(flags + ["--stage", "distill"])
+            assert "distill_accumulate=64: 24 processes cannot divide 64 micro-steps" in said
+            said = refusal(flags + ["--stage", "teacher"])
+            assert "teacher_accumulate=128: 24 processes" in said
+            words = [str(flag) for flag in flags]
+            for more in ["--accumulate", "3"], ["--smoke"]:             # 72 in all; one each
+                td.resolve(td.parse(words + more))
+        with patch.object(td, "PROCESSES", 64):
+            td.resolve(td.parse(words))
+
+
 def test_every_setting_has_limits_that_all_settings_here_are_in():
     learners = {"vae", "teacher", "causal", "generator", "critic"}
     limited = {*guard.LIMITS, *guard.SWITCHES, "causal_from"}
