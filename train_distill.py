@@ -939,17 +939,17 @@ def clip_files(folder):
     return sorted(files)
 
 
-def open_clips(folder, frames):
-    """The clips in a folder that have at least `frames` latents, see clip_files. UserError, one
+def open_clips(folder, latents):
+    """The clips in a folder that have at least so many latents, see clip_files. UserError, one
     line, if a clip is damaged or none is long enough."""
     files = clip_files(folder)
     long_enough = []
     for file in files:
         shapes, _ = read_header(file)
-        if latents_in(shapes) >= frames:
+        if latents_in(shapes) >= latents:
             long_enough.append(file)
     if not long_enough:
-        raise UserError(f"{folder}: {len(files)} clips, none of {video_frames(frames)} frames")
+        raise UserError(f"{folder}: {len(files)} clips, none of {video_frames(latents)} frames")
     return long_enough
 
 
@@ -960,15 +960,15 @@ def write_clip(path, tensors):
     write_file(path, functools.partial(save_file, tensors))
 
 
-def training_clips(run, frames):
+def training_clips(run, latents):
     """Files of encoded clips for all stages but the first: the clips of --data that have at least
-    `frames` latents, encoded here if they hold video; without --data, rendered clips."""
+    so many latents, encoded here if they hold video; without --data, rendered clips."""
     if not run.data:
         from extras.clips import encode_video
         from extras.world import rendered_clips
         encode = functools.partial(encode_video, run.load_vae().cpu())
         return rendered_clips(run, "clips", run.settings.clips, encode)
-    files = open_clips(run.data, frames)
+    files = open_clips(run.data, latents)
     videos = [file for file in files if "latents" not in read_header(file)[0]]
     if not videos:
         return files
@@ -977,11 +977,11 @@ def training_clips(run, frames):
     return [encoded.get(file, file) for file in files]
 
 
-def read_clip(file, frames=None, track_frames=None):
-    """Read the first `frames` latents of a clip and `track_frames` video frames of its tracks:
+def read_clip(file, latents=None, track_frames=None):
+    """Read the first `latents` latents of a clip and `track_frames` video frames of its tracks:
     {name: tensor}; None: all. The rest is not read from disk."""
     whole = slice(None)
-    parts = {"latents": (whole, slice(frames)), "tracks": slice(track_frames),
+    parts = {"latents": (whole, slice(latents)), "tracks": slice(track_frames),
              "visible": slice(track_frames)}
     clip = {}
     with safe_open(file, "pt") as opened:
@@ -1001,11 +1001,11 @@ def stack(tensors, fill=0):
     return batch
 
 
-def draw_clips(files, count, frames=None, track_frames=None):
+def draw_clips(files, count, latents=None, track_frames=None):
     """Random clips, {name: (count, …)}; see read_clip. Texts are padded with zeros, tracks with
     hidden ones."""
     chosen = torch.randint(0, len(files), (count,)).tolist()
-    clips = [read_clip(files[i], frames, track_frames) for i in chosen]
+    clips = [read_clip(files[i], latents, track_frames) for i in chosen]
     batch = {}
     for name in clips[0]:
         fill = -1 if name == "group" else 0
@@ -1121,19 +1121,19 @@ def weight_of_cells(run, batch):
     return 1 + run.settings.track_weight * touched
 
 
-def draw_batch(run, files, count, frames, *, dense=False, first_only=False):
-    """A Batch of `count` random clips, with conditions for `frames` latents and the tracks of
+def draw_batch(run, files, count, length, *, dense=False, first_only=False):
+    """A Batch of `count` random clips, with conditions for `length` latents and the tracks of
     given_tracks. first_only: no latents but the image's."""
     config = run.config
-    latents_read = 1 if first_only else frames
-    clips = draw_clips(files, count, latents_read, video_frames(frames))
+    latents_read = 1 if first_only else length
+    clips = draw_clips(files, count, latents_read, video_frames(length))
     latents = clips["latents"].float()
     tracks = clips["tracks"]
     true = clips["visible"]
     on_object = clips["group"] >= 0                             # (B, N)
     visible = given_tracks(run, tracks, true, clips["group"], dense)
     conditions = {name: clips[name].float() for name in ("text", "clip") if name in clips}
-    channels, _ = image_inputs(config, latents[:, :, :1], frames)
+    channels, _ = image_inputs(config, latents[:, :, :1], length)
     if channels is not None:
         conditions["image"] = channels
     points = {"tracks": tracks, "visible": visible, "ids": track_ids(tracks, config)}
@@ -1420,15 +1420,15 @@ def draw_plan(run, update, learner):
     return Plan(chunks, exit_step, run.streaming)
 
 
-def first_frames(conditions, frames):
-    """The conditions of the first `frames` latents of a clip."""
-    return next(split_conditions(conditions, [frames]))
+def conditions_of_first(conditions, count):
+    """The conditions of the first `count` latents of a clip."""
+    return next(split_conditions(conditions, [count]))
 
 
-def judged_clip(chunks, frames, image_latent, points):
-    """Cut a clip of `frames` latents, which the teacher can judge, from a rollout, an iterator of
-    chunks: (x0 (B, C, frames, h, w), points). A rollout of that length is the clip. From a
-    longer one, take the last `frames` latents and replace the first of them by image_latent
+def judged_clip(chunks, count, image_latent, points):
+    """Cut a clip of `count` latents, which the teacher can judge, from a rollout, an iterator of
+    chunks: (x0 (B, C, count, h, w), points). A rollout of that length is the clip. From a
+    longer one, take the last `count` latents and replace the first of them by image_latent
     (B, C, 1, h, w): the clip jumps in time after it. So the teacher is given the true image, even
     if the student has drifted from it."""
     held = []                                           # the latest chunks
@@ -1436,32 +1436,32 @@ def judged_clip(chunks, frames, image_latent, points):
     for chunk in chunks:
         held.append(chunk)
         length += chunk.shape[2]
-        while sum(later.shape[2] for later in held[1:]) >= frames:
+        while sum(later.shape[2] for later in held[1:]) >= count:
             held.pop(0)                                 # not needed; frees its graph, too
-    x0 = torch.cat(held, 2)[:, :, -frames:]
-    if length > frames:
+    x0 = torch.cat(held, 2)[:, :, -count:]
+    if length > count:
         x0 = torch.cat([image_latent, x0[:, :, 1:]], 2)
     end = points["tracks"].shape[1]                     # of the video frames, keep 0 and the last
-    times = [0] + list(range(end - video_frames(frames) + 1, end))
+    times = [0] + list(range(end - video_frames(count) + 1, end))
     cut = {name: points[name][:, times] for name in ("tracks", "visible")}
     return x0, points | cut
 
 
 def generated_clip(run, generator, vae, files, plan, grad):
-    """Roll out the generator from first frames of clips by a Plan, as at inference. Returns the
+    """Roll out the generator from the first frames of clips by a Plan, as at inference. Returns the
     judged_clip x0 (B, C, F, h, w), its conditions and its points. grad: keep the graph of each
     chunk's last denoising step."""
     config = run.config
-    frames = run.latents_of(plan.chunks)
-    sizes = list(chunk_sizes(replace(config, **plan.streaming), frames))
-    batch = draw_batch(run, files, run.settings.batch, frames, first_only=True)
+    length = run.latents_of(plan.chunks)
+    sizes = list(chunk_sizes(replace(config, **plan.streaming), length))
+    batch = draw_batch(run, files, run.settings.batch, length, first_only=True)
     image_latent = batch.latents                        # (B, C, 1, h, w)
     B, C, _, h, w = image_latent.shape
     text = batch.conditions["text"]
     if plan.chunks > run.clip_chunks and run.settings.neutral_long_rollouts:
         text = embed_words(NEUTRAL, config).to(run.device).expand(B, -1, -1)
     of_rollout = batch.conditions | {"text": text}
-    noise = torch.randn(B, C, frames, h, w, device=run.device)
+    noise = torch.randn(B, C, length, h, w, device=run.device)
     first_latent = first_latent_of(config, image_latent)
     caches = generator.new_caches(**plan.streaming)
     with run.autocast(), torch.set_grad_enabled(grad), gathered(generator):
@@ -1473,7 +1473,7 @@ def generated_clip(run, generator, vae, files, plan, grad):
         x0, points = judged_clip(chunks, run.clip_latents, image_latent, batch.points)
         # For teacher and critic, too: all three have the teacher's track head, frozen.
         motion = motion_of(generator, points, vae)
-    conditions = first_frames(of_rollout, run.clip_latents) | motion
+    conditions = conditions_of_first(of_rollout, run.clip_latents) | motion
     return x0, conditions, points
 
 
@@ -1514,7 +1514,7 @@ def distill(run, report=no_report, draw_plan=draw_plan):
     """Stage 4, Self-Forcing: critic_steps critic updates per generator update, each on new
     rollouts. report: see no_report. draw_plan: extras/experiments.py has one that draws more."""
     s = run.settings
-    files = training_clips(run, frames=1)
+    files = training_clips(run, latents=1)
     vae = run.load_vae()
     teacher = real_score(run)
     generator = to_be_trained(run, run.load("causal", **run.streaming))

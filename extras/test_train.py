@@ -1615,10 +1615,10 @@ def test_long_rollouts_start_from_the_first_latents_of_clips_and_pictures_are_en
     lengths = set()
     judged_clip = td.judged_clip
 
-    def record(chunks, frames, first_latent, points):
+    def record(chunks, count, first_latent, points):
         if first_latent is not None:
             lengths.add(first_latent.shape[2])
-        x0, points = judged_clip(chunks, frames, first_latent, points)
+        x0, points = judged_clip(chunks, count, first_latent, points)
         assert x0.shape[2] == 12, "the teacher knows 12 latents"
         return x0, points
 
