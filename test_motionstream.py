@@ -1,4 +1,5 @@
-"""The second reading: what the method promises, one sentence a test, in motionstream.py's order.
+"""A second way to read the project: what the method promises, one test per sentence, in the order
+of motionstream.py.
 
     python test_motionstream.py                    all tests, those in extras too, side by side
     python test_motionstream.py rollout cache      those with one of these words in their name
@@ -1250,7 +1251,7 @@ def test_teacher_and_critic_are_given_x_t_at_the_sigma_that_they_are_told():
         for first_latent in None, x0[:, :, :1]:
             td.dmd_loss(x0, network, network, {}, first_latent, 5.0)
             td.critic_loss(x0, network, {}, first_latent, 5.0)
-    assert calls == [True] * 3 + [False] * 3                    # frame 0 is noised, but not an image
+    assert calls == [True] * 3 + [False] * 3                    # an image is not noised
 
 
 def has_gradient(model):
@@ -1542,8 +1543,9 @@ def run_side_by_side(files):
 
 
 def main(words, slow):
-    """Run the tests with one of the words in their name; all if there are none, and these in two
-    processes where there are two cores, but for slow ones, some of which measure."""
+    """Run the tests with one of the words in their name. With no words, run all tests, in two
+    processes if there are two cores. With `slow` run the slow ones too, in one process, because
+    some of them measure time. Returns the exit code."""
     started = time.time()
     if words or slow or cores() < 2:
         count = Counter()

@@ -2,8 +2,8 @@
 
     vae      the tiny model's linear code of video
     teacher  bidirectional rectified flow, given the first frame, text and tracks
-    causal   the student, chunk by chunk through the KV cache: regression on the truth on its own
-             rollouts (tiny) or on the teacher's ODE trajectories (paper), see causal_from
+    causal   the student, chunk by chunk through the KV cache, trained by regression: its own
+             rollouts against the true clips (tiny), or the teacher's ODE trajectories (paper)
     distill  Self-Forcing DMD: the student rolls out as it will at inference, teacher and critic
              score the result
 
@@ -89,7 +89,7 @@ def draw_sigma(batch, shift, p_pure_noise, p_uniform):
     p_pure_noise of all clips sigma is 1."""
     normal = torch.randn(batch)
     chance = torch.rand(batch)
-    # One normal draw serves both: its sigmoid is logit-normal, its CDF uniform.
+    # A normal draw's sigmoid is logit-normal; its CDF is uniform. `chance` picks one of the two.
     uniform = torch.special.ndtr(normal)
     sigma = torch.where(chance >= 1 - p_uniform, uniform, normal.sigmoid())
     sigma = shift_sigma(sigma, shift)
@@ -97,7 +97,7 @@ def draw_sigma(batch, shift, p_pure_noise, p_uniform):
 
 
 def flow_loss(model, x0, sigma, conditions, first_latent, cell_weight=1.0, channel_weight=1.0):
-    """Rectified flow (appendix D): noise x0 (B, C, F, h, w) to sigma (B,); return the mean squared
+    """Rectified flow (eq. A1, A2): noise x0 (B, C, F, h, w) to sigma (B,); return the mean squared
     error of the model's velocity. first_latent (B, C, 1, h, w): the clean image, excluded from the
     loss; None: the image is among the conditions. cell_weight (B, F, h, w), channel_weight
     (B, C, 1, 1, 1): weights of the error. channel_weight depends on sigma alone and leaves the
@@ -202,8 +202,8 @@ def dmd_loss(x0, teacher, critic, conditions, first_latent, shift, weight=1.0):
         distance = (x0 - real).abs().mean((1, 2, 3, 4), keepdim=True)
         direction = (fake - real) / distance.clamp(min=1e-6)    # a perfect clip has distance 0
         target = x0 - direction
-    # Unlike in flow_loss, frame 0 counts, although the image has no error there. It makes both
-    # `distance` and the mean below smaller by (F - 1) / F, so the gradient is the same without it.
+    # The gradient of this is `direction`, divided by the number of elements, times `weight`. The
+    # image, frame 0, need not be cut off: its zeros shrink `distance` and this mean alike.
     return 0.5 * ((x0 - target).square() * weight).mean()
 
 
@@ -703,7 +703,7 @@ class Learner:
 
 
 # --------------------------------------------------------------------------------------------------
-# What extras/ adds to a training: guard.py makes it safe, watch.py shows how it goes.
+# What extras/ adds to a training run: guard.py checks inputs and files, watch.py reports progress.
 
 class Unguarded:
     """What a copy without extras/ has in place of the functions of extras/guard.py, which refuse
@@ -742,8 +742,8 @@ def guard():
 
 
 def no_report(loop, *inputs):
-    """What a stage calls after every update, with its Loop, networks and clips: does nothing.
-    extras/watch.py has one that measures now and then."""
+    """Default callback after each update: does nothing. Its inputs are the stage's Loop, networks and
+    clips. extras/watch.py has one that measures now and then."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1023,6 +1023,14 @@ def random_subset(mask, count, preference=0):
 
 STILL = 2.0             # pixels; what moves no farther is at rest
 
+# What a user might draw [O]; the pauses are the paper's (section 3.1).
+ON_OBJECT = (0, 1, 1, 2, 4, 8, 16, 16)      # tracks on an object: one of these, equally likely
+ON_GROUND = (0, 0, 1, 4, 9, 32, 64)         # tracks on the ground, likewise
+P_PARTIAL = 0.15                            # share of tracks that start or end midway
+P_PAUSE = 0.2                               # share of clips, or of a dense clip's chunks, in pause
+PAUSE = (4, 16)                             # shortest and longest pause of a clip, in video frames
+DENSE = (1000, 2500)                        # fewest and most dense tracks (appendix D) [P]
+
 
 def goes_anywhere(tracks, visible, mine):
     """True where an object (or the ground) moves, judged by its tracks: (B, 1). tracks
@@ -1035,9 +1043,9 @@ def goes_anywhere(tracks, visible, mine):
 
 def user_tracks(visible, group, tracks=None):
     """Visibility (B, T, N) of random ground-truth tracks such as a user might draw: from nothing or
-    a single drag to the dense grid. Some tracks start or end midway; in a fifth of the clips all
-    tracks pause for a while (section 3.1). group (B, N): each track's object, whose first track is
-    its centre; -1: the ground.
+    a single drag to the dense grid. Some tracks start or end midway; in some clips all tracks pause
+    for a while (section 3.1). group (B, N): each track's object, whose first track is its centre;
+    -1: the ground.
 
     tracks (B, T, N, 2), if given: every object of frame 0 that moves, and a moving ground, keep at
     least one track, which a pause or an early end may hide for a while. So a model learns that
@@ -1048,37 +1056,36 @@ def user_tracks(visible, group, tracks=None):
     for label in range(int(group.max()) + 1):
         mine = group == label
         centre = mine & (mine.cumsum(1) == 1)
-        count = torch.tensor([0, 1, 1, 2, 4, 8, 16, 16])[torch.randint(0, 8, (B, 1))]
+        count = torch.tensor(ON_OBJECT)[torch.randint(0, len(ON_OBJECT), (B, 1))]
         if tracks is not None:
             count = count.maximum(goes_anywhere(tracks, visible, mine).long())
         preference = -0.5 * torch.rand(B, 1) * centre           # the centre comes early
         keep |= random_subset(mine, count, preference)
-    count = torch.tensor([0, 0, 1, 4, 9, 32, 64])[torch.randint(0, 7, (B, 1))]
+    count = torch.tensor(ON_GROUND)[torch.randint(0, len(ON_GROUND), (B, 1))]
     if tracks is not None:
         count = count.maximum(goes_anywhere(tracks, visible, group < 0).long())
     keep |= random_subset(group < 0, count)
     t = torch.arange(T)[:, None]
     ends = torch.randint(0, T, (2, B, 1, N)).sort(0).values
-    whole = torch.rand(B, 1, N) >= 0.15
+    whole = torch.rand(B, 1, N) >= P_PARTIAL
     shown = whole | (t >= ends[0]) & (t <= ends[1])             # (B, T, N)
     begin = torch.randint(1, T, (B, 1, 1))
-    length = torch.randint(4, 17, (B, 1, 1))
+    length = torch.randint(PAUSE[0], PAUSE[1] + 1, (B, 1, 1))
     pause = (t >= begin) & (t < begin + length)                 # (B, T, 1)
-    pause = pause & (torch.rand(B, 1, 1) < 0.2)
+    pause = pause & (torch.rand(B, 1, 1) < P_PAUSE)
     return visible & keep[:, None] & shown & ~pause
 
 
 def dense_subset(visible, pauses, config):
-    """Visibility (B, T, N) of 1,000 to 2,500 ground-truth tracks, or all if fewer (section 4.1: a
-    grid of 50x50). pauses: a fifth of the chunks after the first show none (section 3.1, appendix
-    D)."""
+    """Visibility (B, T, N) of as many ground-truth tracks as DENSE says, or all if fewer. pauses:
+    a share P_PAUSE of the chunks after the first show none (section 3.1, appendix D)."""
     B, T, _ = visible.shape
-    count = torch.randint(1000, 2501, (B, 1))
+    count = torch.randint(DENSE[0], DENSE[1] + 1, (B, 1))
     keep = random_subset(visible.any(1), count)                 # (B, N)
     latent = (torch.arange(T) + FRAMES - 1) // FRAMES           # each video frame's latent frame
     after = latent - config.first_chunk_size
     chunk = (after // config.chunk + 1).clamp(min=0)            # and its chunk, from 0
-    by_chunk = torch.rand(B, T, 1) >= 0.2 * pauses              # enough: there are fewer than T
+    by_chunk = torch.rand(B, T, 1) >= P_PAUSE * pauses          # by chunk; T draws are more than enough
     shown = by_chunk[:, chunk]                                  # (B, T, 1), by video frame
     shown = shown | (chunk == 0)[:, None]
     return visible & keep[:, None] & shown
@@ -1471,7 +1478,7 @@ def generated_clip(run, generator, vae, files, plan, grad):
                          plan.exit_step, caches=caches)
         chunks = itertools.islice(chunks, len(sizes))   # stops there: the last is not cached
         x0, points = judged_clip(chunks, run.clip_latents, image_latent, batch.points)
-        # For teacher and critic, too: all three have the teacher's track head, frozen.
+        # Teacher and critic share these features: all three have the same frozen track head.
         motion = motion_of(generator, points, vae)
     conditions = conditions_of_first(of_rollout, run.clip_latents) | motion
     return x0, conditions, points
@@ -1571,7 +1578,7 @@ def assignment(text):
 
 
 def new_parser(description):
-    """The flags of a training except --stage, shared with programs in extras."""
+    """The flags of a training run except --stage, shared with programs in extras."""
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     count = number(int, 1, 10 ** 9)
     add = parser.add_argument
