@@ -742,8 +742,8 @@ def guard():
 
 
 def no_report(loop, *inputs):
-    """Default callback after each update: does nothing. Its inputs are the stage's Loop, networks and
-    clips. extras/watch.py has one that measures now and then."""
+    """Default callback after each update: does nothing. Given the stage's Loop, networks, clips.
+    extras/watch.py has one that measures now and then."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1023,7 +1023,7 @@ def random_subset(mask, count, preference=0):
 
 STILL = 2.0             # pixels; what moves no farther is at rest
 
-# What a user might draw [O]; the pauses are the paper's (section 3.1).
+# What a user might draw [O]; P_PAUSE is the paper's (section 3.1).
 ON_OBJECT = (0, 1, 1, 2, 4, 8, 16, 16)      # tracks on an object: one of these, equally likely
 ON_GROUND = (0, 0, 1, 4, 9, 32, 64)         # tracks on the ground, likewise
 P_PARTIAL = 0.15                            # share of tracks that start or end midway
@@ -1085,7 +1085,7 @@ def dense_subset(visible, pauses, config):
     latent = (torch.arange(T) + FRAMES - 1) // FRAMES           # each video frame's latent frame
     after = latent - config.first_chunk_size
     chunk = (after // config.chunk + 1).clamp(min=0)            # and its chunk, from 0
-    by_chunk = torch.rand(B, T, 1) >= P_PAUSE * pauses          # by chunk; T draws are more than enough
+    by_chunk = torch.rand(B, T, 1) >= P_PAUSE * pauses          # T draws: more than chunks
     shown = by_chunk[:, chunk]                                  # (B, T, 1), by video frame
     shown = shown | (chunk == 0)[:, None]
     return visible & keep[:, None] & shown
