@@ -1,4 +1,5 @@
-"""The second reading: what the method promises, one sentence a test, in motionstream.py's order.
+"""A second way to read the project: what the method promises, one test per sentence, in the order
+of motionstream.py.
 
     python test_motionstream.py                    all tests, those in extras too, side by side
     python test_motionstream.py rollout cache      those with one of these words in their name
@@ -1224,6 +1225,7 @@ def test_generator_and_critic_are_scored_at_the_noise_levels_of_the_config():
         return x * 0
 
     network.config = UNGUIDED
+    torch.manual_seed(0)
     for shift in 1.0, 8.0:
         seen.clear()
         td.dmd_loss(x0, network, network, given, first, shift)
@@ -1232,8 +1234,29 @@ def test_generator_and_critic_are_scored_at_the_noise_levels_of_the_config():
         expected = shift_sigma(even, shift).clamp(0.02, 0.98)
         assert len(seen) == 3                                   # teacher, critic; critic
         for sigma in seen:
-            error = sigma.sort().values - expected
-            assert error.abs().max() < 0.05, shift
+            sigma = sigma.sort().values
+            assert (sigma - expected).abs().max() < 0.05, shift
+            assert_near(sigma[[0, -1]], torch.tensor([0.02, 0.98]), 1e-6)
+
+
+def test_teacher_and_critic_are_given_x_t_at_the_sigma_that_they_are_told():
+    """Of zeros, with ones as noise, x_t is sigma."""
+    x0 = torch.zeros(8, 1, 3, 2, 2)
+    calls = []
+
+    def network(x, sigma):
+        told = sigma.to(x)[:, None, :, None, None]
+        assert x.equal(told.expand_as(x))
+        assert sigma[:, 1:].min() > 0
+        calls.append(sigma[:, 0].any().item())
+        return x * 0
+
+    network.config = UNGUIDED
+    with unittest.mock.patch.object(torch, "randn_like", torch.ones_like):
+        for first_latent in None, x0[:, :, :1]:
+            td.dmd_loss(x0, network, network, {}, first_latent, 5.0)
+            td.critic_loss(x0, network, {}, first_latent, 5.0)
+    assert calls == [True] * 3 + [False] * 3                    # an image is not noised
 
 
 def has_gradient(model):
@@ -1303,6 +1326,9 @@ def test_the_end_of_a_long_rollout_is_judged_beside_the_image_it_began_with():
     whole, told = td.judged_clip(chunks, 15, first, points)
     assert whole.equal(latents)
     assert told["tracks"].equal(points["tracks"])
+    chunks = latents[:, :, :10].split([1, 3, 3, 3], 2)
+    x0, _ = td.judged_clip(chunks, 4, first, points)            # the last chunk and one latent more
+    assert x0.equal(torch.cat([first, latents[:, :, 7:10]], 2))
 
 
 # What teacher and causal student learn from before.
@@ -1522,8 +1548,9 @@ def run_side_by_side(files):
 
 
 def main(words, slow):
-    """Run the tests with one of the words in their name; all if there are none, and these in two
-    processes where there are two cores, but for slow ones, some of which measure."""
+    """Run the tests with one of the words in their name. With no words, run all tests, in two
+    processes if there are two cores. With `slow` run the slow ones too, in one process, because
+    some of them measure time. Returns the exit code."""
     started = time.time()
     if words or slow or cores() < 2:
         count = Counter()

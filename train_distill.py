@@ -2,8 +2,8 @@
 
     vae      the tiny model's linear code of video
     teacher  bidirectional rectified flow, given the first frame, text and tracks
-    causal   the student, chunk by chunk through the KV cache: regression on the truth on its own
-             rollouts (tiny) or on the teacher's ODE trajectories (paper), see causal_from
+    causal   the student, chunk by chunk through the KV cache, trained by regression: its own
+             rollouts against the true clips (tiny), or the teacher's ODE trajectories (paper)
     distill  Self-Forcing DMD: the student rolls out as it will at inference, teacher and critic
              score the result
 
@@ -89,7 +89,7 @@ def draw_sigma(batch, shift, p_pure_noise, p_uniform):
     p_pure_noise of all clips sigma is 1."""
     normal = torch.randn(batch)
     chance = torch.rand(batch)
-    # One normal draw serves both: its sigmoid is logit-normal, its CDF uniform.
+    # A normal draw's sigmoid is logit-normal; its CDF is uniform. `chance` picks one of the two.
     uniform = torch.special.ndtr(normal)
     sigma = torch.where(chance >= 1 - p_uniform, uniform, normal.sigmoid())
     sigma = shift_sigma(sigma, shift)
@@ -97,7 +97,7 @@ def draw_sigma(batch, shift, p_pure_noise, p_uniform):
 
 
 def flow_loss(model, x0, sigma, conditions, first_latent, cell_weight=1.0, channel_weight=1.0):
-    """Rectified flow (appendix D): noise x0 (B, C, F, h, w) to sigma (B,); return the mean squared
+    """Rectified flow (eq. A1, A2): noise x0 (B, C, F, h, w) to sigma (B,); return the mean squared
     error of the model's velocity. first_latent (B, C, 1, h, w): the clean image, excluded from the
     loss; None: the image is among the conditions. cell_weight (B, F, h, w), channel_weight
     (B, C, 1, 1, 1): weights of the error. channel_weight depends on sigma alone and leaves the
@@ -202,8 +202,8 @@ def dmd_loss(x0, teacher, critic, conditions, first_latent, shift, weight=1.0):
         distance = (x0 - real).abs().mean((1, 2, 3, 4), keepdim=True)
         direction = (fake - real) / distance.clamp(min=1e-6)    # a perfect clip has distance 0
         target = x0 - direction
-    # Unlike in flow_loss, frame 0 counts, although the image has no error there. It makes both
-    # `distance` and the mean below smaller by (F - 1) / F, so the gradient is the same without it.
+    # The gradient of this is `direction`, divided by the number of elements, times `weight`. The
+    # image, frame 0, need not be cut off: its zeros shrink `distance` and this mean alike.
     return 0.5 * ((x0 - target).square() * weight).mean()
 
 
@@ -237,7 +237,8 @@ class Settings:
     """The training settings. The defaults are the tiny model's.
 
     A micro-step is a forward and backward pass over `batch` clips in one process. An update uses
-    the mean gradient of STAGE_accumulate micro-steps, divided among the processes."""
+    the mean gradient of STAGE_accumulate micro-steps, divided evenly among the processes; each
+    takes at least one, so that more processes than micro-steps make larger updates."""
     # data
     clip_frames: int = 45           # 12 latent frames, 4 chunks of 3 [O]
     batch: int = 4                  # clips per micro-step [O]
@@ -587,7 +588,8 @@ class Muon(torch.optim.Optimizer):
 
 class Learner:
     """A network, its optimizers and the moving average (EMA) of its weights, all sharded, see
-    `shard`. Call `backward` for each micro-step of an update, then `update`.
+    `shard`. Call `backward` for each micro-step of an update, then `update`. Without an average,
+    `average` is the network itself.
 
     learning: its settings. updates: after so many the learning rate is 0; 0: no decay.
     accumulate: micro-steps per update, over all processes. shard_gradients: see backward."""
@@ -601,7 +603,7 @@ class Learner:
         self.micro_steps = 0            # since the last update
         self.loss = 0.0                 # mean loss of these micro-steps
         self.averaged = None
-        self.average = None
+        self.average = model
         if learning.ema:
             self.averaged = AveragedModel(model, multi_avg_fn=self.move_average)
             self.average = shard(self.averaged.module.requires_grad_(False))
@@ -701,7 +703,7 @@ class Learner:
 
 
 # --------------------------------------------------------------------------------------------------
-# What extras/ adds to a training: guard.py makes it safe, watch.py shows how it goes.
+# What extras/ adds to a training run: guard.py checks inputs and files, watch.py reports progress.
 
 class Unguarded:
     """What a copy without extras/ has in place of the functions of extras/guard.py, which refuse
@@ -740,7 +742,7 @@ def guard():
 
 
 def no_report(loop, *inputs):
-    """What a stage calls after every update, with its Loop, networks and clips: does nothing.
+    """Default callback after each update: does nothing. Given the stage's Loop, networks, clips.
     extras/watch.py has one that measures now and then."""
 
 
@@ -937,17 +939,17 @@ def clip_files(folder):
     return sorted(files)
 
 
-def open_clips(folder, frames):
-    """The clips in a folder that have at least `frames` latents, see clip_files. UserError, one
+def open_clips(folder, latents):
+    """The clips in a folder that have at least so many latents, see clip_files. UserError, one
     line, if a clip is damaged or none is long enough."""
     files = clip_files(folder)
     long_enough = []
     for file in files:
         shapes, _ = read_header(file)
-        if latents_in(shapes) >= frames:
+        if latents_in(shapes) >= latents:
             long_enough.append(file)
     if not long_enough:
-        raise UserError(f"{folder}: {len(files)} clips, none of {video_frames(frames)} frames")
+        raise UserError(f"{folder}: {len(files)} clips, none of {video_frames(latents)} frames")
     return long_enough
 
 
@@ -958,15 +960,15 @@ def write_clip(path, tensors):
     write_file(path, functools.partial(save_file, tensors))
 
 
-def training_clips(run, frames):
+def training_clips(run, latents):
     """Files of encoded clips for all stages but the first: the clips of --data that have at least
-    `frames` latents, encoded here if they hold video; without --data, rendered clips."""
+    so many latents, encoded here if they hold video; without --data, rendered clips."""
     if not run.data:
         from extras.clips import encode_video
         from extras.world import rendered_clips
         encode = functools.partial(encode_video, run.load_vae().cpu())
         return rendered_clips(run, "clips", run.settings.clips, encode)
-    files = open_clips(run.data, frames)
+    files = open_clips(run.data, latents)
     videos = [file for file in files if "latents" not in read_header(file)[0]]
     if not videos:
         return files
@@ -975,11 +977,11 @@ def training_clips(run, frames):
     return [encoded.get(file, file) for file in files]
 
 
-def read_clip(file, frames=None, track_frames=None):
-    """Read the first `frames` latents of a clip and `track_frames` video frames of its tracks:
+def read_clip(file, latents=None, track_frames=None):
+    """Read the first `latents` latents of a clip and `track_frames` video frames of its tracks:
     {name: tensor}; None: all. The rest is not read from disk."""
     whole = slice(None)
-    parts = {"latents": (whole, slice(frames)), "tracks": slice(track_frames),
+    parts = {"latents": (whole, slice(latents)), "tracks": slice(track_frames),
              "visible": slice(track_frames)}
     clip = {}
     with safe_open(file, "pt") as opened:
@@ -999,11 +1001,11 @@ def stack(tensors, fill=0):
     return batch
 
 
-def draw_clips(files, count, frames=None, track_frames=None):
+def draw_clips(files, count, latents=None, track_frames=None):
     """Random clips, {name: (count, …)}; see read_clip. Texts are padded with zeros, tracks with
     hidden ones."""
     chosen = torch.randint(0, len(files), (count,)).tolist()
-    clips = [read_clip(files[i], frames, track_frames) for i in chosen]
+    clips = [read_clip(files[i], latents, track_frames) for i in chosen]
     batch = {}
     for name in clips[0]:
         fill = -1 if name == "group" else 0
@@ -1021,6 +1023,14 @@ def random_subset(mask, count, preference=0):
 
 STILL = 2.0             # pixels; what moves no farther is at rest
 
+# What a user might draw [O]; P_PAUSE is the paper's (section 3.1).
+ON_OBJECT = (0, 1, 1, 2, 4, 8, 16, 16)      # tracks on an object: one of these, equally likely
+ON_GROUND = (0, 0, 1, 4, 9, 32, 64)         # tracks on the ground, likewise
+P_PARTIAL = 0.15                            # share of tracks that start or end midway
+P_PAUSE = 0.2                               # share of clips, or of a dense clip's chunks, in pause
+PAUSE = (4, 16)                             # shortest and longest pause of a clip, in video frames
+DENSE = (1000, 2500)                        # fewest and most dense tracks (appendix D) [P]
+
 
 def goes_anywhere(tracks, visible, mine):
     """True where an object (or the ground) moves, judged by its tracks: (B, 1). tracks
@@ -1033,9 +1043,9 @@ def goes_anywhere(tracks, visible, mine):
 
 def user_tracks(visible, group, tracks=None):
     """Visibility (B, T, N) of random ground-truth tracks such as a user might draw: from nothing or
-    a single drag to the dense grid. Some tracks start or end midway; in a fifth of the clips all
-    tracks pause for a while (section 3.1). group (B, N): each track's object, whose first track is
-    its centre; -1: the ground.
+    a single drag to the dense grid. Some tracks start or end midway; in some clips all tracks pause
+    for a while (section 3.1). group (B, N): each track's object, whose first track is its centre;
+    -1: the ground.
 
     tracks (B, T, N, 2), if given: every object of frame 0 that moves, and a moving ground, keep at
     least one track, which a pause or an early end may hide for a while. So a model learns that
@@ -1046,37 +1056,36 @@ def user_tracks(visible, group, tracks=None):
     for label in range(int(group.max()) + 1):
         mine = group == label
         centre = mine & (mine.cumsum(1) == 1)
-        count = torch.tensor([0, 1, 1, 2, 4, 8, 16, 16])[torch.randint(0, 8, (B, 1))]
+        count = torch.tensor(ON_OBJECT)[torch.randint(0, len(ON_OBJECT), (B, 1))]
         if tracks is not None:
             count = count.maximum(goes_anywhere(tracks, visible, mine).long())
         preference = -0.5 * torch.rand(B, 1) * centre           # the centre comes early
         keep |= random_subset(mine, count, preference)
-    count = torch.tensor([0, 0, 1, 4, 9, 32, 64])[torch.randint(0, 7, (B, 1))]
+    count = torch.tensor(ON_GROUND)[torch.randint(0, len(ON_GROUND), (B, 1))]
     if tracks is not None:
         count = count.maximum(goes_anywhere(tracks, visible, group < 0).long())
     keep |= random_subset(group < 0, count)
     t = torch.arange(T)[:, None]
     ends = torch.randint(0, T, (2, B, 1, N)).sort(0).values
-    whole = torch.rand(B, 1, N) >= 0.15
+    whole = torch.rand(B, 1, N) >= P_PARTIAL
     shown = whole | (t >= ends[0]) & (t <= ends[1])             # (B, T, N)
     begin = torch.randint(1, T, (B, 1, 1))
-    length = torch.randint(4, 17, (B, 1, 1))
+    length = torch.randint(PAUSE[0], PAUSE[1] + 1, (B, 1, 1))
     pause = (t >= begin) & (t < begin + length)                 # (B, T, 1)
-    pause = pause & (torch.rand(B, 1, 1) < 0.2)
+    pause = pause & (torch.rand(B, 1, 1) < P_PAUSE)
     return visible & keep[:, None] & shown & ~pause
 
 
 def dense_subset(visible, pauses, config):
-    """Visibility (B, T, N) of 1,000 to 2,500 ground-truth tracks, or all if fewer (section 4.1: a
-    grid of 50x50). pauses: a fifth of the chunks after the first show none (section 3.1, appendix
-    D)."""
+    """Visibility (B, T, N) of as many ground-truth tracks as DENSE says, or all if fewer. pauses:
+    a share P_PAUSE of the chunks after the first show none (section 3.1, appendix D)."""
     B, T, _ = visible.shape
-    count = torch.randint(1000, 2501, (B, 1))
+    count = torch.randint(DENSE[0], DENSE[1] + 1, (B, 1))
     keep = random_subset(visible.any(1), count)                 # (B, N)
     latent = (torch.arange(T) + FRAMES - 1) // FRAMES           # each video frame's latent frame
     after = latent - config.first_chunk_size
     chunk = (after // config.chunk + 1).clamp(min=0)            # and its chunk, from 0
-    by_chunk = torch.rand(B, T, 1) >= 0.2 * pauses              # enough: there are fewer than T
+    by_chunk = torch.rand(B, T, 1) >= P_PAUSE * pauses          # T draws: more than chunks
     shown = by_chunk[:, chunk]                                  # (B, T, 1), by video frame
     shown = shown | (chunk == 0)[:, None]
     return visible & keep[:, None] & shown
@@ -1119,19 +1128,19 @@ def weight_of_cells(run, batch):
     return 1 + run.settings.track_weight * touched
 
 
-def draw_batch(run, files, count, frames, *, dense=False, first_only=False):
-    """A Batch of `count` random clips, with conditions for `frames` latents and the tracks of
+def draw_batch(run, files, count, length, *, dense=False, first_only=False):
+    """A Batch of `count` random clips, with conditions for `length` latents and the tracks of
     given_tracks. first_only: no latents but the image's."""
     config = run.config
-    latents_read = 1 if first_only else frames
-    clips = draw_clips(files, count, latents_read, video_frames(frames))
+    latents_read = 1 if first_only else length
+    clips = draw_clips(files, count, latents_read, video_frames(length))
     latents = clips["latents"].float()
     tracks = clips["tracks"]
     true = clips["visible"]
     on_object = clips["group"] >= 0                             # (B, N)
     visible = given_tracks(run, tracks, true, clips["group"], dense)
     conditions = {name: clips[name].float() for name in ("text", "clip") if name in clips}
-    channels, _ = image_inputs(config, latents[:, :, :1], frames)
+    channels, _ = image_inputs(config, latents[:, :, :1], length)
     if channels is not None:
         conditions["image"] = channels
     points = {"tracks": tracks, "visible": visible, "ids": track_ids(tracks, config)}
@@ -1418,15 +1427,15 @@ def draw_plan(run, update, learner):
     return Plan(chunks, exit_step, run.streaming)
 
 
-def first_frames(conditions, frames):
-    """The conditions of the first `frames` latents of a clip."""
-    return next(split_conditions(conditions, [frames]))
+def conditions_of_first(conditions, count):
+    """The conditions of the first `count` latents of a clip."""
+    return next(split_conditions(conditions, [count]))
 
 
-def judged_clip(chunks, frames, image_latent, points):
-    """Cut a clip of `frames` latents, which the teacher can judge, from a rollout, an iterator of
-    chunks: (x0 (B, C, frames, h, w), points). A rollout of that length is the clip. From a
-    longer one, take the last `frames` latents and replace the first of them by image_latent
+def judged_clip(chunks, count, image_latent, points):
+    """Cut a clip of `count` latents, which the teacher can judge, from a rollout, an iterator of
+    chunks: (x0 (B, C, count, h, w), points). A rollout of that length is the clip. From a
+    longer one, take the last `count` latents and replace the first of them by image_latent
     (B, C, 1, h, w): the clip jumps in time after it. So the teacher is given the true image, even
     if the student has drifted from it."""
     held = []                                           # the latest chunks
@@ -1434,32 +1443,32 @@ def judged_clip(chunks, frames, image_latent, points):
     for chunk in chunks:
         held.append(chunk)
         length += chunk.shape[2]
-        while sum(later.shape[2] for later in held[1:]) >= frames:
+        while sum(later.shape[2] for later in held[1:]) >= count:
             held.pop(0)                                 # not needed; frees its graph, too
-    x0 = torch.cat(held, 2)[:, :, -frames:]
-    if length > frames:
+    x0 = torch.cat(held, 2)[:, :, -count:]
+    if length > count:
         x0 = torch.cat([image_latent, x0[:, :, 1:]], 2)
     end = points["tracks"].shape[1]                     # of the video frames, keep 0 and the last
-    times = [0] + list(range(end - video_frames(frames) + 1, end))
+    times = [0] + list(range(end - video_frames(count) + 1, end))
     cut = {name: points[name][:, times] for name in ("tracks", "visible")}
     return x0, points | cut
 
 
 def generated_clip(run, generator, vae, files, plan, grad):
-    """Roll out the generator from first frames of clips by a Plan, as at inference. Returns the
+    """Roll out the generator from the first frames of clips by a Plan, as at inference. Returns the
     judged_clip x0 (B, C, F, h, w), its conditions and its points. grad: keep the graph of each
     chunk's last denoising step."""
     config = run.config
-    frames = run.latents_of(plan.chunks)
-    sizes = list(chunk_sizes(replace(config, **plan.streaming), frames))
-    batch = draw_batch(run, files, run.settings.batch, frames, first_only=True)
+    length = run.latents_of(plan.chunks)
+    sizes = list(chunk_sizes(replace(config, **plan.streaming), length))
+    batch = draw_batch(run, files, run.settings.batch, length, first_only=True)
     image_latent = batch.latents                        # (B, C, 1, h, w)
     B, C, _, h, w = image_latent.shape
     text = batch.conditions["text"]
     if plan.chunks > run.clip_chunks and run.settings.neutral_long_rollouts:
         text = embed_words(NEUTRAL, config).to(run.device).expand(B, -1, -1)
     of_rollout = batch.conditions | {"text": text}
-    noise = torch.randn(B, C, frames, h, w, device=run.device)
+    noise = torch.randn(B, C, length, h, w, device=run.device)
     first_latent = first_latent_of(config, image_latent)
     caches = generator.new_caches(**plan.streaming)
     with run.autocast(), torch.set_grad_enabled(grad), gathered(generator):
@@ -1469,9 +1478,9 @@ def generated_clip(run, generator, vae, files, plan, grad):
                          plan.exit_step, caches=caches)
         chunks = itertools.islice(chunks, len(sizes))   # stops there: the last is not cached
         x0, points = judged_clip(chunks, run.clip_latents, image_latent, batch.points)
-        # For teacher and critic, too: all three have the teacher's track head, frozen.
+        # Teacher and critic share these features: all three have the same frozen track head.
         motion = motion_of(generator, points, vae)
-    conditions = first_frames(of_rollout, run.clip_latents) | motion
+    conditions = conditions_of_first(of_rollout, run.clip_latents) | motion
     return x0, conditions, points
 
 
@@ -1512,7 +1521,7 @@ def distill(run, report=no_report, draw_plan=draw_plan):
     """Stage 4, Self-Forcing: critic_steps critic updates per generator update, each on new
     rollouts. report: see no_report. draw_plan: extras/experiments.py has one that draws more."""
     s = run.settings
-    files = training_clips(run, frames=1)
+    files = training_clips(run, latents=1)
     vae = run.load_vae()
     teacher = real_score(run)
     generator = to_be_trained(run, run.load("causal", **run.streaming))
@@ -1569,7 +1578,7 @@ def assignment(text):
 
 
 def new_parser(description):
-    """The flags of a training except --stage, shared with programs in extras."""
+    """The flags of a training run except --stage, shared with programs in extras."""
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     count = number(int, 1, 10 ** 9)
     add = parser.add_argument

@@ -253,7 +253,7 @@ def generated_clip(run, generator, exit_step):
     made = rollout(generator, noises, conditions, first_latent, exit_step)
     made = itertools.islice(made, len(noises))              # the last is not cached
     x0, _ = td.judged_clip(made, run.clip_latents, noise[:, :, :1], points)
-    return x0, td.first_frames(conditions, run.clip_latents)
+    return x0, td.conditions_of_first(conditions, run.clip_latents)
 
 
 def mean_chunks(run):

@@ -1,6 +1,6 @@
-"""What guards a training against mistakes and accidents: it refuses bad inputs in one line, locks
-the folder, tells files by their content and puts damaged checkpoints aside. train_distill.py trains
-without it too. Shapes are those of motionstream.py."""
+"""What guards a training run against mistakes and accidents: it refuses bad inputs in one line,
+locks the folder, tells files by their content and puts damaged checkpoints aside. train_distill.py
+trains without it too. Shapes are those of motionstream.py."""
 
 import contextlib
 import dataclasses
@@ -158,6 +158,19 @@ def check_run(run, flags):
         known = ", ".join(CAUSAL_FROM)
         raise UserError(f"--set causal_from={settings.causal_from}: is one of {known}")
     check_levels(config, settings, stage)
+    check_micro_steps(settings, stage)
+
+
+def check_micro_steps(settings, stage):
+    """UserError, one line, if the processes cannot take equally many of a stage's micro-steps.
+    Fewer micro-steps than processes are no error: each takes one."""
+    stages = td.STAGES if stage == "all" else [stage]
+    for each in stages:
+        name = "vae_accumulate" if each == "decoder" else f"{each}_accumulate"
+        count = getattr(settings, name)
+        if count > td.PROCESSES and count % td.PROCESSES:
+            raise UserError(f"--set {name}={count}: {td.PROCESSES} processes cannot divide {count} "
+                            "micro-steps evenly; give --accumulate N, for each process")
 
 
 def check_levels(config, settings, stage):
@@ -212,7 +225,7 @@ def check_inputs(run, stage, vae, dry_run):
     needs_vae = (start or encoded) and not vae
     needs_clips = start and start.config.is_wan and not data
     for wrong, cure in [
-        (start and start.config.causal, "holds a student; a training starts from a teacher"),
+        (start and start.config.causal, "holds a student; training starts from a teacher"),
         (start and start.config.has_mask,
          "takes the image as a clip with a mask, which cannot stream; take Fun-Control or T2V"),
         (encoded and stage == "vae", "holds latents; the stage vae needs clips with video"),
@@ -396,12 +409,12 @@ def clip_digests(run):
 
 
 # --------------------------------------------------------------------------------------------------
-# The folder of a training, its log and its checkpoints.
+# The folder of a training run, its log and its checkpoints.
 
 @contextlib.contextmanager
 def own_folder(folder):
-    """Delete unfinished files in a training's folder and hold its lock. The processes of torchrun
-    count as one training."""
+    """Delete unfinished files in a training run's folder and hold its lock. The processes of
+    torchrun count as one run."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a+") as file:
         if td.RANK == 0:
@@ -414,8 +427,8 @@ def own_folder(folder):
 
 
 def lock_folder(folder, file):
-    """Lock a training's folder for this process until it ends, even by a crash. file: open file in
-    the folder; holds the lock and names its owner. UserError if another process has it."""
+    """Lock a training run's folder for this process until it ends, even by a crash. file: open
+    file in the folder; holds the lock and names its owner. UserError if another process has it."""
     try:
         if os.name == "nt":
             import msvcrt
@@ -491,8 +504,8 @@ def read_checkpoint(path):
 
 
 def newest_checkpoint(folder, stage, settings):
-    """Contents of the newest undamaged checkpoint of a stage in a training's folder, None if there
-    is no checkpoint. The log loses the rows after it. Damaged ones are reported and renamed.
+    """Contents of the newest undamaged checkpoint of a stage in a training run's folder, None if
+    there is no checkpoint. The log loses the rows after it. Damaged ones are reported and renamed.
     UserError if all are damaged, or if it is of other settings."""
     log_path = folder / "stats.jsonl"
     paths = sorted(folder.glob(f"{stage}.*.checkpoint.pt"), reverse=True)

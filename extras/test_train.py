@@ -1554,6 +1554,25 @@ def test_every_stage_runs_on_a_folder_of_clips():
         assert student.config == replace(SMALL, causal=True)
 
 
+def test_without_an_average_a_stage_ends_with_the_trained_weights_themselves():
+    with folder() as here, without_pictures():
+        flags = own_flags(here, new_clips(here / "data"), "--set", "export_every=1")
+        flags += ["--set", "batch=1"]
+        for name in "teacher", "causal", "generator":
+            flags += ["--set", f"{name}.ema=0"]
+        out = here / "runs/out"
+        with patch.dict(watch.REPORT_EVERY, {"teacher": 1}):
+            one_update_each(flags, "teacher", "causal", "distill")
+        for stage, learner in ("teacher",) * 2, ("causal",) * 2, ("distill", "generator"):
+            checkpoint = torch.load(out / f"{stage}.0000001.checkpoint.pt")
+            learned = checkpoint["learners"][learner]
+            assert "average" not in learned
+            name = td.WEIGHTS[stage]
+            for path in out / f"{name}.safetensors", out / f"{name}.00001.safetensors":
+                for key, tensor in load_file(path).items():
+                    assert tensor.equal(learned["model"][key].half()), (stage, key)
+
+
 # Each stage, twice, and what else is asked without extras.
 ALONE = """
 import sys, train_distill
@@ -1596,10 +1615,10 @@ def test_long_rollouts_start_from_the_first_latents_of_clips_and_pictures_are_en
     lengths = set()
     judged_clip = td.judged_clip
 
-    def record(chunks, frames, first_latent, points):
+    def record(chunks, count, first_latent, points):
         if first_latent is not None:
             lengths.add(first_latent.shape[2])
-        x0, points = judged_clip(chunks, frames, first_latent, points)
+        x0, points = judged_clip(chunks, count, first_latent, points)
         assert x0.shape[2] == 12, "the teacher knows 12 latents"
         return x0, points
 
@@ -1828,6 +1847,21 @@ def test_flags_that_cannot_be_are_refused_in_one_line():
         for flags, expected in REFUSED_FLAGS.items():
             said = refusal(["--out", here / "out"] + flags.split())
             assert expected in said and "makes it" not in said, said
+
+
+def test_micro_steps_that_processes_cannot_share_evenly_are_refused():
+    with folder() as here:
+        flags = ["--dry-run", "wan2.1-1.3b", "--out", here]
+        with patch.object(td, "PROCESSES", 24), patch.object(td, "join_processes"):
+            said = refusal(flags + ["--stage", "distill"])
+            assert "distill_accumulate=64: 24 processes cannot divide 64 micro-steps" in said
+            said = refusal(flags + ["--stage", "teacher"])
+            assert "teacher_accumulate=128: 24 processes" in said
+            words = [str(flag) for flag in flags]
+            for more in ["--accumulate", "3"], ["--smoke"]:             # 72 in all; one each
+                td.resolve(td.parse(words + more))
+        with patch.object(td, "PROCESSES", 64):
+            td.resolve(td.parse(words))
 
 
 def test_every_setting_has_limits_that_all_settings_here_are_in():

@@ -1,5 +1,5 @@
-"""What a training shows: its plan; early signs that it goes wrong, printed and logged every
-REPORT_EVERY updates of the stages teacher and distill; pictures after each stage.
+"""What a training run shows: its plan; early signs that it goes wrong, printed and logged
+every REPORT_EVERY updates of the stages teacher and distill; pictures after each stage.
 docs/training.md explains how to read them. Shapes are those of motionstream.py."""
 
 import itertools
