@@ -47,9 +47,6 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
-if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")     # see sample.py
-
 import torch
 import torch.distributed as dist
 import torch.nn as nn
