@@ -686,7 +686,8 @@ class MotionStream(nn.Module):
         assert caches is not None or not write, "write=True needs caches, see new_caches"
         tokens = self.patch_embedding(x.to(self.patch_embedding.weight.dtype))
         frames, rows, columns = tokens.shape[2:]
-        tokens = tokens.flatten(3).permute(0, 2, 3, 1).float()          # (B, F, P, D)
+        tokens = tokens.flatten(3).permute(0, 2, 3, 1)                  # (B, F, P, D)
+        tokens = tokens.contiguous().float()    # else all layers would stride over the channels
 
         held = 0                                                        # latent frames in the cache
         if caches is None:
