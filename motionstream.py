@@ -8,7 +8,7 @@ pattern: each chunk attends to the first chunk, to the latest one and to itself.
 
 The paper is MotionStream, arXiv 2511.01266; sections and equations cited below are the paper's.
 The method ends with `rollout`; you can skip the rest: the tiny model's additions, and loading and
-saving weights. Nothing before needs it but from_pretrained and, for EMA-Sink, new_caches.
+saving weights. Above, only from_pretrained and, for EMA-Sink, new_caches depend on it.
 Shapes, in every file of this project:
 
     B batch   T video frames   F latent frames, T = 1 + 4 (F - 1)   C channels   N tracks
@@ -45,6 +45,12 @@ def per_frame(sigma):
     return sigma.reshape(len(sigma), 1, -1, 1, 1)
 
 
+def check_shape(name, value, expected):
+    """AssertionError, with both shapes, unless a tensor has the expected one."""
+    found = tuple(value.shape)
+    assert found == tuple(expected), f"{name} {found}, expected {tuple(expected)}"
+
+
 def add_noise(x0, noise, sigma):
     """Clean latents to noised ones, x_t (eq. A1). noise: as x0; sigma: (B,) or (B, F)."""
     check_shape("noise", noise, x0.shape)
@@ -71,12 +77,6 @@ def schedule(steps, shift):
 def same_sigma(sigma, x):
     """One noise level, a number, for all clips of latents x (B, …): (B,) float64."""
     return x.new_full((len(x),), sigma, dtype=torch.float64)
-
-
-def check_shape(name, value, expected):
-    """AssertionError, with both shapes, unless a tensor has the expected one."""
-    found = tuple(value.shape)
-    assert found == tuple(expected), f"{name} {found}, expected {tuple(expected)}"
 
 
 def with_first(x_t, sigma, first_latent):
@@ -836,7 +836,7 @@ def guided_velocity(model, x_t, sigma, conditions, guidance, null_text=None):
         batch[name] = torch.cat([variant[name] for variant in variants.values()])
     velocities = model(torch.cat([x_t] * n), torch.cat([sigma] * n), **batch).chunk(n)
     v = dict(zip(variants, velocities))
-    full = v["full"]            # stands in for what was left out: of weight 0, or equal to it
+    full = v["full"]    # replaces a skipped variant, whose weight is 0 or which equals it
     return joint_guidance(full, v.get("no_text", full), v.get("no_motion", full), w_text, w_motion)
 
 

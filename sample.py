@@ -341,7 +341,8 @@ def own_arrays(path):
 
 
 def own_tracks(arrays, size):
-    """Arrays of a file written by this project to Tracks. Any fault raises some exception."""
+    """Arrays of a file written by this project to Tracks. Malformed ones raise an exception of any
+    type; the caller makes a UserError of it."""
     for name in "tracks", "start", "width", "height":
         if name in arrays and arrays[name].dtype.kind not in "iuf":
             raise ValueError(f"{name} is no array of numbers")
@@ -663,7 +664,7 @@ def find_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        tensor = torch.zeros(1, device=name)
+        tensor = torch.zeros(1, dtype=torch.float64, device=name)   # which MPS lacks
         tensor.item()                       # "meta" has none
     except Exception as e:                  # each backend has its own kinds
         raise UserError(f"--device {name}: not available here ({reason_of(e)})") from None

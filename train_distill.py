@@ -235,7 +235,7 @@ class Settings:
 
     A micro-step is a forward and backward pass over `batch` clips in one process. An update uses
     the mean gradient of STAGE_accumulate micro-steps, divided evenly among the processes; each
-    takes at least one, so that more processes than micro-steps make larger updates."""
+    runs at least one, so with more processes than micro-steps the effective batch grows."""
     # data
     clip_frames: int = 45           # 12 latent frames, 4 chunks of 3 [O]
     batch: int = 4                  # clips per micro-step [O]
@@ -444,9 +444,10 @@ LATE = timedelta(hours=24)      # some may finish encoding long after others
 
 
 def join_processes(device):
-    """Join torchrun's process group, if there is one. device: None for default_device()."""
+    """Join torchrun's process group, if there is one. device: None or auto: default_device()."""
     if PROCESSES > 1:
-        device = device or default_device()
+        if device in (None, "auto"):
+            device = default_device()
         dist.init_process_group(timeout=SOON)
         dist.init_device_mesh(device.split(":")[0], (PROCESSES,))   # gloo, or nccl on a GPU
 
@@ -506,7 +507,7 @@ def gathered(model):
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)     # in process 0; others get {}
 SHARED = StateDictOptions(full_state_dict=True, broadcast_from_rank0=PROCESSES > 1)
-PARTLY = replace(SHARED, strict=False)      # optimizers hold nothing of parameters without gradient
+PARTLY = replace(SHARED, strict=False)      # optimizers have no state for what has no gradient
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1024,7 +1025,7 @@ STILL = 2.0             # pixels; what moves no farther is at rest
 ON_OBJECT = (0, 1, 1, 2, 4, 8, 16, 16)      # tracks on an object: one of these, equally likely
 ON_GROUND = (0, 0, 1, 4, 9, 32, 64)         # tracks on the ground, likewise
 P_PARTIAL = 0.15                            # share of tracks that start or end midway
-P_PAUSE = 0.2                               # share of clips, or of a dense clip's chunks, in pause
+P_PAUSE = 0.2                               # share of clips (of chunks, if dense) that hide all
 PAUSE = (4, 16)                             # shortest and longest pause of a clip, in video frames
 DENSE = (1000, 2500)                        # fewest and most dense tracks (appendix D) [P]
 
@@ -1049,6 +1050,8 @@ def user_tracks(visible, group, tracks=None):
     whatever has no track stays put. Otherwise the model would have to predict the mean of
     everything that could happen [O]."""
     B, T, N = visible.shape
+    if N == 0:
+        return visible
     keep = torch.zeros(B, N, dtype=torch.bool)
     for label in range(int(group.max()) + 1):
         mine = group == label
@@ -1433,7 +1436,7 @@ def judged_clip(chunks, count, image_latent, points):
     """Cut a clip of `count` latents, which the teacher can judge, from a rollout, an iterator of
     chunks: (x0 (B, C, count, h, w), points). A rollout of that length is the clip. From a
     longer one, take the last `count` latents and replace the first of them by image_latent
-    (B, C, 1, h, w): the clip jumps in time after it. So the teacher is given the true image, even
+    (B, C, 1, h, w), after which time jumps. So the teacher is given the true image, even
     if the student has drifted from it."""
     held = []                                           # the latest chunks
     length = 0                                          # latents of the whole rollout
@@ -1674,8 +1677,8 @@ def starting_settings(start, config):
 
 
 def resolve(flags):
-    """Resolve what parse returns, and the weights named there, into a Run. UserError, one line, if
-    that cannot be."""
+    """Resolve what parse returns, and the weights named there, into a Run. Raises a one-line
+    UserError if they are inconsistent."""
     start = inspect(flags.weights) if flags.weights else None
     config = starting_config(start, flags.dry_run or "tiny")
     settings = starting_settings(start, config)

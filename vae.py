@@ -643,7 +643,7 @@ class WanVAE(nn.Module):
 # Files. motionstream.py is imported only inside functions, so that everything above can be copied
 # and used with torch alone.
 
-# File names in a folder. Beside a .pth, the last one is Wan's DiT.
+# File names in a folder. In one with a .pth, the last name is that of Wan's DiT.
 VAE_FILES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth", "vae/diffusion_pytorch_model.safetensors",
              "diffusion_pytorch_model.safetensors")
 
@@ -664,7 +664,7 @@ def load_vae(path, cls=None):
     vae, file = open_weights(path)
     if cls and not isinstance(vae, cls):
         found = type(vae).__name__
-        raise UserError(f"{file}: a {found}, not a {cls.__name__}; load_vae opens both")
+        raise UserError(f"{file}: a {found}, not a {cls.__name__}; load_vae opens any")
     return copy_weights(vae, file, torch.float32)
 
 

@@ -102,6 +102,15 @@ def grouped(clips):
     return torch.cat([objects, ground]).expand(clips, -1)
 
 
+def test_a_batch_of_clips_without_tracks_has_none_to_choose():
+    visible = torch.zeros(2, 9, 0, dtype=torch.bool)
+    group = torch.zeros(2, 0).long()
+    run = SimpleNamespace(config=SMALL, settings=replace(td.PAPER, track_what_moves=True))
+    for dense in False, True:
+        given = td.given_tracks(run, torch.zeros(2, 9, 0, 2), visible, group, dense)
+        assert given.equal(visible)
+
+
 def test_user_tracks_are_among_the_visible_ones():
     torch.manual_seed(0)
     visible = rand(64, 45, 88) > -1

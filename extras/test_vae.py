@@ -375,7 +375,7 @@ def test_a_linear_vae_comes_back_from_its_file():
         assert back.latent_std.equal(std)
         assert not back.training
         for cls in WanVAE, TinyVAE:
-            text = f"vae.safetensors: a LinearVAE, not a {cls.__name__}; load_vae opens both"
+            text = f"vae.safetensors: a LinearVAE, not a {cls.__name__}; load_vae opens any"
             assert_error(UserError, text, cls.from_pretrained, path)
 
 
