@@ -687,7 +687,8 @@ class MotionStream(nn.Module):
         tokens = self.patch_embedding(x.to(self.patch_embedding.weight.dtype))
         frames, rows, columns = tokens.shape[2:]
         tokens = tokens.flatten(3).permute(0, 2, 3, 1)                  # (B, F, P, D)
-        tokens = tokens.contiguous().float()    # else all layers would stride over the channels
+        # float32, and laid out anew in the same copy: else all layers would stride over the channels
+        tokens = tokens.to(torch.float32, memory_format=torch.contiguous_format).contiguous()
 
         held = 0                                                        # latent frames in the cache
         if caches is None:

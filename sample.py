@@ -773,7 +773,8 @@ def generate(job, models, frame_0, motion):
     if not config.causal:
         chunks = map(to_frames, sample_teacher(*inputs))
     else:
-        latents = stream_latents(*inputs)
+        latents = stream_latents(*inputs, chunk=config.chunk, sink=config.sink,
+                                 window=config.window)      # which the page changes
         if job.compile and job.device.type == "cuda" and job.frames:  # nobody steers the next chunk
             frames_beside = extra("compiling", "--compile").frames_beside
             chunks = frames_beside(models.vae, latents, job.device, to_frames)
