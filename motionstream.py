@@ -1074,8 +1074,10 @@ def copy_along_tracks(vae, frame_0, tracks, visible, start):
     nothing. T % 4 == 1 starts a clip, T % 4 == 0 continues one: concatenated chunks equal the whole
     clip."""
     H, W = frame_0.shape[2:]
-    T = tracks.shape[1]
-    check_shape("frame_0", frame_0, (len(tracks), 3, H, W))
+    B, T, N, _ = tracks.shape
+    check_shape("frame_0", frame_0, (B, 3, H, W))
+    check_shape("visible", visible, (B, T, N))
+    check_shape("start", start, (B, N, 2))
     assert T % FRAMES < 2, f"tracks of {T} frames, expected 4 n + 1 to start a clip, 4 n later"
     visible = visible & start.isfinite().all(2)[:, None]
     tracks = F.pad(tracks, (0, 0, 0, 1))        # one more track, never visible, so that N = 0

@@ -102,6 +102,9 @@ def live_motion(points, starts, config, ids=None):
     ID depends on a track's index and start."""
     points = torch.as_tensor(points, dtype=torch.float32)[None]             # (1, T, N, 2)
     starts = torch.as_tensor(starts, dtype=torch.float32)[None]             # (1, N, 2)
+    N = starts.shape[1]
+    check_shape("starts, after the batch of 1,", starts, (1, N, 2))
+    check_shape("points, after the batch of 1,", points, (1, points.shape[1], N, 2))
     if ids is not None:
         ids = torch.as_tensor(ids, dtype=torch.int64)[None]                 # (1, N)
     elif config.track_id_mode == "random":

@@ -64,8 +64,9 @@ from tqdm import tqdm
 from motionstream import (FRAMES, PRESETS, Config, MotionStream, UserError, add_noise, cell_of,
                           channel_std, chunk_sizes, euler, extra, guided_velocity, image_inputs,
                           latent_frames, linear_part, motion_inputs, naming, new_model, remember,
-                          rollout, same_sigma, save_pretrained, shift_sigma, split_conditions,
-                          start_points, to_x0, track_ids, video_frames, with_first, write_file)
+                          rollout, same_sigma, save_pretrained, schedule, shift_sigma,
+                          split_conditions, start_points, to_x0, track_ids, video_frames,
+                          with_first, write_file)
 from sample import (Parser, embed_words, find_device, guidance_flag, hold_signals, inspect,
                     memory_flag, number, open_vae, reported)
 
@@ -1293,6 +1294,7 @@ def make_trajectories(run, files):
     paths = [folder / f"{i:07}.safetensors" for i in range(count)]
     starts = range(0, count, each)
     missing = [i for i in starts if not paths[i + each - 1].exists()]
+    missing = from_first(missing)       # another process may have begun to make them
     teacher = run.load("teacher")
     vae = run.load_vae()
     for start in tqdm(missing[RANK::PROCESSES], f"trajectories, by {each}", disable=not missing):
@@ -1688,6 +1690,9 @@ def resolve(flags):
             config = assign(config, path, value)
         else:
             settings = assign(settings, path, value)
+    named = [path for path, _ in flags.set]
+    if "shift" in named and "sigmas" not in named:
+        config = replace(config, sigmas=schedule(len(config.sigmas), config.shift))
     out = flags.out or Path("runs/smoke" if flags.smoke else "runs/tiny")
     files = {name: out / f"{name}.safetensors" for name in WEIGHTS.values()}
     files["vae"] = flags.vae or files["vae"]

@@ -87,6 +87,9 @@ def test_copies_made_chunk_by_chunk_are_those_of_the_whole():
     said = "tracks of 10 frames, expected 4 n + 1"
     args = (vae, image, tracks[:, ten], visible[:, ten], start)
     assert_error(AssertionError, said, copy_along_tracks, *args)
+    said = f"start ({len(start)}, 2, 2), expected"
+    args = (vae, image, tracks, visible, start[:, :2])
+    assert_error(AssertionError, said, copy_along_tracks, *args)
 
 
 def test_no_visible_track_at_all_is_the_image_standing_still():

@@ -397,6 +397,14 @@ def test_a_stream_refuses_tracks_of_another_length_than_its_chunk():
         assert_error(AssertionError, said, next, chunks)
 
 
+def test_live_points_and_starts_of_different_tracks_are_refused():
+    points = torch.zeros(9, 3, 2)
+    said = "points, after the batch of 1, (1, 9, 3, 2), expected (1, 9, 2, 2)"
+    assert_error(AssertionError, said, sample.live_motion, points, torch.zeros(2, 2), SMALL)
+    said = "starts, after the batch of 1, (1, 2), expected (1, 2, 2)"
+    assert_error(AssertionError, said, sample.live_motion, points, torch.zeros(2), SMALL)
+
+
 def test_an_image_of_another_size_is_refused_at_the_door():
     model = new_model()
     vae = new_vae()

@@ -1790,6 +1790,13 @@ def test_threads_of_extras_wait_briefly_unless_the_user_says_how():
             assert os.environ.get("GOMP_SPINCOUNT") == count, given
 
 
+def test_a_shift_moves_the_students_noise_levels_with_it():
+    run = td.resolve(td.parse(["--dry-run", "--set", "shift=8"]))
+    assert run.config.sigmas == schedule(3, 8)
+    own = ["--set", "sigmas=(1.0, 0.5)"]
+    assert td.resolve(td.parse(["--dry-run", "--set", "shift=8"] + own)).config.sigmas == (1, 0.5)
+
+
 def test_settings_are_set_by_name_and_by_type():
     values = {"batch": 2, "teacher.adam": 1e-4, "causal.adam": 1e-5, "track_weight": 1, "eps": 1e-5,
               "corrupt_context": False}
