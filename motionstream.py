@@ -94,7 +94,11 @@ def with_first(x_t, sigma, first_latent):
 
 
 def joint_guidance(v_full, v_notext, v_nomotion, w_text, w_motion):
-    """Joint text and motion guidance (eq. 2) of three velocities.
+    """Joint text and motion guidance (eq. 2) of three velocities,
+
+        base + w_text (v_full - v_notext) + w_motion (v_full - v_nomotion),
+
+    where base is the mean of v_notext and v_nomotion, weighted by w_text and w_motion.
 
     Weights that sum to 1 give v_full back: no guidance. Weights 0, 0 also mean no guidance, and
     guided_velocity then skips the other two evaluations."""
@@ -151,7 +155,7 @@ class Config:
     shift: float = 5.0
     sigmas: tuple = schedule(3, 5.0)    # the student's noise levels; the paper gives none
     steps: int = 50             # the teacher's Euler steps
-    guidance: tuple = (3.0, 1.5)        # w_text, w_motion (section 3.1); sum 1 or 0, 0: no guidance
+    guidance: tuple = (3.0, 1.5)        # w_text, w_motion (section 3.1); (0, 0) or a sum of 1: none
     chunk: int = 3              # latent frames per chunk
     first_chunk: int | None = None      # size of the first chunk, None: `chunk`
     sink: int = 1               # chunks at the start that are never evicted

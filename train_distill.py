@@ -82,9 +82,9 @@ def first_latent_of(config, x0):
 # Stage 2, the teacher.
 
 def draw_sigma(batch, shift, p_pure_noise, p_uniform):
-    """Draw noise levels (B,). Before the shift (appendix D), sigma is uniform in a share p_uniform
-    of the clips, as in the sampler and score_sigma, and logit-normal in the rest [O]. In a share
-    p_pure_noise of all clips sigma is 1."""
+    """Draw noise levels (B,). With probability p_uniform, sigma is uniform before the shift
+    (appendix D), as in the sampler and score_sigma, else logit-normal [O]. With probability
+    p_pure_noise it is 1."""
     normal = torch.randn(batch)
     chance = torch.rand(batch)
     # A normal draw's sigmoid is logit-normal; its CDF is uniform. `chance` picks one of the two.
@@ -1094,8 +1094,8 @@ def dense_subset(visible, pauses, config):
 
 def given_tracks(run, tracks, visible, group, dense):
     """Visibility (B, T, N) of the ground-truth tracks given to a model: all if `dense`, else chosen
-    by user_tracks. In a batch without objects (group (B, N) all -1) dense_subset chooses or, unless
-    `dense`, in a share p_sparse of the clips user_tracks: 0 to 64 tracks."""
+    by user_tracks. In a batch without objects (group (B, N) all -1) dense_subset chooses; if not
+    `dense`, user_tracks chooses instead in a share p_sparse of the clips, 0 to 64 tracks."""
     if not run.settings.track_what_moves:
         tracks = None
     if (group >= 0).any():
