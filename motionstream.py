@@ -904,7 +904,7 @@ def rollout(model, noise, conditions, first_latent=None, exit_step=None, rng=Non
     the KV cache of the earlier ones.
 
         noise       (B, C, F, h, w), split into the config's chunks; or an iterator, possibly
-                    endless, of chunks of any size
+                    endless, of chunks (of any size, if conditions are an iterator, too)
         conditions  the model's keyword arguments (text, tracks, image, …) for the clip, which may
                     outlast the noise (shorter ones are refused); or an iterator of such dicts, one
                     per chunk, advanced just before that chunk is denoised, so that the user can
@@ -915,7 +915,8 @@ def rollout(model, noise, conditions, first_latent=None, exit_step=None, rng=Non
         rng         draws the fresh noise between denoising steps
         caches      None: model.new_caches()
 
-    A chunk is yielded before the clean pass writes it to the cache: do not modify it."""
+    The shorter of two iterators ends it. A chunk is yielded before the clean pass writes it to the
+    cache: do not modify it."""
     c = model.config
     last = len(c.sigmas) - 1
     if exit_step is not None:
@@ -924,10 +925,12 @@ def rollout(model, noise, conditions, first_latent=None, exit_step=None, rng=Non
     grad = exit_step is not None and torch.is_grad_enabled()
     if caches is None:
         caches = model.new_caches()
+    sizes = chunk_sizes(c)
     if torch.is_tensor(noise):
-        noise = noise.split(list(chunk_sizes(c, noise.shape[2])), 2)
+        sizes = list(chunk_sizes(c, noise.shape[2]))
+        noise = noise.split(sizes, 2)
     if isinstance(conditions, dict):
-        conditions = split_conditions(conditions, chunk_sizes(c))
+        conditions = split_conditions(conditions, sizes)
     for x, condition in zip(noise, conditions):
         for step, sigma in enumerate(c.sigmas[:last + 1]):
             with torch.set_grad_enabled(grad and step == last):

@@ -749,6 +749,12 @@ def test_track_ids_are_distinct_or_all_the_same():
     assert not ids.any()
 
 
+def test_conditions_may_outlast_a_shorter_last_chunk():
+    noise, given, _ = clip_of(7)
+    chunks = rollout(new_model(), noise[:, :, :5], given)
+    assert [x0.shape[2] for x0 in chunks] == [3, 2]
+
+
 def test_tracks_handed_to_the_model_as_points_are_refused_by_the_name_of_what_makes_features():
     model = new_model()
     noise, given, _ = clip_of(3)
