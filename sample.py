@@ -161,6 +161,12 @@ def decode(vae, latents):
         yield video
 
 
+def check_image(frame_0, config):
+    """AssertionError, with both shapes, unless frame_0 (B, 3, H, W) has the model's size."""
+    height, width = config.size
+    check_shape("frame_0", frame_0, (len(frame_0), 3, height, width))
+
+
 @torch.inference_mode()
 def stream(model, vae, frame_0, motion, encoded=Encoded(), seed=0, **cache):
     """Sample the student: a video as long as `motion`, at constant memory. Yields each chunk as
@@ -178,7 +184,7 @@ def stream_latents(model, vae, frame_0, motion, encoded=Encoded(), seed=0, **cac
     """As `stream`, but not decoded: an iterator of latents (B, C, chunk, h, w)."""
     config = replace(model.config, **cache)
     assert not config.has_mask, "weights with a mask take a whole clip: use sample_teacher"
-    check_shape("frame_0", frame_0, (len(frame_0), 3, *config.size))
+    check_image(frame_0, config)
     frame_0 = frame_0.to(next(model.parameters()).device)
     encoded_image = vae.encode(frame_0[:, :, None])                         # (B, C, 1, h, w)
     channels, first_latent = image_inputs(config, encoded_image, next(chunk_sizes(config)))
@@ -197,7 +203,7 @@ def sample_teacher(model, vae, frame_0, motion, encoded=Encoded(), seed=0):
     """Sample the teacher: all chunks that cover a Motion at once, then yielded as `stream` does.
     Steps and guidance are the config's."""
     config = model.config
-    check_shape("frame_0", frame_0, (len(frame_0), 3, *config.size))
+    check_image(frame_0, config)
     count = latents_to_cover(motion.tracks.shape[1], config)
     frame_0 = frame_0.to(next(model.parameters()).device)
     grey = 0                                # frames after the image
