@@ -957,6 +957,7 @@ def rollout(model, noise, conditions, first_latent=None, exit_step=None, rng=Non
 # is linear in x_t is computed, not learned (Karras et al. 2022). Models of Wan's size do neither.
 
 COPY_CELL = 4       # side in pixels of the squares that are moved as one
+REACH = 40          # pixels: a square farther than this from all tracks rests
 NEIGHBOURS = 4      # tracks averaged for the motion of a square, see way_back
 BESIDE = 4          # pixels beyond the nearest track's distance at which a weight falls to 1 / e
 ALIKE = 6           # pixels between a track's motion and the nearest one's, for the same fall
@@ -1008,8 +1009,8 @@ def from_outside(back, height, width):
 def way_back(tracks, visible, start, height, width):
     """Displacement of each square of COPY_CELL pixels from frame t back to frame 0: the weighted
     mean motion of the nearest visible track and of those neighbours whose motion agrees with it, so
-    that rotation and zoom are smooth. A square follows no track if none is visible, or if its
-    source would lie outside the picture.
+    that rotation and zoom are smooth. A square follows no track if none is visible within REACH, or
+    if its source would lie outside the picture.
 
     tracks (B, T, N, 2), N > 0, visible (B, T, N); start (B, N, 2): positions in frame 0. Returns
     the displacement, (B, T, rows, columns, 2), and the distance to the nearest track,
@@ -1024,7 +1025,7 @@ def way_back(tracks, visible, start, height, width):
     weight = weight.nan_to_num(0)                                       # infinity minus infinity
     move = (weight[..., None] * moves).sum(4) / weight.sum(4, keepdim=True).clamp(min=1e-6)
     distance = distance[..., 0]
-    no_track = distance.isinf() | from_outside(-move, height, width)
+    no_track = (distance > REACH) | from_outside(-move, height, width)
     return -move.masked_fill(no_track[..., None], 0), distance.masked_fill(no_track, math.inf)
 
 

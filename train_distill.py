@@ -1025,6 +1025,7 @@ STILL = 2.0             # pixels; what moves no farther is at rest
 # What a user might draw [O]; P_PAUSE is the paper's (section 3.1).
 ON_OBJECT = (0, 1, 1, 2, 4, 8, 16, 16)      # tracks on an object: one of these, equally likely
 ON_GROUND = (0, 0, 1, 4, 9, 32, 64)         # tracks on the ground, likewise
+MOVING_GROUND = 16                          # at least so many, if the ground moves: see user_tracks
 P_PARTIAL = 0.15                            # share of tracks that start or end midway
 P_PAUSE = 0.2                               # share of clips (of chunks, if dense) that hide all
 PAUSE = (4, 16)                             # shortest and longest pause of a clip, in video frames
@@ -1046,10 +1047,11 @@ def user_tracks(visible, group, tracks=None):
     for a while (section 3.1). group (B, N): each track's object, whose first track is its centre;
     -1: the ground.
 
-    tracks (B, T, N, 2), if given: every object of frame 0 that moves, and a moving ground, keep at
-    least one track, which a pause or an early end may hide for a while. So a model learns that
-    whatever has no track stays put. Otherwise the model would have to predict the mean of
-    everything that could happen [O]."""
+    tracks (B, T, N, 2), if given: every object of frame 0 that moves keeps at least one track, and
+    a moving ground MOVING_GROUND, which a pause or an early end may hide for a while. So a model
+    learns that whatever has no track near it stays put: a single drag moves an object and not the
+    camera. Otherwise the model would have to predict the mean of everything that could happen
+    [O]."""
     B, T, N = visible.shape
     if N == 0:
         return visible
@@ -1064,7 +1066,7 @@ def user_tracks(visible, group, tracks=None):
         keep |= random_subset(mine, count, preference)
     count = torch.tensor(ON_GROUND)[torch.randint(0, len(ON_GROUND), (B, 1))]
     if tracks is not None:
-        count = count.maximum(goes_anywhere(tracks, visible, group < 0).long())
+        count = count.maximum(MOVING_GROUND * goes_anywhere(tracks, visible, group < 0))
     keep |= random_subset(group < 0, count)
     t = torch.arange(T)[:, None]
     ends = torch.randint(0, T, (2, B, 1, N)).sort(0).values

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from extras.testing import (COPYING, SMALL, all_equal, assert_error, assert_near, clip_of,
                             linear_vae, new_model, new_tracks, rand, rand_like, randomised,
                             seeded)
-from motionstream import (CopyingMotionStream, MotionStream, copy_along_tracks, gone_elsewhere,
-                          image_inputs, linear_part, motion_inputs, nearest_points, rollout,
-                          split_conditions, square_centres, start_points, to_x0, track_features,
-                          warp, way_back, with_linear_part)
+from motionstream import (REACH, CopyingMotionStream, MotionStream, copy_along_tracks,
+                          gone_elsewhere, image_inputs, linear_part, motion_inputs,
+                          nearest_points, rollout, split_conditions, square_centres,
+                          start_points, to_x0, track_features, warp, way_back, with_linear_part)
 
 # --------------------------------------------------------------------------------------------------
 # Copies.
@@ -213,6 +213,21 @@ def test_what_a_square_shows_of_frame_0_lies_where_its_track_leads_back():
     far = distance[0, 1]
     assert far[7, 10:].isinf().all()
     assert far[4, 10:].isfinite().all()
+
+
+def test_a_square_far_from_all_tracks_rests():
+    start = torch.tensor([[[10.0, 62.0]]])
+    tracks = (start + torch.tensor([8.0, 0]))[None]             # (1, 1, 1, 2)
+    visible = torch.ones(1, 1, 1).bool()
+    back, distance = way_back(tracks, visible, start, 128, 128)
+    row = back[0, 0, 15]                                        # squares centred at y = 62
+    near = row[:, 0] == -8
+    centres = torch.arange(2, 128, 4)
+    expected = (centres - 18).abs() <= REACH
+    expected &= centres >= 10                                   # the rest would come from outside
+    assert near.equal(expected)
+    assert (row[~near] == 0).all()
+    assert distance[0, 0, 15][~near].isinf().all()
 
 
 def test_what_lies_between_pixels_is_interpolated():

@@ -138,6 +138,9 @@ def test_what_moves_has_a_track():
         assert some.float().mean() > 0.97, "but where a pause hides the only one"
         at_rest = kept[100 * clip:100 * (clip + 1), group[0] == 1].any(1)
         assert not at_rest.all(), "which need not have one"
+    on_ground = kept[:, group[0] < 0].sum(1)
+    assert on_ground[:200].min() == 0, "a ground at rest"
+    assert on_ground[200:].min() >= td.MOVING_GROUND - 4, "a few end or pause"
     moved = td.goes_anywhere(tracks, visible, group == 2)
     assert moved.equal((torch.arange(300) // 100 == 1)[:, None])
     hidden = visible & (group != 2)[:, None]
