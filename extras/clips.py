@@ -319,6 +319,7 @@ def read_conditions(job, source, caption):
 def read_clip(job, source, caption):
     """Read a clip: video (3, T, H, W) uint8, tracks, visible, group, and the result of
     read_conditions. Raises an exception for any fault."""
+    conditions = read_conditions(job, source, caption)          # first: it takes no time
     images, stored = read_images(job, source)
     tracks, visible = read_motion(job, source.path(".npz"), stored, images[0].size)
     video = torch.stack([fit_image(image, job.config.size)[0] for image in images], 1)
@@ -328,7 +329,7 @@ def read_clip(job, source, caption):
         "visible": visible,
         "group": torch.full((tracks.shape[1],), -1),            # objects are unknown
     }
-    return clip | read_conditions(job, source, caption)
+    return clip | conditions
 
 
 class Encoders:

@@ -377,25 +377,37 @@ def weights_digest(path):
     return digests[0] if len(digests) == 1 else td.seed_of(digests)
 
 
+KEEP_EVERY = 10_000     # clips looked at between two writes of what was found
+
+
 def read_digests(folder, kept):
     """{name: digest} of the clips in a folder. The file `kept` caches them with sizes and times, so
-    that only new clips are read."""
+    that only new clips are read; after an interruption those since the last KEEP_EVERY."""
     before = {}
     if kept.exists():
         with contextlib.suppress(ValueError, TypeError):            # damaged: read all again
             before = dict(json.loads(kept.read_text()))
+
+    def keep(found):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_file(kept, lambda part: part.write_text(json.dumps(found)))
+
     now = {}
+    read = 0
     for file in tqdm(td.clip_files(folder), "look at clips", delay=5):
         about = file.stat()
         age = [about.st_size, about.st_mtime_ns]
         name = file.relative_to(folder).as_posix()
         known = before.get(name)
-        if not isinstance(known, list) or known[:2] != age or len(known) != 3:
-            known = age + [content_digest(file)]
-        now[name] = known
+        if isinstance(known, list) and known[:2] == age and len(known) == 3:
+            now[name] = known
+            continue
+        now[name] = age + [content_digest(file)]
+        read += 1
+        if read % KEEP_EVERY == 0:
+            keep(before | now)
     if now != before:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_file(kept, lambda part: part.write_text(json.dumps(now)))
+        keep(now)
     return {name: known[2] for name, known in now.items()}
 
 

@@ -1,10 +1,12 @@
 """What guards a training: its folder's lock, and files told by their content."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import time
+import unittest.mock
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -99,6 +101,25 @@ def test_damaged_notes_of_a_training_are_passed_over():
         for text in "5", "[1]", "{", '{"a.safetensors": 5}', json.dumps({"a.safetensors": age}):
             kept.write_text(text)
             assert guard.read_digests(clips, kept) == expected, text
+
+
+def test_an_interrupted_look_at_the_clips_goes_on_where_it_was_kept():
+    with folder() as here:
+        clips = here / "clips"
+        clips.mkdir()
+        for name in "abcdef":
+            saved(clips / f"{name}.safetensors", new_model(seed=ord(name)))
+        kept = here / "clips.json"
+        expected = guard.read_digests(clips, here / "another.json")
+        digest = unittest.mock.Mock(side_effect=["1", "2", "3", KeyboardInterrupt])
+        with unittest.mock.patch.object(guard, "KEEP_EVERY", 2), \
+                unittest.mock.patch.object(guard, "content_digest", digest), \
+                contextlib.suppress(KeyboardInterrupt):
+            guard.read_digests(clips, kept)
+        assert digest.call_count == 4
+        found = guard.read_digests(clips, kept)
+        assert list(found.values())[:2] == ["1", "2"], "kept, so not looked at again"
+        assert list(found.items())[2:] == list(expected.items())[2:]
 
 
 def test_a_file_in_place_of_the_output_folder_is_named():
