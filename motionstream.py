@@ -817,16 +817,18 @@ def without(conditions, *names):
 
 
 def guided_velocity(model, x_t, sigma, conditions, guidance, null_text=None):
-    """Velocity under guidance (w_text, w_motion). One batch holds the clips with all conditions,
-    without text and without motion. A variant whose weight is 0 is not evaluated, nor is no_text
-    if no text is given. null_text: the text embedding of no_text, as many rows as the text has;
-    None: zeros."""
+    """Velocity under guidance (w_text, w_motion); without a text w_text counts as 0. One batch holds
+    the clips with all conditions, without text and without motion. A variant whose weight is 0 is
+    not evaluated. null_text: the text embedding of no_text, as many rows as the text has; None:
+    zeros."""
+    given = {name: value for name, value in conditions.items() if value is not None}
     w_text, w_motion = guidance
+    if "text" not in given:
+        w_text = 0.0
     if w_text == 0 and w_motion == 0:
         return model(x_t, sigma, **conditions)
-    given = {name: value for name, value in conditions.items() if value is not None}
     variants = {"full": given}
-    if w_text and "text" in given:
+    if w_text:
         no_text = without(given, "text")
         if null_text is not None:
             check_shape("null_text", null_text[:1], given["text"][:1].shape)
@@ -841,7 +843,7 @@ def guided_velocity(model, x_t, sigma, conditions, guidance, null_text=None):
         batch[name] = torch.cat([variant[name] for variant in variants.values()])
     velocities = model(torch.cat([x_t] * n), torch.cat([sigma] * n), **batch).chunk(n)
     v = dict(zip(variants, velocities))
-    full = v["full"]    # replaces a skipped variant, whose weight is 0 or which equals it
+    full = v["full"]    # replaces a skipped variant, whose weight is 0
     return joint_guidance(full, v.get("no_text", full), v.get("no_motion", full), w_text, w_motion)
 
 

@@ -893,7 +893,7 @@ def test_guidance_by_one_weight_is_two_evaluations():
         assert len(batch) == 2 * count, guidance
 
 
-def test_without_a_text_there_is_no_evaluation_without_text():
+def test_without_a_text_its_weight_counts_as_zero():
     x, given, _ = clip_of(3)
     given["text"] = None
     model = unittest.mock.Mock(wraps=new_model())
@@ -903,7 +903,9 @@ def test_without_a_text_there_is_no_evaluation_without_text():
     assert len(batch) == 2 * 2
     full = model(x, sigma, **given)
     no_motion = model(x, sigma)
-    assert_near(found, joint_guidance(full, full, no_motion, 3.0, 1.5), 1e-5)
+    assert_near(found, joint_guidance(full, full, no_motion, 0.0, 1.5), 1e-5)
+    alone = guided_velocity(model, x, sigma, given, (3.0, 0.0))
+    assert alone.equal(model(x, sigma, **given))
 
 
 def test_guidance_never_leaves_out_the_image():
