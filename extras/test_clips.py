@@ -392,6 +392,16 @@ def test_broken_clips_are_named():
             (data / name).write_bytes(whole)
 
 
+def test_a_clip_without_a_caption_is_left_out_before_its_video_is_decoded():
+    with folder() as here:
+        data = own_clips(here / "data", NINE + ["bad"])
+        (data / "bad.txt").unlink()
+        with unittest.mock.patch.object(clips, "read_images", wraps=clips.read_images) as decode:
+            files, said = made(small_flags(here, data))
+        assert f"left out: {data}/bad: " in said
+        assert len(files) == decode.call_count == 9
+
+
 def test_too_many_broken_clips_end_it():
     with folder() as here:
         data = own_clips(here / "data", NINE + ["bad"])
