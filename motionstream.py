@@ -691,7 +691,7 @@ class MotionStream(nn.Module):
         tokens = self.patch_embedding(x.to(self.patch_embedding.weight.dtype))
         frames, rows, columns = tokens.shape[2:]
         tokens = tokens.flatten(3).permute(0, 2, 3, 1)                  # (B, F, P, D)
-        # float32, and laid out anew in the same copy: else all layers would stride over the channels
+        # float32, laid out anew in the same copy: else every layer would stride over the channels
         tokens = tokens.to(torch.float32, memory_format=torch.contiguous_format).contiguous()
 
         held = 0                                                        # latent frames in the cache
@@ -817,10 +817,10 @@ def without(conditions, *names):
 
 
 def guided_velocity(model, x_t, sigma, conditions, guidance, null_text=None):
-    """Velocity under guidance (w_text, w_motion); without a text w_text counts as 0. One batch holds
-    the clips with all conditions, without text and without motion. A variant whose weight is 0 is
-    not evaluated. null_text: the text embedding of no_text, as many rows as the text has; None:
-    zeros."""
+    """Velocity under guidance (w_text, w_motion); if no text is given, w_text counts as 0. One
+    batch holds the clips with all conditions, without text and without motion. A variant whose
+    weight is 0 is not evaluated. null_text: the text embedding of no_text, as many rows as the text
+    has; None: zeros."""
     given = {name: value for name, value in conditions.items() if value is not None}
     w_text, w_motion = guidance
     if "text" not in given:

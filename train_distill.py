@@ -1439,9 +1439,9 @@ def conditions_of_first(conditions, count):
 def judged_clip(chunks, count, image_latent, points):
     """Cut a clip of `count` latents, which the teacher can judge, from a rollout, an iterator of
     chunks: (x0 (B, C, count, h, w), points). A rollout of that length is the clip. From a longer
-    one, take the last `count` latents and replace the first of them by image_latent (B, C, 1, h, w),
-    after which time jumps. So the teacher is given the true image, even if the student has drifted
-    from it."""
+    one, take the last `count` latents and replace the first of them by image_latent
+    (B, C, 1, h, w), after which time jumps. So the teacher is given the true image, even if the
+    student has drifted from it."""
     held = []                                           # the latest chunks
     length = 0                                          # latents of the whole rollout
     for chunk in chunks:

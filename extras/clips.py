@@ -319,7 +319,7 @@ def read_conditions(job, source, caption):
 def read_clip(job, source, caption):
     """Read a clip: video (3, T, H, W) uint8, tracks, visible, group, and the result of
     read_conditions. Raises an exception for any fault."""
-    conditions = read_conditions(job, source, caption)          # first: it takes no time
+    conditions = read_conditions(job, source, caption)  # first: a missing caption costs no decoding
     images, stored = read_images(job, source)
     tracks, visible = read_motion(job, source.path(".npz"), stored, images[0].size)
     video = torch.stack([fit_image(image, job.config.size)[0] for image in images], 1)
