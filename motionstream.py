@@ -115,8 +115,8 @@ def joint_guidance(v_full, v_notext, v_nomotion, w_text, w_motion):
 
 FRAMES = 4          # video frames per latent frame, in every VAE of the Wan family
 CLIP_ROWS = 257     # rows of CLIP's image features: 16 x 16 patches and the class token
-SIGNALS = 6         # channels of confidence beside copied latents, see copy_along_tracks
-SHARES = 2          # extra outputs of the head of a copying model, see mix_copies
+SIGNALS = 12        # channels of confidence beside copied latents, see copy_along_tracks
+SHARES = 2          # extra outputs of the head of a copying model, see CopyingMotionStream
 
 
 def video_frames(latents):
@@ -960,9 +960,15 @@ def rollout(model, noise, conditions, first_latent=None, exit_step=None, rng=Non
 
 COPY_CELL = 4       # side in pixels of the squares that are moved as one
 REACH = 40          # pixels: a square farther than this from all tracks rests
-NEIGHBOURS = 4      # tracks averaged for the motion of a square, see way_back
-BESIDE = 4          # pixels beyond the nearest track's distance at which a weight falls to 1 / e
-ALIKE = 6           # pixels between a track's motion and the nearest one's, for the same fall
+NEIGHBOURS = 8      # nearest tracks, of which a square follows one or a mean, see way_back
+BESIDE = 4          # pixels beyond the followed track's distance at which a weight falls to 1 / e
+ALIKE = 6           # pixels between a track's motion and the followed one's, for the same fall
+EDGE = 20           # pixels by which a path is longer where the colour changes by 1
+STEPS = 16          # squares that a path may have
+FAR = 1000          # length in pixels where there is no path
+OWN = 1.5           # a square belongs to tracks whose path is up to OWN times the shortest, plus
+OWN_PLUS = 2        # so many pixels
+AHEAD = 16          # pixels by which what moves unlike the rest counts as nearer, at most
 NEAR = (8, 32)      # distances in pixels at which nearness is 1 / e
 SPREAD = 0.1        # assumed std of x0 around the copies, relative to the latents' own
 
@@ -1008,27 +1014,104 @@ def from_outside(back, height, width):
     return (x < 0) | (y < 0) | (x > width - COPY_CELL) | (y > height - COPY_CELL)
 
 
-def way_back(tracks, visible, start, height, width):
-    """Displacement of each square of COPY_CELL pixels from frame t back to frame 0: the weighted
-    mean motion of the nearest visible track and of those neighbours whose motion agrees with it, so
-    that rotation and zoom are smooth. A square follows no track if none is visible within REACH, or
-    if its source would lie outside the picture.
+def path_lengths(frame_0, start):
+    """Lengths in pixels of the shortest paths, of up to STEPS squares, from the starts of tracks to
+    each square of frame 0. A path is longer where the colours along it change, so what is near
+    along a path is likely to be the same thing (geodesic segmentation, as of Bai and Sapiro 2007).
 
-    tracks (B, T, N, 2), N > 0, visible (B, T, N); start (B, N, 2): positions in frame 0. Returns
-    the displacement, (B, T, rows, columns, 2), and the distance to the nearest track,
-    (B, T, rows, columns), in pixels: 0 and infinite for a square that follows no track."""
+    frame_0 (B, 3, H, W) in [-1, 1]; start (B, N, 2) in pixels, N > 0, NaN: leads nowhere. Returns
+    (B, N, rows, columns), FAR where there is no path."""
+    colour = F.avg_pool2d(frame_0, COPY_CELL)                           # (B, 3, rows, columns)
+    rows, columns = colour.shape[2:]
+
+    def around(values):
+        """The 3x3 squares around each, (B, C, 9, rows, columns); FAR beyond the border."""
+        padded = F.pad(values, (1, 1, 1, 1), value=FAR)
+        return F.unfold(padded, 3).unflatten(1, (-1, 9)).unflatten(3, (rows, columns))
+
+    change = (around(colour) - colour[:, :, None]).abs().mean(1)        # (B, 9, rows, columns)
+    diagonal = math.sqrt(2)
+    steps = [diagonal, 1, diagonal, 1, 0, 1, diagonal, 1, diagonal]     # squares
+    steps = torch.tensor(steps, device=start.device)
+    cost = COPY_CELL * steps[:, None, None] + EDGE * change
+
+    known = start.isfinite().all(2)
+    x, y = (start.nan_to_num(0) / COPY_CELL).long().unbind(2)           # (B, N)
+    begin = y.clamp(0, rows - 1) * columns + x.clamp(0, columns - 1)
+    begins = F.one_hot(begin, rows * columns) * known[..., None]
+    length = FAR * (1.0 - begins.unflatten(2, (rows, columns)))         # (B, N, rows, columns)
+    for _ in range(STEPS):
+        length = (around(length) + cost[:, None]).amin(2)
+    return length.clamp(max=FAR)
+
+
+def lengths_at(source, index, paths):
+    """Lengths of the paths to places in frame 0: from the start of the track with the number beside
+    the place, FAR if the place is outside the picture; and from the nearest start of any track.
+
+    source (B, T, rows, columns, near, 2) in pixels, index without the last; paths
+    (B, N, rows, columns) from path_lengths. Returns two tensors like index."""
+    rows, columns = paths.shape[2:]
+    x, y = (source / COPY_CELL).floor().long().unbind(-1)
+    outside = (x < 0) | (y < 0) | (x >= columns) | (y >= rows)
+    square = y.clamp(0, rows - 1) * columns + x.clamp(0, columns - 1)
+    own = paths.flatten(1).gather(1, (index * rows * columns + square).flatten(1))
+    shortest = paths.amin(1).flatten(1).gather(1, square.flatten(1))
+    return own.view_as(index).masked_fill(outside, FAR), shortest.view_as(index)
+
+
+def mean_move(tracks, visible, start, paths):
+    """Mean displacement of the picture since frame 0, (B, T, 2): of the visible tracks, each
+    weighted by the number of squares of frame 0 to which its path is the shortest."""
+    length, owner = paths.min(1)                                        # (B, rows, columns)
+    owned = F.one_hot(owner, paths.shape[1]) * (length < FAR)[..., None]
+    weight = visible * owned.sum((1, 2))[:, None]                       # (B, T, N)
+    moves = tracks.nan_to_num(0) - start.nan_to_num(0)[:, None]         # (B, T, N, 2)
+    total = weight.sum(2, keepdim=True).clamp(min=1)
+    return (weight[..., None] * moves).sum(2) / total
+
+
+def way_back(tracks, visible, start, paths, height, width):
+    """Displacement of each square of COPY_CELL pixels from frame t back to frame 0: that of one of
+    the nearest visible tracks, and of those whose motion agrees with it, so that rotation and zoom
+    are smooth. The track that is followed:
+
+    - is within REACH,
+    - brings a square that belongs to it, if one of them does: hardly a path from any other track,
+      visible now or not, is shorter,
+    - is the nearest, where what moves unlike the rest of the picture counts as nearer: where two
+      things meet, it is taken to be in front.
+
+    A square whose source would lie outside the picture follows none.
+
+    tracks (B, T, N, 2), N > 0, visible (B, T, N); start (B, N, 2): positions in frame 0; paths from
+    path_lengths. Returns the displacement and, in pixels too, how far the followed track is: from
+    the square, and along a path from its start to what it brings, (B, T, rows, columns, 2) each.
+    These are infinite, and the displacement is 0, for a square that follows no track."""
     place = square_centres(height, width, tracks.device)
     place = place.expand(*tracks.shape[:2], -1, -1, -1)
     index, distance = nearest_points(place, tracks, visible, NEIGHBOURS)
     moves = moves_of(index, tracks, start)                      # (B, T, rows, columns, near, 2)
-    farther = distance - distance[..., :1]
-    disagreement = (moves - moves[..., :1, :]).norm(dim=-1)
+
+    length, shortest = lengths_at(place[..., None, :] - moves, index, paths)
+    of_another = length > OWN * shortest + OWN_PLUS
+    mean = mean_move(tracks, visible, start, paths)
+    unlike = (moves - mean[:, :, None, None, None]).norm(dim=-1)
+    rank = distance - unlike.clamp(max=AHEAD) + FAR * of_another
+    rank = rank.masked_fill(distance > REACH, math.inf)
+    followed = rank.argmin(4, keepdim=True)                     # (B, T, rows, columns, 1)
+
+    to_track = torch.cat([distance.gather(4, followed), length.gather(4, followed)], 4)
+    farther = (distance - to_track[..., :1]).clamp(min=0)
+    its_move = moves.gather(4, followed[..., None].expand(*followed.shape, 2))
+    disagreement = (moves - its_move).norm(dim=-1)
     weight = torch.exp(-farther / BESIDE - (disagreement / ALIKE) ** 2)
     weight = weight.nan_to_num(0)                                       # infinity minus infinity
     move = (weight[..., None] * moves).sum(4) / weight.sum(4, keepdim=True).clamp(min=1e-6)
-    distance = distance[..., 0]
-    no_track = (distance > REACH) | from_outside(-move, height, width)
-    return -move.masked_fill(no_track[..., None], 0), distance.masked_fill(no_track, math.inf)
+
+    no_track = (to_track[..., 0] > REACH) | from_outside(-move, height, width)
+    no_track = no_track[..., None]
+    return -move.masked_fill(no_track, 0), to_track.masked_fill(no_track, math.inf)
 
 
 def warp(frame_0, back):
@@ -1046,27 +1129,37 @@ def warp(frame_0, back):
     return video.unflatten(2, (T, H))                                   # (B, 3, T, H, W)
 
 
-def nearness(distance):
-    """Distances in pixels (B, T, rows, columns) to (B, 2, T, rows, columns): exp(-d / 8) and
-    exp(-d / 32), see NEAR."""
-    return torch.stack([torch.exp(-distance / pixels) for pixels in NEAR], 1)
+def nearness(pixels):
+    """Distances (B, T, rows, columns, 2), straight and along a path, to (B, 4, T, rows, columns):
+    exp(-d / 8) of both, then exp(-d / 32), see NEAR."""
+    near = torch.cat([torch.exp(-pixels / scale) for scale in NEAR], 4)
+    return near.movedim(4, 1)
 
 
-def gone_elsewhere(back, tracks, visible, start, height, width):
+def gone_elsewhere(back, tracks, visible, start, paths, height, width):
     """Confidence (0 to 1) that the content copied to a square is wrong there because that content
     has since moved: whatever was near a track's start is now wherever the track is. Without this, a
     copy of the object would also remain where it started, since the image does not show what was
     behind it.
 
-    back (B, T, rows, columns, 2): displacement of each square to its source in frame 0. Returns
-    (B, 2, T, rows, columns): nearness of the source to the closest start of a visible track, times
-    1 - exp(-d / 8), d the difference in pixels between that track's motion and the square's."""
+    back (B, T, rows, columns, 2): displacement of each square to its source in frame 0; paths from
+    path_lengths. Returns (B, 4, T, rows, columns), in the order of `nearness`: that of the source
+    to the closest start of a visible track, straight and along a path, times 1 - exp(-d / 8), d the
+    difference in pixels between that track's motion and the square's."""
     source = square_centres(height, width, tracks.device) + back
     starts = start[:, None].expand(-1, tracks.shape[1], -1, -1)         # (B, T, N, 2)
-    index, distance = nearest_points(source, starts, visible, 1)
-    move = moves_of(index, tracks, start)[..., 0, :]                    # (B, T, rows, columns, 2)
-    disagreement = 1 - torch.exp(-(move + back).norm(dim=-1) / NEAR[0])
-    return nearness(distance[..., 0]) * disagreement[:, None]
+    index, distance = nearest_points(source, starts, visible, NEIGHBOURS)
+    sources = source[..., None, :].expand(*index.shape, 2)
+    length, _ = lengths_at(sources, index, paths)
+    length = length.masked_fill(distance.isinf(), math.inf)
+    shortest, along = length.min(4, keepdim=True)
+    pixels = torch.cat([distance[..., :1], shortest], 4)                # (B, T, rows, columns, 2)
+    closest = torch.cat([index[..., :1], index.gather(4, along)], 4)
+    move = moves_of(closest, tracks, start)                             # (…, 2 tracks, 2)
+    difference = (move + back[..., None, :]).norm(dim=-1)
+    disagreement = 1 - torch.exp(-difference / NEAR[0])
+    disagreement = disagreement.repeat(1, 1, 1, 1, len(NEAR)).movedim(4, 1)
+    return nearness(pixels) * disagreement
 
 
 @torch.no_grad()
@@ -1074,9 +1167,9 @@ def copy_along_tracks(vae, frame_0, tracks, visible, start):
     """The `copies` input of a copying model, (B, C + SIGNALS, F, h, w); channels are
 
         C   latents of frame 0 warped along the tracks
-        2   nearness of the track that a square follows
-        2   confidence that the warped content has gone elsewhere, see gone_elsewhere
-        2   confidence that the content of the unmoved image has gone elsewhere
+        4   nearness of the track that a square follows
+        4   confidence that the warped content has gone elsewhere, see gone_elsewhere
+        4   confidence that the content of the unmoved image has gone elsewhere
 
     vae: one without memory between latents (LinearVAE). frame_0 (B, 3, H, W) in [-1, 1]: the
     image, itself unchanged. tracks (B, T, N, 2), visible (B, T, N); start (B, N, 2): positions in
@@ -1092,16 +1185,18 @@ def copy_along_tracks(vae, frame_0, tracks, visible, start):
     visible = visible & start.isfinite().all(2)[:, None]
     tracks = F.pad(tracks, (0, 0, 0, 1))        # one more track, never visible, so that N = 0
     visible = F.pad(visible, (0, 1))            # is no special case
-    start = F.pad(start, (0, 0, 0, 1))
-    back, distance = way_back(tracks, visible, start, H, W)
+    start = F.pad(start, (0, 0, 0, 1), value=math.nan)
+    paths = path_lengths(frame_0, start)
+    back, to_track = way_back(tracks, visible, start, paths, H, W)
     video = warp(frame_0, back)
-    moved_is_gone = gone_elsewhere(back, tracks, visible, start, H, W)
-    still_is_gone = gone_elsewhere(torch.zeros_like(back), tracks, visible, start, H, W)
-    signals = torch.cat([nearness(distance), moved_is_gone, still_is_gone], 1)
+    rest = torch.zeros_like(back)
+    moved_is_gone = gone_elsewhere(back, tracks, visible, start, paths, H, W)
+    still_is_gone = gone_elsewhere(rest, tracks, visible, start, paths, H, W)
+    signals = torch.cat([nearness(to_track), moved_is_gone, still_is_gone], 1)
     if T % FRAMES == 1:
         video[:, :, 0] = frame_0
         signals[:, :, 0] = 0
-        signals[:, :len(NEAR), 0] = 1
+        signals[:, :2 * len(NEAR), 0] = 1
         latents = vae.encode(video)
         # A latent's signals are means of four frames. Three copies of frame 0 precede it, as in the
         # VAE, so that the mean is frame 0's own; TrackHead averages nothing and leaves them empty.
@@ -1114,12 +1209,6 @@ def copy_along_tracks(vae, frame_0, tracks, visible, start):
     squares = vae.stride // COPY_CELL
     signals = F.avg_pool3d(signals, (FRAMES, squares, squares))     # (B, SIGNALS, F, h, w)
     return torch.cat([latents, signals], 1)
-
-
-def mix_copies(shares, moved, still):
-    """Estimate of x0: a weighted sum of the latents moved along the tracks and the image's own.
-    shares (B, 2, F, h, w): the weights, from the head; moved, still (B, C, F, h, w)."""
-    return shares[:, :1] * moved + shares[:, 1:] * still
 
 
 def channel_std(config, device):
@@ -1162,7 +1251,9 @@ def with_linear_part(output, x_t, sigma, std, expected):
 
 class CopyingMotionStream(MotionStream):
     """A MotionStream for a config with `copies`. Copies are input channels just before the image's;
-    the head has two more outputs, the shares of mix_copies."""
+    the head has two more outputs, cell by cell: the weights of the latents moved along the tracks
+    and of the image's own. The more weight the latter has, the less the network itself draws: what
+    rests is not drawn again."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -1186,9 +1277,10 @@ class CopyingMotionStream(MotionStream):
         still = still.expand_as(x)                      # the unmoved image, in every frame
         channels = torch.cat([scaled, tracks, copied, still], 1)
         output = self.transformer(channels, sigma, text, **rest)
-        output, shares = output.split([c.out_dim, SHARES], 1)
-        expected = mix_copies(shares, copied[:, :c.out_dim], still)
-        return with_linear_part(output, x, sigma, std, expected)
+        drawn, of_moved, of_still = output.split([c.out_dim, 1, 1], 1)
+        expected = of_moved * copied[:, :c.out_dim] + of_still * still
+        gate = 1 - of_still.clamp(0, 1)
+        return with_linear_part(gate * drawn, x, sigma, std, expected)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -39,8 +39,8 @@ from extras.cases import NEUTRAL, Case, new_clips
 from extras.guard import read_log
 from extras.measures import lpips_network, psnr, ssim
 from extras.video import open_video
-from motionstream import (FRAMES, PRESETS, Config, MotionStream, UserError, naming, start_points,
-                          track_ids, warp, way_back, write_file)
+from motionstream import (FRAMES, PRESETS, Config, MotionStream, UserError, naming,
+                          path_lengths, start_points, track_ids, warp, way_back, write_file)
 from sample import ASSETS, Parser, embed_words, number
 from vae import load_vae
 
@@ -127,12 +127,15 @@ def warped(image, tracks, visible):
     height, width = image.shape[2:]
     start = start_points(tracks, visible)                       # (B, N, 2)
     visible = visible & start.isfinite().all(2)[:, None]
+    paths = []                      # one by one: squares times points are held for one alone
+    for i in range(len(image)):
+        paths.append(path_lengths(image[i:i + 1], start[i:i + 1]))
     for t in range(1, tracks.shape[1]):
         backs = []
-        for i in range(len(image)):     # one by one: squares times points are held for one alone
+        for i in range(len(image)):
             points = tracks[i:i + 1, t:t + 1]                   # (1, 1, N, 2)
             seen = visible[i:i + 1, t:t + 1]
-            back, _ = way_back(points, seen, start[i:i + 1], height, width)
+            back, _ = way_back(points, seen, start[i:i + 1], paths[i], height, width)
             backs.append(back)
         yield warp(image, torch.cat(backs))
 

@@ -1,5 +1,6 @@
 """Copies along tracks and the linear part of the velocity, which are not the paper's."""
 
+import heapq
 import itertools
 import math
 from dataclasses import replace
@@ -10,9 +11,9 @@ import torch.nn.functional as F
 from extras.testing import (COPYING, SMALL, all_equal, assert_error, assert_near, clip_of,
                             linear_vae, new_model, new_tracks, rand, rand_like, randomised,
                             seeded)
-from motionstream import (REACH, CopyingMotionStream, MotionStream, copy_along_tracks,
+from motionstream import (FAR, REACH, CopyingMotionStream, MotionStream, copy_along_tracks,
                           gone_elsewhere, image_inputs, linear_part, motion_inputs,
-                          nearest_points, rollout, split_conditions, square_centres,
+                          nearest_points, path_lengths, rollout, split_conditions, square_centres,
                           start_points, to_x0, track_features, warp, way_back, with_linear_part)
 
 # --------------------------------------------------------------------------------------------------
@@ -52,7 +53,7 @@ def check_copies(speed, frames, left, right):
     copied = copy_along_tracks(vae, image, tracks, visible, start)
     latents = vae.encode(video)
     _, C, frames, h, w = latents.shape
-    assert copied.shape == (1, C + 6, frames, h, w)
+    assert copied.shape == (1, C + 12, frames, h, w)
     copies = copied[:, :C]
     part = latents[..., left:right]
     assert_near(copies[..., left:right], part, 1e-5)
@@ -107,7 +108,7 @@ def assert_still(vae, video, tracks, visible):
     start = start_points(tracks, visible)
     copied = copy_along_tracks(vae, video[:, :, 0], tracks, visible, start)
     image = vae.encode(video[:, :, :1])
-    latents, near, gone = copied.split([4, 2, 4], 1)
+    latents, near, gone = copied.split([4, 4, 8], 1)
     still = image.expand_as(latents)
     assert_near(latents, still, 1e-6)
     assert (near[:, :, 0] == 1).all()                           # near in frame 0, then nowhere
@@ -115,32 +116,42 @@ def assert_still(vae, video, tracks, visible):
     assert not gone.any()
 
 
+def even_tracks(tracks, visible):
+    """Which tracks have even numbers, (N,), and these tracks alone."""
+    even = torch.arange(tracks.shape[2]) % 2 == 0
+    return even, tracks[:, :, even], visible[:, :, even]
+
+
+def assert_same_copies(found, expected):
+    """Of two tracks that are as near, either may be followed: their signals differ a little."""
+    latents, signals = found.split([4, 12], 1)
+    expected_latents, expected_signals = expected.split([4, 12], 1)
+    assert_near(latents, expected_latents, 1e-3)
+    assert_near(signals, expected_signals, 0.05)
+
+
 def test_hidden_tracks_copy_nothing():
     vae = linear_vae()
     video, tracks, visible = pan(9)
     image = video[:, :, 0]
-    start = start_points(tracks, visible)
-    even = torch.arange(tracks.shape[2]) % 2 == 0
-    half = visible & even
-    tracks_left = tracks[:, :, even]
-    visible_left = visible[:, :, even]
-    start_left = start[:, even]
+    even, tracks_left, visible_left = even_tracks(tracks, visible)
+    start_left = start_points(tracks_left, visible_left)
     expected = copy_along_tracks(vae, image, tracks_left, visible_left, start_left)
-    elsewhere = tracks.masked_fill(~half[..., None], 7.0)
-    found = copy_along_tracks(vae, image, elsewhere, half, start)
-    assert_near(found, expected, 1e-3)                          # wherever the hidden ones are
+    shown = visible & even
+    elsewhere = tracks.masked_fill(~shown[..., None], 7.0)      # wherever the hidden ones are
+    found = copy_along_tracks(vae, image, elsewhere, shown, start_points(elsewhere, shown))
+    assert_same_copies(found, expected)
 
 
 def test_a_track_that_was_not_seen_in_frame_0_copies_nothing():
     vae = linear_vae()
     video, tracks, visible = pan(9)
     image = video[:, :, 0]
+    even, tracks_left, visible_left = even_tracks(tracks, visible)
     start = start_points(tracks, visible)
-    odd = torch.arange(tracks.shape[2]) % 2 == 1
-    expected = copy_along_tracks(vae, image, tracks, visible & ~odd, start)
-    nowhere = start.masked_fill(odd[:, None], math.nan)
-    found = copy_along_tracks(vae, image, tracks, visible, nowhere)
-    assert found.equal(expected)
+    expected = copy_along_tracks(vae, image, tracks_left, visible_left, start[:, even])
+    nowhere = start.masked_fill(~even[:, None], math.nan)
+    assert_same_copies(copy_along_tracks(vae, image, tracks, visible, nowhere), expected)
 
 
 def test_motion_inputs_are_features_and_of_a_copying_model_copies():
@@ -196,13 +207,167 @@ def numbered_pixels():
     return numbers.expand(1, 3, 32, 48)
 
 
+def shortest_paths(colour, begin):
+    """By Dijkstra's algorithm, in float64: {square (y, x): length of the path from `begin`}. colour
+    (3, rows, columns)."""
+    _, rows, columns = colour.shape
+    found = {}
+    border = [(0.0, begin)]
+    while border:
+        length, (y, x) = heapq.heappop(border)
+        if (y, x) in found:
+            continue
+        found[y, x] = length
+        for down, right in itertools.product((-1, 0, 1), repeat=2):
+            other = (y + down, x + right)
+            if not (0 <= other[0] < rows and 0 <= other[1] < columns):
+                continue
+            change = (colour[:, y, x] - colour[:, other[0], other[1]]).abs().mean().item()
+            longer = length + 4 * math.hypot(down, right) + 20 * change
+            heapq.heappush(border, (longer, other))
+    return found
+
+
+def test_paths_are_the_shortest_and_longer_where_colours_change():
+    coarse = 0.3 * rand(2, 3, 8, 12).double()
+    image = coarse.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    start = torch.tensor([[[3.0, 2.0], [42.5, 31.9]], [[0.0, 17.0], [math.nan, math.nan]]])
+    found = path_lengths(image.float(), start)
+    assert found.shape == (2, 2, 8, 12)
+    for clip, track, begin in (0, 0, (0, 0)), (0, 1, (7, 10)), (1, 0, (4, 0)):
+        lengths = shortest_paths(coarse[clip], begin)
+        expected = torch.tensor([[lengths[y, x] for x in range(12)] for y in range(8)])
+        assert_near(found[clip, track].double(), expected, 1e-5)
+    assert (found[1, 1] == FAR).all(), "no path from where nothing began"
+    line = path_lengths(torch.zeros(1, 3, 4, 80), torch.tensor([[[2.0, 2]]]))[0, 0, 0]
+    assert_near(line[:17], 4.0 * torch.arange(17), 1e-6)
+    assert (line[17:] == FAR).all(), "of 16 squares at most"
+
+
+def thing_on_ground():
+    """A white thing of 16 x 16 pixels on black ground, in a picture of 64 x 64: frame 0
+    (1, 3, 64, 64), tracks (1, 1, 5, 2) of a later frame and start (1, 5, 2). The thing moves to the
+    right by 24; the ground has four tracks, two of which it passes."""
+    image = torch.full((1, 3, 64, 64), -1.0)
+    image[:, :, 24:40, 8:24] = 1
+    start = torch.tensor([[[16.0, 32], [30, 32], [44, 32], [16, 10], [16, 54]]])
+    tracks = start.clone()
+    tracks[0, 0, 0] += 24
+    return image, tracks[None], start
+
+
+def test_a_square_follows_a_track_only_with_what_is_of_one_piece_with_it():
+    """Beside the thing, its own track is nearest; what it would bring there is ground."""
+    image, tracks, start = thing_on_ground()
+    visible = torch.ones(1, 1, 5).bool()
+    paths = path_lengths(image, start)
+    back, far = way_back(tracks, visible, start, paths, 64, 64)
+    moved = back[0, 0, :, :, 0] < -23.9
+    thing = torch.zeros(16, 16).bool()
+    thing[6:10, 8:12] = True                                    # where it is now
+    assert moved.equal(thing)
+    assert (back[0, 0][~thing].abs() < 0.1).all()
+    straight, along = far[0, 0, 6, 8]
+    assert straight == 72 ** 0.5                                # from (34, 26) to (40, 32)
+    assert_near(along, torch.tensor(8 * 2 ** 0.5), 1e-5)        # two squares, both slanting
+    grey = path_lengths(torch.zeros_like(image), start)
+    back, _ = way_back(tracks, visible, start, grey, 64, 64)
+    assert (back[0, 0, :, :, 0] < -23.9).sum() > thing.sum(), "of one colour, it takes ground along"
+
+
+def test_what_moves_unlike_the_rest_of_the_picture_is_in_front():
+    """The thing is over a track of the ground that is still seen, nearer to some squares."""
+    image, tracks, start = thing_on_ground()
+    visible = torch.ones(1, 1, 5).bool()
+    paths = path_lengths(image, start)
+    still = start[:, None]
+    ground = torch.tensor([0.0, 1, 1, 1, 1])[:, None]
+    passing = ground * torch.tensor([-14.0, 0])                 # (30, 32) is at (16, 32) now
+    for moved, left, move in (tracks, 8, 24), (still + passing, 2, 0):
+        back, _ = way_back(moved, visible, start, paths, 64, 64)
+        there = back[0, 0, 6:10, left:left + 4]                 # where the thing is
+        assert (there + torch.tensor([move, 0.0])).abs().max() < 0.2
+
+
+def test_how_many_tracks_a_thing_has_does_not_put_it_behind():
+    """Most of the picture is ground: what the one track of it does is what the picture does."""
+    image, _, _ = thing_on_ground()
+    thing = torch.tensor([[12.0, 28], [20, 28], [16, 32], [12, 36], [20, 36]])
+    ground = torch.tensor([[42.0, 32]])
+    start = torch.cat([thing, ground])[None]
+    tracks = torch.cat([thing + torch.tensor([24.0, 0]), ground])[None, None]
+    visible = torch.ones(1, 1, 6).bool()
+    back, _ = way_back(tracks, visible, start, path_lengths(image, start), 64, 64)
+    assert (back[0, 0, 6:10, 8:12, 0] < -23.9).all()            # the thing hides the ground's track
+
+
+def test_a_track_beyond_reach_takes_nothing_from_one_within():
+    ground = torch.tensor([[1.0, 62], [1, 4], [1, 124], [95, 40], [95, 84], [117, 62]])
+    thing = torch.tensor([[95.0, 62]])
+    start = torch.cat([ground, thing])[None]
+    right = torch.tensor([3.0, 0])
+    left = torch.tensor([-20.0, 0])
+    tracks = torch.cat([ground + right, thing + left])[None, None]
+    visible = torch.ones(1, 1, 7).bool()
+    back, _ = on_grey(way_back, tracks, visible, start, 128, 128)
+    square = back[0, 0, 15, 8]                                  # (34, 62): 30 and 41 pixels from them
+    assert_near(square, -right, 1e-3)
+
+
+def test_what_has_gone_ends_where_its_colour_ends():
+    image, tracks, start = thing_on_ground()
+    tracks = tracks[:, :, :1]                                   # of the thing alone
+    start = start[:, :1]
+    visible = torch.ones(1, 1, 1).bool()
+    paths = path_lengths(image, start)
+    still = torch.zeros(1, 1, 16, 16, 2)
+    straight, along, _, _ = gone_elsewhere(still, tracks, visible, start, paths, 64, 64)[0, :, 0]
+    thing = torch.zeros(16, 16).bool()
+    thing[6:10, 2:6] = True                                     # in frame 0
+    assert straight[~thing].max() > 0.2
+    assert along[thing].min() > 0.2
+    assert along[~thing].max() < 0.02
+
+
+def test_what_has_gone_is_told_along_a_path_where_another_track_is_nearer():
+    """A track of the ground that rests beside the thing says nothing of the thing's edge."""
+    image, _, _ = thing_on_ground()
+    start = torch.tensor([[[10.0, 26], [28, 32]]])
+    tracks = start[:, None] + torch.tensor([[24.0, 0], [0, 0]])
+    visible = torch.ones(1, 1, 2).bool()
+    paths = path_lengths(image, start)
+    still = torch.zeros(1, 1, 16, 16, 2)
+    gone = gone_elsewhere(still, tracks, visible, start, paths, 64, 64)[0, :, 0]
+    straight, along, _, _ = gone[:, 8, 5]                       # (22, 34), the thing's right edge
+    assert straight == 0
+    assert along > 0.1
+
+
+def test_what_is_far_away_takes_nothing_along_however_fast_it_is():
+    start = torch.tensor([[[8.0, 8], [56, 8], [8, 56], [56, 56]]])
+    tracks = start[:, None].clone()
+    tracks[0, 0, 3] = torch.tensor([30.0, 16])                  # all others rest
+    visible = torch.ones(1, 1, 4).bool()
+    back, _ = on_grey(way_back, tracks, visible, start, 64, 64)
+    assert (back[0, 0, 1:3, 1:3].abs() < 0.1).all()             # round (8, 8)
+    assert (back[0, 0, 3:5, 7] == torch.tensor([26.0, 40])).all()
+
+
+def on_grey(function, *given):
+    """way_back or gone_elsewhere in a picture of one colour, where paths are as long as they look.
+    given: their arguments but for the paths."""
+    *points, start, height, width = given
+    grey = torch.zeros(1, 3, height, width)
+    return function(*points, start, path_lengths(grey, start), height, width)
+
+
 def test_what_a_square_shows_of_frame_0_lies_where_its_track_leads_back():
     """Track 0 stands still in the upper left, track 1 goes by (5, -9) in the lower right."""
     start = torch.tensor([[3.0, 2.0], [42.0, 30.0]])
     end = torch.tensor([[3.0, 2.0], [47.0, 21.0]])
     tracks = torch.stack([start, end])[None]                    # (B, T, N, 2)
     visible = torch.ones(1, 2, 2).bool()
-    back, distance = way_back(tracks, visible, start[None], 32, 48)
+    back, far = on_grey(way_back, tracks, visible, start[None], 32, 48)
     image = numbered_pixels()
     before = image[0, 0]
     video = warp(image, back)
@@ -210,16 +375,15 @@ def test_what_a_square_shows_of_frame_0_lies_where_its_track_leads_back():
     assert_near(after[17, 47], before[26, 42], 1e-5)
     assert_near(after[:8, :8], before[:8, :8], 1e-5)            # what stays
     assert_near(after[28:, 40:], before[28:, 40:], 1e-5)        # would come from below the picture
-    far = distance[0, 1]
-    assert far[7, 10:].isinf().all()
-    assert far[4, 10:].isfinite().all()
+    assert far[0, 1, 7, 10:].isinf().all()
+    assert far[0, 1, 4, 10:].isfinite().all()
 
 
 def test_a_square_far_from_all_tracks_rests():
     start = torch.tensor([[[10.0, 62.0]]])
     tracks = (start + torch.tensor([8.0, 0]))[None]             # (1, 1, 1, 2)
     visible = torch.ones(1, 1, 1).bool()
-    back, distance = way_back(tracks, visible, start, 128, 128)
+    back, far = on_grey(way_back, tracks, visible, start, 128, 128)
     row = back[0, 0, 15]                                        # squares centred at y = 62
     near = row[:, 0] == -8
     centres = torch.arange(2, 128, 4)
@@ -227,7 +391,7 @@ def test_a_square_far_from_all_tracks_rests():
     expected &= centres >= 10                                   # the rest would come from outside
     assert near.equal(expected)
     assert (row[~near] == 0).all()
-    assert distance[0, 0, 15][~near].isinf().all()
+    assert far[0, 0, 15][~near].isinf().all()
 
 
 def test_what_lies_between_pixels_is_interpolated():
@@ -248,7 +412,7 @@ def test_squares_of_what_turns_move_smoothly():
     start, visible = grid_of_25()
     turn = torch.tensor([[0.98, 0.2], [-0.2, 0.98]])            # 11.5 degrees
     turned = (start - 24) @ turn + 24
-    back, _ = way_back(turned[:, None], visible, start, 48, 48)
+    back, _ = on_grey(way_back, turned[:, None], visible, start, 48, 48)
     place = square_centres(48, 48, "cpu")
     before = (place - 24) @ turn.inverse() + 24
     error = place + back[0, 0] - before
@@ -262,7 +426,7 @@ def test_squares_never_move_with_a_mean_of_what_moves_differently():
     moves = torch.zeros(25, 2)
     moves[:10] = torch.tensor([20.0, 0])                        # two columns leave
     tracks = start + moves
-    back, _ = way_back(tracks[:, None], visible, start, 48, 48)
+    back, _ = on_grey(way_back, tracks[:, None], visible, start, 48, 48)
     for row in back[0, 0]:
         ways = [tuple(way) for way in row.round(decimals=2).tolist()]
         assert len(set(ways)) <= 2, ways
@@ -294,18 +458,16 @@ def under_object(points, left):
 def test_an_object_leaves_its_first_place_and_the_ground_behind_it_is_not_taken_for_it():
     tracks, visible, start = moved_object()
     visible &= start.isfinite().all(2)
-    back, _ = way_back(tracks, visible, start, 32, 48)
+    back, _ = on_grey(way_back, tracks, visible, start, 32, 48)
     squares = square_centres(32, 48, "cpu")                     # (8, 12, 2)
     first_place = under_object(squares, left=8)
     new_place = under_object(squares, left=32)
-    near, _ = gone_elsewhere(back, tracks, visible, start, 32, 48)[0]
-    sure = near[0]                                              # (8, 12)
+    sure = on_grey(gone_elsewhere, back, tracks, visible, start, 32, 48)[0, 0, 0]   # (8, 12)
     assert sure[first_place].min() > 0.9
     assert sure[~first_place].max() < 0.5
     assert sure[new_place].max() < 1e-6                         # where it is, it is at home
     still = torch.zeros_like(back)                              # what the image itself shows
-    near, _ = gone_elsewhere(still, tracks, visible, start, 32, 48)[0]
-    sure = near[0]
+    sure = on_grey(gone_elsewhere, still, tracks, visible, start, 32, 48)[0, 0, 0]
     assert sure[first_place].min() > 0.9
     assert sure[:, 6:].max() < 0.3                              # it shows no object there
 
@@ -315,8 +477,8 @@ def test_copies_say_what_has_gone_elsewhere():
     tracks = tracks.expand(-1, 4, -1, -1)
     visible = visible.expand(-1, 4, -1)
     copies = copy_along_tracks(linear_vae(), rand(1, 3, 32, 48), tracks, visible, start)
-    assert copies.shape == (1, 4 + 6, 1, 4, 6)
-    _, moved, still = copies[0, :, 0].split([6, 2, 2])          # (2, 4, 6), of cells of 8 pixels
+    assert copies.shape == (1, 4 + 12, 1, 4, 6)
+    _, moved, still = copies[0, :, 0].split([8, 4, 4])          # (4, 4, 6), of cells of 8 pixels
     near = moved[0]
     assert near.max() == near[1:3, 1].max()                     # where the object was
     there = still[:, 1:3, 1]
@@ -333,7 +495,7 @@ def test_a_fresh_model_believes_its_copies_and_where_there_are_none_the_image():
     model = CopyingMotionStream(COPYING).eval().requires_grad_(False)
     x = rand(2, 4, 3, 4, 6)
     tracks = rand(2, 8, 3, 4, 6, seed=3)
-    copies = rand(2, 10, 3, 4, 6, seed=1)
+    copies = rand(2, 16, 3, 4, 6, seed=1)
     image = rand(2, 4, 1, 4, 6, seed=2)
     ones = torch.ones(2)
 
@@ -350,7 +512,7 @@ def test_a_fresh_model_believes_its_copies_and_where_there_are_none_the_image():
     assert_near(without, 0.2 * still, 1e-5)
     no_copies = x0(tracks=tracks, image=image, copies=torch.zeros_like(copies))
     assert no_copies.equal(without), "None is zeros"
-    text = "condition copies (2, 8, 3, 4, 6), expected (2, 10,"
+    text = "condition copies (2, 8, 3, 4, 6), expected (2, 16,"
     assert_error(AssertionError, text, model, x, ones, copies=tracks)
     text = "condition image (2, 4, 3, 4, 6), expected (2, 4, 1,"
     assert_error(AssertionError, text, model, x, ones, image=still)
@@ -364,13 +526,13 @@ def variance_of_x_t(sigma, std):
 
 
 def test_a_copying_model_is_a_motionstream_inside_the_linear_part():
-    """Its image slot holds copies, then the image; its head two more channels, the shares."""
+    """Its image slot holds copies, then the image; its head two more channels, the weights."""
     model = new_model(**vars(COPYING))
     plain = randomised(MotionStream(replace(COPYING, copies=False)))
     plain.head = model.head
     plain.load_state_dict(model.state_dict())
     noise, given, _ = clip_of(3, COPYING)
-    copies = rand(2, 10, 3, 4, 6, seed=8)
+    copies = rand(2, 16, 3, 4, 6, seed=8)
     image = rand(2, 4, 1, 4, 6, seed=9)
     still = image.expand(-1, -1, 3, -1, -1)
     sigma = torch.tensor([0.9, 0.4])
@@ -379,9 +541,12 @@ def test_a_copying_model_is_a_motionstream_inside_the_linear_part():
     size = variance_of_x_t(s, std).sqrt()
     channels = torch.cat([copies, still], 1)
     output = plain(noise / size, sigma, **given, image=channels)
-    correction, share, rest = output.split([4, 1, 1], 1)
-    latents = copies[:, :4]                                     # and six of how far to believe them
+    drawn, share, rest = output.split([4, 1, 1], 1)
+    latents = copies[:, :4]                                     # and twelve of how far to believe them
     mean = share * latents + rest * still
+    assert rest.min() < -0.1 and rest.max() > 1.1               # both ends of the gate are reached
+    at_rest = rest.maximum(torch.zeros(())).minimum(torch.ones(()))
+    correction = (1 - at_rest) * drawn                          # what rests is not drawn again
     spread = 0.1 * std                                          # of a Gaussian round that mean
     gain = (1 - s) * spread ** 2 / variance_of_x_t(s, spread)
     x0 = mean + gain * (noise - (1 - s) * mean)
@@ -430,11 +595,11 @@ def test_what_a_copying_model_is_given_in_another_shape_is_refused():
     points, _, _ = new_tracks(9, 8)
     for name, value, said in (
             ("tracks", points, "see track_features: (2, 9, 8, 2), expected (2, 8, 3, 4, 6)"),
-            ("copies", rand(2, 4, 3, 4, 6), "copies (2, 4, 3, 4, 6), expected (2, 10, 3, 4, 6)"),
+            ("copies", rand(2, 4, 3, 4, 6), "copies (2, 4, 3, 4, 6), expected (2, 16, 3, 4, 6)"),
             ("image", x, "condition image (2, 4, 3, 4, 6), expected (2, 4, 1, 4, 6)")):
         assert_error(AssertionError, said, model, x, sigma, **{name: value})
-    other = new_model(**vars(COPYING) | {"in_dim": 30})         # the image has 4 channels, not 8
-    said = "26 input channels, in_dim is 30"
+    other = new_model(**vars(COPYING) | {"in_dim": 36})         # the image has 4 channels, not 8
+    said = "32 input channels, in_dim is 36"
     assert_error(AssertionError, said, other, x, sigma, image=first)
 
 
@@ -442,7 +607,7 @@ def test_copying_models_stream_and_later_copies_do_not_change_past_frames():
     model = new_model(**vars(COPYING))
     noise, given, first = clip_of(8, COPYING)
     given["image"] = first
-    given["copies"] = rand(2, 10, 8, 4, 6, seed=6)
+    given["copies"] = rand(2, 16, 8, 4, 6, seed=6)
     one = list(rollout(model, noise, given, first, rng=seeded()))
     for x0, length in zip(one, (3, 3, 2), strict=True):
         assert x0.shape[2] == length
@@ -459,7 +624,7 @@ def test_copying_models_stream_with_a_first_chunk_of_another_size():
     """Shorter or longer than the others: the image is the same in every chunk."""
     noise, given, first = clip_of(8, COPYING)
     given["image"] = first
-    given["copies"] = rand(2, 10, 8, 4, 6, seed=6)
+    given["copies"] = rand(2, 16, 8, 4, 6, seed=6)
     for size, sizes in (1, [1, 3, 3, 1]), (5, [5, 3]):
         model = new_model(**vars(COPYING) | {"first_chunk": size})
         found = list(rollout(model, noise, given, first, rng=seeded()))
@@ -476,7 +641,7 @@ def test_the_image_of_a_copying_model_is_one_frame_however_long_the_chunk():
     for frames in 1, 3, 7:
         channels, _ = image_inputs(COPYING, image, frames)
         assert channels.equal(image)
-    given = {"image": image, "copies": rand(2, 10, 4, 4, 6)}
+    given = {"image": image, "copies": rand(2, 16, 4, 4, 6)}
     parts = list(split_conditions(given, [1, 3]))
     assert [part["copies"].shape[2] for part in parts] == [1, 3]
     assert all(part["image"].equal(image) for part in parts)
