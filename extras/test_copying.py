@@ -207,123 +207,158 @@ def numbered_pixels():
     return numbers.expand(1, 3, 32, 48)
 
 
+def change_of_colour(colour, here, there):
+    """Mean absolute difference between two squares (y, x) of colour (3, rows, columns)."""
+    difference = colour[:, here[0], here[1]] - colour[:, there[0], there[1]]
+    return difference.abs().mean().item()
+
+
 def shortest_paths(colour, begin):
-    """By Dijkstra's algorithm, in float64: {square (y, x): length of the path from `begin`}. colour
-    (3, rows, columns)."""
+    """By Dijkstra's algorithm, in float64: lengths (rows, columns) of the paths from a square
+    (y, x). colour (3, rows, columns)."""
     _, rows, columns = colour.shape
-    found = {}
+    found = torch.full((rows, columns), -1.0).double()
     border = [(0.0, begin)]
     while border:
-        length, (y, x) = heapq.heappop(border)
-        if (y, x) in found:
+        length, here = heapq.heappop(border)
+        if found[here] >= 0:
             continue
-        found[y, x] = length
+        found[here] = length
+        y, x = here
         for down, right in itertools.product((-1, 0, 1), repeat=2):
-            other = (y + down, x + right)
-            if not (0 <= other[0] < rows and 0 <= other[1] < columns):
-                continue
-            change = (colour[:, y, x] - colour[:, other[0], other[1]]).abs().mean().item()
-            longer = length + 4 * math.hypot(down, right) + 20 * change
-            heapq.heappush(border, (longer, other))
+            there = (y + down, x + right)
+            if there[0] in range(rows) and there[1] in range(columns):
+                step = 4 * math.hypot(down, right)
+                longer = 20 * change_of_colour(colour, here, there)
+                heapq.heappush(border, (length + step + longer, there))
     return found
 
 
 def test_paths_are_the_shortest_and_longer_where_colours_change():
     coarse = 0.3 * rand(2, 3, 8, 12).double()
     image = coarse.repeat_interleave(4, 2).repeat_interleave(4, 3)
-    start = torch.tensor([[[3.0, 2.0], [42.5, 31.9]], [[0.0, 17.0], [math.nan, math.nan]]])
+    nowhere = [math.nan, math.nan]
+    start = torch.tensor([[[3.0, 2.0], [42.5, 31.9]], [[0.0, 17.0], nowhere]])
     found = path_lengths(image.float(), start)
     assert found.shape == (2, 2, 8, 12)
     for clip, track, begin in (0, 0, (0, 0)), (0, 1, (7, 10)), (1, 0, (4, 0)):
-        lengths = shortest_paths(coarse[clip], begin)
-        expected = torch.tensor([[lengths[y, x] for x in range(12)] for y in range(8)])
+        expected = shortest_paths(coarse[clip], begin)
         assert_near(found[clip, track].double(), expected, 1e-5)
     assert (found[1, 1] == FAR).all(), "no path from where nothing began"
-    line = path_lengths(torch.zeros(1, 3, 4, 80), torch.tensor([[[2.0, 2]]]))[0, 0, 0]
-    assert_near(line[:17], 4.0 * torch.arange(17), 1e-6)
-    assert (line[17:] == FAR).all(), "of 16 squares at most"
 
 
-def thing_on_ground():
-    """A white thing of 16 x 16 pixels on black ground, in a picture of 64 x 64: frame 0
-    (1, 3, 64, 64), tracks (1, 1, 5, 2) of a later frame and start (1, 5, 2). The thing moves to the
-    right by 24; the ground has four tracks, two of which it passes."""
-    image = torch.full((1, 3, 64, 64), -1.0)
-    image[:, :, 24:40, 8:24] = 1
-    start = torch.tensor([[[16.0, 32], [30, 32], [44, 32], [16, 10], [16, 54]]])
-    tracks = start.clone()
-    tracks[0, 0, 0] += 24
-    return image, tracks[None], start
+def test_a_path_has_sixteen_squares_at_most():
+    grey = torch.zeros(1, 3, 4, 80)
+    start = torch.tensor([[[2.0, 2]]])
+    lengths = path_lengths(grey, start)[0, 0, 0]
+    assert_near(lengths[:17], 4.0 * torch.arange(17), 1e-6)
+    assert (lengths[17:] == FAR).all()
+
+
+# A white thing of 16 x 16 pixels on black ground, in a picture of 64 x 64 pixels. It moves to the
+# right by 24 pixels, over the second of four tracks of the ground.
+WITH_THING = torch.full((1, 3, 64, 64), -1.0)
+WITH_THING[:, :, 24:40, 8:24] = 1
+ON_THING = torch.tensor([[16.0, 32]])
+ON_BLACK = torch.tensor([[30.0, 32], [44, 32], [16, 10], [16, 54]])
+RIGHT = torch.tensor([24.0, 0])
+
+
+def squares_of_thing(left):
+    """True where the thing is if its first column of squares is `left`: (16, 16)."""
+    squares = torch.zeros(16, 16).bool()
+    squares[6:10, left:left + 4] = True
+    return squares
+
+
+def followed(image, start, now):
+    """What way_back gives for one frame, if all tracks are seen: start (N, 2) and now (N, 2); back
+    and how far the track is, (rows, columns, 2) each."""
+    start = start[None]
+    visible = torch.ones(1, 1, len(now)).bool()
+    paths = path_lengths(image, start)
+    back, far = way_back(now[None, None], visible, start, paths, *image.shape[2:])
+    return back[0, 0], far[0, 0]
+
+
+def assert_moves(back, move):
+    """Each square has moved so, to 0.2 pixels: tracks that move otherwise weigh a little."""
+    assert (back + move).abs().max() < 0.2, back
 
 
 def test_a_square_follows_a_track_only_with_what_is_of_one_piece_with_it():
     """Beside the thing, its own track is nearest; what it would bring there is ground."""
-    image, tracks, start = thing_on_ground()
-    visible = torch.ones(1, 1, 5).bool()
-    paths = path_lengths(image, start)
-    back, far = way_back(tracks, visible, start, paths, 64, 64)
-    moved = back[0, 0, :, :, 0] < -23.9
-    thing = torch.zeros(16, 16).bool()
-    thing[6:10, 8:12] = True                                    # where it is now
-    assert moved.equal(thing)
-    assert (back[0, 0][~thing].abs() < 0.1).all()
-    straight, along = far[0, 0, 6, 8]
+    start = torch.cat([ON_THING, ON_BLACK])
+    now = torch.cat([ON_THING + RIGHT, ON_BLACK])
+    back, far = followed(WITH_THING, start, now)
+    thing = squares_of_thing(left=8)
+    assert_moves(back[thing], RIGHT)
+    assert_moves(back[~thing], 0 * RIGHT)
+    straight, along = far[6, 8]
     assert straight == 72 ** 0.5                                # from (34, 26) to (40, 32)
     assert_near(along, torch.tensor(8 * 2 ** 0.5), 1e-5)        # two squares, both slanting
-    grey = path_lengths(torch.zeros_like(image), start)
-    back, _ = way_back(tracks, visible, start, grey, 64, 64)
-    assert (back[0, 0, :, :, 0] < -23.9).sum() > thing.sum(), "of one colour, it takes ground along"
+
+    back, _ = followed(torch.zeros_like(WITH_THING), start, now)
+    taken = back[..., 0] < -23
+    assert taken.sum() > thing.sum(), "of one colour, it takes ground along"
 
 
 def test_what_moves_unlike_the_rest_of_the_picture_is_in_front():
     """The thing is over a track of the ground that is still seen, nearer to some squares."""
-    image, tracks, start = thing_on_ground()
-    visible = torch.ones(1, 1, 5).bool()
-    paths = path_lengths(image, start)
-    still = start[:, None]
-    ground = torch.tensor([0.0, 1, 1, 1, 1])[:, None]
-    passing = ground * torch.tensor([-14.0, 0])                 # (30, 32) is at (16, 32) now
-    for moved, left, move in (tracks, 8, 24), (still + passing, 2, 0):
-        back, _ = way_back(moved, visible, start, paths, 64, 64)
-        there = back[0, 0, 6:10, left:left + 4]                 # where the thing is
-        assert (there + torch.tensor([move, 0.0])).abs().max() < 0.2
+    start = torch.cat([ON_THING, ON_BLACK])
+    now = torch.cat([ON_THING + RIGHT, ON_BLACK])
+    back, _ = followed(WITH_THING, start, now)
+    assert_moves(back[squares_of_thing(left=8)], RIGHT)
+    left = torch.tensor([-14.0, 0])                             # all but the thing, by a camera
+    now = torch.cat([ON_THING, ON_BLACK + left])
+    back, _ = followed(WITH_THING, start, now)
+    assert_moves(back[squares_of_thing(left=2)], 0 * RIGHT)
 
 
 def test_how_many_tracks_a_thing_has_does_not_put_it_behind():
     """Most of the picture is ground: what the one track of it does is what the picture does."""
-    image, _, _ = thing_on_ground()
-    thing = torch.tensor([[12.0, 28], [20, 28], [16, 32], [12, 36], [20, 36]])
-    ground = torch.tensor([[42.0, 32]])
-    start = torch.cat([thing, ground])[None]
-    tracks = torch.cat([thing + torch.tensor([24.0, 0]), ground])[None, None]
-    visible = torch.ones(1, 1, 6).bool()
-    back, _ = way_back(tracks, visible, start, path_lengths(image, start), 64, 64)
-    assert (back[0, 0, 6:10, 8:12, 0] < -23.9).all()            # the thing hides the ground's track
+    corners = torch.tensor([[-4.0, -4], [4, -4], [-4, 4], [4, 4], [0, 0]])
+    on_thing = ON_THING + corners
+    start = torch.cat([on_thing, ON_BLACK[1:2]])
+    now = torch.cat([on_thing + RIGHT, ON_BLACK[1:2]])          # the thing hides the ground's track
+    back, _ = followed(WITH_THING, start, now)
+    assert_moves(back[squares_of_thing(left=8)], RIGHT)
 
 
 def test_a_track_beyond_reach_takes_nothing_from_one_within():
     ground = torch.tensor([[1.0, 62], [1, 4], [1, 124], [95, 40], [95, 84], [117, 62]])
     thing = torch.tensor([[95.0, 62]])
-    start = torch.cat([ground, thing])[None]
     right = torch.tensor([3.0, 0])
     left = torch.tensor([-20.0, 0])
-    tracks = torch.cat([ground + right, thing + left])[None, None]
-    visible = torch.ones(1, 1, 7).bool()
-    back, _ = on_grey(way_back, tracks, visible, start, 128, 128)
-    square = back[0, 0, 15, 8]                                  # (34, 62): 30 and 41 pixels from them
-    assert_near(square, -right, 1e-3)
+    now = torch.cat([ground + right, thing + left])
+    grey = torch.zeros(1, 3, 128, 128)
+    back, _ = followed(grey, torch.cat([ground, thing]), now)
+    square = back[15, 8]                                        # 30 pixels from one, 41 from it
+    assert_moves(square, right)
+
+
+def test_what_is_far_away_takes_nothing_along_however_fast_it_is():
+    start = torch.tensor([[8.0, 8], [56, 8], [8, 56], [56, 56]])
+    now = start.clone()
+    now[3] = torch.tensor([30.0, 16])                           # all others rest
+    grey = torch.zeros(1, 3, 64, 64)
+    back, _ = followed(grey, start, now)
+    assert_moves(back[1:3, 1:3], 0 * RIGHT)                     # round (8, 8)
+    assert_moves(back[3:5, 7], now[3] - start[3])
+
+
+def gone_of_image(start, now):
+    """gone_elsewhere of the image with the thing itself, (4, 16, 16): as in `followed`."""
+    start = start[None]
+    visible = torch.ones(1, 1, len(now)).bool()
+    paths = path_lengths(WITH_THING, start)
+    still = torch.zeros(1, 1, 16, 16, 2)
+    return gone_elsewhere(still, now[None, None], visible, start, paths, 64, 64)[0, :, 0]
 
 
 def test_what_has_gone_ends_where_its_colour_ends():
-    image, tracks, start = thing_on_ground()
-    tracks = tracks[:, :, :1]                                   # of the thing alone
-    start = start[:, :1]
-    visible = torch.ones(1, 1, 1).bool()
-    paths = path_lengths(image, start)
-    still = torch.zeros(1, 1, 16, 16, 2)
-    straight, along, _, _ = gone_elsewhere(still, tracks, visible, start, paths, 64, 64)[0, :, 0]
-    thing = torch.zeros(16, 16).bool()
-    thing[6:10, 2:6] = True                                     # in frame 0
+    straight, along, _, _ = gone_of_image(ON_THING, ON_THING + RIGHT)
+    thing = squares_of_thing(left=2)                            # in frame 0
     assert straight[~thing].max() > 0.2
     assert along[thing].min() > 0.2
     assert along[~thing].max() < 0.02
@@ -331,26 +366,12 @@ def test_what_has_gone_ends_where_its_colour_ends():
 
 def test_what_has_gone_is_told_along_a_path_where_another_track_is_nearer():
     """A track of the ground that rests beside the thing says nothing of the thing's edge."""
-    image, _, _ = thing_on_ground()
-    start = torch.tensor([[[10.0, 26], [28, 32]]])
-    tracks = start[:, None] + torch.tensor([[24.0, 0], [0, 0]])
-    visible = torch.ones(1, 1, 2).bool()
-    paths = path_lengths(image, start)
-    still = torch.zeros(1, 1, 16, 16, 2)
-    gone = gone_elsewhere(still, tracks, visible, start, paths, 64, 64)[0, :, 0]
+    start = torch.tensor([[10.0, 26], [28, 32]])
+    now = torch.tensor([[34.0, 26], [28, 32]])
+    gone = gone_of_image(start, now)
     straight, along, _, _ = gone[:, 8, 5]                       # (22, 34), the thing's right edge
     assert straight == 0
     assert along > 0.1
-
-
-def test_what_is_far_away_takes_nothing_along_however_fast_it_is():
-    start = torch.tensor([[[8.0, 8], [56, 8], [8, 56], [56, 56]]])
-    tracks = start[:, None].clone()
-    tracks[0, 0, 3] = torch.tensor([30.0, 16])                  # all others rest
-    visible = torch.ones(1, 1, 4).bool()
-    back, _ = on_grey(way_back, tracks, visible, start, 64, 64)
-    assert (back[0, 0, 1:3, 1:3].abs() < 0.1).all()             # round (8, 8)
-    assert (back[0, 0, 3:5, 7] == torch.tensor([26.0, 40])).all()
 
 
 def on_grey(function, *given):
@@ -542,7 +563,7 @@ def test_a_copying_model_is_a_motionstream_inside_the_linear_part():
     channels = torch.cat([copies, still], 1)
     output = plain(noise / size, sigma, **given, image=channels)
     drawn, share, rest = output.split([4, 1, 1], 1)
-    latents = copies[:, :4]                                     # and twelve of how far to believe them
+    latents = copies[:, :4]                                     # and twelve of confidence
     mean = share * latents + rest * still
     assert rest.min() < -0.1 and rest.max() > 1.1               # both ends of the gate are reached
     at_rest = rest.maximum(torch.zeros(())).minimum(torch.ones(()))
