@@ -960,7 +960,7 @@ def rollout(model, noise, conditions, first_latent=None, exit_step=None, rng=Non
 
 COPY_CELL = 4       # side in pixels of the squares that are moved as one
 REACH = 40          # pixels: a square farther than this from all tracks rests
-NEIGHBOURS = 8      # nearest tracks, of which a square follows one or a mean, see way_back
+NEIGHBOURS = 8      # the nearest tracks, one of which a square follows, see way_back
 BESIDE = 4          # pixels beyond the followed track's distance at which a weight falls to 1 / e
 ALIKE = 6           # pixels between a track's motion and the followed one's, for the same fall
 EDGE = 20           # pixels by which a path is longer where the colour changes by 1
