@@ -964,7 +964,7 @@ NEIGHBOURS = 8      # the nearest tracks, one of which a square follows, see way
 BESIDE = 4          # pixels beyond the followed track's distance at which a weight falls to 1 / e
 ALIKE = 6           # pixels between a track's motion and the followed one's, for the same fall
 EDGE = 20           # pixels by which a path is longer where the colour changes by 1
-STEPS = 16          # squares that a path may have
+PATH_SQUARES = 16   # squares that a path may have
 FAR = 1000          # length in pixels where there is no path
 OWN = 1.5           # a square belongs to tracks whose path is up to OWN times the shortest, plus
 OWN_PLUS = 2        # so many pixels
@@ -996,11 +996,16 @@ def nearest_points(places, points, visible, count):
     return index.unflatten(2, shape), distance.unflatten(2, shape)
 
 
+def moves_since(tracks, start):
+    """Displacement of tracks (B, T, N, 2) since frame 0, where they were at start (B, N, 2)."""
+    return tracks.nan_to_num(0) - start.nan_to_num(0)[:, None]
+
+
 def moves_of(index, tracks, start):
     """Displacement since frame 0 of the tracks with these numbers: index
     (B, T, rows, columns, near), tracks (B, T, N, 2), start (B, N, 2) to
     (B, T, rows, columns, near, 2)."""
-    moves = tracks.nan_to_num(0) - start.nan_to_num(0)[:, None]         # (B, T, N, 2)
+    moves = moves_since(tracks, start)                          # (B, T, N, 2)
     wanted = index.flatten(2)[..., None].expand(-1, -1, -1, 2)  # (B, T, rows columns near, 2)
     return moves.gather(2, wanted).unflatten(2, index.shape[2:])
 
@@ -1015,9 +1020,10 @@ def from_outside(back, height, width):
 
 
 def path_lengths(frame_0, start):
-    """Lengths in pixels of the shortest paths, of up to STEPS squares, from the starts of tracks to
-    each square of frame 0. A path is longer where the colours along it change, so what is near
-    along a path is likely to be the same thing (geodesic segmentation, as of Bai and Sapiro 2007).
+    """Lengths in pixels of the shortest paths, of up to PATH_SQUARES squares, from the starts of
+    tracks to each square of frame 0. A path is longer where the colours along it change, so what is
+    near along a path is likely to be the same thing (geodesic segmentation, as of Bai and Sapiro
+    2007).
 
     frame_0 (B, 3, H, W) in [-1, 1]; start (B, N, 2) in pixels, N > 0, NaN: leads nowhere. Returns
     (B, N, rows, columns), FAR where there is no path."""
@@ -1040,7 +1046,7 @@ def path_lengths(frame_0, start):
     begin = y.clamp(0, rows - 1) * columns + x.clamp(0, columns - 1)
     begins = F.one_hot(begin, rows * columns) * known[..., None]
     length = FAR * (1.0 - begins.unflatten(2, (rows, columns)))         # (B, N, rows, columns)
-    for _ in range(STEPS):
+    for _ in range(PATH_SQUARES):
         length = (around(length) + cost[:, None]).amin(2)
     return length.clamp(max=FAR)
 
@@ -1066,9 +1072,8 @@ def mean_move(tracks, visible, start, paths):
     length, owner = paths.min(1)                                        # (B, rows, columns)
     owned = F.one_hot(owner, paths.shape[1]) * (length < FAR)[..., None]
     weight = visible * owned.sum((1, 2))[:, None]                       # (B, T, N)
-    moves = tracks.nan_to_num(0) - start.nan_to_num(0)[:, None]         # (B, T, N, 2)
     total = weight.sum(2, keepdim=True).clamp(min=1)
-    return (weight[..., None] * moves).sum(2) / total
+    return (weight[..., None] * moves_since(tracks, start)).sum(2) / total
 
 
 def way_back(tracks, visible, start, paths, height, width):
@@ -1099,7 +1104,7 @@ def way_back(tracks, visible, start, paths, height, width):
     unlike = (moves - mean[:, :, None, None, None]).norm(dim=-1)
     rank = distance - unlike.clamp(max=AHEAD) + FAR * of_another
     rank = rank.masked_fill(distance > REACH, math.inf)
-    followed = rank.argmin(4, keepdim=True)                     # (B, T, rows, columns, 1)
+    followed = rank.argmin(4, keepdim=True)     # the lowest rank, (B, T, rows, columns, 1)
 
     to_track = torch.cat([distance.gather(4, followed), length.gather(4, followed)], 4)
     farther = (distance - to_track[..., :1]).clamp(min=0)
@@ -1189,9 +1194,8 @@ def copy_along_tracks(vae, frame_0, tracks, visible, start):
     paths = path_lengths(frame_0, start)
     back, to_track = way_back(tracks, visible, start, paths, H, W)
     video = warp(frame_0, back)
-    rest = torch.zeros_like(back)
     moved_is_gone = gone_elsewhere(back, tracks, visible, start, paths, H, W)
-    still_is_gone = gone_elsewhere(rest, tracks, visible, start, paths, H, W)
+    still_is_gone = gone_elsewhere(0 * back, tracks, visible, start, paths, H, W)
     signals = torch.cat([nearness(to_track), moved_is_gone, still_is_gone], 1)
     if T % FRAMES == 1:
         video[:, :, 0] = frame_0
