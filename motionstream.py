@@ -1253,11 +1253,27 @@ def with_linear_part(output, x_t, sigma, std, expected):
     return linear + std / variance_overall.sqrt() * output
 
 
+def decided(weights):
+    """Weights of copies and of what is drawn, which has 1 minus their sum, squared and made to add
+    up to 1, so that the largest counts for more: 0.7 and 0.3 become 0.84 and 0.16.
+
+    weights (B, n, F, h, w), counted as 0 to 1. Returns the copies' and a factor, 0 to 1, for what
+    is drawn: by how much its weight falls."""
+    weights = weights.clamp(0, 1)
+    rest = (1 - weights.sum(1, keepdim=True)).clamp(min=0)
+    squares = weights.square()
+    total = squares.sum(1, keepdim=True) + rest.square()
+    return squares / total, (rest / total).clamp(max=1)
+
+
 class CopyingMotionStream(MotionStream):
     """A MotionStream for a config with `copies`. Copies are input channels just before the image's;
     the head has two more outputs, cell by cell: the weights of the latents moved along the tracks
     and of the image's own. The more weight the latter has, the less the network itself draws: what
-    rests is not drawn again."""
+    rests is not drawn again.
+
+    A teacher is asked for the mean of all that could be there, so it may mix the two. A student's
+    output is shown, where a mixture is a ghost: it decides, see `decided`."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -1281,10 +1297,14 @@ class CopyingMotionStream(MotionStream):
         still = still.expand_as(x)                      # the unmoved image, in every frame
         channels = torch.cat([scaled, tracks, copied, still], 1)
         output = self.transformer(channels, sigma, text, **rest)
-        drawn, of_moved, of_still = output.split([c.out_dim, 1, 1], 1)
+        drawn, weights = output.split([c.out_dim, SHARES], 1)
+        drawn = (1 - weights[:, 1:].clamp(0, 1)) * drawn
+        if c.causal:
+            weights, kept = decided(weights)
+            drawn = kept * drawn
+        of_moved, of_still = weights.split(1, 1)
         expected = of_moved * copied[:, :c.out_dim] + of_still * still
-        gate = 1 - of_still.clamp(0, 1)
-        return with_linear_part(gate * drawn, x, sigma, std, expected)
+        return with_linear_part(drawn, x, sigma, std, expected)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from extras.testing import (COPYING, SMALL, all_equal, assert_error, assert_near
                             linear_vae, new_model, new_tracks, rand, rand_like, randomised,
                             seeded)
 from motionstream import (FAR, REACH, CopyingMotionStream, MotionStream, copy_along_tracks,
-                          gone_elsewhere, image_inputs, linear_part, motion_inputs,
+                          decided, gone_elsewhere, image_inputs, linear_part, motion_inputs,
                           nearest_points, path_lengths, rollout, split_conditions, square_centres,
                           start_points, to_x0, track_features, warp, way_back, with_linear_part)
 
@@ -514,6 +514,7 @@ def test_copies_say_what_has_gone_elsewhere():
 def test_a_fresh_model_believes_its_copies_and_where_there_are_none_the_image():
     torch.manual_seed(0)
     model = CopyingMotionStream(COPYING).eval().requires_grad_(False)
+    model.config = replace(COPYING, causal=False)
     x = rand(2, 4, 3, 4, 6)
     tracks = rand(2, 8, 3, 4, 6, seed=3)
     copies = rand(2, 16, 3, 4, 6, seed=1)
@@ -548,32 +549,53 @@ def variance_of_x_t(sigma, std):
 
 def test_a_copying_model_is_a_motionstream_inside_the_linear_part():
     """Its image slot holds copies, then the image; its head two more channels, the weights."""
-    model = new_model(**vars(COPYING))
-    plain = randomised(MotionStream(replace(COPYING, copies=False)))
-    plain.head = model.head
-    plain.load_state_dict(model.state_dict())
-    noise, given, _ = clip_of(3, COPYING)
-    copies = rand(2, 16, 3, 4, 6, seed=8)
-    image = rand(2, 4, 1, 4, 6, seed=9)
-    still = image.expand(-1, -1, 3, -1, -1)
-    sigma = torch.tensor([0.9, 0.4])
-    s = sigma.view(2, 1, 1, 1, 1)
-    std = torch.tensor(COPYING.latent_std).view(1, -1, 1, 1, 1)
-    size = variance_of_x_t(s, std).sqrt()
-    channels = torch.cat([copies, still], 1)
-    output = plain(noise / size, sigma, **given, image=channels)
-    drawn, share, rest = output.split([4, 1, 1], 1)
-    latents = copies[:, :4]                                     # and twelve of confidence
-    mean = share * latents + rest * still
-    assert rest.min() < -0.1 and rest.max() > 1.1               # both ends of the gate are reached
-    at_rest = rest.maximum(torch.zeros(())).minimum(torch.ones(()))
-    correction = (1 - at_rest) * drawn                          # what rests is not drawn again
-    spread = 0.1 * std                                          # of a Gaussian round that mean
-    gain = (1 - s) * spread ** 2 / variance_of_x_t(s, spread)
-    x0 = mean + gain * (noise - (1 - s) * mean)
-    expected = (noise - x0) / s + std / size * correction
-    found = model(noise, sigma, **given, copies=copies, image=image)
-    assert_near(found, expected, 1e-5)
+    for causal in (False, True):
+        model = new_model(**vars(replace(COPYING, causal=causal)))
+        plain = randomised(MotionStream(replace(COPYING, copies=False)))
+        plain.head = model.head
+        plain.load_state_dict(model.state_dict())
+        noise, given, _ = clip_of(3, COPYING)
+        copies = rand(2, 16, 3, 4, 6, seed=8)
+        image = rand(2, 4, 1, 4, 6, seed=9)
+        still = image.expand(-1, -1, 3, -1, -1)
+        sigma = torch.tensor([0.9, 0.4])
+        s = sigma.view(2, 1, 1, 1, 1)
+        std = torch.tensor(COPYING.latent_std).view(1, -1, 1, 1, 1)
+        size = variance_of_x_t(s, std).sqrt()
+        channels = torch.cat([copies, still], 1)
+        output = plain(noise / size, sigma, **given, image=channels)
+        drawn, of_moved, of_still = output.split([4, 1, 1], 1)
+        assert of_still.min() < -0.1 and of_still.max() > 1.1   # both ends of the gate are reached
+        at_rest = of_still.maximum(torch.zeros(())).minimum(torch.ones(()))
+        correction = (1 - at_rest) * drawn                      # what rests is not drawn again
+        if causal:
+            weights, kept = decided(torch.cat([of_moved, of_still], 1))
+            of_moved, of_still = weights[:, :1], weights[:, 1:]
+            correction = kept * correction
+        latents = copies[:, :4]                                 # and twelve of confidence
+        mean = of_moved * latents + of_still * still
+        spread = 0.1 * std                                      # of a Gaussian round that mean
+        gain = (1 - s) * spread ** 2 / variance_of_x_t(s, spread)
+        x0 = mean + gain * (noise - (1 - s) * mean)
+        expected = (noise - x0) / s + std / size * correction
+        found = model(noise, sigma, **given, copies=copies, image=image)
+        assert_near(found, expected, 1e-5)
+
+
+def test_a_student_decides_which_copy_it_shows():
+    """Each row: weights of the moved and the still copy, then squared with the rest's."""
+    rows = torch.tensor([
+        [0.7, 0.3, 49 / 58, 9 / 58],
+        [0.5, 0.5, 0.5, 0.5],
+        [0.5, 0.0, 0.5, 0.0],
+        [0.2, 0.2, 0.04 / 0.44, 0.04 / 0.44],
+        [0.6, 0.2, 36 / 44, 4 / 44],
+        [1.7, -0.4, 1.0, 0.0],
+        [0.0, 0.0, 0.0, 0.0]])
+    kept = torch.tensor([0, 0, 1, 1, 0.2 / 0.44, 0, 1])         # of what is drawn, never more
+    weights, factor = decided(rows[:, :2, None, None, None])
+    assert_near(weights.flatten(1), rows[:, 2:], 1e-6)
+    assert_near(factor.flatten(), kept, 1e-6)
 
 
 def posterior_velocity(x_t, sigma, mean, std):
