@@ -590,9 +590,10 @@ def test_a_student_decides_which_copy_it_shows():
         [0.5, 0.0, 0.5, 0.0],
         [0.2, 0.2, 0.04 / 0.44, 0.04 / 0.44],
         [0.6, 0.2, 36 / 44, 4 / 44],
+        [0.9, 0.4, 81 / 97, 16 / 97],
         [1.7, -0.4, 1.0, 0.0],
         [0.0, 0.0, 0.0, 0.0]])
-    kept = torch.tensor([0, 0, 1, 1, 0.2 / 0.44, 0, 1])         # of what is drawn, never more
+    kept = torch.tensor([0, 0, 1, 1, 0.2 / 0.44, 0, 0, 1])       # of what is drawn, never more
     weights, factor = decided(rows[:, :2, None, None, None])
     assert_near(weights.flatten(1), rows[:, 2:], 1e-6)
     assert_near(factor.flatten(), kept, 1e-6)
