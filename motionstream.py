@@ -1253,17 +1253,18 @@ def with_linear_part(output, x_t, sigma, std, expected):
     return linear + std / variance_overall.sqrt() * output
 
 
-def decided(weights):
-    """Weights of copies and of what is drawn, which has 1 minus their sum, squared and made to add
-    up to 1, so that the largest counts for more: 0.7 and 0.3 become 0.84 and 0.16.
+def sharpened(weights):
+    """Weights of copies (B, n, F, h, w), counted as 0 to 1, squared, so that the largest counts for
+    more: 0.7 and 0.3 become 0.84 and 0.16. What is drawn has what they leave of 1, squared too;
+    all squares together are made to add up to 1.
 
-    weights (B, n, F, h, w), counted as 0 to 1. Returns the copies' and a factor, 0 to 1, for what
-    is drawn: by how much its weight falls."""
-    weights = weights.clamp(0, 1)
-    rest = (1 - weights.sum(1, keepdim=True)).clamp(min=0)
-    squares = weights.square()
-    total = squares.sum(1, keepdim=True) + rest.square()
-    return squares / total, (rest / total).clamp(max=1)
+    Returns the copies' new weights and a factor (B, 1, F, h, w) for what is drawn: its new weight
+    over its old one, at most 1, as nothing is drawn more than it was."""
+    shares = weights.clamp(0, 1)
+    of_drawn = (1 - shares.sum(1, keepdim=True)).clamp(min=0)
+    squares = shares.square()
+    total = squares.sum(1, keepdim=True) + of_drawn.square()    # at least 1 / (n + 1)
+    return squares / total, (of_drawn / total).clamp(max=1)
 
 
 class CopyingMotionStream(MotionStream):
@@ -1273,11 +1274,13 @@ class CopyingMotionStream(MotionStream):
     rests is not drawn again.
 
     A teacher is asked for the mean of all that could be there, so it may mix the two. A student's
-    output is shown, where a mixture is a ghost: it decides, see `decided`."""
+    output is shown, where a mixture is a ghost: its weights are `sharpened`, and it draws less also
+    where the two add up to nearly 1, nothing where they reach it."""
 
     def __init__(self, config):
         super().__init__(config)
-        # A fresh model predicts 0.8 of the moved latents and 0.2 of the image's own.
+        # A fresh teacher predicts 0.8 of the moved latents and 0.2 of the image's own. A student
+        # begins with a teacher's weights: with these it would draw nothing, and not learn to.
         with torch.no_grad():
             bias = self.head.head.bias.view(math.prod(config.patch_size), -1)
             bias[:, -2] = 0.8
@@ -1298,13 +1301,14 @@ class CopyingMotionStream(MotionStream):
         channels = torch.cat([scaled, tracks, copied, still], 1)
         output = self.transformer(channels, sigma, text, **rest)
         drawn, weights = output.split([c.out_dim, SHARES], 1)
-        drawn = (1 - weights[:, 1:].clamp(0, 1)) * drawn
-        if c.causal:
-            weights, kept = decided(weights)
-            drawn = kept * drawn
         of_moved, of_still = weights.split(1, 1)
+        gate = 1 - of_still.clamp(0, 1)
+        if c.causal:
+            weights_shown, kept = sharpened(weights)
+            of_moved, of_still = weights_shown.split(1, 1)
+            gate = kept * gate
         expected = of_moved * copied[:, :c.out_dim] + of_still * still
-        return with_linear_part(drawn, x, sigma, std, expected)
+        return with_linear_part(gate * drawn, x, sigma, std, expected)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -12,9 +12,10 @@ from extras.testing import (COPYING, SMALL, all_equal, assert_error, assert_near
                             linear_vae, new_model, new_tracks, rand, rand_like, randomised,
                             seeded)
 from motionstream import (FAR, REACH, CopyingMotionStream, MotionStream, copy_along_tracks,
-                          decided, gone_elsewhere, image_inputs, linear_part, motion_inputs,
-                          nearest_points, path_lengths, rollout, split_conditions, square_centres,
-                          start_points, to_x0, track_features, warp, way_back, with_linear_part)
+                          gone_elsewhere, image_inputs, linear_part, motion_inputs,
+                          nearest_points, path_lengths, rollout, sharpened, split_conditions,
+                          square_centres, start_points, to_x0, track_features, warp, way_back,
+                          with_linear_part)
 
 # --------------------------------------------------------------------------------------------------
 # Copies.
@@ -511,10 +512,10 @@ def test_copies_say_what_has_gone_elsewhere():
 # --------------------------------------------------------------------------------------------------
 # The model.
 
-def test_a_fresh_model_believes_its_copies_and_where_there_are_none_the_image():
+def test_a_fresh_teacher_believes_its_copies_and_where_there_are_none_the_image():
     torch.manual_seed(0)
-    model = CopyingMotionStream(COPYING).eval().requires_grad_(False)
-    model.config = replace(COPYING, causal=False)
+    config = replace(COPYING, causal=False)
+    model = CopyingMotionStream(config).eval().requires_grad_(False)
     x = rand(2, 4, 3, 4, 6)
     tracks = rand(2, 8, 3, 4, 6, seed=3)
     copies = rand(2, 16, 3, 4, 6, seed=1)
@@ -569,7 +570,7 @@ def test_a_copying_model_is_a_motionstream_inside_the_linear_part():
         at_rest = of_still.maximum(torch.zeros(())).minimum(torch.ones(()))
         correction = (1 - at_rest) * drawn                      # what rests is not drawn again
         if causal:
-            weights, kept = decided(torch.cat([of_moved, of_still], 1))
+            weights, kept = sharpened(torch.cat([of_moved, of_still], 1))
             of_moved, of_still = weights[:, :1], weights[:, 1:]
             correction = kept * correction
         latents = copies[:, :4]                                 # and twelve of confidence
@@ -582,8 +583,9 @@ def test_a_copying_model_is_a_motionstream_inside_the_linear_part():
         assert_near(found, expected, 1e-5)
 
 
-def test_a_student_decides_which_copy_it_shows():
-    """Each row: weights of the moved and the still copy, then squared with the rest's."""
+def test_the_largest_of_a_students_weights_counts_for_more():
+    """Each row: weights of the moved and the still copy, then the same sharpened; what the first
+    two leave of 1 takes part."""
     rows = torch.tensor([
         [0.7, 0.3, 49 / 58, 9 / 58],
         [0.5, 0.5, 0.5, 0.5],
@@ -594,9 +596,21 @@ def test_a_student_decides_which_copy_it_shows():
         [1.7, -0.4, 1.0, 0.0],
         [0.0, 0.0, 0.0, 0.0]])
     kept = torch.tensor([0, 0, 1, 1, 0.2 / 0.44, 0, 0, 1])       # of what is drawn, never more
-    weights, factor = decided(rows[:, :2, None, None, None])
+    weights, factor = sharpened(rows[:, :2, None, None, None])
     assert_near(weights.flatten(1), rows[:, 2:], 1e-6)
     assert_near(factor.flatten(), kept, 1e-6)
+
+
+def test_sharpened_weights_have_gradients():
+    """Finite at the corners too."""
+    rows = torch.tensor([[0.6, 0.2], [1.0, 0.0], [0.0, 0.0], [1.0, 1.0], [1.7, -0.4]])
+    weights = rows[:, :, None, None, None].requires_grad_()
+    shown, kept = sharpened(weights)
+    of_moved, = torch.autograd.grad(shown[:, 0].sum(), weights, retain_graph=True)
+    of_drawn, = torch.autograd.grad(kept.sum(), weights)
+    assert of_moved.isfinite().all() and of_drawn.isfinite().all()
+    assert of_moved[0, 0] > 0 > of_moved[0, 1]
+    assert (of_drawn[0] < 0).all()
 
 
 def posterior_velocity(x_t, sigma, mean, std):
