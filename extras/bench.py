@@ -36,8 +36,8 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 import sample
 import train_distill
 from extras.compiling import compile_blocks, frames_beside
-from motionstream import (CLIP_ROWS, FLOAT32, FRAMES, PRESETS, Config, new_model, rollout, schedule,
-                          start_points, track_ids)
+from motionstream import (CLIP_ROWS, FLOAT32, FRAMES, PRESETS, Config, chunk_sizes, new_model,
+                          rollout, schedule, start_points, track_ids)
 from sample import Parser, number
 from vae import LinearVAE, LinearVAEConfig, TinyVAE, TinyVAEConfig, WanVAE, WanVAEConfig
 
@@ -224,7 +224,9 @@ def training_parts(job):
     last = len(config.sigmas) - 1
 
     def roll_out():
-        return torch.cat(list(rollout(generator, noise, conditions, exit_step=last)), 2)
+        chunks = rollout(generator, noise, conditions, exit_step=last)
+        count = len(list(chunk_sizes(config, CLIP_LATENTS)))
+        return torch.cat(list(itertools.islice(chunks, count)), 2)     # the last is not cached
 
     def generator_step():
         x0 = roll_out()

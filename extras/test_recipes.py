@@ -561,7 +561,8 @@ def test_how_models_are_sampled_is_that_of_the_run_and_not_of_the_weights_it_sta
             train(here, ["causal"], more)
         (here / "runs/out/causal.safetensors").unlink()
         saved(here / "runs/out/causal.safetensors", new_model(causal=True))
-        with watched("rollout") as rolled, watched("dmd_loss") as scored:
+        with watched("rollout") as rolled, watched("dmd_loss") as scored, \
+                watched("critic_loss") as criticised:
             train(here, ["distill"], more)
         models = [calls[0].args[0] for calls in (solved, regressed, rolled)]
         models.append(scored[0].args[1])
@@ -570,6 +571,7 @@ def test_how_models_are_sampled_is_that_of_the_run_and_not_of_the_weights_it_sta
             c = model.config
             assert (c.sigmas, c.steps, c.shift, c.guidance) == (sigmas, 4, 3.0, (2.0, 0.0))
         assert scored[0].args[5] == 3.0
+        assert criticised[0].args[4] == 3.0
         assert rolled[0].args[4] in (0, 1)
 
 
@@ -680,10 +682,13 @@ def test_the_numbers_of_teacher_and_student_are_logged_and_printed():
         flags = own_flags(here, write_clips(here / "data"))
         every = {"teacher": 1, "distill": 2}
         before(here)
-        plotted = unittest.mock.patch.multiple(
-            watch,
-            REPORT_EVERY=every,
-            show=lambda run, stage: evaluate.plot_stage(run.out, stage))
+        during = []
+
+        def show(run, stage):
+            during.extend(path.name for path in run.out.glob("*.png"))
+            evaluate.plot_stage(run.out, stage)
+
+        plotted = unittest.mock.patch.multiple(watch, REPORT_EVERY=every, show=show)
         with quiet() as (out, err), plotted:
             for stage, updates in ("teacher", "1"), ("distill", "3"):
                 own = ["--stage", stage, "--steps", updates, "--accumulate", "1"]
@@ -691,6 +696,7 @@ def test_the_numbers_of_teacher_and_student_are_logged_and_printed():
                 assert code is None, err.getvalue()
         rows = [json.loads(line) for line in open(here / "runs/out/stats.jsonl")]
         pictures = sorted(path.name for path in (here / "runs/out").glob("*.png"))
+    assert during.count("distill.png") == 1, "before the stage has ended"
     assert pictures == ["distill.png", "teacher.png", "teacher_pixels.png"]
     teacher, first, second, third = rows
     told = {"x0_tracks", "x0_none", "x0_swapped", "pan_error", "loss_0.98_1"}

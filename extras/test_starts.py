@@ -324,6 +324,12 @@ def test_the_recipe_for_tracks_is_shared_and_goes_on_where_it_stopped():
         assert Tracker.calls == 3
         assert "left out: " in said
         assert "d.mp4" in said
+        short = own_clips(here / "short", names=("e",))
+        (short / "e.npz").unlink()
+        said = run_recipe("cotracker3_offline\").to", short, "1/1", 46)
+        assert "e.mp4: 45 frames" in said
+        run_recipe("cotracker3_offline\").to", short, "1/1")
+        assert np.load(short / "e.npz")["tracks"].shape == (45, 2500, 2), "all frames"
         words = clip_words(here, data)
         (data / "d.mp4").unlink()
         with quiet():

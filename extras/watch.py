@@ -215,7 +215,7 @@ REPORT_EVERY = {"teacher": 200, "distill": 50}      # updates between measuremen
 
 def report(loop, *inputs):
     """What train_distill.py calls after every update of a stage: measure now and then, log the
-    numbers and print them above the progress bar. loop: train_distill.Loop; inputs: those of
+    numbers, print them above the progress bar and draw the curves so far. loop: train_distill.Loop; inputs: those of
     MEASURES after the run."""
     if loop.stage not in MEASURES or (loop.update + 1) % REPORT_EVERY[loop.stage]:
         return
@@ -224,3 +224,5 @@ def report(loop, *inputs):
     if td.RANK == 0:
         rounded = {name: round(float(value), 5) for name, value in numbers.items()}
         tqdm.write(f"{loop.stage}: {json.dumps(rounded)}")
+        from extras.evaluate import plot_stage
+        plot_stage(loop.run.out, loop.stage)        # without this update, which is not logged yet
