@@ -261,6 +261,7 @@ class Settings:
     critic: Learning = Learning(2e-3, 2e-4, betas=(0.0, 0.99))                      # [O]
     # teacher
     dense_share: float = 0.25       # first share of the updates, which sees all tracks [O]
+    freeze_track_head: bool = True  # one that comes with --weights: stage 2 (appendix D)
     whole_every: int = 4            # every n-th update trains on whole clips, [O]
     short_latents: int = 6          # the others on clips of so many latents, twice the batch [O]
     p_pure_noise: float = 0.5       # share of clips at sigma 1: only the conditions help there [O]
@@ -1197,15 +1198,16 @@ def drop(conditions, share):
 
 
 def starting_teacher(run, vae, network=new_model):
-    """The model to be trained: new, for the latents of `vae`, or from --weights. A track head that
-    comes with the weights is frozen."""
+    """The model to be trained: new, for the latents of `vae`, or from --weights, see also
+    Settings.freeze_track_head."""
     config = run.config
     if config.copies:
         config = replace(config, latent_std=tuple(vae.latent_std.tolist()))
     if not run.start:
         return network(config).to(run.device)
     model = run.load("start", **vars(config)).requires_grad_(True)
-    model.track_head.requires_grad_(not run.start.has_head)
+    frozen = run.start.has_head and run.settings.freeze_track_head
+    model.track_head.requires_grad_(not frozen)
     return model
 
 

@@ -211,7 +211,8 @@ def chunk_parts(model, vae):
 
 def training_parts(job):
     """A DMD step on one clip of 81 frames, all weights in job.dtype, with recomputation in the
-    backward. Excludes the optimizer's update, and the VAE, which is not used."""
+    backward. Excludes the optimizer's update, and the VAE, which is not used. Every rollout ends at
+    the last step, the longest; no image is given (first_latent)."""
     config = replace(job.config, causal=False)
     generator = random_model(job.config, job.device, job.dtype)
     critic = random_model(config, job.device, job.dtype)
@@ -425,7 +426,8 @@ class Times:
 
 def watched(model, vae, motion, text, ahead):
     """The whole program, from an image and tracks to frames in the CPU's memory. Yields each
-    chunk's Times. ahead: on a GPU, see compiling.frames_beside; `asked` may be the next one's."""
+    chunk's Times. ahead: on a GPU as sample.py --compile does, see compiling.frames_beside;
+    `asked` may be the next one's."""
     config = model.config
     image = torch.rand(1, 3, *config.size, device=text.device) * 2 - 1
     clip = None
@@ -456,14 +458,14 @@ def seconds_between(times):
     return [after.done - before.done for before, after in itertools.pairwise(times)]
 
 
-def program_rows(model, vae, text, repeats, flops):
-    """Rows of the whole program. flops: per chunk."""
+def program_rows(model, vae, text, repeats, flops, ahead):
+    """Rows of the whole program. flops: per chunk; ahead: see watched."""
     config = model.config
     held = chunks_held(config)
     chunks = held + repeats + 2
     frames = FRAMES * config.chunk
     motion = new_motion(config, frames * chunks - FRAMES + 1)
-    times = list(watched(model, vae, motion, text, ahead=True))         # also a warm-up
+    times = list(watched(model, vae, motion, text, ahead))              # also a warm-up
     chunk = torch.tensor(seconds_between(times)[held:]).median().item()
     started = time.perf_counter()
     times = list(watched(model, vae, motion, text, ahead=False))
@@ -471,8 +473,8 @@ def program_rows(model, vae, text, repeats, flops):
     first = times[0].shown - started
     return [
         Row("end to end", chunk,
-            "and noise, track head and copies, frames as bytes on the CPU; a GPU decodes and "
-            "copies a chunk while it makes the next", frames, flops),
+            "and noise, track head and copies, frames as bytes on the CPU; with --compile a GPU "
+            "decodes and copies a chunk while it makes the next", frames, flops),
         Row("first pixel", pixel,
             "from the reading of a chunk's tracks to its first frame, as bytes on the CPU; live, "
             "where no chunk is begun before the last is shown"),
@@ -489,8 +491,9 @@ def memory_now(device):
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def print_long(model, vae, text, frames):
-    """Compare chunk times and memory at the beginning with those after a long stream."""
+def print_long(model, vae, text, frames, ahead):
+    """Compare chunk times and memory at the beginning with those after a long stream. ahead: see
+    watched."""
     config = model.config
     device = text.device
     settled = chunks_held(config) + 2
@@ -499,7 +502,7 @@ def print_long(model, vae, text, frames):
     motion = new_motion(config, per_chunk * chunks - FRAMES + 1)
     times = []
     memory = []
-    for each in watched(model, vae, motion, text, ahead=True):
+    for each in watched(model, vae, motion, text, ahead):
         times.append(each)
         memory.append(memory_now(device))
     seconds = torch.tensor(seconds_between(times)[settled:], dtype=torch.float64)
@@ -617,14 +620,14 @@ def print_measured(job, repeats, long, compiled):
     parts, caches = chunk_parts(model, vae)
     seconds = [median_seconds(part.work, job.device, repeats) for part in parts]
     rows = summed_rows(parts, seconds, flops)
-    rows += program_rows(model, vae, text, repeats, sum(flops))
+    rows += program_rows(model, vae, text, repeats, sum(flops), compiled)
     print_rows(rows, peak)
     print_papers()
     print("\n| memory | MiB | counts |\n|---|---|---|")
     for name, size, counts in memory_rows(model, vae, caches, job.device):
         print(f"| {name} | {size / 2 ** 20:,.0f} | {counts} |")
     if long:
-        print_long(model, vae, text, long)
+        print_long(model, vae, text, long, compiled)
     return peak
 
 

@@ -18,8 +18,8 @@ from extras.testing import (FAMILIES, SMALL, WAN21, assert_error, assert_near, c
                             new_model, new_vae, own_clips, public, quiet, rand, randomised, recipe,
                             saved, seeded, wan_video, write_layout)
 from extras.video import open_video
-from motionstream import (PRESETS, MotionStream, UserError, chunk_sizes, rollout, split_conditions,
-                          track_features)
+from motionstream import (PRESETS, MotionStream, UserError, chunk_sizes, rollout, save_pretrained,
+                          split_conditions, track_features)
 from vae import WanVAE
 
 STARTS = ("Wan 2.1 T2V", "Wan 2.1 Fun-Control", "Wan 2.2 TI2V 5B")     # what training takes
@@ -94,6 +94,24 @@ def test_a_training_starts_where_public_weights_are_and_learns_tracks_from_there
         slot = teacher.patch_embedding.weight.grad[:, c.out_dim:c.out_dim + c.track_dim]
         learns = [grad for grad in (slot, teacher.track_head.conv.weight.grad) if grad.any()]
         assert len(learns) == 1, f"{family}: one of slot and head is zero, so the other one waits"
+
+
+def test_a_track_head_that_comes_with_the_weights_is_frozen_unless_a_setting_says_no():
+    c, _ = FAMILIES["Wan 2.1 T2V"]
+    with folder() as here:
+        path = write_layout(here, "Wan 2.1 T2V", "Wan")
+        teacher = MotionStream.from_pretrained(path, track_dim=c.out_dim)
+        save_pretrained(teacher, here / "first.safetensors")
+        starts = (path,), (here / "first.safetensors",), (
+            here / "first.safetensors", "--set", "freeze_track_head=False")
+        learns = []
+        for start in starts:
+            run = resolved("--dry-run", "--weights", *start)
+            with quiet():
+                model = td.starting_teacher(run, None)
+            assert all(p.requires_grad for p in model.blocks.parameters())
+            learns.append([p.requires_grad for p in model.track_head.parameters()])
+    assert all(learns[0]) and not any(learns[1]) and all(learns[2])
 
 
 def test_weights_with_a_mask_take_a_track_slot_but_no_training():
