@@ -666,6 +666,17 @@ def test_a_teacher_that_ignores_its_tracks_is_told_from_one_that_follows():
     assert bins == ["loss_0_0.5", "loss_0.5_0.9", "loss_0.9_0.98", "loss_0.98_1"]
 
 
+def test_a_teachers_errors_are_means_over_24_clips_however_small_a_batch_is():
+    each = [{"x0_tracks": value} for value in (torch.tensor(1.0), 2, 3, 6)]
+    with folder() as here, quiet():
+        run = small_run(here)
+        run = replace(run, settings=replace(run.settings, batch=1))
+        with unittest.mock.patch.object(td, "draw_batch") as drawn, \
+                unittest.mock.patch.object(watch, "errors_on_batch", side_effect=each):
+            assert watch.teacher_errors(run, None, None, []) == {"x0_tracks": 3.0}
+    assert [call.args[2] for call in drawn.call_args_list] == [6, 6, 6, 6]
+
+
 def test_flow_losses_are_told_by_bins_of_sigma():
     with folder() as here, quiet(), watched("flow_loss") as calls:
         teacher_errors(here, Stub(replace(SMALL, causal=False)))

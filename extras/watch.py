@@ -4,6 +4,7 @@ docs/training.md explains how to read them. Shapes are those of motionstream.py.
 
 import itertools
 import json
+import math
 import statistics
 
 import torch
@@ -144,15 +145,11 @@ def pan_error(run, model, vae, batch):
 
 
 SIGMA_BINS = (0.0, 0.5, 0.9, 0.98, 1.0)
+CLIPS = 24              # on fewer, at full size 6, the numbers are too noisy to tell early
 
 
-@torch.no_grad()
-def teacher_errors(run, model, vae, files):
-    """A teacher's errors on held-out clips: of x0 from pure noise with all tracks, with none, and
-    with those of another clip (x0_swapped, which equals x0_tracks if tracks are ignored);
-    pan_error; and the flow loss by bins of sigma."""
-    torch.manual_seed(0)
-    batch = td.draw_batch(run, files, 6 * run.settings.batch, run.clip_latents, dense=True)
+def errors_on_batch(run, model, vae, batch):
+    """The numbers of teacher_errors on one Batch."""
     x0 = batch.latents
     first_latent = td.first_latent_of(model.config, x0)
     others = {name: value.roll(1, 0) for name, value in batch.points.items() if name != "frame_0"}
@@ -176,6 +173,23 @@ def teacher_errors(run, model, vae, files):
             sigma = torch.linspace(low, high, len(x0), device=run.device)
             errors[f"loss_{low:g}_{high:g}"] = error(sigma, motion)
     return errors
+
+
+@torch.no_grad()
+def teacher_errors(run, model, vae, files):
+    """A teacher's errors on CLIPS held-out clips or more: of x0 from pure noise with all tracks,
+    with none, and with those of another clip (x0_swapped, which equals x0_tracks if tracks are
+    ignored); pan_error; and the flow loss by bins of sigma."""
+    torch.manual_seed(0)
+    size = 6 * run.settings.batch
+    errors = []
+    for _ in range(math.ceil(CLIPS / size)):
+        batch = td.draw_batch(run, files, size, run.clip_latents, dense=True)
+        errors.append(errors_on_batch(run, model, vae, batch))
+    means = {}
+    for name in errors[0]:
+        means[name] = statistics.fmean(float(of_batch[name]) for of_batch in errors)
+    return means
 
 
 # --------------------------------------------------------------------------------------------------
