@@ -1274,13 +1274,13 @@ class CopyingMotionStream(MotionStream):
     rests is not drawn again.
 
     A teacher is asked for the mean of all that could be there, so it may mix the two. A student's
-    output is shown, where a mixture is a ghost: its weights are `sharpened`, and it draws less also
-    where the two add up to nearly 1, nothing where they reach it."""
+    output is shown, where a mixture is a ghost: its weights are `sharpened`. So it draws nothing in
+    cells whose two weights add up to 1 or more, and little where they nearly do."""
 
     def __init__(self, config):
         super().__init__(config)
         # A fresh teacher predicts 0.8 of the moved latents and 0.2 of the image's own. A student
-        # begins with a teacher's weights: with these it would draw nothing, and not learn to.
+        # begins with a teacher's weights: with these it would draw nothing.
         with torch.no_grad():
             bias = self.head.head.bias.view(math.prod(config.patch_size), -1)
             bias[:, -2] = 0.8

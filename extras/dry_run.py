@@ -374,6 +374,11 @@ def causal_cost(run):
     return Cost(mean("flops"), max(forced.held, after.held), mean("gathers"))
 
 
+def in_second_stage(run):
+    """Whether the teacher to be trained is past the paper's first stage."""
+    return run.start and run.start.has_head and run.settings.freeze_track_head
+
+
 def stored_clips(run):
     """{name of a data set: number of clips} that the training reads."""
     if run.data:
@@ -383,7 +388,7 @@ def stored_clips(run):
     clips = PAPER_CLIPS
     if td.paper_settings(run.config, False) == td.PAPER_5B:
         clips = PAPER_5B_CLIPS
-    if run.start and run.start.has_head:
+    if in_second_stage(run):
         return {"second set": clips["second set"]}
     return clips
 
@@ -394,7 +399,7 @@ def teacher_updates(run):
     s = run.settings
     if not run.config.is_wan:
         return {"teacher": s.teacher_updates}
-    if run.start and run.start.has_head:
+    if in_second_stage(run):
         return {"teacher, second stage": s.teacher_updates}
     second = td.paper_settings(run.config, True).teacher_updates
     return {"teacher, first stage": s.teacher_updates, "teacher, second stage": second}

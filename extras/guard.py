@@ -84,8 +84,8 @@ WIDTHS = {                          # of Config, which in a file follow from its
     "freq_dim": WIDTH,
     "patch_size": (int, 1, 64, 3, 3),
 }
-SWITCHES = ("track_what_moves", "corrupt_context", "neutral_long_rollouts", "shard_gradients",
-            "replicate_teacher")
+SWITCHES = ("freeze_track_head", "track_what_moves", "corrupt_context", "neutral_long_rollouts",
+            "shard_gradients", "replicate_teacher")
 SOURCE = "the training (--set)"     # of a setting, in messages
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import sample
 import train_distill as td
-from extras import clips, watch
+from extras import clips, dry_run, watch
 from extras.testing import (FAMILIES, SMALL, WAN21, assert_error, assert_near, clip_of, folder,
                             new_model, new_vae, own_clips, public, quiet, rand, randomised, recipe,
                             saved, seeded, wan_video, write_layout)
@@ -105,12 +105,15 @@ def test_a_track_head_that_comes_with_the_weights_is_frozen_unless_a_setting_say
         starts = (path,), (here / "first.safetensors",), (
             here / "first.safetensors", "--set", "freeze_track_head=False")
         learns = []
+        stages = []
         for start in starts:
             run = resolved("--dry-run", "--weights", *start)
             with quiet():
                 model = td.starting_teacher(run, None)
             assert all(p.requires_grad for p in model.blocks.parameters())
             learns.append([p.requires_grad for p in model.track_head.parameters()])
+            stages.append(len(dry_run.teacher_updates(run)))
+    assert stages == [2, 1, 2], "of the teacher, in the dry run"
     assert all(learns[0]) and not any(learns[1]) and all(learns[2])
 
 

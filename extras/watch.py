@@ -1,4 +1,4 @@
-"""What a training run shows: its plan; early signs that it goes wrong, printed and logged
+"""What a training run shows: its plan; early signs that it goes wrong, printed, logged and drawn
 every REPORT_EVERY updates of the stages teacher and distill; pictures after each stage.
 docs/training.md explains how to read them. Shapes are those of motionstream.py."""
 
@@ -145,7 +145,7 @@ def pan_error(run, model, vae, batch):
 
 
 SIGMA_BINS = (0.0, 0.5, 0.9, 0.98, 1.0)
-CLIPS = 24              # on fewer, at full size 6, the numbers are too noisy to tell early
+CLIPS = 24              # drawn at least; a batch of 6 at full size is few
 
 
 def errors_on_batch(run, model, vae, batch):
@@ -177,9 +177,10 @@ def errors_on_batch(run, model, vae, batch):
 
 @torch.no_grad()
 def teacher_errors(run, model, vae, files):
-    """A teacher's errors on CLIPS held-out clips or more: of x0 from pure noise with all tracks,
-    with none, and with those of another clip (x0_swapped, which equals x0_tracks if tracks are
-    ignored); pan_error; and the flow loss by bins of sigma."""
+    """A teacher's errors on CLIPS draws of held-out clips or more, the same in every process: of x0
+    from pure noise with all tracks, with none, and with those of the clip drawn before (x0_swapped,
+    which equals x0_tracks if tracks are ignored, or if only one clip is held back); pan_error; and
+    the flow loss by bins of sigma."""
     torch.manual_seed(0)
     size = 6 * run.settings.batch
     errors = []
@@ -229,14 +230,18 @@ REPORT_EVERY = {"teacher": 200, "distill": 50}      # updates between measuremen
 
 def report(loop, *inputs):
     """What train_distill.py calls after every update of a stage: measure now and then, log the
-    numbers, print them above the progress bar and draw the curves so far. loop: train_distill.Loop; inputs: those of
-    MEASURES after the run."""
-    if loop.stage not in MEASURES or (loop.update + 1) % REPORT_EVERY[loop.stage]:
+    numbers, print them above the progress bar and, one update later, when they are in the log, draw
+    the curves. loop: train_distill.Loop; inputs: those of MEASURES after the run."""
+    if loop.stage not in MEASURES:
+        return
+    every = REPORT_EVERY[loop.stage]
+    if td.RANK == 0 and loop.update and loop.update % every == 0:
+        from extras.evaluate import plot_stage
+        plot_stage(loop.run.out, loop.stage)
+    if (loop.update + 1) % every:
         return
     numbers = MEASURES[loop.stage](loop.run, *inputs)
     loop.log(**numbers)
     if td.RANK == 0:
         rounded = {name: round(float(value), 5) for name, value in numbers.items()}
         tqdm.write(f"{loop.stage}: {json.dumps(rounded)}")
-        from extras.evaluate import plot_stage
-        plot_stage(loop.run.out, loop.stage)        # without this update, which is not logged yet
