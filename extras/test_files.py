@@ -20,8 +20,8 @@ import sample
 from extras import checkpoints, refusals, world
 from extras.checkpoints import CHOICES, LIMITS, SHAPED, check_config, free_memory
 from extras.testing import (COPYING, HERE, SMALL, assert_error, command, folder, linear_vae,
-                            new_model, new_vae, public, same_tensors, sampled, saved, workplace,
-                            write_layout)
+                            new_model, new_vae, public, same_tensors, sampled, saved, slow,
+                            workplace, write_layout)
 from motionstream import PRESETS, Config, MotionStream, UserError, write_file
 from vae import load_vae
 
@@ -364,6 +364,7 @@ assert sample.main(sys.argv[1:]) == 0
 """
 
 
+@slow
 def test_programs_run_on_consoles_and_systems_that_lack_something():
     _, here = workplace()
     environ = dict(os.environ)

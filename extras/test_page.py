@@ -1245,6 +1245,7 @@ def write_two_objects(path):
     return [f"{HUE}({colour.tolist()})" for colour in scene["colour"][0, :2]]
 
 
+@slow
 def test_in_a_browser_one_object_goes_its_way_while_another_is_pinned():
     with folder() as here:
         red, blue = write_two_objects(here / "two.png")

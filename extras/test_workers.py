@@ -6,9 +6,10 @@ import unittest.mock
 
 from extras import world
 from extras.clips import encode_video
-from extras.testing import folder, new_vae
+from extras.testing import folder, new_vae, slow
 
 
+@slow
 def test_workers_that_begin_anew_encode_as_this_process_does():
     encode = functools.partial(encode_video, new_vae())
     options = {"frames": 5, "size": 16, "seed": 2, "encode": encode}
