@@ -71,7 +71,7 @@ def print_plan(run, stages):
             hours = f"{hours_left(shipped[stage], updates)}, as in assets/stats.jsonl"
         print(f"| {stage} | {updates:,} | {begun} | {hours} | {run.path(td.WEIGHTS[stage])} |")
     pictures = " and STAGE_preview.png" if run.data is None else ""
-    print(f"\nnumbers of every update: {run.out / 'stats.jsonl'}; pictures after each stage: "
+    print(f"\nnumbers of every update: {run.out / 'stats.jsonl'}; drawn after each stage: "
           f"{run.out / 'STAGE.png'}{pictures}\n")
 
 
