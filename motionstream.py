@@ -115,7 +115,7 @@ def joint_guidance(v_full, v_notext, v_nomotion, w_text, w_motion):
 
 FRAMES = 4          # video frames per latent frame, in every VAE of the Wan family
 CLIP_ROWS = 257     # rows of CLIP's image features: 16 x 16 patches and the class token
-SIGNALS = 12        # channels of confidence beside copied latents, see copy_along_tracks
+SIGNALS = 6         # channels beside copied latents that say where they are from, see moved_picture
 SHARES = 2          # extra outputs of the head of a copying model, see CopyingMotionStream
 
 
@@ -953,23 +953,27 @@ def rollout(model, noise, conditions, first_latent=None, exit_step=None, rng=Non
 #
 # The tiny model: copies along tracks, and the linear part of the velocity. Not in the paper.
 #
-# A track says where a piece of frame 0 is now, so the model is given the latents of that piece at
-# its new place (Wan-Move copies first-frame features along tracks in the same way). All tracks
-# share one ID: the tiny model is too small to learn to look up IDs. The part of its velocity that
-# is linear in x_t is computed, not learned (Karras et al. 2022). Models of Wan's size do neither.
+# A track says where a piece of frame 0 is now, so the model is given the latents of frame 0 with
+# that piece at its new place (Wan-Move copies first-frame features along tracks in the same way).
+# How far the piece reaches is segmented; where it was, the ground closes. All tracks share one ID:
+# the tiny model is too small to learn to look up IDs. The part of its velocity that is linear in
+# x_t is computed, not learned (Karras et al. 2022). Models of Wan's size do neither.
 
 COPY_CELL = 4       # side in pixels of the squares that are moved as one
 REACH = 40          # pixels: a square farther than this from all tracks rests
+SAME = 2            # squared distance of two squares' vectors: less is one thing, more another
 NEIGHBOURS = 8      # the nearest tracks, one of which a square follows, see way_back
 BESIDE = 4          # pixels beyond the followed track's distance at which a weight falls to 1 / e
-ALIKE = 6           # pixels between a track's motion and the followed one's, for the same fall
-EDGE = 20           # pixels by which a path is longer where the colour changes by 1
-PATH_SQUARES = 16   # squares that a path may have
-FAR = 1000          # length in pixels where there is no path
-OWN = 1.5           # a square belongs to tracks whose path is up to OWN times the shortest, plus
-OWN_PLUS = 2        # so many pixels
+ALIKE = 6           # pixels between the motions of two tracks, for the same fall
 AHEAD = 16          # pixels by which what moves unlike the rest counts as nearer, at most
+STAYS = 2           # pixels: what moves no farther leaves no hole, or no farther from the mean of
+                    # the picture is ground
+SURE = 8            # log odds are within -SURE and SURE
+THING_WIDER = 1     # added to log odds, so that things are rather too large
+HOLE_WIDER = 3      # the same of the holes that they leave
+FAR = 1000          # pixels, far more than REACH and AHEAD
 NEAR = (8, 32)      # distances in pixels at which nearness is 1 / e
+IN_FRAME_0 = (1, 1, 1, 0, 1, 0)     # signals where nothing has moved yet, see moved_picture
 SPREAD = 0.1        # assumed std of x0 around the copies, relative to the latents' own
 
 
@@ -1001,13 +1005,11 @@ def moves_since(tracks, start):
     return tracks.nan_to_num(0) - start.nan_to_num(0)[:, None]
 
 
-def moves_of(index, tracks, start):
-    """Displacement since frame 0 of the tracks with these numbers: index
-    (B, T, rows, columns, near), tracks (B, T, N, 2), start (B, N, 2) to
-    (B, T, rows, columns, near, 2)."""
-    moves = moves_since(tracks, start)                          # (B, T, N, 2)
-    wanted = index.flatten(2)[..., None].expand(-1, -1, -1, 2)  # (B, T, rows columns near, 2)
-    return moves.gather(2, wanted).unflatten(2, index.shape[2:])
+def values_of(index, values):
+    """Values (B, T, N, D) of the tracks with these numbers: index (B, T, rows, columns, near) to
+    (B, T, rows, columns, near, D)."""
+    wanted = index.flatten(2)[..., None].expand(-1, -1, -1, values.shape[3])
+    return values.gather(2, wanted).unflatten(2, index.shape[2:])
 
 
 def from_outside(back, height, width):
@@ -1019,104 +1021,136 @@ def from_outside(back, height, width):
     return (x < 0) | (y < 0) | (x > width - COPY_CELL) | (y > height - COPY_CELL)
 
 
-def path_lengths(frame_0, start):
-    """Lengths in pixels of the shortest paths, of up to PATH_SQUARES squares, from the starts of
-    tracks to each square of frame 0. A path is longer where the colours along it change, so what is
-    near along a path is likely to be the same thing (geodesic segmentation, as of Bai and Sapiro
-    2007).
-
-    frame_0 (B, 3, H, W) in [-1, 1]; start (B, N, 2) in pixels, N > 0, NaN: leads nowhere. Returns
-    (B, N, rows, columns), FAR where there is no path."""
-    colour = F.avg_pool2d(frame_0, COPY_CELL)                           # (B, 3, rows, columns)
-    rows, columns = colour.shape[2:]
-
-    def around(values):
-        """The 3x3 squares around each, (B, C, 9, rows, columns); FAR beyond the border."""
-        padded = F.pad(values, (1, 1, 1, 1), value=FAR)
-        return F.unfold(padded, 3).unflatten(1, (-1, 9)).unflatten(3, (rows, columns))
-
-    change = (around(colour) - colour[:, :, None]).abs().mean(1)        # (B, 9, rows, columns)
-    diagonal = math.sqrt(2)
-    steps = [diagonal, 1, diagonal, 1, 0, 1, diagonal, 1, diagonal]     # squares
-    steps = torch.tensor(steps, device=start.device)
-    cost = COPY_CELL * steps[:, None, None] + EDGE * change
-
-    known = start.isfinite().all(2)
-    x, y = (start.nan_to_num(0) / COPY_CELL).long().unbind(2)           # (B, N)
-    begin = y.clamp(0, rows - 1) * columns + x.clamp(0, columns - 1)
-    begins = F.one_hot(begin, rows * columns) * known[..., None]
-    length = FAR * (1.0 - begins.unflatten(2, (rows, columns)))         # (B, N, rows, columns)
-    for _ in range(PATH_SQUARES):
-        length = (around(length) + cost[:, None]).amin(2)
-    return length.clamp(max=FAR)
+@dataclass
+class Votes:
+    """Of N tracks for the S squares of frame 0, both (B, N, S): a track votes for what shows the
+    same thing as the square in which it starts."""
+    yes: torch.Tensor           # exp(-2 d): d the squared distance of vectors, 0 beyond REACH
+    asked: torch.Tensor         # 1.0 within REACH of the start, else 0
 
 
-def lengths_at(source, index, paths):
-    """Lengths of the paths to places in frame 0: from the start of the track with the number beside
-    the place, FAR if the place is outside the picture; and from the nearest start of any track.
-
-    source (B, T, rows, columns, near, 2) in pixels, index without the last; paths
-    (B, N, rows, columns) from path_lengths. Returns two tensors like index."""
-    rows, columns = paths.shape[2:]
-    x, y = (source / COPY_CELL).floor().long().unbind(-1)
-    outside = (x < 0) | (y < 0) | (x >= columns) | (y >= rows)
-    square = y.clamp(0, rows - 1) * columns + x.clamp(0, columns - 1)
-    own = paths.flatten(1).gather(1, (index * rows * columns + square).flatten(1))
-    shortest = paths.amin(1).flatten(1).gather(1, square.flatten(1))
-    return own.view_as(index).masked_fill(outside, FAR), shortest.view_as(index)
-
-
-def mean_move(tracks, visible, start, paths):
-    """Mean displacement of the picture since frame 0, (B, T, 2): of the visible tracks, each
-    weighted by the number of squares of frame 0 to which its path is the shortest."""
-    length, owner = paths.min(1)                                        # (B, rows, columns)
-    owned = F.one_hot(owner, paths.shape[1]) * (length < FAR)[..., None]
-    weight = visible * owned.sum((1, 2))[:, None]                       # (B, T, N)
-    total = weight.sum(2, keepdim=True).clamp(min=1)
-    return (weight[..., None] * moves_since(tracks, start)).sum(2) / total
+def votes_of(embedding, start, height, width):
+    """The Votes of tracks. embedding (B, E, rows, columns) of frame 0, from a vae.Segmenter; start
+    (B, N, 2) in pixels, NaN: votes for nothing."""
+    rows, columns = embedding.shape[2:]
+    known = start.isfinite().all(2)[..., None]                          # (B, N, 1)
+    start = start.nan_to_num(0)
+    x, y = (start / COPY_CELL).long().unbind(2)
+    square = y.clamp(0, rows - 1) * columns + x.clamp(0, columns - 1)   # (B, N)
+    squares = embedding.float().flatten(2).transpose(1, 2)              # (B, S, E)
+    begins = squares.gather(1, square[..., None].expand(-1, -1, squares.shape[2]))
+    difference = torch.cdist(begins, squares).square()                  # (B, N, S)
+    place = square_centres(height, width, start.device).flatten(0, 1)
+    within = torch.cdist(start, place.expand(len(start), -1, -1)) <= REACH
+    asked = (within & known).float()
+    return Votes(torch.exp(-2 * difference) * asked, asked)
 
 
-def way_back(tracks, visible, start, paths, height, width):
-    """Displacement of each square of COPY_CELL pixels from frame t back to frame 0: that of one of
-    the nearest visible tracks, and of those whose motion agrees with it, so that rotation and zoom
-    are smooth. The track that is followed:
+def log_odds(agree, disagree, asked):
+    """Log odds, within -SURE and SURE, of what `agree` votes for and `disagree` against; the vote
+    against both, that a square belongs to no track, is exp(-2 SAME) for each that is `asked`. So
+    a lone track's are 2 (SAME - d), and those of many on one thing about the same."""
+    none = asked * math.exp(-2 * SAME)
+    return ((agree + 1e-10) / (disagree + none + 1e-6)).log().clamp(-SURE, SURE)
 
-    - is within REACH,
-    - brings a square that belongs to it, if one of them does: hardly a path from any other track,
-      visible now or not, is shorter,
-    - is the nearest, where what moves unlike the rest of the picture counts as nearer: where two
-      things meet, it is taken to be in front.
 
-    A square whose source would lie outside the picture follows none.
+def belonging(moves, visible, votes):
+    """Log odds that a square of frame 0 moves as a track does: by the Votes of the visible tracks
+    that move alike, against those of the others. So one that starts on the rim of another thing is
+    outvoted.
 
-    tracks (B, T, N, 2), N > 0, visible (B, T, N); start (B, N, 2): positions in frame 0; paths from
-    path_lengths. Returns the displacement and, in pixels too, how far the followed track is: from
-    the square, and along a path from its start to what it brings, (B, T, rows, columns, 2) each.
-    These are infinite, and the displacement is 0, for a square that follows no track."""
+    moves (B, T, N, 2) since frame 0, visible (B, T, N). Returns (B, T, N, S)."""
+    disagreement = torch.cdist(moves, moves)                            # (B, T, N, N)
+    seen = visible[:, :, None].float()
+    alike = torch.exp(-(disagreement / ALIKE) ** 2) * seen
+    yes = votes.yes[:, None]
+    agree = alike @ yes
+    disagree = (seen @ yes - agree).clamp(min=0)
+    return log_odds(agree, disagree, alike @ votes.asked[:, None])
+
+
+def left_behind(moves, visible, votes):
+    """Log odds that what a square shows in frame 0 has moved by more than STAYS pixels:
+    (B, T, S). Arguments as of `belonging`."""
+    far = moves.norm(dim=-1) > STAYS
+    has_moved = (visible & far).float()
+    rests = (visible & ~far).float()
+    return log_odds(has_moved @ votes.yes, rests @ votes.yes, has_moved @ votes.asked)
+
+
+def mean_move(moves, visible, votes):
+    """Mean displacement of the picture since frame 0, (B, T, 2): each square moves as its tracks
+    vote, one without tracks rests. Arguments as of `belonging`."""
+    seen = visible.float()
+    none = seen @ votes.asked * math.exp(-2 * SAME)
+    weight = seen @ votes.yes + none + 1e-6                             # (B, T, S)
+    total = (seen[..., None] * moves).transpose(2, 3) @ votes.yes[:, None]      # (B, T, 2, S)
+    return (total / weight[:, :, None]).mean(3)
+
+
+def belonging_at(places, index, odds):
+    """Log odds, interpolated, that places of frame 0 belong to the tracks with these numbers:
+    places (B, T, rows, columns, near, 2) in pixels, index without the last; odds
+    (B, T, N, S). Returns a tensor like index, -SURE outside the picture."""
+    rows, columns = index.shape[2:4]
+    volume = odds.unflatten(3, (rows, columns)).flatten(0, 1)           # (B T, N, rows, columns)
+    size = torch.tensor([columns, rows], device=odds.device) * COPY_CELL
+    across = 2 * places / size - 1                                      # the edges are -1 and 1
+    depth = (2 * index + 1) / volume.shape[1] - 1                       # of slice `index`
+    grid = torch.cat([across, depth[..., None]], -1).flatten(0, 1)
+    found = F.grid_sample(volume[:, None], grid, padding_mode="border", align_corners=False)
+    outside = (across.abs() > 1).any(-1)
+    return found.view(index.shape).masked_fill(outside, -SURE)
+
+
+@dataclass
+class Ways:
+    """Where the squares of frames come from; (B, T, rows, columns) each, but for `back`."""
+    back: torch.Tensor          # displacement back to frame 0, (B, T, rows, columns, 2); 0: rests
+    distance: torch.Tensor      # in pixels, of the track that a square follows; infinite: of none
+    belongs: torch.Tensor       # log odds that what it brings belongs to it; -SURE: follows none
+    unlike: torch.Tensor        # pixels by which it moves unlike the rest of the picture
+    gone: torch.Tensor          # log odds that what the square shows in frame 0 has left it
+
+
+def way_back(tracks, visible, start, votes, height, width):
+    """The Ways of squares of COPY_CELL pixels: each follows one of the NEIGHBOURS nearest visible
+    tracks, and those whose motion agrees with it, so that rotation and zoom are smooth. The track
+    that is followed is within REACH; it brings what belongs to it, if one of them does; and it is
+    the nearest, where what moves unlike the rest of the picture counts as nearer: where two things
+    meet, it is taken to be in front. A square whose source would lie outside the picture follows
+    none.
+
+    tracks (B, T, N, 2), N > 0, visible (B, T, N); start (B, N, 2): positions in frame 0; votes:
+    their Votes."""
+    moves = moves_since(tracks, start)
+    odds = belonging(moves, visible, votes)
+    mean = mean_move(moves, visible, votes)
     place = square_centres(height, width, tracks.device)
     place = place.expand(*tracks.shape[:2], -1, -1, -1)
-    index, distance = nearest_points(place, tracks, visible, NEIGHBOURS)
-    moves = moves_of(index, tracks, start)                      # (B, T, rows, columns, near, 2)
-
-    length, shortest = lengths_at(place[..., None, :] - moves, index, paths)
-    of_another = length > OWN * shortest + OWN_PLUS
-    mean = mean_move(tracks, visible, start, paths)
-    unlike = (moves - mean[:, :, None, None, None]).norm(dim=-1)
-    rank = distance - unlike.clamp(max=AHEAD) + FAR * of_another
-    rank = rank.masked_fill(distance > REACH, math.inf)
+    index, distances = nearest_points(place, tracks, visible, NEIGHBOURS)
+    near_moves = values_of(index, moves)                        # (B, T, rows, columns, near, 2)
+    brought = belonging_at(place[..., None, :] - near_moves, index, odds)
+    unlikes = (near_moves - mean[:, :, None, None, None]).norm(dim=-1)
+    rank = distances - unlikes.clamp(max=AHEAD) + FAR * (brought < 0)
+    rank = rank.masked_fill(distances > REACH, math.inf)
     followed = rank.argmin(4, keepdim=True)     # the lowest rank, (B, T, rows, columns, 1)
 
-    to_track = torch.cat([distance.gather(4, followed), length.gather(4, followed)], 4)
-    farther = (distance - to_track[..., :1]).clamp(min=0)
-    its_move = moves.gather(4, followed[..., None].expand(*followed.shape, 2))
-    disagreement = (moves - its_move).norm(dim=-1)
+    distance = distances.gather(4, followed)
+    farther = (distances - distance).clamp(min=0)
+    its_move = near_moves.gather(4, followed[..., None].expand(*followed.shape, 2))
+    disagreement = (near_moves - its_move).norm(dim=-1)
     weight = torch.exp(-farther / BESIDE - (disagreement / ALIKE) ** 2)
     weight = weight.nan_to_num(0)                                       # infinity minus infinity
-    move = (weight[..., None] * moves).sum(4) / weight.sum(4, keepdim=True).clamp(min=1e-6)
+    move = (weight[..., None] * near_moves).sum(4) / weight.sum(4, keepdim=True).clamp(min=1e-6)
 
-    no_track = (to_track[..., 0] > REACH) | from_outside(-move, height, width)
-    no_track = no_track[..., None]
-    return -move.masked_fill(no_track, 0), to_track.masked_fill(no_track, math.inf)
+    none = (distance[..., 0] > REACH) | from_outside(-move, height, width)
+    return Ways(
+        back=-move.masked_fill(none[..., None], 0),
+        distance=distance[..., 0].masked_fill(none, math.inf),
+        belongs=brought.gather(4, followed)[..., 0].masked_fill(none, -SURE),
+        unlike=unlikes.gather(4, followed)[..., 0].masked_fill(none, 0),
+        gone=left_behind(moves, visible, votes).unflatten(2, none.shape[2:]))
 
 
 def warp(frame_0, back):
@@ -1134,73 +1168,103 @@ def warp(frame_0, back):
     return video.unflatten(2, (T, H))                                   # (B, 3, T, H, W)
 
 
-def nearness(pixels):
-    """Distances (B, T, rows, columns, 2), straight and along a path, to (B, 4, T, rows, columns):
-    exp(-d / 8) of both, then exp(-d / 32), see NEAR."""
-    near = torch.cat([torch.exp(-pixels / scale) for scale in NEAR], 4)
-    return near.movedim(4, 1)
+def fill_in(video, known):
+    """Video (B, 3, T, H, W) with its unknown pixels filled in smoothly from the known ones around
+    them, each frame for itself: pull-push interpolation (Gortler et al. 1996, section 4.3). known
+    (B, 1, T, H, W) in [0, 1], a weight, more than 0 somewhere in every frame."""
+    B, _, T, H, W = video.shape
+    frames = (video * known).transpose(1, 2).flatten(0, 1)              # (B T, 3, H, W)
+    weight = known.transpose(1, 2).flatten(0, 1)
+    levels = []
+    while min(frames.shape[2:]) > 1:
+        levels.append((frames, weight))
+        total = 4 * F.avg_pool2d(weight, 2, ceil_mode=True)             # of 2x2 pixels
+        scale = total.clamp(max=1) / total.clamp(min=1e-9)              # weights stay at most 1
+        frames = 4 * F.avg_pool2d(frames, 2, ceil_mode=True) * scale
+        weight = total.clamp(max=1)
+    filled = frames.sum((2, 3), keepdim=True) / weight.sum((2, 3), keepdim=True).clamp(min=1e-9)
+    for frames, weight in reversed(levels):
+        coarse = F.interpolate(filled, size=frames.shape[2:], mode="bilinear", align_corners=False)
+        filled = frames + (1 - weight) * coarse
+    return filled.unflatten(0, (B, T)).transpose(1, 2)
 
 
-def gone_elsewhere(back, tracks, visible, start, paths, height, width):
-    """Confidence (0 to 1) that the content copied to a square is wrong there because that content
-    has since moved: whatever was near a track's start is now wherever the track is. Without this, a
-    copy of the object would also remain where it started, since the image does not show what was
-    behind it.
+def how_known(missing, in_front):
+    """Weights for fill_in, from shares of pixels (B, 1, T, H, W): 1 where the ground is seen, next
+    to nothing in and around holes, and 0.001 on what is in front of it, which counts where no
+    ground is near: when the camera turns or zooms, all but the middle moves unlike the mean."""
+    side = COPY_CELL + 1                        # the rims of holes and things are not ground yet
+    around = (1, side, side)
+    by = (0, side // 2, side // 2)
+    hole = F.max_pool3d((missing > 0.5).float(), around, 1, by)
+    thing = F.max_pool3d((in_front > 0.5).float(), around, 1, by)
+    return (1 - 0.999 * thing) * (1 - hole) + 1e-6
 
-    back (B, T, rows, columns, 2): displacement of each square to its source in frame 0; paths from
-    path_lengths. Returns (B, 4, T, rows, columns), in the order of `nearness`: that of the source
-    to the closest start of a visible track, straight and along a path, times 1 - exp(-d / 8), d the
-    difference in pixels between that track's motion and the square's."""
-    source = square_centres(height, width, tracks.device) + back
-    starts = start[:, None].expand(-1, tracks.shape[1], -1, -1)         # (B, T, N, 2)
-    index, distance = nearest_points(source, starts, visible, NEIGHBOURS)
-    sources = source[..., None, :].expand(*index.shape, 2)
-    length, _ = lengths_at(sources, index, paths)
-    length = length.masked_fill(distance.isinf(), math.inf)
-    shortest, along = length.min(4, keepdim=True)
-    pixels = torch.cat([distance[..., :1], shortest], 4)                # (B, T, rows, columns, 2)
-    closest = torch.cat([index[..., :1], index.gather(4, along)], 4)
-    move = moves_of(closest, tracks, start)                             # (…, 2 tracks, 2)
-    difference = (move + back[..., None, :]).norm(dim=-1)
-    disagreement = 1 - torch.exp(-difference / NEAR[0])
-    disagreement = disagreement.repeat(1, 1, 1, 1, len(NEAR)).movedim(4, 1)
-    return nearness(pixels) * disagreement
+
+def per_pixel(squares):
+    """Values of squares (B, T, rows, columns), interpolated: (B, 1, T, H, W)."""
+    pixels = F.interpolate(squares, scale_factor=COPY_CELL, mode="bilinear", align_corners=False)
+    return pixels[:, None]
+
+
+def moved_picture(embedding, frame_0, tracks, visible, start):
+    """Frame 0 as the tracks move it: on top what belongs to tracks, at its new place; below, frame
+    0 itself, where what has moved away is filled in from the ground around it, since the image does
+    not show what was behind.
+
+    embedding (B, E, rows, columns) of frame_0 (B, 3, H, W) in [-1, 1]; tracks (B, T, N, 2) and
+    visible (B, T, N); start (B, N, 2): positions in frame 0, NaN: copies nothing. Returns the video
+    (B, 3, T, H, W) and signals (B, SIGNALS, T, rows, columns), each in [0, 1]:
+
+        2   nearness of the track that a square follows: exp(-d / 8), exp(-d / 32), see NEAR
+        1   probability that what it brings belongs to it
+        1   probability that what frame 0 shows there has gone elsewhere
+        2   how much of the square is moved, and how much is filled in"""
+    H, W = frame_0.shape[2:]
+    visible = visible & start.isfinite().all(2)[:, None]
+    tracks = F.pad(tracks, (0, 0, 0, 1))        # one more track, never visible, so that N = 0
+    visible = F.pad(visible, (0, 1))            # is no special case
+    start = F.pad(start, (0, 0, 0, 1), value=math.nan)
+    votes = votes_of(embedding, start, H, W)
+    ways = way_back(tracks, visible, start, votes, H, W)
+    warped = warp(frame_0, ways.back)
+    moved = torch.sigmoid(per_pixel(ways.belongs) + THING_WIDER)        # (B, 1, T, H, W)
+    hole = torch.sigmoid(per_pixel(ways.gone) + HOLE_WIDER)
+    still = frame_0[:, :, None]
+    in_front = moved * (per_pixel(ways.unlike) > STAYS)
+    missing = (1 - moved) * hole
+    ground = fill_in(still + moved * (warped - still), how_known(missing, in_front))
+    below = still + hole * (ground - still)
+    video = below + moved * (warped - below)
+
+    signals = [torch.exp(-ways.distance / scale) for scale in NEAR]
+    signals += [torch.sigmoid(ways.belongs), torch.sigmoid(ways.gone)]
+    signals += [F.avg_pool2d(part[:, 0], COPY_CELL) for part in (moved, missing)]
+    return video, torch.stack(signals, 1)
 
 
 @torch.no_grad()
 def copy_along_tracks(vae, frame_0, tracks, visible, start):
-    """The `copies` input of a copying model, (B, C + SIGNALS, F, h, w); channels are
+    """The `copies` input of a copying model, (B, C + SIGNALS, F, h, w): latents of frame 0 as the
+    tracks move it, and signals of how far to trust them, see moved_picture, means over a latent's
+    pixels.
 
-        C   latents of frame 0 warped along the tracks
-        4   nearness of the track that a square follows
-        4   confidence that the warped content has gone elsewhere, see gone_elsewhere
-        4   confidence that the content of the unmoved image has gone elsewhere
-
-    vae: one without memory between latents (LinearVAE). frame_0 (B, 3, H, W) in [-1, 1]: the
-    image, itself unchanged. tracks (B, T, N, 2), visible (B, T, N); start (B, N, 2): positions in
-    frame 0, see start_points; a track whose start is NaN, because it is not visible there, copies
-    nothing. T % 4 == 1 starts a clip, T % 4 == 0 continues one: concatenated chunks equal the whole
-    clip."""
+    vae: one without memory between latents, and with a segmenter (LinearVAE). frame_0 (B, 3, H, W)
+    in [-1, 1]: the image, itself unchanged. tracks (B, T, N, 2), visible (B, T, N); start
+    (B, N, 2): positions in frame 0, see start_points; a track whose start is NaN, because it is not
+    visible there, copies nothing. T % 4 == 1 starts a clip, T % 4 == 0 continues one: concatenated
+    chunks equal the whole clip."""
     H, W = frame_0.shape[2:]
     B, T, N, _ = tracks.shape
     check_shape("frame_0", frame_0, (B, 3, H, W))
     check_shape("visible", visible, (B, T, N))
     check_shape("start", start, (B, N, 2))
     assert T % FRAMES < 2, f"tracks of {T} frames, expected 4 n + 1 to start a clip, 4 n later"
-    visible = visible & start.isfinite().all(2)[:, None]
-    tracks = F.pad(tracks, (0, 0, 0, 1))        # one more track, never visible, so that N = 0
-    visible = F.pad(visible, (0, 1))            # is no special case
-    start = F.pad(start, (0, 0, 0, 1), value=math.nan)
-    paths = path_lengths(frame_0, start)
-    back, to_track = way_back(tracks, visible, start, paths, H, W)
-    video = warp(frame_0, back)
-    moved_is_gone = gone_elsewhere(back, tracks, visible, start, paths, H, W)
-    still_is_gone = gone_elsewhere(0 * back, tracks, visible, start, paths, H, W)
-    signals = torch.cat([nearness(to_track), moved_is_gone, still_is_gone], 1)
+    assert hasattr(vae, "segmenter"), f"a {type(vae).__name__} has no segmenter, see LinearVAE"
+    video, signals = moved_picture(vae.segmenter(frame_0), frame_0, tracks, visible, start)
     if T % FRAMES == 1:
         video[:, :, 0] = frame_0
-        signals[:, :, 0] = 0
-        signals[:, :2 * len(NEAR), 0] = 1
+        signals[:, :, 0] = torch.tensor(IN_FRAME_0, device=signals.device).view(-1, 1, 1)
         latents = vae.encode(video)
         # A latent's signals are means of four frames. Three copies of frame 0 precede it, as in the
         # VAE, so that the mean is frame 0's own; TrackHead averages nothing and leaves them empty.
@@ -1269,8 +1333,8 @@ def sharpened(weights):
 
 class CopyingMotionStream(MotionStream):
     """A MotionStream for a config with `copies`. Copies are input channels just before the image's;
-    the head has two more outputs, cell by cell: the weights of the latents moved along the tracks
-    and of the image's own. The more weight the latter has, the less the network itself draws: what
+    the head has two more outputs, cell by cell: the weights of the latents of frame 0 as the tracks
+    move it, and of the image's own. The more weight the latter has, the less the network itself draws: what
     rests is not drawn again.
 
     A teacher is asked for the mean of all that could be there, so it may mix the two. A student's
@@ -1307,7 +1371,10 @@ class CopyingMotionStream(MotionStream):
             weights_shown, kept = sharpened(weights)
             of_moved, of_still = weights_shown.split(1, 1)
             gate = kept * gate
-        expected = of_moved * copied[:, :c.out_dim] + of_still * still
+        moved = copied[:, :c.out_dim]
+        filled = copied[:, -1:]                         # the last signal of moved_picture
+        still = still + filled * (moved - still)        # nor does the image show what has left
+        expected = of_moved * moved + of_still * still
         return with_linear_part(gate * drawn, x, sigma, std, expected)
 
 

@@ -244,8 +244,11 @@ class Settings:
     trajectories: int = 480         # made by the teacher for the stage causal, see causal_from [O]
     vae_clips: int = 256            # rendered for the vae [O]
     vae_batch: int = 8              # crops per micro-step [O]
+    segmenter_scenes: int = 4096    # drawn for the VAE's segmenter [O]
+    segmenter_batch: int = 32       # of them per micro-step [O]
     # length: updates, and micro-steps per update over all processes
     vae_updates: int = 400          # [O]
+    segmenter_updates: int = 4000   # part of the stage vae, after the code itself [O]
     teacher_updates: int = 6000     # [O]
     causal_updates: int = 800       # [O]
     distill_updates: int = 1200     # critic updates [O]
@@ -255,6 +258,7 @@ class Settings:
     distill_accumulate: int = 1     # [O]
     # optimizers
     vae: Learning = Learning(None, 3e-4)                                            # [O]
+    segmenter: Learning = Learning(None, 1.5e-3, decay=1.0)                         # [O]
     teacher: Learning = Learning(0.015, 3e-3, ema=0.99)                             # [O]
     causal: Learning = Learning(2e-3, 1e-3, ema=0.98)                               # [O]
     generator: Learning = Learning(1e-3, 1e-4, betas=(0.0, 0.99), ema=0.98)         # [O]
@@ -307,6 +311,7 @@ PAPER = Settings(
     trajectories=4000,
     vae_clips=0,
     vae_updates=0,
+    segmenter_updates=0,
     teacher_updates=4800,           # stage 1 of the teacher
     causal_updates=2000,
     distill_updates=400 * 5,        # 400 generator updates, as we read it
@@ -351,9 +356,10 @@ PAPER_5B_STAGE_2 = replace(
     shard_gradients=True,           # unsharded, two networks' gradients take 40 GB on every GPU
 )
 
-SMOKE = {"vae_updates": 4, "teacher_updates": 4, "causal_updates": 3, "distill_updates": 6,
-         "vae_accumulate": 1, "teacher_accumulate": 1, "causal_accumulate": 1,
-         "distill_accumulate": 1, "vae_clips": 8, "clips": 16, "trajectories": 8}
+SMOKE = {"vae_updates": 4, "segmenter_updates": 2, "teacher_updates": 4, "causal_updates": 3,
+         "distill_updates": 6, "vae_accumulate": 1, "teacher_accumulate": 1, "causal_accumulate": 1,
+         "distill_accumulate": 1, "vae_clips": 8, "segmenter_scenes": 16, "clips": 16,
+         "trajectories": 8}
 
 NEUTRAL = PRESETS["tiny"].prompt
 # The weights that each stage makes.

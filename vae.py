@@ -42,6 +42,53 @@ def check_latents(latents, channels):
 # --------------------------------------------------------------------------------------------------
 # The tiny model's VAE: linear maps of pixel windows.
 
+class Segmenter(nn.Module):
+    """Which squares of a picture show one thing: a small U-Net that gives each square of 4x4 pixels
+    a vector, near to those of the same thing and far from all others (De Brabandere et al. 2017,
+    "Semantic instance segmentation with a discriminative loss function"). Trained on drawn scenes
+    (extras/segmentation.py)."""
+
+    WIDTHS = (24, 32, 48, 64, 96)       # at a half, a quarter … a 32nd of the picture's size
+    VECTOR = 16
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.ModuleList()
+        width = 5                       # RGB and place
+        for wider in self.WIDTHS:
+            layers = [nn.Conv2d(width, wider, 3, 2, 1), nn.SiLU()]
+            if self.down:               # the finest level is the dearest
+                layers += [nn.Conv2d(wider, wider, 3, 1, 1), nn.SiLU()]
+            self.down.append(nn.Sequential(*layers))
+            width = wider
+        self.up = nn.ModuleList()
+        for narrower in reversed(self.WIDTHS[1:-1]):
+            self.up.append(nn.Sequential(
+                nn.Conv2d(width + narrower, narrower, 3, 1, 1), nn.SiLU(),
+                nn.Conv2d(narrower, narrower, 3, 1, 1), nn.SiLU()))
+            width = narrower
+        self.out = nn.Conv2d(width, self.VECTOR, 1)
+        nn.init.normal_(self.out.weight, std=0.5)       # vectors begin apart
+
+    def forward(self, image):
+        """(B, 3, H, W) in [-1, 1] to (B, VECTOR, H / 4, W / 4)."""
+        B, _, H, W = image.shape
+        image = image.to(self.out.weight.dtype)
+        y = torch.linspace(-1, 1, H).to(image)
+        x = torch.linspace(-1, 1, W).to(image)
+        place = torch.stack(torch.meshgrid(x, y, indexing="xy"))        # (2, H, W)
+        hidden = torch.cat([image, place.expand(B, -1, -1, -1)], 1)
+        seen = []
+        for layer in self.down:
+            hidden = layer(hidden)
+            seen.append(hidden)
+        finer = reversed(seen[1:-1])
+        for layer, beside in zip(self.up, finer):
+            hidden = F.interpolate(hidden, size=beside.shape[2:], mode="nearest")
+            hidden = layer(torch.cat([hidden, beside], 1))
+        return self.out(hidden)
+
+
 @dataclass
 class LinearVAEConfig:
     """The defaults are the tiny model's."""
@@ -57,7 +104,9 @@ class LinearVAE(nn.Module):
     It compresses little, but decoding is one matrix product, and there is no state: a latent frame
     depends only on its own four frames, so pictures that were moved along tracks can be encoded
     chunk by chunk (see `copy_along_tracks`). Frame 0 is preceded by three copies of itself.
-    Training starts from the principal components of cells (extras/linear_vae.py)."""
+    Training starts from the principal components of cells (extras/linear_vae.py).
+
+    Beside the code it holds a Segmenter, which says what tracks take along."""
 
     def __init__(self, config=LinearVAEConfig()):
         super().__init__()
@@ -68,6 +117,7 @@ class LinearVAE(nn.Module):
         self.encoder = nn.Conv2d(pixels, config.latent_channels, window, config.stride)
         self.decoder = nn.ConvTranspose2d(config.latent_channels, pixels, window, config.stride)
         self.register_buffer("latent_std", torch.ones(config.latent_channels))  # over typical video
+        self.segmenter = Segmenter()
 
     def encode(self, video):
         """Video (B, 3, T, H, W) in [-1, 1], T = 1 + 4 (F - 1), to latents (B, C, F, h, w). An image

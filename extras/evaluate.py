@@ -39,8 +39,8 @@ from extras.cases import NEUTRAL, Case, new_clips
 from extras.guard import read_log
 from extras.measures import lpips_network, psnr, ssim
 from extras.video import open_video
-from motionstream import (FRAMES, PRESETS, Config, MotionStream, UserError, naming,
-                          path_lengths, start_points, track_ids, warp, way_back, write_file)
+from motionstream import (FRAMES, PRESETS, Config, MotionStream, UserError, moved_picture,
+                          naming, start_points, track_ids, write_file)
 from sample import ASSETS, Parser, embed_words, number
 from vae import load_vae
 
@@ -111,7 +111,7 @@ def play(trained, name, clips, text=None, later=None, **overrides):
         return iter([image.expand(-1, -1, clips.length, -1, -1)])
     if name == "warp":
         image = clips.frames(0, 1)[:, :, 0]
-        return warped(image, clips.tracks, clips.visible)
+        return warped(trained.vae(), image, clips.tracks, clips.visible)
     if name in ("vae", "decoder"):
         vae = trained.vae(name)
         latents = vae.encode(clips.frames().to(trained.device))
@@ -120,24 +120,20 @@ def play(trained, name, clips, text=None, later=None, **overrides):
     return videos_of(model, trained.vae(), clips, text, later, trained.seed)
 
 
-def warped(image, tracks, visible):
+@torch.inference_mode()
+def warped(vae, image, tracks, visible):
     """Generate frames (B, 3, 1, H, W): those that copy_along_tracks shows to a copying model,
     before the VAE. image (B, 3, H, W): frame 0; tracks (B, T, N, 2), visible (B, T, N)."""
     yield image[:, :, None]
-    height, width = image.shape[2:]
+    image = image.to(vae.latent_std.device)
+    tracks = tracks.to(image.device)
+    visible = visible.to(image.device)
     start = start_points(tracks, visible)                       # (B, N, 2)
-    visible = visible & start.isfinite().all(2)[:, None]
-    paths = []                      # one by one: squares times points are held for one alone
-    for i in range(len(image)):
-        paths.append(path_lengths(image[i:i + 1], start[i:i + 1]))
+    embedding = vae.segmenter(image)
     for t in range(1, tracks.shape[1]):
-        backs = []
-        for i in range(len(image)):
-            points = tracks[i:i + 1, t:t + 1]                   # (1, 1, N, 2)
-            seen = visible[i:i + 1, t:t + 1]
-            back, _ = way_back(points, seen, start[i:i + 1], paths[i], height, width)
-            backs.append(back)
-        yield warp(image, torch.cat(backs))
+        now = slice(t, t + 1)
+        video, _ = moved_picture(embedding, image, tracks[:, now], visible[:, now], start)
+        yield video.cpu()
 
 
 def videos_of(model, vae, clips, text=None, later=None, seed=0):

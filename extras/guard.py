@@ -33,10 +33,13 @@ LIMITS = {
     "clip_frames": COUNT,
     "batch": (int, 1, 2 ** 16),
     "vae_batch": (int, 1, 2 ** 16),
+    "segmenter_scenes": COUNT,
+    "segmenter_batch": (int, 1, 2 ** 16),
     "clips": FROM_0,
     "trajectories": COUNT,
     "vae_clips": FROM_0,
     "vae_updates": FROM_0,
+    "segmenter_updates": FROM_0,
     "teacher_updates": FROM_0,
     "causal_updates": FROM_0,
     "distill_updates": FROM_0,
@@ -247,7 +250,7 @@ def check_length(frames, chunk, first):
 
 
 # The weights that a stage starts from.
-PREREQUISITES = {"vae": (), "teacher": ("vae",), "causal": ("vae", "teacher"),
+PREREQUISITES = {"vae": (), "segmenter": (), "teacher": ("vae",), "causal": ("vae", "teacher"),
                  "distill": ("vae", "teacher", "causal"), "decoder": ("vae",)}
 
 

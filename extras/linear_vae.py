@@ -1,4 +1,5 @@
-"""The stage vae of train_distill.py: a linear code for the tiny model, which is not MotionStream's.
+"""The stage vae of train_distill.py: a linear code for the tiny model, which is not MotionStream's,
+and its segmenter (extras/segmentation.py).
 
 Shapes are those of motionstream.py.
 """
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 
 import train_distill as td
 from extras.measures import psnr
+from extras.segmentation import train_segmenter
 from extras.world import rendered_clips
 from motionstream import FRAMES, save_pretrained
 from vae import LinearVAE
@@ -106,7 +108,7 @@ def reconstruction_error(output, video):
 
 def train_vae(run, report):
     """Train a LinearVAE, initialised with principal components, by reconstruction alone, on the
-    video of --data or of the drawn world. report: see train_distill.no_report."""
+    video of --data or of the drawn world, then its segmenter. report: see train_distill.no_report."""
     s = run.settings
     if run.data:
         files = td.open_clips(run.data, run.clip_latents)
@@ -115,6 +117,7 @@ def train_vae(run, report):
     videos = [load_file(file)["video"] for file in files[:64]]
     vae = LinearVAE().to(run.device)
     principal_components(vae, videos)
+    vae.segmenter.requires_grad_(False)         # so that this learner leaves it alone
     learner = td.Learner("vae", vae, s.vae, s.vae_updates, s.vae_accumulate)
     loop = td.Loop(run, "vae", s.vae_updates, learner)
     for update in loop:
@@ -128,4 +131,6 @@ def train_vae(run, report):
         report(loop, vae)
     whole = td.video_frames(run.clip_latents)
     normalise_latents(vae, [video[:, :whole].to(run.device) for video in videos])
+    vae.segmenter.requires_grad_(True)
+    train_segmenter(run, vae)
     save_pretrained(vae, run.path("vae"), torch.float16, **vae.metadata())

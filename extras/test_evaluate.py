@@ -21,7 +21,7 @@ from extras.evaluate import (Trained, compare, end_point_error, eval_row, find_r
 from extras.measures import ssim
 from extras.test_video import ffmpeg
 from extras.testing import (HERE, Perceptual, assert_error, assert_near, folder, having_lpips,
-                            new_model, new_vae, quiet, rand, saved, seeded)
+                            linear_vae, new_model, new_vae, quiet, rand, saved, seeded)
 from motionstream import MotionStream, UserError, copy_along_tracks, square_centres, start_points
 
 
@@ -368,8 +368,9 @@ def test_one_photograph_is_too_few():
 # Models and tables.
 
 def stub(model):
-    """Stands for Trained."""
-    vae = new_vae()
+    """Stands for Trained. One colour is one thing."""
+    vae = linear_vae()
+    vae.segmenter.forward = lambda image: 3 * F.avg_pool2d(image, 4)
     return SimpleNamespace(config=model.config, device="cpu", seed=0,
                            model=lambda name, **overrides: model, vae=lambda name="vae": vae)
 
@@ -435,43 +436,45 @@ def moving_square(count=3):
     return video, tracks, visible
 
 
+def segmented(things):
+    """What evaluate.play needs of a Trained: a VAE to whose segmenter `things` (rows, columns) are
+    what a picture shows."""
+    vae = linear_vae()
+    vae.segmenter.forward = lambda image: 3 * things.float().expand(len(image), 1, -1, -1)
+    return SimpleNamespace(vae=lambda: vae)
+
+
 def test_a_warp_moves_objects_exactly_along_dense_tracks():
     video, tracks, visible = moving_square()
+    things = torch.zeros(8, 16)
+    things[3:5, 1:3] = 1
     clips = SimpleNamespace(frames=lambda start, stop: video[:, :, start:stop],
                             tracks=tracks, visible=visible)
-    made = list(play(None, "warp", clips))
+    made = list(play(segmented(things), "warp", clips))
     made = torch.cat(made, 2)
     assert made.shape == video.shape
     assert made[:, :, 0].equal(video[:, :, 0])
     for t in range(1, 3):
         left = 4 + 24 * t
-        right = left + 8
-        found = made[:, :, t, 12:20, left:right]
-        assert_near(found, video[:, :, t, 12:20, left:right], 1e-3)
-    assert_near(made[..., :12, :], video[..., :12, :], 1e-3)            # the ground
+        inside = slice(left + 1, left + 7)                              # its rim is mixed
+        found = made[:, :, t, 13:19, inside]
+        assert_near(found, video[:, :, t, 13:19, inside], 0.05)
+    assert_near(made[..., :10, :], video[..., :10, :], 0.01)            # the ground
 
 
 def test_a_warp_is_what_a_copying_model_is_given():
     clips = case_clips()
     clips.visible[0, 0, ::3] = False                                    # as if they began later
     image = clips.frames(0, 1)[:, :, 0]
-    vae = new_vae()
+    trained = segmented(rand(32, 32))
+    vae = trained.vae()
     start = start_points(clips.tracks, clips.visible)
     with unittest.mock.patch.object(vae, "encode", wraps=vae.encode) as encode:
         copy_along_tracks(vae, image, clips.tracks, clips.visible, start)
     given = encode.call_args.args[0]
-    frames = list(play(None, "warp", clips))
+    frames = list(play(trained, "warp", clips))
     assert_near(torch.cat(frames, 2), given, 1e-3)
     assert not frames[20].equal(frames[0])
-
-
-def test_a_warp_looks_at_the_points_of_one_frame_of_one_clip_at_a_time():
-    clips = case_clips()
-    with unittest.mock.patch.object(evaluate, "way_back", wraps=evaluate.way_back) as way_back:
-        list(play(None, "warp", clips))
-    assert way_back.call_count == 2 * 20
-    for call in way_back.call_args_list:
-        assert call.args[0].shape[:2] == (1, 1)
 
 
 def test_a_table_is_kept_row_by_row_and_measured_once():

@@ -213,7 +213,7 @@ LAYERS = VAE + ["each_frame", "channels_to_frames"]
 TINY_VAE = LAYERS + [
     "TinyVAEConfig", "conv", "MemBlock", "Repack", "frames_to_channels", "grow_frames",
     "build_encoder", "build_decoder", "run_layers", "TinyVAE"]
-LINEAR_VAE = VAE + ["LinearVAEConfig", "LinearVAE"]
+LINEAR_VAE = VAE + ["Segmenter", "LinearVAEConfig", "LinearVAE"]
 WAN_VAE = LAYERS + [
     "WanVAEConfig", "STATISTICS", "CausalConv", "TimeConv", "Causal", "PerFrame", "ChannelNorm",
     "ResBlock", "Attention", "DownStage", "UpStage", "downsample", "upsample", "res_blocks",

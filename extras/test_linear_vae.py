@@ -101,9 +101,10 @@ def test_the_vae_is_trained_on_clips_that_hold_video():
                      "--steps", 1]
             assert td.main([str(word) for word in words]) is None, err.getvalue()
         rows = (here / "out/stats.jsonl").read_text().splitlines()
-        of_vae, of_teacher = map(json.loads, rows)
+        of_vae, *of_segmenter, of_teacher = map(json.loads, rows)
         vae = load_vae(here / "out/vae.safetensors")
     assert of_vae["psnr"] > 8
+    assert [row["stage"] for row in of_segmenter] == ["segmenter", "segmenter"]
     assert 0 < of_teacher["loss"] < 100
     assert isinstance(vae, LinearVAE)
     assert 0.6 <= vae.latent_std.min() < vae.latent_std.max() <= 2

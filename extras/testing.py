@@ -42,7 +42,7 @@ SMALL = replace(
     copies=False, guidance=(1.0, 1.5))
 # As SMALL, but one that copies along tracks: latents, copies, tracks, image.
 COPYING = replace(
-    SMALL, track_id_mode="random", copies=True, in_dim=4 + 8 + 16 + 4,
+    SMALL, track_id_mode="random", copies=True, in_dim=4 + 8 + 10 + 4,
     latent_std=(0.5, 1.0, 1.5, 0.7))
 SMALL_VAE = TinyVAEConfig(
     latent_channels=4,
