@@ -965,6 +965,7 @@ SAME = 2            # squared distance of two squares' vectors: less is one thin
 NEIGHBOURS = 8      # the nearest tracks, one of which a square follows, see way_back
 BESIDE = 4          # pixels beyond the followed track's distance at which a weight falls to 1 / e
 ALIKE = 6           # pixels between the motions of two tracks, for the same fall
+TURNS = 0.1         # more of these for each pixel between their starts: things turn and grow
 AHEAD = 16          # pixels by which what moves unlike the rest counts as nearer, at most
 STAYS = 2           # pixels: what moves no farther leaves no hole, or no farther from the mean of
                     # the picture is ground
@@ -1026,7 +1027,7 @@ class Votes:
     """Of N tracks for the S squares of frame 0, both (B, N, S): a track votes for what shows the
     same thing as the square in which it starts."""
     yes: torch.Tensor           # exp(-2 d): d the squared distance of vectors, 0 beyond REACH
-    asked: torch.Tensor         # 1.0 within REACH of the start, else 0
+    counts: torch.Tensor        # 1.0 where d is below 2 SAME, else 0
 
 
 def votes_of(embedding, start, height, width):
@@ -1042,48 +1043,50 @@ def votes_of(embedding, start, height, width):
     difference = torch.cdist(begins, squares).square()                  # (B, N, S)
     place = square_centres(height, width, start.device).flatten(0, 1)
     within = torch.cdist(start, place.expand(len(start), -1, -1)) <= REACH
-    asked = (within & known).float()
-    return Votes(torch.exp(-2 * difference) * asked, asked)
+    yes = torch.exp(-2 * difference) * (within & known)
+    return Votes(yes, (yes > math.exp(-4 * SAME)).float())
 
 
-def log_odds(agree, disagree, asked):
-    """Log odds, within -SURE and SURE, of what `agree` votes for and `disagree` against; the vote
-    against both, that a square belongs to no track, is exp(-2 SAME) for each that is `asked`. So
-    a lone track's are 2 (SAME - d), and those of many on one thing about the same."""
-    none = asked * math.exp(-2 * SAME)
-    return ((agree + 1e-10) / (disagree + none + 1e-6)).log().clamp(-SURE, SURE)
+def log_odds(agree, disagree, count):
+    """Log odds, within -SURE and SURE, of what `agree` votes for and `disagree` against. The vote
+    for neither, that a square belongs to no track, is exp(-2 SAME), for each of the `count` that
+    agree. So a lone track's are 2 (SAME - d), and those of many in one place are the same."""
+    none = count.clamp(min=1) * math.exp(-2 * SAME)
+    return ((agree + 1e-10) / (disagree + none)).log().clamp(-SURE, SURE)
 
 
-def belonging(moves, visible, votes):
+def belonging(moves, visible, start, votes):
     """Log odds that a square of frame 0 moves as a track does: by the Votes of the visible tracks
-    that move alike, against those of the others. So one that starts on the rim of another thing is
-    outvoted.
+    that move alike, or nearly so if they start far apart, against those of the others. So one that
+    starts on the rim of another thing is outvoted.
 
-    moves (B, T, N, 2) since frame 0, visible (B, T, N). Returns (B, T, N, S)."""
+    moves (B, T, N, 2) since frame 0, visible (B, T, N), start (B, N, 2). Returns (B, T, N, S)."""
     disagreement = torch.cdist(moves, moves)                            # (B, T, N, N)
+    start = start.nan_to_num(0)
+    tolerance = ALIKE + TURNS * torch.cdist(start, start)               # (B, N, N)
     seen = visible[:, :, None].float()
-    alike = torch.exp(-(disagreement / ALIKE) ** 2) * seen
+    alike = torch.exp(-(disagreement / tolerance[:, None]) ** 2) * seen
     yes = votes.yes[:, None]
     agree = alike @ yes
     disagree = (seen @ yes - agree).clamp(min=0)
-    return log_odds(agree, disagree, alike @ votes.asked[:, None])
+    return log_odds(agree, disagree, alike @ votes.counts[:, None])
 
 
 def left_behind(moves, visible, votes):
     """Log odds that what a square shows in frame 0 has moved by more than STAYS pixels:
-    (B, T, S). Arguments as of `belonging`."""
+    (B, T, S). moves (B, T, N, 2), visible (B, T, N)."""
     far = moves.norm(dim=-1) > STAYS
     has_moved = (visible & far).float()
     rests = (visible & ~far).float()
-    return log_odds(has_moved @ votes.yes, rests @ votes.yes, has_moved @ votes.asked)
+    return log_odds(has_moved @ votes.yes, rests @ votes.yes, has_moved @ votes.counts)
 
 
 def mean_move(moves, visible, votes):
     """Mean displacement of the picture since frame 0, (B, T, 2): each square moves as its tracks
-    vote, one without tracks rests. Arguments as of `belonging`."""
+    vote, one without tracks rests. moves (B, T, N, 2), visible (B, T, N)."""
     seen = visible.float()
-    none = seen @ votes.asked * math.exp(-2 * SAME)
-    weight = seen @ votes.yes + none + 1e-6                             # (B, T, S)
+    none = (seen @ votes.counts).clamp(min=1) * math.exp(-2 * SAME)
+    weight = seen @ votes.yes + none                                    # (B, T, S)
     total = (seen[..., None] * moves).transpose(2, 3) @ votes.yes[:, None]      # (B, T, 2, S)
     return (total / weight[:, :, None]).mean(3)
 
@@ -1123,8 +1126,8 @@ def way_back(tracks, visible, start, votes, height, width):
 
     tracks (B, T, N, 2), N > 0, visible (B, T, N); start (B, N, 2): positions in frame 0; votes:
     their Votes."""
-    moves = moves_since(tracks, start)
-    odds = belonging(moves, visible, votes)
+    moves = moves_since(tracks, start).masked_fill(~visible[..., None], 0)      # wherever they are
+    odds = belonging(moves, visible, start, votes)
     mean = mean_move(moves, visible, votes)
     place = square_centres(height, width, tracks.device)
     place = place.expand(*tracks.shape[:2], -1, -1, -1)
@@ -1191,8 +1194,8 @@ def fill_in(video, known):
 
 def how_known(missing, in_front):
     """Weights for fill_in, from shares of pixels (B, 1, T, H, W): 1 where the ground is seen, next
-    to nothing in and around holes, and 0.001 on what is in front of it, which counts where no
-    ground is near: when the camera turns or zooms, all but the middle moves unlike the mean."""
+    to nothing in and around holes, and 0.001 on what moves unlike the mean: that is in front of the
+    ground, or the camera turns or zooms, and then it counts, as no ground is near."""
     side = COPY_CELL + 1                        # the rims of holes and things are not ground yet
     around = (1, side, side)
     by = (0, side // 2, side // 2)
@@ -1373,7 +1376,7 @@ class CopyingMotionStream(MotionStream):
             gate = kept * gate
         moved = copied[:, :c.out_dim]
         filled = copied[:, -1:]                         # the last signal of moved_picture
-        still = still + filled * (moved - still)        # nor does the image show what has left
+        still = still + filled * (moved - still)        # what has left is not shown there
         expected = of_moved * moved + of_still * still
         return with_linear_part(gate * drawn, x, sigma, std, expected)
 

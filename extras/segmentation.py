@@ -30,7 +30,7 @@ def draw_scenes(count, size, rng):
     the ground, 1, 2, 3 … its objects."""
     pictures = []
     things = []
-    for begin in tqdm(range(0, count, DRAWN_AT_ONCE), "scenes"):
+    for begin in tqdm(range(0, count, DRAWN_AT_ONCE), "scenes", disable=td.RANK > 0):
         batch = min(DRAWN_AT_ONCE, count - begin)
         scene = new_scenes(batch, 1, rng, camera=False, attributes=(0, 0))
         tracks, visible = scene_tracks(scene, size, rng)

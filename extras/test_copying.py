@@ -160,7 +160,7 @@ def test_hidden_tracks_copy_nothing():
     start_left = start_points(tracks_left, visible_left)
     expected = copy_along_tracks(vae, image, tracks_left, visible_left, start_left)
     shown = visible & even
-    elsewhere = tracks.masked_fill(~shown[..., None], 7.0)      # wherever the hidden ones are
+    elsewhere = tracks.masked_fill(~shown[..., None], math.inf)     # wherever the hidden ones are
     found = copy_along_tracks(vae, image, elsewhere, shown, start_points(elsewhere, shown))
     assert_same_copies(found, expected)
 
@@ -271,7 +271,7 @@ def moves_and_visible(start, now):
 
 def test_a_track_votes_for_what_is_like_its_start_within_reach():
     votes = votes_in(WITH_THING, torch.cat([ON_THING, ON_BLACK]))
-    assert votes.yes.shape == votes.asked.shape == (1, 5, 256)
+    assert votes.yes.shape == votes.counts.shape == (1, 5, 256)
     thing = squares_of_thing(left=2).flatten()
     of_thing, right = votes.yes[0, [0, 2]]
     assert (of_thing[thing] == 1).all()
@@ -279,9 +279,9 @@ def test_a_track_votes_for_what_is_like_its_start_within_reach():
     centre = square_centres(64, 64, "cpu").flatten(0, 1)
     near = (centre - ON_BLACK[1]).norm(dim=1) <= REACH
     assert right.round().bool().equal(near & ~thing)
-    assert votes.asked[0, 2].bool().equal(near)
+    assert votes.counts[0, 2].bool().equal(near & ~thing)
     nowhere = votes_in(WITH_THING, torch.full((1, 2), math.nan))
-    assert not nowhere.yes.any() and not nowhere.asked.any()
+    assert not nowhere.yes.any() and not nowhere.counts.any()
 
 
 def test_the_odds_of_a_lone_track_are_those_of_its_segmentation():
@@ -290,7 +290,7 @@ def test_the_odds_of_a_lone_track_are_those_of_its_segmentation():
     image = 0.3 * rand(1, 3, 16, 16)
     start = torch.tensor([[6.0, 6]])
     moves, visible = moves_and_visible(start, start + 20)
-    odds = belonging(moves, visible, votes_in(image, start))[0, 0, 0]
+    odds = belonging(moves, visible, start[None], votes_in(image, start))[0, 0, 0]
     vector = ByColour()(image)[0].flatten(1)
     difference = (vector - vector[:, 5:6]).square().sum(0)      # the second square of the second row
     expected = (2 * (2 - difference)).clamp(-SURE, SURE)
@@ -298,7 +298,7 @@ def test_the_odds_of_a_lone_track_are_those_of_its_segmentation():
     for count, move in (1, 1.0), (9, 20.0):
         many = start.expand(count, 2)
         moves, visible = moves_and_visible(many, many + move)
-        odds = belonging(moves, visible, votes_in(image, many))[0, 0, 0]
+        odds = belonging(moves, visible, many[None], votes_in(image, many))[0, 0, 0]
         assert_near(odds, expected, 1e-2)
 
 
@@ -311,13 +311,13 @@ def test_a_track_on_the_rim_of_another_thing_is_outvoted():
     moves, visible = moves_and_visible(start, now)
     votes = votes_in(WITH_THING, start)
     thing = squares_of_thing(left=2).flatten()
-    odds = belonging(moves, visible, votes)[0, 0]
+    odds = belonging(moves, visible, start[None], votes)[0, 0]
     assert odds[0, thing].max() < 0, "it owns nothing of the thing"
     assert odds[1, thing].min() > 0
     assert left_behind(moves, visible, votes)[0, 0, thing].min() > 0
     hidden = visible.clone()
     hidden[..., 1:4] = False
-    assert belonging(moves, hidden, votes)[0, 0, 0, thing].min() > 0, "only what is seen votes"
+    assert belonging(moves, hidden, start[None], votes)[0, 0, 0, thing].min() > 0, "only what is seen votes"
 
 
 def test_the_mean_move_is_that_of_the_area():
@@ -455,6 +455,19 @@ def test_squares_of_what_turns_move_smoothly():
     assert error.mean() < 0.4, error.mean()
 
 
+def test_a_thing_that_turns_or_grows_belongs_to_all_its_tracks():
+    axis = torch.arange(4.0, 128, 16)
+    start = torch.cartesian_prod(axis, axis)
+    votes = votes_of(OneThing()(torch.zeros(1, 3, 128, 128)), start[None], 128, 128)
+    turn = torch.tensor([[0.985, 0.174], [-0.174, 0.985]])      # 10 degrees
+    for changed in (start - 64) @ turn + 64, (start - 64) * 1.15 + 64:
+        moves, visible = moves_and_visible(start, changed)
+        odds = belonging(moves, visible, start[None], votes)[0, 0]
+        near = votes.yes[0] > 0.5
+        assert odds[near].min() > 0, odds[near].min()
+        assert odds[near].median() > 0.5, odds[near].median()
+
+
 def test_squares_never_move_with_a_mean_of_what_moves_differently():
     start, visible = grid_of_25()
     moves = torch.zeros(25, 2)
@@ -546,10 +559,12 @@ def test_a_fresh_teacher_believes_its_copies_and_where_there_are_none_the_image(
         return to_x0(x, model(x, ones, **given), ones)
 
     moved = copies[:, :4]
+    filled = copies[:, -1:]
+    shown = (1 - filled) * image + filled * moved               # no image where it was filled in
     both = x0(tracks=tracks, copies=copies, image=image)
-    assert_near(both, 0.8 * moved + 0.2 * image, 1e-5)
+    assert_near(both, 0.8 * moved + 0.2 * shown, 1e-5)
     alone = x0(copies=copies)
-    assert_near(alone, 0.8 * moved, 1e-5)
+    assert_near(alone, (0.8 + 0.2 * filled) * moved, 1e-5)
     without = x0(tracks=tracks, image=image)
     still = image.expand_as(x)
     assert_near(without, 0.2 * still, 1e-5)
@@ -593,8 +608,9 @@ def test_a_copying_model_is_a_motionstream_inside_the_linear_part():
             weights, kept = sharpened(torch.cat([of_moved, of_still], 1))
             of_moved, of_still = weights[:, :1], weights[:, 1:]
             correction = kept * correction
-        latents = copies[:, :4]                                 # and twelve of confidence
-        mean = of_moved * latents + of_still * still
+        latents = copies[:, :4]                                 # and six signals
+        filled = copies[:, 9:]
+        mean = of_moved * latents + of_still * ((1 - filled) * still + filled * latents)
         spread = 0.1 * std                                      # of a Gaussian round that mean
         gain = (1 - s) * spread ** 2 / variance_of_x_t(s, spread)
         x0 = mean + gain * (noise - (1 - s) * mean)
