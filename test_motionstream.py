@@ -919,7 +919,7 @@ def test_guidance_never_leaves_out_the_image():
 def test_guidance_leaves_out_the_copies_with_the_tracks():
     model = new_model(**vars(COPYING))
     x, given, _ = clip_of(3, COPYING)
-    given["copies"] = rand(2, 16, 3, 4, 6, seed=8)
+    given["copies"] = rand(2, 10, 3, 4, 6, seed=8)
     no_text = given | {"text": None}
     no_motion = dict(given)
     for name in "tracks", "copies":

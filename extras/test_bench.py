@@ -150,7 +150,7 @@ def test_counts_are_of_launches_bytes_and_flops_by_kind():
 # Of today's code, in bfloat16: launches, MB, GFLOP of each part of a chunk, for one layer of the
 # preset with what is around it, and the tiny decoder. They may fall.
 COUNTS = {
-    "tiny": ((495, 84.0, 1.157), (165, 28.0, 0.386), (5, 8.0, 0.5734)),
+    "tiny": ((504, 89.1, 1.157), (168, 29.7, 0.386), (5, 8.0, 0.5734)),
     "motionstream-1.3b": ((348, 8440.0, 2512.9), (115, 2814.0, 837.64), (125, 11458.0, 1294.3)),
 }
 

@@ -1881,7 +1881,7 @@ def test_micro_steps_that_processes_cannot_share_evenly_are_refused():
 
 
 def test_every_setting_has_limits_that_all_settings_here_are_in():
-    learners = {"vae", "teacher", "causal", "generator", "critic"}
+    learners = {"vae", "segmenter", "teacher", "causal", "generator", "critic"}
     limited = {*guard.LIMITS, *guard.SWITCHES, "causal_from"}
     assert vars(td.TINY).keys() == limited | learners
     assert vars(td.TINY.vae).keys() == {*guard.LEARNING, "muon"}

@@ -155,7 +155,7 @@ def test_a_config_tells_sizes_that_follow_from_its_fields():
     assert replace(SMALL, first_chunk=1).first_chunk_size == 1
     assert not SMALL.is_wan
     assert PRESETS["wan2.2-5b"].is_wan
-    assert (COPYING.copy_dim, COPYING.shares) == (4 + 12, 2)
+    assert (COPYING.copy_dim, COPYING.shares) == (4 + 6, 2)
     masked = replace(SMALL, in_dim=4 + 8 + 8)
     assert masked.image_dim == 8
     assert masked.has_mask
