@@ -1047,12 +1047,17 @@ def votes_of(embedding, start, height, width):
     return Votes(yes, (yes > math.exp(-4 * SAME)).float())
 
 
+def votes_for_none(count):
+    """The vote that a square belongs to no track: exp(-2 SAME) for each of `count` tracks that may
+    own it, and at least one."""
+    return count.clamp(min=1) * math.exp(-2 * SAME)
+
+
 def log_odds(agree, disagree, count):
-    """Log odds, within -SURE and SURE, of what `agree` votes for and `disagree` against. The vote
-    for neither, that a square belongs to no track, is exp(-2 SAME), for each of the `count` that
-    agree. So a lone track's are 2 (SAME - d), and those of many in one place are the same."""
-    none = count.clamp(min=1) * math.exp(-2 * SAME)
-    return ((agree + 1e-10) / (disagree + none)).log().clamp(-SURE, SURE)
+    """Log odds, within -SURE and SURE, of what `agree` votes for and `disagree` against; count: of
+    those that agree, see votes_for_none. So a lone track's are 2 (SAME - d), and those of many in
+    one place are the same."""
+    return ((agree + 1e-10) / (disagree + votes_for_none(count))).log().clamp(-SURE, SURE)
 
 
 def belonging(moves, visible, start, votes):
@@ -1085,8 +1090,7 @@ def mean_move(moves, visible, votes):
     """Mean displacement of the picture since frame 0, (B, T, 2): each square moves as its tracks
     vote, one without tracks rests. moves (B, T, N, 2), visible (B, T, N)."""
     seen = visible.float()
-    none = (seen @ votes.counts).clamp(min=1) * math.exp(-2 * SAME)
-    weight = seen @ votes.yes + none                                    # (B, T, S)
+    weight = seen @ votes.yes + votes_for_none(seen @ votes.counts)     # (B, T, S)
     total = (seen[..., None] * moves).transpose(2, 3) @ votes.yes[:, None]      # (B, T, 2, S)
     return (total / weight[:, :, None]).mean(3)
 
