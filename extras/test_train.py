@@ -1751,16 +1751,19 @@ def test_the_first_lines_of_a_training_are_a_table():
         for i in range(200):
             seconds = 100 if i < 40 else 3.6
             lines.append(json.dumps({"stage": "teacher", "step": i, "seconds": seconds}))
+        for i in range(1000):
+            lines.append(json.dumps({"stage": "segmenter", "step": i, "seconds": 1.2}))
         (here / "stats.jsonl").write_text("\n".join(lines) + '\n{"stage')
-        watch.print_plan(run, ["teacher", "distill"])
+        watch.print_plan(run, ["vae", "teacher", "distill"])
     said = out.getvalue()
     assert f"| teacher | 700 | 200 | 0.5 | {here / 'teacher.safetensors'} |" in said, said
     assert f"| distill | 1,200 | - | - | {here / 'student.safetensors'} |" in said, said
+    assert f"| segmenter | 4,000 | 1000 | 1.0 | {here / 'vae.safetensors'} |" in said, said
     assert "non-default settings: batch=2, teacher_updates=700\n" in said
     assert str(here / "STAGE.png") in said
     assert "Config(" not in said
     assert "Learning(" not in said
-    assert len(said.splitlines()) < 12
+    assert len(said.splitlines()) < 14
 
 
 def test_a_fresh_training_of_the_tiny_model_tells_hours_by_the_shipped_log():

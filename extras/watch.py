@@ -62,14 +62,18 @@ def print_plan(run, stages):
         shipped = logged_rows(ASSETS / "stats.jsonl")
     print("\n| stage | updates | begun | hours left | weights |\n|---|---|---|---|---|")
     for stage in stages:
-        updates = getattr(run.settings, f"{stage}_updates")
-        begun = hours = "-"
-        if stage in logged:
-            begun = logged[stage][-1]["step"] + 1
-            hours = hours_left(logged[stage], max(updates - begun, 0))
-        elif stage in shipped:
-            hours = f"{hours_left(shipped[stage], updates)}, as in assets/stats.jsonl"
-        print(f"| {stage} | {updates:,} | {begun} | {hours} | {run.path(td.WEIGHTS[stage])} |")
+        parts = [stage]
+        if stage == "vae" and run.config.copies:
+            parts.append("segmenter")                       # the second half of that stage
+        for part in parts:
+            updates = getattr(run.settings, f"{part}_updates")
+            begun = hours = "-"
+            if part in logged:
+                begun = logged[part][-1]["step"] + 1
+                hours = hours_left(logged[part], max(updates - begun, 0))
+            elif part in shipped:
+                hours = f"{hours_left(shipped[part], updates)}, as in assets/stats.jsonl"
+            print(f"| {part} | {updates:,} | {begun} | {hours} | {run.path(td.WEIGHTS[stage])} |")
     pictures = " and STAGE_preview.png" if run.data is None else ""
     print(f"\nnumbers of every update: {run.out / 'stats.jsonl'}; drawn after each stage: "
           f"{run.out / 'STAGE.png'}{pictures}\n")
