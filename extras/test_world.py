@@ -315,16 +315,16 @@ def files_of(path):
 def test_a_folder_is_the_same_by_one_process_or_two_and_is_resumed():
     options = {"frames": 3, "size": 32, "track_frames": 7}
     with folder() as one, folder() as two:
-        world.write_clips(one, 4, seed=4, workers=1, **options)
+        world.write_clips(one, 7, seed=4, workers=1, **options)
         world.write_clips(two, 2, seed=4, workers=1, **options)
         first = two / "0000000.safetensors"
         written = first.stat().st_mtime_ns
         with unittest.mock.patch.dict(sys.modules, {"__main__": world}):      # they load no tests
-            world.write_clips(two, 4, seed=4, workers=2, **options)
+            world.write_clips(two, 7, seed=4, workers=2, **options)         # 5 of them
         assert first.stat().st_mtime_ns == written, "it was drawn again"
         files = files_of(one)
         assert files == files_of(two)
-        assert len(files) == 4 + 1                       # and world.json
+        assert len(files) == 7 + 1                       # and world.json
         assert files["0000000.safetensors"] != files["0000001.safetensors"]
         world.write_clips(one / "other", 1, seed=5, workers=1, **options)
         other = files_of(one / "other")

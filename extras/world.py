@@ -42,6 +42,7 @@ from motionstream import PRESETS, UserError
 OBJECTS = 3                  # object slots, at least
 GRID = 8                     # tracks on the ground per side
 TRIES = 4                    # candidate draws of the objects' paths
+TOGETHER = 4                 # clips that a worker process takes at once
 DISC, POLYGON, STAR, BLOB = range(4)
 WAVES = 6                    # harmonics of a blob's outline
 LIGHT = {                    # RGB gains that the light converges to
@@ -694,7 +695,7 @@ def write_clips(folder, count, encode=None, workers=1, **settings):
     keep_settings(folder / "world.json", told | {"encoded": encode is not None})
     missing = [i for i in range(count) if not clip_path(folder, i).exists()]
     write = functools.partial(write_clip, folder, clips, options)
-    if workers == 1 or len(missing) < 2:
+    if workers == 1 or len(missing) <= TOGETHER:        # one worker would draw them all
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         for i in tqdm(missing, "draw clips", disable=not missing):
@@ -703,7 +704,8 @@ def write_clips(folder, count, encode=None, workers=1, **settings):
         return
     with ProcessPoolExecutor(
             workers, multiprocessing.get_context("spawn"), start_worker, [encode]) as pool:
-        done = pool.map(functools.partial(write_in_worker, write), missing, chunksize=4)
+        done = pool.map(functools.partial(write_in_worker, write), missing,
+                        chunksize=TOGETHER)
         for _ in tqdm(done, "draw clips", len(missing)):
             pass
 
