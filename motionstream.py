@@ -1341,8 +1341,8 @@ def sharpened(weights):
 class CopyingMotionStream(MotionStream):
     """A MotionStream for a config with `copies`. Copies are input channels just before the image's;
     the head has two more outputs, cell by cell: the weights of the latents of frame 0 as the tracks
-    move it, and of the image's own. The more weight the latter has, the less the network itself draws: what
-    rests is not drawn again.
+    move it, and of the image's own. The more weight the latter has, the less the network itself
+    draws: what rests is not drawn again.
 
     A teacher is asked for the mean of all that could be there, so it may mix the two. A student's
     output is shown, where a mixture is a ghost: its weights are `sharpened`. So it draws nothing in

@@ -149,21 +149,30 @@ def causal_loss(model, states, x0, conditions, context, channel_weight=1.0, past
     return loss / x0.numel()
 
 
-def rollout_loss(student, x0, conditions, first_latent, exit_step, weight=1.0):
-    """Regression on own rollouts (ours): roll the student out from pure noise, chunk by chunk as at
-    inference; return the squared error against the true clips x0 (B, C, F, h, w). So the student
-    learns to continue its own past, faults included. This is Self-Forcing's rollout with regression
-    in place of DMD: the student predicts the mean of all plausible videos, blurred where they
-    differ.
+SMALL_ERROR = 0.01      # of pixels in [-1, 1]; smaller ones hardly count, see rollout_loss
 
-    first_latent, exit_step: see motionstream.rollout. weight: weights of cells or channels,
-    broadcast over x0."""
+
+def rollout_loss(student, x0, conditions, first_latent, exit_step, weight=1.0, decode=None):
+    """Regression on own rollouts (ours): roll the student out from pure noise, chunk by chunk as at
+    inference; return the mean error against the true clips x0 (B, C, F, h, w). So the student
+    learns to continue its own past, faults included. This is Self-Forcing's rollout with regression
+    in place of DMD.
+
+    The error is absolute, not squared, so that the student predicts the median of all plausible
+    videos: mostly one of them, where the mean is a blur of all. first_latent, exit_step: see
+    motionstream.rollout. decode: a differentiable function of latents; the error is that of what
+    it returns; None: of the latents. weight: of errors, broadcast over them."""
     noise = torch.randn_like(x0)
     sizes = list(chunk_sizes(student.config, x0.shape[2]))
     chunks = rollout(student, noise, conditions, first_latent, exit_step)
     chunks = itertools.islice(chunks, len(sizes))       # stops there: the last is not cached
-    error = torch.cat(list(chunks), 2) - x0
-    return (error.square() * weight).mean()
+    made = torch.cat(list(chunks), 2)
+    if decode is not None:
+        made = decode(made)
+        x0 = decode(x0)
+    error = (made - x0).square()
+    error = (error + SMALL_ERROR ** 2).sqrt()           # smooth at 0 (Charbonnier et al. 1994)
+    return (error * weight).mean()
 
 
 # Stage 4, Self-Forcing with distribution matching (eq. 3, 4). Generator: the student. Teacher: the
@@ -260,7 +269,7 @@ class Settings:
     vae: Learning = Learning(None, 3e-4)                                            # [O]
     segmenter: Learning = Learning(None, 1.5e-3, decay=1.0)                         # [O]
     teacher: Learning = Learning(0.015, 3e-3, ema=0.99)                             # [O]
-    causal: Learning = Learning(2e-3, 1e-3, ema=0.98)                               # [O]
+    causal: Learning = Learning(2e-3, 1e-3, ema=0.98, clip_norm=0.03)               # [O]
     generator: Learning = Learning(1e-3, 1e-4, betas=(0.0, 0.99), ema=0.98)         # [O]
     critic: Learning = Learning(2e-3, 2e-4, betas=(0.0, 0.99))                      # [O]
     # teacher
@@ -1348,9 +1357,10 @@ def loss_in_context(run, student, vae, trajectories, channel_weight, loss_of=Non
     return loss_of(student, states, x0, conditions | motion, context, channel_weight, past)
 
 
-def loss_on_rollouts(run, student, vae, files, channel_weight, update):
-    """rollout_loss on random clips. All processes use the same exit step within an update;
-    otherwise their collectives would deadlock."""
+def loss_on_rollouts(run, student, vae, files, update):
+    """rollout_loss on random clips; of a copying model, whose VAE is cheap, in pixels. All
+    processes use the same exit step within an update; otherwise their collectives would
+    deadlock."""
     s = run.settings
     batch = draw_batch(run, files, s.batch, run.clip_latents)
     rng = torch.Generator().manual_seed(seed_of(run.seed, "exit", update))
@@ -1358,15 +1368,24 @@ def loss_on_rollouts(run, student, vae, files, channel_weight, update):
     conditions = batch.conditions | motion_of(student, batch.points, vae)
     x0 = batch.latents
     first_latent = first_latent_of(run.config, x0)
-    weight = channel_weight * weight_of_cells(run, batch)[:, None]          # (B, C, F, h, w)
-    return rollout_loss(student, x0, conditions, first_latent, exit_step, weight)
+    weight = weight_of_cells(run, batch)[:, None]                           # (B, 1, F, h, w)
+    if not run.config.copies:
+        return rollout_loss(student, x0, conditions, first_latent, exit_step, weight)
+    weight = F.interpolate(weight, scale_factor=(FRAMES, vae.stride, vae.stride))
+    weight = weight[:, :, FRAMES - 1:]                  # the first latent has one frame
+
+    def decode(latents):
+        with torch.autocast(latents.device.type, enabled=False):    # of differences that are small
+            return vae.decode_unclamped(latents.float())[0]
+
+    return rollout_loss(student, x0, conditions, first_latent, exit_step, weight, decode)
 
 
 def loss_of_causal(run, student, vae, files, channel_weight, update):
     """The loss of a micro-step on random `files`, of the kind that Settings.causal_from names."""
     s = run.settings
     if s.causal_from == "rollouts":
-        return loss_on_rollouts(run, student, vae, files, channel_weight, update)
+        return loss_on_rollouts(run, student, vae, files, update)
     if s.causal_from == "trajectories":
         trajectories = draw_trajectories(run, files, s.batch)
     else:

@@ -6,6 +6,7 @@ import json
 import unittest.mock
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import torch
 from safetensors.torch import load_file
@@ -14,8 +15,9 @@ import train_distill as td
 from extras import evaluate, experiments, guard, watch
 from extras.evaluate import Trained
 from extras.reward_forcing import clip_weight
-from extras.testing import (COPYING, SMALL, assert_near, clip_of, folder, new_model, new_tracks,
-                            new_vae, own_flags, part_of, quiet, rand, same, saved, seeded)
+from extras.testing import (COPYING, SMALL, assert_near, clip_of, folder, linear_vae, new_model,
+                            new_tracks, new_vae, own_flags, part_of, quiet, rand, rand_like, same,
+                            saved, seeded)
 from motionstream import PRESETS, MotionStream, add_noise, rollout, schedule, shift_sigma
 
 STAGES = ("teacher", "causal", "distill")
@@ -313,17 +315,62 @@ def test_a_causal_student_learns_from_its_own_rollouts_what_the_truth_is():
         files = td.training_clips(run, run.clip_latents)
         student = new_model().requires_grad_(True)
         with unittest.mock.patch.multiple(td, rollout=record, draw_batch=keep):
-            loss = td.loss_on_rollouts(run, student, None, files, 2.0, 0)
+            loss = td.loss_on_rollouts(run, student, None, files, 0)
             steps = []
             for update in 0, 0, 1, 2, 3, 4:         # whatever else is random in a process
-                td.loss_on_rollouts(run, student, None, files, 2.0, update)
+                td.loss_on_rollouts(run, student, None, files, update)
                 steps.append(exits[-1])
     assert exits[0] == steps[0] == steps[1], "all processes end at the same step"
     assert len(set(steps)) > 1
     x0 = torch.cat(made[:4], 2)
-    assert_near(loss, 2 * (x0 - truth[0].latents).square().mean(), 1e-5)
+    assert_near(loss, (x0 - truth[0].latents).abs().mean(), 1e-2)
     loss.backward()
     assert student.blocks[0].ffn[0].weight.grad.abs().max() > 0
+
+
+def test_own_rollouts_of_a_copying_model_are_compared_in_pixels_most_of_all_at_tracks():
+    vae = linear_vae()
+    student = new_model(**vars(COPYING))
+    height, width = COPYING.size
+    x0, given, image = clip_of(6, COPYING)
+    tracks, visible, ids = new_tracks(21, 4)
+    visible = visible & (tracks[..., :1] < width / 2).any(-1)
+    points = {"tracks": tracks, "visible": visible, "ids": ids, "start": tracks[:, 0],
+              "frame_0": rand(2, 3, height, width)}
+    batch = td.Batch(x0, {"text": given["text"], "image": image}, points, visible)
+    run = SimpleNamespace(config=COPYING, seed=0, clip_latents=6,
+                          settings=SimpleNamespace(batch=2, track_weight=3.0))
+    made = rand_like(x0, seed=9)
+
+    def roll(*args):
+        return iter(made.split(3, 2))
+
+    with unittest.mock.patch.multiple(td, rollout=roll, draw_batch=lambda *args: batch):
+        loss = td.loss_on_rollouts(run, student, vae, None, 0)
+    cells = td.touched_cells(tracks, visible, COPYING)
+    assert 0.1 < cells.mean() < 0.9
+    error = vae.decode_unclamped(made)[0] - vae.decode_unclamped(x0)[0]
+    error = (error.square() + 1e-4).sqrt().mean(1)
+    total = 0.0
+    for t in range(21):
+        latent = (t + 3) // 4                                   # of frame t
+        weight = 1 + 3 * cells[:, latent]
+        weight = weight.repeat_interleave(8, 1).repeat_interleave(8, 2)
+        total += (weight * error[:, t]).mean()
+    assert_near(loss, total / 21, 1e-5)
+
+
+def test_a_single_outlier_does_not_pull_what_a_rollout_learns_to_predict():
+    truth = torch.tensor([0.0, 0, 0, 1, 0]).view(5, 1, 1, 1, 1)
+    guess = torch.full((1, 1, 1, 1, 1), 0.2, requires_grad=True)      # the mean
+
+    def roll(*args):
+        yield guess.expand_as(truth)
+
+    student = SimpleNamespace(config=replace(SMALL, chunk=1))
+    with unittest.mock.patch.object(td, "rollout", roll):
+        td.rollout_loss(student, truth, {}, None, 0).backward()
+    assert guess.grad.item() > 0.5, "towards the median, 0"
 
 
 def test_a_causal_student_learns_from_clips():
