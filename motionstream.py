@@ -959,7 +959,7 @@ def rollout(model, noise, conditions, first_latent=None, exit_step=None, rng=Non
 # the tiny model is too small to learn to look up IDs. The part of its velocity that is linear in
 # x_t is computed, not learned (Karras et al. 2022). Models of Wan's size do neither.
 
-COPY_CELL = 4       # side in pixels of the squares that are moved as one
+COPY_CELL = 2       # side in pixels of the squares that are moved as one
 REACH = 40          # pixels: a square farther than this from all tracks rests
 SAME = 2            # squared distance of two squares' vectors: less is one thing, more another
 NEIGHBOURS = 8      # the nearest tracks, one of which a square follows, see way_back

@@ -43,7 +43,7 @@ def check_latents(latents, channels):
 # The tiny model's VAE: linear maps of pixel windows.
 
 class Segmenter(nn.Module):
-    """Which squares of a picture show one thing: a small U-Net that gives each square of 4x4 pixels
+    """Which squares of a picture show one thing: a small U-Net that gives each square of 2x2 pixels
     a vector, near to those of the same thing and far from all others (De Brabandere et al. 2017,
     "Semantic instance segmentation with a discriminative loss function"). Trained on drawn scenes
     (extras/segmentation.py)."""
@@ -71,7 +71,7 @@ class Segmenter(nn.Module):
         nn.init.normal_(self.out.weight, std=0.5)       # vectors begin apart
 
     def forward(self, image):
-        """(B, 3, H, W) in [-1, 1] to (B, VECTOR, H / 4, W / 4)."""
+        """(B, 3, H, W) in [-1, 1] to (B, VECTOR, H / 2, W / 2)."""
         B, _, H, W = image.shape
         image = image.to(self.out.weight.dtype)
         y = torch.linspace(-1, 1, H).to(image)
@@ -86,7 +86,10 @@ class Segmenter(nn.Module):
         for layer, beside in zip(self.up, finer):
             hidden = F.interpolate(hidden, size=beside.shape[2:], mode="nearest")
             hidden = layer(torch.cat([hidden, beside], 1))
-        return self.out(hidden)
+        # Rims lie between the squares of the finest level: distances of vectors that are
+        # interpolated find them more exactly than distances that are.
+        vectors = self.out(hidden)
+        return F.interpolate(vectors, scale_factor=2, mode="bilinear", align_corners=False)
 
 
 @dataclass

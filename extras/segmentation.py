@@ -5,7 +5,7 @@ It sees single pictures of the drawn world and learns which squares show one thi
 another picture, objects and all, is pasted onto many of them and counts as one thing too: so the
 outline says what a thing is, not its colours, and photographs are cut out that it has never seen.
 
-    B pictures   S size in pixels   E numbers per square   rows columns of squares, 4 pixels wide
+    B pictures   S size in pixels   E numbers per square   rows columns of squares, 2 pixels wide
 """
 
 import torch
@@ -20,7 +20,7 @@ from motionstream import COPY_CELL, SAME
 DRAWN_AT_ONCE = 16
 ANCHORS = 24            # squares of a picture that are compared with all its squares
 OF_GROUND = 0.15        # how much rarer anchors are on the ground
-RIM = 5                 # squares: in a window of so many, a thing's squares have its rim
+RIM = 9                 # squares: in a window of so many, a thing's squares have its rim
 OF_RIM = 4              # weight of squares just outside a thing
 PASTED = 0.4            # share of pictures with a piece of another
 

@@ -370,7 +370,7 @@ def test_one_photograph_is_too_few():
 def stub(model):
     """Stands for Trained. One colour is one thing."""
     vae = linear_vae()
-    vae.segmenter.forward = lambda image: 3 * F.avg_pool2d(image, 4)
+    vae.segmenter.forward = lambda image: 3 * F.avg_pool2d(image, 2)
     return SimpleNamespace(config=model.config, device="cpu", seed=0,
                            model=lambda name, **overrides: model, vae=lambda name="vae": vae)
 
@@ -417,8 +417,8 @@ def test_pieces_and_tenths_are_of_the_frames_that_they_say():
 
 
 def moving_square(count=3):
-    """An object of 2x2 squares, of noise, that goes 24 pixels to the right with each frame over a
-    ground of noise, and a track for each square of 4x4 pixels that is seen in frame 0:
+    """An object of 4x4 squares, of noise, that goes 24 pixels to the right with each frame over a
+    ground of noise, and a track for each square of 2x2 pixels that is seen in frame 0:
     (video (1, 3, count, 32, 64), tracks, visible)."""
     video = rand(1, 3, 1, 32, 64).repeat(1, 1, count, 1, 1)
     looks = rand(1, 3, 8, 8, seed=1)
@@ -446,8 +446,8 @@ def segmented(things):
 
 def test_a_warp_moves_objects_exactly_along_dense_tracks():
     video, tracks, visible = moving_square()
-    things = torch.zeros(8, 16)
-    things[3:5, 1:3] = 1
+    things = torch.zeros(16, 32)
+    things[6:10, 2:6] = 1
     clips = SimpleNamespace(frames=lambda start, stop: video[:, :, start:stop],
                             tracks=tracks, visible=visible)
     made = list(play(segmented(things), "warp", clips))
@@ -466,7 +466,7 @@ def test_a_warp_is_what_a_copying_model_is_given():
     clips = case_clips()
     clips.visible[0, 0, ::3] = False                                    # as if they began later
     image = clips.frames(0, 1)[:, :, 0]
-    trained = segmented(rand(32, 32))
+    trained = segmented(rand(64, 64))
     vae = trained.vae()
     start = start_points(clips.tracks, clips.visible)
     with unittest.mock.patch.object(vae, "encode", wraps=vae.encode) as encode:

@@ -66,7 +66,7 @@ def vectors_of(shown, scale):
 def test_the_error_is_small_if_things_are_apart_and_that_of_no_idea_if_not():
     torch.manual_seed(0)
     shown = torch.randint(0, 3, (2, 8, 8))
-    thing = shown.repeat_interleave(4, 1).repeat_interleave(4, 2).byte()
+    thing = shown.repeat_interleave(2, 1).repeat_interleave(2, 2).byte()
     torch.manual_seed(0)
     apart = segmentation_error(vectors_of(shown, 5), thing)
     certain = F.softplus(torch.tensor(-2.0))                    # that one thing is one thing
@@ -81,13 +81,13 @@ def test_the_error_is_small_if_things_are_apart_and_that_of_no_idea_if_not():
 
 def test_squares_just_outside_a_thing_count_more():
     """Seen from squares of the thing alone."""
-    shown = torch.zeros(4, 16, 16)
-    shown[:, 4:14, 4:14] = 1
-    thing = shown.repeat_interleave(4, 1).repeat_interleave(4, 2)
+    shown = torch.zeros(4, 24, 24)
+    shown[:, 8:18, 8:18] = 1
+    thing = shown.repeat_interleave(2, 1).repeat_interleave(2, 2)
     near = shown.clone()
-    near[:, 3, 4:14] = 1                                        # taken for the thing by mistake
+    near[:, 7, 8:18] = 1                                        # taken for the thing by mistake
     far = shown.clone()
-    far[:, 4:14, 0] = 1
+    far[:, 8:18, 0] = 1
     errors = []
     with unittest.mock.patch.object(segmentation, "OF_GROUND", 0.0):
         for found in near, far:
@@ -101,7 +101,7 @@ def test_a_segmenter_learns():
     torch.manual_seed(0)
     pictures, things = draw_scenes(16, 32, seeded())
     model = Segmenter()
-    assert model(torch.zeros(2, 3, 32, 48)).shape == (2, 16, 8, 12)
+    assert model(torch.zeros(2, 3, 32, 48)).shape == (2, 16, 16, 24)
     adam = torch.optim.Adam(model.parameters(), 3e-3)
     errors = []
     for _ in range(60):
