@@ -149,7 +149,7 @@ def causal_loss(model, states, x0, conditions, context, channel_weight=1.0, past
     return loss / x0.numel()
 
 
-SMALL_ERROR = 0.01      # of pixels in [-1, 1]; smaller ones hardly count, see rollout_loss
+SMALL_ERROR = 0.01      # of pixels in [-1, 1] or latents; smaller ones hardly count: rollout_loss
 
 
 def rollout_loss(student, x0, conditions, first_latent, exit_step, weight=1.0, decode=None):
@@ -269,7 +269,8 @@ class Settings:
     vae: Learning = Learning(None, 3e-4)                                            # [O]
     segmenter: Learning = Learning(None, 1.5e-3, decay=1.0)                         # [O]
     teacher: Learning = Learning(0.015, 3e-3, ema=0.99)                             # [O]
-    causal: Learning = Learning(2e-3, 1e-3, ema=0.98, clip_norm=0.03)               # [O]
+    causal: Learning = Learning(2e-3, 1e-3, ema=0.98, clip_norm=0.03)               # [O],
+                                    # nearly every gradient is clipped, so that all count alike
     generator: Learning = Learning(1e-3, 1e-4, betas=(0.0, 0.99), ema=0.98)         # [O]
     critic: Learning = Learning(2e-3, 2e-4, betas=(0.0, 0.99))                      # [O]
     # teacher
@@ -1372,10 +1373,10 @@ def loss_on_rollouts(run, student, vae, files, update):
     if not run.config.copies:
         return rollout_loss(student, x0, conditions, first_latent, exit_step, weight)
     weight = F.interpolate(weight, scale_factor=(FRAMES, vae.stride, vae.stride))
-    weight = weight[:, :, FRAMES - 1:]                  # the first latent has one frame
+    weight = weight[:, :, FRAMES - 1:]                  # of the first latent, one frame is shown
 
     def decode(latents):
-        with torch.autocast(latents.device.type, enabled=False):    # of differences that are small
+        with torch.autocast(latents.device.type, enabled=False):    # it would round small errors
             return vae.decode_unclamped(latents.float())[0]
 
     return rollout_loss(student, x0, conditions, first_latent, exit_step, weight, decode)

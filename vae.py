@@ -86,8 +86,8 @@ class Segmenter(nn.Module):
         for layer, beside in zip(self.up, finer):
             hidden = F.interpolate(hidden, size=beside.shape[2:], mode="nearest")
             hidden = layer(torch.cat([hidden, beside], 1))
-        # Rims lie between the squares of the finest level: distances of vectors that are
-        # interpolated find them more exactly than distances that are.
+        # The net ends in squares of 4 pixels, and rims lie between them. Vectors are interpolated,
+        # not their distances: that finds rims more exactly.
         vectors = self.out(hidden)
         return F.interpolate(vectors, scale_factor=2, mode="bilinear", align_corners=False)
 

@@ -616,7 +616,8 @@ def print_dry_run(run):
           f"{stream_cache(run) / 2 ** 20:,.0f} MiB in bfloat16\ncounted on tensors without "
           "contents, in bfloat16; nothing is measured")
     if run.settings.causal_from == "rollouts":
-        print("causal is counted as from trajectories; its rollouts take more forwards")
+        print("causal is counted as from trajectories; its rollouts take more forwards, "
+              "and the tiny model's are decoded")
     stages = stages_of(run)
     print_days(run, stages)
     print_recomputation(stages)

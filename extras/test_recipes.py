@@ -340,7 +340,8 @@ def test_own_rollouts_of_a_copying_model_are_compared_in_pixels_most_of_all_at_t
     batch = td.Batch(x0, {"text": given["text"], "image": image}, points, visible)
     run = SimpleNamespace(config=COPYING, seed=0, clip_latents=6,
                           settings=SimpleNamespace(batch=2, track_weight=3.0))
-    made = rand_like(x0, seed=9)
+    made = 5 * rand_like(x0, seed=9)                    # some pixels are beyond black or white
+    made.requires_grad_(True)
 
     def roll(*args):
         return iter(made.split(3, 2))
@@ -358,6 +359,8 @@ def test_own_rollouts_of_a_copying_model_are_compared_in_pixels_most_of_all_at_t
         weight = weight.repeat_interleave(8, 1).repeat_interleave(8, 2)
         total += (weight * error[:, t]).mean()
     assert_near(loss, total / 21, 1e-5)
+    loss.backward()
+    assert made.grad.abs().amax((0, 1, 3, 4)).min() > 0, "every latent frame learns"
 
 
 def test_a_single_outlier_does_not_pull_what_a_rollout_learns_to_predict():

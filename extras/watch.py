@@ -63,8 +63,8 @@ def print_plan(run, stages):
     print("\n| stage | updates | begun | hours left | weights |\n|---|---|---|---|---|")
     for stage in stages:
         parts = [stage]
-        if stage == "vae" and run.config.copies:
-            parts.append("segmenter")                       # the second half of that stage
+        if stage == "vae" and run.settings.segmenter_updates > 0:
+            parts.append("segmenter")                       # the second part of that stage
         for part in parts:
             updates = getattr(run.settings, f"{part}_updates")
             begun = hours = "-"
