@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from extras import bench
-from extras.testing import COPYING, SMALL, WAN, quiet
+from extras.testing import COPYING, SMALL, WAN, quiet, slow
 from vae import TinyVAEConfig
 
 CPU = torch.device("cpu")
@@ -80,6 +80,7 @@ def test_every_part_of_a_chunk_is_counted_on_top_of_the_one_before():
         assert rows["MotionStream 1.3B, tiny VAE"][:2] == ["29.5", "0.39"]
 
 
+@slow
 def test_flags_change_what_is_measured_and_ask_for_a_long_stream_and_a_training_step():
     assert bench.CLIP_LATENTS == 21
     # A product in bfloat16 takes seconds on some CPUs.

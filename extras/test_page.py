@@ -1013,9 +1013,13 @@ def record_from_the_middle(page):
     page.watch(10)
 
 
-def assert_plays_again(recording, weights, shown):
+def assert_plays_again(recording, weights, shown, levels=0):
+    """The frames are the same, to so many of 255 levels."""
     frames = played(recording, weights)
-    assert np.array_equal(frames, np.stack(shown)), (frames.shape, len(shown))
+    assert len(frames) == len(shown)
+    difference = np.abs(frames.astype(int) - np.stack(shown))
+    assert difference.max() <= levels, difference.max()
+    assert (difference > 0).mean() < 1e-4
     assert count_frames(recording.with_suffix(".mp4")) == len(shown)
 
 
@@ -1040,12 +1044,14 @@ def test_a_recording_is_played_again_to_the_same_raw_frames():
 
 
 def test_recordings_of_models_with_other_ids_and_that_copy_are_played_again():
-    for mode in "random", "copies":
+    # A recording has a column for every point of the whole take, hidden where it is not there:
+    # copies add up over columns, and sums of more numbers are rounded otherwise.
+    for mode, levels in ("random", 0), ("copies", 1):
         with folder() as here, keeping_frames() as shown:
             weights = new_weights(here, mode)
             with recording_takes(here, weights) as page:
                 record_moving_points(page)
-            assert_plays_again(here / "take.npz", weights, shown["take"])
+            assert_plays_again(here / "take.npz", weights, shown["take"], levels)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1344,6 +1350,7 @@ def test_in_a_browser_a_button_and_a_key_record_and_the_page_says_into_what():
         browser.until(f"{pressed} === 'true'")                  # another page did it
 
 
+@slow
 def test_in_two_browsers_each_sees_the_points_of_both_and_either_removes_them():
     with served("--fps", 24) as page, browsing(page) as one, browsing(page, 390) as two:
         one.drag((0.2, 0.2), (0.5, 0.2))
@@ -1463,6 +1470,7 @@ def width_along(browser, begin, end):
     return across[first + 20:last + 20]
 
 
+@slow
 def test_in_a_browser_a_path_has_arrows_that_point_where_it_goes():
     right = (0.2, 0.5), (0.8, 0.5)
     down = (0.5, 0.1), (0.5, 0.9)
@@ -1492,6 +1500,7 @@ def ring(picture, place):
     return picture[y.round().astype(int), x.round().astype(int), 3] > 100
 
 
+@slow
 def test_in_a_browser_a_ghost_stays_where_a_point_was_taken():
     begin = (0.3, 0.5)
     end = (0.6, 0.5)
