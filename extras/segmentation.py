@@ -81,10 +81,12 @@ def draw_pictures(pictures, things, count):
         thing = thing.transpose(1, 2)
     if torch.rand(()) < 0.3:                                            # a little out of focus
         picture = F.avg_pool2d(F.pad(picture, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    noise = 0.08 * torch.rand(count, 1, 1, 1) * (torch.rand(count, 1, 1, 1) < 0.3)
+    noise = 0.08 * torch.rand(count, 1, 1, 1)
+    noisy = torch.rand(count, 1, 1, 1) < 0.3
     contrast = 0.6 + 0.5 * torch.rand(count, 3, 1, 1)
     light = 0.3 * (torch.rand(count, 3, 1, 1) - 0.5)
-    picture = picture * contrast + light + noise * torch.randn_like(picture)
+    picture = picture * contrast + light
+    picture = picture + noisy * noise * torch.randn_like(picture)
     return picture.clamp(-1, 1), thing
 
 
